@@ -1,0 +1,122 @@
+"""Options of FlowPrefill: one table for the command line, the environment and the processes that read them.
+
+SGLang spawns its scheduler as a new process, so the options travel in the environment: the option
+``--flowprefill-max-suspended 4`` is ``SGL_FLOWPREFILL_MAX_SUSPENDED=4`` there. ``SGL_FLOWPREFILL=1`` turns FlowPrefill
+on; without it the plugin leaves SGLang's scheduler alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Mapping, MutableMapping
+from typing import Any, Final
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+ENV_PREFIX: Final = "SGL_FLOWPREFILL_"
+ENV_SWITCH: Final = "SGL_FLOWPREFILL"
+FLAG_PREFIX: Final = "--flowprefill-"
+
+
+class ConfigError(ValueError):
+    """An option has a value that cannot work; the message names the option, the value and the remedy."""
+
+
+class FlowPrefillConfig(BaseModel):
+    """Validated options. Field names are option names: ``max_suspended`` is ``--flowprefill-max-suspended``."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    default_ttft_slo: float = Field(
+        default=5.0, gt=0, description="TTFT objective in seconds of a request that names none"
+    )
+    max_suspended: int = Field(
+        default=16,
+        ge=0,
+        le=512,
+        description="most tasks that may be suspended at a time; each holds its KV cache and activations",
+    )
+    max_batch_tokens: int = Field(
+        default=2048,
+        ge=1,
+        description="most new tokens of a batch of several requests; a longer request runs alone",
+    )
+    starvation_factor: float = Field(
+        default=4.0,
+        ge=1,
+        description="a request that has missed its deadline runs before feasible ones once it has waited this many times its TTFT objective",
+    )
+    granularity: str = Field(
+        default="operator",
+        pattern="^(operator|layer|chunk)$",
+        description="where a running prefill can be suspended: after every attention and MLP (operator), every layer, or not at all within a forward (chunk)",
+    )
+    policy: str = Field(
+        default="s-edf",
+        pattern="^(s-edf|edf|fcfs)$",
+        description="order of requests: s-edf (slack-aware earliest deadline first), edf, or fcfs",
+    )
+    event_log: str | None = Field(default=None, description="file that receives every scheduling event as a JSON line")
+    profile: str | None = Field(
+        default=None, description="TTFT profile to use instead of measuring one at the first start (cached afterwards)"
+    )
+
+    @classmethod
+    def from_env(cls, env: Mapping[str, str] | None = None) -> FlowPrefillConfig:
+        """Read the options from the environment. Raises ConfigError with one sentence per wrong value."""
+        env = os.environ if env is None else env
+        values = {name: env[_env_name(name)] for name in cls.model_fields if _env_name(name) in env}
+        return cls.parse(values)
+
+    @classmethod
+    def parse(cls, values: Mapping[str, Any]) -> FlowPrefillConfig:
+        """Validate ``values`` (strings are converted). Raises ConfigError that names the option and its value."""
+        try:
+            return cls.model_validate(dict(values))
+        except ValidationError as error:
+            problems = [
+                f"{_flag_name(str(item['loc'][0]))} {item['input']}: {item['msg'][0].lower()}{item['msg'][1:]}"
+                for item in error.errors()
+            ]
+            raise ConfigError("; ".join(problems)) from None
+
+    @classmethod
+    def add_cli_args(cls, parser: argparse.ArgumentParser) -> None:
+        """Add every option as ``--flowprefill-…`` to ``parser``; absent options stay None in the namespace."""
+        group = parser.add_argument_group("FlowPrefill")
+        for name, field in cls.model_fields.items():
+            default = "" if field.default is None else f" (default {field.default})"
+            group.add_argument(_flag_name(name), dest=_dest(name), metavar="VALUE", help=f"{field.description}{default}")
+
+    @classmethod
+    def from_namespace(cls, namespace: argparse.Namespace) -> FlowPrefillConfig:
+        """Options that ``add_cli_args`` parsed; what the command line does not name comes from the environment."""
+        values = {name: os.environ[_env_name(name)] for name in cls.model_fields if _env_name(name) in os.environ}
+        given = {name: getattr(namespace, _dest(name), None) for name in cls.model_fields}
+        return cls.parse(values | {name: value for name, value in given.items() if value is not None})
+
+    def to_env(self, env: MutableMapping[str, str] | None = None) -> dict[str, str]:
+        """Environment variables that make ``from_env`` return this configuration; also written into ``env``."""
+        values = {_env_name(name): str(value) for name, value in self.model_dump().items() if value is not None}
+        if env is not None:
+            env.update(values)
+        return values
+
+
+def is_enabled(env: Mapping[str, str] | None = None) -> bool:
+    """Whether the environment asks for FlowPrefill (``SGL_FLOWPREFILL=1``)."""
+    env = os.environ if env is None else env
+    return env.get(ENV_SWITCH, "0").lower() in ("1", "true", "yes", "on")
+
+
+def _env_name(field: str) -> str:
+    return ENV_PREFIX + field.upper()
+
+
+def _flag_name(field: str) -> str:
+    return FLAG_PREFIX + field.replace("_", "-")
+
+
+def _dest(field: str) -> str:
+    return f"flowprefill_{field}"
