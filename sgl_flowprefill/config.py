@@ -1,7 +1,7 @@
 """Options of FlowPrefill: one table for the command line, the environment and the processes that read them.
 
 SGLang spawns its scheduler as a new process, so the options travel in the environment: the option
-``--flowprefill-max-suspended 4`` is ``SGL_FLOWPREFILL_MAX_SUSPENDED=4`` there. ``SGL_FLOWPREFILL=1`` turns FlowPrefill
+``--flowprefill-max-suspended 4`` is ``FLOWPREFILL_MAX_SUSPENDED=4`` there. ``FLOWPREFILL=1`` turns FlowPrefill
 on; without it the plugin leaves SGLang's scheduler alone.
 """
 
@@ -14,8 +14,8 @@ from typing import Any, Final
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-ENV_PREFIX: Final = "SGL_FLOWPREFILL_"
-ENV_SWITCH: Final = "SGL_FLOWPREFILL"
+ENV_PREFIX: Final = "FLOWPREFILL_"
+ENV_SWITCH: Final = "FLOWPREFILL"
 FLAG_PREFIX: Final = "--flowprefill-"
 
 
@@ -42,15 +42,16 @@ class FlowPrefillConfig(BaseModel):
         ge=1,
         description="most new tokens of a batch of several requests; a longer request runs alone",
     )
-    starvation_factor: float = Field(
-        default=4.0,
-        ge=1,
-        description="a request that has missed its deadline runs before feasible ones once it has waited this many times its TTFT objective",
+    max_starvation_s: float = Field(
+        default=60.0,
+        gt=0,
+        description="a request that can no longer meet its objective goes first once it has waited this many seconds",
     )
     granularity: str = Field(
         default="operator",
         pattern="^(operator|layer|chunk)$",
-        description="where a running prefill can be suspended: after every attention and MLP (operator), every layer, or not at all within a forward (chunk)",
+        description="where a running prefill can be suspended: after each attention and MLP (operator), after each "
+        "layer (layer), or only between forwards (chunk)",
     )
     policy: str = Field(
         default="s-edf",
@@ -87,7 +88,9 @@ class FlowPrefillConfig(BaseModel):
         group = parser.add_argument_group("FlowPrefill")
         for name, field in cls.model_fields.items():
             default = "" if field.default is None else f" (default {field.default})"
-            group.add_argument(_flag_name(name), dest=_dest(name), metavar="VALUE", help=f"{field.description}{default}")
+            group.add_argument(
+                _flag_name(name), dest=_dest(name), metavar="VALUE", help=f"{field.description}{default}"
+            )
 
     @classmethod
     def from_namespace(cls, namespace: argparse.Namespace) -> FlowPrefillConfig:
@@ -105,7 +108,7 @@ class FlowPrefillConfig(BaseModel):
 
 
 def is_enabled(env: Mapping[str, str] | None = None) -> bool:
-    """Whether the environment asks for FlowPrefill (``SGL_FLOWPREFILL=1``)."""
+    """Whether the environment asks for FlowPrefill (``FLOWPREFILL=1``)."""
     env = os.environ if env is None else env
     return env.get(ENV_SWITCH, "0").lower() in ("1", "true", "yes", "on")
 

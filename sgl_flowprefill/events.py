@@ -1,0 +1,49 @@
+"""The event log: every scheduling event as a JSON line, for figures that are computed and not asserted.
+
+Times are seconds of ``time.monotonic()``, which all processes of one machine share. Kinds of events and their fields:
+
+=========  ==========================================================================================================
+arrival    rid, prompt_tokens, ttft_slo_s, deadline_s, received_s (when the HTTP server had the request)
+start      task, rids, new_tokens, cached_tokens, predicted_s
+suspend    task, rids, checkpoint, for_rids, readable_s, blocking_s
+resume     task, rids, checkpoint
+complete   task, rids, checkpoint, forward_s (time it executed, without the time it was suspended), predicted_s
+abort      rids, task (absent when no task was running them), checkpoint
+=========  ==========================================================================================================
+
+``blocking_s`` runs from ``readable_s``, when the scheduler process could first have read that the winning request is
+there to be run, to the moment at which the running task is suspended (paper, section 5.3).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+
+class EventLog:
+    """Appends events to a file, or drops them when there is none. Lines reach the file at ``flush`` at the latest."""
+
+    def __init__(self, path: str | Path | None) -> None:
+        self._file: IO[str] | None = None
+        if path is not None:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            self._file = open(path, "a", buffering=1 << 16)  # noqa: SIM115 - lives as long as the process
+
+    def write(self, kind: str, t_s: float, **fields: Any) -> None:
+        if self._file is not None:
+            self._file.write(json.dumps({"event": kind, "t_s": round(t_s, 6), **fields}) + "\n")
+
+    def flush(self) -> None:
+        if self._file is not None:
+            self._file.flush()
+
+
+def read_events(path: str | Path) -> Iterator[dict[str, Any]]:
+    """Events of a log, in order. A last line that was cut off by a killed process is left out."""
+    with open(path) as lines:
+        for line in lines:
+            if line.endswith("\n"):
+                yield json.loads(line)

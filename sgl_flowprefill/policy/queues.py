@@ -1,0 +1,130 @@
+"""The orders: S-EDF (slack-aware earliest deadline first), plain EDF, and first come first served."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from heapq import heapify, heappop, heappush, nsmallest
+from itertools import count
+from typing import Generic, TypeVar
+
+from sgl_flowprefill.policy.base import Job, Queue, Rank
+
+T = TypeVar("T")
+
+
+class _Heap(Generic[T]):
+    """A heap of jobs by a key that is fixed while the job is in it. Removal is lazy and paid for by later pops."""
+
+    def __init__(self, key: Callable[[Job[T]], float]) -> None:
+        self._key = key
+        self._order = count()
+        self._heap: list[tuple[float, int, Job[T]]] = []
+        self._live: dict[int, int] = {}  # id(job) -> sequence number of its only valid entry
+
+    def add(self, job: Job[T]) -> None:
+        assert id(job) not in self._live, "a job is in a heap at most once"
+        sequence = next(self._order)
+        self._live[id(job)] = sequence
+        heappush(self._heap, (self._key(job), sequence, job))
+
+    def remove(self, job: Job[T]) -> None:
+        del self._live[id(job)]
+        if len(self._heap) > 2 * len(self._live) + 16:
+            self._heap = [entry for entry in self._heap if self._is_live(entry)]
+            heapify(self._heap)
+
+    def top(self) -> tuple[float, Job[T]] | None:
+        while self._heap:
+            if self._is_live(self._heap[0]):
+                return self._heap[0][0], self._heap[0][2]
+            heappop(self._heap)
+        return None
+
+    def first(self, most: int) -> list[Job[T]]:
+        return [entry[2] for entry in nsmallest(most, filter(self._is_live, self._heap))]
+
+    def _is_live(self, entry: tuple[float, int, Job[T]]) -> bool:
+        return self._live.get(id(entry[2])) == entry[1]
+
+    def __contains__(self, job: Job[T]) -> bool:
+        return id(job) in self._live
+
+    def __len__(self) -> int:
+        return len(self._live)
+
+
+class SlackEdfQueue(Queue[T]):
+    """S-EDF: jobs that can still meet their deadline, earliest deadline first; then the hopeless, oldest first.
+
+    A job turns hopeless when its slack runs out, at ``deadline - remaining``, which is known when it is added: one heap
+    holds the feasible jobs by deadline, another the same jobs by the instant at which they leave it. An event costs
+    O(log n), where sorting every job by ``sign(slack)/deadline`` at every event (paper, algorithm 1) costs O(n log n).
+
+    The paper runs hopeless jobs latest deadline first and lets them wait without bound. Here the oldest goes first, and
+    once it has waited ``max_starvation_s`` it goes before the feasible ones.
+    """
+
+    def __init__(self, max_starvation_s: float) -> None:
+        self._max_starvation_s = max_starvation_s
+        self._feasible: _Heap[T] = _Heap(lambda job: job.deadline_s)
+        self._turns_hopeless: _Heap[T] = _Heap(lambda job: job.deadline_s - job.remaining_s)
+        self._hopeless: _Heap[T] = _Heap(lambda job: job.arrival_s)
+
+    def add(self, job: Job[T]) -> None:
+        self._feasible.add(job)
+        self._turns_hopeless.add(job)
+
+    def remove(self, job: Job[T]) -> None:
+        if job in self._hopeless:
+            self._hopeless.remove(job)
+        else:
+            self._feasible.remove(job)
+            self._turns_hopeless.remove(job)
+
+    def best(self, now_s: float) -> tuple[Rank, Job[T]] | None:
+        self._update(now_s)
+        hopeless = self._hopeless.top()
+        if hopeless is not None and hopeless[0] + self._max_starvation_s <= now_s:
+            return (0.0, hopeless[0]), hopeless[1]
+        feasible = self._feasible.top()
+        if feasible is not None:
+            return (1.0, feasible[0]), feasible[1]
+        return None if hopeless is None else ((2.0, hopeless[0]), hopeless[1])
+
+    def first(self, now_s: float, most: int) -> list[Job[T]]:
+        self._update(now_s)
+        hopeless = self._hopeless.first(most)
+        starved = [job for job in hopeless if job.arrival_s + self._max_starvation_s <= now_s]
+        return (starved + self._feasible.first(most) + hopeless[len(starved) :])[:most]
+
+    def _update(self, now_s: float) -> None:
+        while (top := self._turns_hopeless.top()) is not None and top[0] < now_s:
+            self._turns_hopeless.remove(top[1])
+            self._feasible.remove(top[1])
+            self._hopeless.add(top[1])
+
+    def __len__(self) -> int:
+        return len(self._feasible) + len(self._hopeless)
+
+
+class StaticQueue(Queue[T]):
+    """An order by a key that does not change with time: EDF with the deadline, FCFS with the arrival."""
+
+    def __init__(self, key: Callable[[Job[T]], float]) -> None:
+        self._heap: _Heap[T] = _Heap(key)
+
+    def add(self, job: Job[T]) -> None:
+        self._heap.add(job)
+
+    def remove(self, job: Job[T]) -> None:
+        self._heap.remove(job)
+
+    def best(self, now_s: float) -> tuple[Rank, Job[T]] | None:
+        top = self._heap.top()
+        return None if top is None else ((top[0],), top[1])
+
+    def first(self, now_s: float, most: int) -> list[Job[T]]:
+        return self._heap.first(most)
+
+    def __len__(self) -> int:
+        return len(self._heap)

@@ -1,0 +1,102 @@
+"""The whole policy: what runs now, among the tasks that have started and the requests that wait."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from sgl_flowprefill.policy.base import Job, Queue
+from sgl_flowprefill.policy.queues import SlackEdfQueue, StaticQueue
+
+R = TypeVar("R")  # a waiting request
+K = TypeVar("K")  # a task: a batch of requests that has started
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the policy may not exceed."""
+
+    max_suspended: int
+    """Tasks that may be suspended at a time; each holds its KV cache and activations."""
+    max_batch_tokens: int
+    """New tokens of a batch of several requests. A request with more runs alone."""
+    max_batch_requests: int = 64
+
+
+class PrefillPolicy(Generic[R, K]):
+    """Picks by slack, bounded in the number of suspended tasks, and never deadlocks on KV cache.
+
+    ``requests`` and ``tasks`` are queues of the same kind, so that their ranks compare. A task that holds KV may always
+    run to its end: whatever else is refused (a suspension too many, a request whose KV does not fit), tasks are picked.
+    """
+
+    def __init__(self, requests: Queue[R], tasks: Queue[K], limits: Limits) -> None:
+        self.requests = requests
+        self.tasks = tasks
+        self.limits = limits
+
+    def pick(self, now_s: float, running: Job[K] | None, admit: bool = True) -> Job[R] | Job[K] | None:
+        """The job to run at ``now_s``: a task (maybe ``running`` itself), a waiting request to start, or None.
+
+        ``running`` is the task that executes now, if any; it is in ``tasks`` like the suspended ones. With ``admit``
+        false no request is started (its KV did not fit, and nothing has been freed since).
+        """
+        task = self.tasks.best(now_s)
+        request = self.requests.best(now_s) if admit and self._may_start(running) else None
+        if request is None:
+            return None if task is None else task[1]
+        if task is None or request[0] < task[0]:
+            return request[1]
+        return task[1]
+
+    def batch(
+        self,
+        winner: Job[R],
+        now_s: float,
+        new_tokens: Callable[[R], int],
+        predict_s: Callable[[Sequence[R]], float],
+    ) -> list[Job[R]]:
+        """``winner`` and the waiting requests that join it, in order of priority.
+
+        A request joins while the batch stays within the limits and, by its predicted time, costs no member its
+        deadline: members that can still meet it keep their slack (SLO-aware batching; paper, section 4.2). Nothing
+        joins a batch that has started.
+        """
+        members = [winner]
+        tokens = new_tokens(winner.item)
+        if tokens >= self.limits.max_batch_tokens:
+            return members
+        time_left_s = _time_left_s(winner, now_s)
+        for job in self.requests.first(now_s, 2 * self.limits.max_batch_requests):
+            if len(members) == self.limits.max_batch_requests:
+                break
+            if job is winner or tokens + new_tokens(job.item) > self.limits.max_batch_tokens:
+                continue
+            predicted_s = predict_s([*(member.item for member in members), job.item])
+            if predicted_s > min(time_left_s, _time_left_s(job, now_s)):
+                break
+            members.append(job)
+            tokens += new_tokens(job.item)
+            time_left_s = min(time_left_s, _time_left_s(job, now_s))
+        return members
+
+    def _may_start(self, running: Job[K] | None) -> bool:
+        """Whether a new task may start: the running one would be suspended for it."""
+        return running is None or len(self.tasks) <= self.limits.max_suspended
+
+
+def _time_left_s(job: Job[R], now_s: float) -> float:
+    """Time until the job's deadline; unbounded for a job that misses it anyway."""
+    return job.deadline_s - now_s if job.slack_s(now_s) >= 0 else float("inf")
+
+
+def make_policy(kind: str, limits: Limits, max_starvation_s: float) -> PrefillPolicy[R, K]:
+    """The policy called ``kind``: s-edf, edf or fcfs."""
+    if kind == "s-edf":
+        return PrefillPolicy(SlackEdfQueue(max_starvation_s), SlackEdfQueue(max_starvation_s), limits)
+    if kind == "edf":
+        return PrefillPolicy(StaticQueue(lambda job: job.deadline_s), StaticQueue(lambda job: job.deadline_s), limits)
+    if kind == "fcfs":
+        return PrefillPolicy(StaticQueue(lambda job: job.arrival_s), StaticQueue(lambda job: job.arrival_s), limits)
+    raise ValueError(f"no policy is called {kind!r}; there are s-edf, edf and fcfs")

@@ -1,0 +1,45 @@
+"""What SGLang keeps per forward in module or object state, saved and restored when one forward takes over from another.
+
+Complete for SGLang 0.5.23: context variables follow the greenlet by themselves, grad mode is off throughout, and eager
+input buffers are not shared under ``SGLANG_EAGER_INPUT_NO_COPY=1``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from sglang.srt.model_executor import forward_context
+from sglang.srt.runtime_context import get_forward, get_model
+
+
+@dataclass(frozen=True)
+class ForwardState:
+    """One forward's share of the process's state."""
+
+    context: Any
+    """``forward_context._current``: which attention backend the model's layers find."""
+    flags: dict[str, Any]
+    """The plain slots of ``runtime_context.get_forward()``; its other flags are context variables."""
+    shared_experts: Any
+    """``get_model().shared_experts``, overridden around every forward; overrides undo in the order of their exits."""
+    attn_backend: Any
+    """``ModelRunner.attn_backend``, which plans each batch's metadata and must be the task's own."""
+
+    @classmethod
+    def capture(cls, model_runner: Any) -> ForwardState:
+        return cls(
+            context=forward_context._current,
+            flags=dict(get_forward()._plain),
+            shared_experts=get_model().shared_experts,
+            attn_backend=model_runner.attn_backend,
+        )
+
+    def install(self, model_runner: Any) -> None:
+        forward_context.set_forward_context(self.context)
+        get_forward()._plain.update(self.flags)
+        get_model()._set("shared_experts", self.shared_experts)
+        model_runner.attn_backend = self.attn_backend
+
+    def with_backend(self, attn_backend: Any) -> ForwardState:
+        return replace(self, attn_backend=attn_backend)

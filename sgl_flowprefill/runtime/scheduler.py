@@ -1,0 +1,368 @@
+"""FlowPrefillScheduler: SGLang's prefill scheduler with an event-driven loop that can suspend a running prefill.
+
+The hub is the loop below; it runs in the main greenlet and does everything but forward passes. A forward pass runs in
+its task's greenlet and comes back at a checkpoint where an event is pending, or when it is done (docs/architecture.md).
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from sglang.srt.disaggregation.utils import DisaggregationMode, is_aborted
+from sglang.srt.managers.scheduler import Scheduler
+from sglang.srt.managers.utils import is_health_check_generate_req
+
+from sgl_flowprefill.config import FlowPrefillConfig
+from sgl_flowprefill.events import EventLog
+from sgl_flowprefill.patches import wakeups
+from sgl_flowprefill.policy import Job, Limits, PrefillPolicy, make_policy
+from sgl_flowprefill.runtime.checkpoints import install_checkpoints
+from sgl_flowprefill.runtime.profile import load_or_measure
+from sgl_flowprefill.runtime.task import AttentionSlots, Executor, PrefillTask
+from sgl_flowprefill.runtime.wakeup import Wakeup, scheduler_events
+from sgl_flowprefill.slo import ttft_slo_s
+from sgl_flowprefill.ttft import PrefillShape, TTFTModel
+
+logger = logging.getLogger(__name__)
+
+HEALTH_CHECK_SLO_S: Final = 0.5
+"""Objective of SGLang's health-check request, which runs as a one-token prefill when the server is idle."""
+IDLE_CHECK_S: Final = 5.0
+"""How often an idle scheduler does SGLang's housekeeping (leak check, metrics)."""
+STALL_CHECK_S: Final = 1.0
+"""How often a scheduler that only waits for others looks for what sends no wake-up (a dead decode server)."""
+GRAMMAR_POLL_S: Final = 0.01
+"""How often a compiling grammar is asked whether it is ready: SGLang's grammar workers send no wake-up."""
+
+
+@dataclass(eq=False)
+class WaitingRequest:
+    """A request that could be started now."""
+
+    req: Any
+    """SGLang's Req."""
+    shape: PrefillShape
+    """Its cost as the prefix match at its arrival left it."""
+    readable_s: float
+    """When this process could first have read that it can be run: it was sent here, and it has bootstrapped."""
+
+
+class FlowPrefillScheduler(Scheduler):  # type: ignore[misc]
+    """Takes the place of ``sglang.srt.managers.scheduler.Scheduler``; only a prefill server's loop differs."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        # What Scheduler.__init__ may already ask for, before the rest of our state can exist.
+        self._policy: PrefillPolicy[WaitingRequest, PrefillTask] | None = None
+        super().__init__(*args, **kwargs)
+        if self.disaggregation_mode == DisaggregationMode.PREFILL:
+            self._init_flowprefill(FlowPrefillConfig.from_env())
+
+    def _init_flowprefill(self, config: FlowPrefillConfig) -> None:
+        model_runner = self.tp_worker.model_runner
+        self._config = config
+        self._wakeup = Wakeup()
+        self._bootstrapped_s: dict[int, float] = {}
+        wakeups.install(self._wakeup.notify, self._bootstrapped_s)
+        self._events = scheduler_events(self, self._wakeup)
+        self._executor = Executor(model_runner, self._events.pending)
+        self._slots = AttentionSlots(model_runner)
+        self._checkpoints = install_checkpoints(model_runner.model, config.granularity, self._executor.checkpoint)  # type: ignore[arg-type]
+        limits = Limits(max_suspended=config.max_suspended, max_batch_tokens=config.max_batch_tokens)
+        self._policy = make_policy(config.policy, limits, config.max_starvation_s)
+        self._waiting: dict[Any, Job[WaitingRequest]] = {}
+        self._running: PrefillTask | None = None
+        self._tasks_started = 0
+        self._kv_is_short = False
+        self._last_stall_check_s = 0.0
+        self._ttft: TTFTModel = load_or_measure(self, config)
+        self._log = EventLog(config.event_log)
+        logger.info(
+            "FlowPrefill is on: policy %s, %d checkpoints in a forward pass, at most %d suspended tasks",
+            config.policy,
+            self._checkpoints,
+            config.max_suspended,
+        )
+
+    # ---- the event loop -------------------------------------------------------------------------------------------
+
+    @torch.no_grad()  # type: ignore[untyped-decorator]
+    def event_loop_normal_disagg_prefill(self) -> None:
+        while not self.gracefully_exit:
+            if not self._step():
+                self._sleep()
+
+    def _step(self) -> bool:
+        """Take what has happened, pick what runs now, run it until something happens. Whether anything could run."""
+        self._take_events()
+        task = None if self._engine_paused else self._pick()
+        if task is None:
+            return False
+        self._run(task)
+        if task.done:
+            self._finish(task)
+        return True
+
+    def event_loop_overlap_disagg_prefill(self) -> None:
+        raise RuntimeError("FlowPrefill needs --disable-overlap-schedule on the prefill server.")
+
+    def _take_events(self) -> None:
+        """Arrivals, aborts and health checks; requests that finished bootstrapping; KV transfers that ended."""
+        self._wakeup.clear()
+        self.ingest_requests()
+        self.maybe_send_health_check_signal()
+        if self.grammar_manager.has_waiting_grammars():
+            for req in self.grammar_manager.get_ready_grammar_requests():
+                self._add_request_to_queue(req)
+        for req in self.disagg_prefill_bootstrap_queue.pop_bootstrapped():
+            self._enqueue(req)
+        if self.process_disagg_prefill_inflight_queue():
+            self._kv_is_short = False
+        now_s = time.monotonic()
+        if now_s - self._last_stall_check_s >= STALL_CHECK_S:
+            self._last_stall_check_s = now_s
+            self._kv_is_short = False
+            self.resolve_waiting_queue_bootstrap()
+            self._forget_left_requests()
+        self._drop_aborted_tasks()
+
+    def _sleep(self) -> None:
+        """Nothing can run until something happens: housekeeping once, then sleep on the sockets."""
+        self._log.flush()
+        self.cur_batch_for_debug = None
+        self._sched_idled = True
+        self.on_idle()
+        if self.grammar_manager.has_waiting_grammars():
+            timeout_s = GRAMMAR_POLL_S
+        elif self.is_fully_idle():
+            timeout_s = IDLE_CHECK_S
+        else:
+            timeout_s = STALL_CHECK_S
+        self._events.sleep(timeout_s)
+
+    # ---- picking --------------------------------------------------------------------------------------------------
+
+    def _pick(self) -> PrefillTask | None:
+        """The task that runs now: one that has started, or a new one made of waiting requests."""
+        assert self._policy is not None
+        running = self._running
+        if running is not None:
+            self._requeue(running)
+        while True:
+            now_s = time.monotonic()
+            job = self._policy.pick(now_s, running.job if running else None, admit=not self._kv_is_short)
+            if job is None:
+                return None
+            if isinstance(job.item, PrefillTask):
+                return job.item
+            task = self._start(job, now_s)
+            if task is not None:
+                return task
+            # Its KV does not fit. Work on what holds KV, and try again when some has been freed.
+            self._kv_is_short = True
+
+    def _start(self, winner: Job[WaitingRequest], now_s: float) -> PrefillTask | None:
+        """A new task for ``winner`` and those that join it, or None when the winner's KV does not fit."""
+        assert self._policy is not None
+        jobs = self._policy.batch(winner, now_s, lambda waiting: waiting.shape.new_tokens, self._predict_s)
+        batch = self._make_batch([job.item.req for job in jobs])
+        if batch is None:
+            return None
+        members = [self._waiting.pop(req) for req in batch.reqs]
+        for member in members:
+            self._policy.requests.remove(member)
+        predicted_s = self._predict_s([member.item for member in members])
+        task = PrefillTask(
+            id=self._tasks_started,
+            batch=batch,
+            arrival_s=min(member.arrival_s for member in members),
+            deadline_s=winner.deadline_s,
+            readable_s=winner.item.readable_s,
+            predicted_s=predicted_s,
+            attn_backend=self._slots.take(),
+        )
+        self._tasks_started += 1
+        self._policy.tasks.add(task.job)
+        return task
+
+    def _make_batch(self, reqs: Sequence[Any]) -> Any | None:
+        """SGLang's own admission (prefix match, KV and slot allocation) for ``reqs`` alone, in their order."""
+        chosen = set(reqs)
+        others = [req for req in self.waiting_queue if req not in chosen]
+        self.waiting_queue = list(reqs)
+        self.running_batch.batch_is_full = False
+        batch = self.get_new_batch_prefill(self.running_batch).batch_to_run
+        self.waiting_queue = self.waiting_queue + others
+        return batch
+
+    # ---- running --------------------------------------------------------------------------------------------------
+
+    def _run(self, task: PrefillTask) -> None:
+        """Execute ``task`` until it is done or an event is pending, suspending the one that ran before."""
+        now_s = time.monotonic()
+        if task is not self._running:
+            if self._running is not None:
+                self._log_suspend(self._running, task, now_s)
+            if task.checkpoint:
+                self._log.write("resume", now_s, task=task.id, rids=task.rids, checkpoint=task.checkpoint)
+            else:
+                cached_tokens = sum(req.prefix_len for req in task.batch.reqs)
+                self._log.write(
+                    "start",
+                    now_s,
+                    task=task.id,
+                    rids=task.rids,
+                    new_tokens=task.new_tokens,
+                    cached_tokens=cached_tokens,
+                    predicted_s=round(task.predicted_s, 6),
+                )
+            self._running = task
+        self.cur_batch_for_debug = task.batch
+        self._executor.run(task, self.run_batch)
+
+    def _finish(self, task: PrefillTask) -> None:
+        """Send the KV of a task that is done and answer its requests."""
+        self._retire(task)
+        self._log.write(
+            "complete",
+            time.monotonic(),
+            task=task.id,
+            rids=task.rids,
+            checkpoint=task.checkpoint,
+            forward_s=round(task.executed_s, 6),
+            predicted_s=round(task.predicted_s, 6),
+        )
+        self.process_batch_result(task.batch, task.result)
+
+    def _retire(self, task: PrefillTask) -> None:
+        """Forget a task that is done or dropped."""
+        assert self._policy is not None
+        self._policy.tasks.remove(task.job)
+        self._slots.give_back(task.attn_backend)
+        self._kv_is_short = False
+        if self._running is task:
+            self._running = None
+
+    def _requeue(self, task: PrefillTask) -> None:
+        """Tell the policy how much of a task that has run is left."""
+        assert self._policy is not None
+        self._policy.tasks.remove(task.job)
+        task.job.remaining_s = self._remaining_s(task)
+        self._policy.tasks.add(task.job)
+
+    def _remaining_s(self, task: PrefillTask) -> float:
+        """Predicted time left, from the checkpoints that the task has passed and not from wall time."""
+        if not self._checkpoints:
+            return max(0.0, task.predicted_s - task.executed_s)
+        return task.predicted_s * max(0.0, 1.0 - task.checkpoint / self._checkpoints)
+
+    # ---- requests that come and go --------------------------------------------------------------------------------
+
+    def _add_request_to_queue(self, req: Any, is_retracted: bool = False) -> None:
+        super()._add_request_to_queue(req, is_retracted)
+        if self._policy is not None and not is_health_check_generate_req(req):
+            received_s, slo_s = _received_s(req), self._slo_s(req)
+            self._log.write(
+                "arrival",
+                time.monotonic(),
+                rid=req.rid,
+                prompt_tokens=len(req.origin_input_ids),
+                ttft_slo_s=slo_s,
+                deadline_s=round(received_s + slo_s, 6),
+                received_s=round(received_s, 6),
+            )
+
+    def _enqueue(self, req: Any) -> None:
+        """A request that finished bootstrapping waits for its turn."""
+        assert self._policy is not None
+        self.waiting_queue.append(req)
+        req.init_next_round_input(self.tree_cache)
+        readable_s = max(req.time_stats.api_server_dispatch_time, self._bootstrapped_s.pop(req.bootstrap_room, 0.0))
+        shape = PrefillShape(len(req.origin_input_ids) - req.prefix_len, req.prefix_len)
+        waiting = WaitingRequest(req, shape, readable_s)
+        arrival_s = _received_s(req)
+        job = Job(waiting, arrival_s, arrival_s + self._slo_s(req), self._predict_s([waiting]))
+        self._waiting[req] = job
+        self._policy.requests.add(job)
+
+    def abort_request(self, recv_req: Any) -> None:
+        super().abort_request(recv_req)
+        if self._policy is not None:
+            self._forget_left_requests()
+
+    def _forget_left_requests(self) -> None:
+        """Drop the jobs of requests that SGLang has taken off the waiting queue (aborted, decode server gone)."""
+        assert self._policy is not None
+        if len(self._waiting) == len(self.waiting_queue):
+            return
+        still_waiting = set(self.waiting_queue)
+        for req in [req for req in self._waiting if req not in still_waiting]:
+            self._policy.requests.remove(self._waiting.pop(req))
+            self._log.write("abort", time.monotonic(), rids=[req.rid])
+
+    def _drop_aborted_tasks(self) -> None:
+        """Unwind tasks that nobody waits for any more and free what they hold."""
+        for task in self._tasks():
+            if not all(is_aborted(req) for req in task.batch.reqs):
+                continue
+            self._executor.cancel(task)
+            self._retire(task)
+            self._log.write("abort", time.monotonic(), task=task.id, rids=task.rids, checkpoint=task.checkpoint)
+            dropped = [req for req in task.batch.reqs if self._retire_aborted_prefill_result(req)]
+            for req in dropped:
+                req.time_stats.set_completion_time()
+            self.output_streamer.stream_output(dropped, any(req.return_logprob for req in dropped))
+
+    def pause_generation(self, recv_req: Any) -> None:
+        """Started tasks run to their end first: a pause may be there to change the weights under them."""
+        for task in self._tasks():
+            while not task.done:
+                self._executor.run(task, self.run_batch)
+            self._finish(task)
+        super().pause_generation(recv_req)
+
+    # ---- what SGLang asks a scheduler ------------------------------------------------------------------------------
+
+    def is_fully_idle(self, *args: Any, **kwargs: Any) -> bool:
+        return super().is_fully_idle(*args, **kwargs) and not self._tasks()
+
+    def _collect_inflight_batches(self) -> list[Any]:
+        return [*super()._collect_inflight_batches(), *(task.batch for task in self._tasks())]
+
+    # ---- helpers --------------------------------------------------------------------------------------------------
+
+    def _tasks(self) -> list[PrefillTask]:
+        if self._policy is None or not len(self._policy.tasks):
+            return []
+        return [job.item for job in self._policy.tasks.first(time.monotonic(), len(self._policy.tasks))]
+
+    def _predict_s(self, requests: Sequence[WaitingRequest]) -> float:
+        return self._ttft.predict_s([request.shape for request in requests])
+
+    def _slo_s(self, req: Any) -> float:
+        if is_health_check_generate_req(req):
+            return HEALTH_CHECK_SLO_S
+        return ttft_slo_s(req.sampling_params.custom_params, self._config.default_ttft_slo)
+
+    def _log_suspend(self, suspended: PrefillTask, winner: PrefillTask, now_s: float) -> None:
+        # A task is resumed in place of another only because of what just happened: nothing was there to be read before.
+        readable_s = now_s if winner.checkpoint else winner.readable_s
+        self._log.write(
+            "suspend",
+            now_s,
+            task=suspended.id,
+            rids=suspended.rids,
+            checkpoint=suspended.checkpoint,
+            for_rids=winner.rids,
+            readable_s=round(readable_s, 6),
+            blocking_s=round(max(0.0, now_s - readable_s), 6),
+        )
+
+
+def _received_s(req: Any) -> float:
+    """When the HTTP server received the request; for one that came another way, when the scheduler did."""
+    return float(req.time_stats.created_time or req.time_stats.scheduler_recv_time or time.monotonic())

@@ -1,0 +1,131 @@
+"""A prefill task: one forward pass over a batch, in a greenlet, that can be suspended at its checkpoints."""
+
+from __future__ import annotations
+
+import contextvars
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from greenlet import greenlet
+
+from sgl_flowprefill.policy import Job
+from sgl_flowprefill.runtime.forward_state import ForwardState
+
+
+@dataclass(eq=False)
+class PrefillTask:
+    """A started batch."""
+
+    id: int
+    batch: Any
+    """SGLang's ScheduleBatch."""
+    arrival_s: float
+    deadline_s: float
+    readable_s: float
+    """When the scheduler process could first have read that the request it was started for can be run."""
+    predicted_s: float
+    attn_backend: Any
+    job: Job[PrefillTask] = field(init=False)
+    """What the policy sees of it."""
+    checkpoint: int = 0
+    """Checkpoints passed so far."""
+    executed_s: float = 0.0
+    """Time for which it ran, without the time for which it was suspended."""
+    result: Any = None
+    """What the forward pass returned, once done."""
+    done: bool = False
+    _greenlet: Any = field(default=None, repr=False)
+    _state: ForwardState | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        self.job = Job(self, self.arrival_s, self.deadline_s, self.predicted_s)
+
+    @property
+    def rids(self) -> list[str]:
+        return [req.rid for req in self.batch.reqs]
+
+    @property
+    def new_tokens(self) -> int:
+        return int(self.batch.extend_num_tokens)
+
+
+class Executor:
+    """Runs one task at a time and comes back when it is done or when ``interrupted`` says so at a checkpoint."""
+
+    def __init__(self, model_runner: Any, interrupted: Callable[[], bool]) -> None:
+        self._model_runner = model_runner
+        self._interrupted = interrupted
+        self._running: PrefillTask | None = None
+        self._resumed_s = 0.0
+
+    def checkpoint(self) -> None:
+        """Called by the model after each operator; may not return before much later."""
+        task = self._running
+        if task is None:  # a forward outside any task, such as the profile's
+            return
+        task.checkpoint += 1
+        if self._interrupted():
+            task._greenlet.parent.switch()
+
+    def run(self, task: PrefillTask, forward: Callable[[Any], Any]) -> None:
+        """Start or resume ``task`` with ``forward(batch)``, until it is done or interrupted; what it raises is raised."""
+        if task._greenlet is None:
+            task._greenlet = self._new_greenlet(task, forward)
+            task._state = ForwardState.capture(self._model_runner).with_backend(task.attn_backend)
+        self._switch(task, task._greenlet.switch)
+
+    def cancel(self, task: PrefillTask) -> None:
+        """Unwind the forward of a suspended ``task``: its context managers exit and its activations are freed."""
+        if task._greenlet is not None and not task._greenlet.dead:
+            self._switch(task, task._greenlet.throw)
+
+    def executed_s(self, task: PrefillTask) -> float:
+        """Time for which ``task`` has run up to now."""
+        running_s = time.monotonic() - self._resumed_s if task is self._running else 0.0
+        return task.executed_s + running_s
+
+    def _switch(self, task: PrefillTask, switch: Callable[[], Any]) -> None:
+        hub_state = ForwardState.capture(self._model_runner)
+        assert task._state is not None
+        task._state.install(self._model_runner)
+        self._running, self._resumed_s = task, time.monotonic()
+        try:
+            switch()
+        finally:
+            task.executed_s += time.monotonic() - self._resumed_s
+            self._running = None
+            task._state = ForwardState.capture(self._model_runner)
+            hub_state.install(self._model_runner)
+
+    @staticmethod
+    def _new_greenlet(task: PrefillTask, forward: Callable[[Any], Any]) -> Any:
+        def body() -> None:
+            task.result = forward(task.batch)
+            task.done = True
+
+        new = greenlet(body)
+        new.gr_context = contextvars.copy_context()
+        return new
+
+
+class AttentionSlots:
+    """Attention backends for tasks that live at the same time: a backend keeps the metadata of one batch.
+
+    The first slot is the model runner's own backend; others are made when needed and reused.
+    """
+
+    def __init__(self, model_runner: Any) -> None:
+        self._model_runner = model_runner
+        self._free = [model_runner.attn_backend]
+
+    def take(self) -> Any:
+        if self._free:
+            return self._free.pop()
+        backend = self._model_runner._get_attention_backend(init_new_workspace=True)
+        self._model_runner.kv_index_translator.bind_and_verify_backends([backend])
+        return backend
+
+    def give_back(self, backend: Any) -> None:
+        self._free.append(backend)

@@ -1,0 +1,137 @@
+"""A real FlowPrefillScheduler inside the test's process: real model, KV pool and radix cache; no KV is sent anywhere.
+
+Requests carry SGLang's fake bootstrap host, which completes a handshake and a transfer at once, as SGLang's own warm-up
+and health-check requests do. One process can hold one scheduler.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+
+@dataclass
+class Answer:
+    """What a request got: its first token, and log probabilities where it asked for them."""
+
+    token: int | None
+    logprob: float | None
+    input_logprobs: list[float] | None
+    aborted: bool
+    req: Any = field(repr=False)
+
+
+class PrefillEngine:
+    """Drives the scheduler step by step."""
+
+    def __init__(self, model_path: str, **server_args: Any) -> None:
+        os.environ.update(FLOWPREFILL="1", SGLANG_EAGER_INPUT_NO_COPY="1")
+        torch.set_num_threads(1)
+        import sglang.srt.managers.scheduler as scheduler_module
+        from sglang.srt.plugins import load_plugins
+        from sglang.srt.runtime_context import SpawnRanks, get_disagg, publish
+        from sglang.srt.server_args import PortArgs, ServerArgs
+
+        load_plugins()
+        settings: dict[str, Any] = {
+            "disaggregation_mode": "prefill",
+            "disaggregation_transfer_backend": "nixl",
+            "disable_overlap_schedule": True,
+            "chunked_prefill_size": -1,
+            "max_total_tokens": 60_000,
+            "log_level": "warning",
+        }
+        args = ServerArgs(model_path=model_path, **(settings | server_args))
+        args.resolve_once()
+        publish(args, role="scheduler", ranks=SpawnRanks(world_rank=0, dp_rank=None, gpu_id=0))
+        get_disagg()._set("disaggregation_transfer_backend", "fake")
+        self.scheduler = scheduler_module.Scheduler(args, PortArgs.init_new(args))
+        self.answers: dict[str, Answer] = {}
+        # The streamer has slots and other components hold it: its class is what can be replaced.
+        streamer = type(self.scheduler.output_streamer)
+        streamer.stream_output = lambda _, reqs, return_logprob, skip_req=None: self._record(reqs)
+
+    def submit(
+        self,
+        rid: str,
+        prompt: Sequence[int],
+        ttft_slo_s: float | None = None,
+        logprobs: bool = False,
+        input_logprobs: bool = False,
+    ) -> None:
+        """Hand a request to the scheduler as the tokenizer process would."""
+        from sglang.srt.disaggregation.utils import FAKE_BOOTSTRAP_HOST
+        from sglang.srt.managers.io_struct import TokenizedGenerateReqInput
+        from sglang.srt.observability.req_time_stats import APIServerReqTimeStats
+        from sglang.srt.sampling.sampling_params import SamplingParams
+
+        custom_params = None if ttft_slo_s is None else {"ttft_slo": ttft_slo_s}
+        sampling = SamplingParams(temperature=0, max_new_tokens=4, custom_params=custom_params)
+        sampling.normalize(None)
+        recv = TokenizedGenerateReqInput(
+            rid=rid,
+            input_text="",
+            input_ids=array("q", prompt),
+            input_embeds=None,
+            mm_inputs=None,
+            sampling_params=sampling,
+            return_logprob=logprobs or input_logprobs,
+            logprob_start_len=0 if input_logprobs else -1,
+            top_logprobs_num=0,
+            token_ids_logprob=None,
+            token_type_ids=None,
+            stream=True,
+            bootstrap_host=FAKE_BOOTSTRAP_HOST,
+            bootstrap_room=len(self.answers),
+        )
+        recv.time_stats = APIServerReqTimeStats()
+        recv.time_stats.created_time = time.perf_counter()
+        self.scheduler.process_input_requests([recv])
+
+    def abort(self, rid: str) -> None:
+        """What the tokenizer process sends when a client disconnects."""
+        from sglang.srt.managers.io_struct import AbortReq
+
+        self.scheduler.process_input_requests([AbortReq(rid=rid)])
+
+    @torch.no_grad()
+    def step(self) -> bool:
+        """One round of the event loop, without the sleep. Whether anything could run."""
+        return bool(self.scheduler._step())
+
+    def run(self, limit: int = 100_000) -> None:
+        """Step until nothing is left to do."""
+        for _ in range(limit):
+            if not self.step() and self.scheduler.is_fully_idle():
+                return
+        raise AssertionError(f"still not idle after {limit} steps")
+
+    def assert_clean(self) -> None:
+        """SGLang's own idle checks pass (KV pool, request slots, radix tree), and everything can be flushed."""
+        assert self.scheduler.is_fully_idle()
+        self.scheduler.on_idle()
+        assert self.scheduler.flush_cache()
+        allocator = self.scheduler.token_to_kv_pool_allocator
+        assert allocator.available_size() == self.scheduler.max_total_num_tokens
+        assert self.scheduler.req_to_token_pool.available_size() == self.scheduler.req_to_token_pool.size
+        metadata = self.scheduler.req_to_metadata_buffer_idx_allocator
+        assert metadata.available_size() == metadata.size
+
+    def _record(self, reqs: Sequence[Any]) -> None:
+        for req in reqs:
+            outputs = list(req.output_ids)
+            values = req.logprob.output_token_logprobs_val if req.return_logprob else None
+            inputs = req.logprob.input_token_logprobs_val if req.return_logprob else None
+            self.answers[req.rid] = Answer(
+                token=outputs[0] if outputs else None,
+                logprob=float(values[0]) if values else None,
+                input_logprobs=list(inputs) if inputs else None,
+                aborted=type(req.finished_reason).__name__ == "FINISH_ABORT",
+                req=req,
+            )
