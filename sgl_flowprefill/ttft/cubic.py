@@ -24,7 +24,7 @@ class CubicTTFT:
     """Seconds a token beyond the table: a cubic's own tail may even fall."""
 
     @classmethod
-    def fit(cls, tokens: Sequence[int], times_s: Sequence[float], step_tokens: int = 64) -> CubicTTFT:
+    def fit(cls, tokens: Sequence[int], times_s: Sequence[float], step_tokens: int = 16) -> CubicTTFT:
         """Fit measured ``times_s`` over ``tokens``. Relative residuals count, so that short prompts are fitted too.
 
         Raises ValueError with fewer than four distinct sizes, which do not determine a cubic.

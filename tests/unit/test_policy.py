@@ -1,0 +1,305 @@
+"""The policy alone: order, bounds, batching, and a simulated server in which no task is lost and none runs twice."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import dataclass, field
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sgl_flowprefill.policy import Job, Limits, PrefillPolicy, SlackEdfQueue, make_policy
+
+
+def job(name: str, deadline_s: float, remaining_s: float = 1.0, arrival_s: float = 0.0) -> Job[str]:
+    return Job(name, arrival_s, deadline_s, remaining_s)
+
+
+def queue_of(*jobs: Job[str], max_starvation_s: float = 1e9) -> SlackEdfQueue[str]:
+    queue: SlackEdfQueue[str] = SlackEdfQueue(max_starvation_s)
+    for entry in jobs:
+        queue.add(entry)
+    return queue
+
+
+def names(queue: SlackEdfQueue[str], now_s: float) -> list[str]:
+    return [entry.item for entry in queue.first(now_s, 100)]
+
+
+def test_feasible_jobs_go_first_by_deadline_and_hopeless_ones_after_them_by_age() -> None:
+    queue = queue_of(
+        job("late", deadline_s=9.0),
+        job("soon", deadline_s=3.0),
+        job("hopeless", deadline_s=0.5, arrival_s=-1.0),
+        job("older hopeless", deadline_s=0.7, arrival_s=-2.0),
+    )
+    assert names(queue, now_s=0.0) == ["soon", "late", "older hopeless", "hopeless"]
+
+
+def test_a_job_turns_hopeless_when_its_slack_runs_out_and_not_before() -> None:
+    tight, loose = job("tight", deadline_s=2.0, remaining_s=1.5), job("loose", deadline_s=10.0)
+    queue = queue_of(tight, loose)
+    best = queue.best(0.5)
+    assert best is not None
+    assert best[1] is tight  # slack is exactly zero
+    best = queue.best(0.51)
+    assert best is not None
+    assert best[1] is loose
+
+
+def test_a_hopeless_job_goes_first_once_it_has_waited_too_long() -> None:
+    queue = queue_of(job("hopeless", deadline_s=0.5), job("feasible", deadline_s=1e6), max_starvation_s=60.0)
+    assert names(queue, now_s=59.0) == ["feasible", "hopeless"]
+    assert names(queue, now_s=60.0) == ["hopeless", "feasible"]
+    best = queue.best(60.0)
+    assert best is not None
+    assert best[1].item == "hopeless"
+
+
+def test_a_job_that_ran_can_become_feasible_again() -> None:
+    running = job("running", deadline_s=5.0, remaining_s=4.0)
+    queue = queue_of(running, job("other", deadline_s=50.0))
+    assert names(queue, now_s=2.0) == ["other", "running"]
+    queue.remove(running)
+    running.remaining_s = 1.0
+    queue.add(running)
+    assert names(queue, now_s=2.0) == ["running", "other"]
+
+
+operations = st.lists(
+    st.tuples(st.sampled_from(["add", "remove", "ask"]), st.floats(0, 100), st.floats(0, 50), st.floats(0, 5)),
+    max_size=60,
+)
+
+
+@given(operations)
+@settings(max_examples=300, deadline=None)
+def test_the_heaps_agree_with_sorting_everything_at_every_event(
+    script: list[tuple[str, float, float, float]],
+) -> None:
+    starvation_s = 40.0
+    queue: SlackEdfQueue[int] = SlackEdfQueue(starvation_s)
+    live: list[Job[int]] = []
+    now_s = 0.0
+
+    def rank(entry: Job[int]) -> tuple[int, float]:
+        # A job that is added with no slack left is hopeless from the first look at it.
+        if entry.deadline_s - entry.remaining_s >= now_s:
+            return (1, entry.deadline_s)
+        return (0 if entry.arrival_s + starvation_s <= now_s else 2, entry.arrival_s)
+
+    for number, (operation, a, b, elapsed_s) in enumerate(script):
+        now_s += elapsed_s
+        if operation == "add":
+            entry = Job(number, now_s - a, now_s + b - a, b / 2)
+            live.append(entry)
+            queue.add(entry)
+        elif operation == "remove" and live:
+            queue.remove(live.pop(int(a) % len(live)))
+        best = queue.best(now_s)
+        assert len(queue) == len(live)
+        if not live:
+            assert best is None
+        else:
+            assert best is not None
+            assert rank(best[1]) == min(map(rank, live))
+            ordered = queue.first(now_s, len(live))
+            assert [rank(entry) for entry in ordered] == sorted(map(rank, live))
+
+
+def policy_of(max_suspended: int = 4, max_batch_tokens: int = 100) -> PrefillPolicy[str, str]:
+    return make_policy("s-edf", Limits(max_suspended, max_batch_tokens), max_starvation_s=1e9)
+
+
+def test_a_new_request_preempts_only_within_the_bound_on_suspended_tasks() -> None:
+    policy = policy_of(max_suspended=1)
+    running, suspended = job("running", deadline_s=50.0), job("suspended", deadline_s=60.0)
+    urgent = job("urgent", deadline_s=2.0)
+    policy.tasks.add(running)
+    policy.requests.add(urgent)
+    assert policy.pick(0.0, running) is urgent
+    policy.tasks.add(suspended)
+    assert policy.pick(0.0, running) is running, "a second suspended task would exceed the bound"
+    suspended.deadline_s = 1.5
+    policy.tasks.remove(suspended)
+    policy.tasks.add(suspended)
+    assert policy.pick(0.0, running) is suspended, "changing places does not raise the number of suspended tasks"
+
+
+def test_when_nothing_may_be_admitted_a_started_task_runs() -> None:
+    policy = policy_of()
+    policy.requests.add(job("urgent", deadline_s=2.0))
+    assert policy.pick(0.0, None, admit=False) is None
+    task = job("task", deadline_s=50.0)
+    policy.tasks.add(task)
+    assert policy.pick(0.0, None, admit=False) is task
+
+
+@dataclass
+class Sized:
+    tokens: int
+
+
+def batch_of(jobs: list[Job[Sized]], now_s: float = 0.0, max_batch_tokens: int = 100) -> list[Job[Sized]]:
+    policy: PrefillPolicy[Sized, str] = make_policy("s-edf", Limits(4, max_batch_tokens), 1e9)
+    for entry in jobs:
+        policy.requests.add(entry)
+    winner = policy.pick(now_s, None)
+    assert winner is not None
+    return policy.batch(
+        winner,  # type: ignore[arg-type]
+        now_s,
+        lambda item: item.tokens,
+        lambda items: sum(item.tokens for item in items) / 100,
+    )
+
+
+def test_a_request_joins_only_where_no_member_loses_its_deadline() -> None:
+    tight = Job(Sized(20), 0.0, 0.5, 0.2)
+    fits = Job(Sized(20), 0.0, 1.0, 0.2)
+    too_slow = Job(Sized(40), 0.0, 2.0, 0.4)  # 0.8 s together is past the first one's 0.5 s
+    assert batch_of([tight, fits, too_slow]) == [tight, fits]
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 150), st.floats(0.01, 5)), min_size=1, max_size=40),
+    st.integers(1, 200),
+)
+@settings(deadline=None)
+def test_batches_keep_the_token_budget_and_every_feasible_members_deadline(
+    sizes: list[tuple[int, float]], budget: int
+) -> None:
+    jobs = [Job(Sized(tokens), 0.0, deadline_s, tokens / 100) for tokens, deadline_s in sizes]
+    members = batch_of(jobs, max_batch_tokens=budget)
+    tokens = sum(member.item.tokens for member in members)
+    assert len(members) == len(set(map(id, members)))
+    if len(members) > 1:
+        assert tokens <= budget
+        for member in members:
+            if member.slack_s(0.0) >= 0:
+                assert tokens / 100 <= member.deadline_s
+
+
+# ---- a server made of the policy alone ---------------------------------------------------------------------------
+
+
+@dataclass
+class Request:
+    number: int
+    arrival_s: float
+    slo_s: float
+    work_s: float
+    kv: int
+
+
+@dataclass
+class Server:
+    """Prefill with KV admission, driven by the policy at every event; what it must never do is asserted on the way."""
+
+    policy: PrefillPolicy[Request, list[Request]]
+    kv_capacity: int
+    kv_used: int = 0
+    now_s: float = 0.0
+    finished: list[int] = field(default_factory=list)
+    running: Job[list[Request]] | None = None
+
+    def run(self, arrivals: list[Request]) -> None:
+        pending = sorted(arrivals, key=lambda request: request.arrival_s)
+        while pending or len(self.policy.requests) or len(self.policy.tasks):
+            while pending and pending[0].arrival_s <= self.now_s:
+                request = pending.pop(0)
+                deadline_s = request.arrival_s + request.slo_s
+                self.policy.requests.add(Job(request, request.arrival_s, deadline_s, request.work_s))
+            next_s = pending[0].arrival_s if pending else float("inf")
+            task = self.pick()
+            if task is None:
+                assert self.now_s < next_s < float("inf"), "nothing runs, nothing will arrive: a deadlock"
+                self.now_s = next_s
+                continue
+            self.running = task
+            elapsed_s = min(task.remaining_s, max(next_s - self.now_s, 1e-6))
+            self.now_s += elapsed_s
+            self.policy.tasks.remove(task)
+            task.remaining_s -= elapsed_s
+            if task.remaining_s <= 1e-9:
+                self.finished += [request.number for request in task.item]
+                self.kv_used -= sum(request.kv for request in task.item)
+                self.running = None
+            else:
+                self.policy.tasks.add(task)
+
+    def pick(self) -> Job[list[Request]] | None:
+        choice = self.policy.pick(self.now_s, self.running)
+        if choice is None or isinstance(choice.item, list):
+            return choice  # type: ignore[return-value]
+        members = self.policy.batch(
+            choice,  # type: ignore[arg-type]
+            self.now_s,
+            lambda request: request.kv,
+            lambda requests: sum(request.work_s for request in requests),
+        )
+        kv = sum(member.item.kv for member in members)
+        if self.kv_used + kv > self.kv_capacity:
+            return self.policy.pick(self.now_s, self.running, admit=False)  # type: ignore[return-value]
+        for member in members:
+            self.policy.requests.remove(member)
+        self.kv_used += kv
+        task = Job([member.item for member in members], choice.arrival_s, choice.deadline_s, 0.0)
+        task.remaining_s = sum(request.work_s for request in task.item)
+        self.policy.tasks.add(task)
+        suspended = len(self.policy.tasks) - 1
+        assert suspended <= self.policy.limits.max_suspended
+        return task
+
+
+requests = st.lists(
+    st.tuples(st.floats(0, 20), st.floats(0.05, 20), st.floats(0.01, 3), st.integers(1, 100)), min_size=1, max_size=40
+)
+
+
+@pytest.mark.parametrize("kind", ["s-edf", "edf", "fcfs"])
+@given(script=requests, max_suspended=st.integers(0, 5), kv_capacity=st.integers(100, 300))
+@settings(max_examples=150, deadline=None)
+def test_no_task_is_lost_and_none_runs_twice(
+    kind: str, script: list[tuple[float, float, float, int]], max_suspended: int, kv_capacity: int
+) -> None:
+    arrivals = [Request(number, *fields) for number, fields in enumerate(script)]
+    server = Server(make_policy(kind, Limits(max_suspended, 60), max_starvation_s=10.0), kv_capacity)
+    server.run(arrivals)
+    assert sorted(server.finished) == [request.number for request in arrivals]
+    assert server.kv_used == 0
+
+
+def within(server_kind: str, arrivals: list[Request]) -> int:
+    server = Server(make_policy(server_kind, Limits(16, 1), max_starvation_s=1e9), kv_capacity=10**9)
+    finished_s: dict[int, float] = {}
+    pending = {request.number: request for request in arrivals}
+
+    class Recorder(list[int]):
+        def __iadd__(self, numbers: list[int]) -> Recorder:  # type: ignore[override, misc]
+            for number in numbers:
+                finished_s[number] = server.now_s
+            self.extend(numbers)
+            return self
+
+    server.finished = Recorder()
+    server.run(arrivals)
+    return sum(finished_s[n] <= r.arrival_s + r.slo_s + 1e-6 for n, r in pending.items())
+
+
+def test_slack_beats_deadlines_alone_when_not_everything_can_be_met() -> None:
+    # Every long request is hopeless from the start; plain EDF spends its time on them and loses the short ones too.
+    arrivals = [Request(2 * i, 1.0 * i, 0.5, 0.9, 1) for i in range(20)]
+    arrivals += [Request(2 * i + 1, 1.0 * i + 0.01, 0.6, 0.2, 1) for i in range(20)]
+    assert within("s-edf", arrivals) == 20
+    assert within("edf", arrivals) < 10
+
+
+def test_the_policy_needs_neither_torch_nor_sglang() -> None:
+    script = (
+        "import sys; import sgl_flowprefill.policy, sgl_flowprefill.ttft, sgl_flowprefill.slo;"
+        "assert not {'torch', 'sglang'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)

@@ -1,0 +1,42 @@
+"""The cubic TTFT model."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sgl_flowprefill.ttft import CubicTTFT, PrefillShape
+
+LENGTHS = [16, 64, 256, 512, 1024, 2048, 4096, 8192]
+
+
+def cost_s(tokens: float) -> float:
+    return 0.01 + 6e-5 * tokens + 2e-9 * tokens**2
+
+
+MODEL = CubicTTFT.fit(LENGTHS, [cost_s(n) for n in LENGTHS])
+
+
+@pytest.mark.parametrize("tokens", [16, 100, 700, 3000, 8000, 8192])
+def test_it_recovers_a_cost_that_is_a_polynomial(tokens: int) -> None:
+    assert MODEL.predict_s([PrefillShape(tokens)]) == pytest.approx(cost_s(tokens), rel=0.02)
+
+
+def test_it_grows_beyond_the_longest_profiled_prompt() -> None:
+    assert MODEL.predict_s([PrefillShape(16384)]) > 1.8 * MODEL.predict_s([PrefillShape(8192)])
+
+
+@given(st.integers(0, 40_000), st.integers(0, 40_000))
+def test_more_tokens_never_take_less_time(a: int, b: int) -> None:
+    low, high = sorted((a, b))
+    assert MODEL.predict_s([PrefillShape(low)]) <= MODEL.predict_s([PrefillShape(high)])
+
+
+def test_a_batch_costs_what_its_tokens_cost() -> None:
+    assert MODEL.predict_s([PrefillShape(300), PrefillShape(724)]) == MODEL.predict_s([PrefillShape(1024)])
+
+
+def test_too_few_lengths_are_refused() -> None:
+    with pytest.raises(ValueError, match="at least 4 prompt lengths"):
+        CubicTTFT.fit([16, 16, 64, 64], [1, 1, 2, 2])
