@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Mapping, MutableMapping
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -47,16 +47,20 @@ class FlowPrefillConfig(BaseModel):
         gt=0,
         description="a request that can no longer meet its objective goes first once it has waited this many seconds",
     )
-    granularity: str = Field(
+    granularity: Literal["operator", "layer", "chunk"] = Field(
         default="operator",
-        pattern="^(operator|layer|chunk)$",
         description="where a running prefill can be suspended: after each attention and MLP (operator), after each "
         "layer (layer), or only between forwards (chunk)",
     )
-    policy: str = Field(
+    policy: Literal["s-edf", "edf", "fcfs"] = Field(
         default="s-edf",
-        pattern="^(s-edf|edf|fcfs)$",
         description="order of requests: s-edf (slack-aware earliest deadline first), edf, or fcfs",
+    )
+    max_blocking_ms: float | None = Field(
+        default=None,
+        gt=0,
+        description="an operator that would run longer than this many milliseconds is split into tiles between which a "
+        "prefill can be suspended (default 5 on a GPU, 20 on a CPU)",
     )
     event_log: str | None = Field(default=None, description="file that receives every scheduling event as a JSON line")
     profile: str | None = Field(

@@ -6,6 +6,7 @@ exception and go on without us, so a seam that does not fit ends the process ins
 
 from __future__ import annotations
 
+import multiprocessing
 import sys
 
 from sgl_flowprefill.config import ConfigError, FlowPrefillConfig, is_enabled
@@ -26,16 +27,27 @@ def _load() -> None:
     if not is_enabled():
         return
     FlowPrefillConfig.from_env()
-    from sgl_flowprefill.patches import request_slo
+    if multiprocessing.parent_process() is None:
+        _take_http_seams()
+    elif "sglang.srt.managers.scheduler" in sys.modules:
+        _take_scheduler_seam()
+
+
+def _take_http_seams() -> None:
+    """Requests and health checks enter in the process that SGLang was started as."""
+    from sgl_flowprefill.patches import health, request_slo
 
     request_slo.apply()
-    if "sglang.srt.managers.scheduler" in sys.modules:
-        # The scheduler module is there in the processes that run a scheduler; importing it elsewhere costs seconds.
-        from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+    health.apply()
 
-        from sgl_flowprefill.runtime.scheduler import FlowPrefillScheduler
 
-        HookRegistry.register("sglang.srt.managers.scheduler.Scheduler", FlowPrefillScheduler, HookType.REPLACE)
+def _take_scheduler_seam() -> None:
+    """Of the processes that SGLang spawns, those that run a scheduler have imported it before they load plugins."""
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    from sgl_flowprefill.runtime.scheduler import FlowPrefillScheduler
+
+    HookRegistry.register("sglang.srt.managers.scheduler.Scheduler", FlowPrefillScheduler, HookType.REPLACE)
 
 
 def _take_platform_seams() -> None:
@@ -43,6 +55,14 @@ def _take_platform_seams() -> None:
     from sgl_flowprefill import platforms
 
     if platforms.is_active():
-        from sgl_flowprefill.patches import nixl_dram
+        from sgl_flowprefill.patches import nixl_dram, nixl_sleep
 
         nixl_dram.apply()
+        nixl_sleep.apply()
+    if "sglang.srt.managers.scheduler" in sys.modules:
+        from sgl_flowprefill.patches import affinity, decode_idle
+
+        if affinity.is_enabled():
+            affinity.apply()
+        if decode_idle.is_enabled():
+            decode_idle.apply()

@@ -33,7 +33,6 @@ class PrefillEngine:
     def __init__(self, model_path: str, **server_args: Any) -> None:
         os.environ.update(FLOWPREFILL="1", SGLANG_EAGER_INPUT_NO_COPY="1")
         torch.set_num_threads(1)
-        import sglang.srt.managers.scheduler as scheduler_module
         from sglang.srt.plugins import load_plugins
         from sglang.srt.runtime_context import SpawnRanks, get_disagg, publish
         from sglang.srt.server_args import PortArgs, ServerArgs
@@ -51,7 +50,9 @@ class PrefillEngine:
         args.resolve_once()
         publish(args, role="scheduler", ranks=SpawnRanks(world_rank=0, dp_rank=None, gpu_id=0))
         get_disagg()._set("disaggregation_transfer_backend", "fake")
-        self.scheduler = scheduler_module.Scheduler(args, PortArgs.init_new(args))
+        from sgl_flowprefill.runtime.scheduler import FlowPrefillScheduler
+
+        self.scheduler = FlowPrefillScheduler(args, PortArgs.init_new(args))
         self.answers: dict[str, Answer] = {}
         # The streamer has slots and other components hold it: its class is what can be replaced.
         streamer = type(self.scheduler.output_streamer)

@@ -8,13 +8,13 @@ leaves norms out.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import nn
 
-Granularity = Literal["operator", "layer", "chunk"]
+Granularity = Literal["operator", "layer"]
 
 
 class CheckpointError(RuntimeError):
@@ -58,16 +58,16 @@ def find_decoder_layers(model: nn.Module) -> list[DecoderLayer]:
     return layers
 
 
-def install_checkpoints(model: nn.Module, granularity: Granularity, checkpoint: Callable[[], None]) -> int:
+def install_checkpoints(
+    model: nn.Module, layers: Sequence[DecoderLayer], granularity: Granularity, checkpoint: Callable[[], None]
+) -> int:
     """Call ``checkpoint`` after every operator (or layer) of ``model``; how often that is in one forward pass."""
-    if granularity == "chunk":
-        return 0
 
     def after_operator(module: nn.Module, args: Any, output: Any) -> None:
         checkpoint()
 
     count = 0
-    for layer in find_decoder_layers(model):
+    for layer in layers:
         names = (layer.name,) if granularity == "layer" else (*layer.attention, *layer.mlp)
         for name in names:
             model.get_submodule(name).register_forward_hook(after_operator)

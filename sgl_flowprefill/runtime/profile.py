@@ -99,7 +99,7 @@ def current_setting(scheduler: Any) -> Setting:
     )
 
 
-@torch.no_grad()  # type: ignore[untyped-decorator]
+@torch.no_grad()
 def _measure(scheduler: Any, setting: Setting) -> Profile:
     longest = min(
         scheduler.model_config.context_len - 1,

@@ -10,6 +10,7 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, Final
 
 import torch
@@ -21,9 +22,10 @@ from sgl_flowprefill.config import FlowPrefillConfig
 from sgl_flowprefill.events import EventLog
 from sgl_flowprefill.patches import wakeups
 from sgl_flowprefill.policy import Job, Limits, PrefillPolicy, make_policy
-from sgl_flowprefill.runtime.checkpoints import install_checkpoints
+from sgl_flowprefill.runtime.checkpoints import find_decoder_layers, install_checkpoints
 from sgl_flowprefill.runtime.profile import load_or_measure
 from sgl_flowprefill.runtime.task import AttentionSlots, Executor, PrefillTask
+from sgl_flowprefill.runtime.tiles import tile_mlps, tile_tokens
 from sgl_flowprefill.runtime.wakeup import Wakeup, scheduler_events
 from sgl_flowprefill.slo import ttft_slo_s
 from sgl_flowprefill.ttft import PrefillShape, TTFTModel
@@ -36,6 +38,11 @@ IDLE_CHECK_S: Final = 5.0
 """How often an idle scheduler does SGLang's housekeeping (leak check, metrics)."""
 STALL_CHECK_S: Final = 1.0
 """How often a scheduler that only waits for others looks for what sends no wake-up (a dead decode server)."""
+CPU_MAX_BLOCKING_S: Final = 0.020
+GPU_MAX_BLOCKING_S: Final = 0.005
+"""Default of ``--flowprefill-max-blocking-ms``."""
+TILE_SAMPLE_TOKENS: Final = 2048
+"""Prompt length at which the time of a row is taken: long enough for efficient kernels, short for attention."""
 GRAMMAR_POLL_S: Final = 0.01
 """How often a compiling grammar is asked whether it is ready: SGLang's grammar workers send no wake-up."""
 
@@ -52,8 +59,10 @@ class WaitingRequest:
     """When this process could first have read that it can be run: it was sent here, and it has bootstrapped."""
 
 
-class FlowPrefillScheduler(Scheduler):  # type: ignore[misc]
+class FlowPrefillScheduler(Scheduler):
     """Takes the place of ``sglang.srt.managers.scheduler.Scheduler``; only a prefill server's loop differs."""
+
+    waiting_queue: list[Any]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         # What Scheduler.__init__ may already ask for, before the rest of our state can exist.
@@ -70,8 +79,12 @@ class FlowPrefillScheduler(Scheduler):  # type: ignore[misc]
         wakeups.install(self._wakeup.notify, self._bootstrapped_s)
         self._events = scheduler_events(self, self._wakeup)
         self._executor = Executor(model_runner, self._events.pending)
-        self._slots = AttentionSlots(model_runner)
-        self._checkpoints = install_checkpoints(model_runner.model, config.granularity, self._executor.checkpoint)  # type: ignore[arg-type]
+        self._checkpoints = 0
+        layers = find_decoder_layers(model_runner.model)
+        if config.granularity != "chunk":
+            self._checkpoints = install_checkpoints(
+                model_runner.model, layers, config.granularity, self._executor.checkpoint
+            )
         limits = Limits(max_suspended=config.max_suspended, max_batch_tokens=config.max_batch_tokens)
         self._policy = make_policy(config.policy, limits, config.max_starvation_s)
         self._waiting: dict[Any, Job[WaitingRequest]] = {}
@@ -80,6 +93,13 @@ class FlowPrefillScheduler(Scheduler):  # type: ignore[misc]
         self._kv_is_short = False
         self._last_stall_check_s = 0.0
         self._ttft: TTFTModel = load_or_measure(self, config)
+        between_tiles = None
+        if config.granularity == "operator":
+            between_tiles = self._executor.between_tiles
+            tokens = self._tile_tokens(config, len(layers))
+            tiled = tile_mlps(model_runner.model, chain(*(layer.mlp for layer in layers)), tokens, between_tiles)
+            logger.info("FlowPrefill runs %d MLP modules in tiles of %d tokens", tiled, tokens)
+        self._slots = AttentionSlots(model_runner, between_tiles)
         self._log = EventLog(config.event_log)
         logger.info(
             "FlowPrefill is on: policy %s, %d checkpoints in a forward pass, at most %d suspended tasks",
@@ -88,12 +108,19 @@ class FlowPrefillScheduler(Scheduler):  # type: ignore[misc]
             config.max_suspended,
         )
 
+    def _tile_tokens(self, config: FlowPrefillConfig, layers: int) -> int:
+        """Rows of an MLP tile: the profile's time of a whole layer bounds what one of its operators takes."""
+        by_device_s = GPU_MAX_BLOCKING_S if self.device == "cuda" else CPU_MAX_BLOCKING_S
+        max_blocking_s = config.max_blocking_ms / 1e3 if config.max_blocking_ms else by_device_s
+        layer_s = self._ttft.predict_s([PrefillShape(TILE_SAMPLE_TOKENS)]) / layers
+        return tile_tokens(max_blocking_s, layer_s / TILE_SAMPLE_TOKENS)
+
     # ---- the event loop -------------------------------------------------------------------------------------------
 
-    @torch.no_grad()  # type: ignore[untyped-decorator]
+    @torch.no_grad()
     def event_loop_normal_disagg_prefill(self) -> None:
         while not self.gracefully_exit:
-            if not self._step():
+            if not self._step() and not self.gracefully_exit:
                 self._sleep()
 
     def _step(self) -> bool:

@@ -6,7 +6,7 @@ import contextvars
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from greenlet import greenlet
 
@@ -69,8 +69,14 @@ class Executor:
         if self._interrupted():
             task._greenlet.parent.switch()
 
+    def between_tiles(self) -> None:
+        """Called inside a long operator: like a checkpoint, but no progress by which time left could be told."""
+        task = self._running
+        if task is not None and self._interrupted():
+            task._greenlet.parent.switch()
+
     def run(self, task: PrefillTask, forward: Callable[[Any], Any]) -> None:
-        """Start or resume ``task`` with ``forward(batch)``, until it is done or interrupted; what it raises is raised."""
+        """Start or resume ``task`` with ``forward(batch)``, until it is done or interrupted. Its errors are raised."""
         if task._greenlet is None:
             task._greenlet = self._new_greenlet(task, forward)
             task._state = ForwardState.capture(self._model_runner).with_backend(task.attn_backend)
@@ -110,22 +116,35 @@ class Executor:
         return new
 
 
+@runtime_checkable
+class TiledAttention(Protocol):
+    """An attention backend that works in query tiles and lets others run between them."""
+
+    between_tiles: Callable[[], None]
+
+
 class AttentionSlots:
     """Attention backends for tasks that live at the same time: a backend keeps the metadata of one batch.
 
     The first slot is the model runner's own backend; others are made when needed and reused.
     """
 
-    def __init__(self, model_runner: Any) -> None:
+    def __init__(self, model_runner: Any, between_tiles: Callable[[], None] | None) -> None:
         self._model_runner = model_runner
-        self._free = [model_runner.attn_backend]
+        self._between_tiles = between_tiles
+        self._free = [self._prepared(model_runner.attn_backend)]
 
     def take(self) -> Any:
         if self._free:
             return self._free.pop()
         backend = self._model_runner._get_attention_backend(init_new_workspace=True)
         self._model_runner.kv_index_translator.bind_and_verify_backends([backend])
-        return backend
+        return self._prepared(backend)
 
     def give_back(self, backend: Any) -> None:
         self._free.append(backend)
+
+    def _prepared(self, backend: Any) -> Any:
+        if self._between_tiles is not None and isinstance(backend, TiledAttention):
+            backend.between_tiles = self._between_tiles
+        return backend
