@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import zmq
@@ -26,7 +27,9 @@ class Wakeup:
         """Forget what was notified so far. The hub calls this before it looks at what there is, never after."""
         if self.pending:
             self.pending = False
-            os.eventfd_read(self._fd)
+            # A notifier between its two steps has not written yet; its write then ends one sleep too many.
+            with suppress(BlockingIOError):
+                os.eventfd_read(self._fd)
 
     def fileno(self) -> int:
         return self._fd
