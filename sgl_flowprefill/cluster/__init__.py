@@ -1,0 +1,6 @@
+"""A prefill server, a decode server and the smg gateway in front of them, on one machine."""
+
+from sgl_flowprefill.cluster.base import ClusterConfig, ClusterError, Ports, StartError
+from sgl_flowprefill.cluster.cluster import Cluster
+
+__all__ = ["Cluster", "ClusterConfig", "ClusterError", "Ports", "StartError"]

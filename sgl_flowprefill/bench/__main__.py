@@ -1,0 +1,55 @@
+"""``python -m sgl_flowprefill.bench``: traces, replay, comparison of systems."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+from collections.abc import Callable
+from types import FrameType
+
+from rich.console import Console
+
+from sgl_flowprefill.bench import demo, replay_command
+from sgl_flowprefill.bench.calibrate import CalibrationError
+from sgl_flowprefill.cluster import ClusterError
+from sgl_flowprefill.config import ConfigError
+
+INTERRUPTED = 130
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command. Returns its exit code: 0, 1 for a doubtful result, 2 for what cannot work, 130 after Ctrl-C."""
+    args = _parser().parse_args(argv)
+    command: Callable[[argparse.Namespace, Console], int] = args.command
+    console = Console()
+    signal.signal(signal.SIGTERM, _as_ctrl_c)
+    try:
+        return command(args, console)
+    except KeyboardInterrupt:
+        console.print("Stopped.")
+        return INTERRUPTED
+    except (CalibrationError, ClusterError, ConfigError, ValueError, OSError) as error:
+        Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m sgl_flowprefill.bench", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for name, module, summary in (
+        ("demo", demo, "compare FlowPrefill with SGLang's stock scheduler on this machine"),
+        ("replay", replay_command, "replay a trace against a running endpoint"),
+    ):
+        command = commands.add_parser(name, help=summary, description=summary)
+        module.add_arguments(command)
+        command.set_defaults(command=module.run)
+    return parser
+
+
+def _as_ctrl_c(signum: int, frame: FrameType | None) -> None:
+    signal.raise_signal(signal.SIGINT)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

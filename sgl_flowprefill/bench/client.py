@@ -1,0 +1,230 @@
+"""One streamed request over HTTP: what its body looks like for each API, and when its tokens came.
+
+The client shares a small machine with the servers that it measures, so bodies are serialised before a run and an event
+of the stream is parsed only as far as its token count.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Final, Protocol
+
+import aiohttp
+import orjson
+
+JSON_HEADERS: Final = {"Content-Type": "application/json"}
+ERROR_CHARS: Final = 300
+READ_BUFFER_BYTES: Final = 1 << 20
+
+
+@dataclass
+class Outcome:
+    """What came of one request; times are ``time.monotonic()`` seconds."""
+
+    sent_s: float
+    end_s: float = 0.0
+    first_token_s: float | None = None
+    last_token_s: float | None = None
+    tbt_s: list[float] = field(default_factory=list)
+    """Time between tokens, for each token after the first; tokens that came in one event share its time evenly."""
+    tokens: int = 0
+    prompt_tokens: int | None = None
+    """Prompt tokens as the server counted them, if it said so."""
+    cached_tokens: int | None = None
+    error: str | None = None
+
+    def saw_tokens(self, now_s: float, total_tokens: int) -> None:
+        """Note that ``total_tokens`` of output had come at ``now_s``."""
+        new_tokens = total_tokens - self.tokens
+        if new_tokens <= 0:
+            return
+        if self.last_token_s is None:
+            self.first_token_s = now_s
+            self.tbt_s.extend([0.0] * (new_tokens - 1))
+        else:
+            self.tbt_s.extend([(now_s - self.last_token_s) / new_tokens] * new_tokens)
+        self.last_token_s = now_s
+        self.tokens = total_tokens
+
+
+class Api(Protocol):
+    """A kind of endpoint: its path, its request body and how an event of its stream is read."""
+
+    @property
+    def path(self) -> str:
+        """Where requests are posted."""
+
+    def body(self, prompt: list[int], output_tokens: int, ttft_slo_s: float | None) -> bytes:
+        """The serialised request body."""
+
+    def read(self, event: dict[str, Any], now_s: float, outcome: Outcome) -> None:
+        """Take an event of the stream that came at ``now_s`` into ``outcome``."""
+
+
+@dataclass(frozen=True)
+class GenerateApi:
+    """SGLang's own /generate with token ids."""
+
+    path: str = "/generate"
+
+    def body(self, prompt: list[int], output_tokens: int, ttft_slo_s: float | None) -> bytes:
+        sampling: dict[str, Any] = {"max_new_tokens": output_tokens, "temperature": 0, "ignore_eos": True}
+        if ttft_slo_s is not None:
+            sampling["custom_params"] = {"ttft_slo": ttft_slo_s}
+        return orjson.dumps({"input_ids": prompt, "sampling_params": sampling, "stream": True})
+
+    def read(self, event: dict[str, Any], now_s: float, outcome: Outcome) -> None:
+        meta = event.get("meta_info", {})
+        finish = meta.get("finish_reason")
+        if isinstance(finish, dict) and finish.get("type") == "abort":
+            outcome.error = f"aborted: {finish.get('message', '')}"[:ERROR_CHARS]
+            return
+        outcome.prompt_tokens = meta.get("prompt_tokens", outcome.prompt_tokens)
+        outcome.cached_tokens = meta.get("cached_tokens", outcome.cached_tokens)
+        outcome.saw_tokens(now_s, meta.get("completion_tokens", outcome.tokens + 1))
+
+
+@dataclass(frozen=True)
+class CompletionsApi:
+    """OpenAI's /v1/completions with token ids as the prompt, which SGLang and vLLM take."""
+
+    model: str
+    path: str = "/v1/completions"
+
+    def body(self, prompt: list[int], output_tokens: int, ttft_slo_s: float | None) -> bytes:
+        return orjson.dumps(
+            {"model": self.model, "prompt": prompt, "max_tokens": output_tokens} | _openai_options(ttft_slo_s)
+        )
+
+    def read(self, event: dict[str, Any], now_s: float, outcome: Outcome) -> None:
+        _read_openai(event, now_s, outcome)
+
+
+@dataclass(frozen=True)
+class ChatApi:
+    """OpenAI's /v1/chat/completions; the prompt is words, so its length in tokens is only close to what was asked."""
+
+    model: str
+    path: str = "/v1/chat/completions"
+
+    def body(self, prompt: list[int], output_tokens: int, ttft_slo_s: float | None) -> bytes:
+        content = " ".join(WORDS[token % len(WORDS)] for token in prompt)
+        messages = [{"role": "user", "content": content}]
+        return orjson.dumps(
+            {"model": self.model, "messages": messages, "max_tokens": output_tokens} | _openai_options(ttft_slo_s)
+        )
+
+    def read(self, event: dict[str, Any], now_s: float, outcome: Outcome) -> None:
+        _read_openai(event, now_s, outcome)
+
+
+WORDS: Final = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+"""Common English words, a single token in nearly every vocabulary."""
+
+
+@dataclass(frozen=True)
+class Client:
+    """Streams requests to one endpoint. Use within one event loop; ``session`` makes its connections."""
+
+    url: str
+    api: Api
+    timeout_s: float = 600.0
+
+    def session(self) -> aiohttp.ClientSession:
+        """A session without limits on connections or on the total time of a request."""
+        return aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=0),
+            timeout=aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=self.timeout_s),
+            read_bufsize=READ_BUFFER_BYTES,
+        )
+
+    async def stream(self, session: aiohttp.ClientSession, body: bytes) -> Outcome:
+        """Send ``body`` and read its stream to the end. Never raises for what a server or network can do."""
+        outcome = Outcome(sent_s=time.monotonic())
+        try:
+            async with session.post(self.url.rstrip("/") + self.api.path, data=body, headers=JSON_HEADERS) as response:
+                if response.status != 200:
+                    text = (await response.text())[:ERROR_CHARS]
+                    outcome.error = f"http {response.status}: {text}"
+                else:
+                    await self._read_stream(response, outcome)
+        except TimeoutError:
+            outcome.error = f"timeout: nothing came for {self.timeout_s:g} s"
+        except (aiohttp.ClientError, ValueError) as error:
+            outcome.error = f"{type(error).__name__}: {error}"[:ERROR_CHARS]
+        outcome.end_s = time.monotonic()
+        return outcome
+
+    async def _read_stream(self, response: aiohttp.ClientResponse, outcome: Outcome) -> None:
+        finished = False
+        async for line in response.content:
+            if not line.startswith(b"data:"):
+                continue
+            now_s = time.monotonic()
+            data = line[5:].strip()
+            if data == b"[DONE]":
+                finished = True
+                continue
+            event = orjson.loads(data)
+            if "error" in event:
+                outcome.error = f"error in the stream: {event['error']}"[:ERROR_CHARS]
+                return
+            self.api.read(event, now_s, outcome)
+            if outcome.error:
+                return
+        if not outcome.tokens:
+            outcome.error = "the stream ended without a token"
+        elif not finished:
+            outcome.error = f"the stream broke off after {outcome.tokens} tokens"
+
+
+APIS: Final[dict[str, Callable[[str], Api]]] = {
+    "generate": lambda model: GenerateApi(),
+    "completions": CompletionsApi,
+    "chat": ChatApi,
+}
+"""Kinds of endpoint by name; each takes the model's name as the server knows it."""
+
+
+async def get_json(url: str, timeout_s: float = 10.0) -> dict[str, Any]:
+    """GET a JSON object. Raises aiohttp.ClientError or TimeoutError."""
+    async with (
+        aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=timeout_s)) as session,
+        session.get(url, raise_for_status=True) as response,
+    ):
+        answer = orjson.loads(await response.read())
+        return answer if isinstance(answer, dict) else {}
+
+
+def served_model(url: str) -> str:
+    """The name under which the endpoint serves its model, or "default" if it does not say."""
+    try:
+        models = asyncio.run(get_json(url.rstrip("/") + "/v1/models"))
+        return str(models["data"][0]["id"])
+    except (aiohttp.ClientError, TimeoutError, LookupError, ValueError):
+        return "default"
+
+
+def _openai_options(ttft_slo_s: float | None) -> dict[str, Any]:
+    options: dict[str, Any] = {
+        "temperature": 0,
+        "ignore_eos": True,
+        "stream": True,
+        "stream_options": {"include_usage": True, "continuous_usage_stats": True},
+    }
+    if ttft_slo_s is not None:
+        options["custom_params"] = {"ttft_slo": ttft_slo_s}
+    return options
+
+
+def _read_openai(event: dict[str, Any], now_s: float, outcome: Outcome) -> None:
+    usage = event.get("usage") or {}
+    outcome.prompt_tokens = usage.get("prompt_tokens", outcome.prompt_tokens)
+    outcome.cached_tokens = (usage.get("prompt_tokens_details") or {}).get("cached_tokens", outcome.cached_tokens)
+    choice = next(iter(event.get("choices") or []), None)
+    text = choice and (choice.get("text") or (choice.get("delta") or {}).get("content"))
+    if text or (outcome.tokens and usage.get("completion_tokens")):
+        outcome.saw_tokens(now_s, usage.get("completion_tokens", outcome.tokens + 1))

@@ -1,0 +1,163 @@
+"""The result of running systems on the same trace: what is measured, and the JSON that it is written as."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Final
+
+import orjson
+import psutil
+
+from sgl_flowprefill.bench.metrics import (
+    PreemptionSummary,
+    RunSummary,
+    read_blocking,
+    summarise,
+    summarise_blocking,
+)
+from sgl_flowprefill.bench.replay import ReplayRun
+from sgl_flowprefill.bench.trace import Trace
+
+VERSIONED_PACKAGES: Final = ("sgl-flowprefill", "sglang", "torch", "nixl", "smg", "numpy")
+
+
+@dataclass(frozen=True)
+class SystemResult:
+    """One system's run."""
+
+    name: str
+    """Key in the report, e.g. ``flowprefill``."""
+    label: str
+    """What the table calls it, with the setting that matters most."""
+    run: ReplayRun
+    summary: RunSummary
+    blocking_s: Sequence[float] | None = None
+    """Blocking time of each preemption; None for a system that has no preemption."""
+    solo_ttft_s: Mapping[int, float] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls,
+        name: str,
+        label: str,
+        run: ReplayRun,
+        trace: Trace,
+        *,
+        event_log: Path | None = None,
+        solo_ttft_s: Mapping[int, float] | None = None,
+        settings: Mapping[str, Any] | None = None,
+    ) -> SystemResult:
+        """Summarise ``run``; preemptions come from ``event_log`` if the system writes one."""
+        end_s = run.start_monotonic_s + run.duration_s
+        return cls(
+            name=name,
+            label=label,
+            run=run,
+            summary=summarise(run.results, run.duration_s, trace.classes),
+            blocking_s=read_blocking(event_log, run.start_monotonic_s, end_s) if event_log else None,
+            solo_ttft_s=solo_ttft_s or {},
+            settings=settings or {},
+        )
+
+    @property
+    def preemption(self) -> PreemptionSummary | None:
+        """Preemptions and blocking, for a system that preempts."""
+        return None if self.blocking_s is None else summarise_blocking(self.blocking_s)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The system's entry in the report."""
+        preemption = dataclasses.asdict(self.preemption) if self.preemption else {}
+        return {
+            "label": self.label,
+            **dataclasses.asdict(self.summary),
+            **preemption,
+            "duration_s": self.run.duration_s,
+            "solo_ttft_s": {str(tokens): ttft_s for tokens, ttft_s in self.solo_ttft_s.items()},
+            "client": dataclasses.asdict(self.run.client),
+            "errors": sorted({result.error for result in self.run.results if result.error}),
+            "settings": dict(self.settings),
+        }
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Runs of several systems on one trace, at one rate and time scale."""
+
+    systems: Sequence[SystemResult]
+    trace: Trace
+    """The trace as it was replayed, scaled."""
+    seed: int
+    time_scale: float
+    model: str
+    command: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def trace_rate_rps(self) -> float:
+        """Rate in the time of the trace, before the time scale."""
+        return self.trace.rate_rps * self.time_scale
+
+    def problems(self) -> list[str]:
+        """What makes the comparison doubtful, as sentences: failed requests, a client that fell behind."""
+        found = []
+        for system in self.systems:
+            errors = [result.error for result in system.run.results if result.error]
+            if errors:
+                found.append(f"{system.label}: {len(errors)} requests failed; the first: {errors[0]}")
+            if reason := system.run.client.invalid_reason:
+                found.append(f"{system.label}: this run is not valid: {reason}")
+        return found
+
+    def to_dict(self) -> dict[str, Any]:
+        """What ``report.json`` holds."""
+        slos = {request.request_class: (request.ttft_slo_s, request.tbt_slo_s) for request in self.trace.requests}
+        return {
+            "systems": {system.name: system.to_dict() for system in self.systems},
+            "time_scale": self.time_scale,
+            "seed": self.seed,
+            "rate_rps": self.trace.rate_rps,
+            "trace_rate_rps": self.trace_rate_rps,
+            "trace": self.trace.name,
+            "slo_s": {name: {"ttft": slos[name][0], "tbt": slos[name][1]} for name in self.trace.classes},
+            "model": self.model,
+            "command": self.command,
+            "settings": dict(self.settings),
+            "versions": versions(),
+            "machine": machine(),
+        }
+
+    def write_json(self, path: Path) -> None:
+        """Write ``report.json``."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(orjson.dumps(self.to_dict(), option=orjson.OPT_INDENT_2) + b"\n")
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that matter for a result."""
+    found = {"python": platform.python_version()}
+    for package in VERSIONED_PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def machine() -> dict[str, Any]:
+    """The machine: CPU model, cores that this process may use, memory."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return {
+        "cpu": cpu,
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_bytes": psutil.virtual_memory().total,
+        "system": platform.platform(),
+    }

@@ -1,0 +1,61 @@
+"""What a cluster is made from, and what can go wrong with it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+from sgl_flowprefill.config import FlowPrefillConfig
+
+GATEWAY_PORT: Final = 30000
+MAX_PORT: Final = 65535
+
+
+class ClusterError(RuntimeError):
+    """A server ended, or does not answer; the message names it and shows the last lines of its log."""
+
+
+class StartError(ClusterError):
+    """The cluster cannot be started as asked for; the message is one sentence with the way out."""
+
+
+@dataclass(frozen=True)
+class Ports:
+    """TCP ports; 0 stands for any free one."""
+
+    gateway: int = 0
+    prefill: int = 0
+    decode: int = 0
+    bootstrap: int = 0
+
+    @classmethod
+    def parse(cls, text: str) -> Ports:
+        """``GATEWAY[,PREFILL[,DECODE[,BOOTSTRAP]]]``. Raises StartError."""
+        parts = text.split(",")
+        if len(parts) > 4 or not all(part.strip().isdigit() and int(part) <= MAX_PORT for part in parts):
+            raise StartError(f"--ports {text}: expected up to four port numbers, GATEWAY,PREFILL,DECODE,BOOTSTRAP")
+        ports = cls(*map(int, parts))
+        given = [port for port in (ports.gateway, ports.prefill, ports.decode, ports.bootstrap) if port]
+        if len(set(given)) < len(given):
+            raise StartError(f"--ports {text}: each server needs a port of its own")
+        return ports
+
+
+@dataclass(frozen=True)
+class ClusterConfig:
+    """A cluster to start: with FlowPrefill, or with SGLang's own scheduler on otherwise equal settings."""
+
+    flowprefill: bool
+    model_path: str | Path | None = None
+    """Checkpoint directory or Hugging Face model id; None for the embedded model."""
+    host: str = "127.0.0.1"
+    ports: Ports = field(default_factory=Ports)
+    server_args: Sequence[str] = ()
+    """SGLang options of both servers."""
+    prefill_args: Sequence[str] = ()
+    decode_args: Sequence[str] = ()
+    log_dir: Path = Path("out/logs")
+    options: FlowPrefillConfig = field(default_factory=FlowPrefillConfig)
+    startup_timeout_s: float = 1800.0

@@ -1,0 +1,89 @@
+"""SGLang options that cannot work with FlowPrefill, and the sentence that says so.
+
+Reads any object with the fields of SGLang 0.5.23's ``ServerArgs``: its resolved record, or the namespace of its
+command line parser. Imports nothing of SGLang.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+TRANSFER_BACKENDS: Final = ("nixl", "mooncake")
+
+REFUSED_WHEN_SET: Final = {
+    "speculative_algorithm": "a draft model's forward passes have no checkpoints",
+    "enable_mixed_chunk": "a prefill server has no decode steps to mix in",
+    "enable_dynamic_chunking": "a prompt is prefilled whole and suspended when it has to wait",
+    "enable_prefill_delayer": "requests are started by their slack, not delayed",
+    "enable_priority_scheduling": "requests are ordered by their slack (see --flowprefill-policy)",
+    "enable_dp_attention": "its ranks have to run the same number of forward passes",
+    "enable_two_batch_overlap": "it interleaves two batches inside of one forward pass",
+    "enable_single_batch_overlap": "it interleaves operators inside of one forward pass",
+    "enable_pdmux": "it runs prefill and decode in one process",
+    "enable_pd_role_switch": "the server has to stay a prefill server",
+    "enable_torch_compile": "a compiled model has no boundaries between its operators",
+    "enable_hierarchical_cache": "its transfers are tied to SGLang's own scheduling of batches",
+    "enable_lmcache": "its transfers are tied to SGLang's own scheduling of batches",
+    "enable_flexkv": "its transfers are tied to SGLang's own scheduling of batches",
+    "enable_unified_cache_external_linker": "its transfers are tied to SGLang's own scheduling of batches",
+    "enable_lora": "the adapters of suspended tasks would have to stay loaded",
+    "lora_paths": "the adapters of suspended tasks would have to stay loaded",
+    "enable_streaming_session": "a session's requests have to run in order",
+    "dllm_algorithm": "a diffusion model has no prefill that ends with a first token",
+    "is_embedding": "an embedding has no first token",
+    "encoder_only": "an encoder has no first token",
+    "optimistic_prefill_attempts": "a prefill starts once the decode server has reserved its KV cache",
+    "use_ray": "the scheduler has to be a process of this machine",
+    "smg_grpc_mode": "the objective of a request is checked by the HTTP server",
+    "grpc_mode": "the objective of a request is checked by the HTTP server",
+}
+"""Field of ServerArgs: why FlowPrefill refuses a value other than None, False, 0 or nothing."""
+
+REFUSED_ABOVE_ONE: Final = {
+    "tp_size": "tensor parallelism is not supported yet",
+    "pp_size": "a pipeline's stages cannot be suspended together",
+    "dp_size": "data parallelism is not supported; start more prefill servers instead",
+    "nnodes": "a prefill server runs on one machine",
+    "attn_cp_size": "context parallelism is not supported",
+}
+
+
+def incompatible_option(server_args: Any) -> str | None:
+    """One sentence about the first option of a prefill server that cannot work with FlowPrefill, or None."""
+
+    def value(field: str) -> Any:
+        return getattr(server_args, field, None)
+
+    def flag(field: str) -> str:
+        return "--" + field.replace("_", "-")
+
+    mode = value("disaggregation_mode")
+    if mode != "prefill":
+        return f"FlowPrefill schedules a prefill server: --disaggregation-mode has to be prefill, not {mode}"
+    backend = value("disaggregation_transfer_backend")
+    if backend not in TRANSFER_BACKENDS:
+        return f"--disaggregation-transfer-backend {backend} cannot work with FlowPrefill: use nixl"
+    for field, reason in REFUSED_WHEN_SET.items():
+        if value(field):
+            given = flag(field) if value(field) is True else f"{flag(field)} {value(field)}"
+            return f"{given} cannot work with FlowPrefill: {reason}"
+    for field, reason in REFUSED_ABOVE_ONE.items():
+        if (value(field) or 1) > 1:
+            return f"{flag(field)} {value(field)} cannot work with FlowPrefill: {reason}"
+    if value("schedule_policy") not in (None, "fcfs"):
+        return (
+            f"--schedule-policy {value('schedule_policy')} cannot work with FlowPrefill: "
+            "requests are ordered by their slack (see --flowprefill-policy)"
+        )
+    chunk = value("chunked_prefill_size")
+    if chunk is None or chunk > 0:
+        given = "" if chunk is None else f", not {chunk}"
+        return (
+            f"FlowPrefill needs --chunked-prefill-size -1{given}: a prompt is prefilled whole and suspended when it "
+            "has to wait"
+        )
+    if not value("disable_overlap_schedule"):
+        return "FlowPrefill needs --disable-overlap-schedule: it decides at every event, not one batch ahead"
+    if value("device") != "cpu" and not (value("disable_cuda_graph") or value("disable_prefill_cuda_graph")):
+        return "FlowPrefill needs --disable-cuda-graph: a captured graph cannot be suspended between its operators"
+    return None

@@ -1,0 +1,96 @@
+"""A decode scheduler with nothing to compute sleeps until a request or a KV-transfer status wakes it.
+
+Targets (SGLang 0.5.23): ``Scheduler.on_idle``, which the decode loops call when there is no batch to run, and
+``CommonKVManager.update_status``, which the transfer threads call. Without this seam an idle decode scheduler takes
+94% of a core, and 50% with ``--sleep-on-idle``, whose sleeper sees requests but no transfers, and so is skipped while a
+request waits for its KV cache.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any, Final
+
+import zmq
+
+from sgl_flowprefill.patches.base import expect_parameters, expect_source
+
+SEAM: Final = "decode_idle"
+ENV_SWITCH: Final = "FLOWPREFILL_DECODE_SLEEP"
+ON_IDLE: Final = "sglang.srt.managers.scheduler.Scheduler.on_idle"
+DECODE_LOOP: Final = "sglang.srt.managers.scheduler.Scheduler.event_loop_{}_disagg_decode"
+UPDATE_STATUS: Final = "sglang.srt.disaggregation.common.conn.CommonKVManager.update_status"
+
+IDLE_MS: Final = 1000
+"""Longest sleep with no request in the server; SGLang's idle housekeeping runs this often."""
+SHORTEST_WAIT_MS: Final = 1
+LONGEST_WAIT_MS: Final = 64
+"""Sleeps while requests wait for something that nobody signals (peer discovery, metadata, timeouts) grow between these;
+bootstrap and transfer statuses end them at once."""
+
+
+def is_enabled() -> bool:
+    """Whether the environment asks for a sleeping decode scheduler."""
+    return os.environ.get(ENV_SWITCH, "0") == "1"
+
+
+def apply() -> None:
+    """Register the seam in a process that runs a scheduler. Raises SeamError."""
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    expect_parameters(SEAM, ON_IDLE, ("self",))
+    for loop in ("normal", "overlap"):
+        expect_source(SEAM, DECODE_LOOP.format(loop), "self.process_decode_queue()", "self.on_idle()")
+    expect_parameters(SEAM, UPDATE_STATUS, ("self", "bootstrap_room", "status"))
+
+    wakeup = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+    sleepers: dict[int, DecodeSleeper] = {}
+
+    def after_idle(_result: None, scheduler: Any) -> None:
+        from sglang.srt.disaggregation.utils import DisaggregationMode
+
+        if scheduler.disaggregation_mode == DisaggregationMode.DECODE and not scheduler.gracefully_exit:
+            sleeper = sleepers.setdefault(id(scheduler), DecodeSleeper(scheduler, wakeup))
+            sleeper.sleep()
+
+    def after_update_status(*_: Any) -> None:
+        os.eventfd_write(wakeup, 1)
+
+    HookRegistry.register(ON_IDLE, after_idle, HookType.AFTER)
+    HookRegistry.register(UPDATE_STATUS, after_update_status, HookType.AFTER)
+
+
+class DecodeSleeper:
+    """Decides how long an idle decode scheduler may sleep, and sleeps.
+
+    ``wakeup`` is an eventfd that a transfer thread writes after each status; it stays readable until the scheduler has
+    been woken by it, so a status that comes between the scheduler's look and its sleep is not lost.
+    """
+
+    def __init__(self, scheduler: Any, wakeup: int) -> None:
+        self._scheduler = scheduler
+        self._wakeup = wakeup
+        self._forwards = -1
+        self._wait_ms = SHORTEST_WAIT_MS
+        self._poller = zmq.Poller()
+        self._poller.register(wakeup, zmq.POLLIN)
+        channels = scheduler.ipc_channels
+        for socket in (channels.recv_from_tokenizer, channels.recv_from_rpc):
+            # Only the first rank of a tensor-parallel group has them; the others wait for its broadcast anyway.
+            if isinstance(socket, zmq.Socket):
+                self._poller.register(socket, zmq.POLLIN)
+
+    def sleep(self) -> None:
+        """Sleep until something arrives, or until it is time to look at what nobody signals."""
+        if self._scheduler.forward_ct != self._forwards:
+            self._forwards = self._scheduler.forward_ct
+            self._wait_ms = SHORTEST_WAIT_MS
+        idle = self._is_idle()
+        events = dict(self._poller.poll(IDLE_MS if idle else self._wait_ms))
+        if self._wakeup in events:
+            os.eventfd_read(self._wakeup)
+        self._wait_ms = SHORTEST_WAIT_MS if events else min(2 * self._wait_ms, LONGEST_WAIT_MS)
+
+    def _is_idle(self) -> bool:
+        """Whether no request is anywhere in the scheduler (SGLang's own notion leaves out peer discovery)."""
+        return self._scheduler.is_fully_idle() and not self._scheduler.disagg_decode_prealloc_queue.pending_reqs

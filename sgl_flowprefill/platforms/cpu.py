@@ -1,0 +1,61 @@
+"""SGLang platform for any x86 CPU: plain PyTorch kernels, no sgl-kernel CPU build, no AVX-512."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from sglang.srt.platforms.cpu import CpuDeviceMixin
+from sglang.srt.platforms.device_mixin import PlatformEnum
+from sglang.srt.platforms.interface import PlatformCapabilities, SRTPlatform
+
+ATTENTION_BACKEND: Final = "flowprefill_cpu"
+
+_SIZES: Final[dict[str, float]] = {
+    "mem_fraction_static": 0.25,
+    "max_total_tokens": 262_144,
+    "max_running_requests": 128,
+}
+"""Sizes of a server that shares its machine with others: weights and KV cache take at most a quarter of the memory that
+is free at start, whose pages are all touched then (a second per 300 MB), and no more tokens than given here."""
+
+
+class PortableCpuPlatform(CpuDeviceMixin, SRTPlatform):
+    """Out-of-tree platform of device type ``cpu`` that selects SGLang's native (PyTorch) layer implementations."""
+
+    _enum = PlatformEnum.OOT
+    device_name = "flowprefill_cpu"
+    device_type = "cpu"
+    capabilities = PlatformCapabilities()
+
+    def get_device(self, device_id: int = 0) -> str:
+        """All ranks share the one CPU device. A string: ``ServerArgs.device`` is derived from it and is one."""
+        return "cpu"
+
+    def apply_server_args_defaults(self, server_args: Any) -> None:
+        """Fill in what the command line leaves open. SGLang runs its own CPU defaults first (AMX attention)."""
+        server_args.device = "cpu"
+        if server_args.attention_backend in (None, "intel_amx"):
+            server_args.attention_backend = ATTENTION_BACKEND
+        server_args.sampling_backend = "pytorch"
+        server_args.disable_overlap_schedule = True
+        server_args.disable_hybrid_swa_memory = True
+        server_args.disable_cuda_graph = True
+        if server_args.dtype == "auto":
+            server_args.dtype = "float32"
+        for option, default in _SIZES.items():
+            if getattr(server_args, option) is None:
+                setattr(server_args, option, default)
+
+    def get_default_attention_backend(self) -> str:
+        """Name under which ``platforms.attention`` registers its backend."""
+        return ATTENTION_BACKEND
+
+    def get_dispatch_key_name(self) -> str:
+        """Layers run their ``forward_native``."""
+        return "native"
+
+    def init_backend(self) -> None:
+        """Called in each worker before the model is built: registers the attention backend."""
+        from sgl_flowprefill.platforms import attention
+
+        attention.register()

@@ -1,0 +1,65 @@
+"""Real clusters for the tests: one at a time, started when a test first asks for it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from sgl_flowprefill.cluster import Cluster, ClusterConfig
+from sgl_flowprefill.config import FlowPrefillConfig
+
+
+class OneCluster:
+    """Holds the cluster that runs; asking for another kind ends it first, since both want the same cores."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._stack = ExitStack()
+        self._kind: bool | None = None
+
+    def get(self, *, flowprefill: bool) -> Cluster:
+        if self._kind != flowprefill:
+            self.close()
+            name = "flowprefill" if flowprefill else "stock"
+            config = ClusterConfig(
+                flowprefill=flowprefill,
+                prefill_args=("--chunked-prefill-size", "-1"),
+                log_dir=self._directory / name,
+                options=FlowPrefillConfig(event_log=str(self._directory / "events.jsonl")),
+            )
+            self._cluster = self._stack.enter_context(Cluster(config, on_progress=print))
+            self._kind = flowprefill
+        self._cluster.check()
+        return self._cluster
+
+    def close(self) -> None:
+        self._stack.close()
+        self._kind = None
+
+
+@pytest.fixture(scope="session")
+def one_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OneCluster]:
+    cluster = OneCluster(tmp_path_factory.mktemp("cluster"))
+    yield cluster
+    cluster.close()
+
+
+@pytest.fixture
+def flowprefill_cluster(one_cluster: OneCluster) -> Cluster:
+    """A cluster with FlowPrefill; its event log is ``cluster.config.options.event_log``."""
+    return one_cluster.get(flowprefill=True)
+
+
+@pytest.fixture
+def stock_cluster(one_cluster: OneCluster) -> Cluster:
+    """The same with SGLang's own scheduler, unchunked."""
+    return one_cluster.get(flowprefill=False)
+
+
+@pytest.fixture
+def no_cluster(one_cluster: OneCluster) -> None:
+    """For tests that start servers of their own."""
+    one_cluster.close()

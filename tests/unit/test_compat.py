@@ -1,0 +1,60 @@
+"""Options of SGLang that cannot work with FlowPrefill are named in one sentence."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from sgl_flowprefill.compat import REFUSED_ABOVE_ONE, REFUSED_WHEN_SET, incompatible_option
+
+WORKS = {
+    "disaggregation_mode": "prefill",
+    "disaggregation_transfer_backend": "nixl",
+    "disable_overlap_schedule": True,
+    "disable_cuda_graph": True,
+    "chunked_prefill_size": -1,
+    "schedule_policy": "fcfs",
+    "device": None,
+    "tp_size": 1,
+}
+
+
+def problem(**changes):
+    return incompatible_option(SimpleNamespace(**(WORKS | changes)))
+
+
+def test_what_the_launcher_passes_works():
+    assert problem() is None
+
+
+@pytest.mark.parametrize("field", REFUSED_WHEN_SET)
+def test_switches(field):
+    text = problem(**{field: True})
+    assert text.startswith("--" + field.replace("_", "-") + " cannot work with FlowPrefill: ")
+    assert problem(**{field: False}) is None
+
+
+@pytest.mark.parametrize("field", REFUSED_ABOVE_ONE)
+def test_parallelism(field):
+    assert "--" + field.replace("_", "-") + " 2 cannot work" in problem(**{field: 2})
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"disaggregation_mode": "null"}, "--disaggregation-mode has to be prefill, not null"),
+        ({"disaggregation_mode": "decode"}, "--disaggregation-mode has to be prefill, not decode"),
+        ({"disaggregation_transfer_backend": "mori"}, "--disaggregation-transfer-backend mori"),
+        ({"chunked_prefill_size": 2048}, "--chunked-prefill-size -1, not 2048"),
+        ({"chunked_prefill_size": None}, "FlowPrefill needs --chunked-prefill-size -1"),
+        ({"disable_overlap_schedule": False}, "FlowPrefill needs --disable-overlap-schedule"),
+        ({"disable_cuda_graph": False}, "FlowPrefill needs --disable-cuda-graph"),
+        ({"schedule_policy": "lpm"}, "--schedule-policy lpm"),
+        ({"speculative_algorithm": "EAGLE"}, "--speculative-algorithm EAGLE cannot work"),
+    ],
+)
+def test_values(changes, text):
+    assert text in problem(**changes)
+
+
+def test_the_cpu_has_no_graphs_to_disable():
+    assert problem(disable_cuda_graph=False, device="cpu") is None

@@ -1,0 +1,137 @@
+"""What launch.py refuses before it starts a server: one line on stderr and exit code 2."""
+
+import socket
+
+import pytest
+
+from sgl_flowprefill.cluster import Ports, StartError, cli, machine, preflight
+from sgl_flowprefill.cluster.process import Guard
+
+
+@pytest.fixture(autouse=True)
+def no_server_may_start(monkeypatch, tmp_path):
+    def refuse(guard):
+        raise AssertionError("a server was about to start")
+
+    monkeypatch.setattr(Guard, "__enter__", refuse)
+    monkeypatch.setattr(machine, "gpu_count", lambda: 0)
+    monkeypatch.setattr(machine, "available_memory_bytes", lambda: 64 * 10**9)
+    monkeypatch.setattr(cli.signal, "signal", lambda number, handler: None)
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def refusal(capsys):
+    def run(*argv):
+        assert cli.main(argv) == cli.EXIT_CANNOT_START
+        lines = capsys.readouterr().err.splitlines()
+        assert len(lines) == 1, lines
+        assert lines[0].startswith("launch.py: ")
+        return lines[0]
+
+    return run
+
+
+@pytest.fixture
+def busy_port():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield server.getsockname()[1]
+
+
+@pytest.mark.parametrize("place", range(4))
+def test_a_port_in_use(refusal, busy_port, place):
+    ports = ["0"] * 4
+    ports[place] = str(busy_port)
+    assert f"port {busy_port}" in refusal("--ports", ",".join(ports))
+
+
+@pytest.mark.parametrize("ports", ["x", "1,2,3,4,5", "70000", "-1", "29001,29001", ""])
+def test_ports_that_are_none(refusal, ports):
+    assert "--ports" in refusal(f"--ports={ports}")
+
+
+@pytest.mark.parametrize("host", ["203.0.113.7", "no.such.host.invalid"])
+def test_an_address_that_is_not_ours(refusal, host):
+    assert host in refusal("--host", host)
+
+
+@pytest.mark.parametrize("model", ["/no/such/model", "./nothing", "no-slash"])
+def test_a_missing_model(refusal, model):
+    assert f"model {model}: no such directory" in refusal("--model-path", model)
+
+
+def test_a_model_id_that_the_hub_does_not_have(refusal, monkeypatch):
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    def fail(*args):
+        raise LocalEntryNotFoundError("cannot reach the hub")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", fail)
+    assert "not on the Hugging Face hub (cannot reach the hub)" in refusal("--model-path", "nobody/nothing")
+
+
+def test_a_directory_that_is_no_checkpoint(refusal, tmp_path):
+    assert "no config.json" in refusal("--model-path", str(tmp_path))
+
+
+def test_not_enough_memory(refusal, monkeypatch):
+    monkeypatch.setattr(machine, "available_memory_bytes", lambda: 10**9)
+    line = refusal("--flowprefill")
+    assert "not enough memory" in line
+    assert "1.0 GB are available" in line
+
+
+def test_one_gpu_for_two_servers(refusal, monkeypatch):
+    monkeypatch.setattr(machine, "gpu_count", lambda: 1)
+    assert "a GPU each and there is 1" in refusal("--flowprefill")
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (["--flowprefill-max-suspended", "many"], "--flowprefill-max-suspended many"),
+        (["--flowprefill-max-suspended=-1"], "--flowprefill-max-suspended -1"),
+        (["--flowprefill-default-ttft-slo", "nan"], "--flowprefill-default-ttft-slo"),
+        (["--flowprefill-default-ttft-slo"], "expected one argument"),
+    ],
+)
+def test_a_wrong_flowprefill_option(refusal, options, text):
+    assert text in refusal("--flowprefill", *options)
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (["--tp", "2"], "--tp-size 2 cannot work with FlowPrefill"),
+        (["--enable-mixed-chunk"], "--enable-mixed-chunk cannot work with FlowPrefill"),
+        (["--prefill-args", "--chunked-prefill-size 2048"], "FlowPrefill needs --chunked-prefill-size -1, not 2048"),
+        (["--prefill-args", "--enable-lora"], "--enable-lora cannot work with FlowPrefill"),
+        (["--no-such-option"], "--no-such-option"),
+        (["--decode-args", "--max-total-tokens many"], "--max-total-tokens"),
+        (["--port", "30000"], "--port cannot be passed on to a server: use --ports"),
+        (["--prefill-args", "--disaggregation-mode=null"], "--disaggregation-mode cannot be passed on"),
+    ],
+)
+def test_an_sglang_option_that_cannot_work(refusal, options, text):
+    assert text in refusal("--flowprefill", "--ports", "0", *options)
+
+
+def test_the_same_options_are_fine_for_sglangs_own_scheduler():
+    config = cli.parse(["--ports", "0", "--prefill-args", "--chunked-prefill-size 2048"])
+    assert preflight.prepare(config).server_options("prefill")[-2:] == ["--chunked-prefill-size", "2048"]
+
+
+def test_free_ports_are_chosen_where_none_is_given(busy_port):
+    ports = preflight.choose_ports("127.0.0.1", Ports())
+    assert len(set(vars(ports).values())) == 4
+    with pytest.raises(StartError):
+        preflight.choose_ports("127.0.0.1", Ports(gateway=busy_port))
+
+
+@pytest.mark.parametrize(
+    ("cpus", "scheduler", "others"),
+    [([3], (3,), (3,)), ([0, 1], (0,), (1,)), ([0, 1, 2], (0,), (1, 2)), (range(8), (0, 1, 2, 3), (4, 5, 6, 7))],
+)
+def test_prefill_has_cpus_of_its_own(cpus, scheduler, others):
+    plan = machine.plan_cpus(cpus)
+    assert (plan.scheduler, plan.others) == (scheduler, others)

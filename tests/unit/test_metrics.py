@@ -1,0 +1,96 @@
+"""Figures of a run, against values worked out by hand."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from sgl_flowprefill.bench.metrics import SLO_SCALES, attainment, read_blocking, summarise, summarise_blocking
+from sgl_flowprefill.bench.replay import RequestResult
+
+
+def result(ttft_s: float | None, name: str = "text", slo_s: float = 1.0, error: str | None = None) -> RequestResult:
+    return RequestResult(
+        index=0,
+        request_class=name,
+        prompt_tokens=10,
+        output_tokens=3,
+        shared_tokens=0,
+        ttft_slo_s=slo_s,
+        tbt_slo_s=0.1,
+        scheduled_s=0.0,
+        lateness_s=0.0,
+        ttft_s=ttft_s,
+        e2e_s=(ttft_s or 0.0) + 0.1,
+        tbt_s=(0.05, 0.05),
+        cached_tokens=None,
+        error=error,
+    )
+
+
+def test_attainment_counts_failed_requests_as_misses() -> None:
+    results = [result(0.5), result(1.0), result(1.5), result(0.5, error="http 503"), result(None, error="timeout")]
+    summary = summarise(results, duration_s=10.0, classes=["text"])
+    assert (summary.requests, summary.completed) == (5, 3)
+    assert summary.ttft_attainment == pytest.approx(2 / 5)
+    assert summary.goodput_rps == pytest.approx(0.2)
+    assert summary.ttft_p50_s == pytest.approx(1.0)
+    assert summary.ttft_p99_s == pytest.approx(np.percentile([0.5, 1.0, 1.5], 99))
+
+
+def test_classes_are_judged_by_their_own_slo() -> None:
+    results = [result(0.5), result(2.0), result(2.0, "file", slo_s=3.0)]
+    summary = summarise(results, duration_s=2.0, classes=["text", "file"])
+    assert list(summary.classes) == ["text", "file"]
+    assert summary.classes["text"].ttft_attainment == pytest.approx(0.5)
+    assert summary.classes["file"].ttft_attainment == pytest.approx(1.0)
+    assert sum(part.goodput_rps for part in summary.classes.values()) == pytest.approx(summary.goodput_rps)
+
+
+def test_attainment_over_slo_scale_runs_from_0_4_to_2_and_never_falls() -> None:
+    assert SLO_SCALES == (0.4, 0.6, 0.8, 1.0, 1.2, 1.4, 1.6, 1.8, 2.0)
+    results = [result(ttft_s) for ttft_s in (0.3, 0.7, 1.1, 1.9, 3.0)]
+    curve = summarise(results, 1.0, ["text"]).attainment_by_slo_scale
+    assert list(curve) == [f"{scale:.1f}" for scale in SLO_SCALES]
+    assert list(curve.values()) == sorted(curve.values())
+    assert curve["0.4"] == pytest.approx(0.2)
+    assert curve["2.0"] == pytest.approx(0.8)
+
+
+def test_tbt_attainment_needs_every_token_in_time() -> None:
+    slow = dataclasses.replace(result(0.5), tbt_s=(0.05, 0.2))
+    assert summarise([result(0.5), slow], 1.0, ["text"]).tbt_attainment == pytest.approx(0.5)
+
+
+def test_no_requests_and_no_completed_request_have_no_percentiles() -> None:
+    assert attainment([]) == 0
+    summary = summarise([result(None, error="timeout")], 1.0, ["text"])
+    assert summary.ttft_p50_s is None
+    assert summary.ttft_attainment == 0
+
+
+def test_blocking_comes_from_the_suspensions_of_the_run_only(tmp_path: Path) -> None:
+    log = tmp_path / "events.jsonl"
+    events = [
+        {"event": "suspend", "t_s": 5.0, "blocking_s": 9.0},
+        {"event": "start", "t_s": 11.0},
+        {"event": "suspend", "t_s": 12.0, "blocking_s": 0.002},
+        {"event": "suspend", "t_s": 13.0, "blocking_s": 0.004},
+        {"event": "suspend", "t_s": 99.0, "blocking_s": 9.0},
+    ]
+    log.write_text("".join(json.dumps(event) + "\n" for event in events) + '{"event": "susp')
+    blocking_s = read_blocking(log, 10.0, 20.0)
+    assert blocking_s == [0.002, 0.004]
+    summary = summarise_blocking(blocking_s)
+    assert summary.preemptions == 2
+    assert summary.blocking_p50_s == pytest.approx(0.003)
+    assert summary.blocking_max_s == 0.004
+    assert summary.blocking_mean_s == pytest.approx(0.003)
+
+
+def test_no_preemption_has_no_blocking_time(tmp_path: Path) -> None:
+    assert read_blocking(tmp_path / "absent.jsonl", 0, 1) == []
+    assert summarise_blocking([]).preemptions == 0
+    assert summarise_blocking([]).blocking_p99_s is None

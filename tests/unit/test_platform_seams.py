@@ -1,0 +1,189 @@
+"""Seams of the platform: each refuses a target of another shape, and does what it is for on one that fits."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+pytest.importorskip("sglang")
+
+import zmq
+from sglang.srt.plugins.hook_registry import HookRegistry
+
+from sgl_flowprefill.config import ConfigError
+from sgl_flowprefill.patches import affinity, decode_idle, nixl_dram, nixl_sleep
+from sgl_flowprefill.patches.base import SeamError
+
+
+@pytest.fixture(autouse=True)
+def own_registry(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(HookRegistry, "_hooks", defaultdict(list))
+    monkeypatch.setattr(HookRegistry, "_patched", set())
+    monkeypatch.setenv(affinity.ENV_CPUS, str(min(os.sched_getaffinity(0))))
+
+
+def other_shape(*_anything: Any) -> None:
+    """What a future SGLang might put in a target's place."""
+
+
+SEAMS: list[tuple[Callable[[], None], str]] = [
+    (nixl_dram.apply, nixl_dram.TARGET),
+    (nixl_dram.apply, nixl_dram.AGENT),
+    (nixl_sleep.apply, nixl_sleep.CALLER),
+    (decode_idle.apply, decode_idle.ON_IDLE),
+    (decode_idle.apply, decode_idle.DECODE_LOOP.format("normal")),
+    (decode_idle.apply, decode_idle.DECODE_LOOP.format("overlap")),
+    (decode_idle.apply, decode_idle.UPDATE_STATUS),
+    (affinity.apply, affinity.TARGET),
+    (affinity.apply, affinity.CALLER),
+]
+
+
+@pytest.mark.parametrize(
+    ("apply", "target"), SEAMS, ids=[target.rsplit(".", 2)[-1] + str(i) for i, (_, target) in enumerate(SEAMS)]
+)
+def test_a_changed_target_is_refused_by_name(
+    apply: Callable[[], None], target: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(target, other_shape)
+    with pytest.raises(SeamError, match=target.rsplit(".", 1)[0]) as refusal:
+        apply()
+    assert "0.5.23" in str(refusal.value)
+    assert not HookRegistry._hooks
+
+
+@pytest.mark.parametrize("apply", [nixl_dram.apply, nixl_sleep.apply, decode_idle.apply, affinity.apply])
+def test_the_installed_sglang_has_the_expected_shape(apply: Callable[[], None]) -> None:
+    apply()
+    assert HookRegistry._hooks
+
+
+def test_kv_memory_is_named_host_memory() -> None:
+    manager = SimpleNamespace(agent=SimpleNamespace(nixl_mems={"DRAM": 1, "VRAM": 2}))
+    nixl_dram._name_host_memory(manager)
+    assert manager.agent.nixl_mems == {"DRAM": 1, "VRAM": 1}
+
+
+NIXL_AGENT = """
+import resource, time
+from sglang.srt.plugins.hook_registry import HookRegistry
+from sgl_flowprefill.patches import nixl_sleep
+nixl_sleep.apply()
+HookRegistry.apply_hooks()
+from nixl._api import nixl_agent, nixl_agent_config
+agent = nixl_agent("sleeper", nixl_agent_config(backends=["UCX"]))
+time.sleep(0.5)
+before = resource.getrusage(resource.RUSAGE_SELF)
+time.sleep(2)
+after = resource.getrusage(resource.RUSAGE_SELF)
+print(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+"""
+
+
+def test_an_idle_nixl_agent_uses_no_cpu() -> None:
+    result = subprocess.run([sys.executable, "-c", NIXL_AGENT], capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    assert float(result.stdout.split()[-1]) < 0.2
+
+
+class IdleScheduler:
+    """The parts of a decode scheduler that its sleeper looks at, with real sockets."""
+
+    def __init__(self) -> None:
+        context = zmq.Context.instance()
+        self.requests, self.client = context.socket(zmq.PULL), context.socket(zmq.PUSH)
+        port = self.requests.bind_to_random_port("tcp://127.0.0.1")
+        self.client.connect(f"tcp://127.0.0.1:{port}")
+        self.ipc_channels = SimpleNamespace(recv_from_tokenizer=self.requests, recv_from_rpc=None)
+        self.disagg_decode_prealloc_queue = SimpleNamespace(pending_reqs=[])
+        self.forward_ct = 0
+        self.idle = True
+
+    def is_fully_idle(self) -> bool:
+        return self.idle
+
+
+@pytest.fixture
+def scheduler() -> Iterator[IdleScheduler]:
+    scheduler = IdleScheduler()
+    yield scheduler
+    scheduler.requests.close(0)
+    scheduler.client.close(0)
+
+
+@pytest.fixture
+def wakeup() -> Iterator[int]:
+    descriptor = os.eventfd(0, os.EFD_NONBLOCK)
+    yield descriptor
+    os.close(descriptor)
+
+
+def slept_s(sleeper: decode_idle.DecodeSleeper) -> float:
+    start = time.monotonic()
+    sleeper.sleep()
+    return time.monotonic() - start
+
+
+def test_a_request_ends_the_sleep(scheduler: IdleScheduler, wakeup: int) -> None:
+    sleeper = decode_idle.DecodeSleeper(scheduler, wakeup)
+    threading.Timer(0.1, lambda: scheduler.client.send(b"request")).start()
+    assert slept_s(sleeper) < 0.6
+
+
+def test_a_transfer_status_ends_the_sleep_even_when_it_came_before(scheduler: IdleScheduler, wakeup: int) -> None:
+    sleeper = decode_idle.DecodeSleeper(scheduler, wakeup)
+    os.eventfd_write(wakeup, 1)
+    assert slept_s(sleeper) < 0.5
+    threading.Timer(0.1, lambda: os.eventfd_write(wakeup, 1)).start()
+    assert slept_s(sleeper) < 0.6
+    assert slept_s(sleeper) > 0.9  # each status wakes once
+
+
+def test_waiting_requests_are_looked_at_soon_and_then_less_often(scheduler: IdleScheduler, wakeup: int) -> None:
+    sleeper = decode_idle.DecodeSleeper(scheduler, wakeup)
+    scheduler.disagg_decode_prealloc_queue.pending_reqs.append("request")
+    waits = [slept_s(sleeper) for _ in range(9)]
+    assert waits[0] < 0.05
+    assert 0.05 < waits[-1] < 0.5
+    scheduler.forward_ct += 1
+    assert slept_s(sleeper) < 0.05
+
+
+@pytest.mark.parametrize(("text", "cpus"), [("0", {0}), ("0,2-3", {0, 2, 3}), ("1-2", {1, 2})])
+def test_cpu_lists(text: str, cpus: set[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    assert affinity.parse_cpus(text) == cpus
+
+
+@pytest.mark.parametrize("text", ["a", "", "7", "0-9", "3-2"])
+def test_cpus_that_are_not_there_are_refused(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    with pytest.raises(ConfigError, match=affinity.ENV_CPUS):
+        affinity.parse_cpus(text)
+
+
+BIND = """
+import os, threading, torch
+stop = threading.Event()
+threading.Thread(target=stop.wait).start()
+from sgl_flowprefill.patches.affinity import bind
+cpu = min(os.sched_getaffinity(0))
+bind({cpu})
+threads = [os.sched_getaffinity(int(thread)) for thread in os.listdir("/proc/self/task")]
+stop.set()
+assert len(threads) > 1 and all(cpus == {cpu} for cpus in threads), threads
+assert torch.get_num_threads() == 1
+"""
+
+
+def test_binding_covers_every_thread_and_the_number_of_torch_threads() -> None:
+    subprocess.run([sys.executable, "-c", BIND], check=True, timeout=120)

@@ -1,0 +1,245 @@
+"""Replay over real HTTP: against a small server that streams as SGLang and as OpenAI-compatible servers do."""
+
+import asyncio
+import json
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from aiohttp import web
+
+from sgl_flowprefill.bench.calibrate import REFERENCE_TTFT_S, CalibrationError, measure_solo_ttft, time_scale
+from sgl_flowprefill.bench.client import APIS, Client, GenerateApi, served_model
+from sgl_flowprefill.bench.prompts import PromptBuilder
+from sgl_flowprefill.bench.replay import ReplayRun, replay
+from sgl_flowprefill.bench.trace import Trace, TraceRequest
+
+TTFT_S = 0.05
+TBT_S = 0.02
+PROMPTS = PromptBuilder(seed=1, first_token_id=100, end_token_id=200)
+
+
+@dataclass
+class FakeServer:
+    """Answers with a fixed delay; prompts whose length is in ``failures`` fail in the way named there."""
+
+    url: str = ""
+    bodies: list[dict[str, Any]] = field(default_factory=list)
+    failures: dict[int, str] = field(default_factory=dict)
+    s_per_prompt_token: float = 0.0
+
+    async def generate(self, request: web.Request) -> web.StreamResponse:
+        body = await request.json()
+        self.bodies.append(body)
+        prompt_tokens = len(body["input_ids"])
+        failure = self.failures.get(prompt_tokens)
+        if failure == "503":
+            return web.Response(status=503, text="no available workers")
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        await response.prepare(request)
+        await asyncio.sleep(TTFT_S + self.s_per_prompt_token * prompt_tokens)
+        if failure == "abort":
+            await _send(response, {"text": "", "meta_info": {"finish_reason": {"type": "abort", "message": "no KV"}}})
+            return response
+        count = body["sampling_params"]["max_new_tokens"]
+        for done in range(1, count + 1):
+            meta = {"prompt_tokens": prompt_tokens, "completion_tokens": done, "cached_tokens": 3}
+            await _send(response, {"text": "x" * done, "meta_info": meta})
+            if failure == "break":
+                return response
+            await asyncio.sleep(TBT_S)
+        await response.write(b"data: [DONE]\n\n")
+        return response
+
+    async def completions(self, request: web.Request) -> web.StreamResponse:
+        body = await request.json()
+        self.bodies.append(body)
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        await response.prepare(request)
+        await asyncio.sleep(TTFT_S)
+        chat = "messages" in body
+        if chat:
+            await _send(response, {"choices": [{"delta": {"role": "assistant", "content": ""}}]})
+        for _ in range(body["max_tokens"]):
+            await _send(response, {"choices": [{"delta": {"content": "x"}} if chat else {"text": "x"}]})
+            await asyncio.sleep(TBT_S)
+        await _send(response, {"choices": [], "usage": {"prompt_tokens": 9, "completion_tokens": body["max_tokens"]}})
+        await response.write(b"data: [DONE]\n\n")
+        return response
+
+    async def models(self, request: web.Request) -> web.Response:
+        return web.json_response({"data": [{"id": "tiny"}]})
+
+
+async def _send(response: web.StreamResponse, event: dict[str, Any]) -> None:
+    await response.write(b"data: " + json.dumps(event).encode() + b"\n\n")
+
+
+@pytest.fixture
+def server() -> Iterator[FakeServer]:
+    fake = FakeServer()
+    app = web.Application(client_max_size=1 << 26)
+    app.router.add_post("/generate", fake.generate)
+    app.router.add_post("/v1/completions", fake.completions)
+    app.router.add_post("/v1/chat/completions", fake.completions)
+    app.router.add_get("/v1/models", fake.models)
+    runner = web.AppRunner(app, shutdown_timeout=0.1)
+    ready, loop = threading.Event(), asyncio.new_event_loop()
+
+    async def start() -> None:
+        await runner.setup()
+        site = web.TCPSite(runner, "127.0.0.1", 0)
+        await site.start()
+        fake.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
+        ready.set()
+
+    def serve() -> None:
+        loop.run_until_complete(start())
+        loop.run_forever()
+
+    thread = threading.Thread(target=serve, daemon=True)
+    thread.start()
+    assert ready.wait(10)
+    yield fake
+    asyncio.run_coroutine_threadsafe(runner.cleanup(), loop).result(10)
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join(10)
+
+
+def trace_of(*prompt_tokens: int, gap_s: float = 0.01, output_tokens: int = 3) -> Trace:
+    requests = [
+        TraceRequest(index * gap_s, tokens, output_tokens, "text", ttft_slo_s=2.0, tbt_slo_s=1.0)
+        for index, tokens in enumerate(prompt_tokens)
+    ]
+    return Trace("test", requests)
+
+
+def test_times_and_tokens_of_a_generate_stream(server: FakeServer) -> None:
+    run = replay(trace_of(10, 20, 30), Client(server.url, GenerateApi()), PROMPTS)
+    assert [result.prompt_tokens for result in run.results] == [10, 20, 30]
+    for result in run.results:
+        assert result.completed
+        assert result.ttft_s == pytest.approx(TTFT_S, abs=0.2)
+        assert result.ttft_s >= TTFT_S
+        assert len(result.tbt_s) == 2
+        assert all(gap_s >= TBT_S * 0.5 for gap_s in result.tbt_s)
+        assert result.output_tokens == 3
+        assert result.cached_tokens == 3
+        assert result.e2e_s > result.ttft_s
+        assert result.meets_ttft()
+        assert not result.meets_ttft(slo_scale=0.01)
+    assert run.client.valid
+    assert 0 < run.client.cpu_share < 1
+
+
+def test_slo_travels_in_the_sampling_parameters_of_generate(server: FakeServer) -> None:
+    replay(trace_of(10), Client(server.url, GenerateApi()), PROMPTS)
+    (body,) = server.bodies
+    assert body["sampling_params"]["custom_params"] == {"ttft_slo": 2.0}
+    assert body["sampling_params"]["max_new_tokens"] == 3
+    assert body["stream"] is True
+    assert body["input_ids"] == PROMPTS.unique(10, 0)
+
+
+@pytest.mark.parametrize("api", ["completions", "chat"])
+def test_openai_streams_are_counted_and_carry_the_slo(server: FakeServer, api: str) -> None:
+    run = replay(trace_of(10, 10), Client(server.url, APIS[api]("tiny")), PROMPTS)
+    for result in run.results:
+        assert result.completed
+        assert result.ttft_s is not None
+        assert result.ttft_s >= TTFT_S
+        assert result.output_tokens == 3
+        assert result.prompt_tokens == 9
+    assert all(body["custom_params"] == {"ttft_slo": 2.0} and body["model"] == "tiny" for body in server.bodies)
+
+
+def test_two_replays_send_the_same_prompts(server: FakeServer) -> None:
+    client = Client(server.url, GenerateApi())
+    for _ in range(2):
+        replay(trace_of(10, 20), client, PROMPTS)
+    assert server.bodies[:2] == server.bodies[2:]
+
+
+def test_requests_are_sent_at_their_times_without_waiting_for_answers(server: FakeServer) -> None:
+    server.s_per_prompt_token = 0.03
+    started_s = time.monotonic()
+    run = replay(trace_of(*[10] * 20, gap_s=0.02), Client(server.url, GenerateApi()), PROMPTS)
+    assert time.monotonic() - started_s < 3
+    assert run.client.lateness_p50_s < 0.02
+    assert run.start_monotonic_s > started_s
+
+
+@pytest.mark.parametrize(
+    ("failure", "message"),
+    [
+        ("503", "http 503: no available workers"),
+        ("abort", "aborted: no KV"),
+        ("break", "the stream broke off after 1 tokens"),
+    ],
+)
+def test_failed_requests_are_misses_and_say_why(server: FakeServer, failure: str, message: str) -> None:
+    server.failures = {20: failure}
+    run = replay(trace_of(10, 20), Client(server.url, GenerateApi()), PROMPTS)
+    good, bad = run.results
+    assert good.completed
+    assert not bad.completed
+    assert bad.error == message
+    assert not bad.meets_ttft()
+
+
+def test_a_dead_endpoint_fails_every_request_with_a_message() -> None:
+    run = replay(trace_of(10, 20), Client("http://127.0.0.1:9", GenerateApi()), PROMPTS)
+    assert all(result.error and "connect" in result.error for result in run.results)
+
+
+def test_a_silent_server_times_out(server: FakeServer) -> None:
+    server.s_per_prompt_token = 0.2
+    run = replay(trace_of(10), Client(server.url, GenerateApi(), timeout_s=0.2), PROMPTS)
+    assert run.results[0].error == "timeout: nothing came for 0.2 s"
+
+
+def test_a_client_that_falls_behind_makes_the_run_invalid(server: FakeServer) -> None:
+    trace = trace_of(*[10] * 30, gap_s=0.02)
+    run = replay(trace, Client(server.url, GenerateApi()), PROMPTS, lambda *_: time.sleep(0.5))
+    assert not run.client.valid
+    assert "fell behind" in (run.client.invalid_reason or "")
+
+
+def test_an_error_in_the_progress_callback_ends_the_run_at_once(server: FakeServer) -> None:
+    def dead(*_: int) -> None:
+        raise RuntimeError("prefill server died")
+
+    started_s = time.monotonic()
+    with pytest.raises(RuntimeError, match="prefill server died"):
+        replay(trace_of(10, 10, gap_s=30), Client(server.url, GenerateApi()), PROMPTS, dead)
+    assert time.monotonic() - started_s < 10
+
+
+def test_results_survive_the_file(server: FakeServer, tmp_path: Path) -> None:
+    run = replay(trace_of(10, 20), Client(server.url, GenerateApi()), PROMPTS)
+    run.write_jsonl(tmp_path / "requests.jsonl")
+    assert ReplayRun.read_results(tmp_path / "requests.jsonl") == list(run.results)
+
+
+def test_time_scale_is_the_factor_to_the_reference(server: FakeServer) -> None:
+    assert time_scale({tokens: 3 * ttft_s for tokens, ttft_s in REFERENCE_TTFT_S.items()}) == pytest.approx(3)
+    solo_ttft_s = measure_solo_ttft(Client(server.url, GenerateApi()), PROMPTS)
+    assert list(solo_ttft_s) == list(REFERENCE_TTFT_S)
+    assert all(TTFT_S <= ttft_s < 1 for ttft_s in solo_ttft_s.values())
+    prompts = [tuple(body["input_ids"]) for body in server.bodies]
+    assert len(set(prompts)) == len(prompts)
+
+
+def test_calibration_says_what_the_server_answered(server: FakeServer) -> None:
+    server.failures = {512: "503"}
+    with pytest.raises(CalibrationError, match="no available workers"):
+        measure_solo_ttft(Client(server.url, GenerateApi()), PROMPTS)
+
+
+def test_served_model_is_the_first_of_the_list(server: FakeServer) -> None:
+    assert served_model(server.url) == "tiny"
+    assert served_model("http://127.0.0.1:9") == "default"

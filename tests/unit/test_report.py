@@ -1,0 +1,131 @@
+"""The report of a comparison: every field that scripts read, and a page that needs no network."""
+
+import json
+import re
+from io import StringIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from sgl_flowprefill.bench.comparison import Comparison, SystemResult
+from sgl_flowprefill.bench.publish import publish
+from sgl_flowprefill.bench.replay import ClientReport, ReplayRun, RequestResult
+from sgl_flowprefill.bench.report import render_html
+from sgl_flowprefill.bench.table import comparison_table
+from sgl_flowprefill.bench.trace import Trace
+from sgl_flowprefill.bench.workloads import qwen_like
+
+FIGURES = {"requests", "completed", "ttft_attainment", "goodput_rps", "ttft_p50_s", "ttft_p99_s"}
+PREEMPTION = {"preemptions", "blocking_p50_s", "blocking_p99_s", "blocking_max_s"}
+
+
+def run_of(trace: Trace, slowness: float, invalid_reason: str | None = None) -> ReplayRun:
+    results = [
+        RequestResult(
+            index=index,
+            request_class=request.request_class,
+            prompt_tokens=request.prompt_tokens,
+            output_tokens=4,
+            shared_tokens=request.shared_tokens,
+            ttft_slo_s=request.ttft_slo_s,
+            tbt_slo_s=request.tbt_slo_s,
+            scheduled_s=request.arrival_s,
+            lateness_s=0.001,
+            ttft_s=request.prompt_tokens * 1e-4 * slowness,
+            e2e_s=request.prompt_tokens * 1e-4 * slowness + 0.1,
+            tbt_s=(0.01,) * 3,
+            cached_tokens=0,
+            error=None,
+        )
+        for index, request in enumerate(trace.requests)
+    ]
+    return ReplayRun(results, 100.0, 60.0, ClientReport(0.001, 0.002, 0.003, 0.05, invalid_reason))
+
+
+@pytest.fixture
+def event_log(tmp_path: Path) -> Path:
+    path = tmp_path / "events.jsonl"
+    times_s = np.geomspace(0.001, 0.02, 40)
+    events = [{"event": "suspend", "t_s": 101.0 + i, "blocking_s": time_s} for i, time_s in enumerate(times_s)]
+    path.write_text("".join(json.dumps(event) + "\n" for event in events))
+    return path
+
+
+@pytest.fixture
+def comparison(event_log: Path) -> Comparison:
+    trace = qwen_like(120, seed=1)
+    return Comparison(
+        systems=[
+            SystemResult.of("flowprefill", "FlowPrefill", run_of(trace, 1), trace, event_log=event_log),
+            SystemResult.of("sglang", "SGLang, chunked at 8192", run_of(trace, 5), trace, solo_ttft_s={512: 0.1}),
+        ],
+        trace=trace,
+        seed=1,
+        time_scale=2.0,
+        model="embedded <Llama>",
+        command="python -m sgl_flowprefill.bench demo",
+        settings={"longest answer (tokens)": 4},
+    )
+
+
+def test_report_json_has_every_field(comparison: Comparison, tmp_path: Path) -> None:
+    comparison.write_json(tmp_path / "report.json")
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert set(report["systems"]) == {"flowprefill", "sglang"}
+    for system in report["systems"].values():
+        assert set(system) >= FIGURES
+        assert set(system["classes"]) == {"text", "image", "search", "file"}
+        assert all(set(figures) >= FIGURES for figures in system["classes"].values())
+        assert all(isinstance(system[name], int | float) for name in FIGURES)
+    assert set(report["systems"]["flowprefill"]) >= PREEMPTION
+    assert not PREEMPTION & set(report["systems"]["sglang"])
+    assert report["systems"]["flowprefill"]["preemptions"] == 40
+    assert set(report) >= {"time_scale", "seed", "rate_rps", "model", "versions"}
+    assert report["versions"]["sglang"]
+    assert report["rate_rps"] == pytest.approx(comparison.trace.rate_rps)
+
+
+def test_html_needs_no_network(comparison: Comparison) -> None:
+    page = render_html(comparison)
+    assert "Plotly.newPlot" in page
+    markup = re.sub(r"<script\b[^>]*>.*?</script>", "<script></script>", page, flags=re.DOTALL)
+    assert not re.findall(r"""(?:src|href)\s*=""", markup)
+    assert "@import" not in markup
+    assert not re.findall(r"<script[^>]+src", page)
+    for plot in ("plot-ttft", "plot-attainment", "plot-blocking"):
+        assert f'id="{plot}"' in page
+
+
+def test_html_shows_figures_settings_and_escapes(comparison: Comparison) -> None:
+    page = render_html(comparison)
+    for text in ("FlowPrefill", "SGLang, chunked at 8192", "longest answer (tokens)", comparison.command):
+        assert text in page
+    assert "embedded &lt;Llama&gt;" in page
+    assert "not valid" not in page
+
+
+def test_html_without_preemptions_has_no_blocking_plot(comparison: Comparison) -> None:
+    stock_only = Comparison(**(vars(comparison) | {"systems": comparison.systems[1:]}))
+    assert "plot-blocking" not in render_html(stock_only)
+
+
+def test_table_names_every_figure(comparison: Comparison) -> None:
+    console = Console(file=StringIO(), width=160)
+    console.print(comparison_table(comparison))
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    for name in ("requests", "completed", "TTFT SLO attainment", "search", "goodput", "TTFT p50 / p99", "preemptions"):
+        assert name in text
+    assert "blocking time p50 / p99 / max" in text
+    assert "40" in text
+
+
+def test_an_invalid_run_is_named_and_changes_the_exit_code(comparison: Comparison, tmp_path: Path) -> None:
+    console = Console(file=StringIO(), width=200)
+    assert publish(comparison, tmp_path, console) == 0
+    late = SystemResult.of("sglang", "SGLang", run_of(comparison.trace, 1, "the client fell behind"), comparison.trace)
+    doubtful = Comparison(**(vars(comparison) | {"systems": [comparison.systems[0], late]}))
+    assert publish(doubtful, tmp_path, console) == 1
+    assert "SGLang: this run is not valid" in console.file.getvalue()  # type: ignore[attr-defined]
+    assert "not valid" in (tmp_path / "report.html").read_text()
