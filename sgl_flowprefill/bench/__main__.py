@@ -23,6 +23,7 @@ def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     command: Callable[[argparse.Namespace, Console], int] = args.command
     console = Console()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job of a shell starts with it ignored
     signal.signal(signal.SIGTERM, _as_ctrl_c)
     try:
         return command(args, console)

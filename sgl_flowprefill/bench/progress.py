@@ -53,7 +53,9 @@ class ReplayProgress:
             self._bar.update(self._task, completed=done, state=state)
         elif now_s >= self._next_line_s:
             self._next_line_s = now_s + LINE_EVERY_S
-            self._console.print(f"{self._label}: {done} of {self._total} requests done, {state}", highlight=False, soft_wrap=True)
+            self._console.print(
+                f"{self._label}: {done} of {self._total} requests done, {state}", highlight=False, soft_wrap=True
+            )
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None

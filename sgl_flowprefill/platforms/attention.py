@@ -7,6 +7,7 @@ by their log-sum-exps, which is exact. Cached prefixes are only ever keys: no qu
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
@@ -36,6 +37,10 @@ _MIN_RUN_TOKENS: Final = 64
 def register() -> None:
     """Make the backend known to SGLang under its name. Called in each worker process."""
     register_attention_backend(ATTENTION_BACKEND)(PortableCpuAttention)
+
+
+def _nothing() -> None:
+    pass
 
 
 @dataclass(frozen=True)
@@ -78,6 +83,8 @@ class PortableCpuAttention(AttentionBackend):
         self.token_to_kv_pool = model_runner.token_to_kv_pool
         self.query_tile_tokens = query_tile_tokens
         self.forward_metadata: list[Sequence] = []
+        self.between_tiles: Callable[[], None] = _nothing
+        """Called after each query tile of a prefill; whoever sets it may let another forward run there."""
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
         """Find the KV slots of every request of the batch. SGLang calls it once before each forward."""
@@ -121,6 +128,7 @@ class PortableCpuAttention(AttentionBackend):
                     output[rows],
                     layer.scaling,
                     self.query_tile_tokens,
+                    self.between_tiles,
                 )
             else:
                 attend_windowed(
@@ -203,6 +211,7 @@ def attend_causal(
     output: torch.Tensor,
     scale: float,
     tile_tokens: int = QUERY_TILE_TOKENS,
+    between_tiles: Callable[[], None] = _nothing,
 ) -> None:
     """Causal attention of the last ``len(queries)`` tokens of one sequence, written to ``output``.
 
@@ -221,6 +230,7 @@ def attend_causal(
             shape = (*lse.shape, -1)
             out = _merge(out, lse, earlier_out.view(shape), earlier_lse.view(lse.shape))
         output[start : start + len(tile)] = out.permute(2, 0, 1, 3).flatten(1, 2)
+        between_tiles()
 
 
 def attend_windowed(
