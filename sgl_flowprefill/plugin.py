@@ -7,6 +7,7 @@ exception and go on without us, so a seam that does not fit ends the process ins
 from __future__ import annotations
 
 import multiprocessing
+import os
 import sys
 
 from sgl_flowprefill.config import ConfigError, FlowPrefillConfig, is_enabled
@@ -35,14 +36,17 @@ def _load() -> None:
 
 def _take_http_seams() -> None:
     """Requests and health checks enter in the process that SGLang was started as."""
-    from sgl_flowprefill.patches import health, request_slo
+    from sgl_flowprefill.patches import health, options, request_slo
 
+    options.apply()
     request_slo.apply()
     health.apply()
 
 
 def _take_scheduler_seam() -> None:
     """Of the processes that SGLang spawns, those that run a scheduler have imported it before they load plugins."""
+    # SGLang's eager runner copies a batch's inputs into buffers that the next forward overwrites, unless told not to.
+    os.environ["SGLANG_EAGER_INPUT_NO_COPY"] = "1"
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
     from sgl_flowprefill.runtime.scheduler import FlowPrefillScheduler

@@ -44,14 +44,15 @@ def apply() -> None:
     expect_parameters(SEAM, UPDATE_STATUS, ("self", "bootstrap_room", "status"))
 
     wakeup = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-    sleepers: dict[int, DecodeSleeper] = {}
+    sleepers: dict[Any, DecodeSleeper] = {}
 
     def after_idle(_result: None, scheduler: Any) -> None:
         from sglang.srt.disaggregation.utils import DisaggregationMode
 
         if scheduler.disaggregation_mode == DisaggregationMode.DECODE and not scheduler.gracefully_exit:
-            sleeper = sleepers.setdefault(id(scheduler), DecodeSleeper(scheduler, wakeup))
-            sleeper.sleep()
+            if scheduler not in sleepers:
+                sleepers[scheduler] = DecodeSleeper(scheduler, wakeup)
+            sleepers[scheduler].sleep()
 
     def after_update_status(*_: Any) -> None:
         os.eventfd_write(wakeup, 1)

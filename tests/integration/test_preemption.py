@@ -64,7 +64,7 @@ def chaos(engine: PrefillEngine, seed: int, switch_probability: float) -> dict[s
             return None
         choice = rng.choice(choices)
         seen["suspensions"] += running is not None and choice is not running
-        started = sum(1 for job in tasks if 0 < job.item.checkpoint)
+        started = sum(1 for job in tasks if job.item.checkpoint > 0)
         seen["deepest"] = max(seen["deepest"], started)
         return choice
 

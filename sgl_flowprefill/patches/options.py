@@ -1,0 +1,32 @@
+"""A server that FlowPrefill cannot work with is refused before it starts, with one line.
+
+Target: ``sglang.srt.entrypoints.http_server.launch_server`` (SGLang 0.5.23), where the options of a server arrive,
+however it was started. Without this seam such a server would fail in its scheduler process.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, Final
+
+from sgl_flowprefill.compat import incompatible_option
+from sgl_flowprefill.patches.base import expect_parameters
+
+LAUNCH: Final = "sglang.srt.entrypoints.http_server.launch_server"
+
+
+def apply() -> None:
+    """Register the hook. Raises SeamError when the target has changed."""
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    expect_parameters("options", LAUNCH, ("server_args",))
+    HookRegistry.register(LAUNCH, _check, HookType.BEFORE)
+
+
+def _check(server_args: Any, *args: Any, **kwargs: Any) -> None:
+    if server_args.disaggregation_mode == "decode":  # only its HTTP server takes part
+        return
+    refusal = incompatible_option(server_args)
+    if refusal is not None:
+        print(f"sgl-flowprefill: {refusal}", file=sys.stderr, flush=True)
+        raise SystemExit(2)

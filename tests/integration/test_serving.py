@@ -1,0 +1,216 @@
+"""What FlowPrefill promises its users, on a real pair of servers behind the gateway."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import random
+import time
+from typing import Any
+
+import aiohttp
+import psutil
+import pytest
+import requests
+
+from sgl_flowprefill.cluster import Cluster
+from sgl_flowprefill.events import read_events
+from sgl_flowprefill.model.embedded import FIRST_WORD_ID, VOCAB_SIZE
+
+pytestmark = pytest.mark.server
+
+MAX_IDLE_SHARE = 0.02
+
+
+def prompt(seed: int, tokens: int, prefix: list[int] | None = None) -> list[int]:
+    rng = random.Random(seed)
+    head = prefix or []
+    return head + [rng.randrange(FIRST_WORD_ID, VOCAB_SIZE) for _ in range(tokens - len(head))]
+
+
+SHARED = prompt(1, 400)
+MIX = [
+    *((prompt(10 + i, 9000 - 700 * i), 60.0 - 4 * i) for i in range(6)),
+    *((prompt(30 + i, 700 + 90 * i, SHARED), 8.0 - i) for i in range(4)),
+    *((prompt(50 + i, 60 + 40 * i), 1.0) for i in range(6)),
+]
+"""Long prompts with loose objectives first, then ever tighter ones: each newcomer preempts what runs."""
+
+
+def body(tokens: list[int], slo_s: float, output_tokens: int = 6) -> dict[str, Any]:
+    sampling = {"max_new_tokens": output_tokens, "temperature": 0, "custom_params": {"ttft_slo": slo_s}}
+    return {"input_ids": tokens, "sampling_params": sampling, "return_logprob": True}
+
+
+async def replay_mix(cluster: Cluster) -> list[tuple[list[int], list[float]]]:
+    """Output tokens and their log probabilities of every request of the mix, sent 60 ms apart."""
+
+    async def one(session: aiohttp.ClientSession, delay_s: float, tokens: list[int], slo_s: float) -> Any:
+        await asyncio.sleep(delay_s)
+        async with session.post(cluster.gateway_url + "/generate", json=body(tokens, slo_s)) as response:
+            assert response.status == 200, await response.text()
+            answer = await response.json()
+        logprobs = answer["meta_info"]["output_token_logprobs"]
+        return [entry[1] for entry in logprobs], [entry[0] for entry in logprobs]
+
+    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(300)) as session:
+        jobs = [one(session, 0.06 * i, tokens, slo_s) for i, (tokens, slo_s) in enumerate(MIX)]
+        return list(await asyncio.gather(*jobs))
+
+
+ANSWERS: dict[str, list[tuple[list[int], list[float]]]] = {}
+
+
+def events_since(cluster: Cluster, start_s: float) -> list[dict[str, Any]]:
+    log = cluster.config.options.event_log
+    assert log is not None
+    return [event for event in read_events(log) if event["t_s"] >= start_s]
+
+
+class TestFlowPrefill:
+    def test_a_mix_is_preempted_many_times_and_three_deep(self, flowprefill_cluster: Cluster) -> None:
+        start_s = time.monotonic()
+        ANSWERS["flowprefill"] = asyncio.run(replay_mix(flowprefill_cluster))
+        time.sleep(0.5)  # the log reaches the file when the scheduler turns idle
+        events = events_since(flowprefill_cluster, start_s)
+        live: set[int] = set()
+        deepest = 0
+        for event in events:
+            if event["event"] == "start":
+                live.add(event["task"])
+            elif event["event"] == "complete":
+                live.discard(event["task"])
+            deepest = max(deepest, len(live))
+        suspends = [event for event in events if event["event"] == "suspend"]
+        assert len(suspends) >= 5
+        assert deepest >= 4, "not nested three deep"
+        assert all(event["blocking_s"] >= 0 for event in suspends)
+
+    @pytest.mark.parametrize("value", [-1, 0, "soon", True, math.inf])
+    @pytest.mark.parametrize(
+        ("path", "rest"),
+        [
+            ("/generate", {"text": " bake lomi"}),
+            ("/generate", {"text": " bake lomi", "stream": True}),
+            ("/v1/completions", {"prompt": " bake lomi", "stream": True}),
+            ("/v1/chat/completions", {"messages": [{"role": "user", "content": "bake"}], "stream": True}),
+        ],
+    )
+    def test_an_invalid_objective_is_a_400_and_never_scheduled(
+        self, flowprefill_cluster: Cluster, path: str, rest: dict[str, Any], value: Any
+    ) -> None:
+        custom_params = {"custom_params": {"ttft_slo": value}}
+        holder = {"sampling_params": custom_params} if path == "/generate" else custom_params
+        start_s = time.monotonic()
+        text = json.dumps({"model": "embedded", **rest, **holder})
+        # JSON has no infinity, but a number past the largest double is one to every parser that accepts it.
+        text = text.replace("Infinity", "1e999")
+        response = requests.post(
+            flowprefill_cluster.prefill_url + path, data=text, headers={"Content-Type": "application/json"}, timeout=60
+        )
+        assert response.status_code == 400, response.text
+        if value != math.inf:
+            assert "positive, finite number of seconds" in response.text
+            through = requests.post(
+                flowprefill_cluster.gateway_url + path,
+                data=text,
+                headers={"Content-Type": "application/json"},
+                timeout=60,
+            )
+            assert through.status_code == 400, through.text
+        assert events_since(flowprefill_cluster, start_s) == []
+
+    def test_health_is_answered_while_a_long_prompt_runs(self, flowprefill_cluster: Cluster) -> None:
+        async def ask() -> tuple[float, list[float]]:
+            async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(120)) as session:
+
+                async def long_prompt() -> float:
+                    started_s = time.monotonic()
+                    url = flowprefill_cluster.gateway_url + "/generate"
+                    async with session.post(url, json=body(prompt(70, 16_000), 60.0, 1)) as response:
+                        assert response.status == 200
+                    return time.monotonic() - started_s
+
+                long = asyncio.create_task(long_prompt())
+                await asyncio.sleep(0.3)
+                answered_s: list[float] = []
+                while not long.done():
+                    started_s = time.monotonic()
+                    async with session.get(flowprefill_cluster.prefill_url + "/health") as response:
+                        assert response.status == 200
+                    answered_s.append(time.monotonic() - started_s)
+                    await asyncio.sleep(0.1)
+                return await long, answered_s
+
+        took_s, answered_s = asyncio.run(ask())
+        print(f"16k prompt {took_s:.2f} s; /health {len(answered_s)} times, slowest {max(answered_s):.3f} s")
+        assert took_s > 1.5
+        assert len(answered_s) >= 5
+        assert max(answered_s) < 1.0
+
+    def test_a_client_that_disconnects_frees_its_work(self, flowprefill_cluster: Cluster) -> None:
+        async def leave() -> None:
+            timeout = aiohttp.ClientTimeout(0.6)
+            async with aiohttp.ClientSession(timeout=timeout) as session:
+                request = body(prompt(80, 30_000), 100.0, 1) | {"stream": True}
+                with pytest.raises((asyncio.TimeoutError, aiohttp.ClientError)):
+                    async with session.post(flowprefill_cluster.gateway_url + "/generate", json=request) as response:
+                        await response.read()
+
+        start_s = time.monotonic()
+        asyncio.run(leave())
+        left_s = time.monotonic()
+        answer = requests.post(
+            flowprefill_cluster.gateway_url + "/generate", json=body(prompt(81, 50), 5.0, 2), timeout=60
+        )
+        assert answer.status_code == 200
+        time.sleep(1.5)
+        aborts = [event for event in events_since(flowprefill_cluster, start_s) if event["event"] == "abort"]
+        assert len(aborts) == 1
+        assert aborts[0]["t_s"] - left_s < 2.0
+        assert "task" in aborts[0], "it was running"
+        # SGLang refuses to flush, and its idle check fails the server, while anything is still held.
+        flushed = requests.post(flowprefill_cluster.prefill_url + "/flush_cache", timeout=30)
+        assert flushed.status_code == 200, flushed.text
+        flowprefill_cluster.check()
+
+    def test_idle_servers_sleep(self, flowprefill_cluster: Cluster) -> None:
+        shares = idle_shares(flowprefill_cluster)
+        print("idle share of a core:", shares)
+        assert shares["prefill"] < MAX_IDLE_SHARE
+        assert shares["decode"] < MAX_IDLE_SHARE
+
+
+class TestAgainstSGLangsOwnScheduler:
+    def test_the_same_tokens_and_log_probabilities(self, stock_cluster: Cluster) -> None:
+        assert "flowprefill" in ANSWERS, "runs after TestFlowPrefill's mix"
+        stock = asyncio.run(replay_mix(stock_cluster))
+        for (tokens, logprobs), (expected, expected_logprobs) in zip(ANSWERS["flowprefill"], stock, strict=True):
+            assert tokens == expected
+            assert logprobs == pytest.approx(expected_logprobs, abs=5e-3)
+
+    def test_its_idle_prefill_server_spins(self, stock_cluster: Cluster) -> None:
+        shares = idle_shares(stock_cluster)
+        print("idle share of a core, stock:", shares)
+        assert shares["prefill"] > 0.2, "if stock sleeps now, the comparison in the README is out of date"
+        assert shares["decode"] < MAX_IDLE_SHARE
+
+
+def idle_shares(cluster: Cluster, seconds: float = 10.0) -> dict[str, float]:
+    """Share of a core that the scheduler process of each idle server takes."""
+    time.sleep(2.0)
+    schedulers = {
+        name: next(
+            p for p in psutil.Process(cluster.processes[name]).children(recursive=True) if "scheduler" in p.name()
+        )
+        for name in ("prefill", "decode")
+    }
+
+    def cpu_s(process: psutil.Process) -> float:
+        times = process.cpu_times()
+        return float(times.user + times.system)
+
+    before = {name: cpu_s(process) for name, process in schedulers.items()}
+    time.sleep(seconds)
+    return {name: (cpu_s(process) - before[name]) / seconds for name, process in schedulers.items()}
