@@ -64,8 +64,9 @@ def _take_platform_seams() -> None:
         nixl_dram.apply()
         nixl_sleep.apply()
     if "sglang.srt.managers.scheduler" in sys.modules:
-        from sgl_flowprefill.patches import affinity, decode_idle
+        from sgl_flowprefill.patches import affinity, decode_idle, wakeups
 
+        wakeups.apply()
         if affinity.is_enabled():
             affinity.apply()
         if decode_idle.is_enabled():

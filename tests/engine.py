@@ -31,8 +31,9 @@ class PrefillEngine:
     """Drives the scheduler step by step."""
 
     def __init__(self, model_path: str, **server_args: Any) -> None:
-        os.environ.update(FLOWPREFILL="1", SGLANG_EAGER_INPUT_NO_COPY="1")
+        os.environ["SGLANG_EAGER_INPUT_NO_COPY"] = "1"
         torch.set_num_threads(1)
+        import sglang.srt.managers.scheduler  # noqa: F401 - what tells the plugin that this process runs one
         from sglang.srt.plugins import load_plugins
         from sglang.srt.runtime_context import SpawnRanks, get_disagg, publish
         from sglang.srt.server_args import PortArgs, ServerArgs

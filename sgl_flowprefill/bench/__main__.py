@@ -10,7 +10,7 @@ from types import FrameType
 
 from rich.console import Console
 
-from sgl_flowprefill.bench import demo, replay_command
+from sgl_flowprefill.bench import demo, replay_command, uncontended
 from sgl_flowprefill.bench.calibrate import CalibrationError
 from sgl_flowprefill.cluster import ClusterError
 from sgl_flowprefill.config import ConfigError
@@ -40,6 +40,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, module, summary in (
         ("demo", demo, "compare FlowPrefill with SGLang's stock scheduler on this machine"),
+        ("uncontended", uncontended, "what FlowPrefill costs when nobody waits, in pairs with stock SGLang unchunked"),
         ("replay", replay_command, "replay a trace against a running endpoint"),
     ):
         command = commands.add_parser(name, help=summary, description=summary)

@@ -102,7 +102,7 @@ class _Demo:
         if event_log:
             event_log.unlink(missing_ok=True)
         self.say(f"[bold]{SYSTEMS[name]}[/bold]")
-        with Cluster(self.cluster_config(name, event_log), on_progress=self.detail) as cluster, _beside(cluster):
+        with Cluster(self.cluster_config(name, event_log), on_progress=self.detail) as cluster, beside(cluster):
             client = Client(cluster.gateway_url, GenerateApi())
             prompts = prompt_builder(args)
             solo_ttft_s = measure_solo_ttft(client, prompts, self.detail)
@@ -157,7 +157,7 @@ class _Demo:
 
 
 @contextmanager
-def _beside(cluster: Cluster) -> Iterator[None]:
+def beside(cluster: Cluster) -> Iterator[None]:
     """Keep this process off the CPUs that the prefill scheduler has for itself."""
     before = os.sched_getaffinity(0)
     if cluster.cpus:

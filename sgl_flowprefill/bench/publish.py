@@ -8,7 +8,7 @@ from rich.console import Console
 
 from sgl_flowprefill.bench.comparison import Comparison
 from sgl_flowprefill.bench.report import write_html
-from sgl_flowprefill.bench.table import comparison_table
+from sgl_flowprefill.bench.table import comparison_table, title
 
 
 def publish(comparison: Comparison, folder: Path, console: Console) -> int:
@@ -16,6 +16,7 @@ def publish(comparison: Comparison, folder: Path, console: Console) -> int:
     comparison.write_json(folder / "report.json")
     write_html(comparison, folder / "report.html")
     console.print()
+    console.print(title(comparison), highlight=False, soft_wrap=True)
     console.print(comparison_table(comparison))
     problems = comparison.problems()
     for problem in problems:

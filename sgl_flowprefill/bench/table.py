@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Final
 
+from rich import box
 from rich.table import Table
 
 from sgl_flowprefill.bench.comparison import Comparison, SystemResult
@@ -15,7 +16,7 @@ Row = tuple[str, list[str]]
 
 def comparison_table(comparison: Comparison) -> Table:
     """One column a system, one row a figure, classes by tightness of their SLO."""
-    table = Table(title=_title(comparison), title_justify="left")
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("")
     for system in comparison.systems:
         table.add_column(system.label, justify="right")
@@ -26,6 +27,14 @@ def comparison_table(comparison: Comparison) -> Table:
         previous_group = group
         table.add_row(name, *cells)
     return table
+
+
+def title(comparison: Comparison) -> str:
+    """What was run, in a line."""
+    return (
+        f"{comparison.trace.name}, seed {comparison.seed}: {comparison.trace.rate_rps:.2f} req/s "
+        f"({comparison.trace_rate_rps:.2f} req/s of the trace, times x{comparison.time_scale:.2f}), {comparison.model}"
+    )
 
 
 def table_rows(comparison: Comparison) -> Iterator[tuple[str, str, list[str]]]:
@@ -43,7 +52,7 @@ def table_rows(comparison: Comparison) -> Iterator[tuple[str, str, list[str]]]:
         count = systems[0].summary.classes[name].requests if systems else 0
         yield row(
             "attainment",
-            f"  {name} ({count}, SLO {seconds(slo_s[name])})",
+            f"  {name} ({count}), SLO {slo_s[name]:.2g} s",
             lambda system, name=name: percent(system.summary.classes[name].ttft_attainment),  # type: ignore[misc]
         )
     yield row("goodput", "goodput", lambda system: f"{system.summary.goodput_rps:.2f} req/s")
@@ -61,7 +70,7 @@ def table_rows(comparison: Comparison) -> Iterator[tuple[str, str, list[str]]]:
     )
     yield row(
         "preemption",
-        "blocking time p50 / p99 / max",
+        "blocking time p50/p99/max",
         lambda system: (
             " / ".join(
                 milliseconds(value_s)
@@ -96,10 +105,3 @@ def milliseconds(value_s: float | None) -> str:
 
 def _pair(first_s: float | None, second_s: float | None) -> str:
     return f"{seconds(first_s)} / {seconds(second_s)}"
-
-
-def _title(comparison: Comparison) -> str:
-    return (
-        f"{comparison.trace.name}, seed {comparison.seed}: {comparison.trace.rate_rps:.2f} req/s "
-        f"({comparison.trace_rate_rps:.2f} req/s of the trace, times x{comparison.time_scale:.2f}), {comparison.model}"
-    )

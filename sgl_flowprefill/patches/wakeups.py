@@ -1,35 +1,44 @@
-"""Bootstrap and KV-transfer progress wake the hub.
+"""Bootstrap and KV-transfer progress is announced, so that a scheduler can sleep instead of polling for it.
 
 Target: ``CommonKVManager.update_status`` (SGLang 0.5.23, disaggregation/common/conn.py), which every transfer backend's
-threads call when a request's bootstrap completes and when its KV transfer ends or fails. Without this seam the hub
-would have to poll for both.
+threads call when a request's bootstrap completes and when its KV transfer ends or fails. Without this seam a scheduler
+that sleeps would notice both only when a timer ends.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Final
 
-from sgl_flowprefill.patches.base import expect_parameters
+from sgl_flowprefill.patches.base import SeamError, expect_parameters, resolve
 
-TARGET = "sglang.srt.disaggregation.common.conn.CommonKVManager.update_status"
+TARGET: Final = "sglang.srt.disaggregation.common.conn.CommonKVManager.update_status"
+
+Listener = Callable[[int, Any], None]
+"""Gets a bootstrap room and the ``KVPoll`` status that was reported for it, on the thread that reported it."""
+
+_listeners: list[Listener] = []
 
 
-def install(notify: Callable[[], None], bootstrapped_s: dict[int, float]) -> None:
-    """Call ``notify`` after each status change in this process, from whichever thread made it.
-
-    ``bootstrapped_s`` receives, by bootstrap room, when the room's handshake was complete (``time.monotonic``).
-    """
-    from sglang.srt.disaggregation.base import KVPoll
+def apply() -> None:
+    """Register the hook. Raises SeamError when the target has changed."""
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
     expect_parameters("wakeups", TARGET, ("self", "bootstrap_room", "status"))
+    HookRegistry.register(TARGET, _announce, HookType.AFTER)
 
-    def after(result: None, manager: Any, bootstrap_room: int, status: Any) -> None:
-        if status == KVPoll.WaitingForInput:
-            bootstrapped_s[bootstrap_room] = time.monotonic()
-        notify()
 
-    HookRegistry.register(TARGET, after, HookType.AFTER)
-    HookRegistry.apply_hooks()
+def subscribe(listener: Listener) -> None:
+    """Call ``listener`` after each status change in this process."""
+    _listeners.append(listener)
+
+
+def expect_applied() -> None:
+    """Raise SeamError if the hook is not in place: SGLang only logs hooks that it could not apply."""
+    if not hasattr(resolve("wakeups", TARGET), "__wrapped__"):
+        raise SeamError(f"wakeups: {TARGET} is not hooked; SGLang's log says why its hook registry did not do it.")
+
+
+def _announce(_result: None, _manager: Any, bootstrap_room: int, status: Any) -> None:
+    for listener in _listeners:
+        listener(bootstrap_room, status)

@@ -14,6 +14,7 @@ from itertools import chain
 from typing import Any, Final
 
 import torch
+from sglang.srt.disaggregation.base import KVPoll
 from sglang.srt.disaggregation.utils import DisaggregationMode, is_aborted
 from sglang.srt.managers.scheduler import Scheduler
 from sglang.srt.managers.utils import is_health_check_generate_req
@@ -76,7 +77,8 @@ class FlowPrefillScheduler(Scheduler):
         self._config = config
         self._wakeup = Wakeup()
         self._bootstrapped_s: dict[int, float] = {}
-        wakeups.install(self._wakeup.notify, self._bootstrapped_s)
+        wakeups.expect_applied()
+        wakeups.subscribe(self._on_transfer_status)
         self._events = scheduler_events(self, self._wakeup)
         self._executor = Executor(model_runner, self._events.pending)
         self._checkpoints = 0
@@ -315,6 +317,14 @@ class FlowPrefillScheduler(Scheduler):
         job = Job(waiting, arrival_s, arrival_s + self._slo_s(req), self._predict_s([waiting]))
         self._waiting[req] = job
         self._policy.requests.add(job)
+
+    def _on_transfer_status(self, bootstrap_room: int, status: Any) -> None:
+        """On a transfer thread: a bootstrap is complete, or a transfer has ended."""
+        if status == KVPoll.WaitingForInput:
+            self._bootstrapped_s[bootstrap_room] = time.monotonic()
+        elif status == KVPoll.Failed:
+            self._bootstrapped_s.pop(bootstrap_room, None)
+        self._wakeup.notify()
 
     def abort_request(self, recv_req: Any) -> None:
         super().abort_request(recv_req)

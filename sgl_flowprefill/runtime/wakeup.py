@@ -25,11 +25,10 @@ class Wakeup:
 
     def clear(self) -> None:
         """Forget what was notified so far. The hub calls this before it looks at what there is, never after."""
-        if self.pending:
-            self.pending = False
-            # A notifier between its two steps has not written yet; its write then ends one sleep too many.
-            with suppress(BlockingIOError):
-                os.eventfd_read(self._fd)
+        self.pending = False
+        # Read in any case: a notifier that was between its two steps at the last call has written since.
+        with suppress(BlockingIOError):
+            os.eventfd_read(self._fd)
 
     def fileno(self) -> int:
         return self._fd

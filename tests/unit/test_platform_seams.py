@@ -20,7 +20,7 @@ import zmq
 from sglang.srt.plugins.hook_registry import HookRegistry
 
 from sgl_flowprefill.config import ConfigError
-from sgl_flowprefill.patches import affinity, decode_idle, nixl_dram, nixl_sleep
+from sgl_flowprefill.patches import affinity, decode_idle, nixl_dram, nixl_sleep, wakeups
 from sgl_flowprefill.patches.base import SeamError
 
 
@@ -42,7 +42,7 @@ SEAMS: list[tuple[Callable[[], None], str]] = [
     (decode_idle.apply, decode_idle.ON_IDLE),
     (decode_idle.apply, decode_idle.DECODE_LOOP.format("normal")),
     (decode_idle.apply, decode_idle.DECODE_LOOP.format("overlap")),
-    (decode_idle.apply, decode_idle.UPDATE_STATUS),
+    (wakeups.apply, wakeups.TARGET),
     (affinity.apply, affinity.TARGET),
     (affinity.apply, affinity.CALLER),
 ]
@@ -61,7 +61,7 @@ def test_a_changed_target_is_refused_by_name(
     assert not HookRegistry._hooks
 
 
-@pytest.mark.parametrize("apply", [nixl_dram.apply, nixl_sleep.apply, decode_idle.apply, affinity.apply])
+@pytest.mark.parametrize("apply", [nixl_dram.apply, nixl_sleep.apply, wakeups.apply, decode_idle.apply, affinity.apply])
 def test_the_installed_sglang_has_the_expected_shape(apply: Callable[[], None]) -> None:
     apply()
     assert HookRegistry._hooks

@@ -123,8 +123,8 @@ def test_times_and_tokens_of_a_generate_stream(server: FakeServer) -> None:
     assert [result.prompt_tokens for result in run.results] == [10, 20, 30]
     for result in run.results:
         assert result.completed
-        assert result.ttft_s == pytest.approx(TTFT_S, abs=0.2)
-        assert result.ttft_s >= TTFT_S
+        assert result.ttft_s is not None
+        assert TTFT_S <= result.ttft_s < TTFT_S + 0.2
         assert len(result.tbt_s) == 2
         assert all(gap_s >= TBT_S * 0.5 for gap_s in result.tbt_s)
         assert result.output_tokens == 3

@@ -1,0 +1,121 @@
+"""What FlowPrefill costs when nobody waits: lone prompts, alternately on FlowPrefill and on stock SGLang unchunked.
+
+Both clusters are up at once and take turns on the same CPUs: the one that is not measured is stopped (SIGSTOP), since
+SGLang's own prefill scheduler spins when it is idle. Pairs in one run, so that the machine's drift cancels.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import numpy as np
+import psutil
+from rich.console import Console
+from rich.table import Table
+
+from sgl_flowprefill.bench.client import Client, GenerateApi
+from sgl_flowprefill.bench.demo import SYSTEMS, beside
+from sgl_flowprefill.bench.options import positive_int, prompt_builder
+from sgl_flowprefill.bench.prompts import PromptBuilder
+from sgl_flowprefill.cluster import Cluster, ClusterConfig, ClusterError
+
+UNCHUNKED = ("--chunked-prefill-size", "-1")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of ``bench uncontended``."""
+    parser.add_argument("--tokens", type=positive_int, nargs="+", default=[512, 2048, 8192, 16384], metavar="N",
+                        help="prompt lengths (default %(default)s)")  # fmt: skip
+    parser.add_argument("--pairs", type=positive_int, default=11, help="pairs of each length (default %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the prompts (default 0)")
+    parser.add_argument("--model-path", metavar="M", help="model to serve instead of the embedded one")
+    parser.add_argument("--out", type=Path, default=Path("out/uncontended"), help="folder of results")
+
+
+def run(args: argparse.Namespace, console: Console) -> int:
+    """Measure and print; writes ``uncontended.json``. Raises ClusterError."""
+    prompts = prompt_builder(args)
+    times_s: dict[str, dict[int, list[float]]] = {name: {tokens: [] for tokens in args.tokens} for name in SYSTEMS}
+    with ExitStack() as stack:
+        clusters = {}
+        for name in SYSTEMS:
+            config = ClusterConfig(
+                flowprefill=name == "flowprefill",
+                model_path=args.model_path,
+                prefill_args=UNCHUNKED,
+                log_dir=args.out / "logs" / name,
+            )
+            clusters[name] = stack.enter_context(Cluster(config, on_progress=console.print))
+        stack.enter_context(beside(clusters["flowprefill"]))
+        index = 0
+        for tokens in args.tokens:
+            for pair in range(args.pairs + 1):
+                for name in SYSTEMS if pair % 2 else reversed(SYSTEMS):
+                    (other,) = (cluster for key, cluster in clusters.items() if key != name)
+                    with _stopped(other):
+                        took_s = asyncio.run(_ttft_s(clusters[name], prompts, tokens, index))
+                    if pair:  # the first one warms up
+                        times_s[name][tokens].append(took_s)
+                    index += 1
+            console.print(f"{tokens} tokens: {args.pairs} pairs done")
+    rows = [_row(tokens, *(times_s[name][tokens] for name in SYSTEMS)) for tokens in args.tokens]
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "uncontended.json").write_text(json.dumps({"rows": rows, "times_s": times_s}, indent=1))
+    table = Table("prompt tokens", "FlowPrefill (s)", "SGLang unchunked (s)", "ratio (median of pairs)", "quartiles")
+    for row in rows:
+        table.add_row(
+            str(row["tokens"]),
+            f"{row['flowprefill_s']:.4f}",
+            f"{row['sglang_s']:.4f}",
+            f"{row['ratio']:.3f}",
+            f"{row['ratio_p25']:.3f} to {row['ratio_p75']:.3f}",
+        )
+    console.print(table)
+    return 0
+
+
+def _row(tokens: int, ours_s: list[float], stock_s: list[float]) -> dict[str, float]:
+    ratios = np.array(ours_s) / np.array(stock_s)
+    low, middle, high = np.percentile(ratios, [25, 50, 75])
+    return {
+        "tokens": tokens,
+        "flowprefill_s": float(np.median(ours_s)),
+        "sglang_s": float(np.median(stock_s)),
+        "ratio": float(middle),
+        "ratio_p25": float(low),
+        "ratio_p75": float(high),
+    }
+
+
+async def _ttft_s(cluster: Cluster, prompts: PromptBuilder, tokens: int, index: int) -> float:
+    client = Client(cluster.gateway_url, GenerateApi())
+    async with client.session() as session:
+        outcome = await client.stream(session, client.api.body(prompts.unique(tokens, index), 2, None))
+    if outcome.error or outcome.first_token_s is None:
+        raise ClusterError(f"a lone request of {tokens} tokens to {cluster.gateway_url} failed: {outcome.error}")
+    return outcome.first_token_s - outcome.sent_s
+
+
+def _schedulers(cluster: Cluster) -> list[psutil.Process]:
+    """The scheduler processes of a cluster's servers."""
+    servers = [psutil.Process(cluster.processes[name]) for name in ("prefill", "decode")]
+    return [p for server in servers for p in server.children(recursive=True) if "scheduler" in p.name()]
+
+
+@contextmanager
+def _stopped(cluster: Cluster) -> Iterator[None]:
+    """The cluster's schedulers take no CPU time meanwhile."""
+    schedulers = _schedulers(cluster)
+    for process in schedulers:
+        process.suspend()
+    try:
+        yield
+    finally:
+        for process in schedulers:
+            if process.is_running():
+                process.resume()
