@@ -1,91 +1,81 @@
-"""The short profile behind predictor v0: forward times by length, measured in the scheduler process and cached."""
+"""The TTFT model of the running engine: from a profile that was measured for it, or from a short one measured now."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import logging
-import os
+import math
 import platform
 import random
 import time
-from array import array
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
-from sglang.srt.managers.schedule_batch import Req
-from sglang.srt.mem_cache.common import release_kv_cache
-from sglang.srt.sampling.sampling_params import SamplingParams
 
 from sgl_flowprefill import paths
 from sgl_flowprefill.config import FlowPrefillConfig
-from sgl_flowprefill.ttft import CubicTTFT
+from sgl_flowprefill.profiling import Profile, ProfileError, Row, Setting, read_profile, write_profile
+from sgl_flowprefill.profiling.measure import SchedulerEngine
+from sgl_flowprefill.ttft import AdaptiveTTFT, BoostedTTFT, CubicTTFT, PrefillShape, TTFTModel
 
 logger = logging.getLogger(__name__)
 
-LENGTHS_TOKENS: Final = (16, 64, 128, 256, 512, 1024, 1536, 2048, 3072, 4096, 6144, 8192)
-REPEATS: Final = 3
+SHORT_LENGTHS_TOKENS: Final = (16, 64, 128, 256, 512, 1024, 1536, 2048, 3072, 4096, 6144, 8192)
+SHORT_REPEATS: Final = 3
 SEED: Final = 20260216
 
 
-class Setting(BaseModel):
-    """What a profile holds for: another model, device or thread count needs a profile of its own."""
+def load_or_measure(scheduler: Any, config: FlowPrefillConfig) -> AdaptiveTTFT:
+    """TTFT model of the engine inside ``scheduler``, with online correction and the margin of ``config``.
 
-    model_config = ConfigDict(frozen=True)
-
-    model: str
-    device: str
-    dtype: str
-    attention_backend: str
-    threads: int
-    sglang: str
-
-
-class Profile(BaseModel):
-    """Measured forward times: ``times_s[i]`` is one measurement at ``tokens[i]`` new tokens, nothing cached."""
-
-    setting: Setting
-    tokens: list[int]
-    times_s: list[float]
-
-    def fit(self) -> CubicTTFT:
-        return CubicTTFT.fit(self.tokens, self.times_s)
-
-
-def load_or_measure(scheduler: Any, config: FlowPrefillConfig) -> CubicTTFT:
-    """TTFT model of the running engine: from ``--flowprefill-profile``, from the cache, or measured now and cached.
-
-    Raises SystemExit with one line when the named profile belongs to another setting.
+    It comes from ``--flowprefill-profile``; else from what ``launch.py profile`` left in the cache; else from a short
+    profile of single prompts, which is measured at the first start and cached. Raises SystemExit with one line when
+    the named profile cannot be used.
     """
     setting = current_setting(scheduler)
     if config.profile is not None:
-        profile = _read(Path(config.profile))
-        if profile is None or profile.setting != setting:
-            found = "nothing readable" if profile is None else profile.setting.model_dump()
-            raise SystemExit(
-                f"--flowprefill-profile {config.profile}: it holds {found}, this server is {setting.model_dump()}. "
-                "Leave the option out to measure one."
-            )
-        return profile.fit()
+        try:
+            profile = _matching(Path(config.profile), setting)
+        except ProfileError as error:
+            raise SystemExit(f"--flowprefill-profile {error}") from None
+    else:
+        profile = _cached(profile_path(setting), setting) or _cached(_short_path(setting), setting)
+        if profile is None:
+            profile = _measure_short(scheduler, setting)
+            write_profile(_short_path(setting), profile)
+    model, residuals = fit(profile)
+    return AdaptiveTTFT(model, config.slack_quantile, residuals)
+
+
+def fit(profile: Profile) -> tuple[TTFTModel, list[float]]:
+    """The model of ``profile``, and the log ratios of measured to predicted time of its rows.
+
+    A profile of single prompts alone determines a cubic over their tokens; a full one, the model of batches.
+    """
+    batches, times_s = profile.timings()
+    model: TTFTModel
+    if any(len(batch) > 1 for batch in batches):
+        boosted = BoostedTTFT.fit(batches, times_s)
+        logger.info("FlowPrefill predicts TTFT from %d measured batches", len(batches))
+        model, predicted_s = boosted, boosted.predict_all_s(batches).tolist()
+    else:
+        model = CubicTTFT.fit([batch[0].new_tokens for batch in batches], times_s)
+        predicted_s = [model.predict_s(batch) for batch in batches]
+    return model, [math.log(time_s / p) for time_s, p in zip(times_s, predicted_s, strict=True)]
+
+
+def profile_path(setting: Setting) -> Path:
+    """Where ``launch.py profile`` leaves the profile of ``setting``, and a server finds it."""
     digest = hashlib.sha256(setting.model_dump_json().encode()).hexdigest()[:16]
-    path = paths.cache_dir() / "profiles" / f"{digest}.json"
-    profile = _read(path)
-    if profile is None or profile.setting != setting:
-        profile = _measure(scheduler, setting)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(f".{os.getpid()}")
-        partial.write_text(profile.model_dump_json())
-        partial.replace(path)
-    return profile.fit()
+    return paths.cache_dir() / "profiles" / f"{digest}.parquet"
 
 
 def current_setting(scheduler: Any) -> Setting:
     """Setting of the engine inside ``scheduler``."""
-    from importlib.metadata import version
-
     runner = scheduler.tp_worker.model_runner
     device = torch.cuda.get_device_name() if runner.device == "cuda" else _cpu_name()
     config = json.dumps(runner.model_config.hf_config.to_dict(), sort_keys=True, default=str)
@@ -99,46 +89,48 @@ def current_setting(scheduler: Any) -> Setting:
     )
 
 
-@torch.no_grad()
-def _measure(scheduler: Any, setting: Setting) -> Profile:
-    longest = min(
-        scheduler.model_config.context_len - 1,
-        scheduler.max_total_num_tokens - 1,
-        LENGTHS_TOKENS[-1],
-    )
-    lengths = sorted({min(length, longest) for length in LENGTHS_TOKENS})
+def _matching(path: Path, setting: Setting) -> Profile:
+    """The profile at ``path``. Raises ProfileError when it is another setting's, or not complete."""
+    profile = read_profile(path)
+    if profile.setting != setting:
+        raise ProfileError(
+            f"{path}: measured for another server ({profile.setting.difference(setting)}). "
+            "Leave the option out, or run `python launch.py profile` with this server's options."
+        )
+    if not profile.complete:
+        raise ProfileError(f"{path}: its run was interrupted; `python launch.py profile` with the same options resumes it")
+    return profile
+
+
+def _cached(path: Path, setting: Setting) -> Profile | None:
+    try:
+        return _matching(path, setting) if path.exists() else None
+    except ProfileError as error:
+        logger.warning("FlowPrefill does not use %s", error)
+        return None
+
+
+def _short_path(setting: Setting) -> Path:
+    path = profile_path(setting)
+    return path.with_name(f"{path.stem}-short.parquet")
+
+
+def _measure_short(scheduler: Any, setting: Setting) -> Profile:
+    engine = SchedulerEngine(scheduler)
+    limit = min(scheduler.model_config.context_len - 1, scheduler.max_total_num_tokens - 1, SHORT_LENGTHS_TOKENS[-1])
+    lengths = sorted({min(length, limit) for length in SHORT_LENGTHS_TOKENS})
     logger.info("FlowPrefill measures prefill times of %d to %d tokens", lengths[0], lengths[-1])
     started_s = time.monotonic()
-    order = [length for length in lengths for _ in range(REPEATS)]
+    order = [length for length in lengths for _ in range(SHORT_REPEATS)]
     random.Random(SEED).shuffle(order)
-    _forward_s(scheduler, lengths[len(lengths) // 2])  # warm up
-    times_s = [_forward_s(scheduler, length) for length in order]
+    engine.time((PrefillShape(lengths[len(lengths) // 2]),))  # warm up
+    profile = Profile(setting, lengths[-1], complete=True)
+    for length in order:
+        at_s = time.monotonic() - started_s
+        timing = engine.time((PrefillShape(length),))
+        profile.rows.append(Row(timing.shape, timing.time_s, timing.waited_s, 1, at_s))
     logger.info("FlowPrefill measured %d prefills in %.1f s", len(order), time.monotonic() - started_s)
-    return Profile(setting=setting, tokens=order, times_s=times_s)
-
-
-def _forward_s(scheduler: Any, tokens: int) -> float:
-    """Seconds of one whole forward pass, as serving runs it: admission, preparation, forward, sampled token."""
-    vocabulary = scheduler.model_config.vocab_size
-    prompt = array("q", torch.randint(0, vocabulary, (tokens,)).tolist())
-    sampling = SamplingParams(temperature=0, max_new_tokens=1)
-    sampling.normalize(None)
-    req = Req("flowprefill-profile", "", prompt, sampling, vocab_size=vocabulary)
-    started_s = time.monotonic()
-    scheduler.waiting_queue = [req]
-    batch = scheduler.get_new_batch_prefill(scheduler.running_batch).batch_to_run
-    result = scheduler.run_batch(batch)
-    result.next_token_ids.tolist()
-    elapsed_s = time.monotonic() - started_s
-    release_kv_cache(req, scheduler.tree_cache, checkpoint=False)
-    return elapsed_s
-
-
-def _read(path: Path) -> Profile | None:
-    try:
-        return Profile.model_validate_json(path.read_text())
-    except (OSError, ValidationError):
-        return None
+    return profile
 
 
 def _cpu_name() -> str:

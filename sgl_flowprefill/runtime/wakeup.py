@@ -25,10 +25,11 @@ class Wakeup:
 
     def clear(self) -> None:
         """Forget what was notified so far. The hub calls this before it looks at what there is, never after."""
-        self.pending = False
-        # Read in any case: a notifier that was between its two steps at the last call has written since.
+        # The descriptor before the flag, and in any case. The other way round, a notifier between the two would leave a
+        # flag that keeps the next ones from writing, with nothing in the descriptor to end a sleep.
         with suppress(BlockingIOError):
             os.eventfd_read(self._fd)
+        self.pending = False
 
     def fileno(self) -> int:
         return self._fd
