@@ -17,10 +17,10 @@ lint: $(STAMP)
 	$(BIN)/mypy
 
 stress: $(STAMP)
-	$(BIN)/python -m pytest -m stress
+	$(BIN)/python -m pytest -s -m stress
 
 bench: $(STAMP)
-	$(BIN)/python -m sgl_flowprefill.bench --help
+	$(BIN)/python -m sgl_flowprefill.bench uncontended
 
 clean:
 	rm -rf .venv out build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

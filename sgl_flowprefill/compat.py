@@ -84,6 +84,10 @@ def incompatible_option(server_args: Any) -> str | None:
         )
     if not value("disable_overlap_schedule"):
         return "FlowPrefill needs --disable-overlap-schedule: it decides at every event, not one batch ahead"
-    if value("device") != "cpu" and not (value("disable_cuda_graph") or value("disable_prefill_cuda_graph")):
-        return "FlowPrefill needs --disable-cuda-graph: a captured graph cannot be suspended between its operators"
+    graphs_off = value("disable_cuda_graph") or value("disable_prefill_cuda_graph")
+    if value("device") != "cpu" and value("cuda_graph_backend_prefill") != "disabled" and not graphs_off:
+        return (
+            "FlowPrefill needs --cuda-graph-backend-prefill disabled: a captured graph cannot be suspended between its "
+            "operators"
+        )
     return None

@@ -37,10 +37,11 @@ class FlowPrefillConfig(BaseModel):
         le=512,
         description="most tasks that may be suspended at a time; each holds its KV cache and activations",
     )
-    max_batch_tokens: int = Field(
-        default=2048,
+    max_batch_tokens: int | None = Field(
+        default=None,
         ge=1,
-        description="most new tokens of a batch of several requests; a longer request runs alone",
+        description="most new tokens of a batch of several requests; a longer request runs alone (default: where the "
+        "profile's throughput stops growing)",
     )
     max_starvation_s: float = Field(
         default=60.0,
@@ -52,9 +53,9 @@ class FlowPrefillConfig(BaseModel):
         description="where a running prefill can be suspended: after each attention and MLP (operator), after each "
         "layer (layer), or only between forwards (chunk)",
     )
-    policy: Literal["s-edf", "edf", "fcfs"] = Field(
+    policy: Literal["s-edf", "feasible", "shed", "edf", "fcfs"] = Field(
         default="s-edf",
-        description="order of requests: s-edf (slack-aware earliest deadline first), edf, or fcfs",
+        description="order of requests: s-edf (slack-aware earliest deadline first), feasible, shed (docs/simulator.md), edf, or fcfs",
     )
     max_blocking_ms: float | None = Field(
         default=None,
@@ -64,7 +65,15 @@ class FlowPrefillConfig(BaseModel):
     )
     event_log: str | None = Field(default=None, description="file that receives every scheduling event as a JSON line")
     profile: str | None = Field(
-        default=None, description="TTFT profile to use instead of measuring one at the first start (cached afterwards)"
+        default=None,
+        description="profile of `launch.py profile` to predict TTFT with; without it, the one in the cache, or a short "
+        "one measured at the first start",
+    )
+    slack_quantile: float = Field(
+        default=0.75,
+        gt=0,
+        lt=1,
+        description="slack is computed with a time that this share of prefills stays within; 0.5 is no margin",
     )
 
     @classmethod

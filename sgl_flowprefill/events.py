@@ -7,7 +7,8 @@ arrival    rid, prompt_tokens, ttft_slo_s, deadline_s, received_s (when the HTTP
 start      task, rids, new_tokens, cached_tokens, predicted_s
 suspend    task, rids, checkpoint, for_rids, readable_s, blocking_s
 resume     task, rids, checkpoint
-complete   task, rids, checkpoint, forward_s (time it executed, without the time it was suspended), predicted_s
+complete   task, rids, checkpoint, forward_s (time it executed, without the time it was suspended), predicted_s (with
+           margin, at its start), expected_s (without), profiled_s (without online correction either)
 abort      rids, task (absent when no task was running them), checkpoint
 =========  ==========================================================================================================
 

@@ -94,13 +94,18 @@ class PrefillEngine:
         )
         recv.time_stats = APIServerReqTimeStats()
         recv.time_stats.created_time = time.perf_counter()
-        self.scheduler.process_input_requests([recv])
+        self.receive(recv)
 
     def abort(self, rid: str) -> None:
         """What the tokenizer process sends when a client disconnects."""
         from sglang.srt.managers.io_struct import AbortReq
 
-        self.scheduler.process_input_requests([AbortReq(rid=rid)])
+        self.receive(AbortReq(rid=rid))
+
+    @torch.no_grad()
+    def receive(self, message: Any) -> None:
+        """Hand the scheduler what came over its socket."""
+        self.scheduler.process_input_requests([message])
 
     @torch.no_grad()
     def step(self) -> bool:

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from sgl_flowprefill.bench import demo, replay_command, uncontended
 from sgl_flowprefill.bench.calibrate import CalibrationError
+from sgl_flowprefill.bench.simulator import command as simulator
 from sgl_flowprefill.cluster import ClusterError
 from sgl_flowprefill.config import ConfigError
 
@@ -42,6 +43,7 @@ def _parser() -> argparse.ArgumentParser:
         ("demo", demo, "compare FlowPrefill with SGLang's stock scheduler on this machine"),
         ("uncontended", uncontended, "what FlowPrefill costs when nobody waits, in pairs with stock SGLang unchunked"),
         ("replay", replay_command, "replay a trace against a running endpoint"),
+        ("simulate", simulator, "policies on a model of the machine: attainment, goodput, capacity, and the limit"),
     ):
         command = commands.add_parser(name, help=summary, description=summary)
         module.add_arguments(command)

@@ -21,7 +21,12 @@ EXIT_CANNOT_START: Final = 2
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Serve until interrupted; returns the exit code."""
+    """Serve until interrupted, or ``profile``; returns the exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv and argv[0] == "profile":
+        from sgl_flowprefill.cluster import profile_command
+
+        return profile_command.main(argv[1:])
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _end)
     begin_s = time.monotonic()
@@ -30,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"[{time.monotonic() - begin_s:5.1f} s] {line}", flush=True)
 
     try:
-        config = parse(sys.argv[1:] if argv is None else argv)
+        config = parse(argv)
         with Cluster(config, on_progress=say) as cluster:
             system = "FlowPrefill" if config.flowprefill else "SGLang's own scheduler"
             print(f"\nServing {cluster.model_path} with {system} at {cluster.gateway_url}; Ctrl-C ends it. Try:\n")

@@ -38,6 +38,7 @@ class Cluster:
         self._stack = ExitStack()
 
     def __enter__(self) -> Cluster:
+        self._say("checking the model, the ports and the options")
         self._layout: Layout = preflight.prepare(self.config)
         with self._stack:
             self._guard = self._stack.enter_context(Guard())

@@ -54,4 +54,3 @@ def _with_routes(launch_server: Callable[..., Any], *args: Any, **kwargs: Any) -
     for route in replaced:
         app.router.routes.insert(0, APIRoute(route.path, health, methods=["GET"]))
     return launch_server(*args, **kwargs)
-

@@ -2,6 +2,6 @@
 
 from sgl_flowprefill.policy.base import Job, Queue
 from sgl_flowprefill.policy.queues import SlackEdfQueue, StaticQueue
-from sgl_flowprefill.policy.scheduler import Limits, PrefillPolicy, make_policy
+from sgl_flowprefill.policy.scheduler import POLICIES, Limits, PrefillPolicy, make_policy
 
-__all__ = ["Job", "Limits", "PrefillPolicy", "Queue", "SlackEdfQueue", "StaticQueue", "make_policy"]
+__all__ = ["POLICIES", "Job", "Limits", "PrefillPolicy", "Queue", "SlackEdfQueue", "StaticQueue", "make_policy"]

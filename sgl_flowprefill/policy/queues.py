@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from heapq import heapify, heappop, heappush, nsmallest
 from itertools import count
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from sgl_flowprefill.policy.base import Job, Queue, Rank
 
 T = TypeVar("T")
 
 
-class _Heap(Generic[T]):
+class JobHeap(Generic[T]):
     """A heap of jobs by a key that is fixed while the job is in it. Removal is lazy and paid for by later pops."""
 
     def __init__(self, key: Callable[[Job[T]], float]) -> None:
@@ -53,6 +54,29 @@ class _Heap(Generic[T]):
         return len(self._live)
 
 
+class StarvationTurns:
+    """Lets starved jobs, which cannot meet their deadline any more, go first one after the other, in ``share`` of the
+    time at most.
+
+    Under lasting overload every hopeless job is starved sooner or later, and without a share the order of a policy
+    would become first come first served. The queues of one policy share one object.
+    """
+
+    def __init__(self, share: float) -> None:
+        self._share = share
+        self._turn_of_s: float | None = None
+        self._next_turn_s = -math.inf
+
+    def is_turn_of(self, job: Job[Any], now_s: float) -> bool:
+        """Whether it is the turn of ``job``, known by its arrival. A turn lasts until the next one begins."""
+        if job.arrival_s != self._turn_of_s:
+            if now_s < self._next_turn_s:
+                return False
+            self._turn_of_s = job.arrival_s
+            self._next_turn_s = now_s + job.remaining_s / self._share
+        return True
+
+
 class SlackEdfQueue(Queue[T]):
     """S-EDF: jobs that can still meet their deadline, earliest deadline first; then the hopeless, oldest first.
 
@@ -61,14 +85,16 @@ class SlackEdfQueue(Queue[T]):
     O(log n), where sorting every job by ``sign(slack)/deadline`` at every event (paper, algorithm 1) costs O(n log n).
 
     The paper runs hopeless jobs latest deadline first and lets them wait without bound. Here the oldest goes first, and
-    once it has waited ``max_starvation_s`` it goes before the feasible ones.
+    once it has waited ``max_starvation_s`` it goes before the feasible ones, when it is its turn (any time without
+    ``turns``).
     """
 
-    def __init__(self, max_starvation_s: float) -> None:
+    def __init__(self, max_starvation_s: float, turns: StarvationTurns | None = None) -> None:
         self._max_starvation_s = max_starvation_s
-        self._feasible: _Heap[T] = _Heap(lambda job: job.deadline_s)
-        self._turns_hopeless: _Heap[T] = _Heap(lambda job: job.deadline_s - job.remaining_s)
-        self._hopeless: _Heap[T] = _Heap(lambda job: job.arrival_s)
+        self._turns = turns
+        self._feasible: JobHeap[T] = JobHeap(lambda job: job.deadline_s)
+        self._turns_hopeless: JobHeap[T] = JobHeap(lambda job: job.deadline_s - job.remaining_s)
+        self._hopeless: JobHeap[T] = JobHeap(lambda job: job.arrival_s)
 
     def add(self, job: Job[T]) -> None:
         self._feasible.add(job)
@@ -84,7 +110,7 @@ class SlackEdfQueue(Queue[T]):
     def best(self, now_s: float) -> tuple[Rank, Job[T]] | None:
         self._update(now_s)
         hopeless = self._hopeless.top()
-        if hopeless is not None and hopeless[0] + self._max_starvation_s <= now_s:
+        if hopeless is not None and self._goes_first(hopeless[1], now_s):
             return (0.0, hopeless[0]), hopeless[1]
         feasible = self._feasible.top()
         if feasible is not None:
@@ -94,8 +120,12 @@ class SlackEdfQueue(Queue[T]):
     def first(self, now_s: float, most: int) -> list[Job[T]]:
         self._update(now_s)
         hopeless = self._hopeless.first(most)
-        starved = [job for job in hopeless if job.arrival_s + self._max_starvation_s <= now_s]
+        starved = [job for job in hopeless if self._goes_first(job, now_s)]
         return (starved + self._feasible.first(most) + hopeless[len(starved) :])[:most]
+
+    def _goes_first(self, hopeless: Job[T], now_s: float) -> bool:
+        starved = hopeless.arrival_s + self._max_starvation_s <= now_s
+        return starved and (self._turns is None or self._turns.is_turn_of(hopeless, now_s))
 
     def _update(self, now_s: float) -> None:
         while (top := self._turns_hopeless.top()) is not None and top[0] < now_s:
@@ -111,7 +141,7 @@ class StaticQueue(Queue[T]):
     """An order by a key that does not change with time: EDF with the deadline, FCFS with the arrival."""
 
     def __init__(self, key: Callable[[Job[T]], float]) -> None:
-        self._heap: _Heap[T] = _Heap(key)
+        self._heap: JobHeap[T] = JobHeap(key)
 
     def add(self, job: Job[T]) -> None:
         self._heap.add(job)

@@ -4,13 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Final, Generic, TypeVar
 
 from sgl_flowprefill.policy.base import Job, Queue
-from sgl_flowprefill.policy.queues import SlackEdfQueue, StaticQueue
+from sgl_flowprefill.policy.feasible import FeasibleSet, FeasibleSetQueue
+from sgl_flowprefill.policy.queues import SlackEdfQueue, StarvationTurns, StaticQueue
+from sgl_flowprefill.policy.shedding import RecentLoad, SheddingQueue
 
 R = TypeVar("R")  # a waiting request
 K = TypeVar("K")  # a task: a batch of requests that has started
+
+POLICIES: Final = ("s-edf", "feasible", "shed", "edf", "fcfs")
+STARVED_SHARE: Final = 0.02
+"""Share of the time in which starved jobs may go before those that can still meet their deadline."""
+LOAD_WINDOW_S: Final = 60.0
+"""Past over which the policy "shed" judges whether more work arrives than can be done."""
 
 
 @dataclass(frozen=True)
@@ -92,11 +100,24 @@ def _time_left_s(job: Job[R], now_s: float) -> float:
 
 
 def make_policy(kind: str, limits: Limits, max_starvation_s: float) -> PrefillPolicy[R, K]:
-    """The policy called ``kind``: s-edf, edf or fcfs."""
+    """The policy called ``kind``, one of POLICIES."""
+    turns = StarvationTurns(STARVED_SHARE)
     if kind == "s-edf":
-        return PrefillPolicy(SlackEdfQueue(max_starvation_s), SlackEdfQueue(max_starvation_s), limits)
+        return PrefillPolicy(SlackEdfQueue(max_starvation_s, turns), SlackEdfQueue(max_starvation_s, turns), limits)
+    if kind == "feasible":
+        jobs = FeasibleSet()
+        return PrefillPolicy(
+            FeasibleSetQueue(jobs, max_starvation_s, turns), FeasibleSetQueue(jobs, max_starvation_s, turns), limits
+        )
+    if kind == "shed":
+        load = RecentLoad(LOAD_WINDOW_S)
+        return PrefillPolicy(
+            SheddingQueue(load, max_starvation_s, turns, arrivals=True),
+            SheddingQueue(load, max_starvation_s, turns, arrivals=False),
+            limits,
+        )
     if kind == "edf":
         return PrefillPolicy(StaticQueue(lambda job: job.deadline_s), StaticQueue(lambda job: job.deadline_s), limits)
     if kind == "fcfs":
         return PrefillPolicy(StaticQueue(lambda job: job.arrival_s), StaticQueue(lambda job: job.arrival_s), limits)
-    raise ValueError(f"no policy is called {kind!r}; there are s-edf, edf and fcfs")
+    raise ValueError(f"no policy is called {kind!r}; there are {', '.join(POLICIES)}")

@@ -37,6 +37,7 @@ def load_or_measure(scheduler: Any, config: FlowPrefillConfig) -> AdaptiveTTFT:
     the named profile cannot be used.
     """
     setting = current_setting(scheduler)
+    profile: Profile | None
     if config.profile is not None:
         try:
             profile = _matching(Path(config.profile), setting)
@@ -98,7 +99,9 @@ def _matching(path: Path, setting: Setting) -> Profile:
             "Leave the option out, or run `python launch.py profile` with this server's options."
         )
     if not profile.complete:
-        raise ProfileError(f"{path}: its run was interrupted; `python launch.py profile` with the same options resumes it")
+        raise ProfileError(
+            f"{path}: its run was interrupted; `python launch.py profile` with the same options resumes it"
+        )
     return profile
 
 

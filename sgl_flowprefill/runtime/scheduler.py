@@ -7,6 +7,7 @@ its task's greenlet and comes back at a checkpoint where an event is pending, or
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,7 +30,8 @@ from sgl_flowprefill.runtime.task import AttentionSlots, Executor, PrefillTask
 from sgl_flowprefill.runtime.tiles import tile_mlps, tile_tokens
 from sgl_flowprefill.runtime.wakeup import Wakeup, scheduler_events
 from sgl_flowprefill.slo import ttft_slo_s
-from sgl_flowprefill.ttft import PrefillShape, TTFTModel
+from sgl_flowprefill.ttft import AdaptiveTTFT, PrefillShape
+from sgl_flowprefill.ttft.budget import throughput_budget_tokens
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +44,8 @@ STALL_CHECK_S: Final = 1.0
 CPU_MAX_BLOCKING_S: Final = 0.020
 GPU_MAX_BLOCKING_S: Final = 0.005
 """Default of ``--flowprefill-max-blocking-ms``."""
+LONGEST_BATCH_TOKENS: Final = 8192
+"""Upper end of the search for the batch size that throughput needs."""
 TILE_SAMPLE_TOKENS: Final = 2048
 """Prompt length at which the time of a row is taken: long enough for efficient kernels, short for attention."""
 GRAMMAR_POLL_S: Final = 0.01
@@ -87,14 +91,17 @@ class FlowPrefillScheduler(Scheduler):
             self._checkpoints = install_checkpoints(
                 model_runner.model, layers, config.granularity, self._executor.checkpoint
             )
-        limits = Limits(max_suspended=config.max_suspended, max_batch_tokens=config.max_batch_tokens)
-        self._policy = make_policy(config.policy, limits, config.max_starvation_s)
         self._waiting: dict[Any, Job[WaitingRequest]] = {}
         self._running: PrefillTask | None = None
         self._tasks_started = 0
         self._kv_is_short = False
         self._last_stall_check_s = 0.0
-        self._ttft: TTFTModel = load_or_measure(self, config)
+        self._news_readable_s = math.inf
+        """When the first of the requests that the hub just found could have been read."""
+        self._ttft: AdaptiveTTFT = load_or_measure(self, config)
+        batch_tokens = config.max_batch_tokens or throughput_budget_tokens(self._ttft, LONGEST_BATCH_TOKENS)
+        limits = Limits(max_suspended=config.max_suspended, max_batch_tokens=batch_tokens)
+        self._policy = make_policy(config.policy, limits, config.max_starvation_s)
         between_tiles = None
         if config.granularity == "operator":
             between_tiles = self._executor.between_tiles
@@ -104,10 +111,12 @@ class FlowPrefillScheduler(Scheduler):
         self._slots = AttentionSlots(model_runner, between_tiles)
         self._log = EventLog(config.event_log)
         logger.info(
-            "FlowPrefill is on: policy %s, %d checkpoints in a forward pass, at most %d suspended tasks",
+            "FlowPrefill is on: policy %s, %d checkpoints in a forward pass, at most %d suspended tasks, batches of up "
+            "to %d tokens",
             config.policy,
             self._checkpoints,
             config.max_suspended,
+            batch_tokens,
         )
 
     def _tile_tokens(self, config: FlowPrefillConfig, layers: int) -> int:
@@ -142,6 +151,7 @@ class FlowPrefillScheduler(Scheduler):
     def _take_events(self) -> None:
         """Arrivals, aborts and health checks; requests that finished bootstrapping; KV transfers that ended."""
         self._wakeup.clear()
+        self._news_readable_s = math.inf
         self.ingest_requests()
         self.maybe_send_health_check_signal()
         if self.grammar_manager.has_waiting_grammars():
@@ -204,14 +214,13 @@ class FlowPrefillScheduler(Scheduler):
         members = [self._waiting.pop(req) for req in batch.reqs]
         for member in members:
             self._policy.requests.remove(member)
-        predicted_s = self._predict_s([member.item for member in members])
         task = PrefillTask(
             id=self._tasks_started,
             batch=batch,
             arrival_s=min(member.arrival_s for member in members),
             deadline_s=winner.deadline_s,
             readable_s=winner.item.readable_s,
-            predicted_s=predicted_s,
+            predicted_s=self._ttft.predict_s(_shapes(batch)),
             attn_backend=self._slots.take(),
         )
         self._tasks_started += 1
@@ -256,6 +265,7 @@ class FlowPrefillScheduler(Scheduler):
     def _finish(self, task: PrefillTask) -> None:
         """Send the KV of a task that is done and answer its requests."""
         self._retire(task)
+        prediction = self._ttft.observe(_shapes(task.batch), task.executed_s)
         self._log.write(
             "complete",
             time.monotonic(),
@@ -264,6 +274,8 @@ class FlowPrefillScheduler(Scheduler):
             checkpoint=task.checkpoint,
             forward_s=round(task.executed_s, 6),
             predicted_s=round(task.predicted_s, 6),
+            expected_s=round(prediction.expected_s, 6),
+            profiled_s=round(prediction.raw_s, 6),
         )
         self.process_batch_result(task.batch, task.result)
 
@@ -311,6 +323,7 @@ class FlowPrefillScheduler(Scheduler):
         self.waiting_queue.append(req)
         req.init_next_round_input(self.tree_cache)
         readable_s = max(req.time_stats.api_server_dispatch_time, self._bootstrapped_s.pop(req.bootstrap_room, 0.0))
+        self._news_readable_s = min(self._news_readable_s, readable_s)
         shape = PrefillShape(len(req.origin_input_ids) - req.prefix_len, req.prefix_len)
         waiting = WaitingRequest(req, shape, readable_s)
         arrival_s = _received_s(req)
@@ -370,6 +383,13 @@ class FlowPrefillScheduler(Scheduler):
     def _collect_inflight_batches(self) -> list[Any]:
         return [*super()._collect_inflight_batches(), *(task.batch for task in self._tasks())]
 
+    def get_internal_state(self, recv_req: Any) -> Any:
+        """What ``/server_info`` shows, with the state of the TTFT correction."""
+        output = super().get_internal_state(recv_req)
+        if self._policy is not None:
+            output.internal_state["flowprefill_ttft"] = self._ttft.state()
+        return output
+
     # ---- helpers --------------------------------------------------------------------------------------------------
 
     def _tasks(self) -> list[PrefillTask]:
@@ -386,8 +406,8 @@ class FlowPrefillScheduler(Scheduler):
         return ttft_slo_s(req.sampling_params.custom_params, self._config.default_ttft_slo)
 
     def _log_suspend(self, suspended: PrefillTask, winner: PrefillTask, now_s: float) -> None:
-        # A task is resumed in place of another only because of what just happened: nothing was there to be read before.
-        readable_s = now_s if winner.checkpoint else winner.readable_s
+        # A winner that lost an earlier decision wins because of what has happened since, and waits for it from then on.
+        readable_s = min(now_s, max(winner.readable_s, self._news_readable_s))
         self._log.write(
             "suspend",
             now_s,
@@ -403,3 +423,8 @@ class FlowPrefillScheduler(Scheduler):
 def _received_s(req: Any) -> float:
     """When the HTTP server received the request; for one that came another way, when the scheduler did."""
     return float(req.time_stats.created_time or req.time_stats.scheduler_recv_time or time.monotonic())
+
+
+def _shapes(batch: Any) -> list[PrefillShape]:
+    """What a started batch computes, with the cached prefixes that its admission found."""
+    return [PrefillShape(*lengths) for lengths in zip(batch.extend_lens, batch.prefix_lens, strict=True)]

@@ -1,6 +1,8 @@
 """TTFT models: how long a prefill will execute. No torch, no SGLang."""
 
 from sgl_flowprefill.ttft.base import PrefillShape, TTFTModel
+from sgl_flowprefill.ttft.boosted import BoostedTTFT
 from sgl_flowprefill.ttft.cubic import CubicTTFT
+from sgl_flowprefill.ttft.online import AdaptiveTTFT, Prediction
 
-__all__ = ["CubicTTFT", "PrefillShape", "TTFTModel"]
+__all__ = ["AdaptiveTTFT", "BoostedTTFT", "CubicTTFT", "Prediction", "PrefillShape", "TTFTModel"]

@@ -210,3 +210,25 @@ def test_a_client_that_leaves_frees_its_work_at_the_next_checkpoint(engine: Pref
     assert engine.answers["suspended"].aborted
     assert engine.answers["running"].aborted
     engine.assert_clean()
+
+
+def test_a_pause_lets_started_prefills_finish_and_the_others_wait(engine: PrefillEngine) -> None:
+    from sglang.srt.managers.io_struct import ContinueGenerationReqInput, PauseGenerationReqInput
+
+    scheduler = engine.scheduler
+    scheduler._executor._interrupted = lambda: True
+    scheduler._policy.limits = Limits(max_suspended=100, max_batch_tokens=1)
+    engine.submit("suspended", prompt(1, 900), ttft_slo_s=50.0)
+    engine.step()
+    engine.submit("running", prompt(2, 500), ttft_slo_s=5.0)
+    engine.step()
+    engine.submit("waiting", prompt(3, 300), ttft_slo_s=100.0)
+    engine.step()
+    engine.receive(PauseGenerationReqInput(mode="in_place"))
+    assert not engine.step()
+    assert {"suspended", "running"} <= set(engine.answers)
+    assert "waiting" not in engine.answers
+    engine.receive(ContinueGenerationReqInput())
+    engine.run()
+    assert engine.answers["waiting"].token is not None
+    engine.assert_clean()

@@ -175,6 +175,25 @@ class TestFlowPrefill:
         assert flushed.status_code == 200, flushed.text
         flowprefill_cluster.check()
 
+    def test_frontend_programs_of_sglang_run_through_the_gateway(self, flowprefill_cluster: Cluster) -> None:
+        import sglang as sgl
+
+        @sgl.function
+        def program(s: Any) -> None:
+            s += " bake lomi tura"
+            s += sgl.gen("first", max_tokens=5, temperature=0)
+            s += " bake"
+            s += sgl.gen("second", max_tokens=5, temperature=0)
+
+        state = program.run(backend=sgl.RuntimeEndpoint(flowprefill_cluster.gateway_url))
+        whole = requests.post(
+            flowprefill_cluster.gateway_url + "/generate",
+            json={"text": " bake lomi tura", "sampling_params": {"max_new_tokens": 5, "temperature": 0}},
+            timeout=60,
+        ).json()
+        assert state["first"] == whole["text"]
+        assert state["second"]
+
     def test_idle_servers_sleep(self, flowprefill_cluster: Cluster) -> None:
         shares = idle_shares(flowprefill_cluster)
         print("idle share of a core:", shares)

@@ -10,7 +10,7 @@ WORKS = {
     "disaggregation_mode": "prefill",
     "disaggregation_transfer_backend": "nixl",
     "disable_overlap_schedule": True,
-    "disable_cuda_graph": True,
+    "cuda_graph_backend_prefill": "disabled",
     "chunked_prefill_size": -1,
     "schedule_policy": "fcfs",
     "device": None,
@@ -47,7 +47,7 @@ def test_parallelism(field):
         ({"chunked_prefill_size": 2048}, "--chunked-prefill-size -1, not 2048"),
         ({"chunked_prefill_size": None}, "FlowPrefill needs --chunked-prefill-size -1"),
         ({"disable_overlap_schedule": False}, "FlowPrefill needs --disable-overlap-schedule"),
-        ({"disable_cuda_graph": False}, "FlowPrefill needs --disable-cuda-graph"),
+        ({"cuda_graph_backend_prefill": None}, "FlowPrefill needs --cuda-graph-backend-prefill disabled"),
         ({"schedule_policy": "lpm"}, "--schedule-policy lpm"),
         ({"speculative_algorithm": "EAGLE"}, "--speculative-algorithm EAGLE cannot work"),
     ],
@@ -57,4 +57,9 @@ def test_values(changes, text):
 
 
 def test_the_cpu_has_no_graphs_to_disable():
-    assert problem(disable_cuda_graph=False, device="cpu") is None
+    assert problem(cuda_graph_backend_prefill=None, device="cpu") is None
+
+
+@pytest.mark.parametrize("switch", ["disable_cuda_graph", "disable_prefill_cuda_graph"])
+def test_sglangs_older_switches_disable_graphs_too(switch):
+    assert problem(cuda_graph_backend_prefill=None, **{switch: True}) is None

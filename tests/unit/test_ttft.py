@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sgl_flowprefill.ttft import CubicTTFT, PrefillShape
+from sgl_flowprefill.ttft.budget import throughput_budget_tokens
 
 LENGTHS = [16, 64, 256, 512, 1024, 2048, 4096, 8192]
 
@@ -40,3 +41,10 @@ def test_a_batch_costs_what_its_tokens_cost() -> None:
 def test_too_few_lengths_are_refused() -> None:
     with pytest.raises(ValueError, match="at least 4 prompt lengths"):
         CubicTTFT.fit([16, 16, 64, 64], [1, 1, 2, 2])
+
+
+def test_a_batch_is_as_big_as_throughput_needs() -> None:
+    linear = CubicTTFT.fit(LENGTHS, [1e-4 * n for n in LENGTHS])
+    assert throughput_budget_tokens(linear, 8192) == 64
+    overhead = CubicTTFT.fit(LENGTHS, [0.05 + 1e-4 * n for n in LENGTHS])
+    assert throughput_budget_tokens(overhead, 8192) == 4096  # 0.05 s are a tenth of what 4,500 tokens take

@@ -43,7 +43,7 @@ def test_an_arrival_is_pending_until_it_is_read() -> None:
 
 
 def test_notifying_while_clearing_never_costs_a_sleep() -> None:
-    """What the hub does: clear, look, sleep; a sleep that a notification should have ended would last its whole time."""
+    """The hub clears, looks and sleeps; a sleep that a notification should have ended would last its whole time."""
     with zmq.Context() as context:
         events, _, wakeup = source(context)
         done = 0

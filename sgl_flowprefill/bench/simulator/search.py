@@ -1,0 +1,72 @@
+"""Searches over simulated runs: the highest rate that keeps an attainment, and the fewest instances that do."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Final
+
+from sgl_flowprefill.bench.simulator.systems import Setup, run
+from sgl_flowprefill.bench.trace import Trace
+
+PRECISION: Final = 0.01
+"""A rate is found to within this share of itself."""
+MAX_INSTANCES: Final = 4096
+
+
+def mean_attainment(system: str, traces: Sequence[Trace], setup: Setup) -> float:
+    """Attainment over all requests of ``traces`` (the seeds of one workload)."""
+    runs = [run(system, trace, setup) for trace in traces]
+    return sum(request.met for result in runs for request in result.requests) / sum(len(r.requests) for r in runs)
+
+
+def highest(meets: Callable[[float], bool], start: float) -> float:
+    """The highest value at which ``meets`` holds, to within PRECISION, for one that holds up to some value only.
+
+    0 when it holds nowhere above a thousandth of ``start``.
+    """
+    low, high = 0.0, start
+    while meets(high):
+        low, high = high, 2 * high
+    while low == 0.0 and high > start / 1000:
+        middle = high / 2
+        low, high = (middle, high) if meets(middle) else (0.0, middle)
+    while low > 0.0 and high > low * (1 + PRECISION):
+        middle = (low * high) ** 0.5
+        low, high = (middle, high) if meets(middle) else (low, middle)
+    return low
+
+
+def max_rate_rps(system: str, traces: Sequence[Trace], setup: Setup, attainment: float) -> float:
+    """Highest arrival rate at which ``attainment`` of the requests meet their SLO; the same draws at every rate."""
+    own_rps = sum(trace.rate_rps for trace in traces) / len(traces)
+
+    def meets(rate_rps: float) -> bool:
+        scaled = [trace.scaled(rate_scale=rate_rps / own_rps) for trace in traces]
+        return mean_attainment(system, scaled, setup) >= attainment
+
+    return highest(meets, own_rps)
+
+
+def fewest_instances(system: str, traces: Sequence[Trace], setup: Setup, attainment: float) -> int:
+    """Fewest prefill instances that keep ``attainment`` on ``traces``; more are taken never to be worse.
+
+    Raises ValueError when MAX_INSTANCES are not enough.
+    """
+
+    def meets(instances: int) -> bool:
+        return mean_attainment(system, traces, dataclasses.replace(setup, instances=instances)) >= attainment
+
+    high = 1
+    while not meets(high):
+        high *= 2
+        if high > MAX_INSTANCES:
+            raise ValueError(
+                f"{system} does not reach {attainment:.0%} on {MAX_INSTANCES} instances: some requests "
+                "cannot meet their SLO even alone"
+            )
+    low = high // 2  # not enough, or 0
+    while high > low + 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if meets(middle) else (middle, high)
+    return high

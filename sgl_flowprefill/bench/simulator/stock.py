@@ -1,0 +1,106 @@
+"""SGLang's own prefill scheduler: forwards filled in a fixed order up to a budget of tokens, none ever interrupted."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from heapq import heappop, heappush
+from typing import Final
+
+from sgl_flowprefill.bench.simulator.instance import Instance, KvCache, Machine
+from sgl_flowprefill.bench.simulator.requests import SimRequest
+from sgl_flowprefill.ttft import PrefillShape
+
+MAX_PREFILL_TOKENS: Final = 16384
+"""SGLang's --max-prefill-tokens: new tokens of an unchunked forward of several requests."""
+
+ORDERS: Final[dict[str, Callable[[SimRequest], tuple[float, ...]]]] = {
+    "fcfs": lambda request: (request.ready_s,),
+    "spf": lambda request: (request.shape.new_tokens, request.ready_s),
+    "priority": lambda request: (round(request.deadline_s - request.arrival_s, 6), request.ready_s),
+}
+"""SGLang's fcfs, shortest prefill first, and priority scheduling with the tighter SLO as the higher priority."""
+
+
+@dataclass(slots=True)
+class _Part:
+    """A request that is being computed in chunks."""
+
+    request: SimRequest
+    done_tokens: int = 0
+
+
+class StockInstance(Instance):
+    """Without ``chunk_tokens``, whole prompts up to MAX_PREFILL_TOKENS together, and longer ones alone.
+
+    With it, forwards of at most that many new tokens: the prompt that is under way first, then others by ``order``, the
+    last of them cut.
+    """
+
+    def __init__(self, machine: Machine, order: str, chunk_tokens: int | None) -> None:
+        self._cost = machine.cost
+        self._kv = KvCache(machine)
+        self._key = ORDERS[order]
+        self._chunk_tokens = chunk_tokens
+        self._waiting: list[tuple[tuple[float, ...], int, SimRequest]] = []
+        self._part: _Part | None = None
+        self._finishing: list[SimRequest] = []
+        self._busy = False
+        self.next_s = math.inf
+        self.completed: list[SimRequest] = []
+
+    def submit(self, request: SimRequest, now_s: float) -> None:
+        if sum(request.shape) > self._kv.total_tokens:
+            self.completed.append(request)
+            return
+        heappush(self._waiting, (self._key(request), request.index, request))
+        if not self._busy:
+            self._forward(now_s)
+
+    def step(self) -> None:
+        now_s = self.next_s
+        self._kv.release(now_s)
+        if self._finishing:
+            self._kv.transfer(self._finishing, now_s)
+            self.completed.extend(self._finishing)
+            self._finishing = []
+        self._forward(now_s)
+
+    def _forward(self, now_s: float) -> None:
+        shapes = self._next_batch()
+        self._busy = bool(shapes)
+        if shapes:
+            self.next_s = now_s + self._cost.predict_s(shapes)
+        else:
+            self.next_s = self._kv.next_release_s if self._waiting else math.inf
+
+    def _next_batch(self) -> list[PrefillShape]:
+        shapes: list[PrefillShape] = []
+        budget = self._chunk_tokens or MAX_PREFILL_TOKENS
+        if self._part is not None:
+            budget -= self._add(self._part, budget, shapes)
+        while self._waiting and budget > 0:
+            request = self._waiting[0][2]
+            if self._chunk_tokens is None and shapes and request.shape.new_tokens > budget:
+                break
+            if not self._kv.fitting([request]):
+                break
+            heappop(self._waiting)
+            self._kv.take([request])
+            most = budget if self._chunk_tokens else request.shape.new_tokens
+            budget -= self._add(_Part(request), most, shapes)
+        return shapes
+
+    def _add(self, part: _Part, most_tokens: int, shapes: list[PrefillShape]) -> int:
+        """Compute up to ``most_tokens`` more of ``part`` in this forward. Returns how many."""
+        new_tokens, cached_tokens = part.request.shape
+        tokens = min(most_tokens, new_tokens - part.done_tokens)
+        shapes.append(PrefillShape(tokens, cached_tokens + part.done_tokens))
+        part.done_tokens += tokens
+        if part.done_tokens == new_tokens:
+            self._finishing.append(part.request)
+            self._part = None
+        else:
+            self._part = part
+        return tokens

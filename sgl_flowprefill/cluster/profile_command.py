@@ -1,0 +1,217 @@
+"""``launch.py profile``: measure this machine and model for the TTFT model, and report on what was measured."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import IO, Any, Final, NoReturn
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from sgl_flowprefill import paths
+from sgl_flowprefill.cluster import preflight
+from sgl_flowprefill.cluster.base import ClusterConfig, Ports, StartError
+from sgl_flowprefill.config import ConfigError, FlowPrefillConfig
+from sgl_flowprefill.profiling import ProfileError, read_profile
+
+EXIT_FAILED: Final = 1
+EXIT_CANNOT_START: Final = 2
+LOG_LINES: Final = 15
+
+
+def main(argv: Sequence[str]) -> int:
+    """Profile or report; returns the exit code."""
+    try:
+        arguments, server_args = _parser().parse_known_args(argv)
+        if arguments.report:
+            if server_args:
+                raise StartError(f"--report reads a file and takes no server options, got {shlex.join(server_args)}")
+            return _report(arguments)
+        return _profile(arguments, server_args)
+    except (StartError, ConfigError, ProfileError) as error:
+        print(f"launch.py profile: {error}", file=sys.stderr)
+        return EXIT_CANNOT_START
+
+
+def _profile(arguments: argparse.Namespace, server_args: Sequence[str]) -> int:
+    layout = preflight.prepare(
+        ClusterConfig(
+            flowprefill=True,
+            model_path=arguments.model_path,
+            ports=Ports(),
+            server_args=server_args,
+            prefill_args=shlex.split(arguments.prefill_args),
+            decode_args=("--base-gpu-id", "0"),  # no decode server is started, so it needs no GPU
+            options=FlowPrefillConfig.from_namespace(arguments),
+        )
+    )
+    command = [sys.executable, "-m", "sgl_flowprefill.profiling.process", "--budget-s", str(arguments.budget_s)]
+    if arguments.output is not None:
+        command += ["--output", str(arguments.output.absolute())]
+    log = arguments.log_dir / "profile.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with open(log, "wb") as errors:
+        process = subprocess.Popen(
+            [*command, *layout.server_options("prefill")],
+            env=layout.server_env("prefill"),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            start_new_session=True,  # a Ctrl-C reaches it once, through us
+        )
+    assert process.stdout is not None
+    forward = signal.signal(signal.SIGTERM, lambda number, frame: process.send_signal(signal.SIGINT))
+    try:
+        with _Bar(arguments.budget_s) as show:
+            try:
+                end = _follow(process.stdout, show)
+            except KeyboardInterrupt:
+                process.send_signal(signal.SIGINT)
+                end = _follow(process.stdout, show)
+        process.wait()
+    finally:
+        signal.signal(signal.SIGTERM, forward)
+        with suppress(ProcessLookupError):
+            process.kill()
+    if "path" not in end:
+        reason = end.get("error") or "\n".join(log.read_text(errors="replace").splitlines()[-LOG_LINES:])
+        print(f"launch.py profile: nothing was measured; {log} ends with:\n{reason}", file=sys.stderr)
+        return EXIT_FAILED
+    print(f"{end['measured']} forward passes in {end['path']}")
+    if not end["complete"]:
+        print("The profile is not complete. The same command goes on where this run stopped.")
+        return EXIT_FAILED
+    print("Servers with the same model and options use it from their next start on. What it is worth:")
+    print("  python launch.py profile --report")
+    return 0
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    path = arguments.output or _newest()
+    profile = read_profile(path)
+    try:
+        from sgl_flowprefill.profiling.report import Report
+
+        report = Report(profile)
+    except ValueError as error:
+        raise ProfileError(f"{path}: {error}; `python launch.py profile` measures more") from None
+    figures = {"profile": str(path), **report.to_json()}
+    if arguments.json:
+        print(json.dumps(figures, indent=2))
+    else:
+        _print(figures, report.lines())
+    if arguments.plot is not None:
+        report.write_plot(arguments.plot)
+        print(f"plot: {arguments.plot}", file=sys.stderr)
+    return 0
+
+
+def _print(figures: dict[str, Any], lines: Sequence[Sequence[str]]) -> None:
+    table = Table(title="Error on held-out shapes", title_justify="left")
+    for column in ("shapes", "median", "p90", "cubic: median", "cubic: p90"):
+        table.add_column(column, justify="left" if column == "shapes" else "right")
+    for line in lines:
+        table.add_row(*line)
+    console = Console()
+    console.print(table)
+    worst = figures["worst_shape"]
+    console.print(
+        f"worst shape: {worst['new_tokens']} new, {worst['cached_tokens']} cached tokens: measured "
+        f"{worst['measured_s']:.4f} s, predicted {worst['predicted_s']:.4f} s"
+    )
+    console.print(f"a repeat lies {figures['repeat_spread']:.1%} from the median of its shape (median over the shapes)")
+    console.print(f"one prediction {figures['predict_one_us']:.1f} us, 1,000 {figures['predict_1000_ms']:.2f} ms")
+
+
+def _newest() -> Path:
+    found = [path for path in (paths.cache_dir() / "profiles").glob("*.parquet") if _is_full(path)]
+    if not found:
+        raise ProfileError(
+            "nothing has been profiled yet; run `python launch.py profile` first, or name a file with -o"
+        )
+    return max(found, key=lambda path: path.stat().st_mtime)
+
+
+def _is_full(path: Path) -> bool:
+    return not path.name.startswith(".") and not path.stem.endswith(("-short", ".partial"))
+
+
+class _Bar:
+    """A progress bar over the budget, with the time left."""
+
+    def __init__(self, budget_s: float) -> None:
+        self._progress = Progress(
+            SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn(), TextColumn("left"),
+            console=Console(stderr=True),
+        )  # fmt: skip
+        self._task = self._progress.add_task("starting the engine", total=budget_s)
+
+    def __enter__(self) -> Callable[[dict[str, Any]], None]:
+        self._progress.start()
+        return self._show
+
+    def __exit__(self, *error: object) -> None:
+        self._progress.stop()
+
+    def _show(self, now: dict[str, Any]) -> None:
+        description = f"{now['measured']} forward passes ({now['what']})"
+        self._progress.update(self._task, completed=now["elapsed_s"], description=description)
+
+
+def _follow(reports: IO[str], show: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """Show progress until the measuring process ends; its last words."""
+    end: dict[str, Any] = {}
+    for line in reports:
+        message = json.loads(line)
+        if "elapsed_s" in message:
+            show(message)
+        else:
+            end = message
+    return end
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise StartError(message)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="launch.py profile",
+        usage="launch.py profile [--model-path MODEL] [--budget-s SECONDS] [SGLang server options]\n"
+        "       launch.py profile --report [--json] [--plot FILE]",
+        description="Measure the forward times that TTFT is predicted from. An interrupted run is resumed by the same "
+        "command. Options that are not listed here are SGLang's, as for the prefill server.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--model-path", metavar="MODEL", help="checkpoint directory or Hugging Face model id (default: "
+                        "the embedded model)")  # fmt: skip
+    parser.add_argument("--budget-s", type=_positive, default=180.0, metavar="SECONDS", help="how long to measure, "
+                        "after the engine has started (default %(default)s)")  # fmt: skip
+    parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="profile file to write, or to report on "
+                        "(default: in the cache, where servers look for it)")  # fmt: skip
+    parser.add_argument("--report", action="store_true", help="report on the model of an existing profile")
+    parser.add_argument("--json", action="store_true", help="the report as JSON")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="also write the report's plot, an HTML page")
+    parser.add_argument("--prefill-args", metavar="ARGS", default="", help="more SGLang options, in one string")
+    parser.add_argument("--log-dir", metavar="DIR", type=Path, default=Path("out/logs"), help="directory of the log "
+                        "file (default %(default)s)")  # fmt: skip
+    FlowPrefillConfig.add_cli_args(parser)
+    return parser
+
+
+def _positive(text: str) -> float:
+    value = float(text)
+    if not 0.0 < value < float("inf"):
+        raise ValueError(text)
+    return value

@@ -1,0 +1,156 @@
+"""The profile file: one parquet table of measured forward passes, and what they hold for.
+
+=============  =====================================================================================================
+column         meaning
+=============  =====================================================================================================
+new_tokens     list<int32>: tokens computed, one number per request of the batch
+cached_tokens  list<int32>: cached prefix tokens of each request
+time_s         float64: from the start of the forward pass to its sampled tokens
+waited_s       float64: of that, how long the scheduler's thread was ready to run while another process had its CPU
+attention_s    float64: of time_s, inside the attention modules; null in rows that were timed without looking inside
+mlp_s          float64: of time_s, inside the MLP modules; null likewise
+round          int32: the pass over the design to which the measurement belongs
+at_s           float64: when it started, in seconds since the first measurement of its run
+=============  =====================================================================================================
+
+Rows with operator times are synchronised at each operator, so they say nothing about the time of the whole and are left
+out when a model is fitted. A model is fitted to ``time_s - waited_s``, the time of the engine undisturbed.
+
+The schema's metadata has, under ``flowprefill``, a JSON object: ``format``, ``setting`` (model, device, dtype,
+attention_backend, threads, sglang), ``longest_tokens`` and ``complete``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from sgl_flowprefill.ttft.base import PrefillShape
+
+FORMAT: Final = 1
+METADATA_KEY: Final = b"flowprefill"
+
+
+class ProfileError(ValueError):
+    """A profile cannot be used; the message is one sentence with the way out."""
+
+
+class Setting(BaseModel):
+    """What a profile holds for: another model, device or thread count needs a profile of its own."""
+
+    model_config = ConfigDict(frozen=True)
+
+    model: str
+    device: str
+    dtype: str
+    attention_backend: str
+    threads: int
+    sglang: str
+
+    def difference(self, other: Setting) -> str:
+        """The fields in which ``other`` differs, for a message: ``threads 1, not 4``."""
+        pairs = zip(self.model_dump().items(), other.model_dump().values(), strict=True)
+        return ", ".join(f"{name} {mine}, not {theirs}" for (name, mine), theirs in pairs if mine != theirs)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measured forward pass."""
+
+    shape: tuple[PrefillShape, ...]
+    time_s: float
+    waited_s: float
+    round: int
+    at_s: float
+    attention_s: float | None = None
+    mlp_s: float | None = None
+
+
+@dataclass
+class Profile:
+    """Measurements of one setting."""
+
+    setting: Setting
+    longest_tokens: int
+    """Longest prompt of the design."""
+    rows: list[Row] = field(default_factory=list)
+    complete: bool = False
+    """Whether the run came to its end; an interrupted one can be resumed."""
+
+    def timings(self) -> tuple[list[tuple[PrefillShape, ...]], list[float]]:
+        """Batches and undisturbed seconds of the rows that time whole forward passes."""
+        rows = [row for row in self.rows if row.attention_s is None and row.time_s > row.waited_s]
+        return [row.shape for row in rows], [row.time_s - row.waited_s for row in rows]
+
+
+def write_profile(path: Path, profile: Profile) -> None:
+    """Replace ``path`` with ``profile``; a reader sees the old file or the new one, never a part."""
+    import pyarrow as pa  # type: ignore[import-untyped]
+    import pyarrow.parquet as pq  # type: ignore[import-untyped]
+
+    meta = {
+        "format": FORMAT,
+        "setting": profile.setting.model_dump(),
+        "longest_tokens": profile.longest_tokens,
+        "complete": profile.complete,
+    }
+    schema = _schema().with_metadata({METADATA_KEY: json.dumps(meta).encode()})
+    columns: dict[str, Sequence[Any]] = {
+        "new_tokens": [[request.new_tokens for request in row.shape] for row in profile.rows],
+        "cached_tokens": [[request.cached_tokens for request in row.shape] for row in profile.rows],
+        **{name: [getattr(row, name) for row in profile.rows] for name in schema.names[2:]},
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    pq.write_table(pa.table(columns, schema=schema), partial)
+    partial.replace(path)
+
+
+def read_profile(path: Path) -> Profile:
+    """Read a profile. Raises ProfileError for a file that is not one."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        table = pq.read_table(path)
+        meta = json.loads((table.schema.metadata or {})[METADATA_KEY])
+        if meta["format"] != FORMAT:
+            raise ProfileError(f"{path}: a profile of format {meta['format']}, this version reads {FORMAT}")
+        setting = Setting.model_validate(meta["setting"])
+        rows = [_row(values) for values in table.to_pylist()]
+        return Profile(setting, int(meta["longest_tokens"]), rows, bool(meta["complete"]))
+    except FileNotFoundError:
+        raise ProfileError(f"{path}: no such file; `python launch.py profile` measures a profile") from None
+    except OSError as error:
+        raise ProfileError(f"{path}: {error.strerror or error}") from None
+    except (pa.ArrowException, KeyError, TypeError, json.JSONDecodeError, ValidationError):
+        raise ProfileError(f"{path}: not a profile; `python launch.py profile` measures one") from None
+
+
+def _row(values: dict[str, Any]) -> Row:
+    lengths = zip(values.pop("new_tokens"), values.pop("cached_tokens"), strict=True)
+    return Row(shape=tuple(PrefillShape(new, cached) for new, cached in lengths), **values)
+
+
+def _schema() -> Any:
+    import pyarrow as pa
+
+    lengths = pa.list_(pa.int32())
+    return pa.schema(
+        [
+            pa.field("new_tokens", lengths, nullable=False),
+            pa.field("cached_tokens", lengths, nullable=False),
+            pa.field("time_s", pa.float64(), nullable=False),
+            pa.field("waited_s", pa.float64(), nullable=False),
+            pa.field("attention_s", pa.float64()),
+            pa.field("mlp_s", pa.float64()),
+            pa.field("round", pa.int32(), nullable=False),
+            pa.field("at_s", pa.float64(), nullable=False),
+        ]
+    )

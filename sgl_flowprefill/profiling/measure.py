@@ -1,0 +1,127 @@
+"""Measuring forward passes of a real engine, in its scheduler's process."""
+
+from __future__ import annotations
+
+import random
+import time
+from array import array
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from sglang.srt.managers.schedule_batch import Req
+from sglang.srt.mem_cache.common import release_kv_cache
+from sglang.srt.sampling.sampling_params import SamplingParams
+
+from sgl_flowprefill.profiling.design import SEED, Shape
+from sgl_flowprefill.profiling.run import Timing
+from sgl_flowprefill.runtime.checkpoints import find_decoder_layers
+from sgl_flowprefill.ttft.base import PrefillShape
+
+SCHEDSTAT: Final = Path("/proc/thread-self/schedstat")
+
+
+class SchedulerEngine:
+    """Runs batches of given shapes through an idle scheduler, as serving does, and times their forward passes."""
+
+    def __init__(self, scheduler: Any) -> None:
+        self._scheduler = scheduler
+        self._rng = random.Random(SEED)
+        self.cached_prompt: list[int] = []
+        model = scheduler.tp_worker.model_runner.model
+        layers = find_decoder_layers(model)
+        self._attention = [model.get_submodule(name) for layer in layers for name in layer.attention]
+        self._mlp = [model.get_submodule(name) for layer in layers for name in layer.mlp]
+
+    @property
+    def limit_tokens(self) -> int:
+        """Longest prompt that fits the model's context, with KV cache left for a cached prompt of the same length."""
+        return int(min(self._scheduler.model_config.context_len - 1, self._scheduler.max_total_num_tokens // 2 - 64))
+
+    def cache_prefix(self, tokens: int) -> None:
+        """Leave the KV of one prompt of ``tokens`` in the radix cache: any part of it can be a cached prefix."""
+        self._scheduler.flush_cache()
+        self.cached_prompt = self._random_ids(tokens)
+        self._forward([self.cached_prompt], keep=True)
+
+    def time(self, shape: Shape) -> Timing:
+        """Run one batch of ``shape``."""
+        prompts = [
+            self.cached_prompt[: request.cached_tokens] + self._random_ids(request.new_tokens) for request in shape
+        ]
+        return self._forward(prompts)
+
+    def time_operators(self, shape: Shape) -> tuple[Timing, float, float]:
+        """Like ``time``, and the seconds spent in all attention and in all MLP modules."""
+        with self._timed(self._attention) as attention_s, self._timed(self._mlp) as mlp_s:
+            timing = self.time(shape)
+        return timing, attention_s[0], mlp_s[0]
+
+    def _random_ids(self, tokens: int) -> list[int]:
+        return self._rng.choices(range(self._scheduler.model_config.vocab_size), k=tokens)
+
+    def _forward(self, prompts: Sequence[list[int]], keep: bool = False) -> Timing:
+        scheduler = self._scheduler
+        reqs = [self._req(index, prompt) for index, prompt in enumerate(prompts)]
+        scheduler.waiting_queue = list(reqs)
+        scheduler.running_batch.batch_is_full = False
+        batch = scheduler.get_new_batch_prefill(scheduler.running_batch).batch_to_run
+        scheduler.waiting_queue = []
+        shape = tuple(PrefillShape(len(req.origin_input_ids) - req.prefix_len, req.prefix_len) for req in batch.reqs)
+        self._synchronize()
+        waited_s, started_s = _waited_s(), time.perf_counter()
+        with torch.no_grad():
+            result = scheduler.run_batch(batch)
+            result.next_token_ids.tolist()
+        elapsed_s, waited_s = time.perf_counter() - started_s, _waited_s() - waited_s
+        for req in batch.reqs:
+            release_kv_cache(req, scheduler.tree_cache, checkpoint=keep)
+        return Timing(shape, elapsed_s, min(waited_s, elapsed_s))
+
+    def _req(self, index: int, prompt: list[int]) -> Any:
+        sampling = SamplingParams(temperature=0, max_new_tokens=1)
+        sampling.normalize(None)
+        vocabulary = self._scheduler.model_config.vocab_size
+        req = Req(f"flowprefill-profile-{index}", "", array("q", prompt), sampling, vocab_size=vocabulary)
+        req.start_send_idx = len(prompt)  # nobody is there to whom a cached prefix could be sent early
+        return req
+
+    @contextmanager
+    def _timed(self, modules: Sequence[torch.nn.Module]) -> Iterator[list[float]]:
+        """A list of one number: the seconds spent in ``modules`` while the context is open."""
+        total_s = [0.0]
+        started_s = 0.0
+
+        def before(module: Any, args: Any) -> None:
+            nonlocal started_s
+            self._synchronize()
+            started_s = time.perf_counter()
+
+        def after(module: Any, args: Any, output: Any) -> None:
+            self._synchronize()
+            total_s[0] += time.perf_counter() - started_s
+
+        hooks = [
+            hook
+            for module in modules
+            for hook in (module.register_forward_pre_hook(before), module.register_forward_hook(after))
+        ]
+        try:
+            yield total_s
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _synchronize(self) -> None:
+        if self._scheduler.device == "cuda":
+            torch.cuda.synchronize()
+
+
+def _waited_s() -> float:
+    """Seconds for which this thread has waited for a CPU so far (Linux: run-queue delay); 0 where nobody counts it."""
+    try:
+        return int(SCHEDSTAT.read_text().split()[1]) * 1e-9
+    except (OSError, IndexError, ValueError):
+        return 0.0

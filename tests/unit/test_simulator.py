@@ -1,0 +1,222 @@
+"""The simulator: times worked out by hand, costs against the published figures, systems against one another."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from sgl_flowprefill.bench.__main__ import main
+from sgl_flowprefill.bench.simulator.checkpoints import Checkpoints, Preemption
+from sgl_flowprefill.bench.simulator.cost import LLAMA_8B, MODELS, CostModel, cost_model, fit, fit_published
+from sgl_flowprefill.bench.simulator.instance import Machine
+from sgl_flowprefill.bench.simulator.requests import Conditions, resampled
+from sgl_flowprefill.bench.simulator.search import fewest_instances, highest, max_rate_rps
+from sgl_flowprefill.bench.simulator.systems import HEADLINE, Setup, new_instance, run
+from sgl_flowprefill.bench.trace import Trace, TraceRequest
+from sgl_flowprefill.bench.workloads import mixed, qwen_like
+from sgl_flowprefill.policy import Limits
+from sgl_flowprefill.ttft import PrefillShape
+
+TOY = CostModel("toy", layers=10, fixed_s=0.0, per_token_s=0.001, per_pair_s=0.0, projection_share=0.5)
+"""A token takes a millisecond; a prompt of 1,000 tokens has an operator every 50 ms."""
+
+# Fastest request of a length class in the 323 that the FlowPrefill repository's offline notebook prints.
+PUBLISHED_ENVELOPE = [
+    (72, 0.0240), (146, 0.0283), (210, 0.0299), (274, 0.0361), (356, 0.0375), (500, 0.0451), (691, 0.0607),
+    (748, 0.0598), (1132, 0.0821), (1401, 0.1059), (2041, 0.1432), (2315, 0.1657), (3138, 0.2175), (4174, 0.2917),
+    (6867, 0.4965), (8170, 0.6444),
+]  # fmt: skip
+
+
+def trace_of(*requests: tuple[float, int, float]) -> Trace:
+    """Requests as (arrival in s, tokens, TTFT SLO in s)."""
+    return Trace(
+        "toy",
+        [TraceRequest(arrival_s, tokens, 1, "all", slo_s, math.inf) for arrival_s, tokens, slo_s in requests],
+    )
+
+
+def toy_setup(**changes: object) -> Setup:
+    setup = Setup(Machine(TOY, kv_tokens=10_000), limits=Limits(max_suspended=4, max_batch_tokens=1))
+    return dataclasses.replace(setup, max_operator_s=math.inf, **changes)  # type: ignore[arg-type]
+
+
+def ttfts(system: str, trace: Trace, setup: Setup) -> list[float]:
+    return [round(r.first_token_s - r.arrival_s, 6) for r in run(system, trace, setup).requests]
+
+
+def test_preemption_takes_effect_at_the_next_boundary_of_its_granularity() -> None:
+    trace = trace_of((0.0, 1000, 10.0), (0.12, 10, 0.5))
+    # Operators end every 50 ms, layers every 100 ms.
+    for system, urgent_s in (("s-edf", 0.04), ("s-edf/layer", 0.09), ("s-edf/chunk", 0.89)):
+        result = run(system, trace, toy_setup())
+        last_s = 1.0 if system.endswith("chunk") else 1.01
+        assert [round(r.first_token_s - r.arrival_s, 6) for r in result.requests] == [last_s, urgent_s]
+        assert result.blocking_s == pytest.approx([] if system.endswith("chunk") else [urgent_s - 0.01])
+
+
+def test_tiles_and_lookahead_move_the_stop() -> None:
+    trace = trace_of((0.0, 1000, 10.0), (0.12, 10, 0.5))
+    assert ttfts("s-edf", trace, dataclasses.replace(toy_setup(), max_operator_s=0.025))[1] == pytest.approx(0.015)
+    assert ttfts("s-edf", trace, toy_setup(lookahead=1))[1] == pytest.approx(0.09)
+
+
+def test_checkpoints_count_what_was_passed_and_always_make_progress() -> None:
+    checkpoints = Checkpoints(1.0, 10, 0.3, Preemption())
+    elapsed_s, stops = 0.0, []
+    while elapsed_s < 1.0:
+        elapsed_s = checkpoints.next_stop_s(elapsed_s)
+        stops.append(elapsed_s)
+    assert stops[:3] == pytest.approx([0.03, 0.1, 0.13])
+    assert len(stops) == checkpoints.total == 20
+    assert [checkpoints.passed(stop_s) for stop_s in stops] == list(range(1, 21))
+
+
+def test_stock_runs_what_came_first_to_its_end() -> None:
+    trace = trace_of((0.0, 1000, 10.0), (0.1, 300, 10.0), (0.2, 100, 0.5))
+    assert ttfts("stock-fcfs", trace, toy_setup()) == [1.0, 1.3, 1.2]  # the two that wait share a forward
+    # Chunks of 500: 500 of the first, its other 500, then the 300 and the 100 together.
+    assert ttfts("stock-fcfs-500", trace, toy_setup()) == [1.0, 1.3, 1.2]
+    # Chunks of 400: the third and a part of the second join the end of the first.
+    assert ttfts("stock-spf-400", trace, toy_setup()) == [1.2, 1.3, 1.0]
+
+
+def test_chunks_attend_to_the_chunks_before_and_cost_the_same_attention_in_all() -> None:
+    model = dataclasses.replace(TOY, per_pair_s=1e-6)
+    whole_s = model.predict_s([PrefillShape(1000)])
+    assert sum(model.predict_s([PrefillShape(250, at)]) for at in (0, 250, 500, 750)) == pytest.approx(whole_s)
+
+
+def test_a_request_waits_for_kv_cache_and_one_that_never_fits_fails() -> None:
+    setup = toy_setup(machine=Machine(dataclasses.replace(TOY, kv_bytes_per_token=1), 1000, link_bytes_per_s=1000))
+    trace = trace_of((0.0, 900, 10.0), (0.1, 200, 1.0), (0.1, 2000, 10.0))
+    for system in ("s-edf", "stock-fcfs"):
+        first, second, third = run(system, trace, setup).requests
+        assert first.first_token_s == pytest.approx(0.9 + 0.9)  # forward, then transfer
+        assert second.first_token_s == pytest.approx(1.8 + 0.2 + 0.2)  # starts when the first's KV is free
+        assert third.first_token_s == math.inf
+
+
+def test_bootstrap_and_serving_delay_the_start() -> None:
+    setup = toy_setup(
+        machine=Machine(dataclasses.replace(TOY, serving_s=0.2), 10_000), conditions=Conditions(bootstrap_s=0.1)
+    )
+    assert ttfts("s-edf", trace_of((0.0, 100, 1.0)), setup) == [0.4]
+
+
+@pytest.mark.parametrize("system", [*HEADLINE, "edf", "fcfs", "shed/layer", "stock-priority"])
+def test_every_request_is_served_once_on_any_number_of_instances(system: str) -> None:
+    trace = qwen_like(300, seed=1, rate_rps=12.0)
+    for router in ("round-robin", "least-work"):
+        setup = Setup(Machine(LLAMA_8B, 60_000, 20e9), instances=3, router=router)
+        requests = run(system, trace, setup).requests
+        assert all(request.ready_s < request.first_token_s < math.inf for request in requests)
+
+
+def test_more_instances_serve_more_and_least_work_is_no_worse_than_round_robin() -> None:
+    trace = resampled(mixed(500, seed=0), 2000, rate_rps=29.0, seed=0)
+    setup = Setup(Machine(LLAMA_8B, LLAMA_8B.kv_tokens), instances=3)
+    by_instances = [run("s-edf", trace, dataclasses.replace(setup, instances=n)).attainment for n in (1, 2, 3, 4)]
+    assert by_instances == sorted(by_instances)
+    round_robin = run("s-edf", trace, dataclasses.replace(setup, router="round-robin")).attainment
+    assert run("s-edf", trace, setup).attainment >= round_robin
+
+
+def test_the_papers_order_of_systems_appears() -> None:
+    trace = qwen_like(1500, seed=0, rate_rps=5.5)
+    setup = Setup(Machine(LLAMA_8B, LLAMA_8B.kv_tokens))
+    ours, layer, chunked, unchunked = (
+        run(name, trace, setup) for name in ("s-edf", "s-edf/layer", "stock-fcfs-2048", "stock-fcfs")
+    )
+    assert ours.attainment > 0.97  # the paper's own notebook at this rate: 318 of 323
+    assert max(chunked.attainment, unchunked.attainment) < 0.8
+    assert layer.blocking_s
+    assert ours.blocking_s
+    ratio = sum(layer.blocking_s) / len(layer.blocking_s) / (sum(ours.blocking_s) / len(ours.blocking_s))
+    assert 3 < ratio < 6  # the paper: 3.5 to 4.2
+
+
+def test_lasting_overload_does_not_end_as_first_come_first_served() -> None:
+    trace = qwen_like(4000, seed=0, rate_rps=10.5)
+    setup = Setup(Machine(LLAMA_8B, LLAMA_8B.kv_tokens), limits=Limits(max_suspended=64, max_batch_tokens=2048))
+    for system in ("s-edf", "feasible", "shed"):
+        assert run(system, trace, setup).attainment > 0.85
+
+
+def test_published_figures_are_within_a_tenth_of_the_model() -> None:
+    tokens, times_s = zip(*PUBLISHED_ENVELOPE, strict=True)
+    fixed_s, per_token_s, per_pair_s, _ = fit_published(tokens, times_s)
+    assert per_token_s == pytest.approx(LLAMA_8B.per_token_s, rel=0.1)
+    assert per_pair_s == pytest.approx(LLAMA_8B.per_pair_s, rel=0.25)
+    assert fixed_s == pytest.approx(LLAMA_8B.fixed_s + LLAMA_8B.serving_s, rel=0.1)
+    for length, time_s in PUBLISHED_ENVELOPE:
+        assert LLAMA_8B.serving_s + LLAMA_8B.predict_s([PrefillShape(length)]) == pytest.approx(time_s, rel=0.13)
+
+
+def test_a_fit_finds_what_made_the_times_and_never_goes_negative() -> None:
+    lengths = [16, 64, 256, 1024, 4096]
+    assert fit(lengths, [0.01 + 1e-4 * n + 1e-8 * n * n for n in lengths]) == pytest.approx((0.01, 1e-4, 1e-8))
+    assert min(fit(lengths, [1e-4 * n - 1e-9 * n * n for n in lengths])) >= 0
+    with pytest.raises(ValueError, match="3 prompt lengths"):
+        fit([16, 32], [1.0, 2.0])
+
+
+def test_roofline_models_cost_what_their_size_says() -> None:
+    llama, dense, experts = (MODELS[name] for name in MODELS)
+    prompt = [PrefillShape(2048)]
+    assert dense.predict_s(prompt) == pytest.approx(
+        llama.predict_s(prompt), rel=0.2
+    )  # twice the size on twice the GPUs
+    assert experts.predict_s(prompt) < llama.predict_s(prompt)
+    assert experts.predict_s([PrefillShape(16)]) > llama.predict_s([PrefillShape(16)])  # all experts' weights are read
+
+
+def test_a_profile_is_a_cost_model_and_anything_else_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "profile.json"
+    tokens = [16, 256, 1024, 4096]
+    times_s = [0.01 + 1e-4 * n for n in tokens]
+    path.write_text(json.dumps({"setting": {"model": "m"}, "tokens": tokens, "times_s": times_s}))
+    model = cost_model(str(path), layers=4)
+    assert (model.name, model.layers) == ("m", 4)
+    assert model.predict_s([PrefillShape(2000)]) == pytest.approx(0.21, rel=0.01)
+    path.write_text("[]")
+    with pytest.raises(ValueError, match="no TTFT profile"):
+        cost_model(str(path), layers=4)
+    with pytest.raises(ValueError, match="none of llama"):
+        cost_model("nothing", layers=4)
+
+
+def test_searches_find_the_edge() -> None:
+    assert highest(lambda value: value <= 3.7, 1.0) == pytest.approx(3.7, rel=0.011)
+    assert highest(lambda value: value <= 0.2, 1.0) == pytest.approx(0.2, rel=0.011)
+    assert highest(lambda value: False, 1.0) == 0.0
+    setup = Setup(Machine(LLAMA_8B, LLAMA_8B.kv_tokens))
+    traces = [mixed(400, seed=0, rate_rps=30.0)]
+    assert max_rate_rps("s-edf", traces, setup, 0.9) > max_rate_rps("stock-fcfs", traces, setup, 0.9)
+    instances = fewest_instances("s-edf", traces, setup, 0.95)
+    fewer = dataclasses.replace(setup, instances=instances - 1)
+    assert run("s-edf", traces[0], fewer).attainment < 0.95
+    with pytest.raises(ValueError, match="even alone"):
+        fewest_instances("s-edf", [trace_of((0.0, 8000, 0.1))], setup, 0.5)
+
+
+def test_an_unknown_system_is_refused_with_the_names_there_are() -> None:
+    for name in ("stock-lifo", "stock-fcfs-0", "s-edf/token", "sedf"):
+        with pytest.raises(ValueError, match="s-edf"):
+            new_instance(name, toy_setup())
+
+
+@pytest.mark.parametrize("action", [[], ["--goodput"], ["--plan", "--attainment", "0.9"], ["--speed"]])
+def test_the_command_writes_its_figures(action: list[str], tmp_path: Path) -> None:
+    out = tmp_path / "figures.json"
+    options = ["--requests", "100", "--seeds", "1", "--policy", "s-edf", "stock-fcfs", "--rate", "5", "--out", str(out)]
+    assert main(["simulate", *action, *options]) == 0
+    report = json.loads(out.read_text())
+    if "--speed" in action:
+        assert report["speed"]["s-edf"]["requests_per_s"] > 0
+    else:
+        assert report["traces"]["qwen-like"]

@@ -1,0 +1,192 @@
+"""Profiling runs on an engine that is made up: budget, order, interruption and resumption, the file, the report."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+
+from sgl_flowprefill.cluster import profile_command
+from sgl_flowprefill.profiling import Profile, ProfileError, Row, Setting, make_design, read_profile, write_profile
+from sgl_flowprefill.profiling.design import Shape
+from sgl_flowprefill.profiling.report import Report
+from sgl_flowprefill.profiling.run import Progress, Timing, partial_path, run_profile
+from sgl_flowprefill.ttft import PrefillShape
+
+SETTING = Setting(model="m-1", device="made up", dtype="float32", attention_backend="none", threads=1, sglang="0")
+
+
+class MadeUpEngine:
+    """Takes the time that a formula says, on a clock of its own; interrupts itself on request."""
+
+    def __init__(self, limit_tokens: int = 20_000, interrupt_after: int | None = None, seed: int = 0) -> None:
+        self.limit_tokens = limit_tokens
+        self.now_s = 0.0
+        self.cached_tokens = 0
+        self.seen: list[Shape] = []
+        self._interrupt_after = interrupt_after
+        self._rng = random.Random(seed)
+
+    def clock(self) -> float:
+        return self.now_s
+
+    def cache_prefix(self, tokens: int) -> None:
+        self.cached_tokens = tokens
+        self.seen.clear()
+
+    def time(self, shape: Shape) -> Timing:
+        assert all(new + cached <= self.limit_tokens for new, cached in shape)
+        assert not self.cached_tokens or max(cached for _, cached in shape) <= self.cached_tokens
+        new = sum(request.new_tokens for request in shape)
+        pairs = sum(new * (cached + new / 2) for new, cached in shape)
+        time_s = (0.004 + 8e-5 * new + 1.5e-8 * pairs) * self._rng.lognormvariate(0, 0.02)
+        waited_s = time_s if self._rng.random() < 0.2 else 0.0
+        self.now_s += time_s + waited_s
+        self.seen.append(shape)
+        if self.cached_tokens and len(self.seen) == self._interrupt_after:
+            raise KeyboardInterrupt
+        return Timing(shape, time_s + waited_s, waited_s)
+
+    def time_operators(self, shape: Shape) -> tuple[Timing, float, float]:
+        timing = self.time(shape)
+        return timing, 0.3 * timing.time_s, 0.6 * timing.time_s
+
+
+def profiled(path: Path, engine: MadeUpEngine, budget_s: float = 180.0, resumed: Profile | None = None) -> Profile:
+    return run_profile(engine, SETTING, path, budget_s, resumed, clock=engine.clock)
+
+
+def test_the_design_covers_what_serving_meets() -> None:
+    design = make_design(8192)
+    assert len(set(design)) == len(design)
+    assert {len(shape) for shape in design} >= {1, 2, 4, 8, 16}
+    assert min(shape[0].new_tokens for shape in design if len(shape) == 1 and not shape[0].cached_tokens) == 16
+    assert max(request.new_tokens + request.cached_tokens for shape in design for request in shape) == 8192
+    shares = [request.cached_tokens / (request.new_tokens + request.cached_tokens) for s in design for request in s]
+    assert max(shares) == pytest.approx(0.95, abs=0.01)
+    assert any(len({request.new_tokens for request in shape}) > 1 for shape in design)
+
+
+def test_a_run_stays_within_its_budget_and_measures_everything_several_times(tmp_path: Path) -> None:
+    engine = MadeUpEngine()
+    profile = profiled(tmp_path / "p.parquet", engine)
+    assert engine.now_s < 180 * 1.05
+    assert profile.complete
+    repeats = dict.fromkeys(make_design(profile.longest_tokens), 0)
+    for row in profile.rows:
+        repeats[row.shape] += row.attention_s is None
+    assert min(repeats.values()) >= 2
+    assert read_profile(tmp_path / "p.parquet") == profile
+
+
+@pytest.mark.parametrize("budget_s", [20.0, 2000.0])
+def test_the_budget_decides_the_longest_prompt(tmp_path: Path, budget_s: float) -> None:
+    profile = profiled(tmp_path / "p.parquet", MadeUpEngine(), budget_s)
+    assert (profile.longest_tokens < 8192) == (budget_s < 100)
+    assert profile.longest_tokens <= 20_000
+
+
+def test_no_longer_prompts_than_the_engine_has_room_for(tmp_path: Path) -> None:
+    assert profiled(tmp_path / "p.parquet", MadeUpEngine(limit_tokens=700)).longest_tokens == 700
+
+
+def test_an_interrupted_run_keeps_what_it_has_and_is_resumed(tmp_path: Path) -> None:
+    path = tmp_path / "p.parquet"
+    with pytest.raises(KeyboardInterrupt):
+        profiled(path, MadeUpEngine(interrupt_after=150))
+    assert not path.exists()
+    kept = read_profile(partial_path(path))
+    assert len(kept.rows) == 149
+    assert not kept.complete
+    resumed = profiled(path, MadeUpEngine(seed=1), resumed=kept)
+    assert resumed.rows[:149] == kept.rows
+    assert resumed.longest_tokens == kept.longest_tokens
+    assert resumed.complete
+    assert path.exists()
+    assert not partial_path(path).exists()
+
+
+def test_an_interrupted_run_leaves_an_earlier_profile_alone(tmp_path: Path) -> None:
+    path = tmp_path / "p.parquet"
+    first = profiled(path, MadeUpEngine())
+    with pytest.raises(KeyboardInterrupt):
+        profiled(path, MadeUpEngine(interrupt_after=50))
+    assert read_profile(path) == first
+
+
+def test_a_resumed_run_goes_on_with_what_was_not_measured_in_that_round(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        profiled(tmp_path / "p.parquet", MadeUpEngine(interrupt_after=80))
+    kept = read_profile(partial_path(tmp_path / "p.parquet"))
+    resumed = profiled(tmp_path / "p.parquet", MadeUpEngine(), resumed=kept)
+    measured = [(row.round, row.shape) for row in resumed.rows]
+    assert len(set(measured)) == len(measured)
+
+
+def test_each_round_has_an_order_of_its_own(tmp_path: Path) -> None:
+    rows = profiled(tmp_path / "p.parquet", MadeUpEngine()).rows
+    orders = [[row.shape for row in rows if row.round == index] for index in (1, 2)]
+    assert orders[0] != orders[1]
+    assert set(orders[0]) == set(orders[1])
+
+
+def test_progress_is_told(tmp_path: Path) -> None:
+    engine, told = MadeUpEngine(), list[Progress]()
+    profile = run_profile(engine, SETTING, tmp_path / "p.parquet", 60.0, None, told.append, engine.clock)
+    assert [now.measured for now in told] == list(range(1, len(profile.rows) + 1))
+    assert told[-1].elapsed_s <= 60.0 * 1.05
+
+
+def test_a_model_is_fitted_to_undisturbed_forward_passes() -> None:
+    one = (PrefillShape(100),)
+    rows = [Row(one, 2.0, 0.5, 1, 0.0), Row(one, 9.0, 0.0, 0, 0.0, attention_s=1.0, mlp_s=1.0)]
+    assert Profile(SETTING, 100, rows).timings() == ([one], [1.5])
+
+
+def test_what_is_no_profile_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "text").write_text("no parquet")
+    with pytest.raises(ProfileError, match="not a profile"):
+        read_profile(tmp_path / "text")
+    with pytest.raises(ProfileError, match="no such file"):
+        read_profile(tmp_path / "absent")
+
+
+def test_a_difference_between_settings_is_named() -> None:
+    other = SETTING.model_copy(update={"threads": 4, "device": "another"})
+    assert SETTING.difference(other) == "device made up, not another, threads 1, not 4"
+
+
+def test_the_report_has_the_figures(tmp_path: Path) -> None:
+    report = Report(profiled(tmp_path / "p.parquet", MadeUpEngine()))
+    figures = report.to_json()
+    assert figures["median_ape"] <= 0.03
+    assert figures["p90_ape"] <= 0.10
+    assert figures["worst_shape"]["ape"] >= figures["p90_ape"]
+    assert set(figures["strata"]) == {"single", "batched", "prefix_cached"}
+    for kind in ("batched", "prefix_cached"):
+        assert figures["strata"][kind]["p90_ape"] <= figures["strata"][kind]["cubic"]["p90_ape"] / 2
+    assert figures["extrapolation"]["4x"]["p90_ape"] < 0.15
+    assert figures["predict_one_us"] > 0
+    report.write_plot(tmp_path / "plot.html")
+    assert (tmp_path / "plot.html").stat().st_size > 10_000
+
+
+def test_the_command_reports_on_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "p.parquet"
+    profiled(path, MadeUpEngine())
+    assert profile_command.main(["--report", "-o", str(path)]) == 0
+    assert "cubic" in capsys.readouterr().out
+
+
+def test_the_command_says_what_is_missing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FLOWPREFILL_CACHE_DIR", str(tmp_path))
+    assert profile_command.main(["--report"]) == 2
+    assert "nothing has been profiled yet" in capsys.readouterr().err
+    write_profile(tmp_path / "p.parquet", Profile(SETTING, 64, [Row((PrefillShape(64),), 0.1, 0.0, 1, 0.0)]))
+    assert profile_command.main(["--report", "-o", str(tmp_path / "p.parquet")]) == 2
+    assert "at least" in capsys.readouterr().err
+    assert profile_command.main(["--budget-s", "-3"]) == 2
+    assert "--budget-s" in capsys.readouterr().err
