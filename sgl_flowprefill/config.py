@@ -55,7 +55,8 @@ class FlowPrefillConfig(BaseModel):
     )
     policy: Literal["s-edf", "feasible", "shed", "edf", "fcfs"] = Field(
         default="s-edf",
-        description="order of requests: s-edf (slack-aware earliest deadline first), feasible, shed (docs/simulator.md), edf, or fcfs",
+        description="order of requests: s-edf (slack-aware earliest deadline first), edf, fcfs, or one of docs/simulator.md "
+        "(feasible, shed)",
     )
     max_blocking_ms: float | None = Field(
         default=None,

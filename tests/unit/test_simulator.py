@@ -19,6 +19,7 @@ from sgl_flowprefill.bench.simulator.systems import HEADLINE, Setup, new_instanc
 from sgl_flowprefill.bench.trace import Trace, TraceRequest
 from sgl_flowprefill.bench.workloads import mixed, qwen_like
 from sgl_flowprefill.policy import Limits
+from sgl_flowprefill.profiling import Profile, Row, Setting, write_profile
 from sgl_flowprefill.ttft import PrefillShape
 
 TOY = CostModel("toy", layers=10, fixed_s=0.0, per_token_s=0.001, per_pair_s=0.0, projection_share=0.5)
@@ -176,15 +177,16 @@ def test_roofline_models_cost_what_their_size_says() -> None:
 
 
 def test_a_profile_is_a_cost_model_and_anything_else_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "profile.json"
-    tokens = [16, 256, 1024, 4096]
-    times_s = [0.01 + 1e-4 * n for n in tokens]
-    path.write_text(json.dumps({"setting": {"model": "m"}, "tokens": tokens, "times_s": times_s}))
+    path = tmp_path / "profile.parquet"
+    setting = Setting(model="m", device="d", dtype="f", attention_backend="a", threads=1, sglang="0.5.23")
+    rows = [Row((PrefillShape(n),), 0.01 + 1e-4 * n, 0.0, 0, 0.0) for n in (16, 256, 1024, 4096)]
+    cached = Row((PrefillShape(16, 4096),), 1.0, 0.0, 0, 0.0)
+    write_profile(path, Profile(setting, 4096, [*rows, cached], complete=True))
     model = cost_model(str(path), layers=4)
     assert (model.name, model.layers) == ("m", 4)
     assert model.predict_s([PrefillShape(2000)]) == pytest.approx(0.21, rel=0.01)
     path.write_text("[]")
-    with pytest.raises(ValueError, match="no TTFT profile"):
+    with pytest.raises(ValueError, match="not a profile"):
         cost_model(str(path), layers=4)
     with pytest.raises(ValueError, match="none of llama"):
         cost_model("nothing", layers=4)

@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from typing import Final
 
 import numpy as np
 
+from sgl_flowprefill.profiling.file import read_profile
 from sgl_flowprefill.ttft import PrefillShape
 
 
@@ -116,17 +116,15 @@ def fit_published(tokens: Sequence[int], ttft_s: Sequence[float]) -> tuple[float
 
 
 def from_profile(path: Path, layers: int) -> CostModel:
-    """The engine behind a TTFT profile: the JSON that the prefill server caches.
+    """The engine behind a TTFT profile: what ``launch.py profile`` writes and a prefill server caches.
 
-    Raises ValueError with a sentence for a file that is no profile.
+    Fitted to its single prompts without a cached prefix. Raises ProfileError with a sentence for a file that is none.
     """
-    try:
-        profile = json.loads(path.read_text())
-        fixed_s, per_token_s, per_pair_s = fit(profile["tokens"], profile["times_s"])
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is no TTFT profile: it needs tokens and times_s ({error!r})") from None
-    name = profile.get("setting", {}).get("model", path.stem)
-    return CostModel(name, layers, fixed_s, per_token_s, per_pair_s, source=f"profile {path}")
+    profile = read_profile(path)
+    alone = [(batch[0].new_tokens, time_s) for batch, time_s in zip(*profile.timings(), strict=True)
+             if len(batch) == 1 and not batch[0].cached_tokens]  # fmt: skip
+    fixed_s, per_token_s, per_pair_s = fit([tokens for tokens, _ in alone], [time_s for _, time_s in alone])
+    return CostModel(profile.setting.model, layers, fixed_s, per_token_s, per_pair_s, source=f"profile {path}")
 
 
 # NVIDIA A800 SXM 80 GB, from its data sheet: dense bf16, HBM2e, NVLink (one direction).
