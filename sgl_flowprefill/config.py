@@ -55,8 +55,8 @@ class FlowPrefillConfig(BaseModel):
     )
     policy: Literal["s-edf", "feasible", "shed", "edf", "fcfs"] = Field(
         default="s-edf",
-        description="order of requests: s-edf (slack-aware earliest deadline first), edf, fcfs, or one of docs/simulator.md "
-        "(feasible, shed)",
+        description="order of requests: s-edf (slack-aware earliest deadline first), edf, fcfs, or feasible or shed, "
+        "which docs/simulator.md describes",
     )
     max_blocking_ms: float | None = Field(
         default=None,
