@@ -245,7 +245,7 @@ class FlowPrefillScheduler(Scheduler):
         if task is not self._running:
             if self._running is not None:
                 self._log_suspend(self._running, task, now_s)
-            if task.checkpoint:
+            if task.started:
                 self._log.write("resume", now_s, task=task.id, rids=task.rids, checkpoint=task.checkpoint)
             else:
                 cached_tokens = sum(req.prefix_len for req in task.batch.reqs)

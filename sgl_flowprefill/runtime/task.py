@@ -43,6 +43,11 @@ class PrefillTask:
         self.job = Job(self, self.arrival_s, self.deadline_s, self.predicted_s)
 
     @property
+    def started(self) -> bool:
+        """Whether it has run before; it may have been suspended within its first operator."""
+        return self._greenlet is not None
+
+    @property
     def rids(self) -> list[str]:
         return [req.rid for req in self.batch.reqs]
 
