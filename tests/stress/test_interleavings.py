@@ -26,7 +26,7 @@ def test_ten_thousand_suspensions_leave_nothing_behind_and_change_no_token() -> 
         for i in range(rng.randrange(2, 12)):
             prefix = rng.choice(prefixes) if rng.random() < 0.6 else None
             tokens = rng.randrange(1, 1200) + (len(prefix) if prefix else 0)
-            prompts[f"s{i}"] = prompt(rng.randrange(40), tokens, prefix)
+            prompts[f"s{i:02}"] = prompt(rng.randrange(40), tokens, prefix)
         engine.answers.clear()
         seen = chaos(engine, round_number, switch_probability=rng.choice([0.05, 0.3, 0.8]))
         for rid, tokens in prompts.items():
