@@ -9,7 +9,7 @@ demo: $(STAMP)
 	$(BIN)/python -m sgl_flowprefill.bench demo
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -W ignore::DeprecationWarning -m pytest
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
