@@ -92,11 +92,6 @@ class Executor:
         if task._greenlet is not None and not task._greenlet.dead:
             self._switch(task, task._greenlet.throw)
 
-    def executed_s(self, task: PrefillTask) -> float:
-        """Time for which ``task`` has run up to now."""
-        running_s = time.monotonic() - self._resumed_s if task is self._running else 0.0
-        return task.executed_s + running_s
-
     def _switch(self, task: PrefillTask, switch: Callable[[], Any]) -> None:
         hub_state = ForwardState.capture(self._model_runner)
         assert task._state is not None

@@ -12,9 +12,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sgl_flowprefill.model import embedded_model_path
-from sgl_flowprefill.model.embedded import FIRST_WORD_ID, VOCAB_SIZE
 from sgl_flowprefill.policy import Limits
 from tests.engine import PrefillEngine
+from tests.prompts import prompt
 
 ENGINES: list[PrefillEngine] = []
 
@@ -42,12 +42,6 @@ def engine(shared_engine: PrefillEngine) -> Iterator[PrefillEngine]:
     scheduler._policy.__dict__.pop("pick", None)
     scheduler._policy.limits = limits
     scheduler._executor._interrupted = scheduler._events.pending
-
-
-def prompt(seed: int, tokens: int, prefix: list[int] | None = None) -> list[int]:
-    head = prefix or []
-    rng = random.Random(seed)
-    return head + [rng.randrange(FIRST_WORD_ID, VOCAB_SIZE) for _ in range(tokens - len(head))]
 
 
 def chaos(engine: PrefillEngine, seed: int, switch_probability: float) -> dict[str, int]:

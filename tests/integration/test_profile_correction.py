@@ -9,7 +9,8 @@ import pytest
 
 from sgl_flowprefill.profiling.measure import SchedulerEngine
 from tests.engine import PrefillEngine
-from tests.integration.test_preemption import prompt, shared_engine  # noqa: F401 - one process holds one scheduler
+from tests.integration.test_preemption import shared_engine  # noqa: F401 - one process holds one scheduler
+from tests.prompts import prompt
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import math
-import random
 import time
 from typing import Any
 
@@ -16,17 +15,11 @@ import requests
 
 from sgl_flowprefill.cluster import Cluster
 from sgl_flowprefill.events import read_events
-from sgl_flowprefill.model.embedded import FIRST_WORD_ID, VOCAB_SIZE
+from tests.prompts import prompt
 
 pytestmark = pytest.mark.server
 
 MAX_IDLE_SHARE = 0.02
-
-
-def prompt(seed: int, tokens: int, prefix: list[int] | None = None) -> list[int]:
-    rng = random.Random(seed)
-    head = prefix or []
-    return head + [rng.randrange(FIRST_WORD_ID, VOCAB_SIZE) for _ in range(tokens - len(head))]
 
 
 SHARED = prompt(1, 400)

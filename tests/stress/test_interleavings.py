@@ -8,7 +8,8 @@ import pytest
 
 from sgl_flowprefill.model import embedded_model_path
 from tests.engine import PrefillEngine
-from tests.integration.test_preemption import chaos, prompt
+from tests.integration.test_preemption import chaos
+from tests.prompts import prompt
 
 pytestmark = [pytest.mark.stress, pytest.mark.timeout(3600)]
 
