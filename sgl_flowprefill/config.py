@@ -58,11 +58,11 @@ class FlowPrefillConfig(BaseModel):
         description="order of requests: s-edf (slack-aware earliest deadline first), edf, fcfs, or feasible or shed, "
         "which docs/simulator.md describes",
     )
-    max_blocking_ms: float | None = Field(
-        default=None,
+    max_blocking_ms: float = Field(
+        default=5.0,
         gt=0,
         description="an operator that would run longer than this many milliseconds is split into tiles between which a "
-        "prefill can be suspended (default 5 on a GPU, 20 on a CPU)",
+        "prefill can be suspended",
     )
     event_log: str | None = Field(default=None, description="file that receives every scheduling event as a JSON line")
     profile: str | None = Field(

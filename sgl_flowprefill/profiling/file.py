@@ -88,6 +88,14 @@ class Profile:
         rows = [row for row in self.rows if row.attention_s is None and row.time_s > row.waited_s]
         return [row.shape for row in rows], [row.time_s - row.waited_s for row in rows]
 
+    def operators(self) -> list[tuple[tuple[PrefillShape, ...], float, float]]:
+        """Batches with the seconds of their attention and of their MLP modules, of the rows that look inside."""
+        return [
+            (row.shape, row.attention_s, row.mlp_s)
+            for row in self.rows
+            if row.attention_s is not None and row.mlp_s is not None
+        ]
+
 
 def write_profile(path: Path, profile: Profile) -> None:
     """Replace ``path`` with ``profile``; a reader sees the old file or the new one, never a part."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, Literal
 
 from torch import nn
@@ -60,19 +61,38 @@ def find_decoder_layers(model: nn.Module) -> list[DecoderLayer]:
 
 def install_checkpoints(
     model: nn.Module, layers: Sequence[DecoderLayer], granularity: Granularity, checkpoint: Callable[[], None]
-) -> int:
-    """Call ``checkpoint`` after every operator (or layer) of ``model``; how often that is in one forward pass."""
+) -> Progress:
+    """Call ``checkpoint`` after every operator (or layer) of ``model``; what lies behind each in a forward pass."""
 
     def after_operator(module: nn.Module, args: Any, output: Any) -> None:
         checkpoint()
 
-    count = 0
+    is_attention: list[bool] = []
     for layer in layers:
         names = (layer.name,) if granularity == "layer" else (*layer.attention, *layer.mlp)
         for name in names:
             model.get_submodule(name).register_forward_hook(after_operator)
-        count += len(names)
-    return count
+            is_attention.append(name in layer.attention)
+    return Progress(is_attention)
+
+
+class Progress:
+    """How much of a forward pass is left behind each of its checkpoints."""
+
+    def __init__(self, is_attention: Sequence[bool]) -> None:
+        """``is_attention`` says of every checkpoint, in order, whether it follows attention (else: MLP, or a layer)."""
+        self.checkpoints = len(is_attention)
+        self._attention = [0, *accumulate(is_attention)]
+
+    def left(self, passed: int, attention_share: float) -> float:
+        """Share of the time that is left after ``passed`` checkpoints, when attention takes ``attention_share``."""
+        passed = min(passed, self.checkpoints)
+        attention, all_attention = self._attention[passed], self._attention[-1]
+        others, all_others = passed - attention, self.checkpoints - all_attention
+        if not all_attention or not all_others:
+            return 1.0 - passed / self.checkpoints
+        done = attention_share * attention / all_attention + (1.0 - attention_share) * others / all_others
+        return max(0.0, 1.0 - done)
 
 
 def _is_attention(module: nn.Module) -> bool:

@@ -20,17 +20,20 @@ from sgl_flowprefill import paths
 from sgl_flowprefill.config import FlowPrefillConfig
 from sgl_flowprefill.profiling import Profile, ProfileError, Row, Setting, read_profile, write_profile
 from sgl_flowprefill.profiling.measure import SchedulerEngine
-from sgl_flowprefill.ttft import AdaptiveTTFT, BoostedTTFT, CubicTTFT, PrefillShape, TTFTModel
+from sgl_flowprefill.ttft import AdaptiveTTFT, BoostedTTFT, CubicTTFT, OperatorTimes, PrefillShape, TTFTModel
 
 logger = logging.getLogger(__name__)
 
 SHORT_LENGTHS_TOKENS: Final = (16, 64, 128, 256, 512, 1024, 1536, 2048, 3072, 4096, 6144, 8192)
 SHORT_REPEATS: Final = 3
+INSIDE_LENGTHS_TOKENS: Final = (512, 2048)
+"""Lengths at which the short profile looks inside a forward pass, for the times of operators."""
 SEED: Final = 20260216
 
 
-def load_or_measure(scheduler: Any, config: FlowPrefillConfig) -> AdaptiveTTFT:
-    """TTFT model of the engine inside ``scheduler``, with online correction and the margin of ``config``.
+def load_or_measure(scheduler: Any, config: FlowPrefillConfig) -> tuple[AdaptiveTTFT, OperatorTimes | None]:
+    """TTFT model of the engine inside ``scheduler``, with online correction and the margin of ``config``, and the times
+    of its operators where the profile has them.
 
     It comes from ``--flowprefill-profile``; else from what ``launch.py profile`` left in the cache; else from a short
     profile of single prompts, which is measured at the first start and cached. Raises SystemExit with one line when
@@ -49,7 +52,7 @@ def load_or_measure(scheduler: Any, config: FlowPrefillConfig) -> AdaptiveTTFT:
             profile = _measure_short(scheduler, setting)
             write_profile(_short_path(setting), profile)
     model, residuals = fit(profile)
-    return AdaptiveTTFT(model, config.slack_quantile, residuals)
+    return AdaptiveTTFT(model, config.slack_quantile, residuals), OperatorTimes.fit(profile.operators())
 
 
 def fit(profile: Profile) -> tuple[TTFTModel, list[float]]:
@@ -132,6 +135,10 @@ def _measure_short(scheduler: Any, setting: Setting) -> Profile:
         at_s = time.monotonic() - started_s
         timing = engine.time((PrefillShape(length),))
         profile.rows.append(Row(timing.shape, timing.time_s, timing.waited_s, 1, at_s))
+    for length in sorted({min(length, limit) for length in INSIDE_LENGTHS_TOKENS}):
+        at_s = time.monotonic() - started_s
+        timing, attention_s, mlp_s = engine.time_operators((PrefillShape(length),))
+        profile.rows.append(Row(timing.shape, timing.time_s, timing.waited_s, 0, at_s, attention_s, mlp_s))
     logger.info("FlowPrefill measured %d prefills in %.1f s", len(order), time.monotonic() - started_s)
     return profile
 

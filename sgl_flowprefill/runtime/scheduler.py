@@ -24,13 +24,13 @@ from sgl_flowprefill.config import FlowPrefillConfig
 from sgl_flowprefill.events import EventLog
 from sgl_flowprefill.patches import wakeups
 from sgl_flowprefill.policy import Job, Limits, PrefillPolicy, make_policy
-from sgl_flowprefill.runtime.checkpoints import find_decoder_layers, install_checkpoints
+from sgl_flowprefill.runtime.checkpoints import Progress, find_decoder_layers, install_checkpoints
 from sgl_flowprefill.runtime.profile import load_or_measure
 from sgl_flowprefill.runtime.task import AttentionSlots, Executor, PrefillTask
 from sgl_flowprefill.runtime.tiles import tile_mlps, tile_tokens
 from sgl_flowprefill.runtime.wakeup import Wakeup, scheduler_events
 from sgl_flowprefill.slo import ttft_slo_s
-from sgl_flowprefill.ttft import AdaptiveTTFT, PrefillShape
+from sgl_flowprefill.ttft import PrefillShape
 from sgl_flowprefill.ttft.budget import throughput_budget_tokens
 
 logger = logging.getLogger(__name__)
@@ -41,9 +41,6 @@ IDLE_CHECK_S: Final = 5.0
 """How often an idle scheduler does SGLang's housekeeping (leak check, metrics)."""
 STALL_CHECK_S: Final = 1.0
 """How often a scheduler that only waits for others looks for what sends no wake-up (a dead decode server)."""
-CPU_MAX_BLOCKING_S: Final = 0.020
-GPU_MAX_BLOCKING_S: Final = 0.005
-"""Default of ``--flowprefill-max-blocking-ms``."""
 LONGEST_BATCH_TOKENS: Final = 8192
 """Upper end of the search for the batch size that throughput needs."""
 TILE_SAMPLE_TOKENS: Final = 2048
@@ -85,10 +82,10 @@ class FlowPrefillScheduler(Scheduler):
         wakeups.subscribe(self._on_transfer_status)
         self._events = scheduler_events(self, self._wakeup)
         self._executor = Executor(model_runner, self._events.pending)
-        self._checkpoints = 0
+        self._progress = Progress([])
         layers = find_decoder_layers(model_runner.model)
         if config.granularity != "chunk":
-            self._checkpoints = install_checkpoints(
+            self._progress = install_checkpoints(
                 model_runner.model, layers, config.granularity, self._executor.checkpoint
             )
         self._waiting: dict[Any, Job[WaitingRequest]] = {}
@@ -98,7 +95,7 @@ class FlowPrefillScheduler(Scheduler):
         self._last_stall_check_s = 0.0
         self._news_readable_s = math.inf
         """When the first of the requests that the hub just found could have been read."""
-        self._ttft: AdaptiveTTFT = load_or_measure(self, config)
+        self._ttft, self._operators = load_or_measure(self, config)
         batch_tokens = config.max_batch_tokens or throughput_budget_tokens(self._ttft, LONGEST_BATCH_TOKENS)
         limits = Limits(max_suspended=config.max_suspended, max_batch_tokens=batch_tokens)
         self._policy = make_policy(config.policy, limits, config.max_starvation_s)
@@ -114,15 +111,16 @@ class FlowPrefillScheduler(Scheduler):
             "FlowPrefill is on: policy %s, %d checkpoints in a forward pass, at most %d suspended tasks, batches of up "
             "to %d tokens",
             config.policy,
-            self._checkpoints,
+            self._progress.checkpoints,
             config.max_suspended,
             batch_tokens,
         )
 
     def _tile_tokens(self, config: FlowPrefillConfig, layers: int) -> int:
-        """Rows of an MLP tile: the profile's time of a whole layer bounds what one of its operators takes."""
-        by_device_s = GPU_MAX_BLOCKING_S if self.device == "cuda" else CPU_MAX_BLOCKING_S
-        max_blocking_s = config.max_blocking_ms / 1e3 if config.max_blocking_ms else by_device_s
+        """Rows of an MLP tile, by the profile's time of MLPs; else by that of whole layers, which bounds it."""
+        max_blocking_s = config.max_blocking_ms / 1e3
+        if self._operators is not None and self._operators.mlp_s_per_token > 0:
+            return tile_tokens(max_blocking_s, self._operators.mlp_s_per_token / layers)
         layer_s = self._ttft.predict_s([PrefillShape(TILE_SAMPLE_TOKENS)]) / layers
         return tile_tokens(max_blocking_s, layer_s / TILE_SAMPLE_TOKENS)
 
@@ -297,9 +295,10 @@ class FlowPrefillScheduler(Scheduler):
 
     def _remaining_s(self, task: PrefillTask) -> float:
         """Predicted time left, from the checkpoints that the task has passed and not from wall time."""
-        if not self._checkpoints:
+        if not self._progress.checkpoints:
             return max(0.0, task.predicted_s - task.executed_s)
-        return task.predicted_s * max(0.0, 1.0 - task.checkpoint / self._checkpoints)
+        share = 0.5 if self._operators is None else self._operators.attention_share(_shapes(task.batch))
+        return task.predicted_s * self._progress.left(task.checkpoint, share)
 
     # ---- requests that come and go --------------------------------------------------------------------------------
 

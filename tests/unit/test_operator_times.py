@@ -1,0 +1,46 @@
+"""How a forward divides over its operators, and what that says about the rest of a suspended one."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sgl_flowprefill.runtime.checkpoints import Progress
+from sgl_flowprefill.ttft import OperatorTimes, PrefillShape
+
+
+def measured(new: int, cached: int = 0) -> tuple[list[PrefillShape], float, float]:
+    """A machine on which a pair costs 2 ns, a token 10 us in attention and 30 us in MLPs, a forward 1 ms in each."""
+    pairs = new * (cached + new / 2)
+    return [PrefillShape(new, cached)], 1e-3 + 10e-6 * new + 2e-9 * pairs, 1e-3 + 30e-6 * new
+
+
+def test_operator_times_are_recovered_and_hold_for_prefixes_that_were_not_measured() -> None:
+    times = OperatorTimes.fit([measured(tokens) for tokens in (16, 128, 512, 2048, 8192)])
+    assert times is not None
+    assert times.mlp_s_per_token == pytest.approx(30e-6)
+    batch, attention_s, mlp_s = measured(500, 20_000)
+    assert times.attention_share(batch) == pytest.approx(attention_s / (attention_s + mlp_s))
+
+
+def test_one_measured_length_says_nothing() -> None:
+    assert OperatorTimes.fit([]) is None
+    assert OperatorTimes.fit([measured(512), measured(512)]) is None
+
+
+@given(st.lists(st.booleans(), min_size=1, max_size=40), st.floats(0.0, 1.0))
+def test_what_is_left_falls_from_all_to_nothing(is_attention: list[bool], share: float) -> None:
+    progress = Progress(is_attention)
+    left = [progress.left(passed, share) for passed in range(len(is_attention) + 1)]
+    assert left[0] == 1.0
+    assert left[-1] == pytest.approx(0.0, abs=1e-9)
+    assert all(later <= earlier + 1e-12 for earlier, later in zip(left, left[1:], strict=False))
+
+
+def test_an_operator_counts_by_its_time() -> None:
+    progress = Progress([True, False] * 4)
+    assert progress.left(1, attention_share=0.8) == pytest.approx(1 - 0.8 / 4)
+    assert progress.left(2, attention_share=0.8) == pytest.approx(3 / 4)
+    assert Progress([False] * 4).left(1, attention_share=0.8) == pytest.approx(3 / 4)
+    assert Progress([True, False]).left(5, attention_share=0.5) == 0.0
