@@ -1,0 +1,91 @@
+"""Predictions that stay wrong by a factor of two cost deadlines, never requests. ``pytest -s`` prints what they cost."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pytest
+
+from sgl_flowprefill.bench.prompts import PromptBuilder
+from sgl_flowprefill.bench.workloads import qwen_like
+from sgl_flowprefill.model.embedded import FIRST_WORD_ID, VOCAB_SIZE
+from sgl_flowprefill.policy import make_policy
+from sgl_flowprefill.ttft import PrefillShape
+from tests.engine import PrefillEngine
+from tests.integration.test_preemption import shared_engine  # noqa: F401 - one process holds one scheduler
+
+REQUESTS = 60
+RATE_RPS = 5.0
+TIME_SCALE = 1.6
+MAX_STARVATION_S = 5.0
+
+
+class Wrong:
+    """The scheduler's TTFT model, off by ``factor`` for good: nothing is learned from the tasks that complete."""
+
+    def __init__(self, right: Any, factor: float) -> None:
+        self._right = right
+        self._factor = factor
+
+    def predict_s(self, batch: Sequence[PrefillShape]) -> float:
+        return float(self._factor * self._right.predict_s(batch))
+
+    def observe(self, batch: Sequence[PrefillShape], measured_s: float) -> Any:
+        return self._right.predict(batch)
+
+
+@pytest.fixture
+def engine(shared_engine: PrefillEngine) -> Iterator[PrefillEngine]:  # noqa: F811
+    scheduler = shared_engine.scheduler
+    ttft, policy = scheduler._ttft, scheduler._policy
+    shared_engine.answers.clear()
+    scheduler._policy = make_policy("s-edf", policy.limits, MAX_STARVATION_S)
+    yield shared_engine
+    scheduler._ttft, scheduler._policy = ttft, policy
+    scheduler._executor._interrupted = scheduler._events.pending
+
+
+def replay(engine: PrefillEngine) -> tuple[dict[str, float], dict[str, float]]:
+    """TTFT and objective of every request of a short trace, arriving when the trace says."""
+    trace = qwen_like(REQUESTS, seed=3, rate_rps=RATE_RPS).scaled(time_scale=TIME_SCALE)
+    builder = PromptBuilder(3, FIRST_WORD_ID, VOCAB_SIZE)
+    prompts = [builder.build(request, index) for index, request in enumerate(trace.requests)]
+    due = list(zip(range(REQUESTS), trace.requests, strict=True))
+    begin_s = time.monotonic()
+    ttft_s: dict[str, float] = {}
+
+    def arrived() -> bool:
+        return bool(due) and time.monotonic() - begin_s >= due[0][1].arrival_s
+
+    engine.scheduler._executor._interrupted = arrived
+    while len(ttft_s) < REQUESTS:
+        while arrived():
+            index, request = due.pop(0)
+            engine.submit(f"{index:03d}", prompts[index], ttft_slo_s=request.ttft_slo_s)
+        if not engine.step():
+            time.sleep(0.001)
+        now_s = time.monotonic() - begin_s
+        assert now_s < 180, f"{REQUESTS - len(ttft_s)} requests have no answer"
+        for rid in engine.answers.keys() - ttft_s.keys():
+            ttft_s[rid] = now_s - trace.requests[int(rid)].arrival_s
+    return ttft_s, {f"{index:03d}": request.ttft_slo_s for index, request in enumerate(trace.requests)}
+
+
+def test_a_predictor_that_is_wrong_by_two_loses_and_starves_nobody(engine: PrefillEngine) -> None:
+    right = engine.scheduler._ttft
+    met: dict[float, float] = {}
+    tokens: dict[float, dict[str, int | None]] = {}
+    for factor in (1.0, 2.0, 0.5):
+        engine.answers.clear()
+        engine.scheduler._ttft = Wrong(right, factor)
+        ttft_s, slo_s = replay(engine)
+        met[factor] = sum(ttft_s[rid] <= slo_s[rid] for rid in ttft_s) / REQUESTS
+        tokens[factor] = {rid: answer.token for rid, answer in engine.answers.items()}
+        late_s = max(ttft_s[rid] - slo_s[rid] for rid in ttft_s)
+        print(f"\npredictions times {factor:g}: {met[factor]:.1%} met their objective, the latest by {late_s:.1f} s")
+        assert not any(answer.aborted for answer in engine.answers.values())
+        engine.assert_clean()
+    assert tokens[1.0] == tokens[2.0] == tokens[0.5]
+    assert met[1.0] > 0.5, "the engine must be able to meet most objectives, or the factors show nothing"
