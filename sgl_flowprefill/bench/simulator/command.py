@@ -83,6 +83,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--link-gbps", type=positive_float, default=math.inf, help="KV transfer, Gbit/s (default: no time)"
     )
     parser.add_argument("--prediction-error", type=float, default=0.0, help="sd of the log of predictions (default 0)")
+    parser.add_argument(
+        "--prediction-bias", type=positive_float, default=1.0, metavar="X", help="factor of all predictions (default 1)"
+    )
     parser.add_argument("--no-prefix-cache", action="store_true", help="compute every prompt whole")
     parser.add_argument("--no-limit", action="store_true", help="leave out the clairvoyant limit (slow beyond 10,000)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the figures as JSON")
@@ -117,7 +120,9 @@ def _setup(args: argparse.Namespace) -> Setup:
     cost = cost_model(args.cost, args.layers)
     return Setup(
         machine=Machine(cost, args.kv_tokens or cost.kv_tokens, args.link_gbps * 1e9 / 8),
-        conditions=Conditions(args.bootstrap_ms / 1e3, not args.no_prefix_cache, args.prediction_error),
+        conditions=Conditions(
+            args.bootstrap_ms / 1e3, not args.no_prefix_cache, args.prediction_error, args.prediction_bias
+        ),
         limits=Limits(max_suspended=args.max_suspended, max_batch_tokens=args.max_batch_tokens),
         max_starvation_s=args.max_starvation_s,
         max_operator_s=args.max_blocking_ms / 1e3,

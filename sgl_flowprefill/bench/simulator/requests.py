@@ -46,13 +46,16 @@ class Conditions:
     """Whether prefixes that earlier requests had are cached (without limit); else every prompt is computed whole."""
     prediction_error: float = 0.0
     """Standard deviation of the log of the policy's predictions around the true times."""
+    prediction_bias: float = 1.0
+    """Factor of the policy's predictions; the runtime's online correction, which would find it, is not simulated."""
     seed: int = 0
 
 
 def prepare(trace: Trace, cost: CostModel, conditions: Conditions) -> list[SimRequest]:
     """Fresh requests for one run of ``trace``."""
     rng = np.random.default_rng(conditions.seed)
-    errors = np.exp(conditions.prediction_error * rng.standard_normal(len(trace.requests)))
+    spread = rng.standard_normal(len(trace.requests))
+    errors = conditions.prediction_bias * np.exp(conditions.prediction_error * spread)
     delay_s = cost.serving_s + conditions.bootstrap_s
     prepared = []
     for index, request in enumerate(trace.requests):
