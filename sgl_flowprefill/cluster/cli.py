@@ -15,7 +15,7 @@ from typing import Final, NoReturn
 from sgl_flowprefill.cluster import preflight
 from sgl_flowprefill.cluster.base import GATEWAY_PORT, ClusterConfig, ClusterError, Ports, StartError
 from sgl_flowprefill.cluster.cluster import Cluster
-from sgl_flowprefill.config import ConfigError, FlowPrefillConfig
+from sgl_flowprefill.config import ConfigError, FlowPrefillConfig, is_enabled
 
 EXIT_DIED: Final = 1
 EXIT_CANNOT_START: Final = 2
@@ -156,8 +156,9 @@ def _parser() -> argparse.ArgumentParser:
         "are not listed here are SGLang's (`sglang serve --help`) and go to every server.",
         allow_abbrev=False,
     )
-    parser.add_argument("--flowprefill", action="store_true", help="schedule prefills with FlowPrefill; without it, "
-                        "the same cluster runs SGLang's own scheduler")  # fmt: skip
+    parser.add_argument("--flowprefill", action="store_true", default=is_enabled(), help="schedule prefills with "
+                        "FlowPrefill, as FLOWPREFILL=1 does; without, the same cluster runs SGLang's own "
+                        "scheduler")  # fmt: skip
     parser.add_argument("--model-path", metavar="MODEL", help="checkpoint directory or Hugging Face model id (default: "
                         "the embedded model)")  # fmt: skip
     parser.add_argument("--prefill", metavar="N", type=_count, help="number of prefill servers (default 1)")

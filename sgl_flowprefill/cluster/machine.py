@@ -34,8 +34,11 @@ class CpuPlan:
         return max(1, len(self.others) // 2 // servers)
 
 
-def plan_cpus(cpus: Sequence[int]) -> CpuPlan:
-    """Half of the CPUs (rounded down, at least one) for prefill alone; one CPU is shared by all."""
+def plan_cpus(cpus: Sequence[int], prefill: bool = True) -> CpuPlan:
+    """Half of the CPUs (rounded down, at least one) for prefill alone; one CPU is shared by all. None of them where
+    there is no prefill server."""
+    if not prefill:
+        return CpuPlan((), tuple(cpus))
     if len(cpus) < 2:
         return CpuPlan(tuple(cpus), tuple(cpus))
     half = len(cpus) // 2

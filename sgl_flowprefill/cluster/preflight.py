@@ -18,9 +18,12 @@ from pathlib import Path
 from typing import Final, NoReturn
 from urllib.parse import urlsplit
 
+import requests
+
 from sgl_flowprefill.cluster import machine
 from sgl_flowprefill.cluster.base import GATEWAY_PORT, MAX_PORT, ClusterConfig, Ports, StartError
 from sgl_flowprefill.cluster.commands import CPU_PLATFORM, ROLES, Layout, last_value
+from sgl_flowprefill.cluster.gateway import Gateway
 from sgl_flowprefill.compat import incompatible_option
 from sgl_flowprefill.model import embedded_model_path
 
@@ -41,6 +44,8 @@ SERVER_BYTES: Final = 3_000_000_000
 
 def prepare(config: ClusterConfig) -> Layout:
     """Check everything; returns what to start."""
+    if config.join is not None:
+        _check_gateway(config.join)
     on_cpu = _runs_on_cpu(config)
     servers = config.prefill + config.decode
     model_path = _find_model(config.model_path) if servers else ""
@@ -48,7 +53,7 @@ def prepare(config: ClusterConfig) -> Layout:
         config=config,
         model_path=model_path,
         ports=choose_ports(config.host, config.ports, config.prefill, config.decode),
-        cpus=machine.plan_cpus(machine.usable_cpus()) if on_cpu and servers else None,
+        cpus=machine.plan_cpus(machine.usable_cpus(), prefill=config.prefill > 0) if on_cpu and servers else None,
         host=_reachable_host(config),
     )
     if not on_cpu:
@@ -152,6 +157,15 @@ def check_gateway_url(url: str) -> str:
     except ValueError:
         raise StartError(f"--join {url}: expected a gateway's URL such as http://10.0.0.1:{GATEWAY_PORT}") from None
     return f"http://{parts.netloc}"
+
+
+def _check_gateway(url: str) -> None:
+    try:
+        Gateway(url).workers()
+    except (requests.HTTPError, requests.JSONDecodeError, LookupError, TypeError):
+        raise StartError(f"--join {url}: what answers there is no gateway (GET /workers lists no workers)") from None
+    except requests.RequestException:
+        return  # it may be started later
 
 
 def _reachable_host(config: ClusterConfig) -> str:

@@ -1,0 +1,166 @@
+"""Several prefill servers behind one gateway: one of them dies under load, comes back, and another one joins."""
+
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import requests
+
+from sgl_flowprefill.cluster import Cluster, ClusterConfig, guard
+from sgl_flowprefill.cluster.gateway import Gateway
+from sgl_flowprefill.config import FlowPrefillConfig
+from sgl_flowprefill.events import read_events
+
+pytestmark = pytest.mark.server
+
+ROOT = Path(__file__).parents[2]
+CLIENTS = 4
+PROMPT_TOKENS = 600
+ANSWER_S = 60
+"""Longest that a client waits: far less than SGLang's own timeouts (300 s), which nobody should have to wait for."""
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    return tmp_path_factory.mktemp("fleet")
+
+
+@pytest.fixture(scope="module")
+def said():
+    return []
+
+
+@pytest.fixture(scope="module")
+def fleet(one_cluster, directory, said):
+    one_cluster.close()  # one cluster at a time: all want the same cores
+
+    def say(line):
+        print(line)
+        said.append(line)
+
+    options = FlowPrefillConfig(event_log=str(directory / "events.jsonl"))
+    config = ClusterConfig(flowprefill=True, prefill=2, log_dir=directory / "logs", options=options)
+    with Cluster(config, on_progress=say) as cluster:
+        yield cluster
+
+
+@dataclass
+class Answer:
+    rid: str
+    sent_s: float
+    took_s: float
+    text: str
+    error: str | None
+
+
+class Load:
+    """Clients that send one request after the other, every second one streamed."""
+
+    def __init__(self, cluster):
+        self.answers = []
+        self._url = cluster.gateway_url
+        self._stop = threading.Event()
+        self._threads = [threading.Thread(target=self._client, args=(number,)) for number in range(CLIENTS)]
+
+    def __enter__(self):
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *error):
+        self._stop.set()
+        for thread in self._threads:
+            thread.join()
+
+    def _client(self, number):
+        sent = 0
+        while not self._stop.is_set():
+            sent += 1
+            self.answers.append(
+                ask(self._url, f"client-{number}-{sent}.", stream=sent % 2 == 0, seed=number + 10 * sent)
+            )
+
+
+def ask(url, rid, *, stream, seed):
+    tokens = [(seed * 7919 + 31 * place) % 1000 + 10 for place in range(PROMPT_TOKENS)]
+    params = {"max_new_tokens": 4, "temperature": 0, "ignore_eos": True, "custom_params": {"ttft_slo": 5.0}}
+    body = {"rid": rid, "input_ids": tokens, "sampling_params": params, "stream": stream}
+    begin_s = time.monotonic()
+    text, error = "", None
+    try:
+        response = requests.post(f"{url}/generate", json=body, timeout=ANSWER_S)
+        text = response.text
+        if not response.ok or '"error"' in text or '"abort"' in text:
+            error = f"{response.status_code} {text}"
+        elif stream and "[DONE]" not in text:
+            error = f"cut off {text}"
+    except requests.RequestException as failure:
+        error = f"no answer {failure!r}"
+    return Answer(rid, begin_s, time.monotonic() - begin_s, text, error)
+
+
+def arrivals(directory, name):
+    """Request ids that a prefill server got, with the times; requests that it had when it was killed may be missing."""
+    path = directory / f"events-{name}.jsonl"
+    return {event["rid"]: event["t_s"] for event in read_events(path) if event["event"] == "arrival"}
+
+
+def wait_until(done, cluster, timeout_s):
+    give_up_s = time.monotonic() + timeout_s
+    while not done():
+        cluster.check()
+        assert time.monotonic() < give_up_s
+        time.sleep(0.2)
+
+
+def test_a_prefill_server_that_dies_under_load_costs_only_its_own_requests_and_comes_back(fleet, directory, said):
+    pid = fleet.processes["prefill-0"]
+    with Load(fleet) as load:
+        wait_until(lambda: len(load.answers) >= 12, fleet, 60)
+        guard.kill({pid})
+        killed_s = time.monotonic()
+        wait_until(lambda: "the prefill-0 server is back" in said, fleet, 150)
+        back_s = time.monotonic()
+        wait_until(lambda: sum(at_s > back_s for at_s in arrivals(directory, "prefill-0").values()) >= 3, fleet, 60)
+    failed = [answer for answer in load.answers if answer.error]
+    during = [answer for answer in load.answers if killed_s < answer.sent_s < back_s]
+    print(f"{len(load.answers)} requests, failed:", *((a.rid, round(a.took_s, 1), a.error[:300]) for a in failed))
+    print(f"back after {back_s - killed_s:.0f} s; {len(during)} requests were sent in that time")
+    assert len(load.answers) > 30
+    others = arrivals(directory, "prefill-1")
+    assert [answer for answer in failed if answer.rid in others] == []
+    assert [answer for answer in failed if answer.sent_s > killed_s] == []
+    assert len(failed) <= CLIENTS
+    assert not any(answer.error.startswith("no answer") for answer in failed)
+    assert len(during) > 10
+    assert max(answer.took_s for answer in during) < ANSWER_S / 2
+    assert any("the prefill-0 server has ended (killed by signal 9)" in line for line in said)
+    assert fleet.processes["prefill-0"] != pid
+
+
+def test_a_server_joins_takes_requests_and_leaves_without_losing_one(fleet, directory, tmp_path):
+    gateway = Gateway(fleet.gateway_url)
+    output = tmp_path / "output"
+    command = [sys.executable, "launch.py", "--flowprefill", "--role", "prefill", "--join", fleet.gateway_url]
+    command += ["--log-dir", str(tmp_path), "--flowprefill-event-log", str(directory / "events-joined.jsonl")]
+    with open(output, "w") as file:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)
+    try:
+        wait_until(lambda: "routes to this machine" in output.read_text(), fleet, 150)
+        assert Counter(worker["worker_type"] for worker in gateway.workers()) == {"prefill": 3, "decode": 1}
+        with Load(fleet) as load:
+            wait_until(lambda: len(arrivals(directory, "joined")) >= 3, fleet, 60)
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(60) == 128 + signal.SIGTERM
+        assert len(gateway.workers()) == 3
+        assert [answer.error for answer in load.answers if answer.error] == []
+    finally:
+        print(output.read_text())
+        process.kill()
+        process.wait()
