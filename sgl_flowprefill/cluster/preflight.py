@@ -44,6 +44,7 @@ SERVER_BYTES: Final = 3_000_000_000
 
 def prepare(config: ClusterConfig) -> Layout:
     """Check everything; returns what to start."""
+    host = _reachable_host(config)
     if config.join is not None:
         _check_gateway(config.join)
     on_cpu = _runs_on_cpu(config)
@@ -54,7 +55,7 @@ def prepare(config: ClusterConfig) -> Layout:
         model_path=model_path,
         ports=choose_ports(config.host, config.ports, config.prefill, config.decode),
         cpus=machine.plan_cpus(machine.usable_cpus(), prefill=config.prefill > 0) if on_cpu and servers else None,
-        host=_reachable_host(config),
+        host=host,
     )
     if not on_cpu:
         _check_gpus(layout)
