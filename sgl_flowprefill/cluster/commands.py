@@ -31,7 +31,8 @@ PARALLEL_OPTIONS: Final = (("--tensor-parallel-size", "--tp-size", "--tp"), ("--
 """SGLang options whose product is the number of GPUs of a server."""
 GATEWAY_TIMEOUT_S: Final = 1800
 GATEWAY_GRACE_S: Final = 60
-GATEWAY_ATTEMPTS: Final = 3
+GATEWAY_RETRIES: Final = ("--retry-max-retries", "4", "--retry-initial-backoff-ms", "500")
+"""Spread over more than the two seconds after which smg leaves out a server that it cannot reach."""
 CPU_PLATFORM: Final = "flowprefill_cpu"
 CPU_ALLOCATOR: Final = {
     "MALLOC_MMAP_MAX_": "0",
@@ -139,7 +140,7 @@ class Layout:
         for role, index in self.servers:
             bootstrap = [str(self.ports.bootstrap + index)] if role == "prefill" else []
             workers += [f"--{role}", self.server_url(role, index), *bootstrap]
-        retries = ["--disable-retries"] if self.is_single else ["--retry-max-retries", str(GATEWAY_ATTEMPTS)]
+        retries = ("--disable-retries",) if self.is_single else GATEWAY_RETRIES
         return [
             *(sys.executable, "-m", "smg.launch_router", "--pd-disaggregation", *workers),
             *("--host", self.config.host, "--port", str(self.ports.gateway)),

@@ -1,5 +1,6 @@
 """Several prefill servers behind one gateway: one of them dies under load, comes back, and another one joins."""
 
+import itertools
 import signal
 import subprocess
 import sys
@@ -21,7 +22,10 @@ pytestmark = pytest.mark.server
 
 ROOT = Path(__file__).parents[2]
 CLIENTS = 4
-PROMPT_TOKENS = 600
+PAUSE_S = 0.2
+SHORTEST_TOKENS = 400
+START_S = 300
+"""Longest that the start of a server takes on a busy machine."""
 ANSWER_S = 60
 """Longest that a client waits: far less than SGLang's own timeouts (300 s), which nobody should have to wait for."""
 
@@ -52,21 +56,24 @@ def fleet(one_cluster, directory, said):
 
 @dataclass
 class Answer:
-    rid: str
+    tokens: int
+    """Length of its prompt, which no other request has: event logs show it."""
+    stream: bool
     sent_s: float
     took_s: float
-    text: str
     error: str | None
 
 
 class Load:
     """Clients that send one request after the other, every second one streamed."""
 
+    _lengths = itertools.count(SHORTEST_TOKENS)
+
     def __init__(self, cluster):
         self.answers = []
         self._url = cluster.gateway_url
         self._stop = threading.Event()
-        self._threads = [threading.Thread(target=self._client, args=(number,)) for number in range(CLIENTS)]
+        self._threads = [threading.Thread(target=self._client) for _ in range(CLIENTS)]
 
     def __enter__(self):
         for thread in self._threads:
@@ -78,37 +85,34 @@ class Load:
         for thread in self._threads:
             thread.join()
 
-    def _client(self, number):
-        sent = 0
-        while not self._stop.is_set():
-            sent += 1
-            self.answers.append(
-                ask(self._url, f"client-{number}-{sent}.", stream=sent % 2 == 0, seed=number + 10 * sent)
-            )
+    def _client(self):
+        while not self._stop.wait(PAUSE_S):
+            tokens = next(self._lengths)
+            self.answers.append(ask(self._url, tokens, stream=tokens % 2 == 0))
 
 
-def ask(url, rid, *, stream, seed):
-    tokens = [(seed * 7919 + 31 * place) % 1000 + 10 for place in range(PROMPT_TOKENS)]
+def ask(url, tokens, *, stream):
     params = {"max_new_tokens": 4, "temperature": 0, "ignore_eos": True, "custom_params": {"ttft_slo": 5.0}}
-    body = {"rid": rid, "input_ids": tokens, "sampling_params": params, "stream": stream}
-    begin_s = time.monotonic()
-    text, error = "", None
+    prompt = [(tokens * 7919 + 31 * place) % 1000 + 10 for place in range(tokens)]
+    begin_s, error = time.monotonic(), None
     try:
+        body = {"input_ids": prompt, "sampling_params": params, "stream": stream}
         response = requests.post(f"{url}/generate", json=body, timeout=ANSWER_S)
-        text = response.text
-        if not response.ok or '"error"' in text or '"abort"' in text:
-            error = f"{response.status_code} {text}"
-        elif stream and "[DONE]" not in text:
-            error = f"cut off {text}"
+        if not response.ok or '"error"' in response.text or '"abort"' in response.text:
+            error = f"{response.status_code} {response.text}"
+        elif stream and "[DONE]" not in response.text:
+            error = f"cut off {response.text}"
     except requests.RequestException as failure:
-        error = f"no answer {failure!r}"
-    return Answer(rid, begin_s, time.monotonic() - begin_s, text, error)
+        error = f"no answer: {failure!r}"
+    return Answer(tokens, stream, begin_s, time.monotonic() - begin_s, error)
 
 
 def arrivals(directory, name):
-    """Request ids that a prefill server got, with the times; requests that it had when it was killed may be missing."""
+    """When each request reached a prefill server, by its tokens; a killed one does not log what it had just got."""
     path = directory / f"events-{name}.jsonl"
-    return {event["rid"]: event["t_s"] for event in read_events(path) if event["event"] == "arrival"}
+    if not path.exists():
+        return {}
+    return {event["prompt_tokens"]: event["t_s"] for event in read_events(path) if event["event"] == "arrival"}
 
 
 def wait_until(done, cluster, timeout_s):
@@ -122,24 +126,25 @@ def wait_until(done, cluster, timeout_s):
 def test_a_prefill_server_that_dies_under_load_costs_only_its_own_requests_and_comes_back(fleet, directory, said):
     pid = fleet.processes["prefill-0"]
     with Load(fleet) as load:
-        wait_until(lambda: len(load.answers) >= 12, fleet, 60)
+        wait_until(lambda: len(load.answers) >= 12, fleet, ANSWER_S)
         guard.kill({pid})
         killed_s = time.monotonic()
-        wait_until(lambda: "the prefill-0 server is back" in said, fleet, 150)
+        wait_until(lambda: "the prefill-0 server is back" in said, fleet, START_S)
         back_s = time.monotonic()
-        wait_until(lambda: sum(at_s > back_s for at_s in arrivals(directory, "prefill-0").values()) >= 3, fleet, 60)
+        wait_until(
+            lambda: sum(at_s > back_s for at_s in arrivals(directory, "prefill-0").values()) >= 3, fleet, ANSWER_S
+        )
     failed = [answer for answer in load.answers if answer.error]
     during = [answer for answer in load.answers if killed_s < answer.sent_s < back_s]
-    print(f"{len(load.answers)} requests, failed:", *((a.rid, round(a.took_s, 1), a.error[:300]) for a in failed))
-    print(f"back after {back_s - killed_s:.0f} s; {len(during)} requests were sent in that time")
-    assert len(load.answers) > 30
-    others = arrivals(directory, "prefill-1")
-    assert [answer for answer in failed if answer.rid in others] == []
-    assert [answer for answer in failed if answer.sent_s > killed_s] == []
-    assert len(failed) <= CLIENTS
-    assert not any(answer.error.startswith("no answer") for answer in failed)
+    print(f"{len(load.answers)} requests, {len(during)} of them in the {back_s - killed_s:.0f} s without prefill-0")
+    print("failed:", *failed)
     assert len(during) > 10
-    assert max(answer.took_s for answer in during) < ANSWER_S / 2
+    others = arrivals(directory, "prefill-1")
+    assert [answer for answer in failed if answer.tokens in others] == []
+    assert [answer for answer in failed if answer.sent_s > killed_s] == []
+    assert [answer for answer in failed if not answer.stream] == []  # the gateway has tried again
+    assert all("Lost connection with prefill instance" in answer.error for answer in failed)
+    assert max(answer.took_s for answer in load.answers) < ANSWER_S / 2
     assert any("the prefill-0 server has ended (killed by signal 9)" in line for line in said)
     assert fleet.processes["prefill-0"] != pid
 
@@ -152,10 +157,10 @@ def test_a_server_joins_takes_requests_and_leaves_without_losing_one(fleet, dire
     with open(output, "w") as file:
         process = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)
     try:
-        wait_until(lambda: "routes to this machine" in output.read_text(), fleet, 150)
+        wait_until(lambda: "routes to this machine" in output.read_text(), fleet, START_S)
         assert Counter(worker["worker_type"] for worker in gateway.workers()) == {"prefill": 3, "decode": 1}
         with Load(fleet) as load:
-            wait_until(lambda: len(arrivals(directory, "joined")) >= 3, fleet, 60)
+            wait_until(lambda: len(arrivals(directory, "joined")) >= 3, fleet, ANSWER_S)
             process.send_signal(signal.SIGTERM)
             assert process.wait(60) == 128 + signal.SIGTERM
         assert len(gateway.workers()) == 3

@@ -204,7 +204,7 @@ def test_each_server_has_ports_gpus_and_an_event_log_of_its_own(monkeypatch):
     gateway = " ".join(layout.gateway_command(29999))
     assert "--prefill http://127.0.0.1:29100 29300 --prefill http://127.0.0.1:29101 29301" in gateway
     assert "--decode http://127.0.0.1:29200 --decode http://127.0.0.1:29201" in gateway
-    assert "--retry-max-retries 3" in gateway
+    assert "--retry-max-retries 4" in gateway
 
 
 def test_one_prefill_and_one_decode_server_are_not_numbered_and_nothing_is_tried_again():
