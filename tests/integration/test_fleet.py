@@ -125,6 +125,23 @@ def wait_until(done, cluster, timeout_s):
         time.sleep(0.2)
 
 
+def test_a_gateway_alone_is_ready_when_servers_have_joined_and_ends_cleanly(tmp_path):
+    output = tmp_path / "output"
+    command = [sys.executable, "launch.py", "--role", "gateway", "--ports", "0", "--log-dir", str(tmp_path)]
+    with (
+        open(output, "w") as file,
+        subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT) as process,
+    ):
+        while "the gateway listens at" not in output.read_text():
+            assert process.poll() is None, output.read_text()
+            time.sleep(0.2)
+        url = output.read_text().split("the gateway listens at ")[1].split(";")[0]
+        assert requests.get(f"{url}/health", timeout=10).status_code == 200
+        assert requests.get(f"{url}/readiness", timeout=10).status_code == 503
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 128 + signal.SIGTERM
+
+
 def test_a_prefill_server_that_dies_under_load_costs_only_its_own_requests_and_comes_back(fleet, directory, said):
     pid = fleet.processes["prefill-0"]
     with Load(fleet) as load:
