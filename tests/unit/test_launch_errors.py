@@ -2,7 +2,7 @@
 
 import socket
 import threading
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import pairwise
 
 import pytest
@@ -160,8 +160,16 @@ def test_a_fleet_that_cannot_work(refusal, options, text):
     assert text in refusal(*options)
 
 
+class KnowsNothing(BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_error(404)
+
+    def log_message(self, *args):
+        pass
+
+
 def test_a_server_that_is_no_gateway(refusal):
-    with ThreadingHTTPServer(("127.0.0.1", 0), SimpleHTTPRequestHandler) as server:
+    with ThreadingHTTPServer(("127.0.0.1", 0), KnowsNothing) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
         url = f"http://127.0.0.1:{server.server_port}"
