@@ -42,7 +42,8 @@ REFUSED_WHEN_SET: Final = {
 REFUSED_ABOVE_ONE: Final = {
     "tp_size": "tensor parallelism is not supported yet",
     "pp_size": "a pipeline's stages cannot be suspended together",
-    "dp_size": "data parallelism is not supported; start more prefill servers instead",
+    "dp_size": "its ranks are replicas, one of which a request gets by its number; start as many prefill servers, for "
+    "which launch.py has --prefill N",
     "nnodes": "a prefill server runs on one machine",
     "attn_cp_size": "context parallelism is not supported",
 }

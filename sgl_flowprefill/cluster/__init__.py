@@ -1,4 +1,4 @@
-"""A prefill server, a decode server and the smg gateway in front of them, on one machine."""
+"""Prefill servers, decode servers and the smg gateway in front of them: on one machine, or its part of a cluster."""
 
 from sgl_flowprefill.cluster.base import ClusterConfig, ClusterError, Ports, StartError
 from sgl_flowprefill.cluster.cluster import Cluster

@@ -23,7 +23,7 @@ class StartError(ClusterError):
 
 @dataclass(frozen=True)
 class Ports:
-    """TCP ports; 0 stands for any free one."""
+    """TCP ports; 0 stands for any free one. Of several servers, the first one's: the others count up from it."""
 
     gateway: int = 0
     prefill: int = 0
@@ -45,17 +45,29 @@ class Ports:
 
 @dataclass(frozen=True)
 class ClusterConfig:
-    """A cluster to start: with FlowPrefill, or with SGLang's own scheduler on otherwise equal settings."""
+    """What to start here: with FlowPrefill, or with SGLang's own scheduler on otherwise equal settings.
+
+    A whole cluster has a gateway in front of at least one prefill and one decode server. Over many machines, one has
+    the gateway alone, and the others have servers that ``join`` it.
+    """
 
     flowprefill: bool
     model_path: str | Path | None = None
     """Checkpoint directory or Hugging Face model id; None for the embedded model."""
     host: str = "127.0.0.1"
     ports: Ports = field(default_factory=Ports)
+    prefill: int = 1
+    """Prefill servers to start here."""
+    decode: int = 1
+    """Decode servers to start here."""
+    join: str | None = None
+    """URL of the gateway that the servers join; None starts one here."""
     server_args: Sequence[str] = ()
     """SGLang options of both servers."""
     prefill_args: Sequence[str] = ()
     decode_args: Sequence[str] = ()
+    gateway_args: Sequence[str] = ()
+    """Options of smg."""
     log_dir: Path = Path("out/logs")
     options: FlowPrefillConfig = field(default_factory=FlowPrefillConfig)
     startup_timeout_s: float = 1800.0

@@ -7,14 +7,15 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Final, NoReturn
 
+from sgl_flowprefill.cluster import preflight
 from sgl_flowprefill.cluster.base import GATEWAY_PORT, ClusterConfig, ClusterError, Ports, StartError
 from sgl_flowprefill.cluster.cluster import Cluster
-from sgl_flowprefill.config import ConfigError, FlowPrefillConfig
+from sgl_flowprefill.config import ConfigError, FlowPrefillConfig, is_enabled
 
 EXIT_DIED: Final = 1
 EXIT_CANNOT_START: Final = 2
@@ -37,10 +38,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         config = parse(argv)
         with Cluster(config, on_progress=say) as cluster:
-            system = "FlowPrefill" if config.flowprefill else "SGLang's own scheduler"
-            print(f"\nServing {cluster.model_path} with {system} at {cluster.gateway_url}; Ctrl-C ends it. Try:\n")
-            print(f"{cluster.curl()}\n", flush=True)
-            cluster.wait()
+            if cluster.answers:
+                system = "FlowPrefill" if config.flowprefill else "SGLang's own scheduler"
+                print(f"\nServing {cluster.model_path} with {system} at {cluster.gateway_url}; Ctrl-C ends it. Try:\n")
+                print(f"{cluster.curl()}\n", flush=True)
+                cluster.wait()
+            else:
+                _take_part(cluster, config, say)
     except StartError as error:
         print(f"launch.py: {error}", file=sys.stderr)
         return EXIT_CANNOT_START
@@ -53,24 +57,88 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _take_part(cluster: Cluster, config: ClusterConfig, say: Callable[[str], None]) -> None:
+    """Run one machine's part of a cluster; at Ctrl-C or SIGTERM, let its requests end first."""
+    if config.join:
+        say(f"the gateway at {cluster.gateway_url} routes to this machine; Ctrl-C takes it off again")
+    else:
+        say(f"the gateway listens at {cluster.gateway_url}; servers --join it there")
+    try:
+        cluster.wait()
+    except (KeyboardInterrupt, SystemExit):
+        say("waiting for the requests here to end; another Ctrl-C does not wait")
+        cluster.drain()
+        raise
+
+
 def parse(argv: Sequence[str]) -> ClusterConfig:
-    """The cluster that a command line asks for. Raises StartError."""
+    """The cluster, or the part of one, that a command line asks for. Raises StartError."""
     arguments, server_args = _parser().parse_known_args(_join_values(argv))
     try:
         options = FlowPrefillConfig.from_namespace(arguments)
     except ConfigError as error:
         raise StartError(str(error)) from None
+    prefill, decode, join = _part(arguments, server_args)
     return ClusterConfig(
         flowprefill=arguments.flowprefill,
         model_path=arguments.model_path,
-        host=arguments.host,
-        ports=Ports.parse(arguments.ports),
+        host=arguments.host or (preflight.own_address(join) if join else "127.0.0.1"),
+        ports=_ports(arguments),
+        prefill=prefill,
+        decode=decode,
+        join=join,
         server_args=server_args,
         prefill_args=shlex.split(arguments.prefill_args),
         decode_args=shlex.split(arguments.decode_args),
+        gateway_args=shlex.split(arguments.gateway_args),
         log_dir=arguments.log_dir,
         options=options,
     )
+
+
+def _part(arguments: argparse.Namespace, server_args: Sequence[str]) -> tuple[int, int, str | None]:
+    """Prefill and decode servers to start here, and the gateway that they join. Raises StartError for options that the
+    role has no use for."""
+    role = arguments.role
+    useless = {
+        None: ("join",),
+        "prefill": ("decode", "decode_args", "gateway_args"),
+        "decode": ("prefill", "prefill_args", "gateway_args"),
+        "gateway": ("join", "model_path", "prefill", "decode", "prefill_args", "decode_args"),
+    }
+    for option in useless[role]:
+        if getattr(arguments, option):
+            flag = "--" + option.replace("_", "-")
+            raise StartError(
+                f"{flag} needs --role prefill or decode" if role is None else f"--role {role} takes no {flag}"
+            )
+    if role == "gateway":
+        if server_args:
+            raise StartError(f"--role gateway starts no SGLang server, got {shlex.join(server_args)}")
+        return 0, 0, None
+    if role is None:
+        return arguments.prefill or 1, arguments.decode or 1, None
+    if not arguments.join:
+        raise StartError(f"--role {role} needs --join URL, the gateway's (python launch.py --role gateway starts one)")
+    join = preflight.check_gateway_url(arguments.join)
+    return (arguments.prefill or 1, 0, join) if role == "prefill" else (0, arguments.decode or 1, join)
+
+
+def _ports(arguments: argparse.Namespace) -> Ports:
+    """Raises StartError."""
+    text = arguments.ports
+    if arguments.role in (None, "gateway"):
+        return Ports.parse(str(GATEWAY_PORT) if text is None else text)
+    ports = Ports.parse(text or "0")
+    if ports != Ports(gateway=ports.gateway):
+        raise StartError(f"--ports {text}: --role {arguments.role} takes the port of its first server only")
+    return Ports(**{arguments.role: ports.gateway})
+
+
+def _count(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a number of servers, got {text}")
+    return int(text)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -81,21 +149,33 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="launch.py",
-        usage="launch.py [--flowprefill] [--model-path MODEL] [options] [SGLang server options]",
-        description="Start an SGLang prefill server, decode server and gateway, and keep them running. Options that "
-        "are not listed here are SGLang's (`sglang serve --help`) and go to both servers.",
+        usage="launch.py [--flowprefill] [--model-path MODEL] [--prefill N] [--decode M] [options] [SGLang options]\n"
+        "       launch.py --role gateway --host 0.0.0.0 [--ports PORT]\n"
+        "       launch.py --role prefill|decode --join http://GATEWAY:PORT [--flowprefill] [options] [SGLang options]",
+        description="Start SGLang prefill servers, decode servers and gateway, and keep them running. Options that "
+        "are not listed here are SGLang's (`sglang serve --help`) and go to every server.",
         allow_abbrev=False,
     )
-    parser.add_argument("--flowprefill", action="store_true", help="schedule prefills with FlowPrefill; without it, "
-                        "the same cluster runs SGLang's own scheduler")  # fmt: skip
+    parser.add_argument("--flowprefill", action="store_true", default=is_enabled(), help="schedule prefills with "
+                        "FlowPrefill, as FLOWPREFILL=1 does; without, the same cluster runs SGLang's own "
+                        "scheduler")  # fmt: skip
     parser.add_argument("--model-path", metavar="MODEL", help="checkpoint directory or Hugging Face model id (default: "
                         "the embedded model)")  # fmt: skip
+    parser.add_argument("--prefill", metavar="N", type=_count, help="number of prefill servers (default 1)")
+    parser.add_argument("--decode", metavar="M", type=_count, help="number of decode servers (default 1)")
+    parser.add_argument("--role", choices=("prefill", "decode", "gateway"), help="start only these here, as one of "
+                        "several machines")  # fmt: skip
+    parser.add_argument("--join", metavar="URL", help="gateway that the servers of --role prefill or decode join")
     parser.add_argument("--prefill-args", metavar="ARGS", default="", help="SGLang options of the prefill server only, "
                         "in one string")  # fmt: skip
     parser.add_argument("--decode-args", metavar="ARGS", default="", help="SGLang options of the decode server only")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default %(default)s)")
-    parser.add_argument("--ports", metavar="GATEWAY,PREFILL,DECODE,BOOTSTRAP", default=str(GATEWAY_PORT),
-                        help="ports to listen on; 0 or none for any free one (default %(default)s)")  # fmt: skip
+    parser.add_argument("--gateway-args", metavar="ARGS", default="", help="options of the gateway (`smg launch "
+                        "--help`), such as '--prefill-policy cache_aware'")  # fmt: skip
+    parser.add_argument("--host", help="address to listen on (default 127.0.0.1; with --join, this machine's address "
+                        "on the way to the gateway)")  # fmt: skip
+    parser.add_argument("--ports", metavar="GATEWAY,PREFILL,DECODE,BOOTSTRAP", help="ports to listen on; 0 or none for "
+                        f"any free one (default {GATEWAY_PORT}); several servers of a kind count up from theirs. With "
+                        "--role, one port")  # fmt: skip
     parser.add_argument("--log-dir", metavar="DIR", type=Path, default=Path("out/logs"), help="directory of the log "
                         "files, one a process (default %(default)s)")  # fmt: skip
     FlowPrefillConfig.add_cli_args(parser)
@@ -106,7 +186,7 @@ def _join_values(argv: Sequence[str]) -> list[str]:
     """Write ``--prefill-args VALUE`` as ``--prefill-args=VALUE``: argparse takes a value like --tp for an option."""
     joined: list[str] = []
     for argument in argv:
-        if joined and joined[-1] in ("--prefill-args", "--decode-args"):
+        if joined and joined[-1] in ("--prefill-args", "--decode-args", "--gateway-args"):
             joined[-1] += f"={argument}"
         else:
             joined.append(argument)

@@ -1,45 +1,76 @@
-"""Starts prefill, decode and gateway, waits until a request gets through, and ends them all."""
+"""Starts prefill servers, decode servers and gateway, waits until a request gets through, and ends them all."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from types import TracebackType
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 
 import requests
 
 from sgl_flowprefill.cluster import preflight
 from sgl_flowprefill.cluster.base import ClusterConfig, ClusterError, StartError
-from sgl_flowprefill.cluster.commands import Layout, gateway_env
+from sgl_flowprefill.cluster.commands import Layout, Role, gateway_env
+from sgl_flowprefill.cluster.gateway import Gateway, Worker
 from sgl_flowprefill.cluster.machine import CpuPlan
 from sgl_flowprefill.cluster.process import Guard, Server
 
 POLL_S: Final = 0.2
 PROGRESS_S: Final = 10.0
+LONGEST_BACK_OFF_S: Final = 60.0
+"""Longest pause before a server is started again; one that has run for as long starts over with a short one."""
+ENSURE_S: Final = 5.0
+"""How often a gateway on another machine is asked whether it still knows the servers here."""
+DRAIN_S: Final = 120.0
+"""How long the requests on a server have to end, once it gets no more of them."""
 FIRST_REQUEST: Final[Mapping[str, Any]] = {
     "text": "Hello",
     "sampling_params": {"max_new_tokens": 2, "temperature": 0},
 }
 
 
+class Member:
+    """A prefill or decode server, through all its restarts."""
+
+    def __init__(self, layout: Layout, role: Role, index: int) -> None:
+        self.name = layout.name(role, index)
+        self.role, self.index = role, index
+        self.url = layout.server_url(role, index)
+        self.bootstrap = layout.ports.bootstrap + index
+        self.server: Server | None = None
+        """None while it waits for its next start."""
+        self.up_since_s: float | None = None
+        """When it was last found healthy after a start; None before that."""
+        self.start_at_s = 0.0
+        self.back_off_s = 1.0
+
+    @property
+    def worker(self) -> Worker:
+        return Worker(self.role, self.url, self.bootstrap if self.role == "prefill" else None)
+
+
 class Cluster:
-    """A running cluster, as a context manager.
+    """A running cluster, or one machine's part of it, as a context manager.
 
     Entering checks what can be checked (StartError), starts the servers and returns when a request went through the
-    gateway; leaving ends every process. ``on_progress`` gets a line whenever something has happened.
+    gateway, or when the gateway that they join routes to them; leaving ends every process. ``on_progress`` gets a line
+    whenever something has happened.
     """
 
     def __init__(self, config: ClusterConfig, on_progress: Callable[[str], None] = lambda line: None) -> None:
         self.config = config
         self._say = on_progress
-        self._servers: dict[str, Server] = {}
+        self._members: list[Member] = []
+        self._gateway_server: Server | None = None
+        self._ensured_s = 0.0
         self._stack = ExitStack()
 
     def __enter__(self) -> Cluster:
         self._say("checking the model, the ports and the options")
         self._layout: Layout = preflight.prepare(self.config)
+        self._gateway = Gateway(self.gateway_url)
         with self._stack:
             self._guard = self._stack.enter_context(Guard())
             self._start()
@@ -53,15 +84,17 @@ class Cluster:
 
     @property
     def gateway_url(self) -> str:
-        return self._layout.url(self._layout.ports.gateway)
+        return self.config.join or self._layout.url(self._layout.ports.gateway)
 
     @property
     def prefill_url(self) -> str:
-        return self._layout.url(self._layout.ports.prefill)
+        """The first prefill server's."""
+        return self._layout.server_url("prefill")
 
     @property
     def decode_url(self) -> str:
-        return self._layout.url(self._layout.ports.decode)
+        """The first decode server's."""
+        return self._layout.server_url("decode")
 
     @property
     def model_path(self) -> str:
@@ -74,24 +107,56 @@ class Cluster:
 
     @property
     def processes(self) -> dict[str, int]:
-        """Process id by name: prefill, decode, gateway."""
-        return {name: server.pid for name, server in self._servers.items()}
+        """Process id by name: prefill, decode, gateway; prefill-0, prefill-1 and so on where there are several."""
+        return {server.name: server.pid for server in self._servers()}
+
+    @property
+    def answers(self) -> bool:
+        """Whether this is a whole cluster, which answers requests by itself."""
+        return self.config.join is None and bool(self._members)
 
     def curl(self) -> str:
         """A command line that asks the gateway for a few tokens."""
         return self._layout.curl()
 
     def check(self) -> None:
-        """Raise ClusterError with the last lines of its log if a server has ended."""
-        for server in self._servers.values():
-            if ended := server.ended():
-                raise ClusterError(f"{ended}. The last lines of {server.log}:\n{server.last_lines()}")
+        """See to servers that have ended. While another server of its role is up, a server is started again, after a
+        pause; otherwise ClusterError is raised with the last lines of its log."""
+        self._check_gateway()
+        for member in self._members:
+            if member.server is None:
+                if time.monotonic() >= member.start_at_s:
+                    self._start_again(member)
+            elif member.server.ended():
+                self._lose(member, member.server)
+            elif member.up_since_s is None and self._is_healthy(member):
+                self._is_up(member)
+                self._bind(member.server)
+                self._say(f"the {member.name} server is back")
+                self._ensured_s = 0.0
+        if (self.config.join or not self._layout.is_single) and time.monotonic() - self._ensured_s >= ENSURE_S:
+            self._ensured_s = time.monotonic()
+            self._are_routed_to()
 
     def wait(self) -> None:
-        """Block until a server ends, then raise ClusterError."""
+        """Block until the cluster cannot go on, then raise ClusterError."""
         while True:
             self.check()
             time.sleep(POLL_S)
+
+    def drain(self) -> None:
+        """Let requests end before the servers do: they leave their gateway, and are told to end when idle."""
+        for member in self._members:
+            self._leave(member)
+        give_up_s = time.monotonic() + DRAIN_S
+        for server in self._servers():
+            server.terminate()
+        for server in self._servers():
+            server.wait(give_up_s - time.monotonic())
+
+    def _servers(self) -> list[Server]:
+        servers = [member.server for member in self._members]
+        return [server for server in (*servers, self._gateway_server) if server is not None]
 
     def _start(self) -> None:
         begin_s = time.monotonic()
@@ -99,29 +164,104 @@ class Cluster:
             self.config.log_dir.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise StartError(f"--log-dir {self.config.log_dir}: {error.strerror}") from None
-        self._say(f"starting the prefill and decode servers (logs in {self.config.log_dir})")
-        for role in ("prefill", "decode"):
-            self._launch(role, self._layout.server_command(role), self._layout.server_env(role))
-        for name, url in (("prefill", self.prefill_url), ("decode", self.decode_url)):
-            self._await(f"the {name} server", lambda url=url: _get(f"{url}/health") is not None)  # type: ignore[misc]
-            self._say(f"the {name} server is up after {time.monotonic() - begin_s:.0f} s")
-            self._servers[name].watch_children()
-        metrics_port = preflight.free_port(self.config.host, taken=vars(self._layout.ports).values())
-        self._launch("gateway", self._layout.gateway_command(metrics_port), gateway_env())
-        self._await("the gateway's workers", self._workers_are_active)
-        if self.cpus:  # not before: on one CPU the servers take twice as long to start
-            for server in self._servers.values():
-                server.bind(self.cpus.others, except_on=self.cpus.scheduler)
-        self._await("a first request through the gateway", self._first_request)
-        self._say(f"the cluster answers after {time.monotonic() - begin_s:.0f} s")
+        if self._layout.servers:
+            self._start_servers(begin_s)
+        if self.config.join:
+            self._await(f"the gateway at {self.gateway_url}", self._are_routed_to)
+        else:
+            self._start_gateway()
+        for server in self._servers():  # not before: on one CPU the servers take twice as long to start
+            self._bind(server)
+        if self.answers:
+            self._await("a first request through the gateway", self._first_request)
+            self._say(f"the cluster answers after {time.monotonic() - begin_s:.0f} s")
 
-    def _launch(self, name: str, command: list[str], env: dict[str, str]) -> None:
-        self._servers[name] = self._guard.start(name, command, env, self.config.log_dir / f"{name}.log")
+    def _start_servers(self, begin_s: float) -> None:
+        plural = "s" if len(self._layout.servers) > 1 else ""
+        self._say(f"starting the {self._layout.in_words()} server{plural} (logs in {self.config.log_dir})")
+        for role, index in self._layout.servers:
+            member = Member(self._layout, role, index)
+            if self.config.join:
+                self._leave(member)  # what listened there before
+                self._stack.callback(self._leave, member)
+            self._launch(member)
+            self._members.append(member)
+        for member in self._members:
+            self._await(f"the {member.name} server", lambda member=member: self._is_healthy(member))  # type: ignore[misc]
+            self._say(f"the {member.name} server is up after {time.monotonic() - begin_s:.0f} s")
+            self._is_up(member)
+
+    def _start_gateway(self) -> None:
+        layout = self._layout
+        metrics_port = preflight.free_port(self.config.host, taken=vars(layout.ports).values())
+        log = self.config.log_dir / "gateway.log"
+        self._gateway_server = self._guard.start("gateway", layout.gateway_command(metrics_port), gateway_env(), log)
+        self._await("the gateway's workers" if self._members else "the gateway", self._workers_are_active)
+
+    def _launch(self, member: Member) -> None:
+        layout, role, index = self._layout, member.role, member.index
+        command = layout.server_command(role, index, member.bootstrap)
+        log = self.config.log_dir / f"{member.name}.log"
+        member.server = self._guard.start(member.name, command, layout.server_env(role, index), log)
+        member.up_since_s = None
+
+    def _is_up(self, member: Member) -> None:
+        assert member.server is not None
+        member.server.watch_children()
+        member.up_since_s = time.monotonic()
+
+    def _lose(self, member: Member, server: Server) -> None:
+        """Start a server that has ended again after a pause. Raises ClusterError if it was the last of its role."""
+        others = [other for other in self._members if other.role == member.role and other is not member]
+        if not any(other.up_since_s is not None for other in others):
+            self._raise_ended(server)
+        ended = _last_words(server)
+        now_s = time.monotonic()
+        if member.up_since_s is not None and now_s - member.up_since_s > LONGEST_BACK_OFF_S:
+            member.back_off_s = 1.0
+        member.server, member.up_since_s, member.start_at_s = None, None, now_s + member.back_off_s
+        self._leave(member)
+        self._guard.end(server)
+        self._say(f"{ended}\nIt is started again in {member.back_off_s:.0f} s; the others go on")
+        member.back_off_s = min(2 * member.back_off_s, LONGEST_BACK_OFF_S)
+
+    def _start_again(self, member: Member) -> None:
+        """Start a server at its old address, but with another bootstrap port. A decode server that has not noticed the
+        end of a prefill server would go on to use what it had learned there: rank addresses that are gone."""
+        member.bootstrap = preflight.free_port(self.config.host)
+        self._launch(member)
+
+    def _leave(self, member: Member) -> None:
+        with suppress(requests.RequestException):
+            self._gateway.remove(member.url)
+
+    def _are_routed_to(self) -> bool:
+        """Whether requests go to every server here that is up; tells the gateway about those that it does not know."""
+        try:
+            routed = [self._gateway.ensure(member.worker) for member in self._members if member.up_since_s is not None]
+        except requests.RequestException:
+            return False
+        return all(routed)
+
+    def _bind(self, server: Server) -> None:
+        if self.cpus:
+            count = self.config.prefill
+            schedulers = [self.cpus.scheduler_of(index, count) for index in range(count)]
+            server.bind(self.cpus.others, except_on=schedulers)
+
+    def _check_gateway(self) -> None:
+        if self._gateway_server is not None and self._gateway_server.ended():
+            self._raise_ended(self._gateway_server)
+
+    def _raise_ended(self, server: Server) -> NoReturn:
+        raise ClusterError(_last_words(server))
 
     def _await(self, what: str, done: Callable[[], bool]) -> None:
         begin_s = said_s = time.monotonic()
         while not done():
-            self.check()
+            for server in self._servers():
+                if server.ended():
+                    self._raise_ended(server)
             now_s = time.monotonic()
             if now_s - begin_s > self.config.startup_timeout_s:
                 raise ClusterError(f"{what} did not come up within {self.config.startup_timeout_s:.0f} s")
@@ -131,9 +271,17 @@ class Cluster:
             time.sleep(POLL_S)
 
     def _workers_are_active(self) -> bool:
-        listing = _get(f"{self.gateway_url}/workers")
-        workers = listing.json().get("workers", []) if listing is not None else []
-        return len(workers) == 2 and all(worker.get("is_healthy") for worker in workers)
+        try:
+            workers = self._gateway.workers()
+        except requests.RequestException:
+            return False
+        return len(workers) == len(self._members) and all(worker.get("is_healthy") for worker in workers)
+
+    def _is_healthy(self, member: Member) -> bool:
+        try:
+            return requests.get(f"{member.url}/health", timeout=30).ok
+        except requests.RequestException:
+            return False
 
     def _first_request(self) -> bool:
         try:
@@ -143,9 +291,5 @@ class Cluster:
         return response.ok
 
 
-def _get(url: str) -> requests.Response | None:
-    try:
-        response = requests.get(url, timeout=30)
-    except requests.RequestException:
-        return None
-    return response if response.ok else None
+def _last_words(server: Server) -> str:
+    return f"{server.ended()}. The last lines of {server.log}:\n{server.last_lines()}"

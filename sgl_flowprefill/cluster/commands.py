@@ -1,28 +1,38 @@
-"""Command lines and environments of the three processes.
+"""Command lines and environments of prefill servers, decode servers and gateway.
 
 Both systems of a comparison get the same, but for FlowPrefill itself.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import shlex
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
 from typing import Final, Literal
 
 from sgl_flowprefill.cluster.base import ClusterConfig, Ports
 from sgl_flowprefill.cluster.machine import CpuPlan
-from sgl_flowprefill.config import ENV_PREFIX, ENV_SWITCH
+from sgl_flowprefill.config import ENV_PREFIX, ENV_SWITCH, FlowPrefillConfig
 
 Role = Literal["prefill", "decode"]
+ROLES: Final[tuple[Role, ...]] = ("prefill", "decode")
 
 FLOWPREFILL_ARGS: Final = (
     "--disable-overlap-schedule",
     "--cuda-graph-backend-prefill=disabled",
     "--chunked-prefill-size=-1",
 )
+PARALLEL_OPTIONS: Final = (("--tensor-parallel-size", "--tp-size", "--tp"), ("--pipeline-parallel-size", "--pp-size"))
+"""SGLang options whose product is the number of GPUs of a server."""
 GATEWAY_TIMEOUT_S: Final = 1800
+GATEWAY_GRACE_S: Final = 60
+GATEWAY_RETRIES: Final = ("--retry-max-retries", "4", "--retry-initial-backoff-ms", "500")
+"""Spread over more than the two seconds after which smg leaves out a server that it cannot reach."""
 CPU_PLATFORM: Final = "flowprefill_cpu"
 CPU_ALLOCATOR: Final = {
     "MALLOC_MMAP_MAX_": "0",
@@ -36,70 +46,112 @@ CACHE_VARIABLE: Final = ENV_PREFIX + "CACHE_DIR"
 
 @dataclass(frozen=True)
 class Layout:
-    """A cluster on a machine: what is decided before anything starts."""
+    """What runs on this machine, as decided before anything starts."""
 
     config: ClusterConfig
     model_path: str
     ports: Ports
     cpus: CpuPlan | None
     """How a machine without a GPU is shared; None on a machine with GPUs."""
+    host: str
+    """Where others reach this machine; the configuration's address to listen on may stand for all addresses."""
+
+    @property
+    def servers(self) -> list[tuple[Role, int]]:
+        """Role and number of each server, prefill servers first."""
+        return [(role, index) for role in ROLES for index in range(self.count(role))]
+
+    def count(self, role: Role) -> int:
+        return self.config.prefill if role == "prefill" else self.config.decode
+
+    @property
+    def is_single(self) -> bool:
+        """Whether this is a whole cluster in which no server can take another one's place."""
+        return self.config.join is None and self.config.prefill == self.config.decode == 1
+
+    def in_words(self) -> str:
+        """Names of the servers, as a list in a sentence."""
+        *names, last = (self.name(role, index) for role, index in self.servers)
+        return f"{', '.join(names)} and {last}" if names else last
+
+    def name(self, role: Role, index: int) -> str:
+        """Name of a server in messages and of its log: with its number where there are several."""
+        return role if self.count(role) == 1 else f"{role}-{index}"
 
     def url(self, port: int) -> str:
-        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.config.host, self.config.host)
-        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        return f"http://[{self.host}]:{port}" if ":" in self.host else f"http://{self.host}:{port}"
 
-    def server_options(self, role: Role) -> list[str]:
-        """SGLang options of a server. Options of the user come last and win."""
-        port = self.ports.prefill if role == "prefill" else self.ports.decode
+    def server_url(self, role: Role, index: int = 0) -> str:
+        return self.url((self.ports.prefill if role == "prefill" else self.ports.decode) + index)
+
+    def server_options(self, role: Role, index: int = 0, bootstrap: int | None = None) -> list[str]:
+        """SGLang options of a server. Options of the user come last and win. ``bootstrap`` is the port of a prefill
+        server's bootstrap service, if it is not the one of ``ports``."""
+        port = (self.ports.prefill if role == "prefill" else self.ports.decode) + index
         options = ["--model-path", self.model_path, "--host", self.config.host, "--port", str(port)]
         options += ["--disaggregation-mode", role, "--disaggregation-transfer-backend", "nixl"]
-        options += ["--disaggregation-bootstrap-port", str(self.ports.bootstrap)]
+        options += ["--disaggregation-bootstrap-port", str(bootstrap or self.ports.bootstrap + index)]
         if self.config.model_path is None:
             options += ["--served-model-name", "embedded"]
         if self.cpus is None:
-            options += ["--base-gpu-id", "0" if role == "prefill" else "1"]
+            options += ["--base-gpu-id", str(self._first_gpu(role, index))]
         elif role == "decode":
             options += ["--disaggregation-decode-retraction-backup", "cpu_tensor"]
         if role == "prefill" and self.config.flowprefill:
             options += FLOWPREFILL_ARGS
-        own = self.config.prefill_args if role == "prefill" else self.config.decode_args
-        return [*options, *self.config.server_args, *own]
+        return [*options, *self.config.server_args, *self._own_args(role)]
 
-    def server_command(self, role: Role) -> list[str]:
-        return [sys.executable, "-m", "sglang.launch_server", *self.server_options(role)]
+    def server_command(self, role: Role, index: int = 0, bootstrap: int | None = None) -> list[str]:
+        return [sys.executable, "-m", "sglang.launch_server", *self.server_options(role, index, bootstrap)]
 
-    def server_env(self, role: Role) -> dict[str, str]:
+    def server_env(self, role: Role, index: int = 0) -> dict[str, str]:
         """Environment variables of a server."""
         env = _clean_env()
         env[ENV_PREFIX + "DECODE_SLEEP"] = "1"
         if self.config.flowprefill:
             env[ENV_SWITCH] = "1"
-            self.config.options.to_env(env)
+            self._options(role, index).to_env(env)
             if role == "prefill":
                 env["SGLANG_EAGER_INPUT_NO_COPY"] = "1"
         if self.cpus is not None:
             env["SGLANG_PLATFORM"] = CPU_PLATFORM
             env.update(CPU_ALLOCATOR)
             if role == "prefill":
-                env[ENV_PREFIX + "SCHEDULER_CPUS"] = ",".join(map(str, self.cpus.scheduler))
-            threads = len(self.cpus.scheduler) if role == "prefill" else self.cpus.others_threads
+                cpus = self.cpus.scheduler_of(index, self.config.prefill)
+                env[ENV_PREFIX + "SCHEDULER_CPUS"] = ",".join(map(str, cpus))
+                threads = len(cpus)
+            else:
+                threads = self.cpus.decode_threads(self.config.decode)
             env["OMP_NUM_THREADS"] = env["MKL_NUM_THREADS"] = str(threads)
         return env
 
+    def gpus_needed(self) -> int:
+        return self._first_gpu("decode", self.config.decode)
+
     def gateway_command(self, metrics_port: int) -> list[str]:
-        """smg in front of one prefill and one decode server. A busy worker is no sick one: health checks are patient,
-        and a failed request is answered as it failed, because a second try would count against its objective."""
+        """smg in front of the servers of this machine, or of none: others join it.
+
+        A busy worker is no sick one: health checks are patient. With one prefill and one decode server, a failed
+        request is answered as it failed, because a second try would count against its objective; with more, another
+        server can take the request of one that has died. The circuit breaker stays off, because smg counts the death
+        of a prefill server against the decode server that it was paired with, too.
+        """
+        workers: list[str] = []
+        for role, index in self.servers:
+            bootstrap = [str(self.ports.bootstrap + index)] if role == "prefill" else []
+            workers += [f"--{role}", self.server_url(role, index), *bootstrap]
+        retries = ("--disable-retries",) if self.is_single else GATEWAY_RETRIES
         return [
-            *(sys.executable, "-m", "smg.launch_router", "--pd-disaggregation"),
-            *("--prefill", self.url(self.ports.prefill), str(self.ports.bootstrap)),
-            *("--decode", self.url(self.ports.decode)),
+            *(sys.executable, "-m", "smg.launch_router", "--pd-disaggregation", *workers),
             *("--host", self.config.host, "--port", str(self.ports.gateway)),
             *("--prometheus-host", "127.0.0.1", "--prometheus-port", str(metrics_port)),
-            *("--policy", "round_robin", "--disable-retries", "--disable-circuit-breaker"),
+            *("--policy", "round_robin", *retries, "--disable-circuit-breaker"),
             *("--worker-startup-check-interval", "1", "--health-check-interval-secs", "10"),
             *("--health-check-timeout-secs", "30", "--health-success-threshold", "1"),
-            *("--request-timeout-secs", str(GATEWAY_TIMEOUT_S), "--shutdown-grace-period-secs", "1"),
+            *("--request-timeout-secs", str(GATEWAY_TIMEOUT_S)),
+            *("--shutdown-grace-period-secs", str(1 if self.servers else GATEWAY_GRACE_S)),
             *("--queue-size", "10000", "--queue-timeout-secs", str(GATEWAY_TIMEOUT_S), "--log-level", "warn"),
+            *self.config.gateway_args,
         ]
 
     def curl(self) -> str:
@@ -117,9 +169,41 @@ class Layout:
             ]
         )
 
+    def _own_args(self, role: Role) -> Sequence[str]:
+        return self.config.prefill_args if role == "prefill" else self.config.decode_args
+
+    def _first_gpu(self, role: Role, index: int) -> int:
+        """GPUs are dealt out in order: prefill servers first, to each as many as its parallelism asks for."""
+        before = 0 if role == "prefill" else self.config.prefill * self._gpus("prefill")
+        return before + index * self._gpus(role)
+
+    def _gpus(self, role: Role) -> int:
+        args = [*self.config.server_args, *self._own_args(role)]
+        sizes = [last_value(args, *names) for names in PARALLEL_OPTIONS]
+        return math.prod(int(size) for size in sizes if size and size.isdigit())
+
+    def _options(self, role: Role, index: int) -> FlowPrefillConfig:
+        """Options of a server: of several, each has an event log of its own."""
+        options, name = self.config.options, self.name(role, index)
+        if options.event_log is None or name == role:
+            return options
+        path = Path(options.event_log)
+        return options.model_copy(update={"event_log": str(path.with_stem(f"{path.stem}-{name}"))})
+
     @property
     def served_name(self) -> str:
         return "embedded" if self.config.model_path is None else self.model_path
+
+
+def last_value(args: Sequence[str], *options: str) -> str | None:
+    """Value of an option, given by any of its names, in a list of command line arguments."""
+    value = None
+    for argument, following in pairwise([*args, ""]):
+        if argument in options:
+            value = following
+        elif argument.partition("=")[0] in options:
+            value = argument.partition("=")[2]
+    return value
 
 
 def gateway_env() -> dict[str, str]:

@@ -30,13 +30,18 @@ def main() -> None:
             sessions.add(int(value))
         else:
             directories.append(value)
+    end(sessions, before)
+    for directory in directories:
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def end(sessions: set[int], keep: set[str]) -> None:
+    """Kill all processes of ``sessions``, and remove the shared memory that only they had mapped, but for ``keep``."""
     segments = kill(sessions)
     in_use = {path for pid in processes() for path in mapped_segments(pid)}
     for path in segments - in_use:
-        if os.path.basename(path) not in before and os.path.exists(path):
+        if os.path.basename(path) not in keep and os.path.exists(path):
             os.unlink(path)
-    for directory in directories:
-        shutil.rmtree(directory, ignore_errors=True)
 
 
 def kill(sessions: set[int]) -> set[str]:

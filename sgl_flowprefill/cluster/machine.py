@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,19 +16,29 @@ CGROUP: Final = Path("/sys/fs/cgroup")
 
 @dataclass(frozen=True)
 class CpuPlan:
-    """Which CPUs run the prefill scheduler, and which run everything else (HTTP servers, decode, gateway, clients)."""
+    """Which CPUs run the prefill schedulers, and which run everything else (HTTP servers, decode, gateway, clients)."""
 
     scheduler: tuple[int, ...]
     others: tuple[int, ...]
 
-    @property
-    def others_threads(self) -> int:
-        """Compute threads of the decode server: it leaves room for the HTTP servers, the gateway and the client."""
-        return max(1, len(self.others) // 2)
+    def scheduler_of(self, index: int, servers: int) -> tuple[int, ...]:
+        """CPUs of one of ``servers`` prefill schedulers: an equal share, or one that several have to share."""
+        share = len(self.scheduler) // servers
+        if share:
+            return self.scheduler[index * share : (index + 1) * share]
+        return (self.scheduler[index % len(self.scheduler)],)
+
+    def decode_threads(self, servers: int) -> int:
+        """Compute threads of each of ``servers`` decode servers: they leave room for the HTTP servers, the gateway and
+        the client."""
+        return max(1, len(self.others) // 2 // servers)
 
 
-def plan_cpus(cpus: Sequence[int]) -> CpuPlan:
-    """Half of the CPUs (rounded down, at least one) for prefill alone; one CPU is shared by all."""
+def plan_cpus(cpus: Sequence[int], prefill: bool = True) -> CpuPlan:
+    """Half of the CPUs (rounded down, at least one) for prefill alone; one CPU is shared by all. None of them where
+    there is no prefill server."""
+    if not prefill:
+        return CpuPlan((), tuple(cpus))
     if len(cpus) < 2:
         return CpuPlan(tuple(cpus), tuple(cpus))
     half = len(cpus) // 2
@@ -51,6 +62,14 @@ def available_memory_bytes() -> int:
         reclaimable = dict(zip(*[iter(_cgroup_values("memory.stat"))] * 2, strict=False)).get("inactive_file", "0")
         available = min(available, int(limit[0]) - int(used[0]) + int(reclaimable))
     return available
+
+
+def address_towards(host: str, port: int) -> str:
+    """This machine's address on the way to ``host``, where others reach it. Raises OSError when there is no way."""
+    family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind, protocol) as probe:
+        probe.connect(address)  # a datagram socket sends nothing here
+        return str(probe.getsockname()[0])
 
 
 def gpu_count() -> int:

@@ -6,21 +6,24 @@ Every check raises StartError with one sentence that names what was found and th
 from __future__ import annotations
 
 import argparse
+import ipaddress
 import json
 import os
 import random
 import re
 import socket
 import warnings
-from collections.abc import Sequence
-from dataclasses import fields
-from itertools import pairwise
+from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any, Final, NoReturn
+from typing import Final, NoReturn
+from urllib.parse import urlsplit
+
+import requests
 
 from sgl_flowprefill.cluster import machine
-from sgl_flowprefill.cluster.base import ClusterConfig, Ports, StartError
-from sgl_flowprefill.cluster.commands import CPU_PLATFORM, Layout
+from sgl_flowprefill.cluster.base import GATEWAY_PORT, MAX_PORT, ClusterConfig, Ports, StartError
+from sgl_flowprefill.cluster.commands import CPU_PLATFORM, ROLES, Layout, last_value
+from sgl_flowprefill.cluster.gateway import Gateway
 from sgl_flowprefill.compat import incompatible_option
 from sgl_flowprefill.model import embedded_model_path
 
@@ -41,38 +44,53 @@ SERVER_BYTES: Final = 3_000_000_000
 
 def prepare(config: ClusterConfig) -> Layout:
     """Check everything; returns what to start."""
+    host = _reachable_host(config)
+    if config.join is not None:
+        _check_gateway(config.join)
     on_cpu = _runs_on_cpu(config)
-    model_path = _find_model(config.model_path)
-    if not on_cpu:
-        _check_gpus(config)
-    elif Path(model_path).is_dir():
-        _check_memory(Path(model_path))
+    servers = config.prefill + config.decode
+    model_path = _find_model(config.model_path) if servers else ""
     layout = Layout(
         config=config,
         model_path=model_path,
-        ports=choose_ports(config.host, config.ports),
-        cpus=machine.plan_cpus(machine.usable_cpus()) if on_cpu else None,
+        ports=choose_ports(config.host, config.ports, config.prefill, config.decode),
+        cpus=machine.plan_cpus(machine.usable_cpus(), prefill=config.prefill > 0) if on_cpu and servers else None,
+        host=host,
     )
+    if not on_cpu:
+        _check_gpus(layout)
+    elif servers and Path(model_path).is_dir():
+        _check_memory(layout)
     _check_options(layout)
     return layout
 
 
-def choose_ports(host: str, ports: Ports) -> Ports:
-    """Check the given ports and replace each 0 by a free port."""
+def choose_ports(host: str, ports: Ports, prefill: int = 1, decode: int = 1) -> Ports:
+    """Check the given ports and replace each 0 by a free port, or by the first of as many as there are servers."""
+    counts = {"gateway": 1, "prefill": prefill, "decode": decode, "bootstrap": prefill}
     chosen: dict[str, int] = {}
-    for name in (field.name for field in fields(Ports)):
-        port = getattr(ports, name)
-        if port and not is_free(host, port):
-            raise StartError(f"port {port} ({name}) is in use; choose another with --ports GATEWAY,PREFILL,…")
-        chosen[name] = port or free_port(host, taken=chosen.values())
+    taken: set[int] = set()
+    for name, count in counts.items():
+        first = getattr(ports, name)
+        if not first:
+            first = free_port(host, taken, count)
+        for port in range(first, first + count):
+            if port in taken or port > MAX_PORT:
+                raise StartError(
+                    f"port {port} ({name}): {count} servers count up from {first}; choose ports further apart"
+                )
+            if not is_free(host, port):
+                raise StartError(f"port {port} ({name}) is in use; choose another with --ports GATEWAY,PREFILL,…")
+        taken.update(range(first, first + count))
+        chosen[name] = first
     return Ports(**chosen)
 
 
-def free_port(host: str, taken: Any = ()) -> int:
-    """A port that nothing listens on."""
-    for port in random.sample(FREE_PORTS, len(FREE_PORTS)):
-        if port not in taken and is_free(host, port):
-            return port
+def free_port(host: str, taken: Collection[int] = (), count: int = 1) -> int:
+    """The first of ``count`` consecutive ports that nothing listens on."""
+    for first in random.sample(FREE_PORTS, len(FREE_PORTS)):
+        if all(port not in taken and is_free(host, port) for port in range(first, first + count)):
+            return first
     raise StartError(f"no port from {FREE_PORTS.start} to {FREE_PORTS.stop - 1} is free on {host}")
 
 
@@ -95,7 +113,7 @@ def is_free(host: str, port: int) -> bool:
 
 
 def _runs_on_cpu(config: ClusterConfig) -> bool:
-    device = _last_value(config.server_args, "--device")
+    device = last_value(config.server_args, "--device")
     if device:
         return device == "cpu"
     return os.environ.get("SGLANG_PLATFORM") == CPU_PLATFORM or machine.gpu_count() == 0
@@ -122,24 +140,79 @@ def _find_model(model: str | Path | None) -> str:
     return str(model)
 
 
-def _check_gpus(config: ClusterConfig) -> None:
-    gpus = machine.gpu_count()
-    placed = any(_last_value(args, "--base-gpu-id") for args in (config.prefill_args, config.decode_args))
-    if gpus < 2 and not placed:
+def own_address(gateway: str) -> str:
+    """This machine's address on the way to a gateway. Raises StartError when there is no such host."""
+    host, port = urlsplit(gateway).hostname, urlsplit(gateway).port
+    try:
+        return machine.address_towards(host or "", port or 80)
+    except OSError as error:
+        raise StartError(f"--join {gateway}: {error.strerror or error}") from None
+
+
+def check_gateway_url(url: str) -> str:
+    """``url`` without a path. Raises StartError for anything but http://HOST[:PORT]."""
+    try:
+        parts = urlsplit(url)
+        if parts.scheme != "http" or not parts.hostname or parts.path.strip("/") or parts.query or parts.port == 0:
+            raise ValueError
+    except ValueError:
+        raise StartError(f"--join {url}: expected a gateway's URL such as http://10.0.0.1:{GATEWAY_PORT}") from None
+    return f"http://{parts.netloc}"
+
+
+def _check_gateway(url: str) -> None:
+    try:
+        Gateway(url).workers()
+    except (requests.HTTPError, requests.JSONDecodeError, LookupError, TypeError):
+        raise StartError(f"--join {url}: what answers there is no gateway (GET /workers lists no workers)") from None
+    except requests.RequestException:
+        return  # it may be started later
+
+
+def _reachable_host(config: ClusterConfig) -> str:
+    if config.join is None:
+        return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(config.host, config.host)
+    towards = own_address(config.join)
+    host = towards if config.host in ("0.0.0.0", "::") else config.host
+    if _is_loopback(host) and not _is_loopback(towards):
+        raise StartError(f"--host {host}: the gateway at {config.join} cannot reach that address; use {towards}")
+    return host
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _check_gpus(layout: Layout) -> None:
+    config, gpus, needed = layout.config, machine.gpu_count(), layout.gpus_needed()
+    placed = any(last_value(args, "--base-gpu-id") for args in (config.prefill_args, config.decode_args))
+    if gpus >= needed or placed:
+        return
+    if layout.is_single and needed == 2:
         raise StartError(
             f"prefill and decode need a GPU each and there is {gpus}; let them share it with "
             "--decode-args '--base-gpu-id 0' --mem-fraction-static 0.4, or serve with --device cpu"
         )
+    raise StartError(
+        f"{layout.in_words()} need {needed} GPUs and there are {gpus}; start fewer, let them share with "
+        "--prefill-args or --decode-args '--base-gpu-id N' and --mem-fraction-static, or serve with --device cpu"
+    )
 
 
-def _check_memory(model: Path) -> None:
+def _check_memory(layout: Layout) -> None:
+    model = Path(layout.model_path)
     weights = sum(file.stat().st_size for pattern in ("*.safetensors", "*.bin") for file in model.glob(pattern))
     dtype = json.loads((model / "config.json").read_text()).get("torch_dtype")
-    needed = 2 * (SERVER_BYTES + weights * (1 if dtype == "float32" else 2))  # the CPU serves in float32
+    needed = len(layout.servers) * (
+        SERVER_BYTES + weights * (1 if dtype == "float32" else 2)
+    )  # the CPU serves in float32
     available = machine.available_memory_bytes()
     if needed > available:
         raise StartError(
-            f"not enough memory: prefill and decode of this model need about {needed / 1e9:.1f} GB and "
+            f"not enough memory: {layout.in_words()} of this model need about {needed / 1e9:.1f} GB and "
             f"{available / 1e9:.1f} GB are available"
         )
 
@@ -152,11 +225,12 @@ def _check_options(layout: Layout) -> None:
             raise StartError(f"{name} cannot be passed on to a server: use {OWN_OPTIONS[name]}")
     if not (config.server_args or config.prefill_args or config.decode_args):
         return  # SGLang's parser takes seconds to import
-    prefill = _parse(layout.server_options("prefill"))
-    _parse(layout.server_options("decode"))
-    problem = incompatible_option(prefill) if config.flowprefill else None
-    if problem:
-        raise StartError(problem)
+    for role in ROLES:
+        if layout.count(role):
+            options = _parse(layout.server_options(role))
+            problem = incompatible_option(options) if role == "prefill" and config.flowprefill else None
+            if problem:
+                raise StartError(problem)
 
 
 def _parse(options: Sequence[str]) -> argparse.Namespace:
@@ -176,14 +250,3 @@ def _parse(options: Sequence[str]) -> argparse.Namespace:
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise StartError(f"SGLang option: {message}")
-
-
-def _last_value(args: Sequence[str], option: str) -> str | None:
-    """Value of ``option`` in a list of command line arguments."""
-    value = None
-    for argument, following in pairwise([*args, ""]):
-        if argument == option:
-            value = following
-        elif argument.startswith(option + "="):
-            value = argument.partition("=")[2]
-    return value

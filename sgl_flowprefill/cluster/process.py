@@ -23,10 +23,12 @@ LAST_LINES: Final = 25
 class Server:
     """A running server. It leads a session of its own, so a Ctrl-C in the terminal reaches the launcher only."""
 
-    def __init__(self, name: str, command: Sequence[str], env: Mapping[str, str], log: Path) -> None:
+    def __init__(
+        self, name: str, command: Sequence[str], env: Mapping[str, str], log: Path, append: bool = False
+    ) -> None:
         self.name = name
         self.log = log
-        with open(log, "wb") as output:
+        with open(log, "ab" if append else "wb") as output:
             self._process = subprocess.Popen(
                 command,
                 env=dict(env),
@@ -56,13 +58,23 @@ class Server:
                 return f"process {child.pid} of the {self.name} server has ended"
         return None
 
-    def bind(self, cpus: Sequence[int], except_on: Sequence[int]) -> None:
-        """Move all its threads to ``cpus``, but for processes that have bound themselves to ``except_on``."""
+    def bind(self, cpus: Sequence[int], except_on: Sequence[Sequence[int]]) -> None:
+        """Move all its threads to ``cpus``, but for processes that have bound themselves to one of ``except_on``."""
         leader = psutil.Process(self.pid)
         for process in (leader, *leader.children(recursive=True)):
             with suppress(psutil.NoSuchProcess):
-                if process.cpu_affinity() != list(except_on):
+                if tuple(process.cpu_affinity()) not in except_on:
                     _bind_threads(process, cpus)
+
+    def terminate(self) -> None:
+        """Ask it to end once its requests have ended."""
+        self._children = []
+        self._process.terminate()
+
+    def wait(self, timeout_s: float) -> None:
+        """Wait until it has ended, for at most ``timeout_s``."""
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(max(0.0, timeout_s))
 
     def last_lines(self) -> str:
         """The end of its log."""
@@ -79,6 +91,7 @@ class Guard:
 
     def __enter__(self) -> Guard:
         self._servers: list[Server] = []
+        self._segments_before = set(os.listdir(guard.SHM))
         self._process = subprocess.Popen(
             [sys.executable, "-S", guard.__file__], stdin=subprocess.PIPE, text=True, start_new_session=True
         )
@@ -88,11 +101,17 @@ class Guard:
         return self
 
     def start(self, name: str, command: Sequence[str], env: Mapping[str, str], log: Path) -> Server:
-        """Start a server whose temporary files go to the guard's directory."""
-        server = Server(name, command, dict(env) | {"TMPDIR": str(self.directory)}, log)
+        """Start a server whose temporary files go to the guard's directory. One started again appends to its log."""
+        again = any(server.log == log for server in self._servers)
+        server = Server(name, command, dict(env) | {"TMPDIR": str(self.directory)}, log, append=again)
         self._tell(f"session {server.pid}")
         self._servers.append(server)
         return server
+
+    def end(self, server: Server) -> None:
+        """End what is left of one server, and only that."""
+        guard.end({server.pid}, self._segments_before)
+        server.reap()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -1,6 +1,9 @@
 """What launch.py refuses before it starts a server: one line on stderr and exit code 2."""
 
 import socket
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import pairwise
 
 import pytest
 
@@ -126,6 +129,112 @@ def test_free_ports_are_chosen_where_none_is_given(busy_port):
     assert len(set(vars(ports).values())) == 4
     with pytest.raises(StartError):
         preflight.choose_ports("127.0.0.1", Ports(gateway=busy_port))
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (["--prefill", "0"], "argument --prefill: expected a number of servers, got 0"),
+        (["--decode", "two"], "argument --decode: expected a number of servers, got two"),
+        (["--join", "http://127.0.0.1:1"], "--join needs --role prefill or decode"),
+        (["--role", "router"], "argument --role: invalid choice: 'router'"),
+        (["--role", "prefill"], "--role prefill needs --join URL"),
+        (["--role", "decode", "--join", "gateway:30000"], "--join gateway:30000: expected a gateway's URL such as"),
+        (["--role", "decode", "--join", "http://"], "--join http://: expected a gateway's URL"),
+        (["--role", "decode", "--join", "http://no.such.host.invalid"], "--join http://no.such.host.invalid: "),
+        (["--role", "prefill", "--join", "http://127.0.0.1:1", "--decode", "2"], "--role prefill takes no --decode"),
+        (["--role", "gateway", "--join", "http://127.0.0.1:1"], "--role gateway takes no --join"),
+        (["--role", "gateway", "--tp", "2"], "--role gateway starts no SGLang server, got --tp 2"),
+        (
+            ["--role", "prefill", "--join", "http://127.0.0.1:1", "--ports", "1,2"],
+            "--ports 1,2: --role prefill takes the port of its first server only",
+        ),
+        (
+            ["--role", "prefill", "--join", "http://203.0.113.7:1", "--host", "127.0.0.1"],
+            "--host 127.0.0.1: the gateway at http://203.0.113.7:1 cannot reach that address; use ",
+        ),
+        (["--prefill", "2", "--ports", "29000,29001,29002"], "port 29002 (decode): "),
+    ],
+)
+def test_a_fleet_that_cannot_work(refusal, options, text):
+    assert text in refusal(*options)
+
+
+class KnowsNothing(BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_error(404)
+
+    def log_message(self, *args):
+        pass
+
+
+def test_a_server_that_is_no_gateway(refusal):
+    with ThreadingHTTPServer(("127.0.0.1", 0), KnowsNothing) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        try:
+            assert f"--join {url}: what answers there is no gateway" in refusal("--role", "decode", "--join", url)
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def test_memory_for_every_server(refusal, monkeypatch):
+    monkeypatch.setattr(machine, "available_memory_bytes", lambda: 8 * 10**9)
+    assert "prefill-0, prefill-1 and decode of this model need about" in refusal("--prefill", "2")
+
+
+def test_gpus_for_every_server(refusal, monkeypatch):
+    monkeypatch.setattr(machine, "gpu_count", lambda: 3)
+    options = ["--prefill", "2", "--decode-args", "--tp 2"]
+    assert "prefill-0, prefill-1 and decode need 4 GPUs and there are 3" in refusal(*options)
+
+
+def options_of(layout, role, index):
+    options = layout.server_options(role, index)
+    return dict(pairwise(options))
+
+
+def test_each_server_has_ports_gpus_and_an_event_log_of_its_own(monkeypatch):
+    monkeypatch.setattr(machine, "gpu_count", lambda: 4)
+    config = cli.parse(
+        ["--flowprefill", "--prefill", "2", "--decode", "2", "--ports", "0,29100,29200,29300",
+         "--flowprefill-event-log", "out/events.jsonl"]
+    )  # fmt: skip
+    layout = preflight.prepare(config)
+    servers = [options_of(layout, role, index) for role, index in layout.servers]
+    assert [server["--port"] for server in servers] == ["29100", "29101", "29200", "29201"]
+    assert [server["--base-gpu-id"] for server in servers] == ["0", "1", "2", "3"]
+    assert [server["--disaggregation-bootstrap-port"] for server in servers[:2]] == ["29300", "29301"]
+    logs = [layout.server_env(role, index)["FLOWPREFILL_EVENT_LOG"] for role, index in layout.servers[:2]]
+    assert logs == ["out/events-prefill-0.jsonl", "out/events-prefill-1.jsonl"]
+    gateway = " ".join(layout.gateway_command(29999))
+    assert "--prefill http://127.0.0.1:29100 29300 --prefill http://127.0.0.1:29101 29301" in gateway
+    assert "--decode http://127.0.0.1:29200 --decode http://127.0.0.1:29201" in gateway
+    assert "--retry-max-retries 4" in gateway
+
+
+def test_one_prefill_and_one_decode_server_are_not_numbered_and_nothing_is_tried_again():
+    layout = preflight.prepare(cli.parse(["--flowprefill-event-log", "events.jsonl", "--flowprefill", "--ports", "0"]))
+    assert [layout.name(role, index) for role, index in layout.servers] == ["prefill", "decode"]
+    assert layout.server_env("prefill")["FLOWPREFILL_EVENT_LOG"] == "events.jsonl"
+    assert "--disable-retries" in layout.gateway_command(29999)
+
+
+def test_a_server_that_joins_listens_where_the_gateway_reaches_it():
+    layout = preflight.prepare(cli.parse(["--role", "decode", "--join", "http://localhost:30000/"]))
+    assert layout.server_url("decode").startswith(("http://127.0.0.1:", "http://[::1]:"))
+    assert layout.config.join == "http://localhost:30000"
+
+
+def test_several_prefill_schedulers_share_the_cpus():
+    plan = machine.plan_cpus(range(8))
+    assert [plan.scheduler_of(index, 2) for index in range(2)] == [(0, 1), (2, 3)]
+    assert [plan.scheduler_of(index, 3) for index in range(3)] == [(0,), (1,), (2,)]
+    assert [plan.scheduler_of(index, 5) for index in range(5)] == [(0,), (1,), (2,), (3,), (0,)]
+    assert plan.scheduler_of(0, 1) == plan.scheduler
+    assert (plan.decode_threads(1), plan.decode_threads(2), plan.decode_threads(4)) == (2, 1, 1)
 
 
 @pytest.mark.parametrize(
