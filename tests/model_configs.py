@@ -9,9 +9,12 @@ from __future__ import annotations
 import copy
 import re
 import tempfile
+from functools import reduce
 from typing import Any, Final
 
 LAYERS: Final = 4
+KEEP: Final = object()
+"""Value of a field that is not cut to few layers."""
 
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 
@@ -99,10 +102,15 @@ FIELDS: Final[dict[str, Any]] = {
 
 _YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 1.0, "original_max_position_embeddings": 4096}
 _MLA = {"kv_lora_rank": 64, "q_lora_rank": None, "qk_nope_head_dim": 32, "qk_rope_head_dim": 16, "v_head_dim": 32}
-_MAMBA = ["mamba", "mamba", "mamba", "attention"]
+_KDA = {
+    "kda_layers": [1, 2, 3],
+    "full_attn_layers": [4],
+    "num_heads": 4,
+    "head_dim": 64,
+    "short_conv_kernel_size": 4,
+}
 
 CONFIGS: Final[dict[str, tuple[str | None, dict[str, Any]]]] = {
-    "AfmoeForCausalLM": ("afmoe", {"num_experts": 8, "num_shared_experts": 1}),
     "BaichuanForCausalLM": (None, {"vocab_size": 64000, "hidden_size": 4096, "num_attention_heads": 32}),
     "BailingMoEForCausalLM": (None, {"hidden_act": "silu"}),
     "BailingMoeForCausalLM": (None, {"hidden_act": "silu"}),
@@ -110,10 +118,8 @@ CONFIGS: Final[dict[str, tuple[str | None, dict[str, Any]]]] = {
     "BailingMoeV2_5ForCausalLM": ("bailing_hybrid", {}),
     "BailingMoeV3ForCausalLM": ("bailing_hybrid", {}),
     "DeepseekForCausalLM": (None, {"moe_layer_freq": 1}),
-    "DeepseekV2ForCausalLM": ("deepseek_v2", {"rope_parameters": _YARN}),
     "DeepseekV3ForCausalLM": ("deepseek_v3", {"rope_parameters": _YARN}),
     "DeepseekV32ForCausalLM": ("deepseek_v32", {"rope_parameters": _YARN}),
-    "DeepseekOCRForCausalLM": ("deepseek-ocr", {}),
     "Dots3NoteForCausalLM": ("dots3_note", {}),
     "Ernie4_5_ForCausalLM": ("ernie4_5", {}),
     "Exaone4ForCausalLM": ("exaone4", {"sliding_window_pattern": "LLLG"}),
@@ -166,21 +172,8 @@ CONFIGS: Final[dict[str, tuple[str | None, dict[str, Any]]]] = {
     "MiniCPMV4_7ForConditionalGeneration": ("minicpmv4_7", {"text_config.rope_parameters": _ROPE}),
     "DotsVLMForCausalLM": ("dots_vlm", {"language_config.rope_parameters": _YARN}),
     "KimiVLForConditionalGeneration": ("kimi_vl", {"text_config.rope_parameters": _YARN}),
-    "GraniteMoeHybridForCausalLM": ("granitemoehybrid", {"layer_types": _MAMBA}),
-    "HYV4ForCausalLM": ("hy_v4", {"rope_parameters": _YARN, "num_hidden_layers": LAYERS}),
-    "IQuestQ1ForCausalLM": ("iquest_q1", {"layer_type_pattern": None}),
-    "Grok1ForCausalLM": (None, {"hidden_act": "gelu"}),
     "DbrxForCausalLM": ("dbrx", {}),
     "LagunaForCausalLM": ("laguna", {"num_attention_heads_per_layer": None}),
-    "KimiLinearForCausalLM": (
-        "kimi_linear",
-        {"moe_intermediate_size": 128, "num_experts": 8, "num_experts_per_token": 2, **_MLA},
-    ),
-    "KimiK3LinearForCausalLM": (
-        "kimi_linear",
-        {"moe_intermediate_size": 128, "num_experts": 8, "num_experts_per_token": 2, **_MLA},
-    ),
-    "MiniCPMSALAForCausalLM": ("minicpm_sala", {"mixer_types": ["lightning", "lightning", "lightning", "minicpm4"]}),
     "MiniMaxM3SparseForCausalLM": (
         None,
         {
@@ -191,14 +184,107 @@ CONFIGS: Final[dict[str, tuple[str | None, dict[str, Any]]]] = {
             "sparse_attention_config": None,
         },
     ),
-    "MiMoV2ForCausalLM": ("mimo_v2_flash", {"hybrid_layer_pattern": [0, 1, 1, 1], "moe_layer_freq": [0, 1, 1, 1]}),
-    "MiMoV2FlashForCausalLM": ("mimo_v2_flash", {"hybrid_layer_pattern": [0, 1, 1, 1], "moe_layer_freq": [0, 1, 1, 1]}),
     "SarvamMLAForCausalLM": (
         None,
         {**_MLA, "rope_parameters": {**_YARN, "type": "deepseek_yarn", "rope_type": "deepseek_yarn"}},
     ),
-    "Step3p5ForCausalLM": ("step3p5", {"layer_types": ["full_attention"] * LAYERS, "yarn_only_types": []}),
     "SolarForCausalLM": (None, {"bskcn_1": [], "bskcn_2": [], "bskcn_3": [], "bskcn_4": [], "bskcn_tv": [1.0, 0.0]}),
+    "GlmImageForConditionalGeneration": ("glm_image", {"text_config.rope_parameters": _ROPE}),
+    "LongcatFlashForCausalLM": ("longcat_flash", {"rope_parameters": _ROPE}),
+    "FalconH1ForCausalLM": ("falcon_h1", {}),
+    "AfmoeForCausalLM": ("afmoe", {"num_experts": 8, "num_shared_experts": 1, "num_experts_per_tok": 2}),
+    "DeepseekV2ForCausalLM": (
+        "deepseek_v2",
+        {
+            "rope_parameters": _YARN,
+            "n_routed_experts": 8,
+            "n_shared_experts": 1,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 128,
+            "first_k_dense_replace": 1,
+        },
+    ),
+    "DeepseekVL2ForCausalLM": ("deepseek_vl_v2", {"tile_tag": "2D"}),
+    "DeepseekOCRForCausalLM": ("deepseek-ocr", {"tile_tag": "2D"}),
+    "Gemma4ForCausalLM": ("gemma4_text", {"num_hidden_layers": KEEP, "layer_types": KEEP}),
+    "Gemma4ForConditionalGeneration": (
+        "gemma4",
+        {"text_config.num_hidden_layers": KEEP, "text_config.layer_types": KEEP},
+    ),
+    "Gemma4UnifiedForConditionalGeneration": (
+        "gemma4_unified",
+        {"text_config.num_hidden_layers": KEEP, "text_config.layer_types": KEEP},
+    ),
+    "EmbeddingGemma2Model": (
+        "embedding_gemma2",
+        {"text_config.num_hidden_layers": KEEP, "text_config.layer_types": KEEP},
+    ),
+    "IQuestQ1ForCausalLM": ("iquest_q1", {"num_hidden_layers": KEEP, "layer_types": KEEP}),
+    "JetNemotronForCausalLM": ("jet_nemotron", {"num_hidden_layers": KEEP, "layer_types": KEEP}),
+    "HYV4ForCausalLM": (
+        "hy_v4",
+        {"rope_parameters": _YARN, "num_hidden_layers": KEEP, "layer_types": KEEP, "mlp_layer_types": KEEP},
+    ),
+    "GraniteMoeHybridForCausalLM": ("granitemoehybrid", {"num_hidden_layers": KEEP, "layer_types": KEEP}),
+    "Grok1ForCausalLM": (None, {"hidden_size": 256, "intermediate_size": 512}),
+    "Grok1ModelForCausalLM": (None, {"hidden_size": 256, "intermediate_size": 512}),
+    "KimiLinearForCausalLM": (
+        "kimi_linear",
+        {
+            "moe_intermediate_size": 128,
+            "num_experts": 8,
+            "num_experts_per_token": 2,
+            **_MLA,
+            "linear_attn_config": _KDA,
+        },
+    ),
+    "KimiK3LinearForCausalLM": (
+        "kimi_linear",
+        {
+            "moe_intermediate_size": 128,
+            "num_experts": 8,
+            "num_experts_per_token": 2,
+            **_MLA,
+            "linear_attn_config": _KDA,
+        },
+    ),
+    "MiMoV2ForCausalLM": (
+        "mimo_v2_flash",
+        {"hybrid_layer_pattern": [0, 1, 1, 1], "moe_layer_freq": [0, 1, 1, 1], "rope_parameters": _ROPE},
+    ),
+    "MiMoV2FlashForCausalLM": (
+        "mimo_v2_flash",
+        {"hybrid_layer_pattern": [0, 1, 1, 1], "moe_layer_freq": [0, 1, 1, 1], "rope_parameters": _ROPE},
+    ),
+    "MiniCPMSALAForCausalLM": (
+        "minicpm_sala",
+        {
+            "mixer_types": ["lightning", "lightning", "lightning", "minicpm4"],
+            "num_attention_heads": 4,
+            "num_key_value_heads": 4,
+        },
+    ),
+    "Step3p5ForCausalLM": (
+        "step3p5",
+        {"layer_types": ["full_attention"] * LAYERS, "yarn_only_types": [], "moe_layers_enum": "1,2,3"},
+    ),
+    "Step3VLForConditionalGeneration": ("step3_vl", {"text_config.moe_layers_enum": "1,2,3"}),
+    "Contriever": ("bert", {}),
+    "EmbeddingGemmaModel": ("gemma3_text", {}),
+    "Gemma2ForSequenceClassification": ("gemma2", {"hidden_act": "gelu_pytorch_tanh", "num_labels": 2}),
+    "Lfm2BidirectionalModel": ("lfm2", {"layer_types": ["conv", "conv", "full_attention", "conv"]}),
+    "LlamaForClassification": ("llama", {"classification_out_size": 2}),
+    "NanbeigeForSequenceClassification": ("nanbeige", {}),
+    "TransformersEmbeddingModel": ("llama", {}),
+    "TransformersMoEEmbeddingModel": ("qwen3_moe", {}),
+    "TransformersMultiModalEmbeddingModel": ("qwen2_5_vl", {}),
+    "TransformersMultiModalMoEEmbeddingModel": ("qwen3_vl_moe", {}),
+    "TransformersForSequenceClassification": ("llama", {}),
+    "TransformersMoEForSequenceClassification": ("qwen3_moe", {}),
+    "TransformersMultiModalForSequenceClassification": ("qwen2_5_vl", {}),
+    "TransformersMultiModalMoEForSequenceClassification": ("qwen3_vl_moe", {}),
+    "InternVLChatModel": ("internvl_chat", {}),
+    "PixtralForConditionalGeneration": ("mistral3", {}),
     "Phi3SmallForCausalLM": (
         None,
         {
@@ -216,12 +302,9 @@ CONFIGS: Final[dict[str, tuple[str | None, dict[str, Any]]]] = {
             "blocksparse_num_local_blocks": 1,
             "blocksparse_vert_stride": 1,
             "blocksparse_homo_head_pattern": False,
+            "blocksparse_triton_kernel_block_size": 64,
         },
     ),
-    "GlmImageForConditionalGeneration": ("glm_image", {"text_config.rope_parameters": _ROPE}),
-    "JetNemotronForCausalLM": ("jet_nemotron", {}),
-    "LongcatFlashForCausalLM": ("longcat_flash", {"rope_parameters": _ROPE}),
-    "FalconH1ForCausalLM": ("falcon_h1", {}),
     "ZayaForCausalLM": ("zaya", {}),
 }
 """Architecture: the model type whose configuration class it takes (None: a plain one), and fields by dotted name."""
@@ -233,18 +316,23 @@ _SUFFIX = re.compile(r"(ForCausalLM|ForConditionalGeneration|ChatModel|Model|LMH
 
 
 def configuration(architecture: str) -> Any:
-    """A configuration of ``architecture`` with few layers."""
+    """A configuration of ``architecture`` with few layers, as SGLang would load it from a checkpoint."""
     model_type, fields = CONFIGS.get(architecture, ("", {}))
     config = _base(architecture, model_type)
-    for name, value in fields.items():
-        *path, last = name.split(".")
-        owner = config
-        for part in path:
-            owner = getattr(owner, part)
-        setattr(owner, last, copy.deepcopy(value))
+    _set(config, fields)
     _shrink(config, set(fields))
     config.architectures = [architecture]
-    return _as_loaded(config) if config.model_type else config
+    if config.model_type:
+        config = _as_loaded(config)
+        _set(config, fields)
+    return config
+
+
+def _set(config: Any, fields: dict[str, Any]) -> None:
+    for name, value in fields.items():
+        *path, last = name.split(".")
+        if value is not KEEP:
+            setattr(reduce(getattr, path, config), last, copy.deepcopy(value))
 
 
 def _as_loaded(config: Any) -> Any:

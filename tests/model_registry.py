@@ -126,7 +126,8 @@ def build(architecture: str, model_class: type[nn.Module]) -> nn.Module:
     filled = set()
     while True:
         try:
-            with torch.device("meta"):
+            # Some classes ask for the current device of torch's accelerator, which a CPU build of torch has not.
+            with torch.device("meta"), mock.patch.object(torch, "get_device_module", return_value=torch.cpu):
                 return model_class(config=config, quant_config=None)
         except AttributeError as error:
             owner, field = error.obj, error.name
@@ -184,6 +185,7 @@ def _run(architecture: str, model: nn.Module, layers: list[DecoderLayer]) -> str
     passed: list[str] = []
     try:
         with _no_kernels(), torch.no_grad(), torch.device("meta"):
+            _fill_latent_weights(model)
             tile_mlps(model, [name for layer in layers for name in layer.mlp], TILE_TOKENS, lambda: None)
             for name in names:
                 install_checkpoints(model, [DecoderLayer(name, (name,), ())], "operator", partial(passed.append, name))
@@ -197,6 +199,14 @@ def _run(architecture: str, model: nn.Module, layers: list[DecoderLayer]) -> str
         return f"runs, but never calls {', '.join(silent[:4])}"
     passes = len(passed) / len(names)
     return "runs" if passes == 1 else f"runs its layers {passes:g} times"
+
+
+def _fill_latent_weights(model: nn.Module) -> None:
+    """What latent attention computes from its weights once they are loaded."""
+    for module in model.modules():
+        if getattr(module, "w_kc", model) is None:
+            module.w_kc = torch.empty(module.num_local_heads, module.qk_nope_head_dim, module.kv_lora_rank)
+            module.w_vc = torch.empty(module.num_local_heads, module.kv_lora_rank, module.v_head_dim)
 
 
 class _EndOfLayers(Exception):
