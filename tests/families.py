@@ -62,17 +62,9 @@ FAMILIES: dict[str, Family] = {
     "Qwen3-MoE": Family("qwen3_moe", EXPERTS),
     "Mistral": Family("mistral"),
     "Mixtral": Family("mixtral", EXPERTS),
-    "Gemma-2": Family("gemma2", {**GEMMA, "hidden_act": "gelu_pytorch_tanh"}),
+    "Gemma-2": Family("gemma2", {**GEMMA, "hidden_act": "gelu_pytorch_tanh", "final_logit_softcapping": None}),
     "Gemma-3": Family("gemma3_text", GEMMA),
     "Phi-3": Family("phi3"),
-    "Phi": Family("phi"),
-    "Cohere": Family("cohere"),
-    "GPT-J": Family(
-        "gptj",
-        {"n_embd": 64, "n_head": 4, "n_layer": 4, "n_positions": 4096, "rotary_dim": 8, "num_key_value_heads": 4},
-    ),
-    "OPT": Family("opt", {"num_key_value_heads": 4, "ffn_dim": 96, "word_embed_proj_dim": 64}),
-    "Granite-SWA": Family("granite_swa", {"sliding_window": 128}),
     "Granite-MoE-SWA": Family("granitemoe_swa", {**EXPERTS, "sliding_window": 128}),
     "GPT-OSS": Family("gpt_oss", {**EXPERTS, "sliding_window": 128}, "GptOssForCausalLM requires one of"),
     "DeepSeek-V2-Lite": Family(
@@ -108,8 +100,7 @@ FAMILIES: dict[str, Family] = {
             },
         },
     ),
-    "Qwen3-Next": Family("qwen3_next", EXPERTS),
-    "LFM2": Family("lfm2"),
+    "LFM2": Family("lfm2", {"layer_types": ["conv", "conv", "full_attention", "conv"]}),
 }
 
 

@@ -104,7 +104,9 @@ def _then(forward: Callable[..., Any], checkpoint: Callable[[], None]) -> Callab
 
 def _find_operators(layer_name: str, layer: nn.Module, attention_names: Sequence[str]) -> DecoderLayer:
     """Attention and MLP modules of one layer. Single matrices count only where it has no MLP of several."""
-    attention, mlp, matrices = [], [], []
+    attention: list[str] = []
+    mlp: list[str] = []
+    matrices: list[str] = []
     for name, child in _called_children(layer_name, layer):
         if any(_is_within(attention_name, name) for attention_name in attention_names):
             attention.append(name)
@@ -126,7 +128,7 @@ def _is_attention(module: nn.Module) -> bool:
     """What mixes the tokens of a sequence: causal attention as SGLang's backends see it, and its stated exceptions."""
     names = {base.__name__ for base in type(module).__mro__}
     if "RadixAttention" in names:
-        return module.attn_type.name.startswith("DECODER")
+        return bool(module.attn_type.name.startswith("DECODER"))
     return not names.isdisjoint(_ATTENTION)
 
 
