@@ -100,7 +100,7 @@ FAMILIES: dict[str, Family] = {
             },
         },
     ),
-    "LFM2": Family("lfm2", {"layer_types": ["conv", "conv", "full_attention", "conv"]}),
+    "LFM2": Family("lfm2", {"layer_types": ["conv", "conv", "full_attention", "conv"]}, "0 active drivers"),
 }
 
 
