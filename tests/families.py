@@ -138,7 +138,8 @@ def write_checkpoint(family: Family, directory: Path) -> Any:
 
     torch.manual_seed(0)
     config = AutoConfig.for_model(family.model_type, **{**SIZES, **family.config})
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    # Eager: transformers' fused attention leaves logit caps out.
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
     for name, parameter in model.named_parameters():
         if "sinks" in name:  # SGLang keeps them in bfloat16 (models/granite.py, build_attention_sinks)
             parameter.data = parameter.data.bfloat16().float()
