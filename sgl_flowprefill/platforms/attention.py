@@ -71,7 +71,7 @@ class PortableCpuAttention(AttentionBackend):
     def __init__(self, model_runner: ModelRunner, query_tile_tokens: int = QUERY_TILE_TOKENS) -> None:
         super().__init__()
         if model_runner.use_mla_backend:
-            raise ValueError(f"--attention-backend {ATTENTION_BACKEND} does not serve models with latent attention")
+            attend_to_latents()
         if model_runner.model_config.is_encoder_decoder:
             raise ValueError(f"--attention-backend {ATTENTION_BACKEND} does not serve encoder-decoder models")
         if isinstance(model_runner.token_to_kv_pool, SWAKVPool):
@@ -110,9 +110,13 @@ class PortableCpuAttention(AttentionBackend):
         layer: RadixAttention,
         forward_batch: ForwardBatch,
         save_kv_cache: bool = True,
+        sinks: torch.Tensor | None = None,
         **unsupported: Any,
     ) -> torch.Tensor:
-        """Attend from the new tokens to prefix and new tokens. q [tokens, heads * dim] to [tokens, heads * v_dim]."""
+        """Attend from the new tokens to prefix and new tokens. q [tokens, heads * dim] to [tokens, heads * v_dim].
+
+        ``sinks`` [heads] are logits of a key without a value, which takes its share of every query's attention.
+        """
         queries, output, keys, values = self._prepare(q, k, v, layer, forward_batch, save_kv_cache, unsupported)
         window = _window(layer)
         fused = window is None and not layer.logit_cap and layer.qk_head_dim == layer.v_head_dim
@@ -129,6 +133,7 @@ class PortableCpuAttention(AttentionBackend):
                     layer.scaling,
                     self.query_tile_tokens,
                     self.between_tiles,
+                    sinks,
                 )
             else:
                 attend_windowed(
@@ -140,6 +145,8 @@ class PortableCpuAttention(AttentionBackend):
                     self.query_tile_tokens,
                     window,
                     layer.logit_cap,
+                    self.between_tiles,
+                    sinks,
                 )
         return output.flatten(1)
 
@@ -151,11 +158,13 @@ class PortableCpuAttention(AttentionBackend):
         layer: RadixAttention,
         forward_batch: ForwardBatch,
         save_kv_cache: bool = True,
+        sinks: torch.Tensor | None = None,
         **unsupported: Any,
     ) -> torch.Tensor:
         """Attend from one token per request. q [requests, heads * dim] to [requests, heads * v_dim]."""
-        if _window(layer) is not None or layer.logit_cap or layer.qk_head_dim != layer.v_head_dim:
-            return self.forward_extend(q, k, v, layer, forward_batch, save_kv_cache, **unsupported)
+        dense = _window(layer) is None and not layer.logit_cap and layer.qk_head_dim == layer.v_head_dim
+        if not dense or sinks is not None:
+            return self.forward_extend(q, k, v, layer, forward_batch, save_kv_cache, sinks, **unsupported)
         queries, output, keys, values = self._prepare(q, k, v, layer, forward_batch, save_kv_cache, unsupported)
         for sequence in self.forward_metadata:
             row = slice(sequence.query_start, sequence.query_start + 1)
@@ -212,6 +221,7 @@ def attend_causal(
     scale: float,
     tile_tokens: int = QUERY_TILE_TOKENS,
     between_tiles: Callable[[], None] = _nothing,
+    sinks: torch.Tensor | None = None,
 ) -> None:
     """Causal attention of the last ``len(queries)`` tokens of one sequence, written to ``output``.
 
@@ -227,8 +237,13 @@ def attend_causal(
         out, lse = _attend_own(tile, keys[own], values[own], scale)
         if before:
             earlier_out, earlier_lse = _attend(_fold(tile, kv_heads), keys[:before], values[:before], scale)
-            shape = (*lse.shape, -1)
-            out = _merge(out, lse, earlier_out.view(shape), earlier_lse.view(lse.shape))
+            earlier_lse = earlier_lse.view(lse.shape)
+            out = _merge(out, lse, earlier_out.view(*lse.shape, -1), earlier_lse)
+            if sinks is not None:
+                lse = torch.logaddexp(lse, earlier_lse)
+        if sinks is not None:
+            share = torch.sigmoid(lse - sinks.to(lse.dtype).view(kv_heads, -1, 1))
+            out = out * share[..., None].to(out.dtype)
         output[start : start + len(tile)] = out.permute(2, 0, 1, 3).flatten(1, 2)
         between_tiles()
 
@@ -242,6 +257,8 @@ def attend_windowed(
     tile_tokens: int = QUERY_TILE_TOKENS,
     window_tokens: int | None = None,
     logit_cap: float = 0.0,
+    between_tiles: Callable[[], None] = _nothing,
+    sinks: torch.Tensor | None = None,
 ) -> None:
     """``attend_causal`` with a sliding window (a query sees that many keys before its own), a logit cap (tanh), or
     values whose dimension is not that of the keys. Scores are materialised, one bounded tile at a time.
@@ -266,8 +283,12 @@ def attend_windowed(
         if window_tokens is not None:
             hidden |= key_positions < query_positions - window_tokens
         scores = scores.view(kv_heads, -1, len(tile), end - begin).masked_fill_(hidden, float("-inf"))
-        weights = torch.softmax(scores, dim=-1).to(values.dtype).flatten(1, 2)
+        if sinks is not None:
+            sink = sinks.to(scores.dtype).view(kv_heads, -1, 1, 1).expand(*scores.shape[:3], 1)
+            scores = torch.cat([scores, sink], dim=-1)
+        weights = torch.softmax(scores, dim=-1)[..., : end - begin].to(values.dtype).flatten(1, 2)
         output[start : start + len(tile)] = _unfold(torch.matmul(weights, tile_values)[:, None], len(tile))
+        between_tiles()
 
 
 def _attend(
@@ -329,6 +350,18 @@ def _leading_run(slots: torch.Tensor) -> int:
     """Length of the leading run of adjacent slots."""
     breaks = (slots[1:] - slots[:-1]) != 1
     return int(breaks.to(torch.uint8).argmax()) + 1 if bool(breaks.any()) else len(slots)
+
+
+def attend_to_latents() -> None:
+    """Let SGLang's latent attention (MLA) attend to the latents themselves, which the pool keeps as one key head.
+
+    Its other form, with keys and values of every head, stores latents by a Triton kernel (``mem_cache/memory_pool.py``,
+    ``MLATokenToKVPool._scatter_mla_rows``).
+    """
+    from sglang.srt.models.deepseek_common.attention_backend_handler import AttentionBackendRegistry
+    from sglang.srt.models.deepseek_common.attention_forward_methods.forward_methods import AttnForwardMethod
+
+    AttentionBackendRegistry.register(ATTENTION_BACKEND, lambda attention, batch: AttnForwardMethod.MLA)
 
 
 def _window(layer: RadixAttention) -> int | None:

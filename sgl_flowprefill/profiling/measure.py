@@ -30,10 +30,6 @@ class SchedulerEngine:
         self._scheduler = scheduler
         self._rng = random.Random(SEED)
         self.cached_prompt: list[int] = []
-        model = scheduler.tp_worker.model_runner.model
-        layers = find_decoder_layers(model)
-        self._attention = [model.get_submodule(name) for layer in layers for name in layer.attention]
-        self._mlp = [model.get_submodule(name) for layer in layers for name in layer.mlp]
 
     @property
     def limit_tokens(self) -> int:
@@ -55,7 +51,11 @@ class SchedulerEngine:
 
     def time_operators(self, shape: Shape) -> tuple[Timing, float, float]:
         """Like ``time``, and the seconds spent in all attention and in all MLP modules."""
-        with self._timed(self._attention) as attention_s, self._timed(self._mlp) as mlp_s:
+        model = self._scheduler.tp_worker.model_runner.model
+        layers = find_decoder_layers(model)
+        attention = [model.get_submodule(name) for layer in layers for name in layer.attention]
+        mlp = [model.get_submodule(name) for layer in layers for name in layer.mlp]
+        with self._timed(attention) as attention_s, self._timed(mlp) as mlp_s:
             timing = self.time(shape)
         return timing, attention_s[0], mlp_s[0]
 

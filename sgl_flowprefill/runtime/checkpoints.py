@@ -1,21 +1,37 @@
 """Where a running prefill can be suspended: after each attention and each MLP module of any SGLang decoder.
 
-Found by structure, not by name: SGLang's decoders hold their layers in a ``ModuleList`` and their attention in a module
-that contains a ``RadixAttention`` (or a linear-attention counterpart). Of a layer's direct children, those that contain
+Found by structure, not by name: SGLang's decoders hold their layers in a ``ModuleList``, of which at least one contains
+a decoder's ``RadixAttention`` (or a linear-attention counterpart). Of a layer's direct children, those that contain
 attention are the attention modules; of the others, those with a matrix among their weights are MLP or MoE modules: that
-leaves norms out.
+leaves norms out. docs/models.md lists what is found in every model class of SGLang's registry.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
-from typing import Any, Literal
+from functools import wraps
+from itertools import accumulate, cycle, islice
+from typing import Any, Final, Literal
 
 from torch import nn
 
 Granularity = Literal["operator", "layer"]
+
+_ATTENTION: Final = frozenset(
+    {
+        "RadixLinearAttention",
+        "MambaMixer1",
+        "MambaMixer2",
+        "Lfm2ShortConv",
+        "Lfm2MoeShortConv",
+        "JetBlock",
+    }
+)
+"""Classes that mix a sequence's tokens without a ``RadixAttention``: SGLang's linear attention, and models' own."""
+
+_HELPERS: Final = frozenset({"Gemma3nAltUp", "GatedResidual"})
+"""Classes with matrices that a layer calls around its operators, by other methods than ``forward``."""
 
 
 class CheckpointError(RuntimeError):
@@ -32,25 +48,26 @@ class DecoderLayer:
 
 
 def find_decoder_layers(model: nn.Module) -> list[DecoderLayer]:
-    """Decoder layers of an SGLang model. Raises CheckpointError for a model in which none are found."""
-    attention_names = [name for name, module in model.named_modules() if _is_attention(module)]
+    """Decoder layers of an SGLang model. Raises CheckpointError for one that has none, or that computes no logits."""
+    modules = dict(model.named_modules())
+    if not any(type(module).__name__ == "LogitsProcessor" for module in modules.values()):
+        raise CheckpointError(f"{type(model).__name__} computes no logits: its prefills do not end with a first token.")
+    attention_names = [name for name, module in modules.items() if _is_attention(module)]
+    # SGLang's Transformers backend keeps its RadixAttention outside of transformers' own modules.
+    attention_names = attention_names or [
+        name for name, module in modules.items() if hasattr(module, "layer_idx") and hasattr(module, "is_causal")
+    ]
     layers: list[DecoderLayer] = []
-    for list_name, module in model.named_modules():
-        if not isinstance(module, nn.ModuleList):
+    lists: list[str] = []
+    for name, module in modules.items():
+        if not isinstance(module, nn.ModuleList) or any(_is_within(name, outer) for outer in lists):
             continue
-        for index, layer in enumerate(module):
-            layer_name = f"{list_name}.{index}"
-            inside = [name for name in attention_names if name.startswith(f"{layer_name}.")]
-            if not inside or any(name.startswith(f"{outer.name}.") for outer in layers for name in inside):
-                continue
-            attention, mlp = [], []
-            for child_name, child in layer.named_children():
-                name = f"{layer_name}.{child_name}"
-                if any(_is_within(attention_name, name) for attention_name in inside):
-                    attention.append(name)
-                elif any(parameter.dim() >= 2 for parameter in child.parameters()):
-                    mlp.append(name)
-            layers.append(DecoderLayer(layer_name, tuple(attention), tuple(mlp)))
+        inside = [attention for attention in attention_names if _is_within(attention, name)]
+        if not inside:
+            continue
+        lists.append(name)
+        operators = (_find_operators(f"{name}.{index}", layer, inside) for index, layer in enumerate(module))
+        layers += [layer for layer in operators if layer.attention or layer.mlp]
     if not layers:
         raise CheckpointError(
             f"{type(model).__name__} has no decoder layers with attention that FlowPrefill could find, so its prefills "
@@ -62,17 +79,17 @@ def find_decoder_layers(model: nn.Module) -> list[DecoderLayer]:
 def install_checkpoints(
     model: nn.Module, layers: Sequence[DecoderLayer], granularity: Granularity, checkpoint: Callable[[], None]
 ) -> Progress:
-    """Call ``checkpoint`` after every operator (or layer) of ``model``; what lies behind each in a forward pass."""
+    """Call ``checkpoint`` after every operator (or layer) of ``model``; what lies behind each in a forward pass.
 
-    def after_operator(module: nn.Module, args: Any, output: Any) -> None:
-        checkpoint()
-
+    Takes the place of each ``forward``: SGLang calls some operators by it (``nemotron_h.py``), which runs no hooks.
+    """
     is_attention: list[bool] = []
     for layer in layers:
         names = (layer.name,) if granularity == "layer" else (*layer.attention, *layer.mlp)
         for name in names:
-            model.get_submodule(name).register_forward_hook(after_operator)
-            is_attention.append(name in layer.attention)
+            module = model.get_submodule(name)
+            module.forward = _then(module.forward, checkpoint)
+            is_attention.append(granularity == "operator" and name in layer.attention)
     return Progress(is_attention)
 
 
@@ -81,8 +98,18 @@ class Progress:
 
     def __init__(self, is_attention: Sequence[bool]) -> None:
         """``is_attention`` says of every checkpoint, in order, whether it follows attention (else: MLP, or a layer)."""
-        self.checkpoints = len(is_attention)
+        self._pattern = is_attention
         self._attention = [0, *accumulate(is_attention)]
+
+    @property
+    def checkpoints(self) -> int:
+        """Checkpoints of one forward pass."""
+        return len(self._attention) - 1
+
+    def passed_all(self, checkpoints: int) -> None:
+        """A forward pass is done and had so many: some models run their layers more than once."""
+        if checkpoints != self.checkpoints:
+            self._attention = [0, *accumulate(islice(cycle(self._pattern), checkpoints))]
 
     def left(self, passed: int, attention_share: float) -> float:
         """Share of the time that is left after ``passed`` checkpoints, when attention takes ``attention_share``."""
@@ -95,9 +122,44 @@ class Progress:
         return max(0.0, 1.0 - done)
 
 
+def _then(forward: Callable[..., Any], checkpoint: Callable[[], None]) -> Callable[..., Any]:
+    @wraps(forward)
+    def operator(*args: Any, **kwargs: Any) -> Any:
+        output = forward(*args, **kwargs)
+        checkpoint()
+        return output
+
+    return operator
+
+
+def _find_operators(layer_name: str, layer: nn.Module, attention_names: Sequence[str]) -> DecoderLayer:
+    """Attention and MLP modules of one layer. Single matrices count only where it has no MLP of several."""
+    attention: list[str] = []
+    mlp: list[str] = []
+    matrices: list[str] = []
+    for name, child in _called_children(layer_name, layer):
+        if any(_is_within(attention_name, name) for attention_name in attention_names):
+            attention.append(name)
+        elif type(child).__name__ not in _HELPERS and any(weight.dim() >= 2 for weight in child.parameters()):
+            (mlp if any(True for _ in child.children()) else matrices).append(name)
+    return DecoderLayer(layer_name, tuple(attention), tuple(mlp or matrices))
+
+
+def _called_children(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Direct children by qualified name; those of a ``ModuleList`` in its place, because it is never called itself."""
+    for child_name, child in module.named_children():
+        if isinstance(child, nn.ModuleList):
+            yield from _called_children(f"{name}.{child_name}", child)
+        else:
+            yield f"{name}.{child_name}", child
+
+
 def _is_attention(module: nn.Module) -> bool:
-    """Attention as SGLang's backends see it: ``RadixAttention``, ``RadixLinearAttention`` and their subclasses."""
-    return any(base.__name__ in ("RadixAttention", "RadixLinearAttention") for base in type(module).__mro__)
+    """What mixes the tokens of a sequence: causal attention as SGLang's backends see it, and its stated exceptions."""
+    names = {base.__name__ for base in type(module).__mro__}
+    if "RadixAttention" in names:
+        return bool(module.attn_type.name.startswith("DECODER"))
+    return not names.isdisjoint(_ATTENTION)
 
 
 def _is_within(name: str, module_name: str) -> bool:

@@ -49,7 +49,7 @@ def load_or_measure(scheduler: Any, config: FlowPrefillConfig) -> tuple[Adaptive
     else:
         profile = _cached(profile_path(setting), setting) or _cached(_short_path(setting), setting)
         if profile is None:
-            profile = _measure_short(scheduler, setting)
+            profile = _measure_short(scheduler, setting, inside=config.granularity != "chunk")
             write_profile(_short_path(setting), profile)
     model, residuals = fit(profile)
     return AdaptiveTTFT(model, config.slack_quantile, residuals), OperatorTimes.fit(profile.operators())
@@ -121,7 +121,7 @@ def _short_path(setting: Setting) -> Path:
     return path.with_name(f"{path.stem}-short.parquet")
 
 
-def _measure_short(scheduler: Any, setting: Setting) -> Profile:
+def _measure_short(scheduler: Any, setting: Setting, inside: bool) -> Profile:
     engine = SchedulerEngine(scheduler)
     limit = min(scheduler.model_config.context_len - 1, scheduler.max_total_num_tokens - 1, SHORT_LENGTHS_TOKENS[-1])
     lengths = sorted({min(length, limit) for length in SHORT_LENGTHS_TOKENS})
@@ -135,7 +135,7 @@ def _measure_short(scheduler: Any, setting: Setting) -> Profile:
         at_s = time.monotonic() - started_s
         timing = engine.time((PrefillShape(length),))
         profile.rows.append(Row(timing.shape, timing.time_s, timing.waited_s, 1, at_s))
-    for length in sorted({min(length, limit) for length in INSIDE_LENGTHS_TOKENS}):
+    for length in sorted({min(length, limit) for length in INSIDE_LENGTHS_TOKENS if inside}):
         at_s = time.monotonic() - started_s
         timing, attention_s, mlp_s = engine.time_operators((PrefillShape(length),))
         profile.rows.append(Row(timing.shape, timing.time_s, timing.waited_s, 0, at_s, attention_s, mlp_s))

@@ -83,11 +83,7 @@ class FlowPrefillScheduler(Scheduler):
         self._events = scheduler_events(self, self._wakeup)
         self._executor = Executor(model_runner, self._events.pending)
         self._progress = Progress([])
-        layers = find_decoder_layers(model_runner.model)
-        if config.granularity != "chunk":
-            self._progress = install_checkpoints(
-                model_runner.model, layers, config.granularity, self._executor.checkpoint
-            )
+        layers = [] if config.granularity == "chunk" else find_decoder_layers(model_runner.model)
         self._waiting: dict[Any, Job[WaitingRequest]] = {}
         self._running: PrefillTask | None = None
         self._tasks_started = 0
@@ -105,6 +101,10 @@ class FlowPrefillScheduler(Scheduler):
             tokens = self._tile_tokens(config, len(layers))
             tiled = tile_mlps(model_runner.model, chain(*(layer.mlp for layer in layers)), tokens, between_tiles)
             logger.info("FlowPrefill runs %d MLP modules in tiles of %d tokens", tiled, tokens)
+        if config.granularity != "chunk":
+            self._progress = install_checkpoints(
+                model_runner.model, layers, config.granularity, self._executor.checkpoint
+            )
         self._slots = AttentionSlots(model_runner, between_tiles)
         self._log = EventLog(config.event_log)
         logger.info(
@@ -263,6 +263,7 @@ class FlowPrefillScheduler(Scheduler):
     def _finish(self, task: PrefillTask) -> None:
         """Send the KV of a task that is done and answer its requests."""
         self._retire(task)
+        self._progress.passed_all(task.checkpoint)
         prediction = self._ttft.observe(_shapes(task.batch), task.executed_s)
         self._log.write(
             "complete",

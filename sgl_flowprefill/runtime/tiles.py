@@ -25,12 +25,12 @@ def tile_tokens(max_blocking_s: float, operator_s_per_token: float) -> int:
 
 def tile_mlps(model: nn.Module, names: Iterable[str], rows: int, between_tiles: Callable[[], None]) -> int:
     """Run the dense MLPs called ``names`` in tiles of ``rows`` tokens; how many are. Mixtures of experts are not:
-    how their kernels group tokens depends on all of them.
+    how their kernels group tokens depends on all of them. Nor are single matrices, whose output is not a tensor alone.
     """
     count = 0
     for name in names:
         mlp = model.get_submodule(name)
-        if not _is_mixture(mlp):
+        if any(True for _ in mlp.children()) and not _is_mixture(mlp):
             mlp.forward = _tiled(mlp.forward, rows, between_tiles)
             count += 1
     return count

@@ -1,4 +1,4 @@
-"""Predictions that stay wrong by a factor of two cost deadlines, never requests. ``pytest -s`` prints what they cost."""
+"""Predictions that stay wrong by two cost deadlines, never requests. ``pytest -s`` prints what they cost."""
 
 from __future__ import annotations
 

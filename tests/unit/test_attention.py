@@ -29,6 +29,7 @@ def reference(
     scale: float,
     window_tokens: int | None = None,
     logit_cap: float = 0.0,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Causal attention of the last queries, row by row and head by head, in float64."""
     queries, keys, values = queries.double(), keys.double(), values.double()
@@ -42,7 +43,10 @@ def reference(
             scores = keys[begin:end, head // group] @ queries[row, head] * scale
             if logit_cap:
                 scores = logit_cap * torch.tanh(scores / logit_cap)
-            output[row, head] = torch.softmax(scores, 0) @ values[begin:end, head // group]
+            if sinks is not None:
+                scores = torch.cat([scores, sinks[head : head + 1].double()])
+            weights = torch.softmax(scores, 0)[: end - begin]
+            output[row, head] = weights @ values[begin:end, head // group]
     return output
 
 
@@ -54,6 +58,10 @@ def make(
     return [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
 
 
+def make_sinks(heads: int, seed: int) -> torch.Tensor:
+    return torch.randn(heads, generator=torch.Generator().manual_seed(seed))
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     new=st.integers(1, 70),
@@ -63,15 +71,25 @@ def make(
     group=st.sampled_from([1, 2, 4]),
     dim=st.sampled_from([8, 32]),
     dtype=st.sampled_from(list(TOLERANCE)),
+    with_sinks=st.booleans(),
     seed=st.integers(0, 2**16),
 )
 def test_causal_tiles_equal_the_float64_reference(
-    new: int, prefix: int, tile: int, kv_heads: int, group: int, dim: int, dtype: torch.dtype, seed: int
+    new: int,
+    prefix: int,
+    tile: int,
+    kv_heads: int,
+    group: int,
+    dim: int,
+    dtype: torch.dtype,
+    with_sinks: bool,
+    seed: int,
 ) -> None:
     queries, keys, values = make(new, prefix, kv_heads * group, kv_heads, dim, seed, dtype)
+    sinks = make_sinks(kv_heads * group, seed).to(dtype) if with_sinks else None
     output = torch.full_like(queries, float("nan"))
-    attend_causal(queries, keys, values, output, dim**-0.5, tile)
-    error = (output.double() - reference(queries, keys, values, dim**-0.5)).abs().max()
+    attend_causal(queries, keys, values, output, dim**-0.5, tile, sinks=sinks)
+    error = (output.double() - reference(queries, keys, values, dim**-0.5, sinks=sinks)).abs().max()
     assert error < TOLERANCE[dtype]
 
 
@@ -82,16 +100,18 @@ def test_causal_tiles_equal_the_float64_reference(
     tile=st.integers(1, 50),
     window=st.one_of(st.none(), st.integers(0, 60)),
     cap=st.sampled_from([0.0, 5.0]),
+    with_sinks=st.booleans(),
     seed=st.integers(0, 2**16),
 )
-def test_windows_and_logit_caps_equal_the_float64_reference(
-    new: int, prefix: int, tile: int, window: int | None, cap: float, seed: int
+def test_windows_logit_caps_and_sinks_equal_the_float64_reference(
+    new: int, prefix: int, tile: int, window: int | None, cap: float, with_sinks: bool, seed: int
 ) -> None:
     queries, keys, values = make(new, prefix, 4, 2, 16, seed, torch.float32)
     values = values[..., :8].contiguous()
     output = torch.full((new, 4, 8), float("nan"))
-    attend_windowed(queries, keys, values, output, 0.25, tile, window, cap)
-    error = (output.double() - reference(queries, keys, values, 0.25, window, cap)).abs().max()
+    sinks = make_sinks(4, seed) if with_sinks else None
+    attend_windowed(queries, keys, values, output, 0.25, tile, window, cap, sinks=sinks)
+    error = (output.double() - reference(queries, keys, values, 0.25, window, cap, sinks)).abs().max()
     assert error < 5e-6
 
 
@@ -230,7 +250,7 @@ def test_scores_of_the_unfused_path_stay_within_their_bound(monkeypatch: pytest.
     [
         ({"is_cross_attention": True}, {}, "cross attention"),
         ({"attn_type": AttentionType.ENCODER_ONLY}, {}, "ENCODER_ONLY"),
-        ({}, {"sinks": torch.zeros(4)}, "sinks"),
+        ({}, {"topk_indices": torch.zeros(2)}, "topk_indices"),
     ],
 )
 def test_attention_that_would_be_wrong_is_refused(layer: dict[str, Any], argument: dict[str, Any], named: str) -> None:
@@ -243,11 +263,31 @@ def test_attention_that_would_be_wrong_is_refused(layer: dict[str, Any], argumen
         )
 
 
-@pytest.mark.parametrize(
-    ("change", "named"),
-    [({"use_mla_backend": True}, "latent"), ({"model_config": SimpleNamespace(is_encoder_decoder=True)}, "encoder")],
-)
-def test_models_that_would_be_wrong_are_refused(change: dict[str, Any], named: str) -> None:
-    runner = SimpleNamespace(**{**vars(Engine().runner), **change})
-    with pytest.raises(ValueError, match=named):
+def test_encoder_decoder_models_are_refused() -> None:
+    runner = SimpleNamespace(**{**vars(Engine().runner), "model_config": SimpleNamespace(is_encoder_decoder=True)})
+    with pytest.raises(ValueError, match="encoder"):
         PortableCpuAttention(runner)
+
+
+@pytest.mark.parametrize("mode", [ForwardMode.EXTEND, ForwardMode.DECODE])
+def test_sinks_take_their_share_in_prefill_and_decode(mode: ForwardMode) -> None:
+    engine = Engine()
+    engine.run({0: [1, 2, 3]}, ForwardMode.EXTEND, 0)
+    slots = [4] if mode == ForwardMode.DECODE else [4, 5, 6]
+    batch = engine.batch({0: slots}, mode)
+    engine.backend.init_forward_metadata(batch)
+    sinks = make_sinks(4, 1)
+    q, k, v = torch.randn(len(slots), 64), torch.randn(len(slots), 2, 16), torch.randn(len(slots), 2, 16)
+    output = engine.backend.forward(q, k, v, engine.layer, batch, sinks=sinks)
+    keys, values = torch.cat([engine.keys[0], k]), torch.cat([engine.values[0], v])
+    expected = reference(q.view(-1, 4, 16), keys, values, engine.layer.scaling, sinks=sinks)
+    assert (output.view(-1, 4, 16).double() - expected).abs().max() < 2e-6
+
+
+def test_long_attention_lets_others_run_between_all_of_its_tiles() -> None:
+    queries, keys, values = make(50, 30, 4, 2, 16, 1, torch.float32)
+    for attend in (attend_causal, attend_windowed):
+        tiles: list[int] = []
+        output = torch.full_like(queries, float("nan"))
+        attend(queries, keys, values, output, 0.25, 20, between_tiles=lambda tiles=tiles: tiles.append(1))
+        assert len(tiles) == 3

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -35,7 +37,7 @@ def test_what_is_left_falls_from_all_to_nothing(is_attention: list[bool], share:
     left = [progress.left(passed, share) for passed in range(len(is_attention) + 1)]
     assert left[0] == 1.0
     assert left[-1] == pytest.approx(0.0, abs=1e-9)
-    assert all(later <= earlier + 1e-12 for earlier, later in zip(left, left[1:], strict=False))
+    assert all(later <= earlier + 1e-12 for earlier, later in pairwise(left))
 
 
 def test_an_operator_counts_by_its_time() -> None:
@@ -44,3 +46,11 @@ def test_an_operator_counts_by_its_time() -> None:
     assert progress.left(2, attention_share=0.8) == pytest.approx(3 / 4)
     assert Progress([False] * 4).left(1, attention_share=0.8) == pytest.approx(3 / 4)
     assert Progress([True, False]).left(5, attention_share=0.5) == 0.0
+
+
+def test_a_model_that_runs_its_layers_twice_is_followed() -> None:
+    progress = Progress([True, False])
+    progress.passed_all(4)
+    assert progress.checkpoints == 4
+    assert progress.left(2, attention_share=0.8) == pytest.approx(0.5)
+    assert progress.left(3, attention_share=0.8) == pytest.approx(0.1)

@@ -1,0 +1,24 @@
+"""Every model class of SGLang's registry against docs/models.md, and real preemption of model families."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from tests.families import preempt_in_subprocess
+
+FAMILIES = ("Llama", "Qwen3-MoE", "DeepSeek-V2-Lite")
+"""The rest runs in tests/stress/test_families.py."""
+
+
+def test_what_is_found_in_every_registered_model_is_what_docs_models_md_says() -> None:
+    walk = [sys.executable, "-m", "tests.model_registry", "--check"]
+    done = subprocess.run(walk, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, "\n".join([*done.stdout.splitlines()[-60:], *done.stderr.splitlines()[-10:]])
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_family_that_is_suspended_all_the_time_gets_the_tokens_it_gets_alone(name: str) -> None:
+    preempt_in_subprocess(name).check()
