@@ -10,7 +10,7 @@ from types import FrameType
 
 from rich.console import Console
 
-from sgl_flowprefill.bench import demo, replay_command, uncontended
+from sgl_flowprefill.bench import demo, goodput, replay_command, uncontended, validate
 from sgl_flowprefill.bench.calibrate import CalibrationError
 from sgl_flowprefill.bench.simulator import command as simulator
 from sgl_flowprefill.cluster import ClusterError
@@ -41,8 +41,10 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, module, summary in (
         ("demo", demo, "compare FlowPrefill with SGLang's stock scheduler on this machine"),
+        ("goodput", goodput, "the highest rate at which each system keeps its SLOs, on this machine, side by side"),
         ("uncontended", uncontended, "what FlowPrefill costs when nobody waits, in pairs with stock SGLang unchunked"),
         ("replay", replay_command, "replay a trace against a running endpoint"),
+        ("validate", validate, "simulated against measured attainment, on the same traces with the engine's profile"),
         ("simulate", simulator, "policies on a model of the machine: attainment, goodput, capacity, and the limit"),
     ):
         command = commands.add_parser(name, help=summary, description=summary)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import json
 import os
 import shlex
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +22,7 @@ from sgl_flowprefill.bench.client import Client, GenerateApi, get_json
 from sgl_flowprefill.bench.metrics import read_blocking
 from sgl_flowprefill.bench.prompts import PromptBuilder
 from sgl_flowprefill.bench.replay import Enough, OnProgress, ReplayRun, replay
+from sgl_flowprefill.bench.simulator.measured import newest_profile
 from sgl_flowprefill.bench.systems import System
 from sgl_flowprefill.bench.trace import Trace
 from sgl_flowprefill.cluster import Cluster, ClusterConfig, ClusterError
@@ -32,6 +34,8 @@ SETTINGS: Final = (
     "disable_radix_cache",
 )  # fmt: skip
 """What of a prefill server's settings matters to a comparison."""
+USUAL_LAYERS: Final = 32
+"""Of a model whose configuration is not at hand."""
 SETTLE_TIMEOUT_S: Final = 300.0
 SETTLE_POLL_S: Final = 0.2
 
@@ -155,13 +159,27 @@ class Served:
             return None
         return read_blocking(self.event_log, run.start_monotonic_s, run.start_monotonic_s + run.duration_s)
 
-    def settings(self) -> Mapping[str, Any]:
+    def engine(self) -> dict[str, Any]:
+        """What the simulator needs to know of the engine: profile, layers and kv_tokens."""
+        model = Path(self.cluster.model_path)
+        config = model / "config.json"
+        layers = json.loads(config.read_text()).get("num_hidden_layers") if config.is_file() else None
+        return {
+            "profile": self.cluster.config.options.profile or str(newest_profile(model.name)),
+            "layers": layers or USUAL_LAYERS,
+            "kv_tokens": self._server_info().get("max_total_num_tokens"),
+        }
+
+    def settings(self) -> dict[str, Any]:
         """What the prefill server says of the settings that matter to a comparison; nothing if it does not say."""
+        info = self._server_info()
+        return {name: info[name] for name in SETTINGS if name in info}
+
+    def _server_info(self) -> dict[str, Any]:
         try:
-            info = asyncio.run(get_json(f"{self.cluster.prefill_url}/server_info"))
+            return asyncio.run(get_json(f"{self.cluster.prefill_url}/server_info"))
         except (aiohttp.ClientError, TimeoutError, ValueError):
             return {}
-        return {name: info[name] for name in SETTINGS if name in info}
 
 
 @contextmanager
