@@ -10,7 +10,7 @@ from types import FrameType
 
 from rich.console import Console
 
-from sgl_flowprefill.bench import demo, goodput, replay_command, uncontended, validate
+from sgl_flowprefill.bench import anatomy, demo, fetch_trace, goodput, replay_command, uncontended, validate
 from sgl_flowprefill.bench.calibrate import CalibrationError
 from sgl_flowprefill.bench.simulator import command as simulator
 from sgl_flowprefill.cluster import ClusterError
@@ -43,9 +43,11 @@ def _parser() -> argparse.ArgumentParser:
         ("demo", demo, "compare FlowPrefill with SGLang's stock scheduler on this machine"),
         ("goodput", goodput, "the highest rate at which each system keeps its SLOs, on this machine, side by side"),
         ("uncontended", uncontended, "what FlowPrefill costs when nobody waits, in pairs with stock SGLang unchunked"),
+        ("anatomy", anatomy, "where the time of a lone request goes, from client to first token"),
         ("replay", replay_command, "replay a trace against a running endpoint"),
         ("validate", validate, "simulated against measured attainment, on the same traces with the engine's profile"),
         ("simulate", simulator, "policies on a model of the machine: attainment, goodput, capacity, and the limit"),
+        ("fetch-trace", fetch_trace, "download a published trace"),
     ):
         command = commands.add_parser(name, help=summary, description=summary)
         module.add_arguments(command)
