@@ -15,7 +15,7 @@ from typing import Any, Final
 import numpy as np
 import orjson
 from numpy.typing import NDArray
-from scipy import stats
+from scipy import stats  # type: ignore[import-untyped]
 
 from sgl_flowprefill.bench.campaign import Campaign, Goal
 from sgl_flowprefill.bench.comparison import machine, versions
