@@ -36,15 +36,13 @@ from sgl_flowprefill.ttft import PrefillShape
 
 NAMES = ("flowprefill", "flowprefill-layer", "stock-fcfs", "stock-spf-512")
 SETTING = Setting(model="toy", device="cpu", dtype="float32", attention_backend="x", threads=1, sglang="0")
-SOLO_TTFT_S = {tokens: 0.02 + 1e-4 * tokens + 5e-9 * tokens**2 for tokens in REFERENCE_TTFT_S}
+FORWARD_S = {tokens: 0.02 + 3e-4 * tokens + 1.5e-8 * tokens**2 for tokens in (16, 128, *REFERENCE_TTFT_S)}
+SOLO_TTFT_S = {tokens: 0.02 + FORWARD_S[tokens] for tokens in REFERENCE_TTFT_S}
 
 
 @pytest.fixture
 def profile(tmp_path: Path) -> Path:
-    rows = [
-        Row((PrefillShape(tokens),), 0.01 + 1e-4 * tokens + 5e-9 * tokens**2, 0.0, 1, 0.0)
-        for tokens in (16, 128, 512, 2048, 8192)
-    ]
+    rows = [Row((PrefillShape(tokens),), time_s, 0.0, 1, 0.0) for tokens, time_s in FORWARD_S.items()]
     path = tmp_path / "toy.parquet"
     write_profile(path, Profile(SETTING, 8192, rows, complete=True))
     return path
