@@ -14,7 +14,6 @@ from typing import Any, Final
 
 import numpy as np
 import orjson
-from numpy.typing import NDArray
 from scipy import stats  # type: ignore[import-untyped]
 
 from sgl_flowprefill.bench.campaign import Campaign, Goal
@@ -44,7 +43,7 @@ BySeed = Mapping[int, float]
 
 def mean_estimate(values: BySeed) -> Estimate | None:
     """Mean over seeds; None without any."""
-    return _bootstrapped((list(values.values()),), lambda sample: float(np.mean(sample)))
+    return _bootstrapped((list(values.values()),), np.mean)
 
 
 def ratio_estimate(values: BySeed, others: BySeed) -> Estimate | None:
@@ -53,7 +52,7 @@ def ratio_estimate(values: BySeed, others: BySeed) -> Estimate | None:
     ours, theirs = [values[seed] for seed in seeds], [others[seed] for seed in seeds]
     if not np.isfinite([*ours, *theirs]).all() or not all(theirs):
         return None
-    return _bootstrapped((ours, theirs), lambda a, b: float(np.mean(a) / np.mean(b)))
+    return _bootstrapped((ours, theirs), lambda a, b, axis: np.mean(a, axis=axis) / np.mean(b, axis=axis))
 
 
 @dataclass(frozen=True)
@@ -303,17 +302,17 @@ def _quantile(values: Sequence[float], share: float) -> float:
     return sorted(values)[max(0, math.ceil(share * len(values) - 1e-9) - 1)]
 
 
-def _bootstrapped(samples: tuple[Sequence[float], ...], statistic: Callable[..., float]) -> Estimate | None:
+def _bootstrapped(samples: tuple[Sequence[float], ...], statistic: Callable[..., Any]) -> Estimate | None:
+    """``statistic(*samples, axis)`` with its interval; None without samples."""
     if not samples[0]:
         return None
-    arrays: list[NDArray[np.float64]] = [np.asarray(sample, dtype=float) for sample in samples]
-    value = statistic(*arrays)
+    value = float(statistic(*map(np.asarray, samples), axis=0))
     if len(samples[0]) < 2:
         return Estimate(value, (value, value))
-    found = stats.bootstrap(
-        arrays, statistic, n_resamples=RESAMPLES, paired=True, vectorized=False, method="percentile", rng=0
+    low, high = stats.bootstrap(
+        samples, statistic, n_resamples=RESAMPLES, paired=True, vectorized=True, method="percentile", rng=0
     ).confidence_interval
-    return Estimate(value, (float(found.low), float(found.high)))
+    return Estimate(value, (float(low), float(high)))
 
 
 def _values(ratios: Mapping[str, Estimate | None]) -> dict[str, float | None]:
