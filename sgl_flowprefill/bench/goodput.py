@@ -25,11 +25,23 @@ from sgl_flowprefill.bench.systems import add_systems_option, select
 from sgl_flowprefill.bench.workloads import WORKLOADS, workload
 
 ATTAINMENTS: Final = (0.9, 0.99)
+DEFAULT_SYSTEMS: Final = (
+    "flowprefill",
+    "flowprefill-feasible",
+    "flowprefill-layer",
+    "stock-fcfs",
+    "stock-spf-512",
+    "stock-spf-2048",
+    "stock-priority-512",
+    "stock-priority-2048",
+)
+"""FlowPrefill's variants, the DistServe stand-in, and the stock systems that come first in simulations; ``--systems all
+--prefilter N`` lets the simulator choose for this machine and workload."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``bench goodput``."""
-    add_systems_option(parser, "flowprefill", "flowprefill-feasible", "flowprefill-layer", "stock-*")
+    add_systems_option(parser, *DEFAULT_SYSTEMS)
     parser.add_argument(
         "--workload", default="qwen-like", metavar="NAME|FILE", help=f"{', '.join(WORKLOADS)}, or a trace file"
     )
