@@ -6,8 +6,7 @@ import functools
 import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 from rich.console import Console
@@ -19,7 +18,7 @@ from sgl_flowprefill.bench.progress import ReplayProgress
 from sgl_flowprefill.bench.prompts import PromptBuilder
 from sgl_flowprefill.bench.rate_search import decided
 from sgl_flowprefill.bench.replay import Enough, OnProgress, ReplayRun
-from sgl_flowprefill.bench.simulator.measured import measured_setup
+from sgl_flowprefill.bench.simulator.measured import Engine, measured_setup
 from sgl_flowprefill.bench.simulator.systems import Setup
 from sgl_flowprefill.bench.systems import System
 from sgl_flowprefill.bench.trace import Trace
@@ -31,7 +30,7 @@ class Endpoint(Protocol):
 
     def solo_ttft_s(self, prompts: PromptBuilder, say: Callable[[str], None] | None = None) -> dict[int, float]: ...
 
-    def engine(self) -> dict[str, Any]: ...
+    def engine(self, prompts: PromptBuilder) -> Engine: ...
 
     def replay(
         self, trace: Trace, prompts: PromptBuilder, on_progress: OnProgress | None, enough: Enough | None
@@ -101,22 +100,22 @@ class Prober:
     @functools.cached_property
     def setup(self) -> Setup:
         """The simulator as this machine, once calibrated."""
-        engine = self.log.facts["engine"]
         solo_ttft_s = next(iter(self.log.solo_ttft_s.values()))[0]
-        return measured_setup(Path(engine["profile"]), engine["layers"], solo_ttft_s, engine["kv_tokens"])
+        return measured_setup(Engine(**self.log.facts["engine"]), solo_ttft_s)
 
     @contextmanager
     def serving(self, system: System) -> Iterator[Endpoint]:
         """The system's servers, up, after lone requests."""
         self.say(f"[bold]{system.label}[/bold]")
         with self._serve(system) as served:
-            solo_ttft_s = served.solo_ttft_s(PromptBuilder(0, *TOKEN_IDS))
+            prompts = PromptBuilder(0, *TOKEN_IDS)
+            solo_ttft_s = served.solo_ttft_s(prompts)
             self.log.add_solo(system.name, solo_ttft_s)
             if "time_scale" not in self.log.facts:
                 self.log.settle("time_scale", time_scale(solo_ttft_s))
                 self.say(f"  time scale {self.time_scale:.2f}: arrivals and SLOs are stretched by it")
             if "engine" not in self.log.facts:
-                self.log.settle("engine", served.engine())
+                self.log.settle("engine", asdict(served.engine(prompts)))
             served.settle()
             yield served
 

@@ -11,10 +11,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final
 
 import aiohttp
+import numpy as np
 import requests
 
 from sgl_flowprefill.bench.calibrate import measure_solo_ttft
@@ -22,11 +24,12 @@ from sgl_flowprefill.bench.client import Client, GenerateApi, get_json
 from sgl_flowprefill.bench.metrics import read_blocking
 from sgl_flowprefill.bench.prompts import PromptBuilder
 from sgl_flowprefill.bench.replay import Enough, OnProgress, ReplayRun, replay
-from sgl_flowprefill.bench.simulator.measured import newest_profile
+from sgl_flowprefill.bench.simulator.measured import Engine, newest_profile
 from sgl_flowprefill.bench.systems import System
-from sgl_flowprefill.bench.trace import Trace
+from sgl_flowprefill.bench.trace import Trace, TraceRequest
 from sgl_flowprefill.cluster import Cluster, ClusterConfig, ClusterError
 from sgl_flowprefill.config import FlowPrefillConfig
+from sgl_flowprefill.events import read_events
 
 EMBEDDED_MODEL: Final = "embedded Llama"
 SETTINGS: Final = (
@@ -34,6 +37,8 @@ SETTINGS: Final = (
     "disable_radix_cache",
 )  # fmt: skip
 """What of a prefill server's settings matters to a comparison."""
+BURST_REQUESTS: Final = 16
+BURST_TOKENS: Final = 1024
 USUAL_LAYERS: Final = 32
 """Of a model whose configuration is not at hand."""
 SETTLE_TIMEOUT_S: Final = 300.0
@@ -159,16 +164,35 @@ class Served:
             return None
         return read_blocking(self.event_log, run.start_monotonic_s, run.start_monotonic_s + run.duration_s)
 
-    def engine(self) -> dict[str, Any]:
-        """What the simulator needs to know of the engine: profile, layers and kv_tokens."""
+    def engine(self, prompts: PromptBuilder) -> Engine:
+        """What the simulator needs to know; a burst of requests shows what passes between forwards.
+
+        Raises ValueError without a TTFT profile of the model.
+        """
         model = Path(self.cluster.model_path)
         config = model / "config.json"
         layers = json.loads(config.read_text()).get("num_hidden_layers") if config.is_file() else None
-        return {
-            "profile": self.cluster.config.options.profile or str(newest_profile(model.name)),
-            "layers": layers or USUAL_LAYERS,
-            "kv_tokens": self._server_info().get("max_total_num_tokens"),
-        }
+        return Engine(
+            profile=self.cluster.config.options.profile or str(newest_profile(model.name)),
+            layers=layers or USUAL_LAYERS,
+            kv_tokens=self._server_info().get("max_total_num_tokens"),
+            between_forwards_s=self._between_forwards_s(prompts),
+        )
+
+    def _between_forwards_s(self, prompts: PromptBuilder) -> float:
+        """Median of a burst; 0 for SGLang's own scheduler, which keeps no log of it."""
+        if self.event_log is None:
+            return 0.0
+        burst = TraceRequest(0.0, BURST_TOKENS, 1, "burst", ttft_slo_s=60.0, tbt_slo_s=60.0)
+        run = self.replay(Trace("burst", [burst] * BURST_REQUESTS), prompts)
+        self.settle()
+        events = [event for event in read_events(self.event_log) if event["t_s"] >= run.start_monotonic_s]
+        gaps_s = [
+            later["t_s"] - event["t_s"]
+            for event, later in pairwise(event for event in events if event["event"] in ("start", "complete"))
+            if (event["event"], later["event"]) == ("complete", "start")
+        ]
+        return float(np.median(gaps_s)) if gaps_s else 0.0
 
     def settings(self) -> dict[str, Any]:
         """What the prefill server says of the settings that matter to a comparison; nothing if it does not say."""

@@ -23,7 +23,7 @@ from sgl_flowprefill.bench.goodput_results import GoodputResult, mean_estimate, 
 from sgl_flowprefill.bench.prober import Plan, Prober
 from sgl_flowprefill.bench.probes import ProbeLog
 from sgl_flowprefill.bench.replay import ClientReport, ReplayRun
-from sgl_flowprefill.bench.simulator.measured import measured_setup
+from sgl_flowprefill.bench.simulator.measured import Engine, measured_setup
 from sgl_flowprefill.bench.simulator.requests import results
 from sgl_flowprefill.bench.simulator.systems import Setup
 from sgl_flowprefill.bench.simulator.systems import run as simulated
@@ -59,8 +59,12 @@ class Model:
     invalid: str | None = None
 
     @property
+    def engine(self) -> Engine:
+        return Engine(str(self.profile), layers=8, kv_tokens=None, between_forwards_s=0.002)
+
+    @property
     def setup(self) -> Setup:
-        return measured_setup(self.profile, 8, SOLO_TTFT_S, None)
+        return measured_setup(self.engine, SOLO_TTFT_S)
 
     @contextmanager
     def serve(self, system: System) -> Iterator[SimulatedEndpoint]:
@@ -77,8 +81,8 @@ class SimulatedEndpoint:
     def solo_ttft_s(self, prompts: Any, say: Any = None) -> dict[int, float]:
         return SOLO_TTFT_S
 
-    def engine(self) -> dict[str, Any]:
-        return {"profile": str(self.model.profile), "layers": 8, "kv_tokens": None}
+    def engine(self, prompts: Any) -> Engine:
+        return self.model.engine
 
     def settle(self) -> None:
         pass

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -45,14 +46,27 @@ def newest_profile(model: str) -> Path:
     return max(found, key=lambda path: path.stat().st_mtime)
 
 
-def measured_setup(profile: Path, layers: int, solo_ttft_s: Mapping[int, float], kv_tokens: int | None) -> Setup:
-    """The engine behind ``profile``. What a lone request takes beyond its forward is charged before its start."""
-    cost = from_profile(profile, layers)
+@dataclass(frozen=True)
+class Engine:
+    """What the simulator needs to know of an engine."""
+
+    profile: str
+    """File of its TTFT profile."""
+    layers: int
+    kv_tokens: int | None
+    between_forwards_s: float
+    """From the end of a forward to the start of the next while requests wait: what a profile does not see."""
+
+
+def measured_setup(engine: Engine, solo_ttft_s: Mapping[int, float]) -> Setup:
+    """The simulator as ``engine``. What a lone request takes beyond its forward is charged before its start."""
+    cost = from_profile(Path(engine.profile), engine.layers)
+    cost = dataclasses.replace(cost, fixed_s=cost.fixed_s + engine.between_forwards_s)
     overheads_s = [ttft_s - cost.predict_s([PrefillShape(tokens)]) for tokens, ttft_s in solo_ttft_s.items()]
     cost = dataclasses.replace(cost, serving_s=max(0.0, float(np.median(overheads_s))))
     budget_tokens = throughput_budget_tokens(cost, LONGEST_BATCH_TOKENS)
     return Setup(
-        Machine(cost, kv_tokens or cost.kv_tokens),
+        Machine(cost, engine.kv_tokens or cost.kv_tokens),
         limits=Limits(max_suspended=16, max_batch_tokens=budget_tokens),
         max_operator_s=CPU_MAX_OPERATOR_S,
     )
