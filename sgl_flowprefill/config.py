@@ -53,10 +53,10 @@ class FlowPrefillConfig(BaseModel):
         description="where a running prefill can be suspended: after each attention and MLP (operator), after each "
         "layer (layer), or only between forwards (chunk)",
     )
-    policy: Literal["s-edf", "feasible", "shed", "edf", "fcfs"] = Field(
+    policy: Literal["s-edf", "s-edf-paper", "feasible", "shed", "edf", "fcfs"] = Field(
         default="s-edf",
-        description="order of requests: s-edf (slack-aware earliest deadline first), edf, fcfs, or feasible or shed, "
-        "which docs/simulator.md describes",
+        description="order of requests: s-edf (slack-aware earliest deadline first), s-edf-paper (hopeless requests "
+        "latest deadline first, as published), edf, fcfs, or feasible or shed, which docs/simulator.md describes",
     )
     max_blocking_ms: float = Field(
         default=5.0,

@@ -10,7 +10,7 @@ from types import FrameType
 
 from rich.console import Console
 
-from sgl_flowprefill.bench import demo, replay_command, uncontended
+from sgl_flowprefill.bench import anatomy, demo, fetch_trace, goodput, replay_command, uncontended, validate
 from sgl_flowprefill.bench.calibrate import CalibrationError
 from sgl_flowprefill.bench.simulator import command as simulator
 from sgl_flowprefill.cluster import ClusterError
@@ -23,7 +23,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run a command. Returns its exit code: 0, 1 for a doubtful result, 2 for what cannot work, 130 after Ctrl-C."""
     args = _parser().parse_args(argv)
     command: Callable[[argparse.Namespace, Console], int] = args.command
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 160)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job of a shell starts with it ignored
     signal.signal(signal.SIGTERM, _as_ctrl_c)
     try:
@@ -41,9 +41,13 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, module, summary in (
         ("demo", demo, "compare FlowPrefill with SGLang's stock scheduler on this machine"),
+        ("goodput", goodput, "the highest rate at which each system keeps its SLOs, on this machine, side by side"),
         ("uncontended", uncontended, "what FlowPrefill costs when nobody waits, in pairs with stock SGLang unchunked"),
+        ("anatomy", anatomy, "where the time of a lone request goes, from client to first token"),
         ("replay", replay_command, "replay a trace against a running endpoint"),
+        ("validate", validate, "simulated against measured attainment, on the same traces with the engine's profile"),
         ("simulate", simulator, "policies on a model of the machine: attainment, goodput, capacity, and the limit"),
+        ("fetch-trace", fetch_trace, "download a published trace"),
     ):
         command = commands.add_parser(name, help=summary, description=summary)
         module.add_arguments(command)

@@ -69,12 +69,17 @@ class GenerateApi:
     """SGLang's own /generate with token ids."""
 
     path: str = "/generate"
+    with_priority: bool = False
+    """Whether requests carry a priority, for SGLang's priority scheduling: the tighter the TTFT SLO, the higher."""
 
     def body(self, prompt: list[int], output_tokens: int, ttft_slo_s: float | None) -> bytes:
         sampling: dict[str, Any] = {"max_new_tokens": output_tokens, "temperature": 0, "ignore_eos": True}
+        body = {"input_ids": prompt, "sampling_params": sampling, "stream": True}
         if ttft_slo_s is not None:
             sampling["custom_params"] = {"ttft_slo": ttft_slo_s}
-        return orjson.dumps({"input_ids": prompt, "sampling_params": sampling, "stream": True})
+            if self.with_priority:
+                body["priority"] = -round(ttft_slo_s * 1e3)
+        return orjson.dumps(body)
 
     def read(self, event: dict[str, Any], now_s: float, outcome: Outcome) -> None:
         meta = event.get("meta_info", {})
@@ -141,9 +146,12 @@ class Client:
             read_bufsize=READ_BUFFER_BYTES,
         )
 
-    async def stream(self, session: aiohttp.ClientSession, body: bytes) -> Outcome:
-        """Send ``body`` and read its stream to the end. Never raises for what a server or network can do."""
-        outcome = Outcome(sent_s=time.monotonic())
+    async def stream(self, session: aiohttp.ClientSession, body: bytes, outcome: Outcome | None = None) -> Outcome:
+        """Send ``body`` and read its stream to the end. Never raises for what a server or network can do.
+
+        A given ``outcome``, made when the request is sent, is filled in as the stream goes.
+        """
+        outcome = outcome or Outcome(sent_s=time.monotonic())
         try:
             async with session.post(self.url.rstrip("/") + self.api.path, data=body, headers=JSON_HEADERS) as response:
                 if response.status != 200:

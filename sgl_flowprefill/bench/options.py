@@ -60,7 +60,7 @@ def add_trace_options(
     lengths = f"{min(REFERENCE_TTFT_S)} to {max(REFERENCE_TTFT_S)}"
     group.add_argument(
         "--time-scale",
-        type=_time_scale,
+        type=scale_or_auto,
         default=AUTO,
         metavar="X",
         help="factor for inter-arrival times and SLOs; auto (default) measures how many times longer a lone request of "
@@ -127,7 +127,16 @@ def positive_int(text: str) -> int:
     return value
 
 
-def _time_scale(text: str) -> float | str:
+def attainment_share(text: str) -> float:
+    """An argparse type: a share of requests, above 0 and below 1."""
+    value = float(text)
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a share between 0 and 1, like 0.9")
+    return value
+
+
+def scale_or_auto(text: str) -> float | str:
+    """An argparse type: a time scale, or ``auto``."""
     return AUTO if text == AUTO else positive_float(text)
 
 

@@ -29,8 +29,13 @@ TICK_S: Final = 0.25
 MAX_LATENESS_OF_SLO: Final = 0.1
 """A run is invalid if 1% of its requests were sent later than this share of the tightest TTFT SLO."""
 
+STOPPED: Final = "late when the run was stopped"
+"""Error of a request whose TTFT SLO had passed without a token when its run was stopped early."""
+
 OnProgress = Callable[[int, int, int], None]
 """Called as (done, failed, in flight) while a replay runs."""
+Enough = Callable[[int, int], bool]
+"""Asked as (requests that met their TTFT SLO, requests that missed it) whether a replay may stop early."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +100,8 @@ class ReplayRun:
     duration_s: float
     """From time zero to the end of the last request."""
     client: ClientReport
+    stopped_early: bool = False
+    """Whether it was known to be enough: ``results`` leaves out what was then neither done nor late."""
 
     def write_jsonl(self, path: Path) -> None:
         """Write one JSON line for each request, in order of arrival."""
@@ -110,8 +117,14 @@ class ReplayRun:
         return [RequestResult(**(row | {"tbt_s": tuple(row["tbt_s"])})) for row in rows]
 
 
-def replay(trace: Trace, client: Client, prompts: PromptBuilder, on_progress: OnProgress | None = None) -> ReplayRun:
-    """Replay ``trace`` (already scaled) against ``client`` and wait for every answer.
+def replay(
+    trace: Trace,
+    client: Client,
+    prompts: PromptBuilder,
+    on_progress: OnProgress | None = None,
+    enough: Enough | None = None,
+) -> ReplayRun:
+    """Replay ``trace`` (already scaled) against ``client`` and wait for every answer, or until it is ``enough``.
 
     Bodies are built and serialised first; the run starts after that. KeyboardInterrupt, or an error that
     ``on_progress`` raises, cancels what is under way.
@@ -120,25 +133,35 @@ def replay(trace: Trace, client: Client, prompts: PromptBuilder, on_progress: On
         client.api.body(prompts.build(request, index), request.output_tokens, request.ttft_slo_s)
         for index, request in enumerate(trace.requests)
     ]
-    return asyncio.run(_Replay(trace, client, bodies, on_progress or (lambda done, failed, in_flight: None)).run())
+    on_progress = on_progress or (lambda done, failed, in_flight: None)
+    return asyncio.run(_Replay(trace, client, bodies, on_progress, enough or (lambda met, missed: False)).run())
+
+
+class _Enough(Exception):
+    """Ends a run early."""
 
 
 class _Replay:
     """The state of one run."""
 
-    def __init__(self, trace: Trace, client: Client, bodies: Sequence[bytes], on_progress: OnProgress) -> None:
+    def __init__(
+        self, trace: Trace, client: Client, bodies: Sequence[bytes], on_progress: OnProgress, enough: Enough
+    ) -> None:
         self._requests = trace.requests
         self._client = client
         self._bodies = bodies
         self._on_progress = on_progress
+        self._enough = enough
         self._results: list[RequestResult | None] = [None] * len(trace.requests)
-        self._done = self._failed = self._in_flight = 0
+        self._outcomes: dict[int, Outcome] = {}
+        self._done = self._failed = self._met = 0
         self._zero_s = 0.0
 
     async def run(self) -> ReplayRun:
         gc.collect()
         gc.freeze()
         cpu_s = time.process_time()
+        stopped = False
         self._zero_s = time.monotonic() + LEAD_S
         try:
             async with self._client.session() as session, asyncio.TaskGroup() as group:
@@ -149,31 +172,49 @@ class _Replay:
                     sent.append(group.create_task(self._one(session, index, request)))
                 await asyncio.wait(sent)
                 ticker.cancel()
-        except BaseExceptionGroup as errors:  # from the progress callback: sending a request never raises
-            raise errors.exceptions[0] from None
+        except BaseExceptionGroup as errors:  # from the ticker: sending a request never raises
+            stopped = isinstance(errors.exceptions[0], _Enough)
+            if not stopped:
+                raise errors.exceptions[0] from None
         finally:
             gc.unfreeze()
-        duration_s = time.monotonic() - self._zero_s
+        now_s = time.monotonic()
+        duration_s = now_s - self._zero_s
+        for index in self._late(now_s):
+            outcome = dataclasses.replace(self._outcomes[index], error=STOPPED, end_s=now_s)
+            self._results[index] = _result(index, self._requests[index], outcome, self._zero_s)
         cpu_s = time.process_time() - cpu_s
         self._report_progress()
         results = [result for result in self._results if result is not None]
-        return ReplayRun(results, self._zero_s, duration_s, _client_report(results, cpu_s / duration_s))
+        return ReplayRun(results, self._zero_s, duration_s, _client_report(results, cpu_s / duration_s), stopped)
 
     async def _one(self, session: aiohttp.ClientSession, index: int, request: TraceRequest) -> None:
-        self._in_flight += 1
-        outcome = await self._client.stream(session, self._bodies[index])
-        self._in_flight -= 1
+        outcome = self._outcomes[index] = Outcome(sent_s=time.monotonic())
+        await self._client.stream(session, self._bodies[index], outcome)
+        del self._outcomes[index]
+        result = self._results[index] = _result(index, request, outcome, self._zero_s)
         self._done += 1
-        self._failed += outcome.error is not None
-        self._results[index] = _result(index, request, outcome, self._zero_s)
+        self._failed += not result.completed
+        self._met += result.meets_ttft()
 
     async def _tick(self) -> None:
         while True:
             await asyncio.sleep(TICK_S)
             self._report_progress()
+            if self._enough(self._met, self._done - self._met + len(self._late(time.monotonic()))):
+                raise _Enough
+
+    def _late(self, now_s: float) -> list[int]:
+        """Requests under way whose TTFT SLO has passed without a token."""
+        return [
+            index
+            for index, outcome in self._outcomes.items()
+            if outcome.first_token_s is None
+            and now_s - self._zero_s - self._requests[index].arrival_s > self._requests[index].ttft_slo_s
+        ]
 
     def _report_progress(self) -> None:
-        self._on_progress(self._done, self._failed, self._in_flight)
+        self._on_progress(self._done, self._failed, len(self._outcomes))
 
 
 async def _sleep_until(when_s: float) -> None:

@@ -3,27 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from importlib import resources
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
-import jinja2
 import numpy as np
 import plotly.graph_objects as go
-from plotly.offline import get_plotlyjs
 from plotly.subplots import make_subplots
 
 from sgl_flowprefill.bench.comparison import Comparison, SystemResult
 from sgl_flowprefill.bench.metrics import SLO_SCALES
+from sgl_flowprefill.bench.page import COLOURS, LOG_TICKS, SLO_LINE, render, styled
 from sgl_flowprefill.bench.table import milliseconds, percent, table_rows
-
-COLOURS: Final = ("#0d9488", "#e2711d", "#6366f1", "#be185d", "#65a30d", "#0284c7")
-"""A colour for each system, in order; they read on light and on dark."""
-MUTED: Final = "#8a919c"
-GRID: Final = "rgba(128,136,148,0.22)"
-SLO_LINE: Final = {"color": MUTED, "dash": "dash", "width": 1.5}
-LOG_TICKS: Final = [digit * 10.0**power for power in range(-3, 5) for digit in (1, 3)]
-FONT: Final = "system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif"
 
 
 def write_html(comparison: Comparison, path: Path) -> None:
@@ -34,21 +24,18 @@ def write_html(comparison: Comparison, path: Path) -> None:
 
 def render_html(comparison: Comparison) -> str:
     """The report as one HTML document with plotly's script inside."""
-    template = resources.files(__package__).joinpath("report.html.j2").read_text(encoding="utf-8")
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    document = comparison.to_dict()
     figures = {
         "ttft": ttft_cdfs(comparison),
         "attainment": attainment_curve(comparison),
         "blocking": blocking_histogram(comparison),
     }
-    return environment.from_string(template).render(
+    return render(
+        "report.html.j2",
+        figures,
         comparison=comparison,
-        document=document,
+        document=comparison.to_dict(),
         colours=dict(zip((system.name for system in comparison.systems), COLOURS, strict=False)),
         rows=list(table_rows(comparison)),
-        plots={name: _html(name, figure) for name, figure in figures.items() if figure is not None},
-        plotly_js=get_plotlyjs(),
         percent=percent,
         milliseconds=milliseconds,
         flatten=_flatten,
@@ -78,7 +65,7 @@ def ttft_cdfs(comparison: Comparison) -> go.Figure:
         figure.update_xaxes(type="log", range=log_range, tickvals=LOG_TICKS, title_text="TTFT (s)", col=column)
     figure.update_yaxes(range=[0, 1.02], tickformat=".0%")
     figure.update_yaxes(title_text="share of requests", col=1)
-    return _styled(figure, height=360)
+    return styled(figure, height=360)
 
 
 def attainment_curve(comparison: Comparison) -> go.Figure:
@@ -90,7 +77,7 @@ def attainment_curve(comparison: Comparison) -> go.Figure:
     figure.add_vline(x=1, line=SLO_LINE)
     figure.update_xaxes(title_text="SLO scale (1 = the objectives as given, smaller is tighter)", dtick=0.2)
     figure.update_yaxes(title_text="TTFT SLO attainment", range=[0, 1.02], tickformat=".0%")
-    return _styled(figure, height=360)
+    return styled(figure, height=360)
 
 
 def blocking_histogram(comparison: Comparison) -> go.Figure | None:
@@ -121,7 +108,7 @@ def blocking_histogram(comparison: Comparison) -> go.Figure | None:
         )
     figure.update_xaxes(type="log", title_text="blocking time (ms)", tickvals=LOG_TICKS)
     figure.update_yaxes(title_text="preemptions")
-    return _styled(figure, height=360).update_layout(bargap=0, barmode="overlay", showlegend=len(samples) > 1)
+    return styled(figure, height=360).update_layout(bargap=0, barmode="overlay", showlegend=len(samples) > 1)
 
 
 def _line(system: SystemResult, colour: str, x: Sequence[float], y: Sequence[float], *, step: bool) -> go.Scatter:
@@ -134,30 +121,6 @@ def _line(system: SystemResult, colour: str, x: Sequence[float], y: Sequence[flo
         line={"color": colour, "width": 2.5, "shape": "hv" if step else "linear"},
         hovertemplate="%{x:.3g}: %{y:.1%}<extra></extra>",
     )
-
-
-def _styled(figure: go.Figure, height: int) -> go.Figure:
-    axis = {"gridcolor": GRID, "zeroline": False, "linecolor": GRID, "title_font": {"size": 12}}
-    figure.update_xaxes(**axis)
-    figure.update_yaxes(**axis)
-    return figure.update_layout(
-        height=height,
-        margin={"l": 60, "r": 16, "t": 64, "b": 48},
-        paper_bgcolor="rgba(0,0,0,0)",
-        plot_bgcolor="rgba(0,0,0,0)",
-        font={"family": FONT, "color": MUTED, "size": 12},
-        legend={"orientation": "h", "x": 0, "y": 1.12, "yanchor": "bottom", "font": {"size": 13}},
-    )
-
-
-def _html(name: str, figure: go.Figure) -> str:
-    html: str = figure.to_html(
-        full_html=False,
-        include_plotlyjs=False,
-        div_id=f"plot-{name}",
-        config={"displayModeBar": False, "responsive": True},
-    )
-    return html
 
 
 def _flatten(mapping: Mapping[str, Any]) -> list[tuple[str, str]]:

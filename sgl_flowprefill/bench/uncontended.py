@@ -12,19 +12,21 @@ import json
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Final
 
 import numpy as np
 import psutil
 from rich.console import Console
 from rich.table import Table
 
-from sgl_flowprefill.bench.client import Client, GenerateApi
-from sgl_flowprefill.bench.demo import SYSTEMS, beside
 from sgl_flowprefill.bench.options import positive_int, prompt_builder
 from sgl_flowprefill.bench.prompts import PromptBuilder
-from sgl_flowprefill.cluster import Cluster, ClusterConfig, ClusterError
+from sgl_flowprefill.bench.serving import Served, Servers, serve
+from sgl_flowprefill.bench.systems import SYSTEMS, UNCHUNKED_FCFS
+from sgl_flowprefill.cluster import Cluster, ClusterError
 
-UNCHUNKED = ("--chunked-prefill-size", "-1")
+OURS: Final = "flowprefill"
+PAIR: Final = (OURS, UNCHUNKED_FCFS)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,30 +42,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, console: Console) -> int:
     """Measure and print; writes ``uncontended.json``. Raises ClusterError."""
     prompts = prompt_builder(args)
-    times_s: dict[str, dict[int, list[float]]] = {name: {tokens: [] for tokens in args.tokens} for name in SYSTEMS}
+    times_s: dict[str, dict[int, list[float]]] = {name: {tokens: [] for tokens in args.tokens} for name in PAIR}
+    servers = Servers(args.model_path)
     with ExitStack() as stack:
-        clusters = {}
-        for name in SYSTEMS:
-            config = ClusterConfig(
-                flowprefill=name == "flowprefill",
-                model_path=args.model_path,
-                prefill_args=UNCHUNKED,
-                log_dir=args.out / "logs" / name,
-            )
-            clusters[name] = stack.enter_context(Cluster(config, on_progress=console.print))
-        stack.enter_context(beside(clusters["flowprefill"]))
+        served = {name: stack.enter_context(serve(SYSTEMS[name], servers, args.out, console.print)) for name in PAIR}
         index = 0
         for tokens in args.tokens:
             for pair in range(args.pairs + 1):
-                for name in SYSTEMS if pair % 2 else reversed(SYSTEMS):
-                    (other,) = (cluster for key, cluster in clusters.items() if key != name)
+                for name in PAIR if pair % 2 else reversed(PAIR):
+                    (other,) = (system.cluster for key, system in served.items() if key != name)
                     with _stopped(other):
-                        took_s = asyncio.run(_ttft_s(clusters[name], prompts, tokens, index))
+                        took_s = asyncio.run(_ttft_s(served[name], prompts, tokens, index))
                     if pair:  # the first one warms up
                         times_s[name][tokens].append(took_s)
                     index += 1
             console.print(f"{tokens} tokens: {args.pairs} pairs done")
-    rows = [_row(tokens, *(times_s[name][tokens] for name in SYSTEMS)) for tokens in args.tokens]
+    rows = [_row(tokens, *(times_s[name][tokens] for name in PAIR)) for tokens in args.tokens]
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "uncontended.json").write_text(json.dumps({"rows": rows, "times_s": times_s}, indent=1))
     table = Table("prompt tokens", "FlowPrefill (s)", "SGLang unchunked (s)", "ratio (median of pairs)", "quartiles")
@@ -92,12 +86,12 @@ def _row(tokens: int, ours_s: list[float], stock_s: list[float]) -> dict[str, fl
     }
 
 
-async def _ttft_s(cluster: Cluster, prompts: PromptBuilder, tokens: int, index: int) -> float:
-    client = Client(cluster.gateway_url, GenerateApi())
+async def _ttft_s(served: Served, prompts: PromptBuilder, tokens: int, index: int) -> float:
+    client = served.client
     async with client.session() as session:
         outcome = await client.stream(session, client.api.body(prompts.unique(tokens, index), 2, None))
     if outcome.error or outcome.first_token_s is None:
-        raise ClusterError(f"a lone request of {tokens} tokens to {cluster.gateway_url} failed: {outcome.error}")
+        raise ClusterError(f"a lone request of {tokens} tokens to {client.url} failed: {outcome.error}")
     return outcome.first_token_s - outcome.sent_s
 
 

@@ -6,15 +6,19 @@ length *k*. Times are those of the paper's setup (Llama-3.1-8B on one A800); ``T
 
 from __future__ import annotations
 
+import dataclasses
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
+from pathlib import Path
 from typing import Final
 
 import numpy as np
 
-from sgl_flowprefill.bench.trace import QWEN_SLOS, Slo, Trace, TraceRequest
+from sgl_flowprefill.bench.trace import QWEN_SLOS, Slo, Trace, TraceRequest, share_prefixes
+from sgl_flowprefill.bench.trace_formats import load_trace
 
 QWEN_RATE_RPS: Final = 2.75
 BLOCK_TOKENS: Final = 16
@@ -25,6 +29,9 @@ THINK_S: Final = 10.0
 """Least time between the turns of a chat."""
 OPEN_CHATS: Final = 64
 """Chats that can still be continued: the ones used last."""
+
+GOLDEN_RATIO: Final = 0.6180339887498949
+"""Share of a trace file between the places at which seeds begin: the places of few seeds and of many lie well apart."""
 
 
 @dataclass(frozen=True)
@@ -155,6 +162,42 @@ def mixed(requests: int, seed: int, rate_rps: float = QWEN_RATE_RPS) -> Trace:
 
 WORKLOADS: Final[Mapping[str, Callable[[int, int, float], Trace]]] = {"qwen-like": qwen_like, "mixed": mixed}
 """Built-in workloads by name: (number of requests, seed, rate in req/s) -> Trace."""
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A workload from which traces are drawn by seed, at its own rate."""
+
+    name: str
+    rate_rps: float
+    draw: Callable[[int, int], Trace]
+    """(number of requests, seed) -> Trace. Fewer requests are the beginning of more."""
+
+
+def workload(name: str) -> Workload:
+    """The built-in workload of that name (``qwen`` is qwen-like), or a trace file, in which a seed is a place to begin.
+
+    Raises ValueError with a sentence for what is neither, or cannot be read.
+    """
+    name = "qwen-like" if name == "qwen" else name
+    if name in WORKLOADS:
+        return Workload(name, QWEN_RATE_RPS, lambda requests, seed: WORKLOADS[name](requests, seed, QWEN_RATE_RPS))
+    if not Path(name).is_file():
+        raise ValueError(f"workload {name!r} is no file and none of {', '.join(WORKLOADS)}")
+    whole = load_trace(Path(name))
+    return Workload(whole.name, whole.rate_rps, partial(_from_place, whole))
+
+
+def _from_place(whole: Trace, requests: int, seed: int) -> Trace:
+    """``requests`` of a trace, from a place that depends on ``seed`` on; after its end it begins again."""
+    first = int(len(whole.requests) * (seed * GOLDEN_RATIO % 1))
+    turned = [*whole.requests[first:], *whole.requests[:first]]
+    span_s = whole.requests[-1].arrival_s + 1 / whole.rate_rps
+    begin_s = turned[0].arrival_s
+    moved = [
+        dataclasses.replace(request, arrival_s=(request.arrival_s - begin_s) % span_s) for request in turned[:requests]
+    ]
+    return Trace(whole.name, share_prefixes(moved))
 
 
 def _continued_chat(

@@ -84,17 +84,27 @@ class SlackEdfQueue(Queue[T]):
     holds the feasible jobs by deadline, another the same jobs by the instant at which they leave it. An event costs
     O(log n), where sorting every job by ``sign(slack)/deadline`` at every event (paper, algorithm 1) costs O(n log n).
 
-    The paper runs hopeless jobs latest deadline first and lets them wait without bound. Here the oldest goes first, and
-    once it has waited ``max_starvation_s`` it goes before the feasible ones, when it is its turn (any time without
-    ``turns``).
+    The paper runs hopeless jobs latest deadline first and lets them wait without bound: ``as_published``. Here the
+    oldest goes first, and once it has waited ``max_starvation_s`` it goes before the feasible ones, when it is its turn
+    (any time without ``turns``).
     """
 
-    def __init__(self, max_starvation_s: float, turns: StarvationTurns | None = None) -> None:
+    @classmethod
+    def as_published(cls) -> SlackEdfQueue[T]:
+        """The order of the paper's ``sign(slack)/deadline``, highest first."""
+        return cls(math.inf, hopeless_order=lambda job: -job.deadline_s)
+
+    def __init__(
+        self,
+        max_starvation_s: float,
+        turns: StarvationTurns | None = None,
+        hopeless_order: Callable[[Job[T]], float] = lambda job: job.arrival_s,
+    ) -> None:
         self._max_starvation_s = max_starvation_s
         self._turns = turns
         self._feasible: JobHeap[T] = JobHeap(lambda job: job.deadline_s)
         self._turns_hopeless: JobHeap[T] = JobHeap(lambda job: job.deadline_s - job.remaining_s)
-        self._hopeless: JobHeap[T] = JobHeap(lambda job: job.arrival_s)
+        self._hopeless: JobHeap[T] = JobHeap(hopeless_order)
 
     def add(self, job: Job[T]) -> None:
         self._feasible.add(job)

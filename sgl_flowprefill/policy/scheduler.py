@@ -14,7 +14,7 @@ from sgl_flowprefill.policy.shedding import RecentLoad, SheddingQueue
 R = TypeVar("R")  # a waiting request
 K = TypeVar("K")  # a task: a batch of requests that has started
 
-POLICIES: Final = ("s-edf", "feasible", "shed", "edf", "fcfs")
+POLICIES: Final = ("s-edf", "s-edf-paper", "feasible", "shed", "edf", "fcfs")
 STARVED_SHARE: Final = 0.02
 """Share of the time in which starved jobs may go before those that can still meet their deadline."""
 LOAD_WINDOW_S: Final = 60.0
@@ -104,6 +104,8 @@ def make_policy(kind: str, limits: Limits, max_starvation_s: float) -> PrefillPo
     turns = StarvationTurns(STARVED_SHARE)
     if kind == "s-edf":
         return PrefillPolicy(SlackEdfQueue(max_starvation_s, turns), SlackEdfQueue(max_starvation_s, turns), limits)
+    if kind == "s-edf-paper":
+        return PrefillPolicy(SlackEdfQueue.as_published(), SlackEdfQueue.as_published(), limits)
     if kind == "feasible":
         jobs = FeasibleSet()
         return PrefillPolicy(

@@ -38,6 +38,13 @@ def test_feasible_jobs_go_first_by_deadline_and_hopeless_ones_after_them_by_age(
     assert names(queue, now_s=0.0) == ["soon", "late", "older hopeless", "hopeless"]
 
 
+def test_as_published_the_hopeless_go_latest_deadline_first_and_wait_without_bound() -> None:
+    policy: PrefillPolicy[str, str] = make_policy("s-edf-paper", Limits(4, 100), max_starvation_s=1.0)
+    for entry in (job("old", 0.1, arrival_s=-1e6), job("hopeless", 0.9), job("late", 9.0), job("soon", 3.0)):
+        policy.requests.add(entry)
+    assert [entry.item for entry in policy.requests.first(0.0, 9)] == ["soon", "late", "hopeless", "old"]
+
+
 def test_a_job_turns_hopeless_when_its_slack_runs_out_and_not_before() -> None:
     tight, loose = job("tight", deadline_s=2.0, remaining_s=1.5), job("loose", deadline_s=10.0)
     queue = queue_of(tight, loose)

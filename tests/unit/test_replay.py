@@ -15,7 +15,7 @@ from aiohttp import web
 from sgl_flowprefill.bench.calibrate import REFERENCE_TTFT_S, CalibrationError, measure_solo_ttft, time_scale
 from sgl_flowprefill.bench.client import APIS, Client, GenerateApi, served_model
 from sgl_flowprefill.bench.prompts import PromptBuilder
-from sgl_flowprefill.bench.replay import ReplayRun, replay
+from sgl_flowprefill.bench.replay import STOPPED, ReplayRun, replay
 from sgl_flowprefill.bench.trace import Trace, TraceRequest
 
 TTFT_S = 0.05
@@ -134,6 +134,37 @@ def test_times_and_tokens_of_a_generate_stream(server: FakeServer) -> None:
         assert not result.meets_ttft(slo_scale=0.01)
     assert run.client.valid
     assert 0 < run.client.cpu_share < 1
+
+
+def test_a_replay_ends_when_enough_is_known_and_counts_what_is_late_by_then(server: FakeServer) -> None:
+    server.s_per_prompt_token = 0.05  # 100 tokens take 5 s, and the SLO is 2 s
+    trace = trace_of(1, 1, *[100] * 8, gap_s=0.01)
+    asked: list[tuple[int, int]] = []
+
+    def enough(met: int, missed: int) -> bool:
+        asked.append((met, missed))
+        return missed >= 5
+
+    started_s = time.monotonic()
+    run = replay(trace, Client(server.url, GenerateApi()), PROMPTS, enough=enough)
+    assert time.monotonic() - started_s < 4.5
+    assert run.stopped_early
+    assert asked[-1][0] == 2
+    assert sum(result.meets_ttft() for result in run.results) == 2
+    assert sum(result.error == STOPPED for result in run.results) >= 5
+    whole = replay(trace_of(1, 1), Client(server.url, GenerateApi()), PROMPTS, enough=enough)
+    assert not whole.stopped_early
+    assert len(whole.results) == 2
+
+
+def test_a_tighter_slo_is_a_higher_priority_where_the_system_wants_one(server: FakeServer) -> None:
+    slos_s = (0.5, 8.0)
+    trace = Trace("test", [TraceRequest(0.01 * n, 10 + n, 1, "text", slo, 1.0) for n, slo in enumerate(slos_s)])
+    replay(trace, Client(server.url, GenerateApi(with_priority=True)), PROMPTS)
+    tight, loose = sorted(server.bodies, key=lambda body: len(body["input_ids"]))
+    assert tight["priority"] > loose["priority"]
+    replay(trace_of(10), Client(server.url, GenerateApi()), PROMPTS)
+    assert "priority" not in server.bodies[-1]
 
 
 def test_slo_travels_in_the_sampling_parameters_of_generate(server: FakeServer) -> None:

@@ -82,8 +82,8 @@ def test_stock_runs_what_came_first_to_its_end() -> None:
     assert ttfts("stock-fcfs", trace, toy_setup()) == [1.0, 1.3, 1.2]  # the two that wait share a forward
     # Chunks of 500: 500 of the first, its other 500, then the 300 and the 100 together.
     assert ttfts("stock-fcfs-500", trace, toy_setup()) == [1.0, 1.3, 1.2]
-    # Chunks of 400: the third and a part of the second join the end of the first.
-    assert ttfts("stock-spf-400", trace, toy_setup()) == [1.2, 1.3, 1.0]
+    # Chunks of 400: the third goes in a forward that the first leaves room in, a part of the second joins its end.
+    assert ttfts("stock-spf-400", trace, toy_setup()) == [1.2, 1.3, 0.6]
 
 
 def test_chunks_attend_to_the_chunks_before_and_cost_the_same_attention_in_all() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from heapq import heappop, heappush
+from heapq import heapify, heappop, heappush
 from typing import Final
 
 from sgl_flowprefill.bench.simulator.instance import Instance, KvCache, Machine
@@ -15,12 +15,18 @@ from sgl_flowprefill.ttft import PrefillShape
 MAX_PREFILL_TOKENS: Final = 16384
 """SGLang's --max-prefill-tokens: new tokens of an unchunked forward of several requests."""
 
-ORDERS: Final[dict[str, Callable[[SimRequest], tuple[float, ...]]]] = {
-    "fcfs": lambda request: (request.ready_s,),
-    "spf": lambda request: (request.shape.new_tokens, request.ready_s),
-    "priority": lambda request: (round(request.deadline_s - request.arrival_s, 6), request.ready_s),
+SORTED_REQUESTS: Final = 128
+"""SGLang's WAITING_QUEUE_PREFIX_MATCH_MAX: with more requests waiting, lpm and hrrn are first come first served."""
+
+ORDERS: Final[dict[str, Callable[[SimRequest, int], tuple[float, ...]]]] = {
+    "fcfs": lambda request, waited_tokens: (request.ready_s,),
+    "lpm": lambda request, waited_tokens: (-request.shape.cached_tokens, request.ready_s),
+    "spf": lambda request, waited_tokens: (request.shape.new_tokens, request.ready_s),
+    "hrrn": lambda request, waited_tokens: (-waited_tokens / request.shape.new_tokens, request.ready_s),
+    "priority": lambda request, waited_tokens: (round(request.deadline_s - request.arrival_s, 6), request.ready_s),
 }
-"""SGLang's fcfs, shortest prefill first, and priority scheduling with the tighter SLO as the higher priority."""
+"""SGLang's fcfs, longest prefix match, shortest prefill first, highest response ratio next (by the tokens that were
+computed while a request waited), and priority scheduling with the tighter SLO as the higher priority."""
 
 
 @dataclass(slots=True)
@@ -35,14 +41,17 @@ class StockInstance(Instance):
     """Without ``chunk_tokens``, whole prompts up to MAX_PREFILL_TOKENS together, and longer ones alone.
 
     With it, forwards of at most that many new tokens: the prompt that is under way first, then others by ``order``, the
-    last of them cut.
+    last of them cut. With shortest prefill first the prompt under way leaves room for shorter ones that wait
+    (``SchedulePolicy.shortest_prefill_chunk_limit``), and no second one is cut beside it.
     """
 
     def __init__(self, machine: Machine, order: str, chunk_tokens: int | None) -> None:
         self._cost = machine.cost
         self._kv = KvCache(machine)
-        self._key = ORDERS[order]
+        self._order = order
         self._chunk_tokens = chunk_tokens
+        self._computed_tokens = 0
+        self._computed_at_arrival: dict[int, int] = {}
         self._waiting: list[tuple[tuple[float, ...], int, SimRequest]] = []
         self._part: _Part | None = None
         self._finishing: list[SimRequest] = []
@@ -54,6 +63,7 @@ class StockInstance(Instance):
         if sum(request.shape) > self._kv.total_tokens:
             self.completed.append(request)
             return
+        self._computed_at_arrival[request.index] = self._computed_tokens
         heappush(self._waiting, (self._key(request), request.index, request))
         if not self._busy:
             self._forward(now_s)
@@ -75,22 +85,43 @@ class StockInstance(Instance):
         else:
             self.next_s = self._kv.next_release_s if self._waiting else math.inf
 
+    def _key(self, request: SimRequest) -> tuple[float, ...]:
+        by = "fcfs" if self._order in ("lpm", "hrrn") and len(self._waiting) > SORTED_REQUESTS else self._order
+        return ORDERS[by](request, self._computed_tokens - self._computed_at_arrival[request.index])
+
     def _next_batch(self) -> list[PrefillShape]:
+        if self._order in ("lpm", "hrrn"):
+            self._waiting = [(self._key(request), index, request) for _, index, request in self._waiting]
+            heapify(self._waiting)
         shapes: list[PrefillShape] = []
         budget = self._chunk_tokens or MAX_PREFILL_TOKENS
         if self._part is not None:
-            budget -= self._add(self._part, budget, shapes)
+            budget -= self._add(self._part, budget - self._room_for_shorter(self._part, budget), shapes)
         while self._waiting and budget > 0:
             request = self._waiting[0][2]
-            if self._chunk_tokens is None and shapes and request.shape.new_tokens > budget:
+            whole = bool(shapes) if self._chunk_tokens is None else self._order == "spf" and self._part is not None
+            if whole and request.shape.new_tokens > budget:
                 break
             if not self._kv.fitting([request]):
                 break
             heappop(self._waiting)
+            del self._computed_at_arrival[request.index]
             self._kv.take([request])
             most = budget if self._chunk_tokens else request.shape.new_tokens
             budget -= self._add(_Part(request), most, shapes)
         return shapes
+
+    def _room_for_shorter(self, part: _Part, budget: int) -> int:
+        """Tokens of the forward that the prompt under way leaves to shorter ones."""
+        room = 0
+        if self._order == "spf":
+            left = part.request.shape.new_tokens - part.done_tokens
+            for _, _, request in sorted(self._waiting):
+                tokens = request.shape.new_tokens
+                if tokens >= left or room + tokens >= budget:
+                    break
+                room += tokens
+        return room
 
     def _add(self, part: _Part, most_tokens: int, shapes: list[PrefillShape]) -> int:
         """Compute up to ``most_tokens`` more of ``part`` in this forward. Returns how many."""
@@ -98,9 +129,11 @@ class StockInstance(Instance):
         tokens = min(most_tokens, new_tokens - part.done_tokens)
         shapes.append(PrefillShape(tokens, cached_tokens + part.done_tokens))
         part.done_tokens += tokens
+        self._computed_tokens += tokens
         if part.done_tokens == new_tokens:
             self._finishing.append(part.request)
-            self._part = None
+            if self._part is part:
+                self._part = None
         else:
             self._part = part
         return tokens

@@ -1,0 +1,213 @@
+"""The order of a goodput run's probes: systems take turns, each with a search for each seed and attainment.
+
+A visit starts a system's servers, measures lone requests, and tries the next rates of all its searches, so that a
+machine that drifts drifts for every system. When all searches have ended, every system replays all seeds to the end at
+one rate, the best stock system's, for what is compared at equal load.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+
+from sgl_flowprefill.bench.prober import Endpoint, Plan, Prober, outcome
+from sgl_flowprefill.bench.probes import Probe
+from sgl_flowprefill.bench.rate_search import RateSearch, Verdict, bracket
+from sgl_flowprefill.bench.simulator.measured import saturation_rps
+from sgl_flowprefill.bench.simulator.search import mean_attainment
+from sgl_flowprefill.bench.systems import UNCHUNKED_FCFS, System
+
+ROUNDS_PER_VISIT: Final = 2
+"""Rates that each search of a system tries while its servers are up."""
+LEAST_REQUESTS: Final = 20
+"""Of a probe: searches do not go to rates with fewer."""
+MAX_INVALID: Final = 3
+"""Probes of a system and seed in which the client may fall behind before its searches are given up."""
+START_S: Final = 50.0
+"""What a start of servers with its lone requests takes, before one was timed."""
+SIMULATED_PRECISION: Final = 1.1
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What is searched."""
+
+    attainments: tuple[float, ...]
+    """Shares of requests that shall meet their TTFT SLO, rising."""
+    precision: float
+    """A search ends when its rate is known to within this factor."""
+    prefilter: int | None = None
+    """Stock systems to measure for each attainment, by what the simulator says; all if None."""
+
+
+class Campaign:
+    """A goodput run: what is known, what is left, and the making of it."""
+
+    def __init__(self, prober: Prober, systems: Sequence[System], goal: Goal) -> None:
+        self.prober = prober
+        self.plan: Plan = prober.plan
+        self.log = prober.log
+        self.goal = goal
+        self.asked_for = list(systems)
+        self._give_up_s = math.inf
+        self._start_s = START_S
+        self._probe_s = prober.plan.duration_s
+        self._simulated: dict[tuple[str, float], float] = {}
+
+    def run(self, budget_s: float = math.inf) -> None:
+        """Make probes until all is found or the budget is spent; what is begun then is finished."""
+        self._give_up_s = time.monotonic() + budget_s
+        if not self.prober.is_calibrated:
+            self._visit(self.asked_for[0])
+        while True:
+            pending = [system for system in self.systems if self._is_searching(system)]
+            if not pending:
+                if "comparison_rps" not in self.log.facts:
+                    self.log.settle("comparison_rps", self._comparison_rps())
+                pending = [system for system in self.systems if any(self._comparisons(system))]
+            if not pending:
+                return
+            for system in pending:
+                if self._is_over():
+                    self.prober.say("The budget is spent; the same command goes on from here.")
+                    return
+                self._visit(system)
+
+    # ---- what is known, and what is left --------------------------------------------------------------------------
+
+    @property
+    def systems(self) -> list[System]:
+        """The systems to measure: those asked for, without the stock ones that the simulator puts behind."""
+        if self.goal.prefilter is None:
+            return self.asked_for
+        stock = [system for system in self.asked_for if system.is_stock]
+        kept = {UNCHUNKED_FCFS}
+        for attainment in self.goal.attainments:
+            by_rate = sorted(stock, key=lambda system: -self.simulated_rps(system, attainment))
+            kept.update(system.name for system in by_rate[: self.goal.prefilter])
+        return [system for system in self.asked_for if not system.is_stock or system.name in kept]
+
+    def simulated_rps(self, system: System, attainment: float) -> float:
+        """The highest rate that keeps ``attainment`` by the simulator, with this run's traces and machine."""
+        key = system.simulated, attainment
+        if key not in self._simulated:
+            setup = self.prober.setup
+            start_rps = saturation_rps(self.prober.trace(0, self.plan.workload.rate_rps), setup.machine.cost)
+            search = RateSearch(start_rps, self._least_rps, SIMULATED_PRECISION)
+            verdicts: list[Verdict] = []
+            while (rate_rps := search.next_rps(verdicts)) is not None:
+                traces = [self.prober.trace(seed, rate_rps) for seed in range(self.plan.seeds)]
+                verdicts.append((rate_rps, mean_attainment(system.simulated, traces, setup) >= attainment))
+            self._simulated[key] = bracket(verdicts).rate_rps
+        return self._simulated[key]
+
+    def probes_left(self) -> int:
+        """About how many probes are still to be made."""
+        if not self.prober.is_calibrated:
+            return len(self.asked_for)
+        searched = sum(
+            self._search(system, attainment).probes_left(self.log.verdicts(system.name, seed, attainment))
+            for system in self.systems
+            for seed, attainment in self._searches
+            if not self._is_given_up(system, seed)
+        )
+        if "comparison_rps" in self.log.facts:
+            return searched + sum(len(list(self._comparisons(system))) for system in self.systems)
+        return searched + len(self.systems) * self.plan.seeds
+
+    @property
+    def _least_rps(self) -> float:
+        return LEAST_REQUESTS / self.plan.duration_s
+
+    @property
+    def _searches(self) -> list[tuple[int, float]]:
+        """(seed, attainment) of the searches of each system."""
+        return [(seed, attainment) for seed in range(self.plan.seeds) for attainment in self.goal.attainments]
+
+    def _is_given_up(self, system: System, seed: int) -> bool:
+        """Whether the client fell behind too often."""
+        probes = [probe for probe in self.log.probes if (probe.system, probe.seed) == (system.name, seed)]
+        return sum(not probe.run.client.valid for probe in probes) >= MAX_INVALID
+
+    def _search(self, system: System, attainment: float) -> RateSearch:
+        """Begins where the system's other seeds ended, or where the simulator does."""
+        found = [bracket(self.log.verdicts(system.name, seed, attainment)).rate_rps for seed in range(self.plan.seeds)]
+        known = [rate_rps for rate_rps in found if rate_rps]
+        guess_rps = float(np.median(known)) if known else self.simulated_rps(system, attainment)
+        return RateSearch(guess_rps, self._least_rps, self.goal.precision)
+
+    def _next_rps(self, system: System, seed: int, attainment: float) -> float | None:
+        """The rate that a search wants next; None when it has ended."""
+        if self._is_given_up(system, seed):
+            return None
+        rate_rps = self._search(system, attainment).next_rps(self.log.verdicts(system.name, seed, attainment))
+        return None if rate_rps is None else round(rate_rps, 4)
+
+    def _is_searching(self, system: System) -> bool:
+        return any(self._next_rps(system, *search) is not None for search in self._searches)
+
+    def _comparisons(self, system: System) -> Iterator[tuple[int, float]]:
+        """(seed, rate) of what is still to be replayed to the end at the rate at which systems are compared."""
+        rate_rps = self.log.facts.get("comparison_rps")
+        if rate_rps is not None:
+            for seed in range(self.plan.seeds):
+                if not self._is_given_up(system, seed) and not self.log.complete_at(rate_rps, system.name, seed):
+                    yield seed, rate_rps
+
+    def _comparison_rps(self) -> float:
+        """The highest rate of any stock system at the lowest attainment, or of any system if there is no stock one."""
+
+        def mean_rps(system: System) -> float:
+            verdicts = (
+                self.log.verdicts(system.name, seed, self.goal.attainments[0]) for seed in range(self.plan.seeds)
+            )
+            return float(np.mean([bracket(found).rate_rps for found in verdicts]))
+
+        among = [system for system in self.systems if system.is_stock] or self.systems
+        return round(max(self._least_rps, *map(mean_rps, among)), 4)
+
+    # ---- making it ------------------------------------------------------------------------------------------------
+
+    def _visit(self, system: System) -> None:
+        """Start a system, and probe what it wants next."""
+        started_s = time.monotonic()
+        with self.prober.serving(system) as served:
+            self._start_s = time.monotonic() - started_s
+            if self._is_searching(system):
+                for seed, attainment in self._searches * ROUNDS_PER_VISIT:
+                    rate_rps = self._next_rps(system, seed, attainment)
+                    if rate_rps is not None and not self._is_over():
+                        self._probe(served, system, seed, rate_rps, attainment)
+            else:
+                for seed, rate_rps in list(self._comparisons(system)):
+                    if not self._is_over():
+                        self._probe(served, system, seed, rate_rps, None)
+
+    def _probe(self, served: Endpoint, system: System, seed: int, rate_rps: float, attainment: float | None) -> None:
+        begin_s = time.monotonic()
+        probe = self.prober.probe(served, system, seed, rate_rps, attainment)
+        self._probe_s += 0.2 * (time.monotonic() - begin_s - self._probe_s)
+        bounds = f"; {self._bounds(probe, attainment)}" if attainment is not None else ""
+        self.prober.say(f"  {rate_rps:.2f} req/s, seed {seed}: {outcome(probe)}{bounds}; {self._left()}")
+
+    def _bounds(self, probe: Probe, attainment: float) -> str:
+        low_rps, high_rps = bracket(self.log.verdicts(probe.system, probe.seed, attainment))
+        return f"{attainment:.0%} ends between {low_rps:.2f} and {high_rps:.2f} req/s"
+
+    def _left(self) -> str:
+        """What is left, as text: within a budget, what is left of it."""
+        probes = self.probes_left()
+        visits = math.ceil(probes / (ROUNDS_PER_VISIT * self.plan.seeds * len(self.goal.attainments)))
+        left_s = probes * self._probe_s + visits * self._start_s
+        budget_s = self._give_up_s - time.monotonic()
+        return f"about {probes} probes, {left_s / 60:.0f} min left" + (
+            f" (budget {max(0.0, budget_s) / 60:.0f} min)" if budget_s < left_s else ""
+        )
+
+    def _is_over(self) -> bool:
+        return time.monotonic() > self._give_up_s

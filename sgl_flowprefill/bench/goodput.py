@@ -1,0 +1,156 @@
+"""``bench goodput``: the highest rate at which each system keeps an attainment, on real servers, side by side."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import shlex
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Final
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from sgl_flowprefill.bench.campaign import Campaign, Goal
+from sgl_flowprefill.bench.goodput_report import cells, columns, show, write_html
+from sgl_flowprefill.bench.goodput_results import GoodputResult
+from sgl_flowprefill.bench.options import AUTO, attainment_share, positive_float, positive_int, scale_or_auto
+from sgl_flowprefill.bench.prober import Plan, Prober
+from sgl_flowprefill.bench.probes import ProbeLog
+from sgl_flowprefill.bench.serving import Servers, serve
+from sgl_flowprefill.bench.systems import add_systems_option, select
+from sgl_flowprefill.bench.workloads import WORKLOADS, workload
+
+ATTAINMENTS: Final = (0.9, 0.99)
+DEFAULT_SYSTEMS: Final = (
+    "flowprefill",
+    "flowprefill-feasible",
+    "flowprefill-layer",
+    "stock-fcfs",
+    "stock-spf-512",
+    "stock-spf-2048",
+    "stock-priority-512",
+    "stock-priority-2048",
+)
+"""FlowPrefill's variants, the DistServe stand-in, and the stock systems that come first in simulations; ``--systems all
+--prefilter N`` lets the simulator choose for this machine and workload."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of ``bench goodput``."""
+    add_systems_option(parser, *DEFAULT_SYSTEMS)
+    parser.add_argument(
+        "--workload", default="qwen-like", metavar="NAME|FILE", help=f"{', '.join(WORKLOADS)}, or a trace file"
+    )
+    parser.add_argument(
+        "--attainment",
+        type=attainment_share,
+        action="append",
+        metavar="SHARE",
+        help="share of requests that shall meet their TTFT SLO; can be repeated (default 0.9 and 0.99)",
+    )
+    parser.add_argument("--seeds", type=positive_int, default=3, metavar="K", help="seeds 0 to K-1 (default 3)")
+    parser.add_argument(
+        "--budget-s",
+        type=positive_float,
+        default=math.inf,
+        metavar="S",
+        help="end after about this long; the same command goes on (default: when all is found)",
+    )
+    parser.add_argument(
+        "--prefilter",
+        type=positive_int,
+        metavar="N",
+        help="of the stock systems measure only the N that the simulator has first at each attainment, and unchunked "
+        "fcfs; the others are reported as simulated",
+    )
+    parser.add_argument(
+        "--duration",
+        type=positive_float,
+        default=60.0,
+        metavar="S",
+        help="seconds in which the requests of a probe arrive (default 60)",
+    )
+    parser.add_argument(
+        "--precision",
+        type=positive_float,
+        default=0.08,
+        metavar="SHARE",
+        help="a search ends when its rate is known to within this share (default 0.08)",
+    )
+    parser.add_argument(
+        "--time-scale",
+        type=scale_or_auto,
+        default=AUTO,
+        metavar="X",
+        help="factor for the workload's times and SLOs; auto (default) measures it as bench demo does",
+    )
+    parser.add_argument(
+        "--max-output-tokens", type=positive_int, default=8, metavar="N", help="cut longer answers (default 8)"
+    )
+    parser.add_argument("--out", type=Path, default=Path("out/goodput"), help="folder of results (default %(default)s)")
+    Servers.add_options(parser)
+
+
+def run(args: argparse.Namespace, console: Console) -> int:
+    """Search, print the table, write the reports. Returns 0, or 1 if the budget ended first or a probe is doubtful.
+
+    Raises ClusterError, CalibrationError, ConfigError or ValueError with a sentence for the user.
+    """
+    servers = Servers.from_args(args)
+    plan = Plan(workload(args.workload), args.seeds, args.duration, args.max_output_tokens)
+    attainments = tuple(sorted(set(args.attainment or ATTAINMENTS)))
+    systems = select(args.systems)
+    log = ProbeLog(args.out / "probes.jsonl", plan.settings() | {"model": servers.model, **servers.settings()})
+    if args.time_scale != AUTO and "time_scale" not in log.facts:
+        log.settle("time_scale", args.time_scale)
+
+    def detail(line: str) -> None:
+        console.print(f"  {line}", highlight=False, soft_wrap=True)
+
+    prober = Prober(plan, log, partial(serve, servers=servers, out=args.out, say=detail), console)
+    campaign = Campaign(prober, systems, Goal(attainments, 1 + args.precision, args.prefilter))
+    try:
+        campaign.run(args.budget_s)
+    finally:  # also after Ctrl-C: what was found so far
+        result = None
+        if log.probes:
+            command = shlex.join(["python", "-m", "sgl_flowprefill.bench", *sys.argv[1:]])
+            result = GoodputResult.of(campaign, command, servers.model)
+            publish(result, args.out, console)
+    return 0 if result and result.finished and not result.problems else 1
+
+
+def publish(result: GoodputResult, folder: Path, console: Console) -> None:
+    """Write ``goodput.json`` and ``goodput.html`` into ``folder``; print the table, the ratios and the problems."""
+    result.write_json(folder / "goodput.json")
+    write_html(result, folder / "goodput.html")
+    console.print()
+    console.print(rates_table(result))
+    if result.ratios_of_ours:
+        console.print(
+            "FlowPrefill: " + ", ".join(f"{name} {show(ratio)}" for name, ratio in result.ratios_of_ours.items()),
+            highlight=False,
+            soft_wrap=True,
+        )
+    if result.only_simulated_rps:
+        console.print(f"Only simulated: {', '.join(result.only_simulated_rps)}", highlight=False, soft_wrap=True)
+    for problem in result.problems:
+        console.print(problem, style="yellow", markup=False, highlight=False)
+    if not result.finished:
+        console.print("Not all searches have ended; the same command goes on.", style="yellow")
+    console.print(f"Report: {folder / 'goodput.html'} and {folder / 'goodput.json'}", highlight=False, soft_wrap=True)
+
+
+def rates_table(result: GoodputResult) -> Table:
+    """Highest rate of every system at every attainment."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("")
+    for column in columns(result):
+        table.add_column(column, justify="right")
+    for figures in result.figures.values():
+        table.add_row(figures.system.label, *cells(figures, result))
+    return table

@@ -1,0 +1,324 @@
+"""What a goodput run found: rates with confidence intervals, ratios between systems, and the JSON of both.
+
+A seed is a sample. Intervals are 95% percentile bootstraps over seeds (``scipy.stats.bootstrap``), those of ratios are
+paired by seed, since both systems saw the same requests. A rate's is no narrower than the bracket it was searched to.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import orjson
+from scipy import stats  # type: ignore[import-untyped]
+
+from sgl_flowprefill.bench.campaign import Campaign, Goal
+from sgl_flowprefill.bench.comparison import machine, versions
+from sgl_flowprefill.bench.metrics import SLO_SCALES, attainment
+from sgl_flowprefill.bench.prober import Plan
+from sgl_flowprefill.bench.probes import Probe, ProbeLog
+from sgl_flowprefill.bench.rate_search import Bracket, bracket
+from sgl_flowprefill.bench.replay import RequestResult
+from sgl_flowprefill.bench.systems import UNCHUNKED_FCFS, System
+
+OURS: Final = "flowprefill"
+BY_LAYER: Final = "flowprefill-layer"
+RESAMPLES: Final = 5000
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A figure with its 95% interval."""
+
+    value: float
+    ci95: tuple[float, float]
+
+
+BySeed = Mapping[int, float]
+
+
+def mean_estimate(values: BySeed) -> Estimate | None:
+    """Mean over seeds; None without any."""
+    return _bootstrapped((list(values.values()),), np.mean)
+
+
+def ratio_estimate(values: BySeed, others: BySeed) -> Estimate | None:
+    """Ratio of means over the seeds that both have; None when there is none, or it is not finite."""
+    seeds = sorted(values.keys() & others.keys())
+    ours, theirs = [values[seed] for seed in seeds], [others[seed] for seed in seeds]
+    if not np.isfinite([*ours, *theirs]).all() or not all(theirs):
+        return None
+    return _bootstrapped((ours, theirs), lambda a, b, axis: np.mean(a, axis=axis) / np.mean(b, axis=axis))
+
+
+@dataclass(frozen=True)
+class SystemFigures:
+    """What was measured of one system."""
+
+    system: System
+    brackets: Mapping[float, Mapping[int, Bracket]]
+    """By attainment and seed, where the search has begun."""
+    compared: Mapping[int, Probe]
+    """By seed: its probes at the rate at which systems are compared."""
+    solo_ttft_s: Sequence[Mapping[int, float]]
+    simulated_rps: Mapping[float, float]
+
+    def rates_rps(self, share: float) -> BySeed:
+        """The rate found for each seed."""
+        return {seed: found.rate_rps for seed, found in self.brackets[share].items()}
+
+    def max_rate(self, share: float) -> Estimate | None:
+        """Mean rate over seeds; its interval covers the mean bracket."""
+        estimate = mean_estimate(self.rates_rps(share))
+        if estimate is None:
+            return None
+        found = self.brackets[share].values()
+        low = float(np.mean([one.low_rps for one in found]))
+        highs = [one.high_rps for one in found if one.high_rps < math.inf]
+        high = float(np.mean(highs)) if highs else estimate.value
+        return Estimate(estimate.value, (min(estimate.ci95[0], low), max(estimate.ci95[1], high)))
+
+    def results(self) -> list[RequestResult]:
+        """Requests of all seeds at the rate at which systems are compared."""
+        return [result for probe in self.compared.values() for result in probe.run.results]
+
+    @property
+    def blocking_s(self) -> list[float]:
+        """Blocking times at that rate."""
+        return [value_s for probe in self.compared.values() for value_s in probe.blocking_s or ()]
+
+    @property
+    def blocking_mean_s(self) -> float | None:
+        """Their mean; None without preemption."""
+        return float(np.mean(self.blocking_s)) if self.blocking_s else None
+
+    @property
+    def blocking_by_seed_s(self) -> BySeed:
+        return {seed: float(np.mean(probe.blocking_s)) for seed, probe in self.compared.items() if probe.blocking_s}
+
+    def slo_scales(self, share: float) -> BySeed:
+        """For each seed the tightest scale of the SLOs that ``share`` of its requests met."""
+        return {
+            seed: _quantile([_scale(result) for result in probe.run.results], share)
+            for seed, probe in self.compared.items()
+        }
+
+    @property
+    def uncontended_tokens_per_s(self) -> float | None:
+        """Prompt tokens over TTFT of lone requests, all lengths together: the median over starts of its servers."""
+        if not self.solo_ttft_s:
+            return None
+        return float(np.median([sum(times_s) / sum(times_s.values()) for times_s in self.solo_ttft_s]))
+
+    def to_dict(self, shares: Sequence[float]) -> dict[str, Any]:
+        rates = {_key(share): self.max_rate(share) for share in shares}
+        results = self.results()
+        return {
+            "label": self.system.label,
+            "settings": self.system.settings,
+            "why": self.system.why,
+            "max_rate_rps": {key: rate.value if rate else None for key, rate in rates.items()},
+            "ci95": {key: list(rate.ci95) if rate else None for key, rate in rates.items()},
+            "bracket_rps_by_seed": {
+                _key(share): {
+                    str(seed): [low, None if math.isinf(high) else high]
+                    for seed, (low, high) in self.brackets[share].items()
+                }
+                for share in shares
+            },
+            "simulated_max_rate_rps": {_key(share): rate for share, rate in self.simulated_rps.items()},
+            "uncontended_tokens_per_s": self.uncontended_tokens_per_s,
+            "blocking_mean_s": self.blocking_mean_s,
+            "preemptions": len(self.blocking_s),
+            "attainment_by_slo_scale": {f"{scale:.1f}": attainment(results, scale) for scale in SLO_SCALES}
+            if results
+            else {},
+        }
+
+
+@dataclass(frozen=True)
+class GoodputResult:
+    """All systems of a run."""
+
+    plan: Plan
+    goal: Goal
+    figures: Mapping[str, SystemFigures]
+    """Measured systems by name."""
+    only_simulated_rps: Mapping[str, Mapping[float, float]]
+    """Systems that were asked for and left out, with the rates that the simulator has for them."""
+    time_scale: float
+    comparison_rps: float | None
+    finished: bool
+    problems: Sequence[str]
+    command: str
+    model: str
+    probes: Sequence[Probe] = field(repr=False)
+
+    @classmethod
+    def of(cls, campaign: Campaign, command: str, model: str) -> GoodputResult:
+        """What ``campaign`` has found so far."""
+        plan, goal, log = campaign.plan, campaign.goal, campaign.log
+        comparison_rps = log.facts.get("comparison_rps")
+        measured = campaign.systems
+        figures = {system.name: _figures(campaign, system, comparison_rps) for system in measured}
+        return cls(
+            plan=plan,
+            goal=goal,
+            figures=figures,
+            only_simulated_rps={
+                system.name: {share: campaign.simulated_rps(system, share) for share in goal.attainments}
+                for system in campaign.asked_for
+                if system not in measured
+            },
+            time_scale=campaign.prober.time_scale,
+            comparison_rps=comparison_rps,
+            finished=campaign.probes_left() == 0,
+            problems=_problems(log, figures),
+            command=command,
+            model=model,
+            probes=[probe for probe in log.probes if probe.system in figures],
+        )
+
+    def best_stock(self, share: float) -> str | None:
+        """The stock system with the highest rate at ``share``."""
+        rates = {
+            name: found.value
+            for name, figures in self.figures.items()
+            if figures.system.is_stock and (found := figures.max_rate(share)) is not None
+        }
+        return max(rates, key=lambda name: rates[name]) if rates else None
+
+    def ratios(self, name: str = OURS) -> dict[str, Estimate | None]:
+        """How the system called ``name`` stands to the others, by the names of the report."""
+        ours = self.figures[name]
+        found: dict[str, Estimate | None] = {}
+        for share in self.goal.attainments:
+            for other, against in (("vs_unchunked_fcfs", UNCHUNKED_FCFS), ("vs_best_stock", self.best_stock(share))):
+                if against in self.figures:
+                    theirs = self.figures[str(against)]
+                    found[f"{other}_{_key(share)}"] = ratio_estimate(ours.rates_rps(share), theirs.rates_rps(share))
+        if BY_LAYER in self.figures:
+            layer = self.figures[BY_LAYER].blocking_by_seed_s
+            found["blocking_vs_layer"] = ratio_estimate(layer, ours.blocking_by_seed_s)
+        best = self.best_stock(self.goal.attainments[0])
+        if best is not None:
+            share = self.goal.attainments[0]
+            found["slo_tightness_vs_best_stock"] = ratio_estimate(
+                self.figures[best].slo_scales(share), ours.slo_scales(share)
+            )
+        if UNCHUNKED_FCFS in self.figures:
+            speeds = ours.uncontended_tokens_per_s, self.figures[UNCHUNKED_FCFS].uncontended_tokens_per_s
+            if all(speeds):
+                ratio = float(speeds[0] or 0) / float(speeds[1] or 1)
+                found["uncontended_throughput_vs_unchunked_fcfs"] = Estimate(ratio, (ratio, ratio))
+        return found
+
+    @property
+    def ratios_of_ours(self) -> dict[str, Estimate | None]:
+        """The ratios of FlowPrefill as it is by default, if that was measured."""
+        return self.ratios() if OURS in self.figures else {}
+
+    def to_dict(self) -> dict[str, Any]:
+        """What ``goodput.json`` holds."""
+        ratios = self.ratios_of_ours
+        return {
+            "systems": {
+                name: figures.to_dict(self.goal.attainments)
+                | ({} if figures.system.is_stock else {"ratios": _values(self.ratios(name))})
+                for name, figures in self.figures.items()
+            },
+            "ratios": _values(ratios),
+            "ratios_ci95": {name: list(ratio.ci95) if ratio else None for name, ratio in ratios.items()},
+            "best_stock": {_key(share): self.best_stock(share) for share in self.goal.attainments},
+            "comparison_rps": self.comparison_rps,
+            "only_simulated": {
+                name: {"max_rate_rps": {_key(share): rate for share, rate in rates.items()}}
+                for name, rates in self.only_simulated_rps.items()
+            },
+            "workload": self.plan.workload.name,
+            "seeds": self.plan.seeds,
+            "duration_s": self.plan.duration_s,
+            "precision": self.goal.precision,
+            "max_output_tokens": self.plan.max_output_tokens,
+            "time_scale": self.time_scale,
+            "probes": len(self.probes),
+            "finished": self.finished,
+            "problems": list(self.problems),
+            "model": self.model,
+            "command": self.command,
+            "versions": versions(),
+            "machine": machine(),
+        }
+
+    def write_json(self, path: Path) -> None:
+        """Write ``goodput.json``."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(orjson.dumps(self.to_dict(), option=orjson.OPT_INDENT_2) + b"\n")
+
+
+def _figures(campaign: Campaign, system: System, comparison_rps: float | None) -> SystemFigures:
+    plan, goal, log = campaign.plan, campaign.goal, campaign.log
+    brackets: dict[float, dict[int, Bracket]] = {share: {} for share in goal.attainments}
+    compared = {}
+    for seed in range(plan.seeds):
+        for share in goal.attainments:
+            if verdicts := log.verdicts(system.name, seed, share):
+                brackets[share][seed] = bracket(verdicts)
+        if comparison_rps and (probe := log.complete_at(comparison_rps, system.name, seed)):
+            compared[seed] = probe
+    return SystemFigures(
+        system=system,
+        brackets=brackets,
+        compared=compared,
+        solo_ttft_s=log.solo_ttft_s.get(system.name, []),
+        simulated_rps={share: campaign.simulated_rps(system, share) for share in goal.attainments},
+    )
+
+
+def _problems(log: ProbeLog, figures: Mapping[str, SystemFigures]) -> list[str]:
+    found = []
+    for name in figures:
+        probes = [probe for probe in log.probes if probe.system == name]
+        invalid = [probe.run.client.invalid_reason for probe in probes if not probe.run.client.valid]
+        if invalid:
+            found.append(f"{name}: {len(invalid)} of {len(probes)} probes are not valid; the first: {invalid[0]}")
+        errors = [r.error for probe in probes if probe.complete for r in probe.run.results if r.error]
+        if errors:
+            found.append(f"{name}: {len(errors)} requests failed; the first: {errors[0]}")
+    return found
+
+
+def _scale(result: RequestResult) -> float:
+    """The tightest scale of its SLO that a request meets; infinite if it failed."""
+    return result.ttft_s / result.ttft_slo_s if result.completed and result.ttft_s is not None else math.inf
+
+
+def _quantile(values: Sequence[float], share: float) -> float:
+    """The least value that ``share`` of ``values`` do not exceed."""
+    return sorted(values)[max(0, math.ceil(share * len(values) - 1e-9) - 1)]
+
+
+def _bootstrapped(samples: tuple[Sequence[float], ...], statistic: Callable[..., Any]) -> Estimate | None:
+    """``statistic(*samples, axis)`` with its interval; None without samples."""
+    if not samples[0]:
+        return None
+    value = float(statistic(*map(np.asarray, samples), axis=0))
+    if len(samples[0]) < 2:
+        return Estimate(value, (value, value))
+    low, high = stats.bootstrap(
+        samples, statistic, n_resamples=RESAMPLES, paired=True, vectorized=True, method="percentile", rng=0
+    ).confidence_interval
+    return Estimate(value, (float(low), float(high)))
+
+
+def _values(ratios: Mapping[str, Estimate | None]) -> dict[str, float | None]:
+    return {name: ratio.value if ratio else None for name, ratio in ratios.items()}
+
+
+def _key(share: float) -> str:
+    """``90`` for 0.9, ``99.5`` for 0.995."""
+    return f"{share * 100:g}"

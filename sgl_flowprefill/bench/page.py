@@ -1,0 +1,55 @@
+"""Self-contained HTML pages with plots: what the reports have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import jinja2
+import plotly.graph_objects as go
+from plotly.offline import get_plotlyjs
+
+COLOURS: Final = ("#0d9488", "#e2711d", "#6366f1", "#be185d", "#65a30d", "#0284c7")
+"""A colour for each system, in order; they read on light and on dark."""
+MUTED: Final = "#8a919c"
+GRID: Final = "rgba(128,136,148,0.22)"
+SLO_LINE: Final = {"color": MUTED, "dash": "dash", "width": 1.5}
+LOG_TICKS: Final = [digit * 10.0**power for power in range(-3, 5) for digit in (1, 3)]
+FONT: Final = "system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif"
+
+
+def render(template: str, figures: Mapping[str, go.Figure | None], **values: Any) -> str:
+    """The page of a template of this package: one HTML document with plotly's script inside.
+
+    The template finds the figures that there are under ``plots``.
+    """
+    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
+    plots = {name: _html(name, figure) for name, figure in figures.items() if figure is not None}
+    return environment.get_template(template).render(plots=plots, plotly_js=get_plotlyjs(), **values)
+
+
+def styled(figure: go.Figure, height: int) -> go.Figure:
+    """``figure`` in the style of the reports."""
+    axis = {"gridcolor": GRID, "zeroline": False, "linecolor": GRID, "title_font": {"size": 12}}
+    figure.update_xaxes(**axis)
+    figure.update_yaxes(**axis)
+    return figure.update_layout(
+        height=height,
+        margin={"l": 60, "r": 16, "t": 64, "b": 48},
+        paper_bgcolor="rgba(0,0,0,0)",
+        plot_bgcolor="rgba(0,0,0,0)",
+        font={"family": FONT, "color": MUTED, "size": 12},
+        legend={"orientation": "h", "x": 0, "y": 1.12, "yanchor": "bottom", "font": {"size": 13}},
+    )
+
+
+def _html(name: str, figure: go.Figure) -> str:
+    html: str = figure.to_html(
+        full_html=False,
+        include_plotlyjs=False,
+        div_id=f"plot-{name}",
+        config={"displayModeBar": False, "responsive": True},
+    )
+    return html

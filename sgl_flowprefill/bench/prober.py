@@ -1,0 +1,154 @@
+"""Probes on a system's servers: the traces of a plan, what is measured when servers start, and one replay."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+from rich.console import Console
+
+from sgl_flowprefill.bench.calibrate import time_scale
+from sgl_flowprefill.bench.options import TOKEN_IDS
+from sgl_flowprefill.bench.probes import Probe, ProbeLog
+from sgl_flowprefill.bench.progress import ReplayProgress
+from sgl_flowprefill.bench.prompts import PromptBuilder
+from sgl_flowprefill.bench.rate_search import decided
+from sgl_flowprefill.bench.replay import Enough, OnProgress, ReplayRun
+from sgl_flowprefill.bench.simulator.measured import Engine, measured_setup
+from sgl_flowprefill.bench.simulator.systems import Setup
+from sgl_flowprefill.bench.systems import System
+from sgl_flowprefill.bench.trace import Trace
+from sgl_flowprefill.bench.workloads import Workload
+
+
+class Endpoint(Protocol):
+    """A system that is up: ``serving.Served``, or a model of it in tests."""
+
+    def solo_ttft_s(self, prompts: PromptBuilder, say: Callable[[str], None] | None = None) -> dict[int, float]: ...
+
+    def engine(self, prompts: PromptBuilder) -> Engine: ...
+
+    def replay(
+        self, trace: Trace, prompts: PromptBuilder, on_progress: OnProgress | None, enough: Enough | None
+    ) -> ReplayRun: ...
+
+    def settle(self) -> None: ...
+
+    def blocking_s(self, run: ReplayRun) -> list[float] | None: ...
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is replayed: traces of one workload, by seed and rate."""
+
+    workload: Workload
+    seeds: int
+    duration_s: float
+    """Requests of a probe arrive in this time. Rates beyond saturation depend on it, so it is the same for all."""
+    max_output_tokens: int
+
+    def settings(self) -> dict[str, Any]:
+        """What all probes have in common; there may be more seeds when a run is resumed."""
+        return {
+            "workload": self.workload.name,
+            "duration_s": self.duration_s,
+            "max_output_tokens": self.max_output_tokens,
+        }
+
+    def trace(self, seed: int, rate_rps: float, scale: float) -> Trace:
+        """What is replayed at ``rate_rps`` by the wall clock on an engine with the time scale ``scale``."""
+        requests = 1 << math.ceil(math.log2(rate_rps * self.duration_s * 1.5 + 50))
+        drawn = self._drawn(requests, seed).scaled(
+            rate_scale=rate_rps * scale / self.workload.rate_rps, time_scale=scale
+        )
+        return drawn.until(self.duration_s)
+
+    @functools.cache  # noqa: B019 - a plan lives as long as its run
+    def _drawn(self, requests: int, seed: int) -> Trace:
+        return self.workload.draw(requests, seed).limited(max_output_tokens=self.max_output_tokens)
+
+
+class Prober:
+    """Makes the probes of ``plan`` and keeps them in ``log``, with what is known of the machine."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        log: ProbeLog,
+        serve: Callable[[System], AbstractContextManager[Endpoint]],
+        console: Console,
+    ) -> None:
+        self.plan = plan
+        self.log = log
+        self._serve = serve
+        self._console = console
+
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether this machine's times are known, without which nothing can be probed."""
+        return {"time_scale", "engine"} <= self.log.facts.keys() and bool(self.log.solo_ttft_s)
+
+    @property
+    def time_scale(self) -> float:
+        """Factor for the workload's times and SLOs, once calibrated."""
+        return float(self.log.facts["time_scale"])
+
+    @functools.cached_property
+    def setup(self) -> Setup:
+        """The simulator as this machine, once calibrated."""
+        solo_ttft_s = next(iter(self.log.solo_ttft_s.values()))[0]
+        return measured_setup(Engine(**self.log.facts["engine"]), solo_ttft_s)
+
+    @contextmanager
+    def serving(self, system: System) -> Iterator[Endpoint]:
+        """The system's servers, up, after lone requests."""
+        self.say(f"[bold]{system.label}[/bold]")
+        with self._serve(system) as served:
+            prompts = PromptBuilder(0, *TOKEN_IDS)
+            solo_ttft_s = served.solo_ttft_s(prompts)
+            self.log.add_solo(system.name, solo_ttft_s)
+            if "time_scale" not in self.log.facts:
+                self.log.settle("time_scale", time_scale(solo_ttft_s))
+                self.say(f"  time scale {self.time_scale:.2f}: arrivals and SLOs are stretched by it")
+            if "engine" not in self.log.facts:
+                self.log.settle("engine", asdict(served.engine(prompts)))
+            served.settle()
+            yield served
+
+    def trace(self, seed: int, rate_rps: float) -> Trace:
+        """What is replayed at ``rate_rps`` by the wall clock."""
+        return self.plan.trace(seed, rate_rps, self.time_scale)
+
+    def probe(
+        self, served: Endpoint, system: System, seed: int, rate_rps: float, attainment: float | None = None
+    ) -> Probe:
+        """Replay a seed at a rate until it is known whether ``attainment`` is kept; to the end without one."""
+        trace = self.trace(seed, rate_rps)
+        total = len(trace.requests)
+
+        def enough(met: int, missed: int) -> bool:
+            return attainment is not None and decided(met, missed, total, attainment) is not None
+
+        label = f"  {rate_rps:.2f} req/s, seed {seed}"
+        with ReplayProgress(label, total, trace.requests[-1].arrival_s, self._console) as progress:
+            run = served.replay(trace, PromptBuilder(seed, *TOKEN_IDS), progress.update, enough)
+        served.settle()
+        probe = Probe(system.name, rate_rps, seed, total, run, served.blocking_s(run))
+        self.log.add(probe)
+        return probe
+
+    def say(self, line: str) -> None:
+        """Tell the user."""
+        self._console.print(line, highlight=False, soft_wrap=True)
+
+
+def outcome(probe: Probe) -> str:
+    """What came of a probe, as text."""
+    if not probe.run.client.valid:
+        return f"not valid: {probe.run.client.invalid_reason}"
+    low, high = probe.attainment_bounds
+    return (f"{low:.1%}" if low == high else f"{low:.1%} to {high:.1%}") + f" of {probe.total} in time"

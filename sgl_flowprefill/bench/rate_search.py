@@ -1,0 +1,88 @@
+"""The highest rate that keeps an attainment, by bisection over what has been measured so far. No servers here.
+
+The state of a search is the list of its verdicts (rate, whether the attainment was kept), so a search that was stopped
+goes on from the verdicts that are on disk.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final, NamedTuple
+
+ROUNDING: Final = 1e-9
+STEP: Final = 1.4
+"""Factor between rates until one was kept and one was not."""
+
+Verdict = tuple[float, bool]
+
+
+class Bracket(NamedTuple):
+    """The highest rate that was kept (0 if none was), and the lowest above it that was not (infinite if none was)."""
+
+    low_rps: float
+    high_rps: float
+
+    @property
+    def rate_rps(self) -> float:
+        """The estimate: the geometric mean, or the bound that is known."""
+        if self.low_rps == 0.0 or math.isinf(self.high_rps):
+            return self.low_rps
+        return math.sqrt(self.low_rps * self.high_rps)
+
+
+def decided(met: int, missed: int, total: int, attainment: float) -> bool | None:
+    """Whether ``attainment`` of ``total`` requests is kept, once those that are known to have ``met`` or ``missed``
+    their SLO settle it; None before."""
+    needed = attainment * total - ROUNDING
+    if met >= needed:
+        return True
+    return False if total - missed < needed else None
+
+
+def bracket(verdicts: Sequence[Verdict]) -> Bracket:
+    """Where the attainment ends to be kept.
+
+    Noise can let a higher rate be kept than one that was not. The end is then put where the fewest verdicts contradict
+    it, and of several such places at the lowest.
+    """
+    rates = sorted({rate for rate, _ in verdicts})
+
+    def contradictions(low: float) -> int:
+        return sum(kept != (rate <= low) for rate, kept in verdicts)
+
+    low = min([0.0, *rates], key=lambda rate: (contradictions(rate), rate))
+    return Bracket(low, min((rate for rate in rates if rate > low), default=math.inf))
+
+
+@dataclass(frozen=True)
+class RateSearch:
+    """A search for one system, seed and attainment."""
+
+    guess_rps: float
+    """Where to begin."""
+    least_rps: float
+    """Below this rate a probe has too few requests: the search ends with 0."""
+    precision: float
+    """It ends when the bracket's ends are this factor apart."""
+
+    def next_rps(self, verdicts: Sequence[Verdict]) -> float | None:
+        """The rate to try next; None when the search has ended."""
+        low_rps, high_rps = bracket(verdicts)
+        if low_rps == 0.0 and math.isinf(high_rps):
+            return max(self.guess_rps, self.least_rps)
+        if low_rps == 0.0:
+            return None if high_rps <= self.least_rps else max(self.least_rps, high_rps / STEP)
+        if math.isinf(high_rps):
+            return low_rps * STEP
+        return math.sqrt(low_rps * high_rps) if high_rps > low_rps * self.precision else None
+
+    def probes_left(self, verdicts: Sequence[Verdict]) -> int:
+        """About how many more rates it will try."""
+        if self.next_rps(verdicts) is None:
+            return 0
+        low_rps, high_rps = bracket(verdicts)
+        open_ended = low_rps == 0.0 or math.isinf(high_rps)
+        ratio = STEP if open_ended else high_rps / low_rps
+        return open_ended + max(0, math.ceil(math.log2(math.log(ratio) / math.log(self.precision)) - ROUNDING))

@@ -1,0 +1,78 @@
+"""The simulator set up as the engine on this machine: its TTFT profile, and what a request spends outside forwards."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+
+from sgl_flowprefill import paths
+from sgl_flowprefill.bench.simulator.cost import CostModel, from_profile
+from sgl_flowprefill.bench.simulator.instance import Machine
+from sgl_flowprefill.bench.simulator.systems import Setup
+from sgl_flowprefill.bench.trace import Trace
+from sgl_flowprefill.policy import Limits
+from sgl_flowprefill.profiling import ProfileError, read_profile
+from sgl_flowprefill.ttft import PrefillShape
+from sgl_flowprefill.ttft.budget import throughput_budget_tokens
+
+CPU_MAX_OPERATOR_S: Final = 0.020
+LONGEST_BATCH_TOKENS: Final = 8192
+"""Where the runtime's search for the batch that throughput needs ends."""
+
+
+def newest_profile(model: str) -> Path:
+    """The newest profile in the cache of the model whose directory is called ``model``.
+
+    Both kinds count: what ``launch.py profile`` writes, and the short one of a server's first start. Raises ValueError.
+    """
+    found = []
+    for path in (paths.cache_dir() / "profiles").glob("*.parquet"):
+        try:
+            profile = read_profile(path)
+        except ProfileError:
+            continue
+        if profile.complete and profile.setting.model.startswith(model):
+            found.append(path)
+    if not found:
+        raise ValueError(
+            f"no TTFT profile of {model} is in {paths.cache_dir() / 'profiles'}: run `python launch.py profile` or "
+            "measure a FlowPrefill system first"
+        )
+    return max(found, key=lambda path: path.stat().st_mtime)
+
+
+@dataclass(frozen=True)
+class Engine:
+    """What the simulator needs to know of an engine."""
+
+    profile: str
+    """File of its TTFT profile."""
+    layers: int
+    kv_tokens: int | None
+    between_forwards_s: float
+    """From the end of a forward to the start of the next while requests wait: what a profile does not see."""
+
+
+def measured_setup(engine: Engine, solo_ttft_s: Mapping[int, float]) -> Setup:
+    """The simulator as ``engine``. What a lone request takes beyond its forward is charged before its start."""
+    cost = from_profile(Path(engine.profile), engine.layers)
+    cost = dataclasses.replace(cost, fixed_s=cost.fixed_s + engine.between_forwards_s)
+    overheads_s = [ttft_s - cost.predict_s([PrefillShape(tokens)]) for tokens, ttft_s in solo_ttft_s.items()]
+    cost = dataclasses.replace(cost, serving_s=max(0.0, float(np.median(overheads_s))))
+    budget_tokens = throughput_budget_tokens(cost, LONGEST_BATCH_TOKENS)
+    return Setup(
+        Machine(cost, engine.kv_tokens or cost.kv_tokens),
+        limits=Limits(max_suspended=16, max_batch_tokens=budget_tokens),
+        max_operator_s=CPU_MAX_OPERATOR_S,
+    )
+
+
+def saturation_rps(trace: Trace, cost: CostModel) -> float:
+    """Rate at which the forwards of ``trace``, each request alone and with its cached prefix, fill one machine."""
+    shapes = [PrefillShape(max(1, request.new_tokens), request.shared_tokens) for request in trace.requests]
+    return len(shapes) / sum(cost.predict_s([shape]) for shape in shapes)

@@ -1,0 +1,179 @@
+"""The systems that can be compared: one table of settings, each with why its users would run it so.
+
+All of them are served by the same cluster with the same engine and attention; they differ in the prefill server's
+scheduler alone. ``simulated`` is the system's name in ``bench.simulator``.
+
+The original's stream synchronisation at every operator is no system of its own here: on the CPU a kernel has ended when
+its call returns, so every checkpoint is synchronised already and ``flowprefill`` is what it would be.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+CHUNKS: Final[Mapping[str, str]] = {
+    "": "unchunked: no prompt pays for chunks, the highest throughput",
+    "512": "chunk 512: the shortest wait behind a long prompt",
+    "1024": "chunk 1,024: a short wait at less overhead",
+    "2048": "chunk 2,048: what SGLang chooses for small GPUs",
+    "4096": "chunk 4,096: what SGLang chooses for middling GPUs and for this CPU",
+    "8192": "chunk 8,192: what SGLang chooses for large GPUs, and the paper's limit",
+}
+ORDERS: Final[Mapping[str, tuple[tuple[str, ...], str]]] = {
+    "fcfs": ((), "fcfs: SGLang's default, fair by arrival"),
+    "lpm": (("--schedule-policy", "lpm"), "lpm: cached prefixes first, where prompts share much"),
+    "spf": (("--schedule-policy", "shortest-prefill-first"), "shortest-prefill-first: the lowest mean TTFT"),
+    "hrrn": (("--schedule-policy", "hrrn"), "hrrn: short prompts first, but nobody waits forever"),
+    "priority": (("--enable-priority-scheduling",), "priority scheduling: the class with the tighter SLO first"),
+}
+UNCHUNKED_FCFS: Final = "stock-fcfs"
+
+
+@dataclass(frozen=True)
+class System:
+    """A system: what the prefill server is started with."""
+
+    name: str
+    label: str
+    why: str
+    simulated: str
+    """Its name in the simulator."""
+    stock_args: Sequence[str] = ()
+    """SGLang options of the prefill server."""
+    options: Mapping[str, Any] | None = field(default=None)
+    """FlowPrefill's options (fields of FlowPrefillConfig); None for SGLang's own scheduler."""
+
+    @property
+    def is_stock(self) -> bool:
+        """Whether SGLang's own scheduler runs."""
+        return self.options is None
+
+    @property
+    def wants_priority(self) -> bool:
+        """Whether requests carry a priority: the tighter the TTFT SLO, the higher."""
+        return "--enable-priority-scheduling" in self.stock_args
+
+    @property
+    def settings(self) -> str:
+        """What it is started with, as on a command line."""
+        options = [f"--flowprefill-{name.replace('_', '-')} {value}" for name, value in (self.options or {}).items()]
+        return " ".join(self.stock_args if self.is_stock else ["--flowprefill", *options])
+
+
+def _flowprefill(name: str, label: str, why: str, simulated: str, **options: Any) -> System:
+    return System(name, label, why, simulated, options=options)
+
+
+def _stock(order: str, chunk: str) -> System:
+    order_args, order_why = ORDERS[order]
+    return System(
+        name=f"stock-{order}" + (f"-{chunk}" if chunk else ""),
+        label=f"SGLang {order}, " + (f"chunk {chunk}" if chunk else "unchunked"),
+        why=f"{order_why}; {CHUNKS[chunk]}",
+        simulated=f"stock-{order}" + (f"-{chunk}" if chunk else ""),
+        stock_args=("--chunked-prefill-size", chunk or "-1", *order_args),
+    )
+
+
+SYSTEMS: Final[Mapping[str, System]] = {
+    system.name: system
+    for system in (
+        _flowprefill("flowprefill", "FlowPrefill", "what this package does by default", "s-edf"),
+        _flowprefill(
+            "flowprefill-feasible",
+            "FlowPrefill, feasible set",
+            "for lasting overload: the largest set of requests that can all be met",
+            "feasible",
+            policy="feasible",
+        ),
+        _flowprefill(
+            "flowprefill-shed",
+            "FlowPrefill, shedding",
+            "for lasting overload, cheaper: the longest requests are put off",
+            "shed",
+            policy="shed",
+        ),
+        _flowprefill(
+            "flowprefill-paper",
+            "FlowPrefill, S-EDF as published",
+            "the paper's order: hopeless requests latest deadline first, waiting without bound; slack without a margin",
+            "s-edf-paper",
+            policy="s-edf-paper",
+            slack_quantile=0.5,
+        ),
+        _flowprefill(
+            "flowprefill-edf",
+            "FlowPrefill, EDF",
+            "the order of real-time systems, blind to requests that are late anyway",
+            "edf",
+            policy="edf",
+        ),
+        _flowprefill(
+            "flowprefill-layer",
+            "FlowPrefill by layer",
+            "checkpoints once a layer: half as many, the paper's comparison",
+            "s-edf/layer",
+            granularity="layer",
+        ),
+        _flowprefill(
+            "flowprefill-chunk",
+            "FlowPrefill by forward",
+            "no checkpoint inside a forward pass: slack-aware order without preemption",
+            "s-edf/chunk",
+            granularity="chunk",
+        ),
+        System("sglang", "SGLang", "SGLang as it comes, with the chunk size that it chooses", "stock-fcfs-4096"),
+        *(_stock(order, chunk) for chunk in CHUNKS for order in ORDERS),
+    )
+}
+"""Every system by name. UNCHUNKED_FCFS stands in for DistServe."""
+
+
+def select(patterns: Iterable[str]) -> list[System]:
+    """The systems that any of ``patterns`` names: names or globs, also several in one with commas, or ``all``.
+
+    In the order of the patterns. Raises ValueError for one that names none.
+    """
+    chosen: dict[str, System] = {}
+    for pattern in (part for text in patterns for part in text.split(",") if part):
+        names = list(SYSTEMS) if pattern == "all" else fnmatch.filter(SYSTEMS, pattern)
+        if not names:
+            raise ValueError(f"no system is called {pattern!r}; --list-systems shows all {len(SYSTEMS)}")
+        chosen |= {name: SYSTEMS[name] for name in names}
+    return list(chosen.values())
+
+
+def add_systems_option(parser: argparse.ArgumentParser, *default: str) -> None:
+    """Add ``--systems``, for ``select``."""
+    parser.add_argument(
+        "--systems",
+        nargs="+",
+        default=list(default),
+        metavar="NAME",
+        help=f"systems to run, in order: names or globs of --list-systems, or all (default {' '.join(default)})",
+    )
+    parser.add_argument("--list-systems", action=_ListSystems, nargs=0, help="show every system's settings, and end")
+
+
+class _ListSystems(argparse.Action):
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: object, values: object, option_string: str | None = None
+    ) -> None:
+        Console().print(systems_table())
+        parser.exit()
+
+
+def systems_table() -> Table:
+    """Name, settings and reason of every system."""
+    table = Table("system", "settings of the prefill server", "why its users would run it so", box=box.SIMPLE_HEAD)
+    for system in SYSTEMS.values():
+        table.add_row(system.name, system.settings, system.why)
+    return table

@@ -1,0 +1,184 @@
+"""``bench validate``: the simulator against the engine, on the same traces, with the engine's own profile.
+
+Rates are multiples of saturation, the rate at which the forwards of the trace, each alone, fill the machine. What a
+request spends outside forwards (HTTP, tokenizer, handshake, KV transfer, first answer) and what passes between forwards
+are measured once, with lone requests and a burst, and given to the simulator.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import orjson
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from sgl_flowprefill.bench.comparison import machine, versions
+from sgl_flowprefill.bench.options import AUTO, positive_float, positive_int, scale_or_auto
+from sgl_flowprefill.bench.prober import Plan, Prober, outcome
+from sgl_flowprefill.bench.probes import Probe, ProbeLog
+from sgl_flowprefill.bench.serving import Servers, serve
+from sgl_flowprefill.bench.simulator.measured import saturation_rps
+from sgl_flowprefill.bench.simulator.systems import run as simulate
+from sgl_flowprefill.bench.systems import System, add_systems_option, select
+from sgl_flowprefill.bench.workloads import WORKLOADS, workload
+
+LOADS: Final = (0.3, 0.5, 0.7, 0.9, 1.1, 1.3, 1.5)
+"""Rates, in shares of saturation."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of ``bench validate``."""
+    add_systems_option(parser, "flowprefill", "stock-fcfs", "stock-spf-2048")
+    parser.add_argument(
+        "--workload", default="qwen-like", metavar="NAME|FILE", help=f"{', '.join(WORKLOADS)}, or a trace file"
+    )
+    parser.add_argument(
+        "--loads",
+        type=positive_float,
+        nargs="+",
+        default=list(LOADS),
+        metavar="X",
+        help=f"rates as multiples of saturation (default {' '.join(map(str, LOADS))})",
+    )
+    parser.add_argument("--seeds", type=positive_int, default=2, metavar="K", help="seeds 0 to K-1 (default 2)")
+    parser.add_argument(
+        "--duration",
+        type=positive_float,
+        default=60.0,
+        metavar="S",
+        help="seconds in which the requests of a run arrive (default 60)",
+    )
+    parser.add_argument(
+        "--time-scale",
+        type=scale_or_auto,
+        default=AUTO,
+        metavar="X",
+        help="factor for the workload's times and SLOs; auto (default) measures it as bench demo does",
+    )
+    parser.add_argument(
+        "--max-output-tokens", type=positive_int, default=8, metavar="N", help="cut longer answers (default 8)"
+    )
+    parser.add_argument("--out", type=Path, default=Path("out/validate"), help="folder of results")
+    Servers.add_options(parser)
+
+
+def run(args: argparse.Namespace, console: Console) -> int:
+    """Replay, simulate, print both side by side; writes ``validate.json``. Stopped, the same command goes on.
+
+    Returns 0, or 1 if the client fell behind in a replay. Raises ClusterError, CalibrationError, ConfigError or
+    ValueError with a sentence for the user.
+    """
+    servers = Servers.from_args(args)
+    plan = Plan(workload(args.workload), args.seeds, args.duration, args.max_output_tokens)
+    systems = select(args.systems)
+    log = ProbeLog(args.out / "probes.jsonl", plan.settings() | {"model": servers.model, **servers.settings()})
+    if args.time_scale != AUTO and "time_scale" not in log.facts:
+        log.settle("time_scale", args.time_scale)
+
+    def detail(line: str) -> None:
+        console.print(f"  {line}", highlight=False, soft_wrap=True)
+
+    prober = Prober(plan, log, partial(serve, servers=servers, out=args.out, say=detail), console)
+    try:
+        for system in systems:
+            _replay_all(prober, system, args.loads)
+    finally:  # also after Ctrl-C: what was measured so far
+        rows = [row for system in systems for load in args.loads if (row := compared(prober, system, load))]
+        if rows:
+            _publish(rows, prober, args.out, console)
+    return int(any(not probe.run.client.valid for probe in log.probes))
+
+
+def load_rps(prober: Prober, load: float) -> float:
+    """The rate that is ``load`` times saturation, over all seeds."""
+    own_rps = prober.plan.workload.rate_rps
+    traces = [prober.trace(seed, own_rps) for seed in range(prober.plan.seeds)]
+    return round(load * float(np.mean([saturation_rps(trace, prober.setup.machine.cost) for trace in traces])), 4)
+
+
+def compared(prober: Prober, system: System, load: float) -> dict[str, Any] | None:
+    """Measured and simulated attainment of a system at a load, over the seeds that were replayed; None without any."""
+    if not prober.is_calibrated:
+        return None
+    rate_rps = load_rps(prober, load)
+    found = [prober.log.complete_at(rate_rps, system.name, seed) for seed in range(prober.plan.seeds)]
+    probes: Sequence[Probe] = [probe for probe in found if probe]
+    if not probes:
+        return None
+    requests = [
+        request
+        for probe in probes
+        for request in simulate(system.simulated, prober.trace(probe.seed, rate_rps), prober.setup).requests
+    ]
+    measured = sum(probe.met for probe in probes) / sum(probe.total for probe in probes)
+    simulated = sum(request.met for request in requests) / len(requests)
+    return {
+        "system": system.name,
+        "load": load,
+        "rate_rps": rate_rps,
+        "requests": len(requests),
+        "measured": measured,
+        "simulated": simulated,
+        "difference_points": 100 * (simulated - measured),
+    }
+
+
+def _replay_all(prober: Prober, system: System, loads: Sequence[float]) -> None:
+    def is_done() -> bool:
+        return prober.is_calibrated and all(
+            prober.log.complete_at(load_rps(prober, load), system.name, seed)
+            for load in loads
+            for seed in range(prober.plan.seeds)
+        )
+
+    if is_done():
+        return
+    with prober.serving(system) as served:
+        for load in loads:
+            rate_rps = load_rps(prober, load)
+            for seed in range(prober.plan.seeds):
+                if prober.log.complete_at(rate_rps, system.name, seed) is None:
+                    probe = prober.probe(served, system, seed, rate_rps)
+                    prober.say(f"  {load:.1f} x saturation, {rate_rps:.2f} req/s, seed {seed}: {outcome(probe)}")
+
+
+def _publish(rows: Sequence[dict[str, Any]], prober: Prober, folder: Path, console: Console) -> None:
+    document = {
+        "rows": rows,
+        "worst_points": max(abs(row["difference_points"]) for row in rows),
+        "workload": prober.plan.workload.name,
+        "seeds": prober.plan.seeds,
+        "duration_s": prober.plan.duration_s,
+        "time_scale": prober.time_scale,
+        "engine": prober.log.facts["engine"],
+        "overhead_s": prober.setup.machine.cost.serving_s,
+        "command": shlex.join(["python", "-m", "sgl_flowprefill.bench", *sys.argv[1:]]),
+        "versions": versions(),
+        "machine": machine(),
+    }
+    (folder / "validate.json").write_bytes(orjson.dumps(document, option=orjson.OPT_INDENT_2) + b"\n")
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("system")
+    for column in ("x saturation", "req/s", "requests", "measured", "simulated", "points"):
+        table.add_column(column, justify="right")
+    for row in rows:
+        table.add_row(
+            row["system"],
+            f"{row['load']:.1f}",
+            f"{row['rate_rps']:.2f}",
+            str(row["requests"]),
+            f"{row['measured']:.1%}",
+            f"{row['simulated']:.1%}",
+            f"{row['difference_points']:+.1f}",
+        )
+    console.print(table)
+    console.print(f"Figures: {folder / 'validate.json'}", highlight=False, soft_wrap=True)

@@ -1,0 +1,59 @@
+"""Probes on real servers: one that is stopped early leaves them as they were, and a short search comes to its end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import StringIO
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from sgl_flowprefill.bench.campaign import Campaign, Goal
+from sgl_flowprefill.bench.client import Client, GenerateApi
+from sgl_flowprefill.bench.goodput_results import GoodputResult
+from sgl_flowprefill.bench.prober import Plan, Prober
+from sgl_flowprefill.bench.probes import ProbeLog
+from sgl_flowprefill.bench.serving import Served
+from sgl_flowprefill.bench.systems import SYSTEMS, System
+from sgl_flowprefill.bench.validate import compared
+from sgl_flowprefill.bench.workloads import workload
+from sgl_flowprefill.cluster import Cluster
+
+pytestmark = pytest.mark.server
+OURS = SYSTEMS["flowprefill"]
+
+
+@pytest.fixture
+def prober(flowprefill_cluster: Cluster, tmp_path: Path) -> Prober:
+    @contextmanager
+    def serve(system: System) -> Iterator[Served]:
+        event_log = flowprefill_cluster.config.options.event_log
+        assert event_log is not None
+        yield Served(
+            system, flowprefill_cluster, Client(flowprefill_cluster.gateway_url, GenerateApi()), Path(event_log)
+        )
+
+    plan = Plan(workload("mixed"), seeds=1, duration_s=4.0, max_output_tokens=2)
+    return Prober(plan, ProbeLog(tmp_path / "probes.jsonl", plan.settings()), serve, Console(file=StringIO()))
+
+
+def test_a_search_with_real_servers(prober: Prober) -> None:
+    with prober.serving(OURS) as served:
+        overloaded = prober.probe(served, OURS, seed=0, rate_rps=40.0, attainment=0.9)
+        assert overloaded.run.stopped_early
+        assert overloaded.attainment_bounds[1] < 0.9
+        assert overloaded.blocking_s is not None
+        light = prober.probe(served, OURS, seed=0, rate_rps=5.0)
+        assert light.complete
+        assert not any(result.error for result in light.run.results)
+        assert not any(result.cached_tokens for result in light.run.results)  # nothing is left of the probe before
+        assert compared(prober, OURS, 1.0) is None
+    campaign = Campaign(prober, [OURS], Goal((0.5,), precision=8.0))
+    campaign.run(budget_s=15.0)
+    result = GoodputResult.of(campaign, "", "embedded")
+    rate = result.figures["flowprefill"].max_rate(0.5)
+    assert rate is not None
+    assert 0 < rate.value < 40.0
+    assert (result.figures["flowprefill"].uncontended_tokens_per_s or 0) > 0

@@ -1,0 +1,296 @@
+"""The goodput run without servers: the simulator stands in for them, so what must come out is known."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from sgl_flowprefill.bench.calibrate import REFERENCE_TTFT_S
+from sgl_flowprefill.bench.campaign import ROUNDS_PER_VISIT, Campaign, Goal
+from sgl_flowprefill.bench.goodput import publish
+from sgl_flowprefill.bench.goodput_results import GoodputResult, mean_estimate, ratio_estimate
+from sgl_flowprefill.bench.prober import Plan, Prober
+from sgl_flowprefill.bench.probes import ProbeLog
+from sgl_flowprefill.bench.replay import ClientReport, ReplayRun
+from sgl_flowprefill.bench.simulator.measured import Engine, measured_setup
+from sgl_flowprefill.bench.simulator.requests import results
+from sgl_flowprefill.bench.simulator.systems import Setup
+from sgl_flowprefill.bench.simulator.systems import run as simulated
+from sgl_flowprefill.bench.systems import SYSTEMS, System, select
+from sgl_flowprefill.bench.trace import Trace
+from sgl_flowprefill.bench.validate import compared, load_rps
+from sgl_flowprefill.bench.workloads import workload
+from sgl_flowprefill.profiling import Profile, Row, Setting, write_profile
+from sgl_flowprefill.ttft import PrefillShape
+
+NAMES = ("flowprefill", "flowprefill-layer", "stock-fcfs", "stock-spf-512")
+SETTING = Setting(model="toy", device="cpu", dtype="float32", attention_backend="x", threads=1, sglang="0")
+FORWARD_S = {tokens: 0.02 + 3e-4 * tokens + 1.5e-8 * tokens**2 for tokens in (16, 128, *REFERENCE_TTFT_S)}
+SOLO_TTFT_S = {tokens: 0.02 + FORWARD_S[tokens] for tokens in REFERENCE_TTFT_S}
+
+
+@pytest.fixture
+def profile(tmp_path: Path) -> Path:
+    rows = [Row((PrefillShape(tokens),), time_s, 0.0, 1, 0.0) for tokens, time_s in FORWARD_S.items()]
+    path = tmp_path / "toy.parquet"
+    write_profile(path, Profile(SETTING, 8192, rows, complete=True))
+    return path
+
+
+@dataclasses.dataclass
+class Model:
+    """Serves systems from the simulator; notes the order, and can be interrupted or have a slow client."""
+
+    profile: Path
+    order: list[str] = dataclasses.field(default_factory=list)
+    replays: list[tuple[str, float, int]] = dataclasses.field(default_factory=list)
+    interrupt_after: float = math.inf
+    invalid: str | None = None
+
+    @property
+    def engine(self) -> Engine:
+        return Engine(str(self.profile), layers=8, kv_tokens=None, between_forwards_s=0.002)
+
+    @property
+    def setup(self) -> Setup:
+        return measured_setup(self.engine, SOLO_TTFT_S)
+
+    @contextmanager
+    def serve(self, system: System) -> Iterator[SimulatedEndpoint]:
+        self.order.append(system.name)
+        yield SimulatedEndpoint(self, system)
+
+
+@dataclasses.dataclass
+class SimulatedEndpoint:
+    model: Model
+    system: System
+    blocking: list[float] | None = None
+
+    def solo_ttft_s(self, prompts: Any, say: Any = None) -> dict[int, float]:
+        return SOLO_TTFT_S
+
+    def engine(self, prompts: Any) -> Engine:
+        return self.model.engine
+
+    def settle(self) -> None:
+        pass
+
+    def blocking_s(self, run: ReplayRun) -> list[float] | None:
+        return self.blocking
+
+    def replay(self, trace: Trace, prompts: Any, on_progress: Any, enough: Any) -> ReplayRun:
+        if len(self.model.replays) >= self.model.interrupt_after:
+            raise KeyboardInterrupt
+        self.model.replays.append((self.system.name, trace.rate_rps, len(trace.requests)))
+        done = simulated(self.system.simulated, trace, self.model.setup)
+        self.blocking = list(done.blocking_s) if done.blocking_s is not None else None
+        whole = results(trace, done.requests)
+        seen, met = [], 0
+        for result in whole:
+            seen.append(result)
+            met += result.meets_ttft()
+            if enough and enough(met, len(seen) - met):
+                break
+        client = ClientReport(0.0, 0.0, 0.0, 0.1, self.model.invalid)
+        return ReplayRun(seen, 0.0, done.duration_s, client, stopped_early=len(seen) < len(whole))
+
+
+def campaign_of(
+    model: Model,
+    folder: Path,
+    names: tuple[str, ...] = NAMES,
+    seeds: int = 2,
+    duration_s: float = 60.0,
+    **goal: Any,
+) -> Campaign:
+    plan = Plan(workload("qwen"), seeds, duration_s, max_output_tokens=8)
+    log = ProbeLog(folder / "probes.jsonl", plan.settings())
+    prober = Prober(plan, log, model.serve, Console(file=StringIO(), width=200))
+    return Campaign(prober, select(names), dataclasses.replace(Goal((0.9, 0.99), precision=1.1), **goal))
+
+
+def test_a_run_finds_the_rates_of_its_servers_and_reports_them(profile: Path, tmp_path: Path) -> None:
+    model = Model(profile)
+    campaign = campaign_of(model, tmp_path)
+    campaign.run()
+    assert campaign.probes_left() == 0
+    result = GoodputResult.of(campaign, "the command", "toy")
+    for name in NAMES:
+        for share in (0.9, 0.99):
+            for seed, bracket in result.figures[name].brackets[share].items():
+                kept = [
+                    simulated(SYSTEMS[name].simulated, campaign.prober.trace(seed, rate), model.setup).attainment
+                    >= share
+                    for rate in bracket
+                    if rate > 0
+                ]
+                assert kept == ([True, False] if bracket.low_rps else [False]), (name, share, seed)
+    console = Console(file=StringIO(), width=200)
+    publish(result, tmp_path, console)
+    document = json.loads((tmp_path / "goodput.json").read_text())
+    for name in NAMES:
+        system = document["systems"][name]
+        assert set(system) >= {"max_rate_rps", "ci95", "uncontended_tokens_per_s", "blocking_mean_s"}
+        for key in ("90", "99"):
+            low, high = system["ci95"][key]
+            assert low <= system["max_rate_rps"][key] <= high
+    ratios = document["ratios"]
+    assert set(ratios) >= {"vs_unchunked_fcfs_90", "vs_best_stock_90", "vs_best_stock_99", "blocking_vs_layer"}
+    rates = {name: document["systems"][name]["max_rate_rps"]["90"] for name in NAMES}
+    assert ratios["vs_unchunked_fcfs_90"] == pytest.approx(rates["flowprefill"] / rates["stock-fcfs"])
+    assert document["best_stock"]["90"] == max(("stock-fcfs", "stock-spf-512"), key=lambda name: rates[name])
+    assert ratios["blocking_vs_layer"] > 1.5
+    assert ratios["slo_tightness_vs_best_stock"] > 1
+    page = (tmp_path / "goodput.html").read_text()
+    for plot in ("rates", "attainment", "ttft", "scales", "blocking"):
+        assert f'id="plot-{plot}"' in page
+    markup = re.sub(r"<script\b[^>]*>.*?</script>", "<script></script>", page, flags=re.DOTALL)
+    assert not re.findall(r"""(?:src|href)\s*=""", markup)
+    assert "SGLang spf, chunk 512" in console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_systems_take_turns_and_are_compared_at_one_rate_to_the_end(profile: Path, tmp_path: Path) -> None:
+    model = Model(profile)
+    campaign = campaign_of(model, tmp_path, precision=1.02)
+    campaign.run()
+    first_round = model.order[: len(NAMES) + 1]
+    assert first_round[0] == NAMES[0]
+    assert set(first_round) == set(NAMES)
+    at = campaign.log.facts["comparison_rps"]
+    for name in NAMES:
+        for seed in range(2):
+            probe = campaign.log.complete_at(at, name, seed)
+            assert probe is not None
+            assert len(probe.run.results) == probe.total
+    assert len(campaign.log.probes) <= len(model.order) * ROUNDS_PER_VISIT * 2 * 2
+
+
+def test_a_run_that_was_stopped_goes_on_and_makes_no_probe_twice(profile: Path, tmp_path: Path) -> None:
+    whole = campaign_of(Model(profile), tmp_path / "whole")
+    whole.run()
+    interrupted = Model(profile, interrupt_after=9)
+    with pytest.raises(KeyboardInterrupt):
+        campaign_of(interrupted, tmp_path / "parts").run()
+    path = tmp_path / "parts" / "probes.jsonl"
+    path.write_bytes(path.read_bytes() + b'{"kind": "probe", "sys')  # killed while it wrote
+    resumed = campaign_of(Model(profile), tmp_path / "parts")
+    assert len(resumed.log.probes) == 9
+    resumed.run()
+    key = [(probe.system, probe.seed, probe.rate_rps, probe.total) for probe in resumed.log.probes]
+    found = GoodputResult.of(resumed, "", "").ratios()["vs_unchunked_fcfs_90"]
+    expected = GoodputResult.of(whole, "", "").ratios()["vs_unchunked_fcfs_90"]
+    assert found is not None
+    assert expected is not None
+    assert found.value == pytest.approx(expected.value, rel=0.1)
+    for name in NAMES:
+        for seed in range(2):
+            rates = [(at, total) for system, of, at, total in key if (system, of) == (name, seed)]
+            complete = [p for p in resumed.log.of(name, seed) if p.complete]
+            assert len(rates) - len(set(rates)) <= len(complete)
+
+
+def test_probes_of_other_settings_are_refused(profile: Path, tmp_path: Path) -> None:
+    campaign_of(Model(profile), tmp_path)
+    with pytest.raises(ValueError, match=r"duration_s 60\.0, not 45\.0"):
+        campaign_of(Model(profile), tmp_path, duration_s=45.0)
+
+
+def test_a_spent_budget_ends_the_run_between_probes(profile: Path, tmp_path: Path) -> None:
+    campaign = campaign_of(Model(profile), tmp_path)
+    campaign.run(budget_s=0.0)
+    assert campaign.log.facts["time_scale"] > 0
+    assert not campaign.log.probes
+    assert campaign.probes_left() > 0
+    assert not GoodputResult.of(campaign, "", "").finished
+
+
+def test_a_client_that_keeps_falling_behind_ends_the_search_and_is_named(profile: Path, tmp_path: Path) -> None:
+    campaign = campaign_of(
+        Model(profile, invalid="it fell behind"), tmp_path, ("flowprefill",), seeds=1, attainments=(0.9,)
+    )
+    campaign.run()
+    assert len(campaign.log.probes) == 3
+    result = GoodputResult.of(campaign, "", "")
+    assert result.problems == [
+        "flowprefill: 3 of 3 probes are not valid; the first: it fell behind",
+    ]
+    assert result.figures["flowprefill"].max_rate(0.9) is None
+
+
+def test_the_prefilter_measures_the_best_stock_and_says_what_it_left_out(profile: Path, tmp_path: Path) -> None:
+    names = ("flowprefill", "stock-fcfs", "stock-fcfs-8192", "stock-lpm", "stock-spf-512", "stock-spf-2048")
+    campaign = campaign_of(Model(profile), tmp_path, names, prefilter=1, attainments=(0.9,))
+    campaign.run(budget_s=0.0)
+    measured = {system.name for system in campaign.systems}
+    best = max(names[1:], key=lambda name: campaign.simulated_rps(SYSTEMS[name], 0.9))
+    assert measured == {"flowprefill", "stock-fcfs", best}
+    left_out = GoodputResult.of(campaign, "", "").only_simulated_rps
+    assert set(left_out) == set(names) - measured
+    assert all(rates[0.9] > 0 for rates in left_out.values())
+
+
+def test_intervals_are_bootstraps_over_seeds_and_ratios_are_paired() -> None:
+    ours, theirs = {0: 2.0, 1: 4.0, 2: 6.0}, {0: 1.0, 1: 2.0, 2: 3.0}
+    mean = mean_estimate(ours)
+    assert mean is not None
+    assert mean.value == 4.0
+    assert 2.0 <= mean.ci95[0] < 4.0 < mean.ci95[1] <= 6.0
+    ratio = ratio_estimate(ours, theirs)
+    assert ratio is not None
+    assert (ratio.value, *ratio.ci95) == pytest.approx((2.0, 2.0, 2.0))
+    assert ratio_estimate({0: 2.0, 5: 100.0}, theirs) is not None
+    assert ratio_estimate({0: 2.0, 5: 100.0}, theirs).value == 2.0  # type: ignore[union-attr]
+    assert ratio_estimate(ours, {0: 0.0, 1: 0.0, 2: 0.0}) is None
+    assert ratio_estimate({0: np.inf}, {0: 1.0}) is None
+    assert mean_estimate({}) is None
+
+
+def test_a_trace_file_gives_every_seed_a_place_of_its_own(tmp_path: Path) -> None:
+    path = tmp_path / "trace.jsonl"
+    path.write_text(
+        "".join(
+            json.dumps({"timestamp": at * 500, "input_length": 100 + at, "output_length": 5, "hash_ids": [at]}) + "\n"
+            for at in range(100)
+        )
+    )
+    traces = [workload(str(path)).draw(60, seed) for seed in range(3)]
+    assert len({trace.requests[0].prompt_tokens for trace in traces}) == 3
+    for trace in traces:
+        arrivals_s = [request.arrival_s for request in trace.requests]
+        assert len(trace.requests) == 60
+        assert arrivals_s == sorted(arrivals_s)
+        assert arrivals_s[0] == 0.0
+    with pytest.raises(ValueError, match="no file and none of qwen-like, mixed"):
+        workload("qwenlike")
+
+
+def test_validation_sets_what_was_measured_beside_what_is_simulated(profile: Path, tmp_path: Path) -> None:
+    model = Model(profile)
+    prober = campaign_of(model, tmp_path).prober
+    system = SYSTEMS["stock-fcfs"]
+    assert compared(prober, system, 0.5) is None
+    with prober.serving(system) as served:
+        for seed in range(2):
+            prober.probe(served, system, seed, load_rps(prober, 1.2))
+    row = compared(prober, system, 1.2)
+    assert row is not None
+    assert row["measured"] == row["simulated"]  # the simulator against itself
+    assert row["requests"] == sum(probe.total for probe in prober.log.probes)
+    prober.log.probes[0] = dataclasses.replace(
+        prober.log.probes[0], run=dataclasses.replace(prober.log.probes[0].run, stopped_early=True)
+    )
+    fewer = compared(prober, system, 1.2)
+    assert fewer is not None
+    assert fewer["requests"] == prober.log.probes[1].total
