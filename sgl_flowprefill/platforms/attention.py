@@ -1,13 +1,15 @@
 """Attention backend of the portable CPU platform, on PyTorch's fused CPU attention kernel.
 
-Queries run in tiles of at most ``QUERY_TILE_TOKENS`` rows. A tile sees its keys in two parts, each of which needs no
-mask tensor: every key before the tile (not causal), and the keys of the tile itself (causal). Their outputs are merged
-by their log-sum-exps, which is exact. Cached prefixes are only ever keys: no query of a prefix is computed again.
+Queries run in tiles of at most ``QUERY_TILE_TOKENS`` rows, fewer where there are so many keys that a tile would block
+for too long. A tile sees its keys in two parts, each of which needs no mask tensor: every key before the tile (not
+causal), and the keys of the tile itself (causal). Their outputs are merged by their log-sum-exps, which is exact.
+Cached prefixes are only ever keys: no query of a prefix is computed again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
@@ -26,6 +28,9 @@ if TYPE_CHECKING:
 
 QUERY_TILE_TOKENS: Final = 256
 """Query rows of a tile: the most that attention computes at a time, and what bounds its memory."""
+
+_LEAST_TILE_TOKENS: Final = 32
+"""What the fused kernel computes at a time anyway: fewer rows would take as long."""
 
 _MAX_SCORES_BYTES: Final = 64 << 20
 """Bound on the score matrix of layers that the fused kernel cannot serve (sliding window, logit cap)."""
@@ -85,6 +90,8 @@ class PortableCpuAttention(AttentionBackend):
         self.forward_metadata: list[Sequence] = []
         self.between_tiles: Callable[[], None] = _nothing
         """Called after each query tile of a prefill; whoever sets it may let another forward run there."""
+        self.tile_pairs: float = math.inf
+        """Most pairs of a query row and a key in one tile, which bounds its time; whoever runs it knows the time."""
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
         """Find the KV slots of every request of the batch. SGLang calls it once before each forward."""
@@ -134,6 +141,7 @@ class PortableCpuAttention(AttentionBackend):
                     self.query_tile_tokens,
                     self.between_tiles,
                     sinks,
+                    self.tile_pairs,
                 )
             else:
                 attend_windowed(
@@ -147,6 +155,7 @@ class PortableCpuAttention(AttentionBackend):
                     layer.logit_cap,
                     self.between_tiles,
                     sinks,
+                    self.tile_pairs,
                 )
         return output.flatten(1)
 
@@ -222,6 +231,7 @@ def attend_causal(
     tile_tokens: int = QUERY_TILE_TOKENS,
     between_tiles: Callable[[], None] = _nothing,
     sinks: torch.Tensor | None = None,
+    tile_pairs: float = math.inf,
 ) -> None:
     """Causal attention of the last ``len(queries)`` tokens of one sequence, written to ``output``.
 
@@ -230,8 +240,8 @@ def attend_causal(
     """
     kv_heads = keys.shape[1]
     prefix = len(keys) - len(queries)
-    for start in range(0, len(queries), tile_tokens):
-        tile = queries[start : start + tile_tokens]
+    for start, rows in _tiles(len(queries), prefix, len(keys), tile_tokens, tile_pairs):
+        tile = queries[start : start + rows]
         before = prefix + start
         own = slice(before, before + len(tile))
         out, lse = _attend_own(tile, keys[own], values[own], scale)
@@ -259,6 +269,7 @@ def attend_windowed(
     logit_cap: float = 0.0,
     between_tiles: Callable[[], None] = _nothing,
     sinks: torch.Tensor | None = None,
+    tile_pairs: float = math.inf,
 ) -> None:
     """``attend_causal`` with a sliding window (a query sees that many keys before its own), a logit cap (tanh), or
     values whose dimension is not that of the keys. Scores are materialised, one bounded tile at a time.
@@ -266,8 +277,8 @@ def attend_windowed(
     heads, kv_heads = queries.shape[1], keys.shape[1]
     prefix = len(keys) - len(queries)
     span = len(keys) if window_tokens is None else min(len(keys), window_tokens + tile_tokens)
-    rows = max(1, min(tile_tokens, _MAX_SCORES_BYTES // (heads * span * 4)))
-    for start in range(0, len(queries), rows):
+    most_rows = max(1, min(tile_tokens, _MAX_SCORES_BYTES // (heads * span * 4)))
+    for start, rows in _tiles(len(queries), prefix, span, most_rows, tile_pairs):
         tile = queries[start : start + rows]
         first = prefix + start
         end = first + len(tile)
@@ -289,6 +300,17 @@ def attend_windowed(
         weights = torch.softmax(scores, dim=-1)[..., : end - begin].to(values.dtype).flatten(1, 2)
         output[start : start + len(tile)] = _unfold(torch.matmul(weights, tile_values)[:, None], len(tile))
         between_tiles()
+
+
+def _tiles(queries: int, prefix: int, most_keys: int, most_rows: int, most_pairs: float) -> Iterator[tuple[int, int]]:
+    """First row and rows of each query tile: fewer, the more keys they see."""
+    start = 0
+    while start < queries:
+        keys = min(most_keys, prefix + start + most_rows)
+        by_time = max(_LEAST_TILE_TOKENS, most_pairs / keys)
+        rows = min(most_rows, queries - start, int(min(by_time, most_rows)))
+        yield start, rows
+        start += rows
 
 
 def _attend(

@@ -27,7 +27,7 @@ from sgl_flowprefill.policy import Job, Limits, PrefillPolicy, make_policy
 from sgl_flowprefill.runtime.checkpoints import Progress, find_decoder_layers, install_checkpoints
 from sgl_flowprefill.runtime.profile import load_or_measure
 from sgl_flowprefill.runtime.task import AttentionSlots, Executor, PrefillTask
-from sgl_flowprefill.runtime.tiles import tile_mlps, tile_tokens
+from sgl_flowprefill.runtime.tiles import tile_around_attention, tile_mlps, tile_tokens
 from sgl_flowprefill.runtime.wakeup import Wakeup, scheduler_events
 from sgl_flowprefill.slo import ttft_slo_s
 from sgl_flowprefill.ttft import PrefillShape
@@ -95,17 +95,20 @@ class FlowPrefillScheduler(Scheduler):
         batch_tokens = config.max_batch_tokens or throughput_budget_tokens(self._ttft, LONGEST_BATCH_TOKENS)
         limits = Limits(max_suspended=config.max_suspended, max_batch_tokens=batch_tokens)
         self._policy = make_policy(config.policy, limits, config.max_starvation_s)
-        between_tiles = None
+        between_tiles, tile_pairs = None, math.inf
         if config.granularity == "operator":
+            tile_pairs = self._tile_pairs(config, len(layers))
             between_tiles = self._executor.between_tiles
             tokens = self._tile_tokens(config, len(layers))
             tiled = tile_mlps(model_runner.model, chain(*(layer.mlp for layer in layers)), tokens, between_tiles)
-            logger.info("FlowPrefill runs %d MLP modules in tiles of %d tokens", tiled, tokens)
+            attention = chain(*(layer.attention for layer in layers))
+            tiled += tile_around_attention(model_runner.model, attention, tokens, between_tiles)
+            logger.info("FlowPrefill runs %d modules in tiles, MLPs in those of %d tokens", tiled, tokens)
         if config.granularity != "chunk":
             self._progress = install_checkpoints(
                 model_runner.model, layers, config.granularity, self._executor.checkpoint
             )
-        self._slots = AttentionSlots(model_runner, between_tiles)
+        self._slots = AttentionSlots(model_runner, between_tiles, tile_pairs)
         self._log = EventLog(config.event_log)
         logger.info(
             "FlowPrefill is on: policy %s, %d checkpoints in a forward pass, at most %d suspended tasks, batches of up "
@@ -123,6 +126,12 @@ class FlowPrefillScheduler(Scheduler):
             return tile_tokens(max_blocking_s, self._operators.mlp_s_per_token / layers)
         layer_s = self._ttft.predict_s([PrefillShape(TILE_SAMPLE_TOKENS)]) / layers
         return tile_tokens(max_blocking_s, layer_s / TILE_SAMPLE_TOKENS)
+
+    def _tile_pairs(self, config: FlowPrefillConfig, layers: int) -> float:
+        """Pairs of a query and a key in an attention tile, by the profile's time of attention; else unbounded."""
+        if self._operators is None or not self._operators.attention_s_per_pair:
+            return math.inf
+        return config.max_blocking_ms / 1e3 / (self._operators.attention_s_per_pair / layers)
 
     # ---- the event loop -------------------------------------------------------------------------------------------
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextvars
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -121,6 +122,8 @@ class TiledAttention(Protocol):
     """An attention backend that works in query tiles and lets others run between them."""
 
     between_tiles: Callable[[], None]
+    tile_pairs: float
+    """Most pairs of a query and a key in a tile."""
 
 
 class AttentionSlots:
@@ -129,9 +132,12 @@ class AttentionSlots:
     The first slot is the model runner's own backend; others are made when needed and reused.
     """
 
-    def __init__(self, model_runner: Any, between_tiles: Callable[[], None] | None) -> None:
+    def __init__(
+        self, model_runner: Any, between_tiles: Callable[[], None] | None, tile_pairs: float = math.inf
+    ) -> None:
         self._model_runner = model_runner
         self._between_tiles = between_tiles
+        self._tile_pairs = tile_pairs
         self._free = [self._prepared(model_runner.attn_backend)]
 
     def take(self) -> Any:
@@ -147,4 +153,5 @@ class AttentionSlots:
     def _prepared(self, backend: Any) -> Any:
         if self._between_tiles is not None and isinstance(backend, TiledAttention):
             backend.between_tiles = self._between_tiles
+            backend.tile_pairs = self._tile_pairs
         return backend

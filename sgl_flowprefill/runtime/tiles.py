@@ -1,8 +1,8 @@
 """Long inputs: an operator that would block for too long runs in row tiles, and can be suspended between them.
 
-An MLP works row by row, so its tiles compute what the whole would. Attention is tiled by the backend that computes it
-(``platforms.attention``), which calls ``between_tiles`` after each query tile. Paper, section 6, names one operator on
-an extremely long input as what still blocks.
+MLPs, norms and linear layers work row by row, so their tiles compute what the whole would. Attention is tiled by the
+backend that computes it (``platforms.attention``), which calls ``between_tiles`` after each query tile. Paper,
+section 6, names one operator on an extremely long input as what still blocks.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from torch import nn
 
 SMALLEST_TILE_TOKENS: Final = 256
 """Smaller tiles would cost throughput: a matrix product of fewer rows no longer keeps the core busy."""
+LIGHT_FACTOR: Final = 2
+"""Rows of a norm or of a linear layer of attention cost at most half of an MLP's, so their tiles have more."""
 
 
 def tile_tokens(max_blocking_s: float, operator_s_per_token: float) -> int:
@@ -25,32 +27,68 @@ def tile_tokens(max_blocking_s: float, operator_s_per_token: float) -> int:
 
 def tile_mlps(model: nn.Module, names: Iterable[str], rows: int, between_tiles: Callable[[], None]) -> int:
     """Run the dense MLPs called ``names`` in tiles of ``rows`` tokens; how many are. Mixtures of experts are not:
-    how their kernels group tokens depends on all of them. Nor are single matrices, whose output is not a tensor alone.
+    how their kernels group tokens depends on all of them. Nor are single matrices of layers without an MLP.
     """
     count = 0
     for name in names:
         mlp = model.get_submodule(name)
         if any(True for _ in mlp.children()) and not _is_mixture(mlp):
-            mlp.forward = _tiled(mlp.forward, rows, between_tiles)
+            mlp.forward = in_tiles(mlp.forward, rows, between_tiles)
             count += 1
     return count
 
 
-def _tiled(forward: Callable[..., Any], rows: int, between_tiles: Callable[[], None]) -> Callable[..., Any]:
-    def tiled(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        if len(hidden_states) <= rows:
-            return forward(hidden_states, *args, **kwargs)
-        output = None
-        for start in range(0, len(hidden_states), rows):
-            part = forward(hidden_states[start : start + rows], *args, **kwargs)
+def tile_around_attention(
+    model: nn.Module, attention_names: Iterable[str], rows: int, between_tiles: Callable[[], None]
+) -> int:
+    """Run all norms, and the linear layers inside the attention modules, in tiles; how many are."""
+    rows *= LIGHT_FACTOR
+    linear = [
+        module
+        for name in attention_names
+        for module in model.get_submodule(name).modules()
+        if type(module).__name__.endswith("Linear")
+    ]
+    norms = [module for module in model.modules() if type(module).__name__.endswith("Norm")]
+    for module in (*linear, *norms):
+        module.forward = in_tiles(module.forward, rows, between_tiles)
+    return len(linear) + len(norms)
+
+
+def in_tiles(forward: Callable[..., Any], rows: int, between_tiles: Callable[[], None]) -> Callable[..., Any]:
+    """``forward`` in tiles of ``rows`` rows of its first tensor. Arguments with as many rows are cut alike, others are
+    passed on; its result is a tensor, or a tuple of tensors and None.
+    """
+
+    def tiled(*args: Any, **kwargs: Any) -> Any:
+        tokens = next(len(value) for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))
+        if tokens <= rows:
+            return forward(*args, **kwargs)
+        output: Any = None
+        for start in range(0, tokens, rows):
+            tile = slice(start, min(start + rows, tokens))
+            part = forward(
+                *(_cut(value, tokens, tile) for value in args),
+                **{name: _cut(value, tokens, tile) for name, value in kwargs.items()},
+            )
             if output is None:
-                output = part.new_empty((len(hidden_states), *part.shape[1:]))
-            output[start : start + len(part)] = part
-            if start + rows < len(hidden_states):
+                output = tuple(_room(p, tokens) for p in part) if isinstance(part, tuple) else _room(part, tokens)
+            for whole, rows_of_it in zip(output, part, strict=True) if isinstance(part, tuple) else [(output, part)]:
+                if whole is not None:
+                    whole[tile] = rows_of_it
+            if tile.stop < tokens:
                 between_tiles()
         return output
 
     return tiled
+
+
+def _cut(value: Any, tokens: int, tile: slice) -> Any:
+    return value[tile] if isinstance(value, torch.Tensor) and value.dim() and len(value) == tokens else value
+
+
+def _room(part: torch.Tensor | None, tokens: int) -> torch.Tensor | None:
+    return None if part is None else part.new_empty((tokens, *part.shape[1:]))
 
 
 def _is_mixture(mlp: nn.Module) -> bool:

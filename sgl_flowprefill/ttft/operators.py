@@ -44,6 +44,11 @@ class OperatorTimes:
         return attention_s / (attention_s + mlp_s) if attention_s + mlp_s > 0 else 0.5
 
     @property
+    def attention_s_per_pair(self) -> float:
+        """Seconds of a token and one that it attends to in all attention modules of the model."""
+        return float(self.attention[2])
+
+    @property
     def mlp_s_per_token(self) -> float:
         """Seconds of a row in all MLP modules of the model."""
         return float(self.mlp[1])
