@@ -113,10 +113,12 @@ class FlowPrefillScheduler(Scheduler):
         batch_tokens = config.max_batch_tokens or throughput_budget_tokens(self._ttft, LONGEST_BATCH_TOKENS)
         limits = Limits(max_suspended=config.max_suspended, max_batch_tokens=batch_tokens)
         self._policy = make_policy(config.policy, limits, config.max_starvation_s)
+        by_device_s = GPU_MAX_BLOCKING_S if self.device == "cuda" else CPU_MAX_BLOCKING_S
+        self._max_blocking_s = config.max_blocking_ms / 1e3 if config.max_blocking_ms else by_device_s
         between_tiles, tile_rows = None, None
         if config.granularity == "operator":
             between_tiles = self._executor.between_tiles
-            tile_rows = self._tile_tokens(config, len(layers))
+            tile_rows = self._tile_tokens(len(layers))
             tiled = tile_mlps(model_runner.model, chain(*(layer.mlp for layer in layers)), tile_rows, between_tiles)
             logger.info("FlowPrefill runs %d MLP modules in tiles of %d tokens", tiled, tile_rows)
         self._slots = AttentionSlots(model_runner, between_tiles)
@@ -131,12 +133,10 @@ class FlowPrefillScheduler(Scheduler):
             batch_tokens,
         )
 
-    def _tile_tokens(self, config: FlowPrefillConfig, layers: int) -> int:
+    def _tile_tokens(self, layers: int) -> int:
         """Rows of an MLP tile: the profile's time of a whole layer bounds what one of its operators takes."""
-        by_device_s = GPU_MAX_BLOCKING_S if self.device == "cuda" else CPU_MAX_BLOCKING_S
-        max_blocking_s = config.max_blocking_ms / 1e3 if config.max_blocking_ms else by_device_s
         layer_s = self._ttft.predict_s([PrefillShape(TILE_SAMPLE_TOKENS)]) / layers
-        return tile_tokens(max_blocking_s, layer_s / TILE_SAMPLE_TOKENS)
+        return tile_tokens(self._max_blocking_s, layer_s / TILE_SAMPLE_TOKENS)
 
     # ---- the event loop -------------------------------------------------------------------------------------------
 
