@@ -129,6 +129,7 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> dict[str, torch.Tensor]:
         "get_buffer": lambda name, factory: (
             buffers.setdefault(name, factory()) if name not in buffers else buffers[name]
         ),
+        "get_cuda_graph_max_batch_size": lambda requests: requests,
         "get_device_capability": lambda: (9, 0),
         "get_device_core_count": lambda gpu_id: 132,
         "is_arch_support_pdl": lambda: False,
