@@ -53,6 +53,9 @@ class Device(Protocol):
     def wait(self, event: Event, interrupted: Callable[[], bool]) -> bool:
         """Wait until the device has passed ``event``. False, before that, as soon as ``interrupted()``."""
 
+    def drain(self) -> None:
+        """Wait until everything that was recorded has run."""
+
     def fetch(self, batch: Any, result: Any) -> None:
         """A forward pass has been queued completely: queue the copy to the host of what SGLang reads of ``result`` (a
         GenerationBatchResult of ``batch``). Its ``copy_done`` tells when that has arrived; None: it is there already.
@@ -83,6 +86,9 @@ class CpuDevice:
 
     def wait(self, event: Event, interrupted: Callable[[], bool]) -> bool:
         return True
+
+    def drain(self) -> None:
+        pass
 
     def fetch(self, batch: Any, result: Any) -> None:
         pass
@@ -118,6 +124,10 @@ class QueueDevice:
                 return False
             self._pause()
         return True
+
+    def drain(self) -> None:
+        for event in self._queued:
+            self.wait(event, lambda: False)
 
     def _new_event(self) -> Any:
         raise NotImplementedError

@@ -51,8 +51,10 @@ class Activations:
         )
 
     def suspended_bytes(self, tokens: int) -> int:
-        """A task at a checkpoint: input and output of the operator that it stopped after, and the residual."""
-        return 3 * tokens * self.hidden
+        """A task at a checkpoint: input of the layer, input and output of the operator that it stopped after, residual.
+        Norms that work in place (on a GPU) save the first.
+        """
+        return 4 * tokens * self.hidden
 
     def running_bytes(self, tokens: int) -> int:
         """The most that a task holds: within attention, or within the MLP."""

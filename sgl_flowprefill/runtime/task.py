@@ -100,6 +100,8 @@ class Executor:
         """Unwind the forward of a suspended ``task``: its context managers exit and its activations are freed."""
         if task._greenlet is not None and not task._greenlet.dead:
             self._switch(task, task._greenlet.throw)
+            # The next plan in its attention slot overwrites host buffers that queued copies may still read.
+            self._device.drain()
 
     def _switch(self, task: PrefillTask, switch: Callable[[], Any]) -> None:
         hub_state = ForwardState.capture(self._model_runner)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import random
+import sys
 from typing import Any
 
 import pytest
+import torch
 
 from sgl_flowprefill.policy import Limits
 from sgl_flowprefill.runtime.device import CpuDevice, HostStamp, QueueDevice
@@ -138,4 +141,55 @@ def test_a_client_that_leaves_while_its_result_is_on_the_way(
     device.passed = device.recorded
     engine.run()
     assert engine.answers["leaves"].aborted
+    engine.assert_clean()
+
+
+def test_an_aborted_task_leaves_nothing_queued_that_reads_its_slot(
+    engine: PrefillEngine,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    scheduler = engine.scheduler
+    device = LateDevice(2, seed=7)
+    monkeypatch.setattr(scheduler, "_device", device)
+    monkeypatch.setattr(scheduler._executor, "_device", device)
+    scheduler._executor._interrupted = lambda: True
+    engine.submit("leaves", prompt(2, 700))
+    engine.step()
+    [task] = scheduler._tasks()
+    queued = device.recorded
+    assert device.passed < queued
+    engine.abort("leaves")
+    scheduler._take_events()
+    assert task.attn_backend in scheduler._slots._free
+    assert device.passed >= queued
+    scheduler._executor._interrupted = lambda: False
+    engine.run()
+    engine.assert_clean()
+
+
+def test_a_suspended_task_holds_the_activations_that_are_accounted_for(
+    engine: PrefillEngine,  # noqa: F811
+) -> None:
+    """Tensors of as many rows as the prompt has tokens that exist only while it is suspended at a checkpoint."""
+    scheduler = engine.scheduler
+    tokens = 1777
+
+    def rows() -> dict[int, int]:
+        held = [item for item in gc.get_objects() if isinstance(item, torch.Tensor) and item.dim() == 2]
+        storages = (item.untyped_storage() for item in held if len(item) == tokens)
+        return {storage.data_ptr(): storage.nbytes() for storage in storages}
+
+    scheduler._executor._interrupted = lambda: sys._getframe(1).f_code.co_name == "checkpoint"
+    gc.collect()
+    before = rows()
+    engine.submit("only", prompt(3, tokens), ttft_slo_s=100.0)
+    held_bytes = []
+    while "only" not in engine.answers:
+        engine.step()
+        if scheduler._tasks():
+            held_bytes.append(sum(nbytes for pointer, nbytes in rows().items() if pointer not in before))
+    accounted = scheduler._memory.activations.suspended_bytes(tokens)
+    print(f"\nheld at {len(held_bytes)} checkpoints: {max(held_bytes)} bytes, accounted for {accounted}")
+    assert len(held_bytes) >= scheduler._checkpoints - 1
+    assert accounted / 2 < max(held_bytes) <= accounted
     engine.assert_clean()
