@@ -210,7 +210,8 @@ def check_blocking(tasks: Tasks) -> Finding:
     tasks.resume(task)
     tasks.finish(task)
     forward_s = task.executed_s
-    noticed_s, blocked_s = [], []
+    noticed_s: list[float] = []
+    blocked_s: list[float] = []
     with tasks.interrupted_by(arrived.is_set):
         while len(blocked_s) < BLOCKING_SAMPLES:
             arrived.clear()
@@ -261,7 +262,7 @@ def _spin_cycles_per_s() -> float:
     torch.cuda._sleep(cycles)
     end.record()
     end.synchronize()
-    return cycles / (begin.elapsed_time(end) * 1e-3)
+    return cycles / (float(begin.elapsed_time(end)) * 1e-3)
 
 
 def main(server_options: Sequence[str]) -> None:
