@@ -120,9 +120,9 @@ class QueueDevice:
 
     def wait(self, event: Event, interrupted: Callable[[], bool]) -> bool:
         while not event.query():
-            if interrupted():
-                return False
             self._pause()
+            if interrupted():  # before another operator is queued, also if the event was passed during the pause
+                return False
         return True
 
     def drain(self) -> None:

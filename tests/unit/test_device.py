@@ -77,7 +77,7 @@ def _finish_all(scheduler: Any) -> None:
         scheduler._finish(scheduler._finishing.popleft())
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_every_interleaving_keeps_the_order_and_the_bounds(
     data: st.DataObject, monkeypatch: pytest.MonkeyPatch
