@@ -10,6 +10,9 @@ from typing import Any, Final
 
 TRANSFER_BACKENDS: Final = ("nixl", "mooncake")
 
+CHECKED_ATTENTION_BACKENDS: Final = ("flashinfer", "fa3", "triton", "flowprefill_cpu", "torch_native")
+"""Backends of which several instances can be live at once (tests/unit/test_gpu_contracts.py)."""
+
 REFUSED_WHEN_SET: Final = {
     "speculative_algorithm": "a draft model's forward passes have no checkpoints",
     "enable_mixed_chunk": "a prefill server has no decode steps to mix in",
@@ -71,6 +74,10 @@ def incompatible_option(server_args: Any) -> str | None:
     for field, reason in REFUSED_ABOVE_ONE.items():
         if (value(field) or 1) > 1:
             return f"{flag(field)} {value(field)} cannot work with FlowPrefill: {reason}"
+    for field in ("attention_backend", "prefill_attention_backend"):
+        unchecked = unchecked_attention_backend(value(field), flag(field))
+        if unchecked is not None:
+            return unchecked
     if value("schedule_policy") not in (None, "fcfs"):
         return (
             f"--schedule-policy {value('schedule_policy')} cannot work with FlowPrefill: "
@@ -92,3 +99,13 @@ def incompatible_option(server_args: Any) -> str | None:
             "operators"
         )
     return None
+
+
+def unchecked_attention_backend(name: str | None, flag: str = "--attention-backend") -> str | None:
+    """One sentence about an attention backend that is not known to keep the batches of suspended tasks apart."""
+    if name is None or name in CHECKED_ATTENTION_BACKENDS:
+        return None
+    return (
+        f"{flag} {name} cannot work with FlowPrefill: it has not been checked to keep the batches of suspended "
+        "prefills apart; use flashinfer, fa3 or triton"
+    )

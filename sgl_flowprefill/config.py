@@ -37,6 +37,13 @@ class FlowPrefillConfig(BaseModel):
         le=512,
         description="most tasks that may be suspended at a time; each holds its KV cache and activations",
     )
+    lookahead: int = Field(
+        default=2,
+        ge=0,
+        le=64,
+        description="operators queued on the GPU behind the one that runs: a preemption waits for them, and with none "
+        "the GPU idles at every checkpoint",
+    )
     max_batch_tokens: int | None = Field(
         default=None,
         ge=1,

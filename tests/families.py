@@ -169,7 +169,7 @@ def preempt(name: str) -> Outcome:
     return Outcome(
         suspensions=seen["suspensions"],
         deepest=seen["deepest"],
-        checkpoints=scheduler._checkpoints,
+        checkpoints=scheduler._progress.checkpoints,
         wrong_tokens=[rid for rid in prompts if mixed[rid].token != alone[rid].token],
         logprob_difference=max(abs(mixed[rid].logprob - alone[rid].logprob) for rid in prompts),
         reference_tokens=sum(mixed[rid].token == int(expected[rid].argmax()) for rid in prompts),

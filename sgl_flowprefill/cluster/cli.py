@@ -22,12 +22,16 @@ EXIT_CANNOT_START: Final = 2
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Serve until interrupted, or ``profile``; returns the exit code."""
+    """Serve until interrupted, or ``profile`` or ``doctor``; returns the exit code."""
     argv = sys.argv[1:] if argv is None else argv
     if argv and argv[0] == "profile":
         from sgl_flowprefill.cluster import profile_command
 
         return profile_command.main(argv[1:])
+    if argv and argv[0] == "doctor":
+        from sgl_flowprefill.cluster import doctor_command
+
+        return doctor_command.main(argv[1:])
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _end)
     begin_s = time.monotonic()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -20,11 +21,14 @@ from sglang.srt.disaggregation.utils import DisaggregationMode, is_aborted
 from sglang.srt.managers.scheduler import Scheduler
 from sglang.srt.managers.utils import is_health_check_generate_req
 
+from sgl_flowprefill.compat import unchecked_attention_backend
 from sgl_flowprefill.config import FlowPrefillConfig
 from sgl_flowprefill.events import EventLog
 from sgl_flowprefill.patches import wakeups
 from sgl_flowprefill.policy import Job, Limits, PrefillPolicy, make_policy
 from sgl_flowprefill.runtime.checkpoints import Progress, find_decoder_layers, install_checkpoints
+from sgl_flowprefill.runtime.device import CpuDevice, Device, make_device
+from sgl_flowprefill.runtime.memory import TaskMemory
 from sgl_flowprefill.runtime.profile import load_or_measure
 from sgl_flowprefill.runtime.task import AttentionSlots, Executor, PrefillTask
 from sgl_flowprefill.runtime.tiles import tile_around_attention, tile_mlps, tile_tokens
@@ -69,6 +73,8 @@ class FlowPrefillScheduler(Scheduler):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         # What Scheduler.__init__ may already ask for, before the rest of our state can exist.
         self._policy: PrefillPolicy[WaitingRequest, PrefillTask] | None = None
+        self._finishing: deque[PrefillTask] = deque()
+        """Tasks that are done, whose results are on their way from the device."""
         super().__init__(*args, **kwargs)
         if self.disaggregation_mode == DisaggregationMode.PREFILL:
             self._init_flowprefill(FlowPrefillConfig.from_env())
@@ -76,12 +82,17 @@ class FlowPrefillScheduler(Scheduler):
     def _init_flowprefill(self, config: FlowPrefillConfig) -> None:
         model_runner = self.tp_worker.model_runner
         self._config = config
+        unchecked = unchecked_attention_backend(model_runner.prefill_attention_backend_str)
+        if unchecked is not None:
+            raise SystemExit(f"sgl-flowprefill: {unchecked}")
+        self._device: Device = make_device(self.device, config.lookahead)
         self._wakeup = Wakeup()
         self._bootstrapped_s: dict[int, float] = {}
         wakeups.expect_applied()
         wakeups.subscribe(self._on_transfer_status)
         self._events = scheduler_events(self, self._wakeup)
-        self._executor = Executor(model_runner, self._events.pending)
+        interrupted = self._events.pending if isinstance(self._device, CpuDevice) else self._interrupted
+        self._executor = Executor(model_runner, interrupted, self._device)
         self._progress = Progress([])
         layers = [] if config.granularity == "chunk" else find_decoder_layers(model_runner.model)
         self._waiting: dict[Any, Job[WaitingRequest]] = {}
@@ -95,20 +106,21 @@ class FlowPrefillScheduler(Scheduler):
         batch_tokens = config.max_batch_tokens or throughput_budget_tokens(self._ttft, LONGEST_BATCH_TOKENS)
         limits = Limits(max_suspended=config.max_suspended, max_batch_tokens=batch_tokens)
         self._policy = make_policy(config.policy, limits, config.max_starvation_s)
-        between_tiles, tile_pairs = None, math.inf
+        between_tiles, tile_rows, tile_pairs = None, None, math.inf
         if config.granularity == "operator":
             tile_pairs = self._tile_pairs(config, len(layers))
             between_tiles = self._executor.between_tiles
-            tokens = self._tile_tokens(config, len(layers))
-            tiled = tile_mlps(model_runner.model, chain(*(layer.mlp for layer in layers)), tokens, between_tiles)
+            tile_rows = self._tile_tokens(config, len(layers))
+            tiled = tile_mlps(model_runner.model, chain(*(layer.mlp for layer in layers)), tile_rows, between_tiles)
             attention = chain(*(layer.attention for layer in layers))
-            tiled += tile_around_attention(model_runner.model, attention, tokens, between_tiles)
-            logger.info("FlowPrefill runs %d modules in tiles, MLPs in those of %d tokens", tiled, tokens)
+            tiled += tile_around_attention(model_runner.model, attention, tile_rows, between_tiles)
+            logger.info("FlowPrefill runs %d modules in tiles, MLPs in those of %d tokens", tiled, tile_rows)
         if config.granularity != "chunk":
             self._progress = install_checkpoints(
                 model_runner.model, layers, config.granularity, self._executor.checkpoint
             )
         self._slots = AttentionSlots(model_runner, between_tiles, tile_pairs)
+        self._memory = TaskMemory.plan(model_runner, self._slots, config.max_suspended, tile_rows)
         self._log = EventLog(config.event_log)
         logger.info(
             "FlowPrefill is on: policy %s, %d checkpoints in a forward pass, at most %d suspended tasks, batches of up "
@@ -143,14 +155,27 @@ class FlowPrefillScheduler(Scheduler):
 
     def _step(self) -> bool:
         """Take what has happened, pick what runs now, run it until something happens. Whether anything could run."""
-        self._take_events()
+        while True:
+            self._take_events()
+            self._finish_arrived()
+            # Picking late, when the device has room for another operator, is picking with all that is known by then.
+            if self._device.catch_up(self._interrupted):
+                break
         task = None if self._engine_paused else self._pick()
-        if task is None:
-            return False
-        self._run(task)
-        if task.done:
-            self._finish(task)
-        return True
+        if task is not None:
+            self._run(task)
+            if task.done:
+                self._retire(task)
+                self._finishing.append(task)
+                self._finish_arrived()
+            return True
+        if self._finishing:
+            self._device.wait(self._finishing[0].result.copy_done, self._events.pending)
+        return bool(self._finishing)
+
+    def _interrupted(self) -> bool:
+        """Whether the hub has something to look at: an event, or a result that has arrived from the device."""
+        return self._events.pending() or (bool(self._finishing) and self._finishing[0].result.copy_done.query())
 
     def event_loop_overlap_disagg_prefill(self) -> None:
         raise RuntimeError("FlowPrefill needs --disable-overlap-schedule on the prefill server.")
@@ -208,13 +233,16 @@ class FlowPrefillScheduler(Scheduler):
             task = self._start(job, now_s)
             if task is not None:
                 return task
-            # Its KV does not fit. Work on what holds KV, and try again when some has been freed.
+            # Its KV or activations do not fit. Work on what holds some, and try again when it has been freed.
             self._kv_is_short = True
 
     def _start(self, winner: Job[WaitingRequest], now_s: float) -> PrefillTask | None:
-        """A new task for ``winner`` and those that join it, or None when the winner's KV does not fit."""
+        """A new task for ``winner`` and those that join it, or None when its KV or activations do not fit."""
         assert self._policy is not None
         jobs = self._policy.batch(winner, now_s, lambda waiting: waiting.shape.new_tokens, self._predict_s)
+        new_tokens = sum(job.item.shape.new_tokens for job in jobs)
+        if not self._memory.admits([task.new_tokens for task in self._tasks()], new_tokens):
+            return None
         batch = self._make_batch([job.item.req for job in jobs])
         if batch is None:
             return None
@@ -267,11 +295,25 @@ class FlowPrefillScheduler(Scheduler):
                 )
             self._running = task
         self.cur_batch_for_debug = task.batch
-        self._executor.run(task, self.run_batch)
+        self._executor.run(task, self._forward)
+
+    def _forward(self, batch: Any) -> Any:
+        """In the task's greenlet: the whole forward pass, and the way back of its result."""
+        result = self.run_batch(batch)
+        self._device.fetch(batch, result)
+        return result
+
+    def _finish_arrived(self) -> None:
+        """Finish the tasks whose results are on the host. One of the others may wait while the device runs the next."""
+        while self._finishing:
+            copy_done = self._finishing[0].result.copy_done
+            if copy_done is not None and len(self._finishing) == 1 and not copy_done.query():
+                return
+            self._finish(self._finishing.popleft())
 
     def _finish(self, task: PrefillTask) -> None:
         """Send the KV of a task that is done and answer its requests."""
-        self._retire(task)
+        self._slots.give_back(task.attn_backend)
         self._progress.passed_all(task.checkpoint)
         prediction = self._ttft.observe(_shapes(task.batch), task.executed_s)
         self._log.write(
@@ -291,7 +333,6 @@ class FlowPrefillScheduler(Scheduler):
         """Forget a task that is done or dropped."""
         assert self._policy is not None
         self._policy.tasks.remove(task.job)
-        self._slots.give_back(task.attn_backend)
         self._kv_is_short = False
         if self._running is task:
             self._running = None
@@ -370,6 +411,7 @@ class FlowPrefillScheduler(Scheduler):
                 continue
             self._executor.cancel(task)
             self._retire(task)
+            self._slots.give_back(task.attn_backend)
             self._log.write("abort", time.monotonic(), task=task.id, rids=task.rids, checkpoint=task.checkpoint)
             dropped = [req for req in task.batch.reqs if self._retire_aborted_prefill_result(req)]
             for req in dropped:
@@ -380,17 +422,21 @@ class FlowPrefillScheduler(Scheduler):
         """Started tasks run to their end first: a pause may be there to change the weights under them."""
         for task in self._tasks():
             while not task.done:
-                self._executor.run(task, self.run_batch)
-            self._finish(task)
+                self._executor.run(task, self._forward)
+            self._retire(task)
+            self._finishing.append(task)
+        while self._finishing:
+            self._finish(self._finishing.popleft())
         super().pause_generation(recv_req)
 
     # ---- what SGLang asks a scheduler ------------------------------------------------------------------------------
 
     def is_fully_idle(self, *args: Any, **kwargs: Any) -> bool:
-        return super().is_fully_idle(*args, **kwargs) and not self._tasks()
+        return super().is_fully_idle(*args, **kwargs) and not self._tasks() and not self._finishing
 
     def _collect_inflight_batches(self) -> list[Any]:
-        return [*super()._collect_inflight_batches(), *(task.batch for task in self._tasks())]
+        tasks = chain(self._tasks(), self._finishing)
+        return [*super()._collect_inflight_batches(), *(task.batch for task in tasks)]
 
     def get_internal_state(self, recv_req: Any) -> Any:
         """What ``/server_info`` shows, with the state of the TTFT correction."""

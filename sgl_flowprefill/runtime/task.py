@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextvars
 import math
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
@@ -12,6 +11,7 @@ from typing import Any, Protocol, runtime_checkable
 from greenlet import greenlet
 
 from sgl_flowprefill.policy import Job
+from sgl_flowprefill.runtime.device import CpuDevice, Device, Stamp
 from sgl_flowprefill.runtime.forward_state import ForwardState
 
 
@@ -32,8 +32,8 @@ class PrefillTask:
     """What the policy sees of it."""
     checkpoint: int = 0
     """Checkpoints passed so far."""
-    executed_s: float = 0.0
-    """Time for which it ran, without the time for which it was suspended."""
+    spans: list[tuple[Stamp, Stamp]] = field(default_factory=list, repr=False)
+    """Where it ran in the device's queue, from each start or resume to the suspension or end that followed."""
     result: Any = None
     """What the forward pass returned, once done."""
     done: bool = False
@@ -49,6 +49,11 @@ class PrefillTask:
         return self._greenlet is not None
 
     @property
+    def executed_s(self) -> float:
+        """Device time for which it ran, without the time for which it was suspended. Known once that has passed."""
+        return sum(begin.seconds_until(end) for begin, end in self.spans)
+
+    @property
     def rids(self) -> list[str]:
         return [req.rid for req in self.batch.reqs]
 
@@ -60,11 +65,11 @@ class PrefillTask:
 class Executor:
     """Runs one task at a time and comes back when it is done or when ``interrupted`` says so at a checkpoint."""
 
-    def __init__(self, model_runner: Any, interrupted: Callable[[], bool]) -> None:
+    def __init__(self, model_runner: Any, interrupted: Callable[[], bool], device: Device | None = None) -> None:
         self._model_runner = model_runner
         self._interrupted = interrupted
+        self._device = device or CpuDevice()
         self._running: PrefillTask | None = None
-        self._resumed_s = 0.0
 
     def checkpoint(self) -> None:
         """Called by the model after each operator; may not return before much later."""
@@ -72,13 +77,17 @@ class Executor:
         if task is None:  # a forward outside any task, such as the profile's
             return
         task.checkpoint += 1
-        if self._interrupted():
+        self._device.record()
+        if self._interrupted() or not self._device.catch_up(self._interrupted):
             task._greenlet.parent.switch()
 
     def between_tiles(self) -> None:
         """Called inside a long operator: like a checkpoint, but no progress by which time left could be told."""
         task = self._running
-        if task is not None and self._interrupted():
+        if task is None:
+            return
+        self._device.record()
+        if self._interrupted() or not self._device.catch_up(self._interrupted):
             task._greenlet.parent.switch()
 
     def run(self, task: PrefillTask, forward: Callable[[Any], Any]) -> None:
@@ -92,16 +101,19 @@ class Executor:
         """Unwind the forward of a suspended ``task``: its context managers exit and its activations are freed."""
         if task._greenlet is not None and not task._greenlet.dead:
             self._switch(task, task._greenlet.throw)
+            # The next plan in its attention slot overwrites host buffers that queued copies may still read.
+            self._device.drain()
 
     def _switch(self, task: PrefillTask, switch: Callable[[], Any]) -> None:
         hub_state = ForwardState.capture(self._model_runner)
         assert task._state is not None
         task._state.install(self._model_runner)
-        self._running, self._resumed_s = task, time.monotonic()
+        self._running = task
+        begin = self._device.stamp()
         try:
             switch()
         finally:
-            task.executed_s += time.monotonic() - self._resumed_s
+            task.spans.append((begin, self._device.stamp()))
             self._running = None
             task._state = ForwardState.capture(self._model_runner)
             hub_state.install(self._model_runner)
@@ -129,7 +141,9 @@ class TiledAttention(Protocol):
 class AttentionSlots:
     """Attention backends for tasks that live at the same time: a backend keeps the metadata of one batch.
 
-    The first slot is the model runner's own backend; others are made when needed and reused.
+    The first slot is the model runner's own backend; others are made when needed and reused. FlashInfer's backends have
+    plans and integer workspaces of their own and share the large float workspace, which holds partial results within
+    one attention kernel and the merge that follows it on the same stream: a task is never suspended between the two.
     """
 
     def __init__(
@@ -143,7 +157,16 @@ class AttentionSlots:
     def take(self) -> Any:
         if self._free:
             return self._free.pop()
-        backend = self._model_runner._get_attention_backend(init_new_workspace=True)
+        return self._new()
+
+    def measure_bytes(self, allocated_bytes: Callable[[], int]) -> int:
+        """Make a slot ahead of its use; device memory that it took."""
+        before_bytes = allocated_bytes()
+        self._free.append(self._new())
+        return allocated_bytes() - before_bytes
+
+    def _new(self) -> Any:
+        backend = self._model_runner._get_attention_backend(init_new_workspace=False)
         self._model_runner.kv_index_translator.bind_and_verify_backends([backend])
         return self._prepared(backend)
 

@@ -48,12 +48,19 @@ def test_parallelism(field):
         ({"chunked_prefill_size": None}, "FlowPrefill needs --chunked-prefill-size -1"),
         ({"disable_overlap_schedule": False}, "FlowPrefill needs --disable-overlap-schedule"),
         ({"cuda_graph_backend_prefill": None}, "FlowPrefill needs --cuda-graph-backend-prefill disabled"),
+        ({"attention_backend": "trtllm_mha"}, "--attention-backend trtllm_mha cannot work with FlowPrefill"),
+        ({"prefill_attention_backend": "fa4"}, "--prefill-attention-backend fa4 cannot work with FlowPrefill"),
         ({"schedule_policy": "lpm"}, "--schedule-policy lpm"),
         ({"speculative_algorithm": "EAGLE"}, "--speculative-algorithm EAGLE cannot work"),
     ],
 )
 def test_values(changes, text):
     assert text in problem(**changes)
+
+
+@pytest.mark.parametrize("name", ["flashinfer", "fa3", "triton", None])
+def test_checked_attention_backends(name):
+    assert problem(attention_backend=name, prefill_attention_backend=name) is None
 
 
 def test_the_cpu_has_no_graphs_to_disable():

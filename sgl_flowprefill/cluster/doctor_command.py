@@ -1,0 +1,114 @@
+"""``launch.py doctor``: check on this machine what FlowPrefill assumes of its device."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Final, NoReturn
+
+from rich.console import Console
+from rich.table import Table
+
+from sgl_flowprefill.cluster import machine, preflight
+from sgl_flowprefill.cluster.base import ClusterConfig, Ports, StartError
+from sgl_flowprefill.config import ConfigError, FlowPrefillConfig
+from sgl_flowprefill.model import embedded_model_path
+from sgl_flowprefill.model.embedded import EmbeddedModel
+
+EXIT_FAILED: Final = 1
+EXIT_CANNOT_START: Final = 2
+LOG_LINES: Final = 15
+GPU_MODEL: Final = EmbeddedModel(hidden_size=1024, intermediate_size=4096, heads=8, kv_heads=2, head_dim=128)
+"""GPU attention kernels serve no heads as small as the embedded model's."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the checks and print what they found; returns the exit code."""
+    try:
+        arguments, server_args = _parser().parse_known_args(argv)
+        if arguments.gpu and not machine.gpu_count():
+            raise StartError("this machine has no NVIDIA GPU, so nothing was checked")
+        return _check(arguments, server_args)
+    except (StartError, ConfigError) as error:
+        print(f"launch.py doctor: {error}", file=sys.stderr)
+        return EXIT_CANNOT_START
+
+
+def _check(arguments: argparse.Namespace, server_args: Sequence[str]) -> int:
+    model = arguments.model_path
+    if model is None and machine.gpu_count():
+        model = str(embedded_model_path(GPU_MODEL))
+    layout = preflight.prepare(
+        ClusterConfig(
+            flowprefill=True,
+            model_path=model,
+            ports=Ports(),
+            server_args=server_args,
+            decode_args=("--base-gpu-id", "0"),  # no decode server is started, so it needs no GPU
+            options=FlowPrefillConfig.from_namespace(arguments),
+        )
+    )
+    log = arguments.log_dir / "doctor.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    findings: list[dict[str, Any]] = []
+    with open(log, "wb") as errors:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "sgl_flowprefill.runtime.selfcheck", *layout.server_options("prefill")],
+            env=layout.server_env("prefill"),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+        )
+    try:
+        assert process.stdout is not None
+        for line in process.stdout:
+            findings.append(json.loads(line))
+            print(f"{'pass' if findings[-1]['passed'] else 'FAIL'}  {findings[-1]['check']}", file=sys.stderr)
+        process.wait()
+    finally:
+        with suppress(ProcessLookupError):
+            process.kill()
+    if process.returncode or not findings:
+        end = "\n".join(log.read_text(errors="replace").splitlines()[-LOG_LINES:])
+        print(f"launch.py doctor: the engine did not get through; {log} ends with:\n{end}", file=sys.stderr)
+        return EXIT_FAILED
+    _print(findings, shlex.join(server_args))
+    return 0 if all(finding["passed"] for finding in findings) else EXIT_FAILED
+
+
+def _print(findings: Sequence[dict[str, Any]], options: str) -> None:
+    table = Table(title=f"doctor {options}".rstrip(), title_justify="left")
+    for column in ("", "check", "figures"):
+        table.add_column(column, overflow="fold")
+    for finding in findings:
+        table.add_row("pass" if finding["passed"] else "FAIL", finding["check"], finding["figures"])
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise StartError(message)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="launch.py doctor",
+        usage="launch.py doctor [--gpu] [--model-path MODEL] [SGLang server options]",
+        description="Check what FlowPrefill assumes of the device: events, attention state, tokens under preemption, "
+        "the cost of checkpoints, blocking. Options that are not listed here are SGLang's, as for the prefill server.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--gpu", action="store_true", help="insist on a GPU: without one, exit with 2")
+    parser.add_argument("--model-path", metavar="MODEL", help="checkpoint directory or Hugging Face model id (default: "
+                        "a small random model)")  # fmt: skip
+    parser.add_argument("--log-dir", metavar="DIR", type=Path, default=Path("out/logs"), help="directory of the log "
+                        "file (default %(default)s)")  # fmt: skip
+    FlowPrefillConfig.add_cli_args(parser)
+    return parser

@@ -1,0 +1,130 @@
+"""Device memory that tasks take beside weights and KV pool: attention state of each, and activations.
+
+What is needed at all is asked for at start, with one sentence if it is not there; what depends on the prompts bounds
+which tasks may be live at the same time, as the KV pool does.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+
+from sgl_flowprefill.runtime.task import AttentionSlots
+
+logger = logging.getLogger(__name__)
+
+MIB: Final = 1 << 20
+LIVE_BESIDE_SUSPENDED: Final = 2
+"""Tasks that hold attention state without being suspended: the one that runs, and one whose result is on its way."""
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Bytes that a forward pass holds, from the shape of the model."""
+
+    hidden: int
+    """Bytes of one token's hidden state."""
+    attention: int
+    """Bytes of one token's queries, keys, values and attention output."""
+    mlp: int
+    """Bytes of one token's gate, up projection and their product; with a mixture of experts, in each that it visits."""
+    mlp_tile_tokens: int | None
+    """Rows of an MLP tile; None: the whole batch at once."""
+
+    @classmethod
+    def of(cls, model_config: Any, dtype_bytes: int, mlp_tile_tokens: int | None) -> Activations:
+        """For one rank that holds the whole model, an upper bound for one that holds a share of it."""
+        text = model_config.hf_text_config
+        heads, kv_heads = model_config.num_attention_heads, model_config.get_total_num_kv_heads()
+        dense = int(getattr(text, "intermediate_size", None) or 4 * model_config.hidden_size)
+        expert = int(getattr(text, "moe_intermediate_size", None) or 0)
+        experts = int(getattr(text, "num_experts_per_tok", None) or 0)
+        return cls(
+            hidden=model_config.hidden_size * dtype_bytes,
+            attention=2 * (heads + kv_heads) * model_config.head_dim * dtype_bytes,
+            mlp=max(3 * dense, experts * (3 * expert + model_config.hidden_size)) * dtype_bytes,
+            mlp_tile_tokens=None if experts else mlp_tile_tokens,
+        )
+
+    def suspended_bytes(self, tokens: int) -> int:
+        """A task at a checkpoint: input of the layer, input and output of the operator that it stopped after, residual.
+        Norms that work in place (on a GPU) save the first.
+        """
+        return 4 * tokens * self.hidden
+
+    def running_bytes(self, tokens: int) -> int:
+        """The most that a task holds: within attention, or within the MLP."""
+        rows = min(tokens, self.mlp_tile_tokens or tokens)
+        return self.suspended_bytes(tokens) + max(tokens * self.attention, rows * self.mlp)
+
+
+@dataclass(frozen=True)
+class TaskMemory:
+    """Which tasks may be live at the same time."""
+
+    activations: Activations
+    budget_bytes: float
+    """For the activations of all live tasks; infinite where the device's memory is the host's."""
+
+    @classmethod
+    def plan(
+        cls, model_runner: Any, slots: AttentionSlots, max_suspended: int, mlp_tile_tokens: int | None
+    ) -> TaskMemory:
+        """Measure what is free and what a task needs. Raises SystemExit with one line when that does not fit."""
+        config = model_runner.model_config
+        activations = Activations.of(config, model_runner.dtype.itemsize, mlp_tile_tokens)
+        if model_runner.device != "cuda":
+            return cls(activations, float("inf"))
+        tasks = max_suspended + LIVE_BESIDE_SUSPENDED
+        slot_bytes = slots.measure_bytes(torch.cuda.memory_allocated)
+        slots_bytes = slot_bytes * (tasks - 2)  # the model runner's own backend is there, and the one just measured
+        longest_tokens = min(config.context_len, model_runner.max_total_num_tokens)
+        budget_bytes = budget(
+            free_bytes=_free_bytes(),
+            slots_bytes=slots_bytes,
+            longest_bytes=activations.running_bytes(longest_tokens),
+            tasks=tasks,
+        )
+        logger.info(
+            "FlowPrefill: %d tasks need %d MiB of attention state, %d of them as they come; %d MiB are left for "
+            "activations, those of %d suspended tokens",
+            tasks,
+            slot_bytes * tasks // MIB,
+            slots_bytes // MIB,
+            budget_bytes // MIB,
+            budget_bytes // activations.suspended_bytes(1),
+        )
+        return cls(activations, budget_bytes)
+
+    def admits(self, live_tokens: Sequence[int], new_tokens: int) -> bool:
+        """Whether a task of ``new_tokens`` may start beside live ones: all of them suspended, but the largest, running.
+        Alone it always may.
+        """
+        if not live_tokens:
+            return True
+        *others, largest = sorted([*live_tokens, new_tokens])
+        held = self.activations.suspended_bytes(sum(others)) + self.activations.running_bytes(largest)
+        return held <= self.budget_bytes
+
+
+def budget(free_bytes: int, slots_bytes: int, longest_bytes: int, tasks: int) -> int:
+    """What is left for activations. Raises SystemExit when that is not even enough for the longest prompt alone."""
+    left_bytes = free_bytes - slots_bytes
+    if left_bytes < longest_bytes:
+        raise SystemExit(
+            f"sgl-flowprefill: {tasks} tasks need {-(-(slots_bytes + longest_bytes) // MIB)} MiB beside the KV pool "
+            f"({slots_bytes // MIB} for attention, {longest_bytes // MIB} for the activations of the longest prompt) "
+            f"and {free_bytes // MIB} MiB are free: lower --mem-fraction-static or --flowprefill-max-suspended, or set "
+            "--context-length"
+        )
+    return left_bytes
+
+
+def _free_bytes() -> int:
+    """What PyTorch can still get from the device, and what it has got and not handed out."""
+    free_bytes, _ = torch.cuda.mem_get_info()
+    return int(free_bytes + torch.cuda.memory_reserved() - torch.cuda.memory_allocated())

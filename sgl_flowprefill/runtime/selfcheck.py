@@ -1,0 +1,284 @@
+"""What can only be known on the device itself: the checks of ``launch.py doctor``, run in a prefill server's process.
+
+Started with the environment and options of a prefill server. Writes a ``Finding`` as one JSON object a line to its
+standard output.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import statistics
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from types import SimpleNamespace
+from typing import Any, Final
+
+import torch
+from sglang.srt.mem_cache.common import release_kv_cache
+
+from sgl_flowprefill.profiling.measure import SchedulerEngine
+from sgl_flowprefill.profiling.process import make_scheduler
+from sgl_flowprefill.runtime.device import CudaDevice
+from sgl_flowprefill.runtime.memory import MIB
+from sgl_flowprefill.runtime.task import PrefillTask
+
+TASKS: Final = 8
+SUSPEND_PROBABILITY: Final = 0.5
+COST_TOKENS: Final = 2048
+COST_PAIRS: Final = 25
+CHECKPOINT_CALLS: Final = 2000
+MAX_COST: Final = 0.03
+"""Of a forward pass, for its checkpoints when nobody waits; above the goal, so that noise does not fail it."""
+BLOCKING_TOKENS: Final = 16_384
+BLOCKING_SAMPLES: Final = 60
+HOST_S: Final = 1e-3
+"""What the host may take on top of operators before a preemptor's first kernel could run."""
+SPIN_S: Final = 0.05
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Outcome of one check."""
+
+    check: str
+    passed: bool
+    figures: str
+
+
+class Tasks(SchedulerEngine):
+    """Starts and suspends prefills on an idle scheduler, below the hub."""
+
+    def __init__(self, scheduler: Any) -> None:
+        super().__init__(scheduler)
+        self._started = 0
+
+    def start(self, prompt: list[int]) -> PrefillTask:
+        scheduler = self._scheduler
+        self._started += 1
+        batch = scheduler._make_batch([self._req(self._started, prompt)])
+        return PrefillTask(self._started, batch, 0.0, 0.0, 0.0, 0.0, scheduler._slots.take())
+
+    @torch.no_grad()
+    def resume(self, task: PrefillTask) -> None:
+        """Run ``task`` until it is done or interrupted."""
+        self._scheduler._executor.run(task, self._scheduler._forward)
+
+    def finish(self, task: PrefillTask) -> int:
+        """First token of a task that is done."""
+        scheduler = self._scheduler
+        if task.result.copy_done is not None:
+            task.result.copy_done.synchronize()
+        [token] = task.result.next_token_ids.tolist()
+        scheduler._slots.give_back(task.attn_backend)
+        for req in task.batch.reqs:
+            release_kv_cache(req, scheduler.tree_cache, checkpoint=False)
+        return int(token)
+
+    def checkpoint_s(self) -> float:
+        """Host time of a checkpoint with nothing pending and nothing to wait for."""
+        executor = self._scheduler._executor
+        executor._running = SimpleNamespace(checkpoint=0)
+        begin_s = time.perf_counter()
+        for _ in range(CHECKPOINT_CALLS):
+            executor.checkpoint()
+        each_s = (time.perf_counter() - begin_s) / CHECKPOINT_CALLS
+        executor._running = None
+        return each_s
+
+    @contextmanager
+    def interrupted_by(self, interrupted: Callable[[], bool]) -> Iterator[None]:
+        executor = self._scheduler._executor
+        usual, executor._interrupted = executor._interrupted, interrupted
+        try:
+            yield
+        finally:
+            executor._interrupted = usual
+
+    def prompt(self, tokens: int) -> list[int]:
+        return self._random_ids(min(tokens, self.limit_tokens))
+
+
+def check_events(tasks: Tasks) -> Finding:
+    """An event is passed when the kernels before it have run, and waiting for it ends early on an interruption."""
+    device = CudaDevice(lookahead=0)
+    cycles_per_s = _spin_cycles_per_s()
+    interrupted = threading.Event()
+    begin = device.stamp()
+    torch.cuda._sleep(int(SPIN_S * cycles_per_s))
+    device.record()
+    end = device.stamp()
+    threading.Timer(SPIN_S / 5, interrupted.set).start()
+    begin_s = time.monotonic()
+    early = not device.catch_up(interrupted.is_set)
+    early_s = time.monotonic() - begin_s
+    whole = device.catch_up(lambda: False)
+    whole_s = time.monotonic() - begin_s
+    spun_s = begin.seconds_until(end)
+    passed = early and whole and early_s < SPIN_S / 2 < whole_s and 0.5 * SPIN_S < spun_s < 2 * SPIN_S
+    figures = f"{spun_s * 1e3:.1f} ms on the device, interrupted after {early_s * 1e3:.1f}, over at {whole_s * 1e3:.1f}"
+    return Finding("CUDA events", passed, figures)
+
+
+def check_slots(tasks: Tasks) -> Finding:
+    """Attention state of more tasks takes little memory, and none of them shares its plans."""
+    slots = tasks._scheduler._slots
+    before_bytes = torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
+    taken = [slots.take() for _ in range(TASKS)]
+    after_bytes = torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
+    for backend in taken:
+        slots.give_back(backend)
+    each_mib = (after_bytes - before_bytes) / TASKS / MIB
+    distinct = len({id(backend) for backend in taken}) == TASKS
+    name = type(taken[0]).__name__
+    return Finding("attention slots", distinct and each_mib < 128, f"{name}: {each_mib:.1f} MiB of device memory each")
+
+
+def check_tokens(tasks: Tasks) -> Finding:
+    """Prefills suspended at random inside one another give the tokens that each gives alone."""
+    rng = random.Random(1)
+    prompts = [tasks.prompt(rng.randrange(100, 3000)) for _ in range(TASKS)]
+    with tasks.interrupted_by(lambda: False):
+        alone = []
+        for prompt in prompts:
+            task = tasks.start(prompt)
+            tasks.resume(task)
+            alone.append(tasks.finish(task))
+    suspensions = 0
+    with tasks.interrupted_by(lambda: rng.random() < SUSPEND_PROBABILITY):
+        live = [tasks.start(prompt) for prompt in prompts]
+        started = list(live)
+        while live:
+            task = rng.choice(live)
+            tasks.resume(task)
+            if task.done:
+                live.remove(task)
+            else:
+                suspensions += 1
+        together = [tasks.finish(task) for task in started]
+    same = sum(a == b for a, b in zip(alone, together, strict=True))
+    return Finding(
+        "tokens under preemption",
+        same == len(prompts) and suspensions >= 3 * TASKS and len(set(alone)) > 1,
+        f"{same} of {len(prompts)} the same, {suspensions} suspensions, {len(set(alone))} different tokens",
+    )
+
+
+def check_cost(tasks: Tasks) -> Finding:
+    """What the checkpoints of a forward pass cost when nobody waits, as the median of pairs in turn."""
+    prompt = tasks.prompt(COST_TOKENS)
+    ratios = []
+    for pair in range(COST_PAIRS + 1):
+        times_s = {}
+        for with_checkpoints in (True, False) if pair % 2 else (False, True):
+            task = tasks.start(prompt)
+            tasks._synchronize()
+            begin_s = time.perf_counter()
+            if with_checkpoints:
+                tasks.resume(task)
+            else:
+                with torch.no_grad():
+                    task.result = tasks._scheduler._forward(task.batch)
+            tasks.finish(task)
+            times_s[with_checkpoints] = time.perf_counter() - begin_s
+        if pair:  # the first warms up
+            ratios.append(times_s[True] / times_s[False])
+    cost = statistics.median(ratios) - 1
+    figures = f"{cost:+.2%} of a prefill of {len(prompt)} tokens, {tasks.checkpoint_s() * 1e6:.1f} us each on the host"
+    return Finding("cost of checkpoints", cost < MAX_COST, figures)
+
+
+def check_blocking(tasks: Tasks) -> Finding:
+    """How long after an arrival a preemptor's first kernel could run: what was queued before it is over by then."""
+    scheduler = tasks._scheduler
+    prompt = tasks.prompt(BLOCKING_TOKENS)
+    arrived = threading.Event()
+    arrival_s = 0.0
+
+    def arrive() -> None:
+        nonlocal arrival_s
+        arrival_s = time.monotonic()
+        arrived.set()
+
+    rng = random.Random(2)
+    task = tasks.start(prompt)
+    tasks.resume(task)
+    tasks.finish(task)
+    forward_s = task.executed_s
+    noticed_s: list[float] = []
+    blocked_s: list[float] = []
+    with tasks.interrupted_by(arrived.is_set):
+        while len(blocked_s) < BLOCKING_SAMPLES:
+            arrived.clear()
+            task = tasks.start(prompt)
+            while not task.done:
+                timer = threading.Timer(rng.uniform(0.0, forward_s / 8), arrive)
+                timer.start()
+                tasks.resume(task)
+                timer.cancel()
+                timer.join()
+                if arrived.is_set() and not task.done:
+                    noticed_s.append(time.monotonic() - arrival_s)
+                    tasks._synchronize()
+                    blocked_s.append(time.monotonic() - arrival_s)
+                arrived.clear()
+            tasks.finish(task)
+    p50, p99 = statistics.median(blocked_s), statistics.quantiles(blocked_s, n=100, method="inclusive")[98]
+    ahead = scheduler._config.lookahead if scheduler.device == "cuda" else 0
+    limit_s = (ahead + 1) * scheduler._config.max_blocking_ms * 1e-3 + HOST_S
+    figures = (
+        f"{len(prompt)} tokens, {forward_s:.3f} s: p50 {p50 * 1e3:.1f}, p99 {p99 * 1e3:.1f}, "
+        f"max {max(blocked_s) * 1e3:.1f} ms (bound {limit_s * 1e3:.0f}); "
+        f"the hub knew after {statistics.median(noticed_s) * 1e3:.1f} ms"
+    )
+    return Finding("blocking", p99 <= limit_s, figures)
+
+
+def checks(scheduler: Any) -> Iterator[Finding]:
+    """All findings about the engine inside ``scheduler``."""
+    tasks = Tasks(scheduler)
+    all_checks: Sequence[Callable[[Tasks], Finding]] = (
+        *((check_events,) if scheduler.device == "cuda" else ()),
+        *(check_slots, check_tokens, check_cost, check_blocking),
+    )
+    for check in all_checks:
+        try:
+            yield check(tasks)
+        except Exception as error:
+            yield Finding(check.__name__.removeprefix("check_"), False, f"{type(error).__name__}: {error}")
+            return  # what it left behind would fail the others
+
+
+def _spin_cycles_per_s() -> float:
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    cycles = 20_000_000
+    torch.cuda._sleep(cycles)
+    begin.record()
+    torch.cuda._sleep(cycles)
+    end.record()
+    end.synchronize()
+    return cycles / (float(begin.elapsed_time(end)) * 1e-3)
+
+
+def main(server_options: Sequence[str]) -> None:
+    # SGLang and its libraries print to standard output too: they get the log file.
+    findings = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1)
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    for finding in checks(make_scheduler(server_options)):
+        findings.write(json.dumps(asdict(finding)) + "\n")
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except (Exception, SystemExit) as error:
+        print(error, file=sys.stderr)
+        os._exit(1)
+    # SGLang's scheduler leaves threads behind that would keep the process.
+    sys.stderr.flush()
+    os._exit(0)

@@ -1,0 +1,195 @@
+"""The real scheduler on a device whose work is over later than it was queued: results that come late change nothing."""
+
+from __future__ import annotations
+
+import gc
+import random
+import sys
+from typing import Any
+
+import pytest
+import torch
+
+from sgl_flowprefill.policy import Limits
+from sgl_flowprefill.runtime.device import CpuDevice, HostStamp, QueueDevice
+from tests.engine import PrefillEngine
+from tests.integration.test_preemption import chaos, engine, shared_engine  # noqa: F401 - fixtures
+from tests.prompts import prompt
+
+
+class LateDevice(QueueDevice):
+    """Passes its events in their order, each some looks after it was recorded."""
+
+    def __init__(self, lookahead: int, seed: int) -> None:
+        super().__init__(lookahead)
+        self.rng = random.Random(seed)
+        self.recorded = self.passed = 0
+        self.deepest = 0
+        self.early_wakes = 0
+
+    def record(self) -> None:
+        super().record()
+        self.deepest = max(self.deepest, len(self._queued))
+
+    def catch_up(self, interrupted: Any) -> bool:
+        caught_up = super().catch_up(interrupted)
+        self.early_wakes += not caught_up
+        return caught_up
+
+    def fetch(self, batch: Any, result: Any) -> None:
+        assert result.copy_done is None
+        result.copy_done = self._new_event()
+        result.copy_to_cpu(return_logprob=batch.return_logprob, return_hidden_states=batch.return_hidden_states)
+        self.record()
+
+    def stamp(self) -> HostStamp:
+        return CpuDevice().stamp()
+
+    def _new_event(self) -> LateEvent:
+        return LateEvent(self)
+
+    def _pause(self) -> None:
+        pass
+
+
+class LateEvent:
+    def __init__(self, device: LateDevice) -> None:
+        self._device = device
+        self._place = 0
+
+    def record(self) -> None:
+        self._device.recorded += 1
+        self._place = self._device.recorded
+
+    def query(self) -> bool:
+        device = self._device
+        if device.passed < device.recorded and device.rng.random() < 0.3:
+            device.passed += 1
+        return self._place <= device.passed
+
+    def synchronize(self) -> None:
+        self._device.passed = max(self._device.passed, self._place)
+
+
+@pytest.mark.parametrize("lookahead", [0, 2])
+def test_late_results_and_early_wakes_change_no_token(
+    engine: PrefillEngine,  # noqa: F811
+    lookahead: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    scheduler = engine.scheduler
+    shared = prompt(98, 200)
+    prompts = {f"d{i}": prompt(i, 40 + 97 * i, shared if i % 3 else None) for i in range(12)}
+    for rid, tokens in prompts.items():
+        engine.submit(rid, tokens, logprobs=True)
+        engine.run()
+    alone = {rid: (engine.answers[rid].token, engine.answers[rid].logprob) for rid in prompts}
+    engine.assert_clean()
+    engine.answers.clear()
+
+    device = LateDevice(lookahead, seed=lookahead)
+    monkeypatch.setattr(scheduler, "_device", device)
+    monkeypatch.setattr(scheduler._executor, "_device", device)
+    scheduler._policy.limits = Limits(max_suspended=6, max_batch_tokens=1)
+    seen = chaos(engine, seed=11, switch_probability=0.2)
+    late, most = 0, 0
+    finish = scheduler._finish
+
+    def watched(task: Any) -> None:
+        nonlocal late
+        late += task.result.copy_done._place > device.passed
+        finish(task)
+
+    monkeypatch.setattr(scheduler, "_finish", watched)
+    for rid, tokens in prompts.items():
+        engine.submit(rid, tokens, logprobs=True)
+    while len(engine.answers) < len(prompts):
+        engine.step()
+        most = max(most, len(scheduler._finishing))
+        assert len(scheduler._finishing) <= 1
+        assert not (scheduler._finishing and scheduler.is_fully_idle())
+    assert late == 0, "a result was processed before it had arrived, though the device could have been waited for"
+    assert most == 1, "no task waited for its result"
+    assert seen["suspensions"] >= 10
+    assert device.early_wakes >= 5
+    assert device.deepest <= lookahead + 1
+    for rid, (token, logprob) in alone.items():
+        assert engine.answers[rid].token == token, rid
+        assert engine.answers[rid].logprob == pytest.approx(logprob, abs=1e-4)
+    engine.run()
+    engine.assert_clean()
+
+
+def test_a_client_that_leaves_while_its_result_is_on_the_way(
+    engine: PrefillEngine,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    scheduler = engine.scheduler
+    device = LateDevice(2, seed=5)
+    monkeypatch.setattr(scheduler, "_device", device)
+    monkeypatch.setattr(scheduler._executor, "_device", device)
+    device.rng = random.Random()
+    device.rng.random = lambda: 1.0  # type: ignore[method-assign] - nothing passes
+    scheduler._executor._interrupted = lambda: False
+    monkeypatch.setattr(type(device), "catch_up", lambda self, interrupted: True)
+    engine.submit("leaves", prompt(1, 300))
+    engine.step()
+    assert [task.rids for task in scheduler._finishing] == [["leaves"]]
+    assert not scheduler.is_fully_idle()
+    assert scheduler._collect_inflight_batches()
+    engine.abort("leaves")
+    device.passed = device.recorded
+    engine.run()
+    assert engine.answers["leaves"].aborted
+    engine.assert_clean()
+
+
+def test_an_aborted_task_leaves_nothing_queued_that_reads_its_slot(
+    engine: PrefillEngine,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    scheduler = engine.scheduler
+    device = LateDevice(2, seed=7)
+    monkeypatch.setattr(scheduler, "_device", device)
+    monkeypatch.setattr(scheduler._executor, "_device", device)
+    scheduler._executor._interrupted = lambda: True
+    engine.submit("leaves", prompt(2, 700))
+    engine.step()
+    [task] = scheduler._tasks()
+    queued = device.recorded
+    assert device.passed < queued
+    engine.abort("leaves")
+    scheduler._take_events()
+    assert task.attn_backend in scheduler._slots._free
+    assert device.passed >= queued
+    scheduler._executor._interrupted = lambda: False
+    engine.run()
+    engine.assert_clean()
+
+
+def test_a_suspended_task_holds_the_activations_that_are_accounted_for(
+    engine: PrefillEngine,  # noqa: F811
+) -> None:
+    """Tensors of as many rows as the prompt has tokens that exist only while it is suspended at a checkpoint."""
+    scheduler = engine.scheduler
+    tokens = 1777
+
+    def rows() -> dict[int, int]:
+        held = [item for item in gc.get_objects() if isinstance(item, torch.Tensor) and item.dim() == 2]
+        storages = (item.untyped_storage() for item in held if len(item) == tokens)
+        return {storage.data_ptr(): storage.nbytes() for storage in storages}
+
+    scheduler._executor._interrupted = lambda: sys._getframe(1).f_code.co_name == "checkpoint"
+    gc.collect()
+    before = rows()
+    engine.submit("only", prompt(3, tokens), ttft_slo_s=100.0)
+    held_bytes = []
+    while "only" not in engine.answers:
+        engine.step()
+        if scheduler._tasks():
+            held_bytes.append(sum(nbytes for pointer, nbytes in rows().items() if pointer not in before))
+    accounted = scheduler._memory.activations.suspended_bytes(tokens)
+    print(f"\nheld at {len(held_bytes)} checkpoints: {max(held_bytes)} bytes, accounted for {accounted}")
+    assert len(held_bytes) >= scheduler._progress.checkpoints - 1
+    assert accounted / 2 < max(held_bytes) <= accounted
+    engine.assert_clean()

@@ -1,0 +1,42 @@
+"""`launch.py doctor`: its checks on the CPU engine, and what it says without a GPU."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sgl_flowprefill.cluster import machine
+
+ROOT = Path(__file__).parents[2]
+
+
+def doctor(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "launch.py", "doctor", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env=os.environ | env,
+    )
+
+
+def test_without_a_gpu_it_says_so_in_one_line() -> None:
+    done = doctor("--gpu", CUDA_VISIBLE_DEVICES="")
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr == "launch.py doctor: this machine has no NVIDIA GPU, so nothing was checked\n"
+
+
+@pytest.mark.skipif(bool(machine.gpu_count()), reason="checks the CPU engine")
+def test_the_cpu_engine_keeps_its_tokens_and_its_attention_state_apart(tmp_path: Path) -> None:
+    done = doctor("--log-dir", str(tmp_path))
+    print(done.stdout)
+    lines = {line.split("  ", 1)[1]: line.split("  ", 1)[0] for line in done.stderr.splitlines() if "  " in line}
+    assert lines["attention slots"] == "pass"
+    assert lines["tokens under preemption"] == "pass"
+    assert set(lines) == {"attention slots", "tokens under preemption", "cost of checkpoints", "blocking"}
+    assert done.returncode == (0 if set(lines.values()) == {"pass"} else 1)

@@ -1,0 +1,241 @@
+"""The device interface: on a simulated asynchronous device under the real hub, and its CUDA part on stand-in events."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from sgl_flowprefill.runtime import device as device_module
+from sgl_flowprefill.runtime.device import CpuDevice, CudaDevice, make_device
+
+pytest.importorskip("sglang")
+
+from tests.simulated_device import HostCosts, Model, SimulatedRequest, simulate
+
+LLAMA_8B = Model(
+    # Of the order of an H100's operators: products at some 500 TFLOP/s, attention growing with the prompt.
+    layers=32,
+    attention_s=lambda tokens: 40e-6 + tokens * 0.2e-6 + tokens**2 * 1.3e-11,
+    mlp_s=lambda tokens: 60e-6 + tokens * 0.7e-6,
+)
+
+
+def mix(seed: int, count: int, gap_s: float) -> list[SimulatedRequest]:
+    rng = random.Random(seed)
+    now_s, requests = 0.0, []
+    for index in range(count):
+        now_s += rng.expovariate(1 / gap_s)
+        tokens = rng.choice([600, 1000, 2000, 4000, 8000, 16000])
+        requests.append(SimulatedRequest(f"r{index}", now_s, tokens, LLAMA_8B.forward_s(tokens) * rng.uniform(1.2, 4)))
+    return requests
+
+
+def idle_share(requests: Sequence[SimulatedRequest], scheduler: Any) -> float:
+    idle_s, work_s = scheduler.device_under_test.idle_s(requests)
+    return float(idle_s / work_s)
+
+
+def test_the_device_never_idles_while_there_is_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    shares, preemptions = {}, {}
+    for lookahead in (0, 2):
+        requests = mix(seed=7, count=60, gap_s=0.12)
+        scheduler = simulate(monkeypatch, LLAMA_8B, requests, lookahead)
+        assert all(request.answered_s < float("inf") for request in requests)
+        shares[lookahead], preemptions[lookahead] = idle_share(requests, scheduler), len(scheduler.suspensions)
+    print(f"\nidle share with 2 operators ahead {shares[2]:.4f}, synchronised at every operator {shares[0]:.4f}; "
+          f"{preemptions[2]} preemptions")  # fmt: skip
+    assert preemptions[2] >= 15
+    assert shares[2] < 0.01
+    assert shares[0] > 3 * shares[2]
+
+
+def test_it_idles_when_the_finish_is_not_deferred(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the deferred finish is worth: the same hub, made to wait for each result before it goes on."""
+    shares = []
+    for defer in (True, False):
+        requests = mix(seed=3, count=60, gap_s=0.02)
+        for request in requests:
+            request.tokens = 600
+        with monkeypatch.context() as patch:
+            if not defer:
+                patch.setattr("tests.simulated_device.SimulatedScheduler._finish_arrived", _finish_all)
+            shares.append(idle_share(requests, simulate(patch, LLAMA_8B, requests, lookahead=2)))
+    print(f"\nidle share of short prompts: finish deferred {shares[0]:.4f}, at once {shares[1]:.4f}")
+    assert shares[0] < 0.8 * shares[1]
+
+
+def _finish_all(scheduler: Any) -> None:
+    while scheduler._finishing:
+        scheduler._finish(scheduler._finishing.popleft())
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_every_interleaving_keeps_the_order_and_the_bounds(
+    data: st.DataObject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lookahead = data.draw(st.integers(0, 5), "lookahead")
+    layers = data.draw(st.integers(1, 6), "layers")
+    unit_s = data.draw(st.sampled_from([2e-5, 2e-4, 2e-3]), "operator time")
+    costs = HostCosts(*(data.draw(st.sampled_from([0.0, 3e-5, 4e-4]), name) for name in HostCosts.__dataclass_fields__))
+    model = Model(layers, lambda tokens: unit_s * tokens / 100, lambda tokens: unit_s * tokens / 40)
+    requests = [
+        SimulatedRequest(f"r{index}", arrival * unit_s, tokens, slo * unit_s)
+        for index, (arrival, tokens, slo) in enumerate(
+            data.draw(st.lists(st.tuples(st.integers(0, 200), st.integers(1, 400), st.integers(1, 3000)), min_size=1,
+                               max_size=12), "requests"))
+    ]  # fmt: skip
+    max_suspended = data.draw(st.integers(0, 6), "max_suspended")
+    with monkeypatch.context() as patch:
+        scheduler = simulate(patch, model, requests, lookahead, costs, max_suspended)
+    device = scheduler.device_under_test
+
+    whole = [(kind, layer) for layer in range(layers) for kind in ("attention", "mlp")] + [("sample", 0)]
+    for request in requests:
+        assert request.trace == whole
+        assert request.ran_s <= request.answered_s < float("inf")
+    assert not scheduler._tasks()
+    assert not scheduler._finishing
+    # The attention state of a live task, and of one whose result is on its way, is nobody else's (asserted as it runs).
+    assert scheduler.backends_made <= max_suspended + 2
+    assert device.most_queued <= lookahead + 1
+    assert device.events_made <= lookahead + 2 + len(requests)
+    # A task's own time on the device, however often it was suspended, and without that of the tasks in between.
+    for tokens, executed_s in scheduler.observed:
+        assert executed_s >= model.forward_s(tokens)
+
+    starts_s: dict[str, float] = {}
+    for operator in device.operators:
+        if operator.label is not None:
+            starts_s.setdefault(operator.label[0].reqs[0].rid, operator.start_s)
+    for readable_s, rid in scheduler.suspensions:
+        ahead = [o for o in device.operators if o.label is not None and readable_s < o.start_s < starts_s[rid]]
+        assert len([o for o in ahead if o.label[1] != "sample"]) <= max(1, lookahead), (
+            "more operators than were queued started between an arrival and the task that it preempted another for"
+        )
+
+
+class Stream:
+    """Stand-in for a CUDA stream: events pass when told to."""
+
+    def __init__(self) -> None:
+        self.recorded: list[StreamEvent] = []
+        self.passed = 0
+        self.made = 0
+
+    def event(self, enable_timing: bool = False) -> StreamEvent:
+        self.made += 1
+        return StreamEvent(self)
+
+
+class StreamEvent:
+    def __init__(self, stream: Stream) -> None:
+        self._stream = stream
+        self._place = 0
+
+    def record(self) -> None:
+        self._stream.recorded.append(self)
+        self._place = len(self._stream.recorded)
+
+    def query(self) -> bool:
+        return self._place <= self._stream.passed
+
+    def synchronize(self) -> None:
+        self._stream.passed = max(self._stream.passed, self._place)
+
+    def elapsed_time(self, later: StreamEvent) -> float:
+        assert later.query(), "CUDA refuses the time of what has not happened"
+        return float(later._place - self._place)
+
+
+@pytest.fixture
+def stream(monkeypatch: pytest.MonkeyPatch) -> Stream:
+    stream = Stream()
+    monkeypatch.setattr(device_module.torch.cuda, "Event", stream.event)
+    return stream
+
+
+def never() -> bool:
+    return False
+
+
+def test_cuda_waits_for_the_checkpoint_before_the_look_ahead(stream: Stream) -> None:
+    device = CudaDevice(lookahead=2)
+    for passed in range(40):
+        device.record()
+        if len(stream.recorded) > 2:
+            interrupted = SimpleNamespace(times=0)
+
+            def twice(count: SimpleNamespace = interrupted) -> bool:
+                count.times += 1
+                return count.times == 2
+
+            assert not device.catch_up(twice), "the oldest of three operators has not run"
+            stream.passed = passed - 1
+        assert device.catch_up(never)
+    assert stream.made <= 4, "events are reused"
+
+
+def test_cuda_wakes_early_and_lets_other_threads_run(stream: Stream) -> None:
+    device = CudaDevice(lookahead=0)
+    device.record()
+    arrived = threading.Event()
+    threading.Timer(0.05, arrived.set).start()
+    spins = 0
+
+    def count() -> None:
+        nonlocal spins
+        while not arrived.is_set():
+            spins += 1
+
+    worker = threading.Thread(target=count)
+    begin_s = time.monotonic()
+    worker.start()
+    assert not device.catch_up(arrived.is_set)
+    assert time.monotonic() - begin_s < 1.0
+    worker.join()
+    assert spins > 1_000
+
+
+def test_results_are_copied_behind_the_forward_pass_once(stream: Stream) -> None:
+    device = CudaDevice(lookahead=2)
+    copies: list[dict[str, bool]] = []
+    result = SimpleNamespace(copy_done=None)
+
+    def copy_to_cpu(**what: bool) -> None:
+        copies.append(what)
+        result.copy_done.record()
+
+    result.copy_to_cpu = copy_to_cpu
+    batch = SimpleNamespace(return_logprob=True, return_hidden_states=False)
+    device.fetch(batch, result)
+    assert copies == [{"return_logprob": True, "return_hidden_states": False}]
+    assert not result.copy_done.query()
+    device.fetch(batch, result)  # SGLang has copied already
+    assert len(copies) == 1
+
+
+def test_spans_are_timed_on_the_device(stream: Stream) -> None:
+    device = CudaDevice(lookahead=2)
+    begin = device.stamp()
+    device.record()
+    end = device.stamp()
+    assert begin.seconds_until(end) == pytest.approx(2e-3)
+
+
+def test_a_cpu_has_nothing_to_wait_for() -> None:
+    device = make_device("cpu", 2)
+    assert isinstance(device, CpuDevice)
+    for _ in range(100):
+        device.record()
+        assert device.catch_up(lambda: True)
+    assert device.wait(SimpleNamespace(query=never), lambda: True)
+    assert isinstance(make_device("cuda", 2), CudaDevice)

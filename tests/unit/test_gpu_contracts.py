@@ -1,0 +1,485 @@
+"""What FlowPrefill relies on in SGLang's and FlashInfer's GPU code, checked on the installed sources without a GPU.
+
+Where the code can run on a CPU it is run: the three attention backends are built, several times, as for tasks that live
+at the same time, and their state is compared tensor by tensor. The rest is read: a contract is a statement about a
+function's source, and each comes with a change to that source that must break it.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+import pkgutil
+import re
+import sys
+import textwrap
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.metadata import files
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("sglang")
+pytest.importorskip("flashinfer")
+
+from sgl_flowprefill import compat
+from sgl_flowprefill.runtime.memory import MIB
+
+ATTENTION = "sglang.srt.layers.attention"
+FLOAT_WORKSPACE_BYTES = 64 * MIB
+
+
+# ---- attention backends, built ------------------------------------------------------------------------------------
+
+
+class Anything(SimpleNamespace):
+    """Configuration of which only what is named matters; the rest is off."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return None
+
+
+def model_runner(sliding_window_size: int | None = None) -> Any:
+    """What backends read of a model runner, for a decoder of 8 heads."""
+    requests = SimpleNamespace(size=16, req_to_token=torch.zeros((17, 128), dtype=torch.int32))
+    values = torch.zeros((64, 2, 64))
+    pool = Anything(
+        start_layer=0,
+        get_value_buffer=lambda layer: values,
+        get_kv_cache_quant_method=lambda: Anything(resolve_attention_access=lambda phase, backend: Anything()),
+    )
+    config = Anything(
+        context_len=128,
+        num_attention_heads=8,
+        head_dim=64,
+        v_head_dim=64,
+        swa_v_head_dim=64,
+        is_multimodal=False,
+        is_encoder_decoder=False,
+        is_local_attention_model=False,
+        hf_config=SimpleNamespace(architectures=["LlamaForCausalLM"]),
+        hf_text_config=SimpleNamespace(num_attention_heads=8, attn_logit_softcapping=None),
+        get_num_kv_heads=lambda *sizes: 2,
+        get_max_num_attention_heads=lambda: 8,
+    )
+    return Anything(
+        device="cpu",
+        gpu_id=0,
+        dtype=torch.bfloat16,
+        page_size=1,
+        kv_cache_dtype=torch.bfloat16,
+        kv_cache_dtype_str="auto",
+        sliding_window_size=sliding_window_size,
+        is_draft_worker=False,
+        prefill_aware_swa=False,
+        use_mla_backend=False,
+        model_config=config,
+        req_to_token_pool=requests,
+        token_to_kv_pool=pool,
+        token_to_kv_pool_allocator=SimpleNamespace(get_kvcache=lambda: pool),
+        prefill_attention_backend_str="flashinfer",
+        decode_attention_backend_str="flashinfer",
+        kv_index_translator=Anything(is_translating=False),
+        decode_num_tokens_per_req=lambda: 1,
+    )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def kernels() -> Iterator[None]:
+    """SGLang's FA3 backend imports a library of kernels that loads libcuda: here, names that stand for nothing."""
+    module = f"{ATTENTION}.flashattention_backend"
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("sgl_kernel", "sgl_kernel.flash_attn"):
+            stand_in = ModuleType(name)
+            stand_in.__getattr__ = lambda attribute: None  # type: ignore[method-assign]
+            patch.setitem(sys.modules, name, stand_in)
+        importlib.import_module(module)
+        yield
+    del sys.modules[module]
+
+
+@pytest.fixture
+def offline(monkeypatch: pytest.MonkeyPatch) -> dict[str, torch.Tensor]:
+    """Let the backends be built without a GPU and without a running server; SGLang's named buffers."""
+    import flashinfer
+    from sglang.srt.layers.attention import flashattention_backend, flashinfer_backend, triton_backend
+
+    buffers: dict[str, torch.Tensor] = {}
+    off = Anything(
+        features=Anything(),
+        deterministic=Anything(),
+        kernel=Anything(triton_attention_num_kv_splits=8),
+        dllm=Anything(),
+    )
+    parallel = Anything(attn_tp_size=1, attn_dcp_size=1, attn_cp_size=1)
+    replaced: dict[str, Any] = {
+        "get_exec": lambda: off,
+        "get_parallel": lambda: parallel,
+        "get_platform": lambda: Anything(),
+        "get_spec": lambda: Anything(),
+        "get_model": lambda: Anything(),
+        "get_schedule": lambda: Anything(chunked_prefill_size=-1),
+        "get_memory": lambda: Anything(),
+        "get_buffer": lambda name, factory: (
+            buffers.setdefault(name, factory()) if name not in buffers else buffers[name]
+        ),
+        "get_cuda_graph_max_batch_size": lambda requests: requests,
+        "get_device_capability": lambda: (9, 0),
+        "get_device_core_count": lambda gpu_id: 132,
+        "is_arch_support_pdl": lambda: False,
+        "get_kv_shard_pool": lambda pool: None,
+        "mambaish_config": lambda config: None,
+        "DllmConfig": SimpleNamespace(from_server_args=lambda args: None),
+        "cuda_graph_fully_disabled": lambda: True,
+        "check_cuda_graph_backend": lambda phase, backend: False,
+        "_should_disable_scheduler_metadata_precompute": lambda: True,
+    }
+    for module in (flashinfer_backend, triton_backend, flashattention_backend):
+        for name, value in replaced.items():
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, value)
+    for name in ("BatchDecodeWithPagedKVCacheWrapper", "BatchPrefillWithPagedKVCacheWrapper",
+                 "BatchPrefillWithRaggedKVCacheWrapper"):  # fmt: skip
+        monkeypatch.setattr(flashinfer_backend, name, getattr(flashinfer, name), raising=False)
+    monkeypatch.setenv("SGLANG_FLASHINFER_WORKSPACE_SIZE", str(FLOAT_WORKSPACE_BYTES))
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *args, pin_memory=False, **kwargs: empty(*args, **kwargs))
+    return buffers
+
+
+def build(name: str, runner: Any) -> Any:
+    """As ``ModelRunner._get_attention_backend(init_new_workspace=False)`` does."""
+    if name == "flashinfer":
+        from sglang.srt.layers.attention.flashinfer_backend import FlashInferAttnBackend
+
+        return FlashInferAttnBackend(runner, init_new_workspace=False)
+    if name == "triton":
+        from sglang.srt.layers.attention.triton_backend import TritonAttnBackend
+
+        return TritonAttnBackend(runner)
+    from sglang.srt.layers.attention.flashattention_backend import FlashAttentionBackend
+
+    return FlashAttentionBackend(runner)
+
+
+def state(root: Any, shared: tuple[Any, ...]) -> tuple[dict[int, torch.Tensor], set[int]]:
+    """Tensors reachable from ``root`` by storage, and ids of mutable containers; not through ``shared`` or classes."""
+    tensors: dict[int, torch.Tensor] = {}
+    containers: set[int] = set()
+    seen = {id(item) for item in shared}
+    queue = [root]
+    while queue:
+        item = queue.pop()
+        if id(item) in seen or isinstance(item, (type, ModuleType, str, bytes, int, float)) or item is None:
+            continue
+        seen.add(id(item))
+        if isinstance(item, torch.Tensor):
+            if item.numel():
+                tensors[item.untyped_storage().data_ptr()] = item
+        elif isinstance(item, (list, tuple, dict, set)):
+            if isinstance(item, (list, dict, set)):
+                containers.add(id(item))
+            queue.extend(item.values() if isinstance(item, dict) else item)
+        elif inspect.ismethod(item):
+            queue.append(item.__self__)
+        elif hasattr(item, "__dict__") and not callable(item):
+            queue.extend(vars(item).values())
+    return tensors, containers
+
+
+@pytest.mark.parametrize("window", [None, 32], ids=["full", "sliding-window"])
+@pytest.mark.parametrize("name", ["flashinfer", "triton", "fa3"])
+def test_backends_of_two_tasks_share_the_pools_and_the_float_workspace_only(
+    name: str, window: int | None, offline: dict[str, torch.Tensor]
+) -> None:
+    runner = model_runner(window)
+    pools = (runner, runner.model_config, runner.req_to_token_pool, runner.req_to_token_pool.req_to_token,
+             runner.token_to_kv_pool, runner.token_to_kv_pool_allocator, runner.kv_index_translator)  # fmt: skip
+    first, second = build(name, runner), build(name, runner)
+    (mine, my_lists), (others, other_lists) = state(first, pools), state(second, pools)
+    common = {pointer: tensor for pointer, tensor in mine.items() if pointer in others}
+    assert [id(tensor) for tensor in common.values()] == [id(tensor) for tensor in offline.values()]
+    assert not my_lists & other_lists
+    assert first.forward_metadata is None
+    own_bytes = sum(tensor.nbytes for pointer, tensor in others.items() if pointer not in common)
+    if name == "flashinfer":
+        assert list(offline) == ["flashinfer_workspace"]
+        assert offline["flashinfer_workspace"].nbytes == FLOAT_WORKSPACE_BYTES
+        # Device and pinned host memory: an integer workspace of 8 MiB in each of the ragged wrapper and, for each kind
+        # of layer, the paged, the verifying and the decoding wrapper (docs/gpu.md).
+        wrappers = 1 + 3 * (2 if window else 1)
+        assert wrappers * 16 * MIB <= own_bytes < wrappers * 17 * MIB
+    else:
+        assert not offline
+        assert own_bytes < 64 << 10
+
+
+def test_a_slot_with_a_workspace_of_its_own_would_take_as_much_again(offline: dict[str, torch.Tensor]) -> None:
+    """Why slots are made with ``init_new_workspace=False``."""
+    from sglang.srt.layers.attention.flashinfer_backend import FlashInferAttnBackend
+
+    runner = model_runner()
+    backend = FlashInferAttnBackend(runner, init_new_workspace=True)
+    assert backend.workspace_buffer.nbytes == FLOAT_WORKSPACE_BYTES
+    assert backend.workspace_buffer is not offline["flashinfer_workspace"]
+
+
+class Planned(Exception):
+    """A wrapper was asked to plan."""
+
+
+def test_a_prefill_plans_in_its_own_wrappers(offline: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    """``init_forward_metadata`` of one instance leaves the other's wrappers, buffers and metadata alone."""
+    runner = model_runner()
+    runner.kv_index_translator.pack_read_stream = lambda plan, **kwargs: None
+    first, second = build("flashinfer", runner), build("flashinfer", runner)
+    planned: list[Any] = []
+    for wrapper in (type(first.prefill_wrapper_ragged), type(first.prefill_wrappers_paged[0])):
+        monkeypatch.setattr(wrapper, "begin_forward", lambda self, *args, **kwargs: planned.append(self))
+    mode = SimpleNamespace(is_decode_or_idle=lambda: False, is_target_verify=lambda: False)
+    batch = Anything(
+        forward_mode=mode,
+        req_pool_indices=torch.tensor([1, 2]),
+        seq_lens=torch.tensor([5, 9]),
+        seq_lens_cpu=torch.tensor([5, 9]),
+        seq_lens_sum=14,
+        extend_prefix_lens=torch.tensor([0, 4]),
+        extend_prefix_lens_cpu=[0, 4],
+        extend_seq_lens_cpu=[5, 5],
+    )
+    monkeypatch.setattr(sys.modules[type(first).__module__], "is_in_tc_piecewise_cuda_graph", lambda: False)
+    first.init_forward_metadata(batch)
+    assert planned == [first.prefill_wrapper_ragged, first.prefill_wrappers_paged[0]]
+    assert first.forward_metadata.prefill_wrappers[0] is first.prefill_wrappers_paged[0]
+    assert second.forward_metadata is None
+    assert first.qo_indptr[0][:3].tolist() == [0, 5, 10]
+    assert not any(buffer.any() for buffer in (*second.qo_indptr, *second.kv_indptr))
+
+
+# ---- contracts on source ------------------------------------------------------------------------------------------
+
+
+def in_order(*fragments: str) -> Callable[[str], bool]:
+    """All ``fragments`` occur, one after the other."""
+
+    def holds(source: str) -> bool:
+        place = 0
+        for fragment in fragments:
+            place = source.find(fragment, place)
+            if place < 0:
+                return False
+            place += len(fragment)
+        return True
+
+    return holds
+
+
+def without(*fragments: str) -> Callable[[str], bool]:
+    return lambda source: not any(fragment in source for fragment in fragments)
+
+
+def extend_branch(check: Callable[[str], bool]) -> Callable[[str], bool]:
+    """``check`` on what a Triton backend's metadata does for a prefill: the last branch of its first chain."""
+
+    def holds(source: str) -> bool:
+        function = ast.parse(textwrap.dedent(source)).body[0]
+        assert isinstance(function, ast.FunctionDef)
+        chain = next(s for s in function.body if isinstance(s, ast.If) and "is_decode_or_idle" in ast.unparse(s.test))
+        while len(chain.orelse) == 1 and isinstance(chain.orelse[0], ast.If):
+            chain = chain.orelse[0]
+        return check("\n".join(ast.unparse(statement) for statement in chain.orelse))
+
+    return holds
+
+
+def non_overlap_branch(check: Callable[[str], bool]) -> Callable[[str], bool]:
+    """``check`` on what ``run_batch`` does for a plain batch without overlap: the last branch under generation."""
+
+    def holds(source: str) -> bool:
+        found = None
+        for node in ast.walk(ast.parse(textwrap.dedent(source))):
+            if isinstance(node, ast.If) and ast.unparse(node.test) == "self.enable_overlap" and found is None:
+                chain = node
+                while len(chain.orelse) == 1 and isinstance(chain.orelse[0], ast.If):
+                    chain = chain.orelse[0]
+                found = chain.orelse
+        return found is not None and check("\n".join(ast.unparse(statement) for statement in found))
+
+    return holds
+
+
+@dataclass(frozen=True)
+class Contract:
+    """A statement about a function's source, and a change that must break it."""
+
+    statement: str
+    target: str
+    holds: Callable[[str], bool]
+    old: str
+    new: str
+
+    def source(self) -> str:
+        return inspect.getsource(inspect.unwrap(pkgutil.resolve_name(self.target)))
+
+
+CONTRACTS = (
+    Contract(
+        "a slot asks for the shared float workspace",
+        "sglang.srt.model_executor.model_runner:ModelRunner._get_attention_backend",
+        in_order("init_new_workspace: bool = False", "model_runner=self, init_new_workspace=init_new_workspace"),
+        "init_new_workspace=init_new_workspace", "init_new_workspace=True",
+    ),
+    Contract(
+        "and the backend gets that wish through the model runner",
+        f"{ATTENTION}.attention_registry:create_flashinfer_backend",
+        in_order("FlashInferAttnBackend(", "runner, init_new_workspace=runner.init_new_workspace"),
+        "runner.init_new_workspace", "True",
+    ),
+    Contract(
+        "latent attention shares its float workspace always",
+        f"{ATTENTION}.flashinfer_mla_backend:FlashInferMLAAttnBackend.__init__",
+        in_order('self.workspace_buffer = get_buffer(', '"flashinfer_mla_workspace"',
+                 "BatchPrefillWithRaggedKVCacheWrapper(", "self.workspace_buffer"),
+        "get_buffer(", "dict(",
+    ),
+    Contract(
+        "a forward pass finds its backend in the context that the model runner opens with its own",
+        "sglang.srt.model_executor.model_runner:ModelRunner._forward_raw",
+        in_order("ForwardContext(attn_backend=self.attn_backend)"),
+        "ForwardContext(attn_backend=self.attn_backend)", "ForwardContext(attn_backend=BACKEND)",
+    ),
+    Contract(
+        "a Triton prefill's metadata needs no answer from the device",
+        f"{ATTENTION}.triton_backend:TritonAttnBackend.init_forward_metadata",
+        extend_branch(lambda source: ".item()" not in source and ".cpu()" not in source and ".tolist()" not in source),
+        "custom_mask = None\n            mask_indptr = None\n            attn_logits = None",
+        "custom_mask = qo_indptr.tolist()\n            mask_indptr = None\n            attn_logits = None",
+    ),
+    Contract(
+        "FA3's metadata takes lengths from their copies on the host",
+        f"{ATTENTION}.flashattention_backend:FlashAttentionBackend.init_forward_metadata",
+        in_order("seq_lens_cpu = forward_batch.seq_lens_cpu", "seq_lens_cpu.max().item()"),
+        "seq_lens_cpu = forward_batch.seq_lens_cpu", "seq_lens_cpu = forward_batch.seq_lens",
+    ),
+    Contract(
+        "FlashInfer's plan waits for the device, which docs/gpu.md counts",
+        "flashinfer:BatchPrefillWithPagedKVCacheWrapper.plan",
+        in_order('qo_indptr_host = qo_indptr.to("cpu")', 'paged_kv_indptr.to("cpu")'),
+        'qo_indptr.to("cpu")', "qo_indptr_cpu",
+    ),
+    Contract(
+        "a plan is in the wrapper's own integer workspace",
+        "flashinfer:BatchPrefillWithPagedKVCacheWrapper.__init__",
+        in_order("self._int_workspace_buffer = torch.empty(", "self._pin_memory_int_workspace_buffer = torch.empty("),
+        "self._int_workspace_buffer = torch.empty(", "self._int_workspace_buffer = _shared(",
+    ),
+    Contract(
+        "the same for the ragged wrapper",
+        "flashinfer:BatchPrefillWithRaggedKVCacheWrapper.__init__",
+        in_order("self._int_workspace_buffer = torch.empty(", "self._pin_memory_int_workspace_buffer = torch.empty("),
+        "self._pin_memory_int_workspace_buffer = torch.empty(", "self._pin_memory_int_workspace_buffer = _shared(",
+    ),
+    Contract(
+        "without overlap a batch's results are not copied and nothing waits for them",
+        "sglang.srt.managers.scheduler:Scheduler.run_batch",
+        non_overlap_branch(
+            without("copy_to_cpu(", ".synchronize(", ".tolist()", ".item()", "copy_done", "forward_stream")
+        ),
+        "self.update_cache_from_scheduler(batch, batch_result)\n                self._copy_auxiliary",
+        "batch_result.next_token_ids.tolist()\n                self._copy_auxiliary",
+    ),
+    Contract(
+        "their copies are queued on the current stream, and the event behind them",
+        "sglang.srt.managers.utils:GenerationBatchResult.copy_to_cpu",
+        in_order("return_logprob: bool, return_hidden_states: bool",
+                 "self.next_token_ids = _async_d2h(self.next_token_ids)", "self.copy_done.record()"),
+        "self.copy_done.record()", "pass",
+    ),
+    Contract(
+        "into pinned memory, without waiting",
+        "sglang.srt.utils.common:async_d2h",
+        in_order("pin_memory=True", "copy_(tensor, non_blocking=True)", "record_stream("),
+        "non_blocking=True", "non_blocking=False",
+    ),
+    Contract(
+        "a result is processed after its copy",
+        "sglang.srt.disaggregation.prefill:SchedulerDisaggregationPrefillMixin.process_batch_result_disagg_prefill",
+        in_order("copy_done.synchronize()", "result.next_token_ids.tolist()", "self.send_kv_chunk("),
+        "copy_done.synchronize()", "pass",
+    ),
+    Contract(
+        "the scheduler's loop runs on one stream",
+        "sglang.srt.managers.scheduler:Scheduler.run_event_loop",
+        in_order("StreamContext(self.schedule_stream)", "dispatch_event_loop(self)"),
+        "StreamContext(self.schedule_stream)", "nullcontext()",
+    ),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("contract", CONTRACTS, ids=lambda contract: contract.statement.replace(" ", "-"))
+def test_the_installed_source_keeps_the_contract(contract: Contract) -> None:
+    source = contract.source()
+    assert contract.holds(source), f"no longer true of {contract.target}: {contract.statement}"
+    assert contract.old in source, "the change that must break the contract no longer applies"
+    assert not contract.holds(source.replace(contract.old, contract.new))
+
+
+def test_flashinfer_plans_write_nothing_into_the_float_workspace() -> None:
+    """Its C++ planner reserves offsets there; what it copies to the device goes into the integer workspace."""
+    header = next(
+        f for f in files("flashinfer-python") or () if str(f).endswith("include/flashinfer/attention/scheduler.cuh")
+    )
+    source = header.read_text()
+    copies = re.findall(r"cudaMemcpyAsync\(\s*([^,]+),", source)
+    assert len(copies) >= 3
+    assert {copy.strip() for copy in copies} == {"int_buffer"}
+    uses = [line.strip() for line in source.splitlines() if "float_buffer" in line]
+    reserved = re.compile(
+        r"void\* float_buffer|AlignedAllocator\w*[ (].*float_buffer|float_buffer=|, float_buffer,|float_buffer,"
+    )
+    assert all(reserved.search(line) for line in uses), [line for line in uses if not reserved.search(line)]
+
+
+def test_cuda_events_have_what_the_device_uses() -> None:
+    methods = {"record", "query", "synchronize", "elapsed_time"}
+    assert methods <= set(dir(torch.cuda.Event))
+    parameters = inspect.signature(torch.cuda.Event.__new__).parameters
+    assert parameters["enable_timing"].default is False
+    for name in ("memory_allocated", "memory_reserved", "mem_get_info", "current_stream"):
+        assert callable(getattr(torch.cuda, name))
+
+
+def test_results_carry_what_the_hub_waits_for() -> None:
+    from sglang.srt.managers.utils import GenerationBatchResult
+
+    assert GenerationBatchResult().copy_done is None
+    batch = pkgutil.resolve_name("sglang.srt.managers.schedule_batch:ScheduleBatch")
+    assert {"return_logprob", "return_hidden_states"} <= set(batch.__dataclass_fields__)
+
+
+def checked_classes() -> Iterator[tuple[str, Any]]:
+    for name in ("flashinfer", "fa3", "triton", "torch_native"):
+        yield name, pkgutil.resolve_name(f"{ATTENTION}.attention_registry:ATTENTION_BACKENDS")[name]
+
+
+def test_every_checked_backend_is_one_that_sglang_offers() -> None:
+    assert {name for name, factory in checked_classes() if callable(factory)} == set(
+        compat.CHECKED_ATTENTION_BACKENDS
+    ) - {"flowprefill_cpu"}
+
+
+def test_what_sglang_offers_beyond_that_is_refused_by_name() -> None:
+    offered = importlib.import_module("sglang.srt.arg_groups.choices").ATTENTION_BACKEND_CHOICES
+    unchecked = set(offered) - set(compat.CHECKED_ATTENTION_BACKENDS)
+    assert {"trtllm_mha", "flashmla", "fa4"} <= unchecked
+    for name in unchecked:
+        sentence = compat.unchecked_attention_backend(name)
+        assert sentence is not None
+        assert f"--attention-backend {name} cannot work" in sentence
+    assert compat.unchecked_attention_backend(None) is None

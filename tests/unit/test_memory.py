@@ -1,0 +1,96 @@
+"""Device memory of tasks: what a start refuses, and which tasks may live beside each other."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("sglang")
+
+from sgl_flowprefill.runtime import memory
+from sgl_flowprefill.runtime.memory import MIB, Activations, TaskMemory, budget
+from sgl_flowprefill.runtime.task import AttentionSlots
+
+HIDDEN, HEADS, KV_HEADS, HEAD_DIM, INTERMEDIATE = 4096, 32, 8, 128, 14336
+
+
+def config(**text: Any) -> Any:
+    return SimpleNamespace(
+        hidden_size=HIDDEN,
+        num_attention_heads=HEADS,
+        head_dim=HEAD_DIM,
+        context_len=131_072,
+        get_total_num_kv_heads=lambda: KV_HEADS,
+        hf_text_config=SimpleNamespace(intermediate_size=INTERMEDIATE, **text),
+    )
+
+
+def test_activations_of_an_8b_model() -> None:
+    tiled, whole = (Activations.of(config(), 2, rows) for rows in (4096, None))
+    assert tiled.suspended_bytes(1000) == 1000 * 32 << 10
+    # Untiled, gate, up and their product are the widest; in tiles, attention is, from some length on.
+    assert whole.running_bytes(10_000) == 10_000 * (4 * HIDDEN + 3 * INTERMEDIATE) * 2
+    assert tiled.running_bytes(100_000) == 100_000 * (4 * HIDDEN + 2 * (HEADS + KV_HEADS) * HEAD_DIM) * 2
+    assert tiled.running_bytes(2000) == whole.running_bytes(2000)
+
+
+def test_experts_count_as_often_as_they_are_visited() -> None:
+    experts = Activations.of(config(moe_intermediate_size=768, num_experts_per_tok=8), 2, 4096)
+    assert experts.mlp == max(3 * INTERMEDIATE, 8 * (3 * 768 + HIDDEN)) * 2
+    assert experts.mlp_tile_tokens is None
+
+
+def test_a_start_without_enough_memory_says_what_to_lower() -> None:
+    assert budget(free_bytes=900 * MIB, slots_bytes=300 * MIB, longest_bytes=600 * MIB, tasks=18) == 600 * MIB
+    with pytest.raises(SystemExit) as refusal:
+        budget(free_bytes=899 * MIB, slots_bytes=300 * MIB, longest_bytes=600 * MIB, tasks=18)
+    sentence = str(refusal.value)
+    assert "18 tasks need 900 MiB beside the KV pool" in sentence
+    assert "899 MiB are free: lower --mem-fraction-static or --flowprefill-max-suspended" in sentence
+    assert "\n" not in sentence
+
+
+def test_tasks_start_while_their_activations_fit() -> None:
+    activations = Activations(hidden=1, attention=5, mlp=7, mlp_tile_tokens=None)
+    tasks = TaskMemory(activations, budget_bytes=11_000)
+    assert activations.running_bytes(1000) == 11_000
+    assert tasks.admits([], 5000), "alone a task always starts, or nothing ever would"
+    assert not tasks.admits([1000], 1)
+    assert tasks.admits([900, 275], 0)
+    assert not tasks.admits([900, 276], 0)
+    # However they come, the largest is the one that is counted as running.
+    assert tasks.admits([300], 900) == tasks.admits([900], 300)
+
+
+def test_the_plan_measures_a_slot_and_counts_all_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    allocated = [0]
+
+    def make(init_new_workspace: bool) -> Any:
+        assert not init_new_workspace, "slots share the large float workspace"
+        allocated[0] += 32 * MIB
+        return object()
+
+    runner = SimpleNamespace(
+        device="cuda",
+        dtype=torch.bfloat16,
+        attn_backend=object(),
+        max_total_num_tokens=100_000,
+        model_config=config(),
+        _get_attention_backend=make,
+        kv_index_translator=SimpleNamespace(bind_and_verify_backends=lambda backends: None),
+    )
+    monkeypatch.setattr(memory.torch.cuda, "memory_allocated", lambda: allocated[0])
+    monkeypatch.setattr(memory, "_free_bytes", lambda: 8000 * MIB)
+    slots = AttentionSlots(runner, None)
+    plan = TaskMemory.plan(runner, slots, max_suspended=16, mlp_tile_tokens=4096)
+    assert plan.budget_bytes == (8000 - 16 * 32) * MIB
+    assert allocated[0] == 32 * MIB, "one slot is made ahead, the others when they are needed"
+    taken = [slots.take() for _ in range(3)]
+    assert len(set(map(id, taken))) == 3
+    assert allocated[0] == 64 * MIB
+    monkeypatch.setattr(memory, "_free_bytes", lambda: 500 * MIB)
+    with pytest.raises(SystemExit, match="18 tasks need"):
+        TaskMemory.plan(runner, slots, max_suspended=16, mlp_tile_tokens=4096)
