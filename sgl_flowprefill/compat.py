@@ -40,7 +40,6 @@ REFUSED_WHEN_SET: Final = {
 """Field of ServerArgs: why FlowPrefill refuses a value other than None, False, 0 or nothing."""
 
 REFUSED_ABOVE_ONE: Final = {
-    "tp_size": "tensor parallelism is not supported yet",
     "pp_size": "a pipeline's stages cannot be suspended together",
     "dp_size": "data parallelism is not supported; start more prefill servers instead",
     "nnodes": "a prefill server runs on one machine",

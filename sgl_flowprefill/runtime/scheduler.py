@@ -9,7 +9,8 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, Final
@@ -19,11 +20,14 @@ from sglang.srt.disaggregation.base import KVPoll
 from sglang.srt.disaggregation.utils import DisaggregationMode, is_aborted
 from sglang.srt.managers.scheduler import Scheduler
 from sglang.srt.managers.utils import is_health_check_generate_req
+from sglang.srt.runtime_context import get_parallel
+from sglang.srt.utils.network import get_local_ip_auto
 
 from sgl_flowprefill.config import FlowPrefillConfig
 from sgl_flowprefill.events import EventLog
 from sgl_flowprefill.patches import wakeups
 from sgl_flowprefill.policy import Job, Limits, PrefillPolicy, make_policy
+from sgl_flowprefill.runtime.agreement import Agreement
 from sgl_flowprefill.runtime.checkpoints import find_decoder_layers, install_checkpoints
 from sgl_flowprefill.runtime.profile import load_or_measure
 from sgl_flowprefill.runtime.task import AttentionSlots, Executor, PrefillTask
@@ -58,6 +62,8 @@ class WaitingRequest:
 
     req: Any
     """SGLang's Req."""
+    number: int
+    """Counts the requests that could be started; the same on all tensor-parallel ranks."""
     shape: PrefillShape
     """Its cost as the prefix match at its arrival left it."""
     readable_s: float
@@ -83,8 +89,13 @@ class FlowPrefillScheduler(Scheduler):
         self._bootstrapped_s: dict[int, float] = {}
         wakeups.expect_applied()
         wakeups.subscribe(self._on_transfer_status)
-        self._events = scheduler_events(self, self._wakeup)
-        self._executor = Executor(model_runner, self._events.pending)
+        # Of several tensor-parallel ranks, the first alone looks at sockets and clocks, and decides.
+        self._events = scheduler_events(self, self._wakeup) if self.tp_group.rank_in_group == 0 else None
+        pending = None if self._events is None else self._events.pending
+        self._agreement = self._agree_with_ranks(pending) if self.tp_group.world_size > 1 else None
+        interrupted = pending if self._agreement is None else self._agreement.interrupted
+        assert interrupted is not None
+        self._executor = Executor(model_runner, interrupted)
         self._checkpoints = 0
         layers = find_decoder_layers(model_runner.model)
         if config.granularity != "chunk":
@@ -92,6 +103,7 @@ class FlowPrefillScheduler(Scheduler):
                 model_runner.model, layers, config.granularity, self._executor.checkpoint
             )
         self._waiting: dict[Any, Job[WaitingRequest]] = {}
+        self._enqueued = 0
         self._running: PrefillTask | None = None
         self._tasks_started = 0
         self._kv_is_short = False
@@ -109,7 +121,7 @@ class FlowPrefillScheduler(Scheduler):
             tiled = tile_mlps(model_runner.model, chain(*(layer.mlp for layer in layers)), tokens, between_tiles)
             logger.info("FlowPrefill runs %d MLP modules in tiles of %d tokens", tiled, tokens)
         self._slots = AttentionSlots(model_runner, between_tiles)
-        self._log = EventLog(config.event_log)
+        self._log = EventLog(None if self._events is None else config.event_log)
         logger.info(
             "FlowPrefill is on: policy %s, %d checkpoints in a forward pass, at most %d suspended tasks, batches of up "
             "to %d tokens",
@@ -118,6 +130,11 @@ class FlowPrefillScheduler(Scheduler):
             config.max_suspended,
             batch_tokens,
         )
+
+    def _agree_with_ranks(self, pending: Callable[[], bool] | None) -> Agreement:
+        nodes = get_parallel().nnodes
+        host = get_local_ip_auto() if nodes > 1 else "127.0.0.1"
+        return Agreement(self.tp_cpu_group, self._wakeup, pending, nodes=nodes, host=host)
 
     def _tile_tokens(self, config: FlowPrefillConfig, layers: int) -> int:
         """Rows of an MLP tile: the profile's time of a whole layer bounds what one of its operators takes."""
@@ -130,9 +147,10 @@ class FlowPrefillScheduler(Scheduler):
 
     @torch.no_grad()
     def event_loop_normal_disagg_prefill(self) -> None:
-        while not self.gracefully_exit:
-            if not self._step() and not self.gracefully_exit:
-                self._sleep()
+        with nullcontext() if self._agreement is None else self._agreement.naming_the_lost():
+            while not self.gracefully_exit:
+                if not self._step() and not self.gracefully_exit:
+                    self._sleep()
 
     def _step(self) -> bool:
         """Take what has happened, pick what runs now, run it until something happens. Whether anything could run."""
@@ -152,6 +170,10 @@ class FlowPrefillScheduler(Scheduler):
         """Arrivals, aborts and health checks; requests that finished bootstrapping; KV transfers that ended."""
         self._wakeup.clear()
         self._news_readable_s = math.inf
+        now_s = time.monotonic()
+        stalls_are_due = now_s - self._last_stall_check_s >= STALL_CHECK_S
+        if self._agreement is not None:
+            stalls_are_due = bool(self._agreement.agree([stalls_are_due])[0])
         self.ingest_requests()
         self.maybe_send_health_check_signal()
         if self.grammar_manager.has_waiting_grammars():
@@ -161,8 +183,7 @@ class FlowPrefillScheduler(Scheduler):
             self._enqueue(req)
         if self.process_disagg_prefill_inflight_queue():
             self._kv_is_short = False
-        now_s = time.monotonic()
-        if now_s - self._last_stall_check_s >= STALL_CHECK_S:
+        if stalls_are_due:
             self._last_stall_check_s = now_s
             self._kv_is_short = False
             self.resolve_waiting_queue_bootstrap()
@@ -181,7 +202,8 @@ class FlowPrefillScheduler(Scheduler):
             timeout_s = IDLE_CHECK_S
         else:
             timeout_s = STALL_CHECK_S
-        self._events.sleep(timeout_s)
+        if self._events is not None:
+            self._events.sleep(timeout_s)
 
     # ---- picking --------------------------------------------------------------------------------------------------
 
@@ -192,22 +214,46 @@ class FlowPrefillScheduler(Scheduler):
         if running is not None:
             self._requeue(running)
         while True:
-            now_s = time.monotonic()
-            job = self._policy.pick(now_s, running.job if running else None, admit=not self._kv_is_short)
-            if job is None:
-                return None
-            if isinstance(job.item, PrefillTask):
-                return job.item
-            task = self._start(job, now_s)
+            choice = self._choose(running) if self._agreement is None else self._agreed_choice(running)
+            if choice is None or isinstance(choice, PrefillTask):
+                return choice
+            task = self._start(choice)
             if task is not None:
                 return task
             # Its KV does not fit. Work on what holds KV, and try again when some has been freed.
             self._kv_is_short = True
 
-    def _start(self, winner: Job[WaitingRequest], now_s: float) -> PrefillTask | None:
-        """A new task for ``winner`` and those that join it, or None when the winner's KV does not fit."""
+    def _choose(self, running: PrefillTask | None) -> PrefillTask | list[Job[WaitingRequest]] | None:
+        """The policy's choice: a task that has started, or the requests for a new one, in order of priority."""
         assert self._policy is not None
-        jobs = self._policy.batch(winner, now_s, lambda waiting: waiting.shape.new_tokens, self._predict_s)
+        now_s = time.monotonic()
+        job = self._policy.pick(now_s, running.job if running else None, admit=not self._kv_is_short)
+        if job is None or isinstance(job.item, PrefillTask):
+            return None if job is None else job.item
+        return self._policy.batch(job, now_s, lambda waiting: waiting.shape.new_tokens, self._predict_s)
+
+    def _agreed_choice(self, running: PrefillTask | None) -> PrefillTask | list[Job[WaitingRequest]] | None:
+        """The choice of the first tensor-parallel rank: a task's id, or minus one and the numbers of requests."""
+        assert self._agreement is not None
+        values: list[int] = []
+        if self._events is not None:
+            choice = self._choose(running)
+            if isinstance(choice, PrefillTask):
+                values = [choice.id]
+            elif choice is not None:
+                values = [-1, *(job.item.number for job in choice)]
+        values = self._agreement.agree(values)
+        if not values:
+            return None
+        if values[0] >= 0:
+            return next(task for task in self._tasks() if task.id == values[0])
+        by_number = {job.item.number: job for job in self._waiting.values()}
+        return [by_number[number] for number in values[1:]]
+
+    def _start(self, jobs: Sequence[Job[WaitingRequest]]) -> PrefillTask | None:
+        """A new task for the first of ``jobs`` and those that join it, or None when the first one's KV does not fit."""
+        assert self._policy is not None
+        winner = jobs[0]
         batch = self._make_batch([job.item.req for job in jobs])
         if batch is None:
             return None
@@ -325,7 +371,8 @@ class FlowPrefillScheduler(Scheduler):
         readable_s = max(req.time_stats.api_server_dispatch_time, self._bootstrapped_s.pop(req.bootstrap_room, 0.0))
         self._news_readable_s = min(self._news_readable_s, readable_s)
         shape = PrefillShape(len(req.origin_input_ids) - req.prefix_len, req.prefix_len)
-        waiting = WaitingRequest(req, shape, readable_s)
+        waiting = WaitingRequest(req, self._enqueued, shape, readable_s)
+        self._enqueued += 1
         arrival_s = _received_s(req)
         job = Job(waiting, arrival_s, arrival_s + self._slo_s(req), self._predict_s([waiting]))
         self._waiting[req] = job
@@ -371,6 +418,8 @@ class FlowPrefillScheduler(Scheduler):
         """Started tasks run to their end first: a pause may be there to change the weights under them."""
         for task in self._tasks():
             while not task.done:
+                if self._agreement is not None:
+                    self._agreement.agree()
                 self._executor.run(task, self.run_batch)
             self._finish(task)
         super().pause_generation(recv_req)
@@ -395,7 +444,8 @@ class FlowPrefillScheduler(Scheduler):
     def _tasks(self) -> list[PrefillTask]:
         if self._policy is None or not len(self._policy.tasks):
             return []
-        return [job.item for job in self._policy.tasks.first(time.monotonic(), len(self._policy.tasks))]
+        jobs = self._policy.tasks.first(time.monotonic(), len(self._policy.tasks))
+        return sorted((job.item for job in jobs), key=lambda task: task.id)  # the same on all tensor-parallel ranks
 
     def _predict_s(self, requests: Sequence[WaitingRequest]) -> float:
         return self._ttft.predict_s([request.shape for request in requests])
