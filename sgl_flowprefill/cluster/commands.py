@@ -43,6 +43,9 @@ class Layout:
     ports: Ports
     cpus: CpuPlan | None
     """How a machine without a GPU is shared; None on a machine with GPUs."""
+    prefill_ranks: int = 1
+    """Tensor-parallel size of the prefill server."""
+    decode_ranks: int = 1
 
     def url(self, port: int) -> str:
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.config.host, self.config.host)
@@ -57,7 +60,7 @@ class Layout:
         if self.config.model_path is None:
             options += ["--served-model-name", "embedded"]
         if self.cpus is None:
-            options += ["--base-gpu-id", "0" if role == "prefill" else "1"]
+            options += ["--base-gpu-id", "0" if role == "prefill" else str(self.prefill_ranks)]
         elif role == "decode":
             options += ["--disaggregation-decode-retraction-backup", "cpu_tensor"]
         if role == "prefill" and self.config.flowprefill:
@@ -80,10 +83,14 @@ class Layout:
         if self.cpus is not None:
             env["SGLANG_PLATFORM"] = CPU_PLATFORM
             env.update(CPU_ALLOCATOR)
+            by_rank = self.cpus.by_rank(self.prefill_ranks)
+            threads = self.cpus.others_threads // self.decode_ranks
             if role == "prefill":
-                env[ENV_PREFIX + "SCHEDULER_CPUS"] = ",".join(map(str, self.cpus.scheduler))
-            threads = len(self.cpus.scheduler) if role == "prefill" else self.cpus.others_threads
-            env["OMP_NUM_THREADS"] = env["MKL_NUM_THREADS"] = str(threads)
+                env[ENV_PREFIX + "SCHEDULER_CPUS"] = "|".join(",".join(map(str, cpus)) for cpus in by_rank)
+                threads = len(by_rank[0])
+            env["OMP_NUM_THREADS"] = env["MKL_NUM_THREADS"] = str(max(1, threads))
+            # SGLang wants it for more ranks than NUMA nodes; without its own CPU kernels it binds nothing.
+            env.setdefault("SGLANG_CPU_OMP_THREADS_BIND", "|".join(["0"] * max(self.prefill_ranks, self.decode_ranks)))
         return env
 
     def gateway_command(self, metrics_port: int) -> list[str]:

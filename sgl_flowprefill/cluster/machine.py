@@ -25,13 +25,19 @@ class CpuPlan:
         """Compute threads of the decode server: it leaves room for the HTTP servers, the gateway and the client."""
         return max(1, len(self.others) // 2)
 
+    def by_rank(self, ranks: int) -> list[tuple[int, ...]]:
+        """The scheduler's CPUs, shared out among its tensor-parallel ranks."""
+        each = len(self.scheduler) // ranks
+        if each == 0:
+            return [(self.scheduler[rank % len(self.scheduler)],) for rank in range(ranks)]
+        return [self.scheduler[rank * each : (rank + 1) * each] for rank in range(ranks)]
 
-def plan_cpus(cpus: Sequence[int]) -> CpuPlan:
-    """Half of the CPUs (rounded down, at least one) for prefill alone; one CPU is shared by all."""
-    if len(cpus) < 2:
-        return CpuPlan(tuple(cpus), tuple(cpus))
-    half = len(cpus) // 2
-    return CpuPlan(tuple(cpus[:half]), tuple(cpus[half:]))
+
+def plan_cpus(cpus: Sequence[int], ranks: int = 1) -> CpuPlan:
+    """Half of the CPUs (rounded down, at least one for each tensor-parallel rank) for prefill alone. What is left runs
+    the rest; where nothing is left, all share all."""
+    scheduler = max(len(cpus) // 2, min(ranks, len(cpus)))
+    return CpuPlan(tuple(cpus[:scheduler]), tuple(cpus[scheduler:] or cpus))
 
 
 def usable_cpus() -> list[int]:

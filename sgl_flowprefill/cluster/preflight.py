@@ -42,16 +42,20 @@ SERVER_BYTES: Final = 3_000_000_000
 def prepare(config: ClusterConfig) -> Layout:
     """Check everything; returns what to start."""
     on_cpu = _runs_on_cpu(config)
+    prefill_ranks = _tp_size([*config.server_args, *config.prefill_args])
+    decode_ranks = _tp_size([*config.server_args, *config.decode_args])
     model_path = _find_model(config.model_path)
     if not on_cpu:
-        _check_gpus(config)
+        _check_gpus(config, prefill_ranks + decode_ranks)
     elif Path(model_path).is_dir():
         _check_memory(Path(model_path))
     layout = Layout(
         config=config,
         model_path=model_path,
         ports=choose_ports(config.host, config.ports),
-        cpus=machine.plan_cpus(machine.usable_cpus()) if on_cpu else None,
+        cpus=machine.plan_cpus(machine.usable_cpus(), prefill_ranks) if on_cpu else None,
+        prefill_ranks=prefill_ranks,
+        decode_ranks=decode_ranks,
     )
     _check_options(layout)
     return layout
@@ -122,13 +126,13 @@ def _find_model(model: str | Path | None) -> str:
     return str(model)
 
 
-def _check_gpus(config: ClusterConfig) -> None:
+def _check_gpus(config: ClusterConfig, needed: int) -> None:
     gpus = machine.gpu_count()
     placed = any(_last_value(args, "--base-gpu-id") for args in (config.prefill_args, config.decode_args))
-    if gpus < 2 and not placed:
+    if gpus < needed and not placed:
         raise StartError(
-            f"prefill and decode need a GPU each and there is {gpus}; let them share it with "
-            "--decode-args '--base-gpu-id 0' --mem-fraction-static 0.4, or serve with --device cpu"
+            f"prefill and decode need {needed} GPUs and there {'is' if gpus == 1 else 'are'} {gpus}; let them share "
+            "with --decode-args '--base-gpu-id 0' --mem-fraction-static 0.4, or serve with --device cpu"
         )
 
 
@@ -176,6 +180,12 @@ def _parse(options: Sequence[str]) -> argparse.Namespace:
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise StartError(f"SGLang option: {message}")
+
+
+def _tp_size(args: Sequence[str]) -> int:
+    """Tensor-parallel size of a server; what is no number is for SGLang's parser to refuse."""
+    values = [_last_value(args, option) for option in ("--tp", "--tp-size", "--tensor-parallel-size")]
+    return max([1, *(int(value) for value in values if value is not None and value.isdigit())])
 
 
 def _last_value(args: Sequence[str], option: str) -> str | None:

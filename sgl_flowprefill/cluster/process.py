@@ -57,11 +57,11 @@ class Server:
         return None
 
     def bind(self, cpus: Sequence[int], except_on: Sequence[int]) -> None:
-        """Move all its threads to ``cpus``, but for processes that have bound themselves to ``except_on``."""
+        """Move all its threads to ``cpus``, but for processes that have bound themselves to some of ``except_on``."""
         leader = psutil.Process(self.pid)
         for process in (leader, *leader.children(recursive=True)):
             with suppress(psutil.NoSuchProcess):
-                if process.cpu_affinity() != list(except_on):
+                if not set(process.cpu_affinity()) <= set(except_on):
                     _bind_threads(process, cpus)
 
     def last_lines(self) -> str:
