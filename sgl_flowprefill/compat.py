@@ -42,7 +42,6 @@ REFUSED_WHEN_SET: Final = {
 REFUSED_ABOVE_ONE: Final = {
     "pp_size": "a pipeline's stages cannot be suspended together",
     "dp_size": "data parallelism is not supported; start more prefill servers instead",
-    "nnodes": "a prefill server runs on one machine",
     "attn_cp_size": "context parallelism is not supported",
 }
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import zmq
 
+from sgl_flowprefill.cluster.preflight import free_port
 from sgl_flowprefill.events import read_events
 from tests.engine import generate_request
 
@@ -31,33 +32,41 @@ class Chaos:
 
 
 class Ranks:
-    """``tp`` scheduler processes, as a context manager."""
+    """``tp`` scheduler processes, as a context manager. Spread over ``nodes``, which are this machine all the same."""
 
-    def __init__(self, model_path: str, tp: int, directory: Path, chaos: Chaos | None = None) -> None:
+    def __init__(
+        self, model_path: str, tp: int, directory: Path, chaos: Chaos | None = None, *, nodes: int = 1
+    ) -> None:
         self.event_log = directory / "events.jsonl"
         self.log = directory / "ranks.log"
         self.tokens: dict[str, int | None] = {}
-        self._start = (model_path, tp, chaos)
+        self._start = (model_path, tp, nodes, chaos)
         self._sent = 0
 
     def __enter__(self) -> Ranks:
         from sglang.srt.server_args import PortArgs, ServerArgs
 
-        model_path, tp, chaos = self._start
+        model_path, tp, nodes, chaos = self._start
         self._sigquit = signal.signal(signal.SIGQUIT, lambda number, frame: None)  # sent by a rank that fails
-        args = ServerArgs(
-            model_path=model_path,
-            tp_size=tp,
-            skip_tokenizer_init=False,
-            disaggregation_mode="prefill",
-            disaggregation_transfer_backend="nixl",
-            disable_overlap_schedule=True,
-            chunked_prefill_size=-1,
-            max_total_tokens=60_000,
-            log_level="warning",
-        )
-        args.resolve_once()
-        ports = PortArgs.init_new(args)
+        rendezvous = f"127.0.0.1:{free_port('127.0.0.1')}" if nodes > 1 else None
+        node_args = []
+        for node in range(nodes):
+            args = ServerArgs(
+                model_path=model_path,
+                tp_size=tp,
+                nnodes=nodes,
+                node_rank=node,
+                dist_init_addr=rendezvous,
+                disaggregation_mode="prefill",
+                disaggregation_transfer_backend="nixl",
+                disable_overlap_schedule=True,
+                chunked_prefill_size=-1,
+                max_total_tokens=60_000,
+                log_level="warning",
+            )
+            args.resolve_once()
+            node_args.append(args)
+        ports = PortArgs.init_new(node_args[0])
         self._context = zmq.Context()
         self._to_scheduler = self._bind(zmq.PUSH, ports.scheduler_input_ipc_name)
         self._answers = self._bind(zmq.PULL, ports.detokenizer_ipc_name)
@@ -67,6 +76,7 @@ class Ranks:
         self.processes, pipes = [], []
         for rank in range(tp):
             receiver, sender = spawn.Pipe(duplex=False)
+            args = node_args[rank * nodes // tp]
             work = (args, ports, rank, sender, str(self.event_log), str(self.log), chaos)
             self.processes.append(spawn.Process(target=_run_rank, args=work, daemon=True))
             self.processes[-1].start()

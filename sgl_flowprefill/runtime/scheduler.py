@@ -84,7 +84,7 @@ class FlowPrefillScheduler(Scheduler):
 
     def _init_flowprefill(self, config: FlowPrefillConfig) -> None:
         model_runner = self.tp_worker.model_runner
-        self._config = config
+        self._config = config = self.tp_group.broadcast_object(config)  # the environment of another node may differ
         self._wakeup = Wakeup()
         self._bootstrapped_s: dict[int, float] = {}
         wakeups.expect_applied()

@@ -44,6 +44,16 @@ def ranks(
         yield two
 
 
+def test_ranks_of_two_nodes_give_the_tokens_of_one(
+    model_path: str, tokens_of_one_rank: dict[str, int | None], tmp_path: Path
+) -> None:
+    with Ranks(model_path, 2, tmp_path, Chaos(seed=2, switch_probability=0.3), nodes=2) as ranks:
+        for rid, tokens in PROMPTS.items():
+            ranks.submit(rid, tokens)
+        ranks.finish(list(PROMPTS))
+        assert ranks.tokens == tokens_of_one_rank
+
+
 def test_two_ranks_that_are_preempted_all_the_time_give_the_tokens_of_one(
     ranks: Ranks, tokens_of_one_rank: dict[str, int | None]
 ) -> None:

@@ -1,4 +1,4 @@
-"""The agreement at interruption points, in every interleaving of small cases: a search over the states of the real code.
+"""The agreement at interruption points, in every interleaving of small cases: a search of the states of the real code.
 
 Ranks run the transitions of ``runtime.agreement`` one at a time, in any order. The word is one number; a rank reads or
 writes it once in a transition, so nothing finer can happen on a machine. The hub's all-reduce lets a rank go once all
@@ -73,7 +73,7 @@ class Model:
 
     def hub(self, state: State, index: int, rank: Rank) -> Iterator[State]:
         """The all-reduce ends: a round begins for this rank."""
-        if not all(other.round > rank.round or other.in_hub for other in state.ranks):
+        if not all((other.round, other.in_hub) >= (rank.round, True) for other in state.ranks):
             return
         if rank.round == len(state.picks):
             return  # all tasks are done
@@ -90,7 +90,10 @@ class Model:
         if next_point in self.collectives and not rank.at_collective:
             yield state.moved(index, replace(rank, at_collective=True))
             return
-        if rank.at_collective and not all(self.has_come(other, rank, task, next_point) for other in state.ranks):
+        if rank.at_collective and not all(
+            other.passed[task] >= next_point or (other.passed == rank.passed and other.at_collective)
+            for other in state.ranks
+        ):
             return
         passed = tuple(next_point if t == task else count for t, count in enumerate(rank.passed))
         rank = replace(rank, at_collective=False, passed=passed)
@@ -104,8 +107,6 @@ class Model:
                 interrupted = side.interrupted()
             except Blocked:
                 return
-            if isinstance(side, Leader) and side._stop > rank.stop > 0:
-                raise Wrong("a stop was published before the last one was honoured")
             ran = replace(rank, point=side._point, stop=side._stop if isinstance(side, Leader) else 0)
             moved = state.moved(index, ran, *writes)
             if interrupted:
@@ -142,11 +143,6 @@ class Model:
             side = self.follower(lambda: state.word, wait, wait_s=1e9)
         side._point = rank.point
         return side
-
-    @staticmethod
-    def has_come(other: Rank, rank: Rank, task: int, point: int) -> bool:
-        """Whether ``other`` has come to the collective before ``point`` of ``task``."""
-        return other.passed[task] >= point or (other.round == rank.round and other.at_collective)
 
 
 def search(model: Model) -> int:
