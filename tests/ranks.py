@@ -136,9 +136,16 @@ class Ranks:
                 assert all(process.is_alive() for process in self.processes), self.log.read_text()
                 assert time.monotonic() < deadline_s, f"no answer for {silence_s:g} s; {len(missing)} are missing"
 
-    def preemptions(self) -> int:
-        """Suspensions in the event log so far; it is written when the server is idle."""
-        return sum(event["event"] == "suspend" for event in read_events(self.event_log))
+    def preemptions(self, timeout_s: float = 30.0) -> int:
+        """Suspensions so far, from the event log, which is written when there is nothing to run."""
+        answered = {rid for rid, token in self.tokens.items() if token is not None}
+        deadline_s = time.monotonic() + timeout_s
+        while True:
+            events = list(read_events(self.event_log))
+            if answered <= {rid for event in events if event["event"] == "complete" for rid in event["rids"]}:
+                return sum(event["event"] == "suspend" for event in events)
+            assert time.monotonic() < deadline_s, "the event log does not have all that was answered"
+            time.sleep(0.1)
 
     def _bind(self, kind: int, address: str) -> zmq.Socket[bytes]:
         socket = self._context.socket(kind)

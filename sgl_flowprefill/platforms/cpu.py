@@ -40,6 +40,7 @@ class PortableCpuPlatform(CpuDeviceMixin, SRTPlatform):
         server_args.disable_overlap_schedule = True
         server_args.disable_hybrid_swa_memory = True
         server_args.disable_cuda_graph = True
+        server_args.disable_custom_all_reduce = True
         if server_args.dtype == "auto":
             server_args.dtype = "float32"
         if server_args.mem_fraction_static is None:  # of the memory that all tensor-parallel ranks share
