@@ -170,7 +170,7 @@ def test_all_ranks_stop_at_the_same_points_and_none_waits_for_ever(
 ) -> None:
     states = search(Model(ranks, lead, frozenset(collectives)))
     print(f"{ranks} ranks, lead {lead}, collectives {collectives}: {states} states")
-    assert states > 5000
+    assert states > 2000
 
 
 class UncheckedFollower(Follower):
