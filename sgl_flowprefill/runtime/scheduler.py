@@ -168,12 +168,12 @@ class FlowPrefillScheduler(Scheduler):
 
     def _take_events(self) -> None:
         """Arrivals, aborts and health checks; requests that finished bootstrapping; KV transfers that ended."""
-        self._wakeup.clear()
-        self._news_readable_s = math.inf
         now_s = time.monotonic()
         stalls_are_due = now_s - self._last_stall_check_s >= STALL_CHECK_S
-        if self._agreement is not None:
+        if self._agreement is not None:  # here the other ranks wait while the first one sleeps
             stalls_are_due = bool(self._agreement.agree([stalls_are_due])[0])
+        self._wakeup.clear()
+        self._news_readable_s = math.inf
         self.ingest_requests()
         self.maybe_send_health_check_signal()
         if self.grammar_manager.has_waiting_grammars():
