@@ -43,11 +43,9 @@ REFUSED_WHEN_SET: Final = {
 """Field of ServerArgs: why FlowPrefill refuses a value other than None, False, 0 or nothing."""
 
 REFUSED_ABOVE_ONE: Final = {
-    "tp_size": "tensor parallelism is not supported yet",
     "pp_size": "a pipeline's stages cannot be suspended together",
     "dp_size": "its ranks are replicas, one of which a request gets by its number; start as many prefill servers, for "
     "which launch.py has --prefill N",
-    "nnodes": "a prefill server runs on one machine",
     "attn_cp_size": "context parallelism is not supported",
 }
 

@@ -64,6 +64,10 @@ def _take_platform_seams() -> None:
         nixl_dram.apply()
         nixl_sleep.apply()
     if "sglang.srt.managers.scheduler" in sys.modules:
+        if platforms.is_active():
+            from sgl_flowprefill.patches import cpu_tp
+
+            cpu_tp.apply()
         from sgl_flowprefill.patches import affinity, decode_idle, wakeups
 
         wakeups.apply()

@@ -27,6 +27,44 @@ class Answer:
     req: Any = field(repr=False)
 
 
+def generate_request(
+    rid: str,
+    prompt: Sequence[int],
+    room: int,
+    ttft_slo_s: float | None = None,
+    logprobs: bool = False,
+    input_logprobs: bool = False,
+) -> Any:
+    """What the tokenizer process sends to the scheduler for a greedy request."""
+    from sglang.srt.disaggregation.utils import FAKE_BOOTSTRAP_HOST
+    from sglang.srt.managers.io_struct import TokenizedGenerateReqInput
+    from sglang.srt.observability.req_time_stats import APIServerReqTimeStats
+    from sglang.srt.sampling.sampling_params import SamplingParams
+
+    custom_params = None if ttft_slo_s is None else {"ttft_slo": ttft_slo_s}
+    sampling = SamplingParams(temperature=0, max_new_tokens=4, custom_params=custom_params)
+    sampling.normalize(None)
+    recv = TokenizedGenerateReqInput(
+        rid=rid,
+        input_text="",
+        input_ids=array("q", prompt),
+        input_embeds=None,
+        mm_inputs=None,
+        sampling_params=sampling,
+        return_logprob=logprobs or input_logprobs,
+        logprob_start_len=0 if input_logprobs else -1,
+        top_logprobs_num=0,
+        token_ids_logprob=None,
+        token_type_ids=None,
+        stream=True,
+        bootstrap_host=FAKE_BOOTSTRAP_HOST,
+        bootstrap_room=room,
+    )
+    recv.time_stats = APIServerReqTimeStats()
+    recv.time_stats.created_time = time.perf_counter()
+    return recv
+
+
 class PrefillEngine:
     """Drives the scheduler step by step."""
 
@@ -68,33 +106,7 @@ class PrefillEngine:
         input_logprobs: bool = False,
     ) -> None:
         """Hand a request to the scheduler as the tokenizer process would."""
-        from sglang.srt.disaggregation.utils import FAKE_BOOTSTRAP_HOST
-        from sglang.srt.managers.io_struct import TokenizedGenerateReqInput
-        from sglang.srt.observability.req_time_stats import APIServerReqTimeStats
-        from sglang.srt.sampling.sampling_params import SamplingParams
-
-        custom_params = None if ttft_slo_s is None else {"ttft_slo": ttft_slo_s}
-        sampling = SamplingParams(temperature=0, max_new_tokens=4, custom_params=custom_params)
-        sampling.normalize(None)
-        recv = TokenizedGenerateReqInput(
-            rid=rid,
-            input_text="",
-            input_ids=array("q", prompt),
-            input_embeds=None,
-            mm_inputs=None,
-            sampling_params=sampling,
-            return_logprob=logprobs or input_logprobs,
-            logprob_start_len=0 if input_logprobs else -1,
-            top_logprobs_num=0,
-            token_ids_logprob=None,
-            token_type_ids=None,
-            stream=True,
-            bootstrap_host=FAKE_BOOTSTRAP_HOST,
-            bootstrap_room=len(self.answers),
-        )
-        recv.time_stats = APIServerReqTimeStats()
-        recv.time_stats.created_time = time.perf_counter()
-        self.receive(recv)
+        self.receive(generate_request(rid, prompt, len(self.answers), ttft_slo_s, logprobs, input_logprobs))
 
     def abort(self, rid: str) -> None:
         """What the tokenizer process sends when a client disconnects."""

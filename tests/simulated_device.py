@@ -204,7 +204,9 @@ class SimulatedScheduler(FlowPrefillScheduler):
         self._events = SimpleNamespace(
             pending=lambda: bool(self._arriving) and self._arriving[0].arrival_s <= device.now_s
         )
-        self._executor = Executor(self._model_runner, self._interrupted, device)
+        self._agreement = None
+        self._ends_waiting = self._has_news
+        self._executor = Executor(self._model_runner, self._has_news, device)
         self._slots = AttentionSlots(self._model_runner, None)
         self._memory = TaskMemory(Activations(1, 1, 1, None), math.inf)
         self._progress = Progress([True, False] * model.layers)
@@ -240,7 +242,7 @@ class SimulatedScheduler(FlowPrefillScheduler):
         self._news_readable_s = math.inf
         while self._arriving and self._arriving[0].arrival_s <= device.now_s:
             request = self._arriving.popleft()
-            waiting = WaitingRequest(request, PrefillShape(request.tokens), request.arrival_s)
+            waiting = WaitingRequest(request, len(self._waiting), PrefillShape(request.tokens), request.arrival_s)
             self._news_readable_s = min(self._news_readable_s, request.arrival_s)
             deadline_s = request.arrival_s + request.ttft_slo_s
             job = Job(waiting, request.arrival_s, deadline_s, self._predict_s([waiting]))

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Final, Literal
 
 from sgl_flowprefill.cluster.base import ClusterConfig, Ports
-from sgl_flowprefill.cluster.machine import CpuPlan
+from sgl_flowprefill.cluster.machine import CpuPlan, shares
 from sgl_flowprefill.config import ENV_PREFIX, ENV_SWITCH, FlowPrefillConfig
 
 Role = Literal["prefill", "decode"]
@@ -27,7 +27,8 @@ FLOWPREFILL_ARGS: Final = (
     "--cuda-graph-backend-prefill=disabled",
     "--chunked-prefill-size=-1",
 )
-PARALLEL_OPTIONS: Final = (("--tensor-parallel-size", "--tp-size", "--tp"), ("--pipeline-parallel-size", "--pp-size"))
+TP_OPTIONS: Final = ("--tensor-parallel-size", "--tp-size", "--tp")
+PARALLEL_OPTIONS: Final = (TP_OPTIONS, ("--pipeline-parallel-size", "--pp-size"))
 """SGLang options whose product is the number of GPUs of a server."""
 GATEWAY_TIMEOUT_S: Final = 1800
 GATEWAY_GRACE_S: Final = 60
@@ -63,6 +64,11 @@ class Layout:
 
     def count(self, role: Role) -> int:
         return self.config.prefill if role == "prefill" else self.config.decode
+
+    def ranks(self, role: Role) -> int:
+        """Tensor-parallel size of a server; what is no number is for SGLang's parser to refuse."""
+        size = last_value([*self.config.server_args, *self._own_args(role)], *TP_OPTIONS) or ""
+        return max(1, int(size)) if size.isdigit() else 1
 
     @property
     def is_single(self) -> bool:
@@ -118,11 +124,14 @@ class Layout:
             env.update(CPU_ALLOCATOR)
             if role == "prefill":
                 cpus = self.cpus.scheduler_of(index, self.config.prefill)
-                env[ENV_PREFIX + "SCHEDULER_CPUS"] = ",".join(map(str, cpus))
-                threads = len(cpus)
+                by_rank = shares(cpus, self.ranks(role))
+                env[ENV_PREFIX + "SCHEDULER_CPUS"] = "|".join(",".join(map(str, own)) for own in by_rank)
+                threads = len(by_rank[0])
             else:
-                threads = self.cpus.decode_threads(self.config.decode)
+                threads = self.cpus.decode_threads(self.config.decode * self.ranks(role))
             env["OMP_NUM_THREADS"] = env["MKL_NUM_THREADS"] = str(threads)
+            # SGLang wants it for more ranks than NUMA nodes; without its own CPU kernels it binds nothing.
+            env.setdefault("SGLANG_CPU_OMP_THREADS_BIND", "|".join(["0"] * self.ranks(role)))
         return env
 
     def gpus_needed(self) -> int:

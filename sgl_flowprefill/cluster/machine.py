@@ -23,10 +23,7 @@ class CpuPlan:
 
     def scheduler_of(self, index: int, servers: int) -> tuple[int, ...]:
         """CPUs of one of ``servers`` prefill schedulers: an equal share, or one that several have to share."""
-        share = len(self.scheduler) // servers
-        if share:
-            return self.scheduler[index * share : (index + 1) * share]
-        return (self.scheduler[index % len(self.scheduler)],)
+        return shares(self.scheduler, servers)[index]
 
     def decode_threads(self, servers: int) -> int:
         """Compute threads of each of ``servers`` decode servers: they leave room for the HTTP servers, the gateway and
@@ -34,15 +31,21 @@ class CpuPlan:
         return max(1, len(self.others) // 2 // servers)
 
 
-def plan_cpus(cpus: Sequence[int], prefill: bool = True) -> CpuPlan:
-    """Half of the CPUs (rounded down, at least one) for prefill alone; one CPU is shared by all. None of them where
-    there is no prefill server."""
-    if not prefill:
+def shares(cpus: Sequence[int], parts: int) -> list[tuple[int, ...]]:
+    """``cpus`` in equal parts: of servers, or of the tensor-parallel ranks of one. With too few, several share one."""
+    each = len(cpus) // parts
+    if each == 0:
+        return [(cpus[part % len(cpus)],) for part in range(parts)]
+    return [tuple(cpus[part * each : (part + 1) * each]) for part in range(parts)]
+
+
+def plan_cpus(cpus: Sequence[int], ranks: int = 1) -> CpuPlan:
+    """Half of the CPUs (rounded down, at least one for each tensor-parallel rank) for prefill alone. What is left runs
+    the rest; where nothing is left, all share all. None of them with 0 ranks: there is no prefill server."""
+    if not ranks:
         return CpuPlan((), tuple(cpus))
-    if len(cpus) < 2:
-        return CpuPlan(tuple(cpus), tuple(cpus))
-    half = len(cpus) // 2
-    return CpuPlan(tuple(cpus[:half]), tuple(cpus[half:]))
+    scheduler = max(len(cpus) // 2, min(ranks, len(cpus)))
+    return CpuPlan(tuple(cpus[:scheduler]), tuple(cpus[scheduler:] or cpus))
 
 
 def usable_cpus() -> list[int]:

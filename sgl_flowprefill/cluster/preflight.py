@@ -6,6 +6,7 @@ Every check raises StartError with one sentence that names what was found and th
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import ipaddress
 import json
 import os
@@ -54,13 +55,16 @@ def prepare(config: ClusterConfig) -> Layout:
         config=config,
         model_path=model_path,
         ports=choose_ports(config.host, config.ports, config.prefill, config.decode),
-        cpus=machine.plan_cpus(machine.usable_cpus(), prefill=config.prefill > 0) if on_cpu and servers else None,
+        cpus=None,
         host=host,
     )
     if not on_cpu:
         _check_gpus(layout)
-    elif servers and Path(model_path).is_dir():
-        _check_memory(layout)
+    elif servers:
+        ranks = layout.ranks("prefill") if config.prefill else 0
+        layout = dataclasses.replace(layout, cpus=machine.plan_cpus(machine.usable_cpus(), ranks))
+        if Path(model_path).is_dir():
+            _check_memory(layout)
     _check_options(layout)
     return layout
 
@@ -193,12 +197,13 @@ def _check_gpus(layout: Layout) -> None:
         return
     if layout.is_single and needed == 2:
         raise StartError(
-            f"prefill and decode need a GPU each and there is {gpus}; let them share it with "
-            "--decode-args '--base-gpu-id 0' --mem-fraction-static 0.4, or serve with --device cpu"
+            f"prefill and decode need {needed} GPUs and there {'is' if gpus == 1 else 'are'} {gpus}; let them share "
+            "with --decode-args '--base-gpu-id 0' --mem-fraction-static 0.4, or serve with --device cpu"
         )
     raise StartError(
-        f"{layout.in_words()} need {needed} GPUs and there are {gpus}; start fewer, let them share with "
-        "--prefill-args or --decode-args '--base-gpu-id N' and --mem-fraction-static, or serve with --device cpu"
+        f"{layout.in_words()} need {needed} GPUs and there {'is' if gpus == 1 else 'are'} {gpus}; start fewer, let "
+        "them share with --prefill-args or --decode-args '--base-gpu-id N' and --mem-fraction-static, or serve with "
+        "--device cpu"
     )
 
 

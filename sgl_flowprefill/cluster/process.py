@@ -59,11 +59,11 @@ class Server:
         return None
 
     def bind(self, cpus: Sequence[int], except_on: Sequence[Sequence[int]]) -> None:
-        """Move all its threads to ``cpus``, but for processes that have bound themselves to one of ``except_on``."""
+        """Move all its threads to ``cpus``, but for processes that are bound within one of ``except_on``."""
         leader = psutil.Process(self.pid)
         for process in (leader, *leader.children(recursive=True)):
             with suppress(psutil.NoSuchProcess):
-                if tuple(process.cpu_affinity()) not in except_on:
+                if not any(set(process.cpu_affinity()) <= set(own) for own in except_on):
                     _bind_threads(process, cpus)
 
     def terminate(self) -> None:

@@ -54,6 +54,11 @@ def _profile(arguments: argparse.Namespace, server_args: Sequence[str]) -> int:
             options=FlowPrefillConfig.from_namespace(arguments),
         )
     )
+    if layout.ranks("prefill") > 1:
+        raise StartError(
+            f"a server with --tp {layout.ranks('prefill')} measures a short profile itself at its first start; "
+            "launch.py profile measures one process"
+        )
     command = [sys.executable, "-m", "sgl_flowprefill.profiling.process", "--budget-s", str(arguments.budget_s)]
     if arguments.output is not None:
         command += ["--output", str(arguments.output.absolute())]

@@ -1,5 +1,7 @@
 """The scheduler process runs on the CPUs that it is told to, with as many threads as those.
 
+Tensor-parallel ranks are given theirs apart by bars: ``0-3|4-7``.
+
 Target: ``configure_scheduler_process`` (SGLang 0.5.23, managers/scheduler.py), which a spawned scheduler process calls
 first. Threads inherit the binding, so it covers the pools of OpenMP, NIXL and UCX, which are made later. Without this
 seam the schedulers, HTTP servers and gateway of a small machine push each other off their cores. Unlike
@@ -29,12 +31,14 @@ def apply() -> None:
     """Register the seam in a process that may run a scheduler. Raises SeamError, and ConfigError for wrong CPUs."""
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    cpus = parse_cpus(os.environ[ENV_CPUS])
+    by_rank = parse_ranks(os.environ[ENV_CPUS])
     expect_parameters(SEAM, TARGET, ("server_args", "gpu_id"))
     expect_source(SEAM, CALLER, "configure_scheduler_process(", "scheduler = Scheduler(server_args, port_args)")
 
     def before(*_args: Any, **_kwargs: Any) -> None:
-        bind(cpus)
+        from sglang.srt.runtime_context import get_parallel
+
+        bind(by_rank[get_parallel().tp_rank % len(by_rank)])
 
     HookRegistry.register(TARGET, before, HookType.BEFORE)
 
@@ -46,6 +50,11 @@ def bind(cpus: set[int]) -> None:
     for thread in os.listdir("/proc/self/task"):
         os.sched_setaffinity(int(thread), cpus)
     torch.set_num_threads(len(cpus))
+
+
+def parse_ranks(text: str) -> list[set[int]]:
+    """CPU numbers of each rank, as in ``0|1``. Raises ConfigError."""
+    return [parse_cpus(part) for part in text.split("|")]
 
 
 def parse_cpus(text: str) -> set[int]:

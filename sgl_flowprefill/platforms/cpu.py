@@ -10,8 +10,8 @@ from sglang.srt.platforms.interface import PlatformCapabilities, SRTPlatform
 
 ATTENTION_BACKEND: Final = "flowprefill_cpu"
 
-_SIZES: Final[dict[str, float]] = {
-    "mem_fraction_static": 0.25,
+MEM_FRACTION_STATIC: Final = 0.25
+_SIZES: Final = {
     "max_total_tokens": 262_144,
     "max_running_requests": 128,
 }
@@ -40,8 +40,11 @@ class PortableCpuPlatform(CpuDeviceMixin, SRTPlatform):
         server_args.disable_overlap_schedule = True
         server_args.disable_hybrid_swa_memory = True
         server_args.disable_cuda_graph = True
+        server_args.disable_custom_all_reduce = True
         if server_args.dtype == "auto":
             server_args.dtype = "float32"
+        if server_args.mem_fraction_static is None:  # of the memory that all tensor-parallel ranks share
+            server_args.mem_fraction_static = MEM_FRACTION_STATIC / server_args.tp_size
         for option, default in _SIZES.items():
             if getattr(server_args, option) is None:
                 setattr(server_args, option, default)

@@ -17,7 +17,7 @@ Rows with operator times are synchronised at each operator, so they say nothing 
 out when a model is fitted. A model is fitted to ``time_s - waited_s``, the time of the engine undisturbed.
 
 The schema's metadata has, under ``flowprefill``, a JSON object: ``format``, ``setting`` (model, device, dtype,
-attention_backend, threads, sglang), ``longest_tokens`` and ``complete``.
+attention_backend, threads, sglang, tp_size), ``longest_tokens`` and ``complete``.
 """
 
 from __future__ import annotations
@@ -52,6 +52,7 @@ class Setting(BaseModel):
     attention_backend: str
     threads: int
     sglang: str
+    tp_size: int = 1
 
     def difference(self, other: Setting) -> str:
         """The fields in which ``other`` differs, for a message: ``threads 1, not 4``."""

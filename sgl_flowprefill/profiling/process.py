@@ -52,7 +52,7 @@ def make_scheduler(server_options: Sequence[str]) -> Any:
 
     load_plugins()
     if affinity.is_enabled():
-        affinity.bind(affinity.parse_cpus(os.environ[affinity.ENV_CPUS]))
+        affinity.bind(affinity.parse_ranks(os.environ[affinity.ENV_CPUS])[0])
     server_args = prepare_server_args(list(server_options))
     server_args.resolve_once()
     publish(server_args, role="scheduler", ranks=SpawnRanks(world_rank=0, dp_rank=None, gpu_id=server_args.base_gpu_id))

@@ -48,8 +48,12 @@ def load_or_measure(scheduler: Any, config: FlowPrefillConfig) -> tuple[Adaptive
             raise SystemExit(f"--flowprefill-profile {error}") from None
     else:
         profile = _cached(profile_path(setting), setting) or _cached(_short_path(setting), setting)
-        if profile is None:
-            profile = _measure_short(scheduler, setting, inside=config.granularity != "chunk")
+    # Tile sizes depend on it, so it has to be the same on all tensor-parallel ranks.
+    ranks = scheduler.tp_group
+    profile = ranks.broadcast_object(profile)
+    if profile is None:
+        profile = ranks.broadcast_object(_measure_short(scheduler, setting, inside=config.granularity != "chunk"))
+        if ranks.rank_in_group == 0:
             write_profile(_short_path(setting), profile)
     model, residuals = fit(profile)
     return AdaptiveTTFT(model, config.slack_quantile, residuals), OperatorTimes.fit(profile.operators())
@@ -74,7 +78,7 @@ def fit(profile: Profile) -> tuple[TTFTModel, list[float]]:
 
 def profile_path(setting: Setting) -> Path:
     """Where ``launch.py profile`` leaves the profile of ``setting``, and a server finds it."""
-    digest = hashlib.sha256(setting.model_dump_json().encode()).hexdigest()[:16]
+    digest = hashlib.sha256(setting.model_dump_json(exclude_defaults=True).encode()).hexdigest()[:16]
     return paths.cache_dir() / "profiles" / f"{digest}.parquet"
 
 
@@ -90,6 +94,7 @@ def current_setting(scheduler: Any) -> Setting:
         attention_backend=str(runner.prefill_attention_backend_str),
         threads=torch.get_num_threads(),
         sglang=version("sglang"),
+        tp_size=scheduler.tp_size,
     )
 
 

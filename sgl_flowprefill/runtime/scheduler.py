@@ -10,7 +10,8 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, Final
@@ -20,12 +21,15 @@ from sglang.srt.disaggregation.base import KVPoll
 from sglang.srt.disaggregation.utils import DisaggregationMode, is_aborted
 from sglang.srt.managers.scheduler import Scheduler
 from sglang.srt.managers.utils import is_health_check_generate_req
+from sglang.srt.runtime_context import get_parallel
+from sglang.srt.utils.network import get_local_ip_auto
 
 from sgl_flowprefill.compat import unchecked_attention_backend
 from sgl_flowprefill.config import FlowPrefillConfig
 from sgl_flowprefill.events import EventLog
 from sgl_flowprefill.patches import wakeups
 from sgl_flowprefill.policy import Job, Limits, PrefillPolicy, make_policy
+from sgl_flowprefill.runtime.agreement import Agreement
 from sgl_flowprefill.runtime.checkpoints import Progress, find_decoder_layers, install_checkpoints
 from sgl_flowprefill.runtime.device import CpuDevice, Device, make_device
 from sgl_flowprefill.runtime.memory import TaskMemory
@@ -59,6 +63,8 @@ class WaitingRequest:
 
     req: Any
     """SGLang's Req."""
+    number: int
+    """Counts the requests that could be started; the same on all tensor-parallel ranks."""
     shape: PrefillShape
     """Its cost as the prefix match at its arrival left it."""
     readable_s: float
@@ -81,7 +87,7 @@ class FlowPrefillScheduler(Scheduler):
 
     def _init_flowprefill(self, config: FlowPrefillConfig) -> None:
         model_runner = self.tp_worker.model_runner
-        self._config = config
+        self._config = config = self.tp_group.broadcast_object(config)  # the environment of another node may differ
         unchecked = unchecked_attention_backend(model_runner.prefill_attention_backend_str)
         if unchecked is not None:
             raise SystemExit(f"sgl-flowprefill: {unchecked}")
@@ -90,12 +96,22 @@ class FlowPrefillScheduler(Scheduler):
         self._bootstrapped_s: dict[int, float] = {}
         wakeups.expect_applied()
         wakeups.subscribe(self._on_transfer_status)
-        self._events = scheduler_events(self, self._wakeup)
-        interrupted = self._events.pending if isinstance(self._device, CpuDevice) else self._interrupted
-        self._executor = Executor(model_runner, interrupted, self._device)
+        # Of several tensor-parallel ranks, the first alone looks at sockets and clocks, and decides.
+        self._events = scheduler_events(self, self._wakeup) if self.tp_group.rank_in_group == 0 else None
+        pending = None if self._events is None else self._events.pending
+        self._agreement = self._agree_with_ranks(pending) if self.tp_group.world_size > 1 else None
+        if self._agreement is not None:
+            # Nothing ends a rank's wait for its device early, or ranks would not do the same.
+            self._ends_waiting: Callable[[], bool] = _never
+            self._executor = Executor(model_runner, self._agreement.interrupted, self._device, _never)
+        else:
+            assert pending is not None
+            self._ends_waiting = pending if isinstance(self._device, CpuDevice) else self._has_news
+            self._executor = Executor(model_runner, self._ends_waiting, self._device)
         self._progress = Progress([])
         layers = [] if config.granularity == "chunk" else find_decoder_layers(model_runner.model)
         self._waiting: dict[Any, Job[WaitingRequest]] = {}
+        self._enqueued = 0
         self._running: PrefillTask | None = None
         self._tasks_started = 0
         self._kv_is_short = False
@@ -121,7 +137,7 @@ class FlowPrefillScheduler(Scheduler):
             )
         self._slots = AttentionSlots(model_runner, between_tiles, tile_pairs)
         self._memory = TaskMemory.plan(model_runner, self._slots, config.max_suspended, tile_rows)
-        self._log = EventLog(config.event_log)
+        self._log = EventLog(None if self._events is None else config.event_log)
         logger.info(
             "FlowPrefill is on: policy %s, %d checkpoints in a forward pass, at most %d suspended tasks, batches of up "
             "to %d tokens",
@@ -130,6 +146,12 @@ class FlowPrefillScheduler(Scheduler):
             config.max_suspended,
             batch_tokens,
         )
+
+    def _agree_with_ranks(self, pending: Callable[[], bool] | None) -> Agreement:
+        nodes = get_parallel().nnodes
+        host = get_local_ip_auto() if nodes > 1 else "127.0.0.1"
+        lookahead = 0 if isinstance(self._device, CpuDevice) else self._config.lookahead
+        return Agreement(self.tp_cpu_group, self._wakeup, pending, lookahead=lookahead, nodes=nodes, host=host)
 
     def _tile_tokens(self, config: FlowPrefillConfig, layers: int) -> int:
         """Rows of an MLP tile, by the profile's time of MLPs; else by that of whole layers, which bounds it."""
@@ -149,9 +171,10 @@ class FlowPrefillScheduler(Scheduler):
 
     @torch.no_grad()
     def event_loop_normal_disagg_prefill(self) -> None:
-        while not self.gracefully_exit:
-            if not self._step() and not self.gracefully_exit:
-                self._sleep()
+        with nullcontext() if self._agreement is None else self._agreement.naming_the_lost():
+            while not self.gracefully_exit:
+                if not self._step() and not self.gracefully_exit:
+                    self._sleep()
 
     def _step(self) -> bool:
         """Take what has happened, pick what runs now, run it until something happens. Whether anything could run."""
@@ -159,7 +182,7 @@ class FlowPrefillScheduler(Scheduler):
             self._take_events()
             self._finish_arrived()
             # Picking late, when the device has room for another operator, is picking with all that is known by then.
-            if self._device.catch_up(self._interrupted):
+            if self._device.catch_up(self._ends_waiting):
                 break
         task = None if self._engine_paused else self._pick()
         if task is not None:
@@ -170,11 +193,12 @@ class FlowPrefillScheduler(Scheduler):
                 self._finish_arrived()
             return True
         if self._finishing:
-            self._device.wait(self._finishing[0].result.copy_done, self._events.pending)
+            self._device.wait(self._finishing[0].result.copy_done, self._ends_waiting)
         return bool(self._finishing)
 
-    def _interrupted(self) -> bool:
+    def _has_news(self) -> bool:
         """Whether the hub has something to look at: an event, or a result that has arrived from the device."""
+        assert self._events is not None
         return self._events.pending() or (bool(self._finishing) and self._finishing[0].result.copy_done.query())
 
     def event_loop_overlap_disagg_prefill(self) -> None:
@@ -182,6 +206,10 @@ class FlowPrefillScheduler(Scheduler):
 
     def _take_events(self) -> None:
         """Arrivals, aborts and health checks; requests that finished bootstrapping; KV transfers that ended."""
+        now_s = time.monotonic()
+        stalls_are_due = now_s - self._last_stall_check_s >= STALL_CHECK_S
+        if self._agreement is not None:  # here the other ranks wait while the first one sleeps
+            stalls_are_due = bool(self._agreement.agree([stalls_are_due])[0])
         self._wakeup.clear()
         self._news_readable_s = math.inf
         self.ingest_requests()
@@ -193,8 +221,7 @@ class FlowPrefillScheduler(Scheduler):
             self._enqueue(req)
         if self.process_disagg_prefill_inflight_queue():
             self._kv_is_short = False
-        now_s = time.monotonic()
-        if now_s - self._last_stall_check_s >= STALL_CHECK_S:
+        if stalls_are_due:
             self._last_stall_check_s = now_s
             self._kv_is_short = False
             self.resolve_waiting_queue_bootstrap()
@@ -213,7 +240,8 @@ class FlowPrefillScheduler(Scheduler):
             timeout_s = IDLE_CHECK_S
         else:
             timeout_s = STALL_CHECK_S
-        self._events.sleep(timeout_s)
+        if self._events is not None:
+            self._events.sleep(timeout_s)
 
     # ---- picking --------------------------------------------------------------------------------------------------
 
@@ -224,25 +252,52 @@ class FlowPrefillScheduler(Scheduler):
         if running is not None:
             self._requeue(running)
         while True:
-            now_s = time.monotonic()
-            job = self._policy.pick(now_s, running.job if running else None, admit=not self._kv_is_short)
-            if job is None:
-                return None
-            if isinstance(job.item, PrefillTask):
-                return job.item
-            task = self._start(job, now_s)
+            choice = self._choose(running) if self._agreement is None else self._agreed_choice(running)
+            if choice is None or isinstance(choice, PrefillTask):
+                return choice
+            task = self._start(choice)
             if task is not None:
                 return task
             # Its KV or activations do not fit. Work on what holds some, and try again when it has been freed.
             self._kv_is_short = True
 
-    def _start(self, winner: Job[WaitingRequest], now_s: float) -> PrefillTask | None:
-        """A new task for ``winner`` and those that join it, or None when its KV or activations do not fit."""
+    def _choose(self, running: PrefillTask | None) -> PrefillTask | list[Job[WaitingRequest]] | None:
+        """The policy's choice: a task that has started, or the requests for a new one, in order of priority."""
         assert self._policy is not None
-        jobs = self._policy.batch(winner, now_s, lambda waiting: waiting.shape.new_tokens, self._predict_s)
-        new_tokens = sum(job.item.shape.new_tokens for job in jobs)
-        if not self._memory.admits([task.new_tokens for task in self._tasks()], new_tokens):
+        now_s, running_job = time.monotonic(), running.job if running else None
+        job = self._policy.pick(now_s, running_job, admit=not self._kv_is_short)
+        if job is not None and not isinstance(job.item, PrefillTask):
+            jobs = self._policy.batch(job, now_s, lambda waiting: waiting.shape.new_tokens, self._predict_s)
+            new_tokens = sum(member.item.shape.new_tokens for member in jobs)
+            if self._memory.admits([task.new_tokens for task in self._tasks()], new_tokens):
+                return jobs
+            # Its activations do not fit beside those of the tasks: work on these.
+            job = self._policy.pick(now_s, running_job, admit=False)
+            assert job is None or isinstance(job.item, PrefillTask)
+        return None if job is None else job.item
+
+    def _agreed_choice(self, running: PrefillTask | None) -> PrefillTask | list[Job[WaitingRequest]] | None:
+        """The choice of the first tensor-parallel rank: a task's id, or minus one and the numbers of requests."""
+        assert self._agreement is not None
+        values: list[int] = []
+        if self._events is not None:
+            choice = self._choose(running)
+            if isinstance(choice, PrefillTask):
+                values = [choice.id]
+            elif choice is not None:
+                values = [-1, *(job.item.number for job in choice)]
+        values = self._agreement.agree(values)
+        if not values:
             return None
+        if values[0] >= 0:
+            return next(task for task in self._tasks() if task.id == values[0])
+        by_number = {job.item.number: job for job in self._waiting.values()}
+        return [by_number[number] for number in values[1:]]
+
+    def _start(self, jobs: Sequence[Job[WaitingRequest]]) -> PrefillTask | None:
+        """A new task for the first of ``jobs`` and those that join it, or None when the first one's KV does not fit."""
+        assert self._policy is not None
+        winner = jobs[0]
         batch = self._make_batch([job.item.req for job in jobs])
         if batch is None:
             return None
@@ -304,10 +359,13 @@ class FlowPrefillScheduler(Scheduler):
         return result
 
     def _finish_arrived(self) -> None:
-        """Finish the tasks whose results are on the host. One of the others may wait while the device runs the next."""
+        """Finish the tasks whose results are on the host. One of the others may wait while the device
+        runs the next; not with several ranks, which would have to agree on when it arrived.
+        """
         while self._finishing:
             copy_done = self._finishing[0].result.copy_done
-            if copy_done is not None and len(self._finishing) == 1 and not copy_done.query():
+            may_wait = self._agreement is None and copy_done is not None and len(self._finishing) == 1
+            if may_wait and not copy_done.query():
                 return
             self._finish(self._finishing.popleft())
 
@@ -375,7 +433,8 @@ class FlowPrefillScheduler(Scheduler):
         readable_s = max(req.time_stats.api_server_dispatch_time, self._bootstrapped_s.pop(req.bootstrap_room, 0.0))
         self._news_readable_s = min(self._news_readable_s, readable_s)
         shape = PrefillShape(len(req.origin_input_ids) - req.prefix_len, req.prefix_len)
-        waiting = WaitingRequest(req, shape, readable_s)
+        waiting = WaitingRequest(req, self._enqueued, shape, readable_s)
+        self._enqueued += 1
         arrival_s = _received_s(req)
         job = Job(waiting, arrival_s, arrival_s + self._slo_s(req), self._predict_s([waiting]))
         self._waiting[req] = job
@@ -422,6 +481,8 @@ class FlowPrefillScheduler(Scheduler):
         """Started tasks run to their end first: a pause may be there to change the weights under them."""
         for task in self._tasks():
             while not task.done:
+                if self._agreement is not None:
+                    self._agreement.agree()
                 self._executor.run(task, self._forward)
             self._retire(task)
             self._finishing.append(task)
@@ -450,7 +511,8 @@ class FlowPrefillScheduler(Scheduler):
     def _tasks(self) -> list[PrefillTask]:
         if self._policy is None or not len(self._policy.tasks):
             return []
-        return [job.item for job in self._policy.tasks.first(time.monotonic(), len(self._policy.tasks))]
+        jobs = self._policy.tasks.first(time.monotonic(), len(self._policy.tasks))
+        return sorted((job.item for job in jobs), key=lambda task: task.id)  # the same on all tensor-parallel ranks
 
     def _predict_s(self, requests: Sequence[WaitingRequest]) -> float:
         return self._ttft.predict_s([request.shape for request in requests])
@@ -473,6 +535,10 @@ class FlowPrefillScheduler(Scheduler):
             readable_s=round(readable_s, 6),
             blocking_s=round(max(0.0, now_s - readable_s), 6),
         )
+
+
+def _never() -> bool:
+    return False
 
 
 def _received_s(req: Any) -> float:

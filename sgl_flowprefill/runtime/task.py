@@ -65,9 +65,19 @@ class PrefillTask:
 class Executor:
     """Runs one task at a time and comes back when it is done or when ``interrupted`` says so at a checkpoint."""
 
-    def __init__(self, model_runner: Any, interrupted: Callable[[], bool], device: Device | None = None) -> None:
+    def __init__(
+        self,
+        model_runner: Any,
+        interrupted: Callable[[], bool],
+        device: Device | None = None,
+        ends_waiting: Callable[[], bool] | None = None,
+    ) -> None:
+        """``interrupted`` is asked once at each interruption point; what ends a wait for the device there is
+        ``ends_waiting``, or ``interrupted`` again if that is None.
+        """
         self._model_runner = model_runner
         self._interrupted = interrupted
+        self._ends_waiting = ends_waiting
         self._device = device or CpuDevice()
         self._running: PrefillTask | None = None
 
@@ -78,7 +88,7 @@ class Executor:
             return
         task.checkpoint += 1
         self._device.record()
-        if self._interrupted() or not self._device.catch_up(self._interrupted):
+        if self._interrupted() or not self._device.catch_up(self._ends_waiting or self._interrupted):
             task._greenlet.parent.switch()
 
     def between_tiles(self) -> None:
@@ -87,7 +97,7 @@ class Executor:
         if task is None:
             return
         self._device.record()
-        if self._interrupted() or not self._device.catch_up(self._interrupted):
+        if self._interrupted() or not self._device.catch_up(self._ends_waiting or self._interrupted):
             task._greenlet.parent.switch()
 
     def run(self, task: PrefillTask, forward: Callable[[Any], Any]) -> None:

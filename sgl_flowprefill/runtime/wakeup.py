@@ -3,25 +3,55 @@
 from __future__ import annotations
 
 import os
+import socket
+import threading
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
 import zmq
 
+Address = tuple[str, int]
+
 
 class Wakeup:
-    """Set by any thread of the scheduler process, cleared by the hub."""
+    """Set by any thread of the scheduler process, cleared by the hub. Of several tensor-parallel ranks only the first
+    sleeps and looks at it, so that of another is made to wake the first one's."""
 
     def __init__(self) -> None:
         self.pending = False
         self._fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._socket: socket.socket | None = None
+        self._forward_to: Address | None = None
 
     def notify(self) -> None:
         """Make ``pending`` true and end a sleep. Callable from any thread."""
         if not self.pending:
             self.pending = True
-            os.eventfd_write(self._fd, 1)
+            if self._socket is not None and self._forward_to is not None:
+                self._socket.sendto(b"", self._forward_to)
+            else:
+                os.eventfd_write(self._fd, 1)
+
+    def listen(self, host: str) -> Address:
+        """From now on, wake-ups that others forward to the returned address are notified here."""
+        receiver = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_DGRAM)
+        receiver.bind((host, 0))
+
+        def receive() -> None:
+            while True:
+                receiver.recv(1)
+                self.notify()
+
+        threading.Thread(target=receive, name="flowprefill-wakeups", daemon=True).start()
+        bound: tuple[Any, ...] = receiver.getsockname()
+        return bound[0], bound[1]
+
+    def forward_to(self, address: Address) -> None:
+        """From now on, what is notified here is notified at ``address``. A datagram that is lost, which only a full
+        buffer or a network does, is made up for by the hub's own checks."""
+        self._forward_to = address
+        self._socket = socket.socket(socket.AF_INET6 if ":" in address[0] else socket.AF_INET, socket.SOCK_DGRAM)
 
     def clear(self) -> None:
         """Forget what was notified so far. The hub calls this before it looks at what there is, never after."""

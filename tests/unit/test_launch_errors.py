@@ -86,7 +86,8 @@ def test_not_enough_memory(refusal, monkeypatch):
 
 def test_one_gpu_for_two_servers(refusal, monkeypatch):
     monkeypatch.setattr(machine, "gpu_count", lambda: 1)
-    assert "a GPU each and there is 1" in refusal("--flowprefill")
+    assert "need 2 GPUs and there is 1" in refusal("--flowprefill")
+    assert "need 4 GPUs and there is 1" in refusal("--flowprefill", "--tp", "2")
 
 
 @pytest.mark.parametrize(
@@ -105,7 +106,7 @@ def test_a_wrong_flowprefill_option(refusal, options, text):
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        (["--tp", "2"], "--tp-size 2 cannot work with FlowPrefill"),
+        (["--pp-size", "2"], "--pp-size 2 cannot work with FlowPrefill"),
         (["--enable-mixed-chunk"], "--enable-mixed-chunk cannot work with FlowPrefill"),
         (["--prefill-args", "--chunked-prefill-size 2048"], "FlowPrefill needs --chunked-prefill-size -1, not 2048"),
         (["--prefill-args", "--enable-lora"], "--enable-lora cannot work with FlowPrefill"),
@@ -238,9 +239,41 @@ def test_several_prefill_schedulers_share_the_cpus():
 
 
 @pytest.mark.parametrize(
-    ("cpus", "scheduler", "others"),
-    [([3], (3,), (3,)), ([0, 1], (0,), (1,)), ([0, 1, 2], (0,), (1, 2)), (range(8), (0, 1, 2, 3), (4, 5, 6, 7))],
+    ("cpus", "ranks", "scheduler", "others"),
+    [
+        ([3], 1, (3,), (3,)),
+        ([0, 1], 1, (0,), (1,)),
+        ([0, 1, 2], 1, (0,), (1, 2)),
+        (range(8), 1, (0, 1, 2, 3), (4, 5, 6, 7)),
+        ([3], 2, (3,), (3,)),
+        ([0, 1], 2, (0, 1), (0, 1)),
+        ([0, 1, 2], 2, (0, 1), (2,)),
+        (range(8), 2, (0, 1, 2, 3), (4, 5, 6, 7)),
+    ],
 )
-def test_prefill_has_cpus_of_its_own(cpus, scheduler, others):
-    plan = machine.plan_cpus(cpus)
+def test_prefill_has_cpus_of_its_own(cpus, ranks, scheduler, others):
+    plan = machine.plan_cpus(cpus, ranks)
     assert (plan.scheduler, plan.others) == (scheduler, others)
+
+
+def test_tensor_parallel_ranks_share_the_schedulers_cpus():
+    assert machine.shares(machine.plan_cpus(range(8), 2).scheduler, 2) == [(0, 1), (2, 3)]
+    assert machine.shares(machine.plan_cpus([0, 1], 2).scheduler, 2) == [(0,), (1,)]
+    assert machine.shares(machine.plan_cpus([3], 2).scheduler, 2) == [(3,), (3,)]
+
+
+@pytest.mark.parametrize("options", [["--tp", "2"], ["--tp-size=2"], ["--tensor-parallel-size", "2"]])
+def test_tensor_parallel_servers_get_cpus_by_rank_and_gpus_one_after_the_other(options, monkeypatch):
+    layout = preflight.prepare(cli.parse(["--flowprefill", "--ports", "0", *options]))
+    assert layout.server_env("prefill")["FLOWPREFILL_SCHEDULER_CPUS"].count("|") == 1
+    monkeypatch.setattr(machine, "gpu_count", lambda: 4)
+    layout = preflight.prepare(cli.parse(["--flowprefill", "--ports", "0", *options]))
+    command = layout.server_options("decode")
+    assert command[command.index("--base-gpu-id") + 1] == "2"
+
+
+def test_a_profile_is_measured_on_one_rank(capsys):
+    from sgl_flowprefill.cluster import profile_command
+
+    assert profile_command.main(["--tp", "2"]) == 2
+    assert "with --tp 2 measures a short profile itself" in capsys.readouterr().err

@@ -52,7 +52,7 @@ def server_args(**given: Any) -> SimpleNamespace:
     options = dict.fromkeys(
         ("attention_backend", "sampling_backend", "mem_fraction_static", "max_total_tokens", "max_running_requests")
     )
-    return SimpleNamespace(**{**options, "dtype": "auto", "page_size": 1, **given})
+    return SimpleNamespace(**{**options, "dtype": "auto", "page_size": 1, "tp_size": 1, **given})
 
 
 def test_defaults_fill_what_is_open() -> None:
@@ -64,6 +64,9 @@ def test_defaults_fill_what_is_open() -> None:
     assert args.disable_overlap_schedule
     assert args.disable_cuda_graph
     assert 0 < args.mem_fraction_static < 0.5
+    ranks = server_args(tp_size=2)
+    PortableCpuPlatform().apply_server_args_defaults(ranks)
+    assert ranks.mem_fraction_static == args.mem_fraction_static / 2
 
 
 def test_defaults_leave_what_was_given() -> None:

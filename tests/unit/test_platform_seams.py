@@ -20,7 +20,7 @@ import zmq
 from sglang.srt.plugins.hook_registry import HookRegistry
 
 from sgl_flowprefill.config import ConfigError
-from sgl_flowprefill.patches import affinity, decode_idle, nixl_dram, nixl_sleep, wakeups
+from sgl_flowprefill.patches import affinity, cpu_tp, decode_idle, nixl_dram, nixl_sleep, wakeups
 from sgl_flowprefill.patches.base import SeamError
 
 
@@ -38,6 +38,8 @@ def other_shape(*_anything: Any) -> None:
 SEAMS: list[tuple[Callable[[], None], str]] = [
     (nixl_dram.apply, nixl_dram.TARGET),
     (nixl_dram.apply, nixl_dram.AGENT),
+    (cpu_tp.apply, cpu_tp.TARGET),
+    (cpu_tp.apply, cpu_tp.CALLER),
     (nixl_sleep.apply, nixl_sleep.CALLER),
     (decode_idle.apply, decode_idle.ON_IDLE),
     (decode_idle.apply, decode_idle.DECODE_LOOP.format("normal")),
@@ -61,7 +63,9 @@ def test_a_changed_target_is_refused_by_name(
     assert not HookRegistry._hooks
 
 
-@pytest.mark.parametrize("apply", [nixl_dram.apply, nixl_sleep.apply, wakeups.apply, decode_idle.apply, affinity.apply])
+@pytest.mark.parametrize(
+    "apply", [nixl_dram.apply, nixl_sleep.apply, cpu_tp.apply, wakeups.apply, decode_idle.apply, affinity.apply]
+)
 def test_the_installed_sglang_has_the_expected_shape(apply: Callable[[], None]) -> None:
     apply()
     assert HookRegistry._hooks

@@ -1,0 +1,108 @@
+"""Two tensor-parallel scheduler processes: preemption changes nothing but the order, and none is left waiting."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from sgl_flowprefill.model import EmbeddedModel, embedded_model_path
+from tests.prompts import prompt
+from tests.ranks import Chaos, Ranks
+
+TWO_HEADS = EmbeddedModel(heads=2, layers=4, context_tokens=4608)
+"""Two query heads, one a rank, which share the one KV head: each rank keeps a copy of it."""
+SHARED = prompt(99, 300)
+PROMPTS = {
+    f"r{i:02}": prompt(i, tokens, SHARED if i % 2 else None)
+    for i, tokens in enumerate([40, 500, 2900, 350, 1300, 310, 7, 4000, 900, 330, 64, 1700])
+}
+
+
+@pytest.fixture(scope="module")
+def model_path() -> str:
+    return str(embedded_model_path(TWO_HEADS))
+
+
+@pytest.fixture(scope="module")
+def tokens_of_one_rank(model_path: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, int | None]:
+    with Ranks(model_path, 1, tmp_path_factory.mktemp("one")) as one:
+        for rid, tokens in PROMPTS.items():
+            one.submit(rid, tokens)
+        one.finish(list(PROMPTS))
+        return one.tokens
+
+
+@pytest.fixture(scope="module")
+def ranks(
+    model_path: str, tokens_of_one_rank: dict[str, int | None], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Ranks]:
+    with Ranks(model_path, 2, tmp_path_factory.mktemp("two"), Chaos(seed=1, switch_probability=0.9)) as two:
+        yield two
+
+
+def test_ranks_of_two_nodes_give_the_tokens_of_one(
+    model_path: str, tokens_of_one_rank: dict[str, int | None], tmp_path: Path
+) -> None:
+    with Ranks(model_path, 2, tmp_path, Chaos(seed=2, switch_probability=0.3), nodes=2) as ranks:
+        for rid, tokens in PROMPTS.items():
+            ranks.submit(rid, tokens)
+        ranks.finish(list(PROMPTS))
+        assert ranks.tokens == tokens_of_one_rank
+
+
+def test_two_ranks_that_are_preempted_all_the_time_give_the_tokens_of_one(
+    ranks: Ranks, tokens_of_one_rank: dict[str, int | None]
+) -> None:
+    ranks.submit("first", SHARED + prompt(5, 20))  # leaves the shared prefix in the radix cache
+    ranks.finish(["first"])
+    again = {f"{rid}-{i}": rid for i in range(2) for rid in PROMPTS}
+    for name, rid in again.items():
+        ranks.submit(name, PROMPTS[rid], ttft_slo_s=100.0)
+    ranks.finish(list(again))
+    assert {name: ranks.tokens[name] for name in again} == {name: tokens_of_one_rank[again[name]] for name in again}
+    assert ranks.preemptions() >= 100
+
+
+def test_clients_that_leave_are_dropped_by_both_ranks(ranks: Ranks, tokens_of_one_rank: dict[str, int | None]) -> None:
+    rng = random.Random(7)
+    kept, left = [], []
+    for i in range(5):
+        for rid, tokens in PROMPTS.items():
+            name = f"a{i}-{rid}"
+            ranks.submit(name, tokens)
+            time.sleep(rng.random() * 0.02)
+            (left if rng.random() < 0.3 else kept).append(name)
+            if left and left[-1] == name:
+                ranks.abort(name)
+    ranks.finish(kept)
+    assert {ranks.tokens[name] for name in kept} <= set(tokens_of_one_rank.values())
+    assert all(ranks.tokens[name] == tokens_of_one_rank[name[3:]] for name in kept)
+
+
+def test_a_pause_lets_started_prefills_finish_on_both_ranks(ranks: Ranks) -> None:
+    from sglang.srt.managers.io_struct import ContinueGenerationReqInput, PauseGenerationReqInput
+
+    for i in range(4):
+        ranks.submit(f"p{i}", prompt(50 + i, 3000))
+    time.sleep(0.3)
+    ranks.send(PauseGenerationReqInput(mode="in_place"))
+    time.sleep(2.0)
+    ranks.submit("late", prompt(60, 100))
+    ranks.take(1.0)
+    assert "late" not in ranks.tokens
+    ranks.send(ContinueGenerationReqInput())
+    ranks.finish(["p0", "p1", "p2", "p3", "late"])
+
+
+def test_the_end_of_a_rank_ends_the_other_with_its_name(ranks: Ranks) -> None:
+    first, second = ranks.processes
+    for i in range(8):
+        ranks.submit(f"k{i}", prompt(i, 3000))
+    second.kill()
+    first.join(30.0)
+    assert not first.is_alive()
+    assert f"tensor-parallel rank 1 (process {second.pid}) has ended" in Path(ranks.log).read_text()

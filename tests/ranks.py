@@ -1,0 +1,197 @@
+"""Real scheduler processes of a tensor-parallel prefill server, started as SGLang's own launcher starts them.
+
+The test is their tokenizer and detokenizer process: requests go in and answers come out over ZeroMQ, and the ranks run
+their event loops. Requests carry SGLang's fake bootstrap host, so no KV is sent anywhere (see ``tests.engine``).
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace, TracebackType
+from typing import Any
+
+import zmq
+
+from sgl_flowprefill.cluster.preflight import free_port
+from sgl_flowprefill.events import read_events
+from tests.engine import generate_request
+
+
+@dataclass(frozen=True)
+class Chaos:
+    """How rank 0 decides instead of by its policy: it suspends by chance, and runs whatever a coin says."""
+
+    seed: int
+    switch_probability: float
+
+
+class Ranks:
+    """``tp`` scheduler processes, as a context manager. Spread over ``nodes``, which are this machine all the same."""
+
+    def __init__(
+        self, model_path: str, tp: int, directory: Path, chaos: Chaos | None = None, *, nodes: int = 1
+    ) -> None:
+        self.event_log = directory / "events.jsonl"
+        self.log = directory / "ranks.log"
+        self.tokens: dict[str, int | None] = {}
+        self._start = (model_path, tp, nodes, chaos)
+        self._sent = 0
+
+    def __enter__(self) -> Ranks:
+        from sglang.srt.server_args import PortArgs, ServerArgs
+
+        model_path, tp, nodes, chaos = self._start
+        self._sigquit = signal.signal(signal.SIGQUIT, lambda number, frame: None)  # sent by a rank that fails
+        rendezvous = f"127.0.0.1:{free_port('127.0.0.1')}" if nodes > 1 else None
+        node_args = []
+        for node in range(nodes):
+            args = ServerArgs(
+                model_path=model_path,
+                tp_size=tp,
+                nnodes=nodes,
+                node_rank=node,
+                dist_init_addr=rendezvous,
+                disaggregation_mode="prefill",
+                disaggregation_transfer_backend="nixl",
+                disable_overlap_schedule=True,
+                chunked_prefill_size=-1,
+                max_total_tokens=60_000,
+                log_level="warning",
+            )
+            args.resolve_once()
+            node_args.append(args)
+        ports = PortArgs.init_new(node_args[0])
+        self._context = zmq.Context()
+        self._to_scheduler = self._bind(zmq.PUSH, ports.scheduler_input_ipc_name)
+        self._answers = self._bind(zmq.PULL, ports.detokenizer_ipc_name)
+        self._bind(zmq.PULL, ports.tokenizer_ipc_name)
+        self._bind(zmq.DEALER, ports.rpc_ipc_name)
+        spawn = multiprocessing.get_context("spawn")
+        self.processes, pipes = [], []
+        for rank in range(tp):
+            receiver, sender = spawn.Pipe(duplex=False)
+            args = node_args[rank * nodes // tp]
+            work = (args, ports, rank, sender, str(self.event_log), str(self.log), chaos)
+            self.processes.append(spawn.Process(target=_run_rank, args=work, daemon=True))
+            self.processes[-1].start()
+            sender.close()
+            pipes.append(receiver)
+        try:
+            for pipe in pipes:
+                pipe.recv()
+        except EOFError:
+            self.__exit__(None, None, None)
+            raise AssertionError(f"a rank has ended:\n{self.log.read_text()}") from None
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for process in self.processes:
+            process.kill()
+        for process in self.processes:
+            process.join()
+        self._context.destroy(linger=0)
+        signal.signal(signal.SIGQUIT, self._sigquit)
+
+    def submit(self, rid: str, prompt: Sequence[int], ttft_slo_s: float | None = None) -> None:
+        self.send(generate_request(rid, prompt, self._sent, ttft_slo_s))
+        self._sent += 1
+
+    def abort(self, rid: str) -> None:
+        from sglang.srt.managers.io_struct import AbortReq
+
+        self.send(AbortReq(rid=rid))
+
+    def send(self, message: Any) -> None:
+        """Send what the tokenizer process would."""
+        from sglang.srt.managers.io_struct import sock_send
+
+        sock_send(self._to_scheduler, message)
+
+    def take(self, timeout_s: float) -> bool:
+        """Take the answers that come within ``timeout_s`` or at once after it. Whether there were any."""
+        from sglang.srt.managers.io_struct import sock_recv
+
+        some = False
+        while self._answers.poll(0 if some else int(timeout_s * 1e3)):
+            output = sock_recv(self._answers)
+            for rid, ids, reason in zip(output.rids, output.output_ids, output.finished_reasons, strict=True):
+                aborted = reason is not None and reason.get("type") == "abort"
+                self.tokens[rid] = None if aborted or not ids else ids[0]
+            some = True
+        return some
+
+    def finish(self, rids: Sequence[str], silence_s: float = 60.0) -> None:
+        """Wait until all of ``rids`` are answered; an AssertionError when nothing comes for ``silence_s``."""
+        while missing := [rid for rid in rids if rid not in self.tokens]:
+            deadline_s = time.monotonic() + silence_s
+            while not self.take(0.5):
+                assert all(process.is_alive() for process in self.processes), self.log.read_text()
+                assert time.monotonic() < deadline_s, f"no answer for {silence_s:g} s; {len(missing)} are missing"
+
+    def preemptions(self, timeout_s: float = 30.0) -> int:
+        """Suspensions so far, from the event log, which is written when there is nothing to run."""
+        answered = {rid for rid, token in self.tokens.items() if token is not None}
+        deadline_s = time.monotonic() + timeout_s
+        while True:
+            events = list(read_events(self.event_log))
+            if answered <= {rid for event in events if event["event"] == "complete" for rid in event["rids"]}:
+                return sum(event["event"] == "suspend" for event in events)
+            assert time.monotonic() < deadline_s, "the event log does not have all that was answered"
+            time.sleep(0.1)
+
+    def _bind(self, kind: int, address: str) -> zmq.Socket[bytes]:
+        socket = self._context.socket(kind)
+        socket.set_hwm(0)
+        socket.bind(address)
+        return socket
+
+
+def _run_rank(args: Any, ports: Any, rank: int, pipe: Any, event_log: str, log: str, chaos: Chaos | None) -> None:
+    """The body of a rank's process."""
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    bind = "|".join(str(cpu) for cpu in sorted(os.sched_getaffinity(0)) * args.tp_size)
+    os.environ |= {
+        "FLOWPREFILL": "1",
+        "FLOWPREFILL_EVENT_LOG": event_log,
+        "FLOWPREFILL_MAX_SUSPENDED": "100",
+        "SGLANG_CPU_OMP_THREADS_BIND": bind,
+    }
+    import torch
+
+    torch.set_num_threads(1)
+    from sglang.srt.managers.scheduler import run_scheduler_process
+    from sglang.srt.plugins import load_plugins
+    from sglang.srt.runtime_context import get_disagg
+
+    load_plugins()
+    from sgl_flowprefill.runtime.scheduler import FlowPrefillScheduler
+
+    init = FlowPrefillScheduler.__init__
+
+    def with_chaos(scheduler: Any, *arguments: Any) -> None:
+        get_disagg()._set("disaggregation_transfer_backend", "fake")
+        init(scheduler, *arguments)
+        if chaos is not None and rank == 0:
+            _unleash(scheduler, chaos)
+
+    FlowPrefillScheduler.__init__ = with_chaos  # type: ignore[method-assign]
+    run_scheduler_process(args, ports, rank, rank, 0, None, pipe)
+
+
+def _unleash(scheduler: Any, chaos: Chaos) -> None:
+    from tests.integration.test_preemption import chaos as unleash
+
+    unleash(SimpleNamespace(scheduler=scheduler), chaos.seed, chaos.switch_probability)
+    if scheduler._agreement is not None:
+        scheduler._agreement._side._pending = scheduler._executor._interrupted
+        scheduler._executor._interrupted = scheduler._agreement.interrupted

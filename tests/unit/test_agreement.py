@@ -1,0 +1,177 @@
+"""The agreement between real processes, on one node and on what is meant to be two: shared memory and process group."""
+
+from __future__ import annotations
+
+import itertools
+import multiprocessing
+import os
+import random
+import signal
+import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from sgl_flowprefill.runtime.agreement import Agreement, AgreementError, Follower, Leader, SharedWord, _new_shared_page
+from sgl_flowprefill.runtime.wakeup import Wakeup
+
+ROUNDS = 300
+
+
+class Processes:
+    """``count`` processes that run ``body(rank, pipe, *arguments)`` in one gloo process group, as a context manager."""
+
+    def __init__(self, count: int, directory: Path, body: Callable[..., Any], *arguments: Any) -> None:
+        spawn = multiprocessing.get_context("spawn")
+        self.pipes: list[Connection] = []
+        self.processes = []
+        for rank in range(count):
+            ours, theirs = spawn.Pipe()
+            work = (rank, count, str(directory / "rendezvous"), theirs, body, arguments)
+            self.processes.append(spawn.Process(target=_in_group, args=work, daemon=True))
+            self.processes[-1].start()
+            self.pipes.append(ours)
+
+    def __enter__(self) -> Processes:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for process in self.processes:
+            process.kill()
+            process.join()
+
+    def receive(self, rank: int, timeout_s: float = 60.0) -> Any:
+        assert self.pipes[rank].poll(timeout_s), f"nothing from rank {rank} within {timeout_s:g} s"
+        return self.pipes[rank].recv()
+
+
+def _in_group(
+    rank: int, count: int, rendezvous: str, pipe: Connection, body: Callable[..., Any], arguments: tuple[Any, ...]
+) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=count)
+    body(rank, pipe, *arguments)
+    time.sleep(60)  # until it is killed: a rank that ends closes the others' connections
+
+
+def run_rounds(rank: int, pipe: Connection, nodes: int, collectives: bool) -> None:
+    """Rounds of tasks of random length, with an event now and then; where each round ended, and if at a stop."""
+    events, pace = random.Random(0), random.Random(rank)
+    pending = None if rank else lambda: events.random() < 0.1
+    agreement = Agreement(dist.group.WORLD, Wakeup(), pending, nodes=nodes, wait_s=30.0)
+    ends = []
+    for _ in range(ROUNDS):
+        (length,) = agreement.agree([events.randrange(1, 40)] if rank == 0 else [])
+        point, stopped = 0, False
+        while point < length and not stopped:
+            if collectives and point % 3 == 0:
+                dist.all_reduce(torch.zeros(1))
+            if pace.random() < 0.05:
+                time.sleep(pace.random() * 1e-3)
+            point, stopped = point + 1, agreement.interrupted()
+        ends.append((length, point, stopped))
+    pipe.send(ends)
+
+
+@pytest.mark.parametrize("collectives", [False, True], ids=["apart", "collectives"])
+@pytest.mark.parametrize(("ranks", "nodes"), [(2, 1), (4, 2)])
+def test_all_ranks_leave_every_round_at_the_same_point(
+    ranks: int, nodes: int, collectives: bool, tmp_path: Path
+) -> None:
+    with Processes(ranks, tmp_path, run_rounds, nodes, collectives) as processes:
+        ends = [processes.receive(rank) for rank in range(ranks)]
+    assert all(other == ends[0] for other in ends)
+    stops = sum(stopped for _, _, stopped in ends[0])
+    assert ROUNDS / 2 < stops < ROUNDS
+    assert all(point == length or stopped for length, point, stopped in ends[0])
+
+
+def wake_rank_0(rank: int, pipe: Connection) -> None:
+    wakeup = Wakeup()
+    Agreement(dist.group.WORLD, wakeup, (lambda: False) if rank == 0 else None)
+    if rank == 1:
+        for _ in range(100):
+            pipe.recv()
+            wakeup.clear()
+            wakeup.notify()
+    else:
+        for _ in range(100):
+            pipe.send("ready")
+            while not wakeup.pending:
+                time.sleep(1e-4)
+            wakeup.clear()
+        pipe.send("done")
+
+
+def test_what_is_notified_at_another_rank_wakes_rank_0(tmp_path: Path) -> None:
+    with Processes(2, tmp_path, wake_rank_0) as processes:
+        while processes.receive(0) == "ready":
+            processes.pipes[1].send("notify")
+
+
+def run_for_ever(rank: int, pipe: Connection, wait_s: float) -> None:
+    agreement = Agreement(dist.group.WORLD, Wakeup(), (lambda: False) if rank == 0 else None, wait_s=wait_s)
+    try:
+        with agreement.naming_the_lost():
+            for round_number in itertools.count():
+                agreement.agree()
+                if round_number == 10:
+                    pipe.send("running")
+                for _ in range(20):
+                    agreement.interrupted()
+    except AgreementError as error:
+        pipe.send(str(error))
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_rank_that_ends_is_named_by_the_others(lost: int, tmp_path: Path) -> None:
+    with Processes(2, tmp_path, run_for_ever, 60.0) as processes:
+        assert [processes.receive(rank) for rank in range(2)] == ["running"] * 2
+        processes.processes[lost].kill()
+        process_id = processes.processes[lost].pid
+        expected = f"tensor-parallel rank {lost} (process {process_id}) has ended"
+        assert expected in processes.receive(1 - lost, timeout_s=20.0)
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_rank_that_hangs_is_not_waited_for_for_ever(lost: int, tmp_path: Path) -> None:
+    with Processes(2, tmp_path, run_for_ever, 1.0) as processes:
+        assert [processes.receive(rank) for rank in range(2)] == ["running"] * 2
+        process_id = processes.processes[lost].pid
+        assert process_id is not None
+        os.kill(process_id, signal.SIGSTOP)
+        assert "1 s" in processes.receive(1 - lost, timeout_s=20.0)
+
+
+POINTS = 100_000
+
+
+def time_points(rank: int, pipe: Connection, path: str) -> None:
+    """Both ranks pass interruption points at the same time; the best time of one in five tries."""
+    word = SharedWord(path)
+    leader = Leader(10 * POINTS, lambda: False, word.write)
+    side = leader if rank == 0 else Follower(word.read, word.wait, 10.0)
+    leader.begin(0)
+    best_s = 1.0
+    for _ in range(5):
+        dist.barrier()
+        points = range(POINTS)
+        started_s = time.perf_counter()
+        for _ in points:
+            side.interrupted()
+        best_s = min(best_s, (time.perf_counter() - started_s) / POINTS)
+    pipe.send(best_s)
+
+
+def test_a_checkpoint_without_an_event_costs_less_than_a_microsecond(tmp_path: Path) -> None:
+    path = _new_shared_page()
+    with Processes(2, tmp_path, time_points, path) as processes:
+        leader_s, follower_s = processes.receive(0), processes.receive(1)
+    os.unlink(path)
+    print(f"\na checkpoint without an event: {leader_s * 1e9:.0f} ns at rank 0, {follower_s * 1e9:.0f} ns at another")
+    assert max(leader_s, follower_s) < 1e-6

@@ -1,0 +1,209 @@
+"""The agreement at interruption points, in every interleaving of small cases: a search of the states of the real code.
+
+Ranks run the transitions of ``runtime.agreement`` one at a time, in any order. The word is one number; a rank reads or
+writes it once in a transition, so nothing finer can happen on a machine. The hub's all-reduce lets a rank go once all
+have come, one by one. Two tasks are there to run, and rank 0 picks either at will and sees an event whenever it wants.
+Where ``collectives`` are, a rank that comes to the place waits until all others have come there, as on a CPU; without
+them nothing keeps the ranks together, as on a device that runs ahead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import pytest
+
+from sgl_flowprefill.runtime import agreement
+from sgl_flowprefill.runtime.agreement import Follower, Leader
+
+POINTS = (6, 5)
+"""Interruption points of the two tasks, the last of which comes before the end of the task."""
+
+
+class Blocked(Exception):
+    """The rank waits."""
+
+
+class Wrong(Exception):
+    """A state that must not be."""
+
+
+@dataclass(frozen=True)
+class Rank:
+    point: int = 0
+    stop: int = 0
+    round: int = 0
+    in_hub: bool = False
+    at_collective: bool = False
+    passed: tuple[int, ...] = (0,) * len(POINTS)
+    """Interruption points passed, by task; one more than there are when the task is done."""
+
+
+@dataclass(frozen=True)
+class State:
+    word: int
+    picks: tuple[int, ...]
+    """The task of each round."""
+    ranks: tuple[Rank, ...]
+
+    def moved(self, index: int, rank: Rank, word: int | None = None) -> State:
+        ranks = (*self.ranks[:index], rank, *self.ranks[index + 1 :])
+        return replace(self, ranks=ranks, word=self.word if word is None else word)
+
+
+@dataclass(frozen=True)
+class Model:
+    ranks: int
+    lead: int
+    collectives: frozenset[int]
+    """Interruption points before which there is a collective."""
+    leader: type[Leader] = Leader
+    follower: type[Follower] = Follower
+
+    def start(self) -> Iterator[State]:
+        """All ranks are in the hub, and rank 0 has picked."""
+        waiting = Rank(in_hub=True)
+        for task in range(len(POINTS)):
+            yield State(0, (task,), (waiting,) * self.ranks)
+
+    def successors(self, state: State) -> Iterator[State]:
+        for index, rank in enumerate(state.ranks):
+            yield from self.hub(state, index, rank) if rank.in_hub else self.run(state, index, rank)
+
+    def hub(self, state: State, index: int, rank: Rank) -> Iterator[State]:
+        """The all-reduce ends: a round begins for this rank."""
+        if not all((other.round, other.in_hub) >= (rank.round, True) for other in state.ranks):
+            return
+        if rank.round == len(state.picks):
+            return  # all tasks are done
+        writes: list[int] = []
+        side = self.side(state, index, rank, False, writes)
+        side.begin((rank.round + 1) * agreement.POINTS_PER_ROUND)
+        rank = replace(rank, point=side._point, stop=0, round=rank.round + 1, in_hub=False)
+        yield state.moved(index, rank, *writes)
+
+    def run(self, state: State, index: int, rank: Rank) -> Iterator[State]:
+        """The task of this round goes on, up to and through its next interruption point."""
+        task = state.picks[rank.round - 1]
+        next_point = rank.passed[task] + 1
+        if next_point in self.collectives and not rank.at_collective:
+            yield state.moved(index, replace(rank, at_collective=True))
+            return
+        if rank.at_collective and not all(
+            other.passed[task] >= next_point or (other.passed == rank.passed and other.at_collective)
+            for other in state.ranks
+        ):
+            return
+        passed = tuple(next_point if t == task else count for t, count in enumerate(rank.passed))
+        rank = replace(rank, at_collective=False, passed=passed)
+        if next_point > POINTS[task]:
+            yield from self.leave(state, index, rank, done=True)
+            return
+        for pending in (False, True) if index == 0 else (False,):
+            writes: list[int] = []
+            side = self.side(state, index, rank, pending, writes)
+            try:
+                interrupted = side.interrupted()
+            except Blocked:
+                return
+            ran = replace(rank, point=side._point, stop=side._stop if isinstance(side, Leader) else 0)
+            moved = state.moved(index, ran, *writes)
+            if interrupted:
+                yield from self.leave(moved, index, ran, done=False)
+            else:
+                yield moved
+
+    def leave(self, state: State, index: int, rank: Rank, done: bool) -> Iterator[State]:
+        """Into the hub, where rank 0 picks what the next round runs."""
+        if index == 0 and rank.stop and not done and rank.point != rank.stop:
+            raise Wrong("rank 0 has not honoured its stop")
+        for other in state.ranks:
+            if other.round == rank.round and other.in_hub and other.passed != rank.passed:
+                raise Wrong(f"ranks stop at {other.passed} and {rank.passed} points")
+        state = state.moved(index, replace(rank, in_hub=True))
+        left = [task for task, points in enumerate(POINTS) if rank.passed[task] <= points]
+        if index > 0 or not left:
+            yield state
+        else:
+            for task in left:
+                yield replace(state, picks=(*state.picks, task))
+
+    def side(self, state: State, index: int, rank: Rank, pending: bool, writes: list[int]) -> Leader | Follower:
+        """The real thing, in the state that ``rank`` is in."""
+
+        def wait() -> None:
+            raise Blocked
+
+        side: Leader | Follower
+        if index == 0:
+            side = self.leader(self.lead, lambda: pending, writes.append)
+            side._stop = rank.stop
+        else:
+            side = self.follower(lambda: state.word, wait, wait_s=1e9)
+        side._point = rank.point
+        return side
+
+
+def search(model: Model) -> int:
+    """Visit every state that can be reached; their number. Raises Wrong for one that must not be."""
+    seen = set(model.start())
+    frontier = list(seen)
+    while frontier:
+        state = frontier.pop()
+        following = list(model.successors(state))
+        if not following and not all(rank.passed == tuple(p + 1 for p in POINTS) for rank in state.ranks):
+            raise Wrong(f"nobody can go on in {state}")
+        new = set(following) - seen
+        seen |= new
+        frontier += new
+    return len(seen)
+
+
+COLLECTIVES = [(), (1, 2, 3, 4, 5, 6, 7), (2, 4), (7,)]
+
+
+@pytest.mark.parametrize("collectives", COLLECTIVES, ids=str)
+@pytest.mark.parametrize(("ranks", "lead"), [(2, 1), (2, 2), (2, 3), (3, 1)])
+def test_all_ranks_stop_at_the_same_points_and_none_waits_for_ever(
+    ranks: int, lead: int, collectives: tuple[int, ...]
+) -> None:
+    states = search(Model(ranks, lead, frozenset(collectives)))
+    print(f"{ranks} ranks, lead {lead}, collectives {collectives}: {states} states")
+    assert states > 2000
+
+
+class UncheckedFollower(Follower):
+    """Looks at the stop, but not whether it may go on."""
+
+    def interrupted(self) -> bool:
+        self._point += 1
+        return self._read() == 2 * self._point - 1
+
+
+class ImmediateLeader(Leader):
+    """Stops where it is."""
+
+    def interrupted(self) -> bool:
+        self._point += 1
+        if self._pending():
+            self._stop = self._point
+            self._write(2 * self._stop - 1)
+            return True
+        self._write(2 * (self._point + self._lead))
+        return False
+
+
+@pytest.mark.parametrize("broken", [UncheckedFollower, ImmediateLeader, "rounds"])
+def test_the_search_finds_what_is_wrong(
+    broken: type[Leader] | type[Follower] | str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = Model(2, 1, frozenset())
+    if broken is UncheckedFollower:
+        model = replace(model, follower=UncheckedFollower)
+    elif broken is ImmediateLeader:
+        model = replace(model, leader=ImmediateLeader)
+    else:  # rounds whose points overlap: a stop that was not reached counts again
+        monkeypatch.setattr(agreement, "POINTS_PER_ROUND", 1)
+    with pytest.raises(Wrong):
+        search(model)
