@@ -93,6 +93,10 @@ MIXED_SLOS: Final[Mapping[str, Slo]] = {"interactive": Slo(1.0, 0.1), "backgroun
 MIXED_MAX_PROMPT_TOKENS: Final = 8192
 """Longest prompt of the mixed workload: one that can meet the interactive SLO (0.62 s alone on an A800)."""
 
+LONG_PROMPT_TOKENS: Final = (512, 32_768)
+LONG_URGENT_TOKENS: Final = 2048
+LONG_SLOS: Final[Mapping[str, Slo]] = {"urgent": Slo(0.5, 0.1), "patient": Slo(30.0, 0.2)}
+
 
 def qwen_like(requests: int, seed: int, rate_rps: float = QWEN_RATE_RPS) -> Trace:
     """A trace with the shape of QwenTrace: its classes, lengths and SLOs, Poisson arrivals, chats of several turns.
@@ -160,7 +164,27 @@ def mixed(requests: int, seed: int, rate_rps: float = QWEN_RATE_RPS) -> Trace:
     return Trace("mixed", drawn)
 
 
-WORKLOADS: Final[Mapping[str, Callable[[int, int, float], Trace]]] = {"qwen-like": qwen_like, "mixed": mixed}
+def long_prompts(requests: int, seed: int, rate_rps: float = QWEN_RATE_RPS) -> Trace:
+    """Prompts of 512 to 32,768 tokens, every length class as frequent; those of up to 2,048 tokens are the urgent ones.
+
+    For what a preemption behind a very long prompt costs.
+    """
+    rng = np.random.default_rng(seed)
+    drawn = []
+    arrival_s = 0.0
+    for _ in range(requests):
+        arrival_s += rng.exponential(1 / rate_rps)
+        prompt_tokens = round(float(np.exp(rng.uniform(*np.log(LONG_PROMPT_TOKENS)))))
+        name = "urgent" if prompt_tokens <= LONG_URGENT_TOKENS else "patient"
+        drawn.append(TraceRequest(arrival_s, prompt_tokens, 8, name, *LONG_SLOS[name]))
+    return Trace("long", drawn)
+
+
+WORKLOADS: Final[Mapping[str, Callable[[int, int, float], Trace]]] = {
+    "qwen-like": qwen_like,
+    "mixed": mixed,
+    "long": long_prompts,
+}
 """Built-in workloads by name: (number of requests, seed, rate in req/s) -> Trace."""
 
 

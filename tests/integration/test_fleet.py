@@ -166,7 +166,7 @@ def test_a_prefill_server_that_dies_under_load_costs_only_its_own_requests_and_c
     assert [answer for answer in failed if not answer.stream] == []  # the gateway has tried again
     assert all("Lost connection with prefill instance" in answer.error for answer in failed)
     assert max(answer.took_s for answer in load.answers) < ANSWER_S / 2
-    assert any("the prefill-0 server has ended (killed by signal 9)" in line for line in said)
+    assert any("prefill-0 server has ended" in line for line in said)
     assert fleet.processes["prefill-0"] != pid
 
 
