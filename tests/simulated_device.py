@@ -205,6 +205,7 @@ class SimulatedScheduler(FlowPrefillScheduler):
             pending=lambda: bool(self._arriving) and self._arriving[0].arrival_s <= device.now_s
         )
         self._agreement = None
+        self._metrics = None
         self._ends_waiting = self._has_news
         self._executor = Executor(self._model_runner, self._has_news, device)
         self._slots = AttentionSlots(self._model_runner, None)

@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import logging
 import math
+import multiprocessing
+import os
+import signal
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 
 import torch
 from sglang.srt.disaggregation.base import KVPoll
@@ -33,6 +37,7 @@ from sgl_flowprefill.runtime.agreement import Agreement
 from sgl_flowprefill.runtime.checkpoints import Progress, find_decoder_layers, install_checkpoints
 from sgl_flowprefill.runtime.device import CpuDevice, Device, make_device
 from sgl_flowprefill.runtime.memory import TaskMemory
+from sgl_flowprefill.runtime.metrics import Metrics
 from sgl_flowprefill.runtime.profile import load_or_measure
 from sgl_flowprefill.runtime.task import AttentionSlots, Executor, PrefillTask
 from sgl_flowprefill.runtime.tiles import tile_around_attention, tile_mlps, tile_tokens
@@ -83,7 +88,10 @@ class FlowPrefillScheduler(Scheduler):
         """Tasks that are done, whose results are on their way from the device."""
         super().__init__(*args, **kwargs)
         if self.disaggregation_mode == DisaggregationMode.PREFILL:
-            self._init_flowprefill(FlowPrefillConfig.from_env())
+            try:
+                self._init_flowprefill(FlowPrefillConfig.from_env())
+            except SystemExit as refusal:
+                _end_server(refusal)
 
     def _init_flowprefill(self, config: FlowPrefillConfig) -> None:
         model_runner = self.tp_worker.model_runner
@@ -138,6 +146,9 @@ class FlowPrefillScheduler(Scheduler):
         self._slots = AttentionSlots(model_runner, between_tiles, tile_pairs)
         self._memory = TaskMemory.plan(model_runner, self._slots, config.max_suspended, tile_rows)
         self._log = EventLog(None if self._events is None else config.event_log)
+        self._metrics: Metrics | None = None
+        if self._events is not None and self.metrics_collector_context.enable_metrics:
+            self._metrics = Metrics(self.metrics_collector.labels)
         logger.info(
             "FlowPrefill is on: policy %s, %d checkpoints in a forward pass, at most %d suspended tasks, batches of up "
             "to %d tokens",
@@ -258,7 +269,7 @@ class FlowPrefillScheduler(Scheduler):
             task = self._start(choice)
             if task is not None:
                 return task
-            # Its KV or activations do not fit. Work on what holds some, and try again when it has been freed.
+            # Its KV does not fit. Work on what holds KV, and try again when some has been freed.
             self._kv_is_short = True
 
     def _choose(self, running: PrefillTask | None) -> PrefillTask | list[Job[WaitingRequest]] | None:
@@ -371,6 +382,7 @@ class FlowPrefillScheduler(Scheduler):
 
     def _finish(self, task: PrefillTask) -> None:
         """Send the KV of a task that is done and answer its requests."""
+        assert self._policy is not None
         self._slots.give_back(task.attn_backend)
         self._progress.passed_all(task.checkpoint)
         prediction = self._ttft.observe(_shapes(task.batch), task.executed_s)
@@ -385,6 +397,8 @@ class FlowPrefillScheduler(Scheduler):
             expected_s=round(prediction.expected_s, 6),
             profiled_s=round(prediction.raw_s, 6),
         )
+        if self._metrics is not None:
+            self._metrics.completed(self._ttft.state(), len(self._policy.tasks))
         self.process_batch_result(task.batch, task.result)
 
     def _retire(self, task: PrefillTask) -> None:
@@ -525,6 +539,9 @@ class FlowPrefillScheduler(Scheduler):
     def _log_suspend(self, suspended: PrefillTask, winner: PrefillTask, now_s: float) -> None:
         # A winner that lost an earlier decision wins because of what has happened since, and waits for it from then on.
         readable_s = min(now_s, max(winner.readable_s, self._news_readable_s))
+        blocking_s = max(0.0, now_s - readable_s)
+        if self._metrics is not None:
+            self._metrics.preempted(blocking_s)
         self._log.write(
             "suspend",
             now_s,
@@ -533,8 +550,17 @@ class FlowPrefillScheduler(Scheduler):
             checkpoint=suspended.checkpoint,
             for_rids=winner.rids,
             readable_s=round(readable_s, 6),
-            blocking_s=round(max(0.0, now_s - readable_s), 6),
+            blocking_s=round(blocking_s, 6),
         )
+
+
+def _end_server(refusal: SystemExit) -> NoReturn:
+    """End the server with one line. The transfer threads that SGLang has started by now would outlive this thread."""
+    if multiprocessing.parent_process() is None:
+        raise refusal
+    print(refusal, file=sys.stderr, flush=True)
+    os.kill(os.getppid(), signal.SIGQUIT)  # what SGLang's schedulers do when they cannot go on
+    os._exit(1)
 
 
 def _never() -> bool:

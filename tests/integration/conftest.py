@@ -26,7 +26,7 @@ class OneCluster:
             name = "flowprefill" if flowprefill else "stock"
             config = ClusterConfig(
                 flowprefill=flowprefill,
-                prefill_args=("--chunked-prefill-size", "-1"),
+                prefill_args=("--chunked-prefill-size", "-1", "--enable-metrics"),
                 log_dir=self._directory / name,
                 options=FlowPrefillConfig(event_log=str(self._directory / "events.jsonl")),
             )

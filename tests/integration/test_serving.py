@@ -187,6 +187,14 @@ class TestFlowPrefill:
         assert state["first"] == whole["text"]
         assert state["second"]
 
+    def test_metrics_show_preemptions_and_what_the_ttft_model_learned(self, flowprefill_cluster: Cluster) -> None:
+        text = requests.get(flowprefill_cluster.prefill_url + "/metrics", timeout=30).text
+        samples = {line.split("{")[0]: line for line in text.splitlines() if line.startswith("flowprefill:")}
+        assert float(samples["flowprefill:preemptions_total"].split()[-1]) >= 1
+        assert float(samples["flowprefill:blocking_seconds_count"].split()[-1]) >= 1
+        assert 'value="correction"' in text
+        assert 'value="margin"' in text
+
     def test_idle_servers_sleep(self, flowprefill_cluster: Cluster) -> None:
         shares = idle_shares(flowprefill_cluster)
         print("idle share of a core:", shares)
