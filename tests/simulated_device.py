@@ -199,6 +199,7 @@ class SimulatedScheduler(FlowPrefillScheduler):
             _get_attention_backend=self._make_backend,
             kv_index_translator=SimpleNamespace(bind_and_verify_backends=lambda backends: None),
         )
+        self._live = []
         self._finishing = deque()
         self._device = device
         self._events = SimpleNamespace(

@@ -40,7 +40,7 @@ from sgl_flowprefill.runtime.memory import TaskMemory
 from sgl_flowprefill.runtime.metrics import Metrics
 from sgl_flowprefill.runtime.profile import load_or_measure
 from sgl_flowprefill.runtime.task import AttentionSlots, Executor, PrefillTask
-from sgl_flowprefill.runtime.tiles import tile_around_attention, tile_mlps, tile_tokens
+from sgl_flowprefill.runtime.tiles import WHOLE, plan_tiles, tile_around_attention, tile_mlps
 from sgl_flowprefill.runtime.wakeup import Wakeup, scheduler_events
 from sgl_flowprefill.slo import ttft_slo_s
 from sgl_flowprefill.ttft import PrefillShape
@@ -56,8 +56,6 @@ STALL_CHECK_S: Final = 1.0
 """How often a scheduler that only waits for others looks for what sends no wake-up (a dead decode server)."""
 LONGEST_BATCH_TOKENS: Final = 8192
 """Upper end of the search for the batch size that throughput needs."""
-TILE_SAMPLE_TOKENS: Final = 2048
-"""Prompt length at which the time of a row is taken: long enough for efficient kernels, short for attention."""
 GRAMMAR_POLL_S: Final = 0.01
 """How often a compiling grammar is asked whether it is ready: SGLang's grammar workers send no wake-up."""
 
@@ -84,6 +82,8 @@ class FlowPrefillScheduler(Scheduler):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         # What Scheduler.__init__ may already ask for, before the rest of our state can exist.
         self._policy: PrefillPolicy[WaitingRequest, PrefillTask] | None = None
+        self._live: list[PrefillTask] = []
+        """Tasks that have started and are not done, in the order of their start, which is the same on all ranks."""
         self._finishing: deque[PrefillTask] = deque()
         """Tasks that are done, whose results are on their way from the device."""
         super().__init__(*args, **kwargs)
@@ -130,21 +130,20 @@ class FlowPrefillScheduler(Scheduler):
         batch_tokens = config.max_batch_tokens or throughput_budget_tokens(self._ttft, LONGEST_BATCH_TOKENS)
         limits = Limits(max_suspended=config.max_suspended, max_batch_tokens=batch_tokens)
         self._policy = make_policy(config.policy, limits, config.max_starvation_s)
-        between_tiles, tile_rows, tile_pairs = None, None, math.inf
+        between_tiles, tiles = None, WHOLE
         if config.granularity == "operator":
-            tile_pairs = self._tile_pairs(config, len(layers))
             between_tiles = self._executor.between_tiles
-            tile_rows = self._tile_tokens(config, len(layers))
-            tiled = tile_mlps(model_runner.model, chain(*(layer.mlp for layer in layers)), tile_rows, between_tiles)
+            tiles = plan_tiles(config.max_blocking_ms / 1e3, len(layers), self._ttft, self._operators)
+            tiled = tile_mlps(model_runner.model, chain(*(layer.mlp for layer in layers)), tiles.rows, between_tiles)
             attention = chain(*(layer.attention for layer in layers))
-            tiled += tile_around_attention(model_runner.model, attention, tile_rows, between_tiles)
-            logger.info("FlowPrefill runs %d modules in tiles, MLPs in those of %d tokens", tiled, tile_rows)
+            tiled += tile_around_attention(model_runner.model, attention, tiles.rows, between_tiles)
+            logger.info("FlowPrefill runs %d modules in tiles, MLPs in those of %d tokens", tiled, tiles.rows)
         if config.granularity != "chunk":
             self._progress = install_checkpoints(
                 model_runner.model, layers, config.granularity, self._executor.checkpoint
             )
-        self._slots = AttentionSlots(model_runner, between_tiles, tile_pairs)
-        self._memory = TaskMemory.plan(model_runner, self._slots, config.max_suspended, tile_rows)
+        self._slots = AttentionSlots(model_runner, between_tiles, tiles.pairs)
+        self._memory = TaskMemory.plan(model_runner, self._slots, config.max_suspended, tiles.rows)
         self._log = EventLog(None if self._events is None else config.event_log)
         self._metrics: Metrics | None = None
         if self._events is not None and self.metrics_collector_context.enable_metrics:
@@ -163,20 +162,6 @@ class FlowPrefillScheduler(Scheduler):
         host = get_local_ip_auto() if nodes > 1 else "127.0.0.1"
         lookahead = 0 if isinstance(self._device, CpuDevice) else self._config.lookahead
         return Agreement(self.tp_cpu_group, self._wakeup, pending, lookahead=lookahead, nodes=nodes, host=host)
-
-    def _tile_tokens(self, config: FlowPrefillConfig, layers: int) -> int:
-        """Rows of an MLP tile, by the profile's time of MLPs; else by that of whole layers, which bounds it."""
-        max_blocking_s = config.max_blocking_ms / 1e3
-        if self._operators is not None and self._operators.mlp_s_per_token > 0:
-            return tile_tokens(max_blocking_s, self._operators.mlp_s_per_token / layers)
-        layer_s = self._ttft.predict_s([PrefillShape(TILE_SAMPLE_TOKENS)]) / layers
-        return tile_tokens(max_blocking_s, layer_s / TILE_SAMPLE_TOKENS)
-
-    def _tile_pairs(self, config: FlowPrefillConfig, layers: int) -> float:
-        """Pairs of a query and a key in an attention tile, by the profile's time of attention; else unbounded."""
-        if self._operators is None or not self._operators.attention_s_per_pair:
-            return math.inf
-        return config.max_blocking_ms / 1e3 / (self._operators.attention_s_per_pair / layers)
 
     # ---- the event loop -------------------------------------------------------------------------------------------
 
@@ -280,7 +265,7 @@ class FlowPrefillScheduler(Scheduler):
         if job is not None and not isinstance(job.item, PrefillTask):
             jobs = self._policy.batch(job, now_s, lambda waiting: waiting.shape.new_tokens, self._predict_s)
             new_tokens = sum(member.item.shape.new_tokens for member in jobs)
-            if self._memory.admits([task.new_tokens for task in self._tasks()], new_tokens):
+            if self._memory.admits([task.new_tokens for task in self._live], new_tokens):
                 return jobs
             # Its activations do not fit beside those of the tasks: work on these.
             job = self._policy.pick(now_s, running_job, admit=False)
@@ -301,7 +286,7 @@ class FlowPrefillScheduler(Scheduler):
         if not values:
             return None
         if values[0] >= 0:
-            return next(task for task in self._tasks() if task.id == values[0])
+            return next(task for task in self._live if task.id == values[0])
         by_number = {job.item.number: job for job in self._waiting.values()}
         return [by_number[number] for number in values[1:]]
 
@@ -312,6 +297,7 @@ class FlowPrefillScheduler(Scheduler):
         batch = self._make_batch([job.item.req for job in jobs])
         if batch is None:
             return None
+        shapes = _shapes(batch)
         members = [self._waiting.pop(req) for req in batch.reqs]
         for member in members:
             self._policy.requests.remove(member)
@@ -321,10 +307,12 @@ class FlowPrefillScheduler(Scheduler):
             arrival_s=min(member.arrival_s for member in members),
             deadline_s=winner.deadline_s,
             readable_s=winner.item.readable_s,
-            predicted_s=self._ttft.predict_s(_shapes(batch)),
+            predicted_s=self._ttft.predict_s(shapes),
+            attention_share=0.5 if self._operators is None else self._operators.attention_share(shapes),
             attn_backend=self._slots.take(),
         )
         self._tasks_started += 1
+        self._live.append(task)
         self._policy.tasks.add(task.job)
         return task
 
@@ -398,13 +386,14 @@ class FlowPrefillScheduler(Scheduler):
             profiled_s=round(prediction.raw_s, 6),
         )
         if self._metrics is not None:
-            self._metrics.completed(self._ttft.state(), len(self._policy.tasks))
+            self._metrics.completed(self._ttft.state(), len(self._live))
         self.process_batch_result(task.batch, task.result)
 
     def _retire(self, task: PrefillTask) -> None:
         """Forget a task that is done or dropped."""
         assert self._policy is not None
         self._policy.tasks.remove(task.job)
+        self._live.remove(task)
         self._kv_is_short = False
         if self._running is task:
             self._running = None
@@ -420,8 +409,7 @@ class FlowPrefillScheduler(Scheduler):
         """Predicted time left, from the checkpoints that the task has passed and not from wall time."""
         if not self._progress.checkpoints:
             return max(0.0, task.predicted_s - task.executed_s)
-        share = 0.5 if self._operators is None else self._operators.attention_share(_shapes(task.batch))
-        return task.predicted_s * self._progress.left(task.checkpoint, share)
+        return task.predicted_s * self._progress.left(task.checkpoint, task.attention_share)
 
     # ---- requests that come and go --------------------------------------------------------------------------------
 
@@ -479,7 +467,7 @@ class FlowPrefillScheduler(Scheduler):
 
     def _drop_aborted_tasks(self) -> None:
         """Unwind tasks that nobody waits for any more and free what they hold."""
-        for task in self._tasks():
+        for task in list(self._live):
             if not all(is_aborted(req) for req in task.batch.reqs):
                 continue
             self._executor.cancel(task)
@@ -493,7 +481,7 @@ class FlowPrefillScheduler(Scheduler):
 
     def pause_generation(self, recv_req: Any) -> None:
         """Started tasks run to their end first: a pause may be there to change the weights under them."""
-        for task in self._tasks():
+        for task in list(self._live):
             while not task.done:
                 if self._agreement is not None:
                     self._agreement.agree()
@@ -507,10 +495,10 @@ class FlowPrefillScheduler(Scheduler):
     # ---- what SGLang asks a scheduler ------------------------------------------------------------------------------
 
     def is_fully_idle(self, *args: Any, **kwargs: Any) -> bool:
-        return super().is_fully_idle(*args, **kwargs) and not self._tasks() and not self._finishing
+        return super().is_fully_idle(*args, **kwargs) and not self._live and not self._finishing
 
     def _collect_inflight_batches(self) -> list[Any]:
-        tasks = chain(self._tasks(), self._finishing)
+        tasks = chain(self._live, self._finishing)
         return [*super()._collect_inflight_batches(), *(task.batch for task in tasks)]
 
     def get_internal_state(self, recv_req: Any) -> Any:
@@ -521,12 +509,6 @@ class FlowPrefillScheduler(Scheduler):
         return output
 
     # ---- helpers --------------------------------------------------------------------------------------------------
-
-    def _tasks(self) -> list[PrefillTask]:
-        if self._policy is None or not len(self._policy.tasks):
-            return []
-        jobs = self._policy.tasks.first(time.monotonic(), len(self._policy.tasks))
-        return sorted((job.item for job in jobs), key=lambda task: task.id)  # the same on all tensor-parallel ranks
 
     def _predict_s(self, requests: Sequence[WaitingRequest]) -> float:
         return self._ttft.predict_s([request.shape for request in requests])

@@ -62,7 +62,16 @@ class Tasks(SchedulerEngine):
         scheduler = self._scheduler
         self._started += 1
         batch = scheduler._make_batch([self._req(self._started, prompt)])
-        return PrefillTask(self._started, batch, 0.0, 0.0, 0.0, 0.0, scheduler._slots.take())
+        return PrefillTask(
+            id=self._started,
+            batch=batch,
+            arrival_s=0.0,
+            deadline_s=0.0,
+            readable_s=0.0,
+            predicted_s=0.0,
+            attention_share=0.5,
+            attn_backend=scheduler._slots.take(),
+        )
 
     @torch.no_grad()
     def resume(self, task: PrefillTask) -> None:

@@ -27,6 +27,8 @@ class PrefillTask:
     readable_s: float
     """When the scheduler process could first have read that the request it was started for can be run."""
     predicted_s: float
+    attention_share: float
+    """Of its time, the part that is attention's."""
     attn_backend: Any
     job: Job[PrefillTask] = field(init=False)
     """What the policy sees of it."""

@@ -7,22 +7,51 @@ section 6, names one operator on an extremely long input as what still blocks.
 
 from __future__ import annotations
 
+import math
+import sys
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
 from torch import nn
 
+from sgl_flowprefill.ttft import OperatorTimes, PrefillShape, TTFTModel
+
 SMALLEST_TILE_TOKENS: Final = 256
 """Smaller tiles would cost throughput: a matrix product of fewer rows no longer keeps the core busy."""
+SAMPLE_TOKENS: Final = 2048
+"""Prompt length at which the time of a row is taken: long enough for efficient kernels, short for attention."""
 LIGHT_FACTOR: Final = 2
 """Rows of a norm or of a linear layer of attention cost at most half of an MLP's, so their tiles have more."""
 
 
-def tile_tokens(max_blocking_s: float, operator_s_per_token: float) -> int:
-    """Rows of a tile that takes about ``max_blocking_s``, a multiple of the smallest tile."""
-    tiles = int(max_blocking_s / operator_s_per_token / SMALLEST_TILE_TOKENS)
-    return max(1, tiles) * SMALLEST_TILE_TOKENS
+@dataclass(frozen=True)
+class Tiles:
+    """How much of an operator runs between two places at which a task can be suspended."""
+
+    rows: int
+    """Tokens of an MLP tile."""
+    pairs: float
+    """Most pairs of a query and a key of an attention tile."""
+
+
+WHOLE: Final = Tiles(sys.maxsize, math.inf)
+
+
+def plan_tiles(max_blocking_s: float, layers: int, ttft: TTFTModel, operators: OperatorTimes | None) -> Tiles:
+    """Tiles that take about ``max_blocking_s``, by the profile's times of operators; where it has none, of MLPs by the
+    time of a whole layer, which bounds theirs, and of attention without a bound.
+    """
+    if operators is not None and operators.mlp_s_per_token > 0:
+        mlp_s_per_token = operators.mlp_s_per_token / layers
+    else:
+        mlp_s_per_token = ttft.predict_s([PrefillShape(SAMPLE_TOKENS)]) / layers / SAMPLE_TOKENS
+    attention_s_per_pair = 0.0 if operators is None else operators.attention_s_per_pair / layers
+    return Tiles(
+        rows=max(1, int(max_blocking_s / mlp_s_per_token / SMALLEST_TILE_TOKENS)) * SMALLEST_TILE_TOKENS,
+        pairs=max_blocking_s / attention_s_per_pair if attention_s_per_pair else math.inf,
+    )
 
 
 def tile_mlps(model: nn.Module, names: Iterable[str], rows: int, between_tiles: Callable[[], None]) -> int:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from sgl_flowprefill.ttft.base import PrefillShape
-from sgl_flowprefill.ttft.features import Array, feature_matrix
+from sgl_flowprefill.ttft.features import Array, feature_matrix, features
 from sgl_flowprefill.ttft.physics import non_negative
 
 
@@ -38,7 +38,7 @@ class OperatorTimes:
 
     def attention_share(self, batch: Sequence[PrefillShape]) -> float:
         """Of the time of attention and MLP together, the part that is attention's, from 0 to 1."""
-        ((_, new_tokens, _, pairs),) = feature_matrix([batch])
+        _, new_tokens, _, pairs = features(batch)
         attention_s = float(self.attention @ (1.0, new_tokens, pairs))
         mlp_s = float(self.mlp @ (1.0, new_tokens))
         return attention_s / (attention_s + mlp_s) if attention_s + mlp_s > 0 else 0.5

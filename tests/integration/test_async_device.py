@@ -155,7 +155,7 @@ def test_an_aborted_task_leaves_nothing_queued_that_reads_its_slot(
     scheduler._executor._interrupted = lambda: True
     engine.submit("leaves", prompt(2, 700))
     engine.step()
-    [task] = scheduler._tasks()
+    [task] = scheduler._live
     queued = device.recorded
     assert device.passed < queued
     engine.abort("leaves")
@@ -186,7 +186,7 @@ def test_a_suspended_task_holds_the_activations_that_are_accounted_for(
     held_bytes = []
     while "only" not in engine.answers:
         engine.step()
-        if scheduler._tasks():
+        if scheduler._live:
             held_bytes.append(sum(nbytes for pointer, nbytes in rows().items() if pointer not in before))
     accounted = scheduler._memory.activations.suspended_bytes(tokens)
     print(f"\nheld at {len(held_bytes)} checkpoints: {max(held_bytes)} bytes, accounted for {accounted}")

@@ -190,7 +190,7 @@ def test_a_client_that_leaves_frees_its_work_at_the_next_checkpoint(engine: Pref
     engine.submit("waiting", prompt(3, 3000), ttft_slo_s=60.0)
     engine.submit("other", prompt(4, 300), ttft_slo_s=100.0)
     engine.step()
-    states = {task.rids[0]: task.checkpoint for task in scheduler._tasks()}
+    states = {task.rids[0]: task.checkpoint for task in scheduler._live}
     assert set(states) == {"suspended", "running"}
     assert scheduler._running.rids == ["running"]
     before = scheduler.token_to_kv_pool_allocator.available_size()
@@ -198,7 +198,7 @@ def test_a_client_that_leaves_frees_its_work_at_the_next_checkpoint(engine: Pref
         engine.abort(rid)
     engine.step()
     assert scheduler.token_to_kv_pool_allocator.available_size() >= before + 3000 - 300
-    assert {task.rids[0] for task in scheduler._tasks()} <= {"other"}
+    assert {task.rids[0] for task in scheduler._live} <= {"other"}
     engine.run()
     assert engine.answers["other"].token is not None
     assert engine.answers["suspended"].aborted

@@ -102,7 +102,7 @@ def test_every_interleaving_keeps_the_order_and_the_bounds(
     for request in requests:
         assert request.trace == whole
         assert request.ran_s <= request.answered_s < float("inf")
-    assert not scheduler._tasks()
+    assert not scheduler._live
     assert not scheduler._finishing
     # The attention state of a live task, and of one whose result is on its way, is nobody else's (asserted as it runs).
     assert scheduler.backends_made <= max_suspended + 2

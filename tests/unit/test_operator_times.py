@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from itertools import pairwise
 
 import pytest
@@ -9,7 +11,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sgl_flowprefill.runtime.checkpoints import Progress
+from sgl_flowprefill.runtime.tiles import SMALLEST_TILE_TOKENS, plan_tiles
 from sgl_flowprefill.ttft import OperatorTimes, PrefillShape
+
+
+class Linear:
+    """A machine whose forward pass takes as long for every token."""
+
+    def __init__(self, s_per_token: float) -> None:
+        self._s_per_token = s_per_token
+
+    def predict_s(self, batch: Sequence[PrefillShape]) -> float:
+        return self._s_per_token * sum(shape.new_tokens for shape in batch)
 
 
 def measured(new: int, cached: int = 0) -> tuple[list[PrefillShape], float, float]:
@@ -54,3 +67,18 @@ def test_a_model_that_runs_its_layers_twice_is_followed() -> None:
     assert progress.checkpoints == 4
     assert progress.left(2, attention_share=0.8) == pytest.approx(0.5)
     assert progress.left(3, attention_share=0.8) == pytest.approx(0.1)
+
+
+def test_tiles_take_as_long_as_a_task_may_block() -> None:
+    times = OperatorTimes.fit([measured(tokens) for tokens in (16, 128, 512, 2048, 8192)])
+    assert times is not None
+    tiles = plan_tiles(50e-3, 4, Linear(100e-6), times)
+    assert tiles.rows * 30e-6 / 4 == pytest.approx(50e-3, rel=0.04)
+    assert tiles.pairs * 2e-9 / 4 == pytest.approx(50e-3)
+
+
+def test_without_operator_times_a_tile_of_an_mlp_is_one_of_a_whole_layer() -> None:
+    tiles = plan_tiles(50e-3, 2, Linear(100e-6), None)
+    assert tiles.rows * 100e-6 / 2 == pytest.approx(50e-3, rel=0.3)
+    assert tiles.pairs == math.inf
+    assert plan_tiles(1e-9, 2, Linear(100e-6), None).rows == SMALLEST_TILE_TOKENS
