@@ -68,6 +68,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "fcfs; the others are reported as simulated",
     )
     parser.add_argument(
+        "--race",
+        action="store_true",
+        help="find the best stock system instead of every one's rate: one that does not keep the attainment at "
+        "another's rate is measured no further",
+    )
+    parser.add_argument(
         "--duration",
         type=positive_float,
         default=60.0,
@@ -112,7 +118,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
         console.print(f"  {line}", highlight=False, soft_wrap=True)
 
     prober = Prober(plan, log, partial(serve, servers=servers, out=args.out, say=detail), console)
-    campaign = Campaign(prober, systems, Goal(attainments, 1 + args.precision, args.prefilter))
+    campaign = Campaign(prober, systems, Goal(attainments, 1 + args.precision, args.prefilter, args.race))
     try:
         campaign.run(args.budget_s)
     finally:  # also after Ctrl-C: what was found so far
