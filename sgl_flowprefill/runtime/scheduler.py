@@ -17,7 +17,7 @@ from sglang.srt.disaggregation.utils import is_aborted
 from sglang.srt.managers.utils import is_health_check_generate_req
 
 from sgl_flowprefill.policy import Job
-from sgl_flowprefill.runtime.setup import PreparedScheduler
+from sgl_flowprefill.runtime.setup import NO_TASK, PreparedScheduler
 from sgl_flowprefill.runtime.task import PrefillTask
 from sgl_flowprefill.runtime.waiting import WaitingRequest
 from sgl_flowprefill.slo import ttft_slo_s
@@ -61,8 +61,8 @@ class FlowPrefillScheduler(PreparedScheduler):
                 self._finishing.append(task)
                 self._finish_arrived()
             return True
-        if self._finishing:
-            self._device.wait(self._finishing[0].result.copy_done, self._ends_waiting)
+        if self._finishing and self._events is not None:  # the other ranks wait for what the first one decides next
+            self._device.wait(self._finishing[0].result.copy_done, self._events.pending)
         return bool(self._finishing)
 
     def event_loop_overlap_disagg_prefill(self) -> None:
@@ -73,7 +73,9 @@ class FlowPrefillScheduler(PreparedScheduler):
         now_s = time.monotonic()
         stalls_are_due = now_s - self._last_stall_check_s >= STALL_CHECK_S
         if self._agreement is not None:  # here the other ranks wait while the first one sleeps
-            stalls_are_due = bool(self._agreement.agree([stalls_are_due])[0])
+            arrival = self._finishing[0].id if self._result_arrived() else NO_TASK
+            agreed, self._agreed_arrival = self._agreement.agree([stalls_are_due, arrival])
+            stalls_are_due = bool(agreed)
         self._wakeup.clear()
         self._waiting.forget_news()
         self.ingest_requests()
@@ -139,7 +141,7 @@ class FlowPrefillScheduler(PreparedScheduler):
         return None if job is None else job.item
 
     def _agreed_choice(self, running: PrefillTask | None) -> PrefillTask | list[Job[WaitingRequest]] | None:
-        """The choice of the first tensor-parallel rank: a task's id, or minus one and the numbers of requests."""
+        """The choice of the first tensor-parallel rank: a task's id, or NO_TASK and the numbers of requests."""
         assert self._agreement is not None
         values: list[int] = []
         if self._events is not None:
@@ -147,11 +149,11 @@ class FlowPrefillScheduler(PreparedScheduler):
             if isinstance(choice, PrefillTask):
                 values = [choice.id]
             elif choice is not None:
-                values = [-1, *(job.item.number for job in choice)]
+                values = [NO_TASK, *(job.item.number for job in choice)]
         values = self._agreement.agree(values)
         if not values:
             return None
-        if values[0] >= 0:
+        if values[0] != NO_TASK:
             return next(task for task in self._live if task.id == values[0])
         return self._waiting.numbered(values[1:])
 
@@ -210,14 +212,18 @@ class FlowPrefillScheduler(PreparedScheduler):
         return result
 
     def _finish_arrived(self) -> None:
-        """Finish the tasks whose results are on the host. One of the others may wait while the device
-        runs the next; not with several ranks, which would have to agree on when it arrived.
+        """Finish the tasks whose results are on the host. One of the others may wait while the device runs the next.
+
+        Of several ranks, the first decides: what it has is on its way at all of them, behind the same kernels.
         """
         while self._finishing:
-            copy_done = self._finishing[0].result.copy_done
-            may_wait = self._agreement is None and copy_done is not None and len(self._finishing) == 1
-            if may_wait and not copy_done.query():
-                return
+            task = self._finishing[0]
+            copy_done = task.result.copy_done
+            if copy_done is not None:
+                arrived = copy_done.query() if self._agreement is None else task.id == self._agreed_arrival
+                if not arrived and len(self._finishing) == 1:
+                    return
+                self._device.wait(copy_done, lambda: False)
             self._finish(self._finishing.popleft())
 
     def _finish(self, task: PrefillTask) -> None:

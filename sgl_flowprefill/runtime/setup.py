@@ -37,6 +37,8 @@ logger = logging.getLogger(__name__)
 
 LONGEST_BATCH_TOKENS: Final = 8192
 """Upper end of the search for the batch size that throughput needs."""
+NO_TASK: Final = -1
+"""In place of a task's id."""
 
 
 class PreparedScheduler(Scheduler):
@@ -78,16 +80,20 @@ class PreparedScheduler(Scheduler):
         self._device: Device = make_device(self.device, config.lookahead)
         # Of several tensor-parallel ranks, the first alone looks at sockets and clocks, and decides.
         self._events = scheduler_events(self, self._wakeup) if self.tp_group.rank_in_group == 0 else None
-        pending = None if self._events is None else self._events.pending
-        self._agreement = self._agree_with_ranks(pending) if self.tp_group.world_size > 1 else None
+        news = None
+        if self._events is not None:
+            news = self._events.pending if isinstance(self._device, CpuDevice) else self._has_news
+        self._agreement = self._agree_with_ranks(news) if self.tp_group.world_size > 1 else None
+        self._agreed_arrival = NO_TASK
+        """Of several ranks: id of the task that finishes next, if rank 0 had its result when they last met."""
         if self._agreement is not None:
             # Nothing ends a rank's wait for its device early, or ranks would not do the same.
             self._ends_waiting: Callable[[], bool] = _never
             self._executor = Executor(model_runner, self._agreement.interrupted, self._device, _never)
         else:
-            assert pending is not None
-            self._ends_waiting = pending if isinstance(self._device, CpuDevice) else self._has_news
-            self._executor = Executor(model_runner, self._ends_waiting, self._device)
+            assert news is not None
+            self._ends_waiting = news
+            self._executor = Executor(model_runner, news, self._device)
 
         self._progress = Progress([])
         layers = [] if config.granularity == "chunk" else find_decoder_layers(model_runner.model)
@@ -121,16 +127,20 @@ class PreparedScheduler(Scheduler):
             batch_tokens,
         )
 
-    def _agree_with_ranks(self, pending: Callable[[], bool] | None) -> Agreement:
+    def _agree_with_ranks(self, news: Callable[[], bool] | None) -> Agreement:
         nodes = get_parallel().nnodes
         host = get_local_ip_auto() if nodes > 1 else "127.0.0.1"
         lookahead = 0 if isinstance(self._device, CpuDevice) else self._config.lookahead
-        return Agreement(self.tp_cpu_group, self._wakeup, pending, lookahead=lookahead, nodes=nodes, host=host)
+        return Agreement(self.tp_cpu_group, self._wakeup, news, lookahead=lookahead, nodes=nodes, host=host)
 
     def _has_news(self) -> bool:
         """Whether the hub has something to look at: an event, or a result that has arrived from the device."""
         assert self._events is not None
-        return self._events.pending() or (bool(self._finishing) and self._finishing[0].result.copy_done.query())
+        return self._events.pending() or self._result_arrived()
+
+    def _result_arrived(self) -> bool:
+        """Whether the task that finishes next has its result on the host."""
+        return bool(self._finishing) and self._finishing[0].result.copy_done.query()
 
     def _on_transfer_status(self, bootstrap_room: int, status: Any) -> None:
         """On a transfer thread: a bootstrap is complete, or a transfer has ended."""
