@@ -67,7 +67,7 @@ def test_two_ranks_that_are_preempted_all_the_time_give_the_tokens_of_one(
     assert ranks.preemptions() >= 100
 
 
-@pytest.mark.parametrize("pass_probabilities", [(0.9, 0.02), (0.02, 0.9)], ids=["follower late", "rank 0 late"])
+@pytest.mark.parametrize("pass_probabilities", [(0.2, 0.02), (0.02, 0.2)], ids=["follower late", "rank 0 late"])
 def test_results_that_come_at_different_times_are_processed_at_the_same(
     model_path: str, tokens_of_one_rank: dict[str, int | None], tmp_path: Path, pass_probabilities: tuple[float, float]
 ) -> None:
