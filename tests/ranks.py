@@ -6,6 +6,7 @@ their event loops. Requests carry SGLang's fake bootstrap host, so no KV is sent
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import signal
@@ -21,6 +22,7 @@ import zmq
 from sgl_flowprefill.cluster.preflight import free_port
 from sgl_flowprefill.events import read_events
 from tests.engine import generate_request
+from tests.late_device import LateDevice
 
 
 @dataclass(frozen=True)
@@ -32,15 +34,26 @@ class Chaos:
 
 
 class Ranks:
-    """``tp`` scheduler processes, as a context manager. Spread over ``nodes``, which are this machine all the same."""
+    """``tp`` scheduler processes, as a context manager. Spread over ``nodes``, which are this machine all the same.
+
+    ``pass_probabilities``: each rank's device is late (``tests.late_device``), and how soon its work is over.
+    """
 
     def __init__(
-        self, model_path: str, tp: int, directory: Path, chaos: Chaos | None = None, *, nodes: int = 1
+        self,
+        model_path: str,
+        tp: int,
+        directory: Path,
+        chaos: Chaos | None = None,
+        *,
+        nodes: int = 1,
+        pass_probabilities: Sequence[float] = (),
     ) -> None:
         self.event_log = directory / "events.jsonl"
         self.log = directory / "ranks.log"
         self.tokens: dict[str, int | None] = {}
         self._start = (model_path, tp, nodes, chaos)
+        self._late = pass_probabilities
         self._sent = 0
 
     def __enter__(self) -> Ranks:
@@ -77,7 +90,8 @@ class Ranks:
         for rank in range(tp):
             receiver, sender = spawn.Pipe(duplex=False)
             args = node_args[rank * nodes // tp]
-            work = (args, ports, rank, sender, str(self.event_log), str(self.log), chaos)
+            late = self._late[rank] if self._late else None
+            work = (args, ports, rank, sender, str(self.event_log), str(self.log), chaos, late)
             self.processes.append(spawn.Process(target=_run_rank, args=work, daemon=True))
             self.processes[-1].start()
             sender.close()
@@ -147,6 +161,10 @@ class Ranks:
             assert time.monotonic() < deadline_s, "the event log does not have all that was answered"
             time.sleep(0.1)
 
+    def finishes(self, rank: int) -> list[dict[str, Any]]:
+        """Of ``rank`` with a late device, what it finished, in its order (``_note_finishes``)."""
+        return [json.loads(line) for line in _finishes_path(str(self.log), rank).read_text().splitlines()]
+
     def _bind(self, kind: int, address: str) -> zmq.Socket[bytes]:
         socket = self._context.socket(kind)
         socket.set_hwm(0)
@@ -154,7 +172,9 @@ class Ranks:
         return socket
 
 
-def _run_rank(args: Any, ports: Any, rank: int, pipe: Any, event_log: str, log: str, chaos: Chaos | None) -> None:
+def _run_rank(
+    args: Any, ports: Any, rank: int, pipe: Any, event_log: str, log: str, chaos: Chaos | None, late: float | None
+) -> None:
     """The body of a rank's process."""
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(output, 1)
@@ -174,8 +194,12 @@ def _run_rank(args: Any, ports: Any, rank: int, pipe: Any, event_log: str, log: 
     from sglang.srt.runtime_context import get_disagg
 
     load_plugins()
+    from sgl_flowprefill.runtime import setup
     from sgl_flowprefill.runtime.scheduler import FlowPrefillScheduler
 
+    if late is not None:
+        os.environ["FLOWPREFILL_MAX_BATCH_TOKENS"] = "1"  # a task for each request
+        setup.make_device = lambda device_type, lookahead: LateDevice(lookahead, rank, late)
     init = FlowPrefillScheduler.__init__
 
     def with_chaos(scheduler: Any, *arguments: Any) -> None:
@@ -183,6 +207,8 @@ def _run_rank(args: Any, ports: Any, rank: int, pipe: Any, event_log: str, log: 
         init(scheduler, *arguments)
         if chaos is not None and rank == 0:
             _unleash(scheduler, chaos)
+        if late is not None:
+            _note_finishes(scheduler, _finishes_path(log, rank))
 
     FlowPrefillScheduler.__init__ = with_chaos  # type: ignore[method-assign]
     run_scheduler_process(args, ports, rank, rank, 0, None, pipe)
@@ -193,5 +219,39 @@ def _unleash(scheduler: Any, chaos: Chaos) -> None:
 
     unleash(SimpleNamespace(scheduler=scheduler), chaos.seed, chaos.switch_probability)
     if scheduler._agreement is not None:
-        scheduler._agreement._side._pending = scheduler._executor._interrupted
+        switch = scheduler._executor._interrupted
+        scheduler._agreement._side._pending = lambda: switch() or scheduler._result_arrived()
         scheduler._executor._interrupted = scheduler._agreement.interrupted
+
+
+def _finishes_path(log: str, rank: int) -> Path:
+    return Path(log).with_name(f"finishes-{rank}.jsonl")
+
+
+def _note_finishes(scheduler: Any, path: Path) -> None:
+    """Write a line for each task whose result is processed: its requests, the checkpoints of the live tasks by then,
+    whether the result had arrived, whether that had to be waited for, and operators queued behind the task.
+    """
+    finish, wait = scheduler._finish, scheduler._device.wait
+    notes = open(path, "w", buffering=1)  # noqa: SIM115 - lives as long as the process
+    waited_for = None
+
+    def noted_wait(event: Any, interrupted: Any) -> bool:
+        nonlocal waited_for
+        if not event.query():
+            waited_for = event
+        return bool(wait(event, interrupted))
+
+    def noted_finish(task: Any) -> None:
+        copy_done = task.result.copy_done
+        note = {
+            "rids": task.rids,
+            "live": [(live.id, live.checkpoint) for live in scheduler._live],
+            "arrived": copy_done._place <= scheduler._device.passed,
+            "waited": waited_for is copy_done,
+            "behind": scheduler._device.recorded - copy_done._place - 1,
+        }
+        notes.write(json.dumps(note) + "\n")
+        finish(task)
+
+    scheduler._finish, scheduler._device.wait = noted_finish, noted_wait

@@ -19,16 +19,16 @@ from typing import Any
 
 import pytest
 
-from sgl_flowprefill.events import EventLog
-from sgl_flowprefill.policy import Job, Limits, make_policy
+from sgl_flowprefill.policy import Limits, make_policy
 from sgl_flowprefill.runtime import scheduler as scheduler_module
 from sgl_flowprefill.runtime import task as task_module
 from sgl_flowprefill.runtime.checkpoints import Progress
 from sgl_flowprefill.runtime.device import POLL_S, HostStamp, QueueDevice
+from sgl_flowprefill.runtime.journal import Journal
 from sgl_flowprefill.runtime.memory import Activations, TaskMemory
-from sgl_flowprefill.runtime.scheduler import FlowPrefillScheduler, WaitingRequest
+from sgl_flowprefill.runtime.scheduler import FlowPrefillScheduler
 from sgl_flowprefill.runtime.task import AttentionSlots, Executor
-from sgl_flowprefill.ttft.base import PrefillShape
+from sgl_flowprefill.runtime.waiting import WaitingRequests
 
 
 @dataclass(frozen=True)
@@ -150,6 +150,18 @@ class SimulatedRequest:
     """When the device had its token."""
     answered_s: float = math.inf
 
+    @property
+    def origin_input_ids(self) -> range:
+        return range(self.tokens)
+
+    @property
+    def bootstrap_room(self) -> int:
+        return id(self)
+
+    @property
+    def time_stats(self) -> Any:
+        return SimpleNamespace(api_server_dispatch_time=self.arrival_s)
+
 
 @dataclass(frozen=True)
 class Model:
@@ -181,6 +193,17 @@ class OnlyBackend:
         model_runner.attn_backend = self._attn_backend
 
 
+class Suspensions(Journal):
+    """Keeps, of each suspension, when a request could have been read that then took another's place, and its id."""
+
+    def __init__(self, seen: list[tuple[float, str]]) -> None:
+        super().__init__(None)
+        self._seen = seen
+
+    def suspended(self, task: Any, winner: Any, now_s: float, news_readable_s: float) -> None:
+        self._seen.append((max(winner.readable_s, news_readable_s), winner.rids[0]))
+
+
 class SimulatedScheduler(FlowPrefillScheduler):
     """The hub on the simulated device."""
 
@@ -206,26 +229,24 @@ class SimulatedScheduler(FlowPrefillScheduler):
             pending=lambda: bool(self._arriving) and self._arriving[0].arrival_s <= device.now_s
         )
         self._agreement = None
-        self._metrics = None
         self._ends_waiting = self._has_news
         self._executor = Executor(self._model_runner, self._has_news, device)
         self._slots = AttentionSlots(self._model_runner, None)
         self._memory = TaskMemory(Activations(1, 1, 1, None), math.inf)
         self._progress = Progress([True, False] * model.layers)
         self._operators = None
-        self._waiting = {}
+        self._waiting = WaitingRequests()
         self._running = None
         self._tasks_started = 0
         self._kv_is_short = False
         self._engine_paused = False
-        self._news_readable_s = math.inf
         self._ttft = SimpleNamespace(
             predict_s=lambda shapes: model.forward_s(sum(shape.new_tokens for shape in shapes)),
             observe=self._observe,
         )
         self.observed: list[tuple[int, float]] = []
         self._policy = make_policy("s-edf", Limits(max_suspended, max_batch_tokens=1), 60.0)
-        self._log = EventLog(None)
+        self._journal = Suspensions(self.suspensions)
 
     def run_all(self) -> None:
         device = self.device_under_test
@@ -241,14 +262,10 @@ class SimulatedScheduler(FlowPrefillScheduler):
     def _take_events(self) -> None:
         device = self.device_under_test
         device.now_s += device.costs.decision_s
-        self._news_readable_s = math.inf
+        self._waiting.forget_news()
         while self._arriving and self._arriving[0].arrival_s <= device.now_s:
             request = self._arriving.popleft()
-            waiting = WaitingRequest(request, len(self._waiting), PrefillShape(request.tokens), request.arrival_s)
-            self._news_readable_s = min(self._news_readable_s, request.arrival_s)
-            deadline_s = request.arrival_s + request.ttft_slo_s
-            job = Job(waiting, request.arrival_s, deadline_s, self._predict_s([waiting]))
-            self._waiting[request] = job
+            job = self._waiting.add(request, request.arrival_s, request.ttft_slo_s, self._predict_s)
             self._policy.requests.add(job)
 
     def _make_batch(self, reqs: Sequence[Any]) -> Any:
@@ -289,9 +306,6 @@ class SimulatedScheduler(FlowPrefillScheduler):
             request.ran_s = result.copy_done.at_s
 
     # ---- what is watched ------------------------------------------------------------------------------------------
-
-    def _log_suspend(self, suspended: Any, winner: Any, now_s: float) -> None:
-        self.suspensions.append((max(winner.readable_s, self._news_readable_s), winner.rids[0]))
 
     def _observe(self, shapes: Any, executed_s: float) -> Any:
         self.observed.append((sum(shape.new_tokens for shape in shapes), executed_s))

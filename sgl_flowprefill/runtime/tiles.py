@@ -7,16 +7,21 @@ section 6, names one operator on an extremely long input as what still blocks.
 
 from __future__ import annotations
 
+import logging
 import math
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, Final
 
 import torch
 from torch import nn
 
+from sgl_flowprefill.runtime.checkpoints import DecoderLayer
 from sgl_flowprefill.ttft import OperatorTimes, PrefillShape, TTFTModel
+
+logger = logging.getLogger(__name__)
 
 SMALLEST_TILE_TOKENS: Final = 256
 """Smaller tiles would cost throughput: a matrix product of fewer rows no longer keeps the core busy."""
@@ -52,6 +57,13 @@ def plan_tiles(max_blocking_s: float, layers: int, ttft: TTFTModel, operators: O
         rows=max(1, int(max_blocking_s / mlp_s_per_token / SMALLEST_TILE_TOKENS)) * SMALLEST_TILE_TOKENS,
         pairs=max_blocking_s / attention_s_per_pair if attention_s_per_pair else math.inf,
     )
+
+
+def tile_layers(model: nn.Module, layers: Sequence[DecoderLayer], rows: int, between_tiles: Callable[[], None]) -> None:
+    """Run MLPs, norms and the linear layers of attention in tiles: ``rows`` tokens of an MLP."""
+    count = tile_mlps(model, chain(*(layer.mlp for layer in layers)), rows, between_tiles)
+    count += tile_around_attention(model, chain(*(layer.attention for layer in layers)), rows, between_tiles)
+    logger.info("FlowPrefill runs %d modules in tiles, MLPs in those of %d tokens", count, rows)
 
 
 def tile_mlps(model: nn.Module, names: Iterable[str], rows: int, between_tiles: Callable[[], None]) -> int:

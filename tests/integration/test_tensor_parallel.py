@@ -67,6 +67,28 @@ def test_two_ranks_that_are_preempted_all_the_time_give_the_tokens_of_one(
     assert ranks.preemptions() >= 100
 
 
+@pytest.mark.parametrize("pass_probabilities", [(0.2, 0.02), (0.02, 0.2)], ids=["follower late", "rank 0 late"])
+def test_results_that_come_at_different_times_are_processed_at_the_same(
+    model_path: str, tokens_of_one_rank: dict[str, int | None], tmp_path: Path, pass_probabilities: tuple[float, float]
+) -> None:
+    """Each rank's device is late by itself: rank 0 says when a finished task is processed, the next one running."""
+    chaos = Chaos(seed=3, switch_probability=0.9)
+    with Ranks(model_path, 2, tmp_path, chaos, pass_probabilities=pass_probabilities) as ranks:
+        for rid, tokens in PROMPTS.items():
+            ranks.submit(rid, tokens, ttft_slo_s=100.0)
+        ranks.finish(list(PROMPTS))
+        assert ranks.tokens == tokens_of_one_rank
+        first, second = ranks.finishes(0), ranks.finishes(1)
+    same = ("rids", "live")
+    assert [[note[key] for key in same] for note in first] == [[note[key] for key in same] for note in second]
+    assert all(note["arrived"] for note in first + second), "a result was processed before it had arrived"
+    behind, waits = sum(note["behind"] > 0 for note in first), sum(note["waited"] for note in second)
+    print(f"\n{len(first)} tasks: {behind} processed with others queued behind them, {waits} awaited at rank 1")
+    assert behind >= len(first) / 4, "the device was left without work at the end of a task"
+    if pass_probabilities[0] > pass_probabilities[1]:
+        assert waits >= 3, "rank 1 had every result as early as rank 0"
+
+
 def test_clients_that_leave_are_dropped_by_both_ranks(ranks: Ranks, tokens_of_one_rank: dict[str, int | None]) -> None:
     rng = random.Random(7)
     kept, left = [], []

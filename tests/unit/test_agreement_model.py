@@ -1,21 +1,32 @@
-"""The agreement at interruption points, in every interleaving of small cases: a search of the states of the real code.
+"""The agreement of ranks, in every interleaving of small cases: a search of the states of the real code.
 
 Ranks run the transitions of ``runtime.agreement`` one at a time, in any order. The word is one number; a rank reads or
 writes it once in a transition, so nothing finer can happen on a machine. The hub's all-reduce lets a rank go once all
 have come, one by one. Two tasks are there to run, and rank 0 picks either at will and sees an event whenever it wants.
 Where ``collectives`` are, a rank that comes to the place waits until all others have come there, as on a CPU; without
 them nothing keeps the ranks together, as on a device that runs ahead.
+
+On such a device the result of a finished task arrives later, at each rank whenever it likes once all have queued the
+task. When it is processed is up to the hub (``_finish_arrived``), and has to be the same for all ranks: it changes what
+the next tasks find.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+pytest.importorskip("sglang")
+
 from sgl_flowprefill.runtime import agreement
 from sgl_flowprefill.runtime.agreement import Follower, Leader
+from sgl_flowprefill.runtime.scheduler import FlowPrefillScheduler
+from sgl_flowprefill.runtime.setup import NO_TASK
 
 POINTS = (6, 5)
 """Interruption points of the two tasks, the last of which comes before the end of the task."""
@@ -38,13 +49,21 @@ class Rank:
     at_collective: bool = False
     passed: tuple[int, ...] = (0,) * len(POINTS)
     """Interruption points passed, by task; one more than there are when the task is done."""
+    finishing: tuple[int, ...] = ()
+    """Tasks that are done, whose results are not processed."""
+    arrived: frozenset[int] = frozenset()
+    """Tasks whose results have arrived."""
+    finished: tuple[tuple[int, tuple[int, ...]], ...] = ()
+    """Tasks whose results are processed, and what was passed by then."""
 
 
 @dataclass(frozen=True)
 class State:
     word: int
     picks: tuple[int, ...]
-    """The task of each round."""
+    """The task of each round, or NO_TASK when rank 0 could only wait for a result."""
+    arrivals: tuple[int, ...]
+    """The task whose result rank 0 had at the beginning of each round, or NO_TASK."""
     ranks: tuple[Rank, ...]
 
     def moved(self, index: int, rank: Rank, word: int | None = None) -> State:
@@ -58,6 +77,10 @@ class Model:
     lead: int
     collectives: frozenset[int]
     """Interruption points before which there is a collective."""
+    late: bool = False
+    """Whether results arrive later than their task is done."""
+    each_by_itself: bool = False
+    """A mistake: every rank processes what has arrived there."""
     leader: type[Leader] = Leader
     follower: type[Follower] = Follower
 
@@ -65,18 +88,31 @@ class Model:
         """All ranks are in the hub, and rank 0 has picked."""
         waiting = Rank(in_hub=True)
         for task in range(len(POINTS)):
-            yield State(0, (task,), (waiting,) * self.ranks)
+            yield State(0, (task,), (NO_TASK,), (waiting,) * self.ranks)
 
     def successors(self, state: State) -> Iterator[State]:
         for index, rank in enumerate(state.ranks):
             yield from self.hub(state, index, rank) if rank.in_hub else self.run(state, index, rank)
+            on_the_way = [task for task in rank.finishing if task not in rank.arrived]
+            if on_the_way and all(other.passed[on_the_way[0]] > POINTS[on_the_way[0]] for other in state.ranks):
+                yield state.moved(index, replace(rank, arrived=rank.arrived | {on_the_way[0]}))
 
     def hub(self, state: State, index: int, rank: Rank) -> Iterator[State]:
         """The all-reduce ends: a round begins for this rank."""
         if not all((other.round, other.in_hub) >= (rank.round, True) for other in state.ranks):
             return
-        if rank.round == len(state.picks):
-            return  # all tasks are done
+        if rank.round == len(state.picks):  # all tasks are done
+            if index == 0 and rank.finishing and rank.finishing[0] in rank.arrived:
+                picks, arrivals = (*state.picks, NO_TASK), (*state.arrivals, rank.finishing[0])
+                yield replace(state, picks=picks, arrivals=arrivals)
+            return
+        try:
+            rank = self.finish_arrived(state, rank, state.arrivals[rank.round])
+        except Blocked:
+            return
+        if state.picks[rank.round] == NO_TASK:
+            yield state.moved(index, replace(rank, round=rank.round + 1))
+            return
         writes: list[int] = []
         side = self.side(state, index, rank, False, writes)
         side.begin((rank.round + 1) * agreement.POINTS_PER_ROUND)
@@ -98,6 +134,11 @@ class Model:
         passed = tuple(next_point if t == task else count for t, count in enumerate(rank.passed))
         rank = replace(rank, at_collective=False, passed=passed)
         if next_point > POINTS[task]:
+            rank = replace(rank, finishing=(*rank.finishing, task))
+            try:
+                rank = self.finish_arrived(state, rank, state.arrivals[rank.round - 1])
+            except Blocked:
+                return
             yield from self.leave(state, index, rank, done=True)
             return
         for pending in (False, True) if index == 0 else (False,):
@@ -126,8 +167,36 @@ class Model:
         if index > 0 or not left:
             yield state
         else:
+            has_arrived = rank.finishing and rank.finishing[0] in rank.arrived
+            arrivals = (*state.arrivals, rank.finishing[0] if has_arrived else NO_TASK)
             for task in left:
-                yield replace(state, picks=(*state.picks, task))
+                yield replace(state, picks=(*state.picks, task), arrivals=arrivals)
+
+    def finish_arrived(self, state: State, rank: Rank, agreed_arrival: int) -> Rank:
+        """``rank`` after the hub's own ``_finish_arrived``; Blocked when it waits for a result."""
+
+        def wait(copy_done: Any, interrupted: Any) -> None:
+            if not copy_done.query():
+                raise Blocked
+
+        def task(number: int) -> Any:
+            copy_done = SimpleNamespace(query=lambda: number in rank.arrived) if self.late else None
+            return SimpleNamespace(id=number, result=SimpleNamespace(copy_done=copy_done))
+
+        finished: list[int] = []
+        hub = SimpleNamespace(
+            _finishing=deque(map(task, rank.finishing)),
+            _agreement=None if self.each_by_itself else object(),
+            _agreed_arrival=agreed_arrival,
+            _device=SimpleNamespace(wait=wait),
+            _finish=lambda task: finished.append(task.id),
+        )
+        FlowPrefillScheduler._finish_arrived(hub)  # type: ignore[arg-type]
+        processed = rank.finished + tuple((number, rank.passed) for number in finished)
+        for other in state.ranks:
+            if any(ours != theirs for ours, theirs in zip(processed, other.finished, strict=False)):
+                raise Wrong(f"ranks process results differently: {other.finished} and {processed}")
+        return replace(rank, finishing=tuple(left.id for left in hub._finishing), finished=processed)
 
     def side(self, state: State, index: int, rank: Rank, pending: bool, writes: list[int]) -> Leader | Follower:
         """The real thing, in the state that ``rank`` is in."""
@@ -152,7 +221,7 @@ def search(model: Model) -> int:
     while frontier:
         state = frontier.pop()
         following = list(model.successors(state))
-        if not following and not all(rank.passed == tuple(p + 1 for p in POINTS) for rank in state.ranks):
+        if not following and not all(len(rank.finished) == len(POINTS) for rank in state.ranks):
             raise Wrong(f"nobody can go on in {state}")
         new = set(following) - seen
         seen |= new
@@ -171,6 +240,13 @@ def test_all_ranks_stop_at_the_same_points_and_none_waits_for_ever(
     states = search(Model(ranks, lead, frozenset(collectives)))
     print(f"{ranks} ranks, lead {lead}, collectives {collectives}: {states} states")
     assert states > 2000
+
+
+@pytest.mark.parametrize(("ranks", "lead"), [(2, 1), (2, 3), (3, 2)])
+def test_results_that_come_late_are_processed_at_the_same_place_by_all_ranks(ranks: int, lead: int) -> None:
+    states = search(Model(ranks, lead, frozenset(), late=True))
+    print(f"{ranks} ranks, lead {lead}, results late: {states} states")
+    assert states > 4000
 
 
 class UncheckedFollower(Follower):
@@ -194,13 +270,15 @@ class ImmediateLeader(Leader):
         return False
 
 
-@pytest.mark.parametrize("broken", [UncheckedFollower, ImmediateLeader, "rounds"])
+@pytest.mark.parametrize("broken", [UncheckedFollower, ImmediateLeader, "rounds", "arrivals"])
 def test_the_search_finds_what_is_wrong(
     broken: type[Leader] | type[Follower] | str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = Model(2, 1, frozenset())
     if broken is UncheckedFollower:
         model = replace(model, follower=UncheckedFollower)
+    elif broken == "arrivals":
+        model = replace(model, late=True, each_by_itself=True)
     elif broken is ImmediateLeader:
         model = replace(model, leader=ImmediateLeader)
     else:  # rounds whose points overlap: a stop that was not reached counts again
