@@ -7,7 +7,6 @@ tile; requests outside of it have no rows. No plan is needed.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
@@ -27,9 +26,7 @@ class _MetadataTile:
 class FA3Tiles:
     """The tiles of one backend, thus of one live task."""
 
-    def __init__(self, backend: Any, between_tiles: Callable[[], None], tile_pairs: float) -> None:
-        self.between_tiles = between_tiles
-        self.tile_pairs = tile_pairs
+    def __init__(self, backend: Any) -> None:
         self._backend = backend
         self._metadata: Any = None
         """The batch's, for which the tiles were made."""
@@ -67,7 +64,7 @@ class FA3Tiles:
         backend, output = self._backend, None
         for tile in tiles:
             if output is not None:
-                self.between_tiles()
+                backend.between_tiles()
             backend.forward_metadata = tile.metadata
             try:
                 part = self._forward_extend(q[tile.rows], k, v, layer, forward_batch, save_kv_cache, **others)
@@ -109,12 +106,13 @@ class FA3Tiles:
         return self._tiles[window]
 
     def _cut(self, lengths: Lengths, layer: Any, metadata: Any) -> list[_MetadataTile]:
-        if lengths.all_pairs <= self.tile_pairs:
+        tile_pairs = self._backend.tile_pairs
+        if lengths.all_pairs <= tile_pairs:
             return []
         device = metadata.cu_seqlens_q.device
         tiles = []
         row = 0
-        for tile in cut(lengths, self.tile_pairs, unit_rows(layer.tp_q_head_num, device)):
+        for tile in cut(lengths, tile_pairs, unit_rows(layer.tp_q_head_num, device)):
             rows = [0] * len(lengths.new)
             # Keys of a request with no rows here are not read, but one must be there.
             keys = [1] * len(lengths.new)

@@ -12,7 +12,7 @@ Planning reads nothing back from the device here: lengths are known on the host,
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, Final
@@ -49,10 +49,8 @@ class _PlannedTile:
 class FlashInferTiles:
     """The tiles of one backend, thus of one live task."""
 
-    def __init__(self, backend: Any, between_tiles: Callable[[], None], tile_pairs: float) -> None:
-        self.between_tiles = between_tiles
-        self.tile_pairs = tile_pairs
-        self._backend = backend
+    def __init__(self, backend: Any) -> None:
+        self.backend = backend
         self._batch: Any = None
         """The batch whose metadata is being made."""
         self._workspaces: Sequence[torch.Tensor] = ()
@@ -61,7 +59,7 @@ class FlashInferTiles:
 
     def install(self) -> str | None:
         """Take the place of what SGLang calls; if this backend cannot be tiled, why."""
-        backend = self._backend
+        backend = self.backend
         if backend.is_dllm_model or backend.prefill_uses_dequant_workspace:
             return "diffusion models and FP4 KV cache are not tiled"
         if getattr(backend.dispatch_reason, "name", None) == "CROSS_ATTENTION":
@@ -75,9 +73,8 @@ class FlashInferTiles:
         block_bytes = 4 * (7 * heads + BLOCK_ROWS)
         self.most_blocks = (WORKSPACE_BYTES - _PLAN_BYTES) // block_bytes
         self.unit_rows = min(unit_rows(heads, device), self.most_blocks * BLOCK_ROWS)
-        if self.tile_pairs < float("inf"):
-            whole = torch.empty(MOST_TILES * WORKSPACE_BYTES, dtype=torch.uint8, device=device)
-            self._workspaces = whole.split(WORKSPACE_BYTES)
+        whole = torch.empty(MOST_TILES * WORKSPACE_BYTES, dtype=torch.uint8, device=device)
+        self._workspaces = whole.split(WORKSPACE_BYTES)
         self._ragged = _TiledWrapper(self, backend.prefill_wrapper_ragged, ragged=True)
         self._paged = {id(wrapper): _TiledWrapper(self, wrapper) for wrapper in backend.prefill_wrappers_paged}
         self._init_forward_metadata = backend.init_forward_metadata
@@ -135,7 +132,7 @@ class FlashInferTiles:
 
     def cut(self, lengths: Lengths) -> list[tuple[Tile, torch.Tensor]]:
         """Tiles of an operator, each with its workspace; none if it is short. Larger ones if they would be too many."""
-        most_pairs, all_pairs = self.tile_pairs, lengths.all_pairs
+        most_pairs, all_pairs = self.backend.tile_pairs, lengths.all_pairs
         while most_pairs < all_pairs:
             tiles = cut(lengths, most_pairs, self.unit_rows, self.most_blocks)
             if len(tiles) <= len(self._free):
@@ -200,7 +197,7 @@ class _TiledWrapper:
             if tile.wrapper is None:
                 tile.wrapper = self._planned(tile)
             if tile is not tiles[0]:
-                self._owner.between_tiles()
+                self._owner.backend.between_tiles()
             own = tuple(value[tile.keys] for value in keys_and_values) if self._ragged else keys_and_values
             parts = run(tile.wrapper, q[tile.rows], *own, **options)
             parts = parts if isinstance(parts, tuple) else (parts,)

@@ -389,6 +389,11 @@ class FlowPrefillScheduler(Scheduler):
             self._metrics.completed(self._ttft.state(), len(self._live))
         self.process_batch_result(task.batch, task.result)
 
+    def send_kv_chunk(self, req: Any, last_chunk: bool = False, end_idx: int | None = None) -> None:
+        """SGLang reads the KV indices of ``req`` back. Where its prefill has run, that need not wait for others'."""
+        with self._device.beside_the_queue() if last_chunk else nullcontext():
+            super().send_kv_chunk(req, last_chunk, end_idx)
+
     def _retire(self, task: PrefillTask) -> None:
         """Forget a task that is done or dropped."""
         assert self._policy is not None

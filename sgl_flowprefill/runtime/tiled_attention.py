@@ -36,14 +36,19 @@ def tile_queries(backend: Any, between_tiles: Callable[[], None], tile_pairs: fl
     """Let ``backend`` run attention over the prompts of a prefill in tiles of at most ``tile_pairs`` pairs of a query
     and a key, with ``between_tiles`` called between them. If it cannot, it stays as it is: why.
     """
+    backend = prefill_backend(backend)
+    name = type(backend).__name__
+    if not isinstance(backend, TiledAttention):
+        reason = _TILES[name](backend).install() if name in _TILES else _WHOLE.get(name, "it is not known how")
+        if reason is not None:
+            return f"{name}: {reason}"
+    backend.between_tiles = between_tiles
+    backend.tile_pairs = tile_pairs
+    return None
+
+
+def prefill_backend(backend: Any) -> Any:
+    """The backend that computes attention of prefills inside ``backend``."""
     while type(backend).__name__ in _INNER:
         backend = getattr(backend, _INNER[type(backend).__name__])
-    if isinstance(backend, TiledAttention):
-        backend.between_tiles = between_tiles
-        backend.tile_pairs = tile_pairs
-        return None
-    name = type(backend).__name__
-    if name not in _TILES:
-        return f"{name}: {_WHOLE.get(name, 'it is not known how')}"
-    reason = _TILES[name](backend, between_tiles, tile_pairs).install()
-    return None if reason is None else f"{name}: {reason}"
+    return backend

@@ -72,6 +72,20 @@ def test_it_idles_when_the_finish_is_not_deferred(monkeypatch: pytest.MonkeyPatc
     assert shares[0] < 0.8 * shares[1]
 
 
+def test_nothing_that_is_read_back_waits_for_the_queue(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What plans from lengths on the host, and KV indices read beside the queue, are worth for short prompts."""
+    shares = []
+    for costs in (HostCosts(), HostCosts(plan_waits=True), HostCosts(plan_waits=True, send_waits=True)):
+        requests = mix(seed=3, count=60, gap_s=0.02)
+        for request in requests:
+            request.tokens = 600
+        shares.append(idle_share(requests, simulate(monkeypatch, LLAMA_8B, requests, lookahead=2, costs=costs)))
+    print(f"\nidle share of short prompts: {shares[0]:.4f}, with plans that wait {shares[1]:.4f}, and KV indices too "
+          f"{shares[2]:.4f}")  # fmt: skip
+    assert shares[0] < 0.01
+    assert shares[0] < shares[1] < shares[2]
+
+
 def _finish_all(scheduler: Any) -> None:
     while scheduler._finishing:
         scheduler._finish(scheduler._finishing.popleft())

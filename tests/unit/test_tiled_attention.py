@@ -28,7 +28,7 @@ from sgl_flowprefill.runtime.tiled_attention import tile_queries
 from tests.gpu_backends import Anything, build, go_offline, kernel_names, model_runner
 
 HEADS, KV_HEADS, DIM = 8, 2, 64
-TOKENS = 256
+TOKENS, ROWS = 256, 8
 UNIT_ROWS = 8
 """Least rows of a tile in these tests; on a device as many as fill it."""
 
@@ -169,11 +169,11 @@ class Pool(Anything):
     """Keys and values by slot, of one layer."""
 
     def __init__(self) -> None:
-        slots = 4 * TOKENS + 64
+        slots = ROWS * TOKENS
         super().__init__(
             start_layer=0,
-            keys=torch.zeros(slots, KV_HEADS, DIM),
-            values=torch.zeros(slots, KV_HEADS, DIM),
+            keys=torch.randn(slots, KV_HEADS, DIM, generator=torch.Generator().manual_seed(1)),
+            values=torch.randn(slots, KV_HEADS, DIM, generator=torch.Generator().manual_seed(2)),
             writes=0,
             get_kv_cache_quant_method=lambda: Anything(
                 resolve_attention_access=lambda phase, backend: Anything(), needs_global_scale=lambda: False
@@ -205,8 +205,8 @@ class Rig:
         self.runner.token_to_kv_pool_allocator = SimpleNamespace(get_kvcache=lambda: self.pool)
         self.runner.kv_index_translator.pack_read_stream = self._pack
         self.runner.model_config.attention_arch = None
-        slots = torch.randperm(4 * TOKENS, generator=torch.Generator().manual_seed(3)).to(torch.int32)
-        self.runner.req_to_token_pool.req_to_token[:4] = slots.view(4, TOKENS)
+        slots = torch.randperm(ROWS * TOKENS, generator=torch.Generator().manual_seed(3)).to(torch.int32)
+        self.runner.req_to_token_pool.req_to_token[:ROWS] = slots.view(ROWS, TOKENS)
         patch.setattr(flashinfer_tiles, "unit_rows", lambda heads, device: UNIT_ROWS)
         patch.setattr(fa3_tiles, "unit_rows", lambda heads, device: UNIT_ROWS)
         if name == "flashinfer":
@@ -234,15 +234,15 @@ class Rig:
             assert tile_queries(backend, between_tiles, tile_pairs) is None
         return backend
 
-    def batch(self, lengths: list[tuple[int, int]], seed: int = 0) -> Any:
+    def batch(self, lengths: list[tuple[int, int]], first_row: int = 0) -> Any:
         """Requests of (new, cached) tokens, with random queries, keys and values of the new ones."""
         from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
         new, before = (list(values) for values in zip(*lengths, strict=True))
         both = [n + b for n, b in lengths]
-        rows = torch.arange(len(lengths))
+        rows = torch.arange(first_row, first_row + len(lengths))
         table = self.runner.req_to_token_pool.req_to_token
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(first_row)
         tensor = lambda values: torch.tensor(values, dtype=torch.int64)  # noqa: E731
         return Anything(
             forward_mode=ForwardMode.EXTEND,
@@ -256,7 +256,7 @@ class Rig:
             extend_seq_lens=tensor(new),
             extend_seq_lens_cpu=new,
             extend_num_tokens=sum(new),
-            out_cache_loc=torch.cat([table[r, b : b + n] for r, (n, b) in enumerate(lengths)]).long(),
+            out_cache_loc=torch.cat([table[r, b : b + n] for r, (n, b) in zip(rows, lengths, strict=True)]).long(),
             out_cache_loc_is_physical=True,
             values=[torch.randn(sum(new), heads * DIM, generator=generator) for heads in (HEADS, KV_HEADS, KV_HEADS)],
         )
@@ -266,8 +266,6 @@ class Rig:
         from sglang.srt.layers.radix_attention import AttentionType
 
         backend.init_forward_metadata(batch)
-        self.pool.keys.normal_(generator=torch.Generator().manual_seed(1))
-        self.pool.values.normal_(generator=torch.Generator().manual_seed(2))
         shape = Anything(
             layer_id=0, tp_q_head_num=HEADS, tp_k_head_num=KV_HEADS, tp_v_head_num=KV_HEADS, head_dim=DIM,
             v_head_dim=DIM, qk_head_dim=DIM, scaling=DIM**-0.5, logit_cap=0.0, sliding_window_size=-1,
@@ -280,8 +278,9 @@ class Rig:
     def _pack(
         self, plan: Any, req_pool_indices: Any, seq_lens: Any, indptr: Any, out: Any, kv_start_idx: Any, kind: Any
     ) -> None:
+        starts = iter([0] * len(seq_lens) if kv_start_idx is None else kv_start_idx.tolist())
         for row, tokens, place in zip(req_pool_indices.tolist(), seq_lens.tolist(), indptr.tolist(), strict=False):
-            start = 0 if kv_start_idx is None else int(kv_start_idx[row])
+            start = next(starts)
             out[place : place + tokens] = self.runner.req_to_token_pool.req_to_token[row, start : start + tokens]
 
     def _fa3(
@@ -392,15 +391,16 @@ def test_a_batch_that_is_short_runs_whole(name: str, monkeypatch: pytest.MonkeyP
 def test_tiles_of_live_tasks_do_not_disturb_each_other(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tasks switch at every gap between tiles; a slot is used again by a later, different task."""
     rig = Rig(monkeypatch, name)
-    work = [[(90, 40), (30, 0)], [(100, 0)], [(20, 70), (64, 64), (1, 9)]]
-    expected = [rig.forward(rig.backend(), rig.batch(lengths, seed)) for seed, lengths in enumerate(work)]
+    lengths = [[(90, 40), (30, 0)], [(100, 0)], [(20, 70), (64, 64), (1, 9)]]
+    work = [rig.batch(lengths[0], 0), rig.batch(lengths[1], 2), rig.batch(lengths[2], 3)]
+    expected = [rig.forward(rig.backend(), batch) for batch in work]
     hub = greenlet.getcurrent()
     slots = [rig.backend(500, lambda: hub.switch()) for _ in work]
     for turn in range(2):  # each slot first serves one task, then another
         results: dict[int, list[torch.Tensor]] = {}
 
         def task(number: int, slot: Any, results: dict[int, list[torch.Tensor]] = results) -> None:
-            results[number] = rig.forward(slot, rig.batch(work[number], number), layers=2)
+            results[number] = rig.forward(slot, work[number], layers=2)
 
         live = [greenlet(task) for _ in work]
         arguments = [(n, slots[(n + turn) % len(work)]) for n in range(len(work))]
@@ -452,7 +452,6 @@ def test_flashinfer_planning_reads_nothing_back_from_the_device(monkeypatch: pyt
         torch.Tensor, "to",
         lambda self, *args, **named: (asked.append(self) if args == ("cpu",) else None, to(self, *args, **named))[1],
     )  # fmt: skip
-    rig.batch([(3, 4)])
     backend.init_forward_metadata(rig.batch([(30, 20), (40, 0)]))
     assert len(asked) == 5  # two in a ragged plan and three in a paged one
     assert {id(tensor) for tensor in asked} <= {id(tensor) for tensor in host}
