@@ -261,8 +261,8 @@ CONTRACTS = (
         "a FlashInfer plan is for cached prefixes or for all keys, whose lengths are the same objects as the batch's",
         f"{ATTENTION}.flashinfer_backend:FlashInferIndicesUpdaterPrefill.update_single_wrapper",
         in_order("if use_ragged:", "paged_kernel_lens = prefix_lens\n", "paged_kernel_lens = seq_lens\n",
-                 "self.call_begin_forward(", "self.prefill_wrapper_ragged,", "prefill_wrappers[0],", "req_pool_indices,",
-                 "paged_kernel_lens,", "paged_kernel_lens_sum,", "seq_lens,", "prefix_lens,"),
+                 "self.call_begin_forward(", "self.prefill_wrapper_ragged,", "prefill_wrappers[0],",
+                 "req_pool_indices,", "paged_kernel_lens,", "paged_kernel_lens_sum,", "seq_lens,", "prefix_lens,"),
         "paged_kernel_lens = prefix_lens\n", "paged_kernel_lens = prefix_lens.clamp(min=1)\n",
     ),
     Contract(
@@ -318,7 +318,8 @@ CONTRACTS = (
         f"{ATTENTION}.flashattention_backend:FlashAttentionBackend.forward_extend",
         lambda source: in_order(
             "if k is not None:", "set_kv_buffer(", "metadata = self.forward_metadata",
-            "cu_seqlens_q = metadata.cu_seqlens_q", "cache_seqlens = metadata.cache_seqlens_int32", "max_seqlen_q = metadata.max_seq_len_q",
+            "cu_seqlens_q = metadata.cu_seqlens_q", "cache_seqlens = metadata.cache_seqlens_int32",
+            "max_seqlen_q = metadata.max_seq_len_q",
             "result = flash_attn_with_kvcache(", "cu_seqlens_q=cu_seqlens_q,",
         )(source) and without("scheduler_metadata")(source),
         "if k is not None:", "if save_kv_cache:",
