@@ -5,7 +5,8 @@ from __future__ import annotations
 import random
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,6 +19,7 @@ from sgl_flowprefill.runtime.device import CpuDevice, CudaDevice, make_device
 
 pytest.importorskip("sglang")
 
+from sgl_flowprefill.runtime import scheduler as scheduler_module
 from tests.simulated_device import HostCosts, Model, SimulatedRequest, simulate
 
 LLAMA_8B = Model(
@@ -253,3 +255,31 @@ def test_a_cpu_has_nothing_to_wait_for() -> None:
         assert device.catch_up(lambda: True)
     assert device.wait(SimpleNamespace(query=never), lambda: True)
     assert isinstance(make_device("cuda", 2), CudaDevice)
+
+
+def test_only_the_last_part_of_a_requests_kv_is_sent_beside_the_queue(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is sent before its prefill has run must be read behind what writes it."""
+    entered: list[str] = []
+    sent: list[tuple[Any, bool, Any, list[str]]] = []
+
+    @contextmanager
+    def enter(stream: str) -> Iterator[None]:
+        entered.append(stream)
+        yield
+        entered.pop()
+
+    monkeypatch.setattr(device_module.torch.cuda, "Stream", lambda: "its own")
+    monkeypatch.setattr(device_module.torch.cuda, "stream", enter)
+    monkeypatch.setattr(
+        scheduler_module.Scheduler, "send_kv_chunk", lambda self, *args: sent.append((*args, list(entered)))
+    )
+    scheduler = object.__new__(scheduler_module.FlowPrefillScheduler)
+    for scheduler._device in (CudaDevice(lookahead=2), CpuDevice()):
+        scheduler.send_kv_chunk("req", last_chunk=True)
+        scheduler.send_kv_chunk("req", last_chunk=False, end_idx=7)
+    assert sent == [
+        ("req", True, None, ["its own"]),
+        ("req", False, 7, []),
+        ("req", True, None, []),
+        ("req", False, 7, []),
+    ]
