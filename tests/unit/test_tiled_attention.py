@@ -375,7 +375,9 @@ def test_layers_with_a_window_give_the_same(
 def test_a_batch_that_is_short_runs_whole(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     rig = Rig(monkeypatch, name)
     lengths = [(60, 30), (50, 0)]
-    pairs = max(Lengths((60, 50), (30, 0)).all_pairs, 60 * 30)
+    new, before = (60, 50), (30, 0)
+    # FlashInfer's new and cached keys are two operators.
+    pairs = Lengths(new, before if name == "fa3" else (0, 0)).all_pairs
     switches: list[None] = []
     rig.forward(rig.backend(), rig.batch(lengths))
     untiled = list(rig.runs)
@@ -410,7 +412,7 @@ def test_tiles_of_live_tasks_do_not_disturb_each_other(name: str, monkeypatch: p
                 if not g.dead:
                     g.switch(*(() if g else args))
                     switches += 1
-        assert switches > 60
+        assert switches > 40
         for number, outputs in results.items():
             assert all(torch.allclose(output, expected[number][0], atol=1e-5) for output in outputs)
 
