@@ -177,7 +177,8 @@ class CudaDevice(QueueDevice):
         return CudaStamp(event)
 
     def beside_the_queue(self) -> AbstractContextManager[Any]:
-        return torch.cuda.stream(self._beside)
+        stream: AbstractContextManager[Any] = torch.cuda.stream(self._beside)
+        return stream
 
     @cached_property
     def _beside(self) -> torch.cuda.Stream:
