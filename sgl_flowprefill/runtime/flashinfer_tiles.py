@@ -7,6 +7,9 @@ tiles one by one. A tile's run is complete, the merge of its split keys included
 task use the float workspace.
 
 Planning reads nothing back from the device here: lengths are known on the host, so their copies there are handed over.
+Nothing therefore waits before a plan overwrites the pinned memory of the one before it, whose copy may be queued. It is
+not: a slot plans for the next task when all that the last one queued has run. (With sliding windows SGLang plans the
+ragged wrapper twice, and alike.)
 """
 
 from __future__ import annotations
@@ -194,7 +197,7 @@ class _TiledWrapper:
             return run(self._wrapper, q, *keys_and_values, **options)
         outputs: list[torch.Tensor] = []
         for tile in tiles:
-            if tile.wrapper is None:
+            if tile.wrapper is None:  # before the gap is recorded, which an aborted task is waited for
                 tile.wrapper = self._planned(tile)
             if tile is not tiles[0]:
                 self._owner.backend.between_tiles()
