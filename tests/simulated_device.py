@@ -42,9 +42,13 @@ class HostCosts:
     admission_s: float = 150e-6
     """SGLang's admission of a batch and its inputs."""
     plan_s: float = 80e-6
-    """Planning attention. FlashInfer waits for the device before (``plan`` reads its indices back)."""
+    """Planning attention."""
     finish_s: float = 150e-6
-    """Processing a result. SGLang reads the KV indices back in the middle of it, which waits for the device."""
+    """Processing a result, with the KV indices read back in the middle of it."""
+    plan_waits: bool = False
+    """Whether a plan reads its indices back, as FlashInfer's of layers with a sliding window do."""
+    send_waits: bool = False
+    """Whether KV indices are read back in the queue, not beside it."""
 
 
 @dataclass
@@ -280,7 +284,8 @@ class SimulatedScheduler(FlowPrefillScheduler):
 
     def run_batch(self, batch: Any) -> Any:
         device, costs = self.device_under_test, self.device_under_test.costs
-        device.synchronize()
+        if costs.plan_waits:
+            device.synchronize()
         device.now_s += costs.plan_s
         backend = self._model_runner.attn_backend
         assert backend.owner is None, "a live task's attention state was given to another"
@@ -298,7 +303,8 @@ class SimulatedScheduler(FlowPrefillScheduler):
         device.now_s = max(device.now_s, result.copy_done.at_s)  # copy_done.synchronize()
         result.backend.owner = None
         device.now_s += device.costs.finish_s / 2
-        device.synchronize()
+        if device.costs.send_waits:
+            device.synchronize()
         device.now_s += device.costs.finish_s / 2
         for request in batch.reqs:
             assert request.answered_s == math.inf, "a request was answered twice"

@@ -102,7 +102,8 @@ def _parser() -> argparse.ArgumentParser:
         prog="launch.py doctor",
         usage="launch.py doctor [--gpu] [--model-path MODEL] [SGLang server options]",
         description="Check what FlowPrefill assumes of the device: events, attention state, tokens under preemption, "
-        "the cost of checkpoints, blocking. Options that are not listed here are SGLang's, as for the prefill server.",
+        "tiled attention, the cost of checkpoints, blocking. Options that are not listed here are SGLang's, as for the "
+        "prefill server.",
         allow_abbrev=False,
     )
     parser.add_argument("--gpu", action="store_true", help="insist on a GPU: without one, exit with 2")

@@ -7,7 +7,8 @@ token exists: the next task starts while the token is on its way.
 
 All kernels of all tasks are queued on one stream, the one that is current in the scheduler's loop. That is what makes
 it safe to suspend a forward pass with its tensors: the caching allocator hands memory that Python has freed to later
-kernels of the same stream, which run after those that still read it.
+kernels of the same stream, which run after those that still read it. What reads back a result that has arrived does it
+beside that stream.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Final, Protocol, Self
 
 import torch
@@ -64,6 +67,9 @@ class Device(Protocol):
     def stamp(self) -> Stamp:
         """The end of the queue as it is now."""
 
+    def beside_the_queue(self) -> AbstractContextManager[Any]:
+        """In it, what is read back from the device does not wait for what is queued, so it must have run before."""
+
 
 @dataclass(frozen=True, slots=True)
 class HostStamp:
@@ -95,6 +101,9 @@ class CpuDevice:
 
     def stamp(self) -> HostStamp:
         return HostStamp(time.monotonic())
+
+    def beside_the_queue(self) -> AbstractContextManager[Any]:
+        return nullcontext()
 
 
 class QueueDevice:
@@ -166,6 +175,14 @@ class CudaDevice(QueueDevice):
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return CudaStamp(event)
+
+    def beside_the_queue(self) -> AbstractContextManager[Any]:
+        stream: AbstractContextManager[Any] = torch.cuda.stream(self._beside)
+        return stream
+
+    @cached_property
+    def _beside(self) -> torch.cuda.Stream:
+        return torch.cuda.Stream()
 
     def _new_event(self) -> torch.cuda.Event:
         return torch.cuda.Event()

@@ -234,6 +234,11 @@ class FlowPrefillScheduler(PreparedScheduler):
         self._journal.completed(task, prediction, self._ttft, len(self._live))
         self.process_batch_result(task.batch, task.result)
 
+    def send_kv_chunk(self, req: Any, last_chunk: bool = False, end_idx: int | None = None) -> None:
+        """SGLang reads the KV indices of ``req`` back. Where its prefill has run, that need not wait for others'."""
+        with self._device.beside_the_queue() if last_chunk else nullcontext():
+            super().send_kv_chunk(req, last_chunk, end_idx)
+
     def _retire(self, task: PrefillTask) -> None:
         """Forget a task that is done or dropped."""
         self._policy.tasks.remove(task.job)

@@ -7,6 +7,7 @@ standard output.
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import statistics
@@ -27,6 +28,7 @@ from sgl_flowprefill.profiling.process import make_scheduler
 from sgl_flowprefill.runtime.device import CudaDevice
 from sgl_flowprefill.runtime.memory import MIB
 from sgl_flowprefill.runtime.task import PrefillTask
+from sgl_flowprefill.runtime.tiled_attention import TiledAttention, prefill_backend
 
 TASKS: Final = 8
 SUSPEND_PROBABILITY: Final = 0.5
@@ -35,7 +37,11 @@ COST_PAIRS: Final = 25
 CHECKPOINT_CALLS: Final = 2000
 MAX_COST: Final = 0.03
 """Of a forward pass, for its checkpoints when nobody waits; above the goal, so that noise does not fail it."""
-BLOCKING_TOKENS: Final = 16_384
+BLOCKING_TOKENS: Final = {"cuda": 65_536, "cpu": 16_384}
+"""On a GPU so many that attention would block for tens of milliseconds if it ran whole."""
+TILED_TOKENS: Final = 8192
+TILES: Final = 16
+"""Of an attention operator over so many, about."""
 BLOCKING_SAMPLES: Final = 60
 HOST_S: Final = 1e-3
 """What the host may take on top of operators before a preemptor's first kernel could run."""
@@ -178,6 +184,43 @@ def check_tokens(tasks: Tasks) -> Finding:
     )
 
 
+def check_tiled_attention(tasks: Tasks) -> Finding:
+    """Attention in query tiles gives the tokens that it gives whole, with and without a cached prefix."""
+    backend = prefill_backend(tasks._scheduler.tp_worker.model_runner.attn_backend)
+    if not isinstance(backend, TiledAttention):
+        return Finding("tiled attention", True, f"{type(backend).__name__} runs whole, however long it takes")
+    gaps = 0
+
+    def count() -> None:
+        nonlocal gaps
+        gaps += 1
+
+    tasks.cache_prefix(len(tasks.prompt(TILED_TOKENS)) // 2)
+    prompts = [tasks.prompt(TILED_TOKENS), tasks.prompt(TILED_TOKENS - 1001)]
+    prompts.append(tasks.cached_prompt + tasks.prompt(TILED_TOKENS // 2))
+    tokens: dict[bool, list[int]] = {False: [], True: []}
+    for tiled in tokens:
+        for prompt in prompts:
+            task = tasks.start(prompt)
+            backend = prefill_backend(task.attn_backend)
+            usual = backend.between_tiles, backend.tile_pairs
+            backend.between_tiles = count if tiled else _nothing
+            backend.tile_pairs = len(prompt) ** 2 / 2 / TILES if tiled else math.inf
+            tasks.resume(task)
+            tokens[tiled].append(tasks.finish(task))
+            backend.between_tiles, backend.tile_pairs = usual
+    same = sum(a == b for a, b in zip(tokens[False], tokens[True], strict=True))
+    return Finding(
+        "tiled attention",
+        same == len(prompts) and gaps > TILES,
+        f"{type(backend).__name__}: {same} of {len(prompts)} tokens the same, {gaps} gaps between tiles",
+    )
+
+
+def _nothing() -> None:
+    pass
+
+
 def check_cost(tasks: Tasks) -> Finding:
     """What the checkpoints of a forward pass cost when nobody waits, as the median of pairs in turn."""
     prompt = tasks.prompt(COST_TOKENS)
@@ -205,7 +248,7 @@ def check_cost(tasks: Tasks) -> Finding:
 def check_blocking(tasks: Tasks) -> Finding:
     """How long after an arrival a preemptor's first kernel could run: what was queued before it is over by then."""
     scheduler = tasks._scheduler
-    prompt = tasks.prompt(BLOCKING_TOKENS)
+    prompt = tasks.prompt(BLOCKING_TOKENS[scheduler.device])
     arrived = threading.Event()
     arrival_s = 0.0
 
@@ -253,7 +296,7 @@ def checks(scheduler: Any) -> Iterator[Finding]:
     tasks = Tasks(scheduler)
     all_checks: Sequence[Callable[[Tasks], Finding]] = (
         *((check_events,) if scheduler.device == "cuda" else ()),
-        *(check_slots, check_tokens, check_cost, check_blocking),
+        *(check_slots, check_tokens, check_tiled_attention, check_cost, check_blocking),
     )
     for check in all_checks:
         try:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import contextvars
+import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 from greenlet import greenlet
 
 from sgl_flowprefill.policy import Job
 from sgl_flowprefill.runtime.device import CpuDevice, Device, Stamp
 from sgl_flowprefill.runtime.forward_state import ForwardState
+from sgl_flowprefill.runtime.tiled_attention import tile_queries
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(eq=False)
@@ -141,15 +145,6 @@ class Executor:
         return new
 
 
-@runtime_checkable
-class TiledAttention(Protocol):
-    """An attention backend that works in query tiles and lets others run between them."""
-
-    between_tiles: Callable[[], None]
-    tile_pairs: float
-    """Most pairs of a query and a key in a tile."""
-
-
 class AttentionSlots:
     """Attention backends for tasks that live at the same time: a backend keeps the metadata of one batch.
 
@@ -164,7 +159,10 @@ class AttentionSlots:
         self._model_runner = model_runner
         self._between_tiles = between_tiles
         self._tile_pairs = tile_pairs
-        self._free = [self._prepared(model_runner.attn_backend)]
+        self._free = [model_runner.attn_backend]
+        whole = self._tile(model_runner.attn_backend)
+        if whole is not None:
+            logger.warning("FlowPrefill does not split long attention operators of %s", whole)
 
     def take(self) -> Any:
         if self._free:
@@ -177,16 +175,14 @@ class AttentionSlots:
         self._free.append(self._new())
         return allocated_bytes() - before_bytes
 
-    def _new(self) -> Any:
-        backend = self._model_runner._get_attention_backend(init_new_workspace=False)
-        self._model_runner.kv_index_translator.bind_and_verify_backends([backend])
-        return self._prepared(backend)
-
     def give_back(self, backend: Any) -> None:
         self._free.append(backend)
 
-    def _prepared(self, backend: Any) -> Any:
-        if self._between_tiles is not None and isinstance(backend, TiledAttention):
-            backend.between_tiles = self._between_tiles
-            backend.tile_pairs = self._tile_pairs
+    def _new(self) -> Any:
+        backend = self._model_runner._get_attention_backend(init_new_workspace=False)
+        self._model_runner.kv_index_translator.bind_and_verify_backends([backend])
+        self._tile(backend)
         return backend
+
+    def _tile(self, backend: Any) -> str | None:
+        return None if self._between_tiles is None else tile_queries(backend, self._between_tiles, self._tile_pairs)

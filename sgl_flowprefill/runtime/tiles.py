@@ -1,8 +1,7 @@
 """Long inputs: an operator that would block for too long runs in row tiles, and can be suspended between them.
 
-MLPs, norms and linear layers work row by row, so their tiles compute what the whole would. Attention is tiled by the
-backend that computes it (``platforms.attention``), which calls ``between_tiles`` after each query tile. Paper,
-section 6, names one operator on an extremely long input as what still blocks.
+MLPs, norms and linear layers work row by row, so their tiles compute what the whole would. Attention is tiled by query
+(``tiled_attention``). Paper, section 6, names one operator on an extremely long input as what still blocks.
 """
 
 from __future__ import annotations

@@ -38,5 +38,7 @@ def test_the_cpu_engine_keeps_its_tokens_and_its_attention_state_apart(tmp_path:
     lines = {line.split("  ", 1)[1]: line.split("  ", 1)[0] for line in done.stderr.splitlines() if "  " in line}
     assert lines["attention slots"] == "pass"
     assert lines["tokens under preemption"] == "pass"
-    assert set(lines) == {"attention slots", "tokens under preemption", "cost of checkpoints", "blocking"}
+    assert lines["tiled attention"] == "pass"
+    checks = {"attention slots", "tokens under preemption", "tiled attention", "cost of checkpoints", "blocking"}
+    assert set(lines) == checks
     assert done.returncode == (0 if set(lines.values()) == {"pass"} else 1)

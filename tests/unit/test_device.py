@@ -5,7 +5,8 @@ from __future__ import annotations
 import random
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,6 +19,7 @@ from sgl_flowprefill.runtime.device import CpuDevice, CudaDevice, make_device
 
 pytest.importorskip("sglang")
 
+from sgl_flowprefill.runtime import scheduler as scheduler_module
 from tests.simulated_device import HostCosts, Model, SimulatedRequest, simulate
 
 LLAMA_8B = Model(
@@ -70,6 +72,20 @@ def test_it_idles_when_the_finish_is_not_deferred(monkeypatch: pytest.MonkeyPatc
             shares.append(idle_share(requests, simulate(patch, LLAMA_8B, requests, lookahead=2)))
     print(f"\nidle share of short prompts: finish deferred {shares[0]:.4f}, at once {shares[1]:.4f}")
     assert shares[0] < 0.8 * shares[1]
+
+
+def test_nothing_that_is_read_back_waits_for_the_queue(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What plans from lengths on the host, and KV indices read beside the queue, are worth for short prompts."""
+    shares = []
+    for costs in (HostCosts(), HostCosts(plan_waits=True), HostCosts(plan_waits=True, send_waits=True)):
+        requests = mix(seed=3, count=60, gap_s=0.02)
+        for request in requests:
+            request.tokens = 600
+        shares.append(idle_share(requests, simulate(monkeypatch, LLAMA_8B, requests, lookahead=2, costs=costs)))
+    print(f"\nidle share of short prompts: {shares[0]:.4f}, with plans that wait {shares[1]:.4f}, and KV indices too "
+          f"{shares[2]:.4f}")  # fmt: skip
+    assert shares[0] < 0.01
+    assert shares[0] < shares[1] < shares[2]
 
 
 def _finish_all(scheduler: Any) -> None:
@@ -239,3 +255,31 @@ def test_a_cpu_has_nothing_to_wait_for() -> None:
         assert device.catch_up(lambda: True)
     assert device.wait(SimpleNamespace(query=never), lambda: True)
     assert isinstance(make_device("cuda", 2), CudaDevice)
+
+
+def test_only_the_last_part_of_a_requests_kv_is_sent_beside_the_queue(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is sent before its prefill has run must be read behind what writes it."""
+    entered: list[str] = []
+    sent: list[tuple[Any, bool, Any, list[str]]] = []
+
+    @contextmanager
+    def enter(stream: str) -> Iterator[None]:
+        entered.append(stream)
+        yield
+        entered.pop()
+
+    monkeypatch.setattr(device_module.torch.cuda, "Stream", lambda: "its own")
+    monkeypatch.setattr(device_module.torch.cuda, "stream", enter)
+    monkeypatch.setattr(
+        scheduler_module.Scheduler, "send_kv_chunk", lambda self, *args: sent.append((*args, list(entered)))
+    )
+    scheduler = object.__new__(scheduler_module.FlowPrefillScheduler)
+    for scheduler._device in (CudaDevice(lookahead=2), CpuDevice()):
+        scheduler.send_kv_chunk("req", last_chunk=True)
+        scheduler.send_kv_chunk("req", last_chunk=False, end_idx=7)
+    assert sent == [
+        ("req", True, None, ["its own"]),
+        ("req", False, 7, []),
+        ("req", True, None, []),
+        ("req", False, 7, []),
+    ]

@@ -28,144 +28,28 @@ pytest.importorskip("flashinfer")
 
 from sgl_flowprefill import compat
 from sgl_flowprefill.runtime.memory import MIB
-
-ATTENTION = "sglang.srt.layers.attention"
-FLOAT_WORKSPACE_BYTES = 64 * MIB
-
+from tests.gpu_backends import (
+    ATTENTION,
+    FLOAT_WORKSPACE_BYTES,
+    Anything,
+    build,
+    go_offline,
+    kernel_names,
+    model_runner,
+)
 
 # ---- attention backends, built ------------------------------------------------------------------------------------
 
 
-class Anything(SimpleNamespace):
-    """Configuration of which only what is named matters; the rest is off."""
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return None
-
-
-def model_runner(sliding_window_size: int | None = None) -> Any:
-    """What backends read of a model runner, for a decoder of 8 heads."""
-    requests = SimpleNamespace(size=16, req_to_token=torch.zeros((17, 128), dtype=torch.int32))
-    values = torch.zeros((64, 2, 64))
-    pool = Anything(
-        start_layer=0,
-        get_value_buffer=lambda layer: values,
-        get_kv_cache_quant_method=lambda: Anything(resolve_attention_access=lambda phase, backend: Anything()),
-    )
-    config = Anything(
-        context_len=128,
-        num_attention_heads=8,
-        head_dim=64,
-        v_head_dim=64,
-        swa_v_head_dim=64,
-        is_multimodal=False,
-        is_encoder_decoder=False,
-        is_local_attention_model=False,
-        hf_config=SimpleNamespace(architectures=["LlamaForCausalLM"]),
-        hf_text_config=SimpleNamespace(num_attention_heads=8, attn_logit_softcapping=None),
-        get_num_kv_heads=lambda *sizes: 2,
-        get_max_num_attention_heads=lambda: 8,
-    )
-    return Anything(
-        device="cpu",
-        gpu_id=0,
-        dtype=torch.bfloat16,
-        page_size=1,
-        kv_cache_dtype=torch.bfloat16,
-        kv_cache_dtype_str="auto",
-        sliding_window_size=sliding_window_size,
-        is_draft_worker=False,
-        prefill_aware_swa=False,
-        use_mla_backend=False,
-        model_config=config,
-        req_to_token_pool=requests,
-        token_to_kv_pool=pool,
-        token_to_kv_pool_allocator=SimpleNamespace(get_kvcache=lambda: pool),
-        prefill_attention_backend_str="flashinfer",
-        decode_attention_backend_str="flashinfer",
-        kv_index_translator=Anything(is_translating=False),
-        decode_num_tokens_per_req=lambda: 1,
-    )
-
-
 @pytest.fixture(scope="module", autouse=True)
 def kernels() -> Iterator[None]:
-    """SGLang's FA3 backend imports a library of kernels that loads libcuda: here, names that stand for nothing."""
-    module = f"{ATTENTION}.flashattention_backend"
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("sgl_kernel", "sgl_kernel.flash_attn"):
-            stand_in = ModuleType(name)
-            stand_in.__getattr__ = lambda attribute: None  # type: ignore[method-assign]
-            patch.setitem(sys.modules, name, stand_in)
-        importlib.import_module(module)
+    with kernel_names():
         yield
-    del sys.modules[module]
 
 
 @pytest.fixture
 def offline(monkeypatch: pytest.MonkeyPatch) -> dict[str, torch.Tensor]:
-    """Let the backends be built without a GPU and without a running server; SGLang's named buffers."""
-    import flashinfer
-    from sglang.srt.layers.attention import flashattention_backend, flashinfer_backend, triton_backend
-
-    buffers: dict[str, torch.Tensor] = {}
-    off = Anything(
-        features=Anything(),
-        deterministic=Anything(),
-        kernel=Anything(triton_attention_num_kv_splits=8),
-        dllm=Anything(),
-    )
-    parallel = Anything(attn_tp_size=1, attn_dcp_size=1, attn_cp_size=1)
-    replaced: dict[str, Any] = {
-        "get_exec": lambda: off,
-        "get_parallel": lambda: parallel,
-        "get_platform": lambda: Anything(),
-        "get_spec": lambda: Anything(),
-        "get_model": lambda: Anything(),
-        "get_schedule": lambda: Anything(chunked_prefill_size=-1),
-        "get_memory": lambda: Anything(),
-        "get_buffer": lambda name, factory: (
-            buffers.setdefault(name, factory()) if name not in buffers else buffers[name]
-        ),
-        "get_cuda_graph_max_batch_size": lambda requests: requests,
-        "get_device_capability": lambda: (9, 0),
-        "get_device_core_count": lambda gpu_id: 132,
-        "is_arch_support_pdl": lambda: False,
-        "get_kv_shard_pool": lambda pool: None,
-        "mambaish_config": lambda config: None,
-        "DllmConfig": SimpleNamespace(from_server_args=lambda args: None),
-        "cuda_graph_fully_disabled": lambda: True,
-        "check_cuda_graph_backend": lambda phase, backend: False,
-        "_should_disable_scheduler_metadata_precompute": lambda: True,
-    }
-    for module in (flashinfer_backend, triton_backend, flashattention_backend):
-        for name, value in replaced.items():
-            if hasattr(module, name):
-                monkeypatch.setattr(module, name, value)
-    for name in ("BatchDecodeWithPagedKVCacheWrapper", "BatchPrefillWithPagedKVCacheWrapper",
-                 "BatchPrefillWithRaggedKVCacheWrapper"):  # fmt: skip
-        monkeypatch.setattr(flashinfer_backend, name, getattr(flashinfer, name), raising=False)
-    monkeypatch.setenv("SGLANG_FLASHINFER_WORKSPACE_SIZE", str(FLOAT_WORKSPACE_BYTES))
-    empty = torch.empty
-    monkeypatch.setattr(torch, "empty", lambda *args, pin_memory=False, **kwargs: empty(*args, **kwargs))
-    return buffers
-
-
-def build(name: str, runner: Any) -> Any:
-    """As ``ModelRunner._get_attention_backend(init_new_workspace=False)`` does."""
-    if name == "flashinfer":
-        from sglang.srt.layers.attention.flashinfer_backend import FlashInferAttnBackend
-
-        return FlashInferAttnBackend(runner, init_new_workspace=False)
-    if name == "triton":
-        from sglang.srt.layers.attention.triton_backend import TritonAttnBackend
-
-        return TritonAttnBackend(runner)
-    from sglang.srt.layers.attention.flashattention_backend import FlashAttentionBackend
-
-    return FlashAttentionBackend(runner)
+    return go_offline(monkeypatch)
 
 
 def state(root: Any, shared: tuple[Any, ...]) -> tuple[dict[int, torch.Tensor], set[int]]:
@@ -368,10 +252,83 @@ CONTRACTS = (
         "seq_lens_cpu = forward_batch.seq_lens_cpu", "seq_lens_cpu = forward_batch.seq_lens",
     ),
     Contract(
-        "FlashInfer's plan waits for the device, which docs/gpu.md counts",
+        "FlashInfer's plan waits for the device only to copy indices that are not on the host",
         "flashinfer:BatchPrefillWithPagedKVCacheWrapper.plan",
         in_order('qo_indptr_host = qo_indptr.to("cpu")', 'paged_kv_indptr.to("cpu")'),
         'qo_indptr.to("cpu")', "qo_indptr_cpu",
+    ),
+    Contract(
+        "a FlashInfer plan is for cached prefixes or for all keys, whose lengths are the same objects as the batch's",
+        f"{ATTENTION}.flashinfer_backend:FlashInferIndicesUpdaterPrefill.update_single_wrapper",
+        in_order("if use_ragged:", "paged_kernel_lens = prefix_lens\n", "paged_kernel_lens = seq_lens\n",
+                 "self.call_begin_forward(", "self.prefill_wrapper_ragged,", "prefill_wrappers[0],",
+                 "req_pool_indices,", "paged_kernel_lens,", "paged_kernel_lens_sum,", "seq_lens,", "prefix_lens,"),
+        "paged_kernel_lens = prefix_lens\n", "paged_kernel_lens = prefix_lens.clamp(min=1)\n",
+    ),
+    Contract(
+        "beside sliding windows too, where those of the windows themselves are others",
+        f"{ATTENTION}.flashinfer_backend:FlashInferIndicesUpdaterPrefill.update_sliding_window",
+        in_order("paged_kernel_lens = prefix_lens - effective_start", "paged_kernel_lens = torch.minimum(",
+                 "paged_kernel_lens = prefix_lens\n", "paged_kernel_lens = seq_lens\n", "self.call_begin_forward(",
+                 "paged_kernel_lens,", "seq_lens,", "prefix_lens,"),
+        "paged_kernel_lens = torch.minimum(", "paged_kernel_lens = seq_lens or torch.minimum(",
+    ),
+    Contract(
+        "the batch's rows and keys are planned one after the other, and masks and windows by name",
+        f"{ATTENTION}.flashinfer_backend:FlashInferIndicesUpdaterPrefill.call_begin_forward",
+        in_order("kv_indptr[1 : bs + 1] = torch.cumsum(paged_kernel_lens, dim=0)",
+                 "qo_indptr[1 : bs + 1] = torch.cumsum(seq_lens - prefix_lens, dim=0)",
+                 "wrapper_ragged.begin_forward(", "qo_indptr,", "qo_indptr,",
+                 'paged_plan_kwargs["window_left"] = window_left', "wrapper_paged.begin_forward(", "qo_indptr,",
+                 "kv_indptr,", "kv_indices,", "self.kv_last_page_len[:bs],", "custom_mask=use_custom_mask",
+                 "prefix_len_ptr=prefix_len_ptr"),
+        "torch.cumsum(seq_lens - prefix_lens, dim=0)", "torch.cumsum(seq_lens, dim=0)",
+    ),
+    Contract(
+        "in pages of one token, each full",
+        f"{ATTENTION}.flashinfer_backend:FlashInferAttnBackend.__init__",
+        in_order("self.kv_last_page_len = torch.ones("),
+        "self.kv_last_page_len = torch.ones(", "self.kv_last_page_len = torch.zeros(",
+    ),
+    Contract(
+        "FlashInfer's wrappers are run by the methods that tiles stand before, keys and values after the queries",
+        f"{ATTENTION}.flashinfer_backend:FlashInferAttnBackend.forward_extend",
+        in_order("prefill_wrapper_paged.forward(", "q.view(", "kv_cache,", "causal=causal", "window_left=",
+                 "self.prefill_wrapper_ragged.forward(", "q.view(", "k.view(", "v.view(", "causal=causal",
+                 "self.prefill_wrapper_ragged.forward_return_lse(", "window_left=swa_window_left",
+                 "prefill_wrapper_paged.forward_return_lse(", "kv_cache,", "causal=False"),
+        "self.prefill_wrapper_ragged.forward(", "self.prefill_wrapper_ragged.run(",
+    ),
+    Contract(
+        "a tile's plan can be given an integer workspace of its own",
+        "flashinfer:BatchPrefillWithRaggedKVCacheWrapper.reset_workspace_buffer",
+        in_order("self._int_workspace_buffer = int_workspace_buffer",
+                 "self._pin_memory_int_workspace_buffer = torch.empty("),
+        "self._pin_memory_int_workspace_buffer = torch.empty(", "self._pin_memory = torch.empty(",
+    ),
+    Contract(
+        "the same for a paged one",
+        "flashinfer:BatchPrefillWithPagedKVCacheWrapper.reset_workspace_buffer",
+        in_order("self._int_workspace_buffer = int_workspace_buffer",
+                 "self._pin_memory_int_workspace_buffer = torch.empty("),
+        "self._int_workspace_buffer = int_workspace_buffer", "pass",
+    ),
+    Contract(
+        "FA3 takes a batch's rows and keys from its metadata, and stores keys and values only if it is given them",
+        f"{ATTENTION}.flashattention_backend:FlashAttentionBackend.forward_extend",
+        lambda source: in_order(
+            "if k is not None:", "set_kv_buffer(", "metadata = self.forward_metadata",
+            "cu_seqlens_q = metadata.cu_seqlens_q", "cache_seqlens = metadata.cache_seqlens_int32",
+            "max_seqlen_q = metadata.max_seq_len_q",
+            "result = flash_attn_with_kvcache(", "cu_seqlens_q=cu_seqlens_q,",
+        )(source) and without("scheduler_metadata")(source),
+        "if k is not None:", "if save_kv_cache:",
+    ),
+    Contract(
+        "KV indices are read back from the current stream",
+        "sglang.srt.mem_cache.common:kv_to_page_indices",
+        in_order(".cpu().numpy()"),
+        ".cpu()", ".to(HOST)",
     ),
     Contract(
         "a plan is in the wrapper's own integer workspace",
@@ -432,10 +389,7 @@ def test_the_installed_source_keeps_the_contract(contract: Contract) -> None:
 
 def test_flashinfer_plans_write_nothing_into_the_float_workspace() -> None:
     """Its C++ planner reserves offsets there; what it copies to the device goes into the integer workspace."""
-    header = next(
-        f for f in files("flashinfer-python") or () if str(f).endswith("include/flashinfer/attention/scheduler.cuh")
-    )
-    source = header.read_text()
+    source = header("include/flashinfer/attention/scheduler.cuh")
     copies = re.findall(r"cudaMemcpyAsync\(\s*([^,]+),", source)
     assert len(copies) >= 3
     assert {copy.strip() for copy in copies} == {"int_buffer"}
@@ -444,6 +398,69 @@ def test_flashinfer_plans_write_nothing_into_the_float_workspace() -> None:
         r"void\* float_buffer|AlignedAllocator\w*[ (].*float_buffer|float_buffer=|, float_buffer,|float_buffer,"
     )
     assert all(reserved.search(line) for line in uses), [line for line in uses if not reserved.search(line)]
+
+
+def header(name: str) -> str:
+    """One of the sources that FlashInfer compiles its kernels from."""
+    return next(f for f in files("flashinfer-python") or () if str(f).endswith(name)).read_text()
+
+
+@pytest.mark.parametrize(
+    ("name", "fragment"),
+    [
+        ("attention/hopper/mainloop_mma.cuh", "return qo_idx + 1 + kv_len - qo_len;"),
+        ("attention/hopper/mainloop.cuh", "(q_tile_idx + 1) * CTA_Q + kv_len - qo_len"),
+        ("include/flashinfer/attention/prefill.cuh", "kv_idx + qo_len > kv_len + q_idx"),
+    ],
+)
+def test_flashinfer_aligns_the_causal_mask_to_the_ends_of_queries_and_keys(name: str, fragment: str) -> None:
+    """So a tile's queries, over the keys up to its end, see what they see in the whole."""
+    assert fragment in header(name)
+
+
+def test_the_workspace_of_a_tile_holds_a_plan_of_as_many_blocks_as_a_tile_may_have() -> None:
+    """What FlashInfer's planners put into it for each block of rows: with Hopper's kernels seven indices for each head,
+    and one for each multiprocessor; with the others three for each block of packed heads, and one for each row.
+    """
+    source = header("attention/scheduler.cuh")
+    hopper = source[source.index("cudaError_t PrefillSM90Plan(") : source.index("struct HolisticPlanInfo")]
+    allocated = re.findall(r"int_allocator\.aligned_alloc_offset\(\s*sizeof\(IdType\) \* \(?([\w ]+[+\w ]*)", hopper)
+    assert sorted(a.strip() for a in allocated) == ["max_total_num_works"] * 7 + ["num_sm90_ctas + 1"]
+    assert "max_num_works_per_head = ceil_div(total_num_rows, cta_tile_q) + batch_size - 1" in hopper
+    other = source[
+        source.index("inline cudaError_t PrefillPlanImpl(") : source.index("inline cudaError_t PrefillPlan(")
+    ]
+    allocated = re.findall(r"int_allocator\.aligned_alloc_offset\(\s*(sizeof\(\w+\)[^,]*),", other)
+    assert sorted(a.strip() for a in allocated) == sorted(
+        [
+            *["sizeof(IdType) * padded_batch_size"] * 3,
+            "sizeof(IdType) * (batch_size + 1)",
+            "sizeof(IdType)",
+            "sizeof(uint32_t)",
+            "sizeof(IdType) * (plan_info.total_num_rows + 1)",
+            "sizeof(bool) * padded_batch_size",
+        ]
+    )
+
+
+def test_flashinfer_wrappers_are_planned_by_the_name_that_tiles_stand_before() -> None:
+    import flashinfer
+
+    for wrapper in (flashinfer.BatchPrefillWithRaggedKVCacheWrapper, flashinfer.BatchPrefillWithPagedKVCacheWrapper):
+        assert wrapper.begin_forward is wrapper.plan
+
+
+def test_the_last_part_of_a_requests_kv_is_sent_when_its_prefill_has_run() -> None:
+    """Then its indices may be read beside the queue. Elsewhere they are read in it."""
+    mixin = pkgutil.resolve_name("sglang.srt.disaggregation.prefill:SchedulerDisaggregationPrefillMixin")
+    senders = {
+        name
+        for name, method in vars(mixin).items()
+        if inspect.isfunction(method) and "send_kv_chunk(req, last_chunk=True" in inspect.getsource(method)
+    }
+    assert senders == {"process_batch_result_disagg_prefill", "process_disagg_prefill_inflight_queue"}
+    ours = pkgutil.resolve_name("sgl_flowprefill.runtime.scheduler:FlowPrefillScheduler").send_kv_chunk
+    assert list(inspect.signature(ours).parameters) == list(inspect.signature(mixin.send_kv_chunk).parameters)
 
 
 def test_cuda_events_have_what_the_device_uses() -> None:
