@@ -17,7 +17,7 @@ import numpy as np
 
 from sgl_flowprefill.bench.prober import Endpoint, Plan, Prober, outcome
 from sgl_flowprefill.bench.probes import Probe
-from sgl_flowprefill.bench.rate_search import RateSearch, Verdict, bracket
+from sgl_flowprefill.bench.rate_search import SMALL_STEP, STEP, RateSearch, Verdict, bracket
 from sgl_flowprefill.bench.simulator.measured import saturation_rps
 from sgl_flowprefill.bench.simulator.search import mean_attainment
 from sgl_flowprefill.bench.systems import UNCHUNKED_FCFS, System
@@ -43,6 +43,9 @@ class Goal:
     """A search ends when its rate is known to within this factor."""
     prefilter: int | None = None
     """Stock systems to measure for each attainment, by what the simulator says; all if None."""
+    race: bool = False
+    """Of the stock systems find the best: one that does not keep the attainment at another's rate is measured no
+    further. The unchunked one, which stands in for DistServe, is measured all the same."""
 
 
 class Campaign:
@@ -72,7 +75,7 @@ class Campaign:
                 pending = [system for system in self.systems if any(self._comparisons(system))]
             if not pending:
                 return
-            for system in pending:
+            for system in self._in_turn(pending):
                 if self._is_over():
                     self.prober.say("The budget is spent; the same command goes on from here.")
                     return
@@ -91,6 +94,29 @@ class Campaign:
             by_rate = sorted(stock, key=lambda system: -self.simulated_rps(system, attainment))
             kept.update(system.name for system in by_rate[: self.goal.prefilter])
         return [system for system in self.asked_for if not system.is_stock or system.name in kept]
+
+    def _in_turn(self, systems: Sequence[System]) -> list[System]:
+        """The order of visits: in a race the favourites of the simulator first, so that the others have a rate to
+        beat."""
+        if not self.goal.race:
+            return list(systems)
+        return sorted(systems, key=lambda one: -max(self.simulated_rps(one, share) for share in self.goal.attainments))
+
+    def is_beaten(self, system: System, attainment: float) -> bool:
+        """Whether a race showed that another stock system keeps ``attainment`` at a higher rate."""
+        return any(
+            bracket(self.log.verdicts(system.name, seed, attainment)).high_rps
+            <= self._to_beat_rps(system, seed, attainment)
+            for seed in range(self.plan.seeds)
+        )
+
+    def _to_beat_rps(self, system: System, seed: int, attainment: float) -> float:
+        """The highest rate that another stock system is known to keep, in a race; else 0."""
+        if not self.goal.race or not system.is_stock or system.name == UNCHUNKED_FCFS:
+            return 0.0
+        others = [other for other in self.systems if other.is_stock and other is not system]
+        found = (bracket(self.log.verdicts(other.name, seed, attainment)).low_rps for other in others)
+        return max(found, default=0.0)
 
     def simulated_rps(self, system: System, attainment: float) -> float:
         """The highest rate that keeps ``attainment`` by the simulator, with this run's traces and machine."""
@@ -111,14 +137,17 @@ class Campaign:
         if not self.prober.is_calibrated:
             return len(self.asked_for)
         searched = sum(
-            self._search(system, attainment).probes_left(self.log.verdicts(system.name, seed, attainment))
+            self._search(system, seed, attainment).probes_left(self.log.verdicts(system.name, seed, attainment))
             for system in self.systems
             for seed, attainment in self._searches
-            if not self._is_given_up(system, seed)
+            if self._next_rps(system, seed, attainment) is not None
         )
         if "comparison_rps" in self.log.facts:
             return searched + sum(len(list(self._comparisons(system))) for system in self.systems)
-        return searched + len(self.systems) * self.plan.seeds
+        unbeaten = sum(
+            not all(self.is_beaten(system, share) for share in self.goal.attainments) for system in self.systems
+        )
+        return searched + unbeaten * self.plan.seeds
 
     @property
     def _least_rps(self) -> float:
@@ -134,18 +163,26 @@ class Campaign:
         probes = [probe for probe in self.log.probes if (probe.system, probe.seed) == (system.name, seed)]
         return sum(not probe.run.client.valid for probe in probes) >= MAX_INVALID
 
-    def _search(self, system: System, attainment: float) -> RateSearch:
+    def _search(self, system: System, seed: int, attainment: float) -> RateSearch:
         """Begins where the system's other seeds ended, or where the simulator does."""
-        found = [bracket(self.log.verdicts(system.name, seed, attainment)).rate_rps for seed in range(self.plan.seeds)]
+        found = [
+            bracket(self.log.verdicts(system.name, other, attainment)).rate_rps for other in range(self.plan.seeds)
+        ]
         known = [rate_rps for rate_rps in found if rate_rps]
-        guess_rps = float(np.median(known)) if known else self.simulated_rps(system, attainment)
-        return RateSearch(guess_rps, self._least_rps, self.goal.precision)
+        return RateSearch(
+            guess_rps=float(np.median(known)) if known else self.simulated_rps(system, attainment),
+            least_rps=self._least_rps,
+            precision=self.goal.precision,
+            step=SMALL_STEP if known else STEP,
+            to_beat_rps=self._to_beat_rps(system, seed, attainment),
+        )
 
     def _next_rps(self, system: System, seed: int, attainment: float) -> float | None:
         """The rate that a search wants next; None when it has ended."""
-        if self._is_given_up(system, seed):
+        if self._is_given_up(system, seed) or self.is_beaten(system, attainment):
             return None
-        rate_rps = self._search(system, attainment).next_rps(self.log.verdicts(system.name, seed, attainment))
+        search = self._search(system, seed, attainment)
+        rate_rps = search.next_rps(self.log.verdicts(system.name, seed, attainment))
         return None if rate_rps is None else round(rate_rps, 4)
 
     def _is_searching(self, system: System) -> bool:
@@ -154,7 +191,7 @@ class Campaign:
     def _comparisons(self, system: System) -> Iterator[tuple[int, float]]:
         """(seed, rate) of what is still to be replayed to the end at the rate at which systems are compared."""
         rate_rps = self.log.facts.get("comparison_rps")
-        if rate_rps is not None:
+        if rate_rps is not None and not all(self.is_beaten(system, share) for share in self.goal.attainments):
             for seed in range(self.plan.seeds):
                 if not self._is_given_up(system, seed) and not self.log.complete_at(rate_rps, system.name, seed):
                     yield seed, rate_rps

@@ -18,6 +18,7 @@ from rich.console import Console
 from sgl_flowprefill.bench.calibrate import time_scale
 from sgl_flowprefill.bench.comparison import Comparison, SystemResult
 from sgl_flowprefill.bench.options import AUTO, add_trace_options, prompt_builder, requested_trace
+from sgl_flowprefill.bench.page import add_picture_option, browser, take_picture
 from sgl_flowprefill.bench.progress import ReplayProgress
 from sgl_flowprefill.bench.publish import publish
 from sgl_flowprefill.bench.serving import Servers, serve
@@ -33,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=Path("out/demo"), help="folder of results (default %(default)s)")
     add_systems_option(parser, "flowprefill", "sglang")
     add_trace_options(parser, rate_scale=RATE_SCALE, duration_s=DURATION_S, max_output_tokens=MAX_OUTPUT_TOKENS)
+    add_picture_option(parser)
     Servers.add_options(parser)
 
 
@@ -41,6 +43,8 @@ def run(args: argparse.Namespace, console: Console) -> int:
 
     Raises ClusterError, CalibrationError or ValueError with a sentence for the user.
     """
+    if args.png:
+        browser()
     args.out.mkdir(parents=True, exist_ok=True)
     servers = Servers.from_args(args)
     demo = _Demo(args, servers, console, None if args.time_scale == AUTO else args.time_scale)
@@ -55,7 +59,10 @@ def run(args: argparse.Namespace, console: Console) -> int:
         command=shlex.join(["python", "-m", "sgl_flowprefill.bench", *sys.argv[1:]]),
         settings={"longest answer (tokens)": args.max_output_tokens, **servers.settings()},
     )
-    return publish(comparison, args.out, console)
+    code = publish(comparison, args.out, console)
+    if args.png:
+        demo.say(f"Picture: {take_picture(args.out / 'report.html')}")
+    return code
 
 
 @dataclass

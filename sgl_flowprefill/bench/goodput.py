@@ -18,6 +18,7 @@ from sgl_flowprefill.bench.campaign import Campaign, Goal
 from sgl_flowprefill.bench.goodput_report import cells, columns, show, write_html
 from sgl_flowprefill.bench.goodput_results import GoodputResult
 from sgl_flowprefill.bench.options import AUTO, attainment_share, positive_float, positive_int, scale_or_auto
+from sgl_flowprefill.bench.page import add_picture_option, browser, take_picture
 from sgl_flowprefill.bench.prober import Plan, Prober
 from sgl_flowprefill.bench.probes import ProbeLog
 from sgl_flowprefill.bench.serving import Servers, serve
@@ -68,6 +69,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "fcfs; the others are reported as simulated",
     )
     parser.add_argument(
+        "--race",
+        action="store_true",
+        help="find the best stock system instead of every one's rate: one that does not keep the attainment at "
+        "another's rate is measured no further",
+    )
+    parser.add_argument(
         "--duration",
         type=positive_float,
         default=60.0,
@@ -92,6 +99,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-output-tokens", type=positive_int, default=8, metavar="N", help="cut longer answers (default 8)"
     )
     parser.add_argument("--out", type=Path, default=Path("out/goodput"), help="folder of results (default %(default)s)")
+    add_picture_option(parser)
     Servers.add_options(parser)
 
 
@@ -100,6 +108,8 @@ def run(args: argparse.Namespace, console: Console) -> int:
 
     Raises ClusterError, CalibrationError, ConfigError or ValueError with a sentence for the user.
     """
+    if args.png:
+        browser()
     servers = Servers.from_args(args)
     plan = Plan(workload(args.workload), args.seeds, args.duration, args.max_output_tokens)
     attainments = tuple(sorted(set(args.attainment or ATTAINMENTS)))
@@ -112,7 +122,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
         console.print(f"  {line}", highlight=False, soft_wrap=True)
 
     prober = Prober(plan, log, partial(serve, servers=servers, out=args.out, say=detail), console)
-    campaign = Campaign(prober, systems, Goal(attainments, 1 + args.precision, args.prefilter))
+    campaign = Campaign(prober, systems, Goal(attainments, 1 + args.precision, args.prefilter, args.race))
     try:
         campaign.run(args.budget_s)
     finally:  # also after Ctrl-C: what was found so far
@@ -121,6 +131,8 @@ def run(args: argparse.Namespace, console: Console) -> int:
             command = shlex.join(["python", "-m", "sgl_flowprefill.bench", *sys.argv[1:]])
             result = GoodputResult.of(campaign, command, servers.model)
             publish(result, args.out, console)
+            if args.png:
+                detail(f"Picture: {take_picture(args.out / 'goodput.html')}")
     return 0 if result and result.finished and not result.problems else 1
 
 

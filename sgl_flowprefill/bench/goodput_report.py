@@ -201,10 +201,15 @@ def cells(figures: SystemFigures, result: GoodputResult) -> list[str]:
     """A system's row of the table."""
     speed = figures.uncontended_tokens_per_s
     return [
-        *(show(figures.max_rate(share)) for share in result.goal.attainments),
+        *(_rate(figures, share) for share in result.goal.attainments),
         f"{speed:.0f} tokens/s" if speed else MISSING,
         milliseconds(figures.blocking_mean_s),
     ]
+
+
+def _rate(figures: SystemFigures, share: float) -> str:
+    below_rps = figures.below_rps(share)
+    return show(figures.max_rate(share)) if below_rps is None else f"below {below_rps:.2f}"
 
 
 def show(estimate: Estimate | None) -> str:

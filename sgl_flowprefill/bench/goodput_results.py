@@ -7,7 +7,7 @@ paired by seed, since both systems saw the same requests. A rate's is no narrowe
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -66,21 +66,29 @@ class SystemFigures:
     """By seed: its probes at the rate at which systems are compared."""
     solo_ttft_s: Sequence[Mapping[int, float]]
     simulated_rps: Mapping[float, float]
+    beaten: Collection[float] = ()
+    """Attainments at which a race found a better stock system: its rate is only known to lie below that one's."""
 
     def rates_rps(self, share: float) -> BySeed:
         """The rate found for each seed."""
         return {seed: found.rate_rps for seed, found in self.brackets[share].items()}
 
     def max_rate(self, share: float) -> Estimate | None:
-        """Mean rate over seeds; its interval covers the mean bracket."""
+        """Mean rate over seeds; its interval covers the mean bracket. None where a race found a better one."""
         estimate = mean_estimate(self.rates_rps(share))
-        if estimate is None:
+        if estimate is None or share in self.beaten:
             return None
         found = self.brackets[share].values()
         low = float(np.mean([one.low_rps for one in found]))
         highs = [one.high_rps for one in found if one.high_rps < math.inf]
         high = float(np.mean(highs)) if highs else estimate.value
         return Estimate(estimate.value, (min(estimate.ci95[0], low), max(estimate.ci95[1], high)))
+
+    def below_rps(self, share: float) -> float | None:
+        """Where a race found a better one: the lowest rate, of any seed, that it was found not to keep."""
+        if share not in self.beaten:
+            return None
+        return min(found.high_rps for found in self.brackets[share].values())
 
     def results(self) -> list[RequestResult]:
         """Requests of all seeds at the rate at which systems are compared."""
@@ -123,6 +131,7 @@ class SystemFigures:
             "why": self.system.why,
             "max_rate_rps": {key: rate.value if rate else None for key, rate in rates.items()},
             "ci95": {key: list(rate.ci95) if rate else None for key, rate in rates.items()},
+            "below_rps": {_key(share): below for share in shares if (below := self.below_rps(share)) is not None},
             "bracket_rps_by_seed": {
                 _key(share): {
                     str(seed): [low, None if math.isinf(high) else high]
@@ -276,6 +285,7 @@ def _figures(campaign: Campaign, system: System, comparison_rps: float | None) -
         compared=compared,
         solo_ttft_s=log.solo_ttft_s.get(system.name, []),
         simulated_rps={share: campaign.simulated_rps(system, share) for share in goal.attainments},
+        beaten={share for share in goal.attainments if campaign.is_beaten(system, share)},
     )
 
 

@@ -1,7 +1,11 @@
-"""Self-contained HTML pages with plots: what the reports have in common."""
+"""Self-contained HTML pages with plots, and pictures of them: what the reports have in common."""
 
 from __future__ import annotations
 
+import argparse
+import os
+import shutil
+import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -18,6 +22,10 @@ SLO_LINE: Final = {"color": MUTED, "dash": "dash", "width": 1.5}
 LOG_TICKS: Final = [digit * 10.0**power for power in range(-3, 5) for digit in (1, 3)]
 FONT: Final = "system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif"
 
+BROWSERS: Final = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "microsoft-edge")
+PICTURE_PX: Final = (1180, 1270)
+PICTURE_TIMEOUT_S: Final = 60.0
+
 
 def render(template: str, figures: Mapping[str, go.Figure | None], **values: Any) -> str:
     """The page of a template of this package: one HTML document with plotly's script inside.
@@ -28,6 +36,41 @@ def render(template: str, figures: Mapping[str, go.Figure | None], **values: Any
     environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
     plots = {name: _html(name, figure) for name, figure in figures.items() if figure is not None}
     return environment.get_template(template).render(plots=plots, plotly_js=get_plotlyjs(), **values)
+
+
+def add_picture_option(parser: argparse.ArgumentParser) -> None:
+    """Add ``--png``; a command that has it calls ``browser`` before it does anything else."""
+    parser.add_argument(
+        "--png", action="store_true", help="also write the top of the report as a picture, by an installed Chromium"
+    )
+
+
+def browser() -> str:
+    """The installed browser that can take pictures. Raises ValueError with the remedy where there is none."""
+    found = next((path for name in BROWSERS if (path := shutil.which(name))), None)
+    if found is None:
+        raise ValueError(f"--png needs a browser, one of {', '.join(BROWSERS)}: install one, or leave the option out")
+    return found
+
+
+def take_picture(page: Path) -> Path:
+    """The top of an HTML page as a PNG beside it. Raises ValueError with what the browser said where it takes none."""
+    picture = page.with_suffix(".png").resolve()
+    picture.unlink(missing_ok=True)
+    command = [
+        browser(),
+        "--headless",
+        "--hide-scrollbars",
+        "--virtual-time-budget=10000",  # ms that the page's script may believe to have passed
+        f"--window-size={','.join(map(str, PICTURE_PX))}",
+        f"--screenshot={picture}",
+        *(["--no-sandbox"] if os.geteuid() == 0 else []),
+        page.resolve().as_uri(),
+    ]
+    said = subprocess.run(command, capture_output=True, text=True, timeout=PICTURE_TIMEOUT_S, check=False).stderr
+    if not picture.exists():
+        raise ValueError(f"{command[0]} took no picture of {page}: {said.strip()[-500:]}")
+    return picture
 
 
 def styled(figure: go.Figure, height: int) -> go.Figure:

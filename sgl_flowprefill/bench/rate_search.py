@@ -13,7 +13,9 @@ from typing import Final, NamedTuple
 
 ROUNDING: Final = 1e-9
 STEP: Final = 1.4
-"""Factor between rates until one was kept and one was not."""
+"""Factor between rates until one was kept and one was not, from a guess by the simulator."""
+SMALL_STEP: Final = 1.15
+"""The same from what another seed has found."""
 
 Verdict = tuple[float, bool]
 
@@ -66,23 +68,32 @@ class RateSearch:
     """Below this rate a probe has too few requests: the search ends with 0."""
     precision: float
     """It ends when the bracket's ends are this factor apart."""
+    step: float = STEP
+    to_beat_rps: float = 0.0
+    """It also ends when the rate is known to lie below this one: then it is of no interest."""
 
     def next_rps(self, verdicts: Sequence[Verdict]) -> float | None:
         """The rate to try next; None when the search has ended."""
         low_rps, high_rps = bracket(verdicts)
+        if high_rps <= max(self.to_beat_rps, low_rps * self.precision):
+            return None
+        if low_rps < self.to_beat_rps:
+            return self.to_beat_rps
         if low_rps == 0.0 and math.isinf(high_rps):
             return max(self.guess_rps, self.least_rps)
         if low_rps == 0.0:
-            return None if high_rps <= self.least_rps else max(self.least_rps, high_rps / STEP)
+            return None if high_rps <= self.least_rps else max(self.least_rps, high_rps / self.step)
         if math.isinf(high_rps):
-            return low_rps * STEP
-        return math.sqrt(low_rps * high_rps) if high_rps > low_rps * self.precision else None
+            return low_rps * self.step
+        return math.sqrt(low_rps * high_rps)
 
     def probes_left(self, verdicts: Sequence[Verdict]) -> int:
         """About how many more rates it will try."""
         if self.next_rps(verdicts) is None:
             return 0
         low_rps, high_rps = bracket(verdicts)
+        if low_rps < self.to_beat_rps:
+            return 1
         open_ended = low_rps == 0.0 or math.isinf(high_rps)
-        ratio = STEP if open_ended else high_rps / low_rps
+        ratio = self.step if open_ended else high_rps / low_rps
         return open_ended + max(0, math.ceil(math.log2(math.log(ratio) / math.log(self.precision)) - ROUNDING))

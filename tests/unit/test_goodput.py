@@ -19,6 +19,7 @@ from rich.console import Console
 from sgl_flowprefill.bench.calibrate import REFERENCE_TTFT_S
 from sgl_flowprefill.bench.campaign import ROUNDS_PER_VISIT, Campaign, Goal
 from sgl_flowprefill.bench.goodput import publish
+from sgl_flowprefill.bench.goodput_report import cells
 from sgl_flowprefill.bench.goodput_results import GoodputResult, mean_estimate, ratio_estimate
 from sgl_flowprefill.bench.prober import Plan, Prober
 from sgl_flowprefill.bench.probes import ProbeLog
@@ -239,6 +240,35 @@ def test_the_prefilter_measures_the_best_stock_and_says_what_it_left_out(profile
     left_out = GoodputResult.of(campaign, "", "").only_simulated_rps
     assert set(left_out) == set(names) - measured
     assert all(rates[0.9] > 0 for rates in left_out.values())
+
+
+def test_a_race_finds_the_best_stock_with_fewer_probes(profile: Path, tmp_path: Path) -> None:
+    raced_names = ("stock-fcfs-8192", "stock-lpm-512", "stock-hrrn-512", "stock-spf-1024", "stock-priority-2048")
+    names = ("flowprefill", "stock-fcfs", *raced_names)
+    whole, race = (campaign_of(Model(profile), tmp_path / str(race), names, race=race) for race in (False, True))
+    whole.run()
+    race.run()
+    assert race.probes_left() == 0
+    assert len(race.log.probes) < 0.75 * len(whole.log.probes)
+    complete, raced = GoodputResult.of(whole, "", ""), GoodputResult.of(race, "", "")
+    for share in (0.9, 0.99):
+        best = raced.best_stock(share)
+        rate, found = complete.figures[complete.best_stock(share)].max_rate(share), raced.figures[best].max_rate(share)
+        assert found.value == pytest.approx(rate.value, rel=0.1)
+        assert raced.figures["stock-fcfs"].max_rate(share) is not None, "the stand-in for DistServe is measured"
+        beaten = [name for name in names[2:] if share in raced.figures[name].beaten]
+        assert beaten
+        for name in beaten:
+            assert name != best
+            assert raced.figures[name].max_rate(share) is None
+            below_rps = raced.figures[name].below_rps(share)
+            assert min(true.low_rps for true in complete.figures[name].brackets[share].values()) <= below_rps
+            assert below_rps <= max(found.high_rps for found in raced.figures[best].brackets[share].values())
+    rows = " ".join(cells(raced.figures[beaten[0]], raced))
+    assert "below" in rows
+    publish(raced, tmp_path, Console(file=StringIO(), width=200))
+    document = json.loads((tmp_path / "goodput.json").read_text())
+    assert document["systems"][beaten[0]]["below_rps"]["99"] > 0
 
 
 def test_intervals_are_bootstraps_over_seeds_and_ratios_are_paired() -> None:

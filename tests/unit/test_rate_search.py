@@ -39,6 +39,16 @@ def test_a_system_that_keeps_no_rate_ends_at_zero() -> None:
     assert bracket(verdicts).rate_rps == 0.0
 
 
+def test_a_search_ends_when_the_rate_to_beat_is_not_kept_and_goes_on_when_it_is() -> None:
+    search = RateSearch(2.0, least_rps=0.5, precision=1.08, to_beat_rps=5.0)
+    assert search.next_rps([]) == 5.0
+    assert search.probes_left([]) == 1
+    assert search.next_rps([(5.0, False)]) is None
+    assert search.next_rps([(5.0, True)]) == 5.0 * search.step
+    assert search.next_rps([(4.0, True), (5.2, False)]) == 5.0
+    assert search.next_rps([(4.9, True), (5.2, False)]) is None, "known to within the precision"
+
+
 def test_contradicting_verdicts_are_settled_by_the_most_and_then_by_caution() -> None:
     assert bracket([(1.0, True), (2.0, False), (3.0, True), (4.0, True), (5.0, False)]) == Bracket(4.0, 5.0)
     assert bracket([(1.0, True), (2.0, False), (3.0, True), (4.0, False)]) == Bracket(1.0, 2.0)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from sgl_flowprefill.bench import page
 from sgl_flowprefill.bench.comparison import Comparison, SystemResult
 from sgl_flowprefill.bench.publish import publish
 from sgl_flowprefill.bench.replay import ClientReport, ReplayRun, RequestResult
@@ -129,3 +130,22 @@ def test_an_invalid_run_is_named_and_changes_the_exit_code(comparison: Compariso
     assert publish(doubtful, tmp_path, console) == 1
     assert "SGLang: this run is not valid" in console.file.getvalue()  # type: ignore[attr-defined]
     assert "not valid" in (tmp_path / "report.html").read_text()
+
+
+def test_a_picture_is_taken_by_an_installed_browser(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.setattr(page, "BROWSERS", ("a-browser",))
+    report = tmp_path / "report.html"
+    report.write_text("<p>")
+    with pytest.raises(ValueError, match="needs a browser, one of a-browser"):
+        page.browser()
+    script = tmp_path / "a-browser"
+    script.write_text('#!/bin/sh\nfor a; do case $a in --screenshot=*) echo "$*" > "${a#*=}";; esac; done\n')
+    script.chmod(0o755)
+    picture = page.take_picture(report)
+    assert picture == tmp_path / "report.png"
+    assert picture.read_text().strip().endswith(report.as_uri())
+    script.write_text("#!/bin/sh\necho no display >&2\n")
+    with pytest.raises(ValueError, match="no display"):
+        page.take_picture(report)
+    assert not picture.exists()
