@@ -24,7 +24,7 @@ from sgl_flowprefill.bench.client import Client, GenerateApi, get_json
 from sgl_flowprefill.bench.metrics import read_blocking
 from sgl_flowprefill.bench.prompts import PromptBuilder
 from sgl_flowprefill.bench.replay import Enough, OnProgress, ReplayRun, replay
-from sgl_flowprefill.bench.simulator.measured import Engine, newest_profile
+from sgl_flowprefill.bench.simulator.measured import Engine, best_profile
 from sgl_flowprefill.bench.systems import System
 from sgl_flowprefill.bench.trace import Trace, TraceRequest
 from sgl_flowprefill.cluster import Cluster, ClusterConfig, ClusterError
@@ -173,7 +173,7 @@ class Served:
         config = model / "config.json"
         layers = json.loads(config.read_text()).get("num_hidden_layers") if config.is_file() else None
         return Engine(
-            profile=self.cluster.config.options.profile or str(newest_profile(model.name)),
+            profile=self.cluster.config.options.profile or str(best_profile(model.name)),
             layers=layers or USUAL_LAYERS,
             kv_tokens=self._server_info().get("max_total_num_tokens"),
             between_forwards_s=self._between_forwards_s(prompts),

@@ -8,12 +8,13 @@ are measured once, with lone requests and a burst, and given to the simulator.
 from __future__ import annotations
 
 import argparse
+import math
 import shlex
 import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import orjson
@@ -24,12 +25,15 @@ from rich.table import Table
 from sgl_flowprefill.bench.comparison import machine, versions
 from sgl_flowprefill.bench.options import AUTO, positive_float, positive_int, scale_or_auto
 from sgl_flowprefill.bench.prober import Plan, Prober, outcome
-from sgl_flowprefill.bench.probes import Probe, ProbeLog
+from sgl_flowprefill.bench.probes import ProbeLog
+from sgl_flowprefill.bench.replay import RequestResult
 from sgl_flowprefill.bench.serving import Servers, serve
 from sgl_flowprefill.bench.simulator.measured import saturation_rps
+from sgl_flowprefill.bench.simulator.requests import SimRequest
 from sgl_flowprefill.bench.simulator.systems import run as simulate
 from sgl_flowprefill.bench.systems import System, add_systems_option, select
 from sgl_flowprefill.bench.workloads import WORKLOADS, workload
+from sgl_flowprefill.profiling import read_profile
 
 LOADS: Final = (0.3, 0.5, 0.7, 0.9, 1.1, 1.3, 1.5)
 """Rates, in shares of saturation."""
@@ -105,30 +109,68 @@ def load_rps(prober: Prober, load: float) -> float:
     return round(load * float(np.mean([saturation_rps(trace, prober.setup.machine.cost) for trace in traces])), 4)
 
 
+class Pair(NamedTuple):
+    """One request, replayed and simulated."""
+
+    seed: int
+    measured: RequestResult
+    simulated: SimRequest
+
+    @property
+    def simulated_ttft_s(self) -> float:
+        """Infinite for a request that never ran."""
+        return self.simulated.first_token_s - self.simulated.arrival_s
+
+
+def pairs(prober: Prober, system: System, load: float) -> list[Pair]:
+    """Every request of a system at a load, over the seeds that were replayed."""
+    if not prober.is_calibrated:
+        return []
+    rate_rps = load_rps(prober, load)
+    found = []
+    for seed in range(prober.plan.seeds):
+        if probe := prober.log.complete_at(rate_rps, system.name, seed):
+            requests = simulate(system.simulated, prober.trace(seed, rate_rps), prober.setup).requests
+            found += [Pair(seed, result, requests[result.index]) for result in probe.run.results]
+    return found
+
+
 def compared(prober: Prober, system: System, load: float) -> dict[str, Any] | None:
     """Measured and simulated attainment of a system at a load, over the seeds that were replayed; None without any."""
-    if not prober.is_calibrated:
+    found = pairs(prober, system, load)
+    if not found:
         return None
-    rate_rps = load_rps(prober, load)
-    found = [prober.log.complete_at(rate_rps, system.name, seed) for seed in range(prober.plan.seeds)]
-    probes: Sequence[Probe] = [probe for probe in found if probe]
-    if not probes:
-        return None
-    requests = [
-        request
-        for probe in probes
-        for request in simulate(system.simulated, prober.trace(probe.seed, rate_rps), prober.setup).requests
-    ]
-    measured = sum(probe.met for probe in probes) / sum(probe.total for probe in probes)
-    simulated = sum(request.met for request in requests) / len(requests)
+    classes = sorted({pair.measured.request_class for pair in found})
     return {
         "system": system.name,
         "load": load,
-        "rate_rps": rate_rps,
-        "requests": len(requests),
+        "rate_rps": load_rps(prober, load),
+        **_figures(found),
+        "classes": {name: _figures([p for p in found if p.measured.request_class == name]) for name in classes},
+    }
+
+
+def _figures(found: Sequence[Pair]) -> dict[str, Any]:
+    """Both sides of ``found``: what is simulated may be right on the whole and wrong for each request."""
+    met = np.array([(pair.measured.meets_ttft(), pair.simulated.met) for pair in found])
+    ttft_s = [
+        (pair.measured.ttft_s, pair.simulated_ttft_s)
+        for pair in found
+        if pair.measured.ttft_s is not None and math.isfinite(pair.simulated_ttft_s)
+    ]
+    measured_s, simulated_s = np.array(ttft_s or [(math.nan, math.nan)]).T
+    measured, simulated = met.mean(axis=0).tolist()
+    differing = int((met[:, 0] != met[:, 1]).sum())
+    return {
+        "requests": len(found),
         "measured": measured,
         "simulated": simulated,
         "difference_points": 100 * (simulated - measured),
+        "differing": differing,
+        "chance_points": 100 * math.sqrt(differing) / len(found),
+        "measured_ttft_p50_s": float(np.median(measured_s)),
+        "simulated_ttft_p50_s": float(np.median(simulated_s)),
+        "ttft_difference_s": np.percentile(simulated_s - measured_s, [10, 50, 90]).tolist(),
     }
 
 
@@ -168,7 +210,7 @@ def _publish(rows: Sequence[dict[str, Any]], prober: Prober, folder: Path, conso
     (folder / "validate.json").write_bytes(orjson.dumps(document, option=orjson.OPT_INDENT_2) + b"\n")
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("system")
-    for column in ("x saturation", "req/s", "requests", "measured", "simulated", "points"):
+    for column in ("x saturation", "req/s", "requests", "measured", "simulated", "points", "by chance", "TTFT p50 (s)"):
         table.add_column(column, justify="right")
     for row in rows:
         table.add_row(
@@ -179,6 +221,13 @@ def _publish(rows: Sequence[dict[str, Any]], prober: Prober, folder: Path, conso
             f"{row['measured']:.1%}",
             f"{row['simulated']:.1%}",
             f"{row['difference_points']:+.1f}",
+            f"{row['chance_points']:.1f}",
+            f"{row['measured_ttft_p50_s']:.3f} / {row['simulated_ttft_p50_s']:.3f}",
         )
     console.print(table)
+    if not read_profile(Path(prober.log.facts["engine"]["profile"])).has_batches:
+        console.print(
+            "The TTFT profile has single prompts only, from which chunks can only be guessed: "
+            "`python launch.py profile` measures them."
+        )
     console.print(f"Figures: {folder / 'validate.json'}", highlight=False, soft_wrap=True)

@@ -84,6 +84,11 @@ class Profile:
     complete: bool = False
     """Whether the run came to its end; an interrupted one can be resumed."""
 
+    @property
+    def has_batches(self) -> bool:
+        """Whether it has more than single prompts without a cached prefix."""
+        return any(len(row.shape) > 1 or row.shape[0].cached_tokens for row in self.rows)
+
     def timings(self) -> tuple[list[tuple[PrefillShape, ...]], list[float]]:
         """Batches and undisturbed seconds of the rows that time whole forward passes."""
         rows = [row for row in self.rows if row.attention_s is None and row.time_s > row.waited_s]

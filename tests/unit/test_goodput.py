@@ -317,10 +317,20 @@ def test_validation_sets_what_was_measured_beside_what_is_simulated(profile: Pat
     row = compared(prober, system, 1.2)
     assert row is not None
     assert row["measured"] == row["simulated"]  # the simulator against itself
+    assert row["differing"] == row["chance_points"] == 0
+    assert row["ttft_difference_s"] == pytest.approx([0, 0, 0])
+    assert sum(figures["requests"] for figures in row["classes"].values()) == row["requests"]
     assert row["requests"] == sum(probe.total for probe in prober.log.probes)
     prober.log.probes[0] = dataclasses.replace(
         prober.log.probes[0], run=dataclasses.replace(prober.log.probes[0].run, stopped_early=True)
     )
+    other = prober.log.probes[1]
     fewer = compared(prober, system, 1.2)
     assert fewer is not None
-    assert fewer["requests"] == prober.log.probes[1].total
+    assert fewer["requests"] == other.total
+    late = [dataclasses.replace(result, ttft_s=(result.ttft_s or 0.0) + 1e3) for result in other.run.results]
+    prober.log.probes[1] = dataclasses.replace(other, run=dataclasses.replace(other.run, results=late))
+    apart = compared(prober, system, 1.2)
+    assert apart is not None
+    assert apart["ttft_difference_s"] == pytest.approx([-1e3] * 3)
+    assert apart["differing"] == round(apart["simulated"] * other.total) > 0 == apart["measured"]

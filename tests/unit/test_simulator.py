@@ -15,6 +15,7 @@ from sgl_flowprefill.bench.simulator.cost import LLAMA_8B, MODELS, CostModel, co
 from sgl_flowprefill.bench.simulator.instance import Machine
 from sgl_flowprefill.bench.simulator.requests import Conditions, resampled
 from sgl_flowprefill.bench.simulator.search import fewest_instances, highest, max_rate_rps
+from sgl_flowprefill.bench.simulator.stock import MAX_PREFILL_TOKENS
 from sgl_flowprefill.bench.simulator.systems import HEADLINE, Setup, new_instance, run
 from sgl_flowprefill.bench.trace import Trace, TraceRequest
 from sgl_flowprefill.bench.workloads import mixed, qwen_like
@@ -102,6 +103,26 @@ def test_a_request_waits_for_kv_cache_and_one_that_never_fits_fails() -> None:
         assert third.first_token_s == math.inf
 
 
+def test_kv_is_sent_while_a_prompt_goes_on() -> None:
+    """At 1,000 tokens a second: only what the last forward made is still to be sent when it ends."""
+    machine = Machine(dataclasses.replace(TOY, kv_bytes_per_token=1), 10_000, link_bytes_per_s=1000)
+    trace = trace_of((0.0, 900, 10.0))
+    assert ttfts("stock-fcfs", trace, toy_setup(machine=machine)) == [1.8]
+    assert ttfts("stock-fcfs-300", trace, toy_setup(machine=machine)) == [1.2]
+    cached = dataclasses.replace(trace.requests[0], shared_tokens=600)
+    trace = dataclasses.replace(trace, requests=[cached])
+    for system in ("s-edf", "stock-fcfs"):  # the cached 600 tokens are under way for 0.6 s from the start
+        assert ttfts(system, trace, toy_setup(machine=machine)) == [0.9]
+
+
+def test_unchunked_a_prompt_that_would_fill_the_forward_waits() -> None:
+    setup = toy_setup(machine=Machine(TOY, 100_000))
+    trace = trace_of((0.0, 100, 99.0), (0.05, MAX_PREFILL_TOKENS - 1000, 99.0), (0.06, 1000, 99.0), (0.07, 1, 99.0))
+    _, first_s, filling_s, _ = ttfts("stock-fcfs", trace, setup)
+    assert first_s == pytest.approx(0.05 + 15.384)
+    assert filling_s == pytest.approx(0.04 + 15.384 + 1.001)
+
+
 def test_bootstrap_and_serving_delay_the_start() -> None:
     setup = toy_setup(
         machine=Machine(dataclasses.replace(TOY, serving_s=0.2), 10_000), conditions=Conditions(bootstrap_s=0.1)
@@ -159,11 +180,21 @@ def test_published_figures_are_within_a_tenth_of_the_model() -> None:
 
 
 def test_a_fit_finds_what_made_the_times_and_never_goes_negative() -> None:
-    lengths = [16, 64, 256, 1024, 4096]
-    assert fit(lengths, [0.01 + 1e-4 * n + 1e-8 * n * n for n in lengths]) == pytest.approx((0.01, 1e-4, 1e-8))
-    assert min(fit(lengths, [1e-4 * n - 1e-9 * n * n for n in lengths])) >= 0
-    with pytest.raises(ValueError, match="3 prompt lengths"):
-        fit([16, 32], [1.0, 2.0])
+    batches = [
+        [PrefillShape(16)],
+        [PrefillShape(256)],
+        [PrefillShape(256, 4096)],
+        [PrefillShape(1024), PrefillShape(512, 64)],
+    ]
+    made = dataclasses.replace(TOY, fixed_s=0.01, per_token_s=1e-4, per_pair_s=1e-8)
+    times_s = [made.predict_s(batch) for batch in batches]
+    assert fit(batches, times_s) == pytest.approx((0.01, 1e-4, 1e-8))
+    # One of several repeats that something else disturbed does not count.
+    assert fit([*batches * 3, batches[1]], [*times_s * 3, 1.0]) == pytest.approx((0.01, 1e-4, 1e-8))
+    prompts = [[PrefillShape(n)] for n in (16, 64, 256, 1024, 4096)]
+    assert min(fit(prompts, [1e-4 * n - 1e-9 * n * n for [(n, _)] in prompts])) >= 0
+    with pytest.raises(ValueError, match="3 shapes"):
+        fit([*prompts[:2], prompts[0]], [1.0, 2.0, 3.0])
 
 
 def test_roofline_models_cost_what_their_size_says() -> None:
@@ -179,12 +210,17 @@ def test_roofline_models_cost_what_their_size_says() -> None:
 def test_a_profile_is_a_cost_model_and_anything_else_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "profile.parquet"
     setting = Setting(model="m", device="d", dtype="f", attention_backend="a", threads=1, sglang="0.5.23")
-    rows = [Row((PrefillShape(n),), 0.01 + 1e-4 * n, 0.0, 0, 0.0) for n in (16, 256, 1024, 4096)]
-    cached = Row((PrefillShape(16, 4096),), 1.0, 0.0, 0, 0.0)
-    write_profile(path, Profile(setting, 4096, [*rows, cached], complete=True))
+    # Long forwards cost more per token, which single prompts cannot tell from attention; a cached prefix can.
+    rows = [Row((PrefillShape(n),), 0.01 + 1e-4 * n + 1e-8 * n * n, 0.0, 0, 0.0) for n in (16, 256, 1024, 4096)]
+    write_profile(path, Profile(setting, 4096, rows, complete=True))
     model = cost_model(str(path), layers=4)
     assert (model.name, model.layers) == ("m", 4)
-    assert model.predict_s([PrefillShape(2000)]) == pytest.approx(0.21, rel=0.01)
+    assert model.predict_s([PrefillShape(2000)]) == pytest.approx(0.25, rel=0.01)
+    chunk = [PrefillShape(2048, 6144)]
+    guessed_s = model.predict_s(chunk)
+    free = [Row((PrefillShape(n, 4 * n),), 0.01 + 1e-4 * n, 0.0, 0, 0.0) for n in (64, 256, 1024)]
+    write_profile(path, Profile(setting, 4096, [*rows, *free], complete=True))
+    assert cost_model(str(path), layers=4).predict_s(chunk) < guessed_s / 1.5
     path.write_text("[]")
     with pytest.raises(ValueError, match="not a profile"):
         cost_model(str(path), layers=4)

@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ import numpy as np
 
 from sgl_flowprefill.profiling.file import read_profile
 from sgl_flowprefill.ttft import PrefillShape
+from sgl_flowprefill.ttft.physics import non_negative
 
 
 @dataclass(frozen=True)
@@ -44,16 +44,13 @@ class CostModel:
 
     def predict_s(self, batch: Sequence[PrefillShape]) -> float:
         """Seconds of one forward pass over ``batch``, undisturbed."""
-        tokens = pairs = 0
-        for new, cached in batch:
-            tokens += new
-            pairs += new * (new + 2 * cached)
+        tokens, pairs = _work(batch)
         return max(self.floor_s, self.fixed_s + self.per_token_s * tokens) + self.per_pair_s * pairs
 
     def attention_share(self, batch: Sequence[PrefillShape]) -> float:
         """Share of a layer's time that passes before the checkpoint after its attention module."""
         whole_s = self.predict_s(batch)
-        attention_s = self.per_pair_s * sum(new * (new + 2 * cached) for new, cached in batch)
+        attention_s = self.per_pair_s * _work(batch)[1]
         return (attention_s + self.projection_share * (whole_s - attention_s)) / whole_s
 
     def least_s(self, shape: PrefillShape, max_batch_tokens: int) -> float:
@@ -64,32 +61,34 @@ class CostModel:
         """
         company = max(shape.new_tokens, max_batch_tokens)
         together_s = max(self.floor_s, self.fixed_s + self.per_token_s * company)
-        pairs = shape.new_tokens * (shape.new_tokens + 2 * shape.cached_tokens)
-        return together_s * shape.new_tokens / company + self.per_pair_s * pairs
+        return together_s * shape.new_tokens / company + self.per_pair_s * _work([shape])[1]
 
 
-def fit(tokens: Sequence[int], times_s: Sequence[float]) -> tuple[float, float, float]:
+def fit(batches: Sequence[Sequence[PrefillShape]], times_s: Sequence[float]) -> tuple[float, float, float]:
     """(fixed, per token, per pair) in seconds, none negative, by least squares of relative residuals.
 
-    Raises ValueError with fewer than three distinct lengths.
+    A shape that was measured several times counts once, by its median. Raises ValueError with fewer than three shapes.
     """
-    if len(set(tokens)) < 3:
-        raise ValueError(f"a cost model needs at least 3 prompt lengths, got {sorted(set(tokens))}")
-    lengths, times = np.asarray(tokens, dtype=float), np.asarray(times_s, dtype=float)
-    columns = np.stack([np.ones_like(lengths), lengths, lengths**2], axis=1) / times[:, None]
-    best: tuple[float, list[float]] = (math.inf, [])
-    for kept in ([0, 1, 2], [0, 1], [1, 2], [0, 2], [1]):
-        solution, *_ = np.linalg.lstsq(columns[:, kept], np.ones_like(times), rcond=None)
-        if (solution < 0).any():
-            continue
-        error = float(((columns[:, kept] @ solution - 1) ** 2).sum())
-        if error < best[0]:
-            coefficients = [0.0, 0.0, 0.0]
-            for place, value in zip(kept, solution, strict=True):
-                coefficients[place] = float(value)
-            best = (error, coefficients)
-    fixed_s, per_token_s, per_pair_s = best[1]
-    return fixed_s, per_token_s, per_pair_s
+    repeats: dict[tuple[PrefillShape, ...], list[float]] = {}
+    for batch, time_s in zip(batches, times_s, strict=True):
+        repeats.setdefault(tuple(batch), []).append(time_s)
+    if len(repeats) < 3:
+        raise ValueError(f"a cost model needs at least 3 shapes of batches, got {sorted(repeats)}")
+    work = np.array([_work(batch) for batch in repeats], dtype=float)
+    times = np.array([median(repeated_s) for repeated_s in repeats.values()])
+    columns = np.column_stack([np.ones_like(times), work]) / times[:, None]
+    scale = np.linalg.norm(columns, axis=0)
+    fixed_s, per_token_s, per_pair_s = non_negative(columns / scale, np.ones_like(times)) / scale
+    return float(fixed_s), float(per_token_s), float(per_pair_s)
+
+
+def _work(batch: Sequence[PrefillShape]) -> tuple[int, int]:
+    """New tokens of a forward pass, and pairs."""
+    tokens = pairs = 0
+    for new, cached in batch:
+        tokens += new
+        pairs += new * (new + 2 * cached)
+    return tokens, pairs
 
 
 def lower_envelope(tokens: Sequence[int], times_s: Sequence[float], bins: int = 24) -> list[tuple[int, float]]:
@@ -111,19 +110,19 @@ def fit_published(tokens: Sequence[int], ttft_s: Sequence[float]) -> tuple[float
     """
     envelope = lower_envelope(tokens, ttft_s)
     curve = [point for point in envelope if 256 <= point[0] <= 8192]
-    fixed_s, per_token_s, per_pair_s = fit([length for length, _ in curve], [time_s for _, time_s in curve])
+    prompts = [[PrefillShape(length)] for length, _ in curve]
+    fixed_s, per_token_s, per_pair_s = fit(prompts, [time_s for _, time_s in curve])
     return fixed_s, per_token_s, per_pair_s, median(time_s for length, time_s in envelope if length < 256)
 
 
 def from_profile(path: Path, layers: int) -> CostModel:
-    """The engine behind a TTFT profile: what ``launch.py profile`` writes and a prefill server caches.
+    """The engine behind a TTFT profile: what ``launch.py profile`` writes or a prefill server caches.
 
-    Fitted to its single prompts without a cached prefix. Raises ProfileError with a sentence for a file that is none.
+    The first has cached prefixes and batches, which tell what a pair costs from what a longer forward costs per token;
+    single prompts alone do not. Raises ProfileError with a sentence for a file that is none.
     """
     profile = read_profile(path)
-    alone = [(batch[0].new_tokens, time_s) for batch, time_s in zip(*profile.timings(), strict=True)
-             if len(batch) == 1 and not batch[0].cached_tokens]  # fmt: skip
-    fixed_s, per_token_s, per_pair_s = fit([tokens for tokens, _ in alone], [time_s for _, time_s in alone])
+    fixed_s, per_token_s, per_pair_s = fit(*profile.timings())
     return CostModel(profile.setting.model, layers, fixed_s, per_token_s, per_pair_s, source=f"profile {path}")
 
 

@@ -144,6 +144,8 @@ class FlowPrefillInstance(Instance):
         if not members:
             return None
         self._kv.take(members)
+        for member in members:
+            self._kv.send(member, member.shape.cached_tokens, now_s)
         for job in jobs[: len(members)]:
             self._policy.requests.remove(job)
         shapes = [member.shape for member in members]

@@ -62,11 +62,16 @@ class KvCache:
         self._free_tokens -= sum(sum(request.shape) for request in requests)
         assert self._free_tokens >= 0, "a batch is started only when it fits"
 
+    def send(self, request: SimRequest, tokens: int, now_s: float) -> None:
+        """Send the KV of the next ``tokens`` of ``request``, after everything that is being sent."""
+        self._link_free_s = max(self._link_free_s, now_s) + tokens * self._transfer_s_per_token
+        request.sent_tokens += tokens
+
     def transfer(self, requests: Sequence[SimRequest], now_s: float) -> None:
-        """Their prefill has ended: send the KV. The first token appears, and the KV is free, at the end of that."""
+        """Their prefill has ended: send the rest. The first token appears, and the KV is free, at the end of that."""
         for request in requests:
             tokens = sum(request.shape)
-            self._link_free_s = max(self._link_free_s, now_s) + tokens * self._transfer_s_per_token
+            self.send(request, tokens - request.sent_tokens, now_s)
             request.first_token_s = self._link_free_s
             self._transfers.append((self._link_free_s, tokens))
         self.release(now_s)

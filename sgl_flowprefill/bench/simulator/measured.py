@@ -25,10 +25,11 @@ LONGEST_BATCH_TOKENS: Final = 8192
 """Where the runtime's search for the batch that throughput needs ends."""
 
 
-def newest_profile(model: str) -> Path:
-    """The newest profile in the cache of the model whose directory is called ``model``.
+def best_profile(model: str) -> Path:
+    """The profile in the cache of the model whose directory is called ``model``: the newest of the fuller ones.
 
-    Both kinds count: what ``launch.py profile`` writes, and the short one of a server's first start. Raises ValueError.
+    ``launch.py profile`` measures batches and cached prefixes, too; a server's first start single prompts alone, from
+    which chunks can only be guessed. Raises ValueError.
     """
     found = []
     for path in (paths.cache_dir() / "profiles").glob("*.parquet"):
@@ -37,13 +38,13 @@ def newest_profile(model: str) -> Path:
         except ProfileError:
             continue
         if profile.complete and profile.setting.model.startswith(model):
-            found.append(path)
+            found.append((profile.has_batches, path.stat().st_mtime, path))
     if not found:
         raise ValueError(
             f"no TTFT profile of {model} is in {paths.cache_dir() / 'profiles'}: run `python launch.py profile` or "
             "measure a FlowPrefill system first"
         )
-    return max(found, key=lambda path: path.stat().st_mtime)
+    return max(found)[-1]
 
 
 @dataclass(frozen=True)
@@ -59,11 +60,16 @@ class Engine:
 
 
 def measured_setup(engine: Engine, solo_ttft_s: Mapping[int, float]) -> Setup:
-    """The simulator as ``engine``. What a lone request takes beyond its forward is charged before its start."""
+    """The simulator as ``engine``. What a lone request takes beside its forward is charged before its start.
+
+    It is one figure for all lengths, by least squares of relative errors: a profile that is off by a few percent hides
+    it in the times of long prompts.
+    """
     cost = from_profile(Path(engine.profile), engine.layers)
     cost = dataclasses.replace(cost, fixed_s=cost.fixed_s + engine.between_forwards_s)
-    overheads_s = [ttft_s - cost.predict_s([PrefillShape(tokens)]) for tokens, ttft_s in solo_ttft_s.items()]
-    cost = dataclasses.replace(cost, serving_s=max(0.0, float(np.median(overheads_s))))
+    ttft_s = np.array(list(solo_ttft_s.values()))
+    beside_s = ttft_s - [cost.predict_s([PrefillShape(tokens)]) for tokens in solo_ttft_s]
+    cost = dataclasses.replace(cost, serving_s=max(0.0, float(np.average(beside_s, weights=ttft_s**-2))))
     budget_tokens = throughput_budget_tokens(cost, LONGEST_BATCH_TOKENS)
     return Setup(
         Machine(cost, engine.kv_tokens or cost.kv_tokens),

@@ -29,6 +29,8 @@ class SimRequest:
     predicted_s: float
     """What the policy believes that it takes alone."""
     first_token_s: float = math.inf
+    sent_tokens: int = 0
+    """Of its KV, sent while its prefill goes on."""
 
     @property
     def met(self) -> bool:

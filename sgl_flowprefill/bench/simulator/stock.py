@@ -23,7 +23,7 @@ ORDERS: Final[dict[str, Callable[[SimRequest, int], tuple[float, ...]]]] = {
     "lpm": lambda request, waited_tokens: (-request.shape.cached_tokens, request.ready_s),
     "spf": lambda request, waited_tokens: (request.shape.new_tokens, request.ready_s),
     "hrrn": lambda request, waited_tokens: (-waited_tokens / request.shape.new_tokens, request.ready_s),
-    "priority": lambda request, waited_tokens: (round(request.deadline_s - request.arrival_s, 6), request.ready_s),
+    "priority": lambda request, waited_tokens: (round(request.deadline_s - request.arrival_s, 3), request.ready_s),
 }
 """SGLang's fcfs, longest prefix match, shortest prefill first, highest response ratio next (by the tokens that were
 computed while a request waited), and priority scheduling with the tighter SLO as the higher priority."""
@@ -42,7 +42,7 @@ class StockInstance(Instance):
 
     With it, forwards of at most that many new tokens: the prompt that is under way first, then others by ``order``, the
     last of them cut. With shortest prefill first the prompt under way leaves room for shorter ones that wait
-    (``SchedulePolicy.shortest_prefill_chunk_limit``), and no second one is cut beside it.
+    (``SchedulePolicy.shortest_prefill_chunk_limit``), and no second one is cut beside it. KV is sent chunk by chunk.
     """
 
     def __init__(self, machine: Machine, order: str, chunk_tokens: int | None) -> None:
@@ -75,10 +75,12 @@ class StockInstance(Instance):
             self._kv.transfer(self._finishing, now_s)
             self.completed.extend(self._finishing)
             self._finishing = []
+        if self._part is not None:
+            self._send(self._part, now_s)
         self._forward(now_s)
 
     def _forward(self, now_s: float) -> None:
-        shapes = self._next_batch()
+        shapes = self._next_batch(now_s)
         self._busy = bool(shapes)
         if shapes:
             self.next_s = now_s + self._cost.predict_s(shapes)
@@ -89,7 +91,7 @@ class StockInstance(Instance):
         by = "fcfs" if self._order in ("lpm", "hrrn") and len(self._waiting) > SORTED_REQUESTS else self._order
         return ORDERS[by](request, self._computed_tokens - self._computed_at_arrival[request.index])
 
-    def _next_batch(self) -> list[PrefillShape]:
+    def _next_batch(self, now_s: float) -> list[PrefillShape]:
         if self._order in ("lpm", "hrrn"):
             self._waiting = [(self._key(request), index, request) for _, index, request in self._waiting]
             heapify(self._waiting)
@@ -99,17 +101,29 @@ class StockInstance(Instance):
             budget -= self._add(self._part, budget - self._room_for_shorter(self._part, budget), shapes)
         while self._waiting and budget > 0:
             request = self._waiting[0][2]
-            whole = bool(shapes) if self._chunk_tokens is None else self._order == "spf" and self._part is not None
-            if whole and request.shape.new_tokens > budget:
+            if self._must_wait(request, budget, alone=not shapes):
                 break
             if not self._kv.fitting([request]):
                 break
             heappop(self._waiting)
             del self._computed_at_arrival[request.index]
             self._kv.take([request])
+            part = _Part(request)
+            self._send(part, now_s)
             most = budget if self._chunk_tokens else request.shape.new_tokens
-            budget -= self._add(_Part(request), most, shapes)
+            budget -= self._add(part, most, shapes)
         return shapes
+
+    def _must_wait(self, request: SimRequest, budget: int, alone: bool) -> bool:
+        """Whether ``request`` stays out of this forward: longer than what is left of it, and not to be cut."""
+        if self._chunk_tokens is None:
+            return not alone and request.shape.new_tokens >= budget
+        return self._order == "spf" and self._part is not None and request.shape.new_tokens > budget
+
+    def _send(self, part: _Part, now_s: float) -> None:
+        """Send the KV that there is: the cached prefix when a prompt starts, then each chunk when it has ended."""
+        request = part.request
+        self._kv.send(request, request.shape.cached_tokens + part.done_tokens - request.sent_tokens, now_s)
 
     def _room_for_shorter(self, part: _Part, budget: int) -> int:
         """Tokens of the forward that the prompt under way leaves to shorter ones."""

@@ -1,0 +1,51 @@
+"""The simulator as the engine on a machine: which profile it takes, and what it charges beside forwards."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from sgl_flowprefill.bench.simulator.measured import Engine, best_profile, measured_setup
+from sgl_flowprefill.profiling import Profile, Row, Setting, write_profile
+from sgl_flowprefill.ttft import PrefillShape
+
+SETTING = Setting(model="toy-1", device="d", dtype="f", attention_backend="a", threads=1, sglang="0")
+
+
+def row(new_tokens: int, cached_tokens: int = 0, factor: float = 1.0) -> Row:
+    time_s = 0.01 + 1e-4 * new_tokens + 1e-9 * new_tokens * (new_tokens + 2 * cached_tokens)
+    return Row((PrefillShape(new_tokens, cached_tokens),), factor * time_s, 0.0, 0, 0.0)
+
+
+def test_a_profile_with_cached_prefixes_is_preferred_to_a_newer_one_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FLOWPREFILL_CACHE_DIR", str(tmp_path))
+    with pytest.raises(ValueError, match=r"launch\.py profile"):
+        best_profile("toy")
+    singles = [row(tokens) for tokens in (16, 256, 4096)]
+    profiles = {
+        "full": Profile(SETTING, 4096, [*singles, row(256, 1024)], complete=True),
+        "short": Profile(SETTING, 4096, singles, complete=True),
+        "partial": Profile(SETTING, 4096, [*singles, row(256, 1024)], complete=False),
+    }
+    for seconds, (name, profile) in enumerate(profiles.items()):
+        path = tmp_path / "profiles" / f"{name}.parquet"
+        write_profile(path, profile)
+        os.utime(path, (seconds, seconds))
+    assert best_profile("toy").stem == "full"
+    (tmp_path / "profiles" / "full.parquet").unlink()
+    assert best_profile("toy").stem == "short"
+
+
+def test_what_is_charged_beside_a_forward_is_read_off_short_prompts(tmp_path: Path) -> None:
+    """A profile that is 5% off makes 40 ms of a long prompt, but hardly anything of a short one."""
+    path = tmp_path / "toy.parquet"
+    lengths = (512, 1024, 2048, 8192)
+    write_profile(path, Profile(SETTING, 8192, [row(tokens) for tokens in (16, *lengths)], complete=True))
+    solo_ttft_s = {tokens: 0.02 + row(tokens, factor=1.05).time_s for tokens in lengths}
+    cost = measured_setup(Engine(str(path), 8, None, between_forwards_s=0.002), solo_ttft_s).machine.cost
+    assert cost.serving_s == pytest.approx(0.018 + 0.05 * row(512).time_s, abs=0.003)
+    assert cost.predict_s([PrefillShape(1024)]) == pytest.approx(row(1024).time_s + 0.002, rel=0.01)
