@@ -60,10 +60,11 @@ class FlowPrefillConfig(BaseModel):
         description="where a running prefill can be suspended: after each attention and MLP (operator), after each "
         "layer (layer), or only between forwards (chunk)",
     )
-    policy: Literal["s-edf", "s-edf-paper", "feasible", "shed", "edf", "fcfs"] = Field(
-        default="s-edf",
-        description="order of requests: s-edf (slack-aware earliest deadline first), s-edf-paper (hopeless requests "
-        "latest deadline first, as published), edf, fcfs, or feasible or shed, which docs/simulator.md describes",
+    policy: Literal["feasible", "s-edf", "s-edf-paper", "edf", "fcfs"] = Field(
+        default="feasible",
+        description="order of requests: feasible (the largest set that can meet its deadlines, earliest first), s-edf "
+        "(slack-aware earliest deadline first), s-edf-paper (hopeless requests latest deadline first, as published), "
+        "edf, or fcfs; docs/simulator.md compares them",
     )
     max_blocking_ms: float = Field(
         default=5.0,

@@ -28,7 +28,7 @@ from sgl_flowprefill.bench.workloads import WORKLOADS, workload
 ATTAINMENTS: Final = (0.9, 0.99)
 DEFAULT_SYSTEMS: Final = (
     "flowprefill",
-    "flowprefill-feasible",
+    "flowprefill-s-edf",
     "flowprefill-layer",
     "stock-fcfs",
     "stock-spf-512",

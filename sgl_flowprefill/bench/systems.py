@@ -86,20 +86,13 @@ def _stock(order: str, chunk: str) -> System:
 SYSTEMS: Final[Mapping[str, System]] = {
     system.name: system
     for system in (
-        _flowprefill("flowprefill", "FlowPrefill", "what this package does by default", "s-edf"),
+        _flowprefill("flowprefill", "FlowPrefill", "what this package does by default", "feasible"),
         _flowprefill(
-            "flowprefill-feasible",
-            "FlowPrefill, feasible set",
-            "for lasting overload: the largest set of requests that can all be met",
-            "feasible",
-            policy="feasible",
-        ),
-        _flowprefill(
-            "flowprefill-shed",
-            "FlowPrefill, shedding",
-            "for lasting overload, cheaper: the longest requests are put off",
-            "shed",
-            policy="shed",
+            "flowprefill-s-edf",
+            "FlowPrefill, S-EDF",
+            "the paper's order with bounds: earliest deadline first among what can still be met by itself",
+            "s-edf",
+            policy="s-edf",
         ),
         _flowprefill(
             "flowprefill-paper",
@@ -120,14 +113,14 @@ SYSTEMS: Final[Mapping[str, System]] = {
             "flowprefill-layer",
             "FlowPrefill by layer",
             "checkpoints once a layer: half as many, the paper's comparison",
-            "s-edf/layer",
+            "feasible/layer",
             granularity="layer",
         ),
         _flowprefill(
             "flowprefill-chunk",
             "FlowPrefill by forward",
             "no checkpoint inside a forward pass: slack-aware order without preemption",
-            "s-edf/chunk",
+            "feasible/chunk",
             granularity="chunk",
         ),
         System("sglang", "SGLang", "SGLang as it comes, with the chunk size that it chooses", "stock-fcfs-4096"),

@@ -20,6 +20,8 @@ class Job(Generic[T]):
     arrival_s: float
     deadline_s: float
     remaining_s: float
+    requests: int = 1
+    """Requests that end with it: those of the batch."""
 
     def slack_s(self, now_s: float) -> float:
         """Time to spare before the job must run without a pause to meet its deadline (paper, section 4.2)."""

@@ -8,17 +8,17 @@ from typing import Final, Generic, TypeVar
 
 from sgl_flowprefill.policy.base import Job, Queue
 from sgl_flowprefill.policy.feasible import FeasibleSet, FeasibleSetQueue
+from sgl_flowprefill.policy.forecast import Forecast
 from sgl_flowprefill.policy.queues import SlackEdfQueue, StarvationTurns, StaticQueue
-from sgl_flowprefill.policy.shedding import RecentLoad, SheddingQueue
 
 R = TypeVar("R")  # a waiting request
 K = TypeVar("K")  # a task: a batch of requests that has started
 
-POLICIES: Final = ("s-edf", "s-edf-paper", "feasible", "shed", "edf", "fcfs")
+POLICIES: Final = ("feasible", "s-edf", "s-edf-paper", "edf", "fcfs")
 STARVED_SHARE: Final = 0.02
 """Share of the time in which starved jobs may go before those that can still meet their deadline."""
-LOAD_WINDOW_S: Final = 60.0
-"""Past over which the policy "shed" judges whether more work arrives than can be done."""
+FORECAST_WINDOW_S: Final = 60.0
+"""Past by which the policy "feasible" judges what will arrive."""
 
 
 @dataclass(frozen=True)
@@ -107,15 +107,10 @@ def make_policy(kind: str, limits: Limits, max_starvation_s: float) -> PrefillPo
     if kind == "s-edf-paper":
         return PrefillPolicy(SlackEdfQueue.as_published(), SlackEdfQueue.as_published(), limits)
     if kind == "feasible":
-        jobs = FeasibleSet()
+        jobs = FeasibleSet(Forecast(FORECAST_WINDOW_S))
         return PrefillPolicy(
-            FeasibleSetQueue(jobs, max_starvation_s, turns), FeasibleSetQueue(jobs, max_starvation_s, turns), limits
-        )
-    if kind == "shed":
-        load = RecentLoad(LOAD_WINDOW_S)
-        return PrefillPolicy(
-            SheddingQueue(load, max_starvation_s, turns, arrivals=True),
-            SheddingQueue(load, max_starvation_s, turns, arrivals=False),
+            FeasibleSetQueue(jobs, max_starvation_s, turns, started=False),
+            FeasibleSetQueue(jobs, max_starvation_s, turns, started=True),
             limits,
         )
     if kind == "edf":

@@ -253,7 +253,7 @@ class Server:
         for member in members:
             self.policy.requests.remove(member)
         self.kv_used += kv
-        task = Job([member.item for member in members], choice.arrival_s, choice.deadline_s, 0.0)
+        task = Job([member.item for member in members], choice.arrival_s, choice.deadline_s, 0.0, len(members))
         task.remaining_s = sum(request.work_s for request in task.item)
         self.policy.tasks.add(task)
         suspended = len(self.policy.tasks) - 1
@@ -266,7 +266,7 @@ requests = st.lists(
 )
 
 
-@pytest.mark.parametrize("kind", ["s-edf", "edf", "fcfs"])
+@pytest.mark.parametrize("kind", ["feasible", "s-edf", "edf", "fcfs"])
 @given(script=requests, max_suspended=st.integers(0, 5), kv_capacity=st.integers(100, 300))
 @settings(max_examples=150, deadline=None)
 def test_no_task_is_lost_and_none_runs_twice(
@@ -301,6 +301,7 @@ def test_slack_beats_deadlines_alone_when_not_everything_can_be_met() -> None:
     arrivals = [Request(2 * i, 1.0 * i, 0.5, 0.9, 1) for i in range(20)]
     arrivals += [Request(2 * i + 1, 1.0 * i + 0.01, 0.6, 0.2, 1) for i in range(20)]
     assert within("s-edf", arrivals) == 20
+    assert within("feasible", arrivals) == 20
     assert within("edf", arrivals) < 10
 
 

@@ -14,7 +14,7 @@ from sgl_flowprefill.bench.simulator.checkpoints import Checkpoints, Preemption
 from sgl_flowprefill.bench.simulator.cost import LLAMA_8B, MODELS, CostModel, cost_model, fit, fit_published
 from sgl_flowprefill.bench.simulator.instance import Machine
 from sgl_flowprefill.bench.simulator.requests import Conditions, resampled
-from sgl_flowprefill.bench.simulator.search import fewest_instances, highest, max_rate_rps
+from sgl_flowprefill.bench.simulator.search import fewest_instances, highest, max_limit_rps, max_rate_rps
 from sgl_flowprefill.bench.simulator.stock import MAX_PREFILL_TOKENS
 from sgl_flowprefill.bench.simulator.systems import HEADLINE, Setup, new_instance, run
 from sgl_flowprefill.bench.trace import Trace, TraceRequest
@@ -130,7 +130,7 @@ def test_bootstrap_and_serving_delay_the_start() -> None:
     assert ttfts("s-edf", trace_of((0.0, 100, 1.0)), setup) == [0.4]
 
 
-@pytest.mark.parametrize("system", [*HEADLINE, "edf", "fcfs", "shed/layer", "stock-priority"])
+@pytest.mark.parametrize("system", [*HEADLINE, "edf", "fcfs", "feasible/layer", "stock-priority"])
 def test_every_request_is_served_once_on_any_number_of_instances(system: str) -> None:
     trace = qwen_like(300, seed=1, rate_rps=12.0)
     for router in ("round-robin", "least-work"):
@@ -165,7 +165,7 @@ def test_the_papers_order_of_systems_appears() -> None:
 def test_lasting_overload_does_not_end_as_first_come_first_served() -> None:
     trace = qwen_like(4000, seed=0, rate_rps=10.5)
     setup = Setup(Machine(LLAMA_8B, LLAMA_8B.kv_tokens), limits=Limits(max_suspended=64, max_batch_tokens=2048))
-    for system in ("s-edf", "feasible", "shed"):
+    for system in ("s-edf", "feasible"):
         assert run(system, trace, setup).attainment > 0.85
 
 
@@ -234,7 +234,9 @@ def test_searches_find_the_edge() -> None:
     assert highest(lambda value: False, 1.0) == 0.0
     setup = Setup(Machine(LLAMA_8B, LLAMA_8B.kv_tokens))
     traces = [mixed(400, seed=0, rate_rps=30.0)]
-    assert max_rate_rps("s-edf", traces, setup, 0.9) > max_rate_rps("stock-fcfs", traces, setup, 0.9)
+    rates = [max_rate_rps(system, traces, setup, 0.9) for system in ("stock-fcfs", "s-edf", "feasible")]
+    rates.append(max_limit_rps(traces, setup, 0.9))
+    assert rates == sorted(rates)
     instances = fewest_instances("s-edf", traces, setup, 0.95)
     fewer = dataclasses.replace(setup, instances=instances - 1)
     assert run("s-edf", traces[0], fewer).attainment < 0.95

@@ -80,5 +80,5 @@ def test_no_policy_does_better_than_the_limit(workload: object, instances: int) 
         instances=instances,
     )
     limit = attainment_limit(prepare(trace, LLAMA_8B, setup.conditions), LLAMA_8B, 2048, instances)
-    for system in ("s-edf", "feasible", "shed", "edf", "stock-spf-2048"):
+    for system in ("s-edf", "feasible", "edf", "stock-spf-2048"):
         assert run(system, trace, setup).attainment <= limit

@@ -1,22 +1,34 @@
-"""The options beside S-EDF: the largest feasible set, and putting off the longest requests under overload."""
+"""The largest feasible set: what it keeps, what it expects to arrive, and what comes after what it keeps."""
 
 from __future__ import annotations
 
-from itertools import combinations, count
+import math
+from collections.abc import Iterable
+from itertools import combinations
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sgl_flowprefill.policy import Job, Limits, SlackEdfQueue, make_policy
-from sgl_flowprefill.policy.feasible import FeasibleSet, FeasibleSetQueue
+from sgl_flowprefill.policy import Job, Limits, PrefillPolicy, SlackEdfQueue, make_policy
+from sgl_flowprefill.policy.feasible import PLANNED, FeasibleSet, FeasibleSetQueue
+from sgl_flowprefill.policy.forecast import Forecast
 from sgl_flowprefill.policy.queues import StarvationTurns
-from sgl_flowprefill.policy.shedding import RecentLoad
 
 LIMITS = Limits(max_suspended=4, max_batch_tokens=2048)
 
 
-def job(name: object, deadline_s: float, remaining_s: float, arrival_s: float = 0.0) -> Job[object]:
-    return Job(name, arrival_s, deadline_s, remaining_s)
+def job(name: object, deadline_s: float, remaining_s: float, arrival_s: float = 0.0, requests: int = 1) -> Job[object]:
+    return Job(name, arrival_s, deadline_s, remaining_s, requests)
+
+
+def queues_of(
+    *, max_starvation_s: float = 1e9, window_s: float = math.inf
+) -> tuple[FeasibleSetQueue[object], FeasibleSetQueue[object]]:
+    """Requests and tasks. With an endless window the past says nothing about what will arrive."""
+    feasible, turns = FeasibleSet(Forecast(window_s)), StarvationTurns(0.02)
+    requests: FeasibleSetQueue[object] = FeasibleSetQueue(feasible, max_starvation_s, turns, started=False)
+    return requests, FeasibleSetQueue(feasible, max_starvation_s, turns, started=True)
 
 
 def test_the_longest_job_gives_way_when_not_all_can_be_met() -> None:
@@ -37,62 +49,126 @@ def test_tasks_and_requests_compete_for_the_same_time() -> None:
     assert picked.item == "short"
 
 
+def feasible(jobs: Iterable[Job[object]], now_s: float = 0.0) -> bool:
+    end_s = now_s
+    for entry in sorted(jobs, key=lambda entry: entry.deadline_s):
+        end_s += entry.remaining_s
+        if end_s > entry.deadline_s + 1e-9:
+            return False
+    return True
+
+
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.tuples(st.integers(1, 30), st.integers(1, 9)), min_size=1, max_size=8))
 def test_what_is_kept_is_a_largest_feasible_set(drawn: list[tuple[int, int]]) -> None:
-    queue: FeasibleSetQueue[object] = FeasibleSetQueue(FeasibleSet(), 1e9)
-    for deadline, remaining in drawn:
-        queue.add(job(None, float(deadline), float(remaining)))
+    queue, _ = queues_of()
+    jobs = [job(None, float(deadline), float(remaining)) for deadline, remaining in drawn]
+    for entry in jobs:
+        queue.add(entry)
     queue.best(0.0)
-
-    def feasible(jobs: tuple[tuple[int, int], ...]) -> bool:
-        ends = count(0)
-        total = next(ends)
-        for deadline, remaining in sorted(jobs):
-            total += remaining
-            if total > deadline:
-                return False
-        return True
-
-    best = max(size for size in range(len(drawn) + 1) if any(feasible(s) for s in combinations(drawn, size)))
+    best = max(size for size in range(len(jobs) + 1) if any(feasible(some) for some in combinations(jobs, size)))
     assert len(queue.kept) == best
-    assert feasible(tuple((int(entry.deadline_s), int(entry.remaining_s)) for entry in queue.kept))
+    assert feasible(queue.kept)
 
 
-def test_without_overload_no_request_is_too_long() -> None:
-    load = RecentLoad(window_s=10.0)
+def test_a_batch_counts_as_many_requests_as_it_has() -> None:
+    requests, tasks = queues_of()
+    tasks.add(job("batch of four", 10.0, 6.0, requests=4))
+    requests.add(job("long", 10.5, 5.0))
+    requests.best(0.0)
+    assert [entry.item for entry in (*tasks.kept, *requests.kept)] == ["batch of four"]
+
+
+DRAWN = st.tuples(st.floats(0.01, 20), st.floats(0.01, 9), st.integers(1, 4), st.booleans(), st.floats(0, 2))
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(DRAWN, min_size=1, max_size=40), st.floats(1, 60))
+def test_at_every_event_the_order_is_whole_and_what_is_kept_leaves_room(
+    drawn: list[tuple[float, float, int, bool, float]], window_s: float
+) -> None:
+    requests, tasks = queues_of(max_starvation_s=10.0, window_s=window_s)
+    live: list[tuple[Job[object], FeasibleSetQueue[object]]] = []
+    now_s = 0.0
+    for slo_s, remaining_s, members, started, elapsed_s in drawn:
+        now_s += elapsed_s
+        queue = tasks if started else requests
+        live.append((job(None, now_s + slo_s, remaining_s, now_s, members if started else 1), queue))
+        queue.add(live[-1][0])
+        requests.best(now_s)
+        tasks.best(now_s)
+        assert feasible([*requests.kept, *tasks.kept], now_s)
+        for own in (requests, tasks):
+            order = own.first(now_s, 99)
+            assert sorted(map(id, order)) == sorted(id(entry) for entry, owner in live if owner is own)
+            found = own.best(now_s)
+            assert found is None if not order else found is not None and found[1] is order[0]
+            for most in (1, 3):
+                assert own.first(now_s, most) == order[:most]
+        if len(live) > 12:
+            gone, owner = live.pop(0)
+            owner.remove(gone)
+
+
+def test_a_plan_looks_at_a_bounded_number_of_jobs_and_loses_none() -> None:
+    requests, tasks = queues_of()
+    for number in range(3 * PLANNED):
+        requests.add(job(number, 1e6 + number, 0.1))
+    task = job("task", 2e6, 0.1)
+    tasks.add(task)
+    assert [entry.item for entry in requests.first(0.0, 4 * PLANNED)] == list(range(3 * PLANNED))
+    assert len(requests.kept) == PLANNED
+    assert tasks.first(0.0, 9) == [task]
+
+
+def test_a_task_that_is_not_kept_goes_before_requests_that_are_not() -> None:
+    requests, tasks = queues_of()
+    for entry in (job("hopeless task", 0.1, 2.0), job("hopeless task, nearly done", 0.1, 1.0)):
+        tasks.add(entry)
+    requests.add(job("hopeless", 0.1, 0.5))
+    policy = PrefillPolicy(requests, tasks, LIMITS)
+    for expected in ("hopeless task, nearly done", "hopeless task", "hopeless"):
+        picked = policy.pick(0.0, None)
+        assert picked is not None
+        assert picked.item == expected
+        (tasks if "task" in expected else requests).remove(picked)
+
+
+def test_work_is_expected_at_the_rate_at_which_it_arrived_and_due_after_its_slo() -> None:
+    forecast = Forecast(window_s=10.0)
     for second in range(100):
-        load.arrived(float(second), 0.9)
-    assert load.longest_s == float("inf")
-
-
-def test_under_overload_the_shortest_that_fit_are_kept() -> None:
-    load = RecentLoad(window_s=10.0)
-    for second in range(100):
-        load.arrived(float(second), 0.5)
-        load.arrived(float(second), 0.8)
-    assert load.longest_s == 0.5
-    for second in range(100, 200):
-        load.arrived(float(second), 0.9)
-        load.arrived(float(second), 3.0)
-    assert load.longest_s == 0.9
+        forecast.arrived(float(second), 0.25, 1.0)
+        forecast.arrived(float(second), 0.5, 4.0)
+    assert forecast.due_s(0.9) == 0.0
+    assert forecast.due_s(3.0) == pytest.approx(2 * 0.25, rel=0.15)
+    assert forecast.due_s(8.0) == pytest.approx(7 * 0.25 + 4 * 0.5, rel=0.15)
     for second in range(200, 300):
-        load.arrived(float(second), 0.1)
-    assert load.longest_s == float("inf")
+        forecast.arrived(float(second), 0.1, 1.0)
+    assert forecast.due_s(8.0) == pytest.approx(7 * 0.1, rel=0.15)
 
 
-def test_shedding_puts_off_the_long_and_keeps_them_before_the_hopeless() -> None:
-    policy = make_policy("shed", LIMITS, max_starvation_s=1e9)
-    for second in range(100):
-        for remaining_s in (0.5, 5.0):
-            policy.requests.add(job((second, remaining_s), second + 1000.0, remaining_s, arrival_s=float(second)))
-    policy.requests.add(job("long", 200.0, 5.0, arrival_s=100.0))
-    policy.requests.add(job("hopeless", 100.0, 0.5, arrival_s=100.0))
-    order = [entry.item for entry in policy.requests.first(100.0, 1000)]
-    assert "long" in order
+@given(st.lists(st.tuples(st.floats(0, 1), st.floats(0.01, 9), st.floats(0.01, 30)), max_size=60))
+def test_no_more_work_is_expected_than_there_is_time_for(drawn: list[tuple[float, float, float]]) -> None:
+    forecast, now_s = Forecast(window_s=5.0), 0.0
+    for elapsed_s, work_s, slo_s in drawn:
+        now_s += elapsed_s
+        forecast.arrived(now_s, work_s, slo_s)
+        due_s = [forecast.due_s(within_s) for within_s in (0.0, 0.5, 2.0, 9.0, 60.0)]
+        assert due_s == sorted(due_s)
+        assert all(due <= within * (1 + 1e-9) for due, within in zip(due_s, (0.0, 0.5, 2.0, 9.0, 60.0), strict=True))
+
+
+def test_room_for_what_will_arrive_lets_long_requests_go_before_they_start() -> None:
+    policy = make_policy("feasible", LIMITS, max_starvation_s=1e9)
+    for second in range(100):  # urgent requests take 0.6 of the time
+        urgent = job("urgent", second + 1.0, 0.6, arrival_s=float(second))
+        policy.requests.add(urgent)
+        policy.requests.remove(urgent)
+    for name, remaining_s in (("long", 4.0), ("short", 2.0)):
+        policy.requests.add(job(name, 110.0, remaining_s, arrival_s=100.0))
     picked = policy.pick(100.0, None)
     assert picked is not None
-    assert picked.remaining_s == 0.5
+    assert picked.item == "short"  # of ten seconds about 4.6 are free
 
 
 def test_starved_jobs_take_turns_in_their_share_of_the_time() -> None:

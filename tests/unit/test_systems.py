@@ -66,5 +66,5 @@ def test_the_table_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
         main(["goodput", "--list-systems"])
     assert end.value.code == 0
     printed = capsys.readouterr().out
-    for name in ("flowprefill-feasible", "stock-hrrn-2048"):
+    for name in ("flowprefill-s-edf", "stock-hrrn-2048"):
         assert name in printed

@@ -20,10 +20,9 @@ from sgl_flowprefill.bench.metrics import summarise, summarise_blocking
 from sgl_flowprefill.bench.options import positive_float, positive_int
 from sgl_flowprefill.bench.simulator.cost import LLAMA_8B, MODELS, cost_model
 from sgl_flowprefill.bench.simulator.instance import Machine
-from sgl_flowprefill.bench.simulator.limit import attainment_limit
 from sgl_flowprefill.bench.simulator.requests import Conditions, prepare, resampled, results
 from sgl_flowprefill.bench.simulator.router import ROUTERS
-from sgl_flowprefill.bench.simulator.search import fewest_instances, max_rate_rps
+from sgl_flowprefill.bench.simulator.search import fewest_instances, max_limit_rps, max_rate_rps, mean_limit
 from sgl_flowprefill.bench.simulator.speed import event_cost_s, policy_speed
 from sgl_flowprefill.bench.simulator.stock import MAX_PREFILL_TOKENS
 from sgl_flowprefill.bench.simulator.systems import HEADLINE, NAMES_HELP, Run, Setup, new_instance
@@ -156,7 +155,7 @@ def _compare(
     for column in ("policy", "attainment", *classes, "of the limit", "TTFT p50", "p99", "preemptions", "blocking"):
         table.add_column(column, justify="left" if column == "policy" else "right")
     figures: dict[str, Any] = {}
-    limits = functools.cache(lambda tokens: _limit(traces, setup, tokens))
+    limits = functools.cache(lambda tokens: mean_limit(traces, setup, tokens))
     for system in args.policy:
         runs = [simulated(system, trace, setup) for trace in traces]
         entry = figures[system] = _figures(traces, runs, classes)
@@ -185,16 +184,6 @@ def _figures(traces: Sequence[Trace], runs: Sequence[Run], classes: Sequence[str
     return {**dataclasses.asdict(summary), **preemption}
 
 
-def _limit(traces: Sequence[Trace], setup: Setup, max_batch_tokens: int) -> float:
-    cost = setup.machine.cost
-    met = sum(
-        len(trace.requests)
-        * attainment_limit(prepare(trace, cost, setup.conditions), cost, max_batch_tokens, setup.instances)
-        for trace in traces
-    )
-    return met / sum(len(trace.requests) for trace in traces)
-
-
 def _batch_tokens(system: str, args: argparse.Namespace) -> int:
     """Most new tokens of a forward of several requests: the limit's batches are as large."""
     if not system.startswith("stock-"):
@@ -206,7 +195,7 @@ def _batch_tokens(system: str, args: argparse.Namespace) -> int:
 def _goodput(
     name: str, traces: Sequence[Trace], args: argparse.Namespace, setup: Setup, console: Console
 ) -> dict[str, Any]:
-    """Highest rate of every policy at ATTAINMENTS, and as a multiple of the first policy's."""
+    """Highest rate of every policy and of the limit at ATTAINMENTS, and as a multiple of the first policy's."""
     found: dict[str, dict[str, float]] = {}
     table = Table(title=_title(name, traces, setup, rate=False), title_justify="left")
     table.add_column("policy")
@@ -215,6 +204,9 @@ def _goodput(
         table.add_column(f"{args.policy[0]} has", justify="right")
     for system in args.policy:
         found[system] = {f"{level}": max_rate_rps(system, traces, setup, level) for level in ATTAINMENTS}
+    if not args.no_limit:
+        found["limit"] = {f"{level}": max_limit_rps(traces, setup, level) for level in ATTAINMENTS}
+    for system in found:
         cells = []
         for level in ATTAINMENTS:
             own, first = found[system][f"{level}"], found[args.policy[0]][f"{level}"]

@@ -30,7 +30,8 @@ class SimTask:
         self.predicted_s = predicted_s
         self.checkpoints = checkpoints
         self.executed_s = 0.0
-        self.job = Job(self, min(member.arrival_s for member in members), deadline_s, predicted_s)
+        arrival_s = min(member.arrival_s for member in members)
+        self.job = Job(self, arrival_s, deadline_s, predicted_s, len(members))
 
     @property
     def remaining_s(self) -> float:

@@ -6,6 +6,8 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Final
 
+from sgl_flowprefill.bench.simulator.limit import attainment_limit
+from sgl_flowprefill.bench.simulator.requests import prepare
 from sgl_flowprefill.bench.simulator.systems import Setup, run
 from sgl_flowprefill.bench.trace import Trace
 
@@ -18,6 +20,17 @@ def mean_attainment(system: str, traces: Sequence[Trace], setup: Setup) -> float
     """Attainment over all requests of ``traces`` (the seeds of one workload)."""
     runs = [run(system, trace, setup) for trace in traces]
     return sum(request.met for result in runs for request in result.requests) / sum(len(r.requests) for r in runs)
+
+
+def mean_limit(traces: Sequence[Trace], setup: Setup, max_batch_tokens: int) -> float:
+    """Upper bound of the attainment over all requests of ``traces``, of any scheduler with such batches."""
+    cost = setup.machine.cost
+    met = sum(
+        len(trace.requests)
+        * attainment_limit(prepare(trace, cost, setup.conditions), cost, max_batch_tokens, setup.instances)
+        for trace in traces
+    )
+    return met / sum(len(trace.requests) for trace in traces)
 
 
 def highest(meets: Callable[[float], bool], start: float) -> float:
@@ -39,13 +52,18 @@ def highest(meets: Callable[[float], bool], start: float) -> float:
 
 def max_rate_rps(system: str, traces: Sequence[Trace], setup: Setup, attainment: float) -> float:
     """Highest arrival rate at which ``attainment`` of the requests meet their SLO; the same draws at every rate."""
+    return _max_rate_rps(traces, lambda scaled: mean_attainment(system, scaled, setup) >= attainment)
+
+
+def max_limit_rps(traces: Sequence[Trace], setup: Setup, attainment: float) -> float:
+    """Highest arrival rate at which the limit is ``attainment``: no scheduler keeps it beyond, to within PRECISION."""
+    tokens = setup.limits.max_batch_tokens
+    return _max_rate_rps(traces, lambda scaled: mean_limit(scaled, setup, tokens) >= attainment)
+
+
+def _max_rate_rps(traces: Sequence[Trace], meets: Callable[[Sequence[Trace]], bool]) -> float:
     own_rps = sum(trace.rate_rps for trace in traces) / len(traces)
-
-    def meets(rate_rps: float) -> bool:
-        scaled = [trace.scaled(rate_scale=rate_rps / own_rps) for trace in traces]
-        return mean_attainment(system, scaled, setup) >= attainment
-
-    return highest(meets, own_rps)
+    return highest(lambda rate_rps: meets([trace.scaled(rate_scale=rate_rps / own_rps) for trace in traces]), own_rps)
 
 
 def fewest_instances(system: str, traces: Sequence[Trace], setup: Setup, attainment: float) -> int:

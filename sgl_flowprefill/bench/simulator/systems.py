@@ -18,10 +18,9 @@ from sgl_flowprefill.bench.trace import Trace
 from sgl_flowprefill.policy import POLICIES, Limits, make_policy
 
 HEADLINE: Final = (
-    "s-edf",
     "feasible",
-    "shed",
-    "s-edf/layer",
+    "s-edf",
+    "feasible/layer",
     "stock-fcfs",
     "stock-spf",
     "stock-fcfs-512",
