@@ -170,7 +170,7 @@ class _TiledWrapper:
         self._tiles = {}
         self._plan = None
         masked = named.get("custom_mask") is not None or named.get("prefix_len_ptr") is not None
-        if self.lengths is None or not all(self.lengths[0]) or masked or named.get("window_left", -1) >= 0:
+        if self.lengths is None or not all(self.lengths[0]) or masked:
             begin(self._wrapper, qo_indptr, kv_indptr, *args, **named)
             return
         self._planned_lengths = new, keys = self.lengths
