@@ -219,8 +219,8 @@ def _unleash(scheduler: Any, chaos: Chaos) -> None:
 
     unleash(SimpleNamespace(scheduler=scheduler), chaos.seed, chaos.switch_probability)
     if scheduler._agreement is not None:
-        switch = scheduler._executor._interrupted
-        scheduler._agreement._side._pending = lambda: switch() or scheduler._result_arrived()
+        switch, pending = scheduler._executor._interrupted, scheduler._agreement._side._pending
+        scheduler._agreement._side._pending = lambda: switch() or pending()
         scheduler._executor._interrupted = scheduler._agreement.interrupted
 
 

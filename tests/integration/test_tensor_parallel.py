@@ -67,7 +67,7 @@ def test_two_ranks_that_are_preempted_all_the_time_give_the_tokens_of_one(
     assert ranks.preemptions() >= 100
 
 
-@pytest.mark.parametrize("pass_probabilities", [(0.2, 0.02), (0.02, 0.2)], ids=["follower late", "rank 0 late"])
+@pytest.mark.parametrize("pass_probabilities", [(0.9, 0.02), (0.02, 0.9)], ids=["follower late", "rank 0 late"])
 def test_results_that_come_at_different_times_are_processed_at_the_same(
     model_path: str, tokens_of_one_rank: dict[str, int | None], tmp_path: Path, pass_probabilities: tuple[float, float]
 ) -> None:
@@ -84,9 +84,10 @@ def test_results_that_come_at_different_times_are_processed_at_the_same(
     assert all(note["arrived"] for note in first + second), "a result was processed before it had arrived"
     behind, waits = sum(note["behind"] > 0 for note in first), sum(note["waited"] for note in second)
     print(f"\n{len(first)} tasks: {behind} processed with others queued behind them, {waits} awaited at rank 1")
-    assert behind >= len(first) / 4, "the device was left without work at the end of a task"
-    if pass_probabilities[0] > pass_probabilities[1]:
-        assert waits >= 3, "rank 1 had every result as early as rank 0"
+    if pass_probabilities[0] < pass_probabilities[1]:
+        assert behind >= len(first) / 2, "the device was left without work at the end of a task"
+    else:
+        assert waits >= len(first) / 4, "rank 1 had every result as early as rank 0"
 
 
 def test_clients_that_leave_are_dropped_by_both_ranks(ranks: Ranks, tokens_of_one_rank: dict[str, int | None]) -> None:
