@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from sgl_flowprefill.runtime.device import CpuDevice, HostStamp, QueueDevice
@@ -36,6 +37,9 @@ class LateDevice(QueueDevice):
 
     def stamp(self) -> HostStamp:
         return CpuDevice().stamp()
+
+    def beside_the_queue(self) -> AbstractContextManager[Any]:
+        return nullcontext()
 
     def _new_event(self) -> LateEvent:
         return LateEvent(self)

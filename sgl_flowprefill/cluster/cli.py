@@ -24,6 +24,7 @@ EXIT_CANNOT_START: Final = 2
 def main(argv: Sequence[str] | None = None) -> int:
     """Serve until interrupted, or ``profile`` or ``doctor``; returns the exit code."""
     argv = sys.argv[1:] if argv is None else argv
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job of a shell starts with it ignored
     if argv and argv[0] == "profile":
         from sgl_flowprefill.cluster import profile_command
 

@@ -10,6 +10,7 @@ import pytest
 
 from sgl_flowprefill.bench.prompts import PromptBuilder
 from sgl_flowprefill.bench.workloads import qwen_like
+from sgl_flowprefill.config import FlowPrefillConfig
 from sgl_flowprefill.model.embedded import FIRST_WORD_ID, VOCAB_SIZE
 from sgl_flowprefill.policy import make_policy
 from sgl_flowprefill.ttft import PrefillShape
@@ -41,7 +42,7 @@ def engine(shared_engine: PrefillEngine) -> Iterator[PrefillEngine]:  # noqa: F8
     scheduler = shared_engine.scheduler
     ttft, policy = scheduler._ttft, scheduler._policy
     shared_engine.answers.clear()
-    scheduler._policy = make_policy("s-edf", policy.limits, MAX_STARVATION_S)
+    scheduler._policy = make_policy(FlowPrefillConfig().policy, policy.limits, MAX_STARVATION_S)
     yield shared_engine
     scheduler._ttft, scheduler._policy = ttft, policy
     scheduler._executor._interrupted = scheduler._events.pending

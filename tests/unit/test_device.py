@@ -270,9 +270,8 @@ def test_only_the_last_part_of_a_requests_kv_is_sent_beside_the_queue(monkeypatc
 
     monkeypatch.setattr(device_module.torch.cuda, "Stream", lambda: "its own")
     monkeypatch.setattr(device_module.torch.cuda, "stream", enter)
-    monkeypatch.setattr(
-        scheduler_module.Scheduler, "send_kv_chunk", lambda self, *args: sent.append((*args, list(entered)))
-    )
+    sglang_scheduler = scheduler_module.PreparedScheduler.__base__
+    monkeypatch.setattr(sglang_scheduler, "send_kv_chunk", lambda self, *args: sent.append((*args, list(entered))))
     scheduler = object.__new__(scheduler_module.FlowPrefillScheduler)
     for scheduler._device in (CudaDevice(lookahead=2), CpuDevice()):
         scheduler.send_kv_chunk("req", last_chunk=True)
