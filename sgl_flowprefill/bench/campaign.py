@@ -51,12 +51,16 @@ class Goal:
 class Campaign:
     """A goodput run: what is known, what is left, and the making of it."""
 
-    def __init__(self, prober: Prober, systems: Sequence[System], goal: Goal) -> None:
+    def __init__(
+        self, prober: Prober, systems: Sequence[System], goal: Goal, only_compared: Sequence[System] = ()
+    ) -> None:
+        """``systems`` are searched and compared, ``only_compared`` compared with them."""
         self.prober = prober
         self.plan: Plan = prober.plan
         self.log = prober.log
         self.goal = goal
-        self.asked_for = list(systems)
+        self.only_compared = [system for system in only_compared if system not in systems]
+        self.asked_for = [*systems, *self.only_compared]
         self._give_up_s = math.inf
         self._start_s = START_S
         self._probe_s = prober.plan.duration_s
@@ -179,7 +183,7 @@ class Campaign:
 
     def _next_rps(self, system: System, seed: int, attainment: float) -> float | None:
         """The rate that a search wants next; None when it has ended."""
-        if self._is_given_up(system, seed) or self.is_beaten(system, attainment):
+        if self._is_given_up(system, seed) or system in self.only_compared or self.is_beaten(system, attainment):
             return None
         search = self._search(system, seed, attainment)
         rate_rps = search.next_rps(self.log.verdicts(system.name, seed, attainment))

@@ -75,6 +75,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "another's rate is measured no further",
     )
     parser.add_argument(
+        "--compare",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="systems that only take part in the comparison at one rate, which is much quicker than a search",
+    )
+    parser.add_argument(
         "--duration",
         type=positive_float,
         default=60.0,
@@ -122,7 +129,8 @@ def run(args: argparse.Namespace, console: Console) -> int:
         console.print(f"  {line}", highlight=False, soft_wrap=True)
 
     prober = Prober(plan, log, partial(serve, servers=servers, out=args.out, say=detail), console)
-    campaign = Campaign(prober, systems, Goal(attainments, 1 + args.precision, args.prefilter, args.race))
+    goal = Goal(attainments, 1 + args.precision, args.prefilter, args.race)
+    campaign = Campaign(prober, systems, goal, only_compared=select(args.compare))
     try:
         campaign.run(args.budget_s)
     finally:  # also after Ctrl-C: what was found so far

@@ -61,7 +61,7 @@ class SystemFigures:
 
     system: System
     brackets: Mapping[float, Mapping[int, Bracket]]
-    """By attainment and seed, where the search has begun."""
+    """By attainment and seed, where a search has begun."""
     compared: Mapping[int, Probe]
     """By seed: its probes at the rate at which systems are compared."""
     solo_ttft_s: Sequence[Mapping[int, float]]
@@ -275,7 +275,8 @@ def _figures(campaign: Campaign, system: System, comparison_rps: float | None) -
     compared = {}
     for seed in range(plan.seeds):
         for share in goal.attainments:
-            if verdicts := log.verdicts(system.name, seed, share):
+            verdicts = log.verdicts(system.name, seed, share)
+            if verdicts and system not in campaign.only_compared:
                 brackets[share][seed] = bracket(verdicts)
         if comparison_rps and (probe := log.complete_at(comparison_rps, system.name, seed)):
             compared[seed] = probe

@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
-from typing import Any, Final, NamedTuple, NoReturn
+from typing import Any, Final, NamedTuple
 
 import psutil
 import torch
@@ -41,6 +41,8 @@ WAIT_S: Final = 300.0
 """How long a rank waits for another before it gives the server up. SGLang's watchdog waits as long for a forward."""
 POLL_S: Final = 20e-6
 """How often a rank that is ahead of rank 0 looks whether it may go on."""
+LOOK_S: Final = 0.1
+"""How often a rank that waits looks whether the others of its node are there."""
 WORD_TAG: Final = 0x464C
 """Tag of messages with the word, apart from others on the same process group."""
 SHARED_MEMORY: Final = "/dev/shm"
@@ -222,10 +224,11 @@ class Agreement:
             assert address is not None
             wakeup.forward_to(address)
             self._word = ReceivedWord(path, group, wait_s) if self.rank == first else SharedWord(path)
-            self._side = Follower(self._word.read, self._word.wait, wait_s)
+            self._side = Follower(self._word.read, self._wait_for_word, wait_s)
         self.interrupted: Callable[[], bool] = self._side.interrupted
         """Called at each interruption point; true at the one at which all ranks suspend the running task."""
         self._lead = lead
+        self._looked_s = 0.0
         self._peers = {r: psutil.Process(cards[r].process_id) for r in range(first, first + per_node) if r != self.rank}
         dist.barrier(group)
         if own_path:
@@ -262,18 +265,27 @@ class Agreement:
         self._side.begin(point)
         self._word.settle(2 * (point + self._lead))
 
+    def _wait_for_word(self) -> None:
+        """Nothing fails at a rank that waits for a word in shared memory whose writer has ended, so it looks."""
+        self._word.wait()
+        now_s = time.monotonic()
+        if now_s - self._looked_s > LOOK_S:
+            self._looked_s = now_s
+            self._look_for_the_lost()
+
     def _name_the_lost(self, error: Exception) -> None:
         for _ in range(10):  # a process that ends closes its connections a moment before it has ended
-            for rank, process in self._peers.items():
-                if not process.is_running() or process.status() == psutil.STATUS_ZOMBIE:
-                    _give_up(rank, process.pid, error)
-            time.sleep(0.1)
+            self._look_for_the_lost(error)
+            time.sleep(LOOK_S)
 
-
-def _give_up(rank: int, process_id: int, error: Exception) -> NoReturn:
-    raise AgreementError(
-        f"tensor-parallel rank {rank} (process {process_id}) has ended, and its server cannot go on without it"
-    ) from error
+    def _look_for_the_lost(self, error: Exception | None = None) -> None:
+        """Raise AgreementError, because of ``error``, if a rank of this node has ended."""
+        for rank, process in self._peers.items():
+            if not process.is_running() or process.status() == psutil.STATUS_ZOMBIE:
+                raise AgreementError(
+                    f"tensor-parallel rank {rank} (process {process.pid}) has ended, and its server cannot go on "
+                    "without it"
+                ) from error
 
 
 def _new_shared_page() -> str:

@@ -41,7 +41,7 @@ def prober(flowprefill_cluster: Cluster, tmp_path: Path) -> Prober:
 
 def test_a_search_with_real_servers(prober: Prober) -> None:
     with prober.serving(OURS) as served:
-        overloaded = prober.probe(served, OURS, seed=0, rate_rps=40.0, attainment=0.9)
+        overloaded = prober.probe(served, OURS, seed=0, rate_rps=100.0, attainment=0.9)
         assert overloaded.run.stopped_early
         assert overloaded.attainment_bounds[1] < 0.9
         assert overloaded.blocking_s is not None

@@ -138,6 +138,29 @@ def test_a_rank_that_ends_is_named_by_the_others(lost: int, tmp_path: Path) -> N
         assert expected in processes.receive(1 - lost, timeout_s=20.0)
 
 
+def run_ahead(rank: int, pipe: Connection) -> None:
+    """Rank 0 never comes to the interruption point for whose permission the other rank waits."""
+    agreement = Agreement(dist.group.WORLD, Wakeup(), (lambda: False) if rank == 0 else None)
+    try:
+        with agreement.naming_the_lost():
+            agreement.agree()
+            pipe.send("running")
+            if rank == 0:
+                time.sleep(60.0)
+            while True:
+                agreement.interrupted()
+    except AgreementError as error:
+        pipe.send(str(error))
+
+
+def test_the_end_of_rank_0_is_seen_by_a_rank_that_waits_for_it_within_a_prefill(tmp_path: Path) -> None:
+    with Processes(2, tmp_path, run_ahead) as processes:
+        assert [processes.receive(rank) for rank in range(2)] == ["running"] * 2
+        time.sleep(0.5)
+        processes.processes[0].kill()
+        assert "tensor-parallel rank 0" in processes.receive(1, timeout_s=10.0)
+
+
 @pytest.mark.parametrize("lost", [0, 1])
 def test_a_rank_that_hangs_is_not_waited_for_for_ever(lost: int, tmp_path: Path) -> None:
     with Processes(2, tmp_path, run_for_ever, 1.0) as processes:

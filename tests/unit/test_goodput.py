@@ -271,6 +271,21 @@ def test_a_race_finds_the_best_stock_with_fewer_probes(profile: Path, tmp_path: 
     assert document["systems"][beaten[0]]["below_rps"]["99"] > 0
 
 
+def test_what_is_only_compared_is_not_searched(profile: Path, tmp_path: Path) -> None:
+    campaign = campaign_of(Model(profile), tmp_path, ("flowprefill", "stock-fcfs"), attainments=(0.9,))
+    campaign = Campaign(campaign.prober, campaign.asked_for, campaign.goal, select(("flowprefill-layer", "stock-fcfs")))
+    campaign.run()
+    at = campaign.log.facts["comparison_rps"]
+    layer = [probe for probe in campaign.log.probes if probe.system == "flowprefill-layer"]
+    assert {(probe.rate_rps, probe.seed) for probe in layer} == {(at, 0), (at, 1)}
+    result = GoodputResult.of(campaign, "", "")
+    assert result.figures["flowprefill-layer"].max_rate(0.9) is None
+    assert result.figures["stock-fcfs"].max_rate(0.9) is not None
+    ratio = result.ratios()["blocking_vs_layer"]
+    assert ratio is not None
+    assert ratio.value > 1.5
+
+
 def test_intervals_are_bootstraps_over_seeds_and_ratios_are_paired() -> None:
     ours, theirs = {0: 2.0, 1: 4.0, 2: 6.0}, {0: 1.0, 1: 2.0, 2: 3.0}
     mean = mean_estimate(ours)
