@@ -5,7 +5,7 @@ Times are seconds of ``time.monotonic()``, which all processes of one machine sh
 =========  ==========================================================================================================
 arrival    rid, prompt_tokens, ttft_slo_s, deadline_s, received_s (when the HTTP server had the request)
 start      task, rids, new_tokens, cached_tokens, predicted_s
-suspend    task, rids, checkpoint, for_rids, readable_s, blocking_s
+suspend    task, rids, checkpoint, for_rids, readable_s, stopped_s, blocking_s
 resume     task, rids, checkpoint
 complete   task, rids, checkpoint, forward_s (time it executed, without the time it was suspended), predicted_s (with
            margin, at its start), expected_s (without), profiled_s (without online correction either)
@@ -13,7 +13,8 @@ abort      rids, task (absent when no task was running them), checkpoint
 =========  ==========================================================================================================
 
 ``blocking_s`` runs from ``readable_s``, when the scheduler process could first have read that the winning request is
-there to be run, to the moment at which the running task is suspended (paper, section 5.3).
+there to be run, to the start or resumption of the winner (paper, section 5.3). Until ``stopped_s`` the task that is
+suspended ran on; after it the hub read what had arrived, picked, and admitted the winner.
 """
 
 from __future__ import annotations

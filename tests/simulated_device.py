@@ -204,7 +204,7 @@ class Suspensions(Journal):
         super().__init__(None)
         self._seen = seen
 
-    def suspended(self, task: Any, winner: Any, now_s: float, news_readable_s: float) -> None:
+    def suspended(self, task: Any, winner: Any, stopped_s: float, now_s: float, news_readable_s: float) -> None:
         self._seen.append((max(winner.readable_s, news_readable_s), winner.rids[0]))
 
 

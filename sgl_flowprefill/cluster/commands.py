@@ -42,6 +42,10 @@ CPU_ALLOCATOR: Final = {
 }
 """glibc keeps freed activations: otherwise the kernel clears new pages for every operator of a forward pass, which took
 between 5% and 25% of a prefill's time on one core."""
+DECODE_PLACES: Final = ("--max-running-requests", "1024")
+DECODE_KV_TOKENS: Final = 1 << 20
+"""The decode server gives a request a place and KV cache, first come first served, before its prefill may start. When
+they run out, an urgent request waits for long ones that wait for the prefill server, whatever the order there."""
 CACHE_VARIABLE: Final = ENV_PREFIX + "CACHE_DIR"
 
 
@@ -102,7 +106,9 @@ class Layout:
         if self.cpus is None:
             options += ["--base-gpu-id", str(self._first_gpu(role, index))]
         elif role == "decode":
-            options += ["--disaggregation-decode-retraction-backup", "cpu_tensor"]
+            options += ["--disaggregation-decode-retraction-backup", "cpu_tensor", *DECODE_PLACES]
+            if self.config.model_path is None:
+                options += ["--max-total-tokens", str(DECODE_KV_TOKENS)]
         if role == "prefill" and self.config.flowprefill:
             options += FLOWPREFILL_ARGS
         return [*options, *self.config.server_args, *self._own_args(role)]

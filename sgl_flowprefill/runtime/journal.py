@@ -31,8 +31,12 @@ class Journal(EventLog):
             received_s=round(received_s, 6),
         )
 
-    def suspended(self, task: PrefillTask, winner: PrefillTask, now_s: float, news_readable_s: float) -> None:
-        """``task`` waits for ``winner``. The first news that led to it could have been read at ``news_readable_s``."""
+    def suspended(
+        self, task: PrefillTask, winner: PrefillTask, stopped_s: float, now_s: float, news_readable_s: float
+    ) -> None:
+        """``task``, which ran until ``stopped_s``, waits for ``winner``. The first news that led to it could have been
+        read at ``news_readable_s``.
+        """
         # A winner that lost an earlier decision wins because of what has happened since, and waits for it from then on.
         readable_s = min(now_s, max(winner.readable_s, news_readable_s))
         blocking_s = max(0.0, now_s - readable_s)
@@ -46,6 +50,7 @@ class Journal(EventLog):
             checkpoint=task.checkpoint,
             for_rids=winner.rids,
             readable_s=round(readable_s, 6),
+            stopped_s=round(stopped_s, 6),
             blocking_s=round(blocking_s, 6),
         )
 

@@ -199,11 +199,12 @@ class FlowPrefillScheduler(PreparedScheduler):
         now_s = time.monotonic()
         if task is not self._running:
             if self._running is not None:
-                self._journal.suspended(self._running, task, now_s, self._waiting.news_readable_s)
+                self._journal.suspended(self._running, task, self._stopped_s, now_s, self._waiting.news_readable_s)
             self._journal.resumed(task, now_s)
             self._running = task
         self.cur_batch_for_debug = task.batch
         self._executor.run(task, self._forward)
+        self._stopped_s = time.monotonic()
 
     def _forward(self, batch: Any) -> Any:
         """In the task's greenlet: the whole forward pass, and the way back of its result."""

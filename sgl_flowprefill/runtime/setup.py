@@ -69,6 +69,8 @@ class PreparedScheduler(Scheduler):
             raise SystemExit(f"sgl-flowprefill: {unchecked}")
         self._running: PrefillTask | None = None
         """The live task that ran last, and has not been suspended for another."""
+        self._stopped_s = 0.0
+        """When a task was last done or interrupted."""
         self._tasks_started = 0
         self._kv_is_short = False
         """Whether KV for a new task was asked for in vain, and none has been freed since."""
