@@ -11,6 +11,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
 import orjson
 import psutil
 
@@ -18,6 +19,7 @@ from sgl_flowprefill.bench.metrics import (
     PreemptionSummary,
     RunSummary,
     read_blocking,
+    read_stop_waits,
     summarise,
     summarise_blocking,
 )
@@ -39,6 +41,8 @@ class SystemResult:
     summary: RunSummary
     blocking_s: Sequence[float] | None = None
     """Blocking time of each preemption; None for a system that has no preemption."""
+    stop_waits_s: Sequence[float] = ()
+    """Of each, what passed until the running task stopped."""
     solo_ttft_s: Mapping[int, float] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
 
@@ -55,13 +59,14 @@ class SystemResult:
         settings: Mapping[str, Any] | None = None,
     ) -> SystemResult:
         """Summarise ``run``; preemptions come from ``event_log`` if the system writes one."""
-        end_s = run.start_monotonic_s + run.duration_s
+        span_s = run.start_monotonic_s, run.start_monotonic_s + run.duration_s
         return cls(
             name=name,
             label=label,
             run=run,
             summary=summarise(run.results, run.duration_s, trace.classes),
-            blocking_s=read_blocking(event_log, run.start_monotonic_s, end_s) if event_log else None,
+            blocking_s=read_blocking(event_log, *span_s) if event_log else None,
+            stop_waits_s=read_stop_waits(event_log, *span_s) if event_log else (),
             solo_ttft_s=solo_ttft_s or {},
             settings=settings or {},
         )
@@ -71,9 +76,20 @@ class SystemResult:
         """Preemptions and blocking, for a system that preempts."""
         return None if self.blocking_s is None else summarise_blocking(self.blocking_s)
 
+    @property
+    def stop_wait_p50_p99_max_s(self) -> tuple[float, float, float] | None:
+        """How long the running tasks took to stop; None without preemptions."""
+        if not self.stop_waits_s:
+            return None
+        p50_s, p99_s = (float(value) for value in np.percentile(self.stop_waits_s, [50, 99]))
+        return p50_s, p99_s, max(self.stop_waits_s)
+
     def to_dict(self) -> dict[str, Any]:
         """The system's entry in the report."""
-        preemption = dataclasses.asdict(self.preemption) if self.preemption else {}
+        preemption: dict[str, Any] = dataclasses.asdict(self.preemption) if self.preemption else {}
+        if self.stop_wait_p50_p99_max_s:
+            names = ("stop_wait_p50_s", "stop_wait_p99_s", "stop_wait_max_s")
+            preemption |= dict(zip(names, self.stop_wait_p50_p99_max_s, strict=True))
         return {
             "label": self.label,
             **dataclasses.asdict(self.summary),

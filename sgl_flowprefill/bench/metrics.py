@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import orjson
@@ -70,13 +70,21 @@ def read_blocking(event_log: Path, start_s: float, end_s: float) -> list[float]:
 
     The log has a JSON object a line; a last line that was cut off is left out.
     """
+    return [float(event["blocking_s"]) for event in _suspensions(event_log, start_s, end_s)]
+
+
+def read_stop_waits(event_log: Path, start_s: float, end_s: float) -> list[float]:
+    """The part of each blocking time (s) that passed until the running task stopped, without the hub's. 0 where it had
+    stopped before the request could be read.
+    """
+    suspensions = _suspensions(event_log, start_s, end_s)
+    return [max(0.0, float(event["stopped_s"] - event["readable_s"])) for event in suspensions]
+
+
+def _suspensions(event_log: Path, start_s: float, end_s: float) -> list[dict[str, Any]]:
     lines = event_log.read_bytes().split(b"\n")[:-1] if event_log.exists() else []
     events = [orjson.loads(line) for line in lines if line.startswith(b"{")]
-    return [
-        float(event["blocking_s"])
-        for event in events
-        if event["event"] == "suspend" and start_s <= event["t_s"] <= end_s
-    ]
+    return [event for event in events if event["event"] == "suspend" and start_s <= event["t_s"] <= end_s]
 
 
 def summarise_blocking(blocking_s: Sequence[float]) -> PreemptionSummary:

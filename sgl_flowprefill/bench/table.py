@@ -84,6 +84,13 @@ def table_rows(comparison: Comparison) -> Iterator[tuple[str, str, list[str]]]:
             else MISSING
         ),
     )
+    yield row(
+        "preemption",
+        "  until the running task stopped",
+        lambda system: (
+            " / ".join(map(milliseconds, system.stop_wait_p50_p99_max_s)) if system.stop_wait_p50_p99_max_s else MISSING
+        ),
+    )
 
 
 def percent(share: float) -> str:

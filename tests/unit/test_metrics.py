@@ -7,7 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sgl_flowprefill.bench.metrics import SLO_SCALES, attainment, read_blocking, summarise, summarise_blocking
+from sgl_flowprefill.bench.metrics import (
+    SLO_SCALES,
+    attainment,
+    read_blocking,
+    read_stop_waits,
+    summarise,
+    summarise_blocking,
+)
 from sgl_flowprefill.bench.replay import RequestResult
 
 
@@ -76,13 +83,14 @@ def test_blocking_comes_from_the_suspensions_of_the_run_only(tmp_path: Path) -> 
     events = [
         {"event": "suspend", "t_s": 5.0, "blocking_s": 9.0},
         {"event": "start", "t_s": 11.0},
-        {"event": "suspend", "t_s": 12.0, "blocking_s": 0.002},
-        {"event": "suspend", "t_s": 13.0, "blocking_s": 0.004},
+        {"event": "suspend", "t_s": 12.0, "blocking_s": 0.002, "readable_s": 11.998, "stopped_s": 11.9995},
+        {"event": "suspend", "t_s": 13.0, "blocking_s": 0.004, "readable_s": 12.996, "stopped_s": 12.995},
         {"event": "suspend", "t_s": 99.0, "blocking_s": 9.0},
     ]
     log.write_text("".join(json.dumps(event) + "\n" for event in events) + '{"event": "susp')
     blocking_s = read_blocking(log, 10.0, 20.0)
     assert blocking_s == [0.002, 0.004]
+    assert read_stop_waits(log, 10.0, 20.0) == pytest.approx([0.0015, 0.0])
     summary = summarise_blocking(blocking_s)
     assert summary.preemptions == 2
     assert summary.blocking_p50_s == pytest.approx(0.003)
