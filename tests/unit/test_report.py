@@ -49,7 +49,16 @@ def run_of(trace: Trace, slowness: float, invalid_reason: str | None = None) -> 
 def event_log(tmp_path: Path) -> Path:
     path = tmp_path / "events.jsonl"
     times_s = np.geomspace(0.001, 0.02, 40)
-    events = [{"event": "suspend", "t_s": 101.0 + i, "blocking_s": time_s} for i, time_s in enumerate(times_s)]
+    events = [
+        {
+            "event": "suspend",
+            "t_s": 101.0 + i,
+            "blocking_s": time_s,
+            "readable_s": 101.0 + i - time_s,
+            "stopped_s": 101.0 + i - time_s / 2,
+        }
+        for i, time_s in enumerate(times_s)
+    ]
     path.write_text("".join(json.dumps(event) + "\n" for event in events))
     return path
 
@@ -119,6 +128,7 @@ def test_table_names_every_figure(comparison: Comparison) -> None:
     for name in ("requests", "completed", "TTFT SLO attainment", "search", "goodput", "TTFT p50 / p99", "preemptions"):
         assert name in text
     assert "blocking time p50/p99/max" in text
+    assert "until the running task stopped" in text
     assert "40" in text
 
 
