@@ -86,7 +86,7 @@ def table_rows(comparison: Comparison) -> Iterator[tuple[str, str, list[str]]]:
     )
     yield row(
         "preemption",
-        "  until the running task stopped",
+        "  until the task stopped",
         lambda system: (
             " / ".join(map(milliseconds, system.stop_wait_p50_p99_max_s)) if system.stop_wait_p50_p99_max_s else MISSING
         ),

@@ -128,7 +128,7 @@ def test_table_names_every_figure(comparison: Comparison) -> None:
     for name in ("requests", "completed", "TTFT SLO attainment", "search", "goodput", "TTFT p50 / p99", "preemptions"):
         assert name in text
     assert "blocking time p50/p99/max" in text
-    assert "until the running task stopped" in text
+    assert "until the task stopped" in text
     assert "40" in text
 
 
