@@ -114,6 +114,10 @@ class Campaign:
             for seed in range(self.plan.seeds)
         )
 
+    def _is_out(self, system: System) -> bool:
+        """Whether it was beaten at every attainment, so that it is not compared either."""
+        return all(self.is_beaten(system, share) for share in self.goal.attainments)
+
     def _to_beat_rps(self, system: System, seed: int, attainment: float) -> float:
         """The highest rate that another stock system is known to keep, in a race; else 0."""
         if not self.goal.race or not system.is_stock or system.name == UNCHUNKED_FCFS:
@@ -148,10 +152,7 @@ class Campaign:
         )
         if "comparison_rps" in self.log.facts:
             return searched + sum(len(list(self._comparisons(system))) for system in self.systems)
-        unbeaten = sum(
-            not all(self.is_beaten(system, share) for share in self.goal.attainments) for system in self.systems
-        )
-        return searched + unbeaten * self.plan.seeds
+        return searched + sum(not self._is_out(system) for system in self.systems) * self.plan.seeds
 
     @property
     def _least_rps(self) -> float:
@@ -195,7 +196,7 @@ class Campaign:
     def _comparisons(self, system: System) -> Iterator[tuple[int, float]]:
         """(seed, rate) of what is still to be replayed to the end at the rate at which systems are compared."""
         rate_rps = self.log.facts.get("comparison_rps")
-        if rate_rps is not None and not all(self.is_beaten(system, share) for share in self.goal.attainments):
+        if rate_rps is not None and not self._is_out(system):
             for seed in range(self.plan.seeds):
                 if not self._is_given_up(system, seed) and not self.log.complete_at(rate_rps, system.name, seed):
                     yield seed, rate_rps

@@ -11,7 +11,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Final
 
-import numpy as np
 import orjson
 import psutil
 
@@ -79,10 +78,10 @@ class SystemResult:
     @property
     def stop_wait_p50_p99_max_s(self) -> tuple[float, float, float] | None:
         """How long the running tasks took to stop; None without preemptions."""
-        if not self.stop_waits_s:
+        summary = summarise_blocking(self.stop_waits_s)
+        if summary.blocking_p50_s is None or summary.blocking_p99_s is None or summary.blocking_max_s is None:
             return None
-        p50_s, p99_s = (float(value) for value in np.percentile(self.stop_waits_s, [50, 99]))
-        return p50_s, p99_s, max(self.stop_waits_s)
+        return summary.blocking_p50_s, summary.blocking_p99_s, summary.blocking_max_s
 
     def to_dict(self) -> dict[str, Any]:
         """The system's entry in the report."""
