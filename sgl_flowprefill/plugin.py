@@ -27,11 +27,11 @@ def _load() -> None:
     _take_platform_seams()
     if not is_enabled():
         return
-    FlowPrefillConfig.from_env()
+    config = FlowPrefillConfig.from_env()
     if multiprocessing.parent_process() is None:
         _take_http_seams()
     elif "sglang.srt.managers.scheduler" in sys.modules:
-        _take_scheduler_seam()
+        _take_scheduler_seams(config)
 
 
 def _take_http_seams() -> None:
@@ -43,14 +43,17 @@ def _take_http_seams() -> None:
     health.apply()
 
 
-def _take_scheduler_seam() -> None:
+def _take_scheduler_seams(config: FlowPrefillConfig) -> None:
     """Of the processes that SGLang spawns, those that run a scheduler have imported it before they load plugins."""
     # SGLang's eager runner copies a batch's inputs into buffers that the next forward overwrites, unless told not to.
     os.environ["SGLANG_EAGER_INPUT_NO_COPY"] = "1"
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
+    from sgl_flowprefill.patches import decode_order
     from sgl_flowprefill.runtime.scheduler import FlowPrefillScheduler
 
+    if config.policy != "fcfs":
+        decode_order.apply(config)
     HookRegistry.register("sglang.srt.managers.scheduler.Scheduler", FlowPrefillScheduler, HookType.REPLACE)
 
 

@@ -17,14 +17,12 @@ from sglang.srt.disaggregation.utils import is_aborted
 from sglang.srt.managers.utils import is_health_check_generate_req
 
 from sgl_flowprefill.policy import Job
+from sgl_flowprefill.runtime.deadline import received_s, slo_s
 from sgl_flowprefill.runtime.setup import NO_TASK, PreparedScheduler
 from sgl_flowprefill.runtime.task import PrefillTask
 from sgl_flowprefill.runtime.waiting import WaitingRequest
-from sgl_flowprefill.slo import ttft_slo_s
 from sgl_flowprefill.ttft import PrefillShape
 
-HEALTH_CHECK_SLO_S: Final = 0.5
-"""Objective of SGLang's health-check request, which runs as a one-token prefill when the server is idle."""
 IDLE_CHECK_S: Final = 5.0
 """How often an idle scheduler does SGLang's housekeeping (leak check, metrics)."""
 STALL_CHECK_S: Final = 1.0
@@ -265,13 +263,13 @@ class FlowPrefillScheduler(PreparedScheduler):
     def _add_request_to_queue(self, req: Any, is_retracted: bool = False) -> None:
         super()._add_request_to_queue(req, is_retracted)
         if self._is_on and not is_health_check_generate_req(req):
-            self._journal.arrived(req, _received_s(req), self._slo_s(req))
+            self._journal.arrived(req, received_s(req), self._slo_s(req))
 
     def _enqueue(self, req: Any) -> None:
         """A request that finished bootstrapping waits for its turn."""
         self.waiting_queue.append(req)
         req.init_next_round_input(self.tree_cache)
-        job = self._waiting.add(req, _received_s(req), self._slo_s(req), self._predict_s)
+        job = self._waiting.add(req, received_s(req), self._slo_s(req), self._predict_s)
         self._policy.requests.add(job)
 
     def abort_request(self, recv_req: Any) -> None:
@@ -334,14 +332,7 @@ class FlowPrefillScheduler(PreparedScheduler):
         return self._ttft.predict_s([request.shape for request in requests])
 
     def _slo_s(self, req: Any) -> float:
-        if is_health_check_generate_req(req):
-            return HEALTH_CHECK_SLO_S
-        return ttft_slo_s(req.sampling_params.custom_params, self._config.default_ttft_slo)
-
-
-def _received_s(req: Any) -> float:
-    """When the HTTP server received the request; for one that came another way, when the scheduler did."""
-    return float(req.time_stats.created_time or req.time_stats.scheduler_recv_time or time.monotonic())
+        return slo_s(req, self._config.default_ttft_slo)
 
 
 def _shapes(batch: Any) -> list[PrefillShape]:

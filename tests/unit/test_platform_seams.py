@@ -19,8 +19,8 @@ pytest.importorskip("sglang")
 import zmq
 from sglang.srt.plugins.hook_registry import HookRegistry
 
-from sgl_flowprefill.config import ConfigError
-from sgl_flowprefill.patches import affinity, cpu_tp, decode_idle, nixl_dram, nixl_sleep, wakeups
+from sgl_flowprefill.config import ConfigError, FlowPrefillConfig
+from sgl_flowprefill.patches import affinity, cpu_tp, decode_idle, decode_order, nixl_dram, nixl_sleep, wakeups
 from sgl_flowprefill.patches.base import SeamError
 
 
@@ -35,6 +35,10 @@ def other_shape(*_anything: Any) -> None:
     """What a future SGLang might put in a target's place."""
 
 
+def apply_decode_order() -> None:
+    decode_order.apply(FlowPrefillConfig())
+
+
 SEAMS: list[tuple[Callable[[], None], str]] = [
     (nixl_dram.apply, nixl_dram.TARGET),
     (nixl_dram.apply, nixl_dram.AGENT),
@@ -47,6 +51,7 @@ SEAMS: list[tuple[Callable[[], None], str]] = [
     (wakeups.apply, wakeups.TARGET),
     (affinity.apply, affinity.TARGET),
     (affinity.apply, affinity.CALLER),
+    (apply_decode_order, decode_order.TARGET),
 ]
 
 
@@ -64,7 +69,11 @@ def test_a_changed_target_is_refused_by_name(
 
 
 @pytest.mark.parametrize(
-    "apply", [nixl_dram.apply, nixl_sleep.apply, cpu_tp.apply, wakeups.apply, decode_idle.apply, affinity.apply]
+    "apply",
+    [
+        *(nixl_dram.apply, nixl_sleep.apply, cpu_tp.apply, wakeups.apply, decode_idle.apply, affinity.apply),
+        apply_decode_order,
+    ],
 )
 def test_the_installed_sglang_has_the_expected_shape(apply: Callable[[], None]) -> None:
     apply()

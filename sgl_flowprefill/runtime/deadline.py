@@ -1,0 +1,35 @@
+"""When a request's first token is due, by what SGLang knows of it."""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Any, Final
+
+from sglang.srt.managers.utils import is_health_check_generate_req
+
+from sgl_flowprefill.slo import SloError, ttft_slo_s
+
+logger = logging.getLogger(__name__)
+
+HEALTH_CHECK_SLO_S: Final = 0.5
+"""Objective of SGLang's health-check request, which runs as a one-token prefill when the server is idle."""
+
+
+def slo_s(req: Any, default_s: float) -> float:
+    """TTFT objective in seconds of SGLang's ``req``; ``default_s`` where it names none.
+
+    HTTP servers refuse an invalid objective; one that came another way counts as none.
+    """
+    if is_health_check_generate_req(req):
+        return HEALTH_CHECK_SLO_S
+    try:
+        return ttft_slo_s(req.sampling_params.custom_params, default_s)
+    except SloError as error:
+        logger.warning("request %s: %s It gets the default, %g s.", req.rid, error, default_s)
+        return default_s
+
+
+def received_s(req: Any) -> float:
+    """When the HTTP server received ``req``; for one that came another way, when the scheduler did."""
+    return float(req.time_stats.created_time or req.time_stats.scheduler_recv_time or time.monotonic())
