@@ -17,8 +17,8 @@ import psutil
 from sgl_flowprefill.bench.metrics import (
     PreemptionSummary,
     RunSummary,
-    read_blocking,
-    read_stop_waits,
+    Suspension,
+    read_suspensions,
     summarise,
     summarise_blocking,
 )
@@ -38,10 +38,8 @@ class SystemResult:
     """What the table calls it, with the setting that matters most."""
     run: ReplayRun
     summary: RunSummary
-    blocking_s: Sequence[float] | None = None
-    """Blocking time of each preemption; None for a system that has no preemption."""
-    stop_waits_s: Sequence[float] = ()
-    """Of each, what passed until the running task stopped."""
+    suspensions: Sequence[Suspension] | None = None
+    """Its preemptions; None for a system that has no preemption."""
     solo_ttft_s: Mapping[int, float] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
 
@@ -64,21 +62,25 @@ class SystemResult:
             label=label,
             run=run,
             summary=summarise(run.results, run.duration_s, trace.classes),
-            blocking_s=read_blocking(event_log, *span_s) if event_log else None,
-            stop_waits_s=read_stop_waits(event_log, *span_s) if event_log else (),
+            suspensions=read_suspensions(event_log, *span_s) if event_log else None,
             solo_ttft_s=solo_ttft_s or {},
             settings=settings or {},
         )
 
     @property
+    def blocking_s(self) -> list[float]:
+        """Blocking time of each preemption."""
+        return [suspension.blocking_s for suspension in self.suspensions or ()]
+
+    @property
     def preemption(self) -> PreemptionSummary | None:
         """Preemptions and blocking, for a system that preempts."""
-        return None if self.blocking_s is None else summarise_blocking(self.blocking_s)
+        return None if self.suspensions is None else summarise_blocking(self.blocking_s)
 
     @property
     def stop_wait_p50_p99_max_s(self) -> tuple[float, float, float] | None:
         """How long the running tasks took to stop; None without preemptions."""
-        summary = summarise_blocking(self.stop_waits_s)
+        summary = summarise_blocking([suspension.stop_wait_s for suspension in self.suspensions or ()])
         if summary.blocking_p50_s is None or summary.blocking_p99_s is None or summary.blocking_max_s is None:
             return None
         return summary.blocking_p50_s, summary.blocking_p99_s, summary.blocking_max_s

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final, NamedTuple
 
 import numpy as np
 import orjson
@@ -39,6 +39,16 @@ class RunSummary(ClassSummary):
     attainment_by_slo_scale: Mapping[str, float]
 
 
+class Suspension(NamedTuple):
+    """One preemption, as the event log has it."""
+
+    blocking_s: float
+    """Until the request that won started."""
+    stop_wait_s: float
+    """The part of it until the running task stopped, without the hub's; 0 where it had stopped before the request could
+    be read."""
+
+
 @dataclass(frozen=True)
 class PreemptionSummary:
     """Preemptions of a run and how long the requests that won were blocked."""
@@ -65,26 +75,18 @@ def attainment(results: Sequence[RequestResult], slo_scale: float = 1.0) -> floa
     return sum(result.meets_ttft(slo_scale) for result in results) / max(1, len(results))
 
 
-def read_blocking(event_log: Path, start_s: float, end_s: float) -> list[float]:
-    """Blocking times (s) of the suspensions between two ``time.monotonic()`` values, in order.
+def read_suspensions(event_log: Path, start_s: float, end_s: float) -> list[Suspension]:
+    """The suspensions between two ``time.monotonic()`` values, in order.
 
     The log has a JSON object a line; a last line that was cut off is left out.
     """
-    return [float(event["blocking_s"]) for event in _suspensions(event_log, start_s, end_s)]
-
-
-def read_stop_waits(event_log: Path, start_s: float, end_s: float) -> list[float]:
-    """The part of each blocking time (s) that passed until the running task stopped, without the hub's. 0 where it had
-    stopped before the request could be read.
-    """
-    suspensions = _suspensions(event_log, start_s, end_s)
-    return [max(0.0, float(event["stopped_s"] - event["readable_s"])) for event in suspensions]
-
-
-def _suspensions(event_log: Path, start_s: float, end_s: float) -> list[dict[str, Any]]:
     lines = event_log.read_bytes().split(b"\n")[:-1] if event_log.exists() else []
-    events = [orjson.loads(line) for line in lines if line.startswith(b"{")]
-    return [event for event in events if event["event"] == "suspend" and start_s <= event["t_s"] <= end_s]
+    events = (orjson.loads(line) for line in lines if line.startswith(b"{"))
+    return [
+        Suspension(float(event["blocking_s"]), max(0.0, float(event["stopped_s"] - event["readable_s"])))
+        for event in events
+        if event["event"] == "suspend" and start_s <= event["t_s"] <= end_s
+    ]
 
 
 def summarise_blocking(blocking_s: Sequence[float]) -> PreemptionSummary:

@@ -21,7 +21,7 @@ import requests
 
 from sgl_flowprefill.bench.calibrate import measure_solo_ttft
 from sgl_flowprefill.bench.client import Client, GenerateApi, get_json
-from sgl_flowprefill.bench.metrics import read_blocking
+from sgl_flowprefill.bench.metrics import read_suspensions
 from sgl_flowprefill.bench.prompts import PromptBuilder
 from sgl_flowprefill.bench.replay import Enough, OnProgress, ReplayRun, replay
 from sgl_flowprefill.bench.simulator.measured import Engine, best_profile
@@ -162,7 +162,8 @@ class Served:
         """Blocking time of each preemption of ``run``, once its servers are at rest; None without preemption."""
         if self.event_log is None:
             return None
-        return read_blocking(self.event_log, run.start_monotonic_s, run.start_monotonic_s + run.duration_s)
+        end_s = run.start_monotonic_s + run.duration_s
+        return [one.blocking_s for one in read_suspensions(self.event_log, run.start_monotonic_s, end_s)]
 
     def engine(self, prompts: PromptBuilder) -> Engine:
         """What the simulator needs to know; a burst of requests shows what passes between forwards.

@@ -10,8 +10,7 @@ import pytest
 from sgl_flowprefill.bench.metrics import (
     SLO_SCALES,
     attainment,
-    read_blocking,
-    read_stop_waits,
+    read_suspensions,
     summarise,
     summarise_blocking,
 )
@@ -88,9 +87,10 @@ def test_blocking_comes_from_the_suspensions_of_the_run_only(tmp_path: Path) -> 
         {"event": "suspend", "t_s": 99.0, "blocking_s": 9.0},
     ]
     log.write_text("".join(json.dumps(event) + "\n" for event in events) + '{"event": "susp')
-    blocking_s = read_blocking(log, 10.0, 20.0)
+    suspensions = read_suspensions(log, 10.0, 20.0)
+    blocking_s = [one.blocking_s for one in suspensions]
     assert blocking_s == [0.002, 0.004]
-    assert read_stop_waits(log, 10.0, 20.0) == pytest.approx([0.0015, 0.0])
+    assert [one.stop_wait_s for one in suspensions] == pytest.approx([0.0015, 0.0])
     summary = summarise_blocking(blocking_s)
     assert summary.preemptions == 2
     assert summary.blocking_p50_s == pytest.approx(0.003)
@@ -99,6 +99,6 @@ def test_blocking_comes_from_the_suspensions_of_the_run_only(tmp_path: Path) -> 
 
 
 def test_no_preemption_has_no_blocking_time(tmp_path: Path) -> None:
-    assert read_blocking(tmp_path / "absent.jsonl", 0, 1) == []
+    assert read_suspensions(tmp_path / "absent.jsonl", 0, 1) == []
     assert summarise_blocking([]).preemptions == 0
     assert summarise_blocking([]).blocking_p99_s is None
