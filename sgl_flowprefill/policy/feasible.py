@@ -1,5 +1,5 @@
-"""Feasible-set order: the largest set of jobs that can all meet their deadlines (Moore-Hodgson), with room for what will
-arrive, kept up to date from event to event."""
+"""Feasible-set order: the largest set of jobs that can all meet their deadlines (Moore-Hodgson), with room for what
+will arrive, kept up to date from event to event."""
 
 from __future__ import annotations
 
