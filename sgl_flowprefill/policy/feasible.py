@@ -27,7 +27,7 @@ Entry = tuple[float, int, Job[Any], "FeasibleSetQueue[Any]"]
 
 
 def largest_feasible(by_deadline: Iterable[Entry], now_s: float, forecast: Forecast) -> tuple[list[Entry], float]:
-    """What to keep of ``by_deadline``, and how long its start could be put off.
+    """What to keep of ``by_deadline``, and a time by which its start can be put off (seconds).
 
     In order of deadlines, jobs are taken on until one would be late; then the job that takes longest per request is let
     go. Without batches and ``forecast`` what is kept is a largest set of jobs that all finish in time (Moore 1968). The
@@ -62,25 +62,29 @@ class FeasibleSet:
 
         latest start <= deadline - expected work due before it - work of the kept jobs up to it,   for each kept job.
 
-    * Running the first job moves it by what has been done. Nothing else in it changes for the worse with time, as the
-      work expected before a deadline only becomes less. So while the plan is followed, it holds.
-    * A job that comes puts it forward by its work at most. If it is not past then, the job is kept: a set one larger
-      than a largest one is a largest one. If it is, a new plan for ``kept`` lets one go.
-    * A job that was let go could not be met beside the others, so it is looked at again only when the forecast has
-      changed, or when nothing is kept any more.
+    * While the first job runs, it moves along with the time. The work expected before a deadline only becomes less as
+      the deadline comes nearer. So while the plan is followed, it holds, and nothing is planned.
+    * A job that comes takes its own work off, or sets it to what its own deadline asks. If it is not past then, the
+      plan with this job holds: one more than the most that could be met is the most. If it is, ``kept`` is planned
+      anew, which lets one job go where jobs are not batches.
+    * A job that was let go does not come back while the plan is followed, as a new plan of all would let it go again,
+      but for the work that the forecast no longer expects. All jobs are planned anew when the forecast changes, and
+      when nothing is kept any more.
     """
 
     def __init__(self, forecast: Forecast) -> None:
         self.queues: list[FeasibleSetQueue[Any]] = []
         self.kept: list[Entry] = []
+        self.numbers = count()
+        """Tie-breakers of entries."""
         self._forecast = forecast
         self._now_s = -math.inf
         self._latest_start_s = math.inf
         self._horizon_s = math.inf
-        """Deadlines after it are for a later plan."""
+        """Jobs with later deadlines wait for the next plan of all: only PLANNED at a time are planned."""
         self._forecast_changed = False
         self._some_have_left = False
-        """Since the last plan of all jobs, of ``kept``."""
+        """Of ``kept``, since all jobs were planned."""
 
     def arrived(self, job: Job[Any]) -> None:
         """``job`` is new: count it among what arrives."""
@@ -152,7 +156,8 @@ class FeasibleSetQueue(Queue[T], Generic[T]):
     still meet their deadline, by deadline, and the hopeless ones, oldest first. A hopeless job that has waited
     ``max_starvation_s`` goes before all, when it is its turn.
 
-    ``started`` says that the jobs are tasks.
+    ``started`` says that the jobs are tasks. An event that goes by the plan costs O(log n), and a sum over the kept
+    jobs that a new one goes behind. A plan looks at PLANNED jobs at most.
     """
 
     def __init__(
@@ -163,7 +168,6 @@ class FeasibleSetQueue(Queue[T], Generic[T]):
         self._max_starvation_s = max_starvation_s
         self._turns = turns
         self._started = started
-        self._number = count(started, 2)
         self._entries: dict[int, Entry] = {}
         self.left_out: list[Entry] = []
         """In order of deadlines."""
@@ -179,7 +183,7 @@ class FeasibleSetQueue(Queue[T], Generic[T]):
     def add(self, job: Job[T]) -> None:
         if not self._started:
             self._set.arrived(job)
-        entry = self._entries[id(job)] = (job.deadline_s, next(self._number), job, self)
+        entry = self._entries[id(job)] = (job.deadline_s, next(self._set.numbers), job, self)
         self._set.add(entry)
 
     def remove(self, job: Job[T]) -> None:

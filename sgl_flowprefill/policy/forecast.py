@@ -9,7 +9,8 @@ from operator import itemgetter, mul
 from typing import Final
 
 UPDATES: Final = 8
-"""While as much arrives as the forecast is judged by: an arrival costs as if it looked at so many others."""
+"""Times that the forecast changes while all that it is judged by is replaced. So an arrival costs as much, on average,
+as looking at so many others, however many there are."""
 LEAST_SHARE: Final = 1 / 8
 """Of the window: what arrived after a pause is taken for that of so long a time at least."""
 _WORK_S, _SLO_S = itemgetter(1), itemgetter(2)
