@@ -5,11 +5,15 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections import deque
 from itertools import accumulate
+from operator import itemgetter, mul
 from typing import Final
 
-UPDATES_PER_WINDOW: Final = 64
+UPDATES: Final = 8
+"""Times that the forecast changes while all that it is judged by is replaced. So an arrival costs as much, on average,
+as looking at so many others, however many there are."""
 LEAST_SHARE: Final = 1 / 8
 """Of the window: what arrived after a pause is taken for that of so long a time at least."""
+_WORK_S, _SLO_S = itemgetter(1), itemgetter(2)
 
 
 class Forecast:
@@ -22,21 +26,25 @@ class Forecast:
     def __init__(self, window_s: float) -> None:
         self._window_s = window_s
         self._recent: deque[tuple[float, float, float]] = deque()
-        self._next_update_s = float("-inf")
+        self._unseen = 0
+        self._past_s = window_s
         self._slos_s: list[float] = []
-        self._rates = [0.0]
-        """Seconds of work a second, of requests with the first 0, 1, 2, ... of ``_slos_s``."""
-        self._offsets_s = [0.0]
+        self._works_s = [0.0]
+        """Work of the requests with the first 0, 1, 2, ... of ``_slos_s``, which came in ``_past_s``."""
+        self._offsets_s2 = [0.0]
         """The same, each times its SLO."""
 
-    def arrived(self, now_s: float, work_s: float, slo_s: float) -> None:
-        """A request of ``work_s`` has arrived, which must end within ``slo_s``."""
+    def arrived(self, now_s: float, work_s: float, slo_s: float) -> bool:
+        """A request of ``work_s`` has arrived, which must end within ``slo_s``. Whether other work is expected now."""
         self._recent.append((now_s, work_s, slo_s))
         while self._recent[0][0] < now_s - self._window_s:
             self._recent.popleft()
-        if now_s >= self._next_update_s:
-            self._next_update_s = now_s + self._window_s / UPDATES_PER_WINDOW
-            self._update(max(now_s - self._recent[0][0], self._window_s * LEAST_SHARE))
+        self._unseen += 1
+        if self._unseen * UPDATES < len(self._recent):
+            return False
+        self._unseen = 0
+        self._update(max(now_s - self._recent[0][0], self._window_s * LEAST_SHARE))
+        return True
 
     def due_s(self, within_s: float) -> float:
         """Expected work of requests that are still to arrive and whose deadlines pass in the next ``within_s``.
@@ -44,12 +52,16 @@ class Forecast:
         A request with SLO s is among them when it arrives in the next ``within_s - s``.
         """
         place = bisect_right(self._slos_s, within_s)
-        return self._rates[place] * within_s - self._offsets_s[place]
+        return (self._works_s[place] * within_s - self._offsets_s2[place]) / self._past_s
 
     def _update(self, past_s: float) -> None:
-        shortest = sorted((work_s, slo_s) for _, work_s, slo_s in self._recent)
-        fitting = bisect_right(list(accumulate(work_s for work_s, _ in shortest)), past_s)
-        by_slo = sorted((slo_s, work_s / past_s) for work_s, slo_s in shortest[:fitting])
-        self._slos_s = [slo_s for slo_s, _ in by_slo]
-        self._rates = [0.0, *accumulate(rate for _, rate in by_slo)]
-        self._offsets_s = [0.0, *accumulate(slo_s * rate for slo_s, rate in by_slo)]
+        counted = list(self._recent)
+        if sum(map(_WORK_S, counted)) > past_s:
+            counted.sort(key=_WORK_S)
+            del counted[bisect_right(list(accumulate(map(_WORK_S, counted))), past_s) :]
+        counted.sort(key=_SLO_S)
+        works_s = list(map(_WORK_S, counted))
+        self._past_s = past_s
+        self._slos_s = list(map(_SLO_S, counted))
+        self._works_s = [0.0, *accumulate(works_s)]
+        self._offsets_s2 = [0.0, *accumulate(map(mul, self._slos_s, works_s))]

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sgl_flowprefill.policy import Job, Limits, PrefillPolicy, SlackEdfQueue, make_policy
-from sgl_flowprefill.policy.feasible import PLANNED, FeasibleSet, FeasibleSetQueue
+from sgl_flowprefill.policy.feasible import PLANNED, FeasibleSet, FeasibleSetQueue, largest_feasible
 from sgl_flowprefill.policy.forecast import Forecast
 from sgl_flowprefill.policy.queues import StarvationTurns
 
@@ -69,6 +69,72 @@ def test_what_is_kept_is_a_largest_feasible_set(drawn: list[tuple[int, int]]) ->
     best = max(size for size in range(len(jobs) + 1) if any(feasible(some) for some in combinations(jobs, size)))
     assert len(queue.kept) == best
     assert feasible(queue.kept)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 30), st.integers(1, 9), st.integers(0, 6)), min_size=1, max_size=30))
+def test_the_plan_that_is_kept_up_to_date_is_as_large_as_a_new_one(drawn: list[tuple[int, int, int]]) -> None:
+    """Jobs come while the first of the plan runs, which is put back with what is left of it, as the hub does it."""
+    queue, _ = queues_of()
+    live: list[Job[object]] = []
+    now_s = 0.0
+    for slo_s, remaining_s, until_next_s in drawn:
+        live.append(job(None, now_s + slo_s, float(remaining_s), now_s))
+        queue.add(live[-1])
+        next_s = now_s + until_next_s
+        while True:
+            queue.best(now_s)
+            entries = [(entry.deadline_s, number, entry, queue) for number, entry in enumerate(live)]
+            new, _ = largest_feasible(sorted(entries), now_s, Forecast(math.inf))
+            assert len(queue.kept) == len(new)
+            assert feasible(queue.kept, now_s)
+            if not queue.kept or now_s == next_s:
+                break
+            running = queue.kept[0]
+            queue.remove(running)
+            ran_s = min(running.remaining_s, next_s - now_s)
+            now_s += ran_s
+            running.remaining_s -= ran_s
+            if running.remaining_s:
+                queue.add(running)
+            else:
+                live.remove(running)
+        now_s = next_s
+
+
+def test_while_the_plan_holds_nothing_is_planned_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    requests, tasks = queues_of()
+    for number in range(9):
+        requests.add(job(number, 10.0 + number, 1.0))
+    requests.best(0.0)
+
+    def plan_again(*_: object) -> None:
+        raise AssertionError("a new plan")
+
+    monkeypatch.setattr("sgl_flowprefill.policy.feasible.largest_feasible", plan_again)
+    running = requests.kept[0]
+    requests.remove(running)
+    tasks.add(running)
+    for now_s in (0.25, 0.5, 0.75):
+        tasks.remove(running)
+        running.remaining_s -= 0.25
+        tasks.add(running)
+        requests.best(now_s)
+    tasks.remove(running)
+    assert [entry.item for entry in requests.kept] == list(range(1, 9))
+    requests.best(1.0)
+
+
+def test_a_job_that_was_let_go_is_looked_at_again_when_nothing_is_kept() -> None:
+    requests, _ = queues_of()
+    short, long = job("short", 5.0, 2.0), job("long", 5.0, 4.0)
+    for entry in (short, long):
+        requests.add(entry)
+    requests.best(0.0)
+    assert requests.kept == [short]
+    requests.remove(short)
+    requests.best(0.5)
+    assert requests.kept == [long]
 
 
 def test_a_batch_counts_as_many_requests_as_it_has() -> None:
