@@ -8,7 +8,7 @@ from itertools import accumulate
 from operator import itemgetter, mul
 from typing import Final
 
-UPDATES: Final = 8
+UPDATES: Final = 20
 """Times that the forecast changes while all that it is judged by is replaced. So an arrival costs as much, on average,
 as looking at so many others, however many there are."""
 LEAST_SHARE: Final = 1 / 8
