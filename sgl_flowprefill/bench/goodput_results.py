@@ -28,6 +28,8 @@ from sgl_flowprefill.bench.systems import UNCHUNKED_FCFS, System
 OURS: Final = "flowprefill"
 BY_LAYER: Final = "flowprefill-layer"
 RESAMPLES: Final = 5000
+MAX_DRIFT: Final = 1.1
+"""Factor between lone requests at two starts of one system's servers above which a report doubts itself."""
 
 
 @dataclass(frozen=True)
@@ -300,7 +302,21 @@ def _problems(log: ProbeLog, figures: Mapping[str, SystemFigures]) -> list[str]:
         errors = [r.error for probe in probes if probe.complete for r in probe.run.results if r.error]
         if errors:
             found.append(f"{name}: {len(errors)} requests failed; the first: {errors[0]}")
-    return found
+    return found + _drift(log)
+
+
+def _drift(log: ProbeLog) -> list[str]:
+    """A sentence if the machine did not stay as fast as it was, by lone requests at each start of servers."""
+    visits_s = {name: [sum(times_s.values()) for times_s in visits] for name, visits in log.solo_ttft_s.items()}
+    changes = {name: max(times_s) / min(times_s) for name, times_s in visits_s.items()}
+    name = max(changes, key=lambda name: changes[name], default="")
+    if not name or changes[name] <= MAX_DRIFT:
+        return []
+    return [
+        f"The machine's speed changed: lone requests on {name} took {min(visits_s[name]):.2f} s in all at one start "
+        f"and {max(visits_s[name]):.2f} s at another. Rates found at different times do not compare; what was measured "
+        "at the common rate does if the machine was steady by then"
+    ]
 
 
 def _scale(result: RequestResult) -> float:

@@ -230,6 +230,15 @@ def test_a_client_that_keeps_falling_behind_ends_the_search_and_is_named(profile
     assert result.figures["flowprefill"].max_rate(0.9) is None
 
 
+def test_a_machine_whose_speed_changed_is_reported(profile: Path, tmp_path: Path) -> None:
+    campaign = campaign_of(Model(profile), tmp_path, ("flowprefill", "stock-fcfs"), seeds=1)
+    campaign.run()
+    assert not GoodputResult.of(campaign, "", "").problems
+    campaign.log.add_solo("stock-fcfs", {tokens: 1.3 * time_s for tokens, time_s in SOLO_TTFT_S.items()})
+    (problem,) = GoodputResult.of(campaign, "", "").problems
+    assert "speed changed: lone requests on stock-fcfs" in problem
+
+
 def test_the_prefilter_measures_the_best_stock_and_says_what_it_left_out(profile: Path, tmp_path: Path) -> None:
     names = ("flowprefill", "stock-fcfs", "stock-fcfs-8192", "stock-lpm", "stock-spf-512", "stock-spf-2048")
     campaign = campaign_of(Model(profile), tmp_path, names, prefilter=1, attainments=(0.9,))
