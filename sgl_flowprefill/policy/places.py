@@ -42,19 +42,20 @@ class PlaceOrder(Generic[T]):
             self._starved = None
             return list(waiting)
         times = {id(request): self._due_times(request) for request in waiting}
-        now_s = max((arrival_s for arrival_s, _ in times.values()), default=0.0)
+        now_s = max(arrival_s for arrival_s, _ in times.values())
 
         def rank(request: T) -> tuple[bool, float, float]:
             arrival_s, deadline_s = times[id(request)]
             return (True, arrival_s, deadline_s) if deadline_s < now_s else (False, deadline_s, arrival_s)
 
         ordered = sorted(waiting, key=rank)
-        late = next((request for request in ordered if rank(request)[0]), None)
         self._starved = None
-        if late is not None and self._before_starved <= 0 and times[id(late)][0] + self._max_starvation_s <= now_s:
-            self._starved = late
-            ordered.remove(late)
-            ordered.insert(0, late)
+        late = next((place for place, request in enumerate(ordered) if rank(request)[0]), None)
+        if late is not None and self._before_starved <= 0:
+            arrival_s, _ = times[id(ordered[late])]
+            if arrival_s + self._max_starvation_s <= now_s:
+                self._starved = ordered.pop(late)
+                ordered.insert(0, self._starved)
         return ordered
 
     def given(self, requests: Collection[T]) -> None:

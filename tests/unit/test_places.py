@@ -1,12 +1,9 @@
-"""The order in which a decode server gives out places, alone and through its seam."""
+"""The order in which a decode server gives out places."""
 
 from __future__ import annotations
 
-from collections import defaultdict
-from types import SimpleNamespace
 from typing import Any
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -66,63 +63,3 @@ def test_nobody_is_lost_and_the_order_does_not_depend_on_how_they_wait(
     random.shuffle(waiting)
     again = order_of(times).order(waiting)
     assert [times[name] for name in again] == [times[name] for name in ordered]
-
-
-# ---- the seam -----------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def registry(monkeypatch: pytest.MonkeyPatch) -> Any:
-    pytest.importorskip("sglang")
-    from sglang.srt.plugins.hook_registry import HookRegistry
-
-    monkeypatch.setattr(HookRegistry, "_hooks", defaultdict(list))
-    return HookRegistry
-
-
-def waiting_request(rid: str, arrival_s: float, custom_params: Any) -> SimpleNamespace:
-    req = SimpleNamespace(
-        rid=rid,
-        time_stats=SimpleNamespace(created_time=arrival_s),
-        sampling_params=SimpleNamespace(custom_params=custom_params),
-    )
-    return SimpleNamespace(req=req)
-
-
-def test_the_queue_is_in_order_when_places_are_given_out(registry: Any) -> None:
-    from sgl_flowprefill.config import FlowPrefillConfig
-    from sgl_flowprefill.patches import decode_order
-
-    decode_order.apply(FlowPrefillConfig(default_ttft_slo=3.0))
-    ((_, pop, _),) = registry._hooks[decode_order.TARGET]
-    queue = SimpleNamespace(
-        queue=[
-            waiting_request("relaxed", 0.0, {"ttft_slo": 20.0}),
-            waiting_request("default", 1.0, None),
-            waiting_request("urgent", 2.0, {"ttft_slo": 0.5}),
-            waiting_request("invalid", 0.5, {"ttft_slo": "soon"}),  # as if it named none
-        ]
-    )
-    seen: list[str] = []
-
-    def original(queue: Any) -> tuple[list[Any], list[Any]]:
-        seen.extend(entry.req.rid for entry in queue.queue)
-        return [queue.queue.pop(0)], []
-
-    given, failed = pop(original, queue)
-    assert seen == ["urgent", "invalid", "default", "relaxed"]
-    assert [entry.req.rid for entry in given] == ["urgent"]
-    assert not failed
-
-
-def test_without_times_from_the_http_server_the_order_stays(registry: Any) -> None:
-    from sgl_flowprefill.config import FlowPrefillConfig
-    from sgl_flowprefill.patches import decode_order
-
-    decode_order.apply(FlowPrefillConfig())
-    ((_, pop, _),) = registry._hooks[decode_order.TARGET]
-    queue = SimpleNamespace(
-        queue=[waiting_request("first", 0.0, None), waiting_request("second", 0.0, {"ttft_slo": 5.0})]
-    )
-    pop(lambda _queue: ([], []), queue)
-    assert [entry.req.rid for entry in queue.queue] == ["first", "second"]

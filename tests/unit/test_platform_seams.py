@@ -200,3 +200,45 @@ assert torch.get_num_threads() == 1
 
 def test_binding_covers_every_thread_and_the_number_of_torch_threads() -> None:
     subprocess.run([sys.executable, "-c", BIND], check=True, timeout=120)
+
+
+def waiting_request(rid: str, arrival_s: float, custom_params: Any) -> SimpleNamespace:
+    req = SimpleNamespace(
+        rid=rid,
+        time_stats=SimpleNamespace(created_time=arrival_s),
+        sampling_params=SimpleNamespace(custom_params=custom_params),
+    )
+    return SimpleNamespace(req=req)
+
+
+def test_the_queue_is_in_order_when_places_are_given_out() -> None:
+    decode_order.apply(FlowPrefillConfig(default_ttft_slo=3.0))
+    ((_, pop, _),) = HookRegistry._hooks[decode_order.TARGET]
+    queue = SimpleNamespace(
+        queue=[
+            waiting_request("relaxed", 0.0, {"ttft_slo": 20.0}),
+            waiting_request("default", 1.0, None),
+            waiting_request("urgent", 2.0, {"ttft_slo": 0.5}),
+            waiting_request("invalid", 0.5, {"ttft_slo": "soon"}),  # as if it named none
+        ]
+    )
+    seen: list[str] = []
+
+    def original(queue: Any) -> tuple[list[Any], list[Any]]:
+        seen.extend(entry.req.rid for entry in queue.queue)
+        return [queue.queue.pop(0)], []
+
+    given, failed = pop(original, queue)
+    assert seen == ["urgent", "invalid", "default", "relaxed"]
+    assert [entry.req.rid for entry in given] == ["urgent"]
+    assert not failed
+
+
+def test_without_times_from_the_http_server_the_order_stays() -> None:
+    decode_order.apply(FlowPrefillConfig())
+    ((_, pop, _),) = HookRegistry._hooks[decode_order.TARGET]
+    queue = SimpleNamespace(
+        queue=[waiting_request("first", 0.0, None), waiting_request("second", 0.0, {"ttft_slo": 5.0})]
+    )
+    pop(lambda _queue: ([], []), queue)
+    assert [entry.req.rid for entry in queue.queue] == ["first", "second"]
