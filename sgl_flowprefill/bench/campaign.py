@@ -1,7 +1,7 @@
 """The order of a goodput run's probes: systems take turns, each with a search for each seed and attainment.
 
-A visit starts a system's servers, measures lone requests, and tries the next rates of all its searches, so that a
-machine that drifts drifts for every system. When all searches have ended, every system replays all seeds to the end at
+A visit starts a system's servers, measures lone requests, and tries the next rate of each of its searches: few probes,
+so that a machine that drifts drifts for every system. When all searches have ended, every system replays all seeds to the end at
 one rate, the best stock system's, for what is compared at equal load.
 """
 
@@ -22,8 +22,6 @@ from sgl_flowprefill.bench.simulator.measured import saturation_rps
 from sgl_flowprefill.bench.simulator.search import mean_attainment
 from sgl_flowprefill.bench.systems import UNCHUNKED_FCFS, System
 
-ROUNDS_PER_VISIT: Final = 2
-"""Rates that each search of a system tries while its servers are up."""
 LEAST_REQUESTS: Final = 20
 """Of a probe: searches do not go to rates with fewer."""
 MAX_INVALID: Final = 3
@@ -221,7 +219,7 @@ class Campaign:
         with self.prober.serving(system) as served:
             self._start_s = time.monotonic() - started_s
             if self._is_searching(system):
-                for seed, attainment in self._searches * ROUNDS_PER_VISIT:
+                for seed, attainment in self._searches:
                     rate_rps = self._next_rps(system, seed, attainment)
                     if rate_rps is not None and not self._is_over():
                         self._probe(served, system, seed, rate_rps, attainment)
@@ -244,7 +242,7 @@ class Campaign:
     def _left(self) -> str:
         """What is left, as text: within a budget, what is left of it."""
         probes = self.probes_left()
-        visits = math.ceil(probes / (ROUNDS_PER_VISIT * self.plan.seeds * len(self.goal.attainments)))
+        visits = math.ceil(probes / len(self._searches))
         left_s = probes * self._probe_s + visits * self._start_s
         budget_s = self._give_up_s - time.monotonic()
         return f"about {probes} probes, {left_s / 60:.0f} min left" + (
