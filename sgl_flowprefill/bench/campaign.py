@@ -1,12 +1,13 @@
 """The order of a goodput run's probes: systems take turns, each with a search for each seed and attainment.
 
 A visit starts a system's servers, measures lone requests, and tries the next rate of each of its searches: few probes,
-so that a machine that drifts drifts for every system. When all searches have ended, every system replays all seeds to the end at
-one rate, the best stock system's, for what is compared at equal load.
+so that a machine that drifts drifts for every system. When all searches have ended, every system replays all seeds to
+the end at one rate, the best stock system's, for what is compared at equal load.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -29,6 +30,9 @@ MAX_INVALID: Final = 3
 START_S: Final = 50.0
 """What a start of servers with its lone requests takes, before one was timed."""
 SIMULATED_PRECISION: Final = 1.1
+TOLD_SLO_SCALES: Final = (1.0, 0.8, 0.6, 0.4)
+"""SLO scales with which FlowPrefill, which orders by SLOs, is compared. SGLang's own schedulers never see them: their
+replay at 1 can be judged at any other."""
 
 
 @dataclass(frozen=True)
@@ -150,7 +154,8 @@ class Campaign:
         )
         if "comparison_rps" in self.log.facts:
             return searched + sum(len(list(self._comparisons(system))) for system in self.systems)
-        return searched + sum(not self._is_out(system) for system in self.systems) * self.plan.seeds
+        in_comparison = [system for system in self.systems if not self._is_out(system)]
+        return searched + sum(len(self._told_scales(system)) for system in in_comparison) * self.plan.seeds
 
     @property
     def _least_rps(self) -> float:
@@ -191,13 +196,18 @@ class Campaign:
     def _is_searching(self, system: System) -> bool:
         return any(self._next_rps(system, *search) is not None for search in self._searches)
 
-    def _comparisons(self, system: System) -> Iterator[tuple[int, float]]:
-        """(seed, rate) of what is still to be replayed to the end at the rate at which systems are compared."""
+    def _told_scales(self, system: System) -> Sequence[float]:
+        return (1.0,) if system.is_stock or system in self.only_compared else TOLD_SLO_SCALES
+
+    def _comparisons(self, system: System) -> Iterator[tuple[int, float, float]]:
+        """(seed, rate, SLO scale) of what is still to be replayed to the end at the rate at which systems are
+        compared."""
         rate_rps = self.log.facts.get("comparison_rps")
-        if rate_rps is not None and not self._is_out(system):
-            for seed in range(self.plan.seeds):
-                if not self._is_given_up(system, seed) and not self.log.complete_at(rate_rps, system.name, seed):
-                    yield seed, rate_rps
+        if rate_rps is None or self._is_out(system):
+            return
+        for seed, scale in itertools.product(range(self.plan.seeds), self._told_scales(system)):
+            if not self._is_given_up(system, seed) and not self.log.complete_at(rate_rps, system.name, seed, scale):
+                yield seed, rate_rps, scale
 
     def _comparison_rps(self) -> float:
         """The highest rate of any stock system at the lowest attainment, or of any system if there is no stock one."""
@@ -224,16 +234,25 @@ class Campaign:
                     if rate_rps is not None and not self._is_over():
                         self._probe(served, system, seed, rate_rps, attainment)
             else:
-                for seed, rate_rps in list(self._comparisons(system)):
+                for seed, rate_rps, slo_scale in list(self._comparisons(system)):
                     if not self._is_over():
-                        self._probe(served, system, seed, rate_rps, None)
+                        self._probe(served, system, seed, rate_rps, None, slo_scale)
 
-    def _probe(self, served: Endpoint, system: System, seed: int, rate_rps: float, attainment: float | None) -> None:
+    def _probe(
+        self,
+        served: Endpoint,
+        system: System,
+        seed: int,
+        rate_rps: float,
+        attainment: float | None,
+        slo_scale: float = 1.0,
+    ) -> None:
         begin_s = time.monotonic()
-        probe = self.prober.probe(served, system, seed, rate_rps, attainment)
+        probe = self.prober.probe(served, system, seed, rate_rps, attainment, slo_scale)
         self._probe_s += 0.2 * (time.monotonic() - begin_s - self._probe_s)
         bounds = f"; {self._bounds(probe, attainment)}" if attainment is not None else ""
-        self.prober.say(f"  {rate_rps:.2f} req/s, seed {seed}: {outcome(probe)}{bounds}; {self._left()}")
+        slos = f", SLOs x {slo_scale:g}" if slo_scale != 1 else ""
+        self.prober.say(f"  {rate_rps:.2f} req/s, seed {seed}{slos}: {outcome(probe)}{bounds}; {self._left()}")
 
     def _bounds(self, probe: Probe, attainment: float) -> str:
         low_rps, high_rps = bracket(self.log.verdicts(probe.system, probe.seed, attainment))

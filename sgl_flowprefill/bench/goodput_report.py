@@ -11,7 +11,6 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from sgl_flowprefill.bench.goodput_results import Estimate, GoodputResult, SystemFigures
-from sgl_flowprefill.bench.metrics import SLO_SCALES, attainment
 from sgl_flowprefill.bench.page import COLOURS, LOG_TICKS, MUTED, SLO_LINE, render, styled
 from sgl_flowprefill.bench.table import MISSING, milliseconds
 
@@ -101,7 +100,7 @@ def attainment_over_rate(result: GoodputResult) -> go.Figure:
         points = sorted(
             (probe.rate_rps, *probe.attainment_bounds)
             for probe in result.probes
-            if probe.system == name and probe.run.client.valid
+            if probe.system == name and probe.slo_scale == 1 and probe.run.client.valid
         )
         figure.add_trace(
             go.Scatter(
@@ -150,9 +149,8 @@ def attainment_over_scale(result: GoodputResult) -> go.Figure:
     """Attainment when every SLO is multiplied by a scale."""
     figure = go.Figure()
     for _, figures, colour in _coloured(result):
-        if results := figures.results():
-            shares = [attainment(results, scale) for scale in SLO_SCALES]
-            figure.add_trace(_line(figures, colour, list(SLO_SCALES), shares, step=False))
+        if shares := figures.attainment_by_slo_scale:
+            figure.add_trace(_line(figures, colour, list(shares), list(shares.values()), step=False))
     figure.add_vline(x=1, line=SLO_LINE)
     figure.update_xaxes(title_text="SLO scale (smaller is tighter)", dtick=0.2)
     figure.update_yaxes(title_text="TTFT SLO attainment", range=[0, 1.02], tickformat=".0%")

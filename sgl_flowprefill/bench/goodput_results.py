@@ -16,7 +16,7 @@ import numpy as np
 import orjson
 from scipy import stats  # type: ignore[import-untyped]
 
-from sgl_flowprefill.bench.campaign import Campaign, Goal
+from sgl_flowprefill.bench.campaign import TOLD_SLO_SCALES, Campaign, Goal
 from sgl_flowprefill.bench.comparison import machine, versions
 from sgl_flowprefill.bench.metrics import SLO_SCALES, attainment
 from sgl_flowprefill.bench.prober import Plan
@@ -66,6 +66,8 @@ class SystemFigures:
     """By attainment and seed, where a search has begun."""
     compared: Mapping[int, Probe]
     """By seed: its probes at the rate at which systems are compared."""
+    told: Mapping[float, Mapping[int, Probe]]
+    """By SLO scale below 1 and seed: probes at that rate of a system that orders by SLOs, told such ones."""
     solo_ttft_s: Sequence[Mapping[int, float]]
     simulated_rps: Mapping[float, float]
     beaten: Collection[float] = ()
@@ -110,12 +112,39 @@ class SystemFigures:
     def blocking_by_seed_s(self) -> BySeed:
         return {seed: float(np.mean(probe.blocking_s)) for seed, probe in self.compared.items() if probe.blocking_s}
 
-    def slo_scales(self, share: float) -> BySeed:
-        """For each seed the tightest scale of the SLOs that ``share`` of its requests met."""
+    def attainment_at(self, slo_scale: float, seed: int) -> float:
+        """Attainment with scaled SLOs: of the replay that was told such ones if there is one, else of that at 1."""
+        if told := self.told.get(slo_scale, {}).get(seed):
+            return attainment(told.run.results)
+        return attainment(self.compared[seed].run.results, slo_scale)
+
+    @property
+    def attainment_by_slo_scale(self) -> dict[float, float]:
+        """Mean attainment over the seeds at each of SLO_SCALES; empty before there are any."""
         return {
-            seed: _quantile([_scale(result) for result in probe.run.results], share)
-            for seed, probe in self.compared.items()
+            scale: float(np.mean([self.attainment_at(scale, seed) for seed in self.compared]))
+            for scale in SLO_SCALES
+            if self.compared
         }
+
+    def slo_scales(self, share: float) -> BySeed:
+        """For each seed the tightest scale of the SLOs that ``share`` of its requests meet.
+
+        Between the scales that a system was told it is interpolated; the tightest of them is the least.
+        """
+        return {seed: self._slo_scale(share, seed) for seed in self.compared}
+
+    def _slo_scale(self, share: float, seed: int) -> float:
+        told = sorted(scale for scale, probes in self.told.items() if seed in probes)
+        scales = [*told, 1.0]
+        shares = [self.attainment_at(scale, seed) for scale in scales]
+        missed = [place for place, kept in enumerate(shares) if kept < share]
+        if not told or (missed and missed[-1] == len(told)):
+            return _quantile([_scale(result) for result in self.compared[seed].run.results], share)
+        if not missed:
+            return told[0]
+        last = missed[-1]
+        return float(np.interp(share, shares[last : last + 2], scales[last : last + 2]))
 
     @property
     def uncontended_tokens_per_s(self) -> float | None:
@@ -126,7 +155,6 @@ class SystemFigures:
 
     def to_dict(self, shares: Sequence[float]) -> dict[str, Any]:
         rates = {_key(share): self.max_rate(share) for share in shares}
-        results = self.results()
         return {
             "label": self.system.label,
             "settings": self.system.settings,
@@ -145,9 +173,7 @@ class SystemFigures:
             "uncontended_tokens_per_s": self.uncontended_tokens_per_s,
             "blocking_mean_s": self.blocking_mean_s,
             "preemptions": len(self.blocking_s),
-            "attainment_by_slo_scale": {f"{scale:.1f}": attainment(results, scale) for scale in SLO_SCALES}
-            if results
-            else {},
+            "attainment_by_slo_scale": {f"{scale:.1f}": met for scale, met in self.attainment_by_slo_scale.items()},
         }
 
 
@@ -275,6 +301,7 @@ def _figures(campaign: Campaign, system: System, comparison_rps: float | None) -
     plan, goal, log = campaign.plan, campaign.goal, campaign.log
     brackets: dict[float, dict[int, Bracket]] = {share: {} for share in goal.attainments}
     compared = {}
+    told: dict[float, dict[int, Probe]] = {scale: {} for scale in TOLD_SLO_SCALES if scale < 1}
     for seed in range(plan.seeds):
         for share in goal.attainments:
             verdicts = log.verdicts(system.name, seed, share)
@@ -282,10 +309,14 @@ def _figures(campaign: Campaign, system: System, comparison_rps: float | None) -
                 brackets[share][seed] = bracket(verdicts)
         if comparison_rps and (probe := log.complete_at(comparison_rps, system.name, seed)):
             compared[seed] = probe
+            for scale, probes in told.items():
+                if probe := log.complete_at(comparison_rps, system.name, seed, scale):
+                    probes[seed] = probe
     return SystemFigures(
         system=system,
         brackets=brackets,
         compared=compared,
+        told=told,
         solo_ttft_s=log.solo_ttft_s.get(system.name, []),
         simulated_rps={share: campaign.simulated_rps(system, share) for share in goal.attainments},
         beaten={share for share in goal.attainments if campaign.is_beaten(system, share)},

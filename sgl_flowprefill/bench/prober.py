@@ -59,11 +59,11 @@ class Plan:
             "max_output_tokens": self.max_output_tokens,
         }
 
-    def trace(self, seed: int, rate_rps: float, scale: float) -> Trace:
+    def trace(self, seed: int, rate_rps: float, scale: float, slo_scale: float = 1.0) -> Trace:
         """What is replayed at ``rate_rps`` by the wall clock on an engine with the time scale ``scale``."""
         requests = 1 << math.ceil(math.log2(rate_rps * self.duration_s * 1.5 + 50))
         drawn = self._drawn(requests, seed).scaled(
-            rate_scale=rate_rps * scale / self.workload.rate_rps, time_scale=scale
+            rate_scale=rate_rps * scale / self.workload.rate_rps, time_scale=scale, slo_scale=slo_scale
         )
         return drawn.until(self.duration_s)
 
@@ -119,15 +119,21 @@ class Prober:
             served.settle()
             yield served
 
-    def trace(self, seed: int, rate_rps: float) -> Trace:
+    def trace(self, seed: int, rate_rps: float, slo_scale: float = 1.0) -> Trace:
         """What is replayed at ``rate_rps`` by the wall clock."""
-        return self.plan.trace(seed, rate_rps, self.time_scale)
+        return self.plan.trace(seed, rate_rps, self.time_scale, slo_scale)
 
     def probe(
-        self, served: Endpoint, system: System, seed: int, rate_rps: float, attainment: float | None = None
+        self,
+        served: Endpoint,
+        system: System,
+        seed: int,
+        rate_rps: float,
+        attainment: float | None = None,
+        slo_scale: float = 1.0,
     ) -> Probe:
         """Replay a seed at a rate until it is known whether ``attainment`` is kept; to the end without one."""
-        trace = self.trace(seed, rate_rps)
+        trace = self.trace(seed, rate_rps, slo_scale)
         total = len(trace.requests)
 
         def enough(met: int, missed: int) -> bool:
@@ -137,7 +143,7 @@ class Prober:
         with ReplayProgress(label, total, trace.requests[-1].arrival_s, self._console) as progress:
             run = served.replay(trace, PromptBuilder(seed, *TOKEN_IDS), progress.update, enough)
         served.settle()
-        probe = Probe(system.name, rate_rps, seed, total, run, served.blocking_s(run))
+        probe = Probe(system.name, rate_rps, seed, total, run, served.blocking_s(run), slo_scale)
         self.log.add(probe)
         return probe
 

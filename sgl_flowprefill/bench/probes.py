@@ -29,6 +29,8 @@ class Probe:
     run: ReplayRun
     blocking_s: Sequence[float] | None
     """Blocking time of each preemption; None for a system that does not preempt."""
+    slo_scale: float = 1.0
+    """Of the workload's TTFT SLOs, as the system was told them and as they are judged."""
 
     @property
     def met(self) -> int:
@@ -101,18 +103,19 @@ class ProbeLog:
         self.facts[name] = value
         self._append({"kind": "fact", "name": name, "value": value})
 
-    def of(self, system: str, seed: int) -> list[Probe]:
+    def of(self, system: str, seed: int, slo_scale: float = 1.0) -> list[Probe]:
         """Valid probes of a system and seed."""
-        return [p for p in self.probes if (p.system, p.seed) == (system, seed) and p.run.client.valid]
+        key = system, seed, slo_scale
+        return [p for p in self.probes if (p.system, p.seed, p.slo_scale) == key and p.run.client.valid]
 
     def verdicts(self, system: str, seed: int, attainment: float) -> list[Verdict]:
         """What the probes of a system and seed say about ``attainment``."""
         verdicts = ((p.rate_rps, decided(p.met, p.missed, p.total, attainment)) for p in self.of(system, seed))
         return [(rate_rps, kept) for rate_rps, kept in verdicts if kept is not None]
 
-    def complete_at(self, rate_rps: float, system: str, seed: int) -> Probe | None:
+    def complete_at(self, rate_rps: float, system: str, seed: int, slo_scale: float = 1.0) -> Probe | None:
         """The probe at exactly ``rate_rps`` that was not stopped early, if there is one."""
-        return next((p for p in self.of(system, seed) if p.rate_rps == rate_rps and p.complete), None)
+        return next((p for p in self.of(system, seed, slo_scale) if p.rate_rps == rate_rps and p.complete), None)
 
     def _append(self, row: Mapping[str, Any]) -> None:
         with self._path.open("ab") as file:

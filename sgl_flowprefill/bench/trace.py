@@ -68,21 +68,21 @@ class Trace:
         span_s = self.requests[-1].arrival_s if self.requests else 0.0
         return len(self.requests) / span_s if span_s > 0 else 0.0
 
-    def scaled(self, *, rate_scale: float = 1.0, time_scale: float = 1.0) -> Trace:
+    def scaled(self, *, rate_scale: float = 1.0, time_scale: float = 1.0, slo_scale: float = 1.0) -> Trace:
         """The trace at ``rate_scale`` times its rate, for an engine that takes ``time_scale`` times as long.
 
         As in the paper, the rate divides inter-arrival times and leaves the SLOs alone; a slower engine stretches
-        arrivals and SLOs alike, so that an SLO keeps its meaning.
+        arrivals and SLOs alike, so that an SLO keeps its meaning. ``slo_scale`` multiplies TTFT SLOs alone.
         """
-        if rate_scale <= 0 or time_scale <= 0:
-            raise ValueError(f"scales must be positive (rate_scale={rate_scale}, time_scale={time_scale})")
+        if min(rate_scale, time_scale, slo_scale) <= 0:
+            raise ValueError(f"scales must be positive ({rate_scale=}, {time_scale=}, {slo_scale=})")
         return dataclasses.replace(
             self,
             requests=[
                 dataclasses.replace(
                     request,
                     arrival_s=request.arrival_s * time_scale / rate_scale,
-                    ttft_slo_s=request.ttft_slo_s * time_scale,
+                    ttft_slo_s=request.ttft_slo_s * time_scale * slo_scale,
                     tbt_slo_s=request.tbt_slo_s * time_scale,
                 )
                 for request in self.requests

@@ -20,9 +20,9 @@ from sgl_flowprefill.bench.calibrate import REFERENCE_TTFT_S
 from sgl_flowprefill.bench.campaign import Campaign, Goal
 from sgl_flowprefill.bench.goodput import publish
 from sgl_flowprefill.bench.goodput_report import cells
-from sgl_flowprefill.bench.goodput_results import GoodputResult, mean_estimate, ratio_estimate
+from sgl_flowprefill.bench.goodput_results import GoodputResult, SystemFigures, mean_estimate, ratio_estimate
 from sgl_flowprefill.bench.prober import Plan, Prober
-from sgl_flowprefill.bench.probes import ProbeLog
+from sgl_flowprefill.bench.probes import Probe, ProbeLog
 from sgl_flowprefill.bench.replay import ClientReport, ReplayRun
 from sgl_flowprefill.bench.simulator.measured import Engine, measured_setup
 from sgl_flowprefill.bench.simulator.requests import results
@@ -175,7 +175,59 @@ def test_systems_take_turns_and_are_compared_at_one_rate_to_the_end(profile: Pat
             probe = campaign.log.complete_at(at, name, seed)
             assert probe is not None
             assert len(probe.run.results) == probe.total
-    assert len(campaign.log.probes) <= len(model.order) * 2 * 2
+    assert sum(probe.slo_scale == 1 for probe in campaign.log.probes) <= len(model.order) * 2 * 2
+
+
+def test_systems_that_order_by_slos_are_told_tighter_ones(profile: Path, tmp_path: Path) -> None:
+    model = Model(profile)
+    campaign = campaign_of(model, tmp_path, ("flowprefill", "stock-spf-512"), attainments=(0.9,))
+    campaign.run()
+    at = campaign.log.facts["comparison_rps"]
+    told = [(probe.system, probe.slo_scale, probe.seed) for probe in campaign.log.probes if probe.slo_scale != 1]
+    assert sorted(told) == [("flowprefill", scale, seed) for scale in (0.4, 0.6, 0.8) for seed in (0, 1)]
+    assert {probe.rate_rps for probe in campaign.log.probes if probe.slo_scale != 1} == {at}
+    ours, stock = (GoodputResult.of(campaign, "", "").figures[name] for name in ("flowprefill", "stock-spf-512"))
+    for scale in (0.4, 0.6, 0.8):
+        traces = [campaign.prober.trace(seed, at, scale) for seed in range(2)]
+        expected = [simulated(SYSTEMS["flowprefill"].simulated, trace, model.setup).attainment for trace in traces]
+        assert ours.attainment_by_slo_scale[scale] == pytest.approx(np.mean(expected))
+        assert stock.attainment_by_slo_scale[scale] == pytest.approx(
+            np.mean([np.mean([r.meets_ttft(scale) for r in probe.run.results]) for probe in stock.compared.values()])
+        )
+    for seed, scale in ours.slo_scales(0.9).items():
+        kept = [one for one in (0.4, 0.6, 0.8, 1.0) if ours.attainment_at(one, seed) >= 0.9]
+        assert max(0.4, min(kept) - 0.2) <= scale <= min(kept)
+    for seed, scale in stock.slo_scales(0.9).items():
+        assert stock.attainment_at(scale * 1.0001, seed) >= 0.9 > stock.attainment_at(scale * 0.9999, seed)
+
+
+@pytest.mark.parametrize(
+    ("share", "scale"),
+    [(0.99, 1.5), (0.965, 0.9), (0.9, 0.7), (0.65, 0.44), (0.5, 0.4)],
+    ids=["above 1", "below 1", "between two", "above the tightest", "the tightest"],
+)
+def test_the_scale_kept_is_interpolated_between_those_told(
+    profile: Path, tmp_path: Path, share: float, scale: float
+) -> None:
+    campaign = campaign_of(Model(profile), tmp_path, ("flowprefill", "stock-fcfs"), attainments=(0.9,), seeds=1)
+    campaign.run()
+    (probe,) = GoodputResult.of(campaign, "", "").figures["flowprefill"].compared.values()
+    (result, *_) = probe.run.results
+
+    def met(share: float) -> Probe:
+        ttft_s = [result.ttft_slo_s * (1.0 if place < 100 * share else 1.5) for place in range(100)]
+        results = [dataclasses.replace(result, ttft_s=one) for one in ttft_s]
+        return dataclasses.replace(probe, run=dataclasses.replace(probe.run, results=results))
+
+    figures = SystemFigures(
+        SYSTEMS["flowprefill"],
+        {},
+        {0: met(0.98)},
+        {0.8: {0: met(0.95)}, 0.6: {0: met(0.85)}, 0.4: {0: met(0.6)}},
+        [],
+        {},
+    )
+    assert figures.slo_scales(share) == {0: pytest.approx(scale)}
 
 
 def test_a_run_that_was_stopped_goes_on_and_makes_no_probe_twice(profile: Path, tmp_path: Path) -> None:
@@ -189,7 +241,9 @@ def test_a_run_that_was_stopped_goes_on_and_makes_no_probe_twice(profile: Path, 
     resumed = campaign_of(Model(profile), tmp_path / "parts")
     assert len(resumed.log.probes) == 9
     resumed.run()
-    key = [(probe.system, probe.seed, probe.rate_rps, probe.total) for probe in resumed.log.probes]
+    key = [
+        (probe.system, probe.seed, probe.rate_rps, probe.total) for probe in resumed.log.probes if probe.slo_scale == 1
+    ]
     found = GoodputResult.of(resumed, "", "").ratios()["vs_unchunked_fcfs_90"]
     expected = GoodputResult.of(whole, "", "").ratios()["vs_unchunked_fcfs_90"]
     assert found is not None
