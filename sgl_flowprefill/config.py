@@ -8,6 +8,7 @@ on; without it the plugin leaves SGLang's scheduler alone.
 from __future__ import annotations
 
 import argparse
+import difflib
 import os
 from collections.abc import Mapping, MutableMapping
 from typing import Any, Final, Literal
@@ -87,10 +88,22 @@ class FlowPrefillConfig(BaseModel):
 
     @classmethod
     def from_env(cls, env: Mapping[str, str] | None = None) -> FlowPrefillConfig:
-        """Read the options from the environment. Raises ConfigError with one sentence per wrong value."""
-        env = os.environ if env is None else env
-        values = {name: env[_env_name(name)] for name in cls.model_fields if _env_name(name) in env}
-        return cls.parse(values)
+        """Read the options from the environment. Raises ConfigError with one sentence per wrong value or name."""
+        return cls.parse(cls._values_of(os.environ if env is None else env))
+
+    @classmethod
+    def _values_of(cls, env: Mapping[str, str]) -> dict[str, str]:
+        """What ``env`` says. Raises ConfigError for a misspelt option; a Kubernetes service called flowprefill has
+        variables with the same prefix, so only names that are close to an option's count."""
+        options = {_env_name(name): name for name in cls.model_fields}
+        for name in env:
+            stem = name.removeprefix(ENV_PREFIX)
+            if stem == name or name in options:
+                continue
+            meant = difflib.get_close_matches(stem, [one.upper() for one in cls.model_fields], n=1, cutoff=0.8)
+            if meant:
+                raise ConfigError(f"{name}={env[name]} in the environment is no option; {ENV_PREFIX}{meant[0]} is")
+        return {options[name]: value for name, value in env.items() if name in options}
 
     @classmethod
     def parse(cls, values: Mapping[str, Any]) -> FlowPrefillConfig:
@@ -117,7 +130,7 @@ class FlowPrefillConfig(BaseModel):
     @classmethod
     def from_namespace(cls, namespace: argparse.Namespace) -> FlowPrefillConfig:
         """Options that ``add_cli_args`` parsed; what the command line does not name comes from the environment."""
-        values = {name: os.environ[_env_name(name)] for name in cls.model_fields if _env_name(name) in os.environ}
+        values = cls._values_of(os.environ)
         given = {name: getattr(namespace, _dest(name), None) for name in cls.model_fields}
         return cls.parse(values | {name: value for name, value in given.items() if value is not None})
 

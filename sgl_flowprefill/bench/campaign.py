@@ -18,7 +18,7 @@ import numpy as np
 
 from sgl_flowprefill.bench.prober import Endpoint, Plan, Prober, outcome
 from sgl_flowprefill.bench.probes import Probe
-from sgl_flowprefill.bench.rate_search import SMALL_STEP, STEP, RateSearch, Verdict, bracket
+from sgl_flowprefill.bench.rate_search import SMALL_STEP, STEP, Bracket, RateSearch, Verdict, bracket
 from sgl_flowprefill.bench.simulator.measured import saturation_rps
 from sgl_flowprefill.bench.simulator.search import mean_attainment
 from sgl_flowprefill.bench.systems import UNCHUNKED_FCFS, System
@@ -46,8 +46,9 @@ class Goal:
     prefilter: int | None = None
     """Stock systems to measure for each attainment, by what the simulator says; all if None."""
     race: bool = False
-    """Of the stock systems find the best: one that does not keep the attainment at another's rate is measured no
-    further. The unchunked one, which stands in for DistServe, is measured all the same."""
+    """Of the stock systems find the best: one that is known to keep the attainment at lower rates than another, in the
+    mean over seeds, is measured no further. The unchunked one, which stands in for DistServe, is measured to the end.
+    """
 
 
 class Campaign:
@@ -109,28 +110,38 @@ class Campaign:
         return sorted(systems, key=lambda one: -max(self.simulated_rps(one, share) for share in self.goal.attainments))
 
     def is_beaten(self, system: System, attainment: float) -> bool:
-        """Whether a race showed that another stock system keeps ``attainment`` at a higher rate."""
-        return any(
-            bracket(self.log.verdicts(system.name, seed, attainment)).high_rps
-            <= self._to_beat_rps(system, seed, attainment)
-            for seed in range(self.plan.seeds)
-        )
+        """Whether a race showed that another stock system keeps ``attainment`` at a higher rate, in the mean over
+        seeds."""
+        _, high_rps = self._mean_bracket(system, attainment)
+        return any(high_rps <= self._mean_bracket(rival, attainment).low_rps for rival in self._rivals(system))
 
     def _is_out(self, system: System) -> bool:
         """Whether it was beaten at every attainment, so that it is not compared either."""
         return all(self.is_beaten(system, share) for share in self.goal.attainments)
 
-    def _to_beat_rps(self, system: System, seed: int, attainment: float) -> float:
-        """The highest rate that another stock system is known to keep, in a race; else 0."""
+    def _rivals(self, system: System) -> list[System]:
+        """The systems that can put this one out of a race."""
         if not self.goal.race or not system.is_stock or system.name == UNCHUNKED_FCFS:
-            return 0.0
-        others = [other for other in self.systems if other.is_stock and other is not system]
-        found = (bracket(self.log.verdicts(other.name, seed, attainment)).low_rps for other in others)
-        return max(found, default=0.0)
+            return []
+        return [other for other in self.systems if other.is_stock and other is not system]
+
+    def _bracket(self, system: System, seed: int, attainment: float) -> Bracket:
+        return bracket(self.log.verdicts(system.name, seed, attainment))
+
+    def _mean_bracket(self, system: System, attainment: float) -> Bracket:
+        found = [self._bracket(system, seed, attainment) for seed in range(self.plan.seeds)]
+        return Bracket(*(float(mean_rps) for mean_rps in np.mean(found, axis=0)))
+
+    def _to_beat_rps(self, system: System, seed: int, attainment: float) -> float:
+        """The rate that the best of the rivals, in the mean, is known to keep on this seed; 0 without any."""
+        rivals = self._rivals(system)
+        best = max(rivals, key=lambda rival: self._mean_bracket(rival, attainment).low_rps, default=None)
+        return self._bracket(best, seed, attainment).low_rps if best else 0.0
 
     def simulated_rps(self, system: System, attainment: float) -> float:
         """The highest rate that keeps ``attainment`` by the simulator, with this run's traces and machine."""
-        key = system.simulated, attainment
+        name = system.simulated(self.prober.options)
+        key = name, attainment
         if key not in self._simulated:
             setup = self.prober.setup
             start_rps = saturation_rps(self.prober.trace(0, self.plan.workload.rate_rps), setup.machine.cost)
@@ -138,7 +149,7 @@ class Campaign:
             verdicts: list[Verdict] = []
             while (rate_rps := search.next_rps(verdicts)) is not None:
                 traces = [self.prober.trace(seed, rate_rps) for seed in range(self.plan.seeds)]
-                verdicts.append((rate_rps, mean_attainment(system.simulated, traces, setup) >= attainment))
+                verdicts.append((rate_rps, mean_attainment(name, traces, setup) >= attainment))
             self._simulated[key] = bracket(verdicts).rate_rps
         return self._simulated[key]
 
@@ -171,26 +182,30 @@ class Campaign:
         probes = [probe for probe in self.log.probes if (probe.system, probe.seed) == (system.name, seed)]
         return sum(not probe.run.client.valid for probe in probes) >= MAX_INVALID
 
-    def _search(self, system: System, seed: int, attainment: float) -> RateSearch:
+    def _search(self, system: System, seed: int, attainment: float, *, race: bool = True) -> RateSearch:
         """Begins where the system's other seeds ended, or where the simulator does."""
-        found = [
-            bracket(self.log.verdicts(system.name, other, attainment)).rate_rps for other in range(self.plan.seeds)
-        ]
+        found = [self._bracket(system, other, attainment).rate_rps for other in range(self.plan.seeds)]
         known = [rate_rps for rate_rps in found if rate_rps]
         return RateSearch(
             guess_rps=float(np.median(known)) if known else self.simulated_rps(system, attainment),
             least_rps=self._least_rps,
             precision=self.goal.precision,
             step=SMALL_STEP if known else STEP,
-            to_beat_rps=self._to_beat_rps(system, seed, attainment),
+            to_beat_rps=self._to_beat_rps(system, seed, attainment) if race else 0.0,
         )
 
     def _next_rps(self, system: System, seed: int, attainment: float) -> float | None:
         """The rate that a search wants next; None when it has ended."""
         if self._is_given_up(system, seed) or system in self.only_compared or self.is_beaten(system, attainment):
             return None
-        search = self._search(system, seed, attainment)
-        rate_rps = search.next_rps(self.log.verdicts(system.name, seed, attainment))
+
+        def following(seed: int, *, race: bool) -> float | None:
+            search = self._search(system, seed, attainment, race=race)
+            return search.next_rps(self.log.verdicts(system.name, seed, attainment))
+
+        rate_rps = following(seed, race=True)
+        if rate_rps is None and all(following(other, race=True) is None for other in range(self.plan.seeds)):
+            rate_rps = following(seed, race=False)  # beaten on some seeds, but not in the mean: that has to be known
         return None if rate_rps is None else round(rate_rps, 4)
 
     def _is_searching(self, system: System) -> bool:
@@ -213,10 +228,8 @@ class Campaign:
         """The highest rate of any stock system at the lowest attainment, or of any system if there is no stock one."""
 
         def mean_rps(system: System) -> float:
-            verdicts = (
-                self.log.verdicts(system.name, seed, self.goal.attainments[0]) for seed in range(self.plan.seeds)
-            )
-            return float(np.mean([bracket(found).rate_rps for found in verdicts]))
+            found = [self._bracket(system, seed, self.goal.attainments[0]) for seed in range(self.plan.seeds)]
+            return float(np.mean([one.rate_rps for one in found]))
 
         among = [system for system in self.systems if system.is_stock] or self.systems
         return round(max(self._least_rps, *map(mean_rps, among)), 4)

@@ -25,6 +25,8 @@ from sgl_flowprefill.bench.metrics import (
 from sgl_flowprefill.bench.replay import ReplayRun
 from sgl_flowprefill.bench.trace import Trace
 
+MAX_LONE_DIFFERENCE: Final = 1.1
+"""Factor between lone requests of the same length above which a comparison doubts that the machine was steady."""
 VERSIONED_PACKAGES: Final = ("sgl-flowprefill", "sglang", "torch", "nixl", "smg", "numpy")
 
 
@@ -132,6 +134,20 @@ class Comparison:
                 found.append(f"{system.label}: this run is not valid: {reason}")
         return found
 
+    def doubts(self) -> list[str]:
+        """Signs that the machine was not as fast for all systems, as sentences; lone requests show it."""
+        first, *others = self.systems
+        found = []
+        for system in others:
+            for tokens in sorted(first.solo_ttft_s.keys() & system.solo_ttft_s.keys()):
+                times_s = first.solo_ttft_s[tokens], system.solo_ttft_s[tokens]
+                if max(times_s) > MAX_LONE_DIFFERENCE * min(times_s):
+                    found.append(
+                        f"A lone prompt of {tokens:,} tokens took {times_s[0]:.3f} s on {first.label} and "
+                        f"{times_s[1]:.3f} s on {system.label}: the machine may not have been as fast for both"
+                    )
+        return found
+
     def to_dict(self) -> dict[str, Any]:
         """What ``report.json`` holds."""
         slos = {request.request_class: (request.ttft_slo_s, request.tbt_slo_s) for request in self.trace.requests}
@@ -144,6 +160,7 @@ class Comparison:
             "trace": self.trace.name,
             "slo_s": {name: {"ttft": slos[name][0], "tbt": slos[name][1]} for name in self.trace.classes},
             "model": self.model,
+            "doubts": self.doubts(),
             "command": self.command,
             "settings": dict(self.settings),
             "versions": versions(),

@@ -6,7 +6,6 @@ import argparse
 import math
 import shlex
 import sys
-from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -19,9 +18,8 @@ from sgl_flowprefill.bench.goodput_report import cells, columns, show, write_htm
 from sgl_flowprefill.bench.goodput_results import GoodputResult
 from sgl_flowprefill.bench.options import AUTO, attainment_share, positive_float, positive_int, scale_or_auto
 from sgl_flowprefill.bench.page import add_picture_option, browser, take_picture
-from sgl_flowprefill.bench.prober import Plan, Prober
-from sgl_flowprefill.bench.probes import ProbeLog
-from sgl_flowprefill.bench.serving import Servers, serve
+from sgl_flowprefill.bench.prober import Plan
+from sgl_flowprefill.bench.serving import Servers, prober_of
 from sgl_flowprefill.bench.systems import add_systems_option, select
 from sgl_flowprefill.bench.workloads import WORKLOADS, workload
 
@@ -121,26 +119,19 @@ def run(args: argparse.Namespace, console: Console) -> int:
     plan = Plan(workload(args.workload), args.seeds, args.duration, args.max_output_tokens)
     attainments = tuple(sorted(set(args.attainment or ATTAINMENTS)))
     systems = select(args.systems)
-    log = ProbeLog(args.out / "probes.jsonl", plan.settings() | {"model": servers.model, **servers.settings()})
-    if args.time_scale != AUTO and "time_scale" not in log.facts:
-        log.settle("time_scale", args.time_scale)
-
-    def detail(line: str) -> None:
-        console.print(f"  {line}", highlight=False, soft_wrap=True)
-
-    prober = Prober(plan, log, partial(serve, servers=servers, out=args.out, say=detail), console)
+    prober = prober_of(servers, plan, args.out, args.time_scale, console)
     goal = Goal(attainments, 1 + args.precision, args.prefilter, args.race)
     campaign = Campaign(prober, systems, goal, only_compared=select(args.compare))
     try:
         campaign.run(args.budget_s)
     finally:  # also after Ctrl-C: what was found so far
         result = None
-        if log.probes:
+        if prober.log.probes:
             command = shlex.join(["python", "-m", "sgl_flowprefill.bench", *sys.argv[1:]])
             result = GoodputResult.of(campaign, command, servers.model)
             publish(result, args.out, console)
             if args.png:
-                detail(f"Picture: {take_picture(args.out / 'goodput.html')}")
+                prober.say(f"Picture: {take_picture(args.out / 'goodput.html')}")
     return 0 if result and result.finished and not result.problems else 1
 
 

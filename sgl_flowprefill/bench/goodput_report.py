@@ -69,8 +69,8 @@ def rates(result: GoodputResult) -> go.Figure:
                 error_x={
                     "type": "data",
                     "symmetric": False,
-                    "array": [rate.ci95[1] - rate.value if rate else 0.0 for rate in found],
-                    "arrayminus": [rate.value - rate.ci95[0] if rate else 0.0 for rate in found],
+                    "array": [rate.ci95[1] - rate.value if rate and rate.ci95 else 0.0 for rate in found],
+                    "arrayminus": [rate.value - rate.ci95[0] if rate and rate.ci95 else 0.0 for rate in found],
                     "color": MUTED,
                     "thickness": 1.5,
                 },
@@ -212,7 +212,10 @@ def _rate(figures: SystemFigures, share: float) -> str:
 
 def show(estimate: Estimate | None) -> str:
     """A figure with its interval."""
-    return f"{estimate.value:.2f} ({estimate.ci95[0]:.2f} to {estimate.ci95[1]:.2f})" if estimate else MISSING
+    if estimate is None:
+        return MISSING
+    interval = f" ({estimate.ci95[0]:.2f} to {estimate.ci95[1]:.2f})" if estimate.ci95 else ""
+    return f"{estimate.value:.2f}{interval}"
 
 
 def _ratio_name(name: str) -> str:

@@ -1,13 +1,14 @@
 """What a goodput run found: rates with confidence intervals, ratios between systems, and the JSON of both.
 
 A seed is a sample. Intervals are 95% percentile bootstraps over seeds (``scipy.stats.bootstrap``), those of ratios are
-paired by seed, since both systems saw the same requests. A rate's is no narrower than the bracket it was searched to.
+paired by seed, since both systems saw the same requests. Those of rates, and of their ratios, are no narrower than the
+brackets that the rates were searched to. Of two seeds a bootstrap gives the range, of one nothing.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -37,7 +38,12 @@ class Estimate:
     """A figure with its 95% interval."""
 
     value: float
-    ci95: tuple[float, float]
+    ci95: tuple[float, float] | None
+    """None where one seed is all there is."""
+
+    def covering(self, low: float, high: float) -> Estimate:
+        """With an interval that has ``low`` and ``high`` in it."""
+        return Estimate(self.value, (min(low, *(self.ci95 or (low,))), max(high, *(self.ci95 or (high,)))))
 
 
 BySeed = Mapping[int, float]
@@ -82,17 +88,26 @@ class SystemFigures:
         estimate = mean_estimate(self.rates_rps(share))
         if estimate is None or share in self.beaten:
             return None
-        found = self.brackets[share].values()
-        low = float(np.mean([one.low_rps for one in found]))
-        highs = [one.high_rps for one in found if one.high_rps < math.inf]
-        high = float(np.mean(highs)) if highs else estimate.value
-        return Estimate(estimate.value, (min(estimate.ci95[0], low), max(estimate.ci95[1], high)))
+        low_rps, high_rps = self.mean_bracket(share, self.brackets[share])
+        return estimate.covering(low_rps, high_rps if high_rps < math.inf else estimate.value)
+
+    def mean_bracket(self, share: float, seeds: Iterable[int]) -> Bracket:
+        """Mean of the brackets of ``seeds``."""
+        return Bracket(*(float(mean) for mean in np.mean([self.brackets[share][seed] for seed in seeds], axis=0)))
+
+    def rate_ratio(self, other: SystemFigures, share: float) -> Estimate | None:
+        """Its rate over that of ``other``, on the seeds that both have; None where a rate is not known."""
+        ratio = ratio_estimate(self.rates_rps(share), other.rates_rps(share))
+        if ratio is None:
+            return None
+        seeds = self.brackets[share].keys() & other.brackets[share].keys()
+        ours, theirs = self.mean_bracket(share, seeds), other.mean_bracket(share, seeds)
+        highest = ours.high_rps / theirs.low_rps if theirs.low_rps else math.inf
+        return ratio.covering(ours.low_rps / theirs.high_rps, highest if highest < math.inf else ratio.value)
 
     def below_rps(self, share: float) -> float | None:
-        """Where a race found a better one: the lowest rate, of any seed, that it was found not to keep."""
-        if share not in self.beaten:
-            return None
-        return min(found.high_rps for found in self.brackets[share].values())
+        """Where a race found a better one: the mean over seeds of the lowest rates that it was found not to keep."""
+        return self.mean_bracket(share, self.brackets[share]).high_rps if share in self.beaten else None
 
     def results(self) -> list[RequestResult]:
         """Requests of all seeds at the rate at which systems are compared."""
@@ -160,7 +175,7 @@ class SystemFigures:
             "settings": self.system.settings,
             "why": self.system.why,
             "max_rate_rps": {key: rate.value if rate else None for key, rate in rates.items()},
-            "ci95": {key: list(rate.ci95) if rate else None for key, rate in rates.items()},
+            "ci95": {key: _interval(rate) for key, rate in rates.items()},
             "below_rps": {_key(share): below for share in shares if (below := self.below_rps(share)) is not None},
             "bracket_rps_by_seed": {
                 _key(share): {
@@ -236,8 +251,7 @@ class GoodputResult:
         for share in self.goal.attainments:
             for other, against in (("vs_unchunked_fcfs", UNCHUNKED_FCFS), ("vs_best_stock", self.best_stock(share))):
                 if against in self.figures:
-                    theirs = self.figures[str(against)]
-                    found[f"{other}_{_key(share)}"] = ratio_estimate(ours.rates_rps(share), theirs.rates_rps(share))
+                    found[f"{other}_{_key(share)}"] = ours.rate_ratio(self.figures[str(against)], share)
         if BY_LAYER in self.figures:
             layer = self.figures[BY_LAYER].blocking_by_seed_s
             found["blocking_vs_layer"] = ratio_estimate(layer, ours.blocking_by_seed_s)
@@ -251,7 +265,7 @@ class GoodputResult:
             speeds = ours.uncontended_tokens_per_s, self.figures[UNCHUNKED_FCFS].uncontended_tokens_per_s
             if all(speeds):
                 ratio = float(speeds[0] or 0) / float(speeds[1] or 1)
-                found["uncontended_throughput_vs_unchunked_fcfs"] = Estimate(ratio, (ratio, ratio))
+                found["uncontended_throughput_vs_unchunked_fcfs"] = Estimate(ratio, None)
         return found
 
     @property
@@ -269,7 +283,7 @@ class GoodputResult:
                 for name, figures in self.figures.items()
             },
             "ratios": _values(ratios),
-            "ratios_ci95": {name: list(ratio.ci95) if ratio else None for name, ratio in ratios.items()},
+            "ratios_ci95": {name: _interval(ratio) for name, ratio in ratios.items()},
             "best_stock": {_key(share): self.best_stock(share) for share in self.goal.attainments},
             "comparison_rps": self.comparison_rps,
             "only_simulated": {
@@ -361,12 +375,12 @@ def _quantile(values: Sequence[float], share: float) -> float:
 
 
 def _bootstrapped(samples: tuple[Sequence[float], ...], statistic: Callable[..., Any]) -> Estimate | None:
-    """``statistic(*samples, axis)`` with its interval; None without samples."""
+    """``statistic(*samples, axis)`` with its interval, if there are two samples; None without samples."""
     if not samples[0]:
         return None
     value = float(statistic(*map(np.asarray, samples), axis=0))
     if len(samples[0]) < 2:
-        return Estimate(value, (value, value))
+        return Estimate(value, None)
     low, high = stats.bootstrap(
         samples, statistic, n_resamples=RESAMPLES, paired=True, vectorized=True, method="percentile", rng=0
     ).confidence_interval
@@ -375,6 +389,10 @@ def _bootstrapped(samples: tuple[Sequence[float], ...], statistic: Callable[...,
 
 def _values(ratios: Mapping[str, Estimate | None]) -> dict[str, float | None]:
     return {name: ratio.value if ratio else None for name, ratio in ratios.items()}
+
+
+def _interval(estimate: Estimate | None) -> list[float] | None:
+    return list(estimate.ci95) if estimate and estimate.ci95 else None
 
 
 def _key(share: float) -> str:

@@ -9,10 +9,11 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
+import numpy as np
 from rich.console import Console
 
 from sgl_flowprefill.bench.calibrate import time_scale
-from sgl_flowprefill.bench.options import TOKEN_IDS
+from sgl_flowprefill.bench.options import AUTO, TOKEN_IDS
 from sgl_flowprefill.bench.probes import Probe, ProbeLog
 from sgl_flowprefill.bench.progress import ReplayProgress
 from sgl_flowprefill.bench.prompts import PromptBuilder
@@ -23,6 +24,7 @@ from sgl_flowprefill.bench.simulator.systems import Setup
 from sgl_flowprefill.bench.systems import System
 from sgl_flowprefill.bench.trace import Trace
 from sgl_flowprefill.bench.workloads import Workload
+from sgl_flowprefill.config import FlowPrefillConfig
 
 
 class Endpoint(Protocol):
@@ -81,8 +83,11 @@ class Prober:
         log: ProbeLog,
         serve: Callable[[System], AbstractContextManager[Endpoint]],
         console: Console,
+        options: FlowPrefillConfig,
     ) -> None:
+        """``options`` are what the servers of ``serve`` run FlowPrefill with."""
         self.plan = plan
+        self.options = options
         self.log = log
         self._serve = serve
         self._console = console
@@ -101,7 +106,13 @@ class Prober:
     def setup(self) -> Setup:
         """The simulator as this machine, once calibrated."""
         solo_ttft_s = next(iter(self.log.solo_ttft_s.values()))[0]
-        return measured_setup(Engine(**self.log.facts["engine"]), solo_ttft_s)
+        return measured_setup(Engine(**self.log.facts["engine"]), solo_ttft_s, self.options)
+
+    def setup_of(self, system: System) -> Setup:
+        """The simulator as this machine was while ``system`` was up, by the lone requests at its starts."""
+        starts = self.log.solo_ttft_s[system.name]
+        solo_ttft_s = {tokens: float(np.median([times_s[tokens] for times_s in starts])) for tokens in starts[0]}
+        return measured_setup(Engine(**self.log.facts["engine"]), solo_ttft_s, self.options)
 
     @contextmanager
     def serving(self, system: System) -> Iterator[Endpoint]:
@@ -118,6 +129,18 @@ class Prober:
                 self.log.settle("engine", asdict(served.engine(prompts)))
             served.settle()
             yield served
+
+    def settle_time_scale(self, asked: float | str) -> None:
+        """Take ``asked``, unless it is AUTO, for the rest of the run. Raises ValueError if the log has another."""
+        if asked == AUTO:
+            return
+        if self.log.facts.get("time_scale", asked) != asked:
+            raise ValueError(
+                f"the probes so far have the time scale {self.time_scale}, not {asked}: give another --out, or leave "
+                "--time-scale out"
+            )
+        if "time_scale" not in self.log.facts:
+            self.log.settle("time_scale", asked)
 
     def trace(self, seed: int, rate_rps: float, slo_scale: float = 1.0) -> Trace:
         """What is replayed at ``rate_rps`` by the wall clock."""

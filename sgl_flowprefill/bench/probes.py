@@ -72,7 +72,7 @@ class ProbeLog:
         rows = list(_rows(path)) if path.exists() else []
         found = rows[0]["settings"] if rows else dict(settings)
         if different := [name for name in settings if found.get(name) != settings[name]]:
-            described = ", ".join(f"{name} {found.get(name)}, not {settings[name]}" for name in different)
+            described = "; ".join(f"{name} {found.get(name)}, not {settings[name]}" for name in different)
             raise ValueError(f"{path} has probes of other settings ({described}): give another --out, or delete it")
         if not rows:
             self._append({"kind": "settings", "settings": settings})

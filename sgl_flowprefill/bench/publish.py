@@ -12,14 +12,14 @@ from sgl_flowprefill.bench.table import comparison_table, title
 
 
 def publish(comparison: Comparison, folder: Path, console: Console) -> int:
-    """Write the reports into ``folder``, print table and problems. Returns 0, or 1 if there are problems."""
+    """Write the reports into ``folder``, print table, problems and doubts. Returns 0, or 1 if there are problems."""
     comparison.write_json(folder / "report.json")
     write_html(comparison, folder / "report.html")
     console.print()
     console.print(title(comparison), highlight=False, soft_wrap=True)
     console.print(comparison_table(comparison))
     problems = comparison.problems()
-    for problem in problems:
+    for problem in [*problems, *comparison.doubts()]:
         console.print(problem, style="yellow", markup=False, highlight=False)
     console.print(f"Report: {folder / 'report.html'} and {folder / 'report.json'}", highlight=False, soft_wrap=True)
     return int(bool(problems))

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final
@@ -18,10 +19,14 @@ from typing import Any, Final
 import aiohttp
 import numpy as np
 import requests
+from rich.console import Console
 
 from sgl_flowprefill.bench.calibrate import measure_solo_ttft
 from sgl_flowprefill.bench.client import Client, GenerateApi, get_json
+from sgl_flowprefill.bench.comparison import machine, versions
 from sgl_flowprefill.bench.metrics import read_suspensions
+from sgl_flowprefill.bench.prober import Plan, Prober
+from sgl_flowprefill.bench.probes import ProbeLog
 from sgl_flowprefill.bench.prompts import PromptBuilder
 from sgl_flowprefill.bench.replay import Enough, OnProgress, ReplayRun, replay
 from sgl_flowprefill.bench.simulator.measured import Engine, best_profile
@@ -94,14 +99,15 @@ class Servers:
             "server options": shlex.join(self.server_args),
             "prefill options": shlex.join(self.prefill_args),
             "decode options": shlex.join(self.decode_args),
+            "FlowPrefill options": self.options.model_dump(exclude_defaults=True),
         }
 
     def cluster(self, system: System, log_dir: Path, event_log: Path | None) -> ClusterConfig:
         """The cluster of ``system``: only the prefill scheduler differs from that of another."""
         options = self.options
         if system.options is not None:
-            own = dict(system.options) | ({"event_log": str(event_log.resolve())} if event_log else {})
-            options = FlowPrefillConfig.parse(options.model_dump() | own)
+            log = {"event_log": str(event_log.resolve())} if event_log else {}
+            options = system.config(options).model_copy(update=log)
         return ClusterConfig(
             flowprefill=not system.is_stock,
             model_path=self.model_path,
@@ -233,6 +239,23 @@ def _beside(cluster: Cluster) -> Iterator[None]:
         yield
     finally:
         os.sched_setaffinity(0, before)
+
+
+def prober_of(servers: Servers, plan: Plan, out: Path, asked_time_scale: float | str, console: Console) -> Prober:
+    """What makes probes of ``servers`` and keeps them under ``out``.
+
+    Raises ValueError if there are some of another setting, machine or version.
+    """
+    settings = plan.settings() | {"model": servers.model, **servers.settings()}
+    settings |= {"cpu": machine()["cpu"], "versions": versions()}
+
+    def detail(line: str) -> None:
+        console.print(f"  {line}", highlight=False, soft_wrap=True)
+
+    log = ProbeLog(out / "probes.jsonl", settings)
+    prober = Prober(plan, log, partial(serve, servers=servers, out=out, say=detail), console, servers.options)
+    prober.settle_time_scale(asked_time_scale)
+    return prober
 
 
 def _flushed(url: str) -> bool:

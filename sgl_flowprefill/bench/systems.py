@@ -1,7 +1,7 @@
 """The systems that can be compared: one table of settings, each with why its users would run it so.
 
 All of them are served by the same cluster with the same engine and attention; they differ in the prefill server's
-scheduler alone. ``simulated`` is the system's name in ``bench.simulator``.
+scheduler alone.
 
 The original's stream synchronisation at every operator is no system of its own here: on the CPU a kernel has ended when
 its call returns, so every checkpoint is synchronised already and ``flowprefill`` is what it would be.
@@ -18,6 +18,8 @@ from typing import Any, Final
 from rich import box
 from rich.console import Console
 from rich.table import Table
+
+from sgl_flowprefill.config import FlowPrefillConfig
 
 CHUNKS: Final[Mapping[str, str]] = {
     "": "unchunked: no prompt pays for chunks, the highest throughput",
@@ -44,17 +46,28 @@ class System:
     name: str
     label: str
     why: str
-    simulated: str
-    """Its name in the simulator."""
     stock_args: Sequence[str] = ()
     """SGLang options of the prefill server."""
     options: Mapping[str, Any] | None = field(default=None)
     """FlowPrefill's options (fields of FlowPrefillConfig); None for SGLang's own scheduler."""
+    stock_simulated: str | None = None
+    """Name in the simulator, of one of SGLang's own."""
 
     @property
     def is_stock(self) -> bool:
         """Whether SGLang's own scheduler runs."""
         return self.options is None
+
+    def config(self, options: FlowPrefillConfig) -> FlowPrefillConfig:
+        """FlowPrefill's options: what the system is about, and ``options`` for the rest."""
+        return FlowPrefillConfig.parse(options.model_dump() | dict(self.options or {}))
+
+    def simulated(self, options: FlowPrefillConfig) -> str:
+        """Its name in the simulator, run with ``options``."""
+        if self.stock_simulated is not None:
+            return self.stock_simulated
+        config = self.config(options)
+        return f"{config.policy}/{config.granularity}"
 
     @property
     def wants_priority(self) -> bool:
@@ -68,8 +81,8 @@ class System:
         return " ".join(self.stock_args if self.is_stock else ["--flowprefill", *options])
 
 
-def _flowprefill(name: str, label: str, why: str, simulated: str, **options: Any) -> System:
-    return System(name, label, why, simulated, options=options)
+def _flowprefill(name: str, label: str, why: str, **options: Any) -> System:
+    return System(name, label, why, options=options)
 
 
 def _stock(order: str, chunk: str) -> System:
@@ -78,27 +91,25 @@ def _stock(order: str, chunk: str) -> System:
         name=f"stock-{order}" + (f"-{chunk}" if chunk else ""),
         label=f"SGLang {order}, " + (f"chunk {chunk}" if chunk else "unchunked"),
         why=f"{order_why}; {CHUNKS[chunk]}",
-        simulated=f"stock-{order}" + (f"-{chunk}" if chunk else ""),
         stock_args=("--chunked-prefill-size", chunk or "-1", *order_args),
+        stock_simulated=f"stock-{order}" + (f"-{chunk}" if chunk else ""),
     )
 
 
 SYSTEMS: Final[Mapping[str, System]] = {
     system.name: system
     for system in (
-        _flowprefill("flowprefill", "FlowPrefill", "what this package does by default", "feasible"),
+        _flowprefill("flowprefill", "FlowPrefill", "what this package does by default"),
         _flowprefill(
             "flowprefill-s-edf",
             "FlowPrefill, S-EDF",
             "the paper's order with bounds: earliest deadline first among what can still be met by itself",
-            "s-edf",
             policy="s-edf",
         ),
         _flowprefill(
             "flowprefill-paper",
             "FlowPrefill, S-EDF as published",
             "the paper's order: hopeless requests latest deadline first, waiting without bound; slack without a margin",
-            "s-edf-paper",
             policy="s-edf-paper",
             slack_quantile=0.5,
         ),
@@ -106,24 +117,26 @@ SYSTEMS: Final[Mapping[str, System]] = {
             "flowprefill-edf",
             "FlowPrefill, EDF",
             "the order of real-time systems, blind to requests that are late anyway",
-            "edf",
             policy="edf",
         ),
         _flowprefill(
             "flowprefill-layer",
             "FlowPrefill by layer",
             "checkpoints once a layer: half as many, the paper's comparison",
-            "feasible/layer",
             granularity="layer",
         ),
         _flowprefill(
             "flowprefill-chunk",
             "FlowPrefill by forward",
             "no checkpoint inside a forward pass: slack-aware order without preemption",
-            "feasible/chunk",
             granularity="chunk",
         ),
-        System("sglang", "SGLang", "SGLang as it comes, with the chunk size that it chooses", "stock-fcfs-4096"),
+        System(
+            "sglang",
+            "SGLang",
+            "SGLang as it comes, with the chunk size that it chooses",
+            stock_simulated="stock-fcfs-4096",
+        ),
         *(_stock(order, chunk) for chunk in CHUNKS for order in ORDERS),
     )
 }

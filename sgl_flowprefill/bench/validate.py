@@ -12,7 +12,6 @@ import math
 import shlex
 import sys
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -25,9 +24,8 @@ from rich.table import Table
 from sgl_flowprefill.bench.comparison import machine, versions
 from sgl_flowprefill.bench.options import AUTO, positive_float, positive_int, scale_or_auto
 from sgl_flowprefill.bench.prober import Plan, Prober, outcome
-from sgl_flowprefill.bench.probes import ProbeLog
 from sgl_flowprefill.bench.replay import RequestResult
-from sgl_flowprefill.bench.serving import Servers, serve
+from sgl_flowprefill.bench.serving import Servers, prober_of
 from sgl_flowprefill.bench.simulator.measured import saturation_rps
 from sgl_flowprefill.bench.simulator.requests import SimRequest
 from sgl_flowprefill.bench.simulator.systems import run as simulate
@@ -84,14 +82,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     servers = Servers.from_args(args)
     plan = Plan(workload(args.workload), args.seeds, args.duration, args.max_output_tokens)
     systems = select(args.systems)
-    log = ProbeLog(args.out / "probes.jsonl", plan.settings() | {"model": servers.model, **servers.settings()})
-    if args.time_scale != AUTO and "time_scale" not in log.facts:
-        log.settle("time_scale", args.time_scale)
-
-    def detail(line: str) -> None:
-        console.print(f"  {line}", highlight=False, soft_wrap=True)
-
-    prober = Prober(plan, log, partial(serve, servers=servers, out=args.out, say=detail), console)
+    prober = prober_of(servers, plan, args.out, args.time_scale, console)
     try:
         for system in systems:
             _replay_all(prober, system, args.loads)
@@ -99,7 +90,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
         rows = [row for system in systems for load in args.loads if (row := compared(prober, system, load))]
         if rows:
             _publish(rows, prober, args.out, console)
-    return int(any(not probe.run.client.valid for probe in log.probes))
+    return int(any(not probe.run.client.valid for probe in prober.log.probes))
 
 
 def load_rps(prober: Prober, load: float) -> float:
@@ -127,10 +118,13 @@ def pairs(prober: Prober, system: System, load: float) -> list[Pair]:
     if not prober.is_calibrated:
         return []
     rate_rps = load_rps(prober, load)
-    found = []
+    found: list[Pair] = []
+    if system.name not in prober.log.solo_ttft_s:
+        return found
+    setup = prober.setup_of(system)
     for seed in range(prober.plan.seeds):
         if probe := prober.log.complete_at(rate_rps, system.name, seed):
-            requests = simulate(system.simulated, prober.trace(seed, rate_rps), prober.setup).requests
+            requests = simulate(system.simulated(prober.options), prober.trace(seed, rate_rps), setup).requests
             found += [Pair(seed, result, requests[result.index]) for result in probe.run.results]
     return found
 

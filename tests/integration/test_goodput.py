@@ -36,7 +36,8 @@ def prober(flowprefill_cluster: Cluster, tmp_path: Path) -> Prober:
         )
 
     plan = Plan(workload("mixed"), seeds=1, duration_s=4.0, max_output_tokens=2)
-    return Prober(plan, ProbeLog(tmp_path / "probes.jsonl", plan.settings()), serve, Console(file=StringIO()))
+    log = ProbeLog(tmp_path / "probes.jsonl", plan.settings())
+    return Prober(plan, log, serve, Console(file=StringIO()), flowprefill_cluster.config.options)
 
 
 def test_a_search_with_real_servers(prober: Prober) -> None:

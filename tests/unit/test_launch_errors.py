@@ -103,6 +103,15 @@ def test_a_wrong_flowprefill_option(refusal, options, text):
     assert text in refusal("--flowprefill", *options)
 
 
+def test_a_misspelt_option_in_the_environment(refusal, monkeypatch):
+    monkeypatch.setenv("FLOWPREFILL_PORT_30000_TCP_ADDR", "10.0.0.1")  # of a Kubernetes service
+    assert "FLOWPREFILL_PORT" not in refusal("--flowprefill", "--pp-size", "2")
+    monkeypatch.setenv("FLOWPREFILL_MAX_SUSPEND", "3")
+    assert "FLOWPREFILL_MAX_SUSPEND=3 in the environment is no option; FLOWPREFILL_MAX_SUSPENDED is" in refusal(
+        "--flowprefill"
+    )
+
+
 @pytest.mark.parametrize(
     ("options", "text"),
     [

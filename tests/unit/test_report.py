@@ -1,5 +1,6 @@
 """The report of a comparison: every field that scripts read, and a page that needs no network."""
 
+import dataclasses
 import json
 import re
 from io import StringIO
@@ -159,3 +160,13 @@ def test_a_picture_is_taken_by_an_installed_browser(tmp_path: Path, monkeypatch:
     with pytest.raises(ValueError, match="no display"):
         page.take_picture(report)
     assert not picture.exists()
+
+
+def test_a_machine_that_was_not_as_fast_for_both_is_named(comparison: Comparison, tmp_path: Path) -> None:
+    ours, stock = comparison.systems
+    for solo_ttft_s, doubts in (({512: 0.105}, 0), ({512: 0.089}, 1), ({1024: 0.2}, 0)):
+        lone = dataclasses.replace(ours, solo_ttft_s=solo_ttft_s)
+        steady = dataclasses.replace(comparison, systems=[lone, stock])
+        assert len(steady.doubts()) == doubts
+        assert publish(steady, tmp_path, Console(file=StringIO())) == 0
+        assert json.loads((tmp_path / "report.json").read_text())["doubts"] == steady.doubts()

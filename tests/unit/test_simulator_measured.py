@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from sgl_flowprefill.bench.simulator.measured import Engine, best_profile, measured_setup
+from sgl_flowprefill.config import FlowPrefillConfig
 from sgl_flowprefill.profiling import Profile, Row, Setting, write_profile
 from sgl_flowprefill.ttft import PrefillShape
 
@@ -40,12 +41,26 @@ def test_a_profile_with_cached_prefixes_is_preferred_to_a_newer_one_without(
     assert best_profile("toy").stem == "short"
 
 
-def test_what_is_charged_beside_a_forward_is_read_off_short_prompts(tmp_path: Path) -> None:
-    """A profile that is 5% off makes 40 ms of a long prompt, but hardly anything of a short one."""
+def test_lone_requests_say_what_is_charged_beside_a_forward_and_how_slow_the_machine_is(tmp_path: Path) -> None:
     path = tmp_path / "toy.parquet"
     lengths = (512, 1024, 2048, 8192)
     write_profile(path, Profile(SETTING, 8192, [row(tokens) for tokens in (16, *lengths)], complete=True))
-    solo_ttft_s = {tokens: 0.02 + row(tokens, factor=1.05).time_s for tokens in lengths}
-    cost = measured_setup(Engine(str(path), 8, None, between_forwards_s=0.002), solo_ttft_s).machine.cost
-    assert cost.serving_s == pytest.approx(0.018 + 0.05 * row(512).time_s, abs=0.003)
-    assert cost.predict_s([PrefillShape(1024)]) == pytest.approx(row(1024).time_s + 0.002, rel=0.01)
+    solo_ttft_s = {tokens: 0.02 + row(tokens, factor=1.25).time_s for tokens in lengths}
+    engine = Engine(str(path), 8, None, between_forwards_s=0.002)
+    cost = measured_setup(engine, solo_ttft_s, FlowPrefillConfig()).machine.cost
+    assert cost.serving_s == pytest.approx(0.018, abs=0.001)
+    for tokens in lengths:
+        assert cost.predict_s([PrefillShape(tokens)]) == pytest.approx(
+            row(tokens, factor=1.25).time_s + 0.002, rel=0.01
+        )
+
+
+def test_flowprefill_is_simulated_with_the_options_of_its_servers(tmp_path: Path) -> None:
+    path = tmp_path / "toy.parquet"
+    write_profile(path, Profile(SETTING, 8192, [row(tokens) for tokens in (16, 512, 2048)], complete=True))
+    engine = Engine(str(path), 8, None, between_forwards_s=0.0)
+    options = FlowPrefillConfig(max_suspended=3, max_blocking_ms=2.5, max_starvation_s=7.0, max_batch_tokens=99)
+    setup = measured_setup(engine, {512: 0.1}, options)
+    assert (setup.limits.max_suspended, setup.limits.max_batch_tokens) == (3, 99)
+    assert (setup.max_operator_s, setup.max_starvation_s) == (0.0025, 7.0)
+    assert measured_setup(engine, {512: 0.1}, FlowPrefillConfig()).max_operator_s == 0.005

@@ -18,8 +18,17 @@ from sgl_flowprefill.config import FlowPrefillConfig
 def test_every_system_can_be_simulated_and_says_why_it_is_there() -> None:
     assert len([system for system in SYSTEMS.values() if system.is_stock]) == len(ORDERS) * len(CHUNKS) + 1
     for system in SYSTEMS.values():
-        new_instance(system.simulated, Setup(Machine(LLAMA_8B, 10_000)))
+        new_instance(system.simulated(FlowPrefillConfig()), Setup(Machine(LLAMA_8B, 10_000)))
         assert system.why
+
+
+def test_what_is_simulated_is_what_the_options_ask_for() -> None:
+    edf = FlowPrefillConfig(policy="edf")
+    assert SYSTEMS["flowprefill"].simulated(FlowPrefillConfig()) == "feasible/operator"
+    assert SYSTEMS["flowprefill"].simulated(edf) == "edf/operator"
+    assert SYSTEMS["flowprefill-layer"].simulated(edf) == "edf/layer"
+    assert SYSTEMS["flowprefill-s-edf"].simulated(edf) == "s-edf/operator"
+    assert SYSTEMS["stock-spf-512"].simulated(edf) == "stock-spf-512"
 
 
 def test_settings_are_accepted_by_those_who_read_them() -> None:

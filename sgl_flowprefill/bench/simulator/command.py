@@ -53,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"{NAMES_HELP} (default: a comparison of {len(HEADLINE)})",
     )
     parser.add_argument(
-        "--cost", default=LLAMA_8B.name, metavar="NAME|FILE", help=f"{', '.join(MODELS)}, or a TTFT profile (JSON)"
+        "--cost", default=LLAMA_8B.name, metavar="NAME|FILE", help=f"{', '.join(MODELS)}, or the file of a TTFT profile"
     )
     parser.add_argument("--layers", type=positive_int, default=32, help="layers of a profile's model (default 32)")
     parser.add_argument(

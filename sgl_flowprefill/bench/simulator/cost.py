@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,6 +47,11 @@ class CostModel:
         """Seconds of one forward pass over ``batch``, undisturbed."""
         tokens, pairs = _work(batch)
         return max(self.floor_s, self.fixed_s + self.per_token_s * tokens) + self.per_pair_s * pairs
+
+    def slower(self, factor: float) -> CostModel:
+        """The same on a machine whose forward passes take ``factor`` times as long."""
+        names = ("fixed_s", "per_token_s", "per_pair_s", "floor_s")
+        return dataclasses.replace(self, **{name: factor * getattr(self, name) for name in names})
 
     def attention_share(self, batch: Sequence[PrefillShape]) -> float:
         """Share of a layer's time that passes before the checkpoint after its attention module."""

@@ -15,12 +15,13 @@ from sgl_flowprefill.bench.simulator.cost import CostModel, from_profile
 from sgl_flowprefill.bench.simulator.instance import Machine
 from sgl_flowprefill.bench.simulator.systems import Setup
 from sgl_flowprefill.bench.trace import Trace
+from sgl_flowprefill.config import FlowPrefillConfig
 from sgl_flowprefill.policy import Limits
 from sgl_flowprefill.profiling import ProfileError, read_profile
 from sgl_flowprefill.ttft import PrefillShape
 from sgl_flowprefill.ttft.budget import throughput_budget_tokens
+from sgl_flowprefill.ttft.physics import non_negative
 
-CPU_MAX_OPERATOR_S: Final = 0.020
 LONGEST_BATCH_TOKENS: Final = 8192
 """Where the runtime's search for the batch that throughput needs ends."""
 
@@ -59,22 +60,25 @@ class Engine:
     """From the end of a forward to the start of the next while requests wait: what a profile does not see."""
 
 
-def measured_setup(engine: Engine, solo_ttft_s: Mapping[int, float]) -> Setup:
-    """The simulator as ``engine``. What a lone request takes beside its forward is charged before its start.
+def measured_setup(engine: Engine, solo_ttft_s: Mapping[int, float], options: FlowPrefillConfig) -> Setup:
+    """The simulator as ``engine``, FlowPrefill run with ``options``.
 
-    It is one figure for all lengths, by least squares of relative errors: a profile that is off by a few percent hides
-    it in the times of long prompts.
+    Lone requests say how much slower than in its profile the engine is by now, and what a request takes beside its
+    forward, which is charged before its start: two figures for all lengths, by least squares of relative errors.
     """
     cost = from_profile(Path(engine.profile), engine.layers)
-    cost = dataclasses.replace(cost, fixed_s=cost.fixed_s + engine.between_forwards_s)
+    forward_s = np.array([cost.predict_s([PrefillShape(tokens)]) for tokens in solo_ttft_s])
     ttft_s = np.array(list(solo_ttft_s.values()))
-    beside_s = ttft_s - [cost.predict_s([PrefillShape(tokens)]) for tokens in solo_ttft_s]
-    cost = dataclasses.replace(cost, serving_s=max(0.0, float(np.average(beside_s, weights=ttft_s**-2))))
-    budget_tokens = throughput_budget_tokens(cost, LONGEST_BATCH_TOKENS)
+    columns = np.column_stack([np.ones_like(ttft_s), forward_s])
+    serving_s, slowness = non_negative(columns / ttft_s[:, None], 1 - engine.between_forwards_s / ttft_s)
+    cost = cost.slower(float(slowness))
+    cost = dataclasses.replace(cost, fixed_s=cost.fixed_s + engine.between_forwards_s, serving_s=float(serving_s))
+    budget_tokens = options.max_batch_tokens or throughput_budget_tokens(cost, LONGEST_BATCH_TOKENS)
     return Setup(
         Machine(cost, engine.kv_tokens or cost.kv_tokens),
-        limits=Limits(max_suspended=16, max_batch_tokens=budget_tokens),
-        max_operator_s=CPU_MAX_OPERATOR_S,
+        limits=Limits(max_suspended=options.max_suspended, max_batch_tokens=budget_tokens),
+        max_starvation_s=options.max_starvation_s,
+        max_operator_s=options.max_blocking_ms / 1e3,
     )
 
 
