@@ -180,4 +180,5 @@ def outcome(probe: Probe) -> str:
     if not probe.run.client.valid:
         return f"not valid: {probe.run.client.invalid_reason}"
     low, high = probe.attainment_bounds
-    return (f"{low:.1%}" if low == high else f"{low:.1%} to {high:.1%}") + f" of {probe.total} in time"
+    known = len(probe.run.results) == probe.total
+    return (f"{low:.1%}" if known else f"{low:.1%} to {high:.1%}") + f" of {probe.total} in time"

@@ -60,7 +60,8 @@ def test_flowprefill_is_simulated_with_the_options_of_its_servers(tmp_path: Path
     write_profile(path, Profile(SETTING, 8192, [row(tokens) for tokens in (16, 512, 2048)], complete=True))
     engine = Engine(str(path), 8, None, between_forwards_s=0.0)
     options = FlowPrefillConfig(max_suspended=3, max_blocking_ms=2.5, max_starvation_s=7.0, max_batch_tokens=99)
-    setup = measured_setup(engine, {512: 0.1}, options)
+    solo_ttft_s = {tokens: 0.02 + row(tokens).time_s for tokens in (512, 2048)}
+    setup = measured_setup(engine, solo_ttft_s, options)
     assert (setup.limits.max_suspended, setup.limits.max_batch_tokens) == (3, 99)
     assert (setup.max_operator_s, setup.max_starvation_s) == (0.0025, 7.0)
-    assert measured_setup(engine, {512: 0.1}, FlowPrefillConfig()).max_operator_s == 0.005
+    assert measured_setup(engine, solo_ttft_s, FlowPrefillConfig()).max_operator_s == 0.005
