@@ -268,7 +268,8 @@ class FlowPrefillScheduler(PreparedScheduler):
     def _enqueue(self, req: Any) -> None:
         """A request that finished bootstrapping waits for its turn."""
         self.waiting_queue.append(req)
-        req.init_next_round_input(self.tree_cache)
+        # Only to know how much of it is cached: what a start copies of a hybrid model's state takes a slot.
+        req.init_next_round_input(self.tree_cache, cow_mamba=False)
         job = self._waiting.add(req, received_s(req), self._slo_s(req), self._predict_s)
         self._policy.requests.add(job)
 
