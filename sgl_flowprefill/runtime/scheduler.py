@@ -233,9 +233,22 @@ class FlowPrefillScheduler(PreparedScheduler):
         self._journal.completed(task, prediction, self._ttft, len(self._live))
         self.process_batch_result(task.batch, task.result)
 
+    def checkpoint_disagg_prefill(self, req: Any) -> None:
+        """SGLang gives the KV of ``req``, whose prefill has run, to the radix cache. What another has put there since the
+        start of ``req`` takes the place of its own: SGLang frees that, and queues the new KV indices.
+        """
+        others = self._cached_tokens() - req.kv.cache_protected_len
+        super().checkpoint_disagg_prefill(req)
+        if self._cached_tokens() - req.kv.cache_protected_len != others:
+            self._reindexed = req
+
+    def _cached_tokens(self) -> int:
+        return int(self.tree_cache.evictable_size() + self.tree_cache.protected_size())
+
     def send_kv_chunk(self, req: Any, last_chunk: bool = False, end_idx: int | None = None) -> None:
-        """SGLang reads the KV indices of ``req`` back. Where its prefill has run, that need not wait for others'."""
-        with self._device.beside_the_queue() if last_chunk else nullcontext():
+        """SGLang reads the KV indices of ``req`` back. Those with which its prefill has run need not wait for others'."""
+        beside = last_chunk and req is not self._reindexed
+        with self._device.beside_the_queue() if beside else nullcontext():
             super().send_kv_chunk(req, last_chunk, end_idx)
 
     def _retire(self, task: PrefillTask) -> None:

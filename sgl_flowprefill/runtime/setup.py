@@ -59,6 +59,8 @@ class PreparedScheduler(Scheduler):
         """Tasks that have started and are not done, in the order of their start, which is the same on all ranks."""
         self._finishing: deque[PrefillTask] = deque()
         """Tasks that are done, whose results are on their way from the device."""
+        self._reindexed: Any = None
+        """The last request whose KV indices were queued again after its prefill had run."""
         super().__init__(server_args, *args, **kwargs)
         if self.disaggregation_mode == DisaggregationMode.PREFILL:
             try:
