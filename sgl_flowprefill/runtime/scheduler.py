@@ -181,13 +181,18 @@ class FlowPrefillScheduler(PreparedScheduler):
         return task
 
     def _make_batch(self, reqs: Sequence[Any]) -> Any | None:
-        """SGLang's own admission (prefix match, KV and slot allocation) for ``reqs`` alone, in their order."""
+        """SGLang's own admission (prefix match, KV and slot allocation) for ``reqs`` alone, in their order, and what
+        its loop does with a new batch.
+        """
         chosen = set(reqs)
         others = [req for req in self.waiting_queue if req not in chosen]
         self.waiting_queue = list(reqs)
         self.running_batch.batch_is_full = False
         batch = self.get_new_batch_prefill(self.running_batch).batch_to_run
         self.waiting_queue = self.waiting_queue + others
+        batch = self.ngram_embedding_manager.prepare_for_forward(batch, chunked_req=self.chunked_req)
+        if batch is not None and self.enable_staging:
+            self.maybe_prefetch_staging_for_batch(batch)
         return batch
 
     # ---- running --------------------------------------------------------------------------------------------------
@@ -310,6 +315,7 @@ class FlowPrefillScheduler(PreparedScheduler):
             for req in dropped:
                 req.time_stats.set_completion_time()
             self.output_streamer.stream_output(dropped, any(req.return_logprob for req in dropped))
+            self._maybe_clear_mm_inputs(task.batch)
 
     def pause_generation(self, recv_req: Any) -> None:
         """Started tasks run to their end first: a pause may be there to change the weights under them."""
