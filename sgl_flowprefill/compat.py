@@ -6,6 +6,8 @@ command line parser. Imports nothing of SGLang.
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
 from typing import Any, Final
 
 TRANSFER_BACKENDS: Final = ("nixl", "mooncake")
@@ -35,23 +37,42 @@ REFUSED_WHEN_SET: Final = {
     "dllm_algorithm": "a diffusion model has no prefill that ends with a first token",
     "is_embedding": "an embedding has no first token",
     "encoder_only": "an encoder has no first token",
+    "language_only": "embeddings arrive from its encoders at sockets of their own, which wake nobody",
+    "enable_forward_pass_metrics": "its timer takes one forward pass at a time",
+    "enable_eplb": "the experts of one forward pass at a time are counted",
+    "expert_distribution_recorder_mode": "the experts of one forward pass at a time are counted",
+    "enable_return_routed_experts": "the experts of all forward passes are kept in one buffer",
+    "enable_return_indexer_topk": "the indices of all forward passes are kept in one buffer",
+    "kv_canary": "it checks one forward pass at a time",
     "optimistic_prefill_attempts": "a prefill starts once the decode server has reserved its KV cache",
     "use_ray": "the scheduler has to be a process of this machine",
     "smg_grpc_mode": "the objective of a request is checked by the HTTP server",
     "grpc_mode": "the objective of a request is checked by the HTTP server",
 }
-"""Field of ServerArgs: why FlowPrefill refuses a value other than None, False, 0 or nothing."""
+"""Field of ServerArgs: why FlowPrefill refuses a value other than None, False, 0, "none" or nothing."""
 
 REFUSED_ABOVE_ONE: Final = {
     "pp_size": "a pipeline's stages cannot be suspended together",
     "dp_size": "its ranks are replicas, one of which a request gets by its number; start as many prefill servers, for "
     "which launch.py has --prefill N",
+    "attn_dp_size": "its ranks have to run the same number of forward passes",
     "attn_cp_size": "context parallelism is not supported",
+    "tokenizer_worker_num": "the objective of a request is checked by the HTTP server, whose workers load no plugins",
 }
 
+REFUSED_ENVIRONMENT: Final = {
+    "SGLANG_ENABLE_METRICS_DEVICE_TIMER": "its timer takes one forward pass at a time",
+    "SGLANG_RUST_SERVER": "the objective of a request is checked by the Python HTTP server, and what arrives from the "
+    "other wakes nobody",
+}
+"""Variable that SGLang reads: why FlowPrefill refuses it when it is on."""
 
-def incompatible_option(server_args: Any) -> str | None:
-    """One sentence about the first option of a prefill server that cannot work with FlowPrefill, or None."""
+
+def incompatible_option(server_args: Any, env: Mapping[str, str] | None = None) -> str | None:
+    """One sentence about the first option of a prefill server, or variable of its environment (default: this process's),
+    that cannot work with FlowPrefill, or None.
+    """
+    env = os.environ if env is None else env
 
     def value(field: str) -> Any:
         return getattr(server_args, field, None)
@@ -66,12 +87,15 @@ def incompatible_option(server_args: Any) -> str | None:
     if backend not in TRANSFER_BACKENDS:
         return f"--disaggregation-transfer-backend {backend} cannot work with FlowPrefill: use nixl"
     for field, reason in REFUSED_WHEN_SET.items():
-        if value(field):
+        if value(field) and value(field) != "none":
             given = flag(field) if value(field) is True else f"{flag(field)} {value(field)}"
             return f"{given} cannot work with FlowPrefill: {reason}"
     for field, reason in REFUSED_ABOVE_ONE.items():
         if (value(field) or 1) > 1:
             return f"{flag(field)} {value(field)} cannot work with FlowPrefill: {reason}"
+    for name, reason in REFUSED_ENVIRONMENT.items():
+        if env.get(name, "").lower() in ("1", "true", "yes", "y"):
+            return f"{name}={env[name]} cannot work with FlowPrefill: {reason}; unset it"
     for field in ("attention_backend", "prefill_attention_backend"):
         unchecked = unchecked_attention_backend(value(field), flag(field))
         if unchecked is not None:

@@ -73,7 +73,11 @@ class FlowPrefillConfig(BaseModel):
         description="an operator that would run longer than this many milliseconds is split into tiles between which a "
         "prefill can be suspended",
     )
-    event_log: str | None = Field(default=None, description="file that receives every scheduling event as a JSON line")
+    event_log: str | None = Field(
+        default=None,
+        description="file that receives every scheduling event as a JSON line: some 0.6 kB a request and 0.4 kB a "
+        "preemption, without bound",
+    )
     profile: str | None = Field(
         default=None,
         description="profile of `launch.py profile` to predict TTFT with; without it, the one in the cache, or a short "

@@ -20,13 +20,19 @@ suspended ran on; after it the hub read what had arrived, picked, and admitted t
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
+logger = logging.getLogger(__name__)
+
 
 class EventLog:
-    """Appends events to a file, or drops them when there is none. Lines reach the file at ``flush`` at the latest."""
+    """Appends events to a file, or drops them when there is none. Lines reach the file at ``flush`` at the latest. A
+    file that cannot be written any more, such as on a full disk, is given up: serving goes on.
+    """
 
     def __init__(self, path: str | Path | None) -> None:
         self._file: IO[str] | None = None
@@ -36,11 +42,23 @@ class EventLog:
 
     def write(self, kind: str, t_s: float, **fields: Any) -> None:
         if self._file is not None:
-            self._file.write(json.dumps({"event": kind, "t_s": round(t_s, 6), **fields}) + "\n")
+            try:
+                self._file.write(json.dumps({"event": kind, "t_s": round(t_s, 6), **fields}) + "\n")
+            except OSError as error:
+                self._give_up(self._file, error)
 
     def flush(self) -> None:
         if self._file is not None:
-            self._file.flush()
+            try:
+                self._file.flush()
+            except OSError as error:
+                self._give_up(self._file, error)
+
+    def _give_up(self, file: IO[str], error: OSError) -> None:
+        self._file = None
+        logger.error("No more events are written to %s: %s", file.name, error)
+        with suppress(OSError):
+            file.close()
 
 
 def read_events(path: str | Path) -> Iterator[dict[str, Any]]:

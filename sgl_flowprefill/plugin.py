@@ -9,8 +9,23 @@ from __future__ import annotations
 import multiprocessing
 import os
 import sys
+from typing import Final
 
 from sgl_flowprefill.config import ConfigError, FlowPrefillConfig, is_enabled
+
+LOOP: Final = "sglang.srt.disaggregation.prefill.SchedulerDisaggregationPrefillMixin.event_loop_normal_disagg_prefill"
+LOOP_CALLS: Final = (
+    "self.ingest_requests()",
+    "self.disagg_prefill_bootstrap_queue.pop_bootstrapped()",
+    "self.get_next_disagg_prefill_batch_to_run(",
+    "self.ngram_embedding_manager.prepare_for_forward(",
+    "self.maybe_prefetch_staging_for_batch(batch)",
+    "self.run_batch(batch)",
+    "self.process_batch_result(batch, result)",
+    "self.on_idle()",
+    "self.process_disagg_prefill_inflight_queue()",
+)
+"""What SGLang's loop calls, all of which that of ``runtime.scheduler`` does too, in an order of its own."""
 
 
 def load() -> None:
@@ -50,8 +65,10 @@ def _take_scheduler_seams(config: FlowPrefillConfig) -> None:
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
     from sgl_flowprefill.patches import decode_order
+    from sgl_flowprefill.patches.base import expect_source
     from sgl_flowprefill.runtime.scheduler import FlowPrefillScheduler
 
+    expect_source("scheduler", LOOP, *LOOP_CALLS)
     if config.policy != "fcfs":
         decode_order.apply(config)
     HookRegistry.register("sglang.srt.managers.scheduler.Scheduler", FlowPrefillScheduler, HookType.REPLACE)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from sgl_flowprefill.runtime.device import CpuDevice, HostStamp, QueueDevice
@@ -19,6 +20,8 @@ class LateDevice(QueueDevice):
         self.recorded = self.passed = 0
         self.deepest = 0
         self.early_wakes = 0
+        self.is_beside = False
+        """Whether what runs now is beside the queue."""
 
     def record(self) -> None:
         super().record()
@@ -38,8 +41,11 @@ class LateDevice(QueueDevice):
     def stamp(self) -> HostStamp:
         return CpuDevice().stamp()
 
-    def beside_the_queue(self) -> AbstractContextManager[Any]:
-        return nullcontext()
+    @contextmanager
+    def beside_the_queue(self) -> Iterator[None]:
+        self.is_beside = True
+        yield
+        self.is_beside = False
 
     def _new_event(self) -> LateEvent:
         return LateEvent(self)

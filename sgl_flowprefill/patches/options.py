@@ -1,7 +1,8 @@
 """A server that FlowPrefill cannot work with is refused before it starts, with one line.
 
-Target: ``sglang.srt.entrypoints.http_server.launch_server`` (SGLang 0.5.23), where the options of a server arrive,
-however it was started. Without this seam such a server would fail in its scheduler process.
+Target: ``sglang.srt.entrypoints.engine.Engine._launch_subprocesses`` (SGLang 0.5.23), where the options arrive of HTTP
+servers, with Ray too, and of engines without one. Without this seam such a server would be refused in its scheduler
+process (``runtime.setup``), as one that is started elsewhere is (gRPC), or, with Ray, run without FlowPrefill.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any, Final
 from sgl_flowprefill.compat import incompatible_option
 from sgl_flowprefill.patches.base import expect_parameters
 
-LAUNCH: Final = "sglang.srt.entrypoints.http_server.launch_server"
+LAUNCH: Final = "sglang.srt.entrypoints.engine.Engine._launch_subprocesses"
 
 
 def apply() -> None:
@@ -23,7 +24,7 @@ def apply() -> None:
     HookRegistry.register(LAUNCH, _check, HookType.BEFORE)
 
 
-def _check(server_args: Any, *args: Any, **kwargs: Any) -> None:
+def _check(_engine: Any, server_args: Any, *args: Any, **kwargs: Any) -> None:
     if server_args.disaggregation_mode == "decode":  # only its HTTP server takes part
         return
     refusal = incompatible_option(server_args)

@@ -65,9 +65,7 @@ class SchedulerEngine:
     def _forward(self, prompts: Sequence[list[int]], keep: bool = False) -> Timing:
         scheduler = self._scheduler
         reqs = [self._req(index, prompt) for index, prompt in enumerate(prompts)]
-        scheduler.waiting_queue = list(reqs)
-        scheduler.running_batch.batch_is_full = False
-        batch = scheduler.get_new_batch_prefill(scheduler.running_batch).batch_to_run
+        batch = scheduler._make_batch(reqs)
         scheduler.waiting_queue = []
         shape = tuple(PrefillShape(len(req.origin_input_ids) - req.prefix_len, req.prefix_len) for req in batch.reqs)
         self._synchronize()

@@ -181,13 +181,18 @@ class FlowPrefillScheduler(PreparedScheduler):
         return task
 
     def _make_batch(self, reqs: Sequence[Any]) -> Any | None:
-        """SGLang's own admission (prefix match, KV and slot allocation) for ``reqs`` alone, in their order."""
+        """SGLang's own admission (prefix match, KV and slot allocation) for ``reqs`` alone, in their order, and what
+        its loop does with a new batch.
+        """
         chosen = set(reqs)
         others = [req for req in self.waiting_queue if req not in chosen]
         self.waiting_queue = list(reqs)
         self.running_batch.batch_is_full = False
         batch = self.get_new_batch_prefill(self.running_batch).batch_to_run
         self.waiting_queue = self.waiting_queue + others
+        batch = self.ngram_embedding_manager.prepare_for_forward(batch, chunked_req=self.chunked_req)
+        if batch is not None and self.enable_staging:
+            self.maybe_prefetch_staging_for_batch(batch)
         return batch
 
     # ---- running --------------------------------------------------------------------------------------------------
@@ -233,9 +238,22 @@ class FlowPrefillScheduler(PreparedScheduler):
         self._journal.completed(task, prediction, self._ttft, len(self._live))
         self.process_batch_result(task.batch, task.result)
 
+    def checkpoint_disagg_prefill(self, req: Any) -> None:
+        """SGLang gives the KV of ``req``, whose prefill has run, to the radix cache. What another has put there since the
+        start of ``req`` takes the place of its own: SGLang frees that, and queues the new KV indices.
+        """
+        others = self._cached_tokens() - req.kv.cache_protected_len
+        super().checkpoint_disagg_prefill(req)
+        if self._cached_tokens() - req.kv.cache_protected_len != others:
+            self._reindexed = req
+
+    def _cached_tokens(self) -> int:
+        return int(self.tree_cache.evictable_size() + self.tree_cache.protected_size())
+
     def send_kv_chunk(self, req: Any, last_chunk: bool = False, end_idx: int | None = None) -> None:
-        """SGLang reads the KV indices of ``req`` back. Where its prefill has run, that need not wait for others'."""
-        with self._device.beside_the_queue() if last_chunk else nullcontext():
+        """SGLang reads the KV indices of ``req`` back. Those with which its prefill has run need not wait for others'."""
+        beside = last_chunk and req is not self._reindexed
+        with self._device.beside_the_queue() if beside else nullcontext():
             super().send_kv_chunk(req, last_chunk, end_idx)
 
     def _retire(self, task: PrefillTask) -> None:
@@ -268,7 +286,8 @@ class FlowPrefillScheduler(PreparedScheduler):
     def _enqueue(self, req: Any) -> None:
         """A request that finished bootstrapping waits for its turn."""
         self.waiting_queue.append(req)
-        req.init_next_round_input(self.tree_cache)
+        # Only to know how much of it is cached: what a start copies of a hybrid model's state takes a slot.
+        req.init_next_round_input(self.tree_cache, cow_mamba=False)
         job = self._waiting.add(req, received_s(req), self._slo_s(req), self._predict_s)
         self._policy.requests.add(job)
 
@@ -296,6 +315,7 @@ class FlowPrefillScheduler(PreparedScheduler):
             for req in dropped:
                 req.time_stats.set_completion_time()
             self.output_streamer.stream_output(dropped, any(req.return_logprob for req in dropped))
+            self._maybe_clear_mm_inputs(task.batch)
 
     def pause_generation(self, recv_req: Any) -> None:
         """Started tasks run to their end first: a pause may be there to change the weights under them."""

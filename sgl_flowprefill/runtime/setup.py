@@ -11,12 +11,13 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any, Final, NoReturn
 
+from sglang.srt.arg_groups.overrides import resolving_view
 from sglang.srt.disaggregation.utils import DisaggregationMode
 from sglang.srt.managers.scheduler import Scheduler
 from sglang.srt.runtime_context import get_parallel
 from sglang.srt.utils.network import get_local_ip_auto
 
-from sgl_flowprefill.compat import unchecked_attention_backend
+from sgl_flowprefill.compat import incompatible_option, unchecked_attention_backend
 from sgl_flowprefill.config import FlowPrefillConfig
 from sgl_flowprefill.patches import wakeups
 from sgl_flowprefill.policy import Limits, PrefillPolicy, make_policy
@@ -46,7 +47,11 @@ class PreparedScheduler(Scheduler):
 
     waiting_queue: list[Any]
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, server_args: Any, *args: Any, **kwargs: Any) -> None:
+        if server_args.disaggregation_mode == DisaggregationMode.PREFILL.value:
+            refusal = incompatible_option(resolving_view(server_args))
+            if refusal is not None:  # of a server that was started past patches.options
+                _end_server(SystemExit(f"sgl-flowprefill: {refusal}"))
         # What Scheduler.__init__ may already ask for, before the rest of our state can exist.
         self._is_on = False
         """Whether this is the scheduler of a prefill server, ready to serve."""
@@ -54,7 +59,9 @@ class PreparedScheduler(Scheduler):
         """Tasks that have started and are not done, in the order of their start, which is the same on all ranks."""
         self._finishing: deque[PrefillTask] = deque()
         """Tasks that are done, whose results are on their way from the device."""
-        super().__init__(*args, **kwargs)
+        self._reindexed: Any = None
+        """The last request whose KV indices were queued again after its prefill had run."""
+        super().__init__(server_args, *args, **kwargs)
         if self.disaggregation_mode == DisaggregationMode.PREFILL:
             try:
                 self._prepare(FlowPrefillConfig.from_env())
@@ -151,7 +158,7 @@ class PreparedScheduler(Scheduler):
 
 
 def _end_server(refusal: SystemExit) -> NoReturn:
-    """End the server with one line. The transfer threads that SGLang has started by now would outlive this thread."""
+    """End the server with one line. Transfer threads that SGLang may have started by now would outlive this thread."""
     if multiprocessing.parent_process() is None:
         raise refusal
     print(refusal, file=sys.stderr, flush=True)

@@ -61,7 +61,7 @@ def plan_tiles(max_blocking_s: float, layers: int, ttft: TTFTModel, operators: O
 def tile_layers(model: nn.Module, layers: Sequence[DecoderLayer], rows: int, between_tiles: Callable[[], None]) -> None:
     """Run MLPs, norms and the linear layers of attention in tiles: ``rows`` tokens of an MLP."""
     count = tile_mlps(model, chain(*(layer.mlp for layer in layers)), rows, between_tiles)
-    count += tile_around_attention(model, chain(*(layer.attention for layer in layers)), rows, between_tiles)
+    count += tile_around_attention(model, layers, rows, between_tiles)
     logger.info("FlowPrefill runs %d modules in tiles, MLPs in those of %d tokens", count, rows)
 
 
@@ -79,17 +79,27 @@ def tile_mlps(model: nn.Module, names: Iterable[str], rows: int, between_tiles: 
 
 
 def tile_around_attention(
-    model: nn.Module, attention_names: Iterable[str], rows: int, between_tiles: Callable[[], None]
+    model: nn.Module, layers: Sequence[DecoderLayer], rows: int, between_tiles: Callable[[], None]
 ) -> int:
-    """Run all norms, and the linear layers inside the attention modules, in tiles; how many are."""
+    """Run the norms of the decoder, and the linear layers inside its attention modules, in tiles; how many are.
+
+    Not the norms of an encoder: tensor-parallel ranks may share its images out, and have to pass the same interruption
+    points.
+    """
     rows *= LIGHT_FACTOR
     linear = [
         module
-        for name in attention_names
+        for name in chain(*(layer.attention for layer in layers))
         for module in model.get_submodule(name).modules()
         if type(module).__name__.endswith("Linear")
     ]
-    norms = [module for module in model.modules() if type(module).__name__.endswith("Norm")]
+    inside = tuple(f"{layer.name}." for layer in layers)
+    beside = {layer.name.rpartition(".")[0].rpartition(".")[0] for layer in layers}  # what holds the list of layers
+    norms = [
+        module
+        for name, module in model.named_modules()
+        if type(module).__name__.endswith("Norm") and (name.startswith(inside) or name.rpartition(".")[0] in beside)
+    ]
     for module in (*linear, *norms):
         module.forward = in_tiles(module.forward, rows, between_tiles)
     return len(linear) + len(norms)

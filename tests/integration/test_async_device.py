@@ -66,6 +66,49 @@ def test_late_results_and_early_wakes_change_no_token(
     engine.assert_clean()
 
 
+def test_kv_indices_that_are_queued_again_are_not_read_beside_the_queue(
+    engine: PrefillEngine,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of prefills of the same prompt at a time, the radix cache keeps the KV of the first and frees that of the others:
+    what could be read beside the queue is their rows as they were before.
+    """
+    scheduler = engine.scheduler
+    device = LateDevice(2, seed=3)
+    monkeypatch.setattr(scheduler, "_device", device)
+    monkeypatch.setattr(scheduler._executor, "_device", device)
+    scheduler._policy.limits = Limits(max_suspended=100, max_batch_tokens=1)
+    chaos(engine, seed=3, switch_probability=0.9)
+    shared = prompt(4, 300)
+    prompts = {f"s{i}": prompt(50 + i // 2, 500, shared) for i in range(8)} | {"other": prompt(60, 450)}
+    before: dict[str, torch.Tensor] = {}
+    sent: dict[str, tuple[bool, bool]] = {}
+    finish, send = scheduler._finish, scheduler._send_kv_chunk
+
+    def row(req: Any) -> torch.Tensor:
+        indices: torch.Tensor = scheduler.req_to_token_pool.req_to_token[req.kv.req_pool_idx]
+        return indices[: len(req.origin_input_ids)].clone()
+
+    def watched_finish(task: Any) -> None:
+        before.update({req.rid: row(req) for req in task.batch.reqs})
+        finish(task)
+
+    def watched_send(req: Any, **arguments: Any) -> None:
+        sent[req.rid] = device.is_beside, torch.equal(row(req), before[req.rid])
+        send(req, **arguments)
+
+    monkeypatch.setattr(scheduler, "_finish", watched_finish)
+    monkeypatch.setattr(scheduler, "_send_kv_chunk", watched_send)
+    for rid, tokens in prompts.items():
+        engine.submit(rid, tokens)
+    engine.run()
+    assert set(sent) == set(prompts)
+    assert all(is_beside == unchanged for is_beside, unchanged in sent.values()), sent
+    assert sent["other"] == (True, True)
+    assert sum(not unchanged for _, unchanged in sent.values()) >= 4
+    engine.assert_clean()
+
+
 def test_a_client_that_leaves_while_its_result_is_on_the_way(
     engine: PrefillEngine,  # noqa: F811
     monkeypatch: pytest.MonkeyPatch,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -203,6 +204,74 @@ def test_a_client_that_leaves_frees_its_work_at_the_next_checkpoint(engine: Pref
     assert engine.answers["other"].token is not None
     assert engine.answers["suspended"].aborted
     assert engine.answers["running"].aborted
+    engine.assert_clean()
+
+
+def test_what_an_aborted_prefill_was_shown_is_released(engine: PrefillEngine) -> None:
+    scheduler = engine.scheduler
+    scheduler._executor._interrupted = lambda: True
+    engine.submit("leaves", prompt(1, 900))
+    engine.step()
+    [task] = scheduler._live
+    released: list[str] = []
+    [req] = task.batch.reqs
+    req.multimodal_inputs = SimpleNamespace(release_features=lambda: released.append("leaves"))
+    engine.abort("leaves")
+    engine.run()
+    assert engine.answers["leaves"].aborted
+    assert released == ["leaves"]
+    assert req.multimodal_inputs is None
+    engine.assert_clean()
+
+
+def test_a_hybrid_models_state_is_copied_when_a_prefill_starts_and_not_while_it_waits(
+    engine: PrefillEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sglang.srt.managers.schedule_batch import Req
+
+    scheduler = engine.scheduler
+    copies: list[tuple[str, bool]] = []
+    init = Req.init_next_round_input
+
+    def watched(req: Any, tree_cache: Any = None, cow_mamba: bool | None = None) -> None:
+        copies.append((req.rid, cow_mamba is not False))
+        init(req, tree_cache, cow_mamba)
+
+    monkeypatch.setattr(Req, "init_next_round_input", watched)
+    engine.submit("waits", prompt(1, 200))
+    scheduler._take_events()
+    assert [job.item.req.rid for job in scheduler._policy.requests.first(0.0, 10)] == ["waits"]
+    assert copies == [("waits", False)]
+    engine.run()
+    assert copies == [("waits", False), ("waits", True)]
+    engine.assert_clean()
+
+
+def test_each_batch_is_prepared_once_before_its_forward_pass(
+    engine: PrefillEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With token tables of n-gram embeddings, in the models that have some; of staging buffers, where there are some."""
+    scheduler = engine.scheduler
+    prepared: list[Any] = []
+    staged: list[Any] = []
+    manager = type(scheduler.ngram_embedding_manager)
+    prepare, run_batch = manager.prepare_for_forward, scheduler.run_batch
+
+    def watched(self: Any, batch: Any, *, chunked_req: Any) -> Any:
+        prepared.append(batch)
+        return prepare(self, batch, chunked_req=chunked_req)
+
+    def checked(batch: Any) -> Any:
+        assert prepared == staged == [batch]
+        return run_batch(batch)
+
+    monkeypatch.setattr(manager, "prepare_for_forward", watched)
+    monkeypatch.setattr(scheduler, "enable_staging", True)
+    monkeypatch.setattr(scheduler, "maybe_prefetch_staging_for_batch", staged.append)
+    monkeypatch.setattr(scheduler, "run_batch", checked)
+    engine.submit("only", prompt(1, 200))
+    engine.run()
+    assert len(prepared) == 1
     engine.assert_clean()
 
 

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from sgl_flowprefill.compat import REFUSED_ABOVE_ONE, REFUSED_WHEN_SET, incompatible_option
+from sgl_flowprefill.compat import REFUSED_ABOVE_ONE, REFUSED_ENVIRONMENT, REFUSED_WHEN_SET, incompatible_option
 
 WORKS = {
     "disaggregation_mode": "prefill",
@@ -38,6 +38,16 @@ def test_parallelism(field):
     assert "--" + field.replace("_", "-") + " 2 cannot work" in problem(**{field: 2})
 
 
+@pytest.mark.parametrize("name", REFUSED_ENVIRONMENT)
+def test_variables(name, monkeypatch):
+    for value, refused in [("1", True), ("True", True), ("0", False), ("", False)]:
+        text = incompatible_option(SimpleNamespace(**WORKS), {name: value})
+        assert (text is not None) == refused, value
+        assert not refused or f"{name}={value} cannot work with FlowPrefill: " in text
+    monkeypatch.setenv(name, "1")
+    assert problem() is not None
+
+
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
@@ -51,6 +61,8 @@ def test_parallelism(field):
         ({"attention_backend": "trtllm_mha"}, "--attention-backend trtllm_mha cannot work with FlowPrefill"),
         ({"prefill_attention_backend": "fa4"}, "--prefill-attention-backend fa4 cannot work with FlowPrefill"),
         ({"schedule_policy": "lpm"}, "--schedule-policy lpm"),
+        ({"kv_canary": "log"}, "--kv-canary log cannot work"),
+        ({"expert_distribution_recorder_mode": "stat"}, "--expert-distribution-recorder-mode stat cannot work"),
         ({"speculative_algorithm": "EAGLE"}, "--speculative-algorithm EAGLE cannot work"),
     ],
 )
@@ -61,6 +73,10 @@ def test_values(changes, text):
 @pytest.mark.parametrize("name", ["flashinfer", "fa3", "triton", None])
 def test_checked_attention_backends(name):
     assert problem(attention_backend=name, prefill_attention_backend=name) is None
+
+
+def test_a_canary_that_is_off():
+    assert problem(kv_canary="none") is None
 
 
 def test_the_cpu_has_no_graphs_to_disable():

@@ -257,8 +257,10 @@ def test_a_cpu_has_nothing_to_wait_for() -> None:
     assert isinstance(make_device("cuda", 2), CudaDevice)
 
 
-def test_only_the_last_part_of_a_requests_kv_is_sent_beside_the_queue(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is sent before its prefill has run must be read behind what writes it."""
+def test_only_indices_that_were_there_when_the_prefill_ran_are_read_beside_the_queue(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What is sent before its prefill has run, or was indexed again after that, must be read behind what writes it."""
     entered: list[str] = []
     sent: list[tuple[Any, bool, Any, list[str]]] = []
 
@@ -273,12 +275,18 @@ def test_only_the_last_part_of_a_requests_kv_is_sent_beside_the_queue(monkeypatc
     sglang_scheduler = scheduler_module.PreparedScheduler.__base__
     monkeypatch.setattr(sglang_scheduler, "send_kv_chunk", lambda self, *args: sent.append((*args, list(entered))))
     scheduler = object.__new__(scheduler_module.FlowPrefillScheduler)
+    scheduler._reindexed = None
     for scheduler._device in (CudaDevice(lookahead=2), CpuDevice()):
         scheduler.send_kv_chunk("req", last_chunk=True)
         scheduler.send_kv_chunk("req", last_chunk=False, end_idx=7)
+    scheduler._device, scheduler._reindexed = CudaDevice(lookahead=2), "again"
+    scheduler.send_kv_chunk("again", last_chunk=True)
+    scheduler.send_kv_chunk("req", last_chunk=True)
     assert sent == [
         ("req", True, None, ["its own"]),
         ("req", False, 7, []),
         ("req", True, None, []),
         ("req", False, 7, []),
+        ("again", True, None, []),
+        ("req", True, None, ["its own"]),
     ]

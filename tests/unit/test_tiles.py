@@ -1,0 +1,76 @@
+"""Which modules of a model run in row tiles."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from sgl_flowprefill.runtime.checkpoints import DecoderLayer
+from sgl_flowprefill.runtime.tiles import LIGHT_FACTOR, tile_layers
+
+ROWS = 4
+
+
+class RMSNorm(nn.Module):
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        return rows * 2
+
+
+class Layer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = RMSNorm()
+        self.attention = nn.ModuleDict({"q_norm": RMSNorm(), "project": nn.Linear(3, 3)})
+        self.mlp = nn.Sequential(nn.Linear(3, 3))
+
+
+class Decoder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([Layer()])
+        self.norm = RMSNorm()
+
+
+class VisionModel(nn.Module):
+    """An encoder whose images tensor-parallel ranks may share out, before a decoder."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.visual = nn.ModuleDict({"layers": nn.ModuleList([Layer()]), "norm": RMSNorm()})
+        self.model = Decoder()
+
+
+def layer(name: str) -> DecoderLayer:
+    return DecoderLayer(name, (f"{name}.attention",), (f"{name}.mlp",))
+
+
+def interruption_points(model: nn.Module, layers: list[DecoderLayer], module: str) -> int:
+    """How many are within one call of ``module``, which computes what it would without tiles."""
+    rows = torch.arange(3.0 * 5 * ROWS * LIGHT_FACTOR).view(-1, 3)
+    expected = model.get_submodule(module)(rows)
+    points: list[None] = []
+    tile_layers(model, layers, ROWS, lambda: points.append(None))
+    assert torch.allclose(model.get_submodule(module)(rows), expected)
+    return len(points)
+
+
+@pytest.mark.parametrize(
+    ("module", "points"),
+    [
+        ("model.layers.0.norm", 4),
+        ("model.layers.0.attention.q_norm", 4),
+        ("model.layers.0.attention.project", 4),
+        ("model.layers.0.mlp", 4 * LIGHT_FACTOR + 1),
+        ("model.norm", 4),
+        ("visual.layers.0.norm", 0),
+        ("visual.layers.0.attention.q_norm", 0),
+        ("visual.norm", 0),
+    ],
+)
+def test_the_decoder_runs_in_tiles_and_its_encoder_does_not(module: str, points: int) -> None:
+    assert interruption_points(VisionModel(), [layer("model.layers.0")], module) == points
+
+
+def test_a_decoder_that_is_the_whole_model() -> None:
+    assert interruption_points(Decoder(), [layer("layers.0")], "norm") == 4
