@@ -213,6 +213,17 @@ def test_work_is_expected_at_the_rate_at_which_it_arrived_and_due_after_its_slo(
     assert forecast.due_s(8.0) == pytest.approx(7 * 0.1, rel=0.15)
 
 
+def test_a_request_that_is_announced_late_does_not_shorten_the_past() -> None:
+    forecast = Forecast(window_s=60.0)
+    for second in range(100):
+        forecast.arrived(float(second), 0.3, 1.0)
+    in_order = forecast.due_s(11.0)
+    assert in_order == pytest.approx(10 * 0.3, rel=0.1)
+    changes = [forecast.arrived(arrival_s, 0.3, 1.0) for arrival_s in (20.0, 40.0, 60.0)]
+    assert any(changes)
+    assert forecast.due_s(11.0) == pytest.approx(in_order, rel=0.1)
+
+
 @given(st.lists(st.tuples(st.floats(0, 1), st.floats(0.01, 9), st.floats(0.01, 30)), max_size=60))
 def test_no_more_work_is_expected_than_there_is_time_for(drawn: list[tuple[float, float, float]]) -> None:
     forecast, now_s = Forecast(window_s=5.0), 0.0
