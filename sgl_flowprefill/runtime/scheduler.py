@@ -175,6 +175,7 @@ class FlowPrefillScheduler(PreparedScheduler):
             attention_share=0.5 if self._operators is None else self._operators.attention_share(shapes),
             attn_backend=self._slots.take(),
         )
+        task.job.number = winner.number
         self._tasks_started += 1
         self._live.append(task)
         self._policy.tasks.add(task.job)
