@@ -38,6 +38,7 @@ class FlowPrefillScheduler(PreparedScheduler):
 
     @torch.no_grad()
     def event_loop_normal_disagg_prefill(self) -> None:
+        self._feed_watchdogs()
         with nullcontext() if self._agreement is None else self._agreement.naming_the_lost():
             while not self.gracefully_exit:
                 if not self._step() and not self.gracefully_exit:
@@ -65,6 +66,12 @@ class FlowPrefillScheduler(PreparedScheduler):
 
     def event_loop_overlap_disagg_prefill(self) -> None:
         raise RuntimeError("FlowPrefill needs --disable-overlap-schedule on the prefill server.")
+
+    def _feed_watchdogs(self) -> None:
+        """SGLang's watchdogs look for forward passes that begin; here, one that gets on is a sign of life too."""
+        for watchdog in (self.watchdog, getattr(self, "soft_watchdog", None)):
+            if watchdog is not None:
+                watchdog.get_counter = lambda: self.forward_ct + self._executor.points
 
     def _take_events(self) -> None:
         """Arrivals, aborts and health checks; requests that finished bootstrapping; KV transfers that ended."""
