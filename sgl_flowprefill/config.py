@@ -54,7 +54,8 @@ class FlowPrefillConfig(BaseModel):
     max_starvation_s: float = Field(
         default=60.0,
         gt=0,
-        description="a request that can no longer meet its objective goes first once it has waited this many seconds",
+        description="requests that can no longer meet their objective and have waited this many seconds take turns "
+        "before all others, in a fiftieth of the time; only with the policies feasible and s-edf",
     )
     granularity: Literal["operator", "layer", "chunk"] = Field(
         default="operator",

@@ -61,6 +61,9 @@ class DecodeSleeper:
 
     ``wakeup`` is an eventfd that a transfer thread writes after each status; it stays readable until the scheduler has
     been woken by it, so a status that comes between the scheduler's look and its sleep is not lost.
+
+    Of several tensor-parallel ranks, only the first has sockets. The others do not sleep here: each of their rounds
+    begins with a broadcast of requests, in which they wait for the first one, and would keep it waiting.
     """
 
     def __init__(self, scheduler: Any, wakeup: int) -> None:
@@ -71,13 +74,15 @@ class DecodeSleeper:
         self._poller = zmq.Poller()
         self._poller.register(wakeup, zmq.POLLIN)
         channels = scheduler.ipc_channels
-        for socket in (channels.recv_from_tokenizer, channels.recv_from_rpc):
-            # Only the first rank of a tensor-parallel group has them; the others wait for its broadcast anyway.
-            if isinstance(socket, zmq.Socket):
-                self._poller.register(socket, zmq.POLLIN)
+        sockets = [channels.recv_from_tokenizer, channels.recv_from_rpc]
+        self._sockets = [socket for socket in sockets if isinstance(socket, zmq.Socket)]
+        for socket in self._sockets:
+            self._poller.register(socket, zmq.POLLIN)
 
     def sleep(self) -> None:
         """Sleep until something arrives, or until it is time to look at what nobody signals."""
+        if not self._sockets:
+            return
         if self._scheduler.forward_ct != self._forwards:
             self._forwards = self._scheduler.forward_ct
             self._wait_ms = SHORTEST_WAIT_MS

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import count
+from typing import Final, Generic, Protocol, TypeVar
 
 T = TypeVar("T")
+
+_NEXT_NUMBER: Final[Callable[[], int]] = count().__next__
 
 
 @dataclass(slots=True, eq=False)
@@ -22,6 +26,8 @@ class Job(Generic[T]):
     remaining_s: float
     requests: int = 1
     """Requests that end with it: those of the batch."""
+    number: int = field(default_factory=_NEXT_NUMBER)
+    """Counts requests. That of a task is that of the request that it was started for."""
 
     def slack_s(self, now_s: float) -> float:
         """Time to spare before the job must run without a pause to meet its deadline (paper, section 4.2)."""

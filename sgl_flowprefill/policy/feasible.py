@@ -219,7 +219,7 @@ class FeasibleSetQueue(Queue[T], Generic[T]):
 
     def first(self, now_s: float, most: int) -> list[Job[T]]:
         self._update(now_s)
-        starved = [job for job in self._hopeless.first(most) if self._goes_first(job, now_s)]
+        starved = [job for job in self._hopeless.first(1) if self._goes_first(job, now_s)]
         jobs = [*starved, *self.kept]
         rest = (job for _, job in self._rest(most + len(starved)) if job not in starved)
         return [*jobs, *islice(rest, max(0, most - len(jobs)))][:most]

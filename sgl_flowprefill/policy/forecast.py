@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from collections import deque
 from itertools import accumulate
@@ -26,6 +27,7 @@ class Forecast:
     def __init__(self, window_s: float) -> None:
         self._window_s = window_s
         self._recent: deque[tuple[float, float, float]] = deque()
+        self._now_s = -math.inf
         self._unseen = 0
         self._past_s = window_s
         self._slos_s: list[float] = []
@@ -35,7 +37,11 @@ class Forecast:
         """The same, each times its SLO."""
 
     def arrived(self, now_s: float, work_s: float, slo_s: float) -> bool:
-        """A request of ``work_s`` has arrived, which must end within ``slo_s``. Whether other work is expected now."""
+        """A request of ``work_s`` has arrived, which must end within ``slo_s``. Whether other work is expected now.
+
+        One that is announced after a later one counts as having arrived together with that.
+        """
+        self._now_s = now_s = max(now_s, self._now_s)
         self._recent.append((now_s, work_s, slo_s))
         while self._recent[0][0] < now_s - self._window_s:
             self._recent.popleft()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from heapq import heapify, heappop, heappush, nsmallest
-from itertools import count
+from itertools import count, takewhile
 from typing import Any, Generic, TypeVar
 
 from sgl_flowprefill.policy.base import Job, Queue, Rank
@@ -14,19 +14,20 @@ T = TypeVar("T")
 
 
 class JobHeap(Generic[T]):
-    """A heap of jobs by a key that is fixed while the job is in it. Removal is lazy and paid for by later pops."""
+    """A heap of jobs by a key that is fixed while the job is in it, and of equal ones by their number. Removal is lazy
+    and paid for by later pops."""
 
     def __init__(self, key: Callable[[Job[T]], float]) -> None:
         self._key = key
         self._order = count()
-        self._heap: list[tuple[float, int, Job[T]]] = []
+        self._heap: list[tuple[float, int, int, Job[T]]] = []
         self._live: dict[int, int] = {}  # id(job) -> sequence number of its only valid entry
 
     def add(self, job: Job[T]) -> None:
         assert id(job) not in self._live, "a job is in a heap at most once"
         sequence = next(self._order)
         self._live[id(job)] = sequence
-        heappush(self._heap, (self._key(job), sequence, job))
+        heappush(self._heap, (self._key(job), job.number, sequence, job))
 
     def remove(self, job: Job[T]) -> None:
         del self._live[id(job)]
@@ -37,15 +38,15 @@ class JobHeap(Generic[T]):
     def top(self) -> tuple[float, Job[T]] | None:
         while self._heap:
             if self._is_live(self._heap[0]):
-                return self._heap[0][0], self._heap[0][2]
+                return self._heap[0][0], self._heap[0][3]
             heappop(self._heap)
         return None
 
     def first(self, most: int) -> list[Job[T]]:
-        return [entry[2] for entry in nsmallest(most, filter(self._is_live, self._heap))]
+        return [entry[3] for entry in nsmallest(most, filter(self._is_live, self._heap))]
 
-    def _is_live(self, entry: tuple[float, int, Job[T]]) -> bool:
-        return self._live.get(id(entry[2])) == entry[1]
+    def _is_live(self, entry: tuple[float, int, int, Job[T]]) -> bool:
+        return self._live.get(id(entry[3])) == entry[2]
 
     def __contains__(self, job: Job[T]) -> bool:
         return id(job) in self._live
@@ -64,15 +65,15 @@ class StarvationTurns:
 
     def __init__(self, share: float) -> None:
         self._share = share
-        self._turn_of_s: float | None = None
+        self._turn_of: int | None = None
         self._next_turn_s = -math.inf
 
     def is_turn_of(self, job: Job[Any], now_s: float) -> bool:
-        """Whether it is the turn of ``job``, known by its arrival. A turn lasts until the next one begins."""
-        if job.arrival_s != self._turn_of_s:
+        """Whether it is the turn of ``job``, known by its number. A turn lasts until the next one begins."""
+        if job.number != self._turn_of:
             if now_s < self._next_turn_s:
                 return False
-            self._turn_of_s = job.arrival_s
+            self._turn_of = job.number
             self._next_turn_s = now_s + job.remaining_s / self._share
         return True
 
@@ -130,7 +131,7 @@ class SlackEdfQueue(Queue[T]):
     def first(self, now_s: float, most: int) -> list[Job[T]]:
         self._update(now_s)
         hopeless = self._hopeless.first(most)
-        starved = [job for job in hopeless if self._goes_first(job, now_s)]
+        starved = list(takewhile(lambda job: self._goes_first(job, now_s), hopeless))
         return (starved + self._feasible.first(most) + hopeless[len(starved) :])[:most]
 
     def _goes_first(self, hopeless: Job[T], now_s: float) -> bool:

@@ -20,7 +20,7 @@ class Metrics:
         self._preemptions = Counter("flowprefill:preemptions", "Running prefills suspended for others.", names)
         self._blocking_s = Histogram(
             "flowprefill:blocking_seconds",
-            "From when a request that wins could be read, to when the running prefill was suspended.",
+            "From when a request that wins could be read, to when it takes the place of the running prefill.",
             names,
             buckets=BLOCKING_BUCKETS_S,
         )

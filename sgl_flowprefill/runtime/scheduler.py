@@ -27,8 +27,6 @@ IDLE_CHECK_S: Final = 5.0
 """How often an idle scheduler does SGLang's housekeeping (leak check, metrics)."""
 STALL_CHECK_S: Final = 1.0
 """How often a scheduler that only waits for others looks for what sends no wake-up (a dead decode server)."""
-GRAMMAR_POLL_S: Final = 0.01
-"""How often a compiling grammar is asked whether it is ready: SGLang's grammar workers send no wake-up."""
 
 
 class FlowPrefillScheduler(PreparedScheduler):
@@ -38,6 +36,7 @@ class FlowPrefillScheduler(PreparedScheduler):
 
     @torch.no_grad()
     def event_loop_normal_disagg_prefill(self) -> None:
+        self._feed_watchdogs()
         with nullcontext() if self._agreement is None else self._agreement.naming_the_lost():
             while not self.gracefully_exit:
                 if not self._step() and not self.gracefully_exit:
@@ -66,6 +65,12 @@ class FlowPrefillScheduler(PreparedScheduler):
     def event_loop_overlap_disagg_prefill(self) -> None:
         raise RuntimeError("FlowPrefill needs --disable-overlap-schedule on the prefill server.")
 
+    def _feed_watchdogs(self) -> None:
+        """SGLang's watchdogs look for forward passes that begin; here, one that gets on is a sign of life too."""
+        for watchdog in (self.watchdog, getattr(self, "soft_watchdog", None)):
+            if watchdog is not None:
+                watchdog.get_counter = lambda: self.forward_ct + self._executor.points
+
     def _take_events(self) -> None:
         """Arrivals, aborts and health checks; requests that finished bootstrapping; KV transfers that ended."""
         now_s = time.monotonic()
@@ -78,7 +83,7 @@ class FlowPrefillScheduler(PreparedScheduler):
         self._waiting.forget_news()
         self.ingest_requests()
         self.maybe_send_health_check_signal()
-        if self.grammar_manager.has_waiting_grammars():
+        if self._has_compiled_grammars():
             for req in self.grammar_manager.get_ready_grammar_requests():
                 self._add_request_to_queue(req)
         for req in self.disagg_prefill_bootstrap_queue.pop_bootstrapped():
@@ -92,20 +97,32 @@ class FlowPrefillScheduler(PreparedScheduler):
             self._forget_left_requests()
         self._drop_aborted_tasks()
 
+    def _has_compiled_grammars(self) -> bool:
+        """Whether SGLang would find something among the grammars: its look waits for those that are not ready.
+
+        It gives a grammar up after so many looks. Here one that has had the time which these take at least is given up.
+        """
+        grammars = self.grammar_manager
+        if not grammars.has_waiting_grammars():
+            return False
+        most_looks = grammars.SGLANG_GRAMMAR_MAX_POLL_ITERATIONS
+        too_old_s = time.monotonic() - most_looks * grammars.SGLANG_GRAMMAR_POLL_INTERVAL
+        found = False
+        for req in grammars.grammar_queue:
+            if received_s(req) < too_old_s:
+                req.grammar_wait_ct = most_looks
+                found = True
+            found = found or req.finished() or req.grammar is None or req.grammar.done()
+        return found if self._agreement is None else bool(self._agreement.agree([found])[0])
+
     def _sleep(self) -> None:
         """Nothing can run until something happens: housekeeping once, then sleep on the sockets."""
         self._journal.flush()
         self.cur_batch_for_debug = None
         self._sched_idled = True
         self.on_idle()
-        if self.grammar_manager.has_waiting_grammars():
-            timeout_s = GRAMMAR_POLL_S
-        elif self.is_fully_idle():
-            timeout_s = IDLE_CHECK_S
-        else:
-            timeout_s = STALL_CHECK_S
         if self._events is not None:
-            self._events.sleep(timeout_s)
+            self._events.sleep(IDLE_CHECK_S if self.is_fully_idle() else STALL_CHECK_S)
 
     # ---- picking --------------------------------------------------------------------------------------------------
 
@@ -175,6 +192,7 @@ class FlowPrefillScheduler(PreparedScheduler):
             attention_share=0.5 if self._operators is None else self._operators.attention_share(shapes),
             attn_backend=self._slots.take(),
         )
+        task.job.number = winner.number
         self._tasks_started += 1
         self._live.append(task)
         self._policy.tasks.add(task.job)
@@ -277,6 +295,14 @@ class FlowPrefillScheduler(PreparedScheduler):
         return task.predicted_s * self._progress.left(task.checkpoint, task.attention_share)
 
     # ---- requests that come and go --------------------------------------------------------------------------------
+
+    def process_input_requests(self, recv_reqs: list[Any]) -> None:
+        """A request whose grammar is not compiled yet will come with an event of its own."""
+        compiling = len(self.grammar_manager.grammar_queue)
+        super().process_input_requests(recv_reqs)
+        for req in self.grammar_manager.grammar_queue[compiling:]:
+            if self._is_on and req.grammar is not None:
+                req.grammar.add_done_callback(lambda _: self._wakeup.notify())
 
     def _add_request_to_queue(self, req: Any, is_retracted: bool = False) -> None:
         super()._add_request_to_queue(req, is_retracted)

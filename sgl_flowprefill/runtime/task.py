@@ -86,6 +86,8 @@ class Executor:
         self._ends_waiting = ends_waiting
         self._device = device or CpuDevice()
         self._running: PrefillTask | None = None
+        self.points = 0
+        """Interruption points that tasks have passed."""
 
     def checkpoint(self) -> None:
         """Called by the model after each operator; may not return before much later."""
@@ -93,6 +95,7 @@ class Executor:
         if task is None:  # a forward outside any task, such as the profile's
             return
         task.checkpoint += 1
+        self.points += 1
         self._device.record()
         if self._interrupted() or not self._device.catch_up(self._ends_waiting or self._interrupted):
             task._greenlet.parent.switch()
@@ -102,6 +105,7 @@ class Executor:
         task = self._running
         if task is None:
             return
+        self.points += 1
         self._device.record()
         if self._interrupted() or not self._device.catch_up(self._ends_waiting or self._interrupted):
             task._greenlet.parent.switch()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 
 from sgl_flowprefill.model import embedded_model_path
 from sgl_flowprefill.policy import Limits
-from tests.engine import PrefillEngine
+from tests.engine import PrefillEngine, generate_request
 from tests.prompts import prompt
 
 ENGINES: list[PrefillEngine] = []
@@ -163,6 +164,32 @@ def test_any_interleaving_and_any_aborts_leave_nothing_behind(
         engine.scheduler._policy.__dict__.pop("pick", None)
         engine.scheduler._executor._interrupted = engine.scheduler._events.pending
     assert {f"h{i}" for i in range(len(lengths)) if i not in aborts} <= set(engine.answers)
+    engine.assert_clean()
+
+
+def test_a_grammar_that_is_compiled_during_a_prefill_interrupts_it(
+    engine: PrefillEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scheduler = engine.scheduler
+    backend = scheduler.grammar_manager.grammar_backend
+    compile_it, may_end = backend._init_value_dispatch, threading.Event()
+
+    def compile_late(*key: Any) -> Any:
+        may_end.wait(30.0)
+        return compile_it(*key)
+
+    monkeypatch.setattr(backend, "_init_value_dispatch", compile_late)
+    constrained = generate_request("constrained", prompt(2, 20), 1, ttft_slo_s=20.0)
+    constrained.sampling_params.regex = "[a-z]+"
+    engine.receive(constrained)
+    engine.submit("long", prompt(1, 8000), ttft_slo_s=100.0)
+    threading.Timer(0.1, may_end.set).start()
+    while not may_end.is_set() or scheduler.grammar_manager.has_waiting_grammars():
+        assert engine.step()
+        assert "long" not in engine.answers
+    engine.run()
+    assert list(engine.answers) == ["constrained", "long"]
+    assert not engine.answers["constrained"].aborted
     engine.assert_clean()
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from sgl_flowprefill.model import EmbeddedModel, embedded_model_path
+from tests.engine import generate_request
 from tests.prompts import prompt
 from tests.ranks import Chaos, Ranks
 
@@ -104,6 +105,17 @@ def test_clients_that_leave_are_dropped_by_both_ranks(ranks: Ranks, tokens_of_on
     ranks.finish(kept)
     assert {ranks.tokens[name] for name in kept} <= set(tokens_of_one_rank.values())
     assert all(ranks.tokens[name] == tokens_of_one_rank[name[3:]] for name in kept)
+
+
+def test_both_ranks_compile_the_grammars_of_requests(ranks: Ranks) -> None:
+    names = [f"g{i}" for i in range(6)]
+    for i, name in enumerate(names):
+        request = generate_request(name, prompt(70 + i, 200), 10_000 + i)
+        request.sampling_params.regex = f"[a-z]{{1,{4 + i % 3}}}"
+        ranks.send(request)
+        ranks.submit(f"beside-{name}", prompt(80 + i, 1000))
+    ranks.finish([*names, *(f"beside-{name}" for name in names)])
+    assert all(ranks.tokens[name] is not None for name in names)
 
 
 def test_a_pause_lets_started_prefills_finish_on_both_ranks(ranks: Ranks) -> None:

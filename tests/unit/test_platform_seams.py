@@ -161,6 +161,14 @@ def test_a_transfer_status_ends_the_sleep_even_when_it_came_before(scheduler: Id
     assert slept_s(sleeper) > 0.9  # each status wakes once
 
 
+def test_a_rank_without_sockets_leaves_the_waiting_to_the_broadcast(scheduler: IdleScheduler, wakeup: int) -> None:
+    scheduler.ipc_channels.recv_from_tokenizer = None
+    sleeper = decode_idle.DecodeSleeper(scheduler, wakeup)
+    assert slept_s(sleeper) < 0.1
+    scheduler.disagg_decode_prealloc_queue.pending_reqs.append("request")
+    assert sum(slept_s(sleeper) for _ in range(9)) < 0.1
+
+
 def test_waiting_requests_are_looked_at_soon_and_then_less_often(scheduler: IdleScheduler, wakeup: int) -> None:
     sleeper = decode_idle.DecodeSleeper(scheduler, wakeup)
     scheduler.disagg_decode_prealloc_queue.pending_reqs.append("request")

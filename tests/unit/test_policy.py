@@ -253,7 +253,8 @@ class Server:
         for member in members:
             self.policy.requests.remove(member)
         self.kv_used += kv
-        task = Job([member.item for member in members], choice.arrival_s, choice.deadline_s, 0.0, len(members))
+        items = [member.item for member in members]
+        task = Job(items, choice.arrival_s, choice.deadline_s, 0.0, len(members), choice.number)
         task.remaining_s = sum(request.work_s for request in task.item)
         self.policy.tasks.add(task)
         suspended = len(self.policy.tasks) - 1

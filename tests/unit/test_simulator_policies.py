@@ -213,6 +213,17 @@ def test_work_is_expected_at_the_rate_at_which_it_arrived_and_due_after_its_slo(
     assert forecast.due_s(8.0) == pytest.approx(7 * 0.1, rel=0.15)
 
 
+def test_a_request_that_is_announced_late_does_not_shorten_the_past() -> None:
+    forecast = Forecast(window_s=60.0)
+    for second in range(100):
+        forecast.arrived(float(second), 0.3, 1.0)
+    in_order = forecast.due_s(11.0)
+    assert in_order == pytest.approx(10 * 0.3, rel=0.1)
+    changes = [forecast.arrived(arrival_s, 0.3, 1.0) for arrival_s in (20.0, 40.0, 60.0)]
+    assert any(changes)
+    assert forecast.due_s(11.0) == pytest.approx(in_order, rel=0.1)
+
+
 @given(st.lists(st.tuples(st.floats(0, 1), st.floats(0.01, 9), st.floats(0.01, 30)), max_size=60))
 def test_no_more_work_is_expected_than_there_is_time_for(drawn: list[tuple[float, float, float]]) -> None:
     forecast, now_s = Forecast(window_s=5.0), 0.0
@@ -250,3 +261,53 @@ def test_starved_jobs_take_turns_in_their_share_of_the_time() -> None:
         best = queue.best(now_s)
         assert best is not None
         assert best[1].item == expected
+
+
+@pytest.mark.parametrize("kind", ["s-edf", "feasible"])
+def test_requests_that_arrived_together_starve_one_after_the_other(kind: str) -> None:
+    policy = make_policy(kind, LIMITS, max_starvation_s=60.0)
+    for number in range(3):
+        policy.requests.add(job(f"starved {number}", 1.0, 2.0))
+    policy.requests.add(job("feasible", 1e6, 1.0))
+    order = []
+    for now_s in (100.0, 150.0, 199.0, 200.0, 250.0, 300.0):  # two seconds are a fiftieth of a hundred
+        waiting = policy.requests.first(now_s, 9)
+        assert len(set(map(id, waiting))) == len(waiting) == len(policy.requests)
+        winner = policy.pick(now_s, None)
+        assert winner is waiting[0]
+        order.append(winner.item)
+        if winner.item != "feasible":
+            policy.requests.remove(winner)
+    assert order == ["starved 0", "feasible", "feasible", "starved 1", "feasible", "starved 2"]
+
+
+@pytest.mark.parametrize("kind", ["s-edf", "feasible"])
+def test_a_turn_goes_over_from_a_request_to_its_task(kind: str) -> None:
+    policy = make_policy(kind, LIMITS, max_starvation_s=60.0)
+    requests = [job(f"starved {number}", 1.0, 2.0) for number in range(2)]
+    for entry in requests:
+        policy.requests.add(entry)
+    first, second = (Job(entry.item, 0.0, 1.0, 2.0, number=entry.number) for entry in requests)
+    assert policy.pick(100.0, None) is requests[0]
+    for entry, task in zip(requests, (first, second), strict=True):
+        policy.requests.remove(entry)
+        policy.tasks.add(task)
+    policy.requests.add(job("feasible", 1e6, 1.0, arrival_s=100.0))
+    for now_s in (100.5, 101.0):
+        assert policy.pick(now_s, first) is first
+        policy.tasks.remove(first)  # as the hub puts it back, behind the other
+        first.remaining_s -= 0.5
+        policy.tasks.add(first)
+    policy.tasks.remove(first)
+    picked = policy.pick(102.0, None)
+    assert picked is not None
+    assert picked.item == "feasible"
+
+
+def test_a_job_that_turns_hopeless_during_the_turn_of_a_later_one_is_in_the_order_once() -> None:
+    queue: SlackEdfQueue[object] = SlackEdfQueue(60.0, StarvationTurns(share=0.1))
+    later, older = job("later", 1.0, 2.0, arrival_s=1.0), job("older", 110.0, 2.0, arrival_s=0.0)
+    queue.add(later)
+    queue.add(older)
+    assert queue.first(100.0, 9) == [later, older]
+    assert sorted(str(entry.item) for entry in queue.first(109.0, 9)) == ["later", "older"]

@@ -19,7 +19,7 @@ class SimTask:
     def __init__(
         self,
         members: list[SimRequest],
-        deadline_s: float,
+        winner: Job[SimRequest],
         duration_s: float,
         predicted_s: float,
         checkpoints: Checkpoints,
@@ -31,7 +31,7 @@ class SimTask:
         self.checkpoints = checkpoints
         self.executed_s = 0.0
         arrival_s = min(member.arrival_s for member in members)
-        self.job = Job(self, arrival_s, deadline_s, predicted_s, len(members))
+        self.job = Job(self, arrival_s, winner.deadline_s, predicted_s, len(members), winner.number)
 
     @property
     def remaining_s(self) -> float:
@@ -152,7 +152,7 @@ class FlowPrefillInstance(Instance):
         shapes = [member.shape for member in members]
         duration_s = self._cost.predict_s(shapes)
         checkpoints = Checkpoints(duration_s, self._cost.layers, self._cost.attention_share(shapes), self._preemption)
-        task = SimTask(members, winner.deadline_s, duration_s, self._predict_s(members), checkpoints)
+        task = SimTask(members, winner, duration_s, self._predict_s(members), checkpoints)
         self._policy.tasks.add(task.job)
         return task
 

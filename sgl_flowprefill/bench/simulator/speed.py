@@ -52,7 +52,7 @@ def policy_speed(new_policy: NewPolicy, requests: list[SimRequest]) -> PolicySpe
             continue
         if isinstance(winner.item, SimRequest):
             policy.requests.remove(winner)
-            winner = Job((winner.item,), winner.arrival_s, winner.deadline_s, winner.remaining_s)
+            winner = Job((winner.item,), winner.arrival_s, winner.deadline_s, winner.remaining_s, number=winner.number)
             policy.tasks.add(winner)
         running, resumed_s, end_s = winner, now_s, now_s + winner.remaining_s
     elapsed_s = time.perf_counter() - started_s

@@ -1,0 +1,144 @@
+"""Parts of the hub by themselves: what SGLang's watchdogs see of it, and requests whose grammars are being compiled."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+pytest.importorskip("sglang")
+
+from sglang.srt.constrained.grammar_manager import GrammarManager
+from sglang.srt.managers.scheduler import Scheduler
+from sglang.srt.managers.scheduler_components.invariant_checker import create_scheduler_watchdog
+
+from sgl_flowprefill.runtime.scheduler import FlowPrefillScheduler
+from sgl_flowprefill.runtime.task import Executor
+from sgl_flowprefill.runtime.wakeup import Wakeup
+from tests.simulated_device import HostCosts, Model, SimulatedDevice, SimulatedRequest, SimulatedScheduler
+
+
+def hub(**attributes: Any) -> Any:
+    """A scheduler of which only ``attributes`` are there."""
+    scheduler: Any = FlowPrefillScheduler.__new__(FlowPrefillScheduler)
+    scheduler.__dict__.update(attributes)
+    return scheduler
+
+
+def wait_until(condition: Callable[[], bool], timeout_s: float = 10.0) -> bool:
+    deadline_s = time.monotonic() + timeout_s
+    while not condition() and time.monotonic() < deadline_s:
+        time.sleep(0.01)
+    return condition()
+
+
+@pytest.mark.parametrize("point", [Executor.checkpoint, Executor.between_tiles])
+def test_a_watchdog_is_fed_by_interruption_points_and_notices_when_none_is_passed(
+    point: Callable[[Executor], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dumps: list[float] = []
+    monkeypatch.setattr("sglang.srt.utils.watchdog.pyspy_dump_schedulers", lambda: dumps.append(time.monotonic()))
+    executor = Executor(SimpleNamespace(), lambda: False)
+    executor._running = SimpleNamespace(checkpoint=0)  # type: ignore[assignment]
+    scheduler = hub(forward_ct=1, cur_batch_for_debug=object(), is_initializing=False, _executor=executor)
+    for name in ("watchdog", "soft_watchdog"):
+        scheduler.__dict__[name] = create_scheduler_watchdog(scheduler, watchdog_timeout=0.4, soft=True)
+        scheduler.__dict__[name].dump_info = None
+    scheduler._feed_watchdogs()
+    for _ in range(60):  # one forward pass for three times as long as a watchdog waits
+        point(executor)
+        time.sleep(0.02)
+    assert not dumps
+    assert wait_until(lambda: len(dumps) >= 2)
+    scheduler.cur_batch_for_debug = None
+
+
+def test_without_a_soft_watchdog_there_is_one() -> None:
+    watchdog = SimpleNamespace()
+    hub(watchdog=watchdog, forward_ct=3, _executor=SimpleNamespace(points=4))._feed_watchdogs()
+    assert watchdog.get_counter() == 7
+
+
+def test_a_task_takes_over_the_number_of_the_request_it_is_started_for() -> None:
+    requests = [SimulatedRequest(f"r{i}", 0.0, 100, 1.0) for i in range(2)]
+    model = Model(1, lambda tokens: 1e-3, lambda tokens: 1e-3)
+    scheduler = SimulatedScheduler(SimulatedDevice(0, HostCosts()), model, requests)
+    scheduler._take_events()
+    winner = scheduler._policy.requests.first(0.0, 2)[1]
+    task = scheduler._start([winner])
+    assert task is not None
+    assert task.job.number == winner.number
+
+
+class Grammars(GrammarManager):
+    """SGLang's queue of requests whose grammars are compiled, without a backend."""
+
+    def __init__(self) -> None:
+        self.grammar_queue = []
+        self.grammar_backend = SimpleNamespace(set_cache=lambda key, grammar: None)
+        self.pp_rank, self.pp_size, self.grammar_sync_size = 0, 1, 1
+        self.SGLANG_GRAMMAR_POLL_INTERVAL = 0.005
+        self.SGLANG_GRAMMAR_MAX_POLL_ITERATIONS = 10_000
+
+    def request(self, received_s: float | None = None) -> Any:
+        stats = SimpleNamespace(created_time=time.monotonic() if received_s is None else received_s)
+        req = SimpleNamespace(grammar=Future(), grammar_key=("regex", ""), grammar_wait_ct=0, time_stats=stats)
+        req.finished, req.failures = lambda: False, []
+        req.set_finish_with_abort = req.failures.append
+        return req
+
+
+@pytest.fixture
+def scheduler(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Whose input is put into the queue of grammars."""
+
+    def process(scheduler: Any, recv_reqs: list[Any]) -> None:
+        scheduler.grammar_manager.grammar_queue += recv_reqs
+
+    monkeypatch.setattr(Scheduler, "process_input_requests", process)
+    return hub(_is_on=True, _wakeup=Wakeup(), _agreement=None, grammar_manager=Grammars())
+
+
+def test_a_compiled_grammar_is_an_event_and_the_others_are_not_waited_for(scheduler: Any) -> None:
+    grammars = scheduler.grammar_manager
+    first, second = grammars.request(), grammars.request()
+    scheduler.process_input_requests([first])
+    scheduler.process_input_requests([second])
+    assert not scheduler._wakeup.pending
+    assert not scheduler._has_compiled_grammars()
+    compiled = SimpleNamespace(copy=lambda: None)
+    threading.Thread(target=second.grammar.set_result, args=(compiled,)).start()
+    assert wait_until(lambda: scheduler._wakeup.pending)
+    assert scheduler._has_compiled_grammars()
+    assert grammars.get_ready_grammar_requests() == [second]
+    assert second.grammar is compiled
+    assert not scheduler._has_compiled_grammars()
+    first.grammar = None  # aborted
+    assert scheduler._has_compiled_grammars()
+    assert grammars.get_ready_grammar_requests() == [first]
+    assert not scheduler._has_compiled_grammars()
+
+
+def test_a_grammar_that_takes_too_long_is_given_up_when_sglang_would(scheduler: Any) -> None:
+    grammars, now_s = scheduler.grammar_manager, time.monotonic()
+    late, in_time = grammars.request(now_s - 51.0), grammars.request(now_s - 40.0)
+    scheduler.process_input_requests([late, in_time])
+    assert scheduler._has_compiled_grammars()
+    assert grammars.get_ready_grammar_requests() == [late]
+    assert "timed out" in late.failures[0]
+    assert not scheduler._has_compiled_grammars()
+
+
+def test_rank_0_decides_when_ranks_look_at_their_grammars(scheduler: Any) -> None:
+    said: list[list[bool]] = []
+    scheduler._agreement = SimpleNamespace(agree=lambda values: said.append(values) or [1])
+    assert not scheduler._has_compiled_grammars()
+    assert not said
+    scheduler.process_input_requests([scheduler.grammar_manager.request()])
+    assert scheduler._has_compiled_grammars()
+    assert said == [[False]]
