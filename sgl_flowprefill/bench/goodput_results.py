@@ -24,6 +24,7 @@ from sgl_flowprefill.bench.prober import Plan
 from sgl_flowprefill.bench.probes import Probe, ProbeLog
 from sgl_flowprefill.bench.rate_search import Bracket, bracket
 from sgl_flowprefill.bench.replay import RequestResult
+from sgl_flowprefill.bench.simulator.search import mean_attainment
 from sgl_flowprefill.bench.systems import UNCHUNKED_FCFS, System
 
 OURS: Final = "flowprefill"
@@ -76,6 +77,8 @@ class SystemFigures:
     """By SLO scale below 1 and seed: probes at that rate of a system that orders by SLOs, told such ones."""
     solo_ttft_s: Sequence[Mapping[int, float]]
     simulated_rps: Mapping[float, float]
+    simulated_attainment: float | None = None
+    """At the rate at which systems are compared, of the seeds that were replayed."""
     beaten: Collection[float] = ()
     """Attainments at which a race found a better stock system: its rate is only known to lie below that one's."""
 
@@ -188,6 +191,7 @@ class SystemFigures:
             "uncontended_tokens_per_s": self.uncontended_tokens_per_s,
             "blocking_mean_s": self.blocking_mean_s,
             "preemptions": len(self.blocking_s),
+            "simulated_attainment": self.simulated_attainment,
             "attainment_by_slo_scale": {f"{scale:.1f}": met for scale, met in self.attainment_by_slo_scale.items()},
         }
 
@@ -333,8 +337,16 @@ def _figures(campaign: Campaign, system: System, comparison_rps: float | None) -
         told=told,
         solo_ttft_s=log.solo_ttft_s.get(system.name, []),
         simulated_rps={share: campaign.simulated_rps(system, share) for share in goal.attainments},
+        simulated_attainment=_simulated_attainment(campaign, system, comparison_rps, compared) if compared else None,
         beaten={share for share in goal.attainments if campaign.is_beaten(system, share)},
     )
+
+
+def _simulated_attainment(campaign: Campaign, system: System, rate_rps: float | None, seeds: Iterable[int]) -> float:
+    assert rate_rps is not None
+    prober = campaign.prober
+    traces = [prober.trace(seed, rate_rps) for seed in seeds]
+    return mean_attainment(system.simulated(prober.options), traces, prober.setup_of(system))
 
 
 def _problems(log: ProbeLog, figures: Mapping[str, SystemFigures]) -> list[str]:

@@ -148,6 +148,7 @@ def test_a_run_finds_the_rates_of_its_servers_and_reports_them(profile: Path, tm
     for name in NAMES:
         system = document["systems"][name]
         assert set(system) >= {"max_rate_rps", "ci95", "uncontended_tokens_per_s", "blocking_mean_s"}
+        assert system["simulated_attainment"] == pytest.approx(system["attainment_by_slo_scale"]["1.0"], abs=0.01)
         for key in ("90", "99"):
             low, high = system["ci95"][key]
             assert low <= system["max_rate_rps"][key] <= high
