@@ -69,8 +69,8 @@ REFUSED_ENVIRONMENT: Final = {
 
 
 def incompatible_option(server_args: Any, env: Mapping[str, str] | None = None) -> str | None:
-    """One sentence about the first option of a prefill server, or variable of its environment (default: this process's),
-    that cannot work with FlowPrefill, or None.
+    """One sentence about the first option of a prefill server that cannot work with FlowPrefill, or variable of its
+    environment (default: this process's), or None.
     """
     env = os.environ if env is None else env
 

@@ -76,8 +76,7 @@ class FlowPrefillConfig(BaseModel):
     )
     event_log: str | None = Field(
         default=None,
-        description="file that receives every scheduling event as a JSON line: some 0.6 kB a request and 0.4 kB a "
-        "preemption, without bound",
+        description="file that receives every scheduling event as a JSON line: about 1 kB a request, never rotated",
     )
     profile: str | None = Field(
         default=None,

@@ -17,6 +17,7 @@ LOOP: Final = "sglang.srt.disaggregation.prefill.SchedulerDisaggregationPrefillM
 LOOP_CALLS: Final = (
     "self.ingest_requests()",
     "self.disagg_prefill_bootstrap_queue.pop_bootstrapped()",
+    "self.waiting_queue.extend(",
     "self.get_next_disagg_prefill_batch_to_run(",
     "self.ngram_embedding_manager.prepare_for_forward(",
     "self.maybe_prefetch_staging_for_batch(batch)",

@@ -25,9 +25,11 @@ def apply() -> None:
 
 
 def _check(_engine: Any, server_args: Any, *args: Any, **kwargs: Any) -> None:
+    from sglang.srt.arg_groups.overrides import resolving_view
+
     if server_args.disaggregation_mode == "decode":  # only its HTTP server takes part
         return
-    refusal = incompatible_option(server_args)
+    refusal = incompatible_option(resolving_view(server_args))
     if refusal is not None:
         print(f"sgl-flowprefill: {refusal}", file=sys.stderr, flush=True)
         raise SystemExit(2)

@@ -257,8 +257,8 @@ class FlowPrefillScheduler(PreparedScheduler):
         self.process_batch_result(task.batch, task.result)
 
     def checkpoint_disagg_prefill(self, req: Any) -> None:
-        """SGLang gives the KV of ``req``, whose prefill has run, to the radix cache. What another has put there since the
-        start of ``req`` takes the place of its own: SGLang frees that, and queues the new KV indices.
+        """SGLang gives the KV of ``req``, whose prefill has run, to the radix cache. What another has put there since
+        ``req`` started takes the place of its own: SGLang frees that, and queues the new KV indices.
         """
         others = self._cached_tokens() - req.kv.cache_protected_len
         super().checkpoint_disagg_prefill(req)
@@ -269,7 +269,7 @@ class FlowPrefillScheduler(PreparedScheduler):
         return int(self.tree_cache.evictable_size() + self.tree_cache.protected_size())
 
     def send_kv_chunk(self, req: Any, last_chunk: bool = False, end_idx: int | None = None) -> None:
-        """SGLang reads the KV indices of ``req`` back. Those with which its prefill has run need not wait for others'."""
+        """SGLang reads the KV indices of ``req`` back: beside the queue, where its prefill has run with them."""
         beside = last_chunk and req is not self._reindexed
         with self._device.beside_the_queue() if beside else nullcontext():
             super().send_kv_chunk(req, last_chunk, end_idx)

@@ -277,7 +277,7 @@ def test_a_hybrid_models_state_is_copied_when_a_prefill_starts_and_not_while_it_
 def test_each_batch_is_prepared_once_before_its_forward_pass(
     engine: PrefillEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With token tables of n-gram embeddings, in the models that have some; of staging buffers, where there are some."""
+    """With what n-gram embeddings look up, in the models that have some, and with staging buffers, where there are."""
     scheduler = engine.scheduler
     prepared: list[Any] = []
     staged: list[Any] = []
