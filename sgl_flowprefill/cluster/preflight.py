@@ -134,10 +134,20 @@ def _find_model(model: str | Path | None) -> str:
     if path.exists() or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(model)):
         raise StartError(f"model {model}: no such directory (give a checkpoint directory or a Hugging Face model id)")
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     try:
         hf_hub_download(str(model), "config.json")
+    except GatedRepoError:
+        raise StartError(
+            f"model {model}: gated; accept its licence at https://huggingface.co/{model} and set HF_TOKEN to a token "
+            "of that account"
+        ) from None
+    except RepositoryNotFoundError:
+        raise StartError(
+            f"model {model}: no such directory, and the Hugging Face hub shows no such model without the right token; "
+            "check the name, or accept its licence on the hub and set HF_TOKEN"
+        ) from None
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise StartError(f"model {model}: no such directory, and not on the Hugging Face hub ({reason})") from None

@@ -4,8 +4,11 @@ import socket
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from huggingface_hub import errors
 
 from sgl_flowprefill.cluster import Ports, StartError, cli, machine, preflight
 from sgl_flowprefill.cluster.process import Guard
@@ -71,6 +74,20 @@ def test_a_model_id_that_the_hub_does_not_have(refusal, monkeypatch):
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", fail)
     assert "not on the Hugging Face hub (cannot reach the hub)" in refusal("--model-path", "nobody/nothing")
+
+
+@pytest.mark.parametrize(
+    ("error", "text"), [("GatedRepoError", "gated; accept its licence"), ("RepositoryNotFoundError", "check the name")]
+)
+def test_a_model_that_the_hub_shows_to_some(refusal, monkeypatch, error, text):
+    def fail(*args):
+        raise getattr(errors, error)("401 Client Error.", response=SimpleNamespace(headers={}, request=None))
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", fail)
+    line = refusal("--model-path", "somebody/something")
+    assert "model somebody/something: " in line
+    assert text in line
+    assert "set HF_TOKEN" in line
 
 
 def test_a_directory_that_is_no_checkpoint(refusal, tmp_path):
