@@ -178,7 +178,8 @@ class Cluster:
 
     def _start_servers(self, begin_s: float) -> None:
         plural = "s" if len(self._layout.servers) > 1 else ""
-        self._say(f"starting the {self._layout.in_words()} server{plural} (logs in {self.config.log_dir})")
+        servers = f"{self._layout.in_words()} server{plural} on {self._layout.device()}"
+        self._say(f"starting the {servers} (logs in {self.config.log_dir})")
         for role, index in self._layout.servers:
             member = Member(self._layout, role, index)
             if self.config.join:

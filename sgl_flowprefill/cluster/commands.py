@@ -15,6 +15,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Final, Literal
 
+from sgl_flowprefill.cluster import machine
 from sgl_flowprefill.cluster.base import ClusterConfig, Ports
 from sgl_flowprefill.cluster.machine import CpuPlan, shares
 from sgl_flowprefill.config import ENV_PREFIX, ENV_SWITCH, FlowPrefillConfig
@@ -139,6 +140,13 @@ class Layout:
             # SGLang wants it for more ranks than NUMA nodes; without its own CPU kernels it binds nothing.
             env.setdefault("SGLANG_CPU_OMP_THREADS_BIND", "|".join(["0"] * self.ranks(role)))
         return env
+
+    def device(self) -> str:
+        """Where the servers compute, in words."""
+        if self.cpus is None:
+            return "GPU"
+        dtype = last_value(self.config.server_args, "--dtype") or "float32"
+        return f"the CPU in {dtype}" if machine.gpu_count() else f"the CPU in {dtype}, as no NVIDIA GPU is visible"
 
     def gpus_needed(self) -> int:
         return self._first_gpu("decode", self.config.decode)

@@ -220,7 +220,8 @@ def _check_gpus(layout: Layout) -> None:
 def _check_memory(layout: Layout) -> None:
     model = Path(layout.model_path)
     weights = sum(file.stat().st_size for pattern in ("*.safetensors", "*.bin") for file in model.glob(pattern))
-    dtype = json.loads((model / "config.json").read_text()).get("torch_dtype")
+    config = json.loads((model / "config.json").read_text())
+    dtype = config.get("dtype") or config.get("torch_dtype")  # as newer versions of transformers call it, and older
     needed = len(layout.servers) * (
         SERVER_BYTES + weights * (1 if dtype == "float32" else 2)
     )  # the CPU serves in float32
