@@ -15,6 +15,7 @@ from typing import Final, NoReturn
 from sgl_flowprefill.cluster import preflight
 from sgl_flowprefill.cluster.base import GATEWAY_PORT, ClusterConfig, ClusterError, Ports, StartError
 from sgl_flowprefill.cluster.cluster import Cluster
+from sgl_flowprefill.cluster.commands import join_values
 from sgl_flowprefill.config import ConfigError, FlowPrefillConfig, is_enabled
 
 EXIT_DIED: Final = 1
@@ -78,7 +79,7 @@ def _take_part(cluster: Cluster, config: ClusterConfig, say: Callable[[str], Non
 
 def parse(argv: Sequence[str]) -> ClusterConfig:
     """The cluster, or the part of one, that a command line asks for. Raises StartError."""
-    arguments, server_args = _parser().parse_known_args(_join_values(argv))
+    arguments, server_args = _parser().parse_known_args(join_values(argv))
     try:
         options = FlowPrefillConfig.from_namespace(arguments)
     except ConfigError as error:
@@ -185,17 +186,6 @@ def _parser() -> argparse.ArgumentParser:
                         "files, one a process (default %(default)s)")  # fmt: skip
     FlowPrefillConfig.add_cli_args(parser)
     return parser
-
-
-def _join_values(argv: Sequence[str]) -> list[str]:
-    """Write ``--prefill-args VALUE`` as ``--prefill-args=VALUE``: argparse takes a value like --tp for an option."""
-    joined: list[str] = []
-    for argument in argv:
-        if joined and joined[-1] in ("--prefill-args", "--decode-args", "--gateway-args"):
-            joined[-1] += f"={argument}"
-        else:
-            joined.append(argument)
-    return joined
 
 
 def _end(number: int, frame: FrameType | None) -> NoReturn:

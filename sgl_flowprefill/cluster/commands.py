@@ -229,6 +229,17 @@ def last_value(args: Sequence[str], *options: str) -> str | None:
     return value
 
 
+def join_values(argv: Sequence[str]) -> list[str]:
+    """Write ``--prefill-args VALUE`` as ``--prefill-args=VALUE``: argparse takes a value like --tp for an option."""
+    joined: list[str] = []
+    for argument in argv:
+        if joined and joined[-1] in ("--prefill-args", "--decode-args", "--gateway-args"):
+            joined[-1] += f"={argument}"
+        else:
+            joined.append(argument)
+    return joined
+
+
 def gateway_env() -> dict[str, str]:
     return _clean_env()
 
