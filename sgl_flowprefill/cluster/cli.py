@@ -26,31 +26,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Serve until interrupted, or ``profile`` or ``doctor``; returns the exit code."""
     argv = sys.argv[1:] if argv is None else argv
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job of a shell starts with it ignored
-    if argv and argv[0] == "profile":
-        from sgl_flowprefill.cluster import profile_command
-
-        return profile_command.main(argv[1:])
-    if argv and argv[0] == "doctor":
-        from sgl_flowprefill.cluster import doctor_command
-
-        return doctor_command.main(argv[1:])
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _end)
-    begin_s = time.monotonic()
-
-    def say(line: str) -> None:
-        print(f"[{time.monotonic() - begin_s:5.1f} s] {line}", flush=True)
-
     try:
-        config = parse(argv)
-        with Cluster(config, on_progress=say) as cluster:
-            if cluster.answers:
-                system = "FlowPrefill" if config.flowprefill else "SGLang's own scheduler"
-                print(f"\nServing {cluster.model_path} with {system} at {cluster.gateway_url}; Ctrl-C ends it. Try:\n")
-                print(f"{cluster.curl()}\n", flush=True)
-                cluster.wait()
-            else:
-                _take_part(cluster, config, say)
+        if argv and argv[0] == "profile":
+            from sgl_flowprefill.cluster import profile_command
+
+            return profile_command.main(argv[1:])
+        if argv and argv[0] == "doctor":
+            from sgl_flowprefill.cluster import doctor_command
+
+            return doctor_command.main(argv[1:])
+        _serve(parse(argv))
     except StartError as error:
         print(f"launch.py: {error}", file=sys.stderr)
         return EXIT_CANNOT_START
@@ -61,6 +48,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("\nstopped", flush=True)
         return 128 + signal.SIGINT
     return 0
+
+
+def _serve(config: ClusterConfig) -> None:
+    """Run a cluster, or one machine's part of it, until it cannot go on or a signal ends it."""
+    begin_s = time.monotonic()
+
+    def say(line: str) -> None:
+        print(f"[{time.monotonic() - begin_s:5.1f} s] {line}", flush=True)
+
+    with Cluster(config, on_progress=say) as cluster:
+        if cluster.answers:
+            system = "FlowPrefill" if config.flowprefill else "SGLang's own scheduler"
+            print(f"\nServing {cluster.model_path} with {system} at {cluster.gateway_url}; Ctrl-C ends it. Try:\n")
+            print(f"{cluster.curl()}\n", flush=True)
+            cluster.wait()
+        else:
+            _take_part(cluster, config, say)
 
 
 def _take_part(cluster: Cluster, config: ClusterConfig, say: Callable[[str], None]) -> None:

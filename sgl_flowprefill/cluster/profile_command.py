@@ -76,7 +76,8 @@ def _profile(arguments: argparse.Namespace, server_args: Sequence[str]) -> int:
             start_new_session=True,  # a Ctrl-C reaches it once, through us
         )
     assert process.stdout is not None
-    forward = signal.signal(signal.SIGTERM, lambda number, frame: process.send_signal(signal.SIGINT))
+    ends = (signal.SIGTERM, signal.SIGHUP)
+    before = [signal.signal(number, lambda number, frame: process.send_signal(signal.SIGINT)) for number in ends]
     try:
         with _Bar(arguments.budget_s) as show:
             try:
@@ -86,7 +87,8 @@ def _profile(arguments: argparse.Namespace, server_args: Sequence[str]) -> int:
                 end = _follow(process.stdout, show)
         process.wait()
     finally:
-        signal.signal(signal.SIGTERM, forward)
+        for number, handler in zip(ends, before, strict=True):
+            signal.signal(number, handler)
         with suppress(ProcessLookupError):
             process.kill()
     if "path" not in end:
