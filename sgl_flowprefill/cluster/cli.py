@@ -101,8 +101,10 @@ def parse(argv: Sequence[str]) -> ClusterConfig:
         prefill_args=shlex.split(arguments.prefill_args),
         decode_args=shlex.split(arguments.decode_args),
         gateway_args=shlex.split(arguments.gateway_args),
+        api_key=arguments.api_key,
         log_dir=arguments.log_dir,
         options=options,
+        startup_timeout_s=arguments.startup_timeout_s,
     )
 
 
@@ -151,6 +153,16 @@ def _count(text: str) -> int:
     return int(text)
 
 
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0.0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected seconds above 0, got {text}")
+    return value
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise StartError(message)
@@ -186,6 +198,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--ports", metavar="GATEWAY,PREFILL,DECODE,BOOTSTRAP", help="ports to listen on; 0 or none for "
                         f"any free one (default {GATEWAY_PORT}); several servers of a kind count up from theirs. With "
                         "--role, one port")  # fmt: skip
+    parser.add_argument("--api-key", metavar="KEY", help="what servers and gateway ask of their clients as a bearer "
+                        "token; the same on each machine of a cluster (default: nothing)")  # fmt: skip
+    parser.add_argument("--startup-timeout-s", metavar="SECONDS", type=_seconds,
+                        default=ClusterConfig.startup_timeout_s, help="longest that each server, the gateway and the "
+                        "first request may take to come up (default %(default)g)")  # fmt: skip
     parser.add_argument("--log-dir", metavar="DIR", type=Path, default=Path("out/logs"), help="directory of the log "
                         "files, one a process (default %(default)s)")  # fmt: skip
     FlowPrefillConfig.add_cli_args(parser)

@@ -112,6 +112,7 @@ class Layout:
                 options += ["--max-total-tokens", str(DECODE_KV_TOKENS)]
         if role == "prefill" and self.config.flowprefill:
             options += FLOWPREFILL_ARGS
+        options += self._key()
         return [*options, *self.config.server_args, *self._own_args(role)]
 
     def server_command(self, role: Role, index: int = 0, bootstrap: int | None = None) -> list[str]:
@@ -174,6 +175,7 @@ class Layout:
             *("--request-timeout-secs", str(GATEWAY_TIMEOUT_S)),
             *("--shutdown-grace-period-secs", str(1 if self.servers else GATEWAY_GRACE_S)),
             *("--queue-size", "10000", "--queue-timeout-secs", str(GATEWAY_TIMEOUT_S), "--log-level", "warn"),
+            *self._key(),
             *self.config.gateway_args,
         ]
 
@@ -187,10 +189,14 @@ class Layout:
                 f"{self.url(self.ports.gateway)}/v1/completions",
                 "-H",
                 "Content-Type: application/json",
+                *(("-H", f"Authorization: Bearer {self.config.api_key}") if self.config.api_key else ()),
                 "-d",
                 body,
             ]
         )
+
+    def _key(self) -> Sequence[str]:
+        return ("--api-key", self.config.api_key) if self.config.api_key else ()
 
     def _own_args(self, role: Role) -> Sequence[str]:
         return self.config.prefill_args if role == "prefill" else self.config.decode_args
