@@ -14,7 +14,7 @@ MAX_PORT: Final = 65535
 
 
 class ClusterError(RuntimeError):
-    """A server ended, or does not answer; the message names it and shows the last lines of its log."""
+    """A server ended, or does not answer; the message names it and shows the last lines of its log, or what it said."""
 
 
 class StartError(ClusterError):
@@ -68,6 +68,9 @@ class ClusterConfig:
     decode_args: Sequence[str] = ()
     gateway_args: Sequence[str] = ()
     """Options of smg."""
+    api_key: str | None = None
+    """What servers and gateway ask of their clients as a bearer token."""
     log_dir: Path = Path("out/logs")
     options: FlowPrefillConfig = field(default_factory=FlowPrefillConfig)
     startup_timeout_s: float = 1800.0
+    """Longest that a server, the gateway or the first request may take to come up; a server started again, too."""

@@ -15,6 +15,7 @@ from typing import Final, NoReturn
 from sgl_flowprefill.cluster import preflight
 from sgl_flowprefill.cluster.base import GATEWAY_PORT, ClusterConfig, ClusterError, Ports, StartError
 from sgl_flowprefill.cluster.cluster import Cluster
+from sgl_flowprefill.cluster.commands import join_values
 from sgl_flowprefill.config import ConfigError, FlowPrefillConfig, is_enabled
 
 EXIT_DIED: Final = 1
@@ -25,31 +26,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Serve until interrupted, or ``profile`` or ``doctor``; returns the exit code."""
     argv = sys.argv[1:] if argv is None else argv
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job of a shell starts with it ignored
-    if argv and argv[0] == "profile":
-        from sgl_flowprefill.cluster import profile_command
-
-        return profile_command.main(argv[1:])
-    if argv and argv[0] == "doctor":
-        from sgl_flowprefill.cluster import doctor_command
-
-        return doctor_command.main(argv[1:])
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _end)
-    begin_s = time.monotonic()
-
-    def say(line: str) -> None:
-        print(f"[{time.monotonic() - begin_s:5.1f} s] {line}", flush=True)
-
     try:
-        config = parse(argv)
-        with Cluster(config, on_progress=say) as cluster:
-            if cluster.answers:
-                system = "FlowPrefill" if config.flowprefill else "SGLang's own scheduler"
-                print(f"\nServing {cluster.model_path} with {system} at {cluster.gateway_url}; Ctrl-C ends it. Try:\n")
-                print(f"{cluster.curl()}\n", flush=True)
-                cluster.wait()
-            else:
-                _take_part(cluster, config, say)
+        if argv and argv[0] == "profile":
+            from sgl_flowprefill.cluster import profile_command
+
+            return profile_command.main(argv[1:])
+        if argv and argv[0] == "doctor":
+            from sgl_flowprefill.cluster import doctor_command
+
+            return doctor_command.main(argv[1:])
+        _serve(parse(argv))
     except StartError as error:
         print(f"launch.py: {error}", file=sys.stderr)
         return EXIT_CANNOT_START
@@ -60,6 +48,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("\nstopped", flush=True)
         return 128 + signal.SIGINT
     return 0
+
+
+def _serve(config: ClusterConfig) -> None:
+    """Run a cluster, or one machine's part of it, until it cannot go on or a signal ends it."""
+    begin_s = time.monotonic()
+
+    def say(line: str) -> None:
+        print(f"[{time.monotonic() - begin_s:5.1f} s] {line}", flush=True)
+
+    with Cluster(config, on_progress=say) as cluster:
+        if cluster.answers:
+            system = "FlowPrefill" if config.flowprefill else "SGLang's own scheduler"
+            print(f"\nServing {cluster.model_path} with {system} at {cluster.gateway_url}; Ctrl-C ends it. Try:\n")
+            print(f"{cluster.curl()}\n", flush=True)
+            cluster.wait()
+        else:
+            _take_part(cluster, config, say)
 
 
 def _take_part(cluster: Cluster, config: ClusterConfig, say: Callable[[str], None]) -> None:
@@ -78,7 +83,7 @@ def _take_part(cluster: Cluster, config: ClusterConfig, say: Callable[[str], Non
 
 def parse(argv: Sequence[str]) -> ClusterConfig:
     """The cluster, or the part of one, that a command line asks for. Raises StartError."""
-    arguments, server_args = _parser().parse_known_args(_join_values(argv))
+    arguments, server_args = _parser().parse_known_args(join_values(argv))
     try:
         options = FlowPrefillConfig.from_namespace(arguments)
     except ConfigError as error:
@@ -96,8 +101,10 @@ def parse(argv: Sequence[str]) -> ClusterConfig:
         prefill_args=shlex.split(arguments.prefill_args),
         decode_args=shlex.split(arguments.decode_args),
         gateway_args=shlex.split(arguments.gateway_args),
+        api_key=arguments.api_key,
         log_dir=arguments.log_dir,
         options=options,
+        startup_timeout_s=arguments.startup_timeout_s,
     )
 
 
@@ -146,6 +153,16 @@ def _count(text: str) -> int:
     return int(text)
 
 
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0.0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected seconds above 0, got {text}")
+    return value
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise StartError(message)
@@ -181,21 +198,15 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--ports", metavar="GATEWAY,PREFILL,DECODE,BOOTSTRAP", help="ports to listen on; 0 or none for "
                         f"any free one (default {GATEWAY_PORT}); several servers of a kind count up from theirs. With "
                         "--role, one port")  # fmt: skip
+    parser.add_argument("--api-key", metavar="KEY", help="what servers and gateway ask of their clients as a bearer "
+                        "token; the same on each machine of a cluster (default: nothing)")  # fmt: skip
+    parser.add_argument("--startup-timeout-s", metavar="SECONDS", type=_seconds,
+                        default=ClusterConfig.startup_timeout_s, help="longest that each server, the gateway and the "
+                        "first request may take to come up (default %(default)g)")  # fmt: skip
     parser.add_argument("--log-dir", metavar="DIR", type=Path, default=Path("out/logs"), help="directory of the log "
                         "files, one a process (default %(default)s)")  # fmt: skip
     FlowPrefillConfig.add_cli_args(parser)
     return parser
-
-
-def _join_values(argv: Sequence[str]) -> list[str]:
-    """Write ``--prefill-args VALUE`` as ``--prefill-args=VALUE``: argparse takes a value like --tp for an option."""
-    joined: list[str] = []
-    for argument in argv:
-        if joined and joined[-1] in ("--prefill-args", "--decode-args", "--gateway-args"):
-            joined[-1] += f"={argument}"
-        else:
-            joined.append(argument)
-    return joined
 
 
 def _end(number: int, frame: FrameType | None) -> NoReturn:

@@ -6,25 +6,30 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from types import TracebackType
-from typing import Any, Final, NoReturn
+from typing import Any, Final
 
 import requests
 
 from sgl_flowprefill.cluster import preflight
 from sgl_flowprefill.cluster.base import ClusterConfig, ClusterError, StartError
 from sgl_flowprefill.cluster.commands import Layout, Role, gateway_env
-from sgl_flowprefill.cluster.gateway import Gateway, Worker
+from sgl_flowprefill.cluster.gateway import Gateway, Worker, bearer
 from sgl_flowprefill.cluster.machine import CpuPlan
 from sgl_flowprefill.cluster.process import Guard, Server
 
 POLL_S: Final = 0.2
 PROGRESS_S: Final = 10.0
+SHOWN_CHARACTERS: Final = 300
+"""Of an answer's body in a message."""
 LONGEST_BACK_OFF_S: Final = 60.0
 """Longest pause before a server is started again; one that has run for as long starts over with a short one."""
 ENSURE_S: Final = 5.0
 """How often a gateway on another machine is asked whether it still knows the servers here."""
 DRAIN_S: Final = 120.0
 """How long the requests on a server have to end, once it gets no more of them."""
+UNAUTHORIZED: Final = (401, 403)
+FATAL: Final = (400, 404, 422, *UNAUTHORIZED)
+"""Answers that waiting does not change."""
 FIRST_REQUEST: Final[Mapping[str, Any]] = {
     "text": "Hello",
     "sampling_params": {"max_new_tokens": 2, "temperature": 0},
@@ -70,7 +75,7 @@ class Cluster:
     def __enter__(self) -> Cluster:
         self._say("checking the model, the ports and the options")
         self._layout: Layout = preflight.prepare(self.config)
-        self._gateway = Gateway(self.gateway_url)
+        self._gateway = Gateway(self.gateway_url, self.config.api_key)
         with self._stack:
             self._guard = self._stack.enter_context(Guard())
             self._start()
@@ -120,23 +125,22 @@ class Cluster:
         return self._layout.curl()
 
     def check(self) -> None:
-        """See to servers that have ended. While another server of its role is up, a server is started again, after a
-        pause; otherwise ClusterError is raised with the last lines of its log."""
-        self._check_gateway()
+        """See to servers that have ended, or do not come back up in time. While another server of its role is up, a
+        server is started again, after a pause; otherwise ClusterError is raised with the last lines of its log."""
+        if self._gateway_server is not None:
+            self._check_ended(self._gateway_server)
         for member in self._members:
             if member.server is None:
                 if time.monotonic() >= member.start_at_s:
                     self._start_again(member)
-            elif member.server.ended():
-                self._lose(member, member.server)
-            elif member.up_since_s is None and self._is_healthy(member):
-                self._is_up(member)
-                self._bind(member.server)
-                self._say(f"the {member.name} server is back")
-                self._ensured_s = 0.0
+            elif how := member.server.ended():
+                self._lose(member, member.server, how)
+            elif member.up_since_s is None:
+                self._look_after(member, member.server)
         if (self.config.join or not self._layout.is_single) and time.monotonic() - self._ensured_s >= ENSURE_S:
             self._ensured_s = time.monotonic()
-            self._are_routed_to()
+            with suppress(requests.RequestException):
+                self._are_routed_to()
 
     def wait(self) -> None:
         """Block until the cluster cannot go on, then raise ClusterError."""
@@ -178,7 +182,8 @@ class Cluster:
 
     def _start_servers(self, begin_s: float) -> None:
         plural = "s" if len(self._layout.servers) > 1 else ""
-        self._say(f"starting the {self._layout.in_words()} server{plural} (logs in {self.config.log_dir})")
+        servers = f"{self._layout.in_words()} server{plural} on {self._layout.device()}"
+        self._say(f"starting the {servers} (logs in {self.config.log_dir})")
         for role, index in self._layout.servers:
             member = Member(self._layout, role, index)
             if self.config.join:
@@ -210,12 +215,25 @@ class Cluster:
         member.server.watch_children()
         member.up_since_s = time.monotonic()
 
-    def _lose(self, member: Member, server: Server) -> None:
+    def _look_after(self, member: Member, server: Server) -> None:
+        """See whether a server that was started again is up."""
+        try:
+            self._is_healthy(member)
+        except requests.RequestException as error:
+            if time.monotonic() - member.start_at_s > self.config.startup_timeout_s:
+                self._lose(member, server, self._too_late(f"the {member.name} server", _seen(error)))
+            return
+        self._is_up(member)
+        self._bind(server)
+        self._say(f"the {member.name} server is back")
+        self._ensured_s = 0.0
+
+    def _lose(self, member: Member, server: Server, how: str) -> None:
         """Start a server that has ended again after a pause. Raises ClusterError if it was the last of its role."""
         others = [other for other in self._members if other.role == member.role and other is not member]
+        ended = _last_words(server, how)
         if not any(other.up_since_s is not None for other in others):
-            self._raise_ended(server)
-        ended = _last_words(server)
+            raise ClusterError(ended)
         now_s = time.monotonic()
         if member.up_since_s is not None and now_s - member.up_since_s > LONGEST_BACK_OFF_S:
             member.back_off_s = 1.0
@@ -237,10 +255,7 @@ class Cluster:
 
     def _are_routed_to(self) -> bool:
         """Whether requests go to every server here that is up; tells the gateway about those that it does not know."""
-        try:
-            routed = [self._gateway.ensure(member.worker) for member in self._members if member.up_since_s is not None]
-        except requests.RequestException:
-            return False
+        routed = [self._gateway.ensure(member.worker) for member in self._members if member.up_since_s is not None]
         return all(routed)
 
     def _bind(self, server: Server) -> None:
@@ -249,47 +264,61 @@ class Cluster:
             schedulers = [self.cpus.scheduler_of(index, count) for index in range(count)]
             server.bind(self.cpus.others, except_on=schedulers)
 
-    def _check_gateway(self) -> None:
-        if self._gateway_server is not None and self._gateway_server.ended():
-            self._raise_ended(self._gateway_server)
-
-    def _raise_ended(self, server: Server) -> NoReturn:
-        raise ClusterError(_last_words(server))
+    def _check_ended(self, server: Server) -> None:
+        if how := server.ended():
+            raise ClusterError(_last_words(server, how))
 
     def _await(self, what: str, done: Callable[[], bool]) -> None:
+        """Wait until ``done``, which raises ``requests.RequestException`` while it cannot tell. Raises ClusterError for
+        an answer that waiting does not change, the end of a server, and after ``startup_timeout_s``."""
         begin_s = said_s = time.monotonic()
-        while not done():
+        while True:
+            seen = None
+            try:
+                if done():
+                    return
+            except requests.RequestException as error:
+                seen = _seen(error)
+                if error.response is not None and error.response.status_code in FATAL:
+                    remedy = "look for the reason in the logs"
+                    if error.response.status_code in UNAUTHORIZED:
+                        remedy = "give each launch.py of the cluster the same --api-key, and SGLang and smg no other"
+                    raise ClusterError(f"{what}: {seen}; {remedy} (in {self.config.log_dir})") from None
             for server in self._servers():
-                if server.ended():
-                    self._raise_ended(server)
+                self._check_ended(server)
             now_s = time.monotonic()
             if now_s - begin_s > self.config.startup_timeout_s:
-                raise ClusterError(f"{what} did not come up within {self.config.startup_timeout_s:.0f} s")
+                raise ClusterError(f"{self._too_late(what, seen)}; the logs are in {self.config.log_dir}")
             if now_s - said_s >= PROGRESS_S:
-                self._say(f"waiting for {what} ({now_s - begin_s:.0f} s)")
+                self._say(f"waiting for {what} ({now_s - begin_s:.0f} s{f'; {seen}' if seen else ''})")
                 said_s = now_s
             time.sleep(POLL_S)
 
+    def _too_late(self, what: str, seen: str | None) -> str:
+        late = f"{what} did not come up within {self.config.startup_timeout_s:g} s (--startup-timeout-s)"
+        return f"{late}: {seen}" if seen else late
+
     def _workers_are_active(self) -> bool:
-        try:
-            workers = self._gateway.workers()
-        except requests.RequestException:
-            return False
+        workers = self._gateway.workers()
         return len(workers) == len(self._members) and all(worker.get("is_healthy") for worker in workers)
 
     def _is_healthy(self, member: Member) -> bool:
-        try:
-            return requests.get(f"{member.url}/health", timeout=30).ok
-        except requests.RequestException:
-            return False
+        requests.get(f"{member.url}/health", timeout=30).raise_for_status()
+        return True
 
     def _first_request(self) -> bool:
-        try:
-            response = requests.post(f"{self.gateway_url}/generate", json=FIRST_REQUEST, timeout=120)
-        except requests.RequestException:
-            return False
-        return response.ok
+        url, headers = f"{self.gateway_url}/generate", bearer(self.config.api_key)
+        requests.post(url, json=FIRST_REQUEST, headers=headers, timeout=120).raise_for_status()
+        return True
 
 
-def _last_words(server: Server) -> str:
-    return f"{server.ended()}. The last lines of {server.log}:\n{server.last_lines()}"
+def _seen(error: requests.RequestException) -> str:
+    """What came back instead of an answer, in short."""
+    if error.response is None:
+        return "no connection" if isinstance(error, requests.ConnectionError) else type(error).__name__
+    body = " ".join(error.response.text.split())
+    return f"HTTP {error.response.status_code} {body[:SHOWN_CHARACTERS]}".rstrip()
+
+
+def _last_words(server: Server, how: str) -> str:
+    return f"{how}. The last lines of {server.log}:\n{server.last_lines()}"

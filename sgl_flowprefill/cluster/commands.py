@@ -15,6 +15,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Final, Literal
 
+from sgl_flowprefill.cluster import machine
 from sgl_flowprefill.cluster.base import ClusterConfig, Ports
 from sgl_flowprefill.cluster.machine import CpuPlan, shares
 from sgl_flowprefill.config import ENV_PREFIX, ENV_SWITCH, FlowPrefillConfig
@@ -111,6 +112,7 @@ class Layout:
                 options += ["--max-total-tokens", str(DECODE_KV_TOKENS)]
         if role == "prefill" and self.config.flowprefill:
             options += FLOWPREFILL_ARGS
+        options += self._key()
         return [*options, *self.config.server_args, *self._own_args(role)]
 
     def server_command(self, role: Role, index: int = 0, bootstrap: int | None = None) -> list[str]:
@@ -140,6 +142,13 @@ class Layout:
             env.setdefault("SGLANG_CPU_OMP_THREADS_BIND", "|".join(["0"] * self.ranks(role)))
         return env
 
+    def device(self) -> str:
+        """Where the servers compute, in words."""
+        if self.cpus is None:
+            return "GPU"
+        dtype = last_value(self.config.server_args, "--dtype") or "float32"
+        return f"the CPU in {dtype}" if machine.gpu_count() else f"the CPU in {dtype}, as no NVIDIA GPU is visible"
+
     def gpus_needed(self) -> int:
         return self._first_gpu("decode", self.config.decode)
 
@@ -166,6 +175,7 @@ class Layout:
             *("--request-timeout-secs", str(GATEWAY_TIMEOUT_S)),
             *("--shutdown-grace-period-secs", str(1 if self.servers else GATEWAY_GRACE_S)),
             *("--queue-size", "10000", "--queue-timeout-secs", str(GATEWAY_TIMEOUT_S), "--log-level", "warn"),
+            *self._key(),
             *self.config.gateway_args,
         ]
 
@@ -179,10 +189,14 @@ class Layout:
                 f"{self.url(self.ports.gateway)}/v1/completions",
                 "-H",
                 "Content-Type: application/json",
+                *(("-H", f"Authorization: Bearer {self.config.api_key}") if self.config.api_key else ()),
                 "-d",
                 body,
             ]
         )
+
+    def _key(self) -> Sequence[str]:
+        return ("--api-key", self.config.api_key) if self.config.api_key else ()
 
     def _own_args(self, role: Role) -> Sequence[str]:
         return self.config.prefill_args if role == "prefill" else self.config.decode_args
@@ -219,6 +233,17 @@ def last_value(args: Sequence[str], *options: str) -> str | None:
         elif argument.partition("=")[0] in options:
             value = argument.partition("=")[2]
     return value
+
+
+def join_values(argv: Sequence[str]) -> list[str]:
+    """Write ``--prefill-args VALUE`` as ``--prefill-args=VALUE``: argparse takes a value like --tp for an option."""
+    joined: list[str] = []
+    for argument in argv:
+        if joined and joined[-1] in ("--prefill-args", "--decode-args", "--gateway-args"):
+            joined[-1] += f"={argument}"
+        else:
+            joined.append(argument)
+    return joined
 
 
 def gateway_env() -> dict[str, str]:

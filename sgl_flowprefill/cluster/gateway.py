@@ -25,12 +25,15 @@ class Worker:
 class Gateway:
     """A running gateway. Methods raise ``requests.RequestException`` while it cannot be asked."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, api_key: str | None = None) -> None:
+        """``api_key`` is the gateway's, and that of the servers that it is told about."""
         self.url = url
+        self._api_key = api_key
+        self._headers = bearer(api_key)
 
     def workers(self) -> list[dict[str, Any]]:
         """What ``GET /workers`` lists."""
-        response = requests.get(f"{self.url}/workers", timeout=TIMEOUT_S)
+        response = requests.get(f"{self.url}/workers", headers=self._headers, timeout=TIMEOUT_S)
         response.raise_for_status()
         found: list[dict[str, Any]] = response.json()["workers"]
         return found
@@ -42,7 +45,8 @@ class Gateway:
         if listed is None:
             spec = {"url": worker.url, "worker_type": worker.role, "bootstrap_port": worker.bootstrap}
             spec |= {"runtime_type": "sglang", "connection_mode": "http"}
-            response = requests.post(f"{self.url}/workers", json=spec, timeout=TIMEOUT_S)
+            spec |= {"api_key": self._api_key} if self._api_key else {}
+            response = requests.post(f"{self.url}/workers", json=spec, headers=self._headers, timeout=TIMEOUT_S)
             if response.status_code != requests.codes.conflict:  # a registration that is under way
                 response.raise_for_status()
             return False
@@ -61,4 +65,11 @@ class Gateway:
         return next((worker for worker in self.workers() if worker["url"] == url), None)
 
     def _delete(self, listed: dict[str, Any]) -> None:
-        requests.delete(f"{self.url}/workers/{listed['id']}", timeout=TIMEOUT_S).raise_for_status()
+        response = requests.delete(f"{self.url}/workers/{listed['id']}", headers=self._headers, timeout=TIMEOUT_S)
+        if response.status_code != requests.codes.not_found:  # gone since it was listed
+            response.raise_for_status()
+
+
+def bearer(api_key: str | None) -> dict[str, str]:
+    """Headers of a request that shows ``api_key``."""
+    return {"Authorization": f"Bearer {api_key}"} if api_key else {}

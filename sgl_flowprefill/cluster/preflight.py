@@ -33,10 +33,13 @@ OWN_OPTIONS: Final = {
     "--model": "--model-path of the launcher",
     "--host": "--host of the launcher",
     "--port": "--ports",
+    "--api-key": "--api-key of the launcher",
     "--disaggregation-bootstrap-port": "--ports",
     "--disaggregation-mode": "nothing: the launcher starts one server of each mode",
 }
 """SGLang options that the launcher sets itself, and what to use instead."""
+TLS_OPTIONS: Final = ("--ssl-", "--enable-ssl-", "--tls-")
+"""How options of SGLang and smg begin that make them speak TLS."""
 FREE_PORTS: Final = range(20000, 30000)
 """Below the kernel's range for outgoing connections, which would otherwise take a port between check and use."""
 SERVER_BYTES: Final = 3_000_000_000
@@ -47,7 +50,7 @@ def prepare(config: ClusterConfig) -> Layout:
     """Check everything; returns what to start."""
     host = _reachable_host(config)
     if config.join is not None:
-        _check_gateway(config.join)
+        _check_gateway(Gateway(config.join, config.api_key))
     on_cpu = _runs_on_cpu(config)
     servers = config.prefill + config.decode
     model_path = _find_model(config.model_path) if servers else ""
@@ -134,10 +137,20 @@ def _find_model(model: str | Path | None) -> str:
     if path.exists() or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(model)):
         raise StartError(f"model {model}: no such directory (give a checkpoint directory or a Hugging Face model id)")
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     try:
         hf_hub_download(str(model), "config.json")
+    except GatedRepoError:
+        raise StartError(
+            f"model {model}: gated; accept its licence at https://huggingface.co/{model} and set HF_TOKEN to a token "
+            "of that account"
+        ) from None
+    except RepositoryNotFoundError:
+        raise StartError(
+            f"model {model}: no such directory, and the Hugging Face hub shows no such model without the right token; "
+            "check the name, or accept its licence on the hub and set HF_TOKEN"
+        ) from None
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise StartError(f"model {model}: no such directory, and not on the Hugging Face hub ({reason})") from None
@@ -164,11 +177,15 @@ def check_gateway_url(url: str) -> str:
     return f"http://{parts.netloc}"
 
 
-def _check_gateway(url: str) -> None:
+def _check_gateway(gateway: Gateway) -> None:
     try:
-        Gateway(url).workers()
-    except (requests.HTTPError, requests.JSONDecodeError, LookupError, TypeError):
-        raise StartError(f"--join {url}: what answers there is no gateway (GET /workers lists no workers)") from None
+        gateway.workers()
+    except (requests.HTTPError, requests.JSONDecodeError, LookupError, TypeError) as error:
+        if isinstance(error, requests.HTTPError) and error.response is not None and error.response.status_code == 401:
+            raise StartError(f"--join {gateway.url}: the gateway asks for the --api-key it was started with") from None
+        raise StartError(
+            f"--join {gateway.url}: what answers there is no gateway (GET /workers lists no workers)"
+        ) from None
     except requests.RequestException:
         return  # it may be started later
 
@@ -210,7 +227,8 @@ def _check_gpus(layout: Layout) -> None:
 def _check_memory(layout: Layout) -> None:
     model = Path(layout.model_path)
     weights = sum(file.stat().st_size for pattern in ("*.safetensors", "*.bin") for file in model.glob(pattern))
-    dtype = json.loads((model / "config.json").read_text()).get("torch_dtype")
+    config = json.loads((model / "config.json").read_text())
+    dtype = config.get("dtype") or config.get("torch_dtype")  # as newer versions of transformers call it, and older
     needed = len(layout.servers) * (
         SERVER_BYTES + weights * (1 if dtype == "float32" else 2)
     )  # the CPU serves in float32
@@ -228,11 +246,22 @@ def _check_options(layout: Layout) -> None:
         name = option.partition("=")[0]
         if name in OWN_OPTIONS:
             raise StartError(f"{name} cannot be passed on to a server: use {OWN_OPTIONS[name]}")
+    for option in (*config.server_args, *config.prefill_args, *config.decode_args, *config.gateway_args):
+        if option.startswith(TLS_OPTIONS):
+            raise StartError(
+                f"{option.partition('=')[0]}: servers and gateway speak plain HTTP here; use a proxy in front of the "
+                "gateway for TLS"
+            )
     if not (config.server_args or config.prefill_args or config.decode_args):
         return  # SGLang's parser takes seconds to import
     for role in ROLES:
         if layout.count(role):
             options = _parse(layout.server_options(role))
+            if options.api_key != config.api_key or options.ssl_certfile:
+                raise StartError(
+                    f"the {role} server's --config sets api-key or ssl-certfile: use --api-key of the launcher, and a "
+                    "proxy in front of the gateway for TLS"
+                )
             problem = incompatible_option(options) if role == "prefill" and config.flowprefill else None
             if problem:
                 raise StartError(problem)

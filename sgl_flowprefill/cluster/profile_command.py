@@ -20,6 +20,7 @@ from rich.table import Table
 from sgl_flowprefill import paths
 from sgl_flowprefill.cluster import preflight
 from sgl_flowprefill.cluster.base import ClusterConfig, Ports, StartError
+from sgl_flowprefill.cluster.commands import join_values
 from sgl_flowprefill.config import ConfigError, FlowPrefillConfig
 from sgl_flowprefill.profiling import ProfileError, read_profile
 
@@ -31,7 +32,7 @@ LOG_LINES: Final = 15
 def main(argv: Sequence[str]) -> int:
     """Profile or report; returns the exit code."""
     try:
-        arguments, server_args = _parser().parse_known_args(argv)
+        arguments, server_args = _parser().parse_known_args(join_values(argv))
         if arguments.report:
             if server_args:
                 raise StartError(f"--report reads a file and takes no server options, got {shlex.join(server_args)}")
@@ -75,7 +76,8 @@ def _profile(arguments: argparse.Namespace, server_args: Sequence[str]) -> int:
             start_new_session=True,  # a Ctrl-C reaches it once, through us
         )
     assert process.stdout is not None
-    forward = signal.signal(signal.SIGTERM, lambda number, frame: process.send_signal(signal.SIGINT))
+    ends = (signal.SIGTERM, signal.SIGHUP)
+    before = [signal.signal(number, lambda number, frame: process.send_signal(signal.SIGINT)) for number in ends]
     try:
         with _Bar(arguments.budget_s) as show:
             try:
@@ -85,7 +87,8 @@ def _profile(arguments: argparse.Namespace, server_args: Sequence[str]) -> int:
                 end = _follow(process.stdout, show)
         process.wait()
     finally:
-        signal.signal(signal.SIGTERM, forward)
+        for number, handler in zip(ends, before, strict=True):
+            signal.signal(number, handler)
         with suppress(ProcessLookupError):
             process.kill()
     if "path" not in end:
@@ -102,7 +105,7 @@ def _profile(arguments: argparse.Namespace, server_args: Sequence[str]) -> int:
 
 
 def _report(arguments: argparse.Namespace) -> int:
-    path = arguments.output or _newest()
+    path = arguments.output or _newest(arguments.model_path)
     profile = read_profile(path)
     try:
         from sgl_flowprefill.profiling.report import Report
@@ -122,6 +125,7 @@ def _report(arguments: argparse.Namespace) -> int:
 
 
 def _print(figures: dict[str, Any], lines: Sequence[Sequence[str]]) -> None:
+    print(f"{figures['profile']}: {', '.join(f'{name} {value}' for name, value in figures['setting'].items())}")
     table = Table(title="Error on held-out shapes", title_justify="left")
     for column in ("shapes", "median", "p90", "cubic: median", "cubic: p90"):
         table.add_column(column, justify="left" if column == "shapes" else "right")
@@ -138,13 +142,23 @@ def _print(figures: dict[str, Any], lines: Sequence[Sequence[str]]) -> None:
     console.print(f"one prediction {figures['predict_one_us']:.1f} us, 1,000 {figures['predict_1000_ms']:.2f} ms")
 
 
-def _newest() -> Path:
+def _newest(model: str | None) -> Path:
+    """The newest full profile in the cache; if ``model`` is given, of the model whose directory or id ends like it."""
     found = [path for path in (paths.cache_dir() / "profiles").glob("*.parquet") if _is_full(path)]
-    if not found:
-        raise ProfileError(
-            "nothing has been profiled yet; run `python launch.py profile` first, or name a file with -o"
-        )
-    return max(found, key=lambda path: path.stat().st_mtime)
+    for path in sorted(found, key=lambda path: path.stat().st_mtime, reverse=True):
+        if model is None or _is_of(path, model):
+            return path
+    option = "" if model is None else f" --model-path {model}"
+    raise ProfileError(
+        f"nothing has been profiled yet{option and ' with' + option}; run `python launch.py profile{option}` first, or "
+        "name a file with -o"
+    )
+
+
+def _is_of(path: Path, model: str) -> bool:
+    with suppress(ProfileError):
+        return read_profile(path).setting.model.rpartition("-")[0] == Path(model).name
+    return False
 
 
 def _is_full(path: Path) -> bool:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from sgl_flowprefill.cluster import machine
@@ -29,6 +32,20 @@ def test_without_a_gpu_it_says_so_in_one_line() -> None:
     assert done.returncode == 2
     assert done.stdout == ""
     assert done.stderr == "launch.py doctor: this machine has no NVIDIA GPU, so nothing was checked\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_it_ends_with_the_process_that_checks(number: signal.Signals, tmp_path: Path) -> None:
+    command = [sys.executable, "launch.py", "doctor", "--log-dir", str(tmp_path)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        while not (children := psutil.Process(process.pid).children()):
+            assert process.poll() is None
+            time.sleep(0.1)
+        process.send_signal(number)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    assert "Traceback" not in err
+    assert psutil.wait_procs(children, timeout=20)[1] == []
 
 
 @pytest.mark.skipif(bool(machine.gpu_count()), reason="checks the CPU engine")

@@ -70,6 +70,13 @@ def test_every_container_is_probed_and_has_time_to_end(role):
     assert mounted == {volume["name"] for volume in pod["volumes"]}
 
 
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+def test_servers_get_a_token_for_gated_models_where_there_is_one(role):
+    [token] = container(role)["env"]
+    assert token["name"] == "HF_TOKEN"
+    assert token["valueFrom"]["secretKeyRef"]["optional"] is True
+
+
 def test_the_config_map_turns_flowprefill_on():
     environment = named("ConfigMap", "flowprefill")["data"]
     assert is_enabled(environment)

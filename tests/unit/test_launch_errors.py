@@ -1,14 +1,20 @@
 """What launch.py refuses before it starts a server: one line on stderr and exit code 2."""
 
+import json
+import signal
 import socket
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+import tomllib
+from importlib.metadata import EntryPoint
 from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from huggingface_hub import errors
 
 from sgl_flowprefill.cluster import Ports, StartError, cli, machine, preflight
 from sgl_flowprefill.cluster.process import Guard
+from tests.http_server import answering
 
 
 @pytest.fixture(autouse=True)
@@ -73,6 +79,20 @@ def test_a_model_id_that_the_hub_does_not_have(refusal, monkeypatch):
     assert "not on the Hugging Face hub (cannot reach the hub)" in refusal("--model-path", "nobody/nothing")
 
 
+@pytest.mark.parametrize(
+    ("error", "text"), [("GatedRepoError", "gated; accept its licence"), ("RepositoryNotFoundError", "check the name")]
+)
+def test_a_model_that_the_hub_shows_to_some(refusal, monkeypatch, error, text):
+    def fail(*args):
+        raise getattr(errors, error)("401 Client Error.", response=SimpleNamespace(headers={}, request=None))
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", fail)
+    line = refusal("--model-path", "somebody/something")
+    assert "model somebody/something: " in line
+    assert text in line
+    assert "set HF_TOKEN" in line
+
+
 def test_a_directory_that_is_no_checkpoint(refusal, tmp_path):
     assert "no config.json" in refusal("--model-path", str(tmp_path))
 
@@ -82,6 +102,15 @@ def test_not_enough_memory(refusal, monkeypatch):
     line = refusal("--flowprefill")
     assert "not enough memory" in line
     assert "1.0 GB are available" in line
+
+
+@pytest.mark.parametrize(("entry", "needed"), [("torch_dtype", 7.0), ("dtype", 7.0), ("nothing", 8.0)])
+def test_memory_of_weights_that_are_float32_already(refusal, monkeypatch, tmp_path, entry, needed):
+    (tmp_path / "config.json").write_text(json.dumps({entry: "float32"}))
+    with open(tmp_path / "model.safetensors", "wb") as weights:
+        weights.truncate(500_000_000)
+    monkeypatch.setattr(machine, "available_memory_bytes", lambda: 10**9)
+    assert f"need about {needed} GB" in refusal("--model-path", str(tmp_path))
 
 
 def test_one_gpu_for_two_servers(refusal, monkeypatch):
@@ -123,10 +152,21 @@ def test_a_misspelt_option_in_the_environment(refusal, monkeypatch):
         (["--decode-args", "--max-total-tokens many"], "--max-total-tokens"),
         (["--port", "30000"], "--port cannot be passed on to a server: use --ports"),
         (["--prefill-args", "--disaggregation-mode=null"], "--disaggregation-mode cannot be passed on"),
+        (["--decode-args", "--api-key secret"], "--api-key cannot be passed on to a server: use --api-key of the"),
+        (["--ssl-certfile=cert.pem"], "--ssl-certfile: servers and gateway speak plain HTTP here; use a proxy"),
+        (["--enable-ssl-refresh"], "--enable-ssl-refresh: servers and gateway speak plain HTTP"),
+        (["--gateway-args", "--tls-cert-path cert.pem"], "--tls-cert-path: servers and gateway speak plain HTTP"),
     ],
 )
 def test_an_sglang_option_that_cannot_work(refusal, options, text):
     assert text in refusal("--flowprefill", "--ports", "0", *options)
+
+
+@pytest.mark.parametrize("line", ["api-key: secret", "ssl-certfile: cert.pem"])
+def test_a_config_file_with_a_key_or_a_certificate(refusal, tmp_path, line):
+    (tmp_path / "config.yaml").write_text(line)
+    text = refusal("--decode-args", f"--config {tmp_path / 'config.yaml'}")
+    assert "the decode server's --config sets api-key or ssl-certfile" in text
 
 
 def test_the_same_options_are_fine_for_sglangs_own_scheduler():
@@ -147,6 +187,8 @@ def test_free_ports_are_chosen_where_none_is_given(busy_port):
         (["--prefill", "0"], "argument --prefill: expected a number of servers, got 0"),
         (["--decode", "two"], "argument --decode: expected a number of servers, got two"),
         (["--join", "http://127.0.0.1:1"], "--join needs --role prefill or decode"),
+        (["--startup-timeout-s", "0"], "argument --startup-timeout-s: expected seconds above 0, got 0"),
+        (["--startup-timeout-s", "long"], "argument --startup-timeout-s: expected seconds above 0, got long"),
         (["--role", "router"], "argument --role: invalid choice: 'router'"),
         (["--role", "prefill"], "--role prefill needs --join URL"),
         (["--role", "decode", "--join", "gateway:30000"], "--join gateway:30000: expected a gateway's URL such as"),
@@ -170,24 +212,12 @@ def test_a_fleet_that_cannot_work(refusal, options, text):
     assert text in refusal(*options)
 
 
-class KnowsNothing(BaseHTTPRequestHandler):
-    def do_GET(self):
-        self.send_error(404)
-
-    def log_message(self, *args):
-        pass
-
-
-def test_a_server_that_is_no_gateway(refusal):
-    with ThreadingHTTPServer(("127.0.0.1", 0), KnowsNothing) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        url = f"http://127.0.0.1:{server.server_port}"
-        try:
-            assert f"--join {url}: what answers there is no gateway" in refusal("--role", "decode", "--join", url)
-        finally:
-            server.shutdown()
-            thread.join()
+@pytest.mark.parametrize(
+    ("status", "text"), [(404, "what answers there is no gateway"), (401, "the gateway asks for the --api-key")]
+)
+def test_a_gateway_that_cannot_be_joined(refusal, status, text):
+    with answering(lambda path, headers: (status, "{}")) as url:
+        assert f"--join {url}: {text}" in refusal("--role", "decode", "--join", url)
 
 
 def test_memory_for_every_server(refusal, monkeypatch):
@@ -204,6 +234,24 @@ def test_gpus_for_every_server(refusal, monkeypatch):
 def options_of(layout, role, index):
     options = layout.server_options(role, index)
     return dict(pairwise(options))
+
+
+def test_a_key_goes_to_every_server_the_gateway_and_the_curl_line():
+    layout = preflight.prepare(cli.parse(["--api-key", "secret", "--ports", "0"]))
+    for command in (layout.server_options("prefill"), layout.server_options("decode"), layout.gateway_command(29999)):
+        assert dict(pairwise(command))["--api-key"] == "secret"
+    assert "'Authorization: Bearer secret'" in layout.curl()
+    layout = preflight.prepare(cli.parse(["--ports", "0"]))
+    assert "--api-key" not in [*layout.server_options("prefill"), *layout.gateway_command(29999)]
+    assert "Authorization" not in layout.curl()
+
+
+def test_the_device_is_named(monkeypatch):
+    layout = preflight.prepare(cli.parse(["--ports", "0"]))
+    assert layout.device() == "the CPU in float32, as no NVIDIA GPU is visible"
+    monkeypatch.setattr(machine, "gpu_count", lambda: 2)
+    assert preflight.prepare(cli.parse(["--ports", "0", "--device", "cpu"])).device() == "the CPU in float32"
+    assert preflight.prepare(cli.parse(["--ports", "0"])).device() == "GPU"
 
 
 def test_each_server_has_ports_gpus_and_an_event_log_of_its_own(monkeypatch):
@@ -284,5 +332,22 @@ def test_tensor_parallel_servers_get_cpus_by_rank_and_gpus_one_after_the_other(o
 def test_a_profile_is_measured_on_one_rank(capsys):
     from sgl_flowprefill.cluster import profile_command
 
-    assert profile_command.main(["--tp", "2"]) == 2
-    assert "with --tp 2 measures a short profile itself" in capsys.readouterr().err
+    for options in (["--tp", "2"], ["--prefill-args", "--tp=2"]):
+        assert profile_command.main(options) == 2
+        assert "with --tp 2 measures a short profile itself" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["profile_command", "doctor_command"])
+def test_ctrl_c_ends_profile_and_doctor_without_a_traceback(monkeypatch, capsys, command):
+    def interrupt(argv):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(f"sgl_flowprefill.cluster.{command}.main", interrupt)
+    assert cli.main([command.removesuffix("_command")]) == 128 + signal.SIGINT
+    assert capsys.readouterr().out == "\nstopped\n"
+
+
+def test_an_installed_package_has_the_launcher_as_a_command():
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    entry_point = EntryPoint("sgl-flowprefill", project["scripts"]["sgl-flowprefill"], "console_scripts")
+    assert entry_point.load() is cli.main

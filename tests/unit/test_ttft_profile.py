@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from pathlib import Path
 
@@ -176,7 +177,24 @@ def test_the_command_reports_on_a_file(tmp_path: Path, capsys: pytest.CaptureFix
     path = tmp_path / "p.parquet"
     profiled(path, MadeUpEngine())
     assert profile_command.main(["--report", "-o", str(path)]) == 0
-    assert "cubic" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "cubic" in out
+    assert out.startswith(f"{path}: model m-1, device made up, dtype float32, ")
+
+
+def test_the_command_reports_on_the_model_that_it_is_given(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FLOWPREFILL_CACHE_DIR", str(tmp_path))
+    for age_s, model in enumerate(("newest-1", "some-model-1", "some-model-2")):
+        path = tmp_path / "profiles" / f"{model}.parquet"
+        write_profile(path, Profile(SETTING.model_copy(update={"model": model}), 100, complete=True))
+        os.utime(path, (1000 - age_s, 1000 - age_s))
+    (tmp_path / "profiles" / "broken.parquet").touch()
+    assert profile_command._newest("somebody/some-model").name == "some-model-1.parquet"
+    assert profile_command._newest("./newest/").name == "newest-1.parquet"
+    assert profile_command.main(["--report", "--model-path", "somebody/model"]) == 2
+    assert "with --model-path somebody/model; run `python launch.py profile --model-path" in capsys.readouterr().err
 
 
 def test_the_command_says_what_is_missing(
