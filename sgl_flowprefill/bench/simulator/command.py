@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sgl_flowprefill.bench.metrics import summarise, summarise_blocking
-from sgl_flowprefill.bench.options import positive_float, positive_int
+from sgl_flowprefill.bench.options import attainment_share, positive_float, positive_int
 from sgl_flowprefill.bench.simulator.cost import LLAMA_8B, MODELS, cost_model
 from sgl_flowprefill.bench.simulator.instance import Machine
 from sgl_flowprefill.bench.simulator.requests import Conditions, prepare, resampled, results
@@ -67,7 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seeds", type=positive_int, default=3, help="runs, with seeds 0, 1, ... (default 3)")
     parser.add_argument("--instances", type=positive_int, default=1, help="prefill instances (default 1)")
     parser.add_argument("--router", choices=list(ROUTERS), default="least-work")
-    parser.add_argument("--attainment", type=positive_float, default=0.99, help="of --plan (default 0.99)")
+    parser.add_argument("--attainment", type=attainment_share, default=0.99, help="of --plan (default 0.99)")
     parser.add_argument("--max-suspended", type=positive_int, default=16)
     parser.add_argument("--max-batch-tokens", type=positive_int, default=2048, help="1: no batches (default 2048)")
     parser.add_argument("--max-starvation-s", type=positive_float, default=60.0)
