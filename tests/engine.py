@@ -1,7 +1,7 @@
 """A real FlowPrefillScheduler inside the test's process: real model, KV pool and radix cache; no KV is sent anywhere.
 
 Requests carry SGLang's fake bootstrap host, which completes a handshake and a transfer at once, as SGLang's own warm-up
-and health-check requests do. One process can hold one scheduler.
+and health-check requests do; unlike those, they leave their KV in the radix cache. One process can hold one scheduler.
 """
 
 from __future__ import annotations
@@ -92,6 +92,14 @@ class PrefillEngine:
         from sgl_flowprefill.runtime.scheduler import FlowPrefillScheduler
 
         self.scheduler = FlowPrefillScheduler(args, PortArgs.init_new(args))
+        create = self.scheduler._create_generation_req
+
+        def create_cached(*arguments: Any, **options: Any) -> Any:
+            req = create(*arguments, **options)
+            req.skip_radix_cache_insert = False
+            return req
+
+        self.scheduler._create_generation_req = create_cached
         self.answers: dict[str, Answer] = {}
         # The streamer has slots and other components hold it: its class is what can be replaced.
         streamer = type(self.scheduler.output_streamer)

@@ -93,7 +93,7 @@ def test_a_mix_that_is_suspended_all_the_time_gets_the_tokens_of_transformers(
 
     assert seen["suspensions"] >= 40
     assert seen["deepest"] >= 5
-    cached = [engine.answers[rid].req.prefix_len for rid in prompts]
+    cached = [engine.answers[rid].req.cached_tokens for rid in prompts]
     assert max(cached) >= 300, "the mix must hold requests that share a cached prefix"
     for rid, tokens in prompts.items():
         expected = reference_logprobs(reference, tokens)
