@@ -50,12 +50,14 @@ def test_a_watchdog_is_fed_by_interruption_points_and_notices_when_none_is_passe
         scheduler.__dict__[name] = create_scheduler_watchdog(scheduler, watchdog_timeout=0.4, soft=True)
         scheduler.__dict__[name].dump_info = None
     scheduler._feed_watchdogs()
-    for _ in range(60):  # one forward pass for three times as long as a watchdog waits
-        point(executor)
-        time.sleep(0.02)
-    assert not dumps
-    assert wait_until(lambda: len(dumps) >= 2)
-    scheduler.cur_batch_for_debug = None
+    try:
+        for _ in range(60):  # one forward pass for three times as long as a watchdog waits
+            point(executor)
+            time.sleep(0.02)
+        assert not dumps
+        assert wait_until(lambda: len(dumps) >= 2)
+    finally:
+        scheduler.cur_batch_for_debug = None
 
 
 def test_without_a_soft_watchdog_there_is_one() -> None:
