@@ -66,7 +66,8 @@ class FeasibleSet:
       the deadline comes nearer. So while the plan is followed, it holds, and nothing is planned.
     * A job that comes takes its own work off, or sets it to what its own deadline asks. If it is not past then, the
       plan with this job holds: one more than the most that could be met is the most. If it is, ``kept`` is planned
-      anew, which lets one job go where jobs are not batches.
+      anew, which lets one job go where jobs are not batches. Rarely, a shorter one that was let go before would fit in
+      its place; it is not looked at until all are planned anew.
     * A job that was let go does not come back while the plan is followed, as a new plan of all would let it go again,
       but for the work that the forecast no longer expects. All jobs are planned anew when the forecast changes, and
       when nothing is kept any more.
