@@ -146,6 +146,11 @@ class FlowPrefillConfig(BaseModel):
         return values
 
 
+def command_line(values: Mapping[str, Any]) -> str:
+    """Options by field name, as they are given to a launcher."""
+    return " ".join(f"{_flag_name(name)} {value}" for name, value in values.items())
+
+
 def is_enabled(env: Mapping[str, str] | None = None) -> bool:
     """Whether the environment asks for FlowPrefill (``FLOWPREFILL=1``)."""
     env = os.environ if env is None else env

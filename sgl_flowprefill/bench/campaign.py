@@ -18,7 +18,7 @@ import numpy as np
 
 from sgl_flowprefill.bench.prober import Endpoint, Plan, Prober, outcome
 from sgl_flowprefill.bench.probes import Probe
-from sgl_flowprefill.bench.rate_search import SMALL_STEP, STEP, Bracket, RateSearch, Verdict, bracket
+from sgl_flowprefill.bench.rate_search import SMALL_STEP, STEP, Bracket, RateSearch, Verdict, bracket, mean_bracket
 from sgl_flowprefill.bench.simulator.measured import saturation_rps
 from sgl_flowprefill.bench.simulator.search import mean_attainment
 from sgl_flowprefill.bench.systems import UNCHUNKED_FCFS, System
@@ -129,8 +129,7 @@ class Campaign:
         return bracket(self.log.verdicts(system.name, seed, attainment))
 
     def _mean_bracket(self, system: System, attainment: float) -> Bracket:
-        found = [self._bracket(system, seed, attainment) for seed in range(self.plan.seeds)]
-        return Bracket(*(float(mean_rps) for mean_rps in np.mean(found, axis=0)))
+        return mean_bracket(self._bracket(system, seed, attainment) for seed in range(self.plan.seeds))
 
     def _to_beat_rps(self, system: System, seed: int, attainment: float) -> float:
         """The rate that the best of the rivals, in the mean, is known to keep on this seed; 0 without any."""

@@ -22,7 +22,7 @@ from sgl_flowprefill.bench.comparison import machine, versions
 from sgl_flowprefill.bench.metrics import SLO_SCALES, attainment
 from sgl_flowprefill.bench.prober import Plan
 from sgl_flowprefill.bench.probes import Probe, ProbeLog
-from sgl_flowprefill.bench.rate_search import Bracket, bracket
+from sgl_flowprefill.bench.rate_search import Bracket, bracket, mean_bracket
 from sgl_flowprefill.bench.replay import RequestResult
 from sgl_flowprefill.bench.simulator.search import mean_attainment
 from sgl_flowprefill.bench.systems import UNCHUNKED_FCFS, System
@@ -96,7 +96,7 @@ class SystemFigures:
 
     def mean_bracket(self, share: float, seeds: Iterable[int]) -> Bracket:
         """Mean of the brackets of ``seeds``."""
-        return Bracket(*(float(mean) for mean in np.mean([self.brackets[share][seed] for seed in seeds], axis=0)))
+        return mean_bracket(self.brackets[share][seed] for seed in seeds)
 
     def rate_ratio(self, other: SystemFigures, share: float) -> Estimate | None:
         """Its rate over that of ``other``, on the seeds that both have; None where a rate is not known."""

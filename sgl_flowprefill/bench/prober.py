@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
@@ -105,13 +105,14 @@ class Prober:
     @functools.cached_property
     def setup(self) -> Setup:
         """The simulator as this machine, once calibrated."""
-        solo_ttft_s = next(iter(self.log.solo_ttft_s.values()))[0]
-        return measured_setup(Engine(**self.log.facts["engine"]), solo_ttft_s, self.options)
+        return self._setup(next(iter(self.log.solo_ttft_s.values()))[0])
 
     def setup_of(self, system: System) -> Setup:
         """The simulator as this machine was while ``system`` was up, by the lone requests at its starts."""
         starts = self.log.solo_ttft_s[system.name]
-        solo_ttft_s = {tokens: float(np.median([times_s[tokens] for times_s in starts])) for tokens in starts[0]}
+        return self._setup({tokens: float(np.median([times_s[tokens] for times_s in starts])) for tokens in starts[0]})
+
+    def _setup(self, solo_ttft_s: Mapping[int, float]) -> Setup:
         return measured_setup(Engine(**self.log.facts["engine"]), solo_ttft_s, self.options)
 
     @contextmanager

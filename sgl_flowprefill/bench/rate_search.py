@@ -7,8 +7,9 @@ goes on from the verdicts that are on disk.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Final, NamedTuple
 
 ROUNDING: Final = 1e-9
@@ -32,6 +33,12 @@ class Bracket(NamedTuple):
         if self.low_rps == 0.0 or math.isinf(self.high_rps):
             return self.low_rps
         return math.sqrt(self.low_rps * self.high_rps)
+
+
+def mean_bracket(brackets: Iterable[Bracket]) -> Bracket:
+    """Mean of both ends; infinite where one of ``brackets`` has no upper end."""
+    lows_rps, highs_rps = zip(*brackets, strict=True)
+    return Bracket(fmean(lows_rps), fmean(highs_rps))
 
 
 def decided(met: int, missed: int, total: int, attainment: float) -> bool | None:

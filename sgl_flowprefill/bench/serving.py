@@ -33,7 +33,7 @@ from sgl_flowprefill.bench.simulator.measured import Engine, best_profile
 from sgl_flowprefill.bench.systems import System
 from sgl_flowprefill.bench.trace import Trace, TraceRequest
 from sgl_flowprefill.cluster import Cluster, ClusterConfig, ClusterError
-from sgl_flowprefill.config import FlowPrefillConfig
+from sgl_flowprefill.config import FlowPrefillConfig, command_line
 from sgl_flowprefill.events import read_events
 
 EMBEDDED_MODEL: Final = "embedded Llama"
@@ -99,7 +99,7 @@ class Servers:
             "server options": shlex.join(self.server_args),
             "prefill options": shlex.join(self.prefill_args),
             "decode options": shlex.join(self.decode_args),
-            "FlowPrefill options": self.options.model_dump(exclude_defaults=True),
+            "FlowPrefill options": command_line(self.options.model_dump(exclude_defaults=True)),
         }
 
     def cluster(self, system: System, log_dir: Path, event_log: Path | None) -> ClusterConfig:

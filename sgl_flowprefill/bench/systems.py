@@ -19,7 +19,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from sgl_flowprefill.config import FlowPrefillConfig
+from sgl_flowprefill.config import FlowPrefillConfig, command_line
 
 CHUNKS: Final[Mapping[str, str]] = {
     "": "unchunked: no prompt pays for chunks, the highest throughput",
@@ -77,8 +77,9 @@ class System:
     @property
     def settings(self) -> str:
         """What it is started with, as on a command line."""
-        options = [f"--flowprefill-{name.replace('_', '-')} {value}" for name, value in (self.options or {}).items()]
-        return " ".join(self.stock_args if self.is_stock else ["--flowprefill", *options])
+        if self.options is None:
+            return " ".join(self.stock_args)
+        return f"--flowprefill {command_line(self.options)}".rstrip()
 
 
 def _flowprefill(name: str, label: str, why: str, **options: Any) -> System:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -77,7 +76,10 @@ def test_a_scheduler_that_was_started_past_the_seam_ends_its_server(
     given: dict[str, Any], resolved: dict[str, Any], text: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made: list[Any] = []
-    init: Callable[..., None] = lambda self, *args: made.append(args)  # noqa: E731
+
+    def init(_scheduler: Any, *args: Any) -> None:
+        made.append(args)
+
     monkeypatch.setattr(PreparedScheduler.__base__, "__init__", init)
     server_args = SimpleNamespace(**{**WORKS, **given}, _resolved_overrides=[("a hook of SGLang", resolved)])
     with pytest.raises(SystemExit, match=f"^sgl-flowprefill: .*{text}"):
