@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import math
 import platform
 import random
 import time
@@ -19,8 +18,9 @@ import torch
 from sgl_flowprefill import paths
 from sgl_flowprefill.config import FlowPrefillConfig
 from sgl_flowprefill.profiling import Profile, ProfileError, Row, Setting, read_profile, write_profile
+from sgl_flowprefill.profiling.fitted import fit
 from sgl_flowprefill.profiling.measure import SchedulerEngine
-from sgl_flowprefill.ttft import AdaptiveTTFT, BoostedTTFT, CubicTTFT, OperatorTimes, PrefillShape, TTFTModel
+from sgl_flowprefill.ttft import AdaptiveTTFT, OperatorTimes, PrefillShape
 
 logger = logging.getLogger(__name__)
 
@@ -57,23 +57,6 @@ def load_or_measure(scheduler: Any, config: FlowPrefillConfig) -> tuple[Adaptive
             write_profile(_short_path(setting), profile)
     model, residuals = fit(profile)
     return AdaptiveTTFT(model, config.slack_quantile, residuals), OperatorTimes.fit(profile.operators())
-
-
-def fit(profile: Profile) -> tuple[TTFTModel, list[float]]:
-    """The model of ``profile``, and the log ratios of measured to predicted time of its rows.
-
-    A profile of single prompts alone determines a cubic over their tokens; a full one, the model of batches.
-    """
-    batches, times_s = profile.timings()
-    model: TTFTModel
-    if any(len(batch) > 1 for batch in batches):
-        boosted = BoostedTTFT.fit(batches, times_s)
-        logger.info("FlowPrefill predicts TTFT from %d measured batches", len(batches))
-        model, predicted_s = boosted, boosted.predict_all_s(batches).tolist()
-    else:
-        model = CubicTTFT.fit([batch[0].new_tokens for batch in batches], times_s)
-        predicted_s = [model.predict_s(batch) for batch in batches]
-    return model, [math.log(time_s / p) for time_s, p in zip(times_s, predicted_s, strict=True)]
 
 
 def profile_path(setting: Setting) -> Path:

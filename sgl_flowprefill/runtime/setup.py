@@ -36,8 +36,6 @@ from sgl_flowprefill.ttft.budget import throughput_budget_tokens
 
 logger = logging.getLogger(__name__)
 
-LONGEST_BATCH_TOKENS: Final = 8192
-"""Upper end of the search for the batch size that throughput needs."""
 NO_TASK: Final = -1
 """In place of a task's id."""
 
@@ -119,7 +117,7 @@ class PreparedScheduler(Scheduler):
         self._slots = AttentionSlots(model_runner, between_tiles, tiles.pairs)
         self._memory = TaskMemory.plan(model_runner, self._slots, config.max_suspended, tiles.rows)
 
-        batch_tokens = config.max_batch_tokens or throughput_budget_tokens(self._ttft, LONGEST_BATCH_TOKENS)
+        batch_tokens = config.max_batch_tokens or throughput_budget_tokens(self._ttft)
         limits = Limits(max_suspended=config.max_suspended, max_batch_tokens=batch_tokens)
         self._policy: PrefillPolicy[WaitingRequest, PrefillTask]
         self._policy = make_policy(config.policy, limits, config.max_starvation_s)

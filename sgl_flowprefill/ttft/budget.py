@@ -7,15 +7,21 @@ from typing import Final
 from sgl_flowprefill.ttft.base import PrefillShape, TTFTModel
 
 SMALLEST_TOKENS: Final = 64
-ENOUGH: Final = 0.9
-"""Share of the best throughput at which a batch is big enough."""
+LONGEST_TOKENS: Final = 8192
+LITTLE: Final = 0.05
+"""Share of the time that a batch twice as big must save."""
 
 
-def throughput_budget_tokens(model: TTFTModel, longest_tokens: int) -> int:
-    """Fewest new tokens whose prefill reaches nearly the best throughput of any up to ``longest_tokens``."""
-    sizes = [SMALLEST_TOKENS]
-    while sizes[-1] * 2 <= longest_tokens:
-        sizes.append(sizes[-1] * 2)
-    tokens_per_s = [size / model.predict_s([PrefillShape(size)]) for size in sizes]
-    best = max(tokens_per_s)
-    return next(size for size, speed in zip(sizes, tokens_per_s, strict=True) if speed >= ENOUGH * best)
+def throughput_budget_tokens(model: TTFTModel, longest_tokens: int = LONGEST_TOKENS) -> int:
+    """Fewest new tokens of which two prefills take hardly longer one by one than together, at most ``longest_tokens``.
+
+    What they take longer is what every forward pass costs whatever it computes: launches, reading the weights.
+    """
+    tokens = SMALLEST_TOKENS
+    while tokens * 2 <= longest_tokens:
+        prompt = PrefillShape(tokens)
+        apart_s, together_s = 2 * model.predict_s([prompt]), model.predict_s([prompt, prompt])
+        if apart_s - together_s <= LITTLE * apart_s:
+            break
+        tokens *= 2
+    return tokens

@@ -57,7 +57,7 @@ def test_lone_requests_say_what_is_charged_beside_a_forward_and_how_slow_the_mac
 
 def test_flowprefill_is_simulated_with_the_options_of_its_servers(tmp_path: Path) -> None:
     path = tmp_path / "toy.parquet"
-    write_profile(path, Profile(SETTING, 8192, [row(tokens) for tokens in (16, 512, 2048)], complete=True))
+    write_profile(path, Profile(SETTING, 8192, [row(tokens) for tokens in (16, 512, 2048, 8192)], complete=True))
     engine = Engine(str(path), 8, None, between_forwards_s=0.0)
     options = FlowPrefillConfig(max_suspended=3, max_blocking_ms=2.5, max_starvation_s=7.0, max_batch_tokens=99)
     solo_ttft_s = {tokens: 0.02 + row(tokens).time_s for tokens in (512, 2048)}

@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
 
 import numpy as np
 
@@ -18,12 +17,10 @@ from sgl_flowprefill.bench.trace import Trace
 from sgl_flowprefill.config import FlowPrefillConfig
 from sgl_flowprefill.policy import Limits
 from sgl_flowprefill.profiling import ProfileError, read_profile
+from sgl_flowprefill.profiling.fitted import fit
 from sgl_flowprefill.ttft import PrefillShape
 from sgl_flowprefill.ttft.budget import throughput_budget_tokens
 from sgl_flowprefill.ttft.physics import non_negative
-
-LONGEST_BATCH_TOKENS: Final = 8192
-"""Where the runtime's search for the batch that throughput needs ends."""
 
 
 def best_profile(model: str) -> Path:
@@ -73,7 +70,10 @@ def measured_setup(engine: Engine, solo_ttft_s: Mapping[int, float], options: Fl
     serving_s, slowness = non_negative(columns / ttft_s[:, None], 1 - engine.between_forwards_s / ttft_s)
     cost = cost.slower(float(slowness))
     cost = dataclasses.replace(cost, fixed_s=cost.fixed_s + engine.between_forwards_s, serving_s=float(serving_s))
-    budget_tokens = options.max_batch_tokens or throughput_budget_tokens(cost, LONGEST_BATCH_TOKENS)
+    budget_tokens = options.max_batch_tokens
+    if budget_tokens is None:
+        model, _ = fit(read_profile(Path(engine.profile)))
+        budget_tokens = throughput_budget_tokens(model)
     return Setup(
         Machine(cost, engine.kv_tokens or cost.kv_tokens),
         limits=Limits(max_suspended=options.max_suspended, max_batch_tokens=budget_tokens),
