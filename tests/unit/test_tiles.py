@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from sgl_flowprefill.runtime.checkpoints import DecoderLayer
-from sgl_flowprefill.runtime.tiles import LIGHT_FACTOR, tile_layers
+from sgl_flowprefill.runtime.tiles import NORM_FACTOR, tile_layers
 
 ROWS = 4
 
@@ -22,7 +22,7 @@ class Layer(nn.Module):
         super().__init__()
         self.norm = RMSNorm()
         self.attention = nn.ModuleDict({"q_norm": RMSNorm(), "project": nn.Linear(3, 3)})
-        self.mlp = nn.Sequential(nn.Linear(3, 3))
+        self.mlp = nn.Sequential(*(nn.Linear(3, 3) for _ in range(6)))  # 4 / 3 * 6 times as long as ``project``
 
 
 class Decoder(nn.Module):
@@ -48,7 +48,7 @@ def layer(name: str) -> DecoderLayer:
 def interruption_points(model: nn.Module, layers: list[DecoderLayer], module: str) -> int:
     """How many are within one call of ``module``, which computes what it would without tiles."""
     model.double()  # large rows cancel each other: single precision would differ by more than the comparison allows
-    rows = torch.arange(3 * 5 * ROWS * LIGHT_FACTOR, dtype=torch.float64).view(-1, 3)
+    rows = torch.arange(3 * 5 * ROWS * NORM_FACTOR, dtype=torch.float64).view(-1, 3)
     expected = model.get_submodule(module)(rows)
     points: list[None] = []
     tile_layers(model, layers, ROWS, lambda: points.append(None))
@@ -61,8 +61,8 @@ def interruption_points(model: nn.Module, layers: list[DecoderLayer], module: st
     [
         ("model.layers.0.norm", 4),
         ("model.layers.0.attention.q_norm", 4),
-        ("model.layers.0.attention.project", 4),
-        ("model.layers.0.mlp", 4 * LIGHT_FACTOR + 1),
+        ("model.layers.0.attention.project", 7),
+        ("model.layers.0.mlp", 5 * NORM_FACTOR - 1),
         ("model.norm", 4),
         ("visual.layers.0.norm", 0),
         ("visual.layers.0.attention.q_norm", 0),
