@@ -110,14 +110,16 @@ def tile_around_attention(
 
 
 def _linear_factor(model: nn.Module, layer: DecoderLayer, linear: nn.Module) -> float:
-    """How many rows of ``linear`` take as long as one of the layer's dense MLP, by their parameters.
+    """How many rows of ``linear`` take as long as one of the layer's dense MLP, by their parameters; as many as of a
+    norm at most, whatever their quantisations make of the comparison.
 
     Tiles of what is light cost most: putting them together takes a fifth of a product's time, half of a norm's.
     """
     own = sum(weight.numel() for weight in linear.parameters())
     mlps = [model.get_submodule(name) for name in layer.mlp]
     mlp = sum(weight.numel() for one in mlps if not _is_mixture(one) for weight in one.parameters())
-    return max(LEAST_LINEAR_FACTOR, LINEAR_FACTOR * mlp / own) if own else LEAST_LINEAR_FACTOR
+    factor = LINEAR_FACTOR * mlp / own if own else 0.0
+    return min(max(LEAST_LINEAR_FACTOR, factor), NORM_FACTOR)
 
 
 def in_tiles(forward: Callable[..., Any], rows: int, between_tiles: Callable[[], None]) -> Callable[..., Any]:
