@@ -26,10 +26,8 @@ SMALLEST_TILE_TOKENS: Final = 256
 """Smaller tiles would cost throughput: a matrix product of fewer rows no longer keeps the core busy."""
 SAMPLE_TOKENS: Final = 2048
 """Prompt length at which the time of a row is taken: long enough for efficient kernels, short for attention."""
-NORM_FACTOR: Final = 12
-"""A row of a norm costs at most this part of one of an MLP (measured with an MLP twice as wide as the model)."""
-LINEAR_FACTOR: Final = 4 / 3
-"""A parameter of an MLP costs this much of one of a matrix product by itself."""
+NORM_FACTOR: Final = 4
+"""A row of a norm costs at most this part of one of an MLP (measured on a CPU with an MLP twice as wide as the model)."""
 LEAST_LINEAR_FACTOR: Final = 2
 """A row of a linear layer of attention costs at most half of one of an MLP."""
 
@@ -118,7 +116,7 @@ def _linear_factor(model: nn.Module, layer: DecoderLayer, linear: nn.Module) -> 
     own = sum(weight.numel() for weight in linear.parameters())
     mlps = [model.get_submodule(name) for name in layer.mlp]
     mlp = sum(weight.numel() for one in mlps if not _is_mixture(one) for weight in one.parameters())
-    factor = LINEAR_FACTOR * mlp / own if own else 0.0
+    factor = mlp / own if own else 0.0
     return min(max(LEAST_LINEAR_FACTOR, factor), NORM_FACTOR)
 
 

@@ -22,7 +22,7 @@ class Layer(nn.Module):
         super().__init__()
         self.norm = RMSNorm()
         self.attention = nn.ModuleDict({"q_norm": RMSNorm(), "project": nn.Linear(3, 3)})
-        self.mlp = nn.Sequential(*(nn.Linear(3, 3) for _ in range(6)))  # 4 / 3 * 6 times as long as ``project``
+        self.mlp = nn.Sequential(*(nn.Linear(3, 3) for _ in range(3)))  # three times as long as ``project``
 
 
 class Decoder(nn.Module):
@@ -61,7 +61,7 @@ def interruption_points(model: nn.Module, layers: list[DecoderLayer], module: st
     [
         ("model.layers.0.norm", 4),
         ("model.layers.0.attention.q_norm", 4),
-        ("model.layers.0.attention.project", 7),
+        ("model.layers.0.attention.project", 6),
         ("model.layers.0.mlp", 5 * NORM_FACTOR - 1),
         ("model.norm", 4),
         ("visual.layers.0.norm", 0),
