@@ -27,7 +27,7 @@ SMALLEST_TILE_TOKENS: Final = 256
 SAMPLE_TOKENS: Final = 2048
 """Prompt length at which the time of a row is taken: long enough for efficient kernels, short for attention."""
 NORM_FACTOR: Final = 4
-"""A row of a norm costs at most this part of one of an MLP (measured on a CPU with an MLP twice as wide as the model)."""
+"""A row of a norm costs at most this part of one of an MLP (on a CPU, with an MLP twice as wide as the model)."""
 LEAST_LINEAR_FACTOR: Final = 2
 """A row of a linear layer of attention costs at most half of one of an MLP."""
 
