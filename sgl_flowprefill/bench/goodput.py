@@ -19,7 +19,7 @@ from sgl_flowprefill.bench.goodput_results import GoodputResult
 from sgl_flowprefill.bench.options import AUTO, attainment_share, positive_float, positive_int, scale_or_auto
 from sgl_flowprefill.bench.page import add_picture_option, browser, take_picture
 from sgl_flowprefill.bench.prober import Plan
-from sgl_flowprefill.bench.serving import Servers, prober_of
+from sgl_flowprefill.bench.serving import Servers, probing
 from sgl_flowprefill.bench.systems import add_systems_option, select
 from sgl_flowprefill.bench.workloads import WORKLOADS, workload
 
@@ -80,6 +80,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="systems that only take part in the comparison at one rate, which is much quicker than a search",
     )
     parser.add_argument(
+        "--side-by-side",
+        action="store_true",
+        help="keep the servers of all systems up and stop those that are not measured (SIGSTOP), so that turns are "
+        "seconds apart: for a machine whose speed changes. Takes some 5 GB a system; not for systems on one GPU",
+    )
+    parser.add_argument(
         "--duration",
         type=positive_float,
         default=60.0,
@@ -119,19 +125,19 @@ def run(args: argparse.Namespace, console: Console) -> int:
     plan = Plan(workload(args.workload), args.seeds, args.duration, args.max_output_tokens)
     attainments = tuple(sorted(set(args.attainment or ATTAINMENTS)))
     systems = select(args.systems)
-    prober = prober_of(servers, plan, args.out, args.time_scale, console)
     goal = Goal(attainments, 1 + args.precision, args.prefilter, args.race)
-    campaign = Campaign(prober, systems, goal, only_compared=select(args.compare))
-    try:
-        campaign.run(args.budget_s)
-    finally:  # also after Ctrl-C: what was found so far
-        result = None
-        if prober.log.probes:
-            command = shlex.join(["python", "-m", "sgl_flowprefill.bench", *sys.argv[1:]])
-            result = GoodputResult.of(campaign, command, servers.model)
-            publish(result, args.out, console)
-            if args.png:
-                prober.say(f"Picture: {take_picture(args.out / 'goodput.html')}")
+    result = None
+    with probing(servers, plan, args.out, args.time_scale, console, side_by_side=args.side_by_side) as prober:
+        campaign = Campaign(prober, systems, goal, only_compared=select(args.compare))
+        try:
+            campaign.run(args.budget_s)
+        finally:  # also after Ctrl-C: what was found so far
+            if prober.log.probes:
+                command = shlex.join(["python", "-m", "sgl_flowprefill.bench", *sys.argv[1:]])
+                result = GoodputResult.of(campaign, command, servers.model)
+                publish(result, args.out, console)
+                if args.png:
+                    prober.say(f"Picture: {take_picture(args.out / 'goodput.html')}")
     return 0 if result and result.finished and not result.problems else 1
 
 

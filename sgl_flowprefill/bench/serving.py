@@ -9,11 +9,12 @@ import os
 import shlex
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from types import TracebackType
 from typing import Any, Final
 
 import aiohttp
@@ -33,6 +34,7 @@ from sgl_flowprefill.bench.simulator.measured import Engine, best_profile
 from sgl_flowprefill.bench.systems import System
 from sgl_flowprefill.bench.trace import Trace, TraceRequest
 from sgl_flowprefill.cluster import Cluster, ClusterConfig, ClusterError
+from sgl_flowprefill.cluster.machine import available_memory_bytes
 from sgl_flowprefill.config import FlowPrefillConfig, command_line
 from sgl_flowprefill.events import read_events
 
@@ -48,6 +50,8 @@ USUAL_LAYERS: Final = 32
 """Of a model whose configuration is not at hand."""
 SETTLE_TIMEOUT_S: Final = 300.0
 SETTLE_POLL_S: Final = 0.2
+WAKE_S: Final = 0.5
+"""What servers that were stopped have to catch up with before they are measured."""
 
 Say = Callable[[str], None]
 
@@ -213,25 +217,95 @@ class Served:
             return {}
 
 
-@contextmanager
-def serve(system: System, servers: Servers, out: Path, say: Say) -> Iterator[Served]:
-    """Start the servers of ``system``, logs under ``out``, and end them; this process leaves the prefill's CPUs alone.
+Serve = Callable[[System], AbstractContextManager[Served]]
+"""The servers of a system, up for as long as the context is open."""
 
-    Raises ClusterError or ConfigError.
-    """
+
+@contextmanager
+def start(system: System, servers: Servers, out: Path, say: Say) -> Iterator[Served]:
+    """Start the servers of ``system``, logs under ``out``, and end them. Raises ClusterError or ConfigError."""
     event_log = None if system.is_stock else out / f"{system.name}-events.jsonl"
     if event_log:
         event_log.unlink(missing_ok=True)
     config = servers.cluster(system, out / "logs" / system.name, event_log)
-    with Cluster(config, on_progress=say) as cluster, _beside(cluster):
+    with Cluster(config, on_progress=say) as cluster:
         client = Client(cluster.gateway_url, GenerateApi(with_priority=system.wants_priority))
         yield Served(system, cluster, client, event_log)
         say("stopping the servers")
 
 
 @contextmanager
+def serve(system: System, servers: Servers, out: Path, say: Say) -> Iterator[Served]:
+    """``start``, and this process leaves the prefill's CPUs alone meanwhile."""
+    with start(system, servers, out, say) as served, _beside(served.cluster):
+        yield served
+
+
+class SideBySide:
+    """Systems whose servers stay up and take turns on the same CPUs: all but one are stopped (SIGSTOP).
+
+    What is compared is then seconds apart, where a start for each turn takes most of a minute. As a context manager,
+    leaving it ends them all.
+    """
+
+    def __init__(self, start: Serve) -> None:
+        self._start = start
+        self._up: dict[str, Served] = {}
+        self._most_bytes = 0
+        self._stack = ExitStack()
+
+    def __enter__(self) -> SideBySide:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.close()
+
+    @contextmanager
+    def serving(self, system: System) -> Iterator[Served]:
+        """The servers of ``system``, started if they are not up, while those of all others are stopped; this process
+        leaves the prefill's CPUs alone. Raises ClusterError, also when there is no memory for one more system.
+        """
+        if system.name in self._up:
+            served = self._up[system.name]
+            served.cluster.resume()
+            time.sleep(WAKE_S)
+        else:
+            served = self._up[system.name] = self._started(system)
+        try:
+            with _beside(served.cluster):
+                yield served
+        finally:
+            served.cluster.suspend()
+
+    def _started(self, system: System) -> Served:
+        free_bytes = available_memory_bytes()
+        if free_bytes < self._most_bytes:
+            raise ClusterError(
+                f"there is no memory for {system.name} beside {', '.join(self._up)}: a system takes "
+                f"{self._most_bytes / 1e9:.1f} GB, {free_bytes / 1e9:.1f} GB are left; compare fewer systems at a time"
+            )
+        served = self._stack.enter_context(self._start(system))
+        self._stack.callback(served.cluster.resume)  # what is stopped does not end
+        self._most_bytes = max(self._most_bytes, free_bytes - available_memory_bytes())
+        return served
+
+
+@contextmanager
+def serving(servers: Servers, out: Path, say: Say, *, side_by_side: bool) -> Iterator[Serve]:
+    """How each system's servers are started: each time anew, or once, to take turns ``side_by_side``."""
+    if not side_by_side:
+        yield partial(serve, servers=servers, out=out, say=say)
+        return
+    with SideBySide(partial(start, servers=servers, out=out, say=say)) as systems:
+        yield systems.serving
+
+
+@contextmanager
 def _beside(cluster: Cluster) -> Iterator[None]:
-    """Keep this process off the CPUs that the prefill scheduler has for itself."""
+    """Keep this process off the CPUs that the prefill scheduler has for itself. No cluster is to be started meanwhile:
+    it would share only the CPUs that are left."""
     before = os.sched_getaffinity(0)
     if cluster.cpus:
         os.sched_setaffinity(0, cluster.cpus.others)
@@ -241,7 +315,16 @@ def _beside(cluster: Cluster) -> Iterator[None]:
         os.sched_setaffinity(0, before)
 
 
-def prober_of(servers: Servers, plan: Plan, out: Path, asked_time_scale: float | str, console: Console) -> Prober:
+@contextmanager
+def probing(
+    servers: Servers,
+    plan: Plan,
+    out: Path,
+    asked_time_scale: float | str,
+    console: Console,
+    *,
+    side_by_side: bool = False,
+) -> Iterator[Prober]:
     """What makes probes of ``servers`` and keeps them under ``out``.
 
     Raises ValueError if there are some of another setting, machine or version.
@@ -253,9 +336,10 @@ def prober_of(servers: Servers, plan: Plan, out: Path, asked_time_scale: float |
         console.print(f"  {line}", highlight=False, soft_wrap=True)
 
     log = ProbeLog(out / "probes.jsonl", settings)
-    prober = Prober(plan, log, partial(serve, servers=servers, out=out, say=detail), console, servers.options)
-    prober.settle_time_scale(asked_time_scale)
-    return prober
+    with serving(servers, out, detail, side_by_side=side_by_side) as serve_system:
+        prober = Prober(plan, log, serve_system, console, servers.options)
+        prober.settle_time_scale(asked_time_scale)
+        yield prober
 
 
 def _flushed(url: str) -> bool:

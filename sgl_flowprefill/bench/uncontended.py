@@ -1,7 +1,7 @@
 """What FlowPrefill costs when nobody waits: lone prompts, alternately on FlowPrefill and on stock SGLang unchunked.
 
-Both clusters are up at once and take turns on the same CPUs: the one that is not measured is stopped (SIGSTOP), since
-SGLang's own prefill scheduler spins when it is idle. Pairs in one run, so that the machine's drift cancels.
+Both systems are up at once and take turns on the same CPUs (``serving.SideBySide``), in pairs, so that the machine's
+drift cancels.
 """
 
 from __future__ import annotations
@@ -9,21 +9,18 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Final
 
 import numpy as np
-import psutil
 from rich.console import Console
 from rich.table import Table
 
 from sgl_flowprefill.bench.options import positive_int, prompt_builder
 from sgl_flowprefill.bench.prompts import PromptBuilder
-from sgl_flowprefill.bench.serving import Served, Servers, serve
+from sgl_flowprefill.bench.serving import Served, Servers, serving
 from sgl_flowprefill.bench.systems import SYSTEMS, UNCHUNKED_FCFS
-from sgl_flowprefill.cluster import Cluster, ClusterError
+from sgl_flowprefill.cluster import ClusterError
 
 OURS: Final = "flowprefill"
 PAIR: Final = (OURS, UNCHUNKED_FCFS)
@@ -44,15 +41,13 @@ def run(args: argparse.Namespace, console: Console) -> int:
     prompts = prompt_builder(args)
     times_s: dict[str, dict[int, list[float]]] = {name: {tokens: [] for tokens in args.tokens} for name in PAIR}
     servers = Servers(args.model_path)
-    with ExitStack() as stack:
-        served = {name: stack.enter_context(serve(SYSTEMS[name], servers, args.out, console.print)) for name in PAIR}
+    with serving(servers, args.out, console.print, side_by_side=True) as serve:
         index = 0
         for tokens in args.tokens:
             for pair in range(args.pairs + 1):
                 for name in PAIR if pair % 2 else reversed(PAIR):
-                    (other,) = (system.cluster for key, system in served.items() if key != name)
-                    with _stopped(other):
-                        took_s = asyncio.run(_ttft_s(served[name], prompts, tokens, index))
+                    with serve(SYSTEMS[name]) as served:
+                        took_s = asyncio.run(_ttft_s(served, prompts, tokens, index))
                     if pair:  # the first one warms up
                         times_s[name][tokens].append(took_s)
                     index += 1
@@ -93,23 +88,3 @@ async def _ttft_s(served: Served, prompts: PromptBuilder, tokens: int, index: in
     if outcome.error or outcome.first_token_s is None:
         raise ClusterError(f"a lone request of {tokens} tokens to {client.url} failed: {outcome.error}")
     return outcome.first_token_s - outcome.sent_s
-
-
-def _schedulers(cluster: Cluster) -> list[psutil.Process]:
-    """The scheduler processes of a cluster's servers."""
-    servers = [psutil.Process(cluster.processes[name]) for name in ("prefill", "decode")]
-    return [p for server in servers for p in server.children(recursive=True) if "scheduler" in p.name()]
-
-
-@contextmanager
-def _stopped(cluster: Cluster) -> Iterator[None]:
-    """The cluster's schedulers take no CPU time meanwhile."""
-    schedulers = _schedulers(cluster)
-    for process in schedulers:
-        process.suspend()
-    try:
-        yield
-    finally:
-        for process in schedulers:
-            if process.is_running():
-                process.resume()

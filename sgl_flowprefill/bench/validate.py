@@ -25,7 +25,7 @@ from sgl_flowprefill.bench.comparison import machine, versions
 from sgl_flowprefill.bench.options import AUTO, positive_float, positive_int, scale_or_auto
 from sgl_flowprefill.bench.prober import Plan, Prober, outcome
 from sgl_flowprefill.bench.replay import RequestResult
-from sgl_flowprefill.bench.serving import Servers, prober_of
+from sgl_flowprefill.bench.serving import Servers, probing
 from sgl_flowprefill.bench.simulator.measured import saturation_rps
 from sgl_flowprefill.bench.simulator.requests import SimRequest
 from sgl_flowprefill.bench.simulator.systems import run as simulate
@@ -82,14 +82,14 @@ def run(args: argparse.Namespace, console: Console) -> int:
     servers = Servers.from_args(args)
     plan = Plan(workload(args.workload), args.seeds, args.duration, args.max_output_tokens)
     systems = select(args.systems)
-    prober = prober_of(servers, plan, args.out, args.time_scale, console)
-    try:
-        for system in systems:
-            _replay_all(prober, system, args.loads)
-    finally:  # also after Ctrl-C: what was measured so far
-        rows = [row for system in systems for load in args.loads if (row := compared(prober, system, load))]
-        if rows:
-            _publish(rows, prober, args.out, console)
+    with probing(servers, plan, args.out, args.time_scale, console) as prober:
+        try:
+            for system in systems:
+                _replay_all(prober, system, args.loads)
+        finally:  # also after Ctrl-C: what was measured so far
+            rows = [row for system in systems for load in args.loads if (row := compared(prober, system, load))]
+            if rows:
+                _publish(rows, prober, args.out, console)
     return int(any(not probe.run.client.valid for probe in prober.log.probes))
 
 

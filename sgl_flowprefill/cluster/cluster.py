@@ -148,6 +148,16 @@ class Cluster:
             self.check()
             time.sleep(POLL_S)
 
+    def suspend(self) -> None:
+        """Stop all processes (SIGSTOP): the cluster keeps its memory, takes no CPU time and answers nobody."""
+        for server in self._servers():
+            server.suspend()
+
+    def resume(self) -> None:
+        """Let all go on where ``suspend`` stopped them."""
+        for server in self._servers():
+            server.resume()
+
     def drain(self) -> None:
         """Let requests end before the servers do: they leave their gateway, and are told to end when idle."""
         for member in self._members:

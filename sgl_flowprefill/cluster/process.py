@@ -60,11 +60,30 @@ class Server:
 
     def bind(self, cpus: Sequence[int], except_on: Sequence[Sequence[int]]) -> None:
         """Move all its threads to ``cpus``, but for processes that are bound within one of ``except_on``."""
-        leader = psutil.Process(self.pid)
-        for process in (leader, *leader.children(recursive=True)):
+        for process in self._processes():
             with suppress(psutil.NoSuchProcess):
                 if not any(set(process.cpu_affinity()) <= set(own) for own in except_on):
                     _bind_threads(process, cpus)
+
+    def suspend(self) -> None:
+        """Stop all its processes (SIGSTOP)."""
+        for process in self._processes():
+            with suppress(psutil.NoSuchProcess):
+                process.suspend()
+
+    def resume(self) -> None:
+        """Let them go on (SIGCONT)."""
+        for process in self._processes():
+            with suppress(psutil.NoSuchProcess):
+                process.resume()
+
+    def _processes(self) -> list[psutil.Process]:
+        """It and all that it has started; nothing once it has ended."""
+        try:
+            leader = psutil.Process(self.pid)
+            return [leader, *leader.children(recursive=True)]
+        except psutil.NoSuchProcess:
+            return []
 
     def terminate(self) -> None:
         """Ask it to end once its requests have ended."""
