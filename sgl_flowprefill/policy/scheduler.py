@@ -17,6 +17,8 @@ K = TypeVar("K")  # a task: a batch of requests that has started
 POLICIES: Final = ("feasible", "s-edf", "s-edf-paper", "edf", "fcfs")
 STARVED_SHARE: Final = 0.02
 """Share of the time in which starved jobs may go before those that can still meet their deadline."""
+BATCH_SHARE: Final = 0.25
+"""Of the time that a member of a batch has left, how much the batch may take."""
 FORECAST_WINDOW_S: Final = 60.0
 """Past by which the policy "feasible" judges what will arrive."""
 
@@ -39,10 +41,11 @@ class PrefillPolicy(Generic[R, K]):
     run to its end: whatever else is refused (a suspension too many, a request whose KV does not fit), tasks are picked.
     """
 
-    def __init__(self, requests: Queue[R], tasks: Queue[K], limits: Limits) -> None:
+    def __init__(self, requests: Queue[R], tasks: Queue[K], limits: Limits, batch_share: float = BATCH_SHARE) -> None:
         self.requests = requests
         self.tasks = tasks
         self.limits = limits
+        self._batch_share = batch_share
 
     def pick(self, now_s: float, running: Job[K] | None, admit: bool = True) -> Job[R] | Job[K] | None:
         """The job to run at ``now_s``: a task (maybe ``running`` itself), a waiting request to start, or None.
@@ -67,9 +70,10 @@ class PrefillPolicy(Generic[R, K]):
     ) -> list[Job[R]]:
         """``winner`` and the waiting requests that join it, in order of priority.
 
-        A request joins while the batch stays within the limits and, by its predicted time, costs no member its
-        deadline: members that can still meet it keep their slack (SLO-aware batching; paper, section 4.2). Nothing
-        joins a batch that has started.
+        A request joins while the batch stays within the limits and is predicted to take no more than ``batch_share`` of
+        the time that any member has until its deadline, if it can still meet it (SLO-aware batching; paper, section
+        4.2, where a batch may take all of that time: what arrives later and goes first then costs all members their
+        deadlines at once). Nothing joins a batch that has started.
         """
         members = [winner]
         tokens = new_tokens(winner.item)
@@ -82,7 +86,7 @@ class PrefillPolicy(Generic[R, K]):
             if job is winner or tokens + new_tokens(job.item) > self.limits.max_batch_tokens:
                 continue
             predicted_s = predict_s([*(member.item for member in members), job.item])
-            if predicted_s > min(time_left_s, _time_left_s(job, now_s)):
+            if predicted_s > self._batch_share * min(time_left_s, _time_left_s(job, now_s)):
                 break
             members.append(job)
             tokens += new_tokens(job.item)
@@ -105,7 +109,7 @@ def make_policy(kind: str, limits: Limits, max_starvation_s: float) -> PrefillPo
     if kind == "s-edf":
         return PrefillPolicy(SlackEdfQueue(max_starvation_s, turns), SlackEdfQueue(max_starvation_s, turns), limits)
     if kind == "s-edf-paper":
-        return PrefillPolicy(SlackEdfQueue.as_published(), SlackEdfQueue.as_published(), limits)
+        return PrefillPolicy(SlackEdfQueue.as_published(), SlackEdfQueue.as_published(), limits, batch_share=1.0)
     if kind == "feasible":
         jobs = FeasibleSet(Forecast(FORECAST_WINDOW_S))
         return PrefillPolicy(

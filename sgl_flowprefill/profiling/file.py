@@ -94,10 +94,10 @@ class Profile:
         rows = [row for row in self.rows if row.attention_s is None and row.time_s > row.waited_s]
         return [row.shape for row in rows], [row.time_s - row.waited_s for row in rows]
 
-    def operators(self) -> list[tuple[tuple[PrefillShape, ...], float, float]]:
-        """Batches with the seconds of their attention and of their MLP modules, of the rows that look inside."""
+    def operators(self) -> list[tuple[tuple[PrefillShape, ...], float, float, float]]:
+        """Batches with their seconds in all, in attention and in MLP modules, of the rows that look inside."""
         return [
-            (row.shape, row.attention_s, row.mlp_s)
+            (row.shape, row.time_s, row.attention_s, row.mlp_s)
             for row in self.rows
             if row.attention_s is not None and row.mlp_s is not None
         ]

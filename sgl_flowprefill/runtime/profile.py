@@ -26,8 +26,9 @@ logger = logging.getLogger(__name__)
 
 SHORT_LENGTHS_TOKENS: Final = (16, 64, 128, 256, 512, 1024, 1536, 2048, 3072, 4096, 6144, 8192)
 SHORT_REPEATS: Final = 3
-INSIDE_LENGTHS_TOKENS: Final = (512, 2048)
-"""Lengths at which the short profile looks inside a forward pass, for the times of operators."""
+INSIDE_LENGTHS_TOKENS: Final = (512, 2048, 8192)
+"""Lengths at which the short profile looks inside a forward pass, for the times of operators: as many as it takes to
+tell what attention costs a pair of tokens from what it costs a token."""
 SEED: Final = 20260216
 
 

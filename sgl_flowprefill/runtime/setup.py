@@ -29,7 +29,7 @@ from sgl_flowprefill.runtime.memory import TaskMemory
 from sgl_flowprefill.runtime.metrics import Metrics
 from sgl_flowprefill.runtime.profile import load_or_measure
 from sgl_flowprefill.runtime.task import AttentionSlots, Executor, PrefillTask
-from sgl_flowprefill.runtime.tiles import WHOLE, plan_tiles, tile_layers
+from sgl_flowprefill.runtime.tiles import WHOLE, find_norms, plan_tiles, tile_layers
 from sgl_flowprefill.runtime.waiting import WaitingRequest, WaitingRequests
 from sgl_flowprefill.runtime.wakeup import Wakeup, scheduler_events
 from sgl_flowprefill.ttft.budget import throughput_budget_tokens
@@ -108,8 +108,9 @@ class PreparedScheduler(Scheduler):
         between_tiles, tiles = None, WHOLE
         if config.granularity == "operator":
             between_tiles = self._executor.between_tiles
-            tiles = plan_tiles(config.max_blocking_ms / 1e3, len(layers), self._ttft, self._operators)
-            tile_layers(model_runner.model, layers, tiles.rows, between_tiles)
+            norms = find_norms(model_runner.model, layers)
+            tiles = plan_tiles(config.max_blocking_ms / 1e3, len(layers), len(norms), self._ttft, self._operators)
+            tile_layers(model_runner.model, layers, norms, tiles, between_tiles)
         if config.granularity != "chunk":
             self._progress = install_checkpoints(
                 model_runner.model, layers, config.granularity, self._executor.checkpoint

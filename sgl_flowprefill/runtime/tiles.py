@@ -26,10 +26,9 @@ SMALLEST_TILE_TOKENS: Final = 256
 """Smaller tiles would cost throughput: a matrix product of fewer rows no longer keeps the core busy."""
 SAMPLE_TOKENS: Final = 2048
 """Prompt length at which the time of a row is taken: long enough for efficient kernels, short for attention."""
-NORM_FACTOR: Final = 4
-"""A row of a norm costs at most this part of one of an MLP (on a CPU, with an MLP twice as wide as the model)."""
-LEAST_LINEAR_FACTOR: Final = 2
-"""A row of a linear layer of attention costs at most half of one of an MLP."""
+LIGHTEST: Final = 16
+"""A row of a norm or of a linear layer is taken to cost at least this part of an MLP's, whatever a fit to noisy times
+says of it."""
 
 
 @dataclass(frozen=True)
@@ -38,33 +37,79 @@ class Tiles:
 
     rows: int
     """Tokens of an MLP tile."""
+    attention_rows: int
+    """Rows of a tile of a linear layer or norm inside attention."""
+    norm_rows: int
+    """Rows of a tile of another norm."""
     pairs: float
     """Most pairs of a query and a key of an attention tile."""
 
 
-WHOLE: Final = Tiles(sys.maxsize, math.inf)
+WHOLE: Final = Tiles(sys.maxsize, sys.maxsize, sys.maxsize, math.inf)
 
 
-def plan_tiles(max_blocking_s: float, layers: int, ttft: TTFTModel, operators: OperatorTimes | None) -> Tiles:
-    """Tiles that take about ``max_blocking_s``, by the profile's times of operators; where it has none, of MLPs by the
-    time of a whole layer, which bounds theirs, and of attention without a bound.
+def plan_tiles(
+    max_blocking_s: float, layers: int, norms: int, ttft: TTFTModel, operators: OperatorTimes | None
+) -> Tiles:
+    """Tiles that take about ``max_blocking_s``, by the profile's times of operators. A linear layer inside attention is
+    planned by the time per token of all of them in its layer, a norm by that of all that is neither attention nor MLP,
+    over the number of ``norms``: both bound theirs. Tiles are no shorter than that asks for, as to put the results of
+    short ones together takes up to half a norm's time.
+
+    Where the profile has no such times, all are planned by the time of a whole layer, and attention is not bounded.
     """
-    if operators is not None and operators.mlp_s_per_token > 0:
-        mlp_s_per_token = operators.mlp_s_per_token / layers
-    else:
-        mlp_s_per_token = ttft.predict_s([PrefillShape(SAMPLE_TOKENS)]) / layers / SAMPLE_TOKENS
-    attention_s_per_pair = 0.0 if operators is None else operators.attention_s_per_pair / layers
+    layer_s = ttft.predict_s([PrefillShape(SAMPLE_TOKENS)]) / layers / SAMPLE_TOKENS
+    if operators is None:
+        rows = _rows(max_blocking_s, layer_s)
+        return Tiles(rows, rows, rows, math.inf)
+    mlp_s = operators.mlp_s_per_token / layers or layer_s
+    pair_s = operators.attention_s_per_pair / layers
     return Tiles(
-        rows=max(1, int(max_blocking_s / mlp_s_per_token / SMALLEST_TILE_TOKENS)) * SMALLEST_TILE_TOKENS,
-        pairs=max_blocking_s / attention_s_per_pair if attention_s_per_pair else math.inf,
+        rows=_rows(max_blocking_s, mlp_s),
+        attention_rows=_rows(max_blocking_s, max(operators.attention_s_per_token / layers, mlp_s / LIGHTEST)),
+        norm_rows=_rows(max_blocking_s, max(operators.rest_s_per_token / max(1, norms), mlp_s / LIGHTEST)),
+        pairs=max_blocking_s / pair_s if pair_s else math.inf,
     )
 
 
-def tile_layers(model: nn.Module, layers: Sequence[DecoderLayer], rows: int, between_tiles: Callable[[], None]) -> None:
-    """Run MLPs, norms and the linear layers of attention in tiles: ``rows`` tokens of an MLP."""
-    count = tile_mlps(model, chain(*(layer.mlp for layer in layers)), rows, between_tiles)
-    count += tile_around_attention(model, layers, rows, between_tiles)
-    logger.info("FlowPrefill runs %d modules in tiles, MLPs in those of %d tokens", count, rows)
+def tile_layers(
+    model: nn.Module,
+    layers: Sequence[DecoderLayer],
+    norms: Sequence[nn.Module],
+    tiles: Tiles,
+    between_tiles: Callable[[], None],
+) -> None:
+    """Run MLPs, ``norms``, and the linear layers and norms inside attention in tiles."""
+    count = tile_mlps(model, chain(*(layer.mlp for layer in layers)), tiles.rows, between_tiles)
+    inside = [
+        module
+        for layer in layers
+        for name in layer.attention
+        for module in model.get_submodule(name).modules()
+        if type(module).__name__.endswith(("Linear", "Norm"))
+    ]
+    for modules, rows in ((inside, tiles.attention_rows), (norms, tiles.norm_rows)):
+        for module in modules:
+            module.forward = in_tiles(module.forward, rows, between_tiles)
+    logger.info("FlowPrefill runs %d modules in %s", count + len(inside) + len(norms), tiles)
+
+
+def find_norms(model: nn.Module, layers: Sequence[DecoderLayer]) -> list[nn.Module]:
+    """Norms of the decoder outside of its attention modules.
+
+    Not those of an encoder: tensor-parallel ranks may share its images out, and have to pass the same interruption
+    points.
+    """
+    attention = tuple(f"{name}." for layer in layers for name in layer.attention)
+    inside = tuple(f"{layer.name}." for layer in layers)
+    beside = {layer.name.rpartition(".")[0].rpartition(".")[0] for layer in layers}  # what holds the list of layers
+    return [
+        module
+        for name, module in model.named_modules()
+        if type(module).__name__.endswith("Norm")
+        and not name.startswith(attention)
+        and (name.startswith(inside) or name.rpartition(".")[0] in beside)
+    ]
 
 
 def tile_mlps(model: nn.Module, names: Iterable[str], rows: int, between_tiles: Callable[[], None]) -> int:
@@ -78,46 +123,6 @@ def tile_mlps(model: nn.Module, names: Iterable[str], rows: int, between_tiles: 
             mlp.forward = in_tiles(mlp.forward, rows, between_tiles)
             count += 1
     return count
-
-
-def tile_around_attention(
-    model: nn.Module, layers: Sequence[DecoderLayer], rows: int, between_tiles: Callable[[], None]
-) -> int:
-    """Run the norms of the decoder, and the linear layers inside its attention modules, in tiles; how many are.
-
-    Not the norms of an encoder: tensor-parallel ranks may share its images out, and have to pass the same interruption
-    points.
-    """
-    linear = [
-        (module, _linear_factor(model, layer, module))
-        for layer in layers
-        for name in layer.attention
-        for module in model.get_submodule(name).modules()
-        if type(module).__name__.endswith("Linear")
-    ]
-    inside = tuple(f"{layer.name}." for layer in layers)
-    beside = {layer.name.rpartition(".")[0].rpartition(".")[0] for layer in layers}  # what holds the list of layers
-    norms = [
-        (module, float(NORM_FACTOR))
-        for name, module in model.named_modules()
-        if type(module).__name__.endswith("Norm") and (name.startswith(inside) or name.rpartition(".")[0] in beside)
-    ]
-    for module, factor in (*linear, *norms):
-        module.forward = in_tiles(module.forward, int(factor * rows), between_tiles)
-    return len(linear) + len(norms)
-
-
-def _linear_factor(model: nn.Module, layer: DecoderLayer, linear: nn.Module) -> float:
-    """How many rows of ``linear`` take as long as one of the layer's dense MLP, by their parameters; as many as of a
-    norm at most, whatever their quantisations make of the comparison.
-
-    Tiles of what is light cost most: putting them together takes a fifth of a product's time, half of a norm's.
-    """
-    own = sum(weight.numel() for weight in linear.parameters())
-    mlps = [model.get_submodule(name) for name in layer.mlp]
-    mlp = sum(weight.numel() for one in mlps if not _is_mixture(one) for weight in one.parameters())
-    factor = mlp / own if own else 0.0
-    return min(max(LEAST_LINEAR_FACTOR, factor), NORM_FACTOR)
 
 
 def in_tiles(forward: Callable[..., Any], rows: int, between_tiles: Callable[[], None]) -> Callable[..., Any]:
@@ -146,6 +151,10 @@ def in_tiles(forward: Callable[..., Any], rows: int, between_tiles: Callable[[],
         return output
 
     return tiled
+
+
+def _rows(max_blocking_s: float, row_s: float) -> int:
+    return max(1, int(max_blocking_s / row_s / SMALLEST_TILE_TOKENS)) * SMALLEST_TILE_TOKENS
 
 
 def _cut(value: Any, tokens: int, tile: slice) -> Any:

@@ -1,4 +1,4 @@
-"""How many tokens a batch needs: beyond that, a bigger one only makes its members wait for each other."""
+"""How many tokens a batch can use: beyond that, a bigger one only makes its members wait for each other."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from sgl_flowprefill.ttft.base import PrefillShape, TTFTModel
 
 SMALLEST_TOKENS: Final = 64
 LONGEST_TOKENS: Final = 8192
-LITTLE: Final = 0.05
+LITTLE: Final = 0.02
 """Share of the time that a batch twice as big must save."""
 
 

@@ -1,4 +1,4 @@
-"""How the time of a prefill divides over its operators: attention's share of a layer, and what a row of an MLP costs.
+"""How the time of a prefill divides over its operators: attention's share of a layer, and what a row of each costs.
 
 The profile's first round looks inside single prompts (``profiling.file``). What it finds decides how long inputs are
 tiled, and how much of a suspended prefill is left after a given operator.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 
@@ -15,26 +16,33 @@ from sgl_flowprefill.ttft.base import PrefillShape
 from sgl_flowprefill.ttft.features import Array, feature_matrix, features
 from sgl_flowprefill.ttft.physics import non_negative
 
+LEAST_REST: Final = 1e-3
+"""Of a forward pass: what is left beside attention and MLPs is never nothing, whatever the clock says."""
+
 
 @dataclass(frozen=True)
 class OperatorTimes:
-    """Seconds in all attention and in all MLP modules of one forward pass; both grow with the batch."""
+    """Seconds in all attention modules, in all MLP modules, and in the rest of one forward pass; they grow with the
+    batch."""
 
     attention: Array
     """[3] seconds per forward, per new token, and per pair of a token with one that it attends to."""
     mlp: Array
     """[2] seconds per forward and per new token."""
+    rest: Array
+    """[2] seconds per forward and per new token: norms, embedding, logits, and what is around the model."""
 
     @classmethod
-    def fit(cls, measured: Iterable[tuple[Sequence[PrefillShape], float, float]]) -> OperatorTimes | None:
-        """From batches with their attention and MLP seconds; None without at least two different ones."""
+    def fit(cls, measured: Iterable[tuple[Sequence[PrefillShape], float, float, float]]) -> OperatorTimes | None:
+        """From batches with their seconds in all, in attention and in MLPs; None without two different ones."""
         rows = list(measured)
-        matrix = feature_matrix([batch for batch, _, _ in rows])
+        matrix = feature_matrix([row[0] for row in rows])
         if len(np.unique(matrix, axis=0)) < 2:
             return None
         columns = np.stack([np.ones(len(rows)), matrix[:, 1], matrix[:, 3]], axis=1)
-        attention_s, mlp_s = (np.array([row[i] for row in rows]) for i in (1, 2))
-        return cls(_fit(columns, attention_s), _fit(columns[:, :2], mlp_s))
+        forward_s, attention_s, mlp_s = np.array([row[1:] for row in rows]).T
+        rest_s = np.maximum(forward_s - attention_s - mlp_s, LEAST_REST * forward_s)
+        return cls(_fit(columns, attention_s), _fit(columns[:, :2], mlp_s), _fit(columns[:, :2], rest_s))
 
     def attention_share(self, batch: Sequence[PrefillShape]) -> float:
         """Of the time of attention and MLP together, the part that is attention's, from 0 to 1."""
@@ -47,6 +55,16 @@ class OperatorTimes:
     def attention_s_per_pair(self) -> float:
         """Seconds of a token and one that it attends to in all attention modules of the model."""
         return float(self.attention[2])
+
+    @property
+    def attention_s_per_token(self) -> float:
+        """Seconds of a row in all attention modules of the model, whatever it attends to: of their linear layers."""
+        return float(self.attention[1])
+
+    @property
+    def rest_s_per_token(self) -> float:
+        """Seconds of a row outside of attention and MLPs: of the norms, at most."""
+        return float(self.rest[1])
 
     @property
     def mlp_s_per_token(self) -> float:

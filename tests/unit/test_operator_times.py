@@ -6,12 +6,13 @@ import math
 from collections.abc import Sequence
 from itertools import pairwise
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from sgl_flowprefill.runtime.checkpoints import Progress
-from sgl_flowprefill.runtime.tiles import SMALLEST_TILE_TOKENS, plan_tiles
+from sgl_flowprefill.runtime.tiles import LIGHTEST, SMALLEST_TILE_TOKENS, plan_tiles
 from sgl_flowprefill.ttft import OperatorTimes, PrefillShape
 
 
@@ -25,17 +26,20 @@ class Linear:
         return self._s_per_token * sum(shape.new_tokens for shape in batch)
 
 
-def measured(new: int, cached: int = 0) -> tuple[list[PrefillShape], float, float]:
-    """A machine on which a pair costs 2 ns, a token 10 us in attention and 30 us in MLPs, a forward 1 ms in each."""
+def measured(new: int, cached: int = 0) -> tuple[list[PrefillShape], float, float, float]:
+    """A machine on which a pair costs 2 ns, a token 10 us in attention, 30 us in MLPs and 4 us in the rest, a forward
+    1 ms in each."""
     pairs = new * (cached + new / 2)
-    return [PrefillShape(new, cached)], 1e-3 + 10e-6 * new + 2e-9 * pairs, 1e-3 + 30e-6 * new
+    attention_s, mlp_s, rest_s = 1e-3 + 10e-6 * new + 2e-9 * pairs, 1e-3 + 30e-6 * new, 1e-3 + 4e-6 * new
+    return [PrefillShape(new, cached)], attention_s + mlp_s + rest_s, attention_s, mlp_s
 
 
 def test_operator_times_are_recovered_and_hold_for_prefixes_that_were_not_measured() -> None:
     times = OperatorTimes.fit([measured(tokens) for tokens in (16, 128, 512, 2048, 8192)])
     assert times is not None
     assert times.mlp_s_per_token == pytest.approx(30e-6)
-    batch, attention_s, mlp_s = measured(500, 20_000)
+    assert times.rest_s_per_token == pytest.approx(4e-6)
+    batch, _, attention_s, mlp_s = measured(500, 20_000)
     assert times.attention_share(batch) == pytest.approx(attention_s / (attention_s + mlp_s))
 
 
@@ -72,13 +76,22 @@ def test_a_model_that_runs_its_layers_twice_is_followed() -> None:
 def test_tiles_take_as_long_as_a_task_may_block() -> None:
     times = OperatorTimes.fit([measured(tokens) for tokens in (16, 128, 512, 2048, 8192)])
     assert times is not None
-    tiles = plan_tiles(50e-3, 4, Linear(100e-6), times)
+    tiles = plan_tiles(50e-3, 4, 8, Linear(100e-6), times)
     assert tiles.rows * 30e-6 / 4 == pytest.approx(50e-3, rel=0.04)
+    assert tiles.attention_rows * 10e-6 / 4 == pytest.approx(50e-3, rel=0.04)
+    assert tiles.norm_rows * 4e-6 / 8 == pytest.approx(50e-3, rel=0.04)
     assert tiles.pairs * 2e-9 / 4 == pytest.approx(50e-3)
 
 
+def test_what_seems_to_cost_nothing_has_bounded_tiles() -> None:
+    times = OperatorTimes(np.array([1e-3, 0.0, 2e-9]), np.array([1e-3, 30e-6]), np.array([1e-3, 0.0]))
+    tiles = plan_tiles(50e-3, 4, 8, Linear(100e-6), times)
+    assert tiles.attention_rows == tiles.norm_rows == pytest.approx(LIGHTEST * tiles.rows, rel=0.04)
+
+
 def test_without_operator_times_a_tile_of_an_mlp_is_one_of_a_whole_layer() -> None:
-    tiles = plan_tiles(50e-3, 2, Linear(100e-6), None)
+    tiles = plan_tiles(50e-3, 2, 5, Linear(100e-6), None)
     assert tiles.rows * 100e-6 / 2 == pytest.approx(50e-3, rel=0.3)
+    assert tiles.attention_rows == tiles.norm_rows == tiles.rows
     assert tiles.pairs == math.inf
-    assert plan_tiles(1e-9, 2, Linear(100e-6), None).rows == SMALLEST_TILE_TOKENS
+    assert plan_tiles(1e-9, 2, 5, Linear(100e-6), None).rows == SMALLEST_TILE_TOKENS

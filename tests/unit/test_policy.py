@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sgl_flowprefill.policy import Job, Limits, PrefillPolicy, SlackEdfQueue, make_policy
+from sgl_flowprefill.policy.scheduler import BATCH_SHARE
 
 
 def job(name: str, deadline_s: float, remaining_s: float = 1.0, arrival_s: float = 0.0) -> Job[str]:
@@ -149,25 +150,26 @@ class Sized:
     tokens: int
 
 
-def batch_of(jobs: list[Job[Sized]], now_s: float = 0.0, max_batch_tokens: int = 100) -> list[Job[Sized]]:
-    policy: PrefillPolicy[Sized, str] = make_policy("s-edf", Limits(4, max_batch_tokens), 1e9)
+def batch_of(jobs: list[Job[Sized]], max_batch_tokens: int = 100, policy: str = "s-edf") -> list[Job[Sized]]:
+    scheduler: PrefillPolicy[Sized, str] = make_policy(policy, Limits(4, max_batch_tokens), 1e9)
     for entry in jobs:
-        policy.requests.add(entry)
-    winner = policy.pick(now_s, None)
+        scheduler.requests.add(entry)
+    winner = scheduler.pick(0.0, None)
     assert winner is not None
-    return policy.batch(
+    return scheduler.batch(
         winner,  # type: ignore[arg-type]
-        now_s,
+        0.0,
         lambda item: item.tokens,
         lambda items: sum(item.tokens for item in items) / 100,
     )
 
 
-def test_a_request_joins_only_where_no_member_loses_its_deadline() -> None:
-    tight = Job(Sized(20), 0.0, 0.5, 0.2)
-    fits = Job(Sized(20), 0.0, 1.0, 0.2)
-    too_slow = Job(Sized(40), 0.0, 2.0, 0.4)  # 0.8 s together is past the first one's 0.5 s
+def test_a_request_joins_only_where_every_member_keeps_most_of_its_time() -> None:
+    tight = Job(Sized(20), 0.0, 0.5 / BATCH_SHARE, 0.2)
+    fits = Job(Sized(20), 0.0, 3.0, 0.2)
+    too_slow = Job(Sized(40), 0.0, 9.0, 0.4)  # 0.8 s together is more than the first one's 0.5 s
     assert batch_of([tight, fits, too_slow]) == [tight, fits]
+    assert batch_of([tight, fits, too_slow], policy="s-edf-paper") == [tight, fits, too_slow]
 
 
 @given(
@@ -186,7 +188,7 @@ def test_batches_keep_the_token_budget_and_every_feasible_members_deadline(
         assert tokens <= budget
         for member in members:
             if member.slack_s(0.0) >= 0:
-                assert tokens / 100 <= member.deadline_s
+                assert tokens / 100 <= BATCH_SHARE * member.deadline_s
 
 
 # ---- a server made of the policy alone ---------------------------------------------------------------------------

@@ -7,9 +7,10 @@ import torch
 from torch import nn
 
 from sgl_flowprefill.runtime.checkpoints import DecoderLayer
-from sgl_flowprefill.runtime.tiles import NORM_FACTOR, tile_layers
+from sgl_flowprefill.runtime.tiles import Tiles, find_norms, tile_layers
 
-ROWS = 4
+ROWS = 20
+TILES = Tiles(rows=2, attention_rows=5, norm_rows=10, pairs=1.0)
 
 
 class RMSNorm(nn.Module):
@@ -22,7 +23,7 @@ class Layer(nn.Module):
         super().__init__()
         self.norm = RMSNorm()
         self.attention = nn.ModuleDict({"q_norm": RMSNorm(), "project": nn.Linear(3, 3)})
-        self.mlp = nn.Sequential(*(nn.Linear(3, 3) for _ in range(3)))  # three times as long as ``project``
+        self.mlp = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
 
 
 class Decoder(nn.Module):
@@ -47,11 +48,11 @@ def layer(name: str) -> DecoderLayer:
 
 def interruption_points(model: nn.Module, layers: list[DecoderLayer], module: str) -> int:
     """How many are within one call of ``module``, which computes what it would without tiles."""
-    model.double()  # large rows cancel each other: single precision would differ by more than the comparison allows
-    rows = torch.arange(3 * 5 * ROWS * NORM_FACTOR, dtype=torch.float64).view(-1, 3)
+    model.double()  # rows cancel each other: single precision would differ by more than the comparison allows
+    rows = torch.arange(3 * ROWS, dtype=torch.float64).view(-1, 3)
     expected = model.get_submodule(module)(rows)
     points: list[None] = []
-    tile_layers(model, layers, ROWS, lambda: points.append(None))
+    tile_layers(model, layers, find_norms(model, layers), TILES, lambda: points.append(None))
     assert torch.allclose(model.get_submodule(module)(rows), expected)
     return len(points)
 
@@ -59,11 +60,11 @@ def interruption_points(model: nn.Module, layers: list[DecoderLayer], module: st
 @pytest.mark.parametrize(
     ("module", "points"),
     [
-        ("model.layers.0.norm", 4),
-        ("model.layers.0.attention.q_norm", 4),
-        ("model.layers.0.attention.project", 6),
-        ("model.layers.0.mlp", 5 * NORM_FACTOR - 1),
-        ("model.norm", 4),
+        ("model.layers.0.norm", 1),
+        ("model.layers.0.attention.q_norm", 3),
+        ("model.layers.0.attention.project", 3),
+        ("model.layers.0.mlp", 9),
+        ("model.norm", 1),
         ("visual.layers.0.norm", 0),
         ("visual.layers.0.attention.q_norm", 0),
         ("visual.norm", 0),
@@ -74,4 +75,4 @@ def test_the_decoder_runs_in_tiles_and_its_encoder_does_not(module: str, points:
 
 
 def test_a_decoder_that_is_the_whole_model() -> None:
-    assert interruption_points(Decoder(), [layer("layers.0")], "norm") == 4
+    assert interruption_points(Decoder(), [layer("layers.0")], "norm") == 1
