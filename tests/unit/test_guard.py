@@ -48,6 +48,16 @@ def test_leaving_the_context_ends_processes_and_removes_what_they_left(tmp_path)
     assert not guard.directory.exists()
 
 
+def test_a_server_stops_with_all_its_processes_and_goes_on(tmp_path):
+    with Guard() as guard:
+        server, child, _ = start(guard, tmp_path)
+        processes = [psutil.Process(pid) for pid in (server.pid, child)]
+        server.suspend()
+        assert [process.status() for process in processes] == [psutil.STATUS_STOPPED] * 2
+        server.resume()
+        assert psutil.STATUS_STOPPED not in [process.status() for process in processes]
+
+
 def test_shared_memory_of_others_stays(tmp_path):
     segment = Path("/dev/shm") / f"flowprefill-test-{os.getpid()}"
     try:
