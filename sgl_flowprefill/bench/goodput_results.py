@@ -31,7 +31,7 @@ OURS: Final = "flowprefill"
 BY_LAYER: Final = "flowprefill-layer"
 RESAMPLES: Final = 5000
 MAX_DRIFT: Final = 1.1
-"""Factor between lone requests at two starts of one system's servers above which a report doubts itself."""
+"""Factor between lone requests at two visits to one system above which a report doubts itself."""
 
 
 @dataclass(frozen=True)
@@ -138,9 +138,10 @@ class SystemFigures:
 
     @property
     def attainment_by_slo_scale(self) -> dict[float, float]:
-        """Mean attainment over the seeds at each of SLO_SCALES; empty before there are any."""
+        """Mean attainment at each of SLO_SCALES over the seeds, or over those that were told such SLOs if some were;
+        empty before there are any."""
         return {
-            scale: float(np.mean([self.attainment_at(scale, seed) for seed in self.compared]))
+            scale: float(np.mean([self.attainment_at(scale, seed) for seed in self.told.get(scale) or self.compared]))
             for scale in SLO_SCALES
             if self.compared
         }
@@ -363,14 +364,14 @@ def _problems(log: ProbeLog, figures: Mapping[str, SystemFigures]) -> list[str]:
 
 
 def _drift(log: ProbeLog) -> list[str]:
-    """A sentence if the machine did not stay as fast as it was, by lone requests at each start of servers."""
+    """A sentence if the machine did not stay as fast as it was, by lone requests at each visit."""
     visits_s = {name: [sum(times_s.values()) for times_s in visits] for name, visits in log.solo_ttft_s.items()}
     changes = {name: max(times_s) / min(times_s) for name, times_s in visits_s.items()}
     name = max(changes, key=lambda name: changes[name], default="")
     if not name or changes[name] <= MAX_DRIFT:
         return []
     return [
-        f"The machine's speed changed: lone requests on {name} took {min(visits_s[name]):.2f} s in all at one start "
+        f"The machine's speed changed: lone requests on {name} took {min(visits_s[name]):.2f} s in all at one visit "
         f"and {max(visits_s[name]):.2f} s at another. Rates found at different times do not compare; what was measured "
         "at the common rate does if the machine was steady by then"
     ]
