@@ -83,7 +83,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--side-by-side",
         action="store_true",
         help="keep the servers of all systems up and stop those that are not measured (SIGSTOP), so that turns are "
-        "seconds apart: for a machine whose speed changes. Takes some 5 GB a system; not for systems on one GPU",
+        "seconds apart: for a machine whose speed changes. Takes some 7 GB a system; not for systems on one GPU",
     )
     parser.add_argument(
         "--duration",
