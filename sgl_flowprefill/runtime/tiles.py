@@ -53,7 +53,7 @@ def plan_tiles(
 ) -> Tiles:
     """Tiles that take about ``max_blocking_s``, by the profile's times of operators. A linear layer inside attention is
     planned by the time per token of all of them in its layer, a norm by that of all that is neither attention nor MLP,
-    over the number of ``norms``: both bound theirs. These tiles take half of ``max_blocking_s``, so that a machine which
+    over the number of ``norms``: both bound theirs. These tiles take half of ``max_blocking_s``, so that a machine that
     has become slower stays within it; shorter ones would cost more, as to put their results together takes up to half a
     norm's time.
 
