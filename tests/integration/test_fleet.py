@@ -22,7 +22,7 @@ pytestmark = pytest.mark.server
 
 ROOT = Path(__file__).parents[2]
 CLIENTS = 4
-PAUSE_S = 0.5
+PAUSE_S = 3.0
 """Between an answer and the next request, where a server that starts needs the cores as well."""
 SHORTEST_TOKENS = 400
 START_S = 300

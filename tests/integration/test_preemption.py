@@ -53,9 +53,9 @@ def chaos(engine: PrefillEngine, seed: int, switch_probability: float) -> dict[s
     seen = {"suspensions": 0, "deepest": 0}
 
     def pick(now_s: float, running: Any, admit: bool = True) -> Any:
-        tasks = scheduler._policy.tasks.first(now_s, 1000)
+        tasks = sorted(scheduler._policy.tasks.first(now_s, 1000), key=lambda job: job.item.id)
         requests = scheduler._policy.requests.first(now_s, 1000) if admit else []
-        choices = tasks + requests
+        choices = tasks + sorted(requests, key=lambda job: job.item.number)  # the coin alone decides, not the clock
         if not choices:
             return None
         choice = rng.choice(choices)

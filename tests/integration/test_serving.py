@@ -19,7 +19,8 @@ from tests.prompts import prompt
 
 pytestmark = pytest.mark.server
 
-MAX_IDLE_SHARE = 0.02
+MAX_IDLE_SHARE = 0.05
+"""Of a core, on a slow machine too; SGLang's own idle prefill server takes most of one."""
 
 
 SHARED = prompt(1, 400)

@@ -137,7 +137,7 @@ def test_times_and_tokens_of_a_generate_stream(server: FakeServer) -> None:
 
 
 def test_a_replay_ends_when_enough_is_known_and_counts_what_is_late_by_then(server: FakeServer) -> None:
-    server.s_per_prompt_token = 0.05  # 100 tokens take 5 s, and the SLO is 2 s
+    server.s_per_prompt_token = 0.3  # 100 tokens take 30 s, and the SLO is 2 s
     trace = trace_of(1, 1, *[100] * 8, gap_s=0.01)
     asked: list[tuple[int, int]] = []
 
@@ -147,7 +147,7 @@ def test_a_replay_ends_when_enough_is_known_and_counts_what_is_late_by_then(serv
 
     started_s = time.monotonic()
     run = replay(trace, Client(server.url, GenerateApi()), PROMPTS, enough=enough)
-    assert time.monotonic() - started_s < 4.5
+    assert time.monotonic() - started_s < 20
     assert run.stopped_early
     assert asked[-1][0] == 2
     assert sum(result.meets_ttft() for result in run.results) == 2
