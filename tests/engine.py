@@ -6,14 +6,20 @@ and health-check requests do; unlike those, they leave their KV in the radix cac
 
 from __future__ import annotations
 
+import ctypes
 import os
 import time
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 import torch
+
+M_TRIM_THRESHOLD: Final = -1
+M_TOP_PAD: Final = -2
+M_MMAP_MAX: Final = -4
+"""Parameters of glibc's mallopt (malloc.h)."""
 
 
 @dataclass
@@ -63,6 +69,15 @@ def generate_request(
     recv.time_stats = APIServerReqTimeStats()
     recv.time_stats.created_time = time.perf_counter()
     return recv
+
+
+def keep_freed_memory() -> None:
+    """Let this process reuse what it frees, as its environment lets a server (``cluster.commands``): what comes from
+    the system is cleared page by page, in the middle of an operator.
+    """
+    glibc = ctypes.CDLL(None)
+    for parameter, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, (1 << 31) - 1), (M_TOP_PAD, 64 << 20)):
+        assert glibc.mallopt(parameter, value) == 1
 
 
 class PrefillEngine:

@@ -186,7 +186,7 @@ def _run(architecture: str, model: nn.Module, layers: list[DecoderLayer]) -> str
     try:
         with _no_kernels(), torch.no_grad(), torch.device("meta"):
             _fill_latent_weights(model)
-            tile_mlps(model, [name for layer in layers for name in layer.mlp], TILE_TOKENS, lambda: None)
+            tile_mlps(model, [name for layer in layers for name in layer.mlp], lambda: TILE_TOKENS, lambda: None)
             for name in names:
                 install_checkpoints(model, [DecoderLayer(name, (name,), ())], "operator", partial(passed.append, name))
             _forward(model)

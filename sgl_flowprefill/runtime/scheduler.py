@@ -75,10 +75,12 @@ class FlowPrefillScheduler(PreparedScheduler):
         """Arrivals, aborts and health checks; requests that finished bootstrapping; KV transfers that ended."""
         now_s = time.monotonic()
         stalls_are_due = now_s - self._last_stall_check_s >= STALL_CHECK_S
+        slowdown_percent = round(100 * self._ttft.correction)
         if self._agreement is not None:  # here the other ranks wait while the first one sleeps
             arrival = self._finishing[0].id if self._result_arrived() else NO_TASK
-            agreed, self._agreed_arrival = self._agreement.agree([stalls_are_due, arrival])
-            stalls_are_due = bool(agreed)
+            agreed = self._agreement.agree([stalls_are_due, arrival, slowdown_percent])
+            stalls_are_due, self._agreed_arrival, slowdown_percent = bool(agreed[0]), agreed[1], agreed[2]
+        self._tiles.follow(slowdown_percent / 100)
         self._wakeup.clear()
         self._waiting.forget_news()
         self.ingest_requests()

@@ -29,7 +29,7 @@ from sgl_flowprefill.runtime.memory import TaskMemory
 from sgl_flowprefill.runtime.metrics import Metrics
 from sgl_flowprefill.runtime.profile import load_or_measure
 from sgl_flowprefill.runtime.task import AttentionSlots, Executor, PrefillTask
-from sgl_flowprefill.runtime.tiles import WHOLE, find_norms, plan_tiles, tile_layers
+from sgl_flowprefill.runtime.tiles import WHOLE, TileSizes, find_norms, plan_tiles, tile_layers
 from sgl_flowprefill.runtime.waiting import WaitingRequest, WaitingRequests
 from sgl_flowprefill.runtime.wakeup import Wakeup, scheduler_events
 from sgl_flowprefill.ttft.budget import throughput_budget_tokens
@@ -104,18 +104,20 @@ class PreparedScheduler(Scheduler):
 
         self._progress = Progress([])
         layers = [] if config.granularity == "chunk" else find_decoder_layers(model_runner.model)
+        norms = find_norms(model_runner.model, layers)
         self._ttft, self._operators = load_or_measure(self, config)
         between_tiles, tiles = None, WHOLE
         if config.granularity == "operator":
             between_tiles = self._executor.between_tiles
-            norms = find_norms(model_runner.model, layers)
             tiles = plan_tiles(config.max_blocking_ms / 1e3, len(layers), len(norms), self._ttft, self._operators)
-            tile_layers(model_runner.model, layers, norms, tiles, between_tiles)
+        self._tiles = TileSizes(tiles)
+        if between_tiles is not None:
+            tile_layers(model_runner.model, layers, norms, self._tiles, between_tiles)
         if config.granularity != "chunk":
             self._progress = install_checkpoints(
                 model_runner.model, layers, config.granularity, self._executor.checkpoint
             )
-        self._slots = AttentionSlots(model_runner, between_tiles, tiles.pairs)
+        self._slots = AttentionSlots(model_runner, between_tiles, lambda: self._tiles.now.pairs)
         self._memory = TaskMemory.plan(model_runner, self._slots, config.max_suspended, tiles.rows)
 
         batch_tokens = config.max_batch_tokens or throughput_budget_tokens(self._ttft)

@@ -158,8 +158,12 @@ class AttentionSlots:
     """
 
     def __init__(
-        self, model_runner: Any, between_tiles: Callable[[], None] | None, tile_pairs: float = math.inf
+        self,
+        model_runner: Any,
+        between_tiles: Callable[[], None] | None,
+        tile_pairs: Callable[[], float] = lambda: math.inf,
     ) -> None:
+        """Attention runs in tiles of ``tile_pairs()`` pairs, asked for when a slot is taken; None: whole."""
         self._model_runner = model_runner
         self._between_tiles = between_tiles
         self._tile_pairs = tile_pairs
@@ -169,9 +173,9 @@ class AttentionSlots:
             logger.warning("FlowPrefill does not split long attention operators of %s", whole)
 
     def take(self) -> Any:
-        if self._free:
-            return self._free.pop()
-        return self._new()
+        backend = self._free.pop() if self._free else self._new()
+        self._tile(backend)
+        return backend
 
     def measure_bytes(self, allocated_bytes: Callable[[], int]) -> int:
         """Make a slot ahead of its use; device memory that it took."""
@@ -185,8 +189,7 @@ class AttentionSlots:
     def _new(self) -> Any:
         backend = self._model_runner._get_attention_backend(init_new_workspace=False)
         self._model_runner.kv_index_translator.bind_and_verify_backends([backend])
-        self._tile(backend)
         return backend
 
     def _tile(self, backend: Any) -> str | None:
-        return None if self._between_tiles is None else tile_queries(backend, self._between_tiles, self._tile_pairs)
+        return None if self._between_tiles is None else tile_queries(backend, self._between_tiles, self._tile_pairs())

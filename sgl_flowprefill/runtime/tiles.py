@@ -22,8 +22,8 @@ from sgl_flowprefill.ttft import OperatorTimes, PrefillShape, TTFTModel
 
 logger = logging.getLogger(__name__)
 
-SMALLEST_TILE_TOKENS: Final = 256
-"""Smaller tiles would cost throughput: a matrix product of fewer rows no longer keeps the core busy."""
+TILE_STEP_TOKENS: Final = 64
+"""Tiles are multiples of this, and at least as long: a matrix product of fewer rows no longer keeps the core busy."""
 SAMPLE_TOKENS: Final = 2048
 """Prompt length at which the time of a row is taken: long enough for efficient kernels, short for attention."""
 LIGHTEST: Final = 16
@@ -48,6 +48,28 @@ class Tiles:
 WHOLE: Final = Tiles(sys.maxsize, sys.maxsize, sys.maxsize, math.inf)
 
 
+class TileSizes:
+    """The tiles of what starts now: as planned by the profile, and shorter while the machine is slower than that."""
+
+    def __init__(self, planned: Tiles) -> None:
+        self.now = planned
+        self._planned = planned
+        self._slowdown = 1.0
+
+    def follow(self, slowdown: float) -> None:
+        """``slowdown``: the time of prefills over the profile's. Below 1, tiles stay as planned."""
+        slowdown = max(1.0, slowdown)
+        if slowdown == self._slowdown:
+            return
+        self._slowdown, planned = slowdown, self._planned
+        self.now = Tiles(
+            rows=_steps(planned.rows / slowdown),
+            attention_rows=_steps(planned.attention_rows / slowdown),
+            norm_rows=_steps(planned.norm_rows / slowdown),
+            pairs=planned.pairs / slowdown,
+        )
+
+
 def plan_tiles(
     max_blocking_s: float, layers: int, norms: int, ttft: TTFTModel, operators: OperatorTimes | None
 ) -> Tiles:
@@ -61,15 +83,15 @@ def plan_tiles(
     """
     layer_s = ttft.predict_s([PrefillShape(SAMPLE_TOKENS)]) / layers / SAMPLE_TOKENS
     if operators is None:
-        rows = _rows(max_blocking_s, layer_s)
+        rows = _steps(max_blocking_s / layer_s)
         return Tiles(rows, rows, rows, math.inf)
     mlp_s = operators.mlp_s_per_token / layers or layer_s
     pair_s = operators.attention_s_per_pair / layers
     light_s = max_blocking_s / 2
     return Tiles(
-        rows=_rows(max_blocking_s, mlp_s),
-        attention_rows=_rows(light_s, max(operators.attention_s_per_token / layers, mlp_s / LIGHTEST)),
-        norm_rows=_rows(light_s, max(operators.rest_s_per_token / max(1, norms), mlp_s / LIGHTEST)),
+        rows=_steps(max_blocking_s / mlp_s),
+        attention_rows=_steps(light_s / max(operators.attention_s_per_token / layers, mlp_s / LIGHTEST)),
+        norm_rows=_steps(light_s / max(operators.rest_s_per_token / max(1, norms), mlp_s / LIGHTEST)),
         pairs=max_blocking_s / pair_s if pair_s else math.inf,
     )
 
@@ -78,11 +100,11 @@ def tile_layers(
     model: nn.Module,
     layers: Sequence[DecoderLayer],
     norms: Sequence[nn.Module],
-    tiles: Tiles,
+    sizes: TileSizes,
     between_tiles: Callable[[], None],
 ) -> None:
     """Run MLPs, ``norms``, and the linear layers and norms inside attention in tiles."""
-    count = tile_mlps(model, chain(*(layer.mlp for layer in layers)), tiles.rows, between_tiles)
+    count = tile_mlps(model, chain(*(layer.mlp for layer in layers)), lambda: sizes.now.rows, between_tiles)
     inside = [
         module
         for layer in layers
@@ -90,10 +112,11 @@ def tile_layers(
         for module in model.get_submodule(name).modules()
         if type(module).__name__.endswith(("Linear", "Norm"))
     ]
-    for modules, rows in ((inside, tiles.attention_rows), (norms, tiles.norm_rows)):
-        for module in modules:
-            module.forward = in_tiles(module.forward, rows, between_tiles)
-    logger.info("FlowPrefill runs %d modules in %s", count + len(inside) + len(norms), tiles)
+    for module in inside:
+        module.forward = in_tiles(module.forward, lambda: sizes.now.attention_rows, between_tiles)
+    for module in norms:
+        module.forward = in_tiles(module.forward, lambda: sizes.now.norm_rows, between_tiles)
+    logger.info("FlowPrefill runs %d modules in %s", count + len(inside) + len(norms), sizes.now)
 
 
 def find_norms(model: nn.Module, layers: Sequence[DecoderLayer]) -> list[nn.Module]:
@@ -114,8 +137,10 @@ def find_norms(model: nn.Module, layers: Sequence[DecoderLayer]) -> list[nn.Modu
     ]
 
 
-def tile_mlps(model: nn.Module, names: Iterable[str], rows: int, between_tiles: Callable[[], None]) -> int:
-    """Run the dense MLPs called ``names`` in tiles of ``rows`` tokens; how many are. Mixtures of experts are not:
+def tile_mlps(
+    model: nn.Module, names: Iterable[str], rows: Callable[[], int], between_tiles: Callable[[], None]
+) -> int:
+    """Run the dense MLPs called ``names`` in tiles of ``rows()`` tokens; how many are. Mixtures of experts are not:
     how their kernels group tokens depends on all of them. Nor are single matrices of layers without an MLP.
     """
     count = 0
@@ -127,18 +152,21 @@ def tile_mlps(model: nn.Module, names: Iterable[str], rows: int, between_tiles: 
     return count
 
 
-def in_tiles(forward: Callable[..., Any], rows: int, between_tiles: Callable[[], None]) -> Callable[..., Any]:
-    """``forward`` in tiles of ``rows`` rows of its first tensor. Arguments with as many rows are cut alike, others are
-    passed on; its result is a tensor, or a tuple of tensors and None.
+def in_tiles(
+    forward: Callable[..., Any], rows: Callable[[], int], between_tiles: Callable[[], None]
+) -> Callable[..., Any]:
+    """``forward`` in tiles of so many rows of its first tensor, asked for at each call. Arguments with as many rows are
+    cut alike, others are passed on; its result is a tensor, or a tuple of tensors and None.
     """
 
     def tiled(*args: Any, **kwargs: Any) -> Any:
         tokens = next(len(value) for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))
-        if tokens <= rows:
+        most = rows()
+        if tokens <= most:
             return forward(*args, **kwargs)
         output: Any = None
-        for start in range(0, tokens, rows):
-            tile = slice(start, min(start + rows, tokens))
+        for start in range(0, tokens, most):
+            tile = slice(start, min(start + most, tokens))
             part = forward(
                 *(_cut(value, tokens, tile) for value in args),
                 **{name: _cut(value, tokens, tile) for name, value in kwargs.items()},
@@ -155,8 +183,8 @@ def in_tiles(forward: Callable[..., Any], rows: int, between_tiles: Callable[[],
     return tiled
 
 
-def _rows(max_blocking_s: float, row_s: float) -> int:
-    return max(1, int(max_blocking_s / row_s / SMALLEST_TILE_TOKENS)) * SMALLEST_TILE_TOKENS
+def _steps(rows: float) -> int:
+    return max(1, int(rows / TILE_STEP_TOKENS)) * TILE_STEP_TOKENS
 
 
 def _cut(value: Any, tokens: int, tile: slice) -> Any:

@@ -82,6 +82,11 @@ class AdaptiveTTFT:
         return prediction
 
     @property
+    def correction(self) -> float:
+        """Measured over profiled time, as the median of the last tasks of all sizes."""
+        return math.exp(self._all.at(0.5))
+
+    @property
     def margin(self) -> float:
         """Factor from the expected time to the planned one; at least 1 for quantiles of at least 0.5."""
         log_margin = self._residuals.at(self._quantile)
@@ -90,7 +95,7 @@ class AdaptiveTTFT:
     def state(self) -> dict[str, float]:
         """For metrics: completed tasks, the correction over all and by band (from that many new tokens), the margin."""
         bands = {f"correction_from_{first}": self._factor(i) for i, first in enumerate((0, *BANDS_TOKENS))}
-        values = {"correction": math.exp(self._all.at(0.5)), **bands, "margin": self.margin}
+        values = {"correction": self.correction, **bands, "margin": self.margin}
         return {"observed": self._observed} | {name: round(value, 4) for name, value in values.items()}
 
     def _factor(self, band: int) -> float:

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sgl_flowprefill.runtime.checkpoints import Progress
-from sgl_flowprefill.runtime.tiles import LIGHTEST, SMALLEST_TILE_TOKENS, plan_tiles
+from sgl_flowprefill.runtime.tiles import LIGHTEST, TILE_STEP_TOKENS, plan_tiles
 from sgl_flowprefill.ttft import OperatorTimes, PrefillShape
 
 
@@ -94,4 +94,4 @@ def test_without_operator_times_a_tile_of_an_mlp_is_one_of_a_whole_layer() -> No
     assert tiles.rows * 100e-6 / 2 == pytest.approx(50e-3, rel=0.3)
     assert tiles.attention_rows == tiles.norm_rows == tiles.rows
     assert tiles.pairs == math.inf
-    assert plan_tiles(1e-9, 2, 5, Linear(100e-6), None).rows == SMALLEST_TILE_TOKENS
+    assert plan_tiles(1e-9, 2, 5, Linear(100e-6), None).rows == TILE_STEP_TOKENS

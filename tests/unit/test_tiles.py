@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from sgl_flowprefill.runtime.checkpoints import DecoderLayer
-from sgl_flowprefill.runtime.tiles import Tiles, find_norms, tile_layers
+from sgl_flowprefill.runtime.tiles import TILE_STEP_TOKENS, WHOLE, Tiles, TileSizes, find_norms, tile_layers
 
 ROWS = 20
 TILES = Tiles(rows=2, attention_rows=5, norm_rows=10, pairs=1.0)
@@ -52,7 +52,7 @@ def interruption_points(model: nn.Module, layers: list[DecoderLayer], module: st
     rows = torch.arange(3 * ROWS, dtype=torch.float64).view(-1, 3)
     expected = model.get_submodule(module)(rows)
     points: list[None] = []
-    tile_layers(model, layers, find_norms(model, layers), TILES, lambda: points.append(None))
+    tile_layers(model, layers, find_norms(model, layers), TileSizes(TILES), lambda: points.append(None))
     assert torch.allclose(model.get_submodule(module)(rows), expected)
     return len(points)
 
@@ -76,3 +76,21 @@ def test_the_decoder_runs_in_tiles_and_its_encoder_does_not(module: str, points:
 
 def test_a_decoder_that_is_the_whole_model() -> None:
     assert interruption_points(Decoder(), [layer("layers.0")], "norm") == 1
+
+
+def test_tiles_are_shorter_on_a_machine_that_is_slower_than_its_profile() -> None:
+    planned = Tiles(rows=256, attention_rows=1024, norm_rows=2048, pairs=9000.0)
+    sizes = TileSizes(planned)
+    sizes.follow(1.5)
+    assert sizes.now == Tiles(rows=128, attention_rows=640, norm_rows=1344, pairs=6000.0)
+    sizes.follow(16.0)
+    assert sizes.now.rows == TILE_STEP_TOKENS
+    sizes.follow(0.5)
+    assert sizes.now == planned
+
+
+def test_operators_that_run_whole_do_so_on_a_slow_machine_too() -> None:
+    sizes = TileSizes(WHOLE)
+    sizes.follow(16.0)
+    assert sizes.now.rows > 1e9
+    assert sizes.now.pairs == float("inf")
