@@ -75,9 +75,7 @@ def plan_tiles(
 ) -> Tiles:
     """Tiles that take about ``max_blocking_s``, by the profile's times of operators. A linear layer inside attention is
     planned by the time per token of all of them in its layer, a norm by that of all that is neither attention nor MLP,
-    over the number of ``norms``: both bound theirs. These tiles take half of ``max_blocking_s``, so that a machine that
-    has become slower stays within it; shorter ones would cost more, as to put their results together takes up to half a
-    norm's time.
+    over the number of ``norms``: both bound theirs.
 
     Where the profile has no such times, all are planned by the time of a whole layer, and attention is not bounded.
     """
@@ -87,11 +85,10 @@ def plan_tiles(
         return Tiles(rows, rows, rows, math.inf)
     mlp_s = operators.mlp_s_per_token / layers or layer_s
     pair_s = operators.attention_s_per_pair / layers
-    light_s = max_blocking_s / 2
     return Tiles(
         rows=_steps(max_blocking_s / mlp_s),
-        attention_rows=_steps(light_s / max(operators.attention_s_per_token / layers, mlp_s / LIGHTEST)),
-        norm_rows=_steps(light_s / max(operators.rest_s_per_token / max(1, norms), mlp_s / LIGHTEST)),
+        attention_rows=_steps(max_blocking_s / max(operators.attention_s_per_token / layers, mlp_s / LIGHTEST)),
+        norm_rows=_steps(max_blocking_s / max(operators.rest_s_per_token / max(1, norms), mlp_s / LIGHTEST)),
         pairs=max_blocking_s / pair_s if pair_s else math.inf,
     )
 
