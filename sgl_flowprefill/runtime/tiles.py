@@ -24,6 +24,9 @@ logger = logging.getLogger(__name__)
 
 TILE_STEP_TOKENS: Final = 64
 """Tiles are multiples of this, and at least as long: a matrix product of fewer rows no longer keeps the core busy."""
+SHORT: Final = 0.25
+"""Of a tile's rows: fewer need no interruption point of their own. Two such operators may precede a tile, within the
+half of the longest blocking time by which the 99th percentile may exceed it."""
 SAMPLE_TOKENS: Final = 2048
 """Prompt length at which the time of a row is taken: long enough for efficient kernels, short for attention."""
 LIGHTEST: Final = 16
@@ -154,14 +157,20 @@ def in_tiles(
 ) -> Callable[..., Any]:
     """``forward`` in tiles of so many rows of its first tensor, asked for at each call. Arguments with as many rows are
     cut alike, others are passed on; its result is a tensor, or a tuple of tensors and None.
+
+    ``between_tiles`` is called at the end as well, where the last tile is not a short one: what comes next would
+    lengthen it.
     """
 
     def tiled(*args: Any, **kwargs: Any) -> Any:
         tokens = next(len(value) for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))
         most = rows()
-        if tokens <= most:
-            return forward(*args, **kwargs)
         output: Any = None
+        if tokens <= most:
+            output = forward(*args, **kwargs)
+            if tokens > SHORT * most:
+                between_tiles()
+            return output
         for start in range(0, tokens, most):
             tile = slice(start, min(start + most, tokens))
             part = forward(
@@ -173,7 +182,7 @@ def in_tiles(
             for whole, rows_of_it in zip(output, part, strict=True) if isinstance(part, tuple) else [(output, part)]:
                 if whole is not None:
                     whole[tile] = rows_of_it
-            if tile.stop < tokens:
+            if tile.stop < tokens or tile.stop - tile.start > SHORT * most:
                 between_tiles()
         return output
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from sgl_flowprefill.runtime.checkpoints import DecoderLayer
-from sgl_flowprefill.runtime.tiles import TILE_STEP_TOKENS, WHOLE, Tiles, TileSizes, find_norms, tile_layers
+from sgl_flowprefill.runtime.tiles import TILE_STEP_TOKENS, WHOLE, Tiles, TileSizes, find_norms, in_tiles, tile_layers
 
 ROWS = 20
 TILES = Tiles(rows=2, attention_rows=5, norm_rows=10, pairs=1.0)
@@ -60,11 +60,11 @@ def interruption_points(model: nn.Module, layers: list[DecoderLayer], module: st
 @pytest.mark.parametrize(
     ("module", "points"),
     [
-        ("model.layers.0.norm", 1),
-        ("model.layers.0.attention.q_norm", 3),
-        ("model.layers.0.attention.project", 3),
-        ("model.layers.0.mlp", 9),
-        ("model.norm", 1),
+        ("model.layers.0.norm", 2),
+        ("model.layers.0.attention.q_norm", 4),
+        ("model.layers.0.attention.project", 4),
+        ("model.layers.0.mlp", 10),
+        ("model.norm", 2),
         ("visual.layers.0.norm", 0),
         ("visual.layers.0.attention.q_norm", 0),
         ("visual.norm", 0),
@@ -75,7 +75,7 @@ def test_the_decoder_runs_in_tiles_and_its_encoder_does_not(module: str, points:
 
 
 def test_a_decoder_that_is_the_whole_model() -> None:
-    assert interruption_points(Decoder(), [layer("layers.0")], "norm") == 1
+    assert interruption_points(Decoder(), [layer("layers.0")], "norm") == 2
 
 
 def test_tiles_are_shorter_on_a_machine_that_is_slower_than_its_profile() -> None:
@@ -94,3 +94,17 @@ def test_operators_that_run_whole_do_so_on_a_slow_machine_too() -> None:
     sizes.follow(16.0)
     assert sizes.now.rows > 1e9
     assert sizes.now.pairs == float("inf")
+
+
+@pytest.mark.parametrize(("rows", "points"), [(10, [10]), (3, []), (20, [16]), (21, [16, 21]), (35, [16, 32]), (37, [16, 32, 37])])
+def test_a_short_end_has_no_interruption_point(rows: int, points: list[int]) -> None:
+    done = 0
+    seen: list[int] = []
+
+    def forward(tile: torch.Tensor) -> torch.Tensor:
+        nonlocal done
+        done += len(tile)
+        return tile
+
+    in_tiles(forward, lambda: 16, lambda: seen.append(done))(torch.zeros(rows, 2))
+    assert seen == points
