@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import time
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -112,8 +111,7 @@ def _compared(ours: Array, stock: Array) -> dict[str, Any]:
 async def _ask(served: Served, prompts: PromptBuilder, tokens: int, index: int) -> Lone:
     client = served.client
     async with client.session() as session:
-        begin_s = time.monotonic()
         outcome = await client.stream(session, client.api.body(prompts.unique(tokens, index), 2, None))
     if outcome.error or outcome.first_token_s is None:
         raise ClusterError(f"a lone request of {tokens} tokens to {client.url} failed: {outcome.error}")
-    return Lone(outcome.first_token_s - outcome.sent_s, time.monotonic() - begin_s)
+    return Lone(outcome.first_token_s - outcome.sent_s, outcome.end_s - outcome.sent_s)

@@ -104,21 +104,22 @@ class PreparedScheduler(Scheduler):
 
         self._progress = Progress([])
         layers = [] if config.granularity == "chunk" else find_decoder_layers(model_runner.model)
-        norms = find_norms(model_runner.model, layers)
         self._ttft, self._operators = load_or_measure(self, config)
-        between_tiles, tiles = None, WHOLE
+        between_tiles = None
+        self._tiles = TileSizes(WHOLE)
         if config.granularity == "operator":
             between_tiles = self._executor.between_tiles
-            tiles = plan_tiles(config.max_blocking_ms / 1e3, len(layers), len(norms), self._ttft, self._operators)
-        self._tiles = TileSizes(tiles)
-        if between_tiles is not None:
+            norms = find_norms(model_runner.model, layers)
+            self._tiles = TileSizes(
+                plan_tiles(config.max_blocking_ms / 1e3, len(layers), len(norms), self._ttft, self._operators)
+            )
             tile_layers(model_runner.model, layers, norms, self._tiles, between_tiles)
         if config.granularity != "chunk":
             self._progress = install_checkpoints(
                 model_runner.model, layers, config.granularity, self._executor.checkpoint
             )
         self._slots = AttentionSlots(model_runner, between_tiles, lambda: self._tiles.now.pairs)
-        self._memory = TaskMemory.plan(model_runner, self._slots, config.max_suspended, tiles.rows)
+        self._memory = TaskMemory.plan(model_runner, self._slots, config.max_suspended, self._tiles.now.rows)
 
         batch_tokens = config.max_batch_tokens or throughput_budget_tokens(self._ttft)
         limits = Limits(max_suspended=config.max_suspended, max_batch_tokens=batch_tokens)

@@ -170,6 +170,7 @@ class AttentionSlots:
         self._free = [model_runner.attn_backend]
         whole = self._tile(model_runner.attn_backend)
         if whole is not None:
+            self._between_tiles = None  # nor can its other slots: not asked again at every start
             logger.warning("FlowPrefill does not split long attention operators of %s", whole)
 
     def take(self) -> Any:

@@ -72,10 +72,10 @@ def wait_s(pieces: list[float], quantile: float) -> float:
 
 
 @contextmanager
-def whole(engine: PrefillEngine) -> Iterator[None]:
-    """Every operator runs whole, as in the original."""
+def held(engine: PrefillEngine, tiles: Tiles) -> Iterator[None]:
+    """Operators run in ``tiles``, whatever the machine's speed; WHOLE: as in the original."""
     sizes = engine.scheduler._tiles
-    with patch.object(sizes, "now", WHOLE), patch.object(sizes, "follow"):
+    with patch.object(sizes, "now", tiles), patch.object(sizes, "follow"):
         yield
 
 
@@ -85,7 +85,7 @@ def test_waits_are_bounded_whatever_the_length(engine: PrefillEngine) -> None:
     for _ in range(ALL_TASKS):  # tiles follow what the machine takes now, as on a server that has been up
         pieces_s(engine, LENGTHS_TOKENS[0], seed=0)
     for tiled in (True, False):
-        with nullcontext() if tiled else whole(engine):
+        with nullcontext() if tiled else held(engine, WHOLE):
             for tokens in LENGTHS_TOKENS:
                 pieces_s(engine, tokens, seed=tokens)  # warm up
                 pieces = [piece for seed in range(3) for piece in pieces_s(engine, tokens, seed=seed)]
@@ -102,7 +102,7 @@ def test_waits_are_bounded_whatever_the_length(engine: PrefillEngine) -> None:
 def layers_s(engine: PrefillEngine, tokens: int, seed: int, tiles: Sequence[Tiles]) -> list[float]:
     """Times of the decoder layers of one prefill, the layers of which run in ``tiles`` by turns."""
     runner, sizes = engine.scheduler.tp_worker.model_runner, engine.scheduler._tiles
-    attention, before = prefill_backend(runner.attn_backend), sizes.now
+    attention = prefill_backend(runner.attn_backend)
     took_s = []
 
     def timed(forward: Callable[..., Any], now: Tiles) -> Callable[..., Any]:
@@ -116,12 +116,11 @@ def layers_s(engine: PrefillEngine, tokens: int, seed: int, tiles: Sequence[Tile
         return layer
 
     with ExitStack() as patches:
-        patches.enter_context(patch.object(sizes, "follow"))
+        patches.enter_context(held(engine, sizes.now))
         for layer, now in zip(find_decoder_layers(runner.model), cycle(tiles), strict=False):
             module = runner.model.get_submodule(layer.name)
             patches.enter_context(patch.object(module, "forward", timed(module.forward, now)))
         pieces_s(engine, tokens, seed)
-    sizes.now = before
     return took_s
 
 
@@ -146,4 +145,4 @@ def test_tiles_cost_little_throughput(engine: PrefillEngine) -> None:
         low, middle, high = statistics.quantiles(tiled_over_whole(engine, tokens, runs), n=4)
         print(f"{tokens:6} tokens: {middle:.3f} (quartiles {low:.3f} to {high:.3f})")
         medians.append(middle)
-    assert max(medians) < 1.05
+    assert max(medians) < 1.02

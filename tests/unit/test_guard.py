@@ -37,9 +37,9 @@ def gone(pid):
     return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
 
 
-def wait_until(done):
+def wait_until(done, timeout_s=30):
     """Signals take effect when their process gets a core."""
-    give_up_s = time.monotonic() + 30
+    give_up_s = time.monotonic() + timeout_s
     while not done():
         assert time.monotonic() < give_up_s
         time.sleep(0.01)
@@ -109,9 +109,7 @@ def test_a_launcher_that_is_killed_takes_its_servers_along(tmp_path, number):
     server, child, segment, directory = launcher.stdout.readline().split()
     launcher.send_signal(number)
     launcher.wait()
-    give_up_s = time.monotonic() + 10
-    while time.monotonic() < give_up_s and not (gone(int(server)) and not Path(directory).exists()):
-        time.sleep(0.05)
+    wait_until(lambda: gone(int(server)) and not Path(directory).exists(), timeout_s=10)
     assert gone(int(server))
     assert gone(int(child))
     assert not Path(segment).exists()
