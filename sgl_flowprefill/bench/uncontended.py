@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 from rich.console import Console
 from rich.table import Table
 
@@ -23,8 +22,7 @@ from sgl_flowprefill.bench.prompts import PromptBuilder
 from sgl_flowprefill.bench.serving import Served, Servers, serving
 from sgl_flowprefill.bench.systems import SYSTEMS, UNCHUNKED_FCFS
 from sgl_flowprefill.cluster import ClusterError
-
-Array = npt.NDArray[np.float64]
+from sgl_flowprefill.ttft.features import Array
 
 OURS: Final = "flowprefill"
 PAIR: Final = (OURS, UNCHUNKED_FCFS)
