@@ -36,6 +36,11 @@ class Wrong:
     def observe(self, batch: Sequence[PrefillShape], measured_s: float) -> Any:
         return self._right.predict(batch)
 
+    @property
+    def correction(self) -> float:
+        """Of the lengths of tiles, which are not what this is about: right."""
+        return float(self._right.correction)
+
 
 @pytest.fixture
 def engine(shared_engine: PrefillEngine) -> Iterator[PrefillEngine]:  # noqa: F811
