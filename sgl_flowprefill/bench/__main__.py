@@ -10,7 +10,7 @@ from types import FrameType
 
 from rich.console import Console
 
-from sgl_flowprefill.bench import anatomy, demo, fetch_trace, goodput, replay_command, uncontended, validate
+from sgl_flowprefill.bench import anatomy, demo, event_log, fetch_trace, goodput, replay_command, uncontended, validate
 from sgl_flowprefill.bench.calibrate import CalibrationError
 from sgl_flowprefill.bench.simulator import command as simulator
 from sgl_flowprefill.cluster import ClusterError
@@ -47,6 +47,7 @@ def _parser() -> argparse.ArgumentParser:
         ("replay", replay_command, "replay a trace against a running endpoint"),
         ("validate", validate, "simulated against measured attainment, on the same traces with the engine's profile"),
         ("simulate", simulator, "policies on a model of the machine: attainment, goodput, capacity, and the limit"),
+        ("events", event_log, "what an event log says: how busy the server was, blocking, prediction errors"),
         ("fetch-trace", fetch_trace, "download a published trace"),
     ):
         command = commands.add_parser(name, help=summary, description=summary)
