@@ -1,4 +1,4 @@
-"""``bench events``: what an event log says of a prefill server: how busy it was, with what, and how well it predicted."""
+"""``bench events``: what an event log says of a prefill server: how busy it was, with what, how well it predicted."""
 
 from __future__ import annotations
 
@@ -62,7 +62,10 @@ class LogSummary:
             ("  between two of them, p50", milliseconds(self.between_forwards_p50_s)),
             ("preemptions", str(blocking.preemptions)),
             ("  blocking time p50/p99/max", " / ".join(map(milliseconds, blocking_s))),
-            ("prediction error p50 / p90", f"{_share(self.prediction_error_p50)} / {_share(self.prediction_error_p90)}"),
+            (
+                "prediction error p50 / p90",
+                f"{_share(self.prediction_error_p50)} / {_share(self.prediction_error_p90)}",
+            ),
             ("time over the profile's, p50", MISSING if self.over_profile is None else f"{self.over_profile:.2f}"),
         ]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,7 +12,13 @@ from sgl_flowprefill.bench.__main__ import main
 from sgl_flowprefill.bench.event_log import summarise_log
 from sgl_flowprefill.events import EventLog, read_events
 
-TWO_REQUESTS = [
+
+def complete(t_s: float, task: int, rid: str, forward_s: float, expected_s: float, profiled_s: float) -> dict[str, Any]:
+    times_s = {"forward_s": forward_s, "expected_s": expected_s, "profiled_s": profiled_s}
+    return {"event": "complete", "t_s": t_s, "task": task, "rids": [rid], **times_s}
+
+
+TWO_REQUESTS: list[dict[str, Any]] = [
     {"event": "arrival", "t_s": 10.0, "rid": "long", "deadline_s": 20.0},
     {"event": "start", "t_s": 10.1, "task": 0, "rids": ["long"], "new_tokens": 3000},
     {"event": "arrival", "t_s": 10.5, "rid": "short", "deadline_s": 10.6},
@@ -19,11 +26,11 @@ TWO_REQUESTS = [
     {"event": "start", "t_s": 10.51, "task": 1, "rids": ["short"], "new_tokens": 1000},
     {"event": "arrival", "t_s": 10.6, "rid": "left", "deadline_s": 12.0},
     {"event": "abort", "t_s": 10.65, "rids": ["left"]},
-    {"event": "complete", "t_s": 10.7, "task": 1, "rids": ["short"], "forward_s": 0.2, "expected_s": 0.1, "profiled_s": 0.1},
+    complete(10.7, 1, "short", 0.2, 0.1, 0.1),
     {"event": "resume", "t_s": 10.71, "task": 0, "rids": ["long"]},
-    {"event": "complete", "t_s": 11.0, "task": 0, "rids": ["long"], "forward_s": 0.6, "expected_s": 0.6, "profiled_s": 0.3},
+    complete(11.0, 0, "long", 0.6, 0.6, 0.3),
     {"event": "start", "t_s": 19.0, "task": 2, "rids": ["HEALTH_CHECK_1"], "new_tokens": 1},
-    {"event": "complete", "t_s": 20.0, "task": 2, "rids": ["HEALTH_CHECK_1"], "forward_s": 0.2, "expected_s": 0.2, "profiled_s": 0.1},
+    complete(20.0, 2, "HEALTH_CHECK_1", 0.2, 0.2, 0.1),
 ]
 
 
@@ -61,7 +68,9 @@ def test_a_log_is_summed_up() -> None:
     assert summary.busy_s == pytest.approx(1.0), "from the first arrival to the last answer"
     assert summary.forward_s == pytest.approx(0.8)
     assert (summary.forwards, summary.new_tokens) == (2, 4000)
-    assert summary.between_forwards_p50_s is None, "a task went on after the first forward, and nobody waited after the other"
+    assert summary.between_forwards_p50_s is None, (
+        "a task went on after the first forward, nobody waited after the other"
+    )
     assert summary.preemption.preemptions == 1
     assert summary.preemption.blocking_max_s == pytest.approx(0.01)
     assert summary.prediction_error_p50 == pytest.approx(0.25)
@@ -73,7 +82,7 @@ def test_time_between_forwards_counts_where_a_request_waits() -> None:
         {"event": "arrival", "t_s": 0.0, "rid": "a", "deadline_s": 9.0},
         {"event": "start", "t_s": 0.0, "task": 0, "rids": ["a"], "new_tokens": 1},
         {"event": "arrival", "t_s": 0.5, "rid": "b", "deadline_s": 9.0},
-        {"event": "complete", "t_s": 1.0, "task": 0, "rids": ["a"], "forward_s": 1.0, "expected_s": 1.0, "profiled_s": 1.0},
+        complete(1.0, 0, "a", 1.0, 1.0, 1.0),
         {"event": "arrival", "t_s": 1.001, "rid": "c", "deadline_s": 9.0},
         {"event": "start", "t_s": 1.004, "task": 1, "rids": ["b", "c"], "new_tokens": 2},
     ]
