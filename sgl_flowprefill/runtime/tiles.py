@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, Final
@@ -25,8 +25,8 @@ logger = logging.getLogger(__name__)
 TILE_STEP_TOKENS: Final = 64
 """Tiles are multiples of this, and at least as long: a matrix product of fewer rows no longer keeps the core busy."""
 SHORT: Final = 0.25
-"""Of a tile's rows: fewer need no interruption point of their own. Two such operators may precede a tile, within the
-half of the longest blocking time by which the 99th percentile may exceed it."""
+"""Of a tile's rows: so few need no interruption point of their own, nor a tile. A tile with so many more takes longer by
+as much, within the half of the longest blocking time by which the 99th percentile may exceed it."""
 SAMPLE_TOKENS: Final = 2048
 """Prompt length at which the time of a row is taken: long enough for efficient kernels, short for attention."""
 LIGHTEST: Final = 16
@@ -158,21 +158,19 @@ def in_tiles(
     """``forward`` in tiles of so many rows of its first tensor, asked for at each call. Arguments with as many rows are
     cut alike, others are passed on; its result is a tensor, or a tuple of tensors and None.
 
-    ``between_tiles`` is called at the end as well, where the last tile is not a short one: what comes next would
-    lengthen it.
+    ``between_tiles`` is called after the last tile as well: what comes next would lengthen it.
     """
 
     def tiled(*args: Any, **kwargs: Any) -> Any:
         tokens = next(len(value) for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))
         most = rows()
         output: Any = None
-        if tokens <= most:
+        if tokens <= (1 + SHORT) * most:
             output = forward(*args, **kwargs)
             if tokens > SHORT * most:
                 between_tiles()
             return output
-        for start in range(0, tokens, most):
-            tile = slice(start, min(start + most, tokens))
+        for tile in _row_tiles(tokens, most):
             part = forward(
                 *(_cut(value, tokens, tile) for value in args),
                 **{name: _cut(value, tokens, tile) for name, value in kwargs.items()},
@@ -182,11 +180,20 @@ def in_tiles(
             for whole, rows_of_it in zip(output, part, strict=True) if isinstance(part, tuple) else [(output, part)]:
                 if whole is not None:
                     whole[tile] = rows_of_it
-            if tile.stop < tokens or tile.stop - tile.start > SHORT * most:
-                between_tiles()
+            between_tiles()
         return output
 
     return tiled
+
+
+def _row_tiles(tokens: int, most: int) -> Iterator[slice]:
+    """Rows of each tile: ``most``, and in the last one what is left. What would be a SHORT one is part of that before
+    it: a matrix product of few rows takes nearly as long as one of many, as all weights are read for it."""
+    start = 0
+    while start < tokens:
+        stop = start + most if tokens - start > (1 + SHORT) * most else tokens
+        yield slice(start, stop)
+        start = stop
 
 
 def _steps(rows: float) -> int:

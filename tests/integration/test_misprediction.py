@@ -17,7 +17,7 @@ from sgl_flowprefill.ttft import PrefillShape
 from tests.engine import PrefillEngine
 from tests.integration.test_preemption import shared_engine  # noqa: F401 - one process holds one scheduler
 
-REQUESTS = 60
+REQUESTS = 40
 RATE_RPS = 5.0
 TIME_SCALE = 1.6
 MAX_STARVATION_S = 5.0

@@ -97,9 +97,9 @@ def test_operators_that_run_whole_do_so_on_a_slow_machine_too() -> None:
 
 
 @pytest.mark.parametrize(
-    ("rows", "points"), [(10, [10]), (3, []), (20, [16]), (21, [16, 21]), (35, [16, 32]), (37, [16, 32, 37])]
+    ("rows", "points"), [(10, [10]), (3, []), (20, [20]), (21, [16, 21]), (35, [16, 35]), (37, [16, 32, 37])]
 )
-def test_a_short_end_has_no_interruption_point(rows: int, points: list[int]) -> None:
+def test_a_short_rest_belongs_to_the_tile_before_it(rows: int, points: list[int]) -> None:
     done = 0
     seen: list[int] = []
 
