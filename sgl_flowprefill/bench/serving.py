@@ -12,19 +12,18 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final
 
 import aiohttp
-import numpy as np
 import requests
 from rich.console import Console
 
 from sgl_flowprefill.bench.calibrate import measure_solo_ttft
 from sgl_flowprefill.bench.client import Client, GenerateApi, get_json
 from sgl_flowprefill.bench.comparison import machine, versions
+from sgl_flowprefill.bench.event_log import summarise_log
 from sgl_flowprefill.bench.metrics import read_suspensions
 from sgl_flowprefill.bench.prober import Plan, Prober
 from sgl_flowprefill.bench.probes import ProbeLog
@@ -197,13 +196,8 @@ class Served:
         burst = TraceRequest(0.0, BURST_TOKENS, 1, "burst", ttft_slo_s=60.0, tbt_slo_s=60.0)
         run = self.replay(Trace("burst", [burst] * BURST_REQUESTS), prompts)
         self.settle()
-        events = [event for event in read_events(self.event_log) if event["t_s"] >= run.start_monotonic_s]
-        gaps_s = [
-            later["t_s"] - event["t_s"]
-            for event, later in pairwise(event for event in events if event["event"] in ("start", "complete"))
-            if (event["event"], later["event"]) == ("complete", "start")
-        ]
-        return float(np.median(gaps_s)) if gaps_s else 0.0
+        events = (event for event in read_events(self.event_log) if event["t_s"] >= run.start_monotonic_s)
+        return summarise_log(events).between_forwards_p50_s or 0.0
 
     def settings(self) -> dict[str, Any]:
         """What the prefill server says of the settings that matter to a comparison; nothing if it does not say."""

@@ -164,13 +164,14 @@ def in_tiles(
     def tiled(*args: Any, **kwargs: Any) -> Any:
         tokens = next(len(value) for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))
         most = rows()
+        tiles = list(_row_tiles(tokens, most))
         output: Any = None
-        if tokens <= (1 + SHORT) * most:
+        if len(tiles) <= 1:
             output = forward(*args, **kwargs)
             if tokens > SHORT * most:
                 between_tiles()
             return output
-        for tile in _row_tiles(tokens, most):
+        for tile in tiles:
             part = forward(
                 *(_cut(value, tokens, tile) for value in args),
                 **{name: _cut(value, tokens, tile) for name, value in kwargs.items()},
