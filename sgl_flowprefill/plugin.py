@@ -84,6 +84,10 @@ def _take_platform_seams() -> None:
 
         nixl_dram.apply()
         nixl_sleep.apply()
+        if multiprocessing.parent_process() is None:
+            from sgl_flowprefill.patches import token_ids
+
+            token_ids.apply()
     if "sglang.srt.managers.scheduler" in sys.modules:
         if platforms.is_active():
             from sgl_flowprefill.patches import cpu_tp

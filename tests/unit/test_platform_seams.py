@@ -17,10 +17,23 @@ import pytest
 pytest.importorskip("sglang")
 
 import zmq
+from hypothesis import given
+from hypothesis import strategies as st
+from sglang.api.v1 import api_types
+from sglang.srt.entrypoints.api_contract import generate_contract_error
 from sglang.srt.plugins.hook_registry import HookRegistry
 
 from sgl_flowprefill.config import ConfigError, FlowPrefillConfig
-from sgl_flowprefill.patches import affinity, cpu_tp, decode_idle, decode_order, nixl_dram, nixl_sleep, wakeups
+from sgl_flowprefill.patches import (
+    affinity,
+    cpu_tp,
+    decode_idle,
+    decode_order,
+    nixl_dram,
+    nixl_sleep,
+    token_ids,
+    wakeups,
+)
 from sgl_flowprefill.patches.base import SeamError
 
 
@@ -45,6 +58,7 @@ SEAMS: list[tuple[Callable[[], None], str]] = [
     (cpu_tp.apply, cpu_tp.TARGET),
     (cpu_tp.apply, cpu_tp.CALLER),
     (nixl_sleep.apply, nixl_sleep.CALLER),
+    (token_ids.apply, token_ids.TARGET),
     (decode_idle.apply, decode_idle.ON_IDLE),
     (decode_idle.apply, decode_idle.DECODE_LOOP.format("normal")),
     (decode_idle.apply, decode_idle.DECODE_LOOP.format("overlap")),
@@ -72,7 +86,7 @@ def test_a_changed_target_is_refused_by_name(
     "apply",
     [
         *(nixl_dram.apply, nixl_sleep.apply, cpu_tp.apply, wakeups.apply, decode_idle.apply, affinity.apply),
-        apply_decode_order,
+        *(token_ids.apply, apply_decode_order),
     ],
 )
 def test_the_installed_sglang_has_the_expected_shape(apply: Callable[[], None]) -> None:
@@ -84,6 +98,32 @@ def test_kv_memory_is_named_host_memory() -> None:
     manager = SimpleNamespace(agent=SimpleNamespace(nixl_mems={"DRAM": 1, "VRAM": 2}))
     nixl_dram._name_host_memory(manager)
     assert manager.agent.nixl_mems == {"DRAM": 1, "VRAM": 1}
+
+
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=3),
+    lambda values: st.lists(values, max_size=4),
+    max_leaves=6,
+)
+
+
+@given(JSON_VALUES | st.lists(st.integers(), max_size=8) | st.lists(st.integers() | st.booleans(), max_size=4))
+def test_token_ids_are_checked_as_by_sglang(value: Any) -> None:
+    before = generate_contract_error({"input_ids": value})
+    whole: list[int] = []
+
+    def decode(value: Any) -> list[int]:
+        ids = token_ids._decode(one_by_one, value)
+        whole.extend(ids)
+        return ids
+
+    one_by_one = api_types.decode_TokenIds
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(token_ids.TARGET, decode)
+        assert generate_contract_error({"input_ids": value}) == before
+        if before is None and value and not isinstance(value[0], list):
+            assert whole == value  # this is what SGLang calls
+            assert token_ids._decode(lambda _: [], value) == value
 
 
 NIXL_AGENT = """
