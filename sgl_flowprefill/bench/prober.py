@@ -108,9 +108,9 @@ class Prober:
         return self._setup(next(iter(self.log.solo_ttft_s.values()))[0])
 
     def setup_of(self, system: System) -> Setup:
-        """The simulator as this machine was while ``system`` was up, by the lone requests at its starts."""
-        starts = self.log.solo_ttft_s[system.name]
-        return self._setup({tokens: float(np.median([times_s[tokens] for times_s in starts])) for tokens in starts[0]})
+        """The simulator as this machine was while ``system`` was up, by all its lone requests."""
+        turns = self.log.solo_ttft_s[system.name]
+        return self._setup({tokens: float(np.median([times_s[tokens] for times_s in turns])) for tokens in turns[0]})
 
     def _setup(self, solo_ttft_s: Mapping[int, float]) -> Setup:
         return measured_setup(Engine(**self.log.facts["engine"]), solo_ttft_s, self.options)
@@ -130,6 +130,11 @@ class Prober:
                 self.log.settle("engine", asdict(served.engine(prompts)))
             served.settle()
             yield served
+
+    def measure_lone(self, served: Endpoint, system: System) -> None:
+        """Lone requests once more: the machine's speed changes while a system is up."""
+        self.log.add_solo(system.name, served.solo_ttft_s(PromptBuilder(0, *TOKEN_IDS)))
+        served.settle()
 
     def settle_time_scale(self, asked: float | str) -> None:
         """Take ``asked``, unless it is AUTO, for the rest of the run. Raises ValueError if the log has another."""
