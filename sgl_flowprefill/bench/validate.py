@@ -1,8 +1,9 @@
 """``bench validate``: the simulator against the engine, on the same traces, with the engine's own profile.
 
 Rates are multiples of saturation, the rate at which the forwards of the trace, each alone, fill the machine. What a
-request spends outside forwards (HTTP, tokenizer, handshake, KV transfer, first answer) and what passes between forwards
-are measured once, with lone requests and a burst, and given to the simulator.
+request spends outside forwards (HTTP, tokenizer, handshake, KV transfer, first answer) and how fast the machine is are
+measured by lone requests before and after each replay, what passes between forwards once by a burst; the simulator is
+given these.
 """
 
 from __future__ import annotations
