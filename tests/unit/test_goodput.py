@@ -60,6 +60,7 @@ class Model:
     replays: list[tuple[str, float, int]] = dataclasses.field(default_factory=list)
     interrupt_after: float = math.inf
     invalid: str | None = None
+    slowdown: float = 1.0
 
     @property
     def engine(self) -> Engine:
@@ -82,7 +83,7 @@ class SimulatedEndpoint:
     blocking: list[float] | None = None
 
     def solo_ttft_s(self, prompts: Any, say: Any = None) -> dict[int, float]:
-        return SOLO_TTFT_S
+        return {tokens: ttft_s * self.model.slowdown for tokens, ttft_s in SOLO_TTFT_S.items()}
 
     def engine(self, prompts: Any) -> Engine:
         return self.model.engine
@@ -460,3 +461,16 @@ def test_validation_sets_what_was_measured_beside_what_is_simulated(profile: Pat
     assert apart is not None
     assert apart["ttft_difference_s"] == pytest.approx([-1e3] * 3)
     assert apart["differing"] == round(apart["simulated"] * other.total) > 0 == apart["measured"]
+
+
+def test_the_simulator_is_as_fast_as_the_machine_was_between_lone_requests(profile: Path, tmp_path: Path) -> None:
+    model = Model(profile)
+    prober = campaign_of(model, tmp_path).prober
+    system = SYSTEMS["flowprefill"]
+    prompt = [PrefillShape(2048)]
+    with prober.serving(system) as served:
+        at_start_s = prober.setup_of(system).machine.cost.predict_s(prompt)
+        model.slowdown = 1.2
+        prober.measure_lone(served, system)
+    ratio = prober.setup_of(system).machine.cost.predict_s(prompt) / at_start_s
+    assert ratio == pytest.approx(1.1, rel=0.02)
