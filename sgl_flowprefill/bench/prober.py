@@ -120,21 +120,20 @@ class Prober:
         """The system's servers, up, after lone requests."""
         self.say(f"[bold]{system.label}[/bold]")
         with self._serve(system) as served:
-            prompts = PromptBuilder(0, *TOKEN_IDS)
-            solo_ttft_s = served.solo_ttft_s(prompts)
-            self.log.add_solo(system.name, solo_ttft_s)
+            solo_ttft_s = self.measure_lone(served, system)
             if "time_scale" not in self.log.facts:
                 self.log.settle("time_scale", time_scale(solo_ttft_s))
                 self.say(f"  time scale {self.time_scale:.2f}: arrivals and SLOs are stretched by it")
             if "engine" not in self.log.facts:
-                self.log.settle("engine", asdict(served.engine(prompts)))
-            served.settle()
+                self.log.settle("engine", asdict(served.engine(PromptBuilder(0, *TOKEN_IDS))))
             yield served
 
-    def measure_lone(self, served: Endpoint, system: System) -> None:
-        """Lone requests once more: the machine's speed changes while a system is up."""
-        self.log.add_solo(system.name, served.solo_ttft_s(PromptBuilder(0, *TOKEN_IDS)))
+    def measure_lone(self, served: Endpoint, system: System) -> dict[int, float]:
+        """TTFT (s) of lone requests by prompt tokens, as the machine is now: its speed changes while a system is up."""
+        solo_ttft_s = served.solo_ttft_s(PromptBuilder(0, *TOKEN_IDS))
+        self.log.add_solo(system.name, solo_ttft_s)
         served.settle()
+        return solo_ttft_s
 
     def settle_time_scale(self, asked: float | str) -> None:
         """Take ``asked``, unless it is AUTO, for the rest of the run. Raises ValueError if the log has another."""
