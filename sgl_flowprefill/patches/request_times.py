@@ -1,12 +1,12 @@
 """A request's times travel as the HTTP server took them: when it received the request, and when it sent it on.
 
-Targets (SGLang 0.5.23): ``ReqTimeStatsBase`` of ``observability/req_time_stats.py``, whose state is pickled on the way
-from the HTTP server to each scheduler rank, and its ``__getstate__``. SGLang leaves these times out, and shifts every
-pickled number whose name ends in "time" by the difference between wall clock and monotonic clock as each process last
-measured it: such a number follows steps of the wall clock, and differs from rank to rank. The names used here end
-otherwise, so every rank has the very numbers of the HTTP server. They are seconds of CLOCK_MONOTONIC, which Python
-calls both ``time.monotonic`` and ``time.perf_counter``; all processes of a machine share it, and a rank on another
-machine can compare them with each other but not with its own clock.
+Target: ``ReqTimeStatsBase.__getstate__`` of ``observability/req_time_stats.py`` (SGLang 0.5.23), which says what of a
+request's times is pickled on the way from the HTTP server to the first scheduler rank, and from there to the others.
+SGLang leaves these times out, and shifts every pickled number whose name ends in "time" by the difference between wall
+clock and monotonic clock as each process last measured it: such a number follows steps of the wall clock, and differs
+from rank to rank. The names used here end otherwise, so every rank has the very numbers of the HTTP server. They are
+seconds of CLOCK_MONOTONIC, which Python calls both ``time.monotonic`` and ``time.perf_counter``; all processes of a
+machine share it, and a rank on another machine can compare them with each other but not with its own clock.
 """
 
 from __future__ import annotations
