@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import struct
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -40,8 +42,31 @@ class OneCluster:
         self._kind = None
 
 
+class WallClock:
+    """The wall clock of the servers that are started here, which tests set (tests/stepping_clock)."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.set(0.0)
+
+    def set(self, offset_s: float) -> None:
+        """Let it show ``offset_s`` more than the machine's, from now on."""
+        with open(os.open(self.path, os.O_CREAT | os.O_WRONLY), "wb") as file:
+            file.write(struct.pack("d", offset_s))
+
+
 @pytest.fixture(scope="session")
-def one_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OneCluster]:
+def wall_clock(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WallClock]:
+    clock = WallClock(tmp_path_factory.mktemp("clock") / "offset")
+    folder = Path(__file__).parents[1] / "stepping_clock"
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("WALL_CLOCK_FILE", str(clock.path))
+        environment.setenv("PYTHONPATH", str(folder), prepend=os.pathsep)
+        yield clock
+
+
+@pytest.fixture(scope="session")
+def one_cluster(tmp_path_factory: pytest.TempPathFactory, wall_clock: WallClock) -> Iterator[OneCluster]:
     cluster = OneCluster(tmp_path_factory.mktemp("cluster"))
     yield cluster
     cluster.close()

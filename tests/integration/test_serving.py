@@ -115,6 +115,45 @@ class TestFlowPrefill:
             assert through.status_code == 400, through.text
         assert events_since(flowprefill_cluster, start_s) == []
 
+    @pytest.mark.parametrize("number", ["-1", "1" + "0" * 400])
+    @pytest.mark.parametrize("path", ["/generate", "/v1/completions", "/vertex_generate"])
+    def test_no_number_is_an_error_of_the_server(self, flowprefill_cluster: Cluster, path: str, number: str) -> None:
+        params = {"custom_params": {"ttft_slo": "NUMBER"}}
+        body: dict[str, Any] = {
+            "/generate": {"text": " bake lomi", "sampling_params": params},
+            "/v1/completions": {"model": "embedded", "prompt": " bake lomi", **params},
+            "/vertex_generate": {"instances": [{"text": " bake lomi"}], "parameters": {"sampling_params": params}},
+        }[path]
+        response = requests.post(
+            flowprefill_cluster.prefill_url + path,
+            data=json.dumps(body).replace('"NUMBER"', number),
+            headers={"Content-Type": "application/json"},
+            timeout=60,
+        )
+        assert response.status_code == 400, response.text
+        assert "positive, finite number of seconds" in response.text
+        assert len(response.text) < 1000
+
+    def test_an_objective_at_the_top_of_a_generate_body_is_what_the_scheduler_sees(
+        self, flowprefill_cluster: Cluster
+    ) -> None:
+        """As ``sglang.bench_serving --extra-request-body`` sends it."""
+        start_s = time.monotonic()
+        top, inside = {"custom_params": {"ttft_slo": 1.25}}, {"custom_params": {"ttft_slo": 2.5}}
+        sampling = {"max_new_tokens": 2, "temperature": 0}
+        bodies = [top | {"sampling_params": sampling}, {"sampling_params": sampling | inside}, {}]
+        url = flowprefill_cluster.gateway_url + "/generate"
+        for body_ in bodies:
+            answer = requests.post(url, json={"text": " bake lomi", "sampling_params": sampling} | body_, timeout=60)
+            assert answer.status_code == 200, answer.text
+        both = top | {"text": " bake lomi", "sampling_params": sampling | inside}
+        refusal = requests.post(flowprefill_cluster.prefill_url + "/generate", json=both, timeout=60)
+        assert refusal.status_code == 400
+        assert "name it once" in refusal.text
+        time.sleep(0.5)
+        arrivals = [event for event in events_since(flowprefill_cluster, start_s) if event["event"] == "arrival"]
+        assert [event["ttft_slo_s"] for event in arrivals] == [1.25, 2.5, 5.0]
+
     def test_health_is_answered_while_a_long_prompt_runs(self, flowprefill_cluster: Cluster) -> None:
         async def ask() -> tuple[float, list[float]]:
             async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(120)) as session:
