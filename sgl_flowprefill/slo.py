@@ -26,7 +26,7 @@ def ttft_slo_s(custom_params: Any, default_s: float) -> float:
     value = custom_params[SLO_KEY]
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= LONGEST_SLO_S:
         raise SloError(
-            f'custom_params["{SLO_KEY}"] must be a positive, finite number of seconds (at most {LONGEST_SLO_S:.0e}), '
+            f'custom_params["{SLO_KEY}"] must be a positive, finite number of seconds (at most {LONGEST_SLO_S:,.0f}), '
             f'got {_shortened(value)}; for example {{"custom_params": {{"{SLO_KEY}": 0.5}}}}.'
         )
     return float(value)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import struct
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -12,6 +11,7 @@ import pytest
 
 from sgl_flowprefill.cluster import Cluster, ClusterConfig
 from sgl_flowprefill.config import FlowPrefillConfig
+from tests.wall_clock import WallClock
 
 
 class OneCluster:
@@ -42,26 +42,13 @@ class OneCluster:
         self._kind = None
 
 
-class WallClock:
-    """The wall clock of the servers that are started here, which tests set (tests/stepping_clock)."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.set(0.0)
-
-    def set(self, offset_s: float) -> None:
-        """Let it show ``offset_s`` more than the machine's, from now on."""
-        with open(os.open(self.path, os.O_CREAT | os.O_WRONLY), "wb") as file:
-            file.write(struct.pack("d", offset_s))
-
-
 @pytest.fixture(scope="session")
 def wall_clock(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WallClock]:
+    """Set back to the machine's by each test that sets it."""
     clock = WallClock(tmp_path_factory.mktemp("clock") / "offset")
-    folder = Path(__file__).parents[1] / "stepping_clock"
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("WALL_CLOCK_FILE", str(clock.path))
-        environment.setenv("PYTHONPATH", str(folder), prepend=os.pathsep)
+        environment.setenv("PYTHONPATH", str(clock.folder), prepend=os.pathsep)
         yield clock
 
 

@@ -93,7 +93,7 @@ async def ask(cluster: Cluster, count: int) -> Answers:
     waiting = prompts(count)
     lists = [waiting[i : i + LIST_LENGTH] for i in range(0, count, LIST_LENGTH)]
     connector = aiohttp.TCPConnector(limit=0)
-    async with aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(240)) as session:
+    async with aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(120 + count / 2)) as session:
         answers = await asyncio.gather(*(one_list(session, some) for some in lists))
     return [answer for some in answers for answer in some]
 

@@ -1,4 +1,4 @@
-"""Somebody sets the wall clock of real servers while they serve: deadlines, grammars and health checks do not notice.
+"""Real servers whose wall clock somebody sets while they serve.
 
 The clock is ``time.time`` of every Python process of both servers, replaced from their start (tests/stepping_clock):
 that needs no package of the system. What reads the clock from C, as ``datetime.now`` does, is not set.
@@ -9,22 +9,14 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import signal
+import struct
 import time
-from collections.abc import Iterator
-from typing import Any
+from pathlib import Path
+from typing import Any, Final
 
 import aiohttp
-import psutil
-import pytest
-import requests
 
-from sgl_flowprefill.cluster import Cluster
-from sgl_flowprefill.events import read_events
-from tests.integration.conftest import WallClock
 from tests.prompts import prompt
-
-pytestmark = pytest.mark.server
 
 OFFSETS_S = (0.0, 30.0, -30.0, 60.0)
 """What the wall clock shows more than it should, one after the other; the first is a run without a step."""
@@ -34,20 +26,29 @@ URGENT, URGENT_TOKENS, URGENT_SLO_S = 14, 64, 1.5
 """Requests of each segment. The long ones are there from its beginning, and are more than it has time for."""
 
 
-@pytest.fixture
-def stepping(wall_clock: WallClock) -> Iterator[WallClock]:
-    yield wall_clock
-    wall_clock.set(0.0)
+class WallClock:
+    """The wall clock of the servers whose PYTHONPATH has ``folder`` and whose WALL_CLOCK_FILE is ``path``."""
+
+    folder: Final = Path(__file__).with_name("stepping_clock")
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.set(0.0)
+
+    def set(self, offset_s: float) -> None:
+        """Let it show ``offset_s`` more than the machine's, from now on."""
+        with open(os.open(self.path, os.O_CREAT | os.O_WRONLY), "wb") as file:
+            file.write(struct.pack("d", offset_s))
 
 
-async def run(cluster: Cluster, clock: WallClock) -> list[list[float]]:
+async def serve_while_it_is_set(gateway_url: str, clock: WallClock) -> list[list[float]]:
     """TTFT of the urgent requests of each segment; the others are served, too."""
 
     async def one(session: aiohttp.ClientSession, delay_s: float, tokens: list[int], **sampling: Any) -> float:
         await asyncio.sleep(delay_s)
         started_s = time.monotonic()
         body = {"input_ids": tokens, "sampling_params": {"max_new_tokens": 1, "temperature": 0, **sampling}}
-        async with session.post(cluster.gateway_url + "/generate", json=body) as response:
+        async with session.post(gateway_url + "/generate", json=body) as response:
             assert response.status == 200, await response.text()
             answer = await response.json()
         assert answer["meta_info"]["finish_reason"]["type"] == "length", answer
@@ -81,38 +82,3 @@ async def run(cluster: Cluster, clock: WallClock) -> list[list[float]]:
             await asyncio.sleep(SEGMENT_S)
         await asyncio.gather(*others)
         return [list(await asyncio.gather(*tasks)) for tasks in urgent]
-
-
-def test_steps_of_the_wall_clock_change_no_deadline_and_fail_no_grammar(
-    flowprefill_cluster: Cluster, stepping: WallClock
-) -> None:
-    start_s = time.monotonic()
-    ttfts_s = asyncio.run(run(flowprefill_cluster, stepping))
-    in_time = [sum(ttft_s <= URGENT_SLO_S for ttft_s in segment) for segment in ttfts_s]
-    for offset_s, count, segment in zip(OFFSETS_S, in_time, ttfts_s, strict=True):
-        print(f"wall clock {offset_s:+g} s: {count} of {URGENT} in time, slowest {max(segment):.2f} s")
-    time.sleep(0.5)  # the log reaches the file when the scheduler turns idle
-    log = flowprefill_cluster.config.options.event_log
-    assert log is not None
-    arrivals = [event for event in read_events(log) if event["event"] == "arrival" and event["t_s"] >= start_s]
-    assert len(arrivals) == len(OFFSETS_S) * (LONG + URGENT + 1)
-    assert all(0.0 <= event["t_s"] - event["received_s"] < 5.0 for event in arrivals)
-    assert all(count >= in_time[0] - 2 for count in in_time)
-    assert in_time[0] >= URGENT * 0.8
-
-
-def test_a_scheduler_that_hangs_is_not_healthy_after_the_wall_clock_was_set_back(
-    flowprefill_cluster: Cluster, stepping: WallClock
-) -> None:
-    server = psutil.Process(flowprefill_cluster.processes["prefill"])
-    scheduler = next(process for process in server.children(recursive=True) if "scheduler" in process.name())
-    url = flowprefill_cluster.prefill_url + "/health"
-    assert requests.get(url, timeout=30).status_code == 200
-    os.kill(scheduler.pid, signal.SIGSTOP)
-    try:
-        stepping.set(-30.0)
-        with pytest.raises(requests.Timeout):
-            requests.get(url, timeout=4)
-    finally:
-        os.kill(scheduler.pid, signal.SIGCONT)
-    assert requests.get(url, timeout=30).status_code == 200
