@@ -35,6 +35,7 @@ from sgl_flowprefill.patches import (
     wakeups,
 )
 from sgl_flowprefill.patches.base import SeamError
+from sgl_flowprefill.policy.places import PlaceOrder
 
 
 @pytest.fixture(autouse=True)
@@ -354,21 +355,18 @@ def test_the_order_notices_what_sglang_does_not_do_between_steps() -> None:
     assert queue.seen == ["b6", "b5", "b4", "b2", "b1", "b0", "b7"]
 
 
-def test_an_unchanged_queue_is_recognised_and_not_looked_through() -> None:
-    looked_at: list[str] = []
-
-    class Request(SimpleNamespace):
-        @property
-        def req(self) -> Any:
-            looked_at.append(self.rid)
-            return waiting_request(self.rid, self.arrival_s, None).req
-
+def test_an_unchanged_queue_is_recognised_and_not_looked_through(monkeypatch: pytest.MonkeyPatch) -> None:
+    looked_for: list[str] = []
+    contains = PlaceOrder.__contains__
+    monkeypatch.setattr(
+        PlaceOrder, "__contains__", lambda places, entry: looked_for.append(entry.req.rid) or contains(places, entry)
+    )
     order = decode_order.QueueOrder(FlowPrefillConfig())
-    queue: list[Any] = order.sorted([Request(rid=str(i), arrival_s=float(i + 1)) for i in range(100)])
+    queue = order.sorted([waiting_request(str(i), float(i + 1), None) for i in range(100)])
     order.note([], [], queue)
-    looked_at.clear()
+    looked_for.clear()
     assert order.sorted(queue) == queue
-    assert not looked_at
-    queue.append(Request(rid="new", arrival_s=200.0))
-    order.sorted(queue)
-    assert set(looked_at) == {"new"}
+    assert not looked_for
+    queue.append(waiting_request("new", 200.0, None))
+    assert len(order.sorted(queue)) == 101
+    assert looked_for == ["new"]
