@@ -23,7 +23,8 @@ OFFSETS_S = (0.0, 30.0, -30.0, 60.0)
 SEGMENT_S = 8.0
 LONG, LONG_TOKENS, LONG_SLO_S = 4, 10_000, 60.0
 URGENT, URGENT_TOKENS, URGENT_SLO_S = 14, 64, 1.5
-"""Requests of each segment. The long ones are there from its beginning, and are more than it has time for."""
+"""Requests of each segment. The long ones are there from its beginning, and keep the server busy for most of it; there
+is also one with a schema of its own that takes a few tenths of a second to compile."""
 
 
 class WallClock:
@@ -65,7 +66,8 @@ async def serve_while_it_is_set(gateway_url: str, clock: WallClock) -> list[list
         for segment, offset_s in enumerate(OFFSETS_S):
             clock.set(offset_s)
             seed = 10_000 + 100 * segment
-            schema = json.dumps({"type": "object", "properties": {f"field{segment}": {"type": "integer"}}})
+            texts = {f"text{segment}{i}": {"type": "string", "minLength": 50, "maxLength": 200 + i} for i in range(6)}
+            schema = json.dumps({"type": "object", "properties": texts, "required": list(texts)})
             sends = [(0.0, prompt(seed + i, LONG_TOKENS), objective(LONG_SLO_S)) for i in range(LONG)]
             sends.append(
                 (SEGMENT_S / 2, prompt(seed + 20, URGENT_TOKENS), objective(LONG_SLO_S) | {"json_schema": schema})
