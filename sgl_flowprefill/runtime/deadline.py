@@ -32,7 +32,7 @@ def slo_s(req: Any, default_s: float) -> float:
 
 def received_s(req: Any) -> float:
     """When the HTTP server received ``req``, in seconds of CLOCK_MONOTONIC; for one that came another way, when this
-    process did, which other ranks do not know: only a rank that decides alone may ask.
+    process did, which no other rank knows: only what one rank decides for all may depend on it.
     """
     return float(getattr(req.time_stats, RECEIVED) or req.time_stats.scheduler_recv_time)
 
