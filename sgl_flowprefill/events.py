@@ -1,6 +1,7 @@
 """The event log: every scheduling event as a JSON line, for figures that are computed and not asserted.
 
-Times are seconds of ``time.monotonic()``, which all processes of one machine share. Kinds of events and their fields:
+Times are seconds of ``time.monotonic()``, which all processes of one machine share and which goes on whatever the wall
+clock is set to; ``received_s`` is what the HTTP server's process read there. Kinds of events and their fields:
 
 =========  ==========================================================================================================
 arrival    rid, prompt_tokens, ttft_slo_s, deadline_s, received_s (when the HTTP server had the request)

@@ -52,9 +52,10 @@ def _load() -> None:
 
 def _take_http_seams() -> None:
     """Requests and health checks enter in the process that SGLang was started as."""
-    from sgl_flowprefill.patches import health, options, request_slo
+    from sgl_flowprefill.patches import health, options, request_slo, request_times
 
     options.apply()
+    request_times.apply()
     request_slo.apply()
     health.apply()
 
@@ -65,11 +66,12 @@ def _take_scheduler_seams(config: FlowPrefillConfig) -> None:
     os.environ["SGLANG_EAGER_INPUT_NO_COPY"] = "1"
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    from sgl_flowprefill.patches import decode_order
+    from sgl_flowprefill.patches import decode_order, request_times
     from sgl_flowprefill.patches.base import expect_source
     from sgl_flowprefill.runtime.scheduler import FlowPrefillScheduler
 
     expect_source("scheduler", LOOP, *LOOP_CALLS)
+    request_times.apply()
     if config.policy != "fcfs":
         decode_order.apply(config)
     HookRegistry.register("sglang.srt.managers.scheduler.Scheduler", FlowPrefillScheduler, HookType.REPLACE)

@@ -67,7 +67,7 @@ def generate_request(
         bootstrap_room=room,
     )
     recv.time_stats = APIServerReqTimeStats()
-    recv.time_stats.created_time = time.perf_counter()
+    recv.time_stats.flowprefill_received_s = recv.time_stats.flowprefill_sent_s = time.monotonic()
     return recv
 
 

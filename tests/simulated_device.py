@@ -164,7 +164,7 @@ class SimulatedRequest:
 
     @property
     def time_stats(self) -> Any:
-        return SimpleNamespace(api_server_dispatch_time=self.arrival_s)
+        return SimpleNamespace(flowprefill_received_s=self.arrival_s, flowprefill_sent_s=self.arrival_s)
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,10 @@ Target: ``DecodePreallocQueue.pop_preallocated`` (SGLang 0.5.23, disaggregation/
 requests in its ``queue``, in that order, until one does not fit. A prefill may start only once its request has them, so
 without this seam an urgent request waits there behind those that the prefill server puts off. SGLang's own priority
 scheduling sorts the queue again, and leaves this order within a priority.
+
+The ranks of a decode server agree about a request by its position in the queue, so all need the same order. Its times
+are those of the HTTP server on all of them (``request_times``), and those that are alike stay as they came to the
+queue, which is where the broadcast of requests put them.
 """
 
 from __future__ import annotations
@@ -16,9 +20,8 @@ from sgl_flowprefill.patches.base import expect_parameters, expect_source
 from sgl_flowprefill.policy.places import DueTimes, PlaceOrder
 
 SEAM: Final = "decode_order"
-TARGET: Final = "sglang.srt.disaggregation.decode.DecodePreallocQueue.pop_preallocated"
-KEPT_IN: Final = "flowprefill_due_times"
-"""Attribute of SGLang's ``DecodeRequest``."""
+QUEUE: Final = "sglang.srt.disaggregation.decode.DecodePreallocQueue"
+TARGET: Final = f"{QUEUE}.pop_preallocated"
 
 
 def apply(config: FlowPrefillConfig) -> None:
@@ -27,27 +30,69 @@ def apply(config: FlowPrefillConfig) -> None:
 
     expect_parameters(SEAM, TARGET, ("self",))
     expect_source(SEAM, TARGET, "self._resolve_pending_reqs()", "for i, decode_req in enumerate(self.queue):")
+    expect_source(SEAM, f"{QUEUE}._create_receiver_and_enqueue", "self.queue.append(decode_req)")
 
-    order: PlaceOrder[Any] = PlaceOrder(
-        lambda decode_req: _due_times(decode_req, config.default_ttft_slo), config.max_starvation_s
-    )
+    queue_order = QueueOrder(config)
 
     def pop(original: Callable[..., Any], queue: Any, *args: Any, **kwargs: Any) -> Any:
-        queue.queue = order.order(queue.queue)
-        preallocated, failed = original(queue, *args, **kwargs)
-        order.given(preallocated)
-        return preallocated, failed
+        queue.queue = queue_order.sorted(queue.queue)
+        given, failed = original(queue, *args, **kwargs)
+        queue_order.note(given, failed, queue.queue)
+        return given, failed
 
     HookRegistry.register(TARGET, pop, HookType.AROUND)
 
 
-def _due_times(decode_req: Any, default_slo_s: float) -> DueTimes:
-    """Found out once; every step of the decode server asks for them again."""
-    if not hasattr(decode_req, KEPT_IN):
-        from sgl_flowprefill.runtime.deadline import slo_s
+class QueueOrder:
+    """Keeps the order of places in step with SGLang's queue.
 
-        # Without a time from the HTTP server (0), requests count as late and keep SGLang's order.
-        arrival_s = float(decode_req.req.time_stats.created_time)
-        setattr(decode_req, KEPT_IN, DueTimes(arrival_s, arrival_s + slo_s(decode_req.req, default_slo_s)))
-    due_times: DueTimes = getattr(decode_req, KEPT_IN)
-    return due_times
+    Between two steps of a decode server, SGLang appends to the list that the last one left. That is seen by the list
+    and by the first and the last request that it had, so a step looks only at what is new. Had SGLang done anything
+    else with it, all of it is looked at.
+    """
+
+    def __init__(self, config: FlowPrefillConfig) -> None:
+        self._default_slo_s = config.default_ttft_slo
+        self._order: PlaceOrder[Any] = PlaceOrder(config.max_starvation_s)
+        self._left: list[Any] = []
+        """SGLang's list, and the first and the last request in it, as the last step left them."""
+        self._ends: list[Any] = []
+        self._known = 0
+        """How many requests the last step left there."""
+
+    def sorted(self, queue: list[Any]) -> list[Any]:
+        """SGLang's ``queue`` in the order in which its requests are to get places."""
+        known = self._known
+        if not self._is_continued(queue):
+            present = set(map(id, queue))
+            for request in self._order.in_order():
+                if id(request) not in present:
+                    self._order.remove(request)
+            known = 0
+        for request in queue[known:]:
+            if request not in self._order:
+                self._order.add(request, self._due_times(request))
+        return self._order.in_order()
+
+    def note(self, given: list[Any], failed: list[Any], left: list[Any]) -> None:
+        """Those of the requests last sorted that have got places and that have failed, and the queue without them."""
+        for request in given:
+            self._order.give_place(request)
+        for request in failed:
+            self._order.remove(request)
+        self._left, self._ends, self._known = left, [*left[:1], *left[-1:]], len(left)
+
+    def _is_continued(self, queue: list[Any]) -> bool:
+        known = self._known
+        if queue is not self._left or len(queue) < known or len(self._order) != known:
+            return False
+        return known == 0 or (queue[0] is self._ends[0] and queue[known - 1] is self._ends[1])
+
+    def _due_times(self, decode_req: Any) -> DueTimes:
+        """Without a time from the HTTP server, requests count as late and keep SGLang's order."""
+        from sgl_flowprefill.runtime.deadline import received_by_http_s, slo_s
+
+        arrival_s = received_by_http_s(decode_req.req)
+        if not arrival_s:
+            return DueTimes(0.0, 0.0)
+        return DueTimes(arrival_s, arrival_s + slo_s(decode_req.req, self._default_slo_s))

@@ -1,8 +1,10 @@
-"""``/health`` answers when the scheduler does, not at the next full second.
+"""``/health`` answers when the scheduler does, not at the next full second, and whatever the wall clock does.
 
 Target: the ``/health`` and ``/health_generate`` routes of ``sglang.srt.entrypoints.http_server.app`` (SGLang 0.5.23).
 SGLang's handler sends a probe and looks once a second whether anything has come back; the scheduler answers a probe at
-its next checkpoint, so a probe's figure would be the handler's sleep and not the server's state.
+its next checkpoint, so a probe's figure would be the handler's sleep and not the server's state. It looks by comparing
+the wall clock with the time of the last answer: once the clock has been set back, an answer from before looks new and
+a scheduler that hangs looks sound; when it is set forward meanwhile, a sound one looks like one that hangs.
 """
 
 from __future__ import annotations
@@ -17,8 +19,9 @@ from fastapi.routing import APIRoute
 
 from sgl_flowprefill.patches.base import SeamError, expect_parameters, expect_source, resolve
 
-HANDLER: Final = "sglang.srt.entrypoints.http_server.health_generate"
-LAUNCH: Final = "sglang.srt.entrypoints.http_server.launch_server"
+SERVER: Final = "sglang.srt.entrypoints.http_server"
+HANDLER: Final = f"{SERVER}.health_generate"
+LAUNCH: Final = f"{SERVER}.launch_server"
 PATHS: Final = ("/health", "/health_generate")
 POLL_S: Final = 0.01
 
@@ -27,30 +30,54 @@ def apply() -> None:
     """Register the hook that puts the routes in before the server starts. Raises SeamError for a changed target."""
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    expect_source("health", HANDLER, "last_receive_tstamp > tic", "await asyncio.sleep(1)")
+    expect_source("health", HANDLER, "last_receive_tstamp > tic", "HEALTH_CHECK_TIMEOUT", "await asyncio.sleep(1)")
     expect_parameters("health", LAUNCH, ("server_args",))
     HookRegistry.register(LAUNCH, _with_routes, HookType.AROUND)
 
 
 def _with_routes(launch_server: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    app = resolve("health", "sglang.srt.entrypoints.http_server.app")
-    handler: Callable[[Any], Awaitable[Any]] = resolve("health", HANDLER)
-    background: set[asyncio.Task[Any]] = set()
-
-    async def health(request: Request) -> Any:
-        started_s = time.time()
-        manager = resolve("health", "sglang.srt.entrypoints.http_server._global_state").tokenizer_manager
-        probe = asyncio.ensure_future(handler(request))
-        background.add(probe)
-        probe.add_done_callback(background.discard)
-        while not probe.done() and manager.last_receive_tstamp <= started_s:
-            await asyncio.sleep(POLL_S)
-        # Once anything has come back the handler's verdict is known; it tidies up by itself.
-        return probe.result() if probe.done() else Response(status_code=200)
-
+    app = resolve("health", f"{SERVER}.app")
+    health = answering_when_the_scheduler_does(resolve("health", HANDLER))
     replaced = [route for route in app.router.routes if getattr(route, "path", None) in PATHS]
     if len(replaced) != len(PATHS):
         raise SeamError(f"health: SGLang's HTTP server has no routes {' and '.join(PATHS)}; install sglang==0.5.23.")
     for route in replaced:
         app.router.routes.insert(0, APIRoute(route.path, health, methods=["GET"]))
     return launch_server(*args, **kwargs)
+
+
+def answering_when_the_scheduler_does(
+    handler: Callable[[Any], Awaitable[Any]],
+) -> Callable[[Request], Awaitable[Response]]:
+    """A route in whose background SGLang's ``handler`` sends the probe and tidies up after it."""
+    background: set[asyncio.Task[Any]] = set()
+
+    async def health(request: Request) -> Response:
+        manager = resolve("health", f"{SERVER}._global_state").tokenizer_manager
+        status = resolve("health", f"{SERVER}.ServerStatus")
+        give_up_s = time.monotonic() + resolve("health", f"{SERVER}.HEALTH_CHECK_TIMEOUT")
+        before = manager.last_receive_tstamp
+
+        def is_sound() -> bool:
+            """Seen by the change of a number, not by which of two times of the wall clock is the later."""
+            return bool(manager.last_receive_tstamp != before)
+
+        def correct(probe: asyncio.Task[Any]) -> None:
+            background.discard(probe)
+            manager.server_status = status.Up if is_sound() else status.UnHealthy
+
+        while True:
+            probe = asyncio.ensure_future(handler(request))
+            await asyncio.sleep(0)
+            if probe.done():  # it knew without asking the scheduler: the server starts, or ends
+                answer: Response = probe.result()
+                return answer
+            background.add(probe)
+            probe.add_done_callback(correct)
+            while not is_sound() and not probe.done() and time.monotonic() < give_up_s:
+                await asyncio.sleep(POLL_S)
+            if is_sound() or time.monotonic() >= give_up_s:
+                return Response(status_code=200 if is_sound() else 503)
+            # By the wall clock the handler's time is over, or it found an old answer: ask again.
+
+    return health

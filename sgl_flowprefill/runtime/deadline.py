@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
-import time
 from typing import Any, Final
 
 from sglang.srt.managers.utils import is_health_check_generate_req
 
+from sgl_flowprefill.patches.request_times import RECEIVED, SENT
 from sgl_flowprefill.slo import SloError, ttft_slo_s
 
 logger = logging.getLogger(__name__)
@@ -31,5 +31,17 @@ def slo_s(req: Any, default_s: float) -> float:
 
 
 def received_s(req: Any) -> float:
-    """When the HTTP server received ``req``; for one that came another way, when the scheduler did."""
-    return float(req.time_stats.created_time or req.time_stats.scheduler_recv_time or time.monotonic())
+    """When the HTTP server received ``req``, in seconds of CLOCK_MONOTONIC; for one that came another way, when this
+    process did, which no other rank knows: only what one rank decides for all may depend on it.
+    """
+    return float(getattr(req.time_stats, RECEIVED) or req.time_stats.scheduler_recv_time)
+
+
+def received_by_http_s(req: Any) -> float:
+    """When the HTTP server received ``req``: the same number on all ranks, 0 for one that came another way."""
+    return float(getattr(req.time_stats, RECEIVED))
+
+
+def sent_s(req: Any) -> float:
+    """When the HTTP server sent ``req`` to the scheduler; 0 for one that came another way."""
+    return float(getattr(req.time_stats, SENT))

@@ -28,6 +28,9 @@ IDLE_CHECK_S: Final = 5.0
 STALL_CHECK_S: Final = 1.0
 """How often a scheduler that only waits for others looks for what sends no wake-up (a dead decode server)."""
 
+COMPILES_SINCE: Final = "flowprefill_compiles_since_s"
+"""Attribute of SGLang's Req: when its grammar began to be compiled here."""
+
 
 class FlowPrefillScheduler(PreparedScheduler):
     """Takes the place of ``sglang.srt.managers.scheduler.Scheduler``; only a prefill server's loop differs."""
@@ -102,7 +105,8 @@ class FlowPrefillScheduler(PreparedScheduler):
     def _has_compiled_grammars(self) -> bool:
         """Whether SGLang would find something among the grammars: its look waits for those that are not ready.
 
-        It gives a grammar up after so many looks. Here one that has had the time which these take at least is given up.
+        It gives a grammar up after so many looks. Here one that has had the time which these take at least, by this
+        rank's clock, is given up; SGLang gives up at all ranks what one of them does.
         """
         grammars = self.grammar_manager
         if not grammars.has_waiting_grammars():
@@ -111,7 +115,7 @@ class FlowPrefillScheduler(PreparedScheduler):
         too_old_s = time.monotonic() - most_looks * grammars.SGLANG_GRAMMAR_POLL_INTERVAL
         found = False
         for req in grammars.grammar_queue:
-            if received_s(req) < too_old_s:
+            if getattr(req, COMPILES_SINCE) < too_old_s:
                 req.grammar_wait_ct = most_looks
                 found = True
             found = found or req.finished() or req.grammar is None or req.grammar.done()
@@ -303,6 +307,7 @@ class FlowPrefillScheduler(PreparedScheduler):
         compiling = len(self.grammar_manager.grammar_queue)
         super().process_input_requests(recv_reqs)
         for req in self.grammar_manager.grammar_queue[compiling:]:
+            setattr(req, COMPILES_SINCE, time.monotonic())
             if self._is_on and req.grammar is not None:
                 req.grammar.add_done_callback(lambda _: self._wakeup.notify())
 

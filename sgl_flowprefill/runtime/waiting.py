@@ -11,6 +11,7 @@ from typing import Any
 from sglang.srt.disaggregation.base import KVPoll
 
 from sgl_flowprefill.policy import Job
+from sgl_flowprefill.runtime.deadline import sent_s
 from sgl_flowprefill.ttft import PrefillShape
 
 
@@ -56,7 +57,7 @@ class WaitingRequests:
         predict_s: Callable[[Sequence[WaitingRequest]], float],
     ) -> Job[WaitingRequest]:
         """The job of ``req``, which has bootstrapped and knows its cached prefix."""
-        readable_s = max(req.time_stats.api_server_dispatch_time, self._bootstrapped_s.pop(req.bootstrap_room, 0.0))
+        readable_s = max(sent_s(req), self._bootstrapped_s.pop(req.bootstrap_room, 0.0))
         self.news_readable_s = min(self.news_readable_s, readable_s)
         shape = PrefillShape(len(req.origin_input_ids) - req.prefix_len, req.prefix_len)
         waiting = WaitingRequest(req, self._added, shape, readable_s)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 
 from sgl_flowprefill.cluster import Cluster, ClusterConfig
 from sgl_flowprefill.config import FlowPrefillConfig
+from tests.wall_clock import WallClock
 
 
 class OneCluster:
@@ -41,7 +43,17 @@ class OneCluster:
 
 
 @pytest.fixture(scope="session")
-def one_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OneCluster]:
+def wall_clock(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WallClock]:
+    """Set back to the machine's by each test that sets it."""
+    clock = WallClock(tmp_path_factory.mktemp("clock") / "offset")
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("WALL_CLOCK_FILE", str(clock.path))
+        environment.setenv("PYTHONPATH", str(clock.folder), prepend=os.pathsep)
+        yield clock
+
+
+@pytest.fixture(scope="session")
+def one_cluster(tmp_path_factory: pytest.TempPathFactory, wall_clock: WallClock) -> Iterator[OneCluster]:
     cluster = OneCluster(tmp_path_factory.mktemp("cluster"))
     yield cluster
     cluster.close()

@@ -6,6 +6,7 @@ import asyncio
 import json
 import math
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import aiohttp
@@ -16,6 +17,7 @@ import requests
 from sgl_flowprefill.cluster import Cluster
 from sgl_flowprefill.events import read_events
 from tests.prompts import prompt
+from tests.wall_clock import LONG, OFFSETS_S, URGENT, URGENT_SLO_S, WallClock, serve_while_it_is_set
 
 pytestmark = pytest.mark.server
 
@@ -115,6 +117,46 @@ class TestFlowPrefill:
             assert through.status_code == 400, through.text
         assert events_since(flowprefill_cluster, start_s) == []
 
+    @pytest.mark.parametrize("number", ["-1", "9" * 30, "1" + "0" * 400])
+    @pytest.mark.parametrize("path", ["/generate", "/v1/completions", "/vertex_generate"])
+    def test_no_number_is_an_error_of_the_server(self, flowprefill_cluster: Cluster, path: str, number: str) -> None:
+        params = {"custom_params": {"ttft_slo": "NUMBER"}}
+        body: dict[str, Any] = {
+            "/generate": {"text": " bake lomi", "sampling_params": params},
+            "/v1/completions": {"model": "embedded", "prompt": " bake lomi", **params},
+            "/vertex_generate": {"instances": [{"text": " bake lomi"}], "parameters": {"sampling_params": params}},
+        }[path]
+        response = requests.post(
+            flowprefill_cluster.prefill_url + path,
+            data=json.dumps(body).replace('"NUMBER"', number),
+            headers={"Content-Type": "application/json"},
+            timeout=60,
+        )
+        assert response.status_code == 400, response.text
+        if len(number) < 309:  # SGLang's parser knows no larger ones
+            assert "positive, finite number of seconds" in response.text
+        assert len(response.text) < 1000
+
+    def test_an_objective_at_the_top_of_a_generate_body_is_what_the_scheduler_sees(
+        self, flowprefill_cluster: Cluster
+    ) -> None:
+        """As ``sglang.bench_serving --extra-request-body`` sends it."""
+        start_s = time.monotonic()
+        top, inside = {"custom_params": {"ttft_slo": 1.25}}, {"custom_params": {"ttft_slo": 2.5}}
+        sampling = {"max_new_tokens": 2, "temperature": 0}
+        bodies = [top | {"sampling_params": sampling}, {"sampling_params": sampling | inside}, {}]
+        url = flowprefill_cluster.gateway_url + "/generate"
+        for body_ in bodies:
+            answer = requests.post(url, json={"text": " bake lomi", "sampling_params": sampling} | body_, timeout=60)
+            assert answer.status_code == 200, answer.text
+        both = top | {"text": " bake lomi", "sampling_params": sampling | inside}
+        refusal = requests.post(flowprefill_cluster.prefill_url + "/generate", json=both, timeout=60)
+        assert refusal.status_code == 400
+        assert "name it once" in refusal.text
+        time.sleep(0.5)
+        arrivals = [event for event in events_since(flowprefill_cluster, start_s) if event["event"] == "arrival"]
+        assert [event["ttft_slo_s"] for event in arrivals] == [1.25, 2.5, 5.0]
+
     def test_health_is_answered_while_a_long_prompt_runs(self, flowprefill_cluster: Cluster) -> None:
         async def ask() -> tuple[float, list[float]]:
             async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(120)) as session:
@@ -203,6 +245,41 @@ class TestFlowPrefill:
         assert shares["decode"] < MAX_IDLE_SHARE
 
 
+@pytest.fixture
+def stepping(wall_clock: WallClock) -> Iterator[WallClock]:
+    yield wall_clock
+    wall_clock.set(0.0)
+
+
+class TestFlowPrefillWhileTheWallClockIsSet:
+    def test_no_deadline_changes_and_no_grammar_fails(self, flowprefill_cluster: Cluster, stepping: WallClock) -> None:
+        start_s = time.monotonic()
+        ttfts_s = asyncio.run(serve_while_it_is_set(flowprefill_cluster.gateway_url, stepping))
+        in_time = [sum(ttft_s <= URGENT_SLO_S for ttft_s in segment) for segment in ttfts_s]
+        for offset_s, count, segment in zip(OFFSETS_S, in_time, ttfts_s, strict=True):
+            print(f"wall clock {offset_s:+g} s: {count} of {URGENT} in time, slowest {max(segment):.2f} s")
+        time.sleep(0.5)  # the log reaches the file when the scheduler turns idle
+        arrivals = [event for event in events_since(flowprefill_cluster, start_s) if event["event"] == "arrival"]
+        assert len(arrivals) == len(OFFSETS_S) * (LONG + URGENT + 1)
+        assert all(0.0 <= event["t_s"] - event["received_s"] < 5.0 for event in arrivals)
+        assert all(count >= in_time[0] - 2 for count in in_time)
+        assert in_time[0] >= URGENT * 0.8
+
+    def test_a_scheduler_that_hangs_is_not_healthy(self, flowprefill_cluster: Cluster, stepping: WallClock) -> None:
+        """SGLang's own handler finds an answer from before the step, which looks newer than the question."""
+        scheduler = scheduler_of(flowprefill_cluster, "prefill")
+        url = flowprefill_cluster.prefill_url + "/health"
+        assert requests.get(url, timeout=30).status_code == 200
+        scheduler.suspend()
+        try:
+            stepping.set(-30.0)
+            with pytest.raises(requests.Timeout):
+                requests.get(url, timeout=4)
+        finally:
+            scheduler.resume()
+        assert requests.get(url, timeout=30).status_code == 200
+
+
 class TestAgainstSGLangsOwnScheduler:
     def test_the_same_tokens_and_log_probabilities(self, stock_cluster: Cluster) -> None:
         assert "flowprefill" in ANSWERS, "runs after TestFlowPrefill's mix"
@@ -218,15 +295,15 @@ class TestAgainstSGLangsOwnScheduler:
         assert shares["decode"] < MAX_IDLE_SHARE
 
 
+def scheduler_of(cluster: Cluster, server: str) -> psutil.Process:
+    children = psutil.Process(cluster.processes[server]).children(recursive=True)
+    return next(process for process in children if "scheduler" in process.name())
+
+
 def idle_shares(cluster: Cluster, seconds: float = 10.0) -> dict[str, float]:
     """Share of a core that the scheduler process of each idle server takes."""
     time.sleep(2.0)
-    schedulers = {
-        name: next(
-            p for p in psutil.Process(cluster.processes[name]).children(recursive=True) if "scheduler" in p.name()
-        )
-        for name in ("prefill", "decode")
-    }
+    schedulers = {name: scheduler_of(cluster, name) for name in ("prefill", "decode")}
 
     def cpu_s(process: psutil.Process) -> float:
         times = process.cpu_times()

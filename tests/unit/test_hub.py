@@ -88,7 +88,7 @@ class Grammars(GrammarManager):
         self.SGLANG_GRAMMAR_MAX_POLL_ITERATIONS = 10_000
 
     def request(self, received_s: float | None = None) -> Any:
-        stats = SimpleNamespace(created_time=time.monotonic() if received_s is None else received_s)
+        stats = SimpleNamespace(flowprefill_received_s=time.monotonic() if received_s is None else received_s)
         req = SimpleNamespace(grammar=Future(), grammar_key=("regex", ""), grammar_wait_ct=0, time_stats=stats)
         req.finished, req.failures = lambda: False, []
         req.set_finish_with_abort = req.failures.append
@@ -126,14 +126,28 @@ def test_a_compiled_grammar_is_an_event_and_the_others_are_not_waited_for(schedu
     assert not scheduler._has_compiled_grammars()
 
 
-def test_a_grammar_that_takes_too_long_is_given_up_when_sglang_would(scheduler: Any) -> None:
+def test_a_grammar_that_takes_too_long_is_given_up_when_sglang_would(
+    scheduler: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     grammars, now_s = scheduler.grammar_manager, time.monotonic()
-    late, in_time = grammars.request(now_s - 51.0), grammars.request(now_s - 40.0)
-    scheduler.process_input_requests([late, in_time])
+    late, in_time = grammars.request(), grammars.request()
+    for request, began_s in ((late, now_s - 51.0), (in_time, now_s - 40.0)):
+        with monkeypatch.context() as earlier:
+            earlier.setattr("sgl_flowprefill.runtime.scheduler.time.monotonic", lambda began_s=began_s: began_s)
+            scheduler.process_input_requests([request])
     assert scheduler._has_compiled_grammars()
     assert grammars.get_ready_grammar_requests() == [late]
     assert "timed out" in late.failures[0]
     assert not scheduler._has_compiled_grammars()
+
+
+def test_a_grammar_is_as_old_as_this_process_has_compiled_it(scheduler: Any) -> None:
+    """The HTTP server may run on another machine, whose clock shows other numbers."""
+    grammars = scheduler.grammar_manager
+    for received_s in (time.monotonic() - 1e6, 0.0, time.monotonic() + 1e6):
+        scheduler.process_input_requests([grammars.request(received_s)])
+    assert not scheduler._has_compiled_grammars()
+    assert all(req.grammar_wait_ct == 0 for req in grammars.grammar_queue)
 
 
 def test_rank_0_decides_when_ranks_look_at_their_grammars(scheduler: Any) -> None:

@@ -35,6 +35,7 @@ from sgl_flowprefill.patches import (
     wakeups,
 )
 from sgl_flowprefill.patches.base import SeamError
+from sgl_flowprefill.policy.places import PlaceOrder
 
 
 @pytest.fixture(autouse=True)
@@ -253,7 +254,7 @@ def test_binding_covers_every_thread_and_the_number_of_torch_threads() -> None:
 def waiting_request(rid: str, arrival_s: float, custom_params: Any) -> SimpleNamespace:
     req = SimpleNamespace(
         rid=rid,
-        time_stats=SimpleNamespace(created_time=arrival_s),
+        time_stats=SimpleNamespace(flowprefill_received_s=arrival_s),
         sampling_params=SimpleNamespace(custom_params=custom_params),
     )
     return SimpleNamespace(req=req)
@@ -264,10 +265,10 @@ def test_the_queue_is_in_order_when_places_are_given_out() -> None:
     ((_, pop, _),) = HookRegistry._hooks[decode_order.TARGET]
     queue = SimpleNamespace(
         queue=[
-            waiting_request("relaxed", 0.0, {"ttft_slo": 20.0}),
-            waiting_request("default", 1.0, None),
-            waiting_request("urgent", 2.0, {"ttft_slo": 0.5}),
-            waiting_request("invalid", 0.5, {"ttft_slo": "soon"}),  # as if it named none
+            waiting_request("relaxed", 10.0, {"ttft_slo": 20.0}),
+            waiting_request("default", 11.0, None),
+            waiting_request("urgent", 12.0, {"ttft_slo": 0.5}),
+            waiting_request("invalid", 10.5, {"ttft_slo": "soon"}),  # as if it named none
         ]
     )
     seen: list[str] = []
@@ -286,7 +287,86 @@ def test_without_times_from_the_http_server_the_order_stays() -> None:
     decode_order.apply(FlowPrefillConfig())
     ((_, pop, _),) = HookRegistry._hooks[decode_order.TARGET]
     queue = SimpleNamespace(
-        queue=[waiting_request("first", 0.0, None), waiting_request("second", 0.0, {"ttft_slo": 5.0})]
+        queue=[waiting_request("first", 0.0, None), waiting_request("second", 0.0, {"ttft_slo": 0.5})]
     )
     pop(lambda _queue: ([], []), queue)
     assert [entry.req.rid for entry in queue.queue] == ["first", "second"]
+
+
+class PreallocQueue:
+    """SGLang's queue as a decode server changes it: by appending and by what ``pop_preallocated`` takes out."""
+
+    def __init__(self) -> None:
+        decode_order.apply(FlowPrefillConfig())
+        ((_, self._hook, _),) = HookRegistry._hooks[decode_order.TARGET]
+        self.queue: list[Any] = []
+        self.seen: list[str] = []
+
+    def add(self, rid: str, arrival_s: float, slo_s: float) -> None:
+        self.queue.append(waiting_request(rid, arrival_s, {"ttft_slo": slo_s}))
+
+    def pop(self, places: int = 0, failed: str | None = None) -> list[str]:
+        """Give out ``places``; who got one."""
+
+        def original(queue: PreallocQueue) -> tuple[list[Any], list[Any]]:
+            self.seen = [entry.req.rid for entry in queue.queue]
+            failures = [entry for entry in queue.queue if entry.req.rid == failed]
+            given = [entry for entry in queue.queue if entry not in failures][:places]
+            queue.queue = [entry for entry in queue.queue if entry not in failures and entry not in given]
+            return given, failures
+
+        return [entry.req.rid for entry in self._hook(original, self)[0]]
+
+
+def test_the_order_follows_what_comes_and_goes_between_steps() -> None:
+    queue = PreallocQueue()
+    assert queue.pop() == []
+    queue.add("a", 10.0, 9.0)
+    queue.add("b", 10.0, 5.0)
+    assert queue.pop(1) == ["b"]
+    queue.add("c", 11.0, 1.0)
+    queue.add("d", 11.0, 1.0)
+    queue.pop()
+    assert queue.seen == ["c", "d", "a"]
+    queue.pop(failed="c")
+    queue.add("e", 12.5, 2.0)
+    assert queue.pop(2) == ["e", "a"]
+    assert queue.pop(2) == ["d"]  # late since e has come
+    assert queue.pop() == []
+
+
+def test_the_order_notices_what_sglang_does_not_do_between_steps() -> None:
+    queue = PreallocQueue()
+    for i in range(6):
+        queue.add(f"a{i}", 10.0 + i, 20.0 - 2 * i)
+    queue.pop()
+    in_order = queue.seen
+    queue.queue = [entry for entry in queue.queue if entry.req.rid != in_order[2]]  # another list
+    queue.pop()
+    assert queue.seen == [rid for rid in in_order if rid != in_order[2]]
+    queue.queue.clear()
+    for i in range(7):
+        queue.add(f"b{i}", 20.0, 9.0 - i)
+    queue.pop()
+    assert queue.seen == [f"b{i}" for i in reversed(range(7))]
+    del queue.queue[3]
+    queue.add("b7", 20.0, 9.5)
+    queue.pop()
+    assert queue.seen == ["b6", "b5", "b4", "b2", "b1", "b0", "b7"]
+
+
+def test_an_unchanged_queue_is_recognised_and_not_looked_through(monkeypatch: pytest.MonkeyPatch) -> None:
+    looked_for: list[str] = []
+    contains = PlaceOrder.__contains__
+    monkeypatch.setattr(
+        PlaceOrder, "__contains__", lambda places, entry: looked_for.append(entry.req.rid) or contains(places, entry)
+    )
+    order = decode_order.QueueOrder(FlowPrefillConfig())
+    queue = order.sorted([waiting_request(str(i), float(i + 1), None) for i in range(100)])
+    order.note([], [], queue)
+    looked_for.clear()
+    assert order.sorted(queue) == queue
+    assert not looked_for
+    queue.append(waiting_request("new", 200.0, None))
+    assert len(order.sorted(queue)) == 101
+    assert looked_for == ["new"]

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from sgl_flowprefill.slo import SloError, body_error, ttft_slo_s
+pytest.importorskip("sglang")
+
+from sglang.srt.entrypoints.api_contract import generate_contract_error
+
+from sgl_flowprefill.patches import request_slo
+from sgl_flowprefill.slo import SloError, body_error, ttft_slo_s, with_objective
 
 
 @pytest.mark.parametrize("custom_params", [None, {}, {"other": 1}, {"ttft_slo": None}, "text"])
@@ -20,7 +27,7 @@ def test_a_positive_number_is_the_objective(value: float) -> None:
     assert ttft_slo_s({"ttft_slo": value}, default_s=3.0) == value
 
 
-@pytest.mark.parametrize("value", [0, -1, math.inf, math.nan, "1", True, [1], {}])
+@pytest.mark.parametrize("value", [0, -1, math.inf, -math.inf, math.nan, "1", True, [1], {}, 10**20, -(10**20)])
 def test_anything_else_is_refused_with_the_value_and_an_example(value: Any) -> None:
     with pytest.raises(SloError, match="positive, finite number") as error:
         ttft_slo_s({"ttft_slo": value}, default_s=3.0)
@@ -35,3 +42,62 @@ def test_bodies_of_both_apis_are_checked() -> None:
     assert body_error({"sampling_params": [{}, bad]}) is not None
     assert body_error({"sampling_params": {"custom_params": {"ttft_slo": 1}}}) is None
     assert body_error([1, 2]) is None
+    assert body_error({"instances": [{}], "parameters": {"sampling_params": bad}}) is not None
+    assert body_error({"instances": [{}], "parameters": {"sampling_params": {}}}) is None
+
+
+@pytest.mark.parametrize("number", ["1" + "0" * 400, "-1" + "0" * 400, "9" * 30, "1e999"])
+def test_a_number_that_no_float_or_message_can_hold_is_an_error_and_no_exception(number: str) -> None:
+    body = json.loads(f'{{"text": "a", "sampling_params": {{"custom_params": {{"ttft_slo": {number}}}}}}}')
+    error = request_slo._check_generate(generate_contract_error, body)
+    assert error is not None
+    assert "positive, finite number" in error
+    assert error == request_slo._check_openai(
+        lambda _handler, _request: None, None, SimpleNamespace(custom_params=body["sampling_params"]["custom_params"])
+    )
+
+
+def test_a_refusal_repeats_only_the_beginning_of_a_long_value() -> None:
+    error = body_error({"custom_params": {"ttft_slo": "soon" * 300_000}})
+    assert error is not None
+    assert "'soonsoonsoon" in error
+    assert len(error) < 300
+
+
+@pytest.mark.parametrize(
+    ("sampling", "expected"),
+    [
+        (None, {"custom_params": {"ttft_slo": 2.0}}),
+        ({"n": 1}, {"n": 1, "custom_params": {"ttft_slo": 2.0}}),
+        ({"custom_params": {"other": 1}}, {"custom_params": {"other": 1, "ttft_slo": 2.0}}),
+        ({"custom_params": {"ttft_slo": 2}}, {"custom_params": {"ttft_slo": 2.0}}),
+        ([{}, {"n": 1}], [{"custom_params": {"ttft_slo": 2.0}}, {"n": 1, "custom_params": {"ttft_slo": 2.0}}]),
+    ],
+)
+def test_an_objective_at_the_top_of_a_generate_body_is_one_of_its_sampling_parameters(
+    sampling: Any, expected: Any
+) -> None:
+    top = {"ttft_slo": 2, "thinking_budget": 3}  # SGLang ignores the other
+    body = {"text": "a", "custom_params": top} | ({} if sampling is None else {"sampling_params": sampling})
+    assert generate_contract_error(body) is None
+    assert body_error(body) is None
+    assert with_objective(sampling, top) == expected
+
+
+def test_two_objectives_in_one_request_are_refused_with_both() -> None:
+    body = {"custom_params": {"ttft_slo": 2}, "sampling_params": [{}, {"custom_params": {"ttft_slo": 0.5}}]}
+    error = body_error(body)
+    assert error is not None
+    assert "2 at the top" in error
+    assert "0.5 in its sampling_params" in error
+
+
+def test_an_objective_that_has_nowhere_to_go_is_refused() -> None:
+    error = body_error({"custom_params": {"ttft_slo": 2}, "sampling_params": {"custom_params": "text"}})
+    assert error is not None
+    assert "'text'" in error
+
+
+def test_sampling_parameters_without_an_objective_beside_them_stay_as_they_are() -> None:
+    for sampling in (None, {}, {"custom_params": {"ttft_slo": 1}}, [{}], "invalid"):
+        assert with_objective(sampling, None) == sampling
