@@ -76,7 +76,7 @@ def _profile(arguments: argparse.Namespace, server_args: Sequence[str]) -> int:
             start_new_session=True,  # a Ctrl-C reaches it once, through us
         )
     assert process.stdout is not None
-    ends = (signal.SIGTERM, signal.SIGHUP)
+    ends = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) != signal.SIG_IGN]
     before = [signal.signal(number, lambda number, frame: process.send_signal(signal.SIGINT)) for number in ends]
     try:
         with _Bar(arguments.budget_s) as show:
