@@ -30,6 +30,8 @@ ENSURE_S: Final = 5.0
 DRAIN_S: Final = 120.0
 """How long the requests on a server have to end, once it gets no more of them."""
 NO_CONNECTION: Final = "no connection"
+STARTING: Final = (NO_CONNECTION, "HTTP 503")
+"""What there is from a server that starts."""
 UNAUTHORIZED: Final = (401, 403)
 FATAL: Final = (400, 404, 422, *UNAUTHORIZED)
 """Answers that waiting does not change."""
@@ -100,7 +102,7 @@ class Cluster:
 
     @property
     def gateway_url(self) -> str:
-        return self._layout.gateway_url
+        return self.config.join or self._layout.gateway_url
 
     @property
     def prefill_url(self) -> str:
@@ -342,7 +344,7 @@ class Cluster:
             if now_s - begin_s > self.config.startup_timeout_s:
                 raise ClusterError(f"{self._too_late(what, seen)}; the logs are in {self.config.log_dir}")
             if now_s - said_s >= PROGRESS_S:
-                told = [doing() if doing else None, None if doing and seen == NO_CONNECTION else seen]
+                told = [doing() if doing else None, None if doing and seen in STARTING else seen]
                 self._say(f"waiting for {what} ({'; '.join([f'{now_s - begin_s:.0f} s', *filter(None, told)])})")
                 said_s = now_s
             time.sleep(POLL_S)

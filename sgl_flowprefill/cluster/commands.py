@@ -93,7 +93,7 @@ class Layout:
 
     @property
     def gateway_url(self) -> str:
-        return self.config.join or _url(self.host, self.ports.gateway)
+        return _url(self.host, self.ports.gateway)
 
     def server_url(self, role: Role, index: int = 0) -> str:
         host = LOOPBACK if self.config.join is None else self.host
@@ -127,6 +127,8 @@ class Layout:
         env[ENV_PREFIX + "DECODE_SLEEP"] = "1"
         if self.config.join is None:
             env["SGLANG_HOST_IP"] = LOOPBACK  # where prefill and decode servers listen for each other
+            if self.cpus is not None:  # between GPUs, the KV cache may need other devices
+                env.setdefault("UCX_NET_DEVICES", "lo")
         if self.config.flowprefill:
             env[ENV_SWITCH] = "1"
             self._options(role, index).to_env(env)

@@ -1,10 +1,10 @@
 """Ends what a launcher started, whatever becomes of the launcher.
 
 Runs as a process of its own, outside of the launcher's session, and needs nothing but the standard library. It reads
-lines from its standard input: ``session PID`` (the leader of a session to end), ``ended PID`` (that session is no more)
-and ``directory PATH`` (to remove). At end of file, when the launcher closes the pipe or dies, it kills every process of
-these sessions, then removes the shared memory that only they had, and the directories. So an orderly end and a crash
-take one path.
+lines from its standard input: ``keep NAME`` (shared memory of others), ``session PID`` (the leader of a session to
+end), ``ended PID`` (that session is no more) and ``directory PATH`` (to remove). At end of file, when the launcher
+closes the pipe or dies, it kills every process of these sessions, then removes the shared memory that only they had,
+and the directories. So an orderly end and a crash take one path.
 
 The kernel gives the number of a session to no other process while anyone is in it, or its leader has not been reaped.
 The launcher reaps a leader only after it has ended the rest of the session and said so. So the number still means the
@@ -64,7 +64,7 @@ class Session(NamedTuple):
 def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    before = set(os.listdir(SHM))
+    keep: set[str] = set()
     sessions: dict[int, Session] = {}
     directories: list[str] = []
     for line in sys.stdin:
@@ -75,9 +75,11 @@ def main() -> None:
                 sessions[session.pid] = session
         elif kind == "ended":
             sessions.pop(int(value), None)
-        else:
+        elif kind == "directory":
             directories.append(value)
-    end(sessions.values(), before)
+        else:
+            keep.add(value)
+    end(sessions.values(), keep)
     for directory in directories:
         shutil.rmtree(directory, ignore_errors=True)
 

@@ -147,6 +147,8 @@ class Guard:
         )
         # Not below TMPDIR: the path of a ZeroMQ ipc socket must stay under 108 characters.
         self.directory = Path(tempfile.mkdtemp(prefix="flowprefill-", dir="/tmp"))
+        for name in self._segments_before:
+            self._tell(f"keep {name}")
         self._tell(f"directory {self.directory}")
         return self
 

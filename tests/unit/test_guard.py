@@ -19,6 +19,7 @@ from multiprocessing import get_context, resource_tracker, shared_memory
 segment = shared_memory.SharedMemory(create=True, size=4096)
 resource_tracker.unregister(segment._name, "shared_memory")
 semaphore = get_context("spawn").Semaphore(1)
+resource_tracker.unregister(semaphore._semlock.name, "semaphore")
 passed_on = shared_memory.SharedMemory(create=True, size=4096)
 passed_on.close()  # mapped by nobody now
 file = tempfile.NamedTemporaryFile(delete=False)
@@ -118,6 +119,14 @@ def test_shared_memory_of_others_stays(tmp_path):
         segment.unlink()
 
 
+def test_what_a_server_made_before_the_guard_has_started_is_removed(tmp_path):
+    with Guard() as guard:
+        guard._process.send_signal(signal.SIGSTOP)
+        _, _, left = start(guard, tmp_path)
+        guard._process.send_signal(signal.SIGCONT)
+    assert [path for path in left if path.exists()] == []
+
+
 def test_a_server_that_was_killed_is_reported_with_its_last_lines(tmp_path):
     with Guard() as guard:
         server, child, _ = start(guard, tmp_path)
@@ -175,12 +184,12 @@ sys.path.insert(0, {root!r})
 from sgl_flowprefill.cluster import guard as program
 from sgl_flowprefill.cluster.process import Guard
 
-def another_with(pid):
+def another_with(pid, *command):
     "A process that has nothing to do with a guard, leads a session and has got this number; None if it cannot."
     for _ in range(20):
         with open("/proc/sys/kernel/ns_last_pid", "w") as file:
             file.write(str(pid - 1))
-        other = subprocess.Popen(["sleep", "60"], start_new_session=True)
+        other = subprocess.Popen(command, start_new_session=True, stdout=subprocess.PIPE)
         if other.pid == pid:
             return other
         other.kill()
@@ -204,11 +213,13 @@ with Guard() as guard:
     server = guard.start("test", ["true"], os.environ, pathlib.Path(os.devnull))
     while server.ended() is None:
         time.sleep(0.01)
-    print(another_with(server.pid))
+    print(another_with(server.pid, "sleep", "60"))
     guard.end(server)
-    other = another_with(server.pid)
-print("killed" if other.poll() is not None else "alive")
-""") == ["None", "alive"]
+    other = another_with(server.pid, "sh", "-c", "sleep 60 & echo $!")
+    of_its_session = int(other.stdout.readline())
+    other.wait()
+print(program.look(of_its_session).is_alive)
+""") == ["None", "True"]
 
 
 def test_a_session_with_a_recycled_number_is_left_alone():
@@ -222,7 +233,7 @@ guard.stdin.flush()
 time.sleep(1)
 server.kill()
 server.wait()
-other = another_with(server.pid)
+other = another_with(server.pid, "sleep", "60")
 guard.stdin.close()
 guard.wait()
 print(other.poll())
