@@ -200,6 +200,8 @@ def assert_closed_without_key(processes, gateway_port):
     for port in (gateway_port, *ports):
         url = f"http://127.0.0.1:{port}/generate"
         assert requests.post(url, json={"text": "Hello"}, timeout=60).status_code == 401, port
+        assert requests.get(f"http://127.0.0.1:{port}/health", timeout=60).status_code == 200, port
+    assert requests.get(f"http://127.0.0.1:{gateway_port}/readiness", timeout=60).status_code == 200
 
 
 def assert_key_is_not_shown(launcher):
