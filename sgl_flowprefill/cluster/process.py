@@ -140,6 +140,7 @@ class Guard:
 
     def __enter__(self) -> Guard:
         self._servers: list[Server] = []
+        self._followed: list[guard.Session] = []
         self._logs: set[Path] = set()
         self._segments_before = set(os.listdir(guard.SHM))
         self._process = subprocess.Popen(
@@ -159,6 +160,24 @@ class Guard:
         self._servers.append(server)
         self._tell(f"session {server.pid}")
         return server
+
+    def follow(self, command: Sequence[str], env: Mapping[str, str], log: Path) -> subprocess.Popen[str]:
+        """Start a process that reports on its standard output and writes its log to standard error."""
+        with open(log, "wb") as errors:
+            process = subprocess.Popen(
+                command,
+                env=dict(env) | {"TMPDIR": str(self.directory)},
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+                start_new_session=True,  # a Ctrl-C reaches it through us, or not at all
+            )
+        session = guard.Session.led_by(process.pid)
+        assert session is not None  # nobody has waited for it yet
+        self._followed.append(session)
+        self._tell(f"session {process.pid}")
+        return process
 
     def end(self, server: Server) -> None:
         """End what is left of one server, and only that."""
@@ -182,7 +201,7 @@ class Guard:
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(GUARD_S)
         if self._process.returncode != 0:
-            guard.end([server.session for server in self._servers], self._segments_before)
+            guard.end([*self._followed, *(server.session for server in self._servers)], self._segments_before)
             shutil.rmtree(self.directory, ignore_errors=True)
         for server in self._servers:
             server.reap()

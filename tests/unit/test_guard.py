@@ -119,6 +119,20 @@ def test_shared_memory_of_others_stays(tmp_path):
         segment.unlink()
 
 
+@pytest.mark.parametrize("guarded", [True, False])
+def test_a_process_that_reports_ends_with_all_that_it_left(tmp_path, guarded):
+    with Guard() as guard:
+        command = [sys.executable, "-c", SERVER.format(child=CHILD)]
+        process = guard.follow(command, os.environ, tmp_path / "log")
+        child, *left = process.stdout.readline().split()
+        assert [path for path in left if not Path(path).exists()] == []
+        if not guarded:
+            guard._process.kill()
+    wait_until(lambda: gone(process.pid))
+    assert gone(int(child))
+    assert [path for path in left if Path(path).exists()] == []
+
+
 def test_what_a_server_made_before_the_guard_has_started_is_removed(tmp_path):
     with Guard() as guard:
         guard._process.send_signal(signal.SIGSTOP)
