@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -147,10 +147,11 @@ class Guard:
             [sys.executable, "-S", guard.__file__], stdin=subprocess.PIPE, text=True, start_new_session=True
         )
         # Not below TMPDIR: the path of a ZeroMQ ipc socket must stay under 108 characters.
-        self.directory = Path(tempfile.mkdtemp(prefix="flowprefill-", dir="/tmp"))
+        self.directory = Path(f"/tmp/flowprefill-{secrets.token_hex(6)}")
         for name in self._segments_before:
             self._tell(f"keep {name}")
-        self._tell(f"directory {self.directory}")
+        self._tell(f"directory {self.directory}")  # before it is there: a signal may come in between
+        self.directory.mkdir(mode=0o700)
         return self
 
     def start(self, name: str, command: Sequence[str], env: Mapping[str, str], log: Path) -> Server:
