@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from threading import Thread
 from typing import Generic, TypeVar
 
@@ -20,6 +20,10 @@ class Asked(Generic[T]):
     @property
     def is_answered(self) -> bool:
         return self._answer.done()
+
+    def wait(self, timeout_s: float) -> None:
+        """Give the answer this long to come."""
+        wait([self._answer], timeout=max(0.0, timeout_s))
 
     def answer(self) -> T:
         """What ``ask`` has returned; raises what it has raised. Waits for it."""

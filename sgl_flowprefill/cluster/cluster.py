@@ -6,6 +6,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
+from functools import partial
 from types import TracebackType
 from typing import Any, Final
 
@@ -27,6 +28,8 @@ LONGEST_BACK_OFF_S: Final = 60.0
 """Longest pause before a server is started again; one that has run for as long starts over with a short one."""
 ENSURE_S: Final = 5.0
 """How often a gateway on another machine is asked whether it still knows the servers here."""
+LEAVE_S: Final = 3.0
+"""How long a gateway on another machine may take to hear that servers end."""
 DRAIN_S: Final = 120.0
 """How long the requests on a server have to end, once it gets no more of them."""
 NO_CONNECTION: Final = "no connection"
@@ -210,18 +213,19 @@ class Cluster:
         plural = "s" if len(self._layout.servers) > 1 else ""
         servers = f"{self._layout.in_words()} server{plural} on {self._layout.device()}"
         self._say(f"starting the {servers} (logs in {self.config.log_dir})")
+        if self.config.join:
+            self._stack.callback(self._leave_all)
         for role, index in self._layout.servers:
             member = Member(self._layout, role, index)
             if self.config.join:
                 self._leave(member)  # what listened there before
-                self._stack.callback(self._leave, member)
             self._launch(member)
             self._members.append(member)
         for member in self._members:
             self._await(
                 f"the {member.name} server",
-                lambda member=member: self._is_healthy(member),  # type: ignore[misc]
-                lambda member=member: self._phases(member),  # type: ignore[misc]
+                partial(self._is_healthy, member),
+                partial(self._phases, member),
             )
             self._say(f"the {member.name} server is up after {time.monotonic() - begin_s:.0f} s")
             self._is_up(member)
@@ -250,7 +254,7 @@ class Cluster:
     def _look_after(self, member: Member, server: Server) -> None:
         """See whether a server that was started again is up."""
         if member.health is None:
-            member.health = Asked(lambda: self._is_healthy(member))
+            member.health = Asked(partial(self._is_healthy, member))
         if member.health.is_answered:
             try:
                 member.health.answer()
@@ -275,7 +279,7 @@ class Cluster:
         if member.up_since_s is not None and now_s - member.up_since_s > LONGEST_BACK_OFF_S:
             member.back_off_s = 1.0
         member.server, member.up_since_s, member.start_at_s = None, None, now_s + member.back_off_s
-        self._errands.append(lambda: self._leave(member))
+        self._errands.append(partial(self._leave, member))
         self._guard.end(server)
         self._say(f"{ended}\nIt is started again in {member.back_off_s:.0f} s; the others go on")
         member.back_off_s = min(2 * member.back_off_s, LONGEST_BACK_OFF_S)
@@ -289,6 +293,12 @@ class Cluster:
     def _leave(self, member: Member) -> None:
         with suppress(requests.RequestException):
             self._gateway.remove(member.url)
+
+    def _leave_all(self) -> None:
+        """Take all servers off their gateway. They end after ``LEAVE_S``, whether it has answered or not."""
+        give_up_s = time.monotonic() + LEAVE_S
+        for asked in [Asked(partial(self._leave, member)) for member in self._members]:
+            asked.wait(give_up_s - time.monotonic())
 
     def _run_errands(self) -> None:
         """Begin the next errand at the gateway, if none is under way."""

@@ -229,6 +229,15 @@ def test_a_gateway_that_answers_again_hears_of_all_that_has_happened_in_order(re
     assert heard[:3] == ["/workers", "/workers/7", "/workers"]
 
 
+def test_servers_end_although_their_gateway_does_not_answer(restarting):
+    restarting, _, _ = restarting
+    with nobody_answers() as url:
+        restarting._gateway = Gateway(url)
+        begin_s = time.monotonic()
+        restarting._leave_all()
+    assert time.monotonic() - begin_s < 4.5
+
+
 def test_the_end_of_the_guard_ends_the_cluster(restarting):
     restarting, _, _ = restarting
     restarting._guard.how = "the launcher's guard has ended (killed by signal 9)"
