@@ -11,6 +11,9 @@ from sgl_flowprefill.config import FlowPrefillConfig
 
 GATEWAY_PORT: Final = 30000
 MAX_PORT: Final = 65535
+LOOPBACK: Final = "127.0.0.1"
+KEY_VARIABLE: Final = "FLOWPREFILL_API_KEY"
+"""Environment variable with the API key: of launch.py, and of the servers that it starts."""
 
 
 class ClusterError(RuntimeError):
@@ -54,7 +57,8 @@ class ClusterConfig:
     flowprefill: bool
     model_path: str | Path | None = None
     """Checkpoint directory or Hugging Face model id; None for the embedded model."""
-    host: str = "127.0.0.1"
+    host: str = LOOPBACK
+    """Address that the gateway listens on, or the servers that join one on another machine."""
     ports: Ports = field(default_factory=Ports)
     prefill: int = 1
     """Prefill servers to start here."""
@@ -68,9 +72,17 @@ class ClusterConfig:
     decode_args: Sequence[str] = ()
     gateway_args: Sequence[str] = ()
     """Options of smg."""
-    api_key: str | None = None
+    api_key: str | None = field(default=None, repr=False)
     """What servers and gateway ask of their clients as a bearer token."""
+    api_key_in_shell: str = "$" + KEY_VARIABLE
+    """How a shell is told the key, without showing it."""
     log_dir: Path = Path("out/logs")
     options: FlowPrefillConfig = field(default_factory=FlowPrefillConfig)
     startup_timeout_s: float = 1800.0
     """Longest that a server, the gateway or the first request may take to come up; a server started again, too."""
+
+    @property
+    def worker_host(self) -> str:
+        """Address that servers listen on. Nobody but the gateway on the same machine needs to reach those that are
+        behind it."""
+        return LOOPBACK if self.join is None else self.host

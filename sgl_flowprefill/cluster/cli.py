@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import signal
 import sys
@@ -13,7 +14,15 @@ from types import FrameType
 from typing import Final, NoReturn
 
 from sgl_flowprefill.cluster import preflight
-from sgl_flowprefill.cluster.base import GATEWAY_PORT, ClusterConfig, ClusterError, Ports, StartError
+from sgl_flowprefill.cluster.base import (
+    GATEWAY_PORT,
+    KEY_VARIABLE,
+    LOOPBACK,
+    ClusterConfig,
+    ClusterError,
+    Ports,
+    StartError,
+)
 from sgl_flowprefill.cluster.cluster import Cluster
 from sgl_flowprefill.cluster.commands import join_values
 from sgl_flowprefill.config import ConfigError, FlowPrefillConfig, is_enabled
@@ -26,8 +35,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Serve until interrupted, or ``profile`` or ``doctor``; returns the exit code."""
     argv = sys.argv[1:] if argv is None else argv
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job of a shell starts with it ignored
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _end)
+    signal.signal(signal.SIGTERM, _end)
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup asks to go on
+        signal.signal(signal.SIGHUP, _end)
     try:
         if argv and argv[0] == "profile":
             from sgl_flowprefill.cluster import profile_command
@@ -89,10 +99,11 @@ def parse(argv: Sequence[str]) -> ClusterConfig:
     except ConfigError as error:
         raise StartError(str(error)) from None
     prefill, decode, join = _part(arguments, server_args)
+    key, key_in_shell = _key(arguments)
     return ClusterConfig(
         flowprefill=arguments.flowprefill,
         model_path=arguments.model_path,
-        host=arguments.host or (preflight.own_address(join) if join else "127.0.0.1"),
+        host=arguments.host or (preflight.own_address(join) if join else LOOPBACK),
         ports=_ports(arguments),
         prefill=prefill,
         decode=decode,
@@ -101,7 +112,8 @@ def parse(argv: Sequence[str]) -> ClusterConfig:
         prefill_args=shlex.split(arguments.prefill_args),
         decode_args=shlex.split(arguments.decode_args),
         gateway_args=shlex.split(arguments.gateway_args),
-        api_key=arguments.api_key,
+        api_key=key,
+        api_key_in_shell=key_in_shell,
         log_dir=arguments.log_dir,
         options=options,
         startup_timeout_s=arguments.startup_timeout_s,
@@ -145,6 +157,34 @@ def _ports(arguments: argparse.Namespace) -> Ports:
     if ports != Ports(gateway=ports.gateway):
         raise StartError(f"--ports {text}: --role {arguments.role} takes the port of its first server only")
     return Ports(**{arguments.role: ports.gateway})
+
+
+def _key(arguments: argparse.Namespace) -> tuple[str | None, str]:
+    """The API key and how a shell is told it, from the first of --api-key, --api-key-file and the environment that
+    there is. Raises StartError; no message shows a key."""
+    shell, file = ClusterConfig.api_key_in_shell, arguments.api_key_file
+    if arguments.api_key is not None and file is not None:
+        raise StartError("--api-key and --api-key-file: give one of them")
+    if arguments.api_key is not None:
+        return _checked("--api-key", arguments.api_key), shell
+    if file is None:
+        given = os.environ.get(KEY_VARIABLE)
+        return (None if given is None else _checked(KEY_VARIABLE, given)), shell
+    try:
+        given = file.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise StartError(f"--api-key-file {file}: {getattr(error, 'strerror', None) or 'no text'}") from None
+    return _checked(f"--api-key-file {file}", given), f"$(cat {shlex.quote(str(file.absolute()))})"
+
+
+def _checked(source: str, text: str) -> str:
+    """The key without white space around it."""
+    key = text.strip()
+    if not key:
+        raise StartError(f"{source} is empty: put a key there, such as one of `openssl rand -hex 32`")
+    if not key.isascii() or not key.isprintable() or " " in key:
+        raise StartError(f"{source}: a key is one line of printable ASCII characters without spaces")
+    return key
 
 
 def _count(text: str) -> int:
@@ -198,8 +238,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--ports", metavar="GATEWAY,PREFILL,DECODE,BOOTSTRAP", help="ports to listen on; 0 or none for "
                         f"any free one (default {GATEWAY_PORT}); several servers of a kind count up from theirs. With "
                         "--role, one port")  # fmt: skip
-    parser.add_argument("--api-key", metavar="KEY", help="what servers and gateway ask of their clients as a bearer "
-                        "token; the same on each machine of a cluster (default: nothing)")  # fmt: skip
+    parser.add_argument("--api-key-file", metavar="FILE", type=Path, help="file with the key that servers and gateway "
+                        "ask of their clients as a bearer token; the same on each machine of a cluster (default: the "
+                        f"environment variable {KEY_VARIABLE}, or no key)")  # fmt: skip
+    parser.add_argument("--api-key", metavar="KEY", help="the key itself; other users of this machine can read it in "
+                        "the list of processes")  # fmt: skip
     parser.add_argument("--startup-timeout-s", metavar="SECONDS", type=_seconds,
                         default=ClusterConfig.startup_timeout_s, help="longest that each server, the gateway and the "
                         "first request may take to come up (default %(default)g)")  # fmt: skip

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
+from functools import partial
 from types import TracebackType
 from typing import Any, Final
 
 import requests
 
-from sgl_flowprefill.cluster import preflight
+from sgl_flowprefill.cluster import phases, preflight
+from sgl_flowprefill.cluster.asked import Asked
 from sgl_flowprefill.cluster.base import ClusterConfig, ClusterError, StartError
-from sgl_flowprefill.cluster.commands import Layout, Role, gateway_env
+from sgl_flowprefill.cluster.commands import Layout, Role
 from sgl_flowprefill.cluster.gateway import Gateway, Worker, bearer
 from sgl_flowprefill.cluster.machine import CpuPlan
 from sgl_flowprefill.cluster.process import Guard, Server
@@ -25,8 +28,13 @@ LONGEST_BACK_OFF_S: Final = 60.0
 """Longest pause before a server is started again; one that has run for as long starts over with a short one."""
 ENSURE_S: Final = 5.0
 """How often a gateway on another machine is asked whether it still knows the servers here."""
+LEAVE_S: Final = 3.0
+"""How long a gateway on another machine may take to hear that servers end."""
 DRAIN_S: Final = 120.0
 """How long the requests on a server have to end, once it gets no more of them."""
+NO_CONNECTION: Final = "no connection"
+STARTING: Final = (NO_CONNECTION, "HTTP 503")
+"""What there is from a server that starts."""
 UNAUTHORIZED: Final = (401, 403)
 FATAL: Final = (400, 404, 422, *UNAUTHORIZED)
 """Answers that waiting does not change."""
@@ -50,6 +58,10 @@ class Member:
         """When it was last found healthy after a start; None before that."""
         self.start_at_s = 0.0
         self.back_off_s = 1.0
+        self.health: Asked[bool] | None = None
+        """The question whether a server that was started again is healthy, until it is answered."""
+        self.seen: str | None = None
+        """What came back instead."""
 
     @property
     def worker(self) -> Worker:
@@ -67,9 +79,13 @@ class Cluster:
     def __init__(self, config: ClusterConfig, on_progress: Callable[[str], None] = lambda line: None) -> None:
         self.config = config
         self._say = on_progress
+        self._guard = Guard()
         self._members: list[Member] = []
         self._gateway_server: Server | None = None
         self._ensured_s = 0.0
+        self._errands: deque[Callable[[], object]] = deque()
+        """What is to be done at the gateway, one after the other; ``check`` does not wait for it."""
+        self._errand: Asked[object] | None = None
         self._stack = ExitStack()
 
     def __enter__(self) -> Cluster:
@@ -77,7 +93,7 @@ class Cluster:
         self._layout: Layout = preflight.prepare(self.config)
         self._gateway = Gateway(self.gateway_url, self.config.api_key)
         with self._stack:
-            self._guard = self._stack.enter_context(Guard())
+            self._stack.enter_context(self._guard)
             self._start()
             self._stack = self._stack.pop_all()
         return self
@@ -89,7 +105,7 @@ class Cluster:
 
     @property
     def gateway_url(self) -> str:
-        return self.config.join or self._layout.url(self._layout.ports.gateway)
+        return self.config.join or self._layout.gateway_url
 
     @property
     def prefill_url(self) -> str:
@@ -126,7 +142,9 @@ class Cluster:
 
     def check(self) -> None:
         """See to servers that have ended, or do not come back up in time. While another server of its role is up, a
-        server is started again, after a pause; otherwise ClusterError is raised with the last lines of its log."""
+        server is started again, after a pause; otherwise ClusterError is raised with the last lines of its log.
+        Returns at once: a server or gateway that does not answer is waited for aside."""
+        self._check_guard()
         if self._gateway_server is not None:
             self._check_ended(self._gateway_server)
         for member in self._members:
@@ -139,8 +157,9 @@ class Cluster:
                 self._look_after(member, member.server)
         if (self.config.join or not self._layout.is_single) and time.monotonic() - self._ensured_s >= ENSURE_S:
             self._ensured_s = time.monotonic()
-            with suppress(requests.RequestException):
-                self._are_routed_to()
+            if not self._errands:
+                self._errands.append(self._are_routed_to)
+        self._run_errands()
 
     def wait(self) -> None:
         """Block until the cluster cannot go on, then raise ClusterError."""
@@ -194,15 +213,20 @@ class Cluster:
         plural = "s" if len(self._layout.servers) > 1 else ""
         servers = f"{self._layout.in_words()} server{plural} on {self._layout.device()}"
         self._say(f"starting the {servers} (logs in {self.config.log_dir})")
+        if self.config.join:
+            self._stack.callback(self._leave_all)
         for role, index in self._layout.servers:
             member = Member(self._layout, role, index)
             if self.config.join:
                 self._leave(member)  # what listened there before
-                self._stack.callback(self._leave, member)
             self._launch(member)
             self._members.append(member)
         for member in self._members:
-            self._await(f"the {member.name} server", lambda member=member: self._is_healthy(member))  # type: ignore[misc]
+            self._await(
+                f"the {member.name} server",
+                partial(self._is_healthy, member),
+                partial(self._phases, member),
+            )
             self._say(f"the {member.name} server is up after {time.monotonic() - begin_s:.0f} s")
             self._is_up(member)
 
@@ -210,7 +234,9 @@ class Cluster:
         layout = self._layout
         metrics_port = preflight.free_port(self.config.host, taken=vars(layout.ports).values())
         log = self.config.log_dir / "gateway.log"
-        self._gateway_server = self._guard.start("gateway", layout.gateway_command(metrics_port), gateway_env(), log)
+        self._gateway_server = self._guard.start(
+            "gateway", layout.gateway_command(metrics_port), layout.gateway_env(), log
+        )
         self._await("the gateway's workers" if self._members else "the gateway", self._workers_are_active)
 
     def _launch(self, member: Member) -> None:
@@ -218,7 +244,7 @@ class Cluster:
         command = layout.server_command(role, index, member.bootstrap)
         log = self.config.log_dir / f"{member.name}.log"
         member.server = self._guard.start(member.name, command, layout.server_env(role, index), log)
-        member.up_since_s = None
+        member.up_since_s = member.health = member.seen = None
 
     def _is_up(self, member: Member) -> None:
         assert member.server is not None
@@ -227,16 +253,21 @@ class Cluster:
 
     def _look_after(self, member: Member, server: Server) -> None:
         """See whether a server that was started again is up."""
-        try:
-            self._is_healthy(member)
-        except requests.RequestException as error:
-            if time.monotonic() - member.start_at_s > self.config.startup_timeout_s:
-                self._lose(member, server, self._too_late(f"the {member.name} server", _seen(error)))
-            return
-        self._is_up(member)
-        self._bind(server)
-        self._say(f"the {member.name} server is back")
-        self._ensured_s = 0.0
+        if member.health is None:
+            member.health = Asked(partial(self._is_healthy, member))
+        if member.health.is_answered:
+            try:
+                member.health.answer()
+            except requests.RequestException as error:
+                member.health, member.seen = None, _seen(error)
+            else:
+                self._is_up(member)
+                self._bind(server)
+                self._say(f"the {member.name} server is back")
+                self._ensured_s = 0.0
+                return
+        if time.monotonic() - member.start_at_s > self.config.startup_timeout_s:
+            self._lose(member, server, self._too_late(f"the {member.name} server", member.seen))
 
     def _lose(self, member: Member, server: Server, how: str) -> None:
         """Start a server that has ended again after a pause. Raises ClusterError if it was the last of its role."""
@@ -248,7 +279,7 @@ class Cluster:
         if member.up_since_s is not None and now_s - member.up_since_s > LONGEST_BACK_OFF_S:
             member.back_off_s = 1.0
         member.server, member.up_since_s, member.start_at_s = None, None, now_s + member.back_off_s
-        self._leave(member)
+        self._errands.append(partial(self._leave, member))
         self._guard.end(server)
         self._say(f"{ended}\nIt is started again in {member.back_off_s:.0f} s; the others go on")
         member.back_off_s = min(2 * member.back_off_s, LONGEST_BACK_OFF_S)
@@ -256,12 +287,27 @@ class Cluster:
     def _start_again(self, member: Member) -> None:
         """Start a server at its old address, but with another bootstrap port. A decode server that has not noticed the
         end of a prefill server would go on to use what it had learned there: rank addresses that are gone."""
-        member.bootstrap = preflight.free_port(self.config.host)
+        member.bootstrap = preflight.free_port(self.config.worker_host)
         self._launch(member)
 
     def _leave(self, member: Member) -> None:
         with suppress(requests.RequestException):
             self._gateway.remove(member.url)
+
+    def _leave_all(self) -> None:
+        """Take all servers off their gateway. They end after ``LEAVE_S``, whether it has answered or not."""
+        give_up_s = time.monotonic() + LEAVE_S
+        for asked in [Asked(partial(self._leave, member)) for member in self._members]:
+            asked.wait(give_up_s - time.monotonic())
+
+    def _run_errands(self) -> None:
+        """Begin the next errand at the gateway, if none is under way."""
+        if self._errand is not None and self._errand.is_answered:
+            with suppress(requests.RequestException):
+                self._errand.answer()
+            self._errand = None
+        if self._errand is None and self._errands:
+            self._errand = Asked(self._errands.popleft())
 
     def _are_routed_to(self) -> bool:
         """Whether requests go to every server here that is up; tells the gateway about those that it does not know."""
@@ -274,35 +320,55 @@ class Cluster:
             schedulers = [self.cpus.scheduler_of(index, count) for index in range(count)]
             server.bind(self.cpus.others, except_on=schedulers)
 
+    def _check_guard(self) -> None:
+        if how := self._guard.ended():
+            raise ClusterError(f"{how}: without it, servers could outlive the launcher, so all of them end now")
+
     def _check_ended(self, server: Server) -> None:
         if how := server.ended():
             raise ClusterError(_last_words(server, how))
 
-    def _await(self, what: str, done: Callable[[], bool]) -> None:
+    def _await(self, what: str, done: Callable[[], bool], doing: Callable[[], str] | None = None) -> None:
         """Wait until ``done``, which raises ``requests.RequestException`` while it cannot tell. Raises ClusterError for
-        an answer that waiting does not change, the end of a server, and after ``startup_timeout_s``."""
+        an answer that waiting does not change, the end of a server, and after ``startup_timeout_s``. ``doing`` says
+        what goes on meanwhile, which tells more than that there is no connection yet."""
         begin_s = said_s = time.monotonic()
+        seen: str | None = None
+        asked: Asked[bool] | None = None
         while True:
-            seen = None
-            try:
-                if done():
-                    return
-            except requests.RequestException as error:
-                seen = _seen(error)
-                if error.response is not None and error.response.status_code in FATAL:
-                    remedy = "look for the reason in the logs"
-                    if error.response.status_code in UNAUTHORIZED:
-                        remedy = "give each launch.py of the cluster the same --api-key, and SGLang and smg no other"
-                    raise ClusterError(f"{what}: {seen}; {remedy} (in {self.config.log_dir})") from None
+            asked = asked or Asked(done)
+            if asked.is_answered:
+                answered, asked = asked, None
+                try:
+                    if answered.answer():
+                        return
+                    seen = None
+                except requests.RequestException as error:
+                    seen = _seen(error)
+                    if error.response is not None and error.response.status_code in FATAL:
+                        raise ClusterError(f"{what}: {seen}; {self._remedy(error.response.status_code)}") from None
+            self._check_guard()
             for server in self._servers():
                 self._check_ended(server)
             now_s = time.monotonic()
             if now_s - begin_s > self.config.startup_timeout_s:
                 raise ClusterError(f"{self._too_late(what, seen)}; the logs are in {self.config.log_dir}")
             if now_s - said_s >= PROGRESS_S:
-                self._say(f"waiting for {what} ({now_s - begin_s:.0f} s{f'; {seen}' if seen else ''})")
+                told = [doing() if doing else None, None if doing and seen in STARTING else seen]
+                self._say(f"waiting for {what} ({'; '.join([f'{now_s - begin_s:.0f} s', *filter(None, told)])})")
                 said_s = now_s
             time.sleep(POLL_S)
+
+    def _remedy(self, status_code: int) -> str:
+        remedy = "look for the reason in the logs"
+        if status_code in UNAUTHORIZED:
+            remedy = "give each launch.py of the cluster the same --api-key, and SGLang and smg no other"
+        return f"{remedy} (in {self.config.log_dir})"
+
+    def _phases(self, member: Member) -> str:
+        """What a server does while it starts, and what the others do that start at the same time."""
+        others = [other for other in self._members if other is not member and other.up_since_s is None]
+        return "; ".join([_phase(member), *(f"{other.name}: {_phase(other)}" for other in others)])
 
     def _too_late(self, what: str, seen: str | None) -> str:
         late = f"{what} did not come up within {self.config.startup_timeout_s:g} s (--startup-timeout-s)"
@@ -325,9 +391,15 @@ class Cluster:
 def _seen(error: requests.RequestException) -> str:
     """What came back instead of an answer, in short."""
     if error.response is None:
-        return "no connection" if isinstance(error, requests.ConnectionError) else type(error).__name__
+        return NO_CONNECTION if isinstance(error, requests.ConnectionError) else type(error).__name__
     body = " ".join(error.response.text.split())
     return f"HTTP {error.response.status_code} {body[:SHOWN_CHARACTERS]}".rstrip()
+
+
+def _phase(member: Member) -> str:
+    server = member.server
+    assert server is not None
+    return phases.phase(server.log, server.log_start) or f"its log is {server.log}"
 
 
 def _last_words(server: Server, how: str) -> str:

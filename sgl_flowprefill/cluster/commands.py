@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Final, Literal
 
 from sgl_flowprefill.cluster import machine
-from sgl_flowprefill.cluster.base import ClusterConfig, Ports
+from sgl_flowprefill.cluster.base import KEY_VARIABLE, LOOPBACK, ClusterConfig, Ports
 from sgl_flowprefill.cluster.machine import CpuPlan, shares
 from sgl_flowprefill.config import ENV_PREFIX, ENV_SWITCH, FlowPrefillConfig
 
@@ -48,6 +48,8 @@ DECODE_KV_TOKENS: Final = 1 << 20
 """The decode server gives a request a place and KV cache, first come first served, before its prefill may start. When
 they run out, an urgent request waits for long ones that wait for the prefill server, whatever the order there."""
 CACHE_VARIABLE: Final = ENV_PREFIX + "CACHE_DIR"
+RUN: Final = (sys.executable, "-m", "sgl_flowprefill.cluster.serve")
+"""Runs a module with the API key, which no command line shows."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ class Layout:
     cpus: CpuPlan | None
     """How a machine without a GPU is shared; None on a machine with GPUs."""
     host: str
-    """Where others reach this machine; the configuration's address to listen on may stand for all addresses."""
+    """Where others reach what listens at the configuration's address, which may stand for all addresses."""
 
     @property
     def servers(self) -> list[tuple[Role, int]]:
@@ -89,17 +91,19 @@ class Layout:
         """Name of a server in messages and of its log: with its number where there are several."""
         return role if self.count(role) == 1 else f"{role}-{index}"
 
-    def url(self, port: int) -> str:
-        return f"http://[{self.host}]:{port}" if ":" in self.host else f"http://{self.host}:{port}"
+    @property
+    def gateway_url(self) -> str:
+        return _url(self.host, self.ports.gateway)
 
     def server_url(self, role: Role, index: int = 0) -> str:
-        return self.url((self.ports.prefill if role == "prefill" else self.ports.decode) + index)
+        host = LOOPBACK if self.config.join is None else self.host
+        return _url(host, (self.ports.prefill if role == "prefill" else self.ports.decode) + index)
 
     def server_options(self, role: Role, index: int = 0, bootstrap: int | None = None) -> list[str]:
         """SGLang options of a server. Options of the user come last and win. ``bootstrap`` is the port of a prefill
         server's bootstrap service, if it is not the one of ``ports``."""
         port = (self.ports.prefill if role == "prefill" else self.ports.decode) + index
-        options = ["--model-path", self.model_path, "--host", self.config.host, "--port", str(port)]
+        options = ["--model-path", self.model_path, "--host", self.config.worker_host, "--port", str(port)]
         options += ["--disaggregation-mode", role, "--disaggregation-transfer-backend", "nixl"]
         options += ["--disaggregation-bootstrap-port", str(bootstrap or self.ports.bootstrap + index)]
         if self.config.model_path is None:
@@ -112,16 +116,19 @@ class Layout:
                 options += ["--max-total-tokens", str(DECODE_KV_TOKENS)]
         if role == "prefill" and self.config.flowprefill:
             options += FLOWPREFILL_ARGS
-        options += self._key()
         return [*options, *self.config.server_args, *self._own_args(role)]
 
     def server_command(self, role: Role, index: int = 0, bootstrap: int | None = None) -> list[str]:
-        return [sys.executable, "-m", "sglang.launch_server", *self.server_options(role, index, bootstrap)]
+        return [*RUN, "sglang.launch_server", *self.server_options(role, index, bootstrap)]
 
     def server_env(self, role: Role, index: int = 0) -> dict[str, str]:
         """Environment variables of a server."""
-        env = _clean_env()
+        env = self.gateway_env()
         env[ENV_PREFIX + "DECODE_SLEEP"] = "1"
+        if self.config.join is None:
+            env["SGLANG_HOST_IP"] = LOOPBACK  # where prefill and decode servers listen for each other
+            if self.cpus is not None:  # between GPUs, the KV cache may need other devices
+                env.setdefault("UCX_NET_DEVICES", "lo")
         if self.config.flowprefill:
             env[ENV_SWITCH] = "1"
             self._options(role, index).to_env(env)
@@ -166,7 +173,7 @@ class Layout:
             workers += [f"--{role}", self.server_url(role, index), *bootstrap]
         retries = ("--disable-retries",) if self.is_single else GATEWAY_RETRIES
         return [
-            *(sys.executable, "-m", "smg.launch_router", "--pd-disaggregation", *workers),
+            *(*RUN, "smg.launch_router", "--pd-disaggregation", *workers),
             *("--host", self.config.host, "--port", str(self.ports.gateway)),
             *("--prometheus-host", "127.0.0.1", "--prometheus-port", str(metrics_port)),
             *("--policy", "round_robin", *retries, "--disable-circuit-breaker"),
@@ -175,28 +182,23 @@ class Layout:
             *("--request-timeout-secs", str(GATEWAY_TIMEOUT_S)),
             *("--shutdown-grace-period-secs", str(1 if self.servers else GATEWAY_GRACE_S)),
             *("--queue-size", "10000", "--queue-timeout-secs", str(GATEWAY_TIMEOUT_S), "--log-level", "warn"),
-            *self._key(),
             *self.config.gateway_args,
         ]
 
+    def gateway_env(self) -> dict[str, str]:
+        """Environment variables of the gateway."""
+        env = _clean_env()
+        if self.config.api_key:
+            env[KEY_VARIABLE] = self.config.api_key
+        return env
+
     def curl(self) -> str:
-        """A command line that asks the gateway for a few tokens."""
+        """A command line that asks the gateway for a few tokens; a key is not in it, but where the shell finds it."""
         slo = ', "custom_params": {"ttft_slo": 1.0}' if self.config.flowprefill else ""
         body = f'{{"model": "{self.served_name}", "prompt": "Hello", "max_tokens": 16{slo}}}'
-        return shlex.join(
-            [
-                "curl",
-                f"{self.url(self.ports.gateway)}/v1/completions",
-                "-H",
-                "Content-Type: application/json",
-                *(("-H", f"Authorization: Bearer {self.config.api_key}") if self.config.api_key else ()),
-                "-d",
-                body,
-            ]
-        )
-
-    def _key(self) -> Sequence[str]:
-        return ("--api-key", self.config.api_key) if self.config.api_key else ()
+        command = ["curl", f"{self.gateway_url}/v1/completions", "-H", "Content-Type: application/json", "-d", body]
+        key = f' -H "Authorization: Bearer {self.config.api_key_in_shell}"' if self.config.api_key else ""
+        return shlex.join(command) + key
 
     def _own_args(self, role: Role) -> Sequence[str]:
         return self.config.prefill_args if role == "prefill" else self.config.decode_args
@@ -246,8 +248,8 @@ def join_values(argv: Sequence[str]) -> list[str]:
     return joined
 
 
-def gateway_env() -> dict[str, str]:
-    return _clean_env()
+def _url(host: str, port: int) -> str:
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def _clean_env() -> dict[str, str]:

@@ -5,10 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
-import subprocess
 import sys
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
@@ -17,6 +15,7 @@ from rich.table import Table
 
 from sgl_flowprefill.cluster import machine, preflight
 from sgl_flowprefill.cluster.base import ClusterConfig, Ports, StartError
+from sgl_flowprefill.cluster.process import Guard
 from sgl_flowprefill.config import ConfigError, FlowPrefillConfig
 from sgl_flowprefill.model import embedded_model_path
 from sgl_flowprefill.model.embedded import EmbeddedModel
@@ -57,24 +56,14 @@ def _check(arguments: argparse.Namespace, server_args: Sequence[str]) -> int:
     log = arguments.log_dir / "doctor.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     findings: list[dict[str, Any]] = []
-    with open(log, "wb") as errors:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "sgl_flowprefill.runtime.selfcheck", *layout.server_options("prefill")],
-            env=layout.server_env("prefill"),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            text=True,
-        )
-    try:
+    command = [sys.executable, "-m", "sgl_flowprefill.runtime.selfcheck", *layout.server_options("prefill")]
+    with Guard() as guard:
+        process = guard.follow(command, layout.server_env("prefill"), log)
         assert process.stdout is not None
         for line in process.stdout:
             findings.append(json.loads(line))
             print(f"{'pass' if findings[-1]['passed'] else 'FAIL'}  {findings[-1]['check']}", file=sys.stderr)
         process.wait()
-    finally:
-        with suppress(ProcessLookupError):
-            process.kill()
     if process.returncode or not findings:
         end = "\n".join(log.read_text(errors="replace").splitlines()[-LOG_LINES:])
         print(f"launch.py doctor: the engine did not get through; {log} ends with:\n{end}", file=sys.stderr)

@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 import requests
 
 from sgl_flowprefill.cluster import machine
-from sgl_flowprefill.cluster.base import GATEWAY_PORT, MAX_PORT, ClusterConfig, Ports, StartError
+from sgl_flowprefill.cluster.base import GATEWAY_PORT, LOOPBACK, MAX_PORT, ClusterConfig, Ports, StartError
 from sgl_flowprefill.cluster.commands import CPU_PLATFORM, ROLES, Layout, last_value
 from sgl_flowprefill.cluster.gateway import Gateway
 from sgl_flowprefill.compat import incompatible_option
@@ -57,7 +57,7 @@ def prepare(config: ClusterConfig) -> Layout:
     layout = Layout(
         config=config,
         model_path=model_path,
-        ports=choose_ports(config.host, config.ports, config.prefill, config.decode),
+        ports=choose_ports(config.host, config.ports, config.prefill, config.decode, config.worker_host),
         cpus=None,
         host=host,
     )
@@ -72,21 +72,22 @@ def prepare(config: ClusterConfig) -> Layout:
     return layout
 
 
-def choose_ports(host: str, ports: Ports, prefill: int = 1, decode: int = 1) -> Ports:
-    """Check the given ports and replace each 0 by a free port, or by the first of as many as there are servers."""
+def choose_ports(host: str, ports: Ports, prefill: int = 1, decode: int = 1, worker_host: str = LOOPBACK) -> Ports:
+    """Check the given ports and replace each 0 by a free port, or by the first of as many as there are servers. The
+    gateway listens on ``host``, all others on ``worker_host``."""
     counts = {"gateway": 1, "prefill": prefill, "decode": decode, "bootstrap": prefill}
     chosen: dict[str, int] = {}
     taken: set[int] = set()
     for name, count in counts.items():
-        first = getattr(ports, name)
+        first, address = getattr(ports, name), host if name == "gateway" else worker_host
         if not first:
-            first = free_port(host, taken, count)
+            first = free_port(address, taken, count)
         for port in range(first, first + count):
             if port in taken or port > MAX_PORT:
                 raise StartError(
                     f"port {port} ({name}): {count} servers count up from {first}; choose ports further apart"
                 )
-            if not is_free(host, port):
+            if not is_free(address, port):
                 raise StartError(f"port {port} ({name}) is in use; choose another with --ports GATEWAY,PREFILL,…")
         taken.update(range(first, first + count))
         chosen[name] = first
@@ -246,6 +247,8 @@ def _check_options(layout: Layout) -> None:
         name = option.partition("=")[0]
         if name in OWN_OPTIONS:
             raise StartError(f"{name} cannot be passed on to a server: use {OWN_OPTIONS[name]}")
+    if last_value(config.gateway_args, "--api-key"):
+        raise StartError(f"--api-key cannot be passed on to the gateway: use {OWN_OPTIONS['--api-key']}")
     for option in (*config.server_args, *config.prefill_args, *config.decode_args, *config.gateway_args):
         if option.startswith(TLS_OPTIONS):
             raise StartError(
@@ -257,7 +260,7 @@ def _check_options(layout: Layout) -> None:
     for role in ROLES:
         if layout.count(role):
             options = _parse(layout.server_options(role))
-            if options.api_key != config.api_key or options.ssl_certfile:
+            if options.api_key or options.ssl_certfile:
                 raise StartError(
                     f"the {role} server's --config sets api-key or ssl-certfile: use --api-key of the launcher, and a "
                     "proxy in front of the gateway for TLS"

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import secrets
+import shutil
 import subprocess
 import sys
-import tempfile
+import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -18,6 +20,13 @@ import psutil
 from sgl_flowprefill.cluster import guard
 
 LAST_LINES: Final = 25
+POLL_S: Final = 0.05
+SGLANG_TITLE: Final = "sglang::"
+"""How the names of SGLang's own processes begin: schedulers, detokenizers and what distributes requests to them."""
+GUARD_S: Final = guard.PATIENCE_S + guard.TRACKER_S
+"""Longest that the guard takes to end everything."""
+REAP_S: Final = 1.0
+"""How long a killed process may take to be gone; one that the kernel holds on to is left to it."""
 
 
 class Server:
@@ -29,6 +38,8 @@ class Server:
         self.name = name
         self.log = log
         with open(log, "ab" if append else "wb") as output:
+            self.log_start = output.tell()
+            """Where its own lines begin in its log."""
             self._process = subprocess.Popen(
                 command,
                 env=dict(env),
@@ -37,6 +48,9 @@ class Server:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
+        started = guard.Session.led_by(self.pid)
+        assert started is not None  # only ``reap`` lets go of it
+        self.session: Final = started
         self._children: list[psutil.Process] = []
 
     @property
@@ -44,19 +58,28 @@ class Server:
         return self._process.pid
 
     def watch_children(self) -> None:
-        """From now on, the end of one of its processes counts as its own: SGLang takes a minute to notice that."""
-        self._children = [child for child in psutil.Process(self.pid).children() if child.is_running()]
+        """From now on, the end of one of SGLang's own processes counts as the server's: SGLang takes a minute to
+        notice that. Helpers of libraries may come and go."""
+        self._children = [child for child in self._processes()[1:] if _title(child).startswith(SGLANG_TITLE)]
 
     def ended(self) -> str | None:
         """How it has ended, as half a sentence; None while it runs."""
-        exit_code = self._process.poll()
-        if exit_code is not None:
-            how = f"killed by signal {-exit_code}" if exit_code < 0 else f"exit code {exit_code}"
+        how = self._how_it_ended()
+        if how is not None:
             return f"the {self.name} server has ended ({how})"
         for child in self._children:
-            if not child.is_running() or child.status() == psutil.STATUS_ZOMBIE:
+            if not _is_alive(child):
                 return f"process {child.pid} of the {self.name} server has ended"
         return None
+
+    def _how_it_ended(self) -> str | None:
+        """Leaves the process to be reaped: until then, its number and its session's belong to nobody else."""
+        if self._process.returncode is not None:
+            return _in_words(self._process.returncode)
+        end = os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        if end is None:
+            return None
+        return _in_words(end.si_status if end.si_code == os.CLD_EXITED else -end.si_status)
 
     def bind(self, cpus: Sequence[int], except_on: Sequence[Sequence[int]]) -> None:
         """Move all its threads to ``cpus``, but for processes that are bound within one of ``except_on``."""
@@ -92,8 +115,9 @@ class Server:
 
     def wait(self, timeout_s: float) -> None:
         """Wait until it has ended, for at most ``timeout_s``."""
-        with suppress(subprocess.TimeoutExpired):
-            self._process.wait(max(0.0, timeout_s))
+        give_up_s = time.monotonic() + timeout_s
+        while self._how_it_ended() is None and time.monotonic() < give_up_s:
+            time.sleep(POLL_S)
 
     def last_lines(self) -> str:
         """The end of its log."""
@@ -101,50 +125,110 @@ class Server:
             return "".join(deque(file, LAST_LINES)).strip()
 
     def reap(self) -> None:
-        """Collect the exit status after the guard has ended it."""
-        self._process.wait()
+        """Collect the exit status after its session has ended; its number may be another process's from then on."""
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(REAP_S)
 
 
 class Guard:
-    """Owns the servers' processes and their directory for temporary files; leaving the context ends them all."""
+    """Owns the servers' processes and their directory for temporary files; leaving the context ends them all.
+
+    A process of its own does that, also when this one dies. Should that process die first, this one does it.
+    """
+
+    _process: subprocess.Popen[str] | None = None
 
     def __enter__(self) -> Guard:
         self._servers: list[Server] = []
+        self._followed: list[guard.Session] = []
+        self._logs: set[Path] = set()
         self._segments_before = set(os.listdir(guard.SHM))
         self._process = subprocess.Popen(
             [sys.executable, "-S", guard.__file__], stdin=subprocess.PIPE, text=True, start_new_session=True
         )
         # Not below TMPDIR: the path of a ZeroMQ ipc socket must stay under 108 characters.
-        self.directory = Path(tempfile.mkdtemp(prefix="flowprefill-", dir="/tmp"))
-        self._tell(f"directory {self.directory}")
+        self.directory = Path(f"/tmp/flowprefill-{secrets.token_hex(6)}")
+        for name in self._segments_before:
+            self._tell(f"keep {name}")
+        self._tell(f"directory {self.directory}")  # before it is there: a signal may come in between
+        self.directory.mkdir(mode=0o700)
         return self
 
     def start(self, name: str, command: Sequence[str], env: Mapping[str, str], log: Path) -> Server:
         """Start a server whose temporary files go to the guard's directory. One started again appends to its log."""
-        again = any(server.log == log for server in self._servers)
-        server = Server(name, command, dict(env) | {"TMPDIR": str(self.directory)}, log, append=again)
-        self._tell(f"session {server.pid}")
+        server = Server(name, command, dict(env) | {"TMPDIR": str(self.directory)}, log, append=log in self._logs)
+        self._logs.add(log)
         self._servers.append(server)
+        self._tell(f"session {server.pid}")
         return server
+
+    def follow(self, command: Sequence[str], env: Mapping[str, str], log: Path) -> subprocess.Popen[str]:
+        """Start a process that reports on its standard output and writes its log to standard error."""
+        with open(log, "wb") as errors:
+            process = subprocess.Popen(
+                command,
+                env=dict(env) | {"TMPDIR": str(self.directory)},
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+                start_new_session=True,  # a Ctrl-C reaches it through us, or not at all
+            )
+        session = guard.Session.led_by(process.pid)
+        assert session is not None  # nobody has waited for it yet
+        self._followed.append(session)
+        self._tell(f"session {process.pid}")
+        return process
 
     def end(self, server: Server) -> None:
         """End what is left of one server, and only that."""
-        guard.end({server.pid}, self._segments_before)
+        guard.end([server.session], self._segments_before)
+        self._tell(f"ended {server.pid}")  # before its number can be another process's
+        self._servers.remove(server)
         server.reap()
+
+    def ended(self) -> str | None:
+        """How the guard's own process has ended, as half a sentence; None while it runs."""
+        exit_code = self._process.poll() if self._process else None
+        return None if exit_code is None else f"the launcher's guard has ended ({_in_words(exit_code)})"
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        assert self._process is not None
         assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait()
+        with suppress(BrokenPipeError):
+            self._process.stdin.close()
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(GUARD_S)
+        if self._process.returncode != 0:
+            guard.end([*self._followed, *(server.session for server in self._servers)], self._segments_before)
+            shutil.rmtree(self.directory, ignore_errors=True)
         for server in self._servers:
             server.reap()
 
     def _tell(self, line: str) -> None:
+        assert self._process is not None
         assert self._process.stdin is not None
-        self._process.stdin.write(line + "\n")
-        self._process.stdin.flush()
+        with suppress(BrokenPipeError):  # ``ended`` says so
+            self._process.stdin.write(line + "\n")
+            self._process.stdin.flush()
+
+
+def _in_words(exit_code: int) -> str:
+    return f"killed by signal {-exit_code}" if exit_code < 0 else f"exit code {exit_code}"
+
+
+def _title(process: psutil.Process) -> str:
+    with suppress(psutil.NoSuchProcess):
+        return str(process.name())
+    return ""
+
+
+def _is_alive(process: psutil.Process) -> bool:
+    with suppress(psutil.NoSuchProcess):
+        return bool(process.is_running()) and process.status() != psutil.STATUS_ZOMBIE
+    return False
 
 
 def _bind_threads(process: psutil.Process, cpus: Sequence[int]) -> None:

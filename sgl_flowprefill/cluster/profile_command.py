@@ -21,6 +21,7 @@ from sgl_flowprefill import paths
 from sgl_flowprefill.cluster import preflight
 from sgl_flowprefill.cluster.base import ClusterConfig, Ports, StartError
 from sgl_flowprefill.cluster.commands import join_values
+from sgl_flowprefill.cluster.process import Guard
 from sgl_flowprefill.config import ConfigError, FlowPrefillConfig
 from sgl_flowprefill.profiling import ProfileError, read_profile
 
@@ -65,32 +66,9 @@ def _profile(arguments: argparse.Namespace, server_args: Sequence[str]) -> int:
         command += ["--output", str(arguments.output.absolute())]
     log = arguments.log_dir / "profile.log"
     log.parent.mkdir(parents=True, exist_ok=True)
-    with open(log, "wb") as errors:
-        process = subprocess.Popen(
-            [*command, *layout.server_options("prefill")],
-            env=layout.server_env("prefill"),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            text=True,
-            start_new_session=True,  # a Ctrl-C reaches it once, through us
-        )
-    assert process.stdout is not None
-    ends = (signal.SIGTERM, signal.SIGHUP)
-    before = [signal.signal(number, lambda number, frame: process.send_signal(signal.SIGINT)) for number in ends]
-    try:
-        with _Bar(arguments.budget_s) as show:
-            try:
-                end = _follow(process.stdout, show)
-            except KeyboardInterrupt:
-                process.send_signal(signal.SIGINT)
-                end = _follow(process.stdout, show)
-        process.wait()
-    finally:
-        for number, handler in zip(ends, before, strict=True):
-            signal.signal(number, handler)
-        with suppress(ProcessLookupError):
-            process.kill()
+    with Guard() as guard:
+        process = guard.follow([*command, *layout.server_options("prefill")], layout.server_env("prefill"), log)
+        end = _measure(process, arguments.budget_s)
     if "path" not in end:
         reason = end.get("error") or "\n".join(log.read_text(errors="replace").splitlines()[-LOG_LINES:])
         print(f"launch.py profile: nothing was measured; {log} ends with:\n{reason}", file=sys.stderr)
@@ -102,6 +80,25 @@ def _profile(arguments: argparse.Namespace, server_args: Sequence[str]) -> int:
     print("Servers with the same model and options use it from their next start on. What it is worth:")
     print("  python launch.py profile --report")
     return 0
+
+
+def _measure(process: subprocess.Popen[str], budget_s: float) -> dict[str, Any]:
+    """Show progress until the measuring process ends, which a signal to this one asks it to; its last words."""
+    assert process.stdout is not None
+    ends = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) != signal.SIG_IGN]
+    before = [signal.signal(number, lambda number, frame: process.send_signal(signal.SIGINT)) for number in ends]
+    try:
+        with _Bar(budget_s) as show:
+            try:
+                end = _follow(process.stdout, show)
+            except KeyboardInterrupt:
+                process.send_signal(signal.SIGINT)
+                end = _follow(process.stdout, show)
+        process.wait()
+        return end
+    finally:
+        for number, handler in zip(ends, before, strict=True):
+            signal.signal(number, handler)
 
 
 def _report(arguments: argparse.Namespace) -> int:

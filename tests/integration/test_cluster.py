@@ -8,13 +8,18 @@ import signal
 import subprocess
 import sys
 import time
+from ipaddress import ip_address
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import psutil
 import pytest
 import requests
 
-from sgl_flowprefill.cluster.guard import mapped_segments
+from sgl_flowprefill import paths
+from sgl_flowprefill.cluster import phases
+from sgl_flowprefill.cluster.guard import SHM, mapped_segments
+from tests.namespaces import PrivateMemory, unshare
 
 pytestmark = pytest.mark.server
 
@@ -85,14 +90,25 @@ class TestSGLangsOwnScheduler(Answers):
 
 
 class Launch:
-    """``launch.py`` as a process."""
+    """``launch.py`` as a process. It is not hung up on, whatever the tests were started under, unless it is to be."""
 
-    def __init__(self, directory, *options):
+    def __init__(self, directory, *options, memory=None, env=None, under_nohup=False):
         self.logs = directory / "logs"
         self.output = directory / "output"
+        self.memory = memory
         command = [sys.executable, "launch.py", "--ports", "0", "--log-dir", str(self.logs), *options]
+        if memory is not None:
+            command = [*memory.prefix, *command]
+        on_hangup = signal.SIG_IGN if under_nohup else signal.SIG_DFL
         with open(self.output, "w") as output:
-            self.process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
+            self.process = subprocess.Popen(
+                command,
+                cwd=ROOT,
+                env=os.environ | (env or {}),
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                preexec_fn=lambda: signal.signal(signal.SIGHUP, on_hangup),
+            )
 
     def text(self):
         return self.output.read_text()
@@ -104,14 +120,30 @@ class Launch:
             assert time.monotonic() < give_up_s, self.text()
             time.sleep(0.2)
 
-    def note(self):
-        """Remember its processes and their shared memory."""
-        self.processes = psutil.Process(self.process.pid).children(recursive=True)
-        self.segments = {path for process in self.processes for path in mapped_segments(process.pid)}
+    def curl_line(self):
+        self.wait_for("\ncurl ")
+        return next(line for line in self.text().splitlines() if line.startswith("curl "))
 
-    def assert_nothing_is_left(self):
+    def note(self):
+        """Remember its processes, their shared memory and their directories for temporary files."""
+        self.processes = psutil.Process(self.process.pid).children(recursive=True)
+        self.segments = {inode for process in self.processes for inode in mapped_segments(process.pid)}
+        self.directories = {process.environ().get("TMPDIR", "") for process in self.processes} - {""}
+
+    @property
+    def guard(self):
+        return next(process for process in self.processes if process.cmdline()[-1].endswith("guard.py"))
+
+    def assert_nothing_is_left(self, timeout_s=0):
+        give_up_s = time.monotonic() + timeout_s
+        while any(alive(process) for process in self.processes) and time.monotonic() < give_up_s:
+            time.sleep(0.1)
         assert [process for process in self.processes if alive(process)] == []
-        assert [path for path in self.segments if os.path.exists(path)] == []
+        assert [path for path in self.directories if os.path.exists(path)] == []
+        if self.memory is None:
+            assert [entry.path for entry in os.scandir(SHM) if entry.inode() in self.segments] == []
+        else:
+            assert self.memory.files() == []
 
 
 def alive(process):
@@ -122,8 +154,8 @@ def alive(process):
 def launch(no_cluster, tmp_path):
     launches = []
 
-    def start(*options):
-        launches.append(Launch(tmp_path, *options))
+    def start(*options, **how):
+        launches.append(Launch(tmp_path, *options, **how))
         return launches[-1]
 
     yield start
@@ -132,24 +164,94 @@ def launch(no_cluster, tmp_path):
         started.process.wait()
 
 
-def test_launch_prints_a_curl_line_that_works_and_ends_with_ctrl_c(launch):
-    launcher = launch("--flowprefill")
-    launcher.wait_for("\ncurl ")
-    curl = next(line for line in launcher.text().splitlines() if line.startswith("curl "))
+@pytest.fixture
+def private_memory(no_cluster, tmp_path, monkeypatch):
+    """A /dev/shm and a /tmp where only what a test starts can leave something; None where nobody may have them."""
+    monkeypatch.chdir(ROOT)
+    try:
+        unshare("--mount")
+    except pytest.skip.Exception:
+        yield None
+        return
+    with PrivateMemory(needed=[ROOT, Path(sys.prefix), paths.cache_dir()], shared=tmp_path) as memory:
+        yield memory
+
+
+KEY = "n0b0dy-shall-see-this"
+
+
+def test_launch_prints_a_curl_line_that_works_keeps_its_key_and_ends_with_ctrl_c(launch, private_memory):
+    launcher = launch(
+        "--flowprefill", "--host", "0.0.0.0", memory=private_memory, env={"FLOWPREFILL_API_KEY": KEY}
+    )  # fmt: skip
+    curl = launcher.curl_line()
+    command = ["sh", "-c", curl]
     if shutil.which("curl"):
-        answer = json.loads(subprocess.run(shlex.split(curl), capture_output=True, check=True).stdout)
+        env = os.environ | {"FLOWPREFILL_API_KEY": KEY}
+        answer = json.loads(subprocess.run(command, env=env, capture_output=True, check=True).stdout)
         assert answer["usage"]["completion_tokens"] == 16
-    assert sorted(path.name for path in launcher.logs.iterdir()) == ["decode.log", "gateway.log", "prefill.log"]
     launcher.note()
     assert len(launcher.processes) > 6
+    gateway_port = urlsplit(shlex.split(curl)[1]).port
+    assert_closed_without_key(launcher.processes, gateway_port)
+    assert_key_is_not_shown(launcher)
+    assert_only_the_gateway_is_open(launcher.processes, gateway_port)
+    assert_phases_are_told(launcher)
     launcher.process.send_signal(signal.SIGINT)
     assert launcher.process.wait(20) == 128 + signal.SIGINT
     launcher.assert_nothing_is_left()
 
 
+def assert_closed_without_key(processes, gateway_port):
+    commands = [process.cmdline() for process in processes if "sglang.launch_server" in process.cmdline()]
+    ports = [int(command[command.index("--port") + 1]) for command in commands]
+    assert len(ports) == 2
+    for port in (gateway_port, *ports):
+        url = f"http://127.0.0.1:{port}/generate"
+        assert requests.post(url, json={"text": "Hello"}, timeout=60).status_code == 401, port
+        assert requests.get(f"http://127.0.0.1:{port}/health", timeout=60).status_code == 200, port
+    assert requests.get(f"http://127.0.0.1:{gateway_port}/readiness", timeout=60).status_code == 200
+
+
+def assert_key_is_not_shown(launcher):
+    everyone = [psutil.Process(launcher.process.pid), *launcher.processes]
+    commands = [Path(f"/proc/{process.pid}/cmdline").read_bytes() for process in everyone]
+    assert [command for command in commands if KEY.encode() in command] == []
+    assert KEY not in launcher.text()
+    logs = sorted(launcher.logs.iterdir())
+    assert [log.name for log in logs] == ["decode.log", "gateway.log", "prefill.log"]
+    assert [log.name for log in logs if KEY.encode() in log.read_bytes()] == []
+    assert "'api_key': '***'" in (launcher.logs / "prefill.log").read_text()
+
+
+def assert_only_the_gateway_is_open(processes, gateway_port):
+    listening = [
+        (process.name(), connection.laddr.ip, connection.laddr.port)
+        for process in processes
+        for connection in process.net_connections()
+        if connection.status == psutil.CONN_LISTEN and not ip_address(connection.laddr.ip).is_loopback
+    ]
+    # The store of torch.distributed, one a scheduler, takes no address.
+    others = [(name, ip) for name, ip, port in listening if port != gateway_port]
+    assert sorted(others) == [("sglang::scheduler", "::")] * 2
+    assert ("smg::router", "0.0.0.0", gateway_port) in listening
+
+
+def assert_phases_are_told(launcher):
+    told = [line for line in launcher.text().splitlines() if "waiting for the prefill server" in line]
+    assert told
+    assert [line for line in told if "no connection" in line] == []
+    names = {name for _, name in phases.PHASES}
+    assert {line.split("; ")[1].rstrip(")") for line in told} <= names
+    logs = [(launcher.logs / f"{name}.log").read_text() for name in ("prefill", "decode")]
+    for marker, _ in phases.PHASES:
+        elsewhere = "CUDA" in marker or "FlowPrefill measure" in marker  # on a GPU; where there is no profile yet
+        assert elsewhere or all(marker in log for log in logs), marker
+
+
 def test_a_server_that_dies_takes_the_others_along_and_shows_its_last_lines(launch):
     launcher = launch()
-    launcher.wait_for("\ncurl ")
+    launcher.curl_line()
     launcher.note()
     victim = next(process for process in launcher.processes if process.name() == "sglang::scheduler")
     victim.kill()
@@ -168,12 +270,50 @@ def test_a_server_that_cannot_start_shows_why(launch, tmp_path):
     assert "server has ended" in launcher.text()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_a_launcher_that_is_ended_while_it_starts_leaves_nothing(launch, number):
-    launcher = launch("--flowprefill")
+ENDS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL, "SIGKILL of the guard"]
+
+
+def end_and_assert_nothing_is_left(launcher, end):
+    """End it in one of ENDS."""
+    launcher.note()
+    begin_s = time.monotonic()
+    if end == "SIGKILL of the guard":
+        launcher.guard.kill()
+        assert launcher.process.wait(20) == 1
+        assert "guard has ended (killed by signal 9)" in launcher.text()
+    else:
+        launcher.process.send_signal(end)
+        assert launcher.process.wait(20) == (-end if end == signal.SIGKILL else 128 + end)
+    launcher.assert_nothing_is_left(timeout_s=20)
+    print(f"{end!r}: nothing is left after {time.monotonic() - begin_s:.1f} s")
+
+
+@pytest.mark.parametrize("end", ENDS, ids=str)
+def test_a_launcher_that_is_ended_while_it_starts_leaves_nothing(launch, private_memory, end):
+    launcher = launch("--flowprefill", memory=private_memory)
     launcher.wait_for("starting the prefill and decode servers")
     time.sleep(5)
+    end_and_assert_nothing_is_left(launcher, end)
+
+
+@pytest.mark.stress
+@pytest.mark.parametrize("end", ENDS, ids=str)
+def test_a_launcher_that_is_ended_while_it_serves_leaves_nothing(launch, private_memory, end):
+    launcher = launch("--flowprefill", memory=private_memory)
+    launcher.curl_line()
+    assert private_memory is None or len(private_memory.files()) > 4
+    end_and_assert_nothing_is_left(launcher, end)
+
+
+def test_a_launcher_under_nohup_goes_on_when_it_is_hung_up_on(launch):
+    launcher = launch("--role", "gateway", under_nohup=True)
+    launcher.wait_for("the gateway listens at")
+    url = launcher.text().split("the gateway listens at ")[1].split(";")[0]
+    launcher.process.send_signal(signal.SIGHUP)
+    time.sleep(1)
+    assert launcher.process.poll() is None
+    assert requests.get(f"{url}/health", timeout=10).status_code == 200
     launcher.note()
-    launcher.process.send_signal(number)
-    assert launcher.process.wait(20) == 128 + number
+    launcher.process.send_signal(signal.SIGTERM)
+    assert launcher.process.wait(30) == 128 + signal.SIGTERM
     launcher.assert_nothing_is_left()

@@ -146,7 +146,7 @@ def test_a_prefill_server_that_dies_under_load_costs_only_its_own_requests_and_c
     pid = fleet.processes["prefill-0"]
     with Load(fleet) as load:
         wait_until(lambda: len(load.answers) >= 12, fleet, ANSWER_S)
-        guard.kill({pid})
+        guard.kill([guard.Session.led_by(pid)])
         killed_s = time.monotonic()
         load.pause_s = PAUSE_S
         wait_until(lambda: "the prefill-0 server is back" in said, fleet, START_S)

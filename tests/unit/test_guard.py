@@ -11,26 +11,42 @@ import psutil
 import pytest
 
 from sgl_flowprefill.cluster.process import Guard
+from tests.namespaces import unshare_pids
 
 SERVER = """
-import subprocess, sys, time
-from multiprocessing import resource_tracker, shared_memory
+import subprocess, sys, tempfile, time
+from multiprocessing import get_context, resource_tracker, shared_memory
 segment = shared_memory.SharedMemory(create=True, size=4096)
 resource_tracker.unregister(segment._name, "shared_memory")
-child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
-print(segment.name, child.pid, flush=True)
+semaphore = get_context("spawn").Semaphore(1)
+resource_tracker.unregister(semaphore._semlock.name, "semaphore")
+passed_on = shared_memory.SharedMemory(create=True, size=4096)
+passed_on.close()  # mapped by nobody now
+file = tempfile.NamedTemporaryFile(delete=False)
+child = subprocess.Popen([sys.executable, "-c", {child!r}], stdout=subprocess.PIPE)
+child.stdout.readline()
+names = [f"/dev/shm/{{name}}" for name in (segment.name, f"sem.{{semaphore._semlock.name[1:]}}", passed_on.name)]
+print(child.pid, *names, file.name, flush=True)
+time.sleep(600)
+"""
+CHILD = """
+import time, setproctitle
+setproctitle.setproctitle("sglang::scheduler")
+print(flush=True)
 time.sleep(600)
 """
 
 
-def start(guard, tmp_path):
-    """A server with a child process and a shared memory segment; returns its pids and the segment's path."""
+def start(guard, tmp_path, child=CHILD):
+    """A server with a child process; returns both, and the paths of what a server leaves when it is killed: shared
+    memory, a semaphore and a temporary file."""
     log = tmp_path / "server.log"
-    server = guard.start("test", [sys.executable, "-c", SERVER], os.environ, log)
+    server = guard.start("test", [sys.executable, "-c", SERVER.format(child=child)], os.environ, log)
     while not log.read_text().endswith("\n"):
+        assert server.ended() is None, log.read_text()
         time.sleep(0.05)
-    name, child = log.read_text().split()
-    return server, int(child), Path("/dev/shm") / name
+    pid, *left = log.read_text().split()
+    return server, int(pid), [Path(path) for path in left]
 
 
 def gone(pid):
@@ -47,13 +63,39 @@ def wait_until(done, timeout_s=30):
 
 def test_leaving_the_context_ends_processes_and_removes_what_they_left(tmp_path):
     with Guard() as guard:
-        server, child, segment = start(guard, tmp_path)
-        (guard.directory / "socket").touch()
-        assert segment.exists()
+        server, child, left = start(guard, tmp_path)
+        assert [path for path in left if not path.exists()] == []
     assert not psutil.pid_exists(server.pid)
     assert gone(child)
-    assert not segment.exists()
+    assert [path for path in left if path.exists()] == []
     assert not guard.directory.exists()
+
+
+def test_one_server_is_ended_with_all_that_it_left_and_others_stay(tmp_path):
+    (tmp_path / "other").mkdir()
+    with Guard() as guard:
+        server, child, left = start(guard, tmp_path)
+        other, _, others = start(guard, tmp_path / "other")
+        server.suspend()
+        guard.end(server)
+        assert gone(server.pid)
+        assert gone(child)
+        assert [path for path in left[:3] if path.exists()] == []
+        assert other.ended() is None
+        assert [path for path in others if not path.exists()] == []
+
+
+def test_servers_end_without_the_guard(tmp_path):
+    with Guard() as guard:
+        server, child, left = start(guard, tmp_path)
+        assert guard.ended() is None
+        guard._process.kill()
+        wait_until(lambda: guard.ended() == "the launcher's guard has ended (killed by signal 9)")
+        another, _, more = start(guard, tmp_path)
+        begin_s = time.monotonic()
+    assert time.monotonic() - begin_s < 5
+    assert [pid for pid in (server.pid, child, another.pid) if not gone(pid)] == []
+    assert [path for path in (*left, *more, guard.directory) if path.exists()] == []
 
 
 def test_a_server_stops_with_all_its_processes_and_goes_on(tmp_path):
@@ -77,6 +119,28 @@ def test_shared_memory_of_others_stays(tmp_path):
         segment.unlink()
 
 
+@pytest.mark.parametrize("guarded", [True, False])
+def test_a_process_that_reports_ends_with_all_that_it_left(tmp_path, guarded):
+    with Guard() as guard:
+        command = [sys.executable, "-c", SERVER.format(child=CHILD)]
+        process = guard.follow(command, os.environ, tmp_path / "log")
+        child, *left = process.stdout.readline().split()
+        assert [path for path in left if not Path(path).exists()] == []
+        if not guarded:
+            guard._process.kill()
+    wait_until(lambda: gone(process.pid))
+    assert gone(int(child))
+    assert [path for path in left if Path(path).exists()] == []
+
+
+def test_what_a_server_made_before_the_guard_has_started_is_removed(tmp_path):
+    with Guard() as guard:
+        guard._process.send_signal(signal.SIGSTOP)
+        _, _, left = start(guard, tmp_path)
+        guard._process.send_signal(signal.SIGCONT)
+    assert [path for path in left if path.exists()] == []
+
+
 def test_a_server_that_was_killed_is_reported_with_its_last_lines(tmp_path):
     with Guard() as guard:
         server, child, _ = start(guard, tmp_path)
@@ -89,28 +153,117 @@ def test_a_server_that_was_killed_is_reported_with_its_last_lines(tmp_path):
         assert str(child) in server.last_lines()
 
 
+def test_a_helper_of_a_library_may_end(tmp_path):
+    with Guard() as guard:
+        server, child, _ = start(guard, tmp_path, child="import time; print(flush=True); time.sleep(600)")
+        server.watch_children()
+        os.kill(child, signal.SIGTERM)
+        wait_until(lambda: gone(child))
+        assert server.ended() is None
+
+
 LAUNCHER = """
-import pathlib, sys, time
+import pathlib, signal, sys, time
+for number in (signal.SIGTERM, signal.SIGHUP):
+    signal.signal(number, signal.SIG_DFL)  # whatever started the tests may have these ignored
+signal.signal(signal.SIGINT, signal.default_int_handler)
 sys.path.insert(0, {root!r})
 from sgl_flowprefill.cluster.process import Guard
 from tests.unit.test_guard import start
 with Guard() as guard:
-    server, child, segment = start(guard, pathlib.Path({tmp!r}))
-    print(server.pid, child, segment, guard.directory, flush=True)
+    server, child, left = start(guard, pathlib.Path({tmp!r}))
+    print(server.pid, child, *left, guard.directory, flush=True)
     time.sleep(600)
+"""
+ROOT = str(Path(__file__).parents[2])
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_launcher_that_is_killed_takes_its_servers_along(tmp_path, number):
+    script = LAUNCHER.format(root=ROOT, tmp=str(tmp_path))
+    launcher = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    server, child, *left = launcher.stdout.readline().split()
+    assert len(left) == 5
+    launcher.send_signal(number)
+    launcher.wait()
+    wait_until(lambda: gone(int(server)) and not Path(left[-1]).exists(), timeout_s=10)
+    assert gone(int(server))
+    assert gone(int(child))
+    assert [path for path in left if Path(path).exists()] == []
+
+
+RECYCLED = """
+import os, pathlib, subprocess, sys, time
+sys.path.insert(0, {root!r})
+from sgl_flowprefill.cluster import guard as program
+from sgl_flowprefill.cluster.process import Guard
+
+def another_with(pid, *command):
+    "A process that has nothing to do with a guard, leads a session and has got this number; None if it cannot."
+    for _ in range(20):
+        with open("/proc/sys/kernel/ns_last_pid", "w") as file:
+            file.write(str(pid - 1))
+        other = subprocess.Popen(command, start_new_session=True, stdout=subprocess.PIPE)
+        if other.pid == pid:
+            return other
+        other.kill()
+        other.wait()
+
+{script}
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGHUP])
-def test_a_launcher_that_is_killed_takes_its_servers_along(tmp_path, number):
-    root = str(Path(__file__).parents[2])
-    script = LAUNCHER.format(root=root, tmp=str(tmp_path))
-    launcher = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
-    server, child, segment, directory = launcher.stdout.readline().split()
-    launcher.send_signal(number)
-    launcher.wait()
-    wait_until(lambda: gone(int(server)) and not Path(directory).exists(), timeout_s=10)
-    assert gone(int(server))
-    assert gone(int(child))
-    assert not Path(segment).exists()
-    assert not Path(directory).exists()
+def in_a_pid_namespace(script):
+    """What a script prints that can choose the numbers of its processes."""
+    command = [*unshare_pids(), sys.executable, "-c", RECYCLED.format(root=ROOT, script=script)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    return result.stdout.split()
+
+
+def test_the_number_of_a_server_stays_its_own_until_its_session_has_ended():
+    assert in_a_pid_namespace("""
+with Guard() as guard:
+    server = guard.start("test", ["true"], os.environ, pathlib.Path(os.devnull))
+    while server.ended() is None:
+        time.sleep(0.01)
+    print(another_with(server.pid, "sleep", "60"))
+    guard.end(server)
+    other = another_with(server.pid, "sh", "-c", "sleep 60 & echo $!")
+    of_its_session = int(other.stdout.readline())
+    other.wait()
+print(program.look(of_its_session).is_alive)
+""") == ["None", "True"]
+
+
+def test_a_session_with_a_recycled_number_is_left_alone():
+    """The launcher dies, so that its dead servers are reaped, and another process is quick to get a number."""
+    assert in_a_pid_namespace("""
+server = subprocess.Popen(["sleep", "60"], start_new_session=True)
+command = [sys.executable, "-S", program.__file__]
+guard = subprocess.Popen(command, stdin=subprocess.PIPE, text=True, start_new_session=True)
+guard.stdin.write(f"session {server.pid}\\n")
+guard.stdin.flush()
+time.sleep(1)
+server.kill()
+server.wait()
+other = another_with(server.pid, "sleep", "60")
+guard.stdin.close()
+guard.wait()
+print(other.poll())
+""") == ["None"]
+
+
+def test_what_is_left_of_a_session_ends_although_its_leader_is_gone(tmp_path):
+    assert in_a_pid_namespace(f"""
+with Guard() as guard:
+    command = ["sh", "-c", "sleep 60 & echo $!"]
+    log = pathlib.Path({str(tmp_path)!r}) / "log"
+    server = guard.start("test", command, os.environ, log)
+    while server.ended() is None:
+        time.sleep(0.01)
+    child = int(log.read_text())
+    print(program.look(child).is_alive)
+child = program.look(child)
+print(child is not None and child.is_alive)
+""") == ["True", "False"]
