@@ -116,6 +116,15 @@ class PrefillEngine:
 
         self.scheduler._create_generation_req = create_cached
         self.answers: dict[str, Answer] = {}
+        self.batch_sizes: list[int] = []
+        """Requests of every forward pass."""
+        run_batch = self.scheduler.run_batch
+
+        def counted(batch: Any, *arguments: Any, **options: Any) -> Any:
+            self.batch_sizes.append(len(batch.reqs))
+            return run_batch(batch, *arguments, **options)
+
+        self.scheduler.run_batch = counted
         # The streamer has slots and other components hold it: its class is what can be replaced.
         streamer = type(self.scheduler.output_streamer)
         streamer.stream_output = lambda _, reqs, return_logprob, skip_req=None: self._record(reqs)
