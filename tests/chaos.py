@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -112,7 +112,7 @@ class Rounds:
         left: set[str] = set()
         chance = chaos(engine, rng.randrange(1 << 30), switch_probability)
         for rid, tokens in asked.items():
-            engine.submit(rid, tokens, logprobs=True, input_logprobs=rid in with_inputs)
+            engine.submit(rid, tokens, logprobs=True, inputs_from=0 if rid in with_inputs else None)
             if rid in dropped and rng.random() < 0.3:
                 self._abort(rid, left)
             for _ in range(0 if at_once else rng.randrange(6)):
@@ -126,7 +126,7 @@ class Rounds:
         self.seen["deepest"] = max(self.seen["deepest"], chance["deepest"])
         self.seen["batches of several"] += sum(size > 1 for size in engine.batch_sizes)
         for rid, tokens in asked.items():
-            self._compare(rid, tokens, left)
+            self.compare(rid, tokens, left)
 
     def _abort(self, rid: str, left: set[str]) -> None:
         """Abort ``rid``, and note it in ``left`` if it has no answer yet."""
@@ -140,20 +140,25 @@ class Rounds:
             if left.issuperset(task.rids):
                 self.comparison.differences["abort"].append(f"task {task.id} goes on, though all of {task.rids} left")
 
-    def _compare(self, rid: str, tokens: Sequence[int], left: set[str]) -> None:
+    def compare(self, rid: str, tokens: Sequence[int], left: Collection[str] = ()) -> None:
+        """Compare all that there is of one request: of those who ``left``, that there is no answer."""
         answer = self.engine.answers.get(rid)
         if rid in left:
             self.comparison.counts["aborts"] += 1
             if answer is not None and not answer.aborted:
                 self.comparison.differences["abort"].append(f"{rid} left before its answer, and is answered")
             return
-        if answer is None or answer.token is None or answer.logprob is None:
+        if answer is None or answer.token is None:
             self.comparison.answer(rid, tokens, [], None)
             return
         self.seen["answers with a cached prefix"] += answer.req.cached_tokens > 0
-        self.comparison.answer(rid, tokens, [answer.token], [answer.logprob])
+        self.comparison.answer(rid, tokens, [answer.token], None if answer.logprob is None else [answer.logprob])
         if answer.input_logprobs is not None:
             self.comparison.inputs(rid, tokens, answer.input_logprobs[1:])
+        self.compare_kv(rid, tokens)
+
+    def compare_kv(self, rid: str, tokens: Sequence[int]) -> None:
+        """Compare the KV cache that was handed over for one request."""
         if rid in self._kv:
             self.comparison.kv(rid, tokens, self._kv.pop(rid))
         else:

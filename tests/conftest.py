@@ -1,4 +1,4 @@
-"""Order of the tests: what needs the same servers runs together. And what one process shares: an engine, a reference."""
+"""Order of the tests: what needs the same servers runs together. What a process has one of: an engine, a reference."""
 
 from __future__ import annotations
 

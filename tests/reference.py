@@ -76,19 +76,20 @@ class Expected:
     """The first ``TOKENS`` tokens of the answer."""
     input_logprobs: list[float]
     """Log probabilities of the prompt's tokens but the first."""
-    kv: Kv
+    kv: Kv | None
 
 
 class Reference:
     """A checkpoint in transformers, float32. Prompts run one at a time, and are kept."""
 
-    def __init__(self, model: Any) -> None:
-        """``model``: a path, or a model of transformers."""
+    def __init__(self, model: Any, keep_kv: bool = True) -> None:
+        """``model``: a path, or a model of transformers. KV can be kept where all layers have it of all tokens."""
         if isinstance(model, str | Path):
             from transformers import AutoModelForCausalLM
 
             model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
         self._model = model.eval()
+        self._keep_kv = keep_kv
         self._kept: dict[tuple[int, ...], Expected] = {}
 
     @torch.no_grad()
@@ -98,7 +99,7 @@ class Reference:
         if expected is None:
             output = self._model(torch.tensor([list(prompt)]), use_cache=True)
             past = output.past_key_values
-            kv = Kv(*(torch.stack([getattr(layer, part)[0].transpose(0, 1) for layer in past.layers]) for part in PARTS))
+            kv = _copy(past) if self._keep_kv else None
             logits = output.logits[0]
             logprobs = torch.log_softmax(logits[:-1].double(), dim=-1)
             inputs = logprobs.gather(1, torch.tensor(list(prompt[1:]), dtype=torch.long)[:, None])[:, 0]
@@ -124,6 +125,11 @@ class Reference:
 
 
 PARTS: Final = ("keys", "values")
+
+
+def _copy(past: Any) -> Kv:
+    """Of a cache of transformers, which goes on growing."""
+    return Kv(*(torch.stack([getattr(layer, part)[0].transpose(0, 1) for layer in past.layers]) for part in PARTS))
 
 
 class Comparison:
@@ -159,6 +165,7 @@ class Comparison:
     def kv(self, name: str, prompt: Sequence[int], kv: Kv) -> None:
         """Compare what was handed over for ``prompt``, and what transformers decodes from it."""
         expected = self.reference.expect(prompt)
+        assert expected.kv is not None
         self.counts["KV caches"] += 1
         self.counts["KV tensors"] += kv.tensors
         for part in PARTS:
