@@ -1,8 +1,8 @@
 """Model families under preemption: a tiny random checkpoint of each, served by a scheduler in a process of its own.
 
-``python -m tests.families NAME`` makes the checkpoint, and serves a mix that is suspended all the time. A prompt ends with
-the first seven tokens of transformers' answer: their log probabilities and the token that follows are those of the first
-eight tokens of the answer. It prints what happened as a line of JSON.
+``python -m tests.families NAME`` makes the checkpoint, and serves a mix that is suspended all the time. A prompt ends
+with the first seven tokens of transformers' answer: their log probabilities and the token that follows are those of the
+first eight tokens of the answer. It prints what happened as a line of JSON.
 """
 
 from __future__ import annotations

@@ -227,5 +227,6 @@ class Comparison:
                     return
 
     def _differs(self, kind: str, difference: float, tolerance: float) -> bool:
-        self.largest[kind] = max(self.largest[kind], abs(difference))
-        return not abs(difference) <= tolerance  # a NaN differs
+        size = float("inf") if difference != difference else abs(difference)
+        self.largest[kind] = max(self.largest[kind], size)
+        return size > tolerance
