@@ -74,8 +74,6 @@ class Expected:
 
     choices: Choices
     """The first ``TOKENS`` tokens of the answer."""
-    input_logprobs: list[float]
-    """Log probabilities of the prompt's tokens but the first."""
     kv: Kv | None
 
 
@@ -97,21 +95,26 @@ class Reference:
         """The answer to ``prompt`` alone."""
         expected = self._kept.get(tuple(prompt))
         if expected is None:
-            output = self._model(torch.tensor([list(prompt)]), use_cache=True)
+            output = self._model(torch.tensor([list(prompt)]), use_cache=True, logits_to_keep=1)
             past = output.past_key_values
             kv = _copy(past) if self._keep_kv else None
-            logits = output.logits[0]
-            logprobs = torch.log_softmax(logits[:-1].double(), dim=-1)
-            inputs = logprobs.gather(1, torch.tensor(list(prompt[1:]), dtype=torch.long)[:, None])[:, 0]
-            choices = Choices.of(logits[-1:])
+            choices = Choices.of(output.logits[0])
             while len(choices.tokens) < TOKENS:
                 step = self._model(torch.tensor([choices.tokens[-1:]]), past_key_values=past, use_cache=True)
                 choices = choices + Choices.of(step.logits[0])
-            expected = Expected(choices, inputs.tolist(), kv)
+            expected = Expected(choices, kv)
             if len(self._kept) >= KEPT_PROMPTS:
                 self._kept.pop(next(iter(self._kept)))
             self._kept[tuple(prompt)] = expected
         return expected
+
+    @torch.no_grad()
+    def inputs(self, prompt: Sequence[int], last: int) -> list[float]:
+        """Log probabilities of the ``last`` tokens of ``prompt``, each behind those before it."""
+        logits = self._model(torch.tensor([list(prompt)]), logits_to_keep=last + 1).logits[0, :-1]
+        tokens = torch.tensor(prompt[-last:])
+        found: list[float] = torch.log_softmax(logits.double(), dim=-1).gather(1, tokens[:, None])[:, 0].tolist()
+        return found
 
     @torch.no_grad()
     def decode(self, kv: Kv, tokens: Sequence[int]) -> Choices:
@@ -155,7 +158,7 @@ class Comparison:
     def inputs(self, name: str, prompt: Sequence[int], logprobs: Sequence[float]) -> None:
         """Compare the log probabilities of the last tokens of ``prompt``."""
         self.counts["log probabilities of prompts"] += len(logprobs)
-        expected = self.reference.expect(prompt).input_logprobs[-len(logprobs) :]
+        expected = self.reference.inputs(prompt, len(logprobs)) if logprobs else []
         for i, (got, wanted) in enumerate(zip(logprobs, expected, strict=True)):
             if self._differs("input log probability", got - wanted, LOGPROB_TOLERANCE):
                 text = f"{name} ({len(prompt)} tokens): {got:.5f} instead of {wanted:.5f}, token {i} of those asked for"

@@ -23,9 +23,11 @@ def kv_of(expected: Expected) -> Kv:
     return Kv(expected.kv.keys.clone(), expected.kv.values.clone())
 
 
-def test_what_the_reference_itself_says_passes_and_is_counted(comparison: Comparison, expected: Expected) -> None:
+def test_what_the_reference_itself_says_passes_and_is_counted(
+    comparison: Comparison, reference: Reference, expected: Expected
+) -> None:
     comparison.answer("a", TOKENS, expected.choices.tokens, expected.choices.logprobs)
-    comparison.inputs("a", TOKENS, expected.input_logprobs)
+    comparison.inputs("a", TOKENS, reference.inputs(TOKENS, 199))
     comparison.kv("a", TOKENS, kv_of(expected))
     comparison.assert_same()
     assert comparison.counts == {
