@@ -163,9 +163,7 @@ def test_an_aborted_task_leaves_nothing_queued_that_reads_its_slot(
     engine.assert_clean()
 
 
-def test_a_suspended_task_holds_the_activations_that_are_accounted_for(
-    engine: PrefillEngine,
-) -> None:
+def test_a_suspended_task_holds_the_activations_that_are_accounted_for(engine: PrefillEngine, rounds: Rounds) -> None:
     """Tensors of as many rows as the prompt has tokens that exist only while it is suspended at a checkpoint."""
     scheduler = engine.scheduler
     tokens = 1777
@@ -188,4 +186,6 @@ def test_a_suspended_task_holds_the_activations_that_are_accounted_for(
     print(f"\nheld at {len(held_bytes)} checkpoints: {max(held_bytes)} bytes, accounted for {accounted}")
     assert len(held_bytes) >= scheduler._progress.checkpoints - 1
     assert accounted / 2 < max(held_bytes) <= accounted
+    rounds.compare("only", prompt(3, tokens))
+    rounds.comparison.assert_same()
     engine.assert_clean()
