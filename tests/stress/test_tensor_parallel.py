@@ -49,7 +49,9 @@ def test_ten_thousand_preemptions_of_two_ranks_end_and_change_no_answer_and_no_k
                     dropped.add(rid)
             kept = {rid: tokens for rid, tokens in asked.items() if rid not in dropped}
             ranks.finish(list(kept))
-            ranks.compare(comparison, kept)
+            answered = {rid: asked[rid] for rid in dropped if ranks.tokens.get(rid) is not None}  # before they left
+            comparison.counts["aborts"] += len(dropped) - len(answered)
+            ranks.compare(comparison, kept | answered)
             if round_number % 10 == 9:
                 preemptions = ranks.preemptions()
                 took_s = time.monotonic() - started_s
@@ -59,3 +61,4 @@ def test_ten_thousand_preemptions_of_two_ranks_end_and_change_no_answer_and_no_k
                 if preemptions >= PREEMPTIONS:
                     break
     assert comparison.counts["KV caches"] == 2 * comparison.counts["answers"] >= 400
+    assert comparison.counts["aborts"] >= 20
