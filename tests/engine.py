@@ -7,6 +7,7 @@ and health-check requests do; unlike those, they leave their KV in the radix cac
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import time
 from array import array
@@ -39,9 +40,12 @@ def generate_request(
     room: int,
     ttft_slo_s: float | None = None,
     logprobs: bool = False,
-    input_logprobs: bool = False,
+    inputs_from: int | None = None,
 ) -> Any:
-    """What the tokenizer process sends to the scheduler for a greedy request."""
+    """What the tokenizer process sends to the scheduler for a greedy request.
+
+    ``inputs_from``: log probabilities of the prompt's tokens behind this place are asked for, too.
+    """
     from sglang.srt.disaggregation.utils import FAKE_BOOTSTRAP_HOST
     from sglang.srt.managers.io_struct import TokenizedGenerateReqInput
     from sglang.srt.observability.req_time_stats import APIServerReqTimeStats
@@ -57,8 +61,8 @@ def generate_request(
         input_embeds=None,
         mm_inputs=None,
         sampling_params=sampling,
-        return_logprob=logprobs or input_logprobs,
-        logprob_start_len=0 if input_logprobs else -1,
+        return_logprob=logprobs or inputs_from is not None,
+        logprob_start_len=-1 if inputs_from is None else inputs_from,
         top_logprobs_num=0,
         token_ids_logprob=None,
         token_type_ids=None,
@@ -116,9 +120,19 @@ class PrefillEngine:
 
         self.scheduler._create_generation_req = create_cached
         self.answers: dict[str, Answer] = {}
+        self.batch_sizes: list[int] = []
+        """Requests of every forward pass."""
+        run_batch = self.scheduler.run_batch
+
+        def counted(batch: Any, *arguments: Any, **options: Any) -> Any:
+            self.batch_sizes.append(len(batch.reqs))
+            return run_batch(batch, *arguments, **options)
+
+        self.scheduler.run_batch = counted
         # The streamer has slots and other components hold it: its class is what can be replaced.
         streamer = type(self.scheduler.output_streamer)
         streamer.stream_output = lambda _, reqs, return_logprob, skip_req=None: self._record(reqs)
+        gc.freeze()  # SGLang collects garbage at every flush: a second for all that is imported, and nothing of it goes
 
     def submit(
         self,
@@ -126,10 +140,10 @@ class PrefillEngine:
         prompt: Sequence[int],
         ttft_slo_s: float | None = None,
         logprobs: bool = False,
-        input_logprobs: bool = False,
+        inputs_from: int | None = None,
     ) -> None:
         """Hand a request to the scheduler as the tokenizer process would."""
-        self.receive(generate_request(rid, prompt, len(self.answers), ttft_slo_s, logprobs, input_logprobs))
+        self.receive(generate_request(rid, prompt, len(self.answers), ttft_slo_s, logprobs, inputs_from))
 
     def abort(self, rid: str) -> None:
         """What the tokenizer process sends when a client disconnects."""

@@ -1,7 +1,8 @@
 """Model families under preemption: a tiny random checkpoint of each, served by a scheduler in a process of its own.
 
-``python -m tests.families NAME`` makes the checkpoint, gets the first token of every prompt alone and uninterrupted,
-then of all of them in a mix that is suspended all the time, and prints what happened as a line of JSON.
+``python -m tests.families NAME`` makes the checkpoint, and serves a mix that is suspended all the time. A prompt ends
+with the first seven tokens of transformers' answer: their log probabilities and the token that follows are those of the
+first eight tokens of the answer. It prints what happened as a line of JSON.
 """
 
 from __future__ import annotations
@@ -18,9 +19,10 @@ from typing import Any
 import torch
 
 from sgl_flowprefill.policy import Limits
+from tests.chaos import chaos
 from tests.engine import Answer, PrefillEngine
-from tests.integration.test_preemption import chaos, reference_logprobs
 from tests.prompts import prompt
+from tests.reference import TOKENS, Comparison, Reference
 
 SIZES: dict[str, Any] = {
     "vocab_size": 4096,
@@ -113,23 +115,20 @@ class Outcome:
     """Most tasks that were started at a time."""
     checkpoints: int
     """In one forward pass."""
-    wrong_tokens: list[str]
-    """Requests that got another first token in the mix than alone."""
-    logprob_difference: float
-    """Largest, between the mix and alone."""
-    reference_tokens: int
-    """How many of the first tokens are those of transformers."""
-    reference_difference: float
-    """Largest difference of log probabilities from those of transformers."""
+    compared: dict[str, int]
+    """What was compared with transformers (``Comparison.counts``)."""
+    largest: dict[str, float]
+    """Largest differences."""
+    differences: dict[str, list[str]]
+    """What is not what transformers answers."""
 
     def check(self) -> None:
         """Assert that nothing but the order has changed."""
         assert self.suspensions >= 40
         assert self.deepest >= 5
-        assert not self.wrong_tokens
-        assert self.logprob_difference < 1e-3
-        assert self.reference_tokens == len(LENGTHS)
-        assert self.reference_difference < 2e-3
+        assert not self.differences
+        assert self.compared["answers"] == len(LENGTHS)
+        assert self.compared["log probabilities of prompts"] == (TOKENS - 1) * len(LENGTHS)
 
 
 def write_checkpoint(family: Family, directory: Path) -> Any:
@@ -151,29 +150,33 @@ def preempt(name: str) -> Outcome:
     """Serve the family in this process, which must not have held a scheduler before."""
     family = FAMILIES[name]
     with tempfile.TemporaryDirectory() as directory:
-        reference = write_checkpoint(family, Path(directory))
+        reference = Reference(write_checkpoint(family, Path(directory)), keep_kv=False)
         engine = PrefillEngine(directory, skip_tokenizer_init=True)
     shared = prompt(99, 300)
     prompts = {f"r{i}": prompt(i, n, shared if i % 2 else None) for i, n in enumerate(LENGTHS)}
-    alone = {rid: _ask(engine, {rid: tokens})[rid] for rid, tokens in prompts.items()}
-    engine.assert_clean()
-
     _ask(engine, {"first": shared + prompt(5, 20)})
     scheduler = engine.scheduler
     scheduler._policy.limits = Limits(max_suspended=100, max_batch_tokens=1)
     seen = chaos(engine, seed=1, switch_probability=0.9)
-    mixed = _ask(engine, prompts)
+    ends = {rid: tokens + reference.expect(tokens).choices.tokens[: TOKENS - 1] for rid, tokens in prompts.items()}
+    answers = _ask(engine, ends)
     engine.assert_clean()
 
-    expected = {rid: reference_logprobs(reference, tokens)[-1] for rid, tokens in prompts.items()}
+    comparison = Comparison(reference)
+    for rid, tokens in ends.items():
+        answer = answers[rid]
+        assert answer.token is not None
+        assert answer.logprob is not None
+        assert answer.input_logprobs is not None
+        comparison.answer(rid, tokens, [answer.token], [answer.logprob])
+        comparison.inputs(rid, tokens, answer.input_logprobs[1:])
     return Outcome(
         suspensions=seen["suspensions"],
         deepest=seen["deepest"],
         checkpoints=scheduler._progress.checkpoints,
-        wrong_tokens=[rid for rid in prompts if mixed[rid].token != alone[rid].token],
-        logprob_difference=max(abs(mixed[rid].logprob - alone[rid].logprob) for rid in prompts),
-        reference_tokens=sum(mixed[rid].token == int(expected[rid].argmax()) for rid in prompts),
-        reference_difference=max(abs(mixed[rid].logprob - float(expected[rid].max())) for rid in prompts),
+        compared=dict(comparison.counts),
+        largest=dict(comparison.largest),
+        differences=dict(comparison.differences),
     )
 
 
@@ -189,7 +192,7 @@ def preempt_in_subprocess(name: str, timeout_s: float = 300) -> Outcome:
 def _ask(engine: PrefillEngine, prompts: dict[str, list[int]]) -> dict[str, Answer]:
     engine.answers.clear()
     for rid, tokens in prompts.items():
-        engine.submit(rid, tokens, logprobs=True)
+        engine.submit(rid, tokens, logprobs=True, inputs_from=len(tokens) - TOKENS)
     engine.run()
     return dict(engine.answers)
 

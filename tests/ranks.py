@@ -11,18 +11,21 @@ import multiprocessing
 import os
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace, TracebackType
 from typing import Any
 
+import torch
 import zmq
 
 from sgl_flowprefill.cluster.preflight import free_port
 from sgl_flowprefill.events import read_events
 from tests.engine import generate_request
+from tests.kv import watch_kv
 from tests.late_device import LateDevice
+from tests.reference import Comparison, Kv
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,7 @@ class Ranks:
         self.event_log = directory / "events.jsonl"
         self.log = directory / "ranks.log"
         self.tokens: dict[str, int | None] = {}
+        self.logprobs: dict[str, float] = {}
         self._start = (model_path, tp, nodes, chaos)
         self._late = pass_probabilities
         self._sent = 0
@@ -115,7 +119,7 @@ class Ranks:
         signal.signal(signal.SIGQUIT, self._sigquit)
 
     def submit(self, rid: str, prompt: Sequence[int], ttft_slo_s: float | None = None) -> None:
-        self.send(generate_request(rid, prompt, self._sent, ttft_slo_s))
+        self.send(generate_request(rid, prompt, self._sent, ttft_slo_s, logprobs=True))
         self._sent += 1
 
     def abort(self, rid: str) -> None:
@@ -136,9 +140,14 @@ class Ranks:
         some = False
         while self._answers.poll(0 if some else int(timeout_s * 1e3)):
             output = sock_recv(self._answers)
-            for rid, ids, reason in zip(output.rids, output.output_ids, output.finished_reasons, strict=True):
+            logprobs = output.output_token_logprobs_val or [None] * len(output.rids)
+            for rid, ids, values, reason in zip(
+                output.rids, output.output_ids, logprobs, output.finished_reasons, strict=True
+            ):
                 aborted = reason is not None and reason.get("type") == "abort"
                 self.tokens[rid] = None if aborted or not ids else ids[0]
+                if values:
+                    self.logprobs[rid] = float(values[0])
             some = True
         return some
 
@@ -149,6 +158,31 @@ class Ranks:
             while not self.take(0.5):
                 assert all(process.is_alive() for process in self.processes), self.log.read_text()
                 assert time.monotonic() < deadline_s, f"no answer for {silence_s:g} s; {len(missing)} are missing"
+
+    def compare(self, comparison: Comparison, prompts: Mapping[str, Sequence[int]]) -> None:
+        """Compare the answers to all ``prompts``, and the KV cache that each rank handed over for them."""
+        for rid, tokens in prompts.items():
+            token = self.tokens[rid]
+            answer = [] if token is None else [token]
+            comparison.answer(rid, tokens, answer, [self.logprobs[rid]] if answer and rid in self.logprobs else None)
+            for rank in range(len(self.processes)):
+                comparison.kv(f"{rid} of rank {rank}", tokens, self._take_kv(rank, rid, len(tokens)))
+        comparison.assert_same()
+
+    def _take_kv(self, rank: int, rid: str, tokens: int, timeout_s: float = 30.0) -> Kv:
+        """What ``rank`` handed over for ``rid``: in one part, or more when a prefix was cached."""
+        deadline_s = time.monotonic() + timeout_s
+        whole: Kv | None = None
+        while whole is None or whole.keys.shape[1] < tokens:
+            path = _kv_path(str(self.log), rank, rid, 0 if whole is None else whole.keys.shape[1])
+            if path.exists():
+                part = torch.load(path, weights_only=False)
+                whole = part if whole is None else whole + part
+                path.unlink()
+            else:
+                assert time.monotonic() < deadline_s, f"rank {rank} has not handed over the KV cache of {rid}"
+                time.sleep(0.005)
+        return whole
 
     def preemptions(self, timeout_s: float = 30.0) -> int:
         """Suspensions so far, from the event log, which is written when there is nothing to run."""
@@ -186,8 +220,6 @@ def _run_rank(
         "FLOWPREFILL_MAX_SUSPENDED": "100",
         "SGLANG_CPU_OMP_THREADS_BIND": bind,
     }
-    import torch
-
     torch.set_num_threads(1)
     from sglang.srt.managers.scheduler import run_scheduler_process
     from sglang.srt.plugins import load_plugins
@@ -207,6 +239,7 @@ def _run_rank(
         init(scheduler, *arguments)
         if chaos is not None and rank == 0:
             _unleash(scheduler, chaos)
+        _keep_kv(scheduler, log, rank)
         if late is not None:
             _note_finishes(scheduler, _finishes_path(log, rank))
 
@@ -215,13 +248,31 @@ def _run_rank(
 
 
 def _unleash(scheduler: Any, chaos: Chaos) -> None:
-    from tests.integration.test_preemption import chaos as unleash
+    from tests.chaos import chaos as unleash
 
     unleash(SimpleNamespace(scheduler=scheduler), chaos.seed, chaos.switch_probability)
     if scheduler._agreement is not None:
         switch, pending = scheduler._executor._interrupted, scheduler._agreement._side._pending
         scheduler._agreement._side._pending = lambda: switch() or pending()
         scheduler._executor._interrupted = scheduler._agreement.interrupted
+
+
+def _keep_kv(scheduler: Any, log: str, rank: int) -> None:
+    """Write what is handed over of each request to files, one for each part; whoever wants it removes them."""
+    written: dict[str, int] = {}
+
+    def write(rid: str, kv: Kv) -> None:
+        first = written.get(rid, 0)
+        written[rid] = first + kv.keys.shape[1]
+        path = _kv_path(log, rank, rid, first)
+        torch.save(kv, path.with_suffix(".partial"))
+        path.with_suffix(".partial").rename(path)
+
+    watch_kv(scheduler, write)
+
+
+def _kv_path(log: str, rank: int, rid: str, first_token: int) -> Path:
+    return Path(log).with_name(f"kv-{rank}-{rid}-{first_token}.pt")
 
 
 def _finishes_path(log: str, rank: int) -> Path:

@@ -5,34 +5,37 @@ from __future__ import annotations
 import gc
 import random
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 
 from sgl_flowprefill.policy import Limits
+from tests.chaos import Rounds, chaos
 from tests.engine import PrefillEngine
-from tests.integration.test_preemption import chaos, engine, shared_engine  # noqa: F401 - fixtures
 from tests.late_device import LateDevice
 from tests.prompts import prompt
+from tests.reference import Comparison
+
+
+@pytest.fixture
+def rounds(engine: PrefillEngine, comparison: Comparison) -> Iterator[Rounds]:
+    rounds = Rounds(engine, comparison)
+    yield rounds
+    rounds.close()
 
 
 @pytest.mark.parametrize("lookahead", [0, 2])
-def test_late_results_and_early_wakes_change_no_token(
-    engine: PrefillEngine,  # noqa: F811
+def test_late_results_and_early_wakes_change_no_answer_and_no_kv(
+    engine: PrefillEngine,
+    rounds: Rounds,
     lookahead: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     scheduler = engine.scheduler
     shared = prompt(98, 200)
     prompts = {f"d{i}": prompt(i, 40 + 97 * i, shared if i % 3 else None) for i in range(12)}
-    for rid, tokens in prompts.items():
-        engine.submit(rid, tokens, logprobs=True)
-        engine.run()
-    alone = {rid: (engine.answers[rid].token, engine.answers[rid].logprob) for rid in prompts}
-    engine.assert_clean()
-    engine.answers.clear()
-
     device = LateDevice(lookahead, seed=lookahead)
     monkeypatch.setattr(scheduler, "_device", device)
     monkeypatch.setattr(scheduler._executor, "_device", device)
@@ -59,15 +62,16 @@ def test_late_results_and_early_wakes_change_no_token(
     assert seen["suspensions"] >= 10
     assert device.early_wakes >= 5
     assert device.deepest <= lookahead + 1
-    for rid, (token, logprob) in alone.items():
-        assert engine.answers[rid].token == token, rid
-        assert engine.answers[rid].logprob == pytest.approx(logprob, abs=1e-4)
+    for rid, tokens in prompts.items():
+        rounds.compare(rid, tokens)
+    rounds.comparison.assert_same()
     engine.run()
     engine.assert_clean()
 
 
 def test_kv_indices_that_are_queued_again_are_not_read_beside_the_queue(
-    engine: PrefillEngine,  # noqa: F811
+    engine: PrefillEngine,
+    rounds: Rounds,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Of prefills of the same prompt at a time, the radix cache keeps the KV of the first and frees that of the others:
@@ -106,11 +110,14 @@ def test_kv_indices_that_are_queued_again_are_not_read_beside_the_queue(
     assert all(is_beside == unchanged for is_beside, unchanged in sent.values()), sent
     assert sent["other"] == (True, True)
     assert sum(not unchanged for _, unchanged in sent.values()) >= 4
+    for rid, tokens in prompts.items():
+        rounds.compare(rid, tokens)
+    rounds.comparison.assert_same()
     engine.assert_clean()
 
 
 def test_a_client_that_leaves_while_its_result_is_on_the_way(
-    engine: PrefillEngine,  # noqa: F811
+    engine: PrefillEngine,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     scheduler = engine.scheduler
@@ -134,7 +141,7 @@ def test_a_client_that_leaves_while_its_result_is_on_the_way(
 
 
 def test_an_aborted_task_leaves_nothing_queued_that_reads_its_slot(
-    engine: PrefillEngine,  # noqa: F811
+    engine: PrefillEngine,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     scheduler = engine.scheduler
@@ -156,9 +163,7 @@ def test_an_aborted_task_leaves_nothing_queued_that_reads_its_slot(
     engine.assert_clean()
 
 
-def test_a_suspended_task_holds_the_activations_that_are_accounted_for(
-    engine: PrefillEngine,  # noqa: F811
-) -> None:
+def test_a_suspended_task_holds_the_activations_that_are_accounted_for(engine: PrefillEngine, rounds: Rounds) -> None:
     """Tensors of as many rows as the prompt has tokens that exist only while it is suspended at a checkpoint."""
     scheduler = engine.scheduler
     tokens = 1777
@@ -181,4 +186,6 @@ def test_a_suspended_task_holds_the_activations_that_are_accounted_for(
     print(f"\nheld at {len(held_bytes)} checkpoints: {max(held_bytes)} bytes, accounted for {accounted}")
     assert len(held_bytes) >= scheduler._progress.checkpoints - 1
     assert accounted / 2 < max(held_bytes) <= accounted
+    rounds.compare("only", prompt(3, tokens))
+    rounds.comparison.assert_same()
     engine.assert_clean()

@@ -15,7 +15,6 @@ from sgl_flowprefill.model.embedded import FIRST_WORD_ID, VOCAB_SIZE
 from sgl_flowprefill.policy import make_policy
 from sgl_flowprefill.ttft import PrefillShape
 from tests.engine import PrefillEngine
-from tests.integration.test_preemption import shared_engine  # noqa: F401 - one process holds one scheduler
 
 REQUESTS = 40
 RATE_RPS = 5.0
@@ -43,7 +42,7 @@ class Wrong:
 
 
 @pytest.fixture
-def engine(shared_engine: PrefillEngine) -> Iterator[PrefillEngine]:  # noqa: F811
+def engine(shared_engine: PrefillEngine) -> Iterator[PrefillEngine]:
     scheduler = shared_engine.scheduler
     ttft, policy = scheduler._ttft, scheduler._policy
     shared_engine.answers.clear()

@@ -20,5 +20,7 @@ def test_what_is_found_in_every_registered_model_is_what_docs_models_md_says() -
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_a_family_that_is_suspended_all_the_time_gets_the_tokens_it_gets_alone(name: str) -> None:
-    preempt_in_subprocess(name).check()
+def test_a_family_that_is_suspended_all_the_time_gets_the_answers_of_transformers(name: str) -> None:
+    outcome = preempt_in_subprocess(name)
+    print(name, outcome)
+    outcome.check()

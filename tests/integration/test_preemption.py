@@ -1,4 +1,6 @@
-"""Preemption changes nothing but the order: tokens, log probabilities, KV pool and radix tree."""
+"""Preemption changes nothing but the order: tokens, log probabilities, the KV cache that is handed over, KV pool and
+radix tree.
+"""
 
 from __future__ import annotations
 
@@ -9,74 +11,27 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sgl_flowprefill.model import embedded_model_path
 from sgl_flowprefill.policy import Limits
+from tests.chaos import Rounds
 from tests.engine import PrefillEngine, generate_request
-from tests.prompts import prompt
+from tests.prompts import population, prompt
+from tests.reference import Comparison
 
-ENGINES: list[PrefillEngine] = []
-
-
-@pytest.fixture(scope="module")
-def reference() -> Any:
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(embedded_model_path(), dtype=torch.float32).eval()
-
-
-@pytest.fixture(scope="module")
-def shared_engine() -> PrefillEngine:
-    if not ENGINES:
-        ENGINES.append(PrefillEngine(str(embedded_model_path())))
-    return ENGINES[0]
+PROMPTS = population(70, longest_tokens=2000)
 
 
 @pytest.fixture
-def engine(shared_engine: PrefillEngine) -> Iterator[PrefillEngine]:
-    scheduler = shared_engine.scheduler
-    limits = scheduler._policy.limits
-    shared_engine.answers.clear()
-    yield shared_engine
-    scheduler._policy.__dict__.pop("pick", None)
-    scheduler._policy.limits = limits
-    scheduler._executor._interrupted = scheduler._events.pending
+def rounds(engine: PrefillEngine, comparison: Comparison) -> Iterator[Rounds]:
+    rounds = Rounds(engine, comparison, PROMPTS)
+    yield rounds
+    rounds.close()
 
 
-def chaos(engine: PrefillEngine, seed: int, switch_probability: float) -> dict[str, int]:
-    """Suspend at random checkpoints and run whatever a coin says; figures of what happened."""
-    rng = random.Random(seed)
-    scheduler = engine.scheduler
-    seen = {"suspensions": 0, "deepest": 0}
-
-    def pick(now_s: float, running: Any, admit: bool = True) -> Any:
-        tasks = sorted(scheduler._policy.tasks.first(now_s, 1000), key=lambda job: job.item.id)
-        requests = scheduler._policy.requests.first(now_s, 1000) if admit else []
-        choices = tasks + sorted(requests, key=lambda job: job.item.number)  # the coin alone decides, not the clock
-        if not choices:
-            return None
-        choice = rng.choice(choices)
-        seen["suspensions"] += running is not None and choice is not running
-        started = sum(1 for job in tasks if job.item.checkpoint > 0)
-        seen["deepest"] = max(seen["deepest"], started)
-        return choice
-
-    scheduler._policy.pick = pick
-    scheduler._executor._interrupted = lambda: rng.random() < switch_probability
-    return seen
-
-
-def reference_logprobs(model: Any, tokens: list[int]) -> torch.Tensor:
-    with torch.no_grad():
-        logits = model(torch.tensor([tokens])).logits[0]
-    return torch.log_softmax(logits.double(), dim=-1)
-
-
-def test_a_mix_that_is_suspended_all_the_time_gets_the_tokens_of_transformers(
-    engine: PrefillEngine, reference: Any
+def test_a_mix_that_is_suspended_all_the_time_gets_the_answers_of_transformers(
+    engine: PrefillEngine, rounds: Rounds
 ) -> None:
     shared = prompt(99, 300)
     prompts = {
@@ -86,89 +41,57 @@ def test_a_mix_that_is_suspended_all_the_time_gets_the_tokens_of_transformers(
     engine.submit("first", shared + prompt(5, 20))
     engine.run()
     engine.scheduler._policy.limits = Limits(max_suspended=100, max_batch_tokens=1)
-    seen = chaos(engine, seed=1, switch_probability=0.9)
-    for i, (rid, tokens) in enumerate(prompts.items()):
-        engine.submit(rid, tokens, logprobs=i % 3 == 0, input_logprobs=i == 4)
-    engine.run()
-
-    assert seen["suspensions"] >= 40
-    assert seen["deepest"] >= 5
+    rounds.ask(random.Random(1), prompts, with_inputs={"r4"}, dropped=set(), switch_probability=0.9, at_once=True)
+    rounds.comparison.assert_same()
+    assert rounds.seen["suspensions"] >= 40
+    assert rounds.seen["deepest"] >= 5
     cached = [engine.answers[rid].req.cached_tokens for rid in prompts]
     assert max(cached) >= 300, "the mix must hold requests that share a cached prefix"
-    for rid, tokens in prompts.items():
-        expected = reference_logprobs(reference, tokens)
-        answer = engine.answers[rid]
-        assert answer.token == int(expected[-1].argmax()), rid
-        if answer.logprob is not None:
-            assert answer.logprob == pytest.approx(float(expected[-1].max()), abs=2e-3)
-        if rid == "r4":
-            assert answer.input_logprobs is not None
-            wanted = expected[:-1].gather(1, torch.tensor(tokens[1:])[:, None])[:, 0]
-            got = torch.tensor(answer.input_logprobs[1:], dtype=torch.float64)
-            assert torch.allclose(got, wanted[-len(got) :], atol=2e-3)
+    assert rounds.comparison.counts["answers"] == rounds.comparison.counts["KV caches"] == len(prompts)
+    assert rounds.comparison.counts["log probabilities of prompts"] == 1299
     engine.assert_clean()
 
 
-def test_batches_are_preempted_like_single_requests(engine: PrefillEngine, reference: Any) -> None:
-    scheduler = engine.scheduler
+def test_batches_are_preempted_like_single_requests(engine: PrefillEngine, rounds: Rounds) -> None:
     shared = prompt(7, 128)
     prompts = {f"b{i}": prompt(100 + i, 140 + 30 * i, shared if i % 2 else None) for i in range(9)}
-    seen = chaos(engine, seed=2, switch_probability=1.0)
-    sizes: list[int] = []
-    run_batch = scheduler.run_batch
-
-    def spy(batch: Any) -> Any:
-        sizes.append(len(batch.reqs))
-        return run_batch(batch)
-
-    scheduler.run_batch = spy
-    try:
-        for rid, tokens in prompts.items():
-            engine.submit(rid, tokens, ttft_slo_s=100.0, logprobs=True)
-        engine.run()
-    finally:
-        del scheduler.run_batch
-    assert max(sizes) >= 2, "no batch of several requests was made"
-    assert seen["suspensions"] >= 10
-    for rid, tokens in prompts.items():
-        expected = reference_logprobs(reference, tokens)[-1]
-        assert engine.answers[rid].token == int(expected.argmax())
-        assert engine.answers[rid].logprob == pytest.approx(float(expected.max()), abs=2e-3)
+    rounds.ask(random.Random(2), prompts, with_inputs=set(), dropped=set(), switch_probability=1.0, at_once=True)
+    rounds.comparison.assert_same()
+    assert max(engine.batch_sizes) >= 2, "no batch of several requests was made"
+    assert rounds.seen["suspensions"] >= 10
+    assert rounds.comparison.counts["KV caches"] == len(prompts)
     engine.assert_clean()
+
+
+def test_rounds_of_random_suspensions_and_aborts_change_no_answer_and_no_kv(
+    engine: PrefillEngine, rounds: Rounds
+) -> None:
+    rounds.run(12)
+    assert rounds.seen["suspensions"] >= 300
+    assert rounds.seen["batches of several"] >= 5
+    assert rounds.seen["answers with a cached prefix"] >= 10
+    assert rounds.comparison.counts["aborts"] >= 8
+    assert rounds.comparison.counts["KV caches"] == rounds.comparison.counts["answers"] >= 60
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     seed=st.integers(0, 10_000),
-    lengths=st.lists(st.integers(1, 600), min_size=1, max_size=8),
-    aborts=st.sets(st.integers(0, 7), max_size=4),
+    asked=st.lists(st.integers(0, len(PROMPTS) - 1), min_size=1, max_size=6),
+    dropped=st.sets(st.integers(0, 5), max_size=3),
 )
-def test_any_interleaving_and_any_aborts_leave_nothing_behind(
-    shared_engine: PrefillEngine, seed: int, lengths: list[int], aborts: set[int]
+def test_any_interleaving_and_any_aborts_change_no_answer_and_leave_nothing_behind(
+    rounds: Rounds, seed: int, asked: list[int], dropped: set[int]
 ) -> None:
-    engine = shared_engine
-    engine.answers.clear()
-    rng = random.Random(seed)
-    chaos(engine, seed, switch_probability=0.7)
-    try:
-        for i, tokens in enumerate(lengths):
-            engine.submit(f"h{i}", prompt(seed + i, tokens, prompt(1, 64) if i % 2 and tokens > 64 else None))
-            for _ in range(rng.randrange(4)):
-                engine.step()
-        for i in aborts:
-            engine.abort(f"h{i}")
-            for _ in range(rng.randrange(6)):
-                engine.step()
-        engine.run()
-    finally:
-        engine.scheduler._policy.__dict__.pop("pick", None)
-        engine.scheduler._executor._interrupted = engine.scheduler._events.pending
-    assert {f"h{i}" for i in range(len(lengths)) if i not in aborts} <= set(engine.answers)
-    engine.assert_clean()
+    prompts = {f"h{i}": PROMPTS[place] for i, place in enumerate(asked)}
+    left = {f"h{i}" for i in dropped} & prompts.keys()
+    rounds.ask(random.Random(seed), prompts, with_inputs=set(), dropped=left, switch_probability=0.7)
+    rounds.comparison.assert_same()
+    rounds.engine.assert_clean()
 
 
 def test_a_grammar_that_is_compiled_during_a_prefill_interrupts_it(
-    engine: PrefillEngine, monkeypatch: pytest.MonkeyPatch
+    engine: PrefillEngine, rounds: Rounds, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scheduler = engine.scheduler
     backend = scheduler.grammar_manager.grammar_backend
@@ -179,10 +102,11 @@ def test_a_grammar_that_is_compiled_during_a_prefill_interrupts_it(
         return compile_it(*key)
 
     monkeypatch.setattr(backend, "_init_value_dispatch", compile_late)
-    constrained = generate_request("constrained", prompt(2, 20), 1, ttft_slo_s=20.0)
+    short, long = prompt(2, 20), prompt(1, 8000)
+    constrained = generate_request("constrained", short, 1, ttft_slo_s=20.0)
     constrained.sampling_params.regex = "[a-z]+"
     engine.receive(constrained)
-    engine.submit("long", prompt(1, 8000), ttft_slo_s=100.0)
+    engine.submit("long", long, ttft_slo_s=100.0)
     threading.Timer(0.1, may_end.set).start()
     while not may_end.is_set() or scheduler.grammar_manager.has_waiting_grammars():
         assert engine.step()
@@ -190,25 +114,25 @@ def test_a_grammar_that_is_compiled_during_a_prefill_interrupts_it(
     engine.run()
     assert list(engine.answers) == ["constrained", "long"]
     assert not engine.answers["constrained"].aborted
+    rounds.compare("long", long)
+    rounds.compare_kv("constrained", short)  # its token is the grammar's
+    rounds.comparison.assert_same()
     engine.assert_clean()
 
 
-def test_more_kv_than_there_is_waits_for_tasks_that_hold_it(engine: PrefillEngine) -> None:
-    scheduler = engine.scheduler
-    seen = chaos(engine, seed=4, switch_probability=0.5)
-    held = scheduler.max_total_num_tokens
-    count = 14
-    assert count * 6000 > held
-    for i in range(count):
-        engine.submit(f"k{i}", prompt(i, 6000))
-    engine.run()
-    assert len(engine.answers) == count
-    assert not any(answer.aborted for answer in engine.answers.values())
-    assert seen["deepest"] >= 3
+def test_more_kv_than_there_is_waits_for_tasks_that_hold_it(engine: PrefillEngine, rounds: Rounds) -> None:
+    allocator = engine.scheduler.token_to_kv_pool_allocator
+    taken = allocator.alloc(allocator.available_size() - 20_000)
+    prompts = {f"k{i}": prompt(i, 2000) for i in range(14)}
+    rounds.ask(random.Random(4), prompts, with_inputs=set(), dropped=set(), switch_probability=0.5, at_once=True)
+    rounds.comparison.assert_same()
+    assert rounds.comparison.counts["answers"] == len(prompts)
+    assert rounds.seen["deepest"] >= 3
+    allocator.free(taken)
     engine.assert_clean()
 
 
-def test_a_client_that_leaves_frees_its_work_at_the_next_checkpoint(engine: PrefillEngine) -> None:
+def test_a_client_that_leaves_frees_its_work_at_the_next_checkpoint(engine: PrefillEngine, rounds: Rounds) -> None:
     scheduler = engine.scheduler
     scheduler._executor._interrupted = lambda: True
     engine.submit("suspended", prompt(1, 2000), ttft_slo_s=50.0)
@@ -228,7 +152,8 @@ def test_a_client_that_leaves_frees_its_work_at_the_next_checkpoint(engine: Pref
     assert scheduler.token_to_kv_pool_allocator.available_size() >= before + 3000 - 300
     assert {task.rids[0] for task in scheduler._live} <= {"other"}
     engine.run()
-    assert engine.answers["other"].token is not None
+    rounds.compare("other", prompt(4, 300))
+    rounds.comparison.assert_same()
     assert engine.answers["suspended"].aborted
     assert engine.answers["running"].aborted
     engine.assert_clean()
@@ -252,7 +177,7 @@ def test_what_an_aborted_prefill_was_shown_is_released(engine: PrefillEngine) ->
 
 
 def test_a_hybrid_models_state_is_copied_when_a_prefill_starts_and_not_while_it_waits(
-    engine: PrefillEngine, monkeypatch: pytest.MonkeyPatch
+    engine: PrefillEngine, rounds: Rounds, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from sglang.srt.managers.schedule_batch import Req
 
@@ -271,11 +196,13 @@ def test_a_hybrid_models_state_is_copied_when_a_prefill_starts_and_not_while_it_
     assert copies == [("waits", False)]
     engine.run()
     assert copies == [("waits", False), ("waits", True)]
+    rounds.compare("waits", prompt(1, 200))
+    rounds.comparison.assert_same()
     engine.assert_clean()
 
 
 def test_each_batch_is_prepared_once_before_its_forward_pass(
-    engine: PrefillEngine, monkeypatch: pytest.MonkeyPatch
+    engine: PrefillEngine, rounds: Rounds, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With what n-gram embeddings look up, in the models that have some, and with staging buffers, where there are."""
     scheduler = engine.scheduler
@@ -299,20 +226,22 @@ def test_each_batch_is_prepared_once_before_its_forward_pass(
     engine.submit("only", prompt(1, 200))
     engine.run()
     assert len(prepared) == 1
+    rounds.compare("only", prompt(1, 200))
+    rounds.comparison.assert_same()
     engine.assert_clean()
 
 
-def test_a_pause_lets_started_prefills_finish_and_the_others_wait(engine: PrefillEngine) -> None:
+def test_a_pause_lets_started_prefills_finish_and_the_others_wait(engine: PrefillEngine, rounds: Rounds) -> None:
     from sglang.srt.managers.io_struct import ContinueGenerationReqInput, PauseGenerationReqInput
 
     scheduler = engine.scheduler
     scheduler._executor._interrupted = lambda: True
     scheduler._policy.limits = Limits(max_suspended=100, max_batch_tokens=1)
-    engine.submit("suspended", prompt(1, 900), ttft_slo_s=50.0)
-    engine.step()
-    engine.submit("running", prompt(2, 500), ttft_slo_s=5.0)
-    engine.step()
-    engine.submit("waiting", prompt(3, 300), ttft_slo_s=100.0)
+    prompts = {"suspended": prompt(1, 900), "running": prompt(2, 500), "waiting": prompt(3, 300)}
+    for (rid, tokens), slo_s in zip(prompts.items(), (50.0, 5.0, 100.0), strict=True):
+        if rid != "suspended":
+            engine.step()
+        engine.submit(rid, tokens, ttft_slo_s=slo_s)
     engine.step()
     engine.receive(PauseGenerationReqInput(mode="in_place"))
     assert not engine.step()
@@ -320,5 +249,7 @@ def test_a_pause_lets_started_prefills_finish_and_the_others_wait(engine: Prefil
     assert "waiting" not in engine.answers
     engine.receive(ContinueGenerationReqInput())
     engine.run()
-    assert engine.answers["waiting"].token is not None
+    for rid, tokens in prompts.items():
+        rounds.compare(rid, tokens)
+    rounds.comparison.assert_same()
     engine.assert_clean()

@@ -9,12 +9,11 @@ import pytest
 
 from sgl_flowprefill.profiling.measure import SchedulerEngine
 from tests.engine import PrefillEngine
-from tests.integration.test_preemption import shared_engine  # noqa: F401 - one process holds one scheduler
 from tests.prompts import prompt
 
 
 @pytest.fixture
-def engine(shared_engine: PrefillEngine) -> PrefillEngine:  # noqa: F811
+def engine(shared_engine: PrefillEngine) -> PrefillEngine:
     shared_engine.answers.clear()
     return shared_engine
 

@@ -17,6 +17,7 @@ import requests
 from sgl_flowprefill.cluster import Cluster
 from sgl_flowprefill.events import read_events
 from tests.prompts import prompt
+from tests.reference import LOGPROB_TOLERANCE, TOKENS, Comparison
 from tests.wall_clock import LONG, OFFSETS_S, URGENT, URGENT_SLO_S, WallClock, serve_while_it_is_set
 
 pytestmark = pytest.mark.server
@@ -34,7 +35,7 @@ MIX = [
 """Long prompts with loose objectives first, then ever tighter ones: each newcomer preempts what runs."""
 
 
-def body(tokens: list[int], slo_s: float, output_tokens: int = 6) -> dict[str, Any]:
+def body(tokens: list[int], slo_s: float, output_tokens: int = TOKENS) -> dict[str, Any]:
     sampling = {"max_new_tokens": output_tokens, "temperature": 0, "custom_params": {"ttft_slo": slo_s}}
     return {"input_ids": tokens, "sampling_params": sampling, "return_logprob": True}
 
@@ -65,7 +66,9 @@ def events_since(cluster: Cluster, start_s: float) -> list[dict[str, Any]]:
 
 
 class TestFlowPrefill:
-    def test_a_mix_is_preempted_many_times_and_three_deep(self, flowprefill_cluster: Cluster) -> None:
+    def test_a_mix_is_preempted_many_times_and_three_deep_and_answered_as_by_transformers(
+        self, flowprefill_cluster: Cluster, comparison: Comparison
+    ) -> None:
         start_s = time.monotonic()
         ANSWERS["flowprefill"] = asyncio.run(replay_mix(flowprefill_cluster))
         time.sleep(0.5)  # the log reaches the file when the scheduler turns idle
@@ -82,6 +85,10 @@ class TestFlowPrefill:
         assert len(suspends) >= 5
         assert deepest >= 4, "not nested three deep"
         assert all(event["blocking_s"] >= 0 for event in suspends)
+        for (prompt_tokens, _), (tokens, logprobs) in zip(MIX, ANSWERS["flowprefill"], strict=True):
+            comparison.answer(f"{len(prompt_tokens)} tokens", prompt_tokens, tokens, logprobs)
+        comparison.assert_same()
+        assert comparison.counts["log probabilities"] == TOKENS * len(MIX)
 
     @pytest.mark.parametrize("value", [-1, 0, "soon", True, math.inf])
     @pytest.mark.parametrize(
@@ -185,7 +192,9 @@ class TestFlowPrefill:
         assert len(answered_s) >= 5
         assert max(answered_s) < 1.0
 
-    def test_a_client_that_disconnects_frees_its_work(self, flowprefill_cluster: Cluster) -> None:
+    def test_a_client_that_disconnects_frees_its_work(
+        self, flowprefill_cluster: Cluster, comparison: Comparison
+    ) -> None:
         async def leave() -> None:
             timeout = aiohttp.ClientTimeout(0.6)
             async with aiohttp.ClientSession(timeout=timeout) as session:
@@ -198,9 +207,12 @@ class TestFlowPrefill:
         asyncio.run(leave())
         left_s = time.monotonic()
         answer = requests.post(
-            flowprefill_cluster.gateway_url + "/generate", json=body(prompt(81, 50), 5.0, 2), timeout=60
+            flowprefill_cluster.gateway_url + "/generate", json=body(prompt(81, 50), 5.0), timeout=60
         )
         assert answer.status_code == 200
+        logprobs = answer.json()["meta_info"]["output_token_logprobs"]
+        comparison.answer("beside", prompt(81, 50), [entry[1] for entry in logprobs], [entry[0] for entry in logprobs])
+        comparison.assert_same()
         time.sleep(1.5)
         aborts = [event for event in events_since(flowprefill_cluster, start_s) if event["event"] == "abort"]
         assert len(aborts) == 1
@@ -286,7 +298,7 @@ class TestAgainstSGLangsOwnScheduler:
         stock = asyncio.run(replay_mix(stock_cluster))
         for (tokens, logprobs), (expected, expected_logprobs) in zip(ANSWERS["flowprefill"], stock, strict=True):
             assert tokens == expected
-            assert logprobs == pytest.approx(expected_logprobs, abs=5e-3)
+            assert logprobs == pytest.approx(expected_logprobs, abs=LOGPROB_TOLERANCE)
 
     def test_its_idle_prefill_server_spins(self, stock_cluster: Cluster) -> None:
         shares = idle_shares(stock_cluster)

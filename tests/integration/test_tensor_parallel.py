@@ -13,6 +13,7 @@ from sgl_flowprefill.model import EmbeddedModel, embedded_model_path
 from tests.engine import generate_request
 from tests.prompts import prompt
 from tests.ranks import Chaos, Ranks
+from tests.reference import Comparison, Reference
 
 TWO_HEADS = EmbeddedModel(heads=2, layers=4, context_tokens=4608)
 """Two query heads, one a rank, which share the one KV head: each rank keeps a copy of it."""
@@ -29,48 +30,51 @@ def model_path() -> str:
 
 
 @pytest.fixture(scope="module")
-def tokens_of_one_rank(model_path: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, int | None]:
-    with Ranks(model_path, 1, tmp_path_factory.mktemp("one")) as one:
-        for rid, tokens in PROMPTS.items():
-            one.submit(rid, tokens)
-        one.finish(list(PROMPTS))
-        return one.tokens
+def two_heads(model_path: str) -> Reference:
+    return Reference(model_path)
+
+
+@pytest.fixture
+def comparison(two_heads: Reference) -> Iterator[Comparison]:
+    comparison = Comparison(two_heads)
+    yield comparison
+    print(f"\n{comparison}")
 
 
 @pytest.fixture(scope="module")
-def ranks(
-    model_path: str, tokens_of_one_rank: dict[str, int | None], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Ranks]:
+def ranks(model_path: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
     with Ranks(model_path, 2, tmp_path_factory.mktemp("two"), Chaos(seed=1, switch_probability=0.9)) as two:
         yield two
 
 
-def test_ranks_of_two_nodes_give_the_tokens_of_one(
-    model_path: str, tokens_of_one_rank: dict[str, int | None], tmp_path: Path
+def test_ranks_of_two_nodes_give_the_answers_and_kv_of_transformers(
+    model_path: str, comparison: Comparison, tmp_path: Path
 ) -> None:
     with Ranks(model_path, 2, tmp_path, Chaos(seed=2, switch_probability=0.3), nodes=2) as ranks:
         for rid, tokens in PROMPTS.items():
             ranks.submit(rid, tokens)
         ranks.finish(list(PROMPTS))
-        assert ranks.tokens == tokens_of_one_rank
+        ranks.compare(comparison, PROMPTS)
+    assert comparison.counts["KV caches"] == 2 * len(PROMPTS)
 
 
-def test_two_ranks_that_are_preempted_all_the_time_give_the_tokens_of_one(
-    ranks: Ranks, tokens_of_one_rank: dict[str, int | None]
+def test_two_ranks_that_are_preempted_all_the_time_give_the_answers_and_kv_of_transformers(
+    ranks: Ranks, comparison: Comparison
 ) -> None:
     ranks.submit("first", SHARED + prompt(5, 20))  # leaves the shared prefix in the radix cache
     ranks.finish(["first"])
-    again = {f"{rid}-{i}": rid for i in range(2) for rid in PROMPTS}
-    for name, rid in again.items():
-        ranks.submit(name, PROMPTS[rid], ttft_slo_s=100.0)
+    again = {f"{rid}-{i}": tokens for i in range(2) for rid, tokens in PROMPTS.items()}
+    for name, tokens in again.items():
+        ranks.submit(name, tokens, ttft_slo_s=100.0)
     ranks.finish(list(again))
-    assert {name: ranks.tokens[name] for name in again} == {name: tokens_of_one_rank[again[name]] for name in again}
+    ranks.compare(comparison, again)
+    assert comparison.counts["KV caches"] == 2 * len(again)
     assert ranks.preemptions() >= 100
 
 
 @pytest.mark.parametrize("pass_probabilities", [(0.9, 0.02), (0.02, 0.9)], ids=["follower late", "rank 0 late"])
 def test_results_that_come_at_different_times_are_processed_at_the_same(
-    model_path: str, tokens_of_one_rank: dict[str, int | None], tmp_path: Path, pass_probabilities: tuple[float, float]
+    model_path: str, comparison: Comparison, tmp_path: Path, pass_probabilities: tuple[float, float]
 ) -> None:
     """Each rank's device is late by itself: rank 0 says when a finished task is processed, the next one running."""
     chaos = Chaos(seed=3, switch_probability=0.9)
@@ -78,7 +82,7 @@ def test_results_that_come_at_different_times_are_processed_at_the_same(
         for rid, tokens in PROMPTS.items():
             ranks.submit(rid, tokens, ttft_slo_s=100.0)
         ranks.finish(list(PROMPTS))
-        assert ranks.tokens == tokens_of_one_rank
+        ranks.compare(comparison, PROMPTS)
         first, second = ranks.finishes(0), ranks.finishes(1)
     same = ("rids", "live")
     assert [[note[key] for key in same] for note in first] == [[note[key] for key in same] for note in second]
@@ -91,46 +95,52 @@ def test_results_that_come_at_different_times_are_processed_at_the_same(
         assert waits >= len(first) / 4, "rank 1 had every result as early as rank 0"
 
 
-def test_clients_that_leave_are_dropped_by_both_ranks(ranks: Ranks, tokens_of_one_rank: dict[str, int | None]) -> None:
+def test_clients_that_leave_are_dropped_by_both_ranks(ranks: Ranks, comparison: Comparison) -> None:
     rng = random.Random(7)
-    kept, left = [], []
+    kept: dict[str, list[int]] = {}
     for i in range(5):
         for rid, tokens in PROMPTS.items():
             name = f"a{i}-{rid}"
             ranks.submit(name, tokens)
             time.sleep(rng.random() * 0.02)
-            (left if rng.random() < 0.3 else kept).append(name)
-            if left and left[-1] == name:
+            if rng.random() < 0.3:
                 ranks.abort(name)
-    ranks.finish(kept)
-    assert {ranks.tokens[name] for name in kept} <= set(tokens_of_one_rank.values())
-    assert all(ranks.tokens[name] == tokens_of_one_rank[name[3:]] for name in kept)
+            else:
+                kept[name] = tokens
+    ranks.finish(list(kept))
+    ranks.compare(comparison, kept)
+    assert comparison.counts["answers"] == len(kept)
 
 
-def test_both_ranks_compile_the_grammars_of_requests(ranks: Ranks) -> None:
+def test_both_ranks_compile_the_grammars_of_requests(ranks: Ranks, comparison: Comparison) -> None:
     names = [f"g{i}" for i in range(6)]
+    beside = {f"beside-{name}": prompt(80 + i, 1000) for i, name in enumerate(names)}
     for i, name in enumerate(names):
         request = generate_request(name, prompt(70 + i, 200), 10_000 + i)
         request.sampling_params.regex = f"[a-z]{{1,{4 + i % 3}}}"
         ranks.send(request)
-        ranks.submit(f"beside-{name}", prompt(80 + i, 1000))
-    ranks.finish([*names, *(f"beside-{name}" for name in names)])
+        ranks.submit(f"beside-{name}", beside[f"beside-{name}"])
+    ranks.finish([*names, *beside])
     assert all(ranks.tokens[name] is not None for name in names)
+    ranks.compare(comparison, beside)
 
 
-def test_a_pause_lets_started_prefills_finish_on_both_ranks(ranks: Ranks) -> None:
+def test_a_pause_lets_started_prefills_finish_on_both_ranks(ranks: Ranks, comparison: Comparison) -> None:
     from sglang.srt.managers.io_struct import ContinueGenerationReqInput, PauseGenerationReqInput
 
-    for i in range(4):
-        ranks.submit(f"p{i}", prompt(50 + i, 3000))
+    prompts = {f"p{i}": prompt(50 + i, 3000) for i in range(4)}
+    for name, tokens in prompts.items():
+        ranks.submit(name, tokens)
     time.sleep(0.3)
     ranks.send(PauseGenerationReqInput(mode="in_place"))
     time.sleep(2.0)
-    ranks.submit("late", prompt(60, 100))
+    prompts["late"] = prompt(60, 100)
+    ranks.submit("late", prompts["late"])
     ranks.take(1.0)
     assert "late" not in ranks.tokens
     ranks.send(ContinueGenerationReqInput())
-    ranks.finish(["p0", "p1", "p2", "p3", "late"])
+    ranks.finish(list(prompts))
+    ranks.compare(comparison, prompts)
 
 
 def test_the_end_of_a_rank_ends_the_other_with_its_name(ranks: Ranks) -> None:

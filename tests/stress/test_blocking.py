@@ -18,7 +18,6 @@ import numpy as np
 import pytest
 
 from sgl_flowprefill.config import FlowPrefillConfig
-from sgl_flowprefill.model import embedded_model_path
 from sgl_flowprefill.runtime.checkpoints import find_decoder_layers
 from sgl_flowprefill.runtime.task import PrefillTask
 from sgl_flowprefill.runtime.tiled_attention import prefill_backend
@@ -34,9 +33,9 @@ MAX_BLOCKING_S = FlowPrefillConfig().max_blocking_ms * 1e-3
 
 
 @pytest.fixture(scope="module")
-def engine() -> PrefillEngine:
+def engine(shared_engine: PrefillEngine) -> PrefillEngine:
     keep_freed_memory()
-    return PrefillEngine(str(embedded_model_path()), max_total_tokens=80_000)
+    return shared_engine
 
 
 def pieces_s(engine: PrefillEngine, tokens: int, seed: int) -> list[float]:

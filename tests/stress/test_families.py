@@ -10,7 +10,7 @@ pytestmark = [pytest.mark.stress, pytest.mark.timeout(3600)]
 
 
 @pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if not family.missing])
-def test_a_family_that_is_suspended_all_the_time_gets_the_tokens_it_gets_alone(name: str) -> None:
+def test_a_family_that_is_suspended_all_the_time_gets_the_answers_of_transformers(name: str) -> None:
     outcome = preempt_in_subprocess(name)
     print(name, outcome)
     outcome.check()

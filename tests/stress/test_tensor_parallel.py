@@ -10,45 +10,55 @@ from pathlib import Path
 import pytest
 
 from sgl_flowprefill.model import EmbeddedModel, embedded_model_path
-from tests.prompts import prompt
+from tests.prompts import population
 from tests.ranks import Chaos, Ranks
+from tests.reference import Comparison, Reference
 
 pytestmark = [pytest.mark.stress, pytest.mark.timeout(3600)]
 
 PREEMPTIONS = 3_400
 
 
+@pytest.fixture(scope="module")
+def reference(model_path: str) -> Reference:
+    return Reference(model_path)
+
+
+@pytest.fixture(scope="module")
+def model_path() -> str:
+    return str(embedded_model_path(EmbeddedModel(heads=2, layers=4, context_tokens=4608)))
+
+
 @pytest.mark.parametrize(("seed", "switch_probability"), [(1, 0.9), (2, 0.9), (3, 0.6)])
-def test_ten_thousand_preemptions_of_two_ranks_end_and_change_no_token(
-    seed: int, switch_probability: float, tmp_path: Path
+def test_ten_thousand_preemptions_of_two_ranks_end_and_change_no_answer_and_no_kv(
+    seed: int, switch_probability: float, tmp_path: Path, model_path: str, reference: Reference
 ) -> None:
-    path = str(embedded_model_path(EmbeddedModel(heads=2, layers=4, context_tokens=4608)))
-    prefixes = [prompt(seed, 200 * (seed + 1)) for seed in range(4)]
-    alone: dict[tuple[int, ...], int | None] = {}
+    prompts = population(400)
+    comparison = Comparison(reference)
     started_s = time.monotonic()
-    with Ranks(path, 2, tmp_path, Chaos(seed, switch_probability)) as ranks:
+    with Ranks(model_path, 2, tmp_path, Chaos(seed, switch_probability)) as ranks:
         for round_number in itertools.count():
             rng = random.Random(1000 * seed + round_number)
-            prompts = {}
-            for i in range(rng.randrange(4, 16)):
-                prefix = rng.choice(prefixes) if rng.random() < 0.6 else None
-                tokens = rng.randrange(1, 1200) + (len(prefix) if prefix else 0)
-                prompts[f"n{round_number:04}-{i:02}"] = prompt(rng.randrange(40), tokens, prefix)
+            asked = {f"n{round_number:04}-{i:02}": rng.choice(prompts) for i in range(rng.randrange(4, 16))}
             dropped = set()
-            for rid, tokens in prompts.items():
+            for rid, tokens in asked.items():
                 ranks.submit(rid, tokens)
                 if rng.random() < 0.15:
                     time.sleep(rng.random() * 0.05)
                     ranks.abort(rid)
                     dropped.add(rid)
-            ranks.finish([rid for rid in prompts if rid not in dropped])
-            for rid in prompts.keys() - dropped:
-                expected = alone.setdefault(tuple(prompts[rid]), ranks.tokens[rid])
-                assert ranks.tokens[rid] == expected, "the same prompt got another token in another interleaving"
-            if round_number % 10 == 0:
+            kept = {rid: tokens for rid, tokens in asked.items() if rid not in dropped}
+            ranks.finish(list(kept))
+            answered = {rid: asked[rid] for rid in dropped if ranks.tokens.get(rid) is not None}  # before they left
+            comparison.counts["aborts"] += len(dropped) - len(answered)
+            ranks.compare(comparison, kept | answered)
+            if round_number % 10 == 9:
                 preemptions = ranks.preemptions()
+                took_s = time.monotonic() - started_s
                 print(
-                    f"round {round_number}, {time.monotonic() - started_s:.0f} s: {preemptions} preemptions", flush=True
+                    f"round {round_number + 1}, {took_s:.0f} s: {preemptions:,} preemptions; {comparison}", flush=True
                 )
                 if preemptions >= PREEMPTIONS:
-                    return
+                    break
+    assert comparison.counts["KV caches"] == 2 * comparison.counts["answers"] >= 400
+    assert comparison.counts["aborts"] >= 20

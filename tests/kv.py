@@ -1,0 +1,39 @@
+"""The KV cache that a prefill server hands to the sender of a request."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from tests.reference import Kv
+
+
+def watch_kv(scheduler: Any, keep: Callable[[str, Kv], None]) -> None:
+    """Call ``keep(rid, kv)`` with a copy of what is in the KV pool, at the places that ``scheduler`` gives to the
+    sender, at the moment at which it does. A request has several parts in their order: SGLang sends a cached prefix
+    when the prefill starts.
+    """
+    send_chunk = scheduler.send_kv_chunk
+    allocator = scheduler.token_to_kv_pool_allocator
+    assert allocator.page_size == 1
+
+    def watched(req: Any, *arguments: Any, **options: Any) -> None:
+        sender = req.disagg_kv_sender
+        send = sender.send
+
+        def copied(kv_indices: Any, *rest: Any, **named: Any) -> None:
+            pool = allocator.get_kvcache()
+            slots = torch.as_tensor(kv_indices, dtype=torch.long)
+            buffers = (pool.get_key_buffer, pool.get_value_buffer)
+            keep(req.rid, Kv(*(torch.stack([of(i)[slots] for i in range(pool.layer_num)]) for of in buffers)))
+            send(kv_indices, *rest, **named)
+
+        sender.send = copied
+        try:
+            send_chunk(req, *arguments, **options)
+        finally:
+            del sender.send
+
+    scheduler.send_kv_chunk = watched

@@ -1,0 +1,103 @@
+"""The comparison itself: what it lets pass, and that it cannot be passed by what is wrong."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tests.prompts import population, prompt
+from tests.reference import LOGPROB_TOLERANCE, Comparison, Expected, Kv, Reference
+
+TOKENS = prompt(1, 200)
+
+
+@pytest.fixture
+def expected(reference: Reference) -> Expected:
+    return reference.expect(TOKENS)
+
+
+def kv_of(expected: Expected) -> Kv:
+    assert expected.kv is not None
+    return Kv(expected.kv.keys.clone(), expected.kv.values.clone())
+
+
+def test_what_the_reference_itself_says_passes_and_is_counted(
+    comparison: Comparison, reference: Reference, expected: Expected
+) -> None:
+    comparison.answer("a", TOKENS, expected.choices.tokens, expected.choices.logprobs)
+    comparison.inputs("a", TOKENS, reference.inputs(TOKENS, 199))
+    comparison.kv("a", TOKENS, kv_of(expected))
+    comparison.assert_same()
+    assert comparison.counts == {
+        "answers": 1,
+        "tokens": 8,
+        "log probabilities": 8,
+        "log probabilities of prompts": 199,
+        "KV caches": 1,
+        "KV tensors": 16,
+        "tokens decoded from KV": 7,
+        "log probabilities decoded from KV": 7,
+    }
+
+
+@pytest.mark.parametrize(
+    ("kind", "tokens", "logprobs"),
+    [
+        ("token", [0], [0.0]),
+        ("token", [], None),
+        ("log probability", None, [-1.5 * LOGPROB_TOLERANCE]),
+        ("log probability", None, [float("nan")]),
+    ],
+)
+def test_another_answer_differs(
+    comparison: Comparison, expected: Expected, kind: str, tokens: list[int] | None, logprobs: list[float] | None
+) -> None:
+    """``logprobs`` are added to the right ones."""
+    right = expected.choices
+    got = right.tokens[:1] if tokens is None else tokens
+    comparison.answer("a", TOKENS, got, None if logprobs is None else [right.logprobs[0] + logprobs[0]])
+    assert list(comparison.differences) == [kind]
+    with pytest.raises(AssertionError, match=kind):
+        comparison.assert_same()
+
+
+def test_only_the_runner_up_of_a_near_tie_may_take_the_place_of_a_token(
+    comparison: Comparison, reference: Reference, expected: Expected, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tied = replace(expected.choices, gaps=[LOGPROB_TOLERANCE / 2, *expected.choices.gaps[1:]])
+    monkeypatch.setattr(reference, "expect", lambda prompt: replace(expected, choices=tied))
+    comparison.answer("a", TOKENS, tied.runners_up[:1], tied.logprobs[:1])
+    assert not comparison.differences
+    assert comparison.counts["tokens of a runner-up"] == 1
+    with pytest.raises(AssertionError):
+        comparison.assert_same()  # all of one answer: far more than one in a hundred
+    comparison.answer("a", TOKENS, [tied.tokens[0] ^ 1], tied.logprobs[:1])
+    assert list(comparison.differences) == ["token"]
+
+
+def test_two_neighbouring_rows_that_are_exchanged_in_one_layer_differ(
+    comparison: Comparison, expected: Expected
+) -> None:
+    kv = kv_of(expected)
+    kv.values[5, [60, 61]] = kv.values[5, [61, 60]]
+    comparison.kv("a", TOKENS, kv)
+    assert "KV" in comparison.differences
+
+
+def test_one_wrong_row_of_one_layer_shows_in_the_log_probabilities_of_eight_tokens(reference: Reference) -> None:
+    """All that is seen of the KV at a decode server."""
+    smallest = float("inf")
+    for i, tokens in enumerate(population(30, seed=3, longest_tokens=1400)):
+        if len(tokens) < 20:
+            continue
+        expected = reference.expect(tokens)
+        kv = kv_of(expected)
+        layer, row = i % len(kv.keys), (i * 7919) % (len(tokens) - 1)
+        kv.keys[layer, row] = kv.values[layer, row] = 0.0
+        decoded = reference.decode(kv, expected.choices.tokens[:-1])
+        changes = torch.tensor(decoded.logprobs) - torch.tensor(expected.choices.logprobs[1:])
+        smallest = min(smallest, float(changes.abs().max()))
+    print(f"\nsmallest change {smallest:.2g}")
+    assert smallest > LOGPROB_TOLERANCE
