@@ -156,13 +156,15 @@ def in_tiles(
     forward: Callable[..., Any], rows: Callable[[], int], between_tiles: Callable[[], None]
 ) -> Callable[..., Any]:
     """``forward`` in tiles of so many rows of its first tensor, asked for at each call. Arguments with as many rows are
-    cut alike, others are passed on; its result is a tensor, or a tuple of tensors and None.
+    cut alike, others are passed on; its result is a tensor, or a tuple of tensors and None. Without a tensor that has
+    rows, as where a layer is handed a tuple of quantised activations and their scales, it runs whole.
 
     ``between_tiles`` is called after the last tile as well: what comes next would lengthen it.
     """
 
     def tiled(*args: Any, **kwargs: Any) -> Any:
-        tokens = next(len(value) for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))
+        values = (value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor) and value.dim())
+        tokens = next(map(len, values), 0)
         most = rows()
         tiles = list(_row_tiles(tokens, most))
         output: Any = None

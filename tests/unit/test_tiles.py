@@ -110,3 +110,19 @@ def test_a_short_rest_belongs_to_the_tile_before_it(rows: int, points: list[int]
 
     in_tiles(forward, lambda: 16, lambda: seen.append(done))(torch.zeros(rows, 2))
     assert seen == points
+
+
+def test_a_layer_that_is_handed_no_tensor_with_rows_runs_whole() -> None:
+    """Quantised activations come with their scales, as a tuple."""
+    calls: list[object] = []
+
+    def forward(*args: object, **kwargs: object) -> torch.Tensor:
+        calls.append((args, kwargs))
+        return torch.ones(ROWS, 3)
+
+    tiled = in_tiles(forward, lambda: 2, lambda: None)
+    quantised = (torch.ones(ROWS, 3, dtype=torch.int8), torch.ones(ROWS, 1))
+    assert tiled(quantised).shape == (ROWS, 3)
+    assert tiled(torch.tensor(3.0), quantised).shape == (ROWS, 3)
+    assert calls[0] == ((quantised,), {})
+    assert len(calls) == 2
