@@ -29,7 +29,7 @@ class Wakeup:
         self._has_warned = False
 
     def notify(self) -> None:
-        """Make ``pending`` true and end a sleep. Callable from any thread; does not raise, whatever the network does."""
+        """Make ``pending`` true and end a sleep. Any thread may call it; it raises nothing, whatever the network does."""
         if not self.pending:
             self.pending = True
             if self._socket is not None and self._forward_to is not None:
@@ -44,8 +44,8 @@ class Wakeup:
             if not self._has_warned:
                 self._has_warned = True
                 logger.warning(
-                    "FlowPrefill cannot send wake-ups to tensor-parallel rank 0 at %s port %d (%s): until it can, rank 0 "
-                    "notices what happens here up to a second later",
+                    "FlowPrefill cannot send wake-ups to tensor-parallel rank 0 at %s port %d (%s): until it can, "
+                    "rank 0 notices what happens here up to a second later",
                     *address,
                     error,
                 )
@@ -65,8 +65,8 @@ class Wakeup:
         return bound[0], bound[1]
 
     def forward_to(self, address: Address) -> None:
-        """From now on, what is notified here is notified at ``address``. A datagram that is lost or cannot be sent, which
-        only a full buffer or a network does, is made up for by the hub's own checks."""
+        """From now on, what is notified here is notified at ``address``. The hub's own checks make up for a datagram
+        that is lost or cannot be sent, as happens with a full buffer or a broken network."""
         self._forward_to = address
         self._socket = socket.socket(socket.AF_INET6 if ":" in address[0] else socket.AF_INET, socket.SOCK_DGRAM)
 
