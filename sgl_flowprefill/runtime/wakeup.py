@@ -29,7 +29,7 @@ class Wakeup:
         self._has_warned = False
 
     def notify(self) -> None:
-        """Make ``pending`` true and end a sleep. Any thread may call it; it raises nothing, whatever the network does."""
+        """Make ``pending`` true and end a sleep. Callable from any thread; raises nothing, whatever the network."""
         if not self.pending:
             self.pending = True
             if self._socket is not None and self._forward_to is not None:
