@@ -26,6 +26,7 @@ REFUSED_WHEN_SET: Final = {
     "enable_single_batch_overlap": "it interleaves operators inside of one forward pass",
     "enable_pdmux": "it runs prefill and decode in one process",
     "enable_pd_role_switch": "the server has to stay a prefill server",
+    "enable_unified_memory": "it moves the KV cache of a suspended prefill, which writes on to where that was",
     "enable_torch_compile": "a compiled model has no boundaries between its operators",
     "enable_hierarchical_cache": "its transfers are tied to SGLang's own scheduling of batches",
     "enable_lmcache": "its transfers are tied to SGLang's own scheduling of batches",
@@ -62,6 +63,8 @@ REFUSED_ABOVE_ONE: Final = {
 
 REFUSED_ENVIRONMENT: Final = {
     "SGLANG_ENABLE_METRICS_DEVICE_TIMER": "its timer takes one forward pass at a time",
+    "SGLANG_ENABLE_GRAPH_POOL_BORROW": "log probabilities of a suspended prefill would lie in memory of graphs "
+    "that others replay",
     "SGLANG_RUST_SERVER": "the objective of a request is checked by the Python HTTP server, and what arrives from the "
     "other wakes nobody",
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import threading
+import time
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -190,6 +191,93 @@ def test_a_grammar_that_is_compiled_during_a_prefill_interrupts_it(
     engine.run()
     assert list(engine.answers) == ["constrained", "long"]
     assert not engine.answers["constrained"].aborted
+    engine.assert_clean()
+
+
+def test_a_start_does_not_wait_for_grammars_that_are_being_compiled(
+    engine: PrefillEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grammars = engine.scheduler.grammar_manager
+    compile_it, may_end = grammars.grammar_backend._init_value_dispatch, threading.Event()
+
+    def compile_late(*key: Any) -> Any:
+        may_end.wait(60.0)
+        return compile_it(*key)
+
+    monkeypatch.setattr(grammars.grammar_backend, "_init_value_dispatch", compile_late)
+    monkeypatch.setattr(grammars, "SGLANG_GRAMMAR_POLL_INTERVAL", 5.0)
+    constrained = generate_request("constrained", prompt(2, 20), 1, ttft_slo_s=20.0)
+    constrained.sampling_params.regex = "[a-c]+"
+    engine.receive(constrained)
+    engine.submit("urgent", prompt(1, 20), ttft_slo_s=1.0)
+    started_s = time.monotonic()
+    while "urgent" not in engine.answers:
+        engine.step()
+    assert time.monotonic() - started_s < 4.0
+    assert [req.rid for req in grammars.grammar_queue] == ["constrained"]
+    may_end.set()
+    engine.run()
+    assert not engine.answers["constrained"].aborted
+    engine.assert_clean()
+
+
+def test_the_policy_sees_all_requests_however_many_and_the_urgent_one_that_comes_last_runs_first(
+    engine: PrefillEngine,
+) -> None:
+    scheduler = engine.scheduler
+    count = 5000
+    assert count > 4096 > 2 * scheduler.max_running_requests
+    for i in range(count):
+        engine.submit(f"w{i}", prompt(i, 8), ttft_slo_s=1000.0)
+    engine.submit("urgent", prompt(7, 9), ttft_slo_s=2.0)
+    scheduler._take_events()
+    waiting = {job.item.req.rid for job in scheduler._policy.requests.first(time.monotonic(), count + 1)}
+    assert len(waiting) == count + 1
+    scheduler._policy.limits = Limits(max_suspended=100, max_batch_tokens=1)
+    engine.step()
+    assert scheduler._tasks_started
+    assert "urgent" not in {req.rid for req in scheduler.waiting_queue}
+    assert len(scheduler.waiting_queue) == count
+    for rid in waiting:
+        engine.abort(rid)
+    engine.run()
+    engine.assert_clean()
+
+
+def test_other_weights_do_not_meet_a_prefill_that_has_started(
+    engine: PrefillEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sglang.srt.managers.io_struct import UpdateWeightFromDiskReqInput
+
+    scheduler = engine.scheduler
+    tokens = prompt(41, 900)
+    engine.submit("alone", tokens)
+    engine.run()
+    assert scheduler.flush_cache()
+    scheduler._executor._interrupted = lambda: True
+    scheduler._policy.limits = Limits(max_suspended=100, max_batch_tokens=1)
+    engine.submit("suspended", tokens, ttft_slo_s=50.0)
+    engine.step()
+    engine.submit("running", prompt(42, 500), ttft_slo_s=5.0)
+    engine.step()
+    model = scheduler.tp_worker.model_runner.model
+    live: list[int] = []
+
+    def ruin(recv_req: Any) -> Any:
+        live.append(len(scheduler._live))
+        for parameter in model.parameters():
+            parameter.data.neg_()
+        return None
+
+    monkeypatch.setitem(scheduler._request_dispatcher._mapping, UpdateWeightFromDiskReqInput, ruin)
+    try:
+        engine.receive(UpdateWeightFromDiskReqInput(model_path="other", load_format=None))
+        engine.run()
+    finally:
+        for parameter in model.parameters():
+            parameter.data.neg_()
+    assert live == [0]
+    assert engine.answers["suspended"].token == engine.answers["alone"].token
     engine.assert_clean()
 
 
