@@ -1,6 +1,8 @@
 """Long inputs: an operator that would block for too long runs in row tiles, and can be suspended between them.
 
-MLPs, norms and linear layers work row by row, so their tiles compute what the whole would. Attention is tiled by query
+MLPs, norms and linear layers work row by row, so their tiles compute what the whole would. That holds for quantised
+ones too where a row has a scale of its own or a constant one, as in SGLang on CUDA (tests/unit/test_gpu_contracts.py);
+with one scale of the whole batch (per tensor and dynamic, on AMD) it would not. Attention is tiled by query
 (``tiled_attention``). Paper, section 6, names one operator on an extremely long input as what still blocks.
 """
 
