@@ -388,7 +388,12 @@ class FlowPrefillScheduler(PreparedScheduler):
             self._journal.aborted([job.item.req.rid])
 
     def _drop_aborted_tasks(self) -> None:
-        """Drop the tasks that nobody waits for any more."""
+        """Drop the tasks that nobody waits for any more.
+
+        A request that leaves a batch in which others stay is computed to the end with it, and freed with the result:
+        its rows are in every tensor that the suspended forward pass holds, and in the plan of its attention. At most
+        ``max_batch_tokens`` are computed in vain.
+        """
         for task in list(self._live):
             if all(is_aborted(req) for req in task.batch.reqs):
                 self._drop(task)

@@ -322,6 +322,35 @@ def test_a_client_that_leaves_frees_its_work_at_the_next_checkpoint(engine: Pref
     engine.assert_clean()
 
 
+def test_who_leaves_a_batch_in_which_another_stays_is_freed_with_its_result(
+    engine: PrefillEngine, reference: Any
+) -> None:
+    scheduler = engine.scheduler
+    scheduler._executor._interrupted = lambda: True
+    shared = prompt(70, 100)
+    prompts = {f"m{i}": prompt(71 + i, 160 + 20 * i, shared) for i in range(4)}
+    for rid, tokens in prompts.items():
+        engine.submit(rid, tokens, ttft_slo_s=100.0)
+    engine.step()
+    [task] = scheduler._live
+    assert len(task.batch.reqs) == 4
+    held = scheduler.token_to_kv_pool_allocator.available_size()
+    for rid in ("m0", "m1", "m3"):
+        engine.abort(rid)
+    engine.step()
+    assert scheduler._live == [task]
+    assert scheduler.token_to_kv_pool_allocator.available_size() == held
+    engine.run()
+    assert {rid for rid, answer in engine.answers.items() if answer.aborted} == {"m0", "m1", "m3"}
+    assert engine.answers["m2"].token == int(reference_logprobs(reference, prompts["m2"])[-1].argmax())
+    engine.submit("again", prompts["m3"])
+    engine.run()
+    again = engine.answers["again"]
+    assert again.req.cached_tokens <= len(shared), "the KV cache of a request that has left is a cached prefix"
+    assert again.token == int(reference_logprobs(reference, prompts["m3"])[-1].argmax())
+    engine.assert_clean()
+
+
 def test_what_an_aborted_prefill_was_shown_is_released(engine: PrefillEngine) -> None:
     scheduler = engine.scheduler
     scheduler._executor._interrupted = lambda: True
