@@ -59,6 +59,8 @@ IDLE_CHECK_S: Final = 5.0
 """How often an idle scheduler does SGLang's housekeeping (leak check, metrics)."""
 STALL_CHECK_S: Final = 1.0
 """How often a scheduler that only waits for others looks for what sends no wake-up (a dead decode server)."""
+STALL_CHECK_REQUESTS: Final = 512
+"""Most waiting requests that are looked at then: SGLang takes about 1.5 us for each, and a prefill may be stopped."""
 
 
 class FlowPrefillScheduler(PreparedScheduler):
@@ -386,6 +388,13 @@ class FlowPrefillScheduler(PreparedScheduler):
         for job in self._waiting.take_all_but(self.waiting_queue):
             self._policy.requests.remove(job)
             self._journal.aborted([job.item.req.rid])
+
+    def resolve_waiting_queue_bootstrap(self) -> None:
+        """SGLang drops waiting requests whose decode server is gone; here a part of them each time, in turns."""
+        later = self.waiting_queue[STALL_CHECK_REQUESTS:]
+        self.waiting_queue = self.waiting_queue[:STALL_CHECK_REQUESTS]
+        super().resolve_waiting_queue_bootstrap()
+        self.waiting_queue = later + self.waiting_queue
 
     def _drop_aborted_tasks(self) -> None:
         """Drop the tasks that nobody waits for any more.

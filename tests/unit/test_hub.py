@@ -117,6 +117,24 @@ def test_a_task_takes_over_the_number_of_the_request_it_is_started_for() -> None
     assert task.job.number == winner.number
 
 
+def test_many_waiting_requests_are_looked_at_in_turns_for_those_whose_decode_server_is_gone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    looks: list[int] = []
+
+    def drop_negative(scheduler: Any) -> None:
+        looks.append(len(scheduler.waiting_queue))
+        scheduler.waiting_queue = [number for number in scheduler.waiting_queue if number >= 0]
+
+    monkeypatch.setattr(Scheduler, "resolve_waiting_queue_bootstrap", drop_negative)
+    numbers = [number if number % 3 else -number - 1 for number in range(2000)]
+    scheduler = hub(waiting_queue=list(numbers))
+    for _ in range(4):
+        scheduler.resolve_waiting_queue_bootstrap()
+    assert max(looks) <= 512
+    assert sorted(scheduler.waiting_queue) == [number for number in numbers if number >= 0]
+
+
 class Grammars(GrammarManager):
     """SGLang's queue of requests whose grammars are compiled, without a backend."""
 
