@@ -110,6 +110,34 @@ def test_a_mix_that_is_suspended_all_the_time_gets_the_tokens_of_transformers(
     engine.assert_clean()
 
 
+def test_log_probabilities_of_a_long_prompt_are_computed_in_the_chunks_that_its_memory_is_counted_by(
+    engine: PrefillEngine, reference: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sglang.srt.layers.logits_processor import LogitsProcessor
+
+    scheduler = engine.scheduler
+    rows: list[int] = []
+    get_logits = LogitsProcessor._get_logits
+
+    def watched(self: Any, states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        rows.append(len(states))
+        return get_logits(self, states, *args, **kwargs)
+
+    monkeypatch.setattr(LogitsProcessor, "_get_logits", watched)
+    tokens = prompt(88, 5000)
+    scheduler._executor._interrupted = lambda: True
+    engine.submit("long", tokens, input_logprobs=True)
+    engine.step()
+    assert scheduler._live[0].logprob_rows == 5000
+    engine.run()
+    assert max(rows) == scheduler._memory.activations.logits_chunk_tokens == 2048
+    assert sum(rows) >= 5000
+    got = torch.tensor(engine.answers["long"].input_logprobs[1:], dtype=torch.float64)
+    wanted = reference_logprobs(reference, tokens)[:-1].gather(1, torch.tensor(tokens[1:])[:, None])[:, 0]
+    assert torch.allclose(got, wanted[-len(got) :], atol=2e-3)
+    engine.assert_clean()
+
+
 def test_batches_are_preempted_like_single_requests(engine: PrefillEngine, reference: Any) -> None:
     scheduler = engine.scheduler
     shared = prompt(7, 128)
