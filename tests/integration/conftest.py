@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -10,6 +12,7 @@ import pytest
 
 from sgl_flowprefill.cluster import Cluster, ClusterConfig
 from sgl_flowprefill.config import FlowPrefillConfig
+from tests import faults
 
 
 class OneCluster:
@@ -30,7 +33,10 @@ class OneCluster:
                 log_dir=self._directory / name,
                 options=FlowPrefillConfig(event_log=str(self._directory / "events.jsonl")),
             )
-            self._cluster = self._stack.enter_context(Cluster(config, on_progress=print))
+            with pytest.MonkeyPatch.context() as environment:
+                environment.syspath_prepend(faults.PLUGIN)
+                environment.setenv("PYTHONPATH", os.pathsep.join(path for path in sys.path if path))
+                self._cluster = self._stack.enter_context(Cluster(config, on_progress=print))
             self._kind = flowprefill
         self._cluster.check()
         return self._cluster
