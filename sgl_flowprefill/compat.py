@@ -1,7 +1,7 @@
-"""SGLang options that cannot work with FlowPrefill, and the sentence that says so.
+"""SGLang options of a prefill server: those that FlowPrefill sets itself, and those that it refuses with a sentence.
 
-Reads any object with the fields of SGLang 0.5.23's ``ServerArgs``: its resolved record, or the namespace of its
-command line parser. Imports nothing of SGLang.
+Reads any object with the fields of SGLang 0.5.23's ``ServerArgs``: its record, or the namespace of its command line
+parser. Imports nothing of SGLang.
 """
 
 from __future__ import annotations
@@ -9,6 +9,14 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from typing import Any, Final
+
+OWN_SETTINGS: Final = {
+    "disable_overlap_schedule": (True, "it decides at every event, not one batch ahead"),
+    "chunked_prefill_size": (-1, "a prompt is prefilled whole and suspended when it has to wait"),
+    "cuda_graph_backend_prefill": ("disabled", "a captured graph cannot be suspended between its operators"),
+    "schedule_policy": ("fcfs", "requests are ordered by their slack (see --flowprefill-policy)"),
+}
+"""Field of ServerArgs: what FlowPrefill sets it to on a prefill server, and why."""
 
 TRANSFER_BACKENDS: Final = ("nixl", "mooncake")
 
@@ -26,6 +34,7 @@ REFUSED_WHEN_SET: Final = {
     "enable_single_batch_overlap": "it interleaves operators inside of one forward pass",
     "enable_pdmux": "it runs prefill and decode in one process",
     "enable_pd_role_switch": "the server has to stay a prefill server",
+    "enable_unified_memory": "it moves the KV cache of a suspended prefill, which writes on to where that was",
     "enable_torch_compile": "a compiled model has no boundaries between its operators",
     "enable_hierarchical_cache": "its transfers are tied to SGLang's own scheduling of batches",
     "enable_lmcache": "its transfers are tied to SGLang's own scheduling of batches",
@@ -62,10 +71,34 @@ REFUSED_ABOVE_ONE: Final = {
 
 REFUSED_ENVIRONMENT: Final = {
     "SGLANG_ENABLE_METRICS_DEVICE_TIMER": "its timer takes one forward pass at a time",
+    "SGLANG_ENABLE_GRAPH_POOL_BORROW": "log probabilities of a suspended prefill would lie in memory of graphs "
+    "that others replay",
     "SGLANG_RUST_SERVER": "the objective of a request is checked by the Python HTTP server, and what arrives from the "
     "other wakes nobody",
 }
 """Variable that SGLang reads: why FlowPrefill refuses it when it is on."""
+
+
+def take_over(server_args: Any) -> list[str]:
+    """Set what FlowPrefill works with in the options of a prefill server, before SGLang resolves them; a line for each
+    that was set to something else.
+    """
+    lines = []
+    for field, (needed, reason) in OWN_SETTINGS.items():
+        given = getattr(server_args, field, None)
+        if given != needed:
+            setattr(server_args, field, needed)
+            was = "not set" if given is None else given
+            lines.append(f"--{field.replace('_', '-')} is {needed} (was {was}): {reason}")
+    graphs = getattr(server_args, "cuda_graph_config", None)
+    if isinstance(graphs, dict) and "backend" in (graphs.get("prefill") or {}):
+        prefill = {key: value for key, value in graphs["prefill"].items() if key != "backend"}
+        server_args.cuda_graph_config = {**graphs, "prefill": prefill}
+        reason = OWN_SETTINGS["cuda_graph_backend_prefill"][1]
+        lines.append(
+            f"--cuda-graph-config says nothing of prefill.backend (was {graphs['prefill']['backend']}): {reason}"
+        )
+    return lines
 
 
 def incompatible_option(server_args: Any, env: Mapping[str, str] | None = None) -> str | None:

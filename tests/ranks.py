@@ -11,7 +11,7 @@ import multiprocessing
 import os
 import signal
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace, TracebackType
@@ -39,6 +39,8 @@ class Chaos:
 class Ranks:
     """``tp`` scheduler processes, as a context manager. Spread over ``nodes``, which are this machine all the same.
 
+    ``prepare``: a function of a module, called in each rank's process with its scheduler and its rank.
+
     ``pass_probabilities``: each rank's device is late (``tests.late_device``), and how soon its work is over.
     """
 
@@ -51,11 +53,15 @@ class Ranks:
         *,
         nodes: int = 1,
         pass_probabilities: Sequence[float] = (),
+        prepare: Callable[[Any, int], object] | None = None,
     ) -> None:
         self.event_log = directory / "events.jsonl"
         self.log = directory / "ranks.log"
         self.tokens: dict[str, int | None] = {}
         self.logprobs: dict[str, float] = {}
+        self.reasons: dict[str, dict[str, Any]] = {}
+        """Why each request is finished, as SGLang tells its tokenizer process."""
+        self._prepare = prepare
         self._start = (model_path, tp, nodes, chaos)
         self._late = pass_probabilities
         self._sent = 0
@@ -95,7 +101,7 @@ class Ranks:
             receiver, sender = spawn.Pipe(duplex=False)
             args = node_args[rank * nodes // tp]
             late = self._late[rank] if self._late else None
-            work = (args, ports, rank, sender, str(self.event_log), str(self.log), chaos, late)
+            work = (args, ports, rank, sender, str(self.event_log), str(self.log), chaos, late, self._prepare)
             self.processes.append(spawn.Process(target=_run_rank, args=work, daemon=True))
             self.processes[-1].start()
             sender.close()
@@ -145,6 +151,7 @@ class Ranks:
                 output.rids, output.output_ids, logprobs, output.finished_reasons, strict=True
             ):
                 aborted = reason is not None and reason.get("type") == "abort"
+                self.reasons[rid] = reason or {}
                 self.tokens[rid] = None if aborted or not ids else ids[0]
                 if values:
                     self.logprobs[rid] = float(values[0])
@@ -207,7 +214,15 @@ class Ranks:
 
 
 def _run_rank(
-    args: Any, ports: Any, rank: int, pipe: Any, event_log: str, log: str, chaos: Chaos | None, late: float | None
+    args: Any,
+    ports: Any,
+    rank: int,
+    pipe: Any,
+    event_log: str,
+    log: str,
+    chaos: Chaos | None,
+    late: float | None,
+    prepare: Callable[[Any, int], object] | None,
 ) -> None:
     """The body of a rank's process."""
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
@@ -242,6 +257,8 @@ def _run_rank(
         _keep_kv(scheduler, log, rank)
         if late is not None:
             _note_finishes(scheduler, _finishes_path(log, rank))
+        if prepare is not None:
+            prepare(scheduler, rank)
 
     FlowPrefillScheduler.__init__ = with_chaos  # type: ignore[method-assign]
     run_scheduler_process(args, ports, rank, rank, 0, None, pipe)

@@ -148,6 +148,8 @@ class SimulatedRequest:
     tokens: int
     ttft_slo_s: float
     prefix_len: int = 0
+    return_logprob: bool = False
+    logprob_start_len: int = -1
     trace: list[tuple[str, int]] = field(default_factory=list)
     """(kind, layer) of each operator that ran for it, in the device's order."""
     ran_s: float = math.inf

@@ -23,11 +23,6 @@ from sgl_flowprefill.config import ENV_PREFIX, ENV_SWITCH, FlowPrefillConfig
 Role = Literal["prefill", "decode"]
 ROLES: Final[tuple[Role, ...]] = ("prefill", "decode")
 
-FLOWPREFILL_ARGS: Final = (
-    "--disable-overlap-schedule",
-    "--cuda-graph-backend-prefill=disabled",
-    "--chunked-prefill-size=-1",
-)
 TP_OPTIONS: Final = ("--tensor-parallel-size", "--tp-size", "--tp")
 PARALLEL_OPTIONS: Final = (TP_OPTIONS, ("--pipeline-parallel-size", "--pp-size"))
 """SGLang options whose product is the number of GPUs of a server."""
@@ -43,7 +38,7 @@ CPU_ALLOCATOR: Final = {
 }
 """glibc keeps freed activations: otherwise the kernel clears new pages for every operator of a forward pass, which took
 between 5% and 25% of a prefill's time on one core."""
-DECODE_PLACES: Final = ("--max-running-requests", "1024")
+DECODE_PLACES: Final = ("--max-running-requests", "4096")
 DECODE_KV_TOKENS: Final = 1 << 20
 """The decode server gives a request a place and KV cache, first come first served, before its prefill may start. When
 they run out, an urgent request waits for long ones that wait for the prefill server, whatever the order there."""
@@ -114,8 +109,6 @@ class Layout:
             options += ["--disaggregation-decode-retraction-backup", "cpu_tensor", *DECODE_PLACES]
             if self.config.model_path is None:
                 options += ["--max-total-tokens", str(DECODE_KV_TOKENS)]
-        if role == "prefill" and self.config.flowprefill:
-            options += FLOWPREFILL_ARGS
         return [*options, *self.config.server_args, *self._own_args(role)]
 
     def server_command(self, role: Role, index: int = 0, bootstrap: int | None = None) -> list[str]:

@@ -25,7 +25,7 @@ from sgl_flowprefill.cluster import machine
 from sgl_flowprefill.cluster.base import GATEWAY_PORT, LOOPBACK, MAX_PORT, ClusterConfig, Ports, StartError
 from sgl_flowprefill.cluster.commands import CPU_PLATFORM, ROLES, Layout, last_value
 from sgl_flowprefill.cluster.gateway import Gateway
-from sgl_flowprefill.compat import incompatible_option
+from sgl_flowprefill.compat import incompatible_option, take_over
 from sgl_flowprefill.model import embedded_model_path
 
 OWN_OPTIONS: Final = {
@@ -265,9 +265,11 @@ def _check_options(layout: Layout) -> None:
                     f"the {role} server's --config sets api-key or ssl-certfile: use --api-key of the launcher, and a "
                     "proxy in front of the gateway for TLS"
                 )
-            problem = incompatible_option(options) if role == "prefill" and config.flowprefill else None
-            if problem:
-                raise StartError(problem)
+            if role == "prefill" and config.flowprefill:
+                take_over(options)
+                problem = incompatible_option(options)
+                if problem:
+                    raise StartError(problem)
 
 
 def _parse(options: Sequence[str]) -> argparse.Namespace:

@@ -7,10 +7,13 @@ that sleeps would notice both only when a timer ends.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any, Final
 
 from sgl_flowprefill.patches.base import SeamError, expect_parameters, resolve
+
+logger = logging.getLogger(__name__)
 
 TARGET: Final = "sglang.srt.disaggregation.common.conn.CommonKVManager.update_status"
 
@@ -41,4 +44,9 @@ def expect_applied() -> None:
 
 def _announce(_result: None, _manager: Any, bootstrap_room: int, status: Any) -> None:
     for listener in _listeners:
-        listener(bootstrap_room, status)
+        try:
+            listener(bootstrap_room, status)
+        except Exception:  # SGLang's thread serves all requests, and would end
+            logger.exception(
+                "FlowPrefill: a listener has failed for bootstrap room %s, status %s", bootstrap_room, status
+            )

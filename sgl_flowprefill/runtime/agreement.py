@@ -39,8 +39,13 @@ MOST_VALUES: Final = 127
 """Numbers in one decision: a batch has at most 64 requests (``policy.Limits``)."""
 WAIT_S: Final = 300.0
 """How long a rank waits for another before it gives the server up. SGLang's watchdog waits as long for a forward."""
+FAILED_WAIT_S: Final = 20.0
+"""How long a rank whose task has failed waits for the others to say that theirs has, too. A rank that failed alone has
+left the others in a collective that will not end."""
 POLL_S: Final = 20e-6
 """How often a rank that is ahead of rank 0 looks whether it may go on."""
+SLICE_S: Final = 1.0
+"""The longest part of a wait that counts at once, so the most that counts of a time for which a process was stopped."""
 LOOK_S: Final = 0.1
 """How often a rank that waits looks whether the others of its node are there."""
 WORD_TAG: Final = 0x464C
@@ -50,6 +55,25 @@ SHARED_MEMORY: Final = "/dev/shm"
 
 class AgreementError(RuntimeError):
     """A tensor-parallel rank is gone or does not answer, so this one cannot go on."""
+
+
+class Patience:
+    """How long a rank goes on waiting for another, in the time for which its own process ran.
+
+    When all ranks are stopped (SIGSTOP, a frozen cgroup) and continued later, the monotonic clock has gone on, and none
+    has kept another waiting.
+    """
+
+    def __init__(self, limit_s: float) -> None:
+        self._left_s = limit_s
+        self._looked_s = time.monotonic()
+
+    def is_over(self) -> bool:
+        """Asked again and again during a wait, at least every ``SLICE_S``."""
+        now_s = time.monotonic()
+        self._left_s -= min(now_s - self._looked_s, SLICE_S)
+        self._looked_s = now_s
+        return self._left_s <= 0
 
 
 class Leader:
@@ -100,9 +124,9 @@ class Follower:
 
     def _ask(self, point: int) -> bool:
         """Whether ``point``, which was not permitted a moment ago, is the stop."""
-        deadline_s = time.monotonic() + self._wait_s
+        patience = Patience(self._wait_s)
         while (word := self._read()) < 2 * point - 1:
-            if time.monotonic() > deadline_s:
+            if patience.is_over():
                 raise AgreementError(f"tensor-parallel rank 0 has not moved for {self._wait_s:g} s during a prefill")
             self._wait()
         return word == 2 * point - 1
@@ -204,7 +228,8 @@ class Agreement:
         self._group = group
         self._wait_s = wait_s
         self._round = 0
-        ranks, lead = dist.get_world_size(group), lookahead + 1
+        self._ranks = ranks = dist.get_world_size(group)
+        lead = lookahead + 1
         per_node = ranks // nodes
         first = self.rank - self.rank % per_node
 
@@ -234,20 +259,35 @@ class Agreement:
         if own_path:
             os.unlink(own_path)  # all of the node have it open, and nothing is left behind however they end
 
-    def agree(self, values: Sequence[int] = ()) -> list[int]:
-        """The ``values`` of rank 0, at every rank, once all are here: a new round. Those of the others do not count."""
-        message = torch.zeros(1 + MOST_VALUES, dtype=torch.int64)
+    def agree(self, values: Sequence[int] = (), failed_at: int = 0) -> list[int]:
+        """The ``values`` of rank 0, at every rank, once all are here: a new round. Those of the others do not count.
+
+        ``failed_at``: where this rank's task failed in the last round (``Failure.place``); 0: it has not. Raises
+        AgreementError if another rank says otherwise: what one has queued for the collectives of that task and the
+        other has not would pair up with those of the next.
+        """
+        message = torch.zeros(1 + MOST_VALUES + self._ranks, dtype=torch.int64)
         if self.rank == 0:
             message[: 1 + len(values)] = torch.tensor([len(values), *values])
+        message[1 + MOST_VALUES + self.rank] = failed_at
+        wait_s = min(self._wait_s, FAILED_WAIT_S) if failed_at else self._wait_s
         try:
             work = dist.all_reduce(message, group=self._group, async_op=True)
             assert work is not None
-            work.wait(timedelta(seconds=self._wait_s))
+            _wait(work, wait_s)
             self._begin_round()
         except RuntimeError as error:
             raise AgreementError(
-                f"a tensor-parallel rank has not answered rank {self.rank} within {self._wait_s:g} s, or has ended"
+                f"a tensor-parallel rank has not answered rank {self.rank} within {wait_s:g} s, or has ended"
+                + (f", after a prefill has failed at rank {self.rank}" if failed_at else "")
             ) from error
+        places = message[1 + MOST_VALUES :].tolist()
+        if len(set(places)) > 1:
+            failed = ", ".join(str(rank) for rank, place in enumerate(places) if place)
+            raise AgreementError(
+                f"a prefill has failed at tensor-parallel rank {failed} and not at the same operator of all "
+                f"{self._ranks} ranks, which cannot go on together; the log of rank {failed} has the error"
+            )
         return [int(value) for value in message[1 : 1 + int(message[0])]]
 
     @contextmanager
@@ -286,6 +326,21 @@ class Agreement:
                     f"tensor-parallel rank {rank} (process {process.pid}) has ended, and its server cannot go on "
                     "without it"
                 ) from error
+
+
+def _wait(work: Any, limit_s: float) -> None:
+    """Wait for a collective, for at most ``limit_s`` of this process's own time. Raises RuntimeError."""
+    patience = Patience(limit_s)
+    while True:
+        try:
+            work.wait(timedelta(seconds=min(SLICE_S, limit_s)))
+            return
+        except RuntimeError:
+            if work.is_completed():
+                work.wait()  # raises what has happened, or it was done a moment after the slice
+                return
+            if patience.is_over():
+                raise
 
 
 def _new_shared_page() -> str:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
+from sglang.srt.environ import envs
 
 from sgl_flowprefill.runtime.task import AttentionSlots
 
@@ -34,6 +35,11 @@ class Activations:
     """Bytes of one token's gate, up projection and their product; with a mixture of experts, in each that it visits."""
     mlp_tile_tokens: int | None
     """Rows of an MLP tile; None: the whole batch at once."""
+    logits: int = 0
+    """Bytes of one token's logits where log probabilities of the prompt are computed: those of a rank, gathered, and
+    scored (``LogprobProcessor._can_borrow_logprob_memory`` counts three matrices, too)."""
+    logits_chunk_tokens: int | None = None
+    """Rows that SGLang computes logits of at once; None: of the whole batch."""
 
     @classmethod
     def of(cls, model_config: Any, dtype_bytes: int, mlp_tile_tokens: int | None) -> Activations:
@@ -48,6 +54,10 @@ class Activations:
             attention=2 * (heads + kv_heads) * model_config.head_dim * dtype_bytes,
             mlp=max(3 * dense, experts * (3 * expert + model_config.hidden_size)) * dtype_bytes,
             mlp_tile_tokens=None if experts else mlp_tile_tokens,
+            logits=3 * int(model_config.vocab_size) * torch.float32.itemsize,
+            logits_chunk_tokens=(
+                envs.SGLANG_LOGPROB_CHUNK_SIZE.get() if envs.SGLANG_ENABLE_LOGPROB_CHUNK.get() else None
+            ),
         )
 
     def suspended_bytes(self, tokens: int) -> int:
@@ -60,6 +70,12 @@ class Activations:
         """The most that a task holds: within attention, or within the MLP."""
         rows = min(tokens, self.mlp_tile_tokens or tokens)
         return self.suspended_bytes(tokens) + max(tokens * self.attention, rows * self.mlp)
+
+    def logits_bytes(self, rows: int) -> int:
+        """What a task holds at its end, beside its hidden states, for log probabilities of ``rows`` prompt tokens. A
+        prefill is not suspended there.
+        """
+        return min(rows, self.logits_chunk_tokens or rows) * self.logits
 
 
 @dataclass(frozen=True)
@@ -100,15 +116,16 @@ class TaskMemory:
         )
         return cls(activations, budget_bytes)
 
-    def admits(self, live_tokens: Sequence[int], new_tokens: int) -> bool:
-        """Whether a task of ``new_tokens`` may start beside live ones: all of them suspended, but the largest, running.
-        Alone it always may.
+    def admits(self, live_tokens: Sequence[int], new_tokens: int, logprob_rows: int = 0) -> bool:
+        """Whether a task of ``new_tokens`` may start beside live ones: all of them suspended, but the largest, running,
+        or the one with the most ``logprob_rows``, at its end. Alone it always may.
         """
         if not live_tokens:
             return True
         *others, largest = sorted([*live_tokens, new_tokens])
-        held = self.activations.suspended_bytes(sum(others)) + self.activations.running_bytes(largest)
-        return held <= self.budget_bytes
+        running = self.activations.suspended_bytes(sum(others)) + self.activations.running_bytes(largest)
+        ending = self.activations.suspended_bytes(sum(others) + largest) + self.activations.logits_bytes(logprob_rows)
+        return max(running, ending) <= self.budget_bytes
 
 
 def budget(free_bytes: int, slots_bytes: int, longest_bytes: int, tasks: int) -> int:

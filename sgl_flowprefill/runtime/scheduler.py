@@ -6,27 +6,61 @@ its task's greenlet and comes back at a checkpoint where an event is pending, or
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
+from http import HTTPStatus
 from itertools import chain
 from typing import Any, Final
 
 import torch
 from sglang.srt.disaggregation.utils import is_aborted
+from sglang.srt.managers.io_struct import (
+    BeginWeightUpdateReqInput,
+    CheckWeightsReqInput,
+    EndWeightUpdateReqInput,
+    ReleaseMemoryOccupationReqInput,
+    ResumeMemoryOccupationReqInput,
+    RpcReqInput,
+    UpdateWeightFromDiskReqInput,
+    UpdateWeightsFromDistributedReqInput,
+    UpdateWeightsFromIPCReqInput,
+    UpdateWeightsFromTensorReqInput,
+)
+from sglang.srt.managers.schedule_batch import FINISH_ABORT
 from sglang.srt.managers.utils import is_health_check_generate_req
 
 from sgl_flowprefill.policy import Job
 from sgl_flowprefill.runtime.deadline import received_s, slo_s
+from sgl_flowprefill.runtime.failure import Failure
 from sgl_flowprefill.runtime.setup import NO_TASK, PreparedScheduler
-from sgl_flowprefill.runtime.task import PrefillTask
+from sgl_flowprefill.runtime.task import PrefillTask, input_logprobs
 from sgl_flowprefill.runtime.waiting import WaitingRequest
 from sgl_flowprefill.ttft import PrefillShape
 
+logger = logging.getLogger(__name__)
+
+CHANGES_WEIGHTS: Final = (
+    BeginWeightUpdateReqInput,
+    CheckWeightsReqInput,
+    EndWeightUpdateReqInput,
+    ReleaseMemoryOccupationReqInput,
+    ResumeMemoryOccupationReqInput,
+    RpcReqInput,
+    UpdateWeightFromDiskReqInput,
+    UpdateWeightsFromDistributedReqInput,
+    UpdateWeightsFromIPCReqInput,
+    UpdateWeightsFromTensorReqInput,
+)
+"""Messages that may put other weights or none where a prefill reads them (a check may overwrite them, a remote call may
+do anything). Others that do are refused with what they belong to (``compat``)."""
 IDLE_CHECK_S: Final = 5.0
 """How often an idle scheduler does SGLang's housekeeping (leak check, metrics)."""
 STALL_CHECK_S: Final = 1.0
 """How often a scheduler that only waits for others looks for what sends no wake-up (a dead decode server)."""
+STALL_CHECK_REQUESTS: Final = 512
+"""Most waiting requests that are looked at then: SGLang takes about 1.5 us for each, and a prefill may be stopped."""
 
 COMPILES_SINCE: Final = "flowprefill_compiles_since_s"
 """Attribute of SGLang's Req: when its grammar began to be compiled here."""
@@ -57,8 +91,6 @@ class FlowPrefillScheduler(PreparedScheduler):
         if task is not None:
             self._run(task)
             if task.done:
-                self._retire(task)
-                self._finishing.append(task)
                 self._finish_arrived()
             return True
         if self._finishing and self._events is not None:  # the other ranks wait for what the first one decides next
@@ -91,8 +123,7 @@ class FlowPrefillScheduler(PreparedScheduler):
         if self._has_compiled_grammars():
             for req in self.grammar_manager.get_ready_grammar_requests():
                 self._add_request_to_queue(req)
-        for req in self.disagg_prefill_bootstrap_queue.pop_bootstrapped():
-            self._enqueue(req)
+        # What has ended gives back its metadata buffer, before those that need one are looked at.
         if self.process_disagg_prefill_inflight_queue():
             self._kv_is_short = False
         if stalls_are_due:
@@ -101,6 +132,8 @@ class FlowPrefillScheduler(PreparedScheduler):
             self.resolve_waiting_queue_bootstrap()
             self._forget_left_requests()
         self._drop_aborted_tasks()
+        for req in self.disagg_prefill_bootstrap_queue.pop_bootstrapped():
+            self._enqueue(req)
 
     def _has_compiled_grammars(self) -> bool:
         """Whether SGLang would find something among the grammars: its look waits for those that are not ready.
@@ -153,13 +186,23 @@ class FlowPrefillScheduler(PreparedScheduler):
         job = self._policy.pick(now_s, running_job, admit=not self._kv_is_short)
         if job is not None and not isinstance(job.item, PrefillTask):
             jobs = self._policy.batch(job, now_s, lambda waiting: waiting.shape.new_tokens, self._predict_s)
-            new_tokens = sum(member.item.shape.new_tokens for member in jobs)
-            if self._memory.admits([task.new_tokens for task in self._live], new_tokens):
+            while jobs and not self._fits(jobs):
+                jobs = jobs[:-1]  # the winner is the first: those that join it stay out where they do not fit beside it
+            if jobs:
                 return jobs
             # Its activations do not fit beside those of the tasks: work on these.
             job = self._policy.pick(now_s, running_job, admit=False)
             assert job is None or isinstance(job.item, PrefillTask)
         return None if job is None else job.item
+
+    def _fits(self, jobs: Sequence[Job[WaitingRequest]]) -> bool:
+        """Whether the activations of a task of ``jobs`` fit beside those of the live ones."""
+        logprob_rows = sum(input_logprobs(job.item.req) for job in jobs)
+        return self._memory.admits(
+            [task.new_tokens for task in self._live],
+            sum(job.item.shape.new_tokens for job in jobs),
+            max([logprob_rows, *(task.logprob_rows for task in self._live)]),
+        )
 
     def _agreed_choice(self, running: PrefillTask | None) -> PrefillTask | list[Job[WaitingRequest]] | None:
         """The choice of the first tensor-parallel rank: a task's id, or NO_TASK and the numbers of requests."""
@@ -211,8 +254,11 @@ class FlowPrefillScheduler(PreparedScheduler):
         chosen = set(reqs)
         others = [req for req in self.waiting_queue if req not in chosen]
         self.waiting_queue = list(reqs)
+        # SGLang would wait for grammars that are not compiled yet. The hub has taken those that are.
+        compiling, self.grammar_manager.grammar_queue = self.grammar_manager.grammar_queue, []
         self.running_batch.batch_is_full = False
         batch = self.get_new_batch_prefill(self.running_batch).batch_to_run
+        self.grammar_manager.grammar_queue = compiling
         self.waiting_queue = self.waiting_queue + others
         batch = self.ngram_embedding_manager.prepare_for_forward(batch, chunked_req=self.chunked_req)
         if batch is not None and self.enable_staging:
@@ -230,8 +276,17 @@ class FlowPrefillScheduler(PreparedScheduler):
             self._journal.resumed(task, now_s)
             self._running = task
         self.cur_batch_for_debug = task.batch
-        self._executor.run(task, self._forward)
+        self._execute(task)
         self._stopped_s = time.monotonic()
+
+    def _execute(self, task: PrefillTask) -> None:
+        """Run ``task`` until an event is pending or it is over: its result is on its way then, or it has failed."""
+        self._executor.run(task, self._forward)
+        if task.failure is not None:
+            self._fail(task, task.failure)
+        elif task.done:
+            self._retire(task)
+            self._finishing.append(task)
 
     def _forward(self, batch: Any) -> Any:
         """In the task's greenlet: the whole forward pass, and the way back of its result."""
@@ -303,7 +358,11 @@ class FlowPrefillScheduler(PreparedScheduler):
     # ---- requests that come and go --------------------------------------------------------------------------------
 
     def process_input_requests(self, recv_reqs: list[Any]) -> None:
-        """A request whose grammar is not compiled yet will come with an event of its own."""
+        """A request whose grammar is not compiled yet will come with an event of its own. Before the weights change,
+        started tasks run to their end.
+        """
+        if self._is_on and any(isinstance(message, CHANGES_WEIGHTS) for message in recv_reqs):
+            self._finish_started()
         compiling = len(self.grammar_manager.grammar_queue)
         super().process_input_requests(recv_reqs)
         for req in self.grammar_manager.grammar_queue[compiling:]:
@@ -335,32 +394,61 @@ class FlowPrefillScheduler(PreparedScheduler):
             self._policy.requests.remove(job)
             self._journal.aborted([job.item.req.rid])
 
+    def resolve_waiting_queue_bootstrap(self) -> None:
+        """SGLang drops waiting requests whose decode server is gone; here a part of them each time, in turns."""
+        later = self.waiting_queue[STALL_CHECK_REQUESTS:]
+        self.waiting_queue = self.waiting_queue[:STALL_CHECK_REQUESTS]
+        super().resolve_waiting_queue_bootstrap()
+        self.waiting_queue = later + self.waiting_queue
+
     def _drop_aborted_tasks(self) -> None:
-        """Unwind tasks that nobody waits for any more and free what they hold."""
+        """Drop the tasks that nobody waits for any more.
+
+        A request that leaves a batch in which others stay is computed to the end with it, and freed with the result:
+        its rows are in every tensor that the suspended forward pass holds, and in the plan of its attention. At most
+        ``max_batch_tokens`` are computed in vain.
+        """
         for task in list(self._live):
-            if not all(is_aborted(req) for req in task.batch.reqs):
-                continue
-            self._executor.cancel(task)
-            self._retire(task)
-            self._slots.give_back(task.attn_backend)
-            self._journal.aborted(task.rids, task)
-            dropped = [req for req in task.batch.reqs if self._retire_aborted_prefill_result(req)]
-            for req in dropped:
-                req.time_stats.set_completion_time()
-            self.output_streamer.stream_output(dropped, any(req.return_logprob for req in dropped))
-            self._maybe_clear_mm_inputs(task.batch)
+            if all(is_aborted(req) for req in task.batch.reqs):
+                self._drop(task)
+
+    def _fail(self, task: PrefillTask, failure: Failure) -> None:
+        """Answer the requests of a task whose forward pass has raised with an error. The others are not concerned."""
+        logger.error("FlowPrefill: error %s in the prefill of %s:\n%s", failure.id, task.rids, failure.traceback)
+        if self._agreement is not None:
+            self._agreement.agree(failed_at=failure.place)
+        for req in task.batch.reqs:
+            if not is_aborted(req):
+                req.to_finish = FINISH_ABORT(failure.message, HTTPStatus.INTERNAL_SERVER_ERROR, "InternalServerError")
+        self._drop(task)
+
+    def _drop(self, task: PrefillTask) -> None:
+        """End a task whose requests have all been given up: unwind its forward pass, free what it holds, and answer.
+
+        Its KV cache is not computed, and so never becomes a cached prefix.
+        """
+        self._executor.cancel(task)
+        self._retire(task)
+        self._slots.give_back(task.attn_backend)
+        self._journal.aborted(task.rids, task)
+        dropped = [req for req in task.batch.reqs if self._retire_aborted_prefill_result(req)]
+        for req in dropped:
+            req.time_stats.set_completion_time()
+        self.output_streamer.stream_output(dropped, any(req.return_logprob for req in dropped))
+        self._maybe_clear_mm_inputs(task.batch)
+
+    def _finish_started(self) -> None:
+        """Run the tasks that have started to their ends, and process their results."""
+        while self._live:
+            if self._agreement is not None:
+                self._agreement.agree()
+            self._execute(self._live[0])
+        while self._finishing:
+            self._finish(self._finishing.popleft())
 
     def pause_generation(self, recv_req: Any) -> None:
         """Started tasks run to their end first: a pause may be there to change the weights under them."""
-        for task in list(self._live):
-            while not task.done:
-                if self._agreement is not None:
-                    self._agreement.agree()
-                self._executor.run(task, self._forward)
-            self._retire(task)
-            self._finishing.append(task)
-        while self._finishing:
-            self._finish(self._finishing.popleft())
+        self._finish_started()
         super().pause_generation(recv_req)
 
     # ---- what SGLang asks a scheduler ------------------------------------------------------------------------------

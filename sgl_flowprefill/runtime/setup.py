@@ -14,7 +14,7 @@ from typing import Any, Final, NoReturn
 from sglang.srt.arg_groups.overrides import resolving_view
 from sglang.srt.disaggregation.utils import DisaggregationMode
 from sglang.srt.managers.scheduler import Scheduler
-from sglang.srt.runtime_context import get_parallel
+from sglang.srt.runtime_context import get_disagg, get_parallel
 from sglang.srt.utils.network import get_local_ip_auto
 
 from sgl_flowprefill.compat import incompatible_option, unchecked_attention_backend
@@ -36,6 +36,9 @@ from sgl_flowprefill.ttft.budget import throughput_budget_tokens
 
 logger = logging.getLogger(__name__)
 
+OUTSTANDING_REQUESTS: Final = 8192
+"""Requests that may wait, run and be sent at a time, at least. Each holds a metadata buffer from the end of its
+bootstrap on, and one that finds none is not seen by the policy."""
 NO_TASK: Final = -1
 """In place of a task's id."""
 
@@ -44,6 +47,7 @@ class PreparedScheduler(Scheduler):
     """SGLang's scheduler and, on a prefill server, all that the hub works with (``runtime.scheduler``)."""
 
     waiting_queue: list[Any]
+    max_running_requests: int
 
     def __init__(self, server_args: Any, *args: Any, **kwargs: Any) -> None:
         if server_args.disaggregation_mode == DisaggregationMode.PREFILL.value:
@@ -65,6 +69,16 @@ class PreparedScheduler(Scheduler):
                 self._prepare(FlowPrefillConfig.from_env())
             except SystemExit as refusal:
                 _end_server(refusal)
+
+    def init_disaggregation(self) -> None:
+        """SGLang makes metadata buffers for twice the requests that may run at a time. A buffer takes a few kilobytes,
+        and a request that may run a row as long as the context.
+        """
+        may_run: int = self.max_running_requests
+        if get_disagg().disaggregation_mode == DisaggregationMode.PREFILL.value:
+            self.max_running_requests = max(may_run, OUTSTANDING_REQUESTS // 2)
+        super().init_disaggregation()
+        self.max_running_requests = may_run
 
     def _prepare(self, config: FlowPrefillConfig) -> None:
         self._config = config = self.tp_group.broadcast_object(config)  # the environment of another node may differ

@@ -7,12 +7,14 @@ import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from greenlet import greenlet
 
 from sgl_flowprefill.policy import Job
 from sgl_flowprefill.runtime.device import CpuDevice, Device, Stamp
+from sgl_flowprefill.runtime.failure import Failure, ends_server
 from sgl_flowprefill.runtime.forward_state import ForwardState
 from sgl_flowprefill.runtime.tiled_attention import tile_queries
 
@@ -38,11 +40,15 @@ class PrefillTask:
     """What the policy sees of it."""
     checkpoint: int = 0
     """Checkpoints passed so far."""
+    points: int = 0
+    """Interruption points passed so far: checkpoints, and places between tiles."""
     spans: list[tuple[Stamp, Stamp]] = field(default_factory=list, repr=False)
     """Where it ran in the device's queue, from each start or resume to the suspension or end that followed."""
     result: Any = None
     """What the forward pass returned, once done."""
     done: bool = False
+    failure: Failure | None = None
+    """What ended the forward pass before it was done, if something did."""
     _greenlet: Any = field(default=None, repr=False)
     _state: ForwardState | None = field(default=None, repr=False)
 
@@ -67,9 +73,23 @@ class PrefillTask:
     def new_tokens(self) -> int:
         return int(self.batch.extend_num_tokens)
 
+    @cached_property
+    def logprob_rows(self) -> int:
+        """Tokens of its prompts whose log probabilities are asked for."""
+        return sum(map(input_logprobs, self.batch.reqs))
+
+
+def input_logprobs(req: Any) -> int:
+    """Of how many tokens of the prompt of SGLang's ``req`` log probabilities are asked for; cached ones are computed
+    again for that.
+    """
+    if not req.return_logprob or req.logprob_start_len < 0:
+        return 0
+    return max(0, len(req.origin_input_ids) - int(req.logprob_start_len))
+
 
 class Executor:
-    """Runs one task at a time and comes back when it is done or when ``interrupted`` says so at a checkpoint."""
+    """Runs one task at a time, and comes back when it is done or has failed, or is ``interrupted`` at a checkpoint."""
 
     def __init__(
         self,
@@ -86,41 +106,51 @@ class Executor:
         self._ends_waiting = ends_waiting
         self._device = device or CpuDevice()
         self._running: PrefillTask | None = None
+        self._own_error: Exception | None = None
+        """What was raised at an interruption point, and not by the model."""
         self.points = 0
         """Interruption points that tasks have passed."""
 
     def checkpoint(self) -> None:
         """Called by the model after each operator; may not return before much later."""
-        task = self._running
-        if task is None:  # a forward outside any task, such as the profile's
-            return
-        task.checkpoint += 1
-        self.points += 1
-        self._device.record()
-        if self._interrupted() or not self._device.catch_up(self._ends_waiting or self._interrupted):
-            task._greenlet.parent.switch()
+        if self._running is not None:  # no task: a forward outside any, such as the profile's
+            self._running.checkpoint += 1
+            self._pass_point(self._running)
 
     def between_tiles(self) -> None:
         """Called inside a long operator: like a checkpoint, but no progress by which time left could be told."""
-        task = self._running
-        if task is None:
-            return
+        if self._running is not None:
+            self._pass_point(self._running)
+
+    def _pass_point(self, task: PrefillTask) -> None:
         self.points += 1
-        self._device.record()
-        if self._interrupted() or not self._device.catch_up(self._ends_waiting or self._interrupted):
+        task.points += 1
+        try:
+            self._device.record()
+            stops = self._interrupted() or not self._device.catch_up(self._ends_waiting or self._interrupted)
+        except Exception as error:
+            self._own_error = error
+            raise
+        if stops:
             task._greenlet.parent.switch()
 
     def run(self, task: PrefillTask, forward: Callable[[Any], Any]) -> None:
-        """Start or resume ``task`` with ``forward(batch)``, until it is done or interrupted. Its errors are raised."""
+        """Start or resume ``task`` with ``forward(batch)``, until it is done, has failed or is interrupted.
+
+        Raises what no task can be blamed for: errors of an interruption point, and of the device itself.
+        """
         if task._greenlet is None:
             task._greenlet = self._new_greenlet(task, forward)
             task._state = ForwardState.capture(self._model_runner).with_backend(task.attn_backend)
         self._switch(task, task._greenlet.switch)
 
     def cancel(self, task: PrefillTask) -> None:
-        """Unwind the forward of a suspended ``task``: its context managers exit and its activations are freed."""
-        if task._greenlet is not None and not task._greenlet.dead:
-            self._switch(task, task._greenlet.throw)
+        """End the forward of a ``task`` that is suspended or has failed: its context managers exit, and its activations
+        are freed.
+        """
+        if task._greenlet is not None:
+            if not task._greenlet.dead:
+                self._switch(task, task._greenlet.throw)
             # The next plan in its attention slot overwrites host buffers that queued copies may still read.
             self._device.drain()
 
@@ -138,11 +168,15 @@ class Executor:
             task._state = ForwardState.capture(self._model_runner)
             hub_state.install(self._model_runner)
 
-    @staticmethod
-    def _new_greenlet(task: PrefillTask, forward: Callable[[Any], Any]) -> Any:
+    def _new_greenlet(self, task: PrefillTask, forward: Callable[[Any], Any]) -> Any:
         def body() -> None:
-            task.result = forward(task.batch)
-            task.done = True
+            try:
+                task.result = forward(task.batch)
+                task.done = True
+            except Exception as error:
+                if self._own_error is not None or ends_server(error):
+                    raise
+                task.failure = Failure.of(error, task.points, task.rids)
 
         new = greenlet(body)
         new.gr_context = contextvars.copy_context()

@@ -1,6 +1,8 @@
 """Long inputs: an operator that would block for too long runs in row tiles, and can be suspended between them.
 
-MLPs, norms and linear layers work row by row, so their tiles compute what the whole would. Attention is tiled by query
+MLPs, norms and linear layers work row by row, so their tiles compute what the whole would. That holds for quantised
+ones too where a row has a scale of its own or a constant one, as in SGLang on CUDA (tests/unit/test_gpu_contracts.py);
+with one scale of the whole batch (per tensor and dynamic, on AMD) it would not. Attention is tiled by query
 (``tiled_attention``). Paper, section 6, names one operator on an extremely long input as what still blocks.
 """
 
@@ -156,13 +158,15 @@ def in_tiles(
     forward: Callable[..., Any], rows: Callable[[], int], between_tiles: Callable[[], None]
 ) -> Callable[..., Any]:
     """``forward`` in tiles of so many rows of its first tensor, asked for at each call. Arguments with as many rows are
-    cut alike, others are passed on; its result is a tensor, or a tuple of tensors and None.
+    cut alike, others are passed on; its result is a tensor, or a tuple of tensors and None. Without a tensor that has
+    rows, as where a layer is handed a tuple of quantised activations and their scales, it runs whole.
 
     ``between_tiles`` is called after the last tile as well: what comes next would lengthen it.
     """
 
     def tiled(*args: Any, **kwargs: Any) -> Any:
-        tokens = next(len(value) for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))
+        values = (value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor) and value.dim())
+        tokens = next(map(len, values), 0)
         most = rows()
         tiles = list(_row_tiles(tokens, most))
         output: Any = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import threading
@@ -10,6 +11,8 @@ from contextlib import suppress
 from typing import Any
 
 import zmq
+
+logger = logging.getLogger(__name__)
 
 Address = tuple[str, int]
 
@@ -23,15 +26,29 @@ class Wakeup:
         self._fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._socket: socket.socket | None = None
         self._forward_to: Address | None = None
+        self._has_warned = False
 
     def notify(self) -> None:
-        """Make ``pending`` true and end a sleep. Callable from any thread."""
+        """Make ``pending`` true and end a sleep. Callable from any thread; raises nothing, whatever the network."""
         if not self.pending:
             self.pending = True
             if self._socket is not None and self._forward_to is not None:
-                self._socket.sendto(b"", self._forward_to)
+                self._send(self._socket, self._forward_to)
             else:
                 os.eventfd_write(self._fd, 1)
+
+    def _send(self, sender: socket.socket, address: Address) -> None:
+        try:
+            sender.sendto(b"", address)
+        except OSError as error:
+            if not self._has_warned:
+                self._has_warned = True
+                logger.warning(
+                    "FlowPrefill cannot send wake-ups to tensor-parallel rank 0 at %s port %d (%s): until it can, "
+                    "rank 0 notices what happens here up to a second later",
+                    *address,
+                    error,
+                )
 
     def listen(self, host: str) -> Address:
         """From now on, wake-ups that others forward to the returned address are notified here."""
@@ -48,8 +65,8 @@ class Wakeup:
         return bound[0], bound[1]
 
     def forward_to(self, address: Address) -> None:
-        """From now on, what is notified here is notified at ``address``. A datagram that is lost, which only a full
-        buffer or a network does, is made up for by the hub's own checks."""
+        """From now on, what is notified here is notified at ``address``. The hub's own checks make up for a datagram
+        that is lost or cannot be sent, as happens with a full buffer or a broken network."""
         self._forward_to = address
         self._socket = socket.socket(socket.AF_INET6 if ":" in address[0] else socket.AF_INET, socket.SOCK_DGRAM)
 

@@ -11,6 +11,7 @@ import pytest
 
 from sgl_flowprefill.cluster import Cluster, ClusterConfig
 from sgl_flowprefill.config import FlowPrefillConfig
+from tests import faults
 from tests.wall_clock import WallClock
 
 
@@ -32,7 +33,9 @@ class OneCluster:
                 log_dir=self._directory / name,
                 options=FlowPrefillConfig(event_log=str(self._directory / "events.jsonl")),
             )
-            self._cluster = self._stack.enter_context(Cluster(config, on_progress=print))
+            with pytest.MonkeyPatch.context() as environment:
+                environment.setenv("PYTHONPATH", str(faults.PLUGIN), prepend=os.pathsep)
+                self._cluster = self._stack.enter_context(Cluster(config, on_progress=print))
             self._kind = flowprefill
         self._cluster.check()
         return self._cluster

@@ -6,11 +6,13 @@ from __future__ import annotations
 
 import random
 import threading
+import time
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -49,6 +51,34 @@ def test_a_mix_that_is_suspended_all_the_time_gets_the_answers_of_transformers(
     assert max(cached) >= 300, "the mix must hold requests that share a cached prefix"
     assert rounds.comparison.counts["answers"] == rounds.comparison.counts["KV caches"] == len(prompts)
     assert rounds.comparison.counts["log probabilities of prompts"] == 1299
+    engine.assert_clean()
+
+
+def test_log_probabilities_of_a_long_prompt_are_computed_in_the_chunks_that_its_memory_is_counted_by(
+    engine: PrefillEngine, comparison: Comparison, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sglang.srt.layers.logits_processor import LogitsProcessor
+
+    scheduler = engine.scheduler
+    rows: list[int] = []
+    get_logits = LogitsProcessor._get_logits
+
+    def watched(self: Any, states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        rows.append(len(states))
+        return get_logits(self, states, *args, **kwargs)
+
+    monkeypatch.setattr(LogitsProcessor, "_get_logits", watched)
+    tokens = prompt(88, 5000)
+    scheduler._executor._interrupted = lambda: True
+    engine.submit("long", tokens, inputs_from=0)
+    engine.step()
+    assert scheduler._live[0].logprob_rows == 5000
+    engine.run()
+    assert max(rows) == scheduler._memory.activations.logits_chunk_tokens == 2048
+    assert sum(rows) >= 5000
+    comparison.inputs("long", tokens, engine.answers["long"].input_logprobs[1:])
+    comparison.assert_same()
+    assert comparison.counts["log probabilities of prompts"] == 4999
     engine.assert_clean()
 
 
@@ -120,6 +150,93 @@ def test_a_grammar_that_is_compiled_during_a_prefill_interrupts_it(
     engine.assert_clean()
 
 
+def test_a_start_does_not_wait_for_grammars_that_are_being_compiled(
+    engine: PrefillEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grammars = engine.scheduler.grammar_manager
+    compile_it, may_end = grammars.grammar_backend._init_value_dispatch, threading.Event()
+
+    def compile_late(*key: Any) -> Any:
+        may_end.wait(60.0)
+        return compile_it(*key)
+
+    monkeypatch.setattr(grammars.grammar_backend, "_init_value_dispatch", compile_late)
+    monkeypatch.setattr(grammars, "SGLANG_GRAMMAR_POLL_INTERVAL", 5.0)
+    constrained = generate_request("constrained", prompt(2, 20), 1, ttft_slo_s=20.0)
+    constrained.sampling_params.regex = "[a-c]+"
+    engine.receive(constrained)
+    engine.submit("urgent", prompt(1, 20), ttft_slo_s=1.0)
+    started_s = time.monotonic()
+    while "urgent" not in engine.answers:
+        engine.step()
+    assert time.monotonic() - started_s < 4.0
+    assert [req.rid for req in grammars.grammar_queue] == ["constrained"]
+    may_end.set()
+    engine.run()
+    assert not engine.answers["constrained"].aborted
+    engine.assert_clean()
+
+
+def test_the_policy_sees_all_requests_however_many_and_the_urgent_one_that_comes_last_runs_first(
+    engine: PrefillEngine,
+) -> None:
+    scheduler = engine.scheduler
+    count = 5000
+    assert count > 4096 > 2 * scheduler.max_running_requests
+    for i in range(count):
+        engine.submit(f"w{i}", prompt(i, 8), ttft_slo_s=1000.0)
+    engine.submit("urgent", prompt(7, 9), ttft_slo_s=2.0)
+    scheduler._take_events()
+    waiting = {job.item.req.rid for job in scheduler._policy.requests.first(time.monotonic(), count + 1)}
+    assert len(waiting) == count + 1
+    scheduler._policy.limits = Limits(max_suspended=100, max_batch_tokens=1)
+    engine.step()
+    assert scheduler._tasks_started
+    assert "urgent" not in {req.rid for req in scheduler.waiting_queue}
+    assert len(scheduler.waiting_queue) == count
+    for rid in waiting:
+        engine.abort(rid)
+    engine.run()
+    engine.assert_clean()
+
+
+def test_other_weights_do_not_meet_a_prefill_that_has_started(
+    engine: PrefillEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sglang.srt.managers.io_struct import UpdateWeightFromDiskReqInput
+
+    scheduler = engine.scheduler
+    tokens = prompt(41, 900)
+    engine.submit("alone", tokens)
+    engine.run()
+    assert scheduler.flush_cache()
+    scheduler._executor._interrupted = lambda: True
+    scheduler._policy.limits = Limits(max_suspended=100, max_batch_tokens=1)
+    engine.submit("suspended", tokens, ttft_slo_s=50.0)
+    engine.step()
+    engine.submit("running", prompt(42, 500), ttft_slo_s=5.0)
+    engine.step()
+    model = scheduler.tp_worker.model_runner.model
+    live: list[int] = []
+
+    def ruin(recv_req: Any) -> Any:
+        live.append(len(scheduler._live))
+        for parameter in model.parameters():
+            parameter.data.neg_()
+        return None
+
+    monkeypatch.setitem(scheduler._request_dispatcher._mapping, UpdateWeightFromDiskReqInput, ruin)
+    try:
+        engine.receive(UpdateWeightFromDiskReqInput(model_path="other", load_format=None))
+        engine.run()
+    finally:
+        for parameter in model.parameters():
+            parameter.data.neg_()
+    assert live == [0]
+    assert engine.answers["suspended"].token == engine.answers["alone"].token
+    engine.assert_clean()
+
+
 def test_more_kv_than_there_is_waits_for_tasks_that_hold_it(engine: PrefillEngine, rounds: Rounds) -> None:
     allocator = engine.scheduler.token_to_kv_pool_allocator
     taken = allocator.alloc(allocator.available_size() - 20_000)
@@ -156,6 +273,36 @@ def test_a_client_that_leaves_frees_its_work_at_the_next_checkpoint(engine: Pref
     rounds.comparison.assert_same()
     assert engine.answers["suspended"].aborted
     assert engine.answers["running"].aborted
+    engine.assert_clean()
+
+
+def test_who_leaves_a_batch_in_which_another_stays_is_freed_with_its_result(
+    engine: PrefillEngine, rounds: Rounds
+) -> None:
+    scheduler = engine.scheduler
+    scheduler._executor._interrupted = lambda: True
+    shared = prompt(70, 100)
+    prompts = {f"m{i}": prompt(71 + i, 160 + 20 * i, shared) for i in range(4)}
+    for rid, tokens in prompts.items():
+        engine.submit(rid, tokens, ttft_slo_s=100.0, logprobs=True)
+    engine.step()
+    [task] = scheduler._live
+    assert len(task.batch.reqs) == 4
+    held = scheduler.token_to_kv_pool_allocator.available_size()
+    for rid in ("m0", "m1", "m3"):
+        engine.abort(rid)
+    engine.step()
+    assert scheduler._live == [task]
+    assert scheduler.token_to_kv_pool_allocator.available_size() == held
+    engine.run()
+    assert {rid for rid, answer in engine.answers.items() if answer.aborted} == {"m0", "m1", "m3"}
+    engine.submit("again", prompts["m3"], logprobs=True)
+    engine.run()
+    cached = engine.answers["again"].req.cached_tokens
+    assert cached <= len(shared), "the KV cache of a request that has left is a cached prefix"
+    rounds.compare("m2", prompts["m2"])
+    rounds.compare("again", prompts["m3"])
+    rounds.comparison.assert_same()
     engine.assert_clean()
 
 

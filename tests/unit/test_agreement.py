@@ -171,6 +171,49 @@ def test_a_rank_that_hangs_is_not_waited_for_for_ever(lost: int, tmp_path: Path)
         assert "1 s" in processes.receive(1 - lost, timeout_s=20.0)
 
 
+def test_time_for_which_all_ranks_are_stopped_does_not_count(tmp_path: Path) -> None:
+    """As while another system has its turn in a comparison: the clock goes on, and nobody has kept anybody waiting."""
+    with Processes(2, tmp_path, run_for_ever, 3.0) as processes:
+        assert [processes.receive(rank) for rank in range(2)] == ["running"] * 2
+        ids = [process.pid for process in processes.processes]
+        for process_id in ids:  # the first stops a moment before the other, which waits for it by then
+            assert process_id is not None
+            os.kill(process_id, signal.SIGSTOP)
+            time.sleep(0.2)
+        time.sleep(5.0)
+        for process_id in reversed(ids):
+            assert process_id is not None
+            os.kill(process_id, signal.SIGCONT)
+            time.sleep(0.2)
+        assert not any(pipe.poll(3.0) for pipe in processes.pipes), "a rank has given the other up"
+        assert all(process.is_alive() for process in processes.processes)
+
+
+def run_until_one_fails(rank: int, pipe: Connection, places: tuple[int, int]) -> None:
+    agreement = Agreement(dist.group.WORLD, Wakeup(), (lambda: False) if rank == 0 else None, wait_s=30.0)
+    try:
+        for values in ([1], [2]):
+            pipe.send(agreement.agree(values, failed_at=7))
+        pipe.send(agreement.agree([3], failed_at=places[rank]))
+    except AgreementError as error:
+        pipe.send(str(error))
+
+
+@pytest.mark.parametrize(("places", "named"), [((9, 9), ""), ((9, 0), "0"), ((0, 9), "1"), ((8, 9), "0, 1")])
+def test_ranks_go_on_together_only_if_their_tasks_failed_at_the_same_place(
+    places: tuple[int, int], named: str, tmp_path: Path
+) -> None:
+    with Processes(2, tmp_path, run_until_one_fails, places) as processes:
+        for rank in range(2):
+            assert processes.receive(rank) == [1]
+            assert processes.receive(rank) == [2]
+            answer = processes.receive(rank)
+            if named:
+                assert answer.startswith(f"a prefill has failed at tensor-parallel rank {named} and not")
+            else:
+                assert answer == [3]
+
+
 POINTS = 100_000
 
 

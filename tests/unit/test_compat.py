@@ -4,7 +4,13 @@ from types import SimpleNamespace
 
 import pytest
 
-from sgl_flowprefill.compat import REFUSED_ABOVE_ONE, REFUSED_ENVIRONMENT, REFUSED_WHEN_SET, incompatible_option
+from sgl_flowprefill.compat import (
+    REFUSED_ABOVE_ONE,
+    REFUSED_ENVIRONMENT,
+    REFUSED_WHEN_SET,
+    incompatible_option,
+    take_over,
+)
 
 WORKS = {
     "disaggregation_mode": "prefill",
@@ -24,6 +30,17 @@ def problem(**changes):
 
 def test_what_the_launcher_passes_works():
     assert problem() is None
+
+
+def test_what_flowprefill_sets_works_and_each_change_has_a_line():
+    stock = SimpleNamespace(**(WORKS | {"disable_overlap_schedule": False, "chunked_prefill_size": None}))
+    assert incompatible_option(stock) is not None
+    lines = take_over(stock)
+    assert lines[0] == "--disable-overlap-schedule is True (was False): it decides at every event, not one batch ahead"
+    assert lines[1].startswith("--chunked-prefill-size is -1 (was not set): ")
+    assert len(lines) == 2
+    assert incompatible_option(stock) is None
+    assert take_over(stock) == []
 
 
 @pytest.mark.parametrize("field", REFUSED_WHEN_SET)

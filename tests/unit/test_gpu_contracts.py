@@ -214,6 +214,8 @@ class Contract:
         return inspect.getsource(inspect.unwrap(pkgutil.resolve_name(self.target)))
 
 
+QUANTIZATION = "sglang.srt.layers.quantization"
+
 CONTRACTS = (
     Contract(
         "a slot asks for the shared float workspace",
@@ -371,6 +373,25 @@ CONTRACTS = (
         "sglang.srt.disaggregation.prefill:SchedulerDisaggregationPrefillMixin.process_batch_result_disagg_prefill",
         in_order("copy_done.synchronize()", "result.next_token_ids.tolist()", "self.send_kv_chunk("),
         "copy_done.synchronize()", "pass",
+    ),
+    Contract(
+        "FP8 activations without a constant scale get one a row, so tiles of rows compute what the whole would",
+        f"{QUANTIZATION}.fp8_utils:apply_fp8_linear",
+        in_order("# default use per-token quantization if dynamic", "if _is_cuda:",
+                 "qinput, x_scale = sglang_per_token_quant_fp8(input_2d)", "else:"),
+        "if _is_cuda:", "if False:",
+    ),
+    Contract(
+        "also those of compressed-tensors checkpoints",
+        f"{QUANTIZATION}.compressed_tensors.schemes.compressed_tensors_w8a8_fp8:CompressedTensorsW8A8Fp8.apply_weights",
+        lambda source: source.count("use_per_token_if_dynamic=True") == source.count("_linear(") - 1 == 3,
+        "use_per_token_if_dynamic=True", "use_per_token_if_dynamic=False",
+    ),
+    Contract(
+        "and those of an MLP whose two matrices are multiplied at once",
+        "sglang.srt.layers.dual_gemm:DualGemm.__call__",
+        in_order("scaled_fp8_quant(", "gate_up_proj.input_scale", "use_per_token_if_dynamic=True"),
+        "use_per_token_if_dynamic=True", "use_per_token_if_dynamic=False",
     ),
     Contract(
         "the scheduler's loop runs on one stream",

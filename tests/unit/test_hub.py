@@ -17,6 +17,8 @@ from sglang.srt.constrained.grammar_manager import GrammarManager
 from sglang.srt.managers.scheduler import Scheduler
 from sglang.srt.managers.scheduler_components.invariant_checker import create_scheduler_watchdog
 
+from sgl_flowprefill.policy import Limits
+from sgl_flowprefill.runtime.memory import Activations, TaskMemory
 from sgl_flowprefill.runtime.scheduler import FlowPrefillScheduler
 from sgl_flowprefill.runtime.task import Executor
 from sgl_flowprefill.runtime.wakeup import Wakeup
@@ -44,7 +46,7 @@ def test_a_watchdog_is_fed_by_interruption_points_and_notices_when_none_is_passe
     dumps: list[float] = []
     monkeypatch.setattr("sglang.srt.utils.watchdog.pyspy_dump_schedulers", lambda: dumps.append(time.monotonic()))
     executor = Executor(SimpleNamespace(), lambda: False)
-    executor._running = SimpleNamespace(checkpoint=0)  # type: ignore[assignment]
+    executor._running = SimpleNamespace(checkpoint=0, points=0)  # type: ignore[assignment]
     scheduler = hub(forward_ct=1, cur_batch_for_debug=object(), is_initializing=False, _executor=executor)
     for name in ("watchdog", "soft_watchdog"):
         scheduler.__dict__[name] = create_scheduler_watchdog(scheduler, watchdog_timeout=0.4, soft=True)
@@ -66,6 +68,44 @@ def test_without_a_soft_watchdog_there_is_one() -> None:
     assert watchdog.get_counter() == 7
 
 
+def test_a_winner_starts_without_those_that_do_not_fit_beside_it() -> None:
+    """Where activations of all that would join it exceed what is left beside a live task."""
+    requests = [SimulatedRequest(f"r{i}", 0.0, tokens, 100.0) for i, tokens in enumerate([64, 100, 1900, 70])]
+    model = Model(1, lambda tokens: 1e-9, lambda tokens: 1e-9)
+    scheduler = SimulatedScheduler(SimulatedDevice(0, HostCosts()), model, requests)
+    scheduler._policy.limits = Limits(max_suspended=16, max_batch_tokens=10_000)
+    scheduler._take_events()
+    activations = Activations(hidden=1, attention=20, mlp=1, mlp_tile_tokens=None)
+    scheduler._live = [SimpleNamespace(new_tokens=30_000, logprob_rows=0)]  # type: ignore[list-item]
+
+    def chosen(room_tokens: int) -> list[int]:
+        """Prompts that start together, beside a live task and ``room_tokens`` more."""
+        budget_bytes = activations.running_bytes(30_000) + activations.suspended_bytes(room_tokens)
+        scheduler._memory = TaskMemory(activations, budget_bytes)
+        choice = scheduler._choose(None)
+        return [job.item.req.tokens for job in choice] if isinstance(choice, list) else []
+
+    everything = chosen(10_000)
+    assert sorted(everything) == [64, 70, 100, 1900]
+    for kept in range(1, 5):
+        assert chosen(sum(everything[:kept])) == everything[:kept]
+    assert chosen(everything[0] - 1) == []
+
+
+def test_log_probabilities_of_a_long_prompt_keep_it_from_starting_where_they_would_not_fit() -> None:
+    requests = [SimulatedRequest("r", 0.0, 64, 100.0, return_logprob=True)]
+    model = Model(1, lambda tokens: 1e-9, lambda tokens: 1e-9)
+    scheduler = SimulatedScheduler(SimulatedDevice(0, HostCosts()), model, requests)
+    scheduler._take_events()
+    scheduler._live = [SimpleNamespace(new_tokens=1000, logprob_rows=0)]  # type: ignore[list-item]
+    activations = Activations(hidden=1, attention=20, mlp=1, mlp_tile_tokens=None, logits=1000)
+    scheduler._memory = TaskMemory(activations, activations.running_bytes(1000) + 64 * 4)
+    requests[0].logprob_start_len = -1
+    assert isinstance(scheduler._choose(None), list)
+    requests[0].logprob_start_len = 0
+    assert scheduler._choose(None) is None
+
+
 def test_a_task_takes_over_the_number_of_the_request_it_is_started_for() -> None:
     requests = [SimulatedRequest(f"r{i}", 0.0, 100, 1.0) for i in range(2)]
     model = Model(1, lambda tokens: 1e-3, lambda tokens: 1e-3)
@@ -75,6 +115,24 @@ def test_a_task_takes_over_the_number_of_the_request_it_is_started_for() -> None
     task = scheduler._start([winner])
     assert task is not None
     assert task.job.number == winner.number
+
+
+def test_many_waiting_requests_are_looked_at_in_turns_for_those_whose_decode_server_is_gone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    looks: list[int] = []
+
+    def drop_negative(scheduler: Any) -> None:
+        looks.append(len(scheduler.waiting_queue))
+        scheduler.waiting_queue = [number for number in scheduler.waiting_queue if number >= 0]
+
+    monkeypatch.setattr(Scheduler, "resolve_waiting_queue_bootstrap", drop_negative)
+    numbers = [number if number % 3 else -number - 1 for number in range(2000)]
+    scheduler = hub(waiting_queue=list(numbers))
+    for _ in range(4):
+        scheduler.resolve_waiting_queue_bootstrap()
+    assert max(looks) <= 512
+    assert sorted(scheduler.waiting_queue) == [number for number in numbers if number >= 0]
 
 
 class Grammars(GrammarManager):

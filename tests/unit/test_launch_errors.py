@@ -149,7 +149,6 @@ def test_a_misspelt_option_in_the_environment(refusal, monkeypatch):
     [
         (["--pp-size", "2"], "--pp-size 2 cannot work with FlowPrefill"),
         (["--enable-mixed-chunk"], "--enable-mixed-chunk cannot work with FlowPrefill"),
-        (["--prefill-args", "--chunked-prefill-size 2048"], "FlowPrefill needs --chunked-prefill-size -1, not 2048"),
         (["--prefill-args", "--enable-lora"], "--enable-lora cannot work with FlowPrefill"),
         (["--no-such-option"], "--no-such-option"),
         (["--decode-args", "--max-total-tokens many"], "--max-total-tokens"),
@@ -163,6 +162,12 @@ def test_a_misspelt_option_in_the_environment(refusal, monkeypatch):
 )
 def test_an_sglang_option_that_cannot_work(refusal, options, text):
     assert text in refusal("--flowprefill", "--ports", "0", *options)
+
+
+@pytest.mark.parametrize("option", ["--chunked-prefill-size 2048", "--schedule-policy lpm"])
+def test_what_flowprefill_sets_itself_is_not_refused(option):
+    config = cli.parse(["--flowprefill", "--ports", "0", "--prefill-args", option])
+    assert preflight.prepare(config).server_options("prefill")[-2:] == option.split()
 
 
 @pytest.mark.parametrize("line", ["api-key: secret", "ssl-certfile: cert.pem"])

@@ -10,6 +10,8 @@ import torch
 
 pytest.importorskip("sglang")
 
+from sglang.srt.environ import envs
+
 from sgl_flowprefill.runtime import memory
 from sgl_flowprefill.runtime.memory import MIB, Activations, TaskMemory, budget
 from sgl_flowprefill.runtime.task import AttentionSlots
@@ -23,6 +25,7 @@ def config(**text: Any) -> Any:
         num_attention_heads=HEADS,
         head_dim=HEAD_DIM,
         context_len=131_072,
+        vocab_size=128_256,
         get_total_num_kv_heads=lambda: KV_HEADS,
         hf_text_config=SimpleNamespace(intermediate_size=INTERMEDIATE, **text),
     )
@@ -63,6 +66,20 @@ def test_tasks_start_while_their_activations_fit() -> None:
     assert not tasks.admits([900, 276], 0)
     # However they come, the largest is the one that is counted as running.
     assert tasks.admits([300], 900) == tasks.admits([900], 300)
+
+
+def test_logits_of_prompts_are_counted_as_chunks_while_a_prefill_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    one_matrix = 128_256 * 4
+    chunked = Activations.of(config(), 2, 4096)
+    assert chunked.logits_bytes(32_000) == 2048 * 3 * one_matrix
+    assert chunked.logits_bytes(100) == 100 * 3 * one_matrix
+    with envs.SGLANG_ENABLE_LOGPROB_CHUNK.override(False):
+        assert Activations.of(config(), 2, 4096).logits_bytes(32_000) == 32_000 * 3 * one_matrix
+    budget_bytes = chunked.suspended_bytes(3000) + chunked.logits_bytes(2048)
+    tasks = TaskMemory(chunked, budget_bytes)
+    assert tasks.admits([1000], 2000, 32_000)
+    assert not tasks.admits([1000], 2001, 32_000)
+    assert tasks.admits([1000], 2001)
 
 
 def test_the_plan_measures_a_slot_and_counts_all_of_them(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import pickle
 from collections import defaultdict
 from types import SimpleNamespace
 from typing import Any
@@ -10,9 +12,13 @@ import pytest
 
 pytest.importorskip("sglang")
 
+from sglang.srt.arg_groups.overrides import resolving_view
 from sglang.srt.entrypoints.engine import Engine
 from sglang.srt.plugins.hook_registry import HookRegistry
+from sglang.srt.server_args import ServerArgs
 
+from sgl_flowprefill.compat import incompatible_option
+from sgl_flowprefill.model import embedded_model_path
 from sgl_flowprefill.patches import options
 from sgl_flowprefill.patches.base import SeamError
 from sgl_flowprefill.runtime.setup import PreparedScheduler
@@ -34,6 +40,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     monkeypatch.setattr(HookRegistry, "_hooks", defaultdict(list))
     monkeypatch.setattr(HookRegistry, "_patched", set())
     monkeypatch.setattr(Engine, "_launch_subprocesses", classmethod(launch))
+    monkeypatch.setattr(ServerArgs, "resolve_once", ServerArgs.resolve_once)  # without the hook again afterwards
     options.apply()
     HookRegistry.apply_hooks()
     return servers
@@ -56,6 +63,50 @@ def test_what_works_starts_and_a_decode_server_may_have_any_options(started: lis
     for server_args in servers:
         Engine._launch_subprocesses(server_args=server_args)
     assert started == servers
+
+
+STOCK = {
+    "disable_overlap_schedule": False,
+    "chunked_prefill_size": 4096,
+    "cuda_graph_backend_prefill": "breakable",
+    "schedule_policy": "lpm",
+}
+"""What users of stock SGLang ask for or leave as it is."""
+
+
+def test_a_prefill_server_gets_the_options_that_it_needs_whatever_was_asked_for(
+    started: list[Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    given = ServerArgs(
+        model_path=str(embedded_model_path()),
+        disaggregation_mode="prefill",
+        disaggregation_transfer_backend="nixl",
+        cuda_graph_config={"prefill": {"backend": "full", "max_bs": 64}},
+        **STOCK,
+    )
+    with caplog.at_level(logging.INFO):
+        given.resolve_once()
+        given.resolve_once()  # as launchers do: it says nothing the second time
+    resolved = resolving_view(given)
+    assert resolved.disable_overlap_schedule
+    assert resolved.chunked_prefill_size == -1
+    assert resolved.schedule_policy == "fcfs"
+    assert resolved.cuda_graph_config.prefill.backend == "disabled"
+    assert incompatible_option(resolved) is None
+    lines = [record.getMessage() for record in caplog.records if record.getMessage().startswith("FlowPrefill: --")]
+    assert len(lines) == 5
+    assert lines[1] == (
+        "FlowPrefill: --chunked-prefill-size is -1 (was 4096): "
+        "a prompt is prefilled whole and suspended when it has to wait"
+    )
+    pickle.loads(pickle.dumps(given)).resolve_once()
+
+
+def test_a_decode_server_and_one_without_disaggregation_keep_their_options(started: list[Any]) -> None:
+    for mode in ("decode", "null"):
+        given = SimpleNamespace(disaggregation_mode=mode, **STOCK)
+        options._take_over(given)
+        assert {name: getattr(given, name) for name in STOCK} == STOCK
 
 
 def test_a_changed_target_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:

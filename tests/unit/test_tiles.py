@@ -110,3 +110,34 @@ def test_a_short_rest_belongs_to_the_tile_before_it(rows: int, points: list[int]
 
     in_tiles(forward, lambda: 16, lambda: seen.append(done))(torch.zeros(rows, 2))
     assert seen == points
+
+
+def test_a_layer_that_is_handed_no_tensor_with_rows_runs_whole() -> None:
+    """Quantised activations come with their scales, as a tuple."""
+    calls: list[object] = []
+
+    def forward(*args: object, **kwargs: object) -> torch.Tensor:
+        calls.append((args, kwargs))
+        return torch.ones(ROWS, 3)
+
+    tiled = in_tiles(forward, lambda: 2, lambda: None)
+    quantised = (torch.ones(ROWS, 3, dtype=torch.int8), torch.ones(ROWS, 1))
+    assert tiled(quantised).shape == (ROWS, 3)
+    assert tiled(torch.tensor(3.0), quantised).shape == (ROWS, 3)
+    assert calls[0] == ((quantised,), {})
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize(("by_row", "is_exact"), [(True, True), (False, False)])
+def test_tiles_of_quantised_activations_are_exact_with_a_scale_of_each_row_only(by_row: bool, is_exact: bool) -> None:
+    """What makes a quantisation fit for tiles; test_gpu_contracts reads which one SGLang uses."""
+    torch.manual_seed(0)
+    weight, rows = torch.randn(16, 8), torch.randn(ROWS, 16) * torch.logspace(-2, 2, ROWS)[:, None]
+
+    def forward(activations: torch.Tensor) -> torch.Tensor:
+        largest = activations.abs().amax(dim=1, keepdim=True) if by_row else activations.abs().amax()
+        scale = largest / torch.finfo(torch.float8_e4m3fn).max
+        return (activations / scale).to(torch.float8_e4m3fn).float() * scale @ weight
+
+    tiled = in_tiles(forward, lambda: 5, lambda: None)
+    assert torch.allclose(tiled(rows), forward(rows), rtol=1e-5, atol=1e-5) == is_exact

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import errno
+import logging
 import threading
 import time
+from typing import Any
 
+import pytest
 import zmq
 
+from sgl_flowprefill.patches import wakeups
 from sgl_flowprefill.runtime.wakeup import EventSource, Wakeup
 
 
@@ -70,3 +75,41 @@ def test_notifying_while_clearing_never_costs_a_sleep() -> None:
                 break
             assert time.monotonic() - started_s < 1.0 or seen == done
         context.destroy(linger=0)
+
+
+def test_a_network_that_refuses_a_wake_up_is_reported_once_and_raises_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    """As with ENETUNREACH: the notifier is a thread that transfers the KV cache of all requests."""
+
+    class Refusing:
+        sent = 0
+
+        def sendto(self, data: bytes, address: tuple[str, int]) -> None:
+            self.sent += 1
+            raise OSError(errno.ENETUNREACH, "Network is unreachable")
+
+    wakeup, refusing = Wakeup(), Refusing()
+    wakeup.forward_to(("10.1.2.3", 4567))
+    wakeup._socket = refusing  # type: ignore[assignment]
+    with caplog.at_level(logging.WARNING):
+        for _ in range(3):
+            wakeup.notify()
+            assert wakeup.pending
+            wakeup.clear()
+    assert refusing.sent == 3
+    [line] = [record.getMessage() for record in caplog.records]
+    assert "10.1.2.3 port 4567" in line
+    assert "Network is unreachable" in line
+
+
+def test_a_listener_that_fails_breaks_neither_the_thread_that_announces_nor_the_others(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    heard: list[tuple[int, Any]] = []
+
+    def fail(room: int, status: Any) -> None:
+        raise ValueError("deaf")
+
+    monkeypatch.setattr(wakeups, "_listeners", [fail, lambda room, status: heard.append((room, status))])
+    wakeups._announce(None, None, 7, "done")
+    assert heard == [(7, "done")]
+    assert "deaf" in caplog.text

@@ -1,0 +1,89 @@
+"""A model that raises in the middle of the forward pass of chosen prompts."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+
+from sgl_flowprefill.model.embedded import FIRST_WORD_ID
+
+MARKER: Final = FIRST_WORD_ID - 1
+"""A prompt that holds this token, which ``tests.prompts`` never draws, is one whose forward pass raises."""
+
+
+class ModelFault(Exception):
+    """What no code expects."""
+
+
+FAULTS: Final[dict[str, Callable[[], Exception]]] = {
+    "error": lambda: ModelFault("a defect of the model"),
+    "memory": lambda: torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 8.00 GiB."),
+    "stop": lambda: StopIteration(),
+    "poison": lambda: torch.AcceleratorError("CUDA error: an illegal memory access was encountered"),
+}
+
+
+def raise_in_marked_prompts(scheduler: Any, fault: str, checkpoint: int) -> list[Any]:
+    """From now on, a batch with a marked prompt raises ``fault`` after ``checkpoint`` checkpoints, within an operator.
+    Returns the hooks, to be removed.
+    """
+    executor = scheduler._executor
+
+    def hook(*_: Any) -> None:
+        task = executor._running
+        if task is not None and task.checkpoint >= checkpoint and is_marked(task.batch):
+            raise FAULTS[fault]()
+
+    return [module.register_forward_pre_hook(hook) for module in _operators(scheduler)]
+
+
+PLUGIN: Final = Path(__file__).parent / "fault_plugin"
+"""A folder for the module search path of servers: they find ``load`` in it as a plugin of SGLang."""
+PARAMETER: Final = "test_fault"
+"""In ``custom_params``, names the fault of a request's prefill in a server with this plugin."""
+
+
+def load() -> None:
+    """The entry point of the plugin: requests with the parameter fail in the middle of their forward pass."""
+    from sgl_flowprefill.config import is_enabled
+
+    if not is_enabled() or "sglang.srt.managers.scheduler" not in sys.modules:
+        return
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    HookRegistry.register(
+        "sgl_flowprefill.runtime.scheduler.FlowPrefillScheduler.run_batch", _run_with_faults, HookType.AROUND
+    )
+
+
+def _run_with_faults(run_batch: Callable[[Any, Any], Any], scheduler: Any, batch: Any) -> Any:
+    params = [req.sampling_params.custom_params or {} for req in batch.reqs]
+    faults = [found[PARAMETER] for found in params if PARAMETER in found]
+    if not faults:
+        return run_batch(scheduler, batch)
+    executor = scheduler._executor
+    task = executor._running
+
+    def hook(*_: Any) -> None:
+        if executor._running is task and task.checkpoint >= 3:
+            raise FAULTS[faults[0]]()
+
+    handles = [module.register_forward_pre_hook(hook) for module in _operators(scheduler)]
+    try:
+        return run_batch(scheduler, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _operators(scheduler: Any) -> list[Any]:
+    modules = scheduler.tp_worker.model_runner.model.modules()
+    return [module for module in modules if type(module).__name__.endswith(("Linear", "LogitsProcessor"))]
+
+
+def is_marked(batch: Any) -> bool:
+    return any(MARKER in req.origin_input_ids for req in batch.reqs)

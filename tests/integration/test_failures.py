@@ -1,0 +1,192 @@
+"""A prefill that fails harms its own requests alone."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import random
+import re
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from sgl_flowprefill.policy import Limits
+from tests.chaos import chaos
+from tests.engine import PrefillEngine
+from tests.faults import FAULTS, MARKER, ModelFault, raise_in_marked_prompts
+from tests.prompts import prompt
+from tests.reference import Comparison
+
+SHARED = prompt(77, 300)
+PROMPTS = {
+    f"g{i}": prompt(200 + i, tokens, SHARED if i % 2 else None)
+    for i, tokens in enumerate([40, 900, 350, 1300, 500, 310, 700, 1100])
+}
+
+
+BAD = {f"bad{i}": [*prompt(300 + i, tokens, SHARED), MARKER] for i, tokens in enumerate([400, 1200, 2000])}
+
+
+@pytest.fixture
+def hooks() -> Iterator[list[Any]]:
+    handles: list[Any] = []
+    yield handles
+    for handle in handles:
+        handle.remove()
+
+
+@pytest.mark.parametrize("fault", ["error", "memory", "stop"])
+@pytest.mark.parametrize("seed", range(2))
+def test_the_others_get_their_tokens_and_nothing_is_left_behind(
+    engine: PrefillEngine,
+    comparison: Comparison,
+    hooks: list[Any],
+    caplog: pytest.LogCaptureFixture,
+    fault: str,
+    seed: int,
+) -> None:
+    scheduler = engine.scheduler
+    rng = random.Random(seed)
+    most = scheduler._progress.checkpoints
+    hooks += raise_in_marked_prompts(scheduler, fault, rng.randrange(most + 1))
+    scheduler._policy.limits = Limits(max_suspended=100, max_batch_tokens=1)
+    seen = chaos(engine, seed, switch_probability=0.8)
+    requests = list((PROMPTS | BAD).items())
+    rng.shuffle(requests)
+    for rid, tokens in requests:
+        engine.submit(rid, tokens, logprobs=True, inputs_from=0 if rid == "bad1" else None)
+    with caplog.at_level(logging.ERROR):
+        engine.run()
+    assert seen["deepest"] >= 3
+    for rid, tokens in PROMPTS.items():
+        comparison.answer(rid, tokens, [engine.answers[rid].token], [engine.answers[rid].logprob])
+    for rid in BAD:
+        reason = engine.answers[rid].req.finished_reason.to_json()
+        assert reason["type"] == "abort"
+        assert reason["status_code"] == 500
+        found = re.search(r"error ([0-9a-f]{12})", reason["message"])
+        assert found is not None
+        [line] = [record.getMessage() for record in caplog.records if found[1] in record.getMessage()]
+        assert rid in line
+        assert "Traceback" in line
+        assert type(FAULTS[fault]()).__name__ in line
+    while hooks:
+        hooks.pop().remove()
+    for rid, tokens in BAD.items():
+        engine.submit(rid, tokens, logprobs=True)
+        engine.run()
+        assert engine.answers[rid].req.cached_tokens <= len(SHARED), "KV that was never computed is a cached prefix"
+        comparison.answer(rid, tokens, [engine.answers[rid].token], [engine.answers[rid].logprob])
+    comparison.assert_same()
+    assert comparison.counts["answers"] == len(PROMPTS) + len(BAD)
+    engine.assert_clean()
+
+
+def test_all_requests_of_a_batch_that_fails_are_answered_but_those_that_have_left(
+    engine: PrefillEngine,
+    hooks: list[Any],
+) -> None:
+    scheduler = engine.scheduler
+    hooks += raise_in_marked_prompts(scheduler, "error", 3)
+    scheduler._executor._interrupted = lambda: True
+    for i in range(3):
+        engine.submit(f"m{i}", [*prompt(400 + i, 60), MARKER], ttft_slo_s=100.0)
+    engine.step()
+    [task] = scheduler._live
+    assert len(task.batch.reqs) == 3
+    engine.abort("m1")
+    engine.run()
+    reasons = {rid: answer.req.finished_reason.to_json() for rid, answer in engine.answers.items()}
+    assert {rid: reason["status_code"] for rid, reason in reasons.items()} == {"m0": 500, "m1": None, "m2": 500}
+    engine.assert_clean()
+
+
+def test_the_tensors_of_a_forward_pass_that_failed_are_freed(engine: PrefillEngine, hooks: list[Any]) -> None:
+    scheduler = engine.scheduler
+    held: list[Any] = []
+
+    def hook(_module: Any, args: Any) -> None:
+        held.append(weakref.ref(args[0]))
+
+    model = scheduler.tp_worker.model_runner.model
+    hooks.append(model.model.layers[1].mlp.register_forward_pre_hook(hook))
+    hooks += raise_in_marked_prompts(scheduler, "memory", 3)
+    gc.disable()
+    try:
+        engine.submit("bad", [*prompt(1, 500), MARKER])
+        engine.run()
+        assert held
+        assert all(reference() is None for reference in held)
+    finally:
+        gc.enable()
+    engine.assert_clean()
+
+
+def test_what_fails_before_the_model_runs_fails_its_task_alone(
+    engine: PrefillEngine,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The plan of an attention backend, for one."""
+    backend = type(engine.scheduler.tp_worker.model_runner.attn_backend)
+    plan = backend.init_forward_metadata
+
+    def plan_or_fail(self: Any, forward_batch: Any) -> None:
+        if forward_batch.extend_num_tokens == 123:
+            raise ModelFault("no plan")
+        plan(self, forward_batch)
+
+    monkeypatch.setattr(backend, "init_forward_metadata", plan_or_fail)
+    engine.scheduler._executor._interrupted = lambda: True
+    engine.submit("good", prompt(1, 900), ttft_slo_s=50.0)
+    engine.step()
+    engine.submit("bad", prompt(2, 123), ttft_slo_s=0.5)
+    engine.run()
+    assert engine.answers["bad"].aborted
+    assert engine.answers["good"].token is not None
+    engine.assert_clean()
+
+
+def test_a_pause_outlives_a_started_prefill_that_fails(engine: PrefillEngine, hooks: list[Any]) -> None:
+    from sglang.srt.managers.io_struct import ContinueGenerationReqInput, PauseGenerationReqInput
+
+    scheduler = engine.scheduler
+    hooks += raise_in_marked_prompts(scheduler, "error", 4)
+    scheduler._executor._interrupted = lambda: True
+    engine.submit("bad", [*prompt(1, 500), MARKER])
+    engine.step()
+    assert len(scheduler._live) == 1
+    engine.receive(PauseGenerationReqInput(mode="in_place"))
+    assert engine.answers["bad"].aborted
+    engine.receive(ContinueGenerationReqInput())
+    engine.run()
+    engine.assert_clean()
+
+
+def test_errors_that_no_prefill_can_be_blamed_for_end_the_server(
+    engine: PrefillEngine,
+    hooks: list[Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    scheduler = engine.scheduler
+
+    def lost() -> bool:
+        raise RuntimeError("a socket is gone")
+
+    scheduler._executor._interrupted = lost
+    engine.submit("first", prompt(1, 500))
+    with pytest.raises(RuntimeError, match="a socket is gone"):
+        engine.run()
+    scheduler._executor._interrupted = scheduler._events.pending
+    scheduler._executor._own_error = None
+    engine.abort("first")
+    engine.step()
+    hooks += raise_in_marked_prompts(scheduler, "poison", 3)
+    engine.submit("bad", [*prompt(2, 500), MARKER])
+    with pytest.raises(torch.AcceleratorError, match="illegal memory access"):
+        engine.run()
+    engine.abort("bad")
+    engine.run()
+    engine.assert_clean()
