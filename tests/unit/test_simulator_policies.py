@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sgl_flowprefill.policy import Job, Limits, PrefillPolicy, SlackEdfQueue, make_policy
-from sgl_flowprefill.policy.feasible import PLANNED, FeasibleSet, FeasibleSetQueue, largest_feasible
+from sgl_flowprefill.policy.feasible import PLANNED, FeasibleSet, FeasibleRequests, FeasibleTasks, largest_feasible
 from sgl_flowprefill.policy.forecast import Forecast
 from sgl_flowprefill.policy.queues import StarvationTurns
 
@@ -25,11 +25,11 @@ def job(name: object, deadline_s: float, remaining_s: float, arrival_s: float = 
 
 def queues_of(
     *, max_starvation_s: float = 1e9, window_s: float = math.inf
-) -> tuple[FeasibleSetQueue[object], FeasibleSetQueue[object]]:
+) -> tuple[FeasibleRequests[object], FeasibleTasks[object]]:
     """Requests and tasks. With an endless window the past says nothing about what will arrive."""
     feasible, turns = FeasibleSet(Forecast(window_s)), StarvationTurns(0.02)
-    requests: FeasibleSetQueue[object] = FeasibleSetQueue(feasible, max_starvation_s, turns, started=False)
-    return requests, FeasibleSetQueue(feasible, max_starvation_s, turns, started=True)
+    requests: FeasibleRequests[object] = FeasibleRequests(feasible, max_starvation_s, turns)
+    return requests, FeasibleTasks(feasible, max_starvation_s, turns)
 
 
 def test_the_longest_job_gives_way_when_not_all_can_be_met() -> None:
@@ -170,7 +170,7 @@ def test_at_every_event_the_order_is_whole_and_what_is_kept_leaves_room(
     drawn: list[tuple[float, float, int, bool, float]], window_s: float
 ) -> None:
     requests, tasks = queues_of(max_starvation_s=10.0, window_s=window_s)
-    live: list[tuple[Job[object], FeasibleSetQueue[object]]] = []
+    live: list[tuple[Job[object], FeasibleRequests[object] | FeasibleTasks[object]]] = []
     now_s = 0.0
     for slo_s, remaining_s, members, started, elapsed_s in drawn:
         now_s += elapsed_s
