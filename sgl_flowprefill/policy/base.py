@@ -7,23 +7,11 @@ from dataclasses import dataclass, field
 from itertools import count, islice
 from typing import Final, Generic, Protocol, TypeVar
 
+from sgl_flowprefill.pace import AS_PREDICTED, Pace
+
 T = TypeVar("T")
 
 _NEXT_NUMBER: Final[Callable[[], int]] = count().__next__
-
-
-@dataclass(slots=True, eq=False)
-class Pace:
-    """How many times longer than their ``work_s`` the jobs that share this pace take now.
-
-    So a machine that slows down is seen by all that wait at once. Whoever changes ``factor`` calls
-    ``PrefillPolicy.repaced`` afterwards.
-    """
-
-    factor: float = 1.0
-
-
-AS_PREDICTED: Final = Pace()
 
 
 @dataclass(slots=True, eq=False)

@@ -74,18 +74,18 @@ class FeasibleSet:
     * While the first job runs, it moves along with the time. The work expected before a deadline only becomes less as
       the deadline comes nearer. So while the plan is followed, it holds, and nothing is planned.
     * A job that comes takes its own work off, or sets it to what its own deadline asks. If it is not past then, the
-      plan with this job holds: one more than the most that could be met is the most. If it is, ``kept`` is planned
-      anew, which lets one job go where jobs are not batches. Rarely, a shorter one that was let go before would fit in
-      its place; it is not looked at until all are planned anew.
-    * A job that was let go does not come back while the plan is followed, as a new plan of all would let it go again,
-      but for the work that the forecast no longer expects. All jobs are planned anew when the forecast or the paces
-      change, and when nothing is kept any more.
+      plan with this job holds: one more than the most that could be met is the most. If it is, all are planned anew.
+    * A job that was let go does not come back while the plan is followed, as a new plan would let it go again, but for
+      the work that the forecast no longer expects. All jobs are planned anew when the forecast or the paces change, and
+      when nothing is kept any more.
     """
 
     def __init__(self, forecast: Forecast) -> None:
         self.queues: list[Planned] = []
         self.kept: list[Entry] = []
         self._forecast = forecast
+        self._last_arrived = -1
+        """Number of the last job that was counted among what arrives."""
         self._now_s = -math.inf
         self._latest_start_s = math.inf
         self._horizon_s = math.inf
@@ -96,8 +96,9 @@ class FeasibleSet:
         """Of ``kept``, since all jobs were planned."""
 
     def arrived(self, job: Job[Any]) -> None:
-        """``job`` is new: count it among what arrives, unless nobody could have met its deadline."""
-        if job.latest_start_s >= job.arrival_s:
+        """``job`` waits: count it among what arrives, unless nobody could have met its deadline, or it is put back."""
+        if job.number > self._last_arrived and job.latest_start_s >= job.arrival_s:
+            self._last_arrived = job.number
             changed = self._forecast.arrived(job.arrival_s, job.remaining_s, job.deadline_s - job.arrival_s)
             self._is_old = self._is_old or changed
 
@@ -142,23 +143,20 @@ class FeasibleSet:
     def update(self, now_s: float) -> None:
         """Plan again where the plan does not hold any more, or others might fit."""
         self._now_s = now_s
-        if self._is_old or (self._some_have_left and not self.kept):
-            self._plan_all()
-        elif now_s > self._latest_start_s:
-            self._plan(self.kept)
+        if self._is_old or now_s > self._latest_start_s or (self._some_have_left and not self.kept):
+            self._plan()
 
-    def _plan_all(self) -> None:
+    def _plan(self) -> None:
         self._is_old = self._some_have_left = False
         candidates = sorted(
-            (job.deadline_s, job.number, job, queue)
-            for queue in self.queues
-            for job in islice(queue.feasible(self._now_s), PLANNED + 1)
+            [
+                (job.deadline_s, job.number, job, queue)
+                for queue in self.queues
+                for job in islice(queue.feasible(self._now_s), PLANNED + 1)
+            ]
         )
         self._horizon_s = candidates[PLANNED][0] if len(candidates) > PLANNED else math.inf
-        self._plan(candidates[:PLANNED])
-
-    def _plan(self, candidates: list[Entry]) -> None:
-        self.kept, spare_s = largest_feasible(candidates, self._now_s, self._forecast)
+        self.kept, spare_s = largest_feasible(candidates[:PLANNED], self._now_s, self._forecast)
         self._latest_start_s = self._now_s + spare_s
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 SLOTS: Final = 20
 """Parts of the window. The oldest is forgotten as a whole, and all that arrived in it."""
-UPDATES: Final = 20
+UPDATES: Final = 6
 """Times that the forecast changes while all that it is judged by is replaced."""
 LEAST_SHARE: Final = 1 / 8
 """Of the window: what arrived after a pause is taken for that of so long a time at least."""

@@ -13,7 +13,7 @@ from sgl_flowprefill.policy.base import Job, Queue, Rank
 
 T = TypeVar("T")
 
-MOVES: Final = 3
+MOVES: Final = 2
 """Jobs that an event may move between the feasible and the hopeless, on average. Each event brings about one."""
 MOVES_AT_ONCE: Final = 50
 """Jobs that one event may move, after others that moved less."""
@@ -35,14 +35,18 @@ class JobList(Generic[T]):
         self._entries.add(entry)
 
     def remove(self, job: Job[T]) -> None:
-        self._entries.remove(self._entry_of.pop(id(job)))
+        entry = self._entry_of.pop(id(job))
+        if self._entries[0] is entry:
+            self._entries.pop(0)
+        else:
+            self._entries.remove(entry)
 
     def first(self) -> Job[T] | None:
         return self._entries[0][2] if self._entries else None
 
-    def first_key(self) -> float:
-        """The key of the first job; infinite when there is none."""
-        return self._entries[0][0] if self._entries else math.inf
+    def first_before(self, key: float) -> Job[T] | None:
+        """The first job, if its key is smaller."""
+        return self._entries[0][2] if self._entries and self._entries[0][0] < key else None
 
     def from_key(self, key: float) -> Iterator[Job[T]]:
         """The jobs whose keys are no smaller, in order. The list may not change meanwhile."""
@@ -170,14 +174,15 @@ class SlackEdfQueue(Queue[T]):
 
     def _settle(self, now_s: float) -> None:
         """Move jobs that have turned hopeless or feasible, as many as this event may."""
-        self._now_s = now_s
-        self._moves_left = min(MOVES_AT_ONCE, self._moves_left + MOVES)
+        if now_s != self._now_s:
+            self._now_s = now_s
+            self._moves_left = min(MOVES_AT_ONCE, self._moves_left + MOVES)
         if self._to_reconsider is not None:
             self._reconsider(*self._to_reconsider)
-        while self._moves_left and self._turns_hopeless.first_key() < now_s:
-            self._move(self._turns_hopeless.first())
-        while self._moves_left and (first := self._feasible.first()) is not None and first.latest_start_s < now_s:
-            self._move(first)
+        while self._moves_left and (job := self._turns_hopeless.first_before(now_s)) is not None:
+            self._move(job)
+        while self._moves_left and (job := self._feasible.first()) is not None and job.latest_start_s < now_s:
+            self._move(job)
 
     def _reconsider(self, key: float, number: float) -> None:
         """Move the next of the hopeless jobs, the last one first, that are feasible at their new pace."""

@@ -21,6 +21,8 @@ STARVED_SHARE: Final = 0.02
 """Share of the time in which starved jobs may go before those that can still meet their deadline."""
 BATCH_SHARE: Final = 0.25
 """Of the time that a member of a batch has left, how much the batch may take."""
+TOO_LARGE: Final = 16
+"""Requests that do not fit a batch any more, after which no smaller ones are looked for."""
 FORECAST_WINDOW_S: Final = 60.0
 """Past by which the policy "feasible" judges what will arrive."""
 
@@ -80,12 +82,18 @@ class PrefillPolicy(Generic[R, K]):
         tokens = new_tokens(winner.item)
         if tokens >= self.limits.max_batch_tokens:
             return [winner]
-        members, time_left_s = [winner], [_time_left_s(winner, now_s)]
+        members, time_left_s, too_large = [winner], [_time_left_s(winner, now_s)], 0
         for job in islice(self.requests.in_order(now_s), self.limits.max_batch_requests):
-            if job is not winner and tokens + new_tokens(job.item) <= self.limits.max_batch_tokens:
-                members.append(job)
-                tokens += new_tokens(job.item)
-                time_left_s.append(min(time_left_s[-1], _time_left_s(job, now_s)))
+            if job is winner:
+                continue
+            if tokens + new_tokens(job.item) > self.limits.max_batch_tokens:
+                too_large += 1
+                if too_large == TOO_LARGE:
+                    break
+                continue
+            members.append(job)
+            tokens += new_tokens(job.item)
+            time_left_s.append(min(time_left_s[-1], _time_left_s(job, now_s)))
         items = [member.item for member in members]
 
         def takes_too_long(requests: int) -> bool:

@@ -7,9 +7,9 @@ its task's greenlet and comes back at a checkpoint where an event is pending, or
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
-from itertools import chain
+from itertools import chain, islice
 from typing import Any, Final
 
 import torch
@@ -27,6 +27,11 @@ IDLE_CHECK_S: Final = 5.0
 """How often an idle scheduler does SGLang's housekeeping (leak check, metrics)."""
 STALL_CHECK_S: Final = 1.0
 """How often a scheduler that only waits for others looks for what sends no wake-up (a dead decode server)."""
+MATCHES: Final = 1
+"""Waiting requests of whose prompts more has been cached that an event matches again, besides those about to start. A
+match touches the radix cache, so tensor-parallel ranks do these alone, all the same ones."""
+MATCH_ROUNDS: Final = 3
+"""Choices that an event makes at most because those about to start were matched again."""
 
 
 class FlowPrefillScheduler(PreparedScheduler):
@@ -90,6 +95,7 @@ class FlowPrefillScheduler(PreparedScheduler):
                 self._add_request_to_queue(req)
         for req in self.disagg_prefill_bootstrap_queue.pop_bootstrapped():
             self._enqueue(req)
+        self._match_again(list(islice(self._waiting.outdated(), MATCHES)))
         if self.process_disagg_prefill_inflight_queue():
             self._kv_is_short = False
         if stalls_are_due:
@@ -146,9 +152,14 @@ class FlowPrefillScheduler(PreparedScheduler):
     def _choose(self, running: PrefillTask | None) -> PrefillTask | list[Job[WaitingRequest]] | None:
         """The policy's choice: a task that has started, or the requests for a new one, in order of priority."""
         now_s, running_job = time.monotonic(), running.job if running else None
-        job = self._policy.pick(now_s, running_job, admit=not self._kv_is_short)
-        if job is not None and not isinstance(job.item, PrefillTask):
+        for _ in range(MATCH_ROUNDS):
+            job = self._policy.pick(now_s, running_job, admit=not self._kv_is_short)
+            if job is None or isinstance(job.item, PrefillTask):
+                break
             jobs = self._policy.batch(job, now_s, lambda waiting: waiting.shape.new_tokens, self._predict_s)
+            if self._agreement is not None or not self._match_again(jobs):
+                break
+        if job is not None and not isinstance(job.item, PrefillTask):
             new_tokens = sum(member.item.shape.new_tokens for member in jobs)
             if self._memory.admits([task.new_tokens for task in self._live], new_tokens):
                 return jobs
@@ -195,6 +206,8 @@ class FlowPrefillScheduler(PreparedScheduler):
             attn_backend=self._slots.take(),
         )
         task.job.number = winner.number
+        task.job.pace = self._ttft.pace(shapes)
+        task.job.remaining_s = task.predicted_s
         self._tasks_started += 1
         self._live.append(task)
         self._policy.tasks.add(task.job)
@@ -257,6 +270,11 @@ class FlowPrefillScheduler(PreparedScheduler):
         prediction = self._ttft.observe(_shapes(task.batch), task.executed_s)
         self._journal.completed(task, prediction, self._ttft, len(self._live))
         self.process_batch_result(task.batch, task.result)
+        self._waiting.cached(req.origin_input_ids for req in task.batch.reqs)
+        if self._ttft.follow():
+            for live in self._live:
+                live.predicted_s = self._ttft.predict_s(_shapes(live.batch))
+            self._policy.repaced()
 
     def checkpoint_disagg_prefill(self, req: Any) -> None:
         """SGLang gives the KV of ``req``, whose prefill has run, to the radix cache. What another has put there since
@@ -316,8 +334,18 @@ class FlowPrefillScheduler(PreparedScheduler):
         self.waiting_queue.append(req)
         # Only to know how much of it is cached: what a start copies of a hybrid model's state takes a slot.
         req.init_next_round_input(self.tree_cache, cow_mamba=False)
-        job = self._waiting.add(req, received_s(req), self._slo_s(req), self._predict_s)
+        job = self._waiting.add(req, received_s(req), self._slo_s(req), self._predict_s, self._ttft.pace)
         self._policy.requests.add(job)
+
+    def _match_again(self, jobs: Iterable[Job[WaitingRequest]]) -> bool:
+        """Match those of ``jobs`` again of whose prompts more has been cached since. Whether there were any."""
+        outdated = [job for job in jobs if self._waiting.is_outdated(job)]
+        for job in outdated:
+            self._policy.requests.remove(job)
+            job.item.req.init_next_round_input(self.tree_cache, cow_mamba=False)
+            self._waiting.matched(job, self._predict_s, self._ttft.pace)
+            self._policy.requests.add(job)
+        return bool(outdated)
 
     def abort_request(self, recv_req: Any) -> None:
         super().abort_request(recv_req)

@@ -103,53 +103,46 @@ def event_cost(new_policy: NewPolicy, kinds: Sequence[Waiting], waiting: int, ev
     with what is left of it; the policy picks; where a request wins, its batch is made and starts as a task. Predictions
     of batches and the removal of Python's garbage count as they come.
     """
-    policy, random = new_policy(), Random(0)
+    policy, random, now_s = new_policy(), Random(0), 0.0
+    running: Job[Any] | None = None
+    resumed_s, times_s = now_s, []
 
-    def arrive(now_s: float) -> Job[Any]:
-        kind = random.choice(kinds)
+    def new_job() -> Job[Any]:
+        kind, tokens = random.choice(kinds), random.randint(16, 1024)
         arrival_s = now_s - random.uniform(*kind.ages_s)
-        tokens = random.randint(16, 1024)
-        deadline_s = arrival_s + random.uniform(*kind.slos_s)
-        return Job(tokens, arrival_s, deadline_s, WORK_S * tokens / 512)
+        return Job(tokens, arrival_s, arrival_s + random.uniform(*kind.slos_s), WORK_S * tokens / 512)
 
-    def event(arrival: Job[Any] | None) -> None:
-        nonlocal running
+    policy.pick(now_s, None)
+    for _ in range(waiting):
+        policy.requests.add(new_job())
+    for number in range(WARM_UP + events):
+        arriving = None
+        if running is not None and len(policy.requests) >= waiting:
+            now_s = resumed_s + running.remaining_s
+        else:
+            now_s += WORK_S / 10 * random.random()
+            arriving = new_job()
+        started_s = time.thread_time()
         if running is not None:
             policy.tasks.remove(running)
             running.remaining_s = max(0.0, running.remaining_s - (now_s - resumed_s))
-            if arrival is None:
-                running = None
-            else:
+            if arriving is not None:
                 policy.tasks.add(running)
-        if arrival is not None:
-            policy.requests.add(arrival)
+            else:
+                running = None
+        if arriving is not None:
+            policy.requests.add(arriving)
         winner = policy.pick(now_s, running)
-        if winner is not None and isinstance(winner.item, int):
+        assert winner is not None
+        if isinstance(winner.item, int):
             members = policy.batch(winner, now_s, int, lambda items: WORK_S / 512 * sum(items))
             for member in members:
                 policy.requests.remove(member)
             work_s = sum(member.work_s for member in members)
             winner = Job(members, winner.arrival_s, winner.deadline_s, work_s, len(members), winner.number)
             policy.tasks.add(winner)
-        running = winner
-
-    now_s = resumed_s = 0.0
-    running: Job[Any] | None = None
-    policy.pick(now_s, running)
-    for _ in range(waiting):
-        policy.requests.add(arrive(now_s))
-    times_s = []
-    for number in range(events + WARM_UP):
-        arrival = None
-        if running is not None and len(policy.requests) >= waiting:
-            now_s = resumed_s + running.remaining_s
-        else:
-            now_s += WORK_S / 10 * random.random()
-            arrival = arrive(now_s)
-        started_s = time.thread_time()
-        event(arrival)
+        running, resumed_s = winner, now_s
         if number >= WARM_UP:
             times_s.append(time.thread_time() - started_s)
-        resumed_s = now_s
     times_s.sort()
     return EventCost(times_s[events // 2], times_s[events * 99 // 100], times_s[-1])
