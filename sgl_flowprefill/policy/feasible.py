@@ -204,6 +204,14 @@ class FeasibleRequests(SlackEdfQueue[T]):
         super()._settle(now_s)
         self._set.update(now_s)
 
+    def _move(self, job: Job[T]) -> None:
+        was_hopeless = job in self._hopeless
+        super()._move(job)
+        if job in self._hopeless:
+            self._set.remove(job)
+        elif was_hopeless:
+            self._set.add(job, self)
+
     def _ahead(self, now_s: float) -> Iterable[Job[T] | None]:
         return *self._starved(now_s), *self.kept, self._first_feasible(now_s)
 

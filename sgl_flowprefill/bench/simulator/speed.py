@@ -138,7 +138,7 @@ def event_cost(new_policy: NewPolicy, kinds: Sequence[Waiting], waiting: int, ev
             members = policy.batch(winner, now_s, int, lambda items: WORK_S / 512 * sum(items))
             for member in members:
                 policy.requests.remove(member)
-            work_s = sum(member.work_s for member in members)
+            work_s = sum(member.remaining_s for member in members)
             winner = Job(members, winner.arrival_s, winner.deadline_s, work_s, len(members), winner.number)
             policy.tasks.add(winner)
         running, resumed_s = winner, now_s
