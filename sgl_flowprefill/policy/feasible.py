@@ -51,7 +51,7 @@ def largest_feasible(by_deadline: Iterable[Entry], now_s: float, forecast: Forec
         taken.append(entry)
         heappush(longest, (-remaining_s / job.requests, number, remaining_s))
         end_s += remaining_s
-        free_until_s = deadline_s - forecast.due_s(deadline_s - now_s)
+        free_until_s = deadline_s - forecast.room_s(deadline_s - now_s)
         while longest and end_s > free_until_s:
             _, worst, remaining_s = heappop(longest)
             let_go.add(worst)
@@ -110,7 +110,7 @@ class FeasibleSet:
         """Keep ``job`` of ``queue``, or leave it out."""
         deadline_s, remaining_s = job.deadline_s, job.remaining_s
         since_s = job.arrival_s if job.arrival_s > self._now_s else self._now_s
-        alone_s = deadline_s - self._forecast.due_s(deadline_s - since_s) - remaining_s
+        alone_s = deadline_s - self._forecast.room_s(deadline_s - since_s) - remaining_s
         if alone_s < since_s or deadline_s > self._horizon_s:
             return
         place = bisect_left(self.kept, (deadline_s, job.number))

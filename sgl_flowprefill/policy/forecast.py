@@ -32,19 +32,20 @@ class Forecast:
     def __init__(self, window_s: float) -> None:
         self._window_s = window_s
         self._slot_s = window_s / SLOTS
-        self._slots = np.zeros((SLOTS + 1, 2, CLASSES, CLASSES))
-        """What arrived in each slot, by work and SLO: its work, and its work times its SLO."""
+        self._slots = np.zeros((SLOTS + 1, 4, CLASSES, CLASSES))
+        """What arrived in each slot, by work and SLO: its work, that times its SLO, its squared work, and that times its
+        SLO."""
         self._arrivals = [0] * (SLOTS + 1)
         """Requests that arrived in each slot."""
-        self._sums = np.zeros((2, CLASSES, CLASSES))
+        self._sums = np.zeros((4, CLASSES, CLASSES))
         """Of all slots."""
         self._slot = 0
         """The present slot, counted from time 0. Its place is its remainder."""
         self._now_s = self._since_s = -math.inf
         self._unseen = 0
         self._past_s = window_s
-        self._counted = [[0.0] * 4] * CLASSES
-        """For each SLO class: the two sums over the counted requests of the classes before, and over its own."""
+        self._counted = [[0.0] * 8] * CLASSES
+        """For each SLO class: the four sums over the counted requests of the classes before, and over its own."""
         self._next: tuple[float, list[list[float]]] | None = None
         """Both, made with one arrival and valid from the next: who plans by them need not wait for both at once."""
 
@@ -56,10 +57,10 @@ class Forecast:
         self._now_s = now_s = max(now_s, self._now_s)
         self._forget(int(now_s / self._slot_s))
         work, slo = bisect_right(WORKS_S, work_s), bisect_right(SLOS_S, slo_s)
-        offset_s2 = work_s * min(slo_s, LONGEST_SLO_S)
+        offset_s = min(slo_s, LONGEST_SLO_S)
+        added = (work_s, work_s * offset_s, work_s * work_s, work_s * work_s * offset_s)
         for sums in (self._slots[self._slot % len(self._slots)], self._sums):
-            sums[0, work, slo] += work_s
-            sums[1, work, slo] += offset_s2
+            sums[:, work, slo] += added
         self._arrivals[self._slot % len(self._slots)] += 1
         self._unseen += 1
         if self._next is None:
@@ -77,9 +78,23 @@ class Forecast:
 
         A request with SLO s is among them when it arrives in the next ``within_s - s``.
         """
-        works_s, offsets_s2, own_s, own_s2 = self._counted[bisect_right(SLOS_S, within_s)]
-        own_s2 = own_s * within_s - own_s2
-        return (works_s * within_s - offsets_s2 + (own_s2 if own_s2 > 0.0 else 0.0)) / self._past_s
+        return self._due(within_s)[0]
+
+    def room_s(self, within_s: float) -> float:
+        """Time to leave for that work: one standard deviation more, as it arrives at random, but no more than all."""
+        due_s, deviation_s = self._due(within_s)
+        return min(due_s + deviation_s, within_s)
+
+    def _due(self, within_s: float) -> tuple[float, float]:
+        """Mean and standard deviation of the work that is due in the next ``within_s``."""
+        work, offset, square, square_offset, own, own_offset, own_square, own_square_offset = self._counted[
+            bisect_right(SLOS_S, within_s)
+        ]
+        mean, variance = work * within_s - offset, square * within_s - square_offset
+        if own * within_s > own_offset:
+            mean += own * within_s - own_offset
+            variance += max(0.0, own_square * within_s - own_square_offset)
+        return mean / self._past_s, math.sqrt(max(0.0, variance) / self._past_s)
 
     def _forget(self, slot: int) -> None:
         """Time has come to ``slot``: forget the slots whose places are needed."""

@@ -322,13 +322,13 @@ def test_a_machine_that_slows_down_by_two_is_seen_by_all_that_wait_at_the_next_e
     pace = Pace()
     policy: PrefillPolicy[str, str] = make_policy(kind, Limits(4, 100), max_starvation_s=1e9)
     for number in range(20):
-        policy.requests.add(Job(f"tight {number}", 0.0, 3.0 + number / 100, 2.0, pace=pace))
+        policy.requests.add(Job(f"tight {number}", 0.0, 0.3 + number / 1000, 0.2, pace=pace))
     loose = Job("loose", 0.0, 9.0, 2.0, pace=pace)
     policy.requests.add(loose)
     first = policy.pick(0.0, None)
     assert first is not None
     assert first.item.startswith("tight")
-    assert first.remaining_s == 2.0
+    assert first.remaining_s == 0.2
     pace.factor = 2.0
     policy.repaced()
     assert policy.pick(0.01, None) is loose
