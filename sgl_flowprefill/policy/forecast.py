@@ -10,7 +10,7 @@ import numpy as np
 
 SLOTS: Final = 20
 """Parts of the window. The oldest is forgotten as a whole, and all that arrived in it."""
-UPDATES: Final = 6
+UPDATES: Final = 20
 """Times that the forecast changes while all that it is judged by is replaced."""
 LEAST_SHARE: Final = 1 / 8
 """Of the window: what arrived after a pause is taken for that of so long a time at least."""
@@ -33,8 +33,7 @@ class Forecast:
         self._window_s = window_s
         self._slot_s = window_s / SLOTS
         self._slots = np.zeros((SLOTS + 1, 4, CLASSES, CLASSES))
-        """What arrived in each slot, by work and SLO: its work, that times its SLO, its squared work, and that times its
-        SLO."""
+        """What arrived in each slot, by work and SLO: its work, that times SLO, work squared, and that times SLO."""
         self._arrivals = [0] * (SLOTS + 1)
         """Requests that arrived in each slot."""
         self._sums = np.zeros((4, CLASSES, CLASSES))

@@ -21,7 +21,7 @@ STARVED_SHARE: Final = 0.02
 """Share of the time in which starved jobs may go before those that can still meet their deadline."""
 BATCH_SHARE: Final = 0.25
 """Of the time that a member of a batch has left, how much the batch may take."""
-TOO_LARGE: Final = 16
+TOO_LARGE: Final = 32
 """Requests that do not fit a batch any more, after which no smaller ones are looked for."""
 FORECAST_WINDOW_S: Final = 60.0
 """Past by which the policy "feasible" judges what will arrive."""
@@ -83,7 +83,7 @@ class PrefillPolicy(Generic[R, K]):
         if tokens >= self.limits.max_batch_tokens:
             return [winner]
         members, time_left_s, too_large = [winner], [_time_left_s(winner, now_s)], 0
-        for job in islice(self.requests.in_order(now_s), self.limits.max_batch_requests):
+        for job in islice(self.requests.in_order(now_s), 2 * self.limits.max_batch_requests):
             if job is winner:
                 continue
             if tokens + new_tokens(job.item) > self.limits.max_batch_tokens:
