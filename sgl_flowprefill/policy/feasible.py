@@ -17,7 +17,7 @@ from sgl_flowprefill.policy.queues import LOOKS, SlackEdfQueue, StarvationTurns
 
 T = TypeVar("T")
 
-PLANNED: Final = 64
+PLANNED: Final = 32
 """Jobs that a plan looks at, those with the earliest deadlines: bounds the cost of an event."""
 STARVED, KEPT, STARTED, LEFT_OUT, STARTED_HOPELESS, HOPELESS = 0.0, 1.0, 2.0, 3.0, 4.0, 5.0
 """First part of a rank."""
