@@ -95,6 +95,9 @@ class PrefillEngine:
         from sglang.srt.runtime_context import SpawnRanks, get_disagg, publish
         from sglang.srt.server_args import PortArgs, ServerArgs
 
+        from sgl_flowprefill.patches import request_times
+
+        request_times.apply()
         load_plugins()
         settings: dict[str, Any] = {
             "disaggregation_mode": "prefill",

@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 
+from sgl_flowprefill.pace import AS_PREDICTED
 from sgl_flowprefill.policy import Limits, make_policy
 from sgl_flowprefill.runtime import scheduler as scheduler_module
 from sgl_flowprefill.runtime import task as task_module
@@ -158,7 +159,7 @@ class SimulatedRequest:
 
     @property
     def origin_input_ids(self) -> range:
-        return range(self.tokens)
+        return range(id(self), id(self) + self.tokens)  # unlike any other's
 
     @property
     def bootstrap_room(self) -> int:
@@ -249,6 +250,8 @@ class SimulatedScheduler(FlowPrefillScheduler):
         self._ttft = SimpleNamespace(
             predict_s=lambda shapes: model.forward_s(sum(shape.new_tokens for shape in shapes)),
             observe=self._observe,
+            pace=lambda shapes: AS_PREDICTED,
+            follow=lambda: False,
         )
         self.observed: list[tuple[int, float]] = []
         self._policy = make_policy("s-edf", Limits(max_suspended, max_batch_tokens=1), 60.0)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from itertools import count
+from itertools import count, islice
 from typing import Final, Generic, Protocol, TypeVar
+
+from sgl_flowprefill.pace import AS_PREDICTED, Pace
 
 T = TypeVar("T")
 
@@ -16,22 +18,38 @@ _NEXT_NUMBER: Final[Callable[[], int]] = count().__next__
 class Job(Generic[T]):
     """Something that can be run: a waiting request, or a task that has started (a batch of requests).
 
-    ``item`` is the caller's own object. ``remaining_s`` is the predicted execution time that is left; it stands still
-    while the job is not running, so the caller updates it whenever the job stops running.
+    ``item`` is the caller's own object. ``work_s`` is the predicted execution time that is left, before ``pace``; it
+    stands still while the job is not running. The caller takes the job out of its queue to update it, puts it back
+    when the job stops running, and never changes its deadline.
     """
 
     item: T
     arrival_s: float
     deadline_s: float
-    remaining_s: float
+    work_s: float
     requests: int = 1
     """Requests that end with it: those of the batch."""
     number: int = field(default_factory=_NEXT_NUMBER)
-    """Counts requests. That of a task is that of the request that it was started for."""
+    """Counts requests. A task has the number of the request that it was started for."""
+    pace: Pace = AS_PREDICTED
+
+    @property
+    def remaining_s(self) -> float:
+        """Predicted execution time that is left, at the present pace."""
+        return self.work_s * self.pace.factor
+
+    @remaining_s.setter
+    def remaining_s(self, remaining_s: float) -> None:
+        self.work_s = remaining_s / self.pace.factor
+
+    @property
+    def latest_start_s(self) -> float:
+        """When the job must run without a pause to meet its deadline: it is hopeless after that."""
+        return self.deadline_s - self.work_s * self.pace.factor
 
     def slack_s(self, now_s: float) -> float:
         """Time to spare before the job must run without a pause to meet its deadline (paper, section 4.2)."""
-        return self.deadline_s - now_s - self.remaining_s
+        return self.latest_start_s - now_s
 
 
 Rank = tuple[float, ...]
@@ -39,7 +57,7 @@ Rank = tuple[float, ...]
 
 
 class Queue(Protocol[T]):
-    """An order over jobs that changes with time only as slack does. Every operation is O(log n) amortised."""
+    """An order over jobs that changes with time only as slack does. Every operation is O(log n)."""
 
     def add(self, job: Job[T]) -> None:
         """Put ``job`` in; one job is in a queue at most once."""
@@ -53,8 +71,16 @@ class Queue(Protocol[T]):
         """The job to run first at ``now_s`` with its rank, or None when the queue is empty. It stays in the queue."""
         ...
 
+    def in_order(self, now_s: float) -> Iterator[Job[T]]:
+        """All jobs in the order in which they would run at ``now_s``, found one by one as they are asked for."""
+        ...
+
     def first(self, now_s: float, most: int) -> list[Job[T]]:
-        """Up to ``most`` jobs in the order in which they would run at ``now_s``."""
+        """The first jobs of that order, ``most`` of them at most."""
+        return list(islice(self.in_order(now_s), most))
+
+    def repaced(self) -> None:
+        """Paces of jobs have changed."""
         ...
 
     def __len__(self) -> int: ...

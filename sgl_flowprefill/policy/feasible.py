@@ -4,26 +4,34 @@ will arrive, kept up to date from event to event."""
 from __future__ import annotations
 
 import math
-from bisect import bisect_left, insort
-from collections.abc import Iterable
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator
 from heapq import heappop, heappush
-from itertools import count, islice
-from operator import itemgetter
-from typing import Any, Final, Generic, TypeVar
+from itertools import islice
+from operator import attrgetter
+from typing import Any, Final, Protocol, TypeVar
 
 from sgl_flowprefill.policy.base import Job, Queue, Rank
 from sgl_flowprefill.policy.forecast import Forecast
-from sgl_flowprefill.policy.queues import JobHeap, StarvationTurns
+from sgl_flowprefill.policy.queues import LOOKS, SlackEdfQueue, StarvationTurns
 
 T = TypeVar("T")
 
-PLANNED: Final = 256
+PLANNED: Final = 32
 """Jobs that a plan looks at, those with the earliest deadlines: bounds the cost of an event."""
-STARVED, KEPT, STARTED, LEFT_OUT, HOPELESS = 0.0, 1.0, 2.0, 3.0, 4.0
+STARVED, KEPT, STARTED, LEFT_OUT, STARTED_HOPELESS, HOPELESS = 0.0, 1.0, 2.0, 3.0, 4.0, 5.0
 """First part of a rank."""
 
-Entry = tuple[float, int, Job[Any], "FeasibleSetQueue[Any]"]
-"""Deadline, a tie-breaker, the job, and the queue that it is in."""
+Entry = tuple[float, int, Job[Any], Any]
+"""Deadline, number, the job, and the queue that it is in."""
+
+
+class Planned(Protocol):
+    """A queue whose jobs a FeasibleSet plans."""
+
+    def feasible(self, now_s: float) -> Iterable[Job[Any]]:
+        """The jobs that can meet their deadlines by themselves, by deadline."""
+        ...
 
 
 def largest_feasible(by_deadline: Iterable[Entry], now_s: float, forecast: Forecast) -> tuple[list[Entry], float]:
@@ -39,10 +47,11 @@ def largest_feasible(by_deadline: Iterable[Entry], now_s: float, forecast: Forec
     end_s, spare_s = now_s, math.inf
     for entry in by_deadline:
         deadline_s, number, job, _ = entry
+        remaining_s = job.remaining_s
         taken.append(entry)
-        heappush(longest, (-job.remaining_s / job.requests, number, job.remaining_s))
-        end_s += job.remaining_s
-        free_until_s = deadline_s - forecast.due_s(deadline_s - now_s)
+        heappush(longest, (-remaining_s / job.requests, number, remaining_s))
+        end_s += remaining_s
+        free_until_s = deadline_s - forecast.room_s(deadline_s - now_s)
         while longest and end_s > free_until_s:
             _, worst, remaining_s = heappop(longest)
             let_go.add(worst)
@@ -65,185 +74,210 @@ class FeasibleSet:
     * While the first job runs, it moves along with the time. The work expected before a deadline only becomes less as
       the deadline comes nearer. So while the plan is followed, it holds, and nothing is planned.
     * A job that comes takes its own work off, or sets it to what its own deadline asks. If it is not past then, the
-      plan with this job holds: one more than the most that could be met is the most. If it is, ``kept`` is planned
-      anew, which lets one job go where jobs are not batches. Rarely, a shorter one that was let go before would fit in
-      its place; it is not looked at until all are planned anew.
-    * A job that was let go does not come back while the plan is followed, as a new plan of all would let it go again,
-      but for the work that the forecast no longer expects. All jobs are planned anew when the forecast changes, and
+      plan with this job holds: one more than the most that could be met is the most. If it is, all are planned anew.
+    * A job that was let go does not come back while the plan is followed, as a new plan would let it go again, but for
+      the work that the forecast no longer expects. All jobs are planned anew when the forecast or the paces change, and
       when nothing is kept any more.
     """
 
     def __init__(self, forecast: Forecast) -> None:
-        self.queues: list[FeasibleSetQueue[Any]] = []
+        self.queues: list[Planned] = []
         self.kept: list[Entry] = []
-        self.numbers = count()
-        """Tie-breakers of entries."""
         self._forecast = forecast
+        self._last_arrived = -1
+        """Number of the last job that was counted among what arrives."""
         self._now_s = -math.inf
         self._latest_start_s = math.inf
         self._horizon_s = math.inf
         """Jobs with later deadlines wait for the next plan of all: only PLANNED at a time are planned."""
-        self._forecast_changed = False
+        self._is_old = False
+        """The plan: what it goes by has changed."""
         self._some_have_left = False
         """Of ``kept``, since all jobs were planned."""
 
     def arrived(self, job: Job[Any]) -> None:
-        """``job`` is new: count it among what arrives."""
-        if self._forecast.arrived(job.arrival_s, job.remaining_s, job.deadline_s - job.arrival_s):
-            self._forecast_changed = True
+        """``job`` waits: count it among what arrives, unless nobody could have met its deadline, or it is put back."""
+        if job.number > self._last_arrived and job.latest_start_s >= job.arrival_s:
+            self._last_arrived = job.number
+            changed = self._forecast.arrived(job.arrival_s, job.remaining_s, job.deadline_s - job.arrival_s)
+            self._is_old = self._is_old or changed
 
-    def add(self, entry: Entry) -> None:
-        """Keep the job of ``entry`` or leave it to its queue."""
-        deadline_s, _, job, queue = entry
+    def repaced(self) -> None:
+        """Paces of jobs have changed."""
+        self._is_old = True
+
+    def add(self, job: Job[Any], queue: Planned) -> None:
+        """Keep ``job`` of ``queue``, or leave it out."""
+        deadline_s, remaining_s = job.deadline_s, job.remaining_s
         since_s = job.arrival_s if job.arrival_s > self._now_s else self._now_s
-        alone_s = deadline_s - self._forecast.due_s(deadline_s - since_s) - job.remaining_s
+        alone_s = deadline_s - self._forecast.room_s(deadline_s - since_s) - remaining_s
         if alone_s < since_s or deadline_s > self._horizon_s:
-            queue.leave_out(entry)
             return
-        place = bisect_left(self.kept, entry)
+        place = bisect_left(self.kept, (deadline_s, job.number))
         ahead_s = sum([before[2].remaining_s for before in self.kept[:place]]) if place else 0.0
-        self._latest_start_s = min(self._latest_start_s - job.remaining_s, alone_s - ahead_s)
-        self.kept.insert(place, entry)
+        self._latest_start_s = min(self._latest_start_s - remaining_s, alone_s - ahead_s)
+        self.kept.insert(place, (deadline_s, job.number, job, queue))
         if len(self.kept) > PLANNED:
-            last = self.kept.pop()
-            self._horizon_s = last[0]
-            last[3].leave_out(last)
+            self._horizon_s = self.kept.pop()[0]
 
-    def remove(self, entry: Entry) -> bool:
-        """Take ``entry`` out of those kept, if it is there."""
-        place = bisect_left(self.kept, entry)
-        if self.kept[place : place + 1] != [entry]:
-            return False
+    def remove(self, job: Job[Any]) -> None:
+        """Take ``job`` out of those kept, if it is there."""
+        place = bisect_left(self.kept, (job.deadline_s, job.number))
+        if place == len(self.kept) or self.kept[place][2] is not job:
+            return
         del self.kept[place]
         self._some_have_left = True
         if not self.kept:
             self._latest_start_s = math.inf
         elif place == 0:
-            self._latest_start_s += entry[2].remaining_s
-        return True
+            self._latest_start_s += job.remaining_s
+
+    def first_of(self, queue: Planned) -> Job[Any] | None:
+        """The first of the kept jobs of ``queue``."""
+        return next((job for _, _, job, owner in self.kept if owner is queue), None)
+
+    def kept_of(self, queue: Planned) -> list[Job[Any]]:
+        """The kept jobs of ``queue``, in order of deadlines."""
+        return [job for _, _, job, owner in self.kept if owner is queue]
 
     def update(self, now_s: float) -> None:
         """Plan again where the plan does not hold any more, or others might fit."""
         self._now_s = now_s
-        if self._forecast_changed or (self._some_have_left and not self.kept):
-            self._plan_all()
-        elif now_s > self._latest_start_s:
-            self._plan(self.kept)
+        if self._is_old or now_s > self._latest_start_s or (self._some_have_left and not self.kept):
+            self._plan()
 
-    def _plan_all(self) -> None:
-        self._forecast_changed = self._some_have_left = False
-        left_out = [entry for queue in self.queues for entry in queue.left_out[: PLANNED + 1]]
-        candidates = sorted(self.kept + left_out)
+    def _plan(self) -> None:
+        self._is_old = self._some_have_left = False
+        candidates = sorted(
+            [
+                (job.deadline_s, job.number, job, queue)
+                for queue in self.queues
+                for job in islice(queue.feasible(self._now_s), PLANNED + 1)
+            ]
+        )
         self._horizon_s = candidates[PLANNED][0] if len(candidates) > PLANNED else math.inf
-        self._plan(candidates[:PLANNED])
-        numbers = {number for _, number, _, _ in self.kept}
-        for entry in left_out:
-            if entry[1] in numbers:
-                entry[3].take_back(entry)
-
-    def _plan(self, candidates: list[Entry]) -> None:
-        before = self.kept
-        self.kept, spare_s = largest_feasible(candidates, self._now_s, self._forecast)
+        self.kept, spare_s = largest_feasible(candidates[:PLANNED], self._now_s, self._forecast)
         self._latest_start_s = self._now_s + spare_s
-        numbers = {number for _, number, _, _ in self.kept}
-        for entry in before:
-            if entry[1] not in numbers:
-                entry[3].leave_out(entry)
 
 
-class FeasibleSetQueue(Queue[T], Generic[T]):
-    """The jobs that the set keeps go first, earliest deadline first. Then, of those that have started, the one with
-    least left, whatever its deadline: it holds KV cache and a place among the suspended. Then the requests that can
-    still meet their deadline, by deadline, and the hopeless ones, oldest first. A hopeless job that has waited
-    ``max_starvation_s`` goes before all, when it is its turn.
+class FeasibleRequests(SlackEdfQueue[T]):
+    """Waiting requests: those that the set keeps, earliest deadline first, then the others as S-EDF orders them."""
 
-    ``started`` says that the jobs are tasks. An event that goes by the plan costs O(log n), and a sum over the kept
-    jobs that a new one goes behind. A plan looks at PLANNED jobs at most.
-    """
-
-    def __init__(
-        self, feasible: FeasibleSet, max_starvation_s: float, turns: StarvationTurns, *, started: bool
-    ) -> None:
+    def __init__(self, feasible: FeasibleSet, max_starvation_s: float, turns: StarvationTurns) -> None:
+        super().__init__(max_starvation_s, turns)
         self._set = feasible
         feasible.queues.append(self)
-        self._max_starvation_s = max_starvation_s
-        self._turns = turns
-        self._started = started
-        self._entries: dict[int, Entry] = {}
-        self.left_out: list[Entry] = []
-        """In order of deadlines."""
-        self._turns_hopeless: JobHeap[T] = JobHeap(lambda job: job.deadline_s - job.remaining_s)
-        """Those left out."""
-        self._hopeless: JobHeap[T] = JobHeap(lambda job: job.arrival_s)
+
+    def add(self, job: Job[T]) -> None:
+        super().add(job)
+        self._set.arrived(job)
+        self._set.add(job, self)
+
+    def remove(self, job: Job[T]) -> None:
+        super().remove(job)
+        self._set.remove(job)
 
     @property
     def kept(self) -> list[Job[T]]:
         """Jobs of this queue that the set keeps, in order of deadlines."""
-        return [job for _, _, job, queue in self._set.kept if queue is self]
+        return self._set.kept_of(self)
 
-    def add(self, job: Job[T]) -> None:
-        if not self._started:
-            self._set.arrived(job)
-        entry = self._entries[id(job)] = (job.deadline_s, next(self._set.numbers), job, self)
-        self._set.add(entry)
-
-    def remove(self, job: Job[T]) -> None:
-        entry = self._entries.pop(id(job))
-        if self._set.remove(entry):
-            return
-        if job in self._hopeless:
-            self._hopeless.remove(job)
-        else:
-            self.take_back(entry)
-
-    def leave_out(self, entry: Entry) -> None:
-        """The set does not keep ``entry`` for now."""
-        insort(self.left_out, entry)
-        self._turns_hopeless.add(entry[2])
-
-    def take_back(self, entry: Entry) -> None:
-        """``entry`` is left out no more."""
-        del self.left_out[bisect_left(self.left_out, entry)]
-        self._turns_hopeless.remove(entry[2])
+    def feasible(self, now_s: float) -> Iterator[Job[T]]:
+        return (job for job in islice(self._feasible, PLANNED + LOOKS) if job.latest_start_s >= now_s)
 
     def best(self, now_s: float) -> tuple[Rank, Job[T]] | None:
-        self._update(now_s)
-        if not self._entries:
-            return None
-        hopeless = self._hopeless.top()
-        if hopeless is not None and self._goes_first(hopeless[1], now_s):
-            return (STARVED, hopeless[0]), hopeless[1]
-        for deadline_s, _, job, queue in self._set.kept:
-            if queue is self:
-                return (KEPT, deadline_s), job
-        return next(iter(self._rest(1)), None)
+        self._settle(now_s)
+        if (starved := next(self._starved(now_s), None)) is not None:
+            return (STARVED, starved.arrival_s), starved
+        if (kept := self._set.first_of(self)) is not None:
+            return (KEPT, kept.deadline_s), kept
+        if (feasible := self._first_feasible(now_s)) is not None:
+            return (LEFT_OUT, feasible.deadline_s), feasible
+        hopeless = self._feasible.first() or self._hopeless.first()
+        return None if hopeless is None else ((HOPELESS, hopeless.arrival_s), hopeless)
 
-    def first(self, now_s: float, most: int) -> list[Job[T]]:
-        self._update(now_s)
-        starved = [job for job in self._hopeless.first(1) if self._goes_first(job, now_s)]
-        jobs = [*starved, *self.kept]
-        rest = (job for _, job in self._rest(most + len(starved)) if job not in starved)
-        return [*jobs, *islice(rest, max(0, most - len(jobs)))][:most]
+    def repaced(self) -> None:
+        super().repaced()
+        self._set.repaced()
 
-    def _rest(self, most: int) -> list[tuple[Rank, Job[T]]]:
-        """What is not kept, in order: all tasks, or the first ``most`` requests of each kind."""
-        if self._started:
-            tasks = [*self._turns_hopeless.first(len(self)), *self._hopeless.first(len(self))]
-            return sorted((((STARTED, job.remaining_s), job) for job in tasks), key=itemgetter(0))
-        return [
-            *(((LEFT_OUT, deadline_s), job) for deadline_s, _, job, _ in self.left_out[:most]),
-            *(((HOPELESS, job.arrival_s), job) for job in self._hopeless.first(most)),
-        ]
-
-    def _goes_first(self, hopeless: Job[T], now_s: float) -> bool:
-        starved = hopeless.arrival_s + self._max_starvation_s <= now_s
-        return starved and self._turns.is_turn_of(hopeless, now_s)
-
-    def _update(self, now_s: float) -> None:
+    def _settle(self, now_s: float) -> None:
+        super()._settle(now_s)
         self._set.update(now_s)
-        while (top := self._turns_hopeless.top()) is not None and top[0] < now_s:
-            self.take_back(self._entries[id(top[1])])
-            self._hopeless.add(top[1])
+
+    def _move(self, job: Job[T]) -> None:
+        was_hopeless = job in self._hopeless
+        super()._move(job)
+        if job in self._hopeless:
+            self._set.remove(job)
+        elif was_hopeless:
+            self._set.add(job, self)
+
+    def _ahead(self, now_s: float) -> Iterable[Job[T] | None]:
+        return *self._starved(now_s), *self.kept, self._first_feasible(now_s)
+
+
+class FeasibleTasks(Queue[T]):
+    """Tasks: those that the set keeps, earliest deadline first; then the others, the one with least left first, as each
+    holds KV cache and a place among the suspended. The hopeless ones wait for every request that can still be met.
+
+    There are as many as may be suspended, and one that runs: each is looked at.
+    """
+
+    def __init__(self, feasible: FeasibleSet, max_starvation_s: float, turns: StarvationTurns) -> None:
+        self._set = feasible
+        feasible.queues.append(self)
+        self._max_starvation_s = max_starvation_s
+        self._turns = turns
+        self._jobs: list[Job[T]] = []
+
+    def add(self, job: Job[T]) -> None:
+        self._jobs.append(job)
+        self._set.add(job, self)
+
+    def remove(self, job: Job[T]) -> None:
+        self._jobs.remove(job)
+        self._set.remove(job)
+
+    @property
+    def kept(self) -> list[Job[T]]:
+        """Jobs of this queue that the set keeps, in order of deadlines."""
+        return self._set.kept_of(self)
+
+    def feasible(self, now_s: float) -> Iterator[Job[T]]:
+        return (job for job in sorted(self._jobs, key=attrgetter("deadline_s")) if job.latest_start_s >= now_s)
+
+    def best(self, now_s: float) -> tuple[Rank, Job[T]] | None:
+        self._set.update(now_s)
+        if not self._jobs:
+            return None
+        rank, _, job = min(self._ranked(now_s))
+        return rank, job
+
+    def in_order(self, now_s: float) -> Iterator[Job[T]]:
+        self._set.update(now_s)
+        return (job for _, _, job in sorted(self._ranked(now_s)))
+
+    def repaced(self) -> None:
+        self._set.repaced()
+
+    def _ranked(self, now_s: float) -> Iterator[tuple[Rank, int, Job[T]]]:
+        kept, starved = set(self.kept), self._starved(now_s)
+        for job in self._jobs:
+            if job is starved:
+                yield (STARVED, job.arrival_s), job.number, job
+            elif job in kept:
+                yield (KEPT, job.deadline_s), job.number, job
+            else:
+                hopeless = job.latest_start_s < now_s
+                yield (STARTED_HOPELESS if hopeless else STARTED, job.remaining_s), job.number, job
+
+    def _starved(self, now_s: float) -> Job[T] | None:
+        """The oldest hopeless task, if it has waited too long and it is its turn."""
+        hopeless = [job for job in self._jobs if job.latest_start_s < now_s]
+        oldest = min(hopeless, key=attrgetter("arrival_s", "number"), default=None)
+        if oldest is None or oldest.arrival_s + self._max_starvation_s > now_s:
+            return None
+        return oldest if self._turns.is_turn_of(oldest, now_s) else None
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return len(self._jobs)

@@ -4,37 +4,49 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections import deque
-from itertools import accumulate
-from operator import itemgetter, mul
 from typing import Final
 
+import numpy as np
+
+SLOTS: Final = 20
+"""Parts of the window. The oldest is forgotten as a whole, and all that arrived in it."""
 UPDATES: Final = 20
-"""Times that the forecast changes while all that it is judged by is replaced. So an arrival costs as much, on average,
-as looking at so many others, however many there are."""
+"""Times that the forecast changes while all that it is judged by is replaced."""
 LEAST_SHARE: Final = 1 / 8
 """Of the window: what arrived after a pause is taken for that of so long a time at least."""
-_WORK_S, _SLO_S = itemgetter(1), itemgetter(2)
+CLASSES: Final = 48
+WORKS_S: Final[list[float]] = np.geomspace(1e-4, 1e3, CLASSES - 1).tolist()
+SLOS_S: Final[list[float]] = np.geomspace(1e-2, 1e4, CLASSES - 1).tolist()
+"""Where classes of requests begin, by their work and by their SLO, after the first class."""
+LONGEST_SLO_S: Final = 1e9
 
 
 class Forecast:
     """Expects what arrived in the last ``window_s`` to go on arriving, at random and at the same rate.
 
     Of what arrived, the shortest requests count, as many as there was time for: the longer ones would not be served.
-    So the work expected within any time is at most that time.
+    So the work expected within any time is at most that time. Requests are summed up by classes: an arrival costs as
+    much, and the forecast is as large, however many there were.
     """
 
     def __init__(self, window_s: float) -> None:
         self._window_s = window_s
-        self._recent: deque[tuple[float, float, float]] = deque()
-        self._now_s = -math.inf
+        self._slot_s = window_s / SLOTS
+        self._slots = np.zeros((SLOTS + 1, 4, CLASSES, CLASSES))
+        """What arrived in each slot, by work and SLO: its work, that times SLO, work squared, and that times SLO."""
+        self._arrivals = [0] * (SLOTS + 1)
+        """Requests that arrived in each slot."""
+        self._sums = np.zeros((4, CLASSES, CLASSES))
+        """Of all slots."""
+        self._slot = 0
+        """The present slot, counted from time 0. Its place is its remainder."""
+        self._now_s = self._since_s = -math.inf
         self._unseen = 0
         self._past_s = window_s
-        self._slos_s: list[float] = []
-        self._works_s = [0.0]
-        """Work of the requests with the first 0, 1, 2, ... of ``_slos_s``, which came in ``_past_s``."""
-        self._offsets_s2 = [0.0]
-        """The same, each times its SLO."""
+        self._counted = [[0.0] * 8] * CLASSES
+        """For each SLO class: the four sums over the counted requests of the classes before, and over its own."""
+        self._next: tuple[float, list[list[float]]] | None = None
+        """Both, made with one arrival and valid from the next: who plans by them need not wait for both at once."""
 
     def arrived(self, now_s: float, work_s: float, slo_s: float) -> bool:
         """A request of ``work_s`` has arrived, which must end within ``slo_s``. Whether other work is expected now.
@@ -42,14 +54,22 @@ class Forecast:
         One that is announced after a later one counts as having arrived together with that.
         """
         self._now_s = now_s = max(now_s, self._now_s)
-        self._recent.append((now_s, work_s, slo_s))
-        while self._recent[0][0] < now_s - self._window_s:
-            self._recent.popleft()
+        self._forget(int(now_s / self._slot_s))
+        work, slo = bisect_right(WORKS_S, work_s), bisect_right(SLOS_S, slo_s)
+        offset_s = min(slo_s, LONGEST_SLO_S)
+        added = (work_s, work_s * offset_s, work_s * work_s, work_s * work_s * offset_s)
+        for sums in (self._slots[self._slot % len(self._slots)], self._sums):
+            sums[:, work, slo] += added
+        self._arrivals[self._slot % len(self._slots)] += 1
         self._unseen += 1
-        if self._unseen * UPDATES < len(self._recent):
+        if self._next is None:
+            if self._unseen * UPDATES >= sum(self._arrivals):
+                since_s = max(self._since_s, (self._slot - SLOTS) * self._slot_s)
+                self._next = self._summary(max(now_s - since_s, self._window_s * LEAST_SHARE))
             return False
         self._unseen = 0
-        self._update(max(now_s - self._recent[0][0], self._window_s * LEAST_SHARE))
+        self._past_s, self._counted = self._next
+        self._next = None
         return True
 
     def due_s(self, within_s: float) -> float:
@@ -57,17 +77,45 @@ class Forecast:
 
         A request with SLO s is among them when it arrives in the next ``within_s - s``.
         """
-        place = bisect_right(self._slos_s, within_s)
-        return (self._works_s[place] * within_s - self._offsets_s2[place]) / self._past_s
+        return self._due(within_s)[0]
 
-    def _update(self, past_s: float) -> None:
-        counted = list(self._recent)
-        if sum(map(_WORK_S, counted)) > past_s:
-            counted.sort(key=_WORK_S)
-            del counted[bisect_right(list(accumulate(map(_WORK_S, counted))), past_s) :]
-        counted.sort(key=_SLO_S)
-        works_s = list(map(_WORK_S, counted))
-        self._past_s = past_s
-        self._slos_s = list(map(_SLO_S, counted))
-        self._works_s = [0.0, *accumulate(works_s)]
-        self._offsets_s2 = [0.0, *accumulate(map(mul, self._slos_s, works_s))]
+    def room_s(self, within_s: float) -> float:
+        """Time to leave for that work: one standard deviation more, as it arrives at random, but no more than all."""
+        due_s, deviation_s = self._due(within_s)
+        return min(due_s + deviation_s, within_s)
+
+    def _due(self, within_s: float) -> tuple[float, float]:
+        """Mean and standard deviation of the work that is due in the next ``within_s``."""
+        work, offset, square, square_offset, own, own_offset, own_square, own_square_offset = self._counted[
+            bisect_right(SLOS_S, within_s)
+        ]
+        mean, variance = work * within_s - offset, square * within_s - square_offset
+        if own * within_s > own_offset:
+            mean += own * within_s - own_offset
+            variance += max(0.0, own_square * within_s - own_square_offset)
+        return mean / self._past_s, math.sqrt(max(0.0, variance) / self._past_s)
+
+    def _forget(self, slot: int) -> None:
+        """Time has come to ``slot``: forget the slots whose places are needed."""
+        if slot - self._slot > SLOTS:
+            self._slots[:] = self._sums[:] = 0.0
+            self._arrivals = [0] * len(self._arrivals)
+            self._slot = slot
+            self._since_s = self._now_s
+        while self._slot < slot:
+            self._slot += 1
+            place = self._slot % len(self._slots)
+            if self._arrivals[place]:
+                self._arrivals[place] = 0
+                self._sums -= self._slots[place]
+                self._slots[place] = 0.0
+
+    def _summary(self, past_s: float) -> tuple[float, list[list[float]]]:
+        works_s = self._sums[0].sum(axis=1).cumsum()
+        whole = int(works_s.searchsorted(past_s, side="right"))
+        counted = self._sums[:, :whole].sum(axis=1)
+        if whole < CLASSES:  # of the requests that take a little too long, as many as there is time for
+            before_s = works_s[whole - 1] if whole else 0.0
+            counted += self._sums[:, whole] * ((past_s - before_s) / (works_s[whole] - before_s))
+        counted = counted.clip(min=0.0)
+        return past_s, np.concatenate([counted.cumsum(axis=1) - counted, counted]).T.tolist()

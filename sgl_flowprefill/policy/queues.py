@@ -3,56 +3,67 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from heapq import heapify, heappop, heappush, nsmallest
-from itertools import count, takewhile
-from typing import Any, Generic, TypeVar
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain, islice, takewhile
+from typing import Any, Final, Generic, TypeVar
+
+from sortedcontainers import SortedList
 
 from sgl_flowprefill.policy.base import Job, Queue, Rank
 
 T = TypeVar("T")
 
+MOVES: Final = 2
+"""Jobs that an event may move between the feasible and the hopeless, on average. Each event brings about one."""
+MOVES_AT_ONCE: Final = 50
+"""Jobs that one event may move, after others that moved less."""
+LOOKS: Final = 64
+"""Jobs that could be moved, but were not yet, that an event looks at."""
 
-class JobHeap(Generic[T]):
-    """A heap of jobs by a key that is fixed while the job is in it, and of equal ones by their number. Removal is lazy
-    and paid for by later pops."""
+
+class JobList(Generic[T]):
+    """Jobs in the order of a key, and of equal ones by their number. The key is taken when a job is added."""
 
     def __init__(self, key: Callable[[Job[T]], float]) -> None:
         self._key = key
-        self._order = count()
-        self._heap: list[tuple[float, int, int, Job[T]]] = []
-        self._live: dict[int, int] = {}  # id(job) -> sequence number of its only valid entry
+        self._entries: SortedList = SortedList()
+        self._entry_of: dict[int, tuple[float, int, Job[T]]] = {}
 
     def add(self, job: Job[T]) -> None:
-        assert id(job) not in self._live, "a job is in a heap at most once"
-        sequence = next(self._order)
-        self._live[id(job)] = sequence
-        heappush(self._heap, (self._key(job), job.number, sequence, job))
+        assert id(job) not in self._entry_of, "a job is in a list at most once"
+        entry = self._entry_of[id(job)] = (self._key(job), job.number, job)
+        self._entries.add(entry)
 
     def remove(self, job: Job[T]) -> None:
-        del self._live[id(job)]
-        if len(self._heap) > 2 * len(self._live) + 16:
-            self._heap = [entry for entry in self._heap if self._is_live(entry)]
-            heapify(self._heap)
+        entry = self._entry_of.pop(id(job))
+        if self._entries[0] is entry:
+            self._entries.pop(0)
+        else:
+            self._entries.remove(entry)
 
-    def top(self) -> tuple[float, Job[T]] | None:
-        while self._heap:
-            if self._is_live(self._heap[0]):
-                return self._heap[0][0], self._heap[0][3]
-            heappop(self._heap)
-        return None
+    def first(self) -> Job[T] | None:
+        return self._entries[0][2] if self._entries else None
 
-    def first(self, most: int) -> list[Job[T]]:
-        return [entry[3] for entry in nsmallest(most, filter(self._is_live, self._heap))]
+    def first_before(self, key: float) -> Job[T] | None:
+        """The first job, if its key is smaller."""
+        return self._entries[0][2] if self._entries and self._entries[0][0] < key else None
 
-    def _is_live(self, entry: tuple[float, int, int, Job[T]]) -> bool:
-        return self._live.get(id(entry[3])) == entry[2]
+    def from_key(self, key: float) -> Iterator[Job[T]]:
+        """The jobs whose keys are no smaller, in order. The list may not change meanwhile."""
+        return (entry[2] for entry in self._entries.irange((key,)))
+
+    def before(self, key: float, number: float) -> Iterator[Job[T]]:
+        """The jobs before that key and number, the last one first. The list may not change meanwhile."""
+        return (entry[2] for entry in self._entries.irange(None, (key, number), (True, False), reverse=True))
+
+    def __iter__(self) -> Iterator[Job[T]]:
+        return (entry[2] for entry in self._entries)
 
     def __contains__(self, job: Job[T]) -> bool:
-        return id(job) in self._live
+        return id(job) in self._entry_of
 
     def __len__(self) -> int:
-        return len(self._live)
+        return len(self._entry_of)
 
 
 class StarvationTurns:
@@ -81,9 +92,14 @@ class StarvationTurns:
 class SlackEdfQueue(Queue[T]):
     """S-EDF: jobs that can still meet their deadline, earliest deadline first; then the hopeless, oldest first.
 
-    A job turns hopeless when its slack runs out, at ``deadline - remaining``, which is known when it is added: one heap
-    holds the feasible jobs by deadline, another the same jobs by the instant at which they leave it. An event costs
-    O(log n), where sorting every job by ``sign(slack)/deadline`` at every event (paper, algorithm 1) costs O(n log n).
+    A job turns hopeless when its slack runs out, at ``deadline - remaining``: one list holds the feasible jobs by
+    deadline, another the same jobs by the instant at which they leave it. An event costs O(log n), where sorting every
+    job by ``sign(slack)/deadline`` at every event (paper, algorithm 1) costs O(n log n).
+
+    Where many jobs turn hopeless at once, or feasible again because the machine has become faster, an event moves a few
+    of them (MOVES) and looks at some more (LOOKS), those that are first in the order before the others. So the first
+    feasible job is found by the present time and pace at the next event, unless it is behind more than that. The
+    hopeless that were not moved yet count as feasible behind it.
 
     The paper runs hopeless jobs latest deadline first and lets them wait without bound: ``as_published``. Here the
     oldest goes first, and once it has waited ``max_starvation_s`` it goes before the feasible ones, when it is its turn
@@ -103,46 +119,99 @@ class SlackEdfQueue(Queue[T]):
     ) -> None:
         self._max_starvation_s = max_starvation_s
         self._turns = turns
-        self._feasible: JobHeap[T] = JobHeap(lambda job: job.deadline_s)
-        self._turns_hopeless: JobHeap[T] = JobHeap(lambda job: job.deadline_s - job.remaining_s)
-        self._hopeless: JobHeap[T] = JobHeap(hopeless_order)
+        self._hopeless_order = hopeless_order
+        self._feasible: JobList[T] = JobList(lambda job: job.deadline_s)
+        self._turns_hopeless: JobList[T] = JobList(lambda job: job.latest_start_s)
+        """The feasible again. Their paces may have changed since they were put in."""
+        self._hopeless: JobList[T] = JobList(hopeless_order)
+        self._now_s = -math.inf
+        self._moves_left = MOVES_AT_ONCE
+        self._to_reconsider: tuple[float, float] | None = None
+        """Hopeless jobs before this key and number may be feasible at their new pace."""
 
     def add(self, job: Job[T]) -> None:
-        self._feasible.add(job)
-        self._turns_hopeless.add(job)
+        self._put(job)
 
     def remove(self, job: Job[T]) -> None:
+        self._take(job)
+
+    def best(self, now_s: float) -> tuple[Rank, Job[T]] | None:
+        self._settle(now_s)
+        if (starved := next(self._starved(now_s), None)) is not None:
+            return (0.0, self._hopeless_order(starved)), starved
+        if (feasible := self._first_feasible(now_s)) is not None:
+            return (1.0, feasible.deadline_s), feasible
+        hopeless = self._feasible.first() or self._hopeless.first()
+        return None if hopeless is None else ((2.0, self._hopeless_order(hopeless)), hopeless)
+
+    def in_order(self, now_s: float) -> Iterator[Job[T]]:
+        self._settle(now_s)
+        ahead = dict.fromkeys(job for job in self._ahead(now_s) if job is not None)
+        return chain(ahead, (job for job in chain(self._feasible, self._hopeless) if job not in ahead))
+
+    def repaced(self) -> None:
+        self._to_reconsider = (math.inf, math.inf)
+
+    def _starved(self, now_s: float) -> Iterator[Job[T]]:
+        """The first of the hopeless, those that have waited too long and whose turn it is."""
+
+        def goes_first(job: Job[T]) -> bool:
+            starved = job.arrival_s + self._max_starvation_s <= now_s
+            return starved and (self._turns is None or self._turns.is_turn_of(job, now_s))
+
+        return takewhile(goes_first, self._hopeless)
+
+    def _ahead(self, now_s: float) -> Iterable[Job[T] | None]:
+        """The jobs that go before what is left of the feasible."""
+        return *self._starved(now_s), self._first_feasible(now_s)
+
+    def _first_feasible(self, now_s: float) -> Job[T] | None:
+        first = self._feasible.first()
+        if first is None or first.latest_start_s >= now_s:
+            return first
+        looked_at = islice(self._feasible.from_key(now_s), LOOKS)
+        return next((job for job in looked_at if job.latest_start_s >= now_s), None)
+
+    def _settle(self, now_s: float) -> None:
+        """Move jobs that have turned hopeless or feasible, as many as this event may."""
+        if now_s != self._now_s:
+            self._now_s = now_s
+            self._moves_left = min(MOVES_AT_ONCE, self._moves_left + MOVES)
+        if self._to_reconsider is not None:
+            self._reconsider(*self._to_reconsider)
+        while self._moves_left and (job := self._turns_hopeless.first_before(now_s)) is not None:
+            self._move(job)
+        while self._moves_left and (job := self._feasible.first()) is not None and job.latest_start_s < now_s:
+            self._move(job)
+
+    def _reconsider(self, key: float, number: float) -> None:
+        """Move the next of the hopeless jobs, the last one first, that are feasible at their new pace."""
+        self._to_reconsider = None
+        for job in list(islice(self._hopeless.before(key, number), LOOKS)):
+            self._to_reconsider = (self._hopeless_order(job), job.number)
+            if job.latest_start_s >= self._now_s:
+                self._move(job)
+                if not self._moves_left:
+                    return
+
+    def _move(self, job: Job[T]) -> None:
+        self._moves_left -= 1
+        self._take(job)
+        self._put(job)
+
+    def _put(self, job: Job[T]) -> None:
+        if job.latest_start_s < max(self._now_s, job.arrival_s):
+            self._hopeless.add(job)
+        else:
+            self._feasible.add(job)
+            self._turns_hopeless.add(job)
+
+    def _take(self, job: Job[T]) -> None:
         if job in self._hopeless:
             self._hopeless.remove(job)
         else:
             self._feasible.remove(job)
             self._turns_hopeless.remove(job)
-
-    def best(self, now_s: float) -> tuple[Rank, Job[T]] | None:
-        self._update(now_s)
-        hopeless = self._hopeless.top()
-        if hopeless is not None and self._goes_first(hopeless[1], now_s):
-            return (0.0, hopeless[0]), hopeless[1]
-        feasible = self._feasible.top()
-        if feasible is not None:
-            return (1.0, feasible[0]), feasible[1]
-        return None if hopeless is None else ((2.0, hopeless[0]), hopeless[1])
-
-    def first(self, now_s: float, most: int) -> list[Job[T]]:
-        self._update(now_s)
-        hopeless = self._hopeless.first(most)
-        starved = list(takewhile(lambda job: self._goes_first(job, now_s), hopeless))
-        return (starved + self._feasible.first(most) + hopeless[len(starved) :])[:most]
-
-    def _goes_first(self, hopeless: Job[T], now_s: float) -> bool:
-        starved = hopeless.arrival_s + self._max_starvation_s <= now_s
-        return starved and (self._turns is None or self._turns.is_turn_of(hopeless, now_s))
-
-    def _update(self, now_s: float) -> None:
-        while (top := self._turns_hopeless.top()) is not None and top[0] < now_s:
-            self._turns_hopeless.remove(top[1])
-            self._feasible.remove(top[1])
-            self._hopeless.add(top[1])
 
     def __len__(self) -> int:
         return len(self._feasible) + len(self._hopeless)
@@ -152,20 +221,24 @@ class StaticQueue(Queue[T]):
     """An order by a key that does not change with time: EDF with the deadline, FCFS with the arrival."""
 
     def __init__(self, key: Callable[[Job[T]], float]) -> None:
-        self._heap: JobHeap[T] = JobHeap(key)
+        self._key = key
+        self._jobs: JobList[T] = JobList(key)
 
     def add(self, job: Job[T]) -> None:
-        self._heap.add(job)
+        self._jobs.add(job)
 
     def remove(self, job: Job[T]) -> None:
-        self._heap.remove(job)
+        self._jobs.remove(job)
 
     def best(self, now_s: float) -> tuple[Rank, Job[T]] | None:
-        top = self._heap.top()
-        return None if top is None else ((top[0],), top[1])
+        first = self._jobs.first()
+        return None if first is None else ((self._key(first),), first)
 
-    def first(self, now_s: float, most: int) -> list[Job[T]]:
-        return self._heap.first(most)
+    def in_order(self, now_s: float) -> Iterator[Job[T]]:
+        return iter(self._jobs)
+
+    def repaced(self) -> None:
+        pass
 
     def __len__(self) -> int:
-        return len(self._heap)
+        return len(self._jobs)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Final, Generic, TypeVar
 
 from sgl_flowprefill.policy.base import Job, Queue
-from sgl_flowprefill.policy.feasible import FeasibleSet, FeasibleSetQueue
+from sgl_flowprefill.policy.feasible import FeasibleRequests, FeasibleSet, FeasibleTasks
 from sgl_flowprefill.policy.forecast import Forecast
 from sgl_flowprefill.policy.queues import SlackEdfQueue, StarvationTurns, StaticQueue
 
@@ -19,6 +21,8 @@ STARVED_SHARE: Final = 0.02
 """Share of the time in which starved jobs may go before those that can still meet their deadline."""
 BATCH_SHARE: Final = 0.25
 """Of the time that a member of a batch has left, how much the batch may take."""
+TOO_LARGE: Final = 32
+"""Requests that do not fit a batch any more, after which no smaller ones are looked for."""
 FORECAST_WINDOW_S: Final = 60.0
 """Past by which the policy "feasible" judges what will arrive."""
 
@@ -75,23 +79,33 @@ class PrefillPolicy(Generic[R, K]):
         4.2, where a batch may take all of that time: what arrives later and goes first then costs all members their
         deadlines at once). Nothing joins a batch that has started.
         """
-        members = [winner]
         tokens = new_tokens(winner.item)
         if tokens >= self.limits.max_batch_tokens:
-            return members
-        time_left_s = _time_left_s(winner, now_s)
-        for job in self.requests.first(now_s, 2 * self.limits.max_batch_requests):
-            if len(members) == self.limits.max_batch_requests:
-                break
-            if job is winner or tokens + new_tokens(job.item) > self.limits.max_batch_tokens:
+            return [winner]
+        members, time_left_s, too_large = [winner], [_time_left_s(winner, now_s)], 0
+        for job in islice(self.requests.in_order(now_s), 2 * self.limits.max_batch_requests):
+            if job is winner:
                 continue
-            predicted_s = predict_s([*(member.item for member in members), job.item])
-            if predicted_s > self._batch_share * min(time_left_s, _time_left_s(job, now_s)):
-                break
+            if tokens + new_tokens(job.item) > self.limits.max_batch_tokens:
+                too_large += 1
+                if too_large == TOO_LARGE:
+                    break
+                continue
             members.append(job)
             tokens += new_tokens(job.item)
-            time_left_s = min(time_left_s, _time_left_s(job, now_s))
-        return members
+            time_left_s.append(min(time_left_s[-1], _time_left_s(job, now_s)))
+        items = [member.item for member in members]
+
+        def takes_too_long(requests: int) -> bool:
+            return predict_s(items[:requests]) > self._batch_share * time_left_s[requests - 1]
+
+        # The more requests, the longer they take and the less time they have.
+        return members[: bisect_left(range(2, len(members) + 1), True, key=takes_too_long) + 1]
+
+    def repaced(self) -> None:
+        """Paces of jobs have changed: whoever changes them says so afterwards."""
+        self.requests.repaced()
+        self.tasks.repaced()
 
     def _may_start(self, running: Job[K] | None) -> bool:
         """Whether a new task may start: the running one would be suspended for it."""
@@ -113,8 +127,8 @@ def make_policy(kind: str, limits: Limits, max_starvation_s: float) -> PrefillPo
     if kind == "feasible":
         jobs = FeasibleSet(Forecast(FORECAST_WINDOW_S))
         return PrefillPolicy(
-            FeasibleSetQueue(jobs, max_starvation_s, turns, started=False),
-            FeasibleSetQueue(jobs, max_starvation_s, turns, started=True),
+            FeasibleRequests(jobs, max_starvation_s, turns),
+            FeasibleTasks(jobs, max_starvation_s, turns),
             limits,
         )
     if kind == "edf":

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from http import HTTPStatus
-from itertools import chain
+from itertools import chain, islice
 from typing import Any, Final
 
 import torch
@@ -59,6 +59,11 @@ IDLE_CHECK_S: Final = 5.0
 """How often an idle scheduler does SGLang's housekeeping (leak check, metrics)."""
 STALL_CHECK_S: Final = 1.0
 """How often a scheduler that only waits for others looks for what sends no wake-up (a dead decode server)."""
+MATCHES: Final = 1
+"""Waiting requests of whose prompts more has been cached that an event matches again, besides those about to start. A
+match touches the radix cache, so tensor-parallel ranks do these alone, all the same ones."""
+MATCH_ROUNDS: Final = 3
+"""Choices that an event makes at most because those about to start were matched again."""
 STALL_CHECK_REQUESTS: Final = 512
 """Most waiting requests that are looked at then: SGLang takes about 1.5 us for each, and a prefill may be stopped."""
 
@@ -134,6 +139,7 @@ class FlowPrefillScheduler(PreparedScheduler):
         self._drop_aborted_tasks()
         for req in self.disagg_prefill_bootstrap_queue.pop_bootstrapped():
             self._enqueue(req)
+        self._match_again(list(islice(self._waiting.outdated(), MATCHES)))
 
     def _has_compiled_grammars(self) -> bool:
         """Whether SGLang would find something among the grammars: its look waits for those that are not ready.
@@ -183,9 +189,14 @@ class FlowPrefillScheduler(PreparedScheduler):
     def _choose(self, running: PrefillTask | None) -> PrefillTask | list[Job[WaitingRequest]] | None:
         """The policy's choice: a task that has started, or the requests for a new one, in order of priority."""
         now_s, running_job = time.monotonic(), running.job if running else None
-        job = self._policy.pick(now_s, running_job, admit=not self._kv_is_short)
-        if job is not None and not isinstance(job.item, PrefillTask):
+        for _ in range(MATCH_ROUNDS):
+            job = self._policy.pick(now_s, running_job, admit=not self._kv_is_short)
+            if job is None or isinstance(job.item, PrefillTask):
+                break
             jobs = self._policy.batch(job, now_s, lambda waiting: waiting.shape.new_tokens, self._predict_s)
+            if self._agreement is not None or not self._match_again(jobs):
+                break
+        if job is not None and not isinstance(job.item, PrefillTask):
             while jobs and not self._fits(jobs):
                 jobs = jobs[:-1]  # the winner is the first: those that join it stay out where they do not fit beside it
             if jobs:
@@ -242,6 +253,8 @@ class FlowPrefillScheduler(PreparedScheduler):
             attn_backend=self._slots.take(),
         )
         task.job.number = winner.number
+        task.job.pace = self._ttft.pace(shapes)
+        task.job.remaining_s = task.predicted_s
         self._tasks_started += 1
         self._live.append(task)
         self._policy.tasks.add(task.job)
@@ -316,6 +329,11 @@ class FlowPrefillScheduler(PreparedScheduler):
         prediction = self._ttft.observe(_shapes(task.batch), task.executed_s)
         self._journal.completed(task, prediction, self._ttft, len(self._live))
         self.process_batch_result(task.batch, task.result)
+        self._waiting.cached(req.origin_input_ids for req in task.batch.reqs)
+        if self._ttft.follow():
+            for live in self._live:
+                live.predicted_s = self._ttft.predict_s(_shapes(live.batch))
+            self._policy.repaced()
 
     def checkpoint_disagg_prefill(self, req: Any) -> None:
         """SGLang gives the KV of ``req``, whose prefill has run, to the radix cache. What another has put there since
@@ -380,8 +398,18 @@ class FlowPrefillScheduler(PreparedScheduler):
         self.waiting_queue.append(req)
         # Only to know how much of it is cached: what a start copies of a hybrid model's state takes a slot.
         req.init_next_round_input(self.tree_cache, cow_mamba=False)
-        job = self._waiting.add(req, received_s(req), self._slo_s(req), self._predict_s)
+        job = self._waiting.add(req, received_s(req), self._slo_s(req), self._predict_s, self._ttft.pace)
         self._policy.requests.add(job)
+
+    def _match_again(self, jobs: Iterable[Job[WaitingRequest]]) -> bool:
+        """Match those of ``jobs`` again of whose prompts more has been cached since. Whether there were any."""
+        outdated = [job for job in jobs if self._waiting.is_outdated(job)]
+        for job in outdated:
+            self._policy.requests.remove(job)
+            job.item.req.init_next_round_input(self.tree_cache, cow_mamba=False)
+            self._waiting.matched(job, self._predict_s, self._ttft.pace)
+            self._policy.requests.add(job)
+        return bool(outdated)
 
     def abort_request(self, recv_req: Any) -> None:
         super().abort_request(recv_req)

@@ -1,18 +1,25 @@
-"""The requests that could be started now: the job of each, its number, and since when it could have been read."""
+"""The requests that could be started now: the job of each, its number, since when it could have been read, and whose
+prefix has been cached while it waits."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Collection, Sequence
+from array import array
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import islice
+from typing import Any, Final
 
 from sglang.srt.disaggregation.base import KVPoll
 
+from sgl_flowprefill.pace import AS_PREDICTED, Pace
 from sgl_flowprefill.policy import Job
 from sgl_flowprefill.runtime.deadline import sent_s
 from sgl_flowprefill.ttft import PrefillShape
+
+BLOCK_TOKENS: Final = 64
+"""A longer cached prefix is noticed by blocks of so many tokens."""
 
 
 @dataclass(eq=False)
@@ -24,9 +31,11 @@ class WaitingRequest:
     number: int
     """Counts the requests that could be started; the same on all tensor-parallel ranks."""
     shape: PrefillShape
-    """Its cost as the prefix match at its arrival left it."""
+    """Its cost as the last prefix match left it."""
     readable_s: float
     """When this process could first have read that it can be run: it was sent here, and it has bootstrapped."""
+    watched: int | None = None
+    """Hash of its prompt up to the first whole block that is not cached."""
 
 
 class WaitingRequests:
@@ -38,6 +47,10 @@ class WaitingRequests:
         self._jobs: dict[Any, Job[WaitingRequest]] = {}
         self._added = 0
         self._bootstrapped_s: dict[int, float] = {}
+        self._watched: dict[int, dict[Any, None]] = {}
+        """By the hash of a prompt's beginning, up to the first block that is not cached: the requests that begin so."""
+        self._outdated: dict[Any, None] = {}
+        """Requests of whose prompts more has been cached since they were matched, in the order in which it was."""
 
     def __len__(self) -> int:
         return len(self._jobs)
@@ -55,6 +68,7 @@ class WaitingRequests:
         arrival_s: float,
         slo_s: float,
         predict_s: Callable[[Sequence[WaitingRequest]], float],
+        pace_of: Callable[[Sequence[PrefillShape]], Pace] = lambda _: AS_PREDICTED,
     ) -> Job[WaitingRequest]:
         """The job of ``req``, which has bootstrapped and knows its cached prefix."""
         readable_s = max(sent_s(req), self._bootstrapped_s.pop(req.bootstrap_room, 0.0))
@@ -62,8 +76,55 @@ class WaitingRequests:
         shape = PrefillShape(len(req.origin_input_ids) - req.prefix_len, req.prefix_len)
         waiting = WaitingRequest(req, self._added, shape, readable_s)
         self._added += 1
-        job = self._jobs[req] = Job(waiting, arrival_s, arrival_s + slo_s, predict_s([waiting]))
+        pace = pace_of([shape])
+        work_s = predict_s([waiting]) / pace.factor
+        job = self._jobs[req] = Job(waiting, arrival_s, arrival_s + slo_s, work_s, pace=pace)
+        self._watch(waiting)
         return job
+
+    def matched(
+        self,
+        job: Job[WaitingRequest],
+        predict_s: Callable[[Sequence[WaitingRequest]], float],
+        pace_of: Callable[[Sequence[PrefillShape]], Pace],
+    ) -> None:
+        """``job``, which is in no queue of the policy, knows its cached prefix anew."""
+        waiting = job.item
+        self._unwatch(waiting)
+        waiting.shape = PrefillShape(len(waiting.req.origin_input_ids) - waiting.req.prefix_len, waiting.req.prefix_len)
+        job.pace = pace_of([waiting.shape])
+        job.remaining_s = predict_s([waiting])
+        self._watch(waiting)
+
+    def cached(self, prompts: Iterable[Sequence[int]]) -> None:
+        """The KV of all of ``prompts`` is in the cache now: requests that begin alike can be matched farther."""
+        if not self._watched:
+            return
+        for prompt in prompts:
+            for beginning in beginnings(prompt):
+                self._outdated |= self._watched.pop(beginning, {})
+
+    def outdated(self) -> Iterator[Job[WaitingRequest]]:
+        """The requests of whose prompts more has been cached since they were matched, in the order in which it was."""
+        return (self._jobs[req] for req in self._outdated)
+
+    def is_outdated(self, job: Job[WaitingRequest]) -> bool:
+        return job.item.req in self._outdated
+
+    def _watch(self, waiting: WaitingRequest) -> None:
+        """Notice when the block of the prompt after its cached prefix is cached."""
+        blocks = waiting.shape.cached_tokens // BLOCK_TOKENS + 1
+        waiting.watched = next(islice(beginnings(waiting.req.origin_input_ids), blocks - 1, None), None)
+        if waiting.watched is not None:
+            self._watched.setdefault(waiting.watched, {})[waiting.req] = None
+
+    def _unwatch(self, waiting: WaitingRequest) -> None:
+        self._outdated.pop(waiting.req, None)
+        if waiting.watched in self._watched:
+            watching = self._watched[waiting.watched]
+            watching.pop(waiting.req, None)
+            if not watching:
+                del self._watched[waiting.watched]
 
     def forget_news(self) -> None:
         """The hub looks at what there is: what is added from now on is news."""
@@ -76,7 +137,10 @@ class WaitingRequests:
 
     def take(self, reqs: Sequence[Any]) -> list[Job[WaitingRequest]]:
         """Those that start now: no longer waiting."""
-        return [self._jobs.pop(req) for req in reqs]
+        jobs = [self._jobs.pop(req) for req in reqs]
+        for job in jobs:
+            self._unwatch(job.item)
+        return jobs
 
     def take_all_but(self, reqs: Collection[Any]) -> list[Job[WaitingRequest]]:
         """Those that are not among ``reqs``, which SGLang lets wait."""
@@ -84,3 +148,11 @@ class WaitingRequests:
             return []
         waiting = set(reqs)
         return self.take([req for req in self._jobs if req not in waiting])
+
+
+def beginnings(prompt: Sequence[int]) -> Iterator[int]:
+    """Hashes of ``prompt`` up to each of its whole blocks of BLOCK_TOKENS, each made of the one before."""
+    beginning = 0
+    for end in range(BLOCK_TOKENS, len(prompt) + 1, BLOCK_TOKENS):
+        beginning = hash((beginning, array("q", prompt[end - BLOCK_TOKENS : end]).tobytes()))
+        yield beginning

@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Final, NamedTuple
 
+from sgl_flowprefill.pace import Pace
 from sgl_flowprefill.ttft.base import PrefillShape, TTFTModel
 
 ALL_TASKS: Final = 15
@@ -26,6 +27,8 @@ BANDS_TOKENS: Final = (256, 1024, 4096)
 LEAST_FACTOR: Final = 0.25
 GREATEST_FACTOR: Final = 16.0
 """Bounds of the whole correction: no run of odd measurements makes a prefill free, or endless."""
+LEAST_CHANGE: Final = 0.03
+"""Of a pace: what is less is not worth to judge all that waits anew."""
 
 
 class Prediction(NamedTuple):
@@ -55,6 +58,7 @@ class AdaptiveTTFT:
         self._bands = [_Window([0.0] * BAND_TASKS) for _ in range(len(BANDS_TOKENS) + 1)]
         self._residuals = _Window(_thinned(residuals, RESIDUAL_TASKS))
         self._observed = 0
+        self._paces = [Pace(self._factor(band) * self.margin) for band in range(len(self._bands))]
 
     def predict(self, batch: Sequence[PrefillShape]) -> Prediction:
         """Times of ``batch`` by the present state of the correction."""
@@ -64,6 +68,20 @@ class AdaptiveTTFT:
 
     def predict_s(self, batch: Sequence[PrefillShape]) -> float:
         return self.predict(batch).planned_s
+
+    def pace(self, batch: Sequence[PrefillShape]) -> Pace:
+        """What prefills of about the size of ``batch`` have in common: their planned over their profiled time."""
+        return self._paces[_band(batch)]
+
+    def follow(self) -> bool:
+        """Bring the paces up to date, but for changes of less than LEAST_CHANGE. Whether any has changed."""
+        changed = False
+        for band, pace in enumerate(self._paces):
+            factor = self._factor(band) * self.margin
+            if abs(factor - pace.factor) > LEAST_CHANGE * pace.factor:
+                pace.factor = factor
+                changed = True
+        return changed
 
     def observe(self, batch: Sequence[PrefillShape], measured_s: float) -> Prediction:
         """A task of ``batch`` is done and executed for ``measured_s``; what was predicted before this was known.

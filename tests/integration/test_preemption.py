@@ -400,3 +400,48 @@ def test_a_pause_lets_started_prefills_finish_and_the_others_wait(engine: Prefil
         rounds.compare(rid, tokens)
     rounds.comparison.assert_same()
     engine.assert_clean()
+
+
+def test_a_prefix_that_is_cached_meanwhile_makes_the_requests_that_wait_cheaper(engine: PrefillEngine) -> None:
+    scheduler = engine.scheduler
+    scheduler._policy.limits = Limits(max_suspended=100, max_batch_tokens=1)
+    shared = prompt(31, 640)
+    for number in range(4):
+        engine.submit(f"{number}", [*shared, *prompt(40 + number, 100)], ttft_slo_s=20.0)
+    engine.submit("alone", prompt(50, 740), ttft_slo_s=30.0)
+    scheduler._take_events()
+    before_s = {job.item.req.rid: job.remaining_s for job in scheduler._policy.requests.first(0.0, 9)}
+    assert len(before_s) == 5
+    while not engine.answers:
+        engine.step()
+    for _ in range(3):
+        scheduler._take_events()  # as many as wait behind the first, one at each event
+    jobs = scheduler._policy.requests.first(0.0, 9)
+    assert {job.item.req.rid: job.item.shape.cached_tokens // 64 for job in jobs} == {
+        **{rid: 10 for rid in before_s if rid not in engine.answers and rid != "alone"},
+        "alone": 0,
+    }
+    for job in jobs:
+        cheaper = job.remaining_s < 0.5 * before_s[job.item.req.rid]
+        assert cheaper == (job.item.req.rid != "alone")
+    engine.run()
+    assert len(engine.answers) == 5
+    engine.assert_clean()
+
+
+def test_a_request_about_to_start_is_matched_before_it_is_judged(engine: PrefillEngine) -> None:
+    """What another could be started for, had its price not dropped at the same event."""
+    scheduler = engine.scheduler
+    scheduler._policy.limits = Limits(max_suspended=100, max_batch_tokens=1)
+    shared = prompt(61, 640)
+    for number in range(4):
+        engine.submit(f"{number}", [*shared, *prompt(70 + number, 100)], ttft_slo_s=20.0 + number)
+    scheduler._take_events()
+    while not engine.answers:
+        engine.step()
+    jobs = scheduler._policy.requests.first(0.0, 9)
+    assert all(job.item.shape.cached_tokens == 0 for job in jobs)
+    chosen = scheduler._choose(None)
+    assert [job.item.shape.cached_tokens // 64 for job in chosen] == [10]
+    engine.run()
+    engine.assert_clean()

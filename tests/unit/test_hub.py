@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from array import array
 from collections.abc import Callable
 from concurrent.futures import Future
 from types import SimpleNamespace
@@ -17,11 +18,14 @@ from sglang.srt.constrained.grammar_manager import GrammarManager
 from sglang.srt.managers.scheduler import Scheduler
 from sglang.srt.managers.scheduler_components.invariant_checker import create_scheduler_watchdog
 
+from sgl_flowprefill.pace import Pace
 from sgl_flowprefill.policy import Limits
 from sgl_flowprefill.runtime.memory import Activations, TaskMemory
 from sgl_flowprefill.runtime.scheduler import FlowPrefillScheduler
 from sgl_flowprefill.runtime.task import Executor
+from sgl_flowprefill.runtime.waiting import WaitingRequests
 from sgl_flowprefill.runtime.wakeup import Wakeup
+from sgl_flowprefill.ttft import AdaptiveTTFT, PrefillShape
 from tests.simulated_device import HostCosts, Model, SimulatedDevice, SimulatedRequest, SimulatedScheduler
 
 
@@ -216,3 +220,53 @@ def test_rank_0_decides_when_ranks_look_at_their_grammars(scheduler: Any) -> Non
     scheduler.process_input_requests([scheduler.grammar_manager.request()])
     assert scheduler._has_compiled_grammars()
     assert said == [[False]]
+
+
+def test_requests_that_begin_alike_are_matched_again_when_one_of_them_has_been_computed() -> None:
+    def request(prompt: list[int], cached_tokens: int = 0) -> Any:
+        stats = SimpleNamespace(flowprefill_sent_s=0.0)
+        req: Any = type("Req", (), {})()
+        req.origin_input_ids, req.prefix_len = array("q", prompt), cached_tokens
+        req.time_stats, req.bootstrap_room = stats, 0
+        return req
+
+    def predict_s(waiting: Any) -> float:
+        return float(sum(one.shape.new_tokens for one in waiting))
+
+    waiting, pace = WaitingRequests(), Pace(2.0)
+    shared = list(range(1000, 1300))
+    reqs = [request([*shared, *range(start, start + 100)], cached) for start, cached in ((0, 0), (200, 0), (400, 256))]
+    other = request(list(range(5000, 5400)))
+    jobs = [waiting.add(req, 0.0, 1.0, predict_s, lambda _: pace) for req in (*reqs, other)]
+    assert [job.remaining_s for job in jobs] == [400.0, 400.0, 144.0, 400.0]
+    waiting.take([reqs[0]])
+    waiting.cached([reqs[0].origin_input_ids])
+    assert list(waiting.outdated()) == [jobs[1]], "the third has all whole blocks that it shares with the first"
+    reqs[1].prefix_len = 300
+    waiting.matched(jobs[1], predict_s, lambda _: pace)
+    assert jobs[1].remaining_s == 100.0
+    assert not list(waiting.outdated())
+    waiting.cached([reqs[0].origin_input_ids])
+    assert not list(waiting.outdated()), "no more of it is cached than before"
+    waiting.cached([reqs[1].origin_input_ids, other.origin_input_ids])
+    assert list(waiting.outdated()) == [jobs[1], jobs[3]]
+    waiting.take([reqs[1], reqs[2], other])
+    assert not list(waiting.outdated())
+    assert not waiting._watched
+
+
+def test_a_task_that_took_twice_as_long_is_seen_by_what_waits_and_by_what_is_suspended() -> None:
+    model = SimpleNamespace(predict_s=lambda batch: 1e-3 * sum(shape.new_tokens for shape in batch))
+    ttft = AdaptiveTTFT(model, 0.5)
+    small, large = [PrefillShape(100)], [PrefillShape(2000)]
+    waiting, suspended = ttft.pace(small), ttft.pace(large)
+    assert not ttft.follow()
+    for _ in range(40):
+        ttft.observe(small, 0.2)
+    assert ttft.follow()
+    assert waiting.factor == pytest.approx(2.0)
+    assert suspended.factor == pytest.approx(2.0)
+    for _ in range(40):
+        ttft.observe(small, 0.202)
+    assert not ttft.follow(), "one percent is not worth to look at all again"
+    assert waiting.factor == pytest.approx(2.0)

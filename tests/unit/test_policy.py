@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sgl_flowprefill.pace import Pace
 from sgl_flowprefill.policy import Job, Limits, PrefillPolicy, SlackEdfQueue, make_policy
 from sgl_flowprefill.policy.scheduler import BATCH_SHARE
 
@@ -314,3 +315,51 @@ def test_the_policy_needs_neither_torch_nor_sglang() -> None:
         "assert not {'torch', 'sglang'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+@pytest.mark.parametrize("kind", ["feasible", "s-edf"])
+def test_a_machine_that_slows_down_by_two_is_seen_by_all_that_wait_at_the_next_event(kind: str) -> None:
+    pace = Pace()
+    policy: PrefillPolicy[str, str] = make_policy(kind, Limits(4, 100), max_starvation_s=1e9)
+    for number in range(20):
+        policy.requests.add(Job(f"tight {number}", 0.0, 0.3 + number / 1000, 0.2, pace=pace))
+    loose = Job("loose", 0.0, 9.0, 2.0, pace=pace)
+    policy.requests.add(loose)
+    first = policy.pick(0.0, None)
+    assert first is not None
+    assert first.item.startswith("tight")
+    assert first.remaining_s == 0.2
+    pace.factor = 2.0
+    policy.repaced()
+    assert policy.pick(0.01, None) is loose
+    assert loose.remaining_s == 4.0
+    pace.factor = 1.0
+    policy.repaced()
+    again = policy.pick(0.02, None)
+    assert again is not None
+    assert again.item.startswith("tight")
+
+
+def test_many_that_turn_hopeless_together_are_moved_a_few_at_an_event_and_none_is_lost() -> None:
+    pace, queue = Pace(), queue_of()
+    jobs = [Job(f"{number}", 0.0, 3.0 + number / 1e4, 2.0, pace=pace) for number in range(500)]
+    for entry in jobs:
+        queue.add(entry)
+    loose = job("loose", 9.0, 2.0)
+    queue.add(loose)
+    queue.best(0.0)
+    pace.factor = 2.0
+    queue.repaced()
+    for event in range(1, 300):
+        best = queue.best(event * 1e-3)
+        assert best is not None
+        assert len(queue) == len(queue.first(event * 1e-3, 999)) == 501
+    assert best[1] is loose
+    pace.factor = 1.0
+    queue.repaced()
+    for event in range(300, 600):
+        queue.best(event * 1e-3)
+    assert names(queue, 0.6)[:3] == ["0", "1", "2"]
+    for entry in jobs:
+        queue.remove(entry)
+    assert names(queue, 0.6) == ["loose"]

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sgl_flowprefill.policy import Job, Limits, PrefillPolicy, SlackEdfQueue, make_policy
-from sgl_flowprefill.policy.feasible import PLANNED, FeasibleSet, FeasibleSetQueue, largest_feasible
+from sgl_flowprefill.policy.feasible import PLANNED, FeasibleRequests, FeasibleSet, FeasibleTasks, largest_feasible
 from sgl_flowprefill.policy.forecast import Forecast
 from sgl_flowprefill.policy.queues import StarvationTurns
 
@@ -25,11 +25,11 @@ def job(name: object, deadline_s: float, remaining_s: float, arrival_s: float = 
 
 def queues_of(
     *, max_starvation_s: float = 1e9, window_s: float = math.inf
-) -> tuple[FeasibleSetQueue[object], FeasibleSetQueue[object]]:
+) -> tuple[FeasibleRequests[object], FeasibleTasks[object]]:
     """Requests and tasks. With an endless window the past says nothing about what will arrive."""
     feasible, turns = FeasibleSet(Forecast(window_s)), StarvationTurns(0.02)
-    requests: FeasibleSetQueue[object] = FeasibleSetQueue(feasible, max_starvation_s, turns, started=False)
-    return requests, FeasibleSetQueue(feasible, max_starvation_s, turns, started=True)
+    requests: FeasibleRequests[object] = FeasibleRequests(feasible, max_starvation_s, turns)
+    return requests, FeasibleTasks(feasible, max_starvation_s, turns)
 
 
 def test_the_longest_job_gives_way_when_not_all_can_be_met() -> None:
@@ -170,7 +170,7 @@ def test_at_every_event_the_order_is_whole_and_what_is_kept_leaves_room(
     drawn: list[tuple[float, float, int, bool, float]], window_s: float
 ) -> None:
     requests, tasks = queues_of(max_starvation_s=10.0, window_s=window_s)
-    live: list[tuple[Job[object], FeasibleSetQueue[object]]] = []
+    live: list[tuple[Job[object], FeasibleRequests[object] | FeasibleTasks[object]]] = []
     now_s = 0.0
     for slo_s, remaining_s, members, started, elapsed_s in drawn:
         now_s += elapsed_s
@@ -235,7 +235,7 @@ def test_a_request_that_is_announced_late_does_not_shorten_the_past() -> None:
         forecast.arrived(float(second), 0.3, 1.0)
     in_order = forecast.due_s(11.0)
     assert in_order == pytest.approx(10 * 0.3, rel=0.1)
-    changes = [forecast.arrived(arrival_s, 0.3, 1.0) for arrival_s in (20.0, 40.0, 60.0)]
+    changes = [forecast.arrived(20.0 + number, 1e-3, 1.0) for number in range(20)]
     assert any(changes)
     assert forecast.due_s(11.0) == pytest.approx(in_order, rel=0.1)
 
@@ -327,3 +327,46 @@ def test_a_job_that_turns_hopeless_during_the_turn_of_a_later_one_is_in_the_orde
     queue.add(older)
     assert queue.first(100.0, 9) == [later, older]
     assert sorted(str(entry.item) for entry in queue.first(109.0, 9)) == ["later", "older"]
+
+
+def test_what_nobody_could_meet_is_not_expected_to_arrive_again() -> None:
+    """Clients that want an answer at once, in 1 ns, do not take the machine from the others."""
+    policy = make_policy("feasible", LIMITS, max_starvation_s=1e9)
+    for second in range(100):
+        policy.requests.add(job("at once", second + 1e-9, 2.0, arrival_s=float(second)))
+    short = job("short", 100.2, 0.05, arrival_s=100.0)
+    policy.requests.add(short)
+    assert policy.pick(100.0, None) is short
+    assert policy.requests.kept == [short]  # type: ignore[attr-defined]
+
+
+def test_a_hopeless_task_waits_for_a_request_that_can_still_be_met_though_it_is_left_out() -> None:
+    policy = make_policy("feasible", LIMITS, max_starvation_s=1e9)
+    for second in range(100):  # takes nearly all of the time
+        urgent = job("urgent", second + 1.0, 0.9, arrival_s=float(second))
+        policy.requests.add(urgent)
+        policy.requests.remove(urgent)
+    policy.tasks.add(job("hopeless task", 100.0, 2.0))
+    left_out, hopeless = job("left out", 105.0, 3.0, arrival_s=100.0), job("hopeless", 100.1, 1.0, arrival_s=100.0)
+    for entry in (left_out, hopeless):
+        policy.requests.add(entry)
+    order = []
+    while (picked := policy.pick(100.0, None)) is not None:
+        order.append(picked.item)
+        (policy.tasks if picked.item == "hopeless task" else policy.requests).remove(picked)
+    assert order == ["left out", "hopeless task", "hopeless"]
+    assert policy.requests.kept == []  # type: ignore[attr-defined]
+
+
+def test_a_request_that_is_put_back_is_not_counted_again_among_what_arrives() -> None:
+    requests, _ = queues_of(window_s=60.0)
+    for second in range(60):
+        requests.add(job("done", second + 5.0, 0.25, arrival_s=float(second)))
+        requests.remove(requests.first(float(second), 1)[0])
+    waits = job("waits", 70.0, 0.25, arrival_s=60.0)
+    for _ in range(100):  # as after another look at its cached prefix
+        requests.add(waits)
+        requests.remove(waits)
+    requests.add(job("long", 80.0, 12.0, arrival_s=60.0))
+    requests.best(60.0)
+    assert [entry.item for entry in requests.kept] == ["long"]  # of twenty seconds about four are taken

@@ -23,7 +23,7 @@ from sgl_flowprefill.bench.simulator.instance import Machine
 from sgl_flowprefill.bench.simulator.requests import Conditions, prepare, resampled, results
 from sgl_flowprefill.bench.simulator.router import ROUTERS
 from sgl_flowprefill.bench.simulator.search import fewest_instances, max_limit_rps, max_rate_rps, mean_limit
-from sgl_flowprefill.bench.simulator.speed import event_cost_s, policy_speed
+from sgl_flowprefill.bench.simulator.speed import KINDS, event_cost, policy_speed
 from sgl_flowprefill.bench.simulator.stock import MAX_PREFILL_TOKENS
 from sgl_flowprefill.bench.simulator.systems import HEADLINE, NAMES_HELP, Run, Setup, new_instance
 from sgl_flowprefill.bench.simulator.systems import run as simulated
@@ -36,7 +36,7 @@ from sgl_flowprefill.policy import POLICIES, Limits, make_policy
 ATTAINMENTS: Final = (0.9, 0.99)
 POOL: Final = 20_000
 """Requests that are generated one by one; longer runs draw theirs from them."""
-QUEUE_LENGTHS: Final = (10, 100, 1_000, 10_000, 100_000)
+QUEUE_LENGTHS: Final = (100, 1_000, 10_000, 100_000)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -236,25 +236,27 @@ def _plan(
 
 
 def _speed(args: argparse.Namespace, setup: Setup, console: Console) -> dict[str, Any]:
-    """Requests a second of the policy alone, and an event's cost by queue length."""
+    """Requests a second of the policy alone, and what its events cost, by what waits."""
     requests = prepare(_trace(args.trace[0], args, 0), setup.machine.cost, setup.conditions)
-    table = Table(title=f"Policy alone, one core, {len(requests)} requests of {args.trace[0]}", title_justify="left")
-    table.add_column("policy")
-    for column in ("requests/s", "events/s", *(f"event, {length} waiting" for length in QUEUE_LENGTHS)):
-        table.add_column(column, justify="right")
     found: dict[str, Any] = {}
-    for kind in [name for name in args.policy if name in POLICIES]:
-        new_policy = functools.partial(make_policy, kind, setup.limits, setup.max_starvation_s)
+    for policy in [name for name in args.policy if name in POLICIES]:
+        new_policy = functools.partial(make_policy, policy, setup.limits, setup.max_starvation_s)
         speed = policy_speed(new_policy, requests)
-        costs_s = {str(length): event_cost_s(new_policy, length) for length in QUEUE_LENGTHS}
-        found[kind] = {**speed._asdict(), "event_cost_s": costs_s}
-        table.add_row(
-            kind,
-            f"{speed.requests_per_s:,.0f}",
-            f"{speed.events_per_s:,.0f}",
-            *(f"{cost_s * 1e6:.1f} us" for cost_s in costs_s.values()),
+        title = (
+            f"{policy} alone, one core: {speed.requests_per_s:,.0f} requests of {args.trace[0]} and "
+            f"{speed.events_per_s:,.0f} events a second; CPU time of an event, p50 / p99 / max in us"
         )
-    console.print(table)
+        table = Table(title=title, title_justify="left")
+        table.add_column("what waits")
+        for length in QUEUE_LENGTHS:
+            table.add_column(f"{length:,}", justify="right")
+        costs: dict[str, dict[str, dict[str, float]]] = {}
+        for name, kinds in KINDS.items():
+            events = [event_cost(new_policy, kinds, length) for length in QUEUE_LENGTHS]
+            costs[name] = {str(length): cost._asdict() for length, cost in zip(QUEUE_LENGTHS, events, strict=True)}
+            table.add_row(name, *(" / ".join(f"{cost_s * 1e6:.0f}" for cost_s in cost) for cost in events))
+        console.print(table)
+        found[policy] = {**speed._asdict(), "event_cost": costs}
     return found
 
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from random import Random
+from typing import Any, Final, NamedTuple
 
 from sgl_flowprefill.bench.simulator.requests import SimRequest
 from sgl_flowprefill.policy import Job, PrefillPolicy
+
+WARM_UP: Final = 100
+"""Events that are not measured."""
 
 NewPolicy = Callable[[], PrefillPolicy[Any, Any]]
 
@@ -59,17 +63,86 @@ def policy_speed(new_policy: NewPolicy, requests: list[SimRequest]) -> PolicySpe
     return PolicySpeed(len(requests) / elapsed_s, events / elapsed_s)
 
 
-def event_cost_s(new_policy: NewPolicy, waiting: int) -> float:
-    """Seconds of one event (a request arrives, the policy picks, the winner leaves) with ``waiting`` requests."""
-    policy = new_policy()
-    events = max(20, min(2000, 1_000_000 // waiting))
-    for index in range(waiting):
-        policy.requests.add(Job(index, 0.0, 1e6 + index * 7919 % waiting, 0.1))
-    policy.pick(0.0, None)
-    started_s = time.perf_counter()
-    for index in range(events):
-        policy.requests.add(Job(index, 0.0, 1e6 + index * 7919 % waiting, 0.1))
-        winner = policy.pick(index * 1e-6, None)
+class EventCost(NamedTuple):
+    """Wall time of the policy's events on one core."""
+
+    p50_s: float
+    p99_s: float
+    max_s: float
+
+
+class Waiting(NamedTuple):
+    """A kind of waiting requests: drawn uniformly, for work of about WORK_S each."""
+
+    ages_s: tuple[float, float]
+    slos_s: tuple[float, float]
+
+
+WORK_S: Final = 0.02
+ON_TIME = Waiting(ages_s=(0.0, 1.0), slos_s=(1e6, 2e6))
+LEFT_OUT = Waiting(ages_s=(0.0, 1.0), slos_s=(600.0, 1200.0))
+"""Each could meet its deadline; 100,000 of them cannot."""
+TIGHT = Waiting(ages_s=(0.0, 0.1), slos_s=(0.1, 2.0))
+"""Most turn hopeless while they wait."""
+HOPELESS = Waiting(ages_s=(0.0, 1.0), slos_s=(0.0, 0.001))
+STARVED = Waiting(ages_s=(100.0, 1000.0), slos_s=(0.0, 50.0))
+KINDS: Final = {
+    "on time": (ON_TIME,),
+    "left out": (LEFT_OUT,),
+    "tight": (TIGHT,),
+    "hopeless": (HOPELESS,),
+    "starved": (STARVED,),
+    "mixed": (ON_TIME, LEFT_OUT, TIGHT, HOPELESS, STARVED),
+}
+
+
+def event_cost(new_policy: NewPolicy, kinds: Sequence[Waiting], waiting: int, events: int = 5000) -> EventCost:
+    """What an event costs while ``waiting`` requests of ``kinds`` wait, all that the runtime's hub asks of the policy.
+
+    A request arrives (as soon as less than ``waiting`` wait) or the running task ends; the running task is put back
+    with what is left of it; the policy picks; where a request wins, its batch is made and starts as a task. Predictions
+    of batches and the removal of Python's garbage count as they come.
+    """
+    policy, random, now_s = new_policy(), Random(0), 0.0
+    running: Job[Any] | None = None
+    resumed_s, times_s = now_s, []
+
+    def new_job() -> Job[Any]:
+        kind, tokens = random.choice(kinds), random.randint(16, 1024)
+        arrival_s = now_s - random.uniform(*kind.ages_s)
+        return Job(tokens, arrival_s, arrival_s + random.uniform(*kind.slos_s), WORK_S * tokens / 512)
+
+    policy.pick(now_s, None)
+    for _ in range(waiting):
+        policy.requests.add(new_job())
+    for number in range(WARM_UP + events):
+        arriving = None
+        if running is not None and len(policy.requests) >= waiting:
+            now_s = resumed_s + running.remaining_s
+        else:
+            now_s += WORK_S / 10 * random.random()
+            arriving = new_job()
+        started_s = time.thread_time()
+        if running is not None:
+            policy.tasks.remove(running)
+            running.remaining_s = max(0.0, running.remaining_s - (now_s - resumed_s))
+            if arriving is not None:
+                policy.tasks.add(running)
+            else:
+                running = None
+        if arriving is not None:
+            policy.requests.add(arriving)
+        winner = policy.pick(now_s, running)
         assert winner is not None
-        policy.requests.remove(winner)
-    return (time.perf_counter() - started_s) / events
+        if isinstance(winner.item, int):
+            members = policy.batch(winner, now_s, int, lambda items: WORK_S / 512 * sum(items))
+            for member in members:
+                policy.requests.remove(member)
+            work_s = sum(member.remaining_s for member in members)
+            winner = Job(members, winner.arrival_s, winner.deadline_s, work_s, len(members), winner.number)
+            policy.tasks.add(winner)
+        running, resumed_s = winner, now_s
+        if number >= WARM_UP:
+            times_s.append(time.thread_time() - started_s)
+    times_s.sort()
+    return EventCost(times_s[events // 2], times_s[events * 99 // 100], times_s[-1])

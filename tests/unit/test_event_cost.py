@@ -1,0 +1,45 @@
+"""An event costs hardly more when many wait, whatever kind of requests they are."""
+
+from __future__ import annotations
+
+import time
+from functools import partial
+from random import Random
+
+import pytest
+
+from sgl_flowprefill.bench.simulator.speed import KINDS, event_cost
+from sgl_flowprefill.policy import Limits, make_policy
+from sgl_flowprefill.policy.forecast import Forecast
+
+
+@pytest.mark.parametrize("policy", ["feasible", "s-edf"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_event_with_many_waiting_costs_no_more_than_a_few_with_some(policy: str, kind: str) -> None:
+    """CPU time of this process, the best of three: other processes do not count, and one odd run does not either."""
+    new_policy = partial(make_policy, policy, Limits(16, 2048), 60.0)
+
+    def best_of_three(waiting: int) -> tuple[float, float]:
+        costs = [event_cost(new_policy, KINDS[kind], waiting, events=500) for _ in range(3)]
+        return min(cost.p50_s for cost in costs), min(cost.p99_s for cost in costs)
+
+    few, many = best_of_three(100), best_of_three(20_000)
+    assert many[0] < 10 * few[0]
+    assert many[1] < 10 * few[1]
+
+
+def test_the_forecast_never_looks_at_all_that_arrived_at_once() -> None:
+    """60,000 requests in the window: sorting every one of them takes tens of milliseconds."""
+
+    def worst_s() -> float:
+        forecast, random, now_s, worst = Forecast(60.0), Random(0), 0.0, 0.0
+        while now_s < 64.0:
+            now_s += random.expovariate(1000)
+            work_s, slo_s = random.expovariate(2000), random.choice((0.25, 0.5, 4.0, 6.0))
+            started_s = time.thread_time()
+            forecast.arrived(now_s, work_s, slo_s)
+            if now_s > 60.0:
+                worst = max(worst, time.thread_time() - started_s)
+        return worst
+
+    assert min(worst_s() for _ in range(3)) < 5e-3
