@@ -88,6 +88,6 @@ def test_a_decode_server_answers_six_hundred_requests_as_transformers_does(
     flowprefill_cluster: Cluster, comparison: Comparison
 ) -> None:
     seen = compare(flowprefill_cluster, comparison, count=600, seed=2)
-    assert seen["suspensions"] >= 100
+    assert seen["suspensions"] >= 50
     assert seen["batches of several"] >= 50
     assert seen["requests with a cached prefix"] >= 200

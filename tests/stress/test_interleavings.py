@@ -15,7 +15,7 @@ from tests.reference import Comparison
 
 pytestmark = [pytest.mark.stress, pytest.mark.timeout(3600)]
 
-ROUNDS = 400
+ROUNDS = 450
 
 
 def test_twenty_thousand_suspensions_change_no_answer_and_no_kv_and_leave_nothing_behind(
