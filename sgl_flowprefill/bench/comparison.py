@@ -72,17 +72,19 @@ class SystemResult:
     @property
     def blocking_s(self) -> list[float]:
         """Blocking time of each preemption."""
-        return [suspension.blocking_s for suspension in self.suspensions or ()]
+        return [one.blocking_s for one in self.suspensions or () if one.blocking_s is not None]
 
     @property
     def preemption(self) -> PreemptionSummary | None:
         """Preemptions and blocking, for a system that preempts."""
-        return None if self.suspensions is None else summarise_blocking(self.blocking_s)
+        if self.suspensions is None:
+            return None
+        return summarise_blocking(self.blocking_s, len(self.suspensions) - len(self.blocking_s))
 
     @property
     def stop_wait_p50_p99_max_s(self) -> tuple[float, float, float] | None:
         """How long the running tasks took to stop; None without preemptions."""
-        summary = summarise_blocking([suspension.stop_wait_s for suspension in self.suspensions or ()])
+        summary = summarise_blocking([one.stop_wait_s for one in self.suspensions or () if one.stop_wait_s is not None])
         if summary.blocking_p50_s is None or summary.blocking_p99_s is None or summary.blocking_max_s is None:
             return None
         return summary.blocking_p50_s, summary.blocking_p99_s, summary.blocking_max_s

@@ -172,7 +172,8 @@ class Served:
         if self.event_log is None:
             return None
         end_s = run.start_monotonic_s + run.duration_s
-        return [one.blocking_s for one in read_suspensions(self.event_log, run.start_monotonic_s, end_s)]
+        suspensions = read_suspensions(self.event_log, run.start_monotonic_s, end_s)
+        return [one.blocking_s for one in suspensions if one.blocking_s is not None]
 
     def engine(self, prompts: PromptBuilder) -> Engine:
         """What the simulator needs to know; a burst of requests shows what passes between forwards.

@@ -14,7 +14,6 @@ from typing import Any, Final
 
 import torch
 from sglang.srt.disaggregation.utils import is_aborted
-from sglang.srt.managers.utils import is_health_check_generate_req
 
 from sgl_flowprefill.policy import Job
 from sgl_flowprefill.runtime.deadline import received_s, slo_s
@@ -97,6 +96,7 @@ class FlowPrefillScheduler(PreparedScheduler):
             self._kv_is_short = False
             self.resolve_waiting_queue_bootstrap()
             self._forget_left_requests()
+            self._journal.close_lost(self._held_requests())
         self._drop_aborted_tasks()
 
     def _has_compiled_grammars(self) -> bool:
@@ -307,9 +307,9 @@ class FlowPrefillScheduler(PreparedScheduler):
                 req.grammar.add_done_callback(lambda _: self._wakeup.notify())
 
     def _add_request_to_queue(self, req: Any, is_retracted: bool = False) -> None:
-        super()._add_request_to_queue(req, is_retracted)
-        if self._is_on and not is_health_check_generate_req(req):
+        if self._is_on:
             self._journal.arrived(req, received_s(req), self._slo_s(req))
+        super()._add_request_to_queue(req, is_retracted)
 
     def _enqueue(self, req: Any) -> None:
         """A request that finished bootstrapping waits for its turn."""
@@ -320,15 +320,29 @@ class FlowPrefillScheduler(PreparedScheduler):
         self._policy.requests.add(job)
 
     def abort_request(self, recv_req: Any) -> None:
+        if self._is_on:
+            reqs = chain(self._held_requests(), self.grammar_manager.grammar_queue)
+            self._journal.abort_asked(req for req in reqs if recv_req.abort_all or req.rid.startswith(recv_req.rid))
         super().abort_request(recv_req)
         if self._is_on:
             self._forget_left_requests()
+
+    def send_abort_output(self, abort_req: Any, req: Any) -> None:
+        """SGLang's other way to end a request, past the output streamer."""
+        super().send_abort_output(abort_req, req)
+        if self._is_on:
+            reason = abort_req.finished_reason or {}
+            self._journal.answered(req, str(reason.get("message")), reason.get("status_code"))
+
+    def _held_requests(self) -> list[Any]:
+        """All requests that have arrived here and whose prefill has not run."""
+        of_tasks = chain.from_iterable(task.batch.reqs for task in chain(self._live, self._finishing))
+        return [*self.disagg_prefill_bootstrap_queue.queue, *self.waiting_queue, *of_tasks]
 
     def _forget_left_requests(self) -> None:
         """Drop the jobs of requests that SGLang has taken off the waiting queue (aborted, decode server gone)."""
         for job in self._waiting.take_all_but(self.waiting_queue):
             self._policy.requests.remove(job)
-            self._journal.aborted([job.item.req.rid])
 
     def _drop_aborted_tasks(self) -> None:
         """Unwind tasks that nobody waits for any more and free what they hold."""
@@ -338,7 +352,7 @@ class FlowPrefillScheduler(PreparedScheduler):
             self._executor.cancel(task)
             self._retire(task)
             self._slots.give_back(task.attn_backend)
-            self._journal.aborted(task.rids, task)
+            self._journal.dropped(task)
             dropped = [req for req in task.batch.reqs if self._retire_aborted_prefill_result(req)]
             for req in dropped:
                 req.time_stats.set_completion_time()
