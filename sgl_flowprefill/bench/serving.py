@@ -20,6 +20,7 @@ import aiohttp
 import requests
 from rich.console import Console
 
+from sgl_flowprefill.bench.answers import measure_decode
 from sgl_flowprefill.bench.calibrate import measure_solo_ttft
 from sgl_flowprefill.bench.client import Client, GenerateApi, get_json
 from sgl_flowprefill.bench.comparison import machine, versions
@@ -135,6 +136,10 @@ class Served:
     def solo_ttft_s(self, prompts: PromptBuilder, say: Say | None = None) -> dict[int, float]:
         """Median TTFT (s) of lone requests by prompt tokens. Raises CalibrationError."""
         return measure_solo_ttft(self.client, prompts, say)
+
+    def decode_tokens_per_s(self, prompts: PromptBuilder) -> float:
+        """What the decode server carries. Raises CalibrationError."""
+        return measure_decode(self.client, prompts)
 
     def replay(
         self,

@@ -34,7 +34,8 @@ def title(comparison: Comparison) -> str:
     """What was run, in a line."""
     return (
         f"{comparison.trace.name}, seed {comparison.seed}: {comparison.trace.rate_rps:.2f} req/s "
-        f"({comparison.trace_rate_rps:.2f} req/s of the trace, times x{comparison.time_scale:.2f}), {comparison.model}"
+        f"({comparison.trace_rate_rps:.2f} req/s of the trace, times x{comparison.time_scale:.2f}), "
+        f"{comparison.model}; {comparison.answers.text(comparison.trace)}"
     )
 
 
