@@ -118,7 +118,7 @@ class ReplayRun:
 
 
 def joined(runs: Sequence[ReplayRun], offsets: Sequence[int], starts_s: Sequence[float]) -> ReplayRun:
-    """Parts of one trace, replayed one after the other with pauses, as one run whose duration leaves the pauses out.
+    """Parts of one trace, replayed with pauses between them, as one run that lasts as if they had followed one another.
 
     Part ``k`` begins with request ``offsets[k]`` of the trace, at ``starts_s[k]`` of its time.
     """
@@ -127,8 +127,8 @@ def joined(runs: Sequence[ReplayRun], offsets: Sequence[int], starts_s: Sequence
         for run, offset, start_s in zip(runs, offsets, starts_s, strict=True)
         for result in run.results
     ]
-    duration_s = sum(run.duration_s for run in runs)
-    cpu_share = sum(run.client.cpu_share * run.duration_s for run in runs) / duration_s
+    duration_s = starts_s[-1] + runs[-1].duration_s
+    cpu_share = sum(run.client.cpu_share * run.duration_s for run in runs) / sum(run.duration_s for run in runs)
     reports = [run.client for run in runs]
     reason = next((report.invalid_reason for report in reports if report.invalid_reason), None)
     client = dataclasses.replace(_client_report(results, cpu_share), invalid_reason=reason)
