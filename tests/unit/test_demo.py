@@ -110,9 +110,10 @@ def test_the_time_scale_comes_from_the_lone_requests_of_all_systems(tmp_path: Pa
     assert stock.solo_ttft_s[512] == pytest.approx(4.5 * REFERENCE_TTFT_S[512])
 
 
-def test_the_parts_make_the_whole_trace_with_the_same_prompts_for_all(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["qwen-like", "mixed"], ids=["shared prefixes", "unique prompts"])
+def test_the_parts_make_the_whole_trace_with_the_same_prompts_for_all(tmp_path: Path, name: str) -> None:
     machine = Machine()
-    comparison = compared(machine, arguments(tmp_path))
+    comparison = compared(machine, arguments(tmp_path, "--trace", name))
     trace = comparison.trace
     prompts = demo_module.prompt_builder(arguments(tmp_path))
     whole = [tuple(prompts.build(request, index)) for index, request in enumerate(trace.requests)]
