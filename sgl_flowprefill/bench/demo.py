@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
 from rich.console import Console
 
 from sgl_flowprefill.bench.answers import Answers, add_answers_option
@@ -111,19 +112,18 @@ class _Demo:
                 yield number, system
 
     def _measure(self) -> float | None:
-        """Start all systems and send lone requests to each in turns. Returns the tokens per second that the slowest
-        decode server carries, if that is asked for.
+        """Start all systems and send lone requests to each in turns. Returns the tokens per second that a decode server
+        carries, the median over all turns, if answers depend on it.
         """
         carried = []
         for number, system in self._in_turns(ROUNDS):
             self._say(f"[bold]{system.label}[/bold]" + (": lone requests again" if number else ""))
             with self._serve(system) as served:
                 self._solo_ttft_s[system.name].append(served.solo_ttft_s(self._prompts, self._detail))
-                if number == 0:
-                    self._settings[system.name], self._event_logs[system.name] = served.settings(), served.event_log
-                    if self._args.max_output_tokens is None:
-                        carried.append(served.decode_tokens_per_s(self._prompts))
-        return min(carried, default=None)
+                self._settings[system.name], self._event_logs[system.name] = served.settings(), served.event_log
+                if self._args.max_output_tokens is None:
+                    carried.append(served.decode_tokens_per_s(self._prompts))
+        return float(np.median(carried)) if carried else None
 
     def _replay(self, trace: Trace) -> list[SystemResult]:
         """Replay ``trace`` in parts, each on all systems, which have answered all of one before they are stopped."""

@@ -24,7 +24,7 @@ from sgl_flowprefill.bench.trace import Trace
 
 OURS, STOCK = SYSTEMS["flowprefill"], SYSTEMS["sglang"]
 SLOWDOWNS = {"flowprefill": [2.0, 4.0], "sglang": [3.0, 6.0]}
-DECODE_TOKENS_PER_S = {"flowprefill": 300.0, "sglang": 200.0}
+DECODE_TOKENS_PER_S = {"flowprefill": 320.0, "sglang": 180.0}
 
 
 @dataclass
@@ -127,11 +127,11 @@ def test_the_parts_make_the_whole_trace_with_the_same_prompts_for_all(tmp_path: 
         assert (tmp_path / f"{system.name}.jsonl").exists()
 
 
-def test_answers_take_a_share_of_what_the_slower_decode_server_carries(tmp_path: Path) -> None:
+def test_answers_take_a_share_of_what_the_decode_servers_carry_in_the_median_of_all_turns(tmp_path: Path) -> None:
     comparison = compared(Machine(), arguments(tmp_path))
     lengths = [request.output_tokens for request in comparison.trace.requests]
     per_s = comparison.trace.rate_rps * sum(lengths) / len(lengths)
-    assert per_s == pytest.approx(DECODE_SHARE * 200.0, rel=0.02)
+    assert per_s == pytest.approx(DECODE_SHARE * 250.0, rel=0.02)
     assert comparison.to_dict()["answers"]["scale"] == pytest.approx(comparison.answers.scale)
 
 
