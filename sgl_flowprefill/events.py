@@ -10,12 +10,20 @@ suspend    task, rids, checkpoint, for_rids, readable_s, stopped_s, blocking_s
 resume     task, rids, checkpoint
 complete   task, rids, checkpoint, forward_s (time it executed, without the time it was suspended), predicted_s (with
            margin, at its start), expected_s (without), profiled_s (without online correction either)
-abort      rids, task (absent when no task was running them), checkpoint
+abort      rids, task (absent when no task was running them), checkpoint: somebody asked for it (a client that has
+           gone, ``/abort_request``, a timeout)
+fail       rids, task and checkpoint (absent when no task was running them), http_status, reason: refused at the door (a
+           prompt that is too long), lost on the way (a bootstrap that failed, a decode server that has gone, a grammar
+           that does not compile), or in a forward pass that raised
 =========  ==========================================================================================================
+
+Every arrival has one end: its rid is in one ``complete`` (its prefill has run), ``abort`` or ``fail``. What becomes of
+a request after ``complete``, while its KV is sent, is not logged. SGLang's health checks have no arrival.
 
 ``blocking_s`` runs from ``readable_s``, when the scheduler process could first have read that the winning request is
 there to be run, to the start or resumption of the winner (paper, section 5.3). Until ``stopped_s`` the task that is
-suspended ran on; after it the hub read what had arrived, picked, and admitted the winner.
+suspended ran on; after it the hub read what had arrived, picked, and admitted the winner. Both are null for a switch
+that no news led to: nobody was blocked.
 """
 
 from __future__ import annotations
@@ -40,6 +48,11 @@ class EventLog:
         if path is not None:
             Path(path).parent.mkdir(parents=True, exist_ok=True)
             self._file = open(path, "a", buffering=1 << 16)  # noqa: SIM115 - lives as long as the process
+
+    @property
+    def is_written(self) -> bool:
+        """Whether events go anywhere."""
+        return self._file is not None
 
     def write(self, kind: str, t_s: float, **fields: Any) -> None:
         if self._file is not None:

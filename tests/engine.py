@@ -91,6 +91,7 @@ class PrefillEngine:
         os.environ["SGLANG_EAGER_INPUT_NO_COPY"] = "1"
         torch.set_num_threads(1)
         import sglang.srt.managers.scheduler  # noqa: F401 - what tells the plugin that this process runs one
+        from sglang.srt.managers.scheduler_components.output_streamer import SchedulerOutputStreamer
         from sglang.srt.plugins import load_plugins
         from sglang.srt.runtime_context import SpawnRanks, get_disagg, publish
         from sglang.srt.server_args import PortArgs, ServerArgs
@@ -139,9 +140,8 @@ class PrefillEngine:
             return run_batch(batch, *arguments, **options)
 
         self.scheduler.run_batch = counted
-        # The streamer has slots and other components hold it: its class is what can be replaced.
-        streamer = type(self.scheduler.output_streamer)
-        streamer.stream_output = lambda _, reqs, return_logprob, skip_req=None: self._record(reqs)
+        # Other components hold the streamer: SGLang's class, which ours calls, is what can be replaced.
+        SchedulerOutputStreamer.stream_output = lambda _, reqs, return_logprob, skip_req=None: self._record(reqs)
         gc.freeze()  # SGLang collects garbage at every flush: a second for all that is imported, and nothing of it goes
 
     def submit(

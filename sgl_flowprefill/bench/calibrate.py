@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Final
 
 import numpy as np
@@ -38,8 +38,18 @@ def time_scale(solo_ttft_s: Mapping[int, float]) -> float:
     return float(np.median([ttft_s / REFERENCE_TTFT_S[tokens] for tokens, ttft_s in solo_ttft_s.items()]))
 
 
+def fresh_indices() -> Iterator[int]:
+    """Indices of prompts that no trace and no earlier run has."""
+    return iter(range(FIRST_PROBE_INDEX + time.time_ns() % FIRST_PROBE_INDEX, 1 << 40))
+
+
+def median_of(turns: Sequence[Mapping[int, float]]) -> dict[int, float]:
+    """Median TTFT (s) of several measurements by prompt tokens."""
+    return {tokens: float(np.median([times_s[tokens] for times_s in turns])) for tokens in turns[0]}
+
+
 async def _measure(client: Client, prompts: PromptBuilder, on_progress: Callable[[str], None]) -> dict[int, float]:
-    indices = iter(range(FIRST_PROBE_INDEX + time.time_ns() % FIRST_PROBE_INDEX, 1 << 40))
+    indices = fresh_indices()
     solo_ttft_s = {}
     async with client.session() as session:
 

@@ -14,10 +14,12 @@ from typing import Any, Final
 import orjson
 import psutil
 
+from sgl_flowprefill.bench.answers import Answers
 from sgl_flowprefill.bench.metrics import (
     PreemptionSummary,
     RunSummary,
     Suspension,
+    attainment,
     read_suspensions,
     summarise,
     summarise_blocking,
@@ -40,6 +42,8 @@ class SystemResult:
     """What the table calls it, with the setting that matters most."""
     run: ReplayRun
     summary: RunSummary
+    turns: Sequence[ReplayRun] = ()
+    """The parts that ``run`` was joined from; none for one that was made in one go."""
     suspensions: Sequence[Suspension] | None = None
     """Its preemptions; None for a system that has no preemption."""
     solo_ttft_s: Mapping[int, float] = field(default_factory=dict)
@@ -53,18 +57,24 @@ class SystemResult:
         run: ReplayRun,
         trace: Trace,
         *,
+        turns: Sequence[ReplayRun] = (),
         event_log: Path | None = None,
         solo_ttft_s: Mapping[int, float] | None = None,
         settings: Mapping[str, Any] | None = None,
     ) -> SystemResult:
-        """Summarise ``run``; preemptions come from ``event_log`` if the system writes one."""
-        span_s = run.start_monotonic_s, run.start_monotonic_s + run.duration_s
+        """Summarise ``run``, which may be joined from ``turns``; preemptions come from ``event_log`` if the system
+        writes one.
+        """
+        spans_s = [(part.start_monotonic_s, part.start_monotonic_s + part.duration_s) for part in turns or [run]]
         return cls(
             name=name,
             label=label,
             run=run,
             summary=summarise(run.results, run.duration_s, trace.classes),
-            suspensions=read_suspensions(event_log, *span_s) if event_log else None,
+            turns=turns,
+            suspensions=[one for span_s in spans_s for one in read_suspensions(event_log, *span_s)]
+            if event_log
+            else None,
             solo_ttft_s=solo_ttft_s or {},
             settings=settings or {},
         )
@@ -72,17 +82,19 @@ class SystemResult:
     @property
     def blocking_s(self) -> list[float]:
         """Blocking time of each preemption."""
-        return [suspension.blocking_s for suspension in self.suspensions or ()]
+        return [one.blocking_s for one in self.suspensions or () if one.blocking_s is not None]
 
     @property
     def preemption(self) -> PreemptionSummary | None:
         """Preemptions and blocking, for a system that preempts."""
-        return None if self.suspensions is None else summarise_blocking(self.blocking_s)
+        if self.suspensions is None:
+            return None
+        return summarise_blocking(self.blocking_s, len(self.suspensions) - len(self.blocking_s))
 
     @property
     def stop_wait_p50_p99_max_s(self) -> tuple[float, float, float] | None:
         """How long the running tasks took to stop; None without preemptions."""
-        summary = summarise_blocking([suspension.stop_wait_s for suspension in self.suspensions or ()])
+        summary = summarise_blocking([one.stop_wait_s for one in self.suspensions or () if one.stop_wait_s is not None])
         if summary.blocking_p50_s is None or summary.blocking_p99_s is None or summary.blocking_max_s is None:
             return None
         return summary.blocking_p50_s, summary.blocking_p99_s, summary.blocking_max_s
@@ -116,7 +128,27 @@ class Comparison:
     time_scale: float
     model: str
     command: str
+    answers: Answers = field(default_factory=Answers)
+    """What was done to the lengths of the trace's answers."""
     settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def turns(self) -> list[Mapping[str, Any]]:
+        """Who replayed when, in order, of systems that took turns; ``start_s`` counts from the first."""
+        turns = sorted(
+            ((turn, system.name) for system in self.systems for turn in system.turns),
+            key=lambda one: one[0].start_monotonic_s,
+        )
+        return [
+            {
+                "system": name,
+                "start_s": turn.start_monotonic_s - turns[0][0].start_monotonic_s,
+                "duration_s": turn.duration_s,
+                "requests": len(turn.results),
+                "ttft_attainment": attainment(turn.results),
+            }
+            for turn, name in turns
+        ]
 
     @property
     def trace_rate_rps(self) -> float:
@@ -158,6 +190,8 @@ class Comparison:
             "rate_rps": self.trace.rate_rps,
             "trace_rate_rps": self.trace_rate_rps,
             "trace": self.trace.name,
+            "answers": self.answers.to_dict(self.trace),
+            "turns": self.turns,
             "slo_s": {name: {"ttft": slos[name][0], "tbt": slos[name][1]} for name in self.trace.classes},
             "model": self.model,
             "doubts": self.doubts(),

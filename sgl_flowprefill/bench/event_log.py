@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 from rich import box
@@ -15,8 +15,11 @@ from rich.console import Console
 from rich.table import Table
 
 from sgl_flowprefill.bench.metrics import PreemptionSummary, summarise_blocking
-from sgl_flowprefill.bench.table import MISSING, milliseconds, percent
+from sgl_flowprefill.bench.table import MISSING, milliseconds, percent, preemptions
 from sgl_flowprefill.events import read_events
+
+ENDS: Final = ("complete", "abort", "fail")
+"""Events that end an arrival."""
 
 
 @dataclass(frozen=True)
@@ -31,8 +34,12 @@ class LogSummary:
     in_time: int
     """Their prefill ended before their deadline; the client has the first token some milliseconds later."""
     aborted: int
+    failed: int
+    """Refused at the door, or lost on the way."""
+    without_end: int
+    """In the log: under way when it ends, or of a server that was killed, or of one that logged no failures."""
     busy_s: float
-    """Time in which some request had arrived and not been answered."""
+    """Time in which some request had arrived and not ended. One without an end counts only if it was running last."""
     forward_s: float
     """Of it, what went by in forward passes."""
     forwards: int
@@ -53,14 +60,18 @@ class LogSummary:
         blocking_s = (blocking.blocking_p50_s, blocking.blocking_p99_s, blocking.blocking_max_s)
         return [
             ("span", f"{self.span_s:.1f} s"),
-            ("requests", f"{self.requests} arrived, {self.answered} answered, {self.aborted} aborted"),
+            (
+                "requests",
+                f"{self.requests} arrived, {self.answered} answered, {self.aborted} aborted, {self.failed} failed"
+                + (f", {self.without_end} without an end" if self.without_end else ""),
+            ),
             ("prefill ended in time", f"{percent(self.in_time / answered)} of those answered"),
             ("busy", f"{self.busy_s:.1f} s"),
             ("  of it in forward passes", percent(self.forward_s / self.busy_s) if self.busy_s else MISSING),
             ("forward passes", f"{self.forwards} of {self.answered / forwards:.2f} requests"),
             ("  new tokens of each", f"{self.new_tokens / forwards:.0f}"),
             ("  between two of them, p50", milliseconds(self.between_forwards_p50_s)),
-            ("preemptions", str(blocking.preemptions)),
+            ("preemptions", preemptions(blocking)),
             ("  blocking time p50/p99/max", " / ".join(map(milliseconds, blocking_s))),
             (
                 "prediction error p50 / p90",
@@ -94,23 +105,26 @@ def run(args: argparse.Namespace, console: Console) -> int:
 
 def summarise_log(events: Iterable[Mapping[str, Any]]) -> LogSummary:
     """Figures of ``events``, in the order of the log."""
+    events = list(events)
+    lost = _lost_arrivals(events)
     deadlines_s: dict[str, float] = {}
     """Of the requests that wait for their answer."""
     tokens_of_task: dict[int, int] = {}
     forwards: list[Mapping[str, Any]] = []
     gaps_s: list[float] = []
     blocking_s: list[float] = []
-    arrived = answered = in_time = aborted = new_tokens = 0
+    without_news = arrived = answered = in_time = aborted = failed = new_tokens = 0
     busy_s = 0.0
     times_s: list[float] = []
     free_since_s: float | None = None
-    for event in events:
+    for number, event in enumerate(events):
         kind, now_s = event["event"], event["t_s"]
         if deadlines_s:
             busy_s += now_s - times_s[-1]
         times_s.append(now_s)
         if kind == "arrival":
-            deadlines_s[event["rid"]] = event["deadline_s"]
+            if number not in lost:
+                deadlines_s[event["rid"]] = event["deadline_s"]
             arrived += 1
             continue
         if kind == "start":
@@ -118,7 +132,10 @@ def summarise_log(events: Iterable[Mapping[str, Any]]) -> LogSummary:
             if free_since_s is not None:
                 gaps_s.append(now_s - free_since_s)
         elif kind == "suspend":
-            blocking_s.append(event["blocking_s"])
+            if event["blocking_s"]:
+                blocking_s.append(event["blocking_s"])
+            else:
+                without_news += 1
         elif kind == "complete":
             due_s = [deadlines_s.pop(rid) for rid in event["rids"] if rid in deadlines_s]
             if due_s:  # no health check
@@ -126,10 +143,10 @@ def summarise_log(events: Iterable[Mapping[str, Any]]) -> LogSummary:
                 new_tokens += tokens_of_task.get(event["task"], 0)
             answered += len(due_s)
             in_time += sum(now_s <= deadline_s for deadline_s in due_s)
-        elif kind == "abort":
-            aborted += len(event["rids"])
-            for rid in event["rids"]:
-                deadlines_s.pop(rid, None)
+        elif kind in ("abort", "fail"):
+            left = [rid for rid in event["rids"] if deadlines_s.pop(rid, None) is not None]
+            aborted += len(left) if kind == "abort" else 0
+            failed += len(left) if kind == "fail" else 0
         free_since_s = now_s if kind == "complete" and deadlines_s else None
     errors = [abs(end["expected_s"] / end["forward_s"] - 1) for end in forwards if end["forward_s"] > 0]
     over_profile = [end["forward_s"] / end["profiled_s"] for end in forwards if end["profiled_s"] > 0]
@@ -139,16 +156,41 @@ def summarise_log(events: Iterable[Mapping[str, Any]]) -> LogSummary:
         answered=answered,
         in_time=in_time,
         aborted=aborted,
+        failed=failed,
+        without_end=arrived - answered - aborted - failed,
         busy_s=busy_s,
         forward_s=sum(end["forward_s"] for end in forwards),
         forwards=len(forwards),
         new_tokens=new_tokens,
         between_forwards_p50_s=_quantile(gaps_s, 50),
-        preemption=summarise_blocking(blocking_s),
+        preemption=summarise_blocking(blocking_s, without_news),
         prediction_error_p50=_quantile(errors, 50),
         prediction_error_p90=_quantile(errors, 90),
         over_profile=_quantile(over_profile, 50),
     )
+
+
+def _lost_arrivals(events: Sequence[Mapping[str, Any]]) -> set[int]:
+    """Positions of the arrivals that have no end in ``events`` and were not running when these end."""
+    under_way: dict[str, int] = {}
+    task_of: dict[str, int] = {}
+    lost: set[int] = set()
+    for number, event in enumerate(events):
+        kind = event["event"]
+        if kind == "arrival":
+            lost.update({under_way[event["rid"]]} if event["rid"] in under_way else ())
+            under_way[event["rid"]] = number
+        elif kind == "start":
+            # Tasks are counted up: one that is not shows a server that was started again, and its old tasks are gone.
+            for rid in [rid for rid, task in task_of.items() if task >= event["task"]]:
+                lost.add(under_way.pop(rid))
+                del task_of[rid]
+            task_of |= {rid: event["task"] for rid in event["rids"] if rid in under_way}
+        elif kind in ENDS:
+            for rid in event["rids"]:
+                under_way.pop(rid, None)
+                task_of.pop(rid, None)
+    return lost | {number for rid, number in under_way.items() if rid not in task_of}
 
 
 def _quantile(values: list[float], percentile: float) -> float | None:

@@ -1,7 +1,8 @@
 """``bench fetch-trace``: download a published trace, once, and know it again afterwards.
 
 The file is checked against the checksum that its publisher gives (a Git LFS pointer names one). Where none is
-published, the checksum of the first download is written beside the file, and later ones have to agree with it.
+published, it has to read as a trace; the checksum of the first download is written beside it, and later ones have to
+agree with that. A file that was put there by hand is compared with what is published, where that can be reached.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from sgl_flowprefill import paths
+from sgl_flowprefill.bench.trace_formats import TraceFormatError, load_trace
 
 TIMEOUT_S: Final = 30.0
 BLOCK_BYTES: Final = 1 << 16
@@ -65,17 +67,41 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
-    """Download, or check what is there. Raises FetchError."""
+    """Download, or check what is there. Raises FetchError for a file that is not the trace."""
     published = TRACES[args.name]
     path = args.out or paths.cache_dir() / "traces" / published.file
     if path.exists():
-        _check(path, _sha256(path), _recorded(path))
-        console.print(f"{path} is there, and is what was downloaded.", highlight=False, soft_wrap=True)
+        console.print(f"{path} is there, {check(published, path)}.", highlight=False, soft_wrap=True)
     else:
         download(published, path, console)
         console.print(f"{path} ({published.licence}, {published.page})", highlight=False, soft_wrap=True)
     console.print(f"Use it with --trace {path}, or bench goodput --workload {path}", highlight=False, soft_wrap=True)
     return 0
+
+
+def check(published: Published, path: Path) -> str:
+    """What the file at ``path`` was found to be. Raises FetchError for one that is not the trace."""
+    found, recorded = _sha256(path), _recorded(path)
+    if recorded is not None:
+        _compare(path, found, recorded)
+        return "and is what was downloaded"
+    requests_read = _read(published, path)
+    try:
+        response, expected = _open(published)
+    except requests.RequestException as error:
+        return f"with {requests_read} requests, but not compared with what is published: {_reason(error)}"
+    response.close()
+    size = int(response.headers.get("Content-Length", 0))
+    if expected is not None:
+        _compare(path, found, expected)
+        _record(path).write_text(f"{found}  {path.name}\n")
+        return "and is what is published"
+    bytes_here = path.stat().st_size
+    if size and size != bytes_here:
+        raise FetchError(
+            f"{path} has {bytes_here:,} bytes, and {published.url} has {size:,}: delete it and download it again"
+        )
+    return f"with {requests_read} requests; no checksum is published that it could be compared with"
 
 
 def download(published: Published, path: Path, console: Console) -> None:
@@ -93,15 +119,15 @@ def download(published: Published, path: Path, console: Console) -> None:
                 digest.update(block)
                 progress.advance(task, len(block))
     except requests.RequestException as error:
-        reason = type(error).__name__ if error.response is None else f"http {error.response.status_code}"
         raise FetchError(
-            f"{published.file} could not be downloaded ({reason}): get it from {published.page} on a machine with "
-            f"internet and put it at {path}"
+            f"{published.file} could not be downloaded ({_reason(error)}): get it from {published.page} on a machine "
+            f"with internet and put it at {path}"
         ) from None
     recorded = _recorded(path)
     if recorded is None and expected is None:
+        _read(published, partial)
         console.print("No checksum is published: this download's is recorded, and later ones have to agree with it.")
-    _check(partial, digest.hexdigest(), expected or recorded)
+    _compare(partial, digest.hexdigest(), expected or recorded)
     _record(path).write_text(f"{digest.hexdigest()}  {path.name}\n")
     partial.rename(path)
 
@@ -123,7 +149,19 @@ def _get(url: str) -> requests.Response:
     return response
 
 
-def _check(path: Path, found: str, expected: str | None) -> None:
+def _read(published: Published, path: Path) -> int:
+    """The number of requests in ``path``. Raises FetchError where it is no trace."""
+    try:
+        return len(load_trace(path, "qwen").requests)
+    except TraceFormatError as error:
+        raise FetchError(f"this is not {published.file}: {error}; delete it and get it from {published.page}") from None
+
+
+def _reason(error: requests.RequestException) -> str:
+    return type(error).__name__ if error.response is None else f"http {error.response.status_code}"
+
+
+def _compare(path: Path, found: str, expected: str | None) -> None:
     if expected is not None and found != expected:
         raise FetchError(f"{path} has the sha256 {found}, and {expected} was expected: delete it and download it again")
 

@@ -13,6 +13,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from sgl_flowprefill.bench.answers import add_answers_option
 from sgl_flowprefill.bench.campaign import Campaign, Goal
 from sgl_flowprefill.bench.goodput_report import cells, columns, show, write_html
 from sgl_flowprefill.bench.goodput_results import GoodputResult
@@ -106,9 +107,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="X",
         help="factor for the workload's times and SLOs; auto (default) measures it as bench demo does",
     )
-    parser.add_argument(
-        "--max-output-tokens", type=positive_int, default=8, metavar="N", help="cut longer answers (default 8)"
-    )
+    add_answers_option(parser)
     parser.add_argument("--out", type=Path, default=Path("out/goodput"), help="folder of results (default %(default)s)")
     add_picture_option(parser)
     Servers.add_options(parser)
@@ -147,6 +146,7 @@ def publish(result: GoodputResult, folder: Path, console: Console) -> None:
     write_html(result, folder / "goodput.html")
     console.print()
     console.print(rates_table(result))
+    console.print(result.answers.text(result.trace), highlight=False, soft_wrap=True)
     if result.ratios_of_ours:
         console.print(
             "FlowPrefill: " + ", ".join(f"{name} {show(ratio)}" for name, ratio in result.ratios_of_ours.items()),

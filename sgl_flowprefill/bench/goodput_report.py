@@ -44,6 +44,7 @@ def render_html(result: GoodputResult) -> str:
             "blocking": blocking(result),
         },
         document=result.to_dict(),
+        answers=result.answers.text(result.trace),
         colours={name: colour for name, _, colour in _coloured(result)} | {"flowprefill": COLOURS[0]},
         ratios=ratios,
         ratio_names={name: _ratio_name(name) for name in ratios},

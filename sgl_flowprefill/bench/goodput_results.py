@@ -17,6 +17,7 @@ import numpy as np
 import orjson
 from scipy import stats  # type: ignore[import-untyped]
 
+from sgl_flowprefill.bench.answers import Answers
 from sgl_flowprefill.bench.campaign import TOLD_SLO_SCALES, Campaign, Goal
 from sgl_flowprefill.bench.comparison import machine, versions
 from sgl_flowprefill.bench.metrics import SLO_SCALES, attainment
@@ -26,6 +27,7 @@ from sgl_flowprefill.bench.rate_search import Bracket, bracket, mean_bracket
 from sgl_flowprefill.bench.replay import RequestResult
 from sgl_flowprefill.bench.simulator.search import mean_attainment
 from sgl_flowprefill.bench.systems import UNCHUNKED_FCFS, System
+from sgl_flowprefill.bench.trace import Trace
 
 OURS: Final = "flowprefill"
 BY_LAYER: Final = "flowprefill-layer"
@@ -208,6 +210,9 @@ class GoodputResult:
     only_simulated_rps: Mapping[str, Mapping[float, float]]
     """Systems that were asked for and left out, with the rates that the simulator has for them."""
     time_scale: float
+    answers: Answers
+    trace: Trace
+    """One at the workload's own rate, whose answers stand for all."""
     comparison_rps: float | None
     finished: bool
     problems: Sequence[str]
@@ -232,6 +237,8 @@ class GoodputResult:
                 if system not in measured
             },
             time_scale=campaign.prober.time_scale,
+            answers=campaign.prober.answers,
+            trace=campaign.prober.trace(0, plan.workload.rate_rps),
             comparison_rps=comparison_rps,
             finished=campaign.probes_left() == 0,
             problems=_problems(log, figures),
@@ -300,6 +307,7 @@ class GoodputResult:
             "duration_s": self.plan.duration_s,
             "precision": self.goal.precision,
             "max_output_tokens": self.plan.max_output_tokens,
+            "answers": self.answers.to_dict(self.trace),
             "time_scale": self.time_scale,
             "probes": len(self.probes),
             "finished": self.finished,

@@ -40,11 +40,13 @@ class RunSummary(ClassSummary):
 
 
 class Suspension(NamedTuple):
-    """One preemption, as the event log has it."""
+    """One switch from a running task to another, as the event log has it. None for one that no news led to: nobody was
+    blocked.
+    """
 
-    blocking_s: float
+    blocking_s: float | None
     """Until the request that won started."""
-    stop_wait_s: float
+    stop_wait_s: float | None
     """The part of it until the running task stopped, without the hub's; 0 where it had stopped before the request could
     be read."""
 
@@ -58,6 +60,8 @@ class PreemptionSummary:
     blocking_p99_s: float | None
     blocking_max_s: float | None
     blocking_mean_s: float | None
+    switches_without_news: int = 0
+    """Beside the preemptions: the policy changed its mind with nothing new to be run, say by corrected predictions."""
 
 
 def summarise(results: Sequence[RequestResult], duration_s: float, classes: Sequence[str]) -> RunSummary:
@@ -83,18 +87,22 @@ def read_suspensions(event_log: Path, start_s: float, end_s: float) -> list[Susp
     lines = event_log.read_bytes().split(b"\n")[:-1] if event_log.exists() else []
     events = (orjson.loads(line) for line in lines if line.startswith(b"{"))
     return [
+        # Logs of earlier versions have 0 where nothing was there to be read.
         Suspension(float(event["blocking_s"]), max(0.0, float(event["stopped_s"] - event["readable_s"])))
+        if event["blocking_s"]
+        else Suspension(None, None)
         for event in events
         if event["event"] == "suspend" and start_s <= event["t_s"] <= end_s
     ]
 
 
-def summarise_blocking(blocking_s: Sequence[float]) -> PreemptionSummary:
+def summarise_blocking(blocking_s: Sequence[float], without_news: int = 0) -> PreemptionSummary:
     """Figures of the preemptions of a run; None where there was none."""
     if not blocking_s:
-        return PreemptionSummary(0, None, None, None, None)
+        return PreemptionSummary(0, None, None, None, None, without_news)
     p50_s, p99_s = (float(value) for value in np.percentile(blocking_s, [50, 99]))
-    return PreemptionSummary(len(blocking_s), p50_s, p99_s, max(blocking_s), float(np.mean(blocking_s)))
+    mean_s = float(np.mean(blocking_s))
+    return PreemptionSummary(len(blocking_s), p50_s, p99_s, max(blocking_s), mean_s, without_news)
 
 
 def _figures(results: Sequence[RequestResult], duration_s: float) -> ClassSummary:

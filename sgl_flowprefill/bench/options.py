@@ -19,9 +19,9 @@ TOKEN_IDS: Final = (1000, 4000)
 
 
 def add_trace_options(
-    parser: argparse.ArgumentParser, *, rate_scale: float, duration_s: float, max_output_tokens: int | None
-) -> None:
-    """Add the options that ``requested_trace`` reads."""
+    parser: argparse.ArgumentParser, *, rate_scale: float, duration_s: float
+) -> argparse._ActionsContainer:
+    """Add the options that ``requested_trace`` reads. Returns their group."""
     group = parser.add_argument_group("trace")
     group.add_argument(
         "--trace",
@@ -74,18 +74,12 @@ def add_trace_options(
         help="replay what arrives in this many seconds of wall clock (default %(default)g)",
     )
     group.add_argument("--requests", type=positive_int, metavar="N", help="replay at most this many requests")
-    group.add_argument(
-        "--max-output-tokens",
-        type=positive_int,
-        default=max_output_tokens,
-        metavar="N",
-        help="cut longer answers" + (" (default %(default)s)" if max_output_tokens else ""),
-    )
     group.add_argument("--max-prompt-tokens", type=positive_int, metavar="N", help="cut longer prompts")
+    return group
 
 
 def requested_trace(args: argparse.Namespace, time_scale: float) -> Trace:
-    """The trace that the options ask for, scaled and cut.
+    """The trace that the options ask for, scaled and cut, with its own answers.
 
     Raises ValueError with a sentence for a trace that cannot be read or comes out empty.
     """
@@ -98,9 +92,7 @@ def requested_trace(args: argparse.Namespace, time_scale: float) -> Trace:
     else:
         raise ValueError(f"trace {args.trace!r} is no file and no built-in workload ({', '.join(WORKLOADS)})")
     trace = trace.scaled(rate_scale=args.rate_scale, time_scale=time_scale).until(args.duration)
-    trace = trace.limited(
-        requests=args.requests, max_output_tokens=args.max_output_tokens, max_prompt_tokens=args.max_prompt_tokens
-    )
+    trace = trace.limited(requests=args.requests, max_prompt_tokens=args.max_prompt_tokens)
     if not trace.requests:
         raise ValueError(f"no request of {trace.name} arrives within {args.duration:g} s; give a longer --duration")
     return trace

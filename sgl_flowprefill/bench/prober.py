@@ -9,17 +9,17 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
-import numpy as np
 from rich.console import Console
 
-from sgl_flowprefill.bench.calibrate import time_scale
+from sgl_flowprefill.bench.answers import Answers
+from sgl_flowprefill.bench.calibrate import median_of, time_scale
 from sgl_flowprefill.bench.options import AUTO, TOKEN_IDS
 from sgl_flowprefill.bench.probes import Probe, ProbeLog
 from sgl_flowprefill.bench.progress import ReplayProgress
 from sgl_flowprefill.bench.prompts import PromptBuilder
 from sgl_flowprefill.bench.rate_search import decided
 from sgl_flowprefill.bench.replay import Enough, OnProgress, ReplayRun
-from sgl_flowprefill.bench.simulator.measured import Engine, measured_setup
+from sgl_flowprefill.bench.simulator.measured import Engine, measured_setup, saturation_rps
 from sgl_flowprefill.bench.simulator.systems import Setup
 from sgl_flowprefill.bench.systems import System
 from sgl_flowprefill.bench.trace import Trace
@@ -31,6 +31,8 @@ class Endpoint(Protocol):
     """A system that is up: ``serving.Served``, or a model of it in tests."""
 
     def solo_ttft_s(self, prompts: PromptBuilder, say: Callable[[str], None] | None = None) -> dict[int, float]: ...
+
+    def decode_tokens_per_s(self, prompts: PromptBuilder) -> float: ...
 
     def engine(self, prompts: PromptBuilder) -> Engine: ...
 
@@ -51,7 +53,8 @@ class Plan:
     seeds: int
     duration_s: float
     """Requests of a probe arrive in this time. Rates beyond saturation depend on it, so it is the same for all."""
-    max_output_tokens: int
+    max_output_tokens: int | None = None
+    """Longer answers are cut; without it all are shortened to what the decode server carries."""
 
     def settings(self) -> dict[str, Any]:
         """What all probes have in common; there may be more seeds when a run is resumed."""
@@ -62,7 +65,9 @@ class Plan:
         }
 
     def trace(self, seed: int, rate_rps: float, scale: float, slo_scale: float = 1.0) -> Trace:
-        """What is replayed at ``rate_rps`` by the wall clock on an engine with the time scale ``scale``."""
+        """What is replayed at ``rate_rps`` by the wall clock on an engine with the time scale ``scale``, with the
+        workload's own answers.
+        """
         requests = 1 << math.ceil(math.log2(rate_rps * self.duration_s * 1.5 + 50))
         drawn = self._drawn(requests, seed).scaled(
             rate_scale=rate_rps * scale / self.workload.rate_rps, time_scale=scale, slo_scale=slo_scale
@@ -71,7 +76,7 @@ class Plan:
 
     @functools.cache  # noqa: B019 - a plan lives as long as its run
     def _drawn(self, requests: int, seed: int) -> Trace:
-        return self.workload.draw(requests, seed).limited(max_output_tokens=self.max_output_tokens)
+        return self.workload.draw(requests, seed)
 
 
 class Prober:
@@ -95,7 +100,16 @@ class Prober:
     @property
     def is_calibrated(self) -> bool:
         """Whether this machine's times are known, without which nothing can be probed."""
-        return {"time_scale", "engine"} <= self.log.facts.keys() and bool(self.log.solo_ttft_s)
+        wanted = {"time_scale", "engine", *(() if self.plan.max_output_tokens else ("answers_scale",))}
+        return wanted <= self.log.facts.keys() and bool(self.log.solo_ttft_s)
+
+    @property
+    def answers(self) -> Answers:
+        """The lengths of answers, the same at all rates, once calibrated."""
+        if self.plan.max_output_tokens is not None:
+            return Answers(max_tokens=self.plan.max_output_tokens)
+        facts = self.log.facts
+        return Answers(facts["answers_scale"], decode_tokens_per_s=facts["decode_tokens_per_s"])
 
     @property
     def time_scale(self) -> float:
@@ -109,8 +123,7 @@ class Prober:
 
     def setup_of(self, system: System) -> Setup:
         """The simulator as this machine was while ``system`` was up, by all its lone requests."""
-        turns = self.log.solo_ttft_s[system.name]
-        return self._setup({tokens: float(np.median([times_s[tokens] for times_s in turns])) for tokens in turns[0]})
+        return self._setup(median_of(self.log.solo_ttft_s[system.name]))
 
     def _setup(self, solo_ttft_s: Mapping[int, float]) -> Setup:
         return measured_setup(Engine(**self.log.facts["engine"]), solo_ttft_s, self.options)
@@ -126,7 +139,19 @@ class Prober:
                 self.say(f"  time scale {self.time_scale:.2f}: arrivals and SLOs are stretched by it")
             if "engine" not in self.log.facts:
                 self.log.settle("engine", asdict(served.engine(PromptBuilder(0, *TOKEN_IDS))))
+            if not self.is_calibrated:
+                self._settle_answers(served)
             yield served
+
+    def _settle_answers(self, served: Endpoint) -> None:
+        """Shorten answers to what the decode server carries where the prefill server hands it as many as it can."""
+        decode_tokens_per_s = served.decode_tokens_per_s(PromptBuilder(0, *TOKEN_IDS))
+        served.settle()
+        whole = self.plan.trace(0, self.plan.workload.rate_rps, self.time_scale)
+        answers = Answers.carried(whole, saturation_rps(whole, self.setup.machine.cost), decode_tokens_per_s)
+        self.log.settle("decode_tokens_per_s", decode_tokens_per_s)
+        self.log.settle("answers_scale", answers.scale)
+        self.say(f"  {answers.text(answers.of(whole))}; the decode server carries {decode_tokens_per_s:.0f} tokens/s")
 
     def measure_lone(self, served: Endpoint, system: System) -> dict[int, float]:
         """TTFT (s) of lone requests by prompt tokens, as the machine is now: its speed changes while a system is up."""
@@ -149,7 +174,7 @@ class Prober:
 
     def trace(self, seed: int, rate_rps: float, slo_scale: float = 1.0) -> Trace:
         """What is replayed at ``rate_rps`` by the wall clock."""
-        return self.plan.trace(seed, rate_rps, self.time_scale, slo_scale)
+        return self.answers.of(self.plan.trace(seed, rate_rps, self.time_scale, slo_scale))
 
     def probe(
         self,

@@ -5,6 +5,7 @@ Two runs with the same seed send byte-identical prompts, so both systems of a co
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Final
 
@@ -25,13 +26,19 @@ class PromptBuilder:
     seed: int
     first_token_id: int
     end_token_id: int
+    first_index: int = 0
+    """Index in the whole trace of the first request of the part that is built for."""
+
+    def beginning_at(self, first_index: int) -> PromptBuilder:
+        """The same prompts for a part of the trace."""
+        return dataclasses.replace(self, first_index=first_index)
 
     def build(self, request: TraceRequest, index: int) -> list[int]:
         """Token ids of the prompt of ``request``, the ``index``-th of its trace.
 
         What its hash ids do not cover is unique.
         """
-        return self._tokens(request.hash_ids, request.block_tokens, request.prompt_tokens, index)
+        return self._tokens(request.hash_ids, request.block_tokens, request.prompt_tokens, self.first_index + index)
 
     def unique(self, prompt_tokens: int, index: int) -> list[int]:
         """A prompt that shares no prefix with those of another ``index``."""

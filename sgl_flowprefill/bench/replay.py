@@ -117,6 +117,24 @@ class ReplayRun:
         return [RequestResult(**(row | {"tbt_s": tuple(row["tbt_s"])})) for row in rows]
 
 
+def joined(runs: Sequence[ReplayRun], offsets: Sequence[int], starts_s: Sequence[float]) -> ReplayRun:
+    """Parts of one trace, replayed with pauses between them, as one run that lasts as if they had followed one another.
+
+    Part ``k`` begins with request ``offsets[k]`` of the trace, at ``starts_s[k]`` of its time.
+    """
+    results = [
+        dataclasses.replace(result, index=result.index + offset, scheduled_s=result.scheduled_s + start_s)
+        for run, offset, start_s in zip(runs, offsets, starts_s, strict=True)
+        for result in run.results
+    ]
+    duration_s = starts_s[-1] + runs[-1].duration_s
+    cpu_share = sum(run.client.cpu_share * run.duration_s for run in runs) / sum(run.duration_s for run in runs)
+    reports = [run.client for run in runs]
+    reason = next((report.invalid_reason for report in reports if report.invalid_reason), None)
+    client = dataclasses.replace(_client_report(results, cpu_share), invalid_reason=reason)
+    return ReplayRun(results, runs[0].start_monotonic_s, duration_s, client, any(run.stopped_early for run in runs))
+
+
 def replay(
     trace: Trace,
     client: Client,

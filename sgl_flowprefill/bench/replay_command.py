@@ -9,10 +9,18 @@ from pathlib import Path
 
 from rich.console import Console
 
+from sgl_flowprefill.bench.answers import Answers
 from sgl_flowprefill.bench.calibrate import measure_solo_ttft, time_scale
 from sgl_flowprefill.bench.client import APIS, Client, served_model
 from sgl_flowprefill.bench.comparison import Comparison, SystemResult
-from sgl_flowprefill.bench.options import AUTO, add_trace_options, positive_float, prompt_builder, requested_trace
+from sgl_flowprefill.bench.options import (
+    AUTO,
+    add_trace_options,
+    positive_float,
+    positive_int,
+    prompt_builder,
+    requested_trace,
+)
 from sgl_flowprefill.bench.progress import ReplayProgress
 from sgl_flowprefill.bench.publish import publish
 from sgl_flowprefill.bench.replay import replay
@@ -36,7 +44,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--event-log", type=Path, metavar="FILE", help="FlowPrefill's event log, if the server on this machine has one"
     )
     parser.add_argument("--out", type=Path, default=Path("out/replay"), help="folder of results (default %(default)s)")
-    add_trace_options(parser, rate_scale=1.0, duration_s=60.0, max_output_tokens=None)
+    trace_options = add_trace_options(parser, rate_scale=1.0, duration_s=60.0)
+    trace_options.add_argument("--max-output-tokens", type=positive_int, metavar="N", help="cut longer answers")
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
@@ -52,7 +61,8 @@ def run(args: argparse.Namespace, console: Console) -> int:
     if scale == AUTO:
         solo_ttft_s = measure_solo_ttft(client, prompts, lambda line: console.print(line, highlight=False))
         scale = time_scale(solo_ttft_s)
-    trace = requested_trace(args, scale)
+    answers = Answers(max_tokens=args.max_output_tokens)
+    trace = answers.of(requested_trace(args, scale))
     with ReplayProgress(args.label, len(trace.requests), trace.requests[-1].arrival_s, console) as progress:
         replayed = replay(trace, client, prompts, progress.update)
     replayed.write_jsonl(args.out / f"{args.label}.jsonl")
@@ -62,6 +72,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
         trace=trace,
         seed=args.seed,
         time_scale=scale,
+        answers=answers,
         model=model,
         command=shlex.join(["python", "-m", "sgl_flowprefill.bench", *sys.argv[1:]]),
     )

@@ -20,6 +20,7 @@ import aiohttp
 import requests
 from rich.console import Console
 
+from sgl_flowprefill.bench.answers import measure_decode
 from sgl_flowprefill.bench.calibrate import measure_solo_ttft
 from sgl_flowprefill.bench.client import Client, GenerateApi, get_json
 from sgl_flowprefill.bench.comparison import machine, versions
@@ -136,6 +137,10 @@ class Served:
         """Median TTFT (s) of lone requests by prompt tokens. Raises CalibrationError."""
         return measure_solo_ttft(self.client, prompts, say)
 
+    def decode_tokens_per_s(self, prompts: PromptBuilder) -> float:
+        """What the decode server carries. Raises CalibrationError."""
+        return measure_decode(self.client, prompts)
+
     def replay(
         self,
         trace: Trace,
@@ -172,7 +177,8 @@ class Served:
         if self.event_log is None:
             return None
         end_s = run.start_monotonic_s + run.duration_s
-        return [one.blocking_s for one in read_suspensions(self.event_log, run.start_monotonic_s, end_s)]
+        suspensions = read_suspensions(self.event_log, run.start_monotonic_s, end_s)
+        return [one.blocking_s for one in suspensions if one.blocking_s is not None]
 
     def engine(self, prompts: PromptBuilder) -> Engine:
         """What the simulator needs to know; a burst of requests shows what passes between forwards.

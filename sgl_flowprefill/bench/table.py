@@ -9,6 +9,7 @@ from rich import box
 from rich.table import Table
 
 from sgl_flowprefill.bench.comparison import Comparison, SystemResult
+from sgl_flowprefill.bench.metrics import PreemptionSummary
 
 MISSING: Final = "–"
 Row = tuple[str, list[str]]
@@ -33,7 +34,8 @@ def title(comparison: Comparison) -> str:
     """What was run, in a line."""
     return (
         f"{comparison.trace.name}, seed {comparison.seed}: {comparison.trace.rate_rps:.2f} req/s "
-        f"({comparison.trace_rate_rps:.2f} req/s of the trace, times x{comparison.time_scale:.2f}), {comparison.model}"
+        f"({comparison.trace_rate_rps:.2f} req/s of the trace, times x{comparison.time_scale:.2f}), "
+        f"{comparison.model}; {comparison.answers.text(comparison.trace)}"
     )
 
 
@@ -66,7 +68,7 @@ def table_rows(comparison: Comparison) -> Iterator[tuple[str, str, list[str]]]:
             ),
         )
     yield row(
-        "preemption", "preemptions", lambda system: str(system.preemption.preemptions) if system.preemption else MISSING
+        "preemption", "preemptions", lambda system: preemptions(system.preemption) if system.preemption else MISSING
     )
     yield row(
         "preemption",
@@ -91,6 +93,12 @@ def table_rows(comparison: Comparison) -> Iterator[tuple[str, str, list[str]]]:
             " / ".join(map(milliseconds, system.stop_wait_p50_p99_max_s)) if system.stop_wait_p50_p99_max_s else MISSING
         ),
     )
+
+
+def preemptions(summary: PreemptionSummary) -> str:
+    """How many there were, and the switches that count as none."""
+    others = summary.switches_without_news
+    return str(summary.preemptions) + (f" (and {others} switches without news)" if others else "")
 
 
 def percent(share: float) -> str:

@@ -93,6 +93,17 @@ class Trace:
         """The requests that arrive by ``end_s``."""
         return dataclasses.replace(self, requests=[r for r in self.requests if r.arrival_s <= end_s])
 
+    def between(self, start_s: float, end_s: float) -> Trace:
+        """The requests that arrive from ``start_s`` on and before ``end_s``, with times that count from ``start_s``."""
+        return dataclasses.replace(
+            self,
+            requests=[
+                dataclasses.replace(request, arrival_s=request.arrival_s - start_s)
+                for request in self.requests
+                if start_s <= request.arrival_s < end_s
+            ],
+        )
+
     def limited(
         self,
         *,

@@ -22,6 +22,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from sgl_flowprefill.bench.answers import add_answers_option
 from sgl_flowprefill.bench.comparison import machine, versions
 from sgl_flowprefill.bench.options import AUTO, positive_float, positive_int, scale_or_auto
 from sgl_flowprefill.bench.prober import Plan, Prober, outcome
@@ -67,9 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="X",
         help="factor for the workload's times and SLOs; auto (default) measures it as bench demo does",
     )
-    parser.add_argument(
-        "--max-output-tokens", type=positive_int, default=8, metavar="N", help="cut longer answers (default 8)"
-    )
+    add_answers_option(parser)
     parser.add_argument("--out", type=Path, default=Path("out/validate"), help="folder of results")
     Servers.add_options(parser)
 
@@ -193,6 +192,7 @@ def _replay_all(prober: Prober, system: System, loads: Sequence[float]) -> None:
 
 
 def _publish(rows: Sequence[dict[str, Any]], prober: Prober, folder: Path, console: Console) -> None:
+    answers, trace = prober.answers, prober.trace(0, prober.plan.workload.rate_rps)
     document = {
         "rows": rows,
         "worst_points": max(abs(row["difference_points"]) for row in rows),
@@ -200,6 +200,7 @@ def _publish(rows: Sequence[dict[str, Any]], prober: Prober, folder: Path, conso
         "seeds": prober.plan.seeds,
         "duration_s": prober.plan.duration_s,
         "time_scale": prober.time_scale,
+        "answers": answers.to_dict(trace),
         "engine": prober.log.facts["engine"],
         "overhead_s": prober.setup.machine.cost.serving_s,
         "command": shlex.join(["python", "-m", "sgl_flowprefill.bench", *sys.argv[1:]]),
@@ -224,6 +225,7 @@ def _publish(rows: Sequence[dict[str, Any]], prober: Prober, folder: Path, conso
             f"{row['measured_ttft_p50_s']:.3f} / {row['simulated_ttft_p50_s']:.3f}",
         )
     console.print(table)
+    console.print(answers.text(trace), highlight=False, soft_wrap=True)
     if not read_profile(Path(prober.log.facts["engine"]["profile"])).has_batches:
         console.print(
             "The TTFT profile has single prompts only, from which chunks can only be guessed: "

@@ -2,30 +2,46 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
+
+from sglang.srt.managers.scheduler_components.output_streamer import SchedulerOutputStreamer
+from sglang.srt.managers.utils import is_health_check_generate_req
 
 from sgl_flowprefill.events import EventLog
 from sgl_flowprefill.runtime.metrics import Metrics
 from sgl_flowprefill.runtime.task import PrefillTask
 from sgl_flowprefill.ttft import AdaptiveTTFT, Prediction
 
+REASON_CHARS: Final = 200
+
 
 class Journal(EventLog):
-    """An event log with a method for each kind of event, which metrics go with."""
+    """An event log with a method for each kind of event, which metrics go with. It sees to it that each request that
+    has arrived ends once.
+    """
 
     def __init__(self, path: str | Path | None, metrics: Metrics | None = None) -> None:
         super().__init__(path)
         self._metrics = metrics
+        self._open: set[Any] = set()
+        """The requests (SGLang's Req) that have arrived and not ended."""
+        self._abort_asked: set[Any] = set()
+        """Those that somebody wants aborted; some have still to arrive."""
 
     def arrived(self, req: Any, received_s: float, slo_s: float) -> None:
+        if not self.is_written or req in self._open or is_health_check_generate_req(req):
+            return
+        self._open.add(req)
         self.write(
             "arrival",
             time.monotonic(),
             rid=req.rid,
-            prompt_tokens=len(req.origin_input_ids),
+            # SGLang replaces the prompt of one that it refuses.
+            prompt_tokens=max(len(req.origin_input_ids), len(req.origin_input_ids_unpadded)),
             ttft_slo_s=slo_s,
             deadline_s=round(received_s + slo_s, 6),
             received_s=round(received_s, 6),
@@ -35,11 +51,11 @@ class Journal(EventLog):
         self, task: PrefillTask, winner: PrefillTask, stopped_s: float, now_s: float, news_readable_s: float
     ) -> None:
         """``task``, which ran until ``stopped_s``, waits for ``winner``. The first news that led to it could have been
-        read at ``news_readable_s``.
+        read at ``news_readable_s``; infinity without any.
         """
         # A winner that lost an earlier decision wins because of what has happened since, and waits for it from then on.
-        readable_s = min(now_s, max(winner.readable_s, news_readable_s))
-        blocking_s = max(0.0, now_s - readable_s)
+        readable_s = min(now_s, max(winner.readable_s, news_readable_s)) if news_readable_s < math.inf else None
+        blocking_s = None if readable_s is None else now_s - readable_s
         if self._metrics is not None:
             self._metrics.preempted(blocking_s)
         self.write(
@@ -49,9 +65,9 @@ class Journal(EventLog):
             rids=task.rids,
             checkpoint=task.checkpoint,
             for_rids=winner.rids,
-            readable_s=round(readable_s, 6),
+            readable_s=readable_s and round(readable_s, 6),
             stopped_s=round(stopped_s, 6),
-            blocking_s=round(blocking_s, 6),
+            blocking_s=blocking_s and round(blocking_s, 6),
         )
 
     def resumed(self, task: PrefillTask, now_s: float) -> None:
@@ -70,12 +86,19 @@ class Journal(EventLog):
         )
 
     def completed(self, task: PrefillTask, prediction: Prediction, ttft: AdaptiveTTFT, live_tasks: int) -> None:
-        """``prediction`` is what ``ttft`` says of it now that it has run."""
+        """``prediction`` is what ``ttft`` says of it now that it has run. Members whose abort was asked for end as
+        aborted, when SGLang drops them.
+        """
+        ended = [
+            req
+            for req in task.batch.reqs
+            if is_health_check_generate_req(req) or (req in self._open and req not in self._abort_asked)
+        ]
         self.write(
             "complete",
             time.monotonic(),
             task=task.id,
-            rids=task.rids,
+            rids=self._close(ended),
             checkpoint=task.checkpoint,
             forward_s=round(task.executed_s, 6),
             predicted_s=round(task.predicted_s, 6),
@@ -85,7 +108,66 @@ class Journal(EventLog):
         if self._metrics is not None:
             self._metrics.completed(ttft.state(), live_tasks)
 
-    def aborted(self, rids: Sequence[str], task: PrefillTask | None = None) -> None:
-        """Nobody waits for ``rids`` any more, which ``task`` was running, or none."""
-        running = {} if task is None else {"task": task.id, "checkpoint": task.checkpoint}
-        self.write("abort", time.monotonic(), rids=rids, **running)
+    def dropped(self, task: PrefillTask) -> None:
+        """``task`` is unwound: nobody waits for it any more. Members that have ended already are not named."""
+        rids = self._close([req for req in task.batch.reqs if req in self._open])
+        self.write("abort", time.monotonic(), rids=rids, task=task.id, checkpoint=task.checkpoint)
+
+    def failed(self, task: PrefillTask, reason: str, http_status: int) -> None:
+        """The forward pass of ``task`` has raised. Members whose abort was asked for end as aborted, when SGLang drops
+        them.
+        """
+        rids = self._close([req for req in task.batch.reqs if req in self._open and req not in self._abort_asked])
+        self.write(
+            "fail",
+            time.monotonic(),
+            rids=rids,
+            task=task.id,
+            checkpoint=task.checkpoint,
+            http_status=int(http_status),
+            reason=reason[:REASON_CHARS],
+        )
+
+    def abort_asked(self, reqs: Iterable[Any]) -> None:
+        """They are to be aborted, wherever they are."""
+        if self.is_written:
+            self._abort_asked.update(reqs)
+
+    def answered(self, req: Any, reason: str, http_status: int | None) -> None:
+        """The client has heard the last of ``req``: an answer, or a ``reason`` why it gets none."""
+        if req not in self._open:
+            return
+        now_s, asked = time.monotonic(), req in self._abort_asked
+        rids = self._close([req])
+        if asked:
+            self.write("abort", now_s, rids=rids)
+        else:
+            self.write("fail", now_s, rids=rids, http_status=http_status, reason=reason[:REASON_CHARS])
+
+    def close_lost(self, held: Iterable[Any]) -> None:
+        """End the requests that are not among ``held``, the scheduler's: they left it on a way that nothing else here
+        knows of.
+        """
+        for req in self._open.difference(held):
+            self.answered(req, "it is in none of the scheduler's queues", None)
+
+    def _close(self, reqs: Sequence[Any]) -> list[str]:
+        """Their ids; they have ended."""
+        self._open.difference_update(reqs)
+        self._abort_asked.difference_update(reqs)
+        return [req.rid for req in reqs]
+
+
+class JournalledStreamer(SchedulerOutputStreamer):
+    """SGLang's way of answers to the client, which tells the journal of each last one."""
+
+    journal: Journal | None = None
+    """Set on the instance, when the scheduler is ready to serve."""
+
+    def stream_output(self, reqs: Sequence[Any], return_logprob: bool, skip_req: Any = None) -> None:
+        super().stream_output(reqs, return_logprob, skip_req)
+        if self.journal is not None:
+            for req in reqs:
+                if req.finished():
+                    reason = req.finished_reason.to_json()
+                    self.journal.answered(req, str(reason.get("message")), reason.get("status_code"))

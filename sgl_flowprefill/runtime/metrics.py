@@ -34,9 +34,11 @@ class Metrics:
             multiprocess_mode="mostrecent",
         )
 
-    def preempted(self, blocking_s: float) -> None:
+    def preempted(self, blocking_s: float | None) -> None:
+        """``blocking_s`` is None where nobody was blocked."""
         self._preemptions.labels(**self._labels).inc()
-        self._blocking_s.labels(**self._labels).observe(blocking_s)
+        if blocking_s is not None:
+            self._blocking_s.labels(**self._labels).observe(blocking_s)
 
     def completed(self, ttft_state: Mapping[str, float], live_tasks: int) -> None:
         """``ttft_state`` as ``AdaptiveTTFT.state`` gives it."""

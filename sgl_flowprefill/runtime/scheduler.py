@@ -29,7 +29,6 @@ from sglang.srt.managers.io_struct import (
     UpdateWeightsFromTensorReqInput,
 )
 from sglang.srt.managers.schedule_batch import FINISH_ABORT
-from sglang.srt.managers.utils import is_health_check_generate_req
 
 from sgl_flowprefill.policy import Job
 from sgl_flowprefill.runtime.deadline import received_s, slo_s
@@ -136,6 +135,7 @@ class FlowPrefillScheduler(PreparedScheduler):
             self._kv_is_short = False
             self.resolve_waiting_queue_bootstrap()
             self._forget_left_requests()
+            self._journal.close_lost(self._held_requests())
         self._drop_aborted_tasks()
         for req in self.disagg_prefill_bootstrap_queue.pop_bootstrapped():
             self._enqueue(req)
@@ -389,9 +389,9 @@ class FlowPrefillScheduler(PreparedScheduler):
                 req.grammar.add_done_callback(lambda _: self._wakeup.notify())
 
     def _add_request_to_queue(self, req: Any, is_retracted: bool = False) -> None:
-        super()._add_request_to_queue(req, is_retracted)
-        if self._is_on and not is_health_check_generate_req(req):
+        if self._is_on:
             self._journal.arrived(req, received_s(req), self._slo_s(req))
+        super()._add_request_to_queue(req, is_retracted)
 
     def _enqueue(self, req: Any) -> None:
         """A request that finished bootstrapping waits for its turn."""
@@ -412,15 +412,29 @@ class FlowPrefillScheduler(PreparedScheduler):
         return bool(outdated)
 
     def abort_request(self, recv_req: Any) -> None:
+        if self._is_on:
+            reqs = chain(self._held_requests(), self.grammar_manager.grammar_queue)
+            self._journal.abort_asked(req for req in reqs if recv_req.abort_all or req.rid.startswith(recv_req.rid))
         super().abort_request(recv_req)
         if self._is_on:
             self._forget_left_requests()
+
+    def send_abort_output(self, abort_req: Any, req: Any) -> None:
+        """SGLang's other way to end a request, past the output streamer."""
+        super().send_abort_output(abort_req, req)
+        if self._is_on:
+            reason = abort_req.finished_reason or {}
+            self._journal.answered(req, str(reason.get("message")), reason.get("status_code"))
+
+    def _held_requests(self) -> list[Any]:
+        """All requests that have arrived here and whose prefill has not run."""
+        of_tasks = chain.from_iterable(task.batch.reqs for task in chain(self._live, self._finishing))
+        return [*self.disagg_prefill_bootstrap_queue.queue, *self.waiting_queue, *of_tasks]
 
     def _forget_left_requests(self) -> None:
         """Drop the jobs of requests that SGLang has taken off the waiting queue (aborted, decode server gone)."""
         for job in self._waiting.take_all_but(self.waiting_queue):
             self._policy.requests.remove(job)
-            self._journal.aborted([job.item.req.rid])
 
     def resolve_waiting_queue_bootstrap(self) -> None:
         """SGLang drops waiting requests whose decode server is gone; here a part of them each time, in turns."""
@@ -438,6 +452,7 @@ class FlowPrefillScheduler(PreparedScheduler):
         """
         for task in list(self._live):
             if all(is_aborted(req) for req in task.batch.reqs):
+                self._journal.dropped(task)
                 self._drop(task)
 
     def _fail(self, task: PrefillTask, failure: Failure) -> None:
@@ -448,6 +463,7 @@ class FlowPrefillScheduler(PreparedScheduler):
         for req in task.batch.reqs:
             if not is_aborted(req):
                 req.to_finish = FINISH_ABORT(failure.message, HTTPStatus.INTERNAL_SERVER_ERROR, "InternalServerError")
+        self._journal.failed(task, failure.message, HTTPStatus.INTERNAL_SERVER_ERROR)
         self._drop(task)
 
     def _drop(self, task: PrefillTask) -> None:
@@ -458,7 +474,6 @@ class FlowPrefillScheduler(PreparedScheduler):
         self._executor.cancel(task)
         self._retire(task)
         self._slots.give_back(task.attn_backend)
-        self._journal.aborted(task.rids, task)
         dropped = [req for req in task.batch.reqs if self._retire_aborted_prefill_result(req)]
         for req in dropped:
             req.time_stats.set_completion_time()

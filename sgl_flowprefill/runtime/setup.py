@@ -24,7 +24,7 @@ from sgl_flowprefill.policy import Limits, PrefillPolicy, make_policy
 from sgl_flowprefill.runtime.agreement import Agreement
 from sgl_flowprefill.runtime.checkpoints import Progress, find_decoder_layers, install_checkpoints
 from sgl_flowprefill.runtime.device import CpuDevice, Device, make_device
-from sgl_flowprefill.runtime.journal import Journal
+from sgl_flowprefill.runtime.journal import Journal, JournalledStreamer
 from sgl_flowprefill.runtime.memory import TaskMemory
 from sgl_flowprefill.runtime.metrics import Metrics
 from sgl_flowprefill.runtime.profile import load_or_measure
@@ -142,6 +142,7 @@ class PreparedScheduler(Scheduler):
         is_first, with_metrics = self._events is not None, self.metrics_collector_context.enable_metrics
         metrics = Metrics(self.metrics_collector.labels) if is_first and with_metrics else None
         self._journal = Journal(config.event_log if is_first else None, metrics)
+        self.output_streamer.journal = self._journal
         self._is_on = True
         logger.info(
             "FlowPrefill is on: policy %s, %d checkpoints in a forward pass, at most %d suspended tasks, batches of up "
@@ -151,6 +152,10 @@ class PreparedScheduler(Scheduler):
             config.max_suspended,
             batch_tokens,
         )
+
+    def get_output_streamer_class(self) -> type[JournalledStreamer]:
+        """SGLang's hook for what its scheduler hands answers to."""
+        return JournalledStreamer
 
     def _agree_with_ranks(self, news: Callable[[], bool] | None) -> Agreement:
         nodes = get_parallel().nnodes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import StringIO
@@ -38,6 +39,19 @@ def prober(flowprefill_cluster: Cluster, tmp_path: Path) -> Prober:
     plan = Plan(workload("mixed"), seeds=1, duration_s=4.0, max_output_tokens=2)
     log = ProbeLog(tmp_path / "probes.jsonl", plan.settings())
     return Prober(plan, log, serve, Console(file=StringIO()), flowprefill_cluster.config.options)
+
+
+def test_answers_are_shortened_to_what_the_real_decode_server_carries(prober: Prober) -> None:
+    prober.plan = dataclasses.replace(prober.plan, max_output_tokens=None)
+    with prober.serving(OURS) as served:
+        answers = prober.answers
+        print(f"the decode server carries {answers.decode_tokens_per_s:.0f} tokens/s; answers x {answers.scale:.3f}")
+        assert 0 < answers.scale < 1, "one core does not carry the answers of a GPU's workload"
+        probe = prober.probe(served, OURS, seed=0, rate_rps=4.0)
+    assert probe.complete, probe.run.client.invalid_reason
+    asked = {request.arrival_s: request.output_tokens for request in prober.trace(0, 4.0).requests}
+    assert {result.scheduled_s: result.output_tokens for result in probe.run.results} == asked
+    assert len(set(asked.values())) > 3, "they keep their relative lengths"
 
 
 def test_a_search_with_real_servers(prober: Prober) -> None:

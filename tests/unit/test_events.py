@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +13,7 @@ import pytest
 from sgl_flowprefill.bench.__main__ import main
 from sgl_flowprefill.bench.event_log import summarise_log
 from sgl_flowprefill.events import EventLog, read_events
+from sgl_flowprefill.runtime.journal import Journal
 
 
 def complete(t_s: float, task: int, rid: str, forward_s: float, expected_s: float, profiled_s: float) -> dict[str, Any]:
@@ -87,6 +90,74 @@ def test_time_between_forwards_counts_where_a_request_waits() -> None:
         {"event": "start", "t_s": 1.004, "task": 1, "rids": ["b", "c"], "new_tokens": 2},
     ]
     assert summarise_log(events).between_forwards_p50_s == pytest.approx(0.004)
+
+
+def served(task: int, rid: str, t_s: float) -> list[dict[str, Any]]:
+    """A request that arrives and runs for a second."""
+    return [
+        {"event": "arrival", "t_s": t_s, "rid": rid, "deadline_s": t_s + 5},
+        {"event": "start", "t_s": t_s, "task": task, "rids": [rid], "new_tokens": 10},
+        complete(t_s + 1, task, rid, 1.0, 1.0, 1.0),
+    ]
+
+
+def test_a_request_that_fails_is_waited_for_until_then_and_no_longer() -> None:
+    events = [
+        {"event": "arrival", "t_s": 0.0, "rid": "too long", "deadline_s": 5.0},
+        {"event": "fail", "t_s": 0.25, "rids": ["too long"], "http_status": 400, "reason": "too long"},
+        *served(0, "a", 100.0),
+        *served(1, "b", 200.0),
+    ]
+    summary = summarise_log(events)
+    assert (summary.requests, summary.answered, summary.failed, summary.without_end) == (3, 2, 1, 0)
+    assert summary.busy_s == pytest.approx(2.25)
+    assert summary.between_forwards_p50_s is None
+    assert dict(summary.rows())["requests"] == "3 arrived, 2 answered, 0 aborted, 1 failed"
+
+
+def test_arrivals_without_an_end_do_not_keep_the_server_busy_and_are_counted() -> None:
+    lost = {"event": "arrival", "t_s": 0.0, "rid": "never heard of again", "deadline_s": 5.0}
+    summary = summarise_log([lost, *served(0, "a", 100.0), *served(1, "b", 200.0), *served(2, "a", 300.0)])
+    assert summary.busy_s == pytest.approx(3.0)
+    assert summary.between_forwards_p50_s is None
+    assert summary.without_end == 1
+    assert "1 without an end" in dict(summary.rows())["requests"]
+
+
+def test_a_request_that_still_runs_where_the_log_ends_keeps_the_server_busy() -> None:
+    running = served(1, "b", 200.0)[:2]
+    tick = {"event": "suspend", "t_s": 200.5, "task": 1, "rids": ["b"], "blocking_s": 0.01}
+    summary = summarise_log([*served(0, "a", 100.0), *running, tick])
+    assert summary.busy_s == pytest.approx(1.5)
+    assert summary.without_end == 1
+
+
+def test_what_ran_when_a_server_was_killed_does_not_keep_its_successor_busy() -> None:
+    killed = served(7, "b", 100.0)[:2]
+    summary = summarise_log([*killed, *served(0, "c", 200.0), *served(1, "d", 300.0)])
+    assert summary.busy_s == pytest.approx(2.0)
+    assert summary.without_end == 1
+
+
+@pytest.mark.parametrize("blocking_s", [None, 0.0], ids=["as it is logged", "as it was logged once"])
+def test_a_switch_that_no_news_led_to_is_no_preemption(blocking_s: float | None) -> None:
+    switch = {"event": "suspend", "t_s": 10.52, "task": 1, "rids": ["short"], "blocking_s": blocking_s}
+    summary = summarise_log([*TWO_REQUESTS[:5], switch, *TWO_REQUESTS[5:]])
+    assert summary.preemption.preemptions == 1
+    assert summary.preemption.blocking_mean_s == pytest.approx(0.01)
+    assert dict(summary.rows())["preemptions"] == "1 (and 1 switches without news)"
+
+
+def test_the_journal_names_no_blocking_time_where_no_news_led_to_a_switch(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "events.jsonl")
+    running: Any = SimpleNamespace(id=0, rids=["a"], checkpoint=3)
+    winner: Any = SimpleNamespace(id=1, rids=["b"], readable_s=1.0)
+    journal.suspended(running, winner, stopped_s=4.9, now_s=5.0, news_readable_s=math.inf)
+    journal.suspended(running, winner, stopped_s=4.9, now_s=5.0, news_readable_s=4.5)
+    journal.flush()
+    without_news, with_news = read_events(tmp_path / "events.jsonl")
+    assert (without_news["readable_s"], without_news["blocking_s"]) == (None, None)
+    assert (with_news["readable_s"], with_news["blocking_s"]) == (4.5, 0.5)
 
 
 def test_an_empty_log_has_no_figures() -> None:

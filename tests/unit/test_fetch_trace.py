@@ -14,7 +14,11 @@ from sgl_flowprefill.bench import fetch_trace
 from sgl_flowprefill.bench.__main__ import main
 from sgl_flowprefill.bench.fetch_trace import Published
 
-CONTENT = b'{"timestamp": 0}\n' * 20_000
+ROW = (
+    b'{"chat_id": 1, "parent_chat_id": -1, "timestamp": 0.5, "input_length": 20, "output_length": 3, "type": "text", '
+    b'"turn": 1, "hash_ids": [1, 2]}\n'
+)
+CONTENT = ROW * 2_000
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:%s\nsize 1\n"
 
 
@@ -94,4 +98,59 @@ def test_without_internet_one_line_says_what_to_do(
     line = " ".join(capsys.readouterr().err.split())
     assert fetch_trace.TRACES["qwen-a"].page in line
     assert str(path) in line
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("content", [b"this is not a trace\n", b'{"ttft_s": 1}\n', b"", ROW + b"<html>"])
+def test_a_file_that_was_put_there_and_is_no_trace_is_refused_with_the_remedy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], content: bytes
+) -> None:
+    monkeypatch.setattr(Published, "url", property(lambda self: "http://127.0.0.1:9/raw"))
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(content)
+    assert fetch(path) == 2
+    line = " ".join(capsys.readouterr().err.split())
+    assert str(path) in line
+    assert f"delete it and get it from {fetch_trace.TRACES['qwen-a'].page}" in line
+
+
+def test_a_file_that_was_put_there_is_said_not_to_be_compared_where_nothing_can_be_reached(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(Published, "url", property(lambda self: "http://127.0.0.1:9/raw"))
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(ROW * 3)
+    assert fetch(path) == 0
+    assert "with 3 requests, but not compared with what is published" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize(("there", "code"), [(CONTENT, 0), (CONTENT + ROW, 2)], ids=["the same", "longer"])
+def test_a_file_that_was_put_there_is_compared_with_the_size_of_a_file_without_a_checksum(
+    files: dict[str, bytes], tmp_path: Path, capsys: pytest.CaptureFixture[str], there: bytes, code: int
+) -> None:
+    files["/raw"] = CONTENT
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(there)
+    assert fetch(path) == code
+    out, err = capsys.readouterr()
+    said = " ".join((out + err).split())
+    assert ("no checksum is published" if code == 0 else "delete it and download it again") in said
+
+
+@pytest.mark.parametrize(("there", "code"), [(CONTENT, 0), (CONTENT[: len(ROW)] + CONTENT, 2)])
+def test_a_file_that_was_put_there_is_compared_with_a_published_checksum(
+    files: dict[str, bytes], tmp_path: Path, there: bytes, code: int
+) -> None:
+    files["/raw"] = POINTER % hashlib.sha256(CONTENT).hexdigest().encode()
+    files["/media"] = CONTENT
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(there)
+    assert fetch(path) == code
+    assert path.with_name("a.jsonl.sha256").exists() == (code == 0)
+
+
+def test_a_page_in_place_of_a_trace_is_not_kept(files: dict[str, bytes], tmp_path: Path) -> None:
+    files["/raw"] = b"<html>please log in</html>" * 5000
+    path = tmp_path / "a.jsonl"
+    assert fetch(path) == 2
     assert not path.exists()

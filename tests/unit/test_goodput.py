@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from sgl_flowprefill.bench.answers import DECODE_SHARE
 from sgl_flowprefill.bench.calibrate import REFERENCE_TTFT_S
 from sgl_flowprefill.bench.campaign import Campaign, Goal
 from sgl_flowprefill.bench.goodput import publish
@@ -24,7 +25,7 @@ from sgl_flowprefill.bench.goodput_results import GoodputResult, SystemFigures, 
 from sgl_flowprefill.bench.prober import Plan, Prober
 from sgl_flowprefill.bench.probes import Probe, ProbeLog
 from sgl_flowprefill.bench.replay import ClientReport, ReplayRun, RequestResult
-from sgl_flowprefill.bench.simulator.measured import Engine, measured_setup
+from sgl_flowprefill.bench.simulator.measured import Engine, measured_setup, saturation_rps
 from sgl_flowprefill.bench.simulator.requests import results
 from sgl_flowprefill.bench.simulator.systems import Setup
 from sgl_flowprefill.bench.simulator.systems import run as simulated
@@ -40,6 +41,7 @@ NAMES = ("flowprefill", "flowprefill-layer", "stock-fcfs", "stock-spf-512")
 OPTIONS = FlowPrefillConfig()
 SETTING = Setting(model="toy", device="cpu", dtype="float32", attention_backend="x", threads=1, sglang="0")
 FORWARD_S = {tokens: 0.02 + 3e-4 * tokens + 1.5e-8 * tokens**2 for tokens in (16, 128, *REFERENCE_TTFT_S)}
+DECODE_TOKENS_PER_S = 200.0
 SOLO_TTFT_S = {tokens: 0.02 + FORWARD_S[tokens] for tokens in REFERENCE_TTFT_S}
 
 
@@ -85,6 +87,9 @@ class SimulatedEndpoint:
     def solo_ttft_s(self, prompts: Any, say: Any = None) -> dict[int, float]:
         return {tokens: ttft_s * self.model.slowdown for tokens, ttft_s in SOLO_TTFT_S.items()}
 
+    def decode_tokens_per_s(self, prompts: Any) -> float:
+        return DECODE_TOKENS_PER_S
+
     def engine(self, prompts: Any) -> Engine:
         return self.model.engine
 
@@ -117,12 +122,32 @@ def campaign_of(
     names: tuple[str, ...] = NAMES,
     seeds: int = 2,
     duration_s: float = 60.0,
+    max_output_tokens: int | None = 8,
     **goal: Any,
 ) -> Campaign:
-    plan = Plan(workload("qwen"), seeds, duration_s, max_output_tokens=8)
+    plan = Plan(workload("qwen"), seeds, duration_s, max_output_tokens)
     log = ProbeLog(folder / "probes.jsonl", plan.settings())
     prober = Prober(plan, log, model.serve, Console(file=StringIO(), width=200), OPTIONS)
     return Campaign(prober, select(names), dataclasses.replace(Goal((0.9, 0.99), precision=1.1), **goal))
+
+
+def test_answers_take_a_share_of_what_the_decode_server_carries_at_saturation_and_the_same_at_all_rates(
+    profile: Path, tmp_path: Path
+) -> None:
+    prober = campaign_of(Model(profile), tmp_path, max_output_tokens=None).prober
+    with prober.serving(SYSTEMS[NAMES[0]]):
+        pass
+    whole = prober.plan.trace(0, prober.plan.workload.rate_rps, prober.time_scale)
+    saturated_rps = saturation_rps(whole, prober.setup.machine.cost)
+    for rate_rps in (1.0, 5.0):
+        trace = prober.trace(0, rate_rps)
+        own = prober.plan.trace(0, rate_rps, prober.time_scale)
+        assert trace == prober.answers.of(own)
+        mean_tokens = sum(request.output_tokens for request in trace.requests) / len(trace.requests)
+        assert saturated_rps * mean_tokens == pytest.approx(DECODE_SHARE * DECODE_TOKENS_PER_S, rel=0.25)
+    again = campaign_of(Model(profile), tmp_path, max_output_tokens=None).prober
+    assert again.is_calibrated
+    assert again.answers == prober.answers, "a run that goes on keeps its lengths"
 
 
 def test_a_run_finds_the_rates_of_its_servers_and_reports_them(profile: Path, tmp_path: Path) -> None:

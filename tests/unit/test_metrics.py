@@ -84,13 +84,16 @@ def test_blocking_comes_from_the_suspensions_of_the_run_only(tmp_path: Path) -> 
         {"event": "start", "t_s": 11.0},
         {"event": "suspend", "t_s": 12.0, "blocking_s": 0.002, "readable_s": 11.998, "stopped_s": 11.9995},
         {"event": "suspend", "t_s": 13.0, "blocking_s": 0.004, "readable_s": 12.996, "stopped_s": 12.995},
+        {"event": "suspend", "t_s": 14.0, "blocking_s": None, "readable_s": None, "stopped_s": 13.9},
+        {"event": "suspend", "t_s": 15.0, "blocking_s": 0.0, "readable_s": 15.0, "stopped_s": 14.9},
         {"event": "suspend", "t_s": 99.0, "blocking_s": 9.0},
     ]
     log.write_text("".join(json.dumps(event) + "\n" for event in events) + '{"event": "susp')
     suspensions = read_suspensions(log, 10.0, 20.0)
-    blocking_s = [one.blocking_s for one in suspensions]
-    assert blocking_s == [0.002, 0.004]
-    assert [one.stop_wait_s for one in suspensions] == pytest.approx([0.0015, 0.0])
+    assert [one.blocking_s for one in suspensions] == [0.002, 0.004, None, None], "nobody waited for the last two"
+    blocking_s = [one.blocking_s for one in suspensions if one.blocking_s is not None]
+    assert [one.stop_wait_s for one in suspensions[:2]] == pytest.approx([0.0015, 0.0])
+    assert [one.stop_wait_s for one in suspensions[2:]] == [None, None]
     summary = summarise_blocking(blocking_s)
     assert summary.preemptions == 2
     assert summary.blocking_p50_s == pytest.approx(0.003)

@@ -1,0 +1,218 @@
+"""Each request that arrives at a real prefill scheduler has one end in the event log, whatever becomes of it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sglang.srt.disaggregation.base import KVPoll
+from sglang.srt.managers.io_struct import AbortReq
+
+from sgl_flowprefill.bench.event_log import summarise_log
+from sgl_flowprefill.events import read_events
+from sgl_flowprefill.policy import Limits
+from sgl_flowprefill.runtime.journal import Journal
+from tests.engine import PrefillEngine, generate_request
+from tests.faults import MARKER, raise_in_marked_prompts
+from tests.prompts import prompt
+
+
+class LoggedEngine:
+    """An engine, its event log, and ways to bring requests into each state."""
+
+    def __init__(self, engine: PrefillEngine, path: Path) -> None:
+        self.engine = engine
+        self.scheduler = engine.scheduler
+        self.path = path
+
+    def queued(self, rid: str, state: KVPoll = KVPoll.Bootstrapping) -> Any:
+        """A request in the bootstrap queue, whose handshake is in ``state``."""
+        self.engine.submit(rid, prompt(hash(rid) % 1000, 50))
+        req = next(req for req in self.scheduler.disagg_prefill_bootstrap_queue.queue if req.rid == rid)
+        req.disagg_kv_sender.conclude_state = state
+        return req
+
+    def waiting(self, rid: str) -> Any:
+        """A request that could be started now."""
+        self.engine.submit(rid, prompt(hash(rid) % 1000, 50), ttft_slo_s=100.0)
+        self.scheduler._take_events()
+        return next(req for req in self.scheduler.waiting_queue if req.rid == rid)
+
+    def check_for_stalls(self) -> None:
+        """What the scheduler does once a second."""
+        self.scheduler._last_stall_check_s = 0.0
+        self.scheduler._take_events()
+
+    def events(self) -> list[dict[str, Any]]:
+        self.scheduler._journal.flush()
+        return list(read_events(self.path))
+
+    def ends(self) -> dict[str, str]:
+        """Kind of end by request; each has one, after its arrival, and nothing else has."""
+        events = self.events()
+        arrivals = [event["rid"] for event in events if event["event"] == "arrival"]
+        ends = [
+            (rid, event) for event in events if event["event"] in ("complete", "abort", "fail") for rid in event["rids"]
+        ]
+        assert Counter(rid for rid, _ in ends) == Counter(arrivals)
+        assert set(Counter(arrivals).values()) <= {1}
+        return {rid: event["event"] for rid, event in ends}
+
+    def failure(self, rid: str) -> dict[str, Any]:
+        [event] = [event for event in self.events() if event["event"] == "fail" and event["rids"] == [rid]]
+        return event
+
+
+@pytest.fixture
+def logged(shared_engine: PrefillEngine, tmp_path: Path) -> Iterator[LoggedEngine]:
+    scheduler = shared_engine.scheduler
+    journal, limits = scheduler._journal, scheduler._policy.limits
+    shared_engine.answers.clear()
+    scheduler._journal = scheduler.output_streamer.journal = Journal(tmp_path / "events.jsonl")
+    yield LoggedEngine(shared_engine, tmp_path / "events.jsonl")
+    scheduler._journal = scheduler.output_streamer.journal = journal
+    scheduler._policy.limits = limits
+    scheduler._executor._interrupted = scheduler._events.pending
+    shared_engine.run()
+    shared_engine.assert_clean()
+
+
+def test_requests_that_are_refused_at_the_door_fail_with_the_reason(
+    logged: LoggedEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logged.engine.submit("longer than the context", prompt(1, 70_000))
+    monkeypatch.setattr(logged.scheduler.disagg_prefill_bootstrap_queue, "max_input_len", 99)
+    logged.engine.submit("longer than the KV cache", prompt(1, 100))
+    monkeypatch.setattr(logged.scheduler, "abort_on_priority_when_disabled", True)
+    with_priority = generate_request("with a priority", prompt(1, 20), 1)
+    with_priority.priority = 1
+    monkeypatch.setattr(logged.scheduler, "send_control_output", lambda *_: None)
+    logged.engine.receive(with_priority)
+    assert set(logged.ends().values()) == {"fail"}
+    assert logged.failure("longer than the context")["http_status"] == 400
+    assert "exceeds the maximum number of tokens: 100 > 99" in logged.failure("longer than the KV cache")["reason"]
+    assert "Using priority is disabled" in logged.failure("with a priority")["reason"]
+    arrived = {event["rid"]: event["prompt_tokens"] for event in logged.events() if event["event"] == "arrival"}
+    assert arrived["longer than the context"] == 70_000, "and not what SGLang puts in its place"
+    logged.engine.answers.pop("with a priority", None)
+
+
+def test_a_bootstrap_that_fails_and_one_that_is_aborted_end_differently(logged: LoggedEngine) -> None:
+    logged.queued("fails", KVPoll.Failed)
+    logged.queued("is aborted")
+    logged.engine.step()
+    logged.engine.abort("is aborted")
+    logged.engine.run()
+    assert logged.ends() == {"fails": "fail", "is aborted": "abort"}
+    assert logged.failure("fails")["http_status"] == 500
+    assert "Prefill bootstrap failed" in logged.failure("fails")["reason"]
+
+
+def test_waiting_requests_that_are_aborted_or_lose_their_decode_server_end(logged: LoggedEngine) -> None:
+    logged.waiting("is aborted")
+    logged.waiting("loses its decode server").disagg_kv_sender.conclude_state = KVPoll.Failed
+    logged.engine.abort("is aborted")
+    logged.check_for_stalls()
+    assert logged.ends() == {"is aborted": "abort", "loses its decode server": "fail"}
+
+
+def test_grammars_that_do_not_compile_or_are_aborted_end_their_requests(logged: LoggedEngine) -> None:
+    for rid in ("does not compile", "is aborted"):
+        request = generate_request(rid, prompt(2, 20), 1)
+        request.sampling_params.regex = "[a-z" if rid == "does not compile" else "[b-y]{9}"
+        logged.engine.receive(request)
+    logged.engine.abort("is aborted")
+    logged.engine.run()
+    assert logged.ends() == {"does not compile": "fail", "is aborted": "abort"}
+    assert logged.failure("does not compile")["http_status"] == 400
+
+
+def test_a_task_that_is_dropped_and_a_member_that_leaves_a_batch_end_as_aborted(logged: LoggedEngine) -> None:
+    scheduler = logged.scheduler
+    scheduler._policy.limits = Limits(max_suspended=16, max_batch_tokens=500)
+    scheduler._executor._interrupted = lambda: True
+    logged.engine.submit("is dropped", prompt(1, 600), ttft_slo_s=5.0)
+    logged.engine.step()
+    for rid in ("stays", "leaves"):
+        logged.engine.submit(rid, prompt(2, 100), ttft_slo_s=1.0)
+    logged.engine.step()
+    assert [task.rids for task in scheduler._live] == [["is dropped"], ["stays", "leaves"]]
+    logged.engine.abort("leaves")
+    logged.engine.abort("is dropped")
+    logged.engine.run()
+    assert logged.ends() == {"is dropped": "abort", "stays": "complete", "leaves": "abort"}
+
+
+def test_a_request_that_fails_while_its_prefill_runs_ends_once(logged: LoggedEngine) -> None:
+    scheduler = logged.scheduler
+    scheduler._executor._interrupted = lambda: True
+    logged.engine.submit("fails", prompt(1, 600))
+    logged.engine.step()
+    [task] = scheduler._live
+    scheduler.handle_bootstrap_failure(task.batch.reqs[0])
+    logged.engine.run()
+    assert logged.ends() == {"fails": "fail"}
+
+
+def test_a_forward_pass_that_raises_ends_its_requests_but_those_that_have_left(logged: LoggedEngine) -> None:
+    scheduler, engine = logged.scheduler, logged.engine
+    hooks = raise_in_marked_prompts(scheduler, "error", 3)
+    try:
+        scheduler._executor._interrupted = lambda: True
+        for rid in ("raises", "leaves"):
+            engine.submit(rid, [*prompt(1, 60), MARKER], ttft_slo_s=100.0)
+        engine.step()
+        [task] = scheduler._live
+        engine.abort("leaves")
+        engine.run()
+    finally:
+        scheduler._executor._interrupted = scheduler._events.pending
+        for hook in hooks:
+            hook.remove()
+    assert logged.ends() == {"raises": "fail", "leaves": "abort"}
+    failure = logged.failure("raises")
+    assert (failure["task"], failure["http_status"]) == (task.id, 500)
+    assert engine.answers["raises"].req.finished_reason.to_json()["message"].startswith(failure["reason"])
+
+
+def test_health_checks_run_without_an_arrival(logged: LoggedEngine) -> None:
+    logged.engine.submit("HEALTH_CHECK_1", prompt(1, 1))
+    logged.engine.submit("request", prompt(1, 20))
+    logged.engine.run()
+    events = logged.events()
+    assert [event["rid"] for event in events if event["event"] == "arrival"] == ["request"]
+    completed = [rid for event in events if event["event"] == "complete" for rid in event["rids"]]
+    assert sorted(completed) == ["HEALTH_CHECK_1", "request"]
+    summary = summarise_log(events)
+    assert (summary.requests, summary.answered, summary.without_end) == (1, 1, 0)
+
+
+def test_a_request_that_leaves_on_a_way_nobody_thought_of_ends_within_a_second(logged: LoggedEngine) -> None:
+    logged.queued("vanishes")
+    logged.queued("stays")
+    logged.check_for_stalls()
+    del logged.scheduler.disagg_prefill_bootstrap_queue.queue[0]
+    assert {event["event"] for event in logged.events()} == {"arrival"}
+    logged.check_for_stalls()
+    assert logged.failure("vanishes")["reason"] == "it is in none of the scheduler's queues"
+    logged.scheduler.process_input_requests([AbortReq(abort_all=True)])
+    logged.engine.run()
+    assert logged.ends() == {"vanishes": "fail", "stays": "abort"}
+
+
+def test_busy_time_of_a_mix_is_the_time_in_which_somebody_waited(logged: LoggedEngine) -> None:
+    logged.engine.submit("refused", prompt(1, 70_000))
+    logged.queued("fails", KVPoll.Failed)
+    for number in range(5):
+        logged.engine.submit(f"mix {number}", prompt(number, 300), ttft_slo_s=1.0 + number)
+    logged.waiting("leaves")
+    logged.engine.abort("leaves")
+    logged.engine.run()
+    assert Counter(logged.ends().values()) == {"complete": 5, "fail": 2, "abort": 1}
+    summary = summarise_log(logged.events())
+    assert (summary.requests, summary.answered, summary.failed, summary.aborted) == (8, 5, 2, 1)
+    assert summary.without_end == 0
+    assert summary.forward_s <= summary.busy_s <= summary.span_s

@@ -1,0 +1,148 @@
+"""The demo's turns: who is measured and replayed when, and what becomes of the parts of the trace."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from io import StringIO
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+from rich.console import Console
+
+from sgl_flowprefill.bench import demo as demo_module
+from sgl_flowprefill.bench.answers import DECODE_SHARE
+from sgl_flowprefill.bench.calibrate import REFERENCE_TTFT_S
+from sgl_flowprefill.bench.comparison import Comparison
+from sgl_flowprefill.bench.replay import ClientReport, ReplayRun, RequestResult
+from sgl_flowprefill.bench.serving import Servers
+from sgl_flowprefill.bench.systems import SYSTEMS, System
+from sgl_flowprefill.bench.trace import Trace
+
+OURS, STOCK = SYSTEMS["flowprefill"], SYSTEMS["sglang"]
+SLOWDOWNS = {"flowprefill": [2.0, 4.0], "sglang": [3.0, 6.0]}
+DECODE_TOKENS_PER_S = {"flowprefill": 320.0, "sglang": 180.0}
+
+
+@dataclass
+class Machine:
+    """Stands in for clusters: what happened, in order, and the prompts that each system got."""
+
+    happened: list[tuple[str, str]] = field(default_factory=list)
+    prompts: dict[str, list[tuple[int, ...]]] = field(default_factory=lambda: {"flowprefill": [], "sglang": []})
+    clock_s: float = 1000.0
+    up: str | None = None
+
+    @contextmanager
+    def serve(self, system: System) -> Iterator[FakeServed]:
+        assert self.up is None, "one at a time"
+        self.up = system.name
+        yield FakeServed(self, system)
+        self.up = None
+
+
+@dataclass
+class FakeServed:
+    machine: Machine
+    system: System
+    event_log: Path | None = None
+
+    def solo_ttft_s(self, prompts: Any, say: Any) -> dict[int, float]:
+        self.machine.happened.append(("lone", self.system.name))
+        turn = self.machine.happened.count(("lone", self.system.name)) - 1
+        return {tokens: ttft_s * SLOWDOWNS[self.system.name][turn] for tokens, ttft_s in REFERENCE_TTFT_S.items()}
+
+    def decode_tokens_per_s(self, prompts: Any) -> float:
+        self.machine.happened.append(("decode", self.system.name))
+        return DECODE_TOKENS_PER_S[self.system.name]
+
+    def settings(self) -> Mapping[str, Any]:
+        return {"chunked_prefill_size": 4096}
+
+    def replay(self, trace: Trace, prompts: Any, on_progress: Any) -> ReplayRun:
+        self.machine.happened.append(("replay", self.system.name))
+        built = [tuple(prompts.build(request, index)) for index, request in enumerate(trace.requests)]
+        self.machine.prompts[self.system.name] += built
+        results = [
+            RequestResult(
+                index, one.request_class, one.prompt_tokens, one.output_tokens, 0, one.ttft_slo_s, one.tbt_slo_s,
+                one.arrival_s, 0.001, 0.01, 0.02, (), 0, None,
+            )
+            for index, one in enumerate(trace.requests)
+        ]  # fmt: skip
+        start_s = self.machine.clock_s
+        duration_s = trace.requests[-1].arrival_s + 1
+        self.machine.clock_s += duration_s + 100
+        return ReplayRun(results, start_s, duration_s, ClientReport(0.001, 0.001, 0.001, 0.1, None))
+
+
+def arguments(tmp_path: Path, *options: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    demo_module.add_arguments(parser)
+    return parser.parse_args(["--out", str(tmp_path), "--duration", "60", *options])
+
+
+def compared(machine: Machine, args: argparse.Namespace) -> Comparison:
+    console = Console(file=StringIO(), width=200)
+    return demo_module._Demo(args, [OURS, STOCK], cast(Any, machine.serve), console).run(Servers())
+
+
+def test_no_system_always_meets_the_machine_first(tmp_path: Path) -> None:
+    machine = Machine()
+    comparison = compared(machine, arguments(tmp_path))
+    for what in ("lone", "replay"):
+        order = [name for kind, name in machine.happened if kind == what]
+        assert order == ["flowprefill", "sglang", "sglang", "flowprefill"]
+    turns = comparison.to_dict()["turns"]
+    assert [turn["system"] for turn in turns] == ["flowprefill", "sglang", "sglang", "flowprefill"]
+    assert turns[0]["start_s"] == 0 < turns[1]["start_s"]
+    assert sum(turn["requests"] for turn in turns) == 2 * len(comparison.trace.requests)
+
+
+def test_the_time_scale_comes_from_the_lone_requests_of_all_systems(tmp_path: Path) -> None:
+    comparison = compared(Machine(), arguments(tmp_path))
+    assert comparison.time_scale == pytest.approx(3.5), "the median of 2, 3, 4 and 6"
+    ours, stock = comparison.systems
+    assert ours.solo_ttft_s[512] == pytest.approx(3 * REFERENCE_TTFT_S[512])
+    assert stock.solo_ttft_s[512] == pytest.approx(4.5 * REFERENCE_TTFT_S[512])
+
+
+@pytest.mark.parametrize("name", ["qwen-like", "mixed"], ids=["shared prefixes", "unique prompts"])
+def test_the_parts_make_the_whole_trace_with_the_same_prompts_for_all(tmp_path: Path, name: str) -> None:
+    machine = Machine()
+    comparison = compared(machine, arguments(tmp_path, "--trace", name))
+    trace = comparison.trace
+    prompts = demo_module.prompt_builder(arguments(tmp_path))
+    whole = [tuple(prompts.build(request, index)) for index, request in enumerate(trace.requests)]
+    assert machine.prompts == {"flowprefill": whole, "sglang": whole}
+    for system in comparison.systems:
+        run = system.run
+        assert [result.index for result in run.results] == list(range(len(trace.requests)))
+        arrivals_s = [request.arrival_s for request in trace.requests]
+        assert [result.scheduled_s for result in run.results] == pytest.approx(arrivals_s)
+        assert run.duration_s == pytest.approx(trace.requests[-1].arrival_s + 1), "as if without pauses"
+        assert (tmp_path / f"{system.name}.jsonl").exists()
+
+
+def test_answers_take_a_share_of_what_the_decode_servers_carry_in_the_median_of_all_turns(tmp_path: Path) -> None:
+    comparison = compared(Machine(), arguments(tmp_path))
+    lengths = [request.output_tokens for request in comparison.trace.requests]
+    per_s = comparison.trace.rate_rps * sum(lengths) / len(lengths)
+    assert per_s == pytest.approx(DECODE_SHARE * 250.0, rel=0.02)
+    assert comparison.to_dict()["answers"]["scale"] == pytest.approx(comparison.answers.scale)
+
+
+def test_answers_that_are_cut_need_no_measurement(tmp_path: Path) -> None:
+    machine = Machine()
+    comparison = compared(machine, arguments(tmp_path, "--max-output-tokens", "8"))
+    assert ("decode", "flowprefill") not in machine.happened
+    assert max(request.output_tokens for request in comparison.trace.requests) == 8
+    assert "cut at 8 tokens" in comparison.answers.text(comparison.trace)
+
+
+def test_a_trace_that_is_too_short_for_its_parts_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="give a longer --duration"):
+        compared(Machine(), arguments(tmp_path, "--requests", "1"))
