@@ -173,7 +173,7 @@ def test_a_suspended_task_holds_the_activations_that_are_accounted_for(engine: P
         storages = (item.untyped_storage() for item in held if len(item) == tokens)
         return {storage.data_ptr(): storage.nbytes() for storage in storages}
 
-    scheduler._executor._interrupted = lambda: sys._getframe(1).f_code.co_name == "checkpoint"
+    scheduler._executor._interrupted = lambda: sys._getframe(2).f_code.co_name == "checkpoint"
     gc.collect()
     before = rows()
     engine.submit("only", prompt(3, tokens), ttft_slo_s=100.0)

@@ -12,6 +12,7 @@ from sgl_flowprefill.bench.prompts import PromptBuilder
 from sgl_flowprefill.bench.workloads import qwen_like
 from sgl_flowprefill.config import FlowPrefillConfig
 from sgl_flowprefill.model.embedded import FIRST_WORD_ID, VOCAB_SIZE
+from sgl_flowprefill.pace import AS_PREDICTED, Pace
 from sgl_flowprefill.policy import make_policy
 from sgl_flowprefill.ttft import PrefillShape
 from tests.engine import PrefillEngine
@@ -34,6 +35,12 @@ class Wrong:
 
     def observe(self, batch: Sequence[PrefillShape], measured_s: float) -> Any:
         return self._right.predict(batch)
+
+    def pace(self, batch: Sequence[PrefillShape]) -> Pace:
+        return AS_PREDICTED
+
+    def follow(self) -> bool:
+        return False
 
     @property
     def correction(self) -> float:
