@@ -98,7 +98,7 @@ class Tasks(SchedulerEngine):
     def checkpoint_s(self) -> float:
         """Host time of a checkpoint with nothing pending and nothing to wait for."""
         executor = self._scheduler._executor
-        executor._running = SimpleNamespace(checkpoint=0)
+        executor._running = SimpleNamespace(checkpoint=0, points=0)
         begin_s = time.perf_counter()
         for _ in range(CHECKPOINT_CALLS):
             executor.checkpoint()

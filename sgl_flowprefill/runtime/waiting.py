@@ -45,6 +45,7 @@ class WaitingRequests:
         self.news_readable_s = math.inf
         """When the first of the requests added since ``forget_news`` could have been read."""
         self._jobs: dict[Any, Job[WaitingRequest]] = {}
+        self._by_number: dict[int, Job[WaitingRequest]] = {}
         self._added = 0
         self._bootstrapped_s: dict[int, float] = {}
         self._watched: dict[int, dict[Any, None]] = {}
@@ -79,6 +80,7 @@ class WaitingRequests:
         pace = pace_of([shape])
         work_s = predict_s([waiting]) / pace.factor
         job = self._jobs[req] = Job(waiting, arrival_s, arrival_s + slo_s, work_s, pace=pace)
+        self._by_number[waiting.number] = job
         self._watch(waiting)
         return job
 
@@ -132,13 +134,13 @@ class WaitingRequests:
 
     def numbered(self, numbers: Sequence[int]) -> list[Job[WaitingRequest]]:
         """The jobs of those numbers, in their order."""
-        by_number = {job.item.number: job for job in self._jobs.values()}
-        return [by_number[number] for number in numbers]
+        return [self._by_number[number] for number in numbers]
 
     def take(self, reqs: Sequence[Any]) -> list[Job[WaitingRequest]]:
         """Those that start now: no longer waiting."""
         jobs = [self._jobs.pop(req) for req in reqs]
         for job in jobs:
+            del self._by_number[job.item.number]
             self._unwatch(job.item)
         return jobs
 
