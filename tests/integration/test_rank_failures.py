@@ -49,8 +49,11 @@ def test_what_fails_at_both_ranks_is_dropped_and_the_others_get_the_answers_of_t
 
 @pytest.mark.parametrize(
     ("ranks_that_fail", "checkpoints"),
-    [((0,), (3, 3)), ((1,), (3, 3)), ((0, 1), (2, 3))],
-    ids=["rank 0 alone", "rank 1 alone", "at different operators"],
+    [
+        pytest.param((0,), (3, 3), id="rank 0 alone", marks=pytest.mark.stress),
+        pytest.param((1,), (3, 3), id="rank 1 alone"),
+        pytest.param((0, 1), (2, 3), id="at different operators", marks=pytest.mark.stress),
+    ],
 )
 def test_ranks_that_do_not_fail_alike_end_with_a_sentence(
     ranks_that_fail: tuple[int, ...], checkpoints: tuple[int, ...], tmp_path: Path
