@@ -205,9 +205,9 @@ class FeasibleRequests(SlackEdfQueue[T]):
         self._set.update(now_s)
 
     def _move(self, job: Job[T]) -> None:
-        was_hopeless = job in self._hopeless
+        was_hopeless = job.turns_hopeless_s == -math.inf
         super()._move(job)
-        if job in self._hopeless:
+        if job.turns_hopeless_s == -math.inf:
             self._set.remove(job)
         elif was_hopeless:
             self._set.add(job, self)
