@@ -7,7 +7,7 @@ import math
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator
 from heapq import heappop, heappush
-from itertools import islice
+from itertools import chain, islice
 from operator import attrgetter
 from typing import Any, Final, Protocol, TypeVar
 
@@ -22,15 +22,15 @@ PLANNED: Final = 32
 STARVED, KEPT, STARTED, LEFT_OUT, STARTED_HOPELESS, HOPELESS = 0.0, 1.0, 2.0, 3.0, 4.0, 5.0
 """First part of a rank."""
 
-Entry = tuple[float, int, Job[Any], Any]
-"""Deadline, number, the job, and the queue that it is in."""
+Entry = tuple[float, int, float, Job[Any], Any]
+"""Deadline, number, predicted time left, the job, and the queue that it is in."""
 
 
 class Planned(Protocol):
     """A queue whose jobs a FeasibleSet plans."""
 
-    def feasible(self, now_s: float) -> Iterable[Job[Any]]:
-        """The jobs that can meet their deadlines by themselves, by deadline."""
+    def feasible(self, now_s: float) -> Iterable[Entry]:
+        """The jobs that can meet their deadlines by themselves, by deadline: the first of many."""
         ...
 
 
@@ -46,8 +46,7 @@ def largest_feasible(by_deadline: Iterable[Entry], now_s: float, forecast: Forec
     let_go: set[int] = set()
     end_s, spare_s = now_s, math.inf
     for entry in by_deadline:
-        deadline_s, number, job, _ = entry
-        remaining_s = job.remaining_s
+        deadline_s, number, remaining_s, job, _ = entry
         taken.append(entry)
         heappush(longest, (-remaining_s / job.requests, number, remaining_s))
         end_s += remaining_s
@@ -114,16 +113,16 @@ class FeasibleSet:
         if alone_s < since_s or deadline_s > self._horizon_s:
             return
         place = bisect_left(self.kept, (deadline_s, job.number))
-        ahead_s = sum([before[2].remaining_s for before in self.kept[:place]]) if place else 0.0
+        ahead_s = sum([before[2] for before in self.kept[:place]]) if place else 0.0
         self._latest_start_s = min(self._latest_start_s - remaining_s, alone_s - ahead_s)
-        self.kept.insert(place, (deadline_s, job.number, job, queue))
+        self.kept.insert(place, (deadline_s, job.number, remaining_s, job, queue))
         if len(self.kept) > PLANNED:
             self._horizon_s = self.kept.pop()[0]
 
     def remove(self, job: Job[Any]) -> None:
         """Take ``job`` out of those kept, if it is there."""
         place = bisect_left(self.kept, (job.deadline_s, job.number))
-        if place == len(self.kept) or self.kept[place][2] is not job:
+        if place == len(self.kept) or self.kept[place][3] is not job:
             return
         del self.kept[place]
         self._some_have_left = True
@@ -134,11 +133,11 @@ class FeasibleSet:
 
     def first_of(self, queue: Planned) -> Job[Any] | None:
         """The first of the kept jobs of ``queue``."""
-        return next((job for _, _, job, owner in self.kept if owner is queue), None)
+        return next((job for _, _, _, job, owner in self.kept if owner is queue), None)
 
     def kept_of(self, queue: Planned) -> list[Job[Any]]:
         """The kept jobs of ``queue``, in order of deadlines."""
-        return [job for _, _, job, owner in self.kept if owner is queue]
+        return [job for _, _, _, job, owner in self.kept if owner is queue]
 
     def update(self, now_s: float) -> None:
         """Plan again where the plan does not hold any more, or others might fit."""
@@ -148,13 +147,7 @@ class FeasibleSet:
 
     def _plan(self) -> None:
         self._is_old = self._some_have_left = False
-        candidates = sorted(
-            [
-                (job.deadline_s, job.number, job, queue)
-                for queue in self.queues
-                for job in islice(queue.feasible(self._now_s), PLANNED + 1)
-            ]
-        )
+        candidates = sorted(chain.from_iterable(queue.feasible(self._now_s) for queue in self.queues))
         self._horizon_s = candidates[PLANNED][0] if len(candidates) > PLANNED else math.inf
         self.kept, spare_s = largest_feasible(candidates[:PLANNED], self._now_s, self._forecast)
         self._latest_start_s = self._now_s + spare_s
@@ -182,8 +175,15 @@ class FeasibleRequests(SlackEdfQueue[T]):
         """Jobs of this queue that the set keeps, in order of deadlines."""
         return self._set.kept_of(self)
 
-    def feasible(self, now_s: float) -> Iterator[Job[T]]:
-        return (job for job in islice(self._feasible, PLANNED + LOOKS) if job.latest_start_s >= now_s)
+    def feasible(self, now_s: float) -> list[Entry]:
+        found: list[Entry] = []
+        for job in islice(self._feasible, PLANNED + LOOKS):
+            deadline_s, remaining_s = job.deadline_s, job.remaining_s
+            if deadline_s - remaining_s >= now_s:
+                found.append((deadline_s, job.number, remaining_s, job, self))
+                if len(found) > PLANNED:
+                    break
+        return found
 
     def best(self, now_s: float) -> tuple[Rank, Job[T]] | None:
         self._settle(now_s)
@@ -243,8 +243,14 @@ class FeasibleTasks(Queue[T]):
         """Jobs of this queue that the set keeps, in order of deadlines."""
         return self._set.kept_of(self)
 
-    def feasible(self, now_s: float) -> Iterator[Job[T]]:
-        return (job for job in sorted(self._jobs, key=attrgetter("deadline_s")) if job.latest_start_s >= now_s)
+    def feasible(self, now_s: float) -> list[Entry]:
+        return sorted(
+            [
+                (job.deadline_s, job.number, job.remaining_s, job, self)
+                for job in self._jobs
+                if job.latest_start_s >= now_s
+            ]
+        )
 
     def best(self, now_s: float) -> tuple[Rank, Job[T]] | None:
         self._set.update(now_s)
