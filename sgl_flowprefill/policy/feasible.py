@@ -162,12 +162,12 @@ class FeasibleRequests(SlackEdfQueue[T]):
         feasible.queues.append(self)
 
     def add(self, job: Job[T]) -> None:
-        super().add(job)
+        self._put(job)
         self._set.arrived(job)
         self._set.add(job, self)
 
     def remove(self, job: Job[T]) -> None:
-        super().remove(job)
+        self._take(job)
         self._set.remove(job)
 
     @property

@@ -7,7 +7,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator
 from itertools import chain, islice
 from operator import attrgetter
-from typing import Any, Final, Generic, TypeVar
+from typing import Final, Generic, TypeVar
 
 from sgl_flowprefill.policy.base import Job
 
@@ -15,7 +15,6 @@ T = TypeVar("T")
 
 BLOCK_JOBS: Final = 256
 """Jobs of a block at most: it is cut in two halves beyond."""
-NUMBER: Final[Callable[[Job[Any]], int]] = attrgetter("number")
 
 
 class JobList(Generic[T]):
@@ -40,10 +39,13 @@ class JobList(Generic[T]):
         if not self._jobs:
             self._insert_block(0, array("d", (key,)), [job])
             return
-        block = min(self._block(key, job.number), len(self._jobs) - 1)
+        block = min(bisect_left(self._last_keys, key), len(self._jobs) - 1)
         keys, jobs = self._keys[block], self._jobs[block]
-        place = _place(keys, jobs, key, job.number)
-        assert place == len(jobs) or jobs[place] is not job, "a job is in a list at most once"
+        place = bisect_left(keys, key)
+        if place < len(keys) and keys[place] == key:
+            block, place = self._among_equals(key, job.number)
+            keys, jobs = self._keys[block], self._jobs[block]
+            assert place == len(jobs) or jobs[place] is not job, "a job is in a list at most once"
         keys.insert(place, key)
         jobs.insert(place, job)
         self._last_keys[block] = keys[-1]
@@ -54,10 +56,12 @@ class JobList(Generic[T]):
 
     def remove(self, job: Job[T]) -> None:
         key = self._key(job)
-        block = self._block(key, job.number)
+        block = bisect_left(self._last_keys, key)
+        place = bisect_left(self._keys[block], key)
+        if self._jobs[block][place] is not job:
+            block, place = self._among_equals(key, job.number)
         keys, jobs = self._keys[block], self._jobs[block]
-        place = _place(keys, jobs, key, job.number)
-        assert jobs[place] is job
+        assert jobs[place] is job, "only a job that is in the list, with the key that it had then, is taken out"
         del keys[place], jobs[place]
         self._length -= 1
         if jobs:
@@ -82,20 +86,22 @@ class JobList(Generic[T]):
 
     def before(self, key: float, number: float) -> Iterator[Job[T]]:
         """The jobs before that key and number, the last one first. The list may not change meanwhile."""
-        block = self._block(key, number)
-        if block < len(self._jobs):
-            place = _place(self._keys[block], self._jobs[block], key, number)
+        if self._jobs:
+            block, place = self._among_equals(key, number)
             yield from reversed(self._jobs[block][:place])
-        for jobs in islice(reversed(self._jobs), len(self._jobs) - block, None):
-            yield from reversed(jobs)
+            for jobs in islice(reversed(self._jobs), len(self._jobs) - block, None):
+                yield from reversed(jobs)
 
-    def _block(self, key: float, number: float) -> int:
-        """The first block whose last job is not before that key and number."""
+    def _among_equals(self, key: float, number: float) -> tuple[int, int]:
+        """The block of the first job that is not before that key and number, and its place there; or the end."""
         block = bisect_left(self._last_keys, key)
-        if block < len(self._jobs) and self._last_keys[block] == key and self._jobs[block][-1].number < number:
-            end = bisect_right(self._last_keys, key, block)
-            block = bisect_left(self._jobs, number, block, end, key=lambda jobs: jobs[-1].number)
-        return block
+        block = bisect_left(
+            self._jobs, number, block, bisect_right(self._last_keys, key, block), key=lambda jobs: jobs[-1].number
+        )
+        block = min(block, len(self._jobs) - 1)
+        keys, jobs = self._keys[block], self._jobs[block]
+        place = bisect_left(keys, key)
+        return block, bisect_left(jobs, number, place, bisect_right(keys, key, place), key=attrgetter("number"))
 
     def _insert_block(self, block: int, keys: array[float], jobs: list[Job[T]]) -> None:
         self._keys.insert(block, keys)
@@ -107,11 +113,3 @@ class JobList(Generic[T]):
 
     def __len__(self) -> int:
         return self._length
-
-
-def _place(keys: array[float], jobs: list[Job[T]], key: float, number: float) -> int:
-    """Jobs of a block before that key and number."""
-    place = bisect_left(keys, key)
-    if place < len(keys) and keys[place] == key and jobs[place].number < number:
-        place = bisect_left(jobs, number, place, bisect_right(keys, key, place), key=NUMBER)
-    return place

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from itertools import chain, islice, takewhile
+from itertools import chain, filterfalse, islice, takewhile
 from operator import attrgetter
 from typing import Any, Final, Generic, TypeVar
 
@@ -102,7 +102,7 @@ class SlackEdfQueue(Queue[T]):
     def in_order(self, now_s: float) -> Iterator[Job[T]]:
         self._settle(now_s)
         ahead = dict.fromkeys(job for job in self._ahead(now_s) if job is not None)
-        return chain(ahead, (job for job in chain(self._feasible, self._hopeless) if job not in ahead))
+        return chain(ahead, filterfalse(ahead.__contains__, chain(self._feasible, self._hopeless)))
 
     def repaced(self) -> None:
         self._to_reconsider = (math.inf, math.inf)
