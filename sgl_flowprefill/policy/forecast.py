@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
+from math import sqrt
 from typing import Final
 
 import numpy as np
@@ -77,26 +78,23 @@ class Forecast:
 
         A request with SLO s is among them when it arrives in the next ``within_s - s``.
         """
-        return self._due(within_s)[0]
+        work, offset, _, _, own, own_offset, _, _ = self._counted[bisect_right(SLOS_S, within_s)]
+        return (work * within_s - offset + max(0.0, own * within_s - own_offset)) / self._past_s
 
     def room_s(self, within_s: float) -> float:
         """Time to leave for that work: one standard deviation more, as it arrives at random, but no more than all."""
-        due_s, deviation_s = self._due(within_s)
-        room_s = due_s + deviation_s
-        return room_s if room_s < within_s else within_s
-
-    def _due(self, within_s: float) -> tuple[float, float]:
-        """Mean and standard deviation of the work that is due in the next ``within_s``."""
         work, offset, square, square_offset, own, own_offset, own_square, own_square_offset = self._counted[
             bisect_right(SLOS_S, within_s)
         ]
         mean, variance = work * within_s - offset, square * within_s - square_offset
-        if own * within_s > own_offset:
-            mean += own * within_s - own_offset
-            own_variance = own_square * within_s - own_square_offset
-            if own_variance > 0.0:
+        if (own_mean := own * within_s - own_offset) > 0.0:
+            mean += own_mean
+            if (own_variance := own_square * within_s - own_square_offset) > 0.0:
                 variance += own_variance
-        return mean / self._past_s, math.sqrt(variance / self._past_s) if variance > 0.0 else 0.0
+        room_s = mean / self._past_s
+        if variance > 0.0:
+            room_s += sqrt(variance / self._past_s)
+        return room_s if room_s < within_s else within_s
 
     def _forget(self, slot: int) -> None:
         """Time has come to ``slot``: forget the slots whose places are needed."""

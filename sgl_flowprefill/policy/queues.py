@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain, filterfalse, islice, takewhile
 from operator import attrgetter
-from typing import Any, Final, Generic, TypeVar
+from typing import Any, Final, TypeVar
 
 from sgl_flowprefill.policy.base import Job, Queue, Rank
 from sgl_flowprefill.policy.joblist import JobList
