@@ -43,19 +43,23 @@ def largest_feasible(by_deadline: Iterable[Entry], now_s: float, forecast: Forec
     """
     taken: list[Entry] = []
     longest: list[tuple[float, int, float]] = []
+    in_heap = 0
+    """Of ``taken``. The others follow when one has to be let go."""
     let_go: set[int] = set()
     end_s, spare_s = now_s, math.inf
     for entry in by_deadline:
-        deadline_s, number, remaining_s, job, _ = entry
         taken.append(entry)
-        heappush(longest, (-remaining_s / job.requests, number, remaining_s))
-        end_s += remaining_s
-        free_until_s = deadline_s - forecast.room_s(deadline_s - now_s)
-        while longest and end_s > free_until_s:
-            _, worst, remaining_s = heappop(longest)
-            let_go.add(worst)
-            end_s -= remaining_s
-        if longest and free_until_s - end_s < spare_s:
+        end_s += entry[2]
+        free_until_s = entry[0] - forecast.room_s(entry[0] - now_s)
+        if end_s > free_until_s:
+            for _, number, remaining_s, job, _ in taken[in_heap:]:
+                heappush(longest, (-remaining_s / job.requests, number, remaining_s))
+            in_heap = len(taken)
+            while longest and end_s > free_until_s:
+                _, worst, remaining_s = heappop(longest)
+                let_go.add(worst)
+                end_s -= remaining_s
+        if free_until_s - end_s < spare_s and len(taken) > len(let_go):
             spare_s = free_until_s - end_s
     return [entry for entry in taken if entry[1] not in let_go] if let_go else taken, spare_s
 
@@ -178,7 +182,7 @@ class FeasibleRequests(SlackEdfQueue[T]):
     def feasible(self, now_s: float) -> list[Entry]:
         found: list[Entry] = []
         for job in islice(self._feasible, PLANNED + LOOKS):
-            deadline_s, remaining_s = job.deadline_s, job.remaining_s
+            deadline_s, remaining_s = job.deadline_s, job.work_s * job.pace.factor
             if deadline_s - remaining_s >= now_s:
                 found.append((deadline_s, job.number, remaining_s, job, self))
                 if len(found) > PLANNED:

@@ -102,8 +102,8 @@ def event_cost(new_policy: NewPolicy, kinds: Sequence[Waiting], waiting: int, ev
 
     A request arrives (as soon as less than ``waiting`` wait) or the running task ends; the running task is put back
     with what is left of it; the policy picks; where a request wins, its batch is made, leaves the queue and starts as a
-    task. Predictions of batches and Python's garbage collector count as they come; it has been over the waiting requests
-    once, and leaves what is older alone.
+    task. Predictions of batches and Python's garbage collector count as they come; it has been over the waiting
+    requests once, and leaves what is older alone.
     """
     gc.freeze()
     policy, random, now_s = new_policy(), Random(0), 0.0
