@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import count, islice
@@ -32,6 +33,8 @@ class Job(Generic[T]):
     number: int = field(default_factory=_NEXT_NUMBER)
     """Counts requests. A task has the number of the request that it was started for."""
     pace: Pace = AS_PREDICTED
+    turns_hopeless_s: float = field(default=math.nan, init=False, repr=False)
+    """For the queue that it is in: ``latest_start_s`` as it was when it came, or -inf if it is among the hopeless."""
 
     @property
     def remaining_s(self) -> float:

@@ -7,7 +7,7 @@ import math
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator
 from heapq import heappop, heappush
-from itertools import islice
+from itertools import chain, islice
 from operator import attrgetter
 from typing import Any, Final, Protocol, TypeVar
 
@@ -22,15 +22,15 @@ PLANNED: Final = 32
 STARVED, KEPT, STARTED, LEFT_OUT, STARTED_HOPELESS, HOPELESS = 0.0, 1.0, 2.0, 3.0, 4.0, 5.0
 """First part of a rank."""
 
-Entry = tuple[float, int, Job[Any], Any]
-"""Deadline, number, the job, and the queue that it is in."""
+Entry = tuple[float, int, float, Job[Any], Any]
+"""Deadline, number, predicted time left, the job, and the queue that it is in."""
 
 
 class Planned(Protocol):
     """A queue whose jobs a FeasibleSet plans."""
 
-    def feasible(self, now_s: float) -> Iterable[Job[Any]]:
-        """The jobs that can meet their deadlines by themselves, by deadline."""
+    def feasible(self, now_s: float) -> Iterable[Entry]:
+        """The jobs that can meet their deadlines by themselves, by deadline: the first of many."""
         ...
 
 
@@ -43,20 +43,23 @@ def largest_feasible(by_deadline: Iterable[Entry], now_s: float, forecast: Forec
     """
     taken: list[Entry] = []
     longest: list[tuple[float, int, float]] = []
+    in_heap = 0
+    """Of ``taken``. The others follow when one has to be let go."""
     let_go: set[int] = set()
     end_s, spare_s = now_s, math.inf
     for entry in by_deadline:
-        deadline_s, number, job, _ = entry
-        remaining_s = job.remaining_s
         taken.append(entry)
-        heappush(longest, (-remaining_s / job.requests, number, remaining_s))
-        end_s += remaining_s
-        free_until_s = deadline_s - forecast.room_s(deadline_s - now_s)
-        while longest and end_s > free_until_s:
-            _, worst, remaining_s = heappop(longest)
-            let_go.add(worst)
-            end_s -= remaining_s
-        if longest and free_until_s - end_s < spare_s:
+        end_s += entry[2]
+        free_until_s = entry[0] - forecast.room_s(entry[0] - now_s)
+        if end_s > free_until_s:
+            for _, number, remaining_s, job, _ in taken[in_heap:]:
+                heappush(longest, (-remaining_s / job.requests, number, remaining_s))
+            in_heap = len(taken)
+            while longest and end_s > free_until_s:
+                _, worst, remaining_s = heappop(longest)
+                let_go.add(worst)
+                end_s -= remaining_s
+        if free_until_s - end_s < spare_s and len(taken) > len(let_go):
             spare_s = free_until_s - end_s
     return [entry for entry in taken if entry[1] not in let_go] if let_go else taken, spare_s
 
@@ -114,16 +117,16 @@ class FeasibleSet:
         if alone_s < since_s or deadline_s > self._horizon_s:
             return
         place = bisect_left(self.kept, (deadline_s, job.number))
-        ahead_s = sum([before[2].remaining_s for before in self.kept[:place]]) if place else 0.0
+        ahead_s = sum([before[2] for before in self.kept[:place]]) if place else 0.0
         self._latest_start_s = min(self._latest_start_s - remaining_s, alone_s - ahead_s)
-        self.kept.insert(place, (deadline_s, job.number, job, queue))
+        self.kept.insert(place, (deadline_s, job.number, remaining_s, job, queue))
         if len(self.kept) > PLANNED:
             self._horizon_s = self.kept.pop()[0]
 
     def remove(self, job: Job[Any]) -> None:
         """Take ``job`` out of those kept, if it is there."""
         place = bisect_left(self.kept, (job.deadline_s, job.number))
-        if place == len(self.kept) or self.kept[place][2] is not job:
+        if place == len(self.kept) or self.kept[place][3] is not job:
             return
         del self.kept[place]
         self._some_have_left = True
@@ -134,11 +137,11 @@ class FeasibleSet:
 
     def first_of(self, queue: Planned) -> Job[Any] | None:
         """The first of the kept jobs of ``queue``."""
-        return next((job for _, _, job, owner in self.kept if owner is queue), None)
+        return next((job for _, _, _, job, owner in self.kept if owner is queue), None)
 
     def kept_of(self, queue: Planned) -> list[Job[Any]]:
         """The kept jobs of ``queue``, in order of deadlines."""
-        return [job for _, _, job, owner in self.kept if owner is queue]
+        return [job for _, _, _, job, owner in self.kept if owner is queue]
 
     def update(self, now_s: float) -> None:
         """Plan again where the plan does not hold any more, or others might fit."""
@@ -148,13 +151,7 @@ class FeasibleSet:
 
     def _plan(self) -> None:
         self._is_old = self._some_have_left = False
-        candidates = sorted(
-            [
-                (job.deadline_s, job.number, job, queue)
-                for queue in self.queues
-                for job in islice(queue.feasible(self._now_s), PLANNED + 1)
-            ]
-        )
+        candidates = sorted(chain.from_iterable(queue.feasible(self._now_s) for queue in self.queues))
         self._horizon_s = candidates[PLANNED][0] if len(candidates) > PLANNED else math.inf
         self.kept, spare_s = largest_feasible(candidates[:PLANNED], self._now_s, self._forecast)
         self._latest_start_s = self._now_s + spare_s
@@ -169,12 +166,12 @@ class FeasibleRequests(SlackEdfQueue[T]):
         feasible.queues.append(self)
 
     def add(self, job: Job[T]) -> None:
-        super().add(job)
+        self._put(job)
         self._set.arrived(job)
         self._set.add(job, self)
 
     def remove(self, job: Job[T]) -> None:
-        super().remove(job)
+        self._take(job)
         self._set.remove(job)
 
     @property
@@ -182,8 +179,15 @@ class FeasibleRequests(SlackEdfQueue[T]):
         """Jobs of this queue that the set keeps, in order of deadlines."""
         return self._set.kept_of(self)
 
-    def feasible(self, now_s: float) -> Iterator[Job[T]]:
-        return (job for job in islice(self._feasible, PLANNED + LOOKS) if job.latest_start_s >= now_s)
+    def feasible(self, now_s: float) -> list[Entry]:
+        found: list[Entry] = []
+        for job in islice(self._feasible, PLANNED + LOOKS):
+            deadline_s, remaining_s = job.deadline_s, job.work_s * job.pace.factor
+            if deadline_s - remaining_s >= now_s:
+                found.append((deadline_s, job.number, remaining_s, job, self))
+                if len(found) > PLANNED:
+                    break
+        return found
 
     def best(self, now_s: float) -> tuple[Rank, Job[T]] | None:
         self._settle(now_s)
@@ -205,9 +209,9 @@ class FeasibleRequests(SlackEdfQueue[T]):
         self._set.update(now_s)
 
     def _move(self, job: Job[T]) -> None:
-        was_hopeless = job in self._hopeless
+        was_hopeless = job.turns_hopeless_s == -math.inf
         super()._move(job)
-        if job in self._hopeless:
+        if job.turns_hopeless_s == -math.inf:
             self._set.remove(job)
         elif was_hopeless:
             self._set.add(job, self)
@@ -243,8 +247,14 @@ class FeasibleTasks(Queue[T]):
         """Jobs of this queue that the set keeps, in order of deadlines."""
         return self._set.kept_of(self)
 
-    def feasible(self, now_s: float) -> Iterator[Job[T]]:
-        return (job for job in sorted(self._jobs, key=attrgetter("deadline_s")) if job.latest_start_s >= now_s)
+    def feasible(self, now_s: float) -> list[Entry]:
+        return sorted(
+            [
+                (job.deadline_s, job.number, job.remaining_s, job, self)
+                for job in self._jobs
+                if job.latest_start_s >= now_s
+            ]
+        )
 
     def best(self, now_s: float) -> tuple[Rank, Job[T]] | None:
         self._set.update(now_s)

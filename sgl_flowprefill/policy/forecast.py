@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
+from math import sqrt
 from typing import Final
 
 import numpy as np
@@ -32,11 +33,11 @@ class Forecast:
     def __init__(self, window_s: float) -> None:
         self._window_s = window_s
         self._slot_s = window_s / SLOTS
-        self._slots = np.zeros((SLOTS + 1, 4, CLASSES, CLASSES))
+        self._slots = np.zeros((SLOTS + 1, CLASSES, 4, CLASSES))
         """What arrived in each slot, by work and SLO: its work, that times SLO, work squared, and that times SLO."""
         self._arrivals = [0] * (SLOTS + 1)
         """Requests that arrived in each slot."""
-        self._sums = np.zeros((4, CLASSES, CLASSES))
+        self._sums = np.zeros((CLASSES, 4, CLASSES))
         """Of all slots."""
         self._slot = 0
         """The present slot, counted from time 0. Its place is its remainder."""
@@ -59,7 +60,7 @@ class Forecast:
         offset_s = min(slo_s, LONGEST_SLO_S)
         added = (work_s, work_s * offset_s, work_s * work_s, work_s * work_s * offset_s)
         for sums in (self._slots[self._slot % len(self._slots)], self._sums):
-            sums[:, work, slo] += added
+            sums[work, :, slo] += added
         self._arrivals[self._slot % len(self._slots)] += 1
         self._unseen += 1
         if self._next is None:
@@ -77,23 +78,23 @@ class Forecast:
 
         A request with SLO s is among them when it arrives in the next ``within_s - s``.
         """
-        return self._due(within_s)[0]
+        work, offset, _, _, own, own_offset, _, _ = self._counted[bisect_right(SLOS_S, within_s)]
+        return (work * within_s - offset + max(0.0, own * within_s - own_offset)) / self._past_s
 
     def room_s(self, within_s: float) -> float:
         """Time to leave for that work: one standard deviation more, as it arrives at random, but no more than all."""
-        due_s, deviation_s = self._due(within_s)
-        return min(due_s + deviation_s, within_s)
-
-    def _due(self, within_s: float) -> tuple[float, float]:
-        """Mean and standard deviation of the work that is due in the next ``within_s``."""
         work, offset, square, square_offset, own, own_offset, own_square, own_square_offset = self._counted[
             bisect_right(SLOS_S, within_s)
         ]
         mean, variance = work * within_s - offset, square * within_s - square_offset
-        if own * within_s > own_offset:
-            mean += own * within_s - own_offset
-            variance += max(0.0, own_square * within_s - own_square_offset)
-        return mean / self._past_s, math.sqrt(max(0.0, variance) / self._past_s)
+        if (own_mean := own * within_s - own_offset) > 0.0:
+            mean += own_mean
+            if (own_variance := own_square * within_s - own_square_offset) > 0.0:
+                variance += own_variance
+        room_s = mean / self._past_s
+        if variance > 0.0:
+            room_s += sqrt(variance / self._past_s)
+        return room_s if room_s < within_s else within_s
 
     def _forget(self, slot: int) -> None:
         """Time has come to ``slot``: forget the slots whose places are needed."""
@@ -111,11 +112,15 @@ class Forecast:
                 self._slots[place] = 0.0
 
     def _summary(self, past_s: float) -> tuple[float, list[list[float]]]:
-        works_s = self._sums[0].sum(axis=1).cumsum()
+        works_s = self._sums[:, 0].sum(axis=1).cumsum()
         whole = int(works_s.searchsorted(past_s, side="right"))
-        counted = self._sums[:, :whole].sum(axis=1)
+        counted = self._sums[:whole].sum(axis=0)
         if whole < CLASSES:  # of the requests that take a little too long, as many as there is time for
             before_s = works_s[whole - 1] if whole else 0.0
-            counted += self._sums[:, whole] * ((past_s - before_s) / (works_s[whole] - before_s))
-        counted = counted.clip(min=0.0)
-        return past_s, np.concatenate([counted.cumsum(axis=1) - counted, counted]).T.tolist()
+            counted += self._sums[whole] * ((past_s - before_s) / (works_s[whole] - before_s))
+        np.maximum(counted, 0.0, out=counted)
+        by_class = np.empty((2, 4, CLASSES))
+        counted.cumsum(axis=1, out=by_class[0])
+        by_class[0] -= counted
+        by_class[1] = counted
+        return past_s, by_class.reshape(8, CLASSES).T.tolist()

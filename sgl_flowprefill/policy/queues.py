@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from itertools import chain, islice, takewhile
-from typing import Any, Final, Generic, TypeVar
-
-from sortedcontainers import SortedList
+from itertools import chain, filterfalse, islice, takewhile
+from operator import attrgetter
+from typing import Any, Final, TypeVar
 
 from sgl_flowprefill.policy.base import Job, Queue, Rank
+from sgl_flowprefill.policy.joblist import JobList
 
 T = TypeVar("T")
 
@@ -19,51 +19,6 @@ MOVES_AT_ONCE: Final = 50
 """Jobs that one event may move, after others that moved less."""
 LOOKS: Final = 64
 """Jobs that could be moved, but were not yet, that an event looks at."""
-
-
-class JobList(Generic[T]):
-    """Jobs in the order of a key, and of equal ones by their number. The key is taken when a job is added."""
-
-    def __init__(self, key: Callable[[Job[T]], float]) -> None:
-        self._key = key
-        self._entries: SortedList = SortedList()
-        self._entry_of: dict[int, tuple[float, int, Job[T]]] = {}
-
-    def add(self, job: Job[T]) -> None:
-        assert id(job) not in self._entry_of, "a job is in a list at most once"
-        entry = self._entry_of[id(job)] = (self._key(job), job.number, job)
-        self._entries.add(entry)
-
-    def remove(self, job: Job[T]) -> None:
-        entry = self._entry_of.pop(id(job))
-        if self._entries[0] is entry:
-            self._entries.pop(0)
-        else:
-            self._entries.remove(entry)
-
-    def first(self) -> Job[T] | None:
-        return self._entries[0][2] if self._entries else None
-
-    def first_before(self, key: float) -> Job[T] | None:
-        """The first job, if its key is smaller."""
-        return self._entries[0][2] if self._entries and self._entries[0][0] < key else None
-
-    def from_key(self, key: float) -> Iterator[Job[T]]:
-        """The jobs whose keys are no smaller, in order. The list may not change meanwhile."""
-        return (entry[2] for entry in self._entries.irange((key,)))
-
-    def before(self, key: float, number: float) -> Iterator[Job[T]]:
-        """The jobs before that key and number, the last one first. The list may not change meanwhile."""
-        return (entry[2] for entry in self._entries.irange(None, (key, number), (True, False), reverse=True))
-
-    def __iter__(self) -> Iterator[Job[T]]:
-        return (entry[2] for entry in self._entries)
-
-    def __contains__(self, job: Job[T]) -> bool:
-        return id(job) in self._entry_of
-
-    def __len__(self) -> int:
-        return len(self._entry_of)
 
 
 class StarvationTurns:
@@ -115,14 +70,14 @@ class SlackEdfQueue(Queue[T]):
         self,
         max_starvation_s: float,
         turns: StarvationTurns | None = None,
-        hopeless_order: Callable[[Job[T]], float] = lambda job: job.arrival_s,
+        hopeless_order: Callable[[Job[T]], float] = attrgetter("arrival_s"),
     ) -> None:
         self._max_starvation_s = max_starvation_s
         self._turns = turns
         self._hopeless_order = hopeless_order
-        self._feasible: JobList[T] = JobList(lambda job: job.deadline_s)
-        self._turns_hopeless: JobList[T] = JobList(lambda job: job.latest_start_s)
-        """The feasible again. Their paces may have changed since they were put in."""
+        self._feasible: JobList[T] = JobList(attrgetter("deadline_s"))
+        self._turns_hopeless: JobList[T] = JobList(attrgetter("turns_hopeless_s"))
+        """The feasible again."""
         self._hopeless: JobList[T] = JobList(hopeless_order)
         self._now_s = -math.inf
         self._moves_left = MOVES_AT_ONCE
@@ -147,7 +102,7 @@ class SlackEdfQueue(Queue[T]):
     def in_order(self, now_s: float) -> Iterator[Job[T]]:
         self._settle(now_s)
         ahead = dict.fromkeys(job for job in self._ahead(now_s) if job is not None)
-        return chain(ahead, (job for job in chain(self._feasible, self._hopeless) if job not in ahead))
+        return chain(ahead, filterfalse(ahead.__contains__, chain(self._feasible, self._hopeless)))
 
     def repaced(self) -> None:
         self._to_reconsider = (math.inf, math.inf)
@@ -200,14 +155,17 @@ class SlackEdfQueue(Queue[T]):
         self._put(job)
 
     def _put(self, job: Job[T]) -> None:
-        if job.latest_start_s < max(self._now_s, job.arrival_s):
+        latest_start_s = job.latest_start_s
+        if latest_start_s < self._now_s or latest_start_s < job.arrival_s:
+            job.turns_hopeless_s = -math.inf
             self._hopeless.add(job)
         else:
+            job.turns_hopeless_s = latest_start_s
             self._feasible.add(job)
             self._turns_hopeless.add(job)
 
     def _take(self, job: Job[T]) -> None:
-        if job in self._hopeless:
+        if job.turns_hopeless_s == -math.inf:
             self._hopeless.remove(job)
         else:
             self._feasible.remove(job)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -86,13 +87,14 @@ class PrefillPolicy(Generic[R, K]):
         for job in islice(self.requests.in_order(now_s), 2 * self.limits.max_batch_requests):
             if job is winner:
                 continue
-            if tokens + new_tokens(job.item) > self.limits.max_batch_tokens:
+            of_job = new_tokens(job.item)
+            if tokens + of_job > self.limits.max_batch_tokens:
                 too_large += 1
                 if too_large == TOO_LARGE:
                     break
                 continue
             members.append(job)
-            tokens += new_tokens(job.item)
+            tokens += of_job
             time_left_s.append(min(time_left_s[-1], _time_left_s(job, now_s)))
         items = [member.item for member in members]
 
@@ -114,7 +116,7 @@ class PrefillPolicy(Generic[R, K]):
 
 def _time_left_s(job: Job[R], now_s: float) -> float:
     """Time until the job's deadline; unbounded for a job that misses it anyway."""
-    return job.deadline_s - now_s if job.slack_s(now_s) >= 0 else float("inf")
+    return job.deadline_s - now_s if job.latest_start_s >= now_s else math.inf
 
 
 def make_policy(kind: str, limits: Limits, max_starvation_s: float) -> PrefillPolicy[R, K]:

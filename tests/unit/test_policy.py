@@ -131,8 +131,8 @@ def test_a_new_request_preempts_only_within_the_bound_on_suspended_tasks() -> No
     assert policy.pick(0.0, running) is urgent
     policy.tasks.add(suspended)
     assert policy.pick(0.0, running) is running, "a second suspended task would exceed the bound"
-    suspended.deadline_s = 1.5
     policy.tasks.remove(suspended)
+    suspended.deadline_s = 1.5
     policy.tasks.add(suspended)
     assert policy.pick(0.0, running) is suspended, "changing places does not raise the number of suspended tasks"
 

@@ -87,7 +87,7 @@ def missing_in_plan(drawn: Sequence[tuple[int, int, int]]) -> Iterator[int]:
         next_s = now_s + until_next_s
         while True:
             queue.best(now_s)
-            entries = [(entry.deadline_s, number, entry, queue) for number, entry in enumerate(live)]
+            entries = [(entry.deadline_s, number, entry.remaining_s, entry, queue) for number, entry in enumerate(live)]
             new, _ = largest_feasible(sorted(entries), now_s, Forecast(math.inf))
             yield len(new) - len(queue.kept)
             assert feasible(queue.kept, now_s)

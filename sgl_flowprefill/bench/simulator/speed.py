@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable, Sequence
 from random import Random
@@ -100,9 +101,11 @@ def event_cost(new_policy: NewPolicy, kinds: Sequence[Waiting], waiting: int, ev
     """What an event costs while ``waiting`` requests of ``kinds`` wait, all that the runtime's hub asks of the policy.
 
     A request arrives (as soon as less than ``waiting`` wait) or the running task ends; the running task is put back
-    with what is left of it; the policy picks; where a request wins, its batch is made and starts as a task. Predictions
-    of batches and the removal of Python's garbage count as they come.
+    with what is left of it; the policy picks; where a request wins, its batch is made, leaves the queue and starts as a
+    task. Predictions of batches and Python's garbage collector count as they come; it has been over the waiting
+    requests once, and leaves what is older alone.
     """
+    gc.freeze()
     policy, random, now_s = new_policy(), Random(0), 0.0
     running: Job[Any] | None = None
     resumed_s, times_s = now_s, []
@@ -115,6 +118,7 @@ def event_cost(new_policy: NewPolicy, kinds: Sequence[Waiting], waiting: int, ev
     policy.pick(now_s, None)
     for _ in range(waiting):
         policy.requests.add(new_job())
+    gc.collect()
     for number in range(WARM_UP + events):
         arriving = None
         if running is not None and len(policy.requests) >= waiting:
@@ -144,5 +148,6 @@ def event_cost(new_policy: NewPolicy, kinds: Sequence[Waiting], waiting: int, ev
         running, resumed_s = winner, now_s
         if number >= WARM_UP:
             times_s.append(time.thread_time() - started_s)
+    gc.unfreeze()
     times_s.sort()
     return EventCost(times_s[events // 2], times_s[events * 99 // 100], times_s[-1])
