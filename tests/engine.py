@@ -7,7 +7,6 @@ and health-check requests do; unlike those, they leave their KV in the radix cac
 from __future__ import annotations
 
 import ctypes
-import gc
 import os
 import time
 from array import array
@@ -142,7 +141,6 @@ class PrefillEngine:
         self.scheduler.run_batch = counted
         # Other components hold the streamer: SGLang's class, which ours calls, is what can be replaced.
         SchedulerOutputStreamer.stream_output = lambda _, reqs, return_logprob, skip_req=None: self._record(reqs)
-        gc.freeze()  # SGLang collects garbage at every flush: a second for all that is imported, and nothing of it goes
 
     def submit(
         self,

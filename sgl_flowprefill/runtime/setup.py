@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import multiprocessing
 import os
@@ -143,6 +144,9 @@ class PreparedScheduler(Scheduler):
         metrics = Metrics(self.metrics_collector.labels) if is_first and with_metrics else None
         self._journal = Journal(config.event_log if is_first else None, metrics)
         self.output_streamer.journal = self._journal
+        # A full collection of all that has been imported would stop a prefill for half a second.
+        gc.collect()
+        gc.freeze()
         self._is_on = True
         logger.info(
             "FlowPrefill is on: policy %s, %d checkpoints in a forward pass, at most %d suspended tasks, batches of up "

@@ -20,10 +20,11 @@ from sgl_flowprefill.bench.metrics import summarise, summarise_blocking
 from sgl_flowprefill.bench.options import attainment_share, positive_float, positive_int
 from sgl_flowprefill.bench.simulator.cost import LLAMA_8B, MODELS, cost_model
 from sgl_flowprefill.bench.simulator.instance import Machine
+from sgl_flowprefill.bench.simulator.place_speed import step_cost
 from sgl_flowprefill.bench.simulator.requests import Conditions, prepare, resampled, results
 from sgl_flowprefill.bench.simulator.router import ROUTERS
 from sgl_flowprefill.bench.simulator.search import fewest_instances, max_limit_rps, max_rate_rps, mean_limit
-from sgl_flowprefill.bench.simulator.speed import KINDS, event_cost, policy_speed
+from sgl_flowprefill.bench.simulator.speed import KINDS, EventCost, event_cost, policy_speed
 from sgl_flowprefill.bench.simulator.stock import MAX_PREFILL_TOKENS
 from sgl_flowprefill.bench.simulator.systems import HEADLINE, NAMES_HELP, Run, Setup, new_instance
 from sgl_flowprefill.bench.simulator.systems import run as simulated
@@ -37,6 +38,7 @@ ATTAINMENTS: Final = (0.9, 0.99)
 POOL: Final = 20_000
 """Requests that are generated one by one; longer runs draw theirs from them."""
 QUEUE_LENGTHS: Final = (100, 1_000, 10_000, 100_000)
+PLACES_WAITED_FOR: Final = (1_000, 5_000)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -254,10 +256,18 @@ def _speed(args: argparse.Namespace, setup: Setup, console: Console) -> dict[str
         for name, kinds in KINDS.items():
             events = [event_cost(new_policy, kinds, length) for length in QUEUE_LENGTHS]
             costs[name] = {str(length): cost._asdict() for length, cost in zip(QUEUE_LENGTHS, events, strict=True)}
-            table.add_row(name, *(" / ".join(f"{cost_s * 1e6:.0f}" for cost_s in cost) for cost in events))
+            table.add_row(name, *map(_microseconds, events))
         console.print(table)
         found[policy] = {**speed._asdict(), "event_cost": costs}
+    steps = {length: step_cost(length) for length in PLACES_WAITED_FOR}
+    for length, cost in steps.items():
+        console.print(f"order of places, {length:,} waiting at a decode server: {_microseconds(cost)} us a step")
+    found["order_of_places"] = {str(length): cost._asdict() for length, cost in steps.items()}
     return found
+
+
+def _microseconds(cost: EventCost) -> str:
+    return " / ".join(f"{cost_s * 1e6:.0f}" for cost_s in cost)
 
 
 def _title(name: str, traces: Sequence[Trace], setup: Setup, *, rate: bool = True) -> str:

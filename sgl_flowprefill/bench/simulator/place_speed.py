@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import random
 import time
-from typing import Final, NamedTuple
+from typing import Final
 
+from sgl_flowprefill.bench.simulator.speed import EventCost
 from sgl_flowprefill.policy.places import DueTimes, PlaceOrder
 
 STEPS: Final = 5000
@@ -14,20 +15,12 @@ SLOS_S: Final = (0.5, 5.0, 30.0)
 MAX_STARVATION_S: Final = 60.0
 
 
-class StepCost(NamedTuple):
-    """Seconds that a decode step takes for the order of places."""
-
-    median_s: float
-    p99_s: float
-    worst_s: float
-
-
 class _Request:
     """Something to tell from others."""
 
 
-def place_order_step_cost_s(waiting: int) -> StepCost:
-    """Cost of a step in which one request gets a place and another comes, with ``waiting`` requests of every kind: on
+def step_cost(waiting: int) -> EventCost:
+    """What the order of places costs in a decode step in which one request gets a place and another comes, with ``waiting`` requests of every kind: on
     time, late and starved.
     """
     rng = random.Random(0)
@@ -41,9 +34,9 @@ def place_order_step_cost_s(waiting: int) -> StepCost:
         arrive(number)
     costs_s = []
     for step in range(STEPS):
-        started_s = time.perf_counter()
+        started_s = time.thread_time()
         order.give_place(order.in_order()[0])
         arrive(waiting + step)
-        costs_s.append(time.perf_counter() - started_s)
+        costs_s.append(time.thread_time() - started_s)
     costs_s.sort()
-    return StepCost(costs_s[STEPS // 2], costs_s[STEPS * 99 // 100], costs_s[-1])
+    return EventCost(costs_s[STEPS // 2], costs_s[STEPS * 99 // 100], costs_s[-1])

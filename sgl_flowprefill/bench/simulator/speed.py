@@ -65,7 +65,7 @@ def policy_speed(new_policy: NewPolicy, requests: list[SimRequest]) -> PolicySpe
 
 
 class EventCost(NamedTuple):
-    """Wall time of the policy's events on one core."""
+    """CPU time of events on one core."""
 
     p50_s: float
     p99_s: float
