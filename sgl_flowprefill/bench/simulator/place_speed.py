@@ -20,8 +20,8 @@ class _Request:
 
 
 def step_cost(waiting: int) -> EventCost:
-    """What the order of places costs in a decode step in which one request gets a place and another comes, with ``waiting`` requests of every kind: on
-    time, late and starved.
+    """What the order of places costs in a decode step in which one request gets a place and another comes, with
+    ``waiting`` requests of every kind: on time, late and starved.
     """
     rng = random.Random(0)
     order: PlaceOrder[_Request] = PlaceOrder(MAX_STARVATION_S)
