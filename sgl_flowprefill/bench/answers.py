@@ -76,7 +76,7 @@ def add_answers_option(parser: argparse._ActionsContainer) -> None:
         type=positive_int,
         metavar="N",
         help="keep the lengths of answers and cut those that are longer, for example 8 (default: all are shortened by "
-        f"one factor, so that they take {DECODE_SHARE:.0%} of what the decode server carries, which is measured)",
+        f"one factor, so that they take {DECODE_SHARE:.0%}% of what the decode server carries, which is measured)",
     )
 
 
