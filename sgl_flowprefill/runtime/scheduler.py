@@ -16,18 +16,7 @@ from typing import Any, Final
 
 import torch
 from sglang.srt.disaggregation.utils import is_aborted
-from sglang.srt.managers.io_struct import (
-    BeginWeightUpdateReqInput,
-    CheckWeightsReqInput,
-    EndWeightUpdateReqInput,
-    ReleaseMemoryOccupationReqInput,
-    ResumeMemoryOccupationReqInput,
-    RpcReqInput,
-    UpdateWeightFromDiskReqInput,
-    UpdateWeightsFromDistributedReqInput,
-    UpdateWeightsFromIPCReqInput,
-    UpdateWeightsFromTensorReqInput,
-)
+from sglang.srt.managers import io_struct
 from sglang.srt.managers.schedule_batch import FINISH_ABORT
 
 from sgl_flowprefill.policy import Job
@@ -41,16 +30,16 @@ from sgl_flowprefill.ttft import PrefillShape
 logger = logging.getLogger(__name__)
 
 CHANGES_WEIGHTS: Final = (
-    BeginWeightUpdateReqInput,
-    CheckWeightsReqInput,
-    EndWeightUpdateReqInput,
-    ReleaseMemoryOccupationReqInput,
-    ResumeMemoryOccupationReqInput,
-    RpcReqInput,
-    UpdateWeightFromDiskReqInput,
-    UpdateWeightsFromDistributedReqInput,
-    UpdateWeightsFromIPCReqInput,
-    UpdateWeightsFromTensorReqInput,
+    io_struct.BeginWeightUpdateReqInput,
+    io_struct.CheckWeightsReqInput,
+    io_struct.EndWeightUpdateReqInput,
+    io_struct.ReleaseMemoryOccupationReqInput,
+    io_struct.ResumeMemoryOccupationReqInput,
+    io_struct.RpcReqInput,
+    io_struct.UpdateWeightFromDiskReqInput,
+    io_struct.UpdateWeightsFromDistributedReqInput,
+    io_struct.UpdateWeightsFromIPCReqInput,
+    io_struct.UpdateWeightsFromTensorReqInput,
 )
 """Messages that may put other weights or none where a prefill reads them (a check may overwrite them, a remote call may
 do anything). Others that do are refused with what they belong to (``compat``)."""
