@@ -10,9 +10,11 @@ from types import FrameType
 
 from rich.console import Console
 
-from sgl_flowprefill.bench import anatomy, demo, event_log, fetch_trace, goodput, replay_command, uncontended, validate
-from sgl_flowprefill.bench.calibrate import CalibrationError
-from sgl_flowprefill.bench.simulator import command as simulator
+from sgl_flowprefill.bench.cli import anatomy, demo, fetch_trace, goodput, uncontended, validate
+from sgl_flowprefill.bench.cli import events as event_log
+from sgl_flowprefill.bench.cli import replay as replay_command
+from sgl_flowprefill.bench.cli import simulate as simulator
+from sgl_flowprefill.bench.loadgen.calibrate import CalibrationError
 from sgl_flowprefill.cluster import ClusterError
 from sgl_flowprefill.config import ConfigError
 

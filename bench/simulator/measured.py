@@ -13,7 +13,7 @@ from sgl_flowprefill import paths
 from sgl_flowprefill.bench.simulator.cost import CostModel, from_profile
 from sgl_flowprefill.bench.simulator.instance import Machine
 from sgl_flowprefill.bench.simulator.systems import Setup
-from sgl_flowprefill.bench.trace import Trace
+from sgl_flowprefill.bench.workloads.trace import Trace
 from sgl_flowprefill.config import FlowPrefillConfig
 from sgl_flowprefill.policy import Limits
 from sgl_flowprefill.profiling import ProfileError, read_profile

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sgl_flowprefill.bench.replay import RequestResult
+from sgl_flowprefill.bench.loadgen.replay import RequestResult
 from sgl_flowprefill.bench.simulator.cost import CostModel
-from sgl_flowprefill.bench.trace import Trace, TraceRequest
+from sgl_flowprefill.bench.workloads.trace import Trace, TraceRequest
 from sgl_flowprefill.ttft import PrefillShape
 
 

@@ -9,7 +9,7 @@ from typing import Final
 from sgl_flowprefill.bench.simulator.limit import attainment_limit
 from sgl_flowprefill.bench.simulator.requests import prepare
 from sgl_flowprefill.bench.simulator.systems import Setup, run
-from sgl_flowprefill.bench.trace import Trace
+from sgl_flowprefill.bench.workloads.trace import Trace
 
 PRECISION: Final = 0.01
 """A rate is found to within this share of itself."""

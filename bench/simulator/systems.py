@@ -14,7 +14,7 @@ from sgl_flowprefill.bench.simulator.instance import Instance, Machine
 from sgl_flowprefill.bench.simulator.requests import Conditions, SimRequest, prepare
 from sgl_flowprefill.bench.simulator.router import ROUTERS
 from sgl_flowprefill.bench.simulator.stock import ORDERS, StockInstance
-from sgl_flowprefill.bench.trace import Trace
+from sgl_flowprefill.bench.workloads.trace import Trace
 from sgl_flowprefill.policy import POLICIES, Limits, make_policy
 
 HEADLINE: Final = (

@@ -11,15 +11,15 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from sgl_flowprefill.bench.campaign import Campaign, Goal
-from sgl_flowprefill.bench.client import Client, GenerateApi
-from sgl_flowprefill.bench.goodput_results import GoodputResult
-from sgl_flowprefill.bench.prober import Plan, Prober
-from sgl_flowprefill.bench.probes import ProbeLog
-from sgl_flowprefill.bench.serving import Served
-from sgl_flowprefill.bench.systems import SYSTEMS, System
-from sgl_flowprefill.bench.validate import compared
-from sgl_flowprefill.bench.workloads import workload
+from sgl_flowprefill.bench.capacity.campaign import Campaign, Goal
+from sgl_flowprefill.bench.capacity.prober import Plan, Prober
+from sgl_flowprefill.bench.capacity.probes import ProbeLog
+from sgl_flowprefill.bench.capacity.results import GoodputResult
+from sgl_flowprefill.bench.cli.validate import compared
+from sgl_flowprefill.bench.loadgen.client import Client, GenerateApi
+from sgl_flowprefill.bench.systems.catalog import SYSTEMS, System
+from sgl_flowprefill.bench.systems.serving import Served
+from sgl_flowprefill.bench.workloads.synthetic import workload
 from sgl_flowprefill.cluster import Cluster
 
 pytestmark = pytest.mark.server

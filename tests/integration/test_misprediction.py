@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from sgl_flowprefill.bench.prompts import PromptBuilder
-from sgl_flowprefill.bench.workloads import qwen_like
+from sgl_flowprefill.bench.workloads.prompts import PromptBuilder
+from sgl_flowprefill.bench.workloads.synthetic import qwen_like
 from sgl_flowprefill.config import FlowPrefillConfig
 from sgl_flowprefill.model.embedded import FIRST_WORD_ID, VOCAB_SIZE
 from sgl_flowprefill.pace import AS_PREDICTED, Pace

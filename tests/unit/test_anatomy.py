@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from sgl_flowprefill.bench.anatomy import STAGES, Sent, row, split, time_stats
+from sgl_flowprefill.bench.cli.anatomy import STAGES, Sent, row, split, time_stats
 
 EVENTS = [
     {"event": "arrival", "t_s": 9.5, "rid": "before", "received_s": 9.4},

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from sgl_flowprefill.bench.answers import DECODE_SHARE, Answers, tokens_per_s
-from sgl_flowprefill.bench.calibrate import CalibrationError
-from sgl_flowprefill.bench.client import Outcome
-from sgl_flowprefill.bench.trace import Trace, TraceRequest
+from sgl_flowprefill.bench.loadgen.calibrate import CalibrationError
+from sgl_flowprefill.bench.loadgen.client import Outcome
+from sgl_flowprefill.bench.workloads.answers import DECODE_SHARE, Answers, tokens_per_s
+from sgl_flowprefill.bench.workloads.trace import Trace, TraceRequest
 
 
 def trace(*answers: int) -> Trace:

@@ -13,14 +13,14 @@ from typing import Any, cast
 import pytest
 from rich.console import Console
 
-from sgl_flowprefill.bench import demo as demo_module
-from sgl_flowprefill.bench.answers import DECODE_SHARE
-from sgl_flowprefill.bench.calibrate import REFERENCE_TTFT_S
-from sgl_flowprefill.bench.comparison import Comparison
-from sgl_flowprefill.bench.replay import ClientReport, ReplayRun, RequestResult
-from sgl_flowprefill.bench.serving import Servers
-from sgl_flowprefill.bench.systems import SYSTEMS, System
-from sgl_flowprefill.bench.trace import Trace
+from sgl_flowprefill.bench.cli import demo as demo_module
+from sgl_flowprefill.bench.loadgen.calibrate import REFERENCE_TTFT_S
+from sgl_flowprefill.bench.loadgen.replay import ClientReport, ReplayRun, RequestResult
+from sgl_flowprefill.bench.metrics.comparison import Comparison
+from sgl_flowprefill.bench.systems.catalog import SYSTEMS, System
+from sgl_flowprefill.bench.systems.serving import Servers
+from sgl_flowprefill.bench.workloads.answers import DECODE_SHARE
+from sgl_flowprefill.bench.workloads.trace import Trace
 
 OURS, STOCK = SYSTEMS["flowprefill"], SYSTEMS["sglang"]
 SLOWDOWNS = {"flowprefill": [2.0, 4.0], "sglang": [3.0, 6.0]}

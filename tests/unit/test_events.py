@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from sgl_flowprefill.bench.__main__ import main
-from sgl_flowprefill.bench.event_log import summarise_log
+from sgl_flowprefill.bench.cli.events import summarise_log
 from sgl_flowprefill.events import EventLog, read_events
 from sgl_flowprefill.runtime.journal import Journal
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from sgl_flowprefill.bench import fetch_trace
 from sgl_flowprefill.bench.__main__ import main
-from sgl_flowprefill.bench.fetch_trace import Published
+from sgl_flowprefill.bench.cli import fetch_trace
+from sgl_flowprefill.bench.cli.fetch_trace import Published
 
 ROW = (
     b'{"chat_id": 1, "parent_chat_id": -1, "timestamp": 0.5, "input_length": 20, "output_length": 3, "type": "text", '

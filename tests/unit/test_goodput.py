@@ -16,23 +16,23 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from sgl_flowprefill.bench.answers import DECODE_SHARE
-from sgl_flowprefill.bench.calibrate import REFERENCE_TTFT_S
-from sgl_flowprefill.bench.campaign import Campaign, Goal
-from sgl_flowprefill.bench.goodput import publish
-from sgl_flowprefill.bench.goodput_report import cells
-from sgl_flowprefill.bench.goodput_results import GoodputResult, SystemFigures, mean_estimate, ratio_estimate
-from sgl_flowprefill.bench.prober import Plan, Prober
-from sgl_flowprefill.bench.probes import Probe, ProbeLog
-from sgl_flowprefill.bench.replay import ClientReport, ReplayRun, RequestResult
+from sgl_flowprefill.bench.capacity.campaign import Campaign, Goal
+from sgl_flowprefill.bench.capacity.prober import Plan, Prober
+from sgl_flowprefill.bench.capacity.probes import Probe, ProbeLog
+from sgl_flowprefill.bench.capacity.results import GoodputResult, SystemFigures, mean_estimate, ratio_estimate
+from sgl_flowprefill.bench.cli.goodput import publish
+from sgl_flowprefill.bench.cli.validate import compared, load_rps
+from sgl_flowprefill.bench.loadgen.calibrate import REFERENCE_TTFT_S
+from sgl_flowprefill.bench.loadgen.replay import ClientReport, ReplayRun, RequestResult
+from sgl_flowprefill.bench.reports.goodput import cells
 from sgl_flowprefill.bench.simulator.measured import Engine, measured_setup, saturation_rps
 from sgl_flowprefill.bench.simulator.requests import results
 from sgl_flowprefill.bench.simulator.systems import Setup
 from sgl_flowprefill.bench.simulator.systems import run as simulated
-from sgl_flowprefill.bench.systems import SYSTEMS, System, select
-from sgl_flowprefill.bench.trace import Trace
-from sgl_flowprefill.bench.validate import compared, load_rps
-from sgl_flowprefill.bench.workloads import workload
+from sgl_flowprefill.bench.systems.catalog import SYSTEMS, System, select
+from sgl_flowprefill.bench.workloads.answers import DECODE_SHARE
+from sgl_flowprefill.bench.workloads.synthetic import workload
+from sgl_flowprefill.bench.workloads.trace import Trace
 from sgl_flowprefill.config import FlowPrefillConfig
 from sgl_flowprefill.profiling import Profile, Row, Setting, write_profile
 from sgl_flowprefill.ttft import PrefillShape

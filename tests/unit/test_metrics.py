@@ -7,14 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sgl_flowprefill.bench.metrics import (
+from sgl_flowprefill.bench.loadgen.replay import RequestResult
+from sgl_flowprefill.bench.metrics.requests import (
     SLO_SCALES,
     attainment,
     read_suspensions,
     summarise,
     summarise_blocking,
 )
-from sgl_flowprefill.bench.replay import RequestResult
 
 
 def result(ttft_s: float | None, name: str = "text", slo_s: float = 1.0, error: str | None = None) -> RequestResult:

@@ -5,8 +5,8 @@ from io import StringIO
 import pytest
 from rich.console import Console
 
-from sgl_flowprefill.bench import progress
-from sgl_flowprefill.bench.progress import ReplayProgress
+from sgl_flowprefill.bench.loadgen import progress
+from sgl_flowprefill.bench.loadgen.progress import ReplayProgress
 
 
 def test_without_a_terminal_a_line_comes_every_few_seconds(monkeypatch: pytest.MonkeyPatch) -> None:

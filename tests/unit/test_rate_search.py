@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sgl_flowprefill.bench.rate_search import Bracket, RateSearch, Verdict, bracket, decided
+from sgl_flowprefill.bench.capacity.rate_search import Bracket, RateSearch, Verdict, bracket, decided
 
 
 @given(st.floats(0.4, 50), st.floats(0.1, 100))

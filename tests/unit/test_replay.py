@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from sgl_flowprefill.bench.calibrate import REFERENCE_TTFT_S, CalibrationError, measure_solo_ttft, time_scale
-from sgl_flowprefill.bench.client import APIS, Client, GenerateApi, served_model
-from sgl_flowprefill.bench.prompts import PromptBuilder
-from sgl_flowprefill.bench.replay import STOPPED, ReplayRun, replay
-from sgl_flowprefill.bench.trace import Trace, TraceRequest
+from sgl_flowprefill.bench.loadgen.calibrate import REFERENCE_TTFT_S, CalibrationError, measure_solo_ttft, time_scale
+from sgl_flowprefill.bench.loadgen.client import APIS, Client, GenerateApi, served_model
+from sgl_flowprefill.bench.loadgen.replay import STOPPED, ReplayRun, replay
+from sgl_flowprefill.bench.workloads.prompts import PromptBuilder
+from sgl_flowprefill.bench.workloads.trace import Trace, TraceRequest
 
 TTFT_S = 0.05
 TBT_S = 0.02

@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from sgl_flowprefill.bench import page
-from sgl_flowprefill.bench.comparison import Comparison, SystemResult
-from sgl_flowprefill.bench.publish import publish
-from sgl_flowprefill.bench.replay import ClientReport, ReplayRun, RequestResult
-from sgl_flowprefill.bench.report import render_html
-from sgl_flowprefill.bench.table import comparison_table
-from sgl_flowprefill.bench.trace import Trace
-from sgl_flowprefill.bench.workloads import qwen_like
+from sgl_flowprefill.bench.loadgen.replay import ClientReport, ReplayRun, RequestResult
+from sgl_flowprefill.bench.metrics.comparison import Comparison, SystemResult
+from sgl_flowprefill.bench.reports import page
+from sgl_flowprefill.bench.reports.comparison import render_html
+from sgl_flowprefill.bench.reports.publish import publish
+from sgl_flowprefill.bench.reports.table import comparison_table
+from sgl_flowprefill.bench.workloads.synthetic import qwen_like
+from sgl_flowprefill.bench.workloads.trace import Trace
 
 FIGURES = {"requests", "completed", "ttft_attainment", "goodput_rps", "ttft_p50_s", "ttft_p99_s"}
 PREEMPTION = {"preemptions", "blocking_p50_s", "blocking_p99_s", "blocking_max_s"}

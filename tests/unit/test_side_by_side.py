@@ -10,9 +10,9 @@ from typing import Any, cast
 
 import pytest
 
-from sgl_flowprefill.bench import serving
-from sgl_flowprefill.bench.serving import Served, SideBySide
-from sgl_flowprefill.bench.systems import SYSTEMS, System
+from sgl_flowprefill.bench.systems import serving
+from sgl_flowprefill.bench.systems.catalog import SYSTEMS, System
+from sgl_flowprefill.bench.systems.serving import Served, SideBySide
 from sgl_flowprefill.cluster import ClusterError
 from sgl_flowprefill.cluster.machine import plan_cpus
 

@@ -17,8 +17,8 @@ from sgl_flowprefill.bench.simulator.requests import Conditions, resampled
 from sgl_flowprefill.bench.simulator.search import fewest_instances, highest, max_limit_rps, max_rate_rps
 from sgl_flowprefill.bench.simulator.stock import MAX_PREFILL_TOKENS
 from sgl_flowprefill.bench.simulator.systems import HEADLINE, Setup, new_instance, run
-from sgl_flowprefill.bench.trace import Trace, TraceRequest
-from sgl_flowprefill.bench.workloads import mixed, qwen_like
+from sgl_flowprefill.bench.workloads.synthetic import mixed, qwen_like
+from sgl_flowprefill.bench.workloads.trace import Trace, TraceRequest
 from sgl_flowprefill.policy import Limits
 from sgl_flowprefill.profiling import Profile, Row, Setting, write_profile
 from sgl_flowprefill.ttft import PrefillShape

@@ -19,7 +19,7 @@ from sgl_flowprefill.bench.simulator.limit import (
 )
 from sgl_flowprefill.bench.simulator.requests import prepare
 from sgl_flowprefill.bench.simulator.systems import Setup, run
-from sgl_flowprefill.bench.workloads import mixed, qwen_like
+from sgl_flowprefill.bench.workloads.synthetic import mixed, qwen_like
 from sgl_flowprefill.policy import Limits
 from sgl_flowprefill.ttft import PrefillShape
 

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 from sgl_flowprefill.bench.__main__ import main
-from sgl_flowprefill.bench.serving import Servers
 from sgl_flowprefill.bench.simulator.cost import LLAMA_8B
 from sgl_flowprefill.bench.simulator.instance import Machine
 from sgl_flowprefill.bench.simulator.systems import Setup, new_instance
-from sgl_flowprefill.bench.systems import CHUNKS, ORDERS, SYSTEMS, UNCHUNKED_FCFS, select
+from sgl_flowprefill.bench.systems.catalog import CHUNKS, ORDERS, SYSTEMS, UNCHUNKED_FCFS, select
+from sgl_flowprefill.bench.systems.serving import Servers
 from sgl_flowprefill.config import FlowPrefillConfig
 
 

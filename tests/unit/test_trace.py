@@ -5,9 +5,9 @@ import itertools
 import numpy as np
 import pytest
 
-from sgl_flowprefill.bench.prompts import PromptBuilder
-from sgl_flowprefill.bench.trace import Trace, TraceRequest, share_prefixes
-from sgl_flowprefill.bench.workloads import CONTINUE_PROBABILITY, QWEN_RATE_RPS, mixed, qwen_like
+from sgl_flowprefill.bench.workloads.prompts import PromptBuilder
+from sgl_flowprefill.bench.workloads.synthetic import CONTINUE_PROBABILITY, QWEN_RATE_RPS, mixed, qwen_like
+from sgl_flowprefill.bench.workloads.trace import Trace, TraceRequest, share_prefixes
 
 # Prompt tokens of the first two minutes of QwenTrace (to-C): class -> share of 327 requests, mean, std, p99.
 REFERENCE = {

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from sgl_flowprefill.bench.trace import Slo
-from sgl_flowprefill.bench.trace_formats import TraceFormatError, detect_format, load_trace
+from sgl_flowprefill.bench.workloads.formats import TraceFormatError, detect_format, load_trace
+from sgl_flowprefill.bench.workloads.trace import Slo
 
 QWEN = [
     {"chat_id": 1, "parent_chat_id": -1, "timestamp": 3.0, "type": "text", "turn": 1}

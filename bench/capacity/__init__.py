@@ -1,0 +1,1 @@
+"""The capacity search: the highest rate that keeps an attainment."""

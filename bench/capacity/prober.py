@@ -1,0 +1,214 @@
+"""Probes on a system's servers: the traces of a plan, what is measured when servers start, and one replay."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+from rich.console import Console
+
+from sgl_flowprefill.bench.capacity.probes import Probe, ProbeLog
+from sgl_flowprefill.bench.capacity.rate_search import decided
+from sgl_flowprefill.bench.cli.options import AUTO, TOKEN_IDS
+from sgl_flowprefill.bench.loadgen.calibrate import median_of, time_scale
+from sgl_flowprefill.bench.loadgen.progress import ReplayProgress
+from sgl_flowprefill.bench.loadgen.replay import Enough, OnProgress, ReplayRun
+from sgl_flowprefill.bench.simulator.measured import Engine, measured_setup, saturation_rps
+from sgl_flowprefill.bench.simulator.systems import Setup
+from sgl_flowprefill.bench.systems.catalog import System
+from sgl_flowprefill.bench.workloads.answers import Answers
+from sgl_flowprefill.bench.workloads.prompts import PromptBuilder
+from sgl_flowprefill.bench.workloads.synthetic import Workload
+from sgl_flowprefill.bench.workloads.trace import Trace
+from sgl_flowprefill.config import FlowPrefillConfig
+
+
+class Endpoint(Protocol):
+    """A system that is up: ``serving.Served``, or a model of it in tests."""
+
+    def solo_ttft_s(self, prompts: PromptBuilder, say: Callable[[str], None] | None = None) -> dict[int, float]: ...
+
+    def decode_tokens_per_s(self, prompts: PromptBuilder) -> float: ...
+
+    def engine(self, prompts: PromptBuilder) -> Engine: ...
+
+    def replay(
+        self, trace: Trace, prompts: PromptBuilder, on_progress: OnProgress | None, enough: Enough | None
+    ) -> ReplayRun: ...
+
+    def settle(self) -> None: ...
+
+    def blocking_s(self, run: ReplayRun) -> list[float] | None: ...
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is replayed: traces of one workload, by seed and rate."""
+
+    workload: Workload
+    seeds: int
+    duration_s: float
+    """Requests of a probe arrive in this time. Rates beyond saturation depend on it, so it is the same for all."""
+    max_output_tokens: int | None = None
+    """Longer answers are cut; without it all are shortened to what the decode server carries."""
+
+    def settings(self) -> dict[str, Any]:
+        """What all probes have in common; there may be more seeds when a run is resumed."""
+        return {
+            "workload": self.workload.name,
+            "duration_s": self.duration_s,
+            "max_output_tokens": self.max_output_tokens,
+        }
+
+    def trace(self, seed: int, rate_rps: float, scale: float, slo_scale: float = 1.0) -> Trace:
+        """What is replayed at ``rate_rps`` by the wall clock on an engine with the time scale ``scale``, with the
+        workload's own answers.
+        """
+        requests = 1 << math.ceil(math.log2(rate_rps * self.duration_s * 1.5 + 50))
+        drawn = self._drawn(requests, seed).scaled(
+            rate_scale=rate_rps * scale / self.workload.rate_rps, time_scale=scale, slo_scale=slo_scale
+        )
+        return drawn.until(self.duration_s)
+
+    @functools.cache  # noqa: B019 - a plan lives as long as its run
+    def _drawn(self, requests: int, seed: int) -> Trace:
+        return self.workload.draw(requests, seed)
+
+
+class Prober:
+    """Makes the probes of ``plan`` and keeps them in ``log``, with what is known of the machine."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        log: ProbeLog,
+        serve: Callable[[System], AbstractContextManager[Endpoint]],
+        console: Console,
+        options: FlowPrefillConfig,
+    ) -> None:
+        """``options`` are what the servers of ``serve`` run FlowPrefill with."""
+        self.plan = plan
+        self.options = options
+        self.log = log
+        self._serve = serve
+        self._console = console
+
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether this machine's times are known, without which nothing can be probed."""
+        wanted = {"time_scale", "engine", *(() if self.plan.max_output_tokens else ("answers_scale",))}
+        return wanted <= self.log.facts.keys() and bool(self.log.solo_ttft_s)
+
+    @property
+    def answers(self) -> Answers:
+        """The lengths of answers, the same at all rates, once calibrated."""
+        if self.plan.max_output_tokens is not None:
+            return Answers(max_tokens=self.plan.max_output_tokens)
+        facts = self.log.facts
+        return Answers(facts["answers_scale"], decode_tokens_per_s=facts["decode_tokens_per_s"])
+
+    @property
+    def time_scale(self) -> float:
+        """Factor for the workload's times and SLOs, once calibrated."""
+        return float(self.log.facts["time_scale"])
+
+    @functools.cached_property
+    def setup(self) -> Setup:
+        """The simulator as this machine, once calibrated."""
+        return self._setup(next(iter(self.log.solo_ttft_s.values()))[0])
+
+    def setup_of(self, system: System) -> Setup:
+        """The simulator as this machine was while ``system`` was up, by all its lone requests."""
+        return self._setup(median_of(self.log.solo_ttft_s[system.name]))
+
+    def _setup(self, solo_ttft_s: Mapping[int, float]) -> Setup:
+        return measured_setup(Engine(**self.log.facts["engine"]), solo_ttft_s, self.options)
+
+    @contextmanager
+    def serving(self, system: System) -> Iterator[Endpoint]:
+        """The system's servers, up, after lone requests."""
+        self.say(f"[bold]{system.label}[/bold]")
+        with self._serve(system) as served:
+            solo_ttft_s = self.measure_lone(served, system)
+            if "time_scale" not in self.log.facts:
+                self.log.settle("time_scale", time_scale(solo_ttft_s))
+                self.say(f"  time scale {self.time_scale:.2f}: arrivals and SLOs are stretched by it")
+            if "engine" not in self.log.facts:
+                self.log.settle("engine", asdict(served.engine(PromptBuilder(0, *TOKEN_IDS))))
+            if not self.is_calibrated:
+                self._settle_answers(served)
+            yield served
+
+    def _settle_answers(self, served: Endpoint) -> None:
+        """Shorten answers to what the decode server carries where the prefill server hands it as many as it can."""
+        decode_tokens_per_s = served.decode_tokens_per_s(PromptBuilder(0, *TOKEN_IDS))
+        served.settle()
+        whole = self.plan.trace(0, self.plan.workload.rate_rps, self.time_scale)
+        answers = Answers.carried(whole, saturation_rps(whole, self.setup.machine.cost), decode_tokens_per_s)
+        self.log.settle("decode_tokens_per_s", decode_tokens_per_s)
+        self.log.settle("answers_scale", answers.scale)
+        self.say(f"  {answers.text(answers.of(whole))}; the decode server carries {decode_tokens_per_s:.0f} tokens/s")
+
+    def measure_lone(self, served: Endpoint, system: System) -> dict[int, float]:
+        """TTFT (s) of lone requests by prompt tokens, as the machine is now: its speed changes while a system is up."""
+        solo_ttft_s = served.solo_ttft_s(PromptBuilder(0, *TOKEN_IDS))
+        self.log.add_solo(system.name, solo_ttft_s)
+        served.settle()
+        return solo_ttft_s
+
+    def settle_time_scale(self, asked: float | str) -> None:
+        """Take ``asked``, unless it is AUTO, for the rest of the run. Raises ValueError if the log has another."""
+        if asked == AUTO:
+            return
+        if self.log.facts.get("time_scale", asked) != asked:
+            raise ValueError(
+                f"the probes so far have the time scale {self.time_scale}, not {asked}: give another --out, or leave "
+                "--time-scale out"
+            )
+        if "time_scale" not in self.log.facts:
+            self.log.settle("time_scale", asked)
+
+    def trace(self, seed: int, rate_rps: float, slo_scale: float = 1.0) -> Trace:
+        """What is replayed at ``rate_rps`` by the wall clock."""
+        return self.answers.of(self.plan.trace(seed, rate_rps, self.time_scale, slo_scale))
+
+    def probe(
+        self,
+        served: Endpoint,
+        system: System,
+        seed: int,
+        rate_rps: float,
+        attainment: float | None = None,
+        slo_scale: float = 1.0,
+    ) -> Probe:
+        """Replay a seed at a rate until it is known whether ``attainment`` is kept; to the end without one."""
+        trace = self.trace(seed, rate_rps, slo_scale)
+        total = len(trace.requests)
+
+        def enough(met: int, missed: int) -> bool:
+            return attainment is not None and decided(met, missed, total, attainment) is not None
+
+        label = f"  {rate_rps:.2f} req/s, seed {seed}"
+        with ReplayProgress(label, total, trace.requests[-1].arrival_s, self._console) as progress:
+            run = served.replay(trace, PromptBuilder(seed, *TOKEN_IDS), progress.update, enough)
+        served.settle()
+        probe = Probe(system.name, rate_rps, seed, total, run, served.blocking_s(run), slo_scale)
+        self.log.add(probe)
+        return probe
+
+    def say(self, line: str) -> None:
+        """Tell the user."""
+        self._console.print(line, highlight=False, soft_wrap=True)
+
+
+def outcome(probe: Probe) -> str:
+    """What came of a probe, as text."""
+    if not probe.run.client.valid:
+        return f"not valid: {probe.run.client.invalid_reason}"
+    low, high = probe.attainment_bounds
+    known = len(probe.run.results) == probe.total
+    return (f"{low:.1%}" if known else f"{low:.1%} to {high:.1%}") + f" of {probe.total} in time"

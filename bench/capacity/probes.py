@@ -1,0 +1,132 @@
+"""Probes of a goodput run, kept as they are made: a JSON line each, so that a run can be stopped and resumed.
+
+A probe is one replay: a system, a rate, a seed. The first line of the file says what all of them have in common.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from sgl_flowprefill.bench.capacity.rate_search import Verdict, decided
+from sgl_flowprefill.bench.loadgen.replay import ClientReport, ReplayRun, RequestResult
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One replay of a system at a rate, with what became of each request."""
+
+    system: str
+    rate_rps: float
+    seed: int
+    total: int
+    """Requests of its trace, of which a probe that was stopped early knows only some."""
+    run: ReplayRun
+    blocking_s: Sequence[float] | None
+    """Blocking time of each preemption; None for a system that does not preempt."""
+    slo_scale: float = 1.0
+    """Of the workload's TTFT SLOs, as the system was told them and as they are judged."""
+
+    @property
+    def met(self) -> int:
+        return sum(result.meets_ttft() for result in self.run.results)
+
+    @property
+    def missed(self) -> int:
+        return len(self.run.results) - self.met
+
+    @property
+    def attainment_bounds(self) -> tuple[float, float]:
+        """Between what and what its attainment lies; equal unless it was stopped early."""
+        return self.met / self.total, 1 - self.missed / self.total
+
+    @property
+    def complete(self) -> bool:
+        """Whether every request is known, and the client kept up."""
+        return not self.run.stopped_early and self.run.client.valid
+
+    @classmethod
+    def from_json(cls, row: Mapping[str, Any]) -> Probe:
+        results = [RequestResult(**(result | {"tbt_s": ()})) for result in row["run"]["results"]]
+        run = ReplayRun(**(row["run"] | {"results": results, "client": ClientReport(**row["run"]["client"])}))
+        return cls(**({name: value for name, value in row.items() if name != "kind"} | {"run": run}))
+
+
+class ProbeLog:
+    """The file of a run's probes, and what is in it."""
+
+    def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
+        """Open ``path``, or begin it with ``settings``. Raises ValueError if it holds probes of other settings."""
+        self._path = path
+        self.probes: list[Probe] = []
+        self.solo_ttft_s: dict[str, list[dict[int, float]]] = {}
+        """By system: for each start of its servers, the TTFT of lone requests by prompt tokens."""
+        self.facts: dict[str, Any] = {}
+        """What is settled once in a run: the time scale, the rate at which systems are compared."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        rows = list(_rows(path)) if path.exists() else []
+        found = rows[0]["settings"] if rows else dict(settings)
+        if different := [name for name in settings if found.get(name) != settings[name]]:
+            described = "; ".join(f"{name} {found.get(name)}, not {settings[name]}" for name in different)
+            raise ValueError(f"{path} has probes of other settings ({described}): give another --out, or delete it")
+        if not rows:
+            self._append({"kind": "settings", "settings": settings})
+        for row in rows[1:]:
+            if row["kind"] == "probe":
+                self.probes.append(Probe.from_json(row))
+            elif row["kind"] == "solo":
+                times_s = {int(tokens): time_s for tokens, time_s in row["ttft_s"].items()}
+                self.solo_ttft_s.setdefault(row["system"], []).append(times_s)
+            else:
+                self.facts[row["name"]] = row["value"]
+
+    def add(self, probe: Probe) -> None:
+        """Keep ``probe``, without the times between tokens."""
+        run = probe.run
+        run = dataclasses.replace(run, results=[dataclasses.replace(result, tbt_s=()) for result in run.results])
+        probe = dataclasses.replace(probe, run=run)
+        self.probes.append(probe)
+        self._append({"kind": "probe", **dataclasses.asdict(probe)})
+
+    def add_solo(self, system: str, ttft_s: Mapping[int, float]) -> None:
+        """Keep TTFTs of lone requests."""
+        self.solo_ttft_s.setdefault(system, []).append(dict(ttft_s))
+        self._append({"kind": "solo", "system": system, "ttft_s": {str(tokens): s for tokens, s in ttft_s.items()}})
+
+    def settle(self, name: str, value: Any) -> None:
+        """Settle a fact for the rest of the run."""
+        self.facts[name] = value
+        self._append({"kind": "fact", "name": name, "value": value})
+
+    def of(self, system: str, seed: int, slo_scale: float = 1.0) -> list[Probe]:
+        """Valid probes of a system and seed."""
+        key = system, seed, slo_scale
+        return [p for p in self.probes if (p.system, p.seed, p.slo_scale) == key and p.run.client.valid]
+
+    def verdicts(self, system: str, seed: int, attainment: float) -> list[Verdict]:
+        """What the probes of a system and seed say about ``attainment``."""
+        verdicts = ((p.rate_rps, decided(p.met, p.missed, p.total, attainment)) for p in self.of(system, seed))
+        return [(rate_rps, kept) for rate_rps, kept in verdicts if kept is not None]
+
+    def complete_at(self, rate_rps: float, system: str, seed: int, slo_scale: float = 1.0) -> Probe | None:
+        """The probe at exactly ``rate_rps`` that was not stopped early, if there is one."""
+        return next((p for p in self.of(system, seed, slo_scale) if p.rate_rps == rate_rps and p.complete), None)
+
+    def _append(self, row: Mapping[str, Any]) -> None:
+        with self._path.open("ab") as file:
+            file.write(orjson.dumps(row, default=float) + b"\n")
+
+
+def _rows(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a log; a last line that was cut off when its process was killed is dropped from the file."""
+    content = path.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    if len(whole) < len(content):
+        path.write_bytes(whole)
+    for line in whole.splitlines():
+        yield orjson.loads(line)

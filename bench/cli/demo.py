@@ -1,0 +1,181 @@
+"""The main job end to end: one trace through FlowPrefill and through SGLang's stock scheduler, in turns.
+
+Both run on the same servers' settings, with the same prompts, at the same rate and time scale. The servers of all stay
+up, and those that do not have their turn are stopped (SIGSTOP). First each system answers lone requests, whose times
+make the time scale, then each half of the trace is replayed on each; the order turns round every time, so that none
+always meets the machine first. A turn ends when all its requests are answered.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import shlex
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from rich.console import Console
+
+from sgl_flowprefill.bench.cli.options import AUTO, add_trace_options, prompt_builder, requested_trace
+from sgl_flowprefill.bench.loadgen.calibrate import median_of, time_scale
+from sgl_flowprefill.bench.loadgen.progress import ReplayProgress
+from sgl_flowprefill.bench.loadgen.replay import ReplayRun, joined
+from sgl_flowprefill.bench.metrics.comparison import Comparison, SystemResult
+from sgl_flowprefill.bench.reports.page import add_picture_option, browser, take_picture
+from sgl_flowprefill.bench.reports.publish import publish
+from sgl_flowprefill.bench.systems.catalog import System, add_systems_option, select
+from sgl_flowprefill.bench.systems.serving import Serve, Servers, serving
+from sgl_flowprefill.bench.workloads.answers import Answers, add_answers_option
+from sgl_flowprefill.bench.workloads.trace import Trace
+
+DURATION_S: Final = 140.0
+RATE_SCALE: Final = 2.0
+ROUNDS: Final = 2
+"""Turns of each system with lone requests, and with parts of the trace."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of ``bench demo``."""
+    parser.add_argument("--out", type=Path, default=Path("out/demo"), help="folder of results (default %(default)s)")
+    add_systems_option(parser, "flowprefill", "sglang")
+    add_answers_option(add_trace_options(parser, rate_scale=RATE_SCALE, duration_s=DURATION_S))
+    add_picture_option(parser)
+    Servers.add_options(parser)
+
+
+def run(args: argparse.Namespace, console: Console) -> int:
+    """Run the demo. Returns 0, or 1 if a request failed or the client fell behind.
+
+    Raises ClusterError, CalibrationError or ValueError with a sentence for the user.
+    """
+    if args.png:
+        browser()
+    args.out.mkdir(parents=True, exist_ok=True)
+    servers = Servers.from_args(args)
+
+    def say(line: str) -> None:
+        console.print(f"  {line}", highlight=False, soft_wrap=True)
+
+    with serving(servers, args.out, say, side_by_side=True) as serve:
+        comparison = _Demo(args, select(args.systems), serve, console).run(servers)
+    code = publish(comparison, args.out, console)
+    if args.png:
+        say(f"Picture: {take_picture(args.out / 'report.html')}")
+    return code
+
+
+class _Demo:
+    """The systems, up side by side, taking turns."""
+
+    def __init__(self, args: argparse.Namespace, systems: Sequence[System], serve: Serve, console: Console) -> None:
+        self._args = args
+        self._systems = systems
+        self._serve = serve
+        self._console = console
+        self._prompts = prompt_builder(args)
+        self._solo_ttft_s: dict[str, list[dict[int, float]]] = {system.name: [] for system in systems}
+        self._settings: dict[str, Mapping[str, Any]] = {}
+        self._event_logs: dict[str, Path | None] = {}
+
+    def run(self, servers: Servers) -> Comparison:
+        """Lone requests on all systems, then the trace. ``servers`` is what they were started with."""
+        decode_tokens_per_s = self._measure()
+        scale = self._args.time_scale
+        if scale == AUTO:
+            scale = time_scale(median_of([one for turns in self._solo_ttft_s.values() for one in turns]))
+            self._detail(f"time scale {scale:.2f}, by all of them: arrivals and SLOs are stretched by it")
+        whole = requested_trace(self._args, scale)
+        answers = Answers(max_tokens=self._args.max_output_tokens)
+        if decode_tokens_per_s is not None:
+            answers = Answers.carried(whole, whole.rate_rps, decode_tokens_per_s)
+            self._detail(f"the decode server carries {decode_tokens_per_s:.0f} tokens/s")
+        trace = answers.of(whole)
+        self._detail(answers.text(trace))
+        return Comparison(
+            systems=self._replay(trace),
+            trace=trace,
+            seed=self._args.seed,
+            time_scale=scale,
+            model=servers.model,
+            command=shlex.join(["python", "-m", "sgl_flowprefill.bench", *sys.argv[1:]]),
+            answers=answers,
+            settings=servers.settings(),
+        )
+
+    def _in_turns(self, rounds: int) -> Iterator[tuple[int, System]]:
+        """(round, system), each round in the order opposite to the one before."""
+        for number in range(rounds):
+            for system in self._systems if number % 2 == 0 else reversed(self._systems):
+                yield number, system
+
+    def _measure(self) -> float | None:
+        """Start all systems and send lone requests to each in turns. Returns the tokens per second that a decode server
+        carries, the median over all turns, if answers depend on it.
+        """
+        carried = []
+        for number, system in self._in_turns(ROUNDS):
+            self._say(f"[bold]{system.label}[/bold]" + (": lone requests again" if number else ""))
+            with self._serve(system) as served:
+                self._solo_ttft_s[system.name].append(served.solo_ttft_s(self._prompts, self._detail))
+                self._settings[system.name], self._event_logs[system.name] = served.settings(), served.event_log
+                if self._args.max_output_tokens is None:
+                    carried.append(served.decode_tokens_per_s(self._prompts))
+        return float(np.median(carried)) if carried else None
+
+    def _replay(self, trace: Trace) -> list[SystemResult]:
+        """Replay ``trace`` in parts, each on all systems, which have answered all of one before they are stopped."""
+        ends_s = [trace.requests[-1].arrival_s * (number + 1) / ROUNDS for number in range(ROUNDS)]
+        starts_s = [0.0, *ends_s[:-1]]
+        ends_s[-1] = math.inf
+        parts = [trace.between(*span_s) for span_s in zip(starts_s, ends_s, strict=True)]
+        offsets = [sum(len(part.requests) for part in parts[:number]) for number in range(ROUNDS)]
+        runs: dict[str, list[ReplayRun]] = {system.name: [] for system in self._systems}
+        for number, system in self._in_turns(ROUNDS):
+            part = parts[number]
+            if not part.requests:
+                raise ValueError(f"no request arrives in part {number + 1} of the trace; give a longer --duration")
+            label = f"{system.label}, part {number + 1} of {ROUNDS}"
+            self._say(f"{label}: {len(part.requests)} requests, {trace.rate_rps:.2f} req/s")
+            prompts = self._prompts.beginning_at(offsets[number])
+            progress = ReplayProgress(f"  {label}", len(part.requests), part.requests[-1].arrival_s, self._console)
+            with self._serve(system) as served, progress:
+                runs[system.name].append(served.replay(part, prompts, progress.update))
+        return [self._result(system, runs[system.name], trace, offsets, starts_s) for system in self._systems]
+
+    def _result(
+        self,
+        system: System,
+        turns: Sequence[ReplayRun],
+        trace: Trace,
+        offsets: Sequence[int],
+        starts_s: Sequence[float],
+    ) -> SystemResult:
+        run = joined(turns, offsets, starts_s)
+        run.write_jsonl(self._args.out / f"{system.name}.jsonl")
+        return SystemResult.of(
+            system.name,
+            _label(system, self._settings[system.name]),
+            run,
+            trace,
+            turns=turns,
+            event_log=self._event_logs[system.name],
+            solo_ttft_s=median_of(self._solo_ttft_s[system.name]),
+            settings=self._settings[system.name],
+        )
+
+    def _say(self, line: str) -> None:
+        self._console.print(line, highlight=False, soft_wrap=True)
+
+    def _detail(self, line: str) -> None:
+        self._say(f"  {line}")
+
+
+def _label(system: System, settings: Mapping[str, Any]) -> str:
+    """The system's label, with the chunk size that SGLang chose where the system leaves that to it."""
+    chunk_tokens = settings.get("chunked_prefill_size")
+    if not system.is_stock or system.stock_args or chunk_tokens is None:
+        return system.label
+    return f"{system.label}, " + (f"chunked at {chunk_tokens}" if chunk_tokens > 0 else "unchunked")

@@ -1,0 +1,115 @@
+"""What FlowPrefill costs when nobody waits: lone prompts, alternately on FlowPrefill and on stock SGLang unchunked.
+
+Both systems are up at once and take turns on the same CPUs (``serving.SideBySide``), in pairs, so that the machine's
+drift cancels. A turn is a few prompts of one length, each sent when the one before is answered. The first meets servers
+that had nothing to do: its TTFT is what a lone user waits. The others are what throughput is without contention.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from sgl_flowprefill.bench.cli.options import positive_int, prompt_builder
+from sgl_flowprefill.bench.systems.catalog import SYSTEMS, UNCHUNKED_FCFS
+from sgl_flowprefill.bench.systems.serving import Served, Servers, serving
+from sgl_flowprefill.bench.workloads.prompts import PromptBuilder
+from sgl_flowprefill.cluster import ClusterError
+from sgl_flowprefill.ttft.features import Array
+
+OURS: Final = "flowprefill"
+PAIR: Final = (OURS, UNCHUNKED_FCFS)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of ``bench uncontended``."""
+    parser.add_argument("--tokens", type=positive_int, nargs="+", default=[512, 2048, 8192, 16384], metavar="N",
+                        help="prompt lengths (default %(default)s)")  # fmt: skip
+    parser.add_argument("--pairs", type=positive_int, default=11, help="pairs of each length (default %(default)s)")
+    parser.add_argument("--per-turn", type=positive_int, default=3, metavar="N",
+                        help="prompts of a turn, one after the other; at least 2 (default %(default)s)")  # fmt: skip
+    parser.add_argument("--seed", type=int, default=0, help="seed of the prompts (default 0)")
+    parser.add_argument("--model-path", metavar="M", help="model to serve instead of the embedded one")
+    parser.add_argument("--out", type=Path, default=Path("out/uncontended"), help="folder of results")
+
+
+def run(args: argparse.Namespace, console: Console) -> int:
+    """Measure and print; writes ``uncontended.json``. Raises ClusterError."""
+    if args.per_turn < 2:
+        console.print(f"--per-turn {args.per_turn}: only prompts after the first of a turn count for throughput")
+        return 2
+    prompts = prompt_builder(args)
+    turns: dict[str, dict[int, list[list[Lone]]]] = {name: {tokens: [] for tokens in args.tokens} for name in PAIR}
+    servers = Servers(args.model_path)
+    with serving(servers, args.out, console.print, side_by_side=True) as serve:
+        index = 0
+        for tokens in args.tokens:
+            for pair in range(args.pairs + 1):
+                for name in PAIR if pair % 2 else reversed(PAIR):
+                    with serve(SYSTEMS[name]) as served:
+                        turn = []
+                        for _ in range(args.per_turn):
+                            turn.append(asyncio.run(_ask(served, prompts, tokens, index)))
+                            index += 1
+                    if pair:  # the first one warms up
+                        turns[name][tokens].append(turn)
+            console.print(f"{tokens} tokens: {args.pairs} pairs done")
+    rows = [_row(tokens, *(turns[name][tokens] for name in PAIR)) for tokens in args.tokens]
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "uncontended.json").write_text(json.dumps({"rows": rows, "turns_ttft_s_and_took_s": turns}, indent=1))
+    table = Table("prompt tokens", "", "FlowPrefill", "SGLang unchunked", "ratio (median of pairs)", "quartiles")
+    for row in rows:
+        for label, quantity, digits in (
+            ("TTFT after a pause (s)", "ttft_s", 4),
+            ("tokens per second", "tokens_per_s", 0),
+        ):
+            ratio = row[quantity]["ratio"]
+            table.add_row(
+                f"{row['tokens']:,}",
+                label,
+                f"{row[quantity]['flowprefill']:,.{digits}f}",
+                f"{row[quantity]['sglang']:,.{digits}f}",
+                f"{ratio['p50']:.3f}",
+                f"{ratio['p25']:.3f} to {ratio['p75']:.3f}",
+            )
+    console.print(table)
+    return 0
+
+
+class Lone(NamedTuple):
+    """One prompt that met no other."""
+
+    ttft_s: float
+    took_s: float
+    """Until its answer of two tokens was complete."""
+
+
+def _row(tokens: int, ours: list[list[Lone]], stock: list[list[Lone]]) -> dict[str, Any]:
+    first_s = [np.array([turn[0].ttft_s for turn in turns]) for turns in (ours, stock)]
+    speed = [
+        np.array([tokens / np.mean([one.took_s for one in turn[1:]]) for turn in turns]) for turns in (ours, stock)
+    ]
+    return {"tokens": tokens, "ttft_s": _compared(*first_s), "tokens_per_s": _compared(*speed)}
+
+
+def _compared(ours: Array, stock: Array) -> dict[str, Any]:
+    """Medians of both, and quartiles of the ratios of pairs."""
+    low, middle, high = (float(value) for value in np.percentile(ours / stock, [25, 50, 75]))
+    ratio = {"p25": low, "p50": middle, "p75": high}
+    return {"flowprefill": float(np.median(ours)), "sglang": float(np.median(stock)), "ratio": ratio}
+
+
+async def _ask(served: Served, prompts: PromptBuilder, tokens: int, index: int) -> Lone:
+    client = served.client
+    async with client.session() as session:
+        outcome = await client.stream(session, client.api.body(prompts.unique(tokens, index), 2, None))
+    if outcome.error or outcome.first_token_s is None:
+        raise ClusterError(f"a lone request of {tokens} tokens to {client.url} failed: {outcome.error}")
+    return Lone(outcome.first_token_s - outcome.sent_s, outcome.end_s - outcome.sent_s)

@@ -1,0 +1,1 @@
+"""Sending a trace to an endpoint."""

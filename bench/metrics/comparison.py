@@ -1,0 +1,231 @@
+"""The result of running systems on the same trace: what is measured, and the JSON that it is written as."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Final
+
+import orjson
+import psutil
+
+from sgl_flowprefill.bench.loadgen.replay import ReplayRun
+from sgl_flowprefill.bench.metrics.requests import (
+    PreemptionSummary,
+    RunSummary,
+    Suspension,
+    attainment,
+    read_suspensions,
+    summarise,
+    summarise_blocking,
+)
+from sgl_flowprefill.bench.workloads.answers import Answers
+from sgl_flowprefill.bench.workloads.trace import Trace
+
+MAX_LONE_DIFFERENCE: Final = 1.1
+"""Factor between lone requests of the same length above which a comparison doubts that the machine was steady."""
+VERSIONED_PACKAGES: Final = ("sgl-flowprefill", "sglang", "torch", "nixl", "smg", "numpy")
+
+
+@dataclass(frozen=True)
+class SystemResult:
+    """One system's run."""
+
+    name: str
+    """Key in the report, e.g. ``flowprefill``."""
+    label: str
+    """What the table calls it, with the setting that matters most."""
+    run: ReplayRun
+    summary: RunSummary
+    turns: Sequence[ReplayRun] = ()
+    """The parts that ``run`` was joined from; none for one that was made in one go."""
+    suspensions: Sequence[Suspension] | None = None
+    """Its preemptions; None for a system that has no preemption."""
+    solo_ttft_s: Mapping[int, float] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls,
+        name: str,
+        label: str,
+        run: ReplayRun,
+        trace: Trace,
+        *,
+        turns: Sequence[ReplayRun] = (),
+        event_log: Path | None = None,
+        solo_ttft_s: Mapping[int, float] | None = None,
+        settings: Mapping[str, Any] | None = None,
+    ) -> SystemResult:
+        """Summarise ``run``, which may be joined from ``turns``; preemptions come from ``event_log`` if the system
+        writes one.
+        """
+        spans_s = [(part.start_monotonic_s, part.start_monotonic_s + part.duration_s) for part in turns or [run]]
+        return cls(
+            name=name,
+            label=label,
+            run=run,
+            summary=summarise(run.results, run.duration_s, trace.classes),
+            turns=turns,
+            suspensions=[one for span_s in spans_s for one in read_suspensions(event_log, *span_s)]
+            if event_log
+            else None,
+            solo_ttft_s=solo_ttft_s or {},
+            settings=settings or {},
+        )
+
+    @property
+    def blocking_s(self) -> list[float]:
+        """Blocking time of each preemption."""
+        return [one.blocking_s for one in self.suspensions or () if one.blocking_s is not None]
+
+    @property
+    def preemption(self) -> PreemptionSummary | None:
+        """Preemptions and blocking, for a system that preempts."""
+        if self.suspensions is None:
+            return None
+        return summarise_blocking(self.blocking_s, len(self.suspensions) - len(self.blocking_s))
+
+    @property
+    def stop_wait_p50_p99_max_s(self) -> tuple[float, float, float] | None:
+        """How long the running tasks took to stop; None without preemptions."""
+        summary = summarise_blocking([one.stop_wait_s for one in self.suspensions or () if one.stop_wait_s is not None])
+        if summary.blocking_p50_s is None or summary.blocking_p99_s is None or summary.blocking_max_s is None:
+            return None
+        return summary.blocking_p50_s, summary.blocking_p99_s, summary.blocking_max_s
+
+    def to_dict(self) -> dict[str, Any]:
+        """The system's entry in the report."""
+        preemption: dict[str, Any] = dataclasses.asdict(self.preemption) if self.preemption else {}
+        if self.stop_wait_p50_p99_max_s:
+            names = ("stop_wait_p50_s", "stop_wait_p99_s", "stop_wait_max_s")
+            preemption |= dict(zip(names, self.stop_wait_p50_p99_max_s, strict=True))
+        return {
+            "label": self.label,
+            **dataclasses.asdict(self.summary),
+            **preemption,
+            "duration_s": self.run.duration_s,
+            "solo_ttft_s": {str(tokens): ttft_s for tokens, ttft_s in self.solo_ttft_s.items()},
+            "client": dataclasses.asdict(self.run.client),
+            "errors": sorted({result.error for result in self.run.results if result.error}),
+            "settings": dict(self.settings),
+        }
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Runs of several systems on one trace, at one rate and time scale."""
+
+    systems: Sequence[SystemResult]
+    trace: Trace
+    """The trace as it was replayed, scaled."""
+    seed: int
+    time_scale: float
+    model: str
+    command: str
+    answers: Answers = field(default_factory=Answers)
+    """What was done to the lengths of the trace's answers."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def turns(self) -> list[Mapping[str, Any]]:
+        """Who replayed when, in order, of systems that took turns; ``start_s`` counts from the first."""
+        turns = sorted(
+            ((turn, system.name) for system in self.systems for turn in system.turns),
+            key=lambda one: one[0].start_monotonic_s,
+        )
+        return [
+            {
+                "system": name,
+                "start_s": turn.start_monotonic_s - turns[0][0].start_monotonic_s,
+                "duration_s": turn.duration_s,
+                "requests": len(turn.results),
+                "ttft_attainment": attainment(turn.results),
+            }
+            for turn, name in turns
+        ]
+
+    @property
+    def trace_rate_rps(self) -> float:
+        """Rate in the time of the trace, before the time scale."""
+        return self.trace.rate_rps * self.time_scale
+
+    def problems(self) -> list[str]:
+        """What makes the comparison doubtful, as sentences: failed requests, a client that fell behind."""
+        found = []
+        for system in self.systems:
+            errors = [result.error for result in system.run.results if result.error]
+            if errors:
+                found.append(f"{system.label}: {len(errors)} requests failed; the first: {errors[0]}")
+            if reason := system.run.client.invalid_reason:
+                found.append(f"{system.label}: this run is not valid: {reason}")
+        return found
+
+    def doubts(self) -> list[str]:
+        """Signs that the machine was not as fast for all systems, as sentences; lone requests show it."""
+        first, *others = self.systems
+        found = []
+        for system in others:
+            for tokens in sorted(first.solo_ttft_s.keys() & system.solo_ttft_s.keys()):
+                times_s = first.solo_ttft_s[tokens], system.solo_ttft_s[tokens]
+                if max(times_s) > MAX_LONE_DIFFERENCE * min(times_s):
+                    found.append(
+                        f"A lone prompt of {tokens:,} tokens took {times_s[0]:.3f} s on {first.label} and "
+                        f"{times_s[1]:.3f} s on {system.label}: the machine may not have been as fast for both"
+                    )
+        return found
+
+    def to_dict(self) -> dict[str, Any]:
+        """What ``report.json`` holds."""
+        slos = {request.request_class: (request.ttft_slo_s, request.tbt_slo_s) for request in self.trace.requests}
+        return {
+            "systems": {system.name: system.to_dict() for system in self.systems},
+            "time_scale": self.time_scale,
+            "seed": self.seed,
+            "rate_rps": self.trace.rate_rps,
+            "trace_rate_rps": self.trace_rate_rps,
+            "trace": self.trace.name,
+            "answers": self.answers.to_dict(self.trace),
+            "turns": self.turns,
+            "slo_s": {name: {"ttft": slos[name][0], "tbt": slos[name][1]} for name in self.trace.classes},
+            "model": self.model,
+            "doubts": self.doubts(),
+            "command": self.command,
+            "settings": dict(self.settings),
+            "versions": versions(),
+            "machine": machine(),
+        }
+
+    def write_json(self, path: Path) -> None:
+        """Write ``report.json``."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(orjson.dumps(self.to_dict(), option=orjson.OPT_INDENT_2) + b"\n")
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that matter for a result."""
+    found = {"python": platform.python_version()}
+    for package in VERSIONED_PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def machine() -> dict[str, Any]:
+    """The machine: CPU model, cores that this process may use, memory."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return {
+        "cpu": cpu,
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_bytes": psutil.virtual_memory().total,
+        "system": platform.platform(),
+    }

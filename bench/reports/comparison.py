@@ -1,0 +1,128 @@
+"""The self-contained HTML report of a comparison: headline, table, plots, settings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from sgl_flowprefill.bench.metrics.comparison import Comparison, SystemResult
+from sgl_flowprefill.bench.metrics.requests import SLO_SCALES
+from sgl_flowprefill.bench.reports.page import COLOURS, LOG_TICKS, SLO_LINE, render, styled
+from sgl_flowprefill.bench.reports.table import milliseconds, percent, table_rows
+
+
+def write_html(comparison: Comparison, path: Path) -> None:
+    """Write the report; the file needs no network to be read."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(render_html(comparison), encoding="utf-8")
+
+
+def render_html(comparison: Comparison) -> str:
+    """The report as one HTML document with plotly's script inside."""
+    figures = {
+        "ttft": ttft_cdfs(comparison),
+        "attainment": attainment_curve(comparison),
+        "blocking": blocking_histogram(comparison),
+    }
+    return render(
+        "comparison.html.j2",
+        figures,
+        comparison=comparison,
+        document=comparison.to_dict(),
+        colours=dict(zip((system.name for system in comparison.systems), COLOURS, strict=False)),
+        rows=list(table_rows(comparison)),
+        percent=percent,
+        milliseconds=milliseconds,
+        flatten=_flatten,
+    )
+
+
+def ttft_cdfs(comparison: Comparison) -> go.Figure:
+    """For each class the share of its requests whose first token came within a time; failed requests never do."""
+    classes = comparison.trace.classes
+    slo_s = {request.request_class: request.ttft_slo_s for request in comparison.trace.requests}
+    figure = make_subplots(
+        cols=len(classes),
+        shared_yaxes=True,
+        horizontal_spacing=0.025,
+        subplot_titles=[f"<b>{name}</b>, SLO {slo_s[name]:.2g} s" for name in classes],
+    )
+    for column, name in enumerate(classes, start=1):
+        for system, colour in zip(comparison.systems, COLOURS, strict=False):
+            members = [result for result in system.run.results if result.request_class == name]
+            ttft_s = sorted(result.ttft_s for result in members if result.completed and result.ttft_s is not None)
+            share = np.arange(1, len(ttft_s) + 1) / max(1, len(members))
+            line = _line(system, colour, ttft_s, share.tolist(), step=True)
+            figure.add_trace(line.update(showlegend=column == 1), row=1, col=column)
+        figure.add_vline(x=slo_s[name], line=SLO_LINE, row=1, col=column)
+        times_s = [slo_s[name], *(ttft_s for trace in figure.select_traces(col=column) for ttft_s in trace.x)]
+        log_range = [np.log10(min(times_s) * 0.8), np.log10(max(times_s) * 1.25)]
+        figure.update_xaxes(type="log", range=log_range, tickvals=LOG_TICKS, title_text="TTFT (s)", col=column)
+    figure.update_yaxes(range=[0, 1.02], tickformat=".0%")
+    figure.update_yaxes(title_text="share of requests", col=1)
+    return styled(figure, height=360)
+
+
+def attainment_curve(comparison: Comparison) -> go.Figure:
+    """TTFT attainment when every SLO is multiplied by a scale."""
+    figure = go.Figure()
+    for system, colour in zip(comparison.systems, COLOURS, strict=False):
+        shares = [system.summary.attainment_by_slo_scale[f"{scale:.1f}"] for scale in SLO_SCALES]
+        figure.add_trace(_line(system, colour, list(SLO_SCALES), shares, step=False))
+    figure.add_vline(x=1, line=SLO_LINE)
+    figure.update_xaxes(title_text="SLO scale (1 = the objectives as given, smaller is tighter)", dtick=0.2)
+    figure.update_yaxes(title_text="TTFT SLO attainment", range=[0, 1.02], tickformat=".0%")
+    return styled(figure, height=360)
+
+
+def blocking_histogram(comparison: Comparison) -> go.Figure | None:
+    """Blocking times of preemptions on a logarithmic axis; None if no system preempted."""
+    samples = [
+        (system, colour, np.maximum(np.asarray(system.blocking_s), 1e-5) * 1e3)
+        for system, colour in zip(comparison.systems, COLOURS, strict=False)
+        if system.blocking_s
+    ]
+    if not samples:
+        return None
+    low = min(float(values.min()) for *_, values in samples)
+    high = max(float(values.max()) for *_, values in samples)
+    edges = np.geomspace(low * 0.9, high * 1.1, 31)
+    figure = go.Figure()
+    for system, colour, values in samples:
+        counts, _ = np.histogram(values, edges)
+        figure.add_trace(
+            go.Bar(
+                x=((edges[1:] + edges[:-1]) / 2).tolist(),
+                y=counts.tolist(),
+                width=np.diff(edges).tolist(),
+                name=system.label,
+                marker={"color": colour, "line": {"width": 0}},
+                opacity=0.85,
+                hovertemplate="%{x:.2f} ms: %{y}<extra></extra>",
+            )
+        )
+    figure.update_xaxes(type="log", title_text="blocking time (ms)", tickvals=LOG_TICKS)
+    figure.update_yaxes(title_text="preemptions")
+    return styled(figure, height=360).update_layout(bargap=0, barmode="overlay", showlegend=len(samples) > 1)
+
+
+def _line(system: SystemResult, colour: str, x: Sequence[float], y: Sequence[float], *, step: bool) -> go.Scatter:
+    return go.Scatter(
+        x=list(x),
+        y=list(y),
+        name=system.label,
+        legendgroup=system.name,
+        mode="lines" if step else "lines+markers",
+        line={"color": colour, "width": 2.5, "shape": "hv" if step else "linear"},
+        hovertemplate="%{x:.3g}: %{y:.1%}<extra></extra>",
+    )
+
+
+def _flatten(mapping: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """(name, text) of every setting that has a value."""
+    return [(name, str(value)) for name, value in mapping.items() if value not in (None, "", [], {})]

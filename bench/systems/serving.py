@@ -1,0 +1,347 @@
+"""A system's servers, up for measurements: what demo, goodput, validate, anatomy and uncontended have in common."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import shlex
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final
+
+import aiohttp
+import requests
+from rich.console import Console
+
+from sgl_flowprefill.bench.capacity.prober import Plan, Prober
+from sgl_flowprefill.bench.capacity.probes import ProbeLog
+from sgl_flowprefill.bench.cli.events import summarise_log
+from sgl_flowprefill.bench.loadgen.calibrate import measure_solo_ttft
+from sgl_flowprefill.bench.loadgen.client import Client, GenerateApi, get_json
+from sgl_flowprefill.bench.loadgen.replay import Enough, OnProgress, ReplayRun, replay
+from sgl_flowprefill.bench.metrics.comparison import machine, versions
+from sgl_flowprefill.bench.metrics.requests import read_suspensions
+from sgl_flowprefill.bench.simulator.measured import Engine, best_profile
+from sgl_flowprefill.bench.systems.catalog import System
+from sgl_flowprefill.bench.workloads.answers import measure_decode
+from sgl_flowprefill.bench.workloads.prompts import PromptBuilder
+from sgl_flowprefill.bench.workloads.trace import Trace, TraceRequest
+from sgl_flowprefill.cluster import Cluster, ClusterConfig, ClusterError
+from sgl_flowprefill.cluster.machine import available_memory_bytes
+from sgl_flowprefill.config import FlowPrefillConfig, command_line
+from sgl_flowprefill.events import read_events
+
+EMBEDDED_MODEL: Final = "embedded Llama"
+SETTINGS: Final = (
+    "chunked_prefill_size", "schedule_policy", "enable_priority_scheduling", "max_total_tokens", "attention_backend",
+    "disable_radix_cache",
+)  # fmt: skip
+"""What of a prefill server's settings matters to a comparison."""
+BURST_REQUESTS: Final = 16
+BURST_TOKENS: Final = 1024
+USUAL_LAYERS: Final = 32
+"""Of a model whose configuration is not at hand."""
+SETTLE_TIMEOUT_S: Final = 300.0
+SETTLE_POLL_S: Final = 0.2
+WAKE_S: Final = 0.5
+"""What servers that were stopped have to catch up with before they are measured."""
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Servers:
+    """What the command line says of every system's servers."""
+
+    model_path: str | None = None
+    server_args: tuple[str, ...] = ()
+    prefill_args: tuple[str, ...] = ()
+    decode_args: tuple[str, ...] = ()
+    options: FlowPrefillConfig = field(default_factory=FlowPrefillConfig)
+
+    @staticmethod
+    def add_options(parser: argparse.ArgumentParser) -> None:
+        """Add the options that ``from_args`` reads."""
+        servers = parser.add_argument_group("servers")
+        servers.add_argument("--model-path", metavar="M", help="model to serve instead of the embedded one")
+        for name, which in (("server", "every SGLang server"), ("prefill", "prefill"), ("decode", "decode")):
+            servers.add_argument(
+                f"--{name}-args",
+                type=shlex.split,
+                default=[],
+                metavar="ARGS",
+                help=f"SGLang options for {which}" + (" servers" if name != "server" else ""),
+            )
+        FlowPrefillConfig.add_cli_args(parser)
+
+    @classmethod
+    def from_args(cls, args: argparse.Namespace) -> Servers:
+        """The servers that the options ask for. Raises ConfigError."""
+        return cls(
+            args.model_path,
+            tuple(args.server_args),
+            tuple(args.prefill_args),
+            tuple(args.decode_args),
+            FlowPrefillConfig.from_namespace(args),
+        )
+
+    @property
+    def model(self) -> str:
+        """The model's name for reports."""
+        return self.model_path or EMBEDDED_MODEL
+
+    def settings(self) -> dict[str, Any]:
+        """Their options for reports."""
+        return {
+            "server options": shlex.join(self.server_args),
+            "prefill options": shlex.join(self.prefill_args),
+            "decode options": shlex.join(self.decode_args),
+            "FlowPrefill options": command_line(self.options.model_dump(exclude_defaults=True)),
+        }
+
+    def cluster(self, system: System, log_dir: Path, event_log: Path | None) -> ClusterConfig:
+        """The cluster of ``system``: only the prefill scheduler differs from that of another."""
+        options = self.options
+        if system.options is not None:
+            log = {"event_log": str(event_log.resolve())} if event_log else {}
+            options = system.config(options).model_copy(update=log)
+        return ClusterConfig(
+            flowprefill=not system.is_stock,
+            model_path=self.model_path,
+            server_args=self.server_args,
+            prefill_args=(*self.prefill_args, *system.stock_args),
+            decode_args=self.decode_args,
+            log_dir=log_dir,
+            options=options,
+        )
+
+
+@dataclass(frozen=True)
+class Served:
+    """A system whose servers are up."""
+
+    system: System
+    cluster: Cluster
+    client: Client
+    event_log: Path | None
+    """FlowPrefill's event log; None for SGLang's own scheduler."""
+
+    def solo_ttft_s(self, prompts: PromptBuilder, say: Say | None = None) -> dict[int, float]:
+        """Median TTFT (s) of lone requests by prompt tokens. Raises CalibrationError."""
+        return measure_solo_ttft(self.client, prompts, say)
+
+    def decode_tokens_per_s(self, prompts: PromptBuilder) -> float:
+        """What the decode server carries. Raises CalibrationError."""
+        return measure_decode(self.client, prompts)
+
+    def replay(
+        self,
+        trace: Trace,
+        prompts: PromptBuilder,
+        on_progress: OnProgress | None = None,
+        enough: Enough | None = None,
+    ) -> ReplayRun:
+        """Replay ``trace``; a server that ends meanwhile is a ClusterError."""
+
+        def watch(done: int, failed: int, in_flight: int) -> None:
+            self.cluster.check()
+            if on_progress:
+                on_progress(done, failed, in_flight)
+
+        return replay(trace, self.client, prompts, watch, enough)
+
+    def settle(self) -> None:
+        """End what is still under way and forget cached prefixes, so that the next run starts as the first one did.
+
+        Raises ClusterError when the servers do not come to rest.
+        """
+        urls = self.cluster.prefill_url, self.cluster.decode_url
+        give_up_s = time.monotonic() + SETTLE_TIMEOUT_S
+        while not all(_flushed(url) for url in urls):
+            for url in urls:
+                requests.post(f"{url}/abort_request", json={"rid": "", "abort_all": True}, timeout=60)
+            self.cluster.check()
+            if time.monotonic() > give_up_s:
+                raise ClusterError(f"{self.system.name} still has requests {SETTLE_TIMEOUT_S:.0f} s after its run")
+            time.sleep(SETTLE_POLL_S)
+
+    def blocking_s(self, run: ReplayRun) -> list[float] | None:
+        """Blocking time of each preemption of ``run``, once its servers are at rest; None without preemption."""
+        if self.event_log is None:
+            return None
+        end_s = run.start_monotonic_s + run.duration_s
+        suspensions = read_suspensions(self.event_log, run.start_monotonic_s, end_s)
+        return [one.blocking_s for one in suspensions if one.blocking_s is not None]
+
+    def engine(self, prompts: PromptBuilder) -> Engine:
+        """What the simulator needs to know; a burst of requests shows what passes between forwards.
+
+        Raises ValueError without a TTFT profile of the model.
+        """
+        model = Path(self.cluster.model_path)
+        config = model / "config.json"
+        layers = json.loads(config.read_text()).get("num_hidden_layers") if config.is_file() else None
+        return Engine(
+            profile=self.cluster.config.options.profile or str(best_profile(model.name)),
+            layers=layers or USUAL_LAYERS,
+            kv_tokens=self._server_info().get("max_total_num_tokens"),
+            between_forwards_s=self._between_forwards_s(prompts),
+        )
+
+    def _between_forwards_s(self, prompts: PromptBuilder) -> float:
+        """Median of a burst; 0 for SGLang's own scheduler, which keeps no log of it."""
+        if self.event_log is None:
+            return 0.0
+        burst = TraceRequest(0.0, BURST_TOKENS, 1, "burst", ttft_slo_s=60.0, tbt_slo_s=60.0)
+        run = self.replay(Trace("burst", [burst] * BURST_REQUESTS), prompts)
+        self.settle()
+        events = (event for event in read_events(self.event_log) if event["t_s"] >= run.start_monotonic_s)
+        return summarise_log(events).between_forwards_p50_s or 0.0
+
+    def settings(self) -> dict[str, Any]:
+        """What the prefill server says of the settings that matter to a comparison; nothing if it does not say."""
+        info = self._server_info()
+        return {name: info[name] for name in SETTINGS if name in info}
+
+    def _server_info(self) -> dict[str, Any]:
+        try:
+            return asyncio.run(get_json(f"{self.cluster.prefill_url}/server_info"))
+        except (aiohttp.ClientError, TimeoutError, ValueError):
+            return {}
+
+
+Serve = Callable[[System], AbstractContextManager[Served]]
+"""The servers of a system, up for as long as the context is open."""
+
+
+@contextmanager
+def start(system: System, servers: Servers, out: Path, say: Say) -> Iterator[Served]:
+    """Start the servers of ``system``, logs under ``out``, and end them. Raises ClusterError or ConfigError."""
+    event_log = None if system.is_stock else out / f"{system.name}-events.jsonl"
+    if event_log:
+        event_log.unlink(missing_ok=True)
+    config = servers.cluster(system, out / "logs" / system.name, event_log)
+    with Cluster(config, on_progress=say) as cluster:
+        client = Client(cluster.gateway_url, GenerateApi(with_priority=system.wants_priority))
+        yield Served(system, cluster, client, event_log)
+        say("stopping the servers")
+
+
+@contextmanager
+def serve(system: System, servers: Servers, out: Path, say: Say) -> Iterator[Served]:
+    """``start``, and this process leaves the prefill's CPUs alone meanwhile."""
+    with start(system, servers, out, say) as served, _beside(served.cluster):
+        yield served
+
+
+class SideBySide:
+    """Systems whose servers stay up and take turns on the same CPUs: all but one are stopped (SIGSTOP).
+
+    What is compared is then seconds apart, where a start for each turn takes most of a minute. As a context manager,
+    leaving it ends them all.
+    """
+
+    def __init__(self, start: Serve) -> None:
+        self._start = start
+        self._up: dict[str, Served] = {}
+        self._most_bytes = 0
+        self._stack = ExitStack()
+
+    def __enter__(self) -> SideBySide:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.close()
+
+    @contextmanager
+    def serving(self, system: System) -> Iterator[Served]:
+        """The servers of ``system``, started if they are not up, while those of all others are stopped; this process
+        leaves the prefill's CPUs alone. Raises ClusterError, also when there is no memory for one more system.
+        """
+        if system.name in self._up:
+            served = self._up[system.name]
+            served.cluster.resume()
+            time.sleep(WAKE_S)
+        else:
+            served = self._up[system.name] = self._started(system)
+        try:
+            with _beside(served.cluster):
+                yield served
+        finally:
+            served.cluster.suspend()
+
+    def _started(self, system: System) -> Served:
+        free_bytes = available_memory_bytes()
+        if free_bytes < self._most_bytes:
+            raise ClusterError(
+                f"there is no memory for {system.name} beside {', '.join(self._up)}: a system takes "
+                f"{self._most_bytes / 1e9:.1f} GB, {free_bytes / 1e9:.1f} GB are left; compare fewer systems at a time"
+            )
+        served = self._stack.enter_context(self._start(system))
+        self._stack.callback(served.cluster.resume)  # what is stopped does not end
+        self._most_bytes = max(self._most_bytes, free_bytes - available_memory_bytes())
+        return served
+
+
+@contextmanager
+def serving(servers: Servers, out: Path, say: Say, *, side_by_side: bool) -> Iterator[Serve]:
+    """How each system's servers are started: each time anew, or once, to take turns ``side_by_side``."""
+    if not side_by_side:
+        yield partial(serve, servers=servers, out=out, say=say)
+        return
+    with SideBySide(partial(start, servers=servers, out=out, say=say)) as systems:
+        yield systems.serving
+
+
+@contextmanager
+def _beside(cluster: Cluster) -> Iterator[None]:
+    """Keep this process off the CPUs that the prefill scheduler has for itself. No cluster is to be started meanwhile:
+    it would share only the CPUs that are left."""
+    before = os.sched_getaffinity(0)
+    if cluster.cpus:
+        os.sched_setaffinity(0, cluster.cpus.others)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+@contextmanager
+def probing(
+    servers: Servers,
+    plan: Plan,
+    out: Path,
+    asked_time_scale: float | str,
+    console: Console,
+    *,
+    side_by_side: bool = False,
+) -> Iterator[Prober]:
+    """What makes probes of ``servers`` and keeps them under ``out``.
+
+    Raises ValueError if there are some of another setting, machine or version.
+    """
+    settings = plan.settings() | {"model": servers.model, **servers.settings()}
+    settings |= {"cpu": machine()["cpu"], "versions": versions()}
+
+    def detail(line: str) -> None:
+        console.print(f"  {line}", highlight=False, soft_wrap=True)
+
+    log = ProbeLog(out / "probes.jsonl", settings)
+    with serving(servers, out, detail, side_by_side=side_by_side) as serve_system:
+        prober = Prober(plan, log, serve_system, console, servers.options)
+        prober.settle_time_scale(asked_time_scale)
+        yield prober
+
+
+def _flushed(url: str) -> bool:
+    """Whether a server was idle and its cache is empty now."""
+    return requests.post(f"{url}/flush_cache", timeout=60).ok

@@ -1,0 +1,1 @@
+"""What is sent: traces, synthetic workloads, prompts and answer lengths."""
