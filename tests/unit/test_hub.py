@@ -255,7 +255,9 @@ def test_requests_that_begin_alike_are_matched_again_when_one_of_them_has_been_c
     waiting = work.waiting
     cached = {"0": 0, "1": 0, "2": 256, "other": 0}
     shared = list(range(1000, 1300))
-    prompts = {rid: array("q", [*shared, *range(start, start + 100)]) for rid, start in zip("012", (0, 200, 400))}
+    prompts = {
+        rid: array("q", [*shared, *range(start, start + 100)]) for rid, start in zip("012", (0, 200, 400), strict=True)
+    }
     prompts["other"] = array("q", range(5000, 5400))
 
     def match(rid: str) -> PrefillShape:
