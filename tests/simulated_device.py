@@ -275,7 +275,7 @@ class SimulatedScheduler(FlowPrefillScheduler):
         while self._arriving and self._arriving[0].arrival_s <= device.now_s:
             request = self._arriving.popleft()
             job = self._waiting.add(request, request.arrival_s, request.ttft_slo_s, self._predict_s)
-            self._policy.requests.add(job)
+            self._policy.add(job)
 
     def _make_batch(self, reqs: Sequence[Any]) -> Any:
         self.device_under_test.now_s += self.device_under_test.costs.admission_s

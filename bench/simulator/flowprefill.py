@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from sgl_flowprefill.bench.simulator.checkpoints import Checkpoints, Preemption
 from sgl_flowprefill.bench.simulator.instance import Instance, KvCache, Machine
 from sgl_flowprefill.bench.simulator.requests import SimRequest
-from sgl_flowprefill.policy import Job, PrefillPolicy
+from sgl_flowprefill.policy import Job, Policy
 
 
 class SimTask:
@@ -31,7 +31,7 @@ class SimTask:
         self.checkpoints = checkpoints
         self.executed_s = 0.0
         arrival_s = min(member.arrival_s for member in members)
-        self.job = Job(self, arrival_s, winner.deadline_s, predicted_s, len(members), winner.number)
+        self.job = Job(self, arrival_s, winner.deadline_s, predicted_s, len(members), winner.number, started=True)
 
     @property
     def remaining_s(self) -> float:
@@ -47,7 +47,7 @@ class FlowPrefillInstance(Instance):
     def __init__(
         self,
         machine: Machine,
-        policy: PrefillPolicy[SimRequest, SimTask],
+        policy: Policy[SimRequest, SimTask],
         preemption: Preemption,
         hub_s: float = 0.0,
     ) -> None:
@@ -71,7 +71,7 @@ class FlowPrefillInstance(Instance):
         if sum(request.shape) > self._kv.total_tokens:
             self.completed.append(request)
             return
-        self._policy.requests.add(Job(request, request.arrival_s, request.deadline_s, request.predicted_s))
+        self._policy.add(Job(request, request.arrival_s, request.deadline_s, request.predicted_s))
         if self._running is None:
             self._run_next(now_s)
         else:
@@ -87,7 +87,7 @@ class FlowPrefillInstance(Instance):
             return
         if task is not None:
             task.executed_s = self._stop_elapsed_s
-            self._policy.tasks.remove(task.job)
+            self._policy.remove(task.job)
             if task.executed_s >= task.duration_s:
                 self._running = None
                 self._kv_is_short = False
@@ -95,7 +95,7 @@ class FlowPrefillInstance(Instance):
                 self.completed.extend(task.members)
             else:
                 task.job.remaining_s = task.remaining_s
-                self._policy.tasks.add(task.job)
+                self._policy.add(task.job)
         self._run_next(now_s)
 
     def _stop_soon(self, now_s: float) -> None:
@@ -148,12 +148,12 @@ class FlowPrefillInstance(Instance):
         for member in members:
             self._kv.send(member, member.shape.cached_tokens, now_s)
         for job in jobs[: len(members)]:
-            self._policy.requests.remove(job)
+            self._policy.remove(job)
         shapes = [member.shape for member in members]
         duration_s = self._cost.predict_s(shapes)
         checkpoints = Checkpoints(duration_s, self._cost.layers, self._cost.attention_share(shapes), self._preemption)
         task = SimTask(members, winner, duration_s, self._predict_s(members), checkpoints)
-        self._policy.tasks.add(task.job)
+        self._policy.add(task.job)
         return task
 
     def _predict_s(self, requests: Sequence[SimRequest]) -> float:

@@ -230,7 +230,7 @@ class FlowPrefillScheduler(PreparedScheduler):
         shapes = _shapes(batch)
         members = self._waiting.take(batch.reqs)
         for member in members:
-            self._policy.requests.remove(member)
+            self._policy.remove(member)
         task = PrefillTask(
             id=self._tasks_started,
             batch=batch,
@@ -246,7 +246,7 @@ class FlowPrefillScheduler(PreparedScheduler):
         task.job.remaining_s = task.predicted_s
         self._tasks_started += 1
         self._live.append(task)
-        self._policy.tasks.add(task.job)
+        self._policy.add(task.job)
         return task
 
     def _make_batch(self, reqs: Sequence[Any]) -> Any | None:
@@ -344,7 +344,7 @@ class FlowPrefillScheduler(PreparedScheduler):
 
     def _retire(self, task: PrefillTask) -> None:
         """Forget a task that is done or dropped."""
-        self._policy.tasks.remove(task.job)
+        self._policy.remove(task.job)
         self._live.remove(task)
         self._kv_is_short = False
         if self._running is task:
@@ -352,9 +352,9 @@ class FlowPrefillScheduler(PreparedScheduler):
 
     def _requeue(self, task: PrefillTask) -> None:
         """Tell the policy how much of a task that has run is left."""
-        self._policy.tasks.remove(task.job)
+        self._policy.remove(task.job)
         task.job.remaining_s = self._remaining_s(task)
-        self._policy.tasks.add(task.job)
+        self._policy.add(task.job)
 
     def _remaining_s(self, task: PrefillTask) -> float:
         """Predicted time left, from the checkpoints that the task has passed and not from wall time."""
@@ -388,16 +388,16 @@ class FlowPrefillScheduler(PreparedScheduler):
         # Only to know how much of it is cached: what a start copies of a hybrid model's state takes a slot.
         req.init_next_round_input(self.tree_cache, cow_mamba=False)
         job = self._waiting.add(req, received_s(req), self._slo_s(req), self._predict_s, self._ttft.pace)
-        self._policy.requests.add(job)
+        self._policy.add(job)
 
     def _match_again(self, jobs: Iterable[Job[WaitingRequest]]) -> bool:
         """Match those of ``jobs`` again of whose prompts more has been cached since. Whether there were any."""
         outdated = [job for job in jobs if self._waiting.is_outdated(job)]
         for job in outdated:
-            self._policy.requests.remove(job)
+            self._policy.remove(job)
             job.item.req.init_next_round_input(self.tree_cache, cow_mamba=False)
             self._waiting.matched(job, self._predict_s, self._ttft.pace)
-            self._policy.requests.add(job)
+            self._policy.add(job)
         return bool(outdated)
 
     def abort_request(self, recv_req: Any) -> None:
@@ -423,7 +423,7 @@ class FlowPrefillScheduler(PreparedScheduler):
     def _forget_left_requests(self) -> None:
         """Drop the jobs of requests that SGLang has taken off the waiting queue (aborted, decode server gone)."""
         for job in self._waiting.take_all_but(self.waiting_queue):
-            self._policy.requests.remove(job)
+            self._policy.remove(job)
 
     def resolve_waiting_queue_bootstrap(self) -> None:
         """SGLang drops waiting requests whose decode server is gone; here a part of them each time, in turns."""

@@ -21,7 +21,7 @@ from sglang.srt.utils.network import get_local_ip_auto
 from sgl_flowprefill.compat import incompatible_option, unchecked_attention_backend
 from sgl_flowprefill.config import FlowPrefillConfig
 from sgl_flowprefill.patches import wakeups
-from sgl_flowprefill.policy import Limits, PrefillPolicy, make_policy
+from sgl_flowprefill.policy import Limits, Policy, make_policy
 from sgl_flowprefill.runtime.agreement import Agreement
 from sgl_flowprefill.runtime.checkpoints import Progress, find_decoder_layers, install_checkpoints
 from sgl_flowprefill.runtime.device import CpuDevice, Device, make_device
@@ -138,7 +138,7 @@ class PreparedScheduler(Scheduler):
 
         batch_tokens = config.max_batch_tokens or throughput_budget_tokens(self._ttft)
         limits = Limits(max_suspended=config.max_suspended, max_batch_tokens=batch_tokens)
-        self._policy: PrefillPolicy[WaitingRequest, PrefillTask]
+        self._policy: Policy[WaitingRequest, PrefillTask]
         self._policy = make_policy(config.policy, limits, config.max_starvation_s)
         is_first, with_metrics = self._events is not None, self.metrics_collector_context.enable_metrics
         metrics = Metrics(self.metrics_collector.labels) if is_first and with_metrics else None

@@ -53,7 +53,7 @@ class PrefillTask:
     _state: ForwardState | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
-        self.job = Job(self, self.arrival_s, self.deadline_s, self.predicted_s, len(self.batch.reqs))
+        self.job = Job(self, self.arrival_s, self.deadline_s, self.predicted_s, len(self.batch.reqs), started=True)
 
     @property
     def started(self) -> bool:

@@ -115,7 +115,7 @@ def test_a_task_takes_over_the_number_of_the_request_it_is_started_for() -> None
     model = Model(1, lambda tokens: 1e-3, lambda tokens: 1e-3)
     scheduler = SimulatedScheduler(SimulatedDevice(0, HostCosts()), model, requests)
     scheduler._take_events()
-    winner = scheduler._policy.requests.first(0.0, 2)[1]
+    winner = scheduler._policy.first_waiting(0.0, 2)[1]
     task = scheduler._start([winner])
     assert task is not None
     assert task.job.number == winner.number
