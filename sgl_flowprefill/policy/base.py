@@ -8,7 +8,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import count, islice
-from typing import Final, Generic, NamedTuple, Protocol, TypeVar
+from typing import Final, Generic, Protocol, TypeVar
 
 from sgl_flowprefill.pace import AS_PREDICTED, Pace
 
@@ -77,7 +77,8 @@ class Limits:
     max_batch_requests: int = 64
 
 
-class Candidate(NamedTuple, Generic[T]):
+@dataclass(slots=True)
+class Candidate(Generic[T]):
     """The best of the waiting or of the started jobs, with its rank: the smaller rank runs first."""
 
     tier: float

@@ -76,11 +76,13 @@ class SlackOrder(Generic[T]):
         self._infeasible: JobList[T] = JobList(infeasible_order)
         self._now_s = -math.inf
         self._moves_left = MOVES_AT_ONCE
+        self._length = 0
         self._to_reconsider: tuple[float, float] | None = None
         """Infeasible jobs before this key and number may be feasible at their new pace."""
 
     def add(self, job: Job[T]) -> None:
         """Put ``job`` where it belongs at the time of the last event."""
+        self._length += 1
         latest_start_s = job.latest_start_s
         if latest_start_s < self._now_s or latest_start_s < job.arrival_s:
             job.turns_infeasible_s = -math.inf
@@ -92,6 +94,7 @@ class SlackOrder(Generic[T]):
 
     def remove(self, job: Job[T]) -> None:
         """Take ``job`` out."""
+        self._length -= 1
         if is_infeasible(job):
             self._infeasible.remove(job)
         else:
@@ -107,7 +110,11 @@ class SlackOrder(Generic[T]):
         and return them."""
         if now_s != self._now_s:
             self._now_s = now_s
-            self._moves_left = min(MOVES_AT_ONCE, self._moves_left + MOVES)
+            if self._moves_left < MOVES_AT_ONCE:
+                self._moves_left = min(MOVES_AT_ONCE, self._moves_left + MOVES)
+        if not self._length:
+            self._to_reconsider = None
+            return ()
         moved: list[Job[T]] = []
         if self._to_reconsider is not None:
             self._reconsider(*self._to_reconsider, moved)
@@ -117,13 +124,14 @@ class SlackOrder(Generic[T]):
             self._move(job, moved)
         return moved
 
+    def first_starved(self, now_s: float) -> Job[T] | None:
+        """The first of the infeasible jobs, if it is starved."""
+        first = self._infeasible.first()
+        return first if first is not None and self._is_starved(first, now_s) else None
+
     def starved(self, now_s: float) -> Iterator[Job[T]]:
-        """The first of the infeasible jobs, those that have waited too long and whose turn it is."""
-
-        def goes_first(job: Job[T]) -> bool:
-            return job.arrival_s + self._max_starvation_s <= now_s and self._turns.is_turn_of(job, now_s)
-
-        return takewhile(goes_first, self._infeasible)
+        """The first of the infeasible jobs, as far as they are starved."""
+        return takewhile(lambda job: self._is_starved(job, now_s), self._infeasible)
 
     def first_feasible(self, now_s: float) -> Job[T] | None:
         """The job with the earliest deadline that can still be met."""
@@ -141,6 +149,9 @@ class SlackOrder(Generic[T]):
         """Those of ``ahead`` that are jobs, each once, and then all others."""
         first = dict.fromkeys(job for job in ahead if job is not None)
         return chain(first, filterfalse(first.__contains__, self))
+
+    def _is_starved(self, job: Job[T], now_s: float) -> bool:
+        return job.arrival_s + self._max_starvation_s <= now_s and self._turns.is_turn_of(job, now_s)
 
     def _reconsider(self, key: float, number: float, moved: list[Job[T]]) -> None:
         """Move the next of the infeasible jobs, the last one first, that are feasible at their new pace."""
@@ -164,7 +175,7 @@ class SlackOrder(Generic[T]):
         return chain(self.feasible, self._infeasible)
 
     def __len__(self) -> int:
-        return len(self.feasible) + len(self._infeasible)
+        return self._length
 
 
 def is_infeasible(job: Job[Any]) -> bool:

@@ -122,17 +122,20 @@ class Plan:
             return
         place = self._place(job)
         ahead_s = sum([before.work_s * before.pace.factor for before in self.kept[:place]]) if place else 0.0
-        self._latest_start_s = min(self._latest_start_s - remaining_s, alone_s - ahead_s)
+        self._latest_start_s -= remaining_s
+        if alone_s - ahead_s < self._latest_start_s:
+            self._latest_start_s = alone_s - ahead_s
         self.kept.insert(place, job)
         if len(self.kept) > PLANNED:
             self._horizon_s = self.kept.pop().deadline_s
 
     def remove(self, job: Job[Any]) -> None:
         """Take ``job`` out of those kept, if it is there."""
+        kept = self.kept
         place = self._place(job)
-        if place == len(self.kept) or self.kept[place] is not job:
+        if place == len(kept) or kept[place] is not job:
             return
-        del self.kept[place]
+        del kept[place]
         self._some_have_left = True
         if not self.kept:
             self._latest_start_s = math.inf
@@ -152,7 +155,11 @@ class Plan:
         self._latest_start_s = self._now_s + spare_s
 
     def _place(self, job: Job[Any]) -> int:
-        return bisect_left(self.kept, (job.deadline_s, job.number), key=_BY_DEADLINE)
+        """Of ``job`` among those kept: most often the first one."""
+        kept = self.kept
+        if not kept or kept[0] is job or job.deadline_s < kept[0].deadline_s:
+            return 0
+        return bisect_left(kept, (job.deadline_s, job.number), key=_BY_DEADLINE)
 
 
 @register("feasible", "the largest set that can meet its objectives, earliest deadline first")
@@ -209,10 +216,11 @@ class FeasibleSet(Policy[R, K]):
 
     def _best_waiting(self, now_s: float) -> Candidate[R] | None:
         self._settle(now_s)
-        if (starved := next(self._waiting.starved(now_s), None)) is not None:
+        if (starved := self._waiting.first_starved(now_s)) is not None:
             return Candidate(STARVED, starved.arrival_s, starved)
-        if (kept := next((job for job in self._plan.kept if not job.started), None)) is not None:
-            return Candidate(KEPT, kept.deadline_s, kept)
+        for kept in self._plan.kept:
+            if not kept.started:
+                return Candidate(KEPT, kept.deadline_s, kept)
         if (feasible := self._waiting.first_feasible(now_s)) is not None:
             return Candidate(LEFT_OUT, feasible.deadline_s, feasible)
         infeasible = self._waiting.first_infeasible()
@@ -224,8 +232,9 @@ class FeasibleSet(Policy[R, K]):
             return None
         if (starved := self._starved_task(now_s)) is not None:
             return Candidate(STARVED, starved.arrival_s, starved)
-        if (kept := next((job for job in self._plan.kept if job.started), None)) is not None:
-            return Candidate(KEPT, kept.deadline_s, kept)
+        for kept in self._plan.kept:
+            if kept.started:
+                return Candidate(KEPT, kept.deadline_s, kept)
 
         def rank(job: Job[Any]) -> tuple[float, float, int]:
             tier = STARTED_INFEASIBLE if job.latest_start_s < now_s else STARTED
@@ -237,10 +246,14 @@ class FeasibleSet(Policy[R, K]):
 
     def _starved_task(self, now_s: float) -> Job[K] | None:
         """The oldest infeasible task, if it has waited too long and it is its turn."""
-        infeasible = [job for job in self._started if job.latest_start_s < now_s]
-        oldest = min(infeasible, key=attrgetter("arrival_s", "number"), default=None)
-        if oldest is None or oldest.arrival_s + self._max_starvation_s > now_s:
+        starved = [
+            job
+            for job in self._started
+            if job.arrival_s + self._max_starvation_s <= now_s and job.latest_start_s < now_s
+        ]
+        if not starved:
             return None
+        oldest = min(starved, key=attrgetter("arrival_s", "number"))
         return oldest if self._turns.is_turn_of(oldest, now_s) else None
 
     def _settle(self, now_s: float) -> None:

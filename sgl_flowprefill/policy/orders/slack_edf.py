@@ -78,7 +78,7 @@ class PublishedSlackEdf(SlackEdf[R, K]):
 
 def _best(jobs: SlackOrder[T], now_s: float) -> Candidate[T] | None:
     jobs.settle(now_s)
-    if (starved := next(jobs.starved(now_s), None)) is not None:
+    if (starved := jobs.first_starved(now_s)) is not None:
         return Candidate(STARVED, jobs.infeasible_order(starved), starved)
     if (feasible := jobs.first_feasible(now_s)) is not None:
         return Candidate(FEASIBLE, feasible.deadline_s, feasible)
