@@ -24,8 +24,8 @@ def chaos(engine: Any, seed: int, switch_probability: float) -> dict[str, int]:
     seen = {"suspensions": 0, "deepest": 0}
 
     def pick(now_s: float, running: Any, admit: bool = True) -> Any:
-        tasks = sorted(scheduler.hub.work.policy.tasks.first(now_s, 1000), key=lambda job: job.item.id)
-        requests = scheduler.hub.work.policy.requests.first(now_s, 1000) if admit else []
+        tasks = sorted(scheduler.hub.work.policy.started, key=lambda job: job.item.id)
+        requests = scheduler.hub.work.policy.first_waiting(now_s, 1000) if admit else []
         choices = tasks + sorted(requests, key=lambda job: job.item.number)  # the coin alone decides, not the clock
         if not choices:
             return None

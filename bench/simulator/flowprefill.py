@@ -11,7 +11,7 @@ from sgl_flowprefill.bench.simulator.cost import CostModel
 from sgl_flowprefill.bench.simulator.instance import Instance, KvCache, Machine
 from sgl_flowprefill.bench.simulator.requests import SimRequest
 from sgl_flowprefill.pace import AS_PREDICTED, Pace
-from sgl_flowprefill.policy import PrefillPolicy
+from sgl_flowprefill.policy import Policy
 from sgl_flowprefill.runtime.device import CpuDevice
 from sgl_flowprefill.runtime.hub import Hub
 from sgl_flowprefill.runtime.parts import OneRank, Recorder
@@ -210,7 +210,7 @@ class FlowPrefillInstance(Instance):
     def __init__(
         self,
         machine: Machine,
-        policy: PrefillPolicy[WaitingRequest, PrefillTask],
+        policy: Policy[WaitingRequest, PrefillTask],
         preemption: Preemption,
         hub_s: float = 0.0,
         recorder: Blocking | None = None,

@@ -56,7 +56,7 @@ class PrefillTask:
     """For the executor: the forward pass while it does not run."""
 
     def __post_init__(self) -> None:
-        self.job = Job(self, self.arrival_s, self.deadline_s, self.predicted_s, len(self.shapes))
+        self.job = Job(self, self.arrival_s, self.deadline_s, self.predicted_s, len(self.shapes), started=True)
 
     @property
     def executed_s(self) -> float:

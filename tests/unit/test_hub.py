@@ -137,7 +137,7 @@ def test_a_task_takes_over_the_number_of_the_request_it_is_started_for() -> None
     model = Model(1, lambda tokens: 1e-3, lambda tokens: 1e-3)
     hub = SimulatedServer(SimulatedDevice(0, HostCosts()), model, requests).hub
     hub.look()
-    winner = hub.work.policy.requests.first(0.0, 2)[1]
+    winner = hub.work.policy.first_waiting(0.0, 2)[1]
     task = hub.start([winner])
     assert task is not None
     assert task.job.number == winner.number
@@ -265,7 +265,7 @@ def test_requests_that_begin_alike_are_matched_again_when_one_of_them_has_been_c
 
     for number, (rid, prompt) in enumerate(prompts.items()):
         work.add(Arrival(rid, prompt, match(rid), number, 1.0, 0.0))
-    jobs = dict(zip(prompts, policy.requests.first(0.0, 4), strict=True))
+    jobs = dict(zip(prompts, policy.first_waiting(0.0, 4), strict=True))
     assert [job.remaining_s for job in jobs.values()] == [400.0, 400.0, 144.0, 400.0]
     waiting.take(["0"])
     waiting.cached([prompts["0"]])
