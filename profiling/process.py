@@ -78,7 +78,7 @@ def _measure(scheduler: Any, output: Path | None, budget_s: float, reports: IO[s
     complete = False
     try:
         resumed = _resumable(partial_path(path), setting)
-        complete = run_profile(SchedulerEngine(scheduler), setting, path, budget_s, resumed, progress).complete
+        complete = run_profile(SchedulerEngine(scheduler.role), setting, path, budget_s, resumed, progress).complete
     finally:
         written = path if complete else partial_path(path)
         _report(reports, path=str(written), complete=complete, measured=last.measured)
