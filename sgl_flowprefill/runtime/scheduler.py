@@ -19,8 +19,8 @@ from sglang.srt.disaggregation.utils import is_aborted
 from sglang.srt.managers import io_struct
 from sglang.srt.managers.schedule_batch import FINISH_ABORT
 
+from sgl_flowprefill.deadline import received_s, slo_s
 from sgl_flowprefill.policy import Job
-from sgl_flowprefill.runtime.deadline import received_s, slo_s
 from sgl_flowprefill.runtime.failure import Failure
 from sgl_flowprefill.runtime.setup import NO_TASK, PreparedScheduler
 from sgl_flowprefill.runtime.task import PrefillTask, input_logprobs

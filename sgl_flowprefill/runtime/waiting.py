@@ -13,9 +13,9 @@ from typing import Any, Final
 
 from sglang.srt.disaggregation.base import KVPoll
 
+from sgl_flowprefill.deadline import sent_s
 from sgl_flowprefill.pace import AS_PREDICTED, Pace
 from sgl_flowprefill.policy import Job
-from sgl_flowprefill.runtime.deadline import sent_s
 from sgl_flowprefill.ttft import PrefillShape
 
 BLOCK_TOKENS: Final = 64
