@@ -19,7 +19,7 @@ from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.layers.radix_attention import AttentionType
 from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
 
-from sgl_flowprefill.platforms.cpu import ATTENTION_BACKEND
+from sgl_flowprefill.platforms import ATTENTION_BACKEND
 
 if TYPE_CHECKING:
     from sglang.srt.layers.radix_attention import RadixAttention

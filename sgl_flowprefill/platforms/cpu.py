@@ -8,7 +8,7 @@ from sglang.srt.platforms.cpu import CpuDeviceMixin
 from sglang.srt.platforms.device_mixin import PlatformEnum
 from sglang.srt.platforms.interface import PlatformCapabilities, SRTPlatform
 
-ATTENTION_BACKEND: Final = "flowprefill_cpu"
+from sgl_flowprefill.platforms import ATTENTION_BACKEND
 
 MEM_FRACTION_STATIC: Final = 0.25
 _SIZES: Final = {
