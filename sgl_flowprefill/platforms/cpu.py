@@ -28,7 +28,7 @@ class PortableCpuPlatform(CpuDeviceMixin, SRTPlatform):
     capabilities = PlatformCapabilities()
 
     def get_device(self, device_id: int = 0) -> str:
-        """All ranks share the one CPU device. A string: ``ServerArgs.device`` is derived from it and is one."""
+        """All ranks share the one CPU device. It is a string: ``ServerArgs.device`` is derived from it and is one."""
         return "cpu"
 
     def apply_server_args_defaults(self, server_args: Any) -> None:
