@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+from fnmatch import fnmatch
 from pathlib import Path
 from zipfile import ZipFile
 
@@ -150,3 +151,5 @@ def test_the_image_gets_every_folder_that_the_package_links_to():
     assert links == set(FOLDERS)
     assert {PACKAGE, *links} <= copied
     assert all((ROOT / source).exists() for source in copied)
+    ignored = (ROOT / ".dockerignore").read_text().splitlines()
+    assert [(source, pattern) for source in copied for pattern in ignored if fnmatch(source, pattern)] == []
