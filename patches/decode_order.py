@@ -90,7 +90,7 @@ class QueueOrder:
 
     def _due_times(self, decode_req: Any) -> DueTimes:
         """Without a time from the HTTP server, requests count as late and keep SGLang's order."""
-        from sgl_flowprefill.runtime.deadline import received_by_http_s, slo_s
+        from sgl_flowprefill.deadline import received_by_http_s, slo_s
 
         arrival_s = received_by_http_s(decode_req.req)
         if not arrival_s:

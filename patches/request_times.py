@@ -13,14 +13,12 @@ from __future__ import annotations
 
 from typing import Any, Final
 
+from sgl_flowprefill.deadline import RECEIVED, SENT
 from sgl_flowprefill.patches.base import expect_parameters, expect_source, resolve
 
 SEAM: Final = "request_times"
 STATS: Final = "sglang.srt.observability.req_time_stats.ReqTimeStatsBase"
 STATE: Final = f"{STATS}.__getstate__"
-RECEIVED: Final = "flowprefill_received_s"
-SENT: Final = "flowprefill_sent_s"
-"""Attributes of SGLang's ``time_stats``; 0 in a request that did not come from the HTTP server."""
 SOURCES: Final = {RECEIVED: "created_time", SENT: "api_server_dispatch_time"}
 """Each of them, and SGLang's name of it in the HTTP server."""
 

@@ -1,4 +1,4 @@
-"""SGLang options of a prefill server: those that FlowPrefill sets itself, and those that it refuses with a sentence.
+"""SGLang options of a prefill server that FlowPrefill sets itself, or refuses with a sentence.
 
 Reads any object with the fields of SGLang 0.5.23's ``ServerArgs``: its record, or the namespace of its command line
 parser. Imports nothing of SGLang.
