@@ -9,8 +9,8 @@ import pytest
 
 from tests.families import preempt_in_subprocess
 
-FAMILIES = ("Llama", "Qwen3-MoE", "DeepSeek-V2-Lite")
-"""The rest runs in tests/stress/test_families.py."""
+FAMILIES = ("Qwen3-MoE", "DeepSeek-V2-Lite")
+"""Experts, and latent attention. Nearly all other tests serve a Llama; every family runs in tests/stress."""
 
 
 def test_what_is_found_in_every_registered_model_is_what_docs_models_md_says() -> None:
