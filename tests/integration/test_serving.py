@@ -312,7 +312,7 @@ def scheduler_of(cluster: Cluster, server: str) -> psutil.Process:
     return next(process for process in children if "scheduler" in process.name())
 
 
-def idle_shares(cluster: Cluster, seconds: float = 10.0) -> dict[str, float]:
+def idle_shares(cluster: Cluster, seconds: float = 5.0) -> dict[str, float]:
     """Share of a core that the scheduler process of each idle server takes."""
     time.sleep(2.0)
     schedulers = {name: scheduler_of(cluster, name) for name in ("prefill", "decode")}

@@ -45,10 +45,10 @@ DECODE_TOKENS_PER_S = 200.0
 SOLO_TTFT_S = {tokens: 0.02 + FORWARD_S[tokens] for tokens in REFERENCE_TTFT_S}
 
 
-@pytest.fixture
-def profile(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def profile(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = [Row((PrefillShape(tokens),), time_s, 0.0, 1, 0.0) for tokens, time_s in FORWARD_S.items()]
-    path = tmp_path / "toy.parquet"
+    path = tmp_path_factory.mktemp("profile") / "toy.parquet"
     write_profile(path, Profile(SETTING, 8192, rows, complete=True))
     return path
 
@@ -234,17 +234,23 @@ def test_systems_that_order_by_slos_are_told_tighter_ones(profile: Path, tmp_pat
         assert stock.attainment_at(scale * 1.0001, seed) >= 0.9 > stock.attainment_at(scale * 0.9999, seed)
 
 
+@pytest.fixture(scope="module")
+def compared_probe(profile: Path, tmp_path_factory: pytest.TempPathFactory) -> Probe:
+    """Of FlowPrefill, to the end at the rate at which systems are compared."""
+    names = ("flowprefill", "stock-fcfs")
+    campaign = campaign_of(Model(profile), tmp_path_factory.mktemp("run"), names, attainments=(0.9,), seeds=1)
+    campaign.run()
+    (probe,) = GoodputResult.of(campaign, "", "").figures["flowprefill"].compared.values()
+    return probe
+
+
 @pytest.mark.parametrize(
     ("share", "scale"),
     [(0.99, 1.5), (0.965, 0.9), (0.9, 0.7), (0.65, 0.44), (0.5, 0.4)],
     ids=["above 1", "below 1", "between two", "above the tightest", "the tightest"],
 )
-def test_the_scale_kept_is_interpolated_between_those_told(
-    profile: Path, tmp_path: Path, share: float, scale: float
-) -> None:
-    campaign = campaign_of(Model(profile), tmp_path, ("flowprefill", "stock-fcfs"), attainments=(0.9,), seeds=1)
-    campaign.run()
-    (probe,) = GoodputResult.of(campaign, "", "").figures["flowprefill"].compared.values()
+def test_the_scale_kept_is_interpolated_between_those_told(compared_probe: Probe, share: float, scale: float) -> None:
+    probe = compared_probe
     (result, *_) = probe.run.results
 
     def met(share: float) -> Probe:
