@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from sgl_flowprefill.bench.simulator.cost import LLAMA_8B
 from sgl_flowprefill.bench.simulator.instance import Machine
 from sgl_flowprefill.bench.simulator.systems import Setup, run
-from sgl_flowprefill.bench.workloads import WORKLOADS
+from sgl_flowprefill.bench.workloads.synthetic import WORKLOADS
 from sgl_flowprefill.policy import Job, Limits, make_policy
 from sgl_flowprefill.policy.forecast import Forecast
 from sgl_flowprefill.policy.orders.feasible import PLANNED, FeasibleSet, largest_feasible
