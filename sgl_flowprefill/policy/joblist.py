@@ -53,7 +53,8 @@ class JobList(Generic[T]):
             assert place == len(jobs) or jobs[place] is not job, "a job is in a list at most once"
         keys.insert(place, key)
         jobs.insert(place, job)
-        self._last_keys[block] = keys[-1]
+        if place == len(jobs) - 1:
+            self._last_keys[block] = key
         if len(jobs) > BLOCK_JOBS:
             half = len(jobs) // 2
             self._insert_block(block, keys[:half], jobs[:half])
@@ -70,7 +71,8 @@ class JobList(Generic[T]):
         del keys[place], jobs[place]
         self._length -= 1
         if jobs:
-            self._last_keys[block] = keys[-1]
+            if place == len(jobs):
+                self._last_keys[block] = keys[-1]
         else:
             del self._keys[block], self._jobs[block], self._last_keys[block]
 
