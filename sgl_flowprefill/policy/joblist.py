@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from array import array
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 from operator import attrgetter
 from typing import Final, Generic, TypeVar
@@ -122,11 +122,11 @@ class JobList(Generic[T]):
         return self._length
 
 
-def _items(items: list[Item], start: int) -> Iterator[Item]:
+def _items(items: Sequence[Item], start: int) -> Iterator[Item]:
     """Those from a place on, one by one: a slice would read every one of them from memory at once."""
     return map(items.__getitem__, range(start, len(items)))
 
 
-def _items_before(items: list[Item], end: int) -> Iterator[Item]:
+def _items_before(items: Sequence[Item], end: int) -> Iterator[Item]:
     """Those before a place, the last one first."""
     return map(items.__getitem__, range(end - 1, -1, -1))

@@ -364,6 +364,19 @@ def test_a_infeasible_task_waits_for_a_request_that_can_still_be_met_though_it_i
     assert policy.kept == []
 
 
+def test_a_task_that_can_still_be_met_goes_before_a_request_that_can_where_there_is_room_for_neither() -> None:
+    policy: FeasibleSet[object, object] = FeasibleSet(LIMITS, max_starvation_s=1e9)
+    for second in range(100):  # takes nearly all of the time
+        urgent = job("urgent", second + 1.0, 0.9, arrival_s=float(second))
+        policy.add(urgent)
+        policy.remove(urgent)
+    started = task("task", 106.0, 3.0, arrival_s=100.0)
+    for entry in (started, job("left out", 105.0, 3.0, arrival_s=100.0)):
+        policy.add(entry)
+    assert policy.pick(100.0, None) is started
+    assert policy.kept == []
+
+
 def test_a_request_that_is_put_back_is_not_counted_again_among_what_arrives() -> None:
     policy = feasible_set(window_s=60.0)
     for second in range(60):
