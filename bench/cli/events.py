@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
@@ -14,6 +12,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from sgl_flowprefill.bench.cli.options import Events
 from sgl_flowprefill.bench.metrics.requests import PreemptionSummary, summarise_blocking
 from sgl_flowprefill.bench.reports.table import MISSING, milliseconds, percent, preemptions
 from sgl_flowprefill.events import read_events
@@ -81,19 +80,15 @@ class LogSummary:
         ]
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of ``bench events``."""
-    parser.add_argument("file", type=Path, help="what --flowprefill-event-log names")
-    parser.add_argument("--json", action="store_true", help="print the figures as JSON")
-
-
-def run(args: argparse.Namespace, console: Console) -> int:
+def run(options: Events, console: Console) -> int:
     """Print the figures. Raises OSError for a file that cannot be read, ValueError for one that is no event log."""
     try:
-        summary = summarise_log(read_events(args.file))
+        summary = summarise_log(read_events(options.file))
     except (KeyError, TypeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{args.file} is no event log: {error!r}; name the file of --flowprefill-event-log") from error
-    if args.json:
+        raise ValueError(
+            f"{options.file} is no event log: {error!r}; name the file of --flowprefill-event-log"
+        ) from error
+    if options.json:
         console.print_json(json.dumps(asdict(summary)))
         return 0
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_header=False)

@@ -7,7 +7,6 @@ agree with that. A file that was put there by hand is compared with what is publ
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import re
 from collections.abc import Mapping
@@ -19,6 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from sgl_flowprefill import paths
+from sgl_flowprefill.bench.cli.options import FetchTrace
 from sgl_flowprefill.bench.workloads.formats import TraceFormatError, load_trace
 
 TIMEOUT_S: Final = 30.0
@@ -60,16 +60,10 @@ class FetchError(OSError):
     """A trace cannot be had; the message says what to do."""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of ``bench fetch-trace``."""
-    parser.add_argument("name", choices=list(TRACES), help="which trace; qwen-a is the paper's")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="where to put it (default: in the cache)")
-
-
-def run(args: argparse.Namespace, console: Console) -> int:
+def run(options: FetchTrace, console: Console) -> int:
     """Download, or check what is there. Raises FetchError for a file that is not the trace."""
-    published = TRACES[args.name]
-    path = args.out or paths.cache_dir() / "traces" / published.file
+    published = TRACES[options.trace]
+    path = options.out or paths.cache_dir() / "traces" / published.file
     if path.exists():
         console.print(f"{path} is there, {check(published, path)}.", highlight=False, soft_wrap=True)
     else:

@@ -8,13 +8,12 @@ given these.
 
 from __future__ import annotations
 
-import argparse
 import math
 import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import orjson
@@ -23,73 +22,35 @@ from rich.console import Console
 from rich.table import Table
 
 from sgl_flowprefill.bench.capacity.prober import Plan, Prober, outcome
-from sgl_flowprefill.bench.cli.options import AUTO, positive_float, positive_int, scale_or_auto
+from sgl_flowprefill.bench.cli.options import Validate
 from sgl_flowprefill.bench.loadgen.replay import RequestResult
 from sgl_flowprefill.bench.metrics.comparison import machine, versions
 from sgl_flowprefill.bench.simulator.measured import saturation_rps
 from sgl_flowprefill.bench.simulator.requests import SimRequest
 from sgl_flowprefill.bench.simulator.systems import run as simulate
-from sgl_flowprefill.bench.systems.catalog import System, add_systems_option, select
+from sgl_flowprefill.bench.systems.catalog import System, select
 from sgl_flowprefill.bench.systems.serving import Servers, probing
-from sgl_flowprefill.bench.workloads.answers import add_answers_option
-from sgl_flowprefill.bench.workloads.synthetic import WORKLOADS, workload
+from sgl_flowprefill.bench.workloads.synthetic import workload
 from sgl_flowprefill.profiling import read_profile
 
-LOADS: Final = (0.3, 0.5, 0.7, 0.9, 1.1, 1.3, 1.5)
-"""Rates, in shares of saturation."""
 
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of ``bench validate``."""
-    add_systems_option(parser, "flowprefill", "stock-fcfs", "stock-spf-2048")
-    parser.add_argument(
-        "--workload", default="qwen-like", metavar="NAME|FILE", help=f"{', '.join(WORKLOADS)}, or a trace file"
-    )
-    parser.add_argument(
-        "--loads",
-        type=positive_float,
-        nargs="+",
-        default=list(LOADS),
-        metavar="X",
-        help=f"rates as multiples of saturation (default {' '.join(map(str, LOADS))})",
-    )
-    parser.add_argument("--seeds", type=positive_int, default=2, metavar="K", help="seeds 0 to K-1 (default 2)")
-    parser.add_argument(
-        "--duration",
-        type=positive_float,
-        default=60.0,
-        metavar="S",
-        help="seconds in which the requests of a run arrive (default 60)",
-    )
-    parser.add_argument(
-        "--time-scale",
-        type=scale_or_auto,
-        default=AUTO,
-        metavar="X",
-        help="factor for the workload's times and SLOs; auto (default) measures it as bench demo does",
-    )
-    add_answers_option(parser)
-    parser.add_argument("--out", type=Path, default=Path("out/validate"), help="folder of results")
-    Servers.add_options(parser)
-
-
-def run(args: argparse.Namespace, console: Console) -> int:
+def run(options: Validate, console: Console) -> int:
     """Replay, simulate, print both side by side; writes ``validate.json``. Stopped, the same command goes on.
 
     Returns 0, or 1 if the client fell behind in a replay. Raises ClusterError, CalibrationError, ConfigError or
     ValueError with a sentence for the user.
     """
-    servers = Servers.from_args(args)
-    plan = Plan(workload(args.workload), args.seeds, args.duration, args.max_output_tokens)
-    systems = select(args.systems)
-    with probing(servers, plan, args.out, args.time_scale, console) as prober:
+    servers = Servers.from_options(options.servers)
+    plan = Plan(workload(options.workload), options.seeds, options.duration, options.max_output_tokens)
+    systems = select(options.systems)
+    with probing(servers, plan, options.out, options.time_scale, console) as prober:
         try:
             for system in systems:
-                _replay_all(prober, system, args.loads)
+                _replay_all(prober, system, options.loads)
         finally:  # also after Ctrl-C: what was measured so far
-            rows = [row for system in systems for load in args.loads if (row := compared(prober, system, load))]
+            rows = [row for system in systems for load in options.loads if (row := compared(prober, system, load))]
             if rows:
-                _publish(rows, prober, args.out, console)
+                _publish(rows, prober, options.out, console)
     return int(any(not probe.run.client.valid for probe in prober.log.probes))
 
 

@@ -9,14 +9,12 @@ its call returns, so every checkpoint is synchronised already and ``flowprefill`
 
 from __future__ import annotations
 
-import argparse
 import fnmatch
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from sgl_flowprefill.config import FlowPrefillConfig, command_line
@@ -156,26 +154,6 @@ def select(patterns: Iterable[str]) -> list[System]:
             raise ValueError(f"no system is called {pattern!r}; --list-systems shows all {len(SYSTEMS)}")
         chosen |= {name: SYSTEMS[name] for name in names}
     return list(chosen.values())
-
-
-def add_systems_option(parser: argparse.ArgumentParser, *default: str) -> None:
-    """Add ``--systems``, for ``select``."""
-    parser.add_argument(
-        "--systems",
-        nargs="+",
-        default=list(default),
-        metavar="NAME",
-        help=f"systems to run, in order: names or globs of --list-systems, or all (default {' '.join(default)})",
-    )
-    parser.add_argument("--list-systems", action=_ListSystems, nargs=0, help="show every system's settings, and end")
-
-
-class _ListSystems(argparse.Action):
-    def __call__(
-        self, parser: argparse.ArgumentParser, namespace: object, values: object, option_string: str | None = None
-    ) -> None:
-        Console().print(systems_table())
-        parser.exit()
 
 
 def systems_table() -> Table:

@@ -1,8 +1,7 @@
-"""A system's servers, up for measurements: what demo, goodput, validate, anatomy and uncontended have in common."""
+"""A system's servers, up for measurements: what demo, goodput, validate, breakdown and uncontended have in common."""
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import json
 import os
@@ -23,6 +22,7 @@ from rich.console import Console
 from sgl_flowprefill.bench.capacity.prober import Plan, Prober
 from sgl_flowprefill.bench.capacity.probes import ProbeLog
 from sgl_flowprefill.bench.cli.events import summarise_log
+from sgl_flowprefill.bench.cli.options import ServerOptions
 from sgl_flowprefill.bench.loadgen.calibrate import measure_solo_ttft
 from sgl_flowprefill.bench.loadgen.client import Client, GenerateApi, get_json
 from sgl_flowprefill.bench.loadgen.replay import Enough, OnProgress, ReplayRun, replay
@@ -66,30 +66,15 @@ class Servers:
     decode_args: tuple[str, ...] = ()
     options: FlowPrefillConfig = field(default_factory=FlowPrefillConfig)
 
-    @staticmethod
-    def add_options(parser: argparse.ArgumentParser) -> None:
-        """Add the options that ``from_args`` reads."""
-        servers = parser.add_argument_group("servers")
-        servers.add_argument("--model-path", metavar="M", help="model to serve instead of the embedded one")
-        for name, which in (("server", "every SGLang server"), ("prefill", "prefill"), ("decode", "decode")):
-            servers.add_argument(
-                f"--{name}-args",
-                type=shlex.split,
-                default=[],
-                metavar="ARGS",
-                help=f"SGLang options for {which}" + (" servers" if name != "server" else ""),
-            )
-        FlowPrefillConfig.add_cli_args(parser)
-
     @classmethod
-    def from_args(cls, args: argparse.Namespace) -> Servers:
-        """The servers that the options ask for. Raises ConfigError."""
+    def from_options(cls, options: ServerOptions) -> Servers:
+        """The servers that the command line asks for. Raises ConfigError."""
         return cls(
-            args.model_path,
-            tuple(args.server_args),
-            tuple(args.prefill_args),
-            tuple(args.decode_args),
-            FlowPrefillConfig.from_namespace(args),
+            options.model_path,
+            options.server_args,
+            options.prefill_args,
+            options.decode_args,
+            options.flowprefill.config(),
         )
 
     @property

@@ -1,4 +1,4 @@
-"""The stages of a lone request add up to its TTFT, each from the log that knows it."""
+"""The stages of an isolated request add up to its TTFT, each from the log that knows it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from sgl_flowprefill.bench.cli.anatomy import STAGES, Sent, row, split, time_stats
+from sgl_flowprefill.bench.cli.breakdown import STAGES, Sent, row, split, time_stats
 
 EVENTS = [
     {"event": "arrival", "t_s": 9.5, "rid": "before", "received_s": 9.4},
