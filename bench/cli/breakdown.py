@@ -31,7 +31,7 @@ from sgl_flowprefill.bench.metrics.comparison import machine, versions
 from sgl_flowprefill.bench.systems.catalog import SYSTEMS
 from sgl_flowprefill.bench.systems.serving import Served, Servers, serve
 from sgl_flowprefill.cluster import ClusterError
-from sgl_flowprefill.events import read_events
+from sgl_flowprefill.events import AnyEvent, Arrival, Complete, read_events
 
 LOG_OPTION: Final = "--enable-request-time-stats-logging"
 OUTPUT_TOKENS: Final = 2
@@ -100,7 +100,7 @@ def run(options: Breakdown, console: Console) -> int:
 
 def split(
     request: Sent,
-    events: Sequence[Mapping[str, Any]],
+    events: Sequence[AnyEvent],
     prefill: Mapping[str, Mapping[str, float]],
     decode: Mapping[str, Mapping[str, float]],
 ) -> dict[str, float]:
@@ -110,24 +110,26 @@ def split(
     event log. Raises ValueError if the request is in none.
     """
     arrivals = [
-        e for e in events if e["event"] == "arrival" and request.sent_s <= e["received_s"] < request.first_token_s
+        event
+        for event in events
+        if isinstance(event, Arrival) and request.sent_s <= event.received_s < request.first_token_s
     ]
     if len(arrivals) != 1:
         raise ValueError(f"{len(arrivals)} requests arrived during an isolated one: something else uses the servers")
     arrival = arrivals[0]
-    (complete,) = (e for e in events if e["event"] == "complete" and arrival["rid"] in e["rids"])
-    (room,) = (room for room, stats in prefill.items() if stats["rid"] == arrival["rid"])
+    (complete,) = (event for event in events if isinstance(event, Complete) and arrival.rid in event.rids)
+    (room,) = (room for room, stats in prefill.items() if stats["rid"] == arrival.rid)
     handshake_s = prefill[room]["bootstrap_duration"]
     there_s = decode[room]["entry_time"] + sum(
         decode[room].get(name, 0.0)
         for name in ("bootstrap_duration", "alloc_wait_duration", "prealloc_queue_duration", "transfer_duration")
     )
     ends_s = {
-        "request": arrival["received_s"],
-        "tokenizer": arrival["t_s"],
-        "handshake": arrival["t_s"] + handshake_s,
-        "queue": complete["t_s"] - complete["forward_s"],
-        "forward": complete["t_s"],
+        "request": arrival.received_s,
+        "tokenizer": arrival.t_s,
+        "handshake": arrival.t_s + handshake_s,
+        "queue": complete.t_s - complete.forward_s,
+        "forward": complete.t_s,
         "transfer": there_s,
         "decode": request.left_server_s,
         "answer": request.first_token_s,

@@ -14,7 +14,7 @@ import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Final, Literal, Union, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Final, Literal, Union, cast, get_type_hints
 
 import tyro
 from tyro.conf import (
@@ -72,10 +72,10 @@ class Options:
 
     def __post_init__(self) -> None:
         """Raises OptionError."""
-        for one in dataclasses.fields(self):  # type: ignore[arg-type] - all that derive from this are dataclasses
+        for one in dataclasses.fields(cast(Any, self)):  # all that derive from this are dataclasses
             value, flag = getattr(self, one.name), f"--{one.name.replace('_', '-')}"
             if value == () and one.default:
-                raise OptionError(f"{flag}: name at least one (default {' '.join(map(str, one.default))})")
+                raise OptionError(f"{flag}: name at least one (default {' '.join(str(item) for item in one.default)})")
             for bound in _bounds(type(self)).get(one.name, ()):
                 for item in value if isinstance(value, tuple) else (value,):
                     if item not in (None, AUTO, one.default) and not bound.holds(item):

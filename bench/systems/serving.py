@@ -187,7 +187,7 @@ class Served:
         burst = TraceRequest(0.0, BURST_TOKENS, 1, "burst", ttft_slo_s=60.0, tbt_slo_s=60.0)
         run = self.replay(Trace("burst", [burst] * BURST_REQUESTS), prompts)
         self.settle()
-        events = (event for event in read_events(self.event_log) if event["t_s"] >= run.start_monotonic_s)
+        events = (event for event in read_events(self.event_log) if event.t_s >= run.start_monotonic_s)
         return summarise_log(events).between_forwards_p50_s or 0.0
 
     def settings(self) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any, Final
 from sglang.srt.managers.scheduler_components.output_streamer import SchedulerOutputStreamer
 from sglang.srt.managers.utils import is_health_check_generate_req
 
-from sgl_flowprefill.events import EventLog
+from sgl_flowprefill.events import Abort, Arrival, Complete, EventLog, Fail, Resume, Start, Suspend
 from sgl_flowprefill.runtime.metrics import Metrics
 from sgl_flowprefill.runtime.task import PrefillTask
 from sgl_flowprefill.ttft import AdaptiveTTFT, Prediction
@@ -37,7 +37,7 @@ class Journal(EventLog):
             return
         self._open.add(req)
         self.write(
-            "arrival",
+            Arrival,
             time.monotonic(),
             rid=req.rid,
             # SGLang replaces the prompt of one that it refuses.
@@ -59,7 +59,7 @@ class Journal(EventLog):
         if self._metrics is not None:
             self._metrics.preempted(blocking_s)
         self.write(
-            "suspend",
+            Suspend,
             now_s,
             task=task.id,
             rids=task.rids,
@@ -73,10 +73,10 @@ class Journal(EventLog):
     def resumed(self, task: PrefillTask, now_s: float) -> None:
         """``task`` runs, for the first time or again."""
         if task.started:
-            self.write("resume", now_s, task=task.id, rids=task.rids, checkpoint=task.checkpoint)
+            self.write(Resume, now_s, task=task.id, rids=task.rids, checkpoint=task.checkpoint)
             return
         self.write(
-            "start",
+            Start,
             now_s,
             task=task.id,
             rids=task.rids,
@@ -95,7 +95,7 @@ class Journal(EventLog):
             if is_health_check_generate_req(req) or (req in self._open and req not in self._abort_asked)
         ]
         self.write(
-            "complete",
+            Complete,
             time.monotonic(),
             task=task.id,
             rids=self._close(ended),
@@ -111,7 +111,7 @@ class Journal(EventLog):
     def dropped(self, task: PrefillTask) -> None:
         """``task`` is unwound: nobody waits for it any more. Members that have ended already are not named."""
         rids = self._close([req for req in task.batch.reqs if req in self._open])
-        self.write("abort", time.monotonic(), rids=rids, task=task.id, checkpoint=task.checkpoint)
+        self.write(Abort, time.monotonic(), rids=rids, task=task.id, checkpoint=task.checkpoint)
 
     def failed(self, task: PrefillTask, reason: str, http_status: int) -> None:
         """The forward pass of ``task`` has raised. Members whose abort was asked for end as aborted, when SGLang drops
@@ -119,7 +119,7 @@ class Journal(EventLog):
         """
         rids = self._close([req for req in task.batch.reqs if req in self._open and req not in self._abort_asked])
         self.write(
-            "fail",
+            Fail,
             time.monotonic(),
             rids=rids,
             task=task.id,
@@ -140,9 +140,9 @@ class Journal(EventLog):
         now_s, asked = time.monotonic(), req in self._abort_asked
         rids = self._close([req])
         if asked:
-            self.write("abort", now_s, rids=rids)
+            self.write(Abort, now_s, rids=rids)
         else:
-            self.write("fail", now_s, rids=rids, http_status=http_status, reason=reason[:REASON_CHARS])
+            self.write(Fail, now_s, rids=rids, http_status=http_status, reason=reason[:REASON_CHARS])
 
     def close_lost(self, held: Iterable[Any]) -> None:
         """End the requests that are not among ``held``, the scheduler's: they left it on a way that nothing else here

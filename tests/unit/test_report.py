@@ -18,6 +18,7 @@ from sgl_flowprefill.bench.reports.publish import publish
 from sgl_flowprefill.bench.reports.table import comparison_table
 from sgl_flowprefill.bench.workloads.synthetic import qwen_like
 from sgl_flowprefill.bench.workloads.trace import Trace
+from sgl_flowprefill.events import EventLog, Suspend
 
 FIGURES = {"requests", "completed", "ttft_attainment", "goodput_rps", "ttft_p50_s", "ttft_p99_s"}
 PREEMPTION = {"preemptions", "blocking_p50_s", "blocking_p99_s", "blocking_max_s"}
@@ -50,17 +51,11 @@ def run_of(trace: Trace, slowness: float, invalid_reason: str | None = None) -> 
 def event_log(tmp_path: Path) -> Path:
     path = tmp_path / "events.jsonl"
     times_s = np.geomspace(0.001, 0.02, 40)
-    events = [
-        {
-            "event": "suspend",
-            "t_s": 101.0 + i,
-            "blocking_s": time_s,
-            "readable_s": 101.0 + i - time_s,
-            "stopped_s": 101.0 + i - time_s / 2,
-        }
-        for i, time_s in enumerate(times_s)
-    ]
-    path.write_text("".join(json.dumps(event) + "\n" for event in events))
+    log = EventLog(path)
+    for i, time_s in enumerate(times_s):
+        now_s = 101.0 + i
+        log.write(Suspend, now_s, 1, ["a"], 5, ["b"], now_s - time_s, now_s - time_s / 2, time_s)
+    log.flush()
     return path
 
 
