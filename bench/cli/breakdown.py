@@ -101,8 +101,8 @@ def run(options: Breakdown, console: Console) -> int:
 def split(
     request: Sent,
     events: Sequence[AnyEvent],
-    prefill: Mapping[str, Mapping[str, float]],
-    decode: Mapping[str, Mapping[str, float]],
+    prefill: Mapping[str, Mapping[str, Any]],
+    decode: Mapping[str, Mapping[str, Any]],
 ) -> dict[str, float]:
     """Seconds of each of STAGES; they add up to the request's TTFT.
 

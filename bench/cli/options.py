@@ -73,12 +73,13 @@ class Options:
     def __post_init__(self) -> None:
         """Raises OptionError."""
         for one in dataclasses.fields(cast(Any, self)):  # all that derive from this are dataclasses
-            value, flag = getattr(self, one.name), f"--{one.name.replace('_', '-')}"
-            if value == () and one.default:
-                raise OptionError(f"{flag}: name at least one (default {' '.join(str(item) for item in one.default)})")
+            value, default = getattr(self, one.name), cast(Any, one.default)
+            flag = f"--{one.name.replace('_', '-')}"
+            if value == () and default:
+                raise OptionError(f"{flag}: name at least one (default {' '.join(str(item) for item in default)})")
             for bound in _bounds(type(self)).get(one.name, ()):
                 for item in value if isinstance(value, tuple) else (value,):
-                    if item not in (None, AUTO, one.default) and not bound.holds(item):
+                    if item not in (None, AUTO, default) and not bound.holds(item):
                         raise OptionError(f"{flag} {item}: it has to be {bound.wanted}")
 
 
