@@ -83,16 +83,12 @@ class Options:
                         raise OptionError(f"{flag} {item}: it has to be {bound.wanted}")
 
 
-def _examples(command: str, *options: str) -> str:
-    return "\n".join(["Examples:", *(f"  {PROGRAM} {command} {one}" for one in options)])
-
-
 class Command(Options):
     """The options of a command."""
 
     name: ClassVar[str]
-    examples: ClassVar[str]
-    """For the help text: lines that work when they are pasted."""
+    examples: ClassVar[tuple[str, ...]]
+    """For the help text: options that are worth a look."""
 
 
 def _bounds(options: type[Options]) -> dict[str, list[Bound]]:
@@ -137,6 +133,23 @@ Arguments = Annotated[
 ]
 
 
+def _shown(default: str) -> str:
+    """What the help says of a default; the text of an option says what having none means."""
+    return "" if default in ("None", "inf", "''") else f"(default: {default})"
+
+
+Whole = Annotated[int, arg(metavar="N")]
+Count = Annotated[int, POSITIVE, arg(metavar="N")]
+Counts = Annotated[tuple[int, ...], POSITIVE, arg(metavar="N...")]
+MaybeCount = Annotated[int | None, POSITIVE, arg(metavar="N", help_behavior_hint=_shown)]
+Seconds = Annotated[float, POSITIVE, arg(metavar="S", help_behavior_hint=_shown)]
+Factor = Annotated[float, POSITIVE, arg(metavar="X")]
+FactorOrAuto = Annotated[float | Literal["auto"], POSITIVE, arg(metavar="X|auto")]
+Share = Annotated[float, SHARE, arg(metavar="SHARE")]
+Model = Annotated[str | None, arg(metavar="M", help_behavior_hint=_shown)]
+NewFile = Annotated[Path | None, arg(metavar="FILE", help_behavior_hint=_shown)]
+
+
 class GivenOptions:
     """FlowPrefill's options that the command line names."""
 
@@ -155,11 +168,7 @@ else:
                 f"flowprefill_{name}",
                 Annotated[
                     str | None,
-                    arg(
-                        metavar="VALUE",
-                        help=field.description,
-                        help_behavior_hint="" if field.default is None else f"(default: {field.default})",
-                    ),
+                    arg(metavar="VALUE", help=field.description, help_behavior_hint=_shown(str(field.default))),
                 ],
                 None,
             )
@@ -174,8 +183,8 @@ else:
 class ServerOptions(Options):
     """How the servers of every system are started."""
 
-    model_path: Annotated[str | None, arg(metavar="M", help_behavior_hint="(default: the embedded model)")] = None
-    """model to serve"""
+    model_path: Model = None
+    """model to serve instead of the embedded one"""
     server_args: Arguments = ()
     """SGLang options for every SGLang server"""
     prefill_args: Arguments = ()
@@ -195,38 +204,21 @@ class TraceOptions(Options):
     ] = "qwen-like"
     format: Format = "auto"
     """format of the trace file; auto goes by its fields"""
-    new_tokens_only: Annotated[
-        bool,
-        arg(
-            help="QwenTrace files: a text turn counts only the tokens that its parent's prompt did not have (the "
-            "paper's rule, for servers without prefix caching)"
-        ),
-    ] = False
+    new_tokens_only: bool = False
+    """QwenTrace: a text turn counts only tokens that its parent's prompt did not have, as in the paper"""
     slo: UseAppendAction[tuple[ClassSlo, ...]] = ()
     """objectives (s) of a class of a trace file, instead of its defaults; can be repeated"""
-    seed: Annotated[int, arg(metavar="N")] = 0
+    seed: Whole = 0
     """seed of the workload and of the prompts"""
-    rate_scale: Annotated[
-        float,
-        POSITIVE,
-        arg(
-            metavar="X", help=f"multiple of the trace's own rate, which is {QWEN_RATE_RPS} req/s for built-in workloads"
-        ),
-    ] = 1.0
-    time_scale: Annotated[
-        float | Literal["auto"],
-        POSITIVE,
-        arg(
-            metavar="X|auto",
-            help="factor for inter-arrival times and SLOs; auto measures how many times longer an isolated request of "
-            "512 to 8192 tokens takes here than with Llama-3.1-8B on an A800, for which the SLOs are made",
-        ),
-    ] = "auto"
-    duration: Annotated[float, POSITIVE, arg(metavar="S")] = 60.0
+    rate_scale: Factor = 1.0
+    """multiple of the trace's own rate, which is 2.75 req/s for built-in workloads"""
+    time_scale: FactorOrAuto = "auto"
+    """factor for arrivals and SLOs; auto: how many times longer an isolated request takes than on the paper's A800"""
+    duration: Seconds = 60.0
     """replay what arrives in this many seconds of wall clock"""
-    requests: Annotated[int | None, POSITIVE, arg(metavar="N", help_behavior_hint="(default: all)")] = None
+    requests: MaybeCount = None
     """replay at most this many requests"""
-    max_prompt_tokens: Annotated[int | None, POSITIVE, arg(metavar="N", help_behavior_hint="(default: uncut)")] = None
+    max_prompt_tokens: MaybeCount = None
     """cut longer prompts"""
 
 
@@ -249,11 +241,6 @@ ListSystems = Annotated[bool, arg(help="show every system's settings, and end", 
 Seeds = Annotated[int, POSITIVE, arg(metavar="K", help="as many runs, with seeds 0 to K-1")]
 Picture = Annotated[bool, arg(help="also write the top of the report as a picture, by an installed Chromium")]
 Folder = Annotated[Path, arg(metavar="FOLDER", help="folder of results")]
-WorkloadScale = Annotated[
-    float | Literal["auto"],
-    POSITIVE,
-    arg(metavar="X|auto", help="factor for the workload's times and SLOs; auto measures it as bench demo does"),
-]
 
 
 @dataclass(frozen=True)
@@ -261,7 +248,7 @@ class Demo(Command):
     """compare FlowPrefill with SGLang's stock scheduler on this machine"""
 
     name = "demo"
-    examples = _examples("demo", "--out out/mine --duration 60 --systems flowprefill sglang stock-spf-2048")
+    examples = ("--out out/mine --duration 60 --systems flowprefill sglang stock-spf-2048",)
     out: Folder = Path("out/demo")
     systems: Systems = ("flowprefill", "sglang")
     list_systems: ListSystems = False
@@ -276,64 +263,37 @@ class Goodput(Command):
     """the highest rate at which each system keeps its SLOs, on this machine, side by side"""
 
     name = "goodput"
-    examples = _examples(
-        "goodput",
+    examples = (
         "--systems flowprefill 'stock-*' --race",
         "--workload mixed --systems flowprefill 'stock-spf-*' --attainment 0.9",
     )
     systems: Systems = (
-        "flowprefill",
-        "flowprefill-s-edf",
-        "flowprefill-layer",
-        "stock-fcfs",
-        "stock-spf-512",
-        "stock-spf-2048",
-        "stock-priority-512",
-        "stock-priority-2048",
-    )
+        "flowprefill", "flowprefill-s-edf", "flowprefill-layer",
+        "stock-fcfs", "stock-spf-512", "stock-spf-2048", "stock-priority-512", "stock-priority-2048",
+    )  # fmt: skip
     # FlowPrefill's variants, the DistServe stand-in, and the stock systems that come first in simulations.
     list_systems: ListSystems = False
     workload: Workload = "qwen-like"
-    attainment: Annotated[
-        UseAppendAction[tuple[float, ...]],
-        SHARE,
-        arg(metavar="SHARE", help_behavior_hint="(default: 0.9 and 0.99)"),
-    ] = ()
+    attainment: Annotated[UseAppendAction[tuple[float, ...]], SHARE, arg(metavar="SHARE", help_behavior_hint="")] = ()
+    """share of requests that shall meet their TTFT SLO; can be repeated (default: 0.9 and 0.99)"""
     """share of requests that shall meet their TTFT SLO; can be repeated"""
     seeds: Seeds = 3
-    budget_s: Annotated[float, POSITIVE, arg(metavar="S", help_behavior_hint="(default: when all is found)")] = math.inf
-    """end after about this long; the same command goes on"""
-    prefilter: Annotated[
-        int | None,
-        POSITIVE,
-        arg(
-            metavar="N",
-            help="of the stock systems measure only the N that the simulator has first at each attainment, and "
-            "unchunked fcfs; the others are reported as simulated",
-            help_behavior_hint="(default: measure all)",
-        ),
-    ] = None
-    race: Annotated[
-        bool,
-        arg(
-            help="find the best stock system instead of every one's rate: one that does not keep the attainment at "
-            "another's rate is measured no further"
-        ),
-    ] = False
-    compare: Annotated[tuple[str, ...], arg(metavar="NAME...", help_behavior_hint="(default: none)")] = ()
+    budget_s: Seconds = math.inf
+    """end after about this long; the same command goes on (default: when all is found)"""
+    prefilter: MaybeCount = None
+    """measure only the N stock systems that the simulator has first at each attainment, and unchunked fcfs"""
+    race: bool = False
+    """find the best stock system: one that does not keep the attainment at another's rate is measured no further"""
+    compare: Annotated[tuple[str, ...], arg(metavar="NAME...", help_behavior_hint="")] = ()
     """systems that only take part in the comparison at one rate, which is much quicker than a search"""
-    side_by_side: Annotated[
-        bool,
-        arg(
-            help="keep the servers of all systems up and stop those that are not measured (SIGSTOP), so that turns are "
-            "seconds apart: for a machine whose speed changes. Takes some 7 GB a system; not for systems on one GPU"
-        ),
-    ] = False
-    duration: Annotated[float, POSITIVE, arg(metavar="S")] = 60.0
+    side_by_side: bool = False
+    """all servers stay up, and those not measured are stopped, so that turns are seconds apart; some 7 GB a system"""
+    duration: Seconds = 60.0
     """seconds in which the requests of a probe arrive"""
     precision: Annotated[float, POSITIVE, arg(metavar="SHARE")] = 0.08
     """a search ends when its rate is known to within this share"""
-    time_scale: WorkloadScale = "auto"
+    time_scale: FactorOrAuto = "auto"
+    """factor for the workload's times and SLOs; auto measures it as bench demo does"""
     max_output_tokens: MaxAnswer = None
     out: Folder = Path("out/goodput")
     png: Picture = False
@@ -345,17 +305,17 @@ class Uncontended(Command):
     """what FlowPrefill costs when nobody waits, in pairs with stock SGLang unchunked"""
 
     name = "uncontended"
-    examples = _examples("uncontended", "--tokens 2048 8192 --pairs 13")
-    tokens: Annotated[tuple[int, ...], POSITIVE, arg(metavar="N...")] = (512, 2048, 8192, 16384)
+    examples = ("--tokens 2048 8192 --pairs 13",)
+    tokens: Counts = (512, 2048, 8192, 16384)
     """prompt lengths"""
-    pairs: Annotated[int, POSITIVE, arg(metavar="N")] = 11
+    pairs: Count = 11
     """pairs of each length"""
     per_turn: Annotated[int, SEVERAL, arg(metavar="N")] = 3
     """prompts of a turn, one after the other; at least 2"""
-    seed: Annotated[int, arg(metavar="N")] = 0
+    seed: Whole = 0
     """seed of the prompts"""
-    model_path: Annotated[str | None, arg(metavar="M", help_behavior_hint="(default: the embedded model)")] = None
-    """model to serve"""
+    model_path: Model = None
+    """model to serve instead of the embedded one"""
     out: Folder = Path("out/uncontended")
 
 
@@ -364,12 +324,12 @@ class Breakdown(Command):
     """where the time of an isolated request goes, from client to first token"""
 
     name = "breakdown"
-    examples = _examples("breakdown", "--tokens 64 1024 --repeats 5")
-    tokens: Annotated[tuple[int, ...], POSITIVE, arg(metavar="N...")] = (64, 256, 1024, 4096, 8192)
+    examples = ("--tokens 64 1024 --repeats 5",)
+    tokens: Counts = (64, 256, 1024, 4096, 8192)
     """prompt lengths"""
-    repeats: Annotated[int, POSITIVE, arg(metavar="N")] = 15
+    repeats: Count = 15
     """requests of each length"""
-    seed: Annotated[int, arg(metavar="N")] = 0
+    seed: Whole = 0
     """seed of the prompts"""
     out: Folder = Path("out/breakdown")
     servers: ServerOptions = ServerOptions()
@@ -380,21 +340,21 @@ class Replay(Command):
     """replay a trace against a running endpoint"""
 
     name = "replay"
-    examples = _examples("replay", "--url http://127.0.0.1:30000 --trace mixed --duration 60")
+    examples = ("--url http://127.0.0.1:30000 --trace mixed --duration 60",)
     url: Annotated[str, arg(metavar="URL")]
     """endpoint, e.g. the gateway's http://127.0.0.1:30000"""
     api: Api = "generate"
     """generate is SGLang's own with token ids; completions and chat are OpenAI's"""
-    model: Annotated[str | None, arg(metavar="M", help_behavior_hint="(default: the first that it lists)")] = None
-    """model name for the OpenAI APIs"""
+    model: Model = None
+    """model name for the OpenAI APIs (default: the first that the endpoint lists)"""
     label: Annotated[str, arg(metavar="NAME")] = "endpoint"
     """name of the system in the table"""
-    timeout: Annotated[float, POSITIVE, arg(metavar="S")] = 600.0
+    timeout: Seconds = 600.0
     """longest silence of a stream, in seconds"""
-    event_log: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="(default: none)")] = None
+    event_log: NewFile = None
     """FlowPrefill's event log, if the server on this machine has one"""
     out: Folder = Path("out/replay")
-    max_output_tokens: Annotated[int | None, POSITIVE, arg(metavar="N", help_behavior_hint="(default: uncut)")] = None
+    max_output_tokens: MaybeCount = None
     """cut longer answers"""
     trace: TraceOptions = TraceOptions()
 
@@ -404,16 +364,17 @@ class Validate(Command):
     """simulated against measured attainment, on the same traces with the engine's profile"""
 
     name = "validate"
-    examples = _examples("validate", "--systems flowprefill stock-fcfs --loads 0.5 1.0")
+    examples = ("--systems flowprefill stock-fcfs --loads 0.5 1.0",)
     systems: Systems = ("flowprefill", "stock-fcfs", "stock-spf-2048")
     list_systems: ListSystems = False
     workload: Workload = "qwen-like"
     loads: Annotated[tuple[float, ...], POSITIVE, arg(metavar="X...")] = (0.3, 0.5, 0.7, 0.9, 1.1, 1.3, 1.5)
     """rates as multiples of saturation"""
     seeds: Seeds = 2
-    duration: Annotated[float, POSITIVE, arg(metavar="S")] = 60.0
+    duration: Seconds = 60.0
     """seconds in which the requests of a run arrive"""
-    time_scale: WorkloadScale = "auto"
+    time_scale: FactorOrAuto = "auto"
+    """factor for the workload's times and SLOs; auto measures it as bench demo does"""
     max_output_tokens: MaxAnswer = None
     out: Folder = Path("out/validate")
     servers: ServerOptions = ServerOptions()
@@ -427,7 +388,10 @@ class Simulate(Command):
     """policies on a model of the machine: attainment, goodput, capacity, and the limit"""
 
     name = "simulate"
-    examples = _examples("simulate", "--goodput --trace qwen-like mixed", "--plan --rate 100")
+    examples = (
+        "--goodput --trace qwen-like mixed",
+        "--plan --rate 100",
+    )
     goodput: Annotated[bool, _MODE] = False
     """search each policy's highest rate at 90% and 99%"""
     plan: Annotated[bool, _MODE] = False
@@ -445,53 +409,51 @@ class Simulate(Command):
     ] = ()
     cost: Annotated[str, arg(metavar="NAME|FILE")] = "llama-3.1-8b-a800"
     """llama-3.1-8b-a800, qwen2.5-14b-a800-tp2, qwen3-30b-a3b-a800, or the file of a TTFT profile"""
-    layers: Annotated[int, POSITIVE, arg(metavar="N")] = 32
+    layers: Count = 32
     """layers of a profile's model"""
     trace: Annotated[tuple[str, ...], arg(metavar="NAME|FILE...", help=f"{', '.join(WORKLOADS)}, or trace files")] = (
         "qwen-like",
     )
-    rate: Annotated[float | None, POSITIVE, arg(metavar="RPS", help_behavior_hint="(default: the trace's own)")] = None
-    """arrival rate, in requests a second"""
-    time_scale: Annotated[float, POSITIVE, arg(metavar="X")] = 1.0
+    rate: Annotated[float | None, POSITIVE, arg(metavar="RPS", help_behavior_hint=_shown)] = None
+    """arrival rate, in requests a second (default: the trace's own)"""
+    time_scale: Factor = 1.0
     """factor of arrivals and SLOs"""
-    requests: Annotated[int, POSITIVE, arg(metavar="N")] = 4000
+    requests: Count = 4000
     """requests of a run"""
     seeds: Seeds = 3
-    instances: Annotated[int, POSITIVE, arg(metavar="N")] = 1
+    instances: Count = 1
     """prefill instances"""
     router: Router = "least-work"
     """how requests are spread over the instances"""
-    attainment: Annotated[float, SHARE, arg(metavar="SHARE")] = 0.99
+    attainment: Share = 0.99
     """share of requests that --plan keeps in time"""
-    max_suspended: Annotated[int, POSITIVE, arg(metavar="N")] = 16
+    max_suspended: Count = 16
     """suspended prefills at a time"""
-    max_batch_tokens: Annotated[int, POSITIVE, arg(metavar="N")] = 2048
+    max_batch_tokens: Count = 2048
     """new tokens of a batch of several requests; 1: no batches"""
-    max_starvation_s: Annotated[float, POSITIVE, arg(metavar="S")] = 60.0
+    max_starvation_s: Seconds = 60.0
     """late requests that have waited this long take turns before all others"""
     max_blocking_ms: Annotated[float, POSITIVE, arg(metavar="MS")] = 5.0
     """tiles of long operators"""
-    lookahead: Annotated[int, arg(metavar="N")] = 0
+    lookahead: Whole = 0
     """operators queued on the device"""
     hub_us: Annotated[float, arg(metavar="US")] = 0.0
     """time of a visit to the scheduler"""
     bootstrap_ms: Annotated[float, arg(metavar="MS")] = 0.0
     """time before a request can start"""
-    kv_tokens: Annotated[int | None, POSITIVE, arg(metavar="N", help_behavior_hint="(default: the cost model's)")] = (
-        None
-    )
-    """KV cache of an instance"""
-    link_gbps: Annotated[float, POSITIVE, arg(metavar="GBPS", help_behavior_hint="(default: no time)")] = math.inf
-    """KV transfer, Gbit/s"""
+    kv_tokens: MaybeCount = None
+    """KV cache of an instance (default: the cost model's)"""
+    link_gbps: Annotated[float, POSITIVE, arg(metavar="GBPS", help_behavior_hint=_shown)] = math.inf
+    """KV transfer, Gbit/s (default: no time)"""
     prediction_error: Annotated[float, arg(metavar="SD")] = 0.0
     """standard deviation of the logarithm of predictions"""
-    prediction_bias: Annotated[float, POSITIVE, arg(metavar="X")] = 1.0
+    prediction_bias: Factor = 1.0
     """factor of all predictions"""
     no_prefix_cache: bool = False
     """compute every prompt whole"""
     no_limit: bool = False
     """leave out the clairvoyant limit (slow beyond 10,000)"""
-    out: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="(default: not written)")] = None
+    out: NewFile = None
     """write the figures as JSON"""
 
 
@@ -500,7 +462,7 @@ class Events(Command):
     """what an event log says: how busy the server was, blocking, prediction errors"""
 
     name = "events"
-    examples = _examples("events", "events.jsonl --json")
+    examples = ("events.jsonl --json",)
     file: Positional[Annotated[Path, arg(metavar="FILE")]]
     """what --flowprefill-event-log names"""
     json: bool = False
@@ -512,11 +474,11 @@ class FetchTrace(Command):
     """download a published trace"""
 
     name = "fetch-trace"
-    examples = _examples("fetch-trace", "qwen-a")
+    examples = ("qwen-a",)
     trace: Positional[PublishedTrace]
     """which trace; qwen-a is the paper's"""
-    out: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="(default: in the cache)")] = None
-    """where to put it"""
+    out: NewFile = None
+    """where to put it (default: in the cache)"""
 
 
 COMMANDS: Final[tuple[type[Command], ...]] = (
@@ -534,7 +496,7 @@ def parse(arguments: Sequence[str]) -> Command:
     name = FORMER_NAMES.get(first, first)
     kind: Any = next((command for command in COMMANDS if command.name == name), None)
     if kind is not None:
-        program, about, given = f"{PROGRAM} {name}", f"{kind.__doc__}\n\n{kind.examples}", rest
+        program, about, given = f"{PROGRAM} {name}", _about(kind), rest
     else:  # the list of commands, or that this is none
         kind = Union[tuple(Annotated[command, subcommand(command.name)] for command in COMMANDS)]  # noqa: UP007
         program, about, given = PROGRAM, SUMMARY, list(arguments)
@@ -546,6 +508,11 @@ def parse(arguments: Sequence[str]) -> Command:
         config=(OmitArgPrefixes, FlagCreatePairsOff, DisallowNone),
     )
     return parsed
+
+
+def _about(command: type[Command]) -> str:
+    lines = [f"  {PROGRAM} {command.name} {options}" for options in command.examples]
+    return "\n".join([f"{command.__doc__}", "", "Examples:", *lines])
 
 
 def _joined(arguments: Sequence[str]) -> list[str]:

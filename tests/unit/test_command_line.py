@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 import subprocess
 import sys
 from typing import get_args
@@ -32,6 +33,7 @@ from sgl_flowprefill.bench.simulator.router import ROUTERS
 from sgl_flowprefill.bench.systems.catalog import select
 from sgl_flowprefill.bench.systems.serving import Servers
 from sgl_flowprefill.bench.workloads.formats import AUTO, FORMATS
+from sgl_flowprefill.bench.workloads.synthetic import QWEN_RATE_RPS
 from sgl_flowprefill.bench.workloads.trace import Slo
 from sgl_flowprefill.config import FlowPrefillConfig
 
@@ -69,12 +71,13 @@ def test_options_keep_their_names(command: str, capsys: pytest.CaptureFixture[st
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=[command.name for command in COMMANDS])
-def test_the_examples_in_a_commands_help_are_understood(command: type) -> None:
-    lines = [line for line in command.examples.splitlines() if line.startswith("  ")]  # type: ignore[attr-defined]
-    assert lines
-    for line in lines:
-        words = [word.strip("'") for word in line.split()]
-        assert isinstance(parse(words[words.index("sgl_flowprefill.bench") + 1 :]), command)
+def test_the_examples_in_a_commands_help_are_understood(command: type, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.examples  # type: ignore[attr-defined]
+    for line in command.examples:  # type: ignore[attr-defined]
+        assert isinstance(parse([command.name, *shlex.split(line)]), command)  # type: ignore[attr-defined]
+        with pytest.raises(SystemExit):
+            main([command.name, "--help"])  # type: ignore[attr-defined]
+        assert line in capsys.readouterr().out
 
 
 def test_help_imports_nothing_that_takes_long() -> None:
@@ -160,6 +163,12 @@ def test_the_help_names_the_machines_that_can_be_simulated(capsys: pytest.Captur
         main(["simulate", "--help"])
     said = capsys.readouterr().out
     assert all(name in said for name in MODELS)
+
+
+def test_the_help_names_the_rate_that_rates_are_multiples_of(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["demo", "--help"])
+    assert f" {QWEN_RATE_RPS} " in " ".join(capsys.readouterr().out.replace("│", "").split())
 
 
 def test_options_of_sglang_and_of_flowprefill_reach_the_servers(monkeypatch: pytest.MonkeyPatch) -> None:
