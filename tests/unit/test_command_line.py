@@ -10,6 +10,7 @@ from typing import get_args
 
 import pytest
 
+from sgl_flowprefill.bench import __main__ as bench_main
 from sgl_flowprefill.bench.__main__ import main
 from sgl_flowprefill.bench.cli import fetch_trace
 from sgl_flowprefill.bench.cli.options import (
@@ -61,6 +62,11 @@ OPTIONS = {
 FLOWPREFILL = [f"--flowprefill-{name.replace('_', '-')}" for name in FlowPrefillConfig.model_fields]
 
 
+@pytest.fixture
+def nothing_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_main, "_run", lambda options: pytest.fail(f"{options} runs"))
+
+
 @pytest.mark.parametrize("command", OPTIONS)
 def test_options_keep_their_names(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
@@ -110,7 +116,7 @@ def test_help_imports_nothing_that_takes_long() -> None:
     ],
 )
 def test_a_wrong_value_is_one_line_with_the_value_and_the_remedy(
-    arguments: list[str], line: str, capsys: pytest.CaptureFixture[str]
+    arguments: list[str], line: str, nothing_runs: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(arguments) == 2
     out, error = capsys.readouterr()
@@ -132,7 +138,7 @@ def test_a_wrong_value_is_one_line_with_the_value_and_the_remedy(
     ],
 )
 def test_what_is_not_understood_is_named_and_nothing_runs(
-    arguments: list[str], named: str, capsys: pytest.CaptureFixture[str]
+    arguments: list[str], named: str, nothing_runs: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit, match="2"):
         main(arguments)
