@@ -12,8 +12,6 @@ import asyncio
 import dataclasses
 import random
 import re
-import shlex
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -28,7 +26,7 @@ from rich.table import Table
 
 from sgl_flowprefill.bench.cli.options import positive_int, prompt_builder
 from sgl_flowprefill.bench.loadgen.client import JSON_HEADERS, Outcome, get_json
-from sgl_flowprefill.bench.metrics.comparison import machine, versions
+from sgl_flowprefill.bench.metrics.provenance import result, write_result
 from sgl_flowprefill.bench.systems.catalog import SYSTEMS
 from sgl_flowprefill.bench.systems.serving import Served, Servers, serve
 from sgl_flowprefill.cluster import ClusterError
@@ -101,16 +99,13 @@ def run(args: argparse.Namespace, console: Console) -> int:
             for request in sent
         ]
     rows = [row(tokens, [pair for pair in stages if pair[0].tokens == tokens]) for tokens in args.tokens]
-    document = {
+    figures = {
         "rows": rows,
         "stages": STAGES,
         "repeats": args.repeats,
         "model": servers.model,
-        "command": shlex.join(["python", "-m", "sgl_flowprefill.bench", *sys.argv[1:]]),
-        "versions": versions(),
-        "machine": machine(),
     }
-    (args.out / "anatomy.json").write_bytes(orjson.dumps(document, option=orjson.OPT_INDENT_2) + b"\n")
+    write_result(args.out / "anatomy.json", result("anatomy", figures))
     console.print(_table(rows))
     say(f"Figures: {args.out / 'anatomy.json'}")
     return 0

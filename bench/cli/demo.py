@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import shlex
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -26,8 +24,9 @@ from sgl_flowprefill.bench.loadgen.replay import ReplayRun, joined
 from sgl_flowprefill.bench.metrics.comparison import Comparison, SystemResult
 from sgl_flowprefill.bench.reports.page import add_picture_option, browser, take_picture
 from sgl_flowprefill.bench.reports.publish import publish
-from sgl_flowprefill.bench.systems.catalog import System, add_systems_option, select
+from sgl_flowprefill.bench.systems.catalog import add_endpoint_option, add_systems_option, select
 from sgl_flowprefill.bench.systems.serving import Serve, Servers, serving
+from sgl_flowprefill.bench.systems.system import System
 from sgl_flowprefill.bench.workloads.answers import Answers, add_answers_option
 from sgl_flowprefill.bench.workloads.trace import Trace
 
@@ -41,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``bench demo``."""
     parser.add_argument("--out", type=Path, default=Path("out/demo"), help="folder of results (default %(default)s)")
     add_systems_option(parser, "flowprefill", "sglang")
+    add_endpoint_option(parser)
     add_answers_option(add_trace_options(parser, rate_scale=RATE_SCALE, duration_s=DURATION_S))
     add_picture_option(parser)
     Servers.add_options(parser)
@@ -60,7 +60,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
         console.print(f"  {line}", highlight=False, soft_wrap=True)
 
     with serving(servers, args.out, say, side_by_side=True) as serve:
-        comparison = _Demo(args, select(args.systems), serve, console).run(servers)
+        comparison = _Demo(args, [*select(args.systems), *args.endpoint], serve, console).run(servers)
     code = publish(comparison, args.out, console)
     if args.png:
         say(f"Picture: {take_picture(args.out / 'report.html')}")
@@ -95,12 +95,12 @@ class _Demo:
         trace = answers.of(whole)
         self._detail(answers.text(trace))
         return Comparison(
+            kind="demo",
             systems=self._replay(trace),
             trace=trace,
             seed=self._args.seed,
             time_scale=scale,
             model=servers.model,
-            command=shlex.join(["python", "-m", "sgl_flowprefill.bench", *sys.argv[1:]]),
             answers=answers,
             settings=servers.settings(),
         )
@@ -176,6 +176,6 @@ class _Demo:
 def _label(system: System, settings: Mapping[str, Any]) -> str:
     """The system's label, with the chunk size that SGLang chose where the system leaves that to it."""
     chunk_tokens = settings.get("chunked_prefill_size")
-    if not system.is_stock or system.stock_args or chunk_tokens is None:
+    if not system.is_stock or system.prefill_args or chunk_tokens is None:
         return system.label
     return f"{system.label}, " + (f"chunked at {chunk_tokens}" if chunk_tokens > 0 else "unchunked")

@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import argparse
 import math
-import shlex
-import sys
 from pathlib import Path
 from typing import Final
 
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 from sgl_flowprefill.bench.capacity.campaign import Campaign, Goal
 from sgl_flowprefill.bench.capacity.prober import Plan
 from sgl_flowprefill.bench.capacity.results import GoodputResult
 from sgl_flowprefill.bench.cli.options import AUTO, attainment_share, positive_float, positive_int, scale_or_auto
-from sgl_flowprefill.bench.reports.goodput import cells, columns, show, write_html
+from sgl_flowprefill.bench.metrics.provenance import write_result
+from sgl_flowprefill.bench.reports.goodput import rates_table, show, write_html
 from sgl_flowprefill.bench.reports.page import add_picture_option, browser, take_picture
-from sgl_flowprefill.bench.systems.catalog import add_systems_option, select
+from sgl_flowprefill.bench.systems.catalog import add_endpoint_option, add_systems_option, select
 from sgl_flowprefill.bench.systems.serving import Servers, probing
 from sgl_flowprefill.bench.workloads.answers import add_answers_option
 from sgl_flowprefill.bench.workloads.synthetic import WORKLOADS, workload
@@ -42,6 +39,7 @@ DEFAULT_SYSTEMS: Final = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``bench goodput``."""
     add_systems_option(parser, *DEFAULT_SYSTEMS)
+    add_endpoint_option(parser)
     parser.add_argument(
         "--workload", default="qwen-like", metavar="NAME|FILE", help=f"{', '.join(WORKLOADS)}, or a trace file"
     )
@@ -123,7 +121,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     servers = Servers.from_args(args)
     plan = Plan(workload(args.workload), args.seeds, args.duration, args.max_output_tokens)
     attainments = tuple(sorted(set(args.attainment or ATTAINMENTS)))
-    systems = select(args.systems)
+    systems = [*select(args.systems), *args.endpoint]
     goal = Goal(attainments, 1 + args.precision, args.prefilter, args.race)
     result = None
     with probing(servers, plan, args.out, args.time_scale, console, side_by_side=args.side_by_side) as prober:
@@ -132,8 +130,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
             campaign.run(args.budget_s)
         finally:  # also after Ctrl-C: what was found so far
             if prober.log.probes:
-                command = shlex.join(["python", "-m", "sgl_flowprefill.bench", *sys.argv[1:]])
-                result = GoodputResult.of(campaign, command, servers.model)
+                result = GoodputResult.of(campaign, servers.model)
                 publish(result, args.out, console)
                 if args.png:
                     prober.say(f"Picture: {take_picture(args.out / 'goodput.html')}")
@@ -142,32 +139,19 @@ def run(args: argparse.Namespace, console: Console) -> int:
 
 def publish(result: GoodputResult, folder: Path, console: Console) -> None:
     """Write ``goodput.json`` and ``goodput.html`` into ``folder``; print the table, the ratios and the problems."""
-    result.write_json(folder / "goodput.json")
-    write_html(result, folder / "goodput.html")
+    document = result.to_dict()
+    write_result(folder / "goodput.json", document)
+    write_html(document, folder / "goodput.html")
     console.print()
-    console.print(rates_table(result))
-    console.print(result.answers.text(result.trace), highlight=False, soft_wrap=True)
-    if result.ratios_of_ours:
-        console.print(
-            "FlowPrefill: " + ", ".join(f"{name} {show(ratio)}" for name, ratio in result.ratios_of_ours.items()),
-            highlight=False,
-            soft_wrap=True,
-        )
-    if result.only_simulated_rps:
-        console.print(f"Only simulated: {', '.join(result.only_simulated_rps)}", highlight=False, soft_wrap=True)
-    for problem in result.problems:
+    console.print(rates_table(document))
+    console.print(document["answers"]["text"], highlight=False, soft_wrap=True)
+    if document["ratios"]:
+        ratios = (f"{name} {show(value, document['ratios_ci95'][name])}" for name, value in document["ratios"].items())
+        console.print(f"FlowPrefill: {', '.join(ratios)}", highlight=False, soft_wrap=True)
+    if document["only_simulated"]:
+        console.print(f"Only simulated: {', '.join(document['only_simulated'])}", highlight=False, soft_wrap=True)
+    for problem in document["problems"]:
         console.print(problem, style="yellow", markup=False, highlight=False)
-    if not result.finished:
+    if not document["finished"]:
         console.print("Not all searches have ended; the same command goes on.", style="yellow")
     console.print(f"Report: {folder / 'goodput.html'} and {folder / 'goodput.json'}", highlight=False, soft_wrap=True)
-
-
-def rates_table(result: GoodputResult) -> Table:
-    """Highest rate of every system at every attainment."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("")
-    for column in columns(result):
-        table.add_column(column, justify="right")
-    for figures in result.figures.values():
-        table.add_row(figures.system.label, *cells(figures, result))
-    return table

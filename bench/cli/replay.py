@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import shlex
-import sys
 from pathlib import Path
 
 from rich.console import Console
@@ -17,7 +15,7 @@ from sgl_flowprefill.bench.cli.options import (
     prompt_builder,
     requested_trace,
 )
-from sgl_flowprefill.bench.loadgen.calibrate import measure_solo_ttft, time_scale
+from sgl_flowprefill.bench.loadgen.calibrate import measure_isolated_ttft, time_scale
 from sgl_flowprefill.bench.loadgen.client import APIS, Client, served_model
 from sgl_flowprefill.bench.loadgen.progress import ReplayProgress
 from sgl_flowprefill.bench.loadgen.replay import replay
@@ -59,7 +57,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     solo_ttft_s: dict[int, float] = {}
     scale = args.time_scale
     if scale == AUTO:
-        solo_ttft_s = measure_solo_ttft(client, prompts, lambda line: console.print(line, highlight=False))
+        solo_ttft_s = measure_isolated_ttft(client, prompts, lambda line: console.print(line, highlight=False))
         scale = time_scale(solo_ttft_s)
     answers = Answers(max_tokens=args.max_output_tokens)
     trace = answers.of(requested_trace(args, scale))
@@ -68,12 +66,12 @@ def run(args: argparse.Namespace, console: Console) -> int:
     replayed.write_jsonl(args.out / f"{args.label}.jsonl")
     system = SystemResult.of(args.label, args.label, replayed, trace, event_log=args.event_log, solo_ttft_s=solo_ttft_s)
     comparison = Comparison(
+        kind="replay",
         systems=[system],
         trace=trace,
         seed=args.seed,
         time_scale=scale,
         answers=answers,
         model=model,
-        command=shlex.join(["python", "-m", "sgl_flowprefill.bench", *sys.argv[1:]]),
     )
     return publish(comparison, args.out, console)

@@ -6,17 +6,15 @@ import argparse
 import dataclasses
 import functools
 import math
-import shlex
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
-import orjson
 from rich.console import Console
 from rich.table import Table
 
 from sgl_flowprefill.bench.cli.options import attainment_share, positive_float, positive_int
+from sgl_flowprefill.bench.metrics.provenance import result, write_result
 from sgl_flowprefill.bench.metrics.requests import summarise, summarise_blocking
 from sgl_flowprefill.bench.reports.table import milliseconds, percent, seconds
 from sgl_flowprefill.bench.simulator.cost import LLAMA_8B, MODELS, cost_model
@@ -26,9 +24,9 @@ from sgl_flowprefill.bench.simulator.requests import Conditions, prepare, resamp
 from sgl_flowprefill.bench.simulator.router import ROUTERS
 from sgl_flowprefill.bench.simulator.search import fewest_instances, max_limit_rps, max_rate_rps, mean_limit
 from sgl_flowprefill.bench.simulator.speed import KINDS, EventCost, event_cost, policy_speed
-from sgl_flowprefill.bench.simulator.stock import MAX_PREFILL_TOKENS
-from sgl_flowprefill.bench.simulator.systems import HEADLINE, NAMES_HELP, Run, Setup, new_instance
-from sgl_flowprefill.bench.simulator.systems import run as simulated
+from sgl_flowprefill.bench.simulator.systems import Run, Setup
+from sgl_flowprefill.bench.simulator.systems import run as simulate
+from sgl_flowprefill.bench.systems.catalog import BY_POLICY, simulated
 from sgl_flowprefill.bench.workloads.formats import load_trace
 from sgl_flowprefill.bench.workloads.synthetic import WORKLOADS
 from sgl_flowprefill.bench.workloads.trace import Trace
@@ -39,6 +37,21 @@ POOL: Final = 20_000
 """Requests that are generated one by one; longer runs draw theirs from them."""
 QUEUE_LENGTHS: Final = (100, 1_000, 10_000, 100_000)
 PLACES_WAITED_FOR: Final = (1_000, 5_000)
+HEADLINE: Final = (
+    "feasible",
+    "s-edf",
+    "feasible/layer",
+    "stock-fcfs",
+    "stock-spf",
+    "stock-fcfs-512",
+    "stock-fcfs-2048",
+    "stock-fcfs-8192",
+    "stock-spf-512",
+    "stock-spf-2048",
+    "stock-priority-512",
+    "stock-priority-2048",
+)
+"""What a comparison runs by default; stock-fcfs stands in for DistServe."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=list(HEADLINE),
         metavar="NAME",
-        help=f"{NAMES_HELP} (default: a comparison of {len(HEADLINE)})",
+        help=f"{', '.join(BY_POLICY)}, or a system of docs/systems.md (default: a comparison of {len(HEADLINE)})",
     )
     parser.add_argument(
         "--cost", default=LLAMA_8B.name, metavar="NAME|FILE", help=f"{', '.join(MODELS)}, or the file of a TTFT profile"
@@ -95,10 +108,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, console: Console) -> int:
     """Simulate, print tables, write JSON. Raises ValueError with a sentence for what cannot be simulated."""
     setup = _setup(args)
-    for system in args.policy:
-        new_instance(system, setup)
+    for name in args.policy:
+        simulated(name)
     report: dict[str, Any] = {
-        "command": shlex.join(["python", "-m", "sgl_flowprefill.bench", *sys.argv[1:]]),
         "cost": dataclasses.asdict(setup.machine.cost),
         "instances": args.instances,
         "seeds": args.seeds,
@@ -112,8 +124,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
             traces = [_trace(name, args, seed) for seed in range(args.seeds if name in WORKLOADS else 1)]
             report["traces"][name] = action(name, traces, args, setup, console)
     if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_bytes(orjson.dumps(report, option=orjson.OPT_INDENT_2) + b"\n")
+        write_result(args.out, result("simulate", report))
     return 0
 
 
@@ -159,9 +170,9 @@ def _compare(
     figures: dict[str, Any] = {}
     limits = functools.cache(lambda tokens: mean_limit(traces, setup, tokens))
     for system in args.policy:
-        runs = [simulated(system, trace, setup) for trace in traces]
+        runs = [simulate(simulated(system), trace, setup) for trace in traces]
         entry = figures[system] = _figures(traces, runs, classes)
-        limit = None if args.no_limit else limits(_batch_tokens(system, args))
+        limit = None if args.no_limit else limits(simulated(system).max_batch_tokens(setup))
         entry["limit"] = limit
         entry["share_of_limit"] = entry["ttft_attainment"] / limit if limit else None
         table.add_row(
@@ -186,14 +197,6 @@ def _figures(traces: Sequence[Trace], runs: Sequence[Run], classes: Sequence[str
     return {**dataclasses.asdict(summary), **preemption}
 
 
-def _batch_tokens(system: str, args: argparse.Namespace) -> int:
-    """Most new tokens of a forward of several requests: the limit's batches are as large."""
-    if not system.startswith("stock-"):
-        return int(args.max_batch_tokens)
-    chunk = system.rpartition("-")[2]
-    return int(chunk) if chunk.isdigit() else MAX_PREFILL_TOKENS
-
-
 def _goodput(
     name: str, traces: Sequence[Trace], args: argparse.Namespace, setup: Setup, console: Console
 ) -> dict[str, Any]:
@@ -205,7 +208,7 @@ def _goodput(
         table.add_column(f"max rate at {attainment:.0%}", justify="right")
         table.add_column(f"{args.policy[0]} has", justify="right")
     for system in args.policy:
-        found[system] = {f"{level}": max_rate_rps(system, traces, setup, level) for level in ATTAINMENTS}
+        found[system] = {f"{level}": max_rate_rps(simulated(system), traces, setup, level) for level in ATTAINMENTS}
     if not args.no_limit:
         found["limit"] = {f"{level}": max_limit_rps(traces, setup, level) for level in ATTAINMENTS}
     for system in found:
@@ -228,7 +231,7 @@ def _plan(
     found: dict[str, int | None] = {}
     for system in args.policy:
         try:
-            found[system] = fewest_instances(system, traces, setup, args.attainment)
+            found[system] = fewest_instances(simulated(system), traces, setup, args.attainment)
         except ValueError as error:
             found[system] = None
             console.print(str(error), highlight=False)

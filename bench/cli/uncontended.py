@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -18,8 +17,10 @@ from rich.console import Console
 from rich.table import Table
 
 from sgl_flowprefill.bench.cli.options import positive_int, prompt_builder
+from sgl_flowprefill.bench.metrics.provenance import result, write_result
 from sgl_flowprefill.bench.systems.catalog import SYSTEMS, UNCHUNKED_FCFS
-from sgl_flowprefill.bench.systems.serving import Served, Servers, serving
+from sgl_flowprefill.bench.systems.endpoint import Reached
+from sgl_flowprefill.bench.systems.serving import Servers, serving
 from sgl_flowprefill.bench.workloads.prompts import PromptBuilder
 from sgl_flowprefill.cluster import ClusterError
 from sgl_flowprefill.ttft.features import Array
@@ -62,8 +63,9 @@ def run(args: argparse.Namespace, console: Console) -> int:
                         turns[name][tokens].append(turn)
             console.print(f"{tokens} tokens: {args.pairs} pairs done")
     rows = [_row(tokens, *(turns[name][tokens] for name in PAIR)) for tokens in args.tokens]
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "uncontended.json").write_text(json.dumps({"rows": rows, "turns_ttft_s_and_took_s": turns}, indent=1))
+    turns_s = {name: {str(tokens): taken for tokens, taken in found.items()} for name, found in turns.items()}
+    figures = {"rows": rows, "turns_ttft_s_and_took_s": turns_s, "model": servers.model}
+    write_result(args.out / "uncontended.json", result("uncontended", figures))
     table = Table("prompt tokens", "", "FlowPrefill", "SGLang unchunked", "ratio (median of pairs)", "quartiles")
     for row in rows:
         for label, quantity, digits in (
@@ -106,7 +108,7 @@ def _compared(ours: Array, stock: Array) -> dict[str, Any]:
     return {"flowprefill": float(np.median(ours)), "sglang": float(np.median(stock)), "ratio": ratio}
 
 
-async def _ask(served: Served, prompts: PromptBuilder, tokens: int, index: int) -> Lone:
+async def _ask(served: Reached, prompts: PromptBuilder, tokens: int, index: int) -> Lone:
     client = served.client
     async with client.session() as session:
         outcome = await client.stream(session, client.api.body(prompts.unique(tokens, index), 2, None))

@@ -10,14 +10,11 @@ from __future__ import annotations
 
 import argparse
 import math
-import shlex
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import numpy as np
-import orjson
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -25,12 +22,13 @@ from rich.table import Table
 from sgl_flowprefill.bench.capacity.prober import Plan, Prober, outcome
 from sgl_flowprefill.bench.cli.options import AUTO, positive_float, positive_int, scale_or_auto
 from sgl_flowprefill.bench.loadgen.replay import RequestResult
-from sgl_flowprefill.bench.metrics.comparison import machine, versions
+from sgl_flowprefill.bench.metrics.provenance import result, write_result
 from sgl_flowprefill.bench.simulator.measured import saturation_rps
 from sgl_flowprefill.bench.simulator.requests import SimRequest
 from sgl_flowprefill.bench.simulator.systems import run as simulate
-from sgl_flowprefill.bench.systems.catalog import System, add_systems_option, select
+from sgl_flowprefill.bench.systems.catalog import add_systems_option, select
 from sgl_flowprefill.bench.systems.serving import Servers, probing
+from sgl_flowprefill.bench.systems.system import System
 from sgl_flowprefill.bench.workloads.answers import add_answers_option
 from sgl_flowprefill.bench.workloads.synthetic import WORKLOADS, workload
 from sgl_flowprefill.profiling import read_profile
@@ -124,10 +122,11 @@ def pairs(prober: Prober, system: System, load: float) -> list[Pair]:
     found: list[Pair] = []
     if system.name not in prober.log.solo_ttft_s:
         return found
-    setup = prober.setup_of(system)
+    setup, scheduler = prober.setup_of(system), system.simulated(prober.options)
+    assert scheduler is not None
     for seed in range(prober.plan.seeds):
         if probe := prober.log.complete_at(rate_rps, system.name, seed):
-            requests = simulate(system.simulated(prober.options), prober.trace(seed, rate_rps), setup).requests
+            requests = simulate(scheduler, prober.trace(seed, rate_rps), setup).requests
             found += [Pair(seed, result, requests[result.index]) for result in probe.run.results]
     return found
 
@@ -193,7 +192,7 @@ def _replay_all(prober: Prober, system: System, loads: Sequence[float]) -> None:
 
 def _publish(rows: Sequence[dict[str, Any]], prober: Prober, folder: Path, console: Console) -> None:
     answers, trace = prober.answers, prober.trace(0, prober.plan.workload.rate_rps)
-    document = {
+    figures = {
         "rows": rows,
         "worst_points": max(abs(row["difference_points"]) for row in rows),
         "workload": prober.plan.workload.name,
@@ -203,11 +202,8 @@ def _publish(rows: Sequence[dict[str, Any]], prober: Prober, folder: Path, conso
         "answers": answers.to_dict(trace),
         "engine": prober.log.facts["engine"],
         "overhead_s": prober.setup.machine.cost.serving_s,
-        "command": shlex.join(["python", "-m", "sgl_flowprefill.bench", *sys.argv[1:]]),
-        "versions": versions(),
-        "machine": machine(),
     }
-    (folder / "validate.json").write_bytes(orjson.dumps(document, option=orjson.OPT_INDENT_2) + b"\n")
+    write_result(folder / "validate.json", result("validate", figures))
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("system")
     for column in ("x saturation", "req/s", "requests", "measured", "simulated", "points", "by chance", "TTFT p50 (s)"):

@@ -67,7 +67,7 @@ def test_a_search_with_real_servers(prober: Prober) -> None:
         assert compared(prober, OURS, 1.0) is None
     campaign = Campaign(prober, [OURS], Goal((0.5,), precision=8.0))
     campaign.run(budget_s=15.0)
-    result = GoodputResult.of(campaign, "", "embedded")
+    result = GoodputResult.of(campaign, "embedded")
     rate = result.figures["flowprefill"].max_rate(0.5)
     assert rate is not None
     assert 0 < rate.value < 200.0
