@@ -1,6 +1,6 @@
-"""The order of a goodput run's probes: systems take turns, each with a search for each seed and attainment.
+"""The order of a capacity search's probes: systems take turns, each with a search for each seed and attainment.
 
-A visit starts a system's servers, measures lone requests, and tries the next rate of each of its searches: few probes,
+A visit starts a system's servers, measures isolated requests, and tries the next rate of each of its searches: few probes,
 so that a machine that drifts drifts for every system. When all searches have ended, every system replays all seeds to
 the end at one rate, the best stock system's, for what is compared at equal load.
 """
@@ -37,7 +37,7 @@ LEAST_REQUESTS: Final = 20
 MAX_INVALID: Final = 3
 """Probes of a system and seed in which the client may fall behind before its searches are given up."""
 START_S: Final = 50.0
-"""What a start of servers with its lone requests takes, before one was timed."""
+"""What a start of servers with its isolated requests takes, before one was timed."""
 SIMULATED_PRECISION: Final = 1.1
 TOLD_SLO_SCALES: Final = (1.0, 0.8, 0.6, 0.4)
 """SLO scales with which FlowPrefill, which orders by SLOs, is compared. SGLang's own schedulers never see them: their
@@ -61,7 +61,7 @@ class Goal:
 
 
 class Campaign:
-    """A goodput run: what is known, what is left, and the making of it."""
+    """A capacity search: what is known, what is left, and the making of it."""
 
     def __init__(
         self, prober: Prober, systems: Sequence[System], goal: Goal, only_compared: Sequence[System] = ()

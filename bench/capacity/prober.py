@@ -110,7 +110,7 @@ class Prober:
         return self._setup(next(iter(self.log.solo_ttft_s.values()))[0])
 
     def setup_of(self, system: System) -> Setup:
-        """The simulator as this machine was while ``system`` was up, by all its lone requests."""
+        """The simulator as this machine was while ``system`` was up, by all its isolated requests."""
         return self._setup(median_of(self.log.solo_ttft_s[system.name]))
 
     def _setup(self, solo_ttft_s: Mapping[int, float]) -> Setup:
@@ -118,11 +118,11 @@ class Prober:
 
     @contextmanager
     def serving(self, system: System) -> Iterator[Endpoint]:
-        """The system's servers, up, after lone requests."""
+        """The system's servers, up, after isolated requests."""
         self.say(f"[bold]{system.label}[/bold]")
         self._settle_settings(system)
         with self._serve(system) as served:
-            solo_ttft_s = self.measure_lone(served, system)
+            solo_ttft_s = self.measure_isolated(served, system)
             if "time_scale" not in self.log.facts:
                 self.log.settle("time_scale", time_scale(solo_ttft_s))
                 self.say(f"  time scale {self.time_scale:.2f}: arrivals and SLOs are stretched by it")
@@ -164,8 +164,8 @@ class Prober:
         self.log.settle("answers_scale", answers.scale)
         self.say(f"  {answers.text(answers.of(whole))}; the decode server carries {decode_tokens_per_s:.0f} tokens/s")
 
-    def measure_lone(self, served: Endpoint, system: System) -> dict[int, float]:
-        """TTFT (s) of lone requests by prompt tokens, as the machine is now: its speed changes while a system is up."""
+    def measure_isolated(self, served: Endpoint, system: System) -> dict[int, float]:
+        """TTFT (s) of isolated requests by prompt tokens, as the machine is now: its speed changes while a system is up."""
         solo_ttft_s = served.solo_ttft_s(PromptBuilder(0, *TOKEN_IDS))
         self.log.add_solo(system.name, solo_ttft_s)
         served.settle()

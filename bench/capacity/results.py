@@ -37,7 +37,7 @@ CURVE_POINTS: Final = 100
 """Of a distribution in the JSON."""
 CURVE_DIGITS: Final = 5
 MAX_DRIFT: Final = 1.1
-"""Factor between lone requests at two visits to one system above which a report doubts itself."""
+"""Factor between isolated requests at two visits to one system above which a report doubts itself."""
 
 
 @dataclass(frozen=True)
@@ -175,7 +175,7 @@ class SystemFigures:
 
     @property
     def uncontended_tokens_per_s(self) -> float | None:
-        """Prompt tokens over TTFT of lone requests, all lengths together: the median over starts of its servers."""
+        """Prompt tokens over TTFT of isolated requests, all lengths together: the median over starts of its servers."""
         if not self.solo_ttft_s:
             return None
         return float(np.median([sum(times_s) / sum(times_s.values()) for times_s in self.solo_ttft_s]))
@@ -399,14 +399,14 @@ def _problems(log: ProbeLog, figures: Mapping[str, SystemFigures]) -> list[str]:
 
 
 def _drift(log: ProbeLog) -> list[str]:
-    """A sentence if the machine did not stay as fast as it was, by lone requests at each visit."""
+    """A sentence if the machine did not stay as fast as it was, by isolated requests at each visit."""
     visits_s = {name: [sum(times_s.values()) for times_s in visits] for name, visits in log.solo_ttft_s.items()}
     changes = {name: max(times_s) / min(times_s) for name, times_s in visits_s.items()}
     name = max(changes, key=lambda name: changes[name], default="")
     if not name or changes[name] <= MAX_DRIFT:
         return []
     return [
-        f"The machine's speed changed: lone requests on {name} took {min(visits_s[name]):.2f} s in all at one visit "
+        f"The machine's speed changed: isolated requests on {name} took {min(visits_s[name]):.2f} s in all at one visit "
         f"and {max(visits_s[name]):.2f} s at another. Rates found at different times do not compare; what was measured "
         "at the common rate does if the machine was steady by then"
     ]

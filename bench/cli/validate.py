@@ -187,7 +187,7 @@ def _replay_all(prober: Prober, system: System, loads: Sequence[float]) -> None:
                 if prober.log.complete_at(rate_rps, system.name, seed) is None:
                     probe = prober.probe(served, system, seed, rate_rps)
                     prober.say(f"  {load:.1f} x saturation, {rate_rps:.2f} req/s, seed {seed}: {outcome(probe)}")
-                    prober.measure_lone(served, system)
+                    prober.measure_isolated(served, system)
 
 
 def _publish(rows: Sequence[dict[str, Any]], prober: Prober, folder: Path, console: Console) -> None:

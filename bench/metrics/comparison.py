@@ -22,8 +22,8 @@ from sgl_flowprefill.bench.metrics.requests import (
 from sgl_flowprefill.bench.workloads.answers import Answers
 from sgl_flowprefill.bench.workloads.trace import Trace
 
-MAX_LONE_DIFFERENCE: Final = 1.1
-"""Factor between lone requests of the same length above which a comparison doubts that the machine was steady."""
+MAX_ISOLATED_DIFFERENCE: Final = 1.1
+"""Factor between isolated requests of the same length above which a comparison doubts that the machine was steady."""
 
 
 @dataclass(frozen=True)
@@ -162,15 +162,15 @@ class Comparison:
         return found
 
     def doubts(self) -> list[str]:
-        """Signs that the machine was not as fast for all systems, as sentences; lone requests show it."""
+        """Signs that the machine was not as fast for all systems, as sentences; isolated requests show it."""
         first, *others = self.systems
         found = []
         for system in others:
             for tokens in sorted(first.solo_ttft_s.keys() & system.solo_ttft_s.keys()):
                 times_s = first.solo_ttft_s[tokens], system.solo_ttft_s[tokens]
-                if max(times_s) > MAX_LONE_DIFFERENCE * min(times_s):
+                if max(times_s) > MAX_ISOLATED_DIFFERENCE * min(times_s):
                     found.append(
-                        f"A lone prompt of {tokens:,} tokens took {times_s[0]:.3f} s on {first.label} and "
+                        f"An isolated prompt of {tokens:,} tokens took {times_s[0]:.3f} s on {first.label} and "
                         f"{times_s[1]:.3f} s on {system.label}: the machine may not have been as fast for both"
                     )
         return found

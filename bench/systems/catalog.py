@@ -4,7 +4,7 @@ All of them are served by the same cluster with the same engine and attention; t
 scheduler alone.
 
 The original's stream synchronisation at every operator is no system of its own here: on the CPU a kernel has ended when
-its call returns, so every checkpoint is synchronised already and ``flowprefill`` is what it would be.
+its call returns, so every preemption checkpoint is synchronised already and ``flowprefill`` is what it would be.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ SYSTEMS: Final[Mapping[str, System]] = {
         _flowprefill(
             "flowprefill-paper",
             "FlowPrefill, S-EDF as published",
-            "the paper's order: hopeless requests latest deadline first, waiting without bound; slack without a margin",
+            "the paper's order: infeasible requests latest deadline first, waiting without bound; slack without a margin",
             policy="s-edf-paper",
             slack_quantile=0.5,
         ),
@@ -94,13 +94,13 @@ SYSTEMS: Final[Mapping[str, System]] = {
         _flowprefill(
             "flowprefill-layer",
             "FlowPrefill by layer",
-            "checkpoints once a layer: half as many, the paper's comparison",
+            "preemption checkpoints once a layer: half as many, the paper's comparison",
             granularity="layer",
         ),
         _flowprefill(
             "flowprefill-chunk",
             "FlowPrefill by forward",
-            "no checkpoint inside a forward pass: slack-aware order without preemption",
+            "no preemption checkpoint inside a forward pass: slack-aware order without preemption",
             granularity="chunk",
         ),
         StockSystem(
@@ -210,10 +210,12 @@ def systems_page() -> str:
     lines = [
         "# Systems",
         "",
-        "What `demo`, `goodput` and `validate` take as `--systems`, and `simulate` as `--policy`. This page is written by",
-        "`python -m sgl_flowprefill.bench.systems > docs/systems.md` from `bench/systems/catalog.py`, where a baseline is one",
-        f"entry. `{UNCHUNKED_FCFS}` stands in for DistServe. All systems are served by the same cluster with the same engine;",
-        "they differ in the prefill server's scheduler alone.",
+        "What `demo`, `goodput` and `validate` take as `--systems`, and `simulate` as `--policy`. All are served by",
+        "the same cluster with the same engine; they differ in the prefill server's scheduler alone.",
+        f"`{UNCHUNKED_FCFS}` stands in for DistServe.",
+        "",
+        "A baseline is one entry of `bench/systems/catalog.py`. This page is written from there, by",
+        "`python -m sgl_flowprefill.bench.systems > docs/systems.md`.",
         "",
         "| system | settings of the prefill server | simulated as | why its users would run it so |",
         "| --- | --- | --- | --- |",

@@ -132,7 +132,7 @@ class Served:
     """FlowPrefill's event log; None for SGLang's own scheduler."""
 
     def solo_ttft_s(self, prompts: PromptBuilder, say: Say | None = None) -> dict[int, float]:
-        """Median TTFT (s) of lone requests by prompt tokens. Raises CalibrationError."""
+        """Median TTFT (s) of isolated requests by prompt tokens. Raises CalibrationError."""
         return measure_isolated_ttft(self.client, prompts, say)
 
     def decode_tokens_per_s(self, prompts: PromptBuilder) -> float:

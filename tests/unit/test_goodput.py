@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from sgl_flowprefill.bench.capacity import campaign as campaign_module
 from sgl_flowprefill.bench.capacity.campaign import Campaign, Goal
 from sgl_flowprefill.bench.capacity.prober import Plan, Prober
 from sgl_flowprefill.bench.capacity.probes import Probe, ProbeLog
@@ -24,7 +25,8 @@ from sgl_flowprefill.bench.cli.goodput import publish
 from sgl_flowprefill.bench.cli.validate import compared, load_rps
 from sgl_flowprefill.bench.loadgen.calibrate import REFERENCE_TTFT_S
 from sgl_flowprefill.bench.loadgen.replay import ClientReport, ReplayRun, RequestResult
-from sgl_flowprefill.bench.reports.goodput import cells
+from sgl_flowprefill.bench.metrics.provenance import PROVENANCE, read_result
+from sgl_flowprefill.bench.reports.goodput import cells, rates_table, render_html
 from sgl_flowprefill.bench.simulator.measured import Engine, measured_setup, saturation_rps
 from sgl_flowprefill.bench.simulator.requests import results
 from sgl_flowprefill.bench.simulator.systems import Setup
@@ -191,6 +193,32 @@ def test_a_run_finds_the_rates_of_its_servers_and_reports_them(profile: Path, tm
     markup = re.sub(r"<script\b[^>]*>.*?</script>", "<script></script>", page, flags=re.DOTALL)
     assert not re.findall(r"""(?:src|href)\s*=""", markup)
     assert "SGLang spf, chunk 512" in console.file.getvalue()  # type: ignore[attr-defined]
+    assert set(PROVENANCE) <= set(document)
+
+
+def test_a_result_is_read_and_shown_again_without_planning_or_simulating(
+    profile: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    campaign = campaign_of(Model(profile), tmp_path, attainments=(0.9,))
+    campaign.run()
+    console = Console(file=StringIO(), width=200)
+    publish(GoodputResult.of(campaign, "toy"), tmp_path, console)
+
+    def refuse(*arguments: object) -> None:
+        raise AssertionError("a result is data")
+
+    monkeypatch.setattr(campaign_module, "mean_attainment", refuse)
+    resumed = campaign_of(Model(profile), tmp_path, attainments=(0.9,))
+    again = GoodputResult.of(resumed, "toy").to_dict()
+    monkeypatch.setattr(Plan, "trace", refuse)
+    found = read_result(tmp_path / "goodput.json")
+    assert {name: again[name] for name in found.figures} == found.figures, "a finished run finds the same from its log"
+    table = Console(file=StringIO(), width=200)
+    table.print(rates_table(found.figures))
+    printed, shown = (one.file.getvalue() for one in (console, table))  # type: ignore[attr-defined]
+    assert shown.strip() in printed
+    written = json.loads((tmp_path / "goodput.json").read_text())
+    assert render_html(written) == (tmp_path / "goodput.html").read_text()
 
 
 def test_systems_take_turns_and_are_compared_at_one_rate_to_the_end(profile: Path, tmp_path: Path) -> None:
@@ -335,7 +363,7 @@ def test_a_machine_whose_speed_changed_is_reported(profile: Path, tmp_path: Path
     assert not GoodputResult.of(campaign, "").problems
     campaign.log.add_solo("stock-fcfs", {tokens: 1.3 * time_s for tokens, time_s in SOLO_TTFT_S.items()})
     (problem,) = GoodputResult.of(campaign, "").problems
-    assert "speed changed: lone requests on stock-fcfs" in problem
+    assert "speed changed: isolated requests on stock-fcfs" in problem
 
 
 def test_the_prefilter_measures_the_best_stock_and_says_what_it_left_out(profile: Path, tmp_path: Path) -> None:
@@ -497,6 +525,6 @@ def test_the_simulator_is_as_fast_as_the_machine_was_between_lone_requests(profi
     with prober.serving(system) as served:
         at_start_s = prober.setup_of(system).machine.cost.predict_s(prompt)
         model.slowdown = 1.2
-        prober.measure_lone(served, system)
+        prober.measure_isolated(served, system)
     ratio = prober.setup_of(system).machine.cost.predict_s(prompt) / at_start_s
     assert ratio == pytest.approx(1.1, rel=0.02)

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from sgl_flowprefill.bench.loadgen.replay import ClientReport, ReplayRun, RequestResult
 from sgl_flowprefill.bench.metrics.comparison import Comparison, SystemResult
+from sgl_flowprefill.bench.metrics.provenance import PROVENANCE
 from sgl_flowprefill.bench.reports import page
 from sgl_flowprefill.bench.reports.comparison import render_html
 from sgl_flowprefill.bench.reports.publish import publish
@@ -93,7 +94,7 @@ def test_report_json_has_every_field(comparison: Comparison, tmp_path: Path) -> 
     assert set(report["systems"]["flowprefill"]) >= PREEMPTION
     assert not PREEMPTION & set(report["systems"]["sglang"])
     assert report["systems"]["flowprefill"]["preemptions"] == 40
-    assert set(report) >= {"time_scale", "seed", "rate_rps", "model", "versions"}
+    assert set(report) >= {"time_scale", "seed", "rate_rps", "model", *PROVENANCE}
     assert report["versions"]["sglang"]
     assert report["rate_rps"] == pytest.approx(comparison.trace.rate_rps)
 
