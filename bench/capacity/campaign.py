@@ -1,8 +1,8 @@
 """The order of a capacity search's probes: systems take turns, each with a search for each seed and attainment.
 
-A visit starts a system's servers, measures isolated requests, and tries the next rate of each of its searches: few probes,
-so that a machine that drifts drifts for every system. When all searches have ended, every system replays all seeds to
-the end at one rate, the best stock system's, for what is compared at equal load.
+A visit starts a system's servers, measures isolated requests, and tries the next rate of each of its searches: few
+probes, so that a machine that drifts drifts for every system. When all searches have ended, every system replays all
+seeds to the end at one rate, the best stock system's, for what is compared at equal load.
 """
 
 from __future__ import annotations

@@ -165,7 +165,7 @@ class Prober:
         self.say(f"  {answers.text(answers.of(whole))}; the decode server carries {decode_tokens_per_s:.0f} tokens/s")
 
     def measure_isolated(self, served: Endpoint, system: System) -> dict[int, float]:
-        """TTFT (s) of isolated requests by prompt tokens, as the machine is now: its speed changes while a system is up."""
+        """TTFT (s) of isolated requests by prompt tokens, as the machine is now: its speed changes."""
         solo_ttft_s = served.solo_ttft_s(PromptBuilder(0, *TOKEN_IDS))
         self.log.add_solo(system.name, solo_ttft_s)
         served.settle()

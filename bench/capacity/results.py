@@ -406,9 +406,9 @@ def _drift(log: ProbeLog) -> list[str]:
     if not name or changes[name] <= MAX_DRIFT:
         return []
     return [
-        f"The machine's speed changed: isolated requests on {name} took {min(visits_s[name]):.2f} s in all at one visit "
-        f"and {max(visits_s[name]):.2f} s at another. Rates found at different times do not compare; what was measured "
-        "at the common rate does if the machine was steady by then"
+        f"The machine's speed changed: isolated requests on {name} took {min(visits_s[name]):.2f} s in all at one "
+        f"visit and {max(visits_s[name]):.2f} s at another. Rates found at different times do not compare; what was "
+        "measured at the common rate does if the machine was steady by then"
     ]
 
 

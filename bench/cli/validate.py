@@ -116,7 +116,7 @@ class Pair(NamedTuple):
 
 def pairs(prober: Prober, system: System, load: float) -> list[Pair]:
     """Every request of a system at a load, over the seeds that were replayed."""
-    if not prober.is_calibrated:
+    if not (prober.is_calibrated and prober.can_simulate):
         return []
     rate_rps = load_rps(prober, load)
     found: list[Pair] = []
@@ -172,10 +172,14 @@ def _figures(found: Sequence[Pair]) -> dict[str, Any]:
 
 def _replay_all(prober: Prober, system: System, loads: Sequence[float]) -> None:
     def is_done() -> bool:
-        return prober.is_calibrated and all(
-            prober.log.complete_at(load_rps(prober, load), system.name, seed)
-            for load in loads
-            for seed in range(prober.plan.seeds)
+        return (
+            prober.is_calibrated
+            and prober.can_simulate
+            and all(
+                prober.log.complete_at(load_rps(prober, load), system.name, seed)
+                for load in loads
+                for seed in range(prober.plan.seeds)
+            )
         )
 
     if is_done():

@@ -81,7 +81,7 @@ SYSTEMS: Final[Mapping[str, System]] = {
         _flowprefill(
             "flowprefill-paper",
             "FlowPrefill, S-EDF as published",
-            "the paper's order: infeasible requests latest deadline first, waiting without bound; slack without a margin",
+            "the paper's order: infeasible requests latest deadline first, waiting unbounded; slack without a margin",
             policy="s-edf-paper",
             slack_quantile=0.5,
         ),

@@ -125,8 +125,10 @@ class ForeignEndpoint:
         return found_s
 
     def decode_tokens_per_s(self, prompts: PromptBuilder) -> float:
-        with self._remedy():
+        try:
             return measure_decode(self.client, self._unseen(prompts))
+        except CalibrationError as error:
+            raise EndpointError(f"the answers of {self.client.url} could not be timed: {error}") from error
 
     def engine(self, prompts: PromptBuilder) -> None:
         return None

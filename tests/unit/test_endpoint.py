@@ -16,15 +16,18 @@ import pytest
 from aiohttp import web
 from rich.console import Console
 
+from sgl_flowprefill.bench.__main__ import main
 from sgl_flowprefill.bench.capacity.campaign import Campaign, Goal
 from sgl_flowprefill.bench.capacity.prober import Plan, Prober
 from sgl_flowprefill.bench.capacity.probes import ProbeLog
 from sgl_flowprefill.bench.capacity.results import GoodputResult
 from sgl_flowprefill.bench.loadgen.calibrate import REFERENCE_TTFT_S
+from sgl_flowprefill.bench.metrics.provenance import read_result
 from sgl_flowprefill.bench.systems import endpoint as endpoint_module
 from sgl_flowprefill.bench.systems.catalog import endpoint
 from sgl_flowprefill.bench.systems.endpoint import EndpointError, ForeignEndpoint, connect
 from sgl_flowprefill.bench.systems.serving import Servers, serving
+from sgl_flowprefill.bench.systems.system import System
 from sgl_flowprefill.bench.workloads.prompts import PromptBuilder
 from sgl_flowprefill.bench.workloads.synthetic import workload
 from sgl_flowprefill.bench.workloads.trace import Trace, TraceRequest
@@ -46,7 +49,9 @@ class OpenAiServer:
     model: dict[str, Any] = field(default_factory=lambda: {"id": "tiny", "owned_by": "vllm", "max_model_len": 32768})
     fails: str | None = None
     delay_s: Callable[[int], float] = field(default=lambda tokens: S_PER_TOKEN * tokens)
+    s_per_answer_token: float = 0.0
     bodies: list[dict[str, Any]] = field(default_factory=list)
+    turns: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(1000))
 
     async def completions(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()
@@ -60,13 +65,16 @@ class OpenAiServer:
         prompt = body["prompt"].split() if isinstance(body["prompt"], str) else body["prompt"]
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
         await response.prepare(request)
-        await asyncio.sleep(self.delay_s(len(prompt)))
+        async with self.turns:
+            if request.transport is None or request.transport.is_closing():
+                return response  # whoever asked has gone
+            await asyncio.sleep(self.delay_s(len(prompt)))
         for done in range(1, body["max_tokens"] + 1):
             usage = {"prompt_tokens": len(prompt), "completion_tokens": done}
             await response.write(
                 b"data: " + json.dumps({"choices": [{"text": "x"}], "usage": usage}).encode() + b"\n\n"
             )
-            await asyncio.sleep(0)
+            await asyncio.sleep(self.s_per_answer_token)
         await response.write(b"data: [DONE]\n\n")
         return response
 
@@ -142,6 +150,7 @@ def test_an_endpoint_gets_what_it_takes(
 
 def test_isolated_requests_and_decoding_are_measured_through_it(server: OpenAiServer) -> None:
     server.delay_s = lambda tokens: 1e-5 * tokens
+    server.s_per_answer_token = 0.02
     found = reached(server)
     times_s = found.solo_ttft_s(PROMPTS)
     assert set(times_s) == set(REFERENCE_TTFT_S)
@@ -235,27 +244,41 @@ def test_the_name_of_a_system_is_refused() -> None:
 def test_a_capacity_search_finds_the_rate_of_an_endpoint_and_does_not_simulate_it(
     server: OpenAiServer, tmp_path: Path
 ) -> None:
-    lock = asyncio.Lock()
-    plain = server.completions
+    server.delay_s = lambda tokens: 1e-5 * tokens
+    server.turns = asyncio.Semaphore(1)
+    system = endpoint(f"vllm={server.url}")
+    plan = Plan(workload("mixed"), seeds=1, duration_s=1.5, max_output_tokens=2)
 
-    async def one_at_a_time(request: web.Request) -> web.StreamResponse:
-        async with lock:
-            return await plain(request)
-
-    server.delay_s = lambda tokens: 5e-5 * tokens
-    server.completions = one_at_a_time  # type: ignore[method-assign]
-    with running(server):
-        system = endpoint(f"vllm={server.url}")
+    def search(system: System) -> Campaign:
         log = ProbeLog(tmp_path / "probes.jsonl", {})
         with serving(Servers(), tmp_path, lambda line: None, side_by_side=True) as serve:
-            plan = Plan(workload("mixed"), seeds=1, duration_s=2.0, max_output_tokens=2)
             prober = Prober(plan, log, serve, Console(file=StringIO()), FlowPrefillConfig())
-            campaign = Campaign(prober, [system], Goal((0.6,), precision=2.0))
+            campaign = Campaign(prober, [system], Goal((0.6,), precision=4.0))
             campaign.run()
-        document = GoodputResult.of(campaign, "tiny").to_dict()
-        assert document["finished"]
-        assert document["systems"]["vllm"]["simulated_max_rate_rps"] == {"60": None}
-        one_by_one_rps = prober.one_by_one_rps(prober.trace(0, 5.0), system)
-        assert one_by_one_rps / 4 < document["systems"]["vllm"]["max_rate_rps"]["60"] < one_by_one_rps * 4
-        with pytest.raises(ValueError, match=r"probes of vllm so far are of .*give another --out, or another name"):
-            prober._settle_settings(endpoint("vllm=http://127.0.0.1:9"))
+        return campaign
+
+    campaign = search(system)
+    document = GoodputResult.of(campaign, "tiny").to_dict()
+    assert document["finished"]
+    found = document["systems"]["vllm"]
+    assert found["simulated_max_rate_rps"] == {"60": None}
+    assert found["max_rate_rps"]["60"] > 0
+    prober = campaign.prober
+    one_by_one_rps = prober.one_by_one_rps(prober.trace(0, plan.workload.rate_rps), system)
+    assert prober.log.probes[0].rate_rps == pytest.approx(max(20 / 1.5, one_by_one_rps), rel=0.01)
+    with pytest.raises(ValueError, match=r"probes of vllm so far are of .*give another --out, or another name"):
+        search(endpoint("vllm=http://127.0.0.1:9"))
+
+
+def test_the_demo_replays_its_trace_on_an_endpoint_and_says_what_it_is(server: OpenAiServer, tmp_path: Path) -> None:
+    server.delay_s = lambda tokens: 1e-5 * tokens
+    options = ["--trace", "mixed", "--duration", "6", "--time-scale", "1", "--max-output-tokens", "2"]
+    code = main(["demo", "--systems", "", "--endpoint", f"vllm={server.url}/v1", "--out", str(tmp_path), *options])
+    document = read_result(tmp_path / "report.json").figures
+    assert code == 0
+    found = document["systems"]["vllm"]
+    assert found["completed"] == found["requests"] > 0
+    assert set(found["solo_ttft_s"]) == {str(tokens) for tokens in REFERENCE_TTFT_S}
+    assert found["settings"]["url"] == server.url
+    assert found["label"] == f"vllm ({server.url.removeprefix('http://')})"
+    assert [turn["system"] for turn in document["turns"]] == ["vllm", "vllm"]
