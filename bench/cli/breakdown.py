@@ -11,8 +11,6 @@ import asyncio
 import dataclasses
 import random
 import re
-import shlex
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -27,7 +25,7 @@ from rich.table import Table
 
 from sgl_flowprefill.bench.cli.options import Breakdown, prompt_builder
 from sgl_flowprefill.bench.loadgen.client import JSON_HEADERS, Outcome, get_json
-from sgl_flowprefill.bench.metrics.comparison import machine, versions
+from sgl_flowprefill.bench.metrics.provenance import result, write_result
 from sgl_flowprefill.bench.systems.catalog import SYSTEMS
 from sgl_flowprefill.bench.systems.serving import Served, Servers, serve
 from sgl_flowprefill.cluster import ClusterError
@@ -83,16 +81,13 @@ def run(options: Breakdown, console: Console) -> int:
             for request in sent
         ]
     rows = [row(tokens, [pair for pair in stages if pair[0].tokens == tokens]) for tokens in options.tokens]
-    document = {
+    figures = {
         "rows": rows,
         "stages": STAGES,
         "repeats": options.repeats,
         "model": servers.model,
-        "command": shlex.join(["python", "-m", "sgl_flowprefill.bench", *sys.argv[1:]]),
-        "versions": versions(),
-        "machine": machine(),
     }
-    (options.out / "breakdown.json").write_bytes(orjson.dumps(document, option=orjson.OPT_INDENT_2) + b"\n")
+    write_result(options.out / "breakdown.json", result("breakdown", figures))
     console.print(_table(rows))
     say(f"Figures: {options.out / 'breakdown.json'}")
     return 0

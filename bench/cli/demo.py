@@ -9,8 +9,6 @@ always meets the machine first. A turn ends when all its requests are answered.
 from __future__ import annotations
 
 import math
-import shlex
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -25,8 +23,9 @@ from sgl_flowprefill.bench.loadgen.replay import ReplayRun, joined
 from sgl_flowprefill.bench.metrics.comparison import Comparison, SystemResult
 from sgl_flowprefill.bench.reports.page import browser, take_picture
 from sgl_flowprefill.bench.reports.publish import publish
-from sgl_flowprefill.bench.systems.catalog import System, select
+from sgl_flowprefill.bench.systems.catalog import endpoint, select
 from sgl_flowprefill.bench.systems.serving import Serve, Servers, serving
+from sgl_flowprefill.bench.systems.system import System
 from sgl_flowprefill.bench.workloads.answers import Answers
 from sgl_flowprefill.bench.workloads.trace import Trace
 
@@ -48,7 +47,9 @@ def run(options: Demo, console: Console) -> int:
         console.print(f"  {line}", highlight=False, soft_wrap=True)
 
     with serving(servers, options.out, say, side_by_side=True) as serve:
-        comparison = _Demo(options, select(options.systems), serve, console).run(servers)
+        comparison = _Demo(options, [*select(options.systems), *map(endpoint, options.endpoint)], serve, console).run(
+            servers
+        )
     code = publish(comparison, options.out, console)
     if options.png:
         say(f"Picture: {take_picture(options.out / 'report.html')}")
@@ -83,12 +84,12 @@ class _Demo:
         trace = answers.of(whole)
         self._detail(answers.text(trace))
         return Comparison(
+            kind="demo",
             systems=self._replay(trace),
             trace=trace,
             seed=self._options.trace.seed,
             time_scale=scale,
             model=servers.model,
-            command=shlex.join(["python", "-m", "sgl_flowprefill.bench", *sys.argv[1:]]),
             answers=answers,
             settings=servers.settings(),
         )
@@ -164,6 +165,6 @@ class _Demo:
 def _label(system: System, settings: Mapping[str, Any]) -> str:
     """The system's label, with the chunk size that SGLang chose where the system leaves that to it."""
     chunk_tokens = settings.get("chunked_prefill_size")
-    if not system.is_stock or system.stock_args or chunk_tokens is None:
+    if not system.is_stock or system.prefill_args or chunk_tokens is None:
         return system.label
     return f"{system.label}, " + (f"chunked at {chunk_tokens}" if chunk_tokens > 0 else "unchunked")

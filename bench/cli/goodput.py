@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from pathlib import Path
 from typing import Final
 
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 from sgl_flowprefill.bench.capacity.campaign import Campaign, Goal
 from sgl_flowprefill.bench.capacity.prober import Plan
 from sgl_flowprefill.bench.capacity.results import GoodputResult
 from sgl_flowprefill.bench.cli.options import Goodput
-from sgl_flowprefill.bench.reports.goodput import cells, columns, show, write_html
+from sgl_flowprefill.bench.metrics.provenance import write_result
+from sgl_flowprefill.bench.reports.goodput import rates_table, show, write_html
 from sgl_flowprefill.bench.reports.page import browser, take_picture
-from sgl_flowprefill.bench.systems.catalog import select
+from sgl_flowprefill.bench.systems.catalog import endpoint, select
 from sgl_flowprefill.bench.systems.serving import Servers, probing
 from sgl_flowprefill.bench.workloads.synthetic import workload
 
@@ -34,7 +31,7 @@ def run(options: Goodput, console: Console) -> int:
     servers = Servers.from_options(options.servers)
     plan = Plan(workload(options.workload), options.seeds, options.duration, options.max_output_tokens)
     attainments = tuple(sorted(set(options.attainment or ATTAINMENTS)))
-    systems = select(options.systems)
+    systems = [*select(options.systems), *map(endpoint, options.endpoint)]
     goal = Goal(attainments, 1 + options.precision, options.prefilter, options.race)
     result = None
     with probing(servers, plan, options.out, options.time_scale, console, side_by_side=options.side_by_side) as prober:
@@ -43,8 +40,7 @@ def run(options: Goodput, console: Console) -> int:
             campaign.run(options.budget_s)
         finally:  # also after Ctrl-C: what was found so far
             if prober.log.probes:
-                command = shlex.join(["python", "-m", "sgl_flowprefill.bench", *sys.argv[1:]])
-                result = GoodputResult.of(campaign, command, servers.model)
+                result = GoodputResult.of(campaign, servers.model)
                 publish(result, options.out, console)
                 if options.png:
                     prober.say(f"Picture: {take_picture(options.out / 'goodput.html')}")
@@ -53,32 +49,19 @@ def run(options: Goodput, console: Console) -> int:
 
 def publish(result: GoodputResult, folder: Path, console: Console) -> None:
     """Write ``goodput.json`` and ``goodput.html`` into ``folder``; print the table, the ratios and the problems."""
-    result.write_json(folder / "goodput.json")
-    write_html(result, folder / "goodput.html")
+    document = result.to_dict()
+    write_result(folder / "goodput.json", document)
+    write_html(document, folder / "goodput.html")
     console.print()
-    console.print(rates_table(result))
-    console.print(result.answers.text(result.trace), highlight=False, soft_wrap=True)
-    if result.ratios_of_ours:
-        console.print(
-            "FlowPrefill: " + ", ".join(f"{name} {show(ratio)}" for name, ratio in result.ratios_of_ours.items()),
-            highlight=False,
-            soft_wrap=True,
-        )
-    if result.only_simulated_rps:
-        console.print(f"Only simulated: {', '.join(result.only_simulated_rps)}", highlight=False, soft_wrap=True)
-    for problem in result.problems:
+    console.print(rates_table(document))
+    console.print(document["answers"]["text"], highlight=False, soft_wrap=True)
+    if document["ratios"]:
+        ratios = (f"{name} {show(value, document['ratios_ci95'][name])}" for name, value in document["ratios"].items())
+        console.print(f"FlowPrefill: {', '.join(ratios)}", highlight=False, soft_wrap=True)
+    if document["only_simulated"]:
+        console.print(f"Only simulated: {', '.join(document['only_simulated'])}", highlight=False, soft_wrap=True)
+    for problem in document["problems"]:
         console.print(problem, style="yellow", markup=False, highlight=False)
-    if not result.finished:
+    if not document["finished"]:
         console.print("Not all searches have ended; the same command goes on.", style="yellow")
     console.print(f"Report: {folder / 'goodput.html'} and {folder / 'goodput.json'}", highlight=False, soft_wrap=True)
-
-
-def rates_table(result: GoodputResult) -> Table:
-    """Highest rate of every system at every attainment."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("")
-    for column in columns(result):
-        table.add_column(column, justify="right")
-    for figures in result.figures.values():
-        table.add_row(figures.system.label, *cells(figures, result))
-    return table

@@ -236,6 +236,15 @@ MaxAnswer = Annotated[
         "server carries, which is measured)",
     ),
 ]
+Endpoints = Annotated[
+    UseAppendAction[tuple[str, ...]],
+    arg(
+        metavar="NAME=URL",
+        help="a running server with OpenAI's completions API (vLLM, TensorRT-LLM, SGLang, ...) that takes part as it "
+        "is, for example vllm=http://127.0.0.1:8000/v1; can be repeated",
+        help_behavior_hint="",
+    ),
+]
 Workload = Annotated[str, arg(metavar="NAME|FILE", help=f"{', '.join(WORKLOADS)}, or a trace file")]
 ListSystems = Annotated[bool, arg(help="show every system's settings, and end", help_behavior_hint="")]
 Seeds = Annotated[int, POSITIVE, arg(metavar="K", help="as many runs, with seeds 0 to K-1")]
@@ -252,6 +261,7 @@ class Demo(Command):
     out: Folder = Path("out/demo")
     systems: Systems = ("flowprefill", "sglang")
     list_systems: ListSystems = False
+    endpoint: Endpoints = ()
     max_output_tokens: MaxAnswer = None
     png: Picture = False
     trace: TraceOptions = TraceOptions(rate_scale=2.0, duration=140.0)
@@ -273,6 +283,7 @@ class Goodput(Command):
     )  # fmt: skip
     # FlowPrefill's variants, the DistServe stand-in, and the stock systems that come first in simulations.
     list_systems: ListSystems = False
+    endpoint: Endpoints = ()
     workload: Workload = "qwen-like"
     attainment: Annotated[UseAppendAction[tuple[float, ...]], SHARE, arg(metavar="SHARE", help_behavior_hint="")] = ()
     """share of requests that shall meet their TTFT SLO; can be repeated (default: 0.9 and 0.99)"""
@@ -402,8 +413,8 @@ class Simulate(Command):
         tuple[str, ...],
         arg(
             metavar="NAME...",
-            help=f"{', '.join(POLICIES)}, with /layer or /chunk for coarser preemption, or a stock system, "
-            "e.g. stock-spf-2048 or stock-fcfs",
+            help=f"{', '.join(POLICIES)}, with /layer or /chunk for coarser preemption, or a system of "
+            "docs/systems.md, e.g. stock-spf-2048",
             help_behavior_hint="(default: a comparison of them)",
         ),
     ] = ()

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
-
 from rich.console import Console
 
 from sgl_flowprefill.bench.cli.options import AUTO, Replay, prompt_builder, requested_trace
-from sgl_flowprefill.bench.loadgen.calibrate import measure_solo_ttft, time_scale
+from sgl_flowprefill.bench.loadgen.calibrate import measure_isolated_ttft, time_scale
 from sgl_flowprefill.bench.loadgen.client import APIS, Client, served_model
 from sgl_flowprefill.bench.loadgen.progress import ReplayProgress
 from sgl_flowprefill.bench.loadgen.replay import replay
@@ -28,7 +25,7 @@ def run(options: Replay, console: Console) -> int:
     solo_ttft_s: dict[int, float] = {}
     scale = options.trace.time_scale
     if scale == AUTO:
-        solo_ttft_s = measure_solo_ttft(client, prompts, lambda line: console.print(line, highlight=False))
+        solo_ttft_s = measure_isolated_ttft(client, prompts, lambda line: console.print(line, highlight=False))
         scale = time_scale(solo_ttft_s)
     answers = Answers(max_tokens=options.max_output_tokens)
     trace = answers.of(requested_trace(options.trace, scale))
@@ -39,12 +36,12 @@ def run(options: Replay, console: Console) -> int:
         options.label, options.label, replayed, trace, event_log=options.event_log, solo_ttft_s=solo_ttft_s
     )
     comparison = Comparison(
+        kind="replay",
         systems=[system],
         trace=trace,
         seed=options.trace.seed,
         time_scale=scale,
         answers=answers,
         model=model,
-        command=shlex.join(["python", "-m", "sgl_flowprefill.bench", *sys.argv[1:]]),
     )
     return publish(comparison, options.out, console)

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import shlex
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
-import orjson
 from rich.console import Console
 from rich.table import Table
 
 from sgl_flowprefill.bench.cli.options import Simulate
+from sgl_flowprefill.bench.metrics.provenance import result, write_result
 from sgl_flowprefill.bench.metrics.requests import summarise, summarise_blocking
 from sgl_flowprefill.bench.reports.table import milliseconds, percent, seconds
 from sgl_flowprefill.bench.simulator.cost import cost_model
@@ -23,9 +21,9 @@ from sgl_flowprefill.bench.simulator.place_speed import step_cost
 from sgl_flowprefill.bench.simulator.requests import Conditions, prepare, resampled, results
 from sgl_flowprefill.bench.simulator.search import fewest_instances, max_limit_rps, max_rate_rps, mean_limit
 from sgl_flowprefill.bench.simulator.speed import KINDS, EventCost, event_cost, policy_speed
-from sgl_flowprefill.bench.simulator.stock import MAX_PREFILL_TOKENS
-from sgl_flowprefill.bench.simulator.systems import HEADLINE, Run, Setup, new_instance
-from sgl_flowprefill.bench.simulator.systems import run as simulated
+from sgl_flowprefill.bench.simulator.systems import Run, Setup
+from sgl_flowprefill.bench.simulator.systems import run as simulate
+from sgl_flowprefill.bench.systems.catalog import simulated
 from sgl_flowprefill.bench.workloads.formats import load_trace
 from sgl_flowprefill.bench.workloads.synthetic import WORKLOADS
 from sgl_flowprefill.bench.workloads.trace import Trace
@@ -36,16 +34,30 @@ POOL: Final = 20_000
 """Requests that are generated one by one; longer runs draw theirs from them."""
 QUEUE_LENGTHS: Final = (100, 1_000, 10_000, 100_000)
 PLACES_WAITED_FOR: Final = (1_000, 5_000)
+HEADLINE: Final = (
+    "feasible",
+    "s-edf",
+    "feasible/layer",
+    "stock-fcfs",
+    "stock-spf",
+    "stock-fcfs-512",
+    "stock-fcfs-2048",
+    "stock-fcfs-8192",
+    "stock-spf-512",
+    "stock-spf-2048",
+    "stock-priority-512",
+    "stock-priority-2048",
+)
+"""What a comparison runs by default; stock-fcfs stands in for DistServe."""
 
 
 def run(options: Simulate, console: Console) -> int:
     """Simulate, print tables, write JSON. Raises ValueError with a sentence for what cannot be simulated."""
     options = dataclasses.replace(options, policy=options.policy or HEADLINE)
     setup = _setup(options)
-    for system in options.policy:
-        new_instance(system, setup)
+    for name in options.policy:
+        simulated(name)
     report: dict[str, Any] = {
-        "command": shlex.join(["python", "-m", "sgl_flowprefill.bench", *sys.argv[1:]]),
         "cost": dataclasses.asdict(setup.machine.cost),
         "instances": options.instances,
         "seeds": options.seeds,
@@ -59,8 +71,7 @@ def run(options: Simulate, console: Console) -> int:
             traces = [_trace(name, options, seed) for seed in range(options.seeds if name in WORKLOADS else 1)]
             report["traces"][name] = action(name, traces, options, setup, console)
     if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_bytes(orjson.dumps(report, option=orjson.OPT_INDENT_2) + b"\n")
+        write_result(options.out, result("simulate", report))
     return 0
 
 
@@ -104,9 +115,9 @@ def _compare(name: str, traces: Sequence[Trace], options: Simulate, setup: Setup
     figures: dict[str, Any] = {}
     limits = functools.cache(lambda tokens: mean_limit(traces, setup, tokens))
     for system in options.policy:
-        runs = [simulated(system, trace, setup) for trace in traces]
+        runs = [simulate(simulated(system), trace, setup) for trace in traces]
         entry = figures[system] = _figures(traces, runs, classes)
-        limit = None if options.no_limit else limits(_batch_tokens(system, options))
+        limit = None if options.no_limit else limits(simulated(system).max_batch_tokens(setup))
         entry["limit"] = limit
         entry["share_of_limit"] = entry["ttft_attainment"] / limit if limit else None
         table.add_row(
@@ -131,14 +142,6 @@ def _figures(traces: Sequence[Trace], runs: Sequence[Run], classes: Sequence[str
     return {**dataclasses.asdict(summary), **preemption}
 
 
-def _batch_tokens(system: str, options: Simulate) -> int:
-    """Most new tokens of a forward of several requests: the limit's batches are as large."""
-    if not system.startswith("stock-"):
-        return int(options.max_batch_tokens)
-    chunk = system.rpartition("-")[2]
-    return int(chunk) if chunk.isdigit() else MAX_PREFILL_TOKENS
-
-
 def _goodput(name: str, traces: Sequence[Trace], options: Simulate, setup: Setup, console: Console) -> dict[str, Any]:
     """Highest rate of every policy and of the limit at ATTAINMENTS, and as a multiple of the first policy's."""
     found: dict[str, dict[str, float]] = {}
@@ -148,7 +151,7 @@ def _goodput(name: str, traces: Sequence[Trace], options: Simulate, setup: Setup
         table.add_column(f"max rate at {attainment:.0%}", justify="right")
         table.add_column(f"{options.policy[0]} has", justify="right")
     for system in options.policy:
-        found[system] = {f"{level}": max_rate_rps(system, traces, setup, level) for level in ATTAINMENTS}
+        found[system] = {f"{level}": max_rate_rps(simulated(system), traces, setup, level) for level in ATTAINMENTS}
     if not options.no_limit:
         found["limit"] = {f"{level}": max_limit_rps(traces, setup, level) for level in ATTAINMENTS}
     for system in found:
@@ -169,7 +172,7 @@ def _plan(name: str, traces: Sequence[Trace], options: Simulate, setup: Setup, c
     found: dict[str, int | None] = {}
     for system in options.policy:
         try:
-            found[system] = fewest_instances(system, traces, setup, options.attainment)
+            found[system] = fewest_instances(simulated(system), traces, setup, options.attainment)
         except ValueError as error:
             found[system] = None
             console.print(str(error), highlight=False)

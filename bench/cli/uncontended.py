@@ -8,7 +8,6 @@ that had nothing to do: its TTFT is what a lone user waits. The others are what 
 from __future__ import annotations
 
 import asyncio
-import json
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -16,8 +15,10 @@ from rich.console import Console
 from rich.table import Table
 
 from sgl_flowprefill.bench.cli.options import Uncontended, prompt_builder
+from sgl_flowprefill.bench.metrics.provenance import result, write_result
 from sgl_flowprefill.bench.systems.catalog import SYSTEMS, UNCHUNKED_FCFS
-from sgl_flowprefill.bench.systems.serving import Served, Servers, serving
+from sgl_flowprefill.bench.systems.endpoint import Reached
+from sgl_flowprefill.bench.systems.serving import Servers, serving
 from sgl_flowprefill.bench.workloads.prompts import PromptBuilder
 from sgl_flowprefill.cluster import ClusterError
 from sgl_flowprefill.ttft.features import Array
@@ -45,10 +46,9 @@ def run(options: Uncontended, console: Console) -> int:
                         turns[name][tokens].append(turn)
             console.print(f"{tokens} tokens: {options.pairs} pairs done")
     rows = [_row(tokens, *(turns[name][tokens] for name in PAIR)) for tokens in options.tokens]
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "uncontended.json").write_text(
-        json.dumps({"rows": rows, "turns_ttft_s_and_took_s": turns}, indent=1)
-    )
+    turns_s = {name: {str(tokens): taken for tokens, taken in found.items()} for name, found in turns.items()}
+    figures = {"rows": rows, "turns_ttft_s_and_took_s": turns_s, "model": servers.model}
+    write_result(options.out / "uncontended.json", result("uncontended", figures))
     table = Table("prompt tokens", "", "FlowPrefill", "SGLang unchunked", "ratio (median of pairs)", "quartiles")
     for row in rows:
         for label, quantity, digits in (
@@ -91,7 +91,7 @@ def _compared(ours: Array, stock: Array) -> dict[str, Any]:
     return {"flowprefill": float(np.median(ours)), "sglang": float(np.median(stock)), "ratio": ratio}
 
 
-async def _ask(served: Served, prompts: PromptBuilder, tokens: int, index: int) -> Lone:
+async def _ask(served: Reached, prompts: PromptBuilder, tokens: int, index: int) -> Lone:
     client = served.client
     async with client.session() as session:
         outcome = await client.stream(session, client.api.body(prompts.unique(tokens, index), 2, None))

@@ -9,14 +9,11 @@ given these.
 from __future__ import annotations
 
 import math
-import shlex
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import orjson
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -24,12 +21,13 @@ from rich.table import Table
 from sgl_flowprefill.bench.capacity.prober import Plan, Prober, outcome
 from sgl_flowprefill.bench.cli.options import Validate
 from sgl_flowprefill.bench.loadgen.replay import RequestResult
-from sgl_flowprefill.bench.metrics.comparison import machine, versions
+from sgl_flowprefill.bench.metrics.provenance import result, write_result
 from sgl_flowprefill.bench.simulator.measured import saturation_rps
 from sgl_flowprefill.bench.simulator.requests import SimRequest
 from sgl_flowprefill.bench.simulator.systems import run as simulate
-from sgl_flowprefill.bench.systems.catalog import System, select
+from sgl_flowprefill.bench.systems.catalog import select
 from sgl_flowprefill.bench.systems.serving import Servers, probing
+from sgl_flowprefill.bench.systems.system import System
 from sgl_flowprefill.bench.workloads.synthetic import workload
 from sgl_flowprefill.profiling import read_profile
 
@@ -79,16 +77,17 @@ class Pair(NamedTuple):
 
 def pairs(prober: Prober, system: System, load: float) -> list[Pair]:
     """Every request of a system at a load, over the seeds that were replayed."""
-    if not prober.is_calibrated:
+    if not (prober.is_calibrated and prober.can_simulate):
         return []
     rate_rps = load_rps(prober, load)
     found: list[Pair] = []
     if system.name not in prober.log.solo_ttft_s:
         return found
-    setup = prober.setup_of(system)
+    setup, scheduler = prober.setup_of(system), system.simulated(prober.options)
+    assert scheduler is not None
     for seed in range(prober.plan.seeds):
         if probe := prober.log.complete_at(rate_rps, system.name, seed):
-            requests = simulate(system.simulated(prober.options), prober.trace(seed, rate_rps), setup).requests
+            requests = simulate(scheduler, prober.trace(seed, rate_rps), setup).requests
             found += [Pair(seed, result, requests[result.index]) for result in probe.run.results]
     return found
 
@@ -134,10 +133,14 @@ def _figures(found: Sequence[Pair]) -> dict[str, Any]:
 
 def _replay_all(prober: Prober, system: System, loads: Sequence[float]) -> None:
     def is_done() -> bool:
-        return prober.is_calibrated and all(
-            prober.log.complete_at(load_rps(prober, load), system.name, seed)
-            for load in loads
-            for seed in range(prober.plan.seeds)
+        return (
+            prober.is_calibrated
+            and prober.can_simulate
+            and all(
+                prober.log.complete_at(load_rps(prober, load), system.name, seed)
+                for load in loads
+                for seed in range(prober.plan.seeds)
+            )
         )
 
     if is_done():
@@ -149,12 +152,12 @@ def _replay_all(prober: Prober, system: System, loads: Sequence[float]) -> None:
                 if prober.log.complete_at(rate_rps, system.name, seed) is None:
                     probe = prober.probe(served, system, seed, rate_rps)
                     prober.say(f"  {load:.1f} x saturation, {rate_rps:.2f} req/s, seed {seed}: {outcome(probe)}")
-                    prober.measure_lone(served, system)
+                    prober.measure_isolated(served, system)
 
 
 def _publish(rows: Sequence[dict[str, Any]], prober: Prober, folder: Path, console: Console) -> None:
     answers, trace = prober.answers, prober.trace(0, prober.plan.workload.rate_rps)
-    document = {
+    figures = {
         "rows": rows,
         "worst_points": max(abs(row["difference_points"]) for row in rows),
         "workload": prober.plan.workload.name,
@@ -164,11 +167,8 @@ def _publish(rows: Sequence[dict[str, Any]], prober: Prober, folder: Path, conso
         "answers": answers.to_dict(trace),
         "engine": prober.log.facts["engine"],
         "overhead_s": prober.setup.machine.cost.serving_s,
-        "command": shlex.join(["python", "-m", "sgl_flowprefill.bench", *sys.argv[1:]]),
-        "versions": versions(),
-        "machine": machine(),
     }
-    (folder / "validate.json").write_bytes(orjson.dumps(document, option=orjson.OPT_INDENT_2) + b"\n")
+    write_result(folder / "validate.json", result("validate", figures))
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("system")
     for column in ("x saturation", "req/s", "requests", "measured", "simulated", "points", "by chance", "TTFT p50 (s)"):

@@ -45,9 +45,9 @@ TRACE = (
 )
 SEARCH = "--systems --list-systems --workload --seeds --duration --time-scale --max-output-tokens --out"
 OPTIONS = {
-    "demo": f"--out --systems --list-systems --png {TRACE} {SERVERS}",
-    "goodput": f"{SEARCH} {SERVERS} --attainment --budget-s --prefilter --race --compare --side-by-side --precision "
-    "--png",
+    "demo": f"--out --endpoint --systems --list-systems --png {TRACE} {SERVERS}",
+    "goodput": f"{SEARCH} {SERVERS} --endpoint --attainment --budget-s --prefilter --race --compare --side-by-side "
+    "--precision --png",
     "uncontended": "--tokens --pairs --per-turn --seed --model-path --out",
     "breakdown": f"--tokens --repeats --seed --out {SERVERS}",
     "replay": f"--url --api --model --label --timeout --event-log --out {TRACE}",
