@@ -61,7 +61,7 @@ def test_every_command_writes_its_json_with_its_provenance() -> None:
             if name == "Comparison":
                 kinds |= {str(one.value.value) for one in node.keywords if isinstance(one.value, ast.Constant)}
     assert writers - logs - {"cli/fetch_trace.py"} == {"metrics/provenance.py"}
-    assert kinds == {"anatomy", "demo", "goodput", "replay", "simulate", "uncontended", "validate"}
+    assert kinds == {"breakdown", "demo", "goodput", "replay", "simulate", "uncontended", "validate"}
 
 
 def test_a_document_without_its_provenance_is_not_written(tmp_path: Path) -> None:
