@@ -66,13 +66,17 @@ class Campaign:
     def __init__(
         self, prober: Prober, systems: Sequence[System], goal: Goal, only_compared: Sequence[System] = ()
     ) -> None:
-        """``systems`` are searched and compared, ``only_compared`` compared with them."""
+        """``systems`` are searched and compared, ``only_compared`` compared with them. Raises ValueError for a system
+        that the log has with other settings.
+        """
         self.prober = prober
         self.plan: Plan = prober.plan
         self.log = prober.log
         self.goal = goal
         self.only_compared = [system for system in only_compared if system not in systems]
         self.asked_for = [*systems, *self.only_compared]
+        for system in self.asked_for:
+            prober.check_settings(system)
         self._give_up_s = math.inf
         self._start_s = START_S
         self._probe_s = prober.plan.duration_s

@@ -120,7 +120,9 @@ class Prober:
     def serving(self, system: System) -> Iterator[Endpoint]:
         """The system's servers, up, after isolated requests."""
         self.say(f"[bold]{system.label}[/bold]")
-        self._settle_settings(system)
+        self.check_settings(system)
+        if _settings_fact(system) not in self.log.facts:
+            self.log.settle(_settings_fact(system), system.settings)
         with self._serve(system) as served:
             solo_ttft_s = self.measure_isolated(served, system)
             if "time_scale" not in self.log.facts:
@@ -132,16 +134,14 @@ class Prober:
                 self._settle_answers(served, system)
             yield served
 
-    def _settle_settings(self, system: System) -> None:
+    def check_settings(self, system: System) -> None:
         """Refuse a system that this run has under the same name with other settings, such as an endpoint's URL."""
-        fact = f"settings of {system.name}"
-        if self.log.facts.get(fact, system.settings) != system.settings:
+        found = self.log.facts.get(_settings_fact(system), system.settings)
+        if found != system.settings:
             raise ValueError(
-                f"the probes of {system.name} so far are of {self.log.facts[fact]!r}, not {system.settings!r}: give "
-                "another --out, or another name"
+                f"the probes of {system.name} so far are of {found!r}, not {system.settings!r}: give another --out, or "
+                "another name"
             )
-        if fact not in self.log.facts:
-            self.log.settle(fact, system.settings)
 
     def saturation_rps(self, trace: Trace) -> float:
         """The rate at which the forwards of ``trace`` fill the machine, by the simulator's costs."""
@@ -214,6 +214,10 @@ class Prober:
     def say(self, line: str) -> None:
         """Tell the user."""
         self._console.print(line, highlight=False, soft_wrap=True)
+
+
+def _settings_fact(system: System) -> str:
+    return f"settings of {system.name}"
 
 
 def outcome(probe: Probe) -> str:

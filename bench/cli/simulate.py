@@ -23,7 +23,7 @@ from sgl_flowprefill.bench.simulator.search import fewest_instances, max_limit_r
 from sgl_flowprefill.bench.simulator.speed import KINDS, EventCost, event_cost, policy_speed
 from sgl_flowprefill.bench.simulator.systems import Run, Setup
 from sgl_flowprefill.bench.simulator.systems import run as simulate
-from sgl_flowprefill.bench.systems.catalog import simulated
+from sgl_flowprefill.bench.systems.catalog import HEADLINE, simulated
 from sgl_flowprefill.bench.workloads.formats import load_trace
 from sgl_flowprefill.bench.workloads.synthetic import WORKLOADS
 from sgl_flowprefill.bench.workloads.trace import Trace
@@ -34,21 +34,6 @@ POOL: Final = 20_000
 """Requests that are generated one by one; longer runs draw theirs from them."""
 QUEUE_LENGTHS: Final = (100, 1_000, 10_000, 100_000)
 PLACES_WAITED_FOR: Final = (1_000, 5_000)
-HEADLINE: Final = (
-    "feasible",
-    "s-edf",
-    "feasible/layer",
-    "stock-fcfs",
-    "stock-spf",
-    "stock-fcfs-512",
-    "stock-fcfs-2048",
-    "stock-fcfs-8192",
-    "stock-spf-512",
-    "stock-spf-2048",
-    "stock-priority-512",
-    "stock-priority-2048",
-)
-"""What a comparison runs by default; stock-fcfs stands in for DistServe."""
 
 
 def run(options: Simulate, console: Console) -> int:

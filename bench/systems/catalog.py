@@ -117,6 +117,22 @@ BY_POLICY: Final[Mapping[str, System]] = {
 }
 """FlowPrefill by policy and granularity alone, for comparisons of policies: ``POLICY`` or ``POLICY/GRANULARITY``."""
 
+HEADLINE: Final = (
+    "feasible",
+    "s-edf",
+    "feasible/layer",
+    "stock-fcfs",
+    "stock-spf",
+    "stock-fcfs-512",
+    "stock-fcfs-2048",
+    "stock-fcfs-8192",
+    "stock-spf-512",
+    "stock-spf-2048",
+    "stock-priority-512",
+    "stock-priority-2048",
+)
+"""What a comparison in the simulator runs by default; stock-fcfs stands in for DistServe."""
+
 
 def find(name: str) -> System:
     """The system called ``name``, of SYSTEMS or of BY_POLICY. Raises ValueError with the names that there are."""

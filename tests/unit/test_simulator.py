@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from sgl_flowprefill.bench.__main__ import main
-from sgl_flowprefill.bench.cli.simulate import HEADLINE
 from sgl_flowprefill.bench.simulator.checkpoints import Checkpoints, Preemption
 from sgl_flowprefill.bench.simulator.cost import LLAMA_8B, MODELS, CostModel, cost_model, fit, fit_published
 from sgl_flowprefill.bench.simulator.instance import Machine
@@ -19,7 +18,7 @@ from sgl_flowprefill.bench.simulator.search import fewest_instances, highest, ma
 from sgl_flowprefill.bench.simulator.stock import MAX_PREFILL_TOKENS
 from sgl_flowprefill.bench.simulator.systems import Run, Setup, Simulated, SimulatedStock
 from sgl_flowprefill.bench.simulator.systems import run as simulate
-from sgl_flowprefill.bench.systems.catalog import find, simulated
+from sgl_flowprefill.bench.systems.catalog import HEADLINE, find, simulated
 from sgl_flowprefill.bench.workloads.synthetic import mixed, qwen_like
 from sgl_flowprefill.bench.workloads.trace import Trace, TraceRequest
 from sgl_flowprefill.policy import Limits
