@@ -125,7 +125,7 @@ class SlackOrder(Generic[T]):
         return moved
 
     def first_starved(self, now_s: float) -> Job[T] | None:
-        """The first of the infeasible jobs, if it is starved. One at a time: the next one's turn comes when this has gone."""
+        """The first of the infeasible jobs, if it is starved: the next one's turn comes when it has gone."""
         first = self._infeasible.first()
         return first if first is not None and self._is_starved(first, now_s) else None
 
