@@ -105,10 +105,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--gpu", action="store_true", help="insist on a GPU: without one, exit with 2")
     parser.add_argument("--model-path", metavar="MODEL", help="checkpoint directory or Hugging Face model id (default: "
                         "a small random model)")  # fmt: skip
-    parser.add_argument("--contract", action="store_true", help="check instead what FlowPrefill expects of the installed "
-                        "SGLang, symbol by symbol")  # fmt: skip
-    parser.add_argument("--sources", metavar="DIR", type=Path, help="with --contract: check the SGLang in this directory "
-                        "(an unpacked wheel), without importing it")  # fmt: skip
+    parser.add_argument("--contract", action="store_true", help="check instead what FlowPrefill expects of the "
+                        "installed SGLang, symbol by symbol")  # fmt: skip
+    parser.add_argument("--sources", metavar="DIR", type=Path, help="with --contract: check the SGLang in this "
+                        "directory (an unpacked wheel), without importing it")  # fmt: skip
     parser.add_argument("--log-dir", metavar="DIR", type=Path, default=Path("out/logs"), help="directory of the log "
                         "file (default %(default)s)")  # fmt: skip
     FlowPrefillConfig.add_cli_args(parser)

@@ -8,7 +8,10 @@ from typing import Literal
 
 from sgl_flowprefill.contract.sources import Found, Parameters, Tree
 
-Use = Literal["overrides", "hooks", "calls", "reads"]
+Use = Literal["overrides", "hooks", "calls", "reads", "assumes"]
+"""A subclass of this project defines it anew; something of this project is put in its place; it is called; it is read;
+it is not touched, but works as the code around it takes for granted.
+"""
 Process = Literal["HTTP server", "scheduler", "launcher", "client"]
 State = Literal["ok", "differs", "gone"]
 
@@ -26,7 +29,7 @@ class Row:
     is_attribute: bool = False
     """Whether it need not be defined in the class, but may be set by one of its methods."""
     signature: str | None = None
-    """``(self, req, last_chunk)``: all parameters; with ``...`` at the end, the first ones, and others have defaults."""
+    """``(self, req, last_chunk)``: all parameters; with ``...`` at the end, the first; others then have defaults."""
     holds: tuple[str, ...] = ()
     """What its source must contain."""
     otherwise: Row | None = None

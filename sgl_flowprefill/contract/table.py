@@ -54,7 +54,7 @@ LOOP_CALLS: Final = (
     "self.on_idle()",
     "self.process_disagg_prefill_inflight_queue()",
 )
-"""What SGLang's loop calls, all of which that of ``runtime.scheduler`` does too, in an order of its own."""
+"""What SGLang's loop calls. The loop of the hub does all of it too, in an order of its own."""
 
 INIT_IPC_CHANNELS: Final = Row(
     f"{SCHEDULER}.init_ipc_channels",
@@ -249,28 +249,28 @@ PARTS: Final = (
                 "deadlines count from when the scheduler has read a request, and differ between ranks",
             ),
             source(
-                "reads",
+                "assumes",
                 f"{TIMES}ReqTimeStatsBase.__setstate__",
                 ['key.endswith("time")', "self.__dict__.update(state)"],
                 "shifts times by the names that they have, and ours ends otherwise",
                 "deadlines follow steps of the wall clock",
             ),
             source(
-                "reads",
+                "assumes",
                 f"{TIMES}ReqTimeStatsBase.new_from_obj",
                 ["if hasattr(new_obj, key):"],
                 "copies what its own objects know of",
                 "the time at which a request was received is lost",
             ),
             source(
-                "reads",
+                "assumes",
                 f"{TIMES}APIServerReqTimeStats.__getstate__",
                 ["super().__getstate__()"],
                 "pickles what the base class adds",
                 "the time at which a request was received is lost",
             ),
             source(
-                "reads",
+                "assumes",
                 f"{TIMES}APIServerReqTimeStats.set_created_time",
                 ["time.perf_counter()"],
                 "takes the time at which a request was received from the monotonic clock",
@@ -746,8 +746,8 @@ PARTS: Final = (
             *rows(
                 "reads",
                 "sglang.srt.managers.io_struct:",
-                "BeginWeightUpdateReqInput CheckWeightsReqInput EndWeightUpdateReqInput ReleaseMemoryOccupationReqInput "
-                "ResumeMemoryOccupationReqInput RpcReqInput UpdateWeightFromDiskReqInput "
+                "BeginWeightUpdateReqInput CheckWeightsReqInput EndWeightUpdateReqInput RpcReqInput "
+                "ReleaseMemoryOccupationReqInput ResumeMemoryOccupationReqInput UpdateWeightFromDiskReqInput "
                 "UpdateWeightsFromDistributedReqInput UpdateWeightsFromIPCReqInput UpdateWeightsFromTensorReqInput",
                 "is a message that may put other weights where a prefill reads them",
                 "weights change under suspended prefills",
@@ -835,7 +835,7 @@ PARTS: Final = (
                 "a grammar that cannot be compiled is waited for, for ever",
             ),
             source(
-                "reads",
+                "assumes",
                 f"{GRAMMARS}.get_ready_grammar_requests",
                 ["grammar_wait_ct", "SGLANG_GRAMMAR_MAX_POLL_ITERATIONS"],
                 "gives a grammar up by the number that is set here",
@@ -876,7 +876,7 @@ PARTS: Final = (
                 "a resumed prefill runs with another one's flags",
             ),
             source(
-                "reads",
+                "assumes",
                 f"{MODEL_RUNNER}._forward_raw",
                 ["ForwardContext(attn_backend=self.attn_backend)"],
                 "opens the context of a forward pass with the model runner's backend, which is the task's",
@@ -1063,7 +1063,7 @@ PARTS: Final = (
                 "long attention operators run whole",
             ),
             *rows(
-                "overrides",
+                "hooks",
                 FLASHINFER,
                 "init_forward_metadata(self, forward_batch)",
                 "plans a batch",
@@ -1077,7 +1077,7 @@ PARTS: Final = (
                 "long attention operators run whole, or FlashInfer servers do not start",
             ),
             *rows(
-                "overrides",
+                "hooks",
                 FLASHINFER_INDICES,
                 "call_begin_forward(self, wrapper_ragged, wrapper_paged, req_pool_indices, paged_kernel_lens, "
                 "paged_kernel_lens_sum, seq_lens, prefix_lens, kv_start_idx, kv_indptr, qo_indptr, use_ragged, "
@@ -1100,7 +1100,7 @@ PARTS: Final = (
                 "long attention operators run whole",
             ),
             *rows(
-                "overrides",
+                "hooks",
                 FA3,
                 "forward_extend(self, q, k, v, layer, forward_batch, save_kv_cache, q_rope, k_rope, sinks, ...)",
                 "is run once for each tile",
@@ -1173,7 +1173,7 @@ PARTS: Final = (
                 "(self, ...)",
             ),
             source(
-                "reads",
+                "assumes",
                 f"{DECODE_QUEUE}._create_receiver_and_enqueue",
                 ["self.queue.append(decode_req)"],
                 "appends to the queue",
@@ -1206,14 +1206,14 @@ PARTS: Final = (
                 "an idle decode server takes most of a core",
             ),
             source(
-                "reads",
+                "assumes",
                 f"{SCHEDULER}.event_loop_normal_disagg_decode",
                 ["self.process_decode_queue()", "self.on_idle()"],
                 "looks at what has happened before each sleep",
                 "a decode server sleeps although there is work",
             ),
             source(
-                "reads",
+                "assumes",
                 f"{SCHEDULER}.event_loop_overlap_disagg_decode",
                 ["self.process_decode_queue()", "self.on_idle()"],
                 "looks at what has happened before each sleep",
@@ -1253,7 +1253,7 @@ PARTS: Final = (
                 "schedulers and HTTP servers push each other off their cores",
             ),
             source(
-                "reads",
+                "assumes",
                 "sglang.srt.managers.scheduler:run_scheduler_process",
                 ["configure_scheduler_process(", "scheduler = Scheduler(server_args, port_args)"],
                 "configures the process before it makes the scheduler",
@@ -1313,14 +1313,27 @@ PARTS: Final = (
             *rows(
                 "overrides",
                 PLATFORM,
-                "get_device(self, device_id) apply_server_args_defaults(self, server_args) "
+                "apply_server_args_defaults(self, server_args) "
                 "get_default_attention_backend(self) get_dispatch_key_name(self) init_backend(self)",
                 "chooses plain PyTorch kernels and our attention",
                 "servers do not start without an accelerator",
             ),
+            *rows(
+                "overrides",
+                "sglang.srt.platforms.cpu:CpuDeviceMixin",
+                "get_device(self, device_id)",
+                "chooses plain PyTorch kernels and our attention",
+                "servers do not start without an accelerator",
+            ),
+            *attributes(
+                "sglang.srt.platforms.cpu:CpuDeviceMixin",
+                "_enum device_name device_type",
+                "says what the platform is",
+                "servers do not start without an accelerator",
+            ),
             *attributes(
                 PLATFORM,
-                "_enum device_name device_type capabilities",
+                "capabilities",
                 "says what the platform is",
                 "servers do not start without an accelerator",
             ),
@@ -1383,6 +1396,12 @@ PARTS: Final = (
                 "AttentionBackend",
                 "is what the backend is a subclass of",
                 "servers do not start without an accelerator",
+            ),
+            *attributes(
+                BACKEND,
+                "forward_metadata",
+                "is where SGLang's backends keep the state of a batch",
+                "prefills fail on the CPU",
             ),
             *rows(
                 "reads",
@@ -1468,7 +1487,7 @@ PARTS: Final = (
                 "some models do not load on several ranks",
             ),
             source(
-                "reads",
+                "assumes",
                 f"{MODEL_RUNNER}.load_model",
                 ['if self.device == "cpu":', "self.model_config = adjust_config_with_unaligned_cpu_tp("],
                 "calls that for all CPUs",
@@ -1490,7 +1509,7 @@ PARTS: Final = (
                 "(self)",
             ),
             source(
-                "reads",
+                "assumes",
                 "nixl._api:nixl_agent.__init__",
                 ["self.nixl_mems = {", '"DRAM": nixlBind.DRAM_SEG', '"VRAM": nixlBind.VRAM_SEG'],
                 "translates the names of kinds of memory",
@@ -1517,7 +1536,7 @@ PARTS: Final = (
                 "NIXL takes a whole core of every server",
             ),
             source(
-                "reads",
+                "assumes",
                 "nixl._api:nixl_agent.__init__",
                 ["agent_config.pthrDelay = 0", "nixlBind.nixlAgent(agent_name, agent_config)"],
                 "makes it, by that name",
@@ -1611,12 +1630,12 @@ PARTS: Final = (
         "The launcher",
         ("launcher",),
         (
-            *rows(
-                "calls",
+            Row(
                 "sglang.launch_server:",
-                "run_server(server_args)",
+                "calls",
                 "is the module that a server is started as",
                 "no server starts",
+                holds=('if __name__ == "__main__":',),
             ),
             *rows(
                 "calls",

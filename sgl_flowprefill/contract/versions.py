@@ -23,7 +23,7 @@ def installed() -> str:
 
 @cache
 def supported() -> SpecifierSet:
-    """The range of versions of SGLang that pip installs this release with. Raises PackageNotFoundError if it did not."""
+    """The range of versions of SGLang that pip installs this release with."""
     requirements = map(Requirement, requires(DISTRIBUTION) or ())
     return next(requirement.specifier for requirement in requirements if requirement.name == "sglang")
 
