@@ -1,7 +1,7 @@
 """What this project expects of SGLang, in one table, and whether an SGLang is so."""
 
 from sgl_flowprefill.contract.check import SeamError, expect, verdicts
-from sgl_flowprefill.contract.row import Part, Row, Verdict, check
+from sgl_flowprefill.contract.row import Part, Row, Verdict
 from sgl_flowprefill.contract.sources import Tree
 from sgl_flowprefill.contract.table import PARTS
 from sgl_flowprefill.contract.versions import installed, is_supported, supported
@@ -13,7 +13,6 @@ __all__ = [
     "SeamError",
     "Tree",
     "Verdict",
-    "check",
     "expect",
     "installed",
     "is_supported",

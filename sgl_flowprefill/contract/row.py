@@ -29,7 +29,9 @@ class Row:
     is_attribute: bool = False
     """Whether it need not be defined in the class, but may be set by one of its methods."""
     signature: str | None = None
-    """``(self, req, last_chunk)``: all parameters; with ``...`` at the end, the first; others then have defaults."""
+    """``(self, req, last_chunk)``: all parameters; with ``...`` at the end, the first ones. Others have defaults then, or
+    are passed on by a hook.
+    """
     holds: tuple[str, ...] = ()
     """What its source must contain."""
     otherwise: Row | None = None
@@ -105,7 +107,7 @@ def _other_parameters(row: Row, found: Parameters) -> str | None:
     expected, has_others = row.parameters
     first = found.names[: len(expected)]
     added = found.names[len(expected) :]
-    needed = [name for name in added if name in found.required]
+    needed = [name for name in added if name in found.required and row.use != "hooks"]  # a hook passes all on
     if first == expected and not needed and (has_others or not added):
         return None
     return f"parameters are ({', '.join(found.names)}), expected ({', '.join(expected)}{', …' if has_others else ''})"

@@ -98,8 +98,7 @@ PARTS: Final = (
             *rows(
                 "hooks",
                 "sglang.srt.entrypoints.engine:",
-                "Engine._launch_subprocesses(cls, server_args, init_tokenizer_manager_func, "
-                "run_scheduler_process_func, run_detokenizer_process_func, ...)",
+                "Engine._launch_subprocesses(cls, server_args, ...)",
                 "is where all servers and engines pass before they start processes",
                 "a server that cannot work is refused late, or runs without FlowPrefill",
             ),
