@@ -29,8 +29,8 @@ class Row:
     is_attribute: bool = False
     """Whether it need not be defined in the class, but may be set by one of its methods."""
     signature: str | None = None
-    """``(self, req, last_chunk)``: all parameters; with ``...`` at the end, the first ones. Others have defaults then, or
-    are passed on by a hook.
+    """``(self, req, last_chunk)``: all parameters; with ``...`` at the end, the first ones. Others have defaults then,
+    or are passed on by a hook.
     """
     holds: tuple[str, ...] = ()
     """What its source must contain."""

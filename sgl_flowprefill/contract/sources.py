@@ -38,7 +38,7 @@ class Parameters:
     @classmethod
     def of_live(cls, function: Any) -> Parameters:
         """Of a function of this process."""
-        stars = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
+        stars: dict[Any, str] = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
         parameters = inspect.signature(function).parameters.values()
         return cls(
             tuple(stars.get(p.kind, "") + p.name for p in parameters),
@@ -142,10 +142,9 @@ class Module:
         return None
 
     def _assigned(self, name: str, start: int, end: int, indent: str) -> Found | None:
-        place: int | None = start
-        while (place := self._find(f"\n{indent}{name}", place, end)) is not None:
-            place += len(indent) + len(name) + 1
-            if re.compile(r"\s*[:=](?!=)").match(self.text, place):
+        while (place := self._find(f"\n{indent}{name}", start, end)) is not None:
+            start = place + len(indent) + len(name) + 1
+            if re.compile(r"\s*[:=](?!=)").match(self.text, start):
                 return Found("value", self)
         return None
 

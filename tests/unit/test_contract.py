@@ -156,7 +156,8 @@ def test_a_method_of_a_base_class_and_an_imported_name_are_found(tmp_path: Path)
     write(
         tmp_path,
         "b",
-        "class Root:\n    def __init__(self):\n        (\n            self.one,\n            self.two,\n        ) = f()\n"
+        "class Root:\n    def __init__(self):\n"
+        "        (\n            self.one,\n            self.two,\n        ) = f()\n"
         "        g(self.three, self.four == 1)\n\n"
         "class Base(Root):\n    async def run(\n        self,\n        batch,\n        *,\n        late=None,\n    ):\n"
         '        """Text\n        (more."""\n        return batch\n\n    last = 1\n\n'
