@@ -74,14 +74,7 @@ class CachingEngine(SimulatedEngine):
     def arrived(self) -> Any:
         for arrival in super().arrived():
             prompt = self.prompts[arrival.req.rid]
-            yield type(arrival)(
-                arrival.req,
-                prompt,
-                self._shape(arrival.req),
-                arrival.received_s,
-                arrival.deadline_s,
-                arrival.readable_s,
-            )
+            yield arrival._replace(prompt=prompt, shape=self._shape(arrival.req))
 
     def match(self, req: SimulatedRequest) -> PrefillShape:
         self.log.append(("match", [req.rid]))
@@ -130,7 +123,7 @@ class Rank:
             if not waiting and not self.engine.has_arrivals():
                 self.engine.device.now_s = self.engine.requests_to_come[0].arrival_s
             self.hub.look()
-            outdated, before = any(waiting.outdated()), self.meeting.count
+            outdated, before = bool(waiting.outdated()), self.meeting.count
             choice = self.hub.choose()
             assert isinstance(choice, list)
             agreements = self.meeting.count - before

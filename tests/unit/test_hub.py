@@ -269,17 +269,17 @@ def test_requests_that_begin_alike_are_matched_again_when_one_of_them_has_been_c
     assert [job.remaining_s for job in jobs.values()] == [400.0, 400.0, 144.0, 400.0]
     waiting.take(["0"])
     waiting.cached([prompts["0"]])
-    assert list(waiting.outdated()) == [jobs["1"]], "the third has all whole blocks that it shares with the first"
+    assert waiting.outdated() == [jobs["1"]], "the third has all whole blocks that it shares with the first"
     cached["1"] = 300
     assert work.match_again(list(jobs.values()), match)
     assert jobs["1"].remaining_s == 100.0
-    assert not list(waiting.outdated())
+    assert not waiting.outdated()
     waiting.cached([prompts["0"]])
-    assert not list(waiting.outdated()), "no more of it is cached than before"
+    assert not waiting.outdated(), "no more of it is cached than before"
     waiting.cached([prompts["1"], prompts["other"]])
-    assert list(waiting.outdated()) == [jobs["1"], jobs["other"]]
+    assert waiting.outdated() == [jobs["1"], jobs["other"]]
     waiting.take(["1", "2", "other"])
-    assert not list(waiting.outdated())
+    assert not waiting.outdated()
     assert not waiting.watches
 
 
