@@ -279,7 +279,7 @@ def _unleash(scheduler: Any, chaos: Chaos) -> None:
     if isinstance(agreement, Agreement):
         switch, pending = executor.interrupted, agreement.side.pending
         agreement.side.pending = lambda: switch() or pending()
-        executor.interrupted = agreement.interrupted
+        executor.interrupted, executor.ends_waiting = agreement.interrupted, agreement.ends_waiting
 
 
 def _keep_kv(scheduler: Any, log: str, rank: int) -> None:

@@ -102,7 +102,7 @@ class SimEngine:
         return Arrival(request, (), shape, request.arrival_s, request.deadline_s, request.ready_s)
 
     def take_news(self, stalls_due: bool) -> bool:
-        return False
+        return self.kv.release(self._now_s())
 
     def arrived(self) -> Sequence[Arrival]:
         return ()
