@@ -48,8 +48,9 @@ class Work:
             arrival.readable_s,
             arrival.logprob_rows,
         )
-        pace = self.ttft.pace([arrival.shape])
-        work_s = self.ttft.predict_s([arrival.shape]) / pace.factor
+        shapes = (arrival.shape,)
+        pace = self.ttft.pace(shapes)
+        work_s = self.ttft.predict_s(shapes) / pace.factor
         job = Job(waiting, arrival.received_s, arrival.deadline_s, work_s, pace=pace)
         self.waiting.add(job)
         self.policy.add(job)
@@ -61,7 +62,7 @@ class Work:
 
     def match_again(self, jobs: Iterable[Job[WaitingRequest]], match: Callable[[Any], PrefillShape]) -> bool:
         """Match those of ``jobs`` again of whose prompts more has been cached since. Whether there were any."""
-        outdated = [job for job in jobs if self.waiting.is_outdated(job)]
+        outdated = list(filter(self.waiting.is_outdated, jobs)) if self.waiting.any_outdated else []
         for job in outdated:
             self.policy.remove(job)
             shape = match(job.item.req)
@@ -82,7 +83,7 @@ class Work:
         if job is None or isinstance(job.item, PrefillTask):
             return None if job is None else job.item
         jobs = self.policy.batch(job, now_s, _new_tokens, self._predict_s)
-        if not last and any(map(self.waiting.is_outdated, jobs)):
+        if not last and self.waiting.any_outdated and any(map(self.waiting.is_outdated, jobs)):
             return jobs
         while jobs and not self._fits(jobs):
             jobs = jobs[:-1]  # the winner is the first: those that join it stay out where they do not fit beside it
@@ -108,7 +109,7 @@ class Work:
     def _fits(self, jobs: Sequence[Job[WaitingRequest]]) -> bool:
         """Whether the activations of a task of ``jobs`` fit beside those of the live ones."""
         live = self.tasks.live
-        return self.memory.admits(
+        return not live or self.memory.admits(
             [task.new_tokens for task in live],
             sum(job.item.shape.new_tokens for job in jobs),
             max([sum(job.item.logprob_rows for job in jobs), *(task.logprob_rows for task in live)]),
@@ -135,12 +136,11 @@ class Work:
             deadline_s=winner.deadline_s,
             predicted_s=self.ttft.predict_s(shapes),
             attention_share=self.attention_share(shapes),
+            number=winner.number,
+            pace=self.ttft.pace(shapes),
             readable_s=winner.item.readable_s,
             attn_backend=slot,
         )
-        task.job.number = winner.number
-        task.job.pace = self.ttft.pace(shapes)
-        task.job.remaining_s = task.predicted_s
         self.tasks.start(task)
         self.policy.add(task.job)
         return task
