@@ -80,12 +80,14 @@ def _take_scheduler_seams(config: FlowPrefillConfig) -> None:
 def _take_platform_seams() -> None:
     """Seams that serve both schedulers: the portable CPU platform's, and those that the environment asks for."""
     from sgl_flowprefill import platforms
+    from sgl_flowprefill.patches import lone_prefill, made_weights
 
     if platforms.is_active():
-        from sgl_flowprefill.patches import nixl_dram, nixl_sleep
+        if not lone_prefill.is_enabled():
+            from sgl_flowprefill.patches import nixl_dram, nixl_sleep
 
-        nixl_dram.apply()
-        nixl_sleep.apply()
+            nixl_dram.apply()
+            nixl_sleep.apply()
         if multiprocessing.parent_process() is None:
             from sgl_flowprefill.patches import token_ids
 
@@ -98,6 +100,10 @@ def _take_platform_seams() -> None:
         from sgl_flowprefill.patches import affinity, decode_idle, wakeups
 
         wakeups.apply()
+        if lone_prefill.is_enabled():
+            lone_prefill.apply()
+        if made_weights.is_enabled():
+            made_weights.apply()
         if affinity.is_enabled():
             affinity.apply()
         if decode_idle.is_enabled():

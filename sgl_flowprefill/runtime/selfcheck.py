@@ -24,7 +24,7 @@ import torch
 from sglang.srt.mem_cache.common import release_kv_cache
 
 from sgl_flowprefill.profiling.measure import SchedulerEngine
-from sgl_flowprefill.profiling.process import make_scheduler
+from sgl_flowprefill.profiling.process import make_scheduler, serving_stream
 from sgl_flowprefill.runtime.device import CudaDevice
 from sgl_flowprefill.runtime.memory import MIB
 from sgl_flowprefill.runtime.task import PrefillTask
@@ -321,8 +321,10 @@ def main(server_options: Sequence[str]) -> None:
     # SGLang and its libraries print to standard output too: they get the log file.
     findings = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1)
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-    for finding in checks(make_scheduler(server_options)):
-        findings.write(json.dumps(asdict(finding)) + "\n")
+    scheduler = make_scheduler(server_options)
+    with serving_stream(scheduler):
+        for finding in checks(scheduler):
+            findings.write(json.dumps(asdict(finding)) + "\n")
 
 
 if __name__ == "__main__":
