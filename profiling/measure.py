@@ -18,6 +18,7 @@ from sglang.srt.sampling.sampling_params import SamplingParams
 from sgl_flowprefill.profiling.design import SEED, Shape
 from sgl_flowprefill.profiling.run import Timing
 from sgl_flowprefill.runtime.checkpoints import find_decoder_layers
+from sgl_flowprefill.runtime.prefill_role import PrefillRole
 from sgl_flowprefill.ttft.base import PrefillShape
 
 SCHEDSTAT: Final = Path("/proc/thread-self/schedstat")
@@ -26,19 +27,20 @@ SCHEDSTAT: Final = Path("/proc/thread-self/schedstat")
 class SchedulerEngine:
     """Runs batches of given shapes through an idle scheduler, as serving does, and times their forward passes."""
 
-    def __init__(self, scheduler: Any) -> None:
-        self._scheduler = scheduler
+    def __init__(self, role: PrefillRole) -> None:
+        self._role = role
+        self.scheduler = role.scheduler
         self._rng = random.Random(SEED)
         self.cached_prompt: list[int] = []
 
     @property
     def limit_tokens(self) -> int:
         """Longest prompt that fits the model's context, with KV cache left for a cached prompt of the same length."""
-        return int(min(self._scheduler.model_config.context_len - 1, self._scheduler.max_total_num_tokens // 2 - 64))
+        return int(min(self.scheduler.model_config.context_len - 1, self.scheduler.max_total_num_tokens // 2 - 64))
 
     def cache_prefix(self, tokens: int) -> None:
         """Leave the KV of one prompt of ``tokens`` in the radix cache: any part of it can be a cached prefix."""
-        self._scheduler.flush_cache()
+        self.scheduler.flush_cache()
         self.cached_prompt = self._random_ids(tokens)
         self._forward([self.cached_prompt], keep=True)
 
@@ -51,7 +53,7 @@ class SchedulerEngine:
 
     def time_operators(self, shape: Shape) -> tuple[Timing, float, float]:
         """Like ``time``, and the seconds spent in all attention and in all MLP modules."""
-        model = self._scheduler.tp_worker.model_runner.model
+        model = self.scheduler.tp_worker.model_runner.model
         layers = find_decoder_layers(model)
         attention = [model.get_submodule(name) for layer in layers for name in layer.attention]
         mlp = [model.get_submodule(name) for layer in layers for name in layer.mlp]
@@ -60,15 +62,16 @@ class SchedulerEngine:
         return timing, attention_s[0], mlp_s[0]
 
     def _random_ids(self, tokens: int) -> list[int]:
-        return self._rng.choices(range(self._scheduler.model_config.vocab_size), k=tokens)
+        return self._rng.choices(range(self.scheduler.model_config.vocab_size), k=tokens)
 
     def _forward(self, prompts: Sequence[list[int]], keep: bool = False) -> Timing:
-        scheduler = self._scheduler
+        scheduler = self.scheduler
         reqs = [self._req(index, prompt) for index, prompt in enumerate(prompts)]
-        batch = scheduler._make_batch(reqs)
+        batch = self._role.make_batch(reqs)
+        assert batch is not None, "an idle server has KV cache for what is measured"
         scheduler.waiting_queue = []
         shape = tuple(PrefillShape(len(req.origin_input_ids) - req.prefix_len, req.prefix_len) for req in batch.reqs)
-        self._synchronize()
+        self.synchronize()
         waited_s, started_s = _waited_s(), time.perf_counter()
         with torch.no_grad():
             result = scheduler.run_batch(batch)
@@ -81,7 +84,7 @@ class SchedulerEngine:
     def _req(self, index: int, prompt: list[int]) -> Any:
         sampling = SamplingParams(temperature=0, max_new_tokens=1)
         sampling.normalize(None)
-        vocabulary = self._scheduler.model_config.vocab_size
+        vocabulary = self.scheduler.model_config.vocab_size
         req = Req(f"flowprefill-profile-{index}", "", array("q", prompt), sampling, vocab_size=vocabulary)
         req.start_send_idx = len(prompt)  # nobody is there to whom a cached prefix could be sent early
         return req
@@ -94,11 +97,11 @@ class SchedulerEngine:
 
         def before(module: Any, args: Any) -> None:
             nonlocal started_s
-            self._synchronize()
+            self.synchronize()
             started_s = time.perf_counter()
 
         def after(module: Any, args: Any, output: Any) -> None:
-            self._synchronize()
+            self.synchronize()
             total_s[0] += time.perf_counter() - started_s
 
         hooks = [
@@ -112,8 +115,9 @@ class SchedulerEngine:
             for hook in hooks:
                 hook.remove()
 
-    def _synchronize(self) -> None:
-        if self._scheduler.device == "cuda":
+    def synchronize(self) -> None:
+        """Wait for all that is queued on the device."""
+        if self.scheduler.device == "cuda":
             torch.cuda.synchronize()
 
 

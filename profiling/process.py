@@ -88,7 +88,7 @@ def _measure(scheduler: Any, output: Path | None, budget_s: float, reports: IO[s
     try:
         resumed = _resumable(partial_path(path), setting)
         with serving_stream(scheduler):
-            complete = run_profile(SchedulerEngine(scheduler), setting, path, budget_s, resumed, progress).complete
+            complete = run_profile(SchedulerEngine(scheduler.role), setting, path, budget_s, resumed, progress).complete
     finally:
         written = path if complete else partial_path(path)
         _report(reports, path=str(written), complete=complete, measured=last.measured)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import sys
-from typing import Final
+from typing import Any, Final
 
 from sgl_flowprefill.config import ConfigError, FlowPrefillConfig, is_enabled
 
@@ -26,7 +26,10 @@ LOOP_CALLS: Final = (
     "self.on_idle()",
     "self.process_disagg_prefill_inflight_queue()",
 )
-"""What SGLang's loop calls, all of which that of ``runtime.scheduler`` does too, in an order of its own."""
+"""What SGLang's loop calls, all of which ``runtime.prefill_role`` does too, in an order of its own."""
+MAKER: Final = "sglang.srt.managers.scheduler.run_scheduler_process"
+BEFORE_IT_IS_MADE: Final = "sglang.srt.managers.scheduler.configure_scheduler_process"
+"""What SGLang calls before it makes its scheduler, and with the options of the server."""
 
 
 def load() -> None:
@@ -67,14 +70,25 @@ def _take_scheduler_seams(config: FlowPrefillConfig) -> None:
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
     from sgl_flowprefill.patches import decode_order, request_times
-    from sgl_flowprefill.patches.base import expect_source
-    from sgl_flowprefill.runtime.scheduler import FlowPrefillScheduler
+    from sgl_flowprefill.patches.base import expect_parameters, expect_source
 
     expect_source("scheduler", LOOP, *LOOP_CALLS)
+    expect_parameters("scheduler", BEFORE_IT_IS_MADE, ("server_args", "gpu_id"))
+    expect_source("scheduler", MAKER, "configure_scheduler_process(", "scheduler = Scheduler(server_args, port_args)")
     request_times.apply()
     if config.policy != "fcfs":
         decode_order.apply(config)
-    HookRegistry.register("sglang.srt.managers.scheduler.Scheduler", FlowPrefillScheduler, HookType.REPLACE)
+    HookRegistry.register(BEFORE_IT_IS_MADE, _choose_scheduler, HookType.BEFORE)
+
+
+def _choose_scheduler(server_args: Any, *_args: Any, **_kwargs: Any) -> None:
+    """A prefill server gets our scheduler, and every other server SGLang's own."""
+    if server_args.disaggregation_mode == "prefill":
+        from sglang.srt.managers import scheduler
+
+        from sgl_flowprefill.runtime.scheduler import FlowPrefillScheduler
+
+        scheduler.Scheduler = FlowPrefillScheduler
 
 
 def _take_platform_seams() -> None:

@@ -24,8 +24,8 @@ def chaos(engine: Any, seed: int, switch_probability: float) -> dict[str, int]:
     seen = {"suspensions": 0, "deepest": 0}
 
     def pick(now_s: float, running: Any, admit: bool = True) -> Any:
-        tasks = sorted(scheduler._policy.tasks.first(now_s, 1000), key=lambda job: job.item.id)
-        requests = scheduler._policy.requests.first(now_s, 1000) if admit else []
+        tasks = sorted(scheduler.hub.work.policy.tasks.first(now_s, 1000), key=lambda job: job.item.id)
+        requests = scheduler.hub.work.policy.requests.first(now_s, 1000) if admit else []
         choices = tasks + sorted(requests, key=lambda job: job.item.number)  # the coin alone decides, not the clock
         if not choices:
             return None
@@ -35,16 +35,16 @@ def chaos(engine: Any, seed: int, switch_probability: float) -> dict[str, int]:
         seen["deepest"] = max(seen["deepest"], started)
         return choice
 
-    scheduler._policy.pick = pick
-    scheduler._executor._interrupted = lambda: rng.random() < switch_probability
+    scheduler.hub.work.policy.pick = pick
+    scheduler.hub.executor.interrupted = lambda: rng.random() < switch_probability
     return seen
 
 
 def calm(engine: Any) -> None:
     """End the chaos: the policy decides again."""
     scheduler = engine.scheduler
-    scheduler._policy.__dict__.pop("pick", None)
-    scheduler._executor._interrupted = scheduler._events.pending
+    scheduler.hub.work.policy.__dict__.pop("pick", None)
+    scheduler.hub.executor.interrupted = scheduler.hub.events.pending
 
 
 @dataclass
@@ -133,10 +133,10 @@ class Rounds:
         scheduler = self.engine.scheduler
         if rid not in self.engine.answers:
             left.add(rid)
-        self.seen["aborts of started tasks"] += any(rid in task.rids for task in scheduler._live)
+        self.seen["aborts of started tasks"] += any(rid in task.rids for task in scheduler.hub.work.tasks.live)
         self.engine.abort(rid)
         self.engine.step()
-        for task in scheduler._live:
+        for task in scheduler.hub.work.tasks.live:
             if left.issuperset(task.rids):
                 self.comparison.differences["abort"].append(f"task {task.id} goes on, though all of {task.rids} left")
 

@@ -37,13 +37,14 @@ def engine(shared_engine: PrefillEngine) -> Iterator[PrefillEngine]:
     """The shared engine, as it was when it was made."""
     from tests.chaos import calm
 
-    policy = shared_engine.scheduler._policy
-    limits = policy.limits
+    hub = shared_engine.scheduler.hub
+    limits, device = hub.work.policy.limits, hub.device
     shared_engine.answers.clear()
     shared_engine.batch_sizes.clear()
     yield shared_engine
     calm(shared_engine)
-    policy.limits = limits
+    hub.work.policy.limits = limits
+    shared_engine.use(device)
 
 
 @pytest.fixture(scope="session")

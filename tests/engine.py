@@ -122,13 +122,14 @@ class PrefillEngine:
             return req
 
         self.scheduler._create_generation_req = create_cached
-        fail = self.scheduler._fail
+        drop = self.scheduler.role.drop
 
-        def fail_or_raise(task: Any, failure: Any) -> None:
-            assert failure.kind != "AssertionError", failure.traceback  # a test's own, from within a forward pass
-            fail(task, failure)
+        def drop_or_raise(task: Any) -> None:
+            failure = task.failure  # a test's own assertion, from within a forward pass
+            assert failure is None or failure.kind != "AssertionError", failure.traceback
+            drop(task)
 
-        self.scheduler._fail = fail_or_raise
+        self.scheduler.role.drop = drop_or_raise  # type: ignore[method-assign]
         self.answers: dict[str, Answer] = {}
         self.batch_sizes: list[int] = []
         """Requests of every forward pass."""
@@ -167,7 +168,17 @@ class PrefillEngine:
     @torch.no_grad()
     def step(self) -> bool:
         """One round of the event loop, without the sleep. Whether anything could run."""
-        return bool(self.scheduler._step())
+        return bool(self.scheduler.hub.turn())
+
+    def use(self, device: Any) -> None:
+        """Let kernels run on ``device`` from now on."""
+        hub = self.scheduler.hub
+        hub.device = hub.executor.device = hub.role.device = device
+
+    def record(self, recorder: Any) -> None:
+        """Tell ``recorder`` what happens from now on."""
+        hub = self.scheduler.hub
+        hub.recorder = hub.role.recorder = self.scheduler.output_streamer.recorder = recorder
 
     def run(self, limit: int = 100_000) -> None:
         """Step until nothing is left to do."""

@@ -156,7 +156,7 @@ def preempt(name: str) -> Outcome:
     prompts = {f"r{i}": prompt(i, n, shared if i % 2 else None) for i, n in enumerate(LENGTHS)}
     _ask(engine, {"first": shared + prompt(5, 20)})
     scheduler = engine.scheduler
-    scheduler._policy.limits = Limits(max_suspended=100, max_batch_tokens=1)
+    scheduler.hub.work.policy.limits = Limits(max_suspended=100, max_batch_tokens=1)
     seen = chaos(engine, seed=1, switch_probability=0.9)
     ends = {rid: tokens + reference.expect(tokens).choices.tokens[: TOKENS - 1] for rid, tokens in prompts.items()}
     answers = _ask(engine, ends)
@@ -173,7 +173,7 @@ def preempt(name: str) -> Outcome:
     return Outcome(
         suspensions=seen["suspensions"],
         deepest=seen["deepest"],
-        checkpoints=scheduler._progress.checkpoints,
+        checkpoints=scheduler.hub.work.progress.checkpoints,
         compared=dict(comparison.counts),
         largest=dict(comparison.largest),
         differences=dict(comparison.differences),

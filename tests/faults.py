@@ -31,10 +31,10 @@ def raise_in_marked_prompts(scheduler: Any, fault: str, checkpoint: int) -> list
     """From now on, a batch with a marked prompt raises ``fault`` after ``checkpoint`` checkpoints, within an operator.
     Returns the hooks, to be removed.
     """
-    executor = scheduler._executor
+    executor = scheduler.hub.executor
 
     def hook(*_: Any) -> None:
-        task = executor._running
+        task = executor.running
         if task is not None and task.checkpoint >= checkpoint and is_marked(task.batch):
             raise FAULTS[fault]()
 
@@ -65,11 +65,11 @@ def _run_with_faults(run_batch: Callable[[Any, Any], Any], scheduler: Any, batch
     faults = [found[PARAMETER] for found in params if PARAMETER in found]
     if not faults:
         return run_batch(scheduler, batch)
-    executor = scheduler._executor
-    task = executor._running
+    executor = scheduler.hub.executor
+    task = executor.running
 
     def hook(*_: Any) -> None:
-        if executor._running is task and task.checkpoint >= 3:
+        if executor.running is task and task.checkpoint >= 3:
             raise FAULTS[faults[0]]()
 
     handles = [module.register_forward_pre_hook(hook) for module in _operators(scheduler)]

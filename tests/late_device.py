@@ -57,17 +57,17 @@ class LateDevice(QueueDevice):
 class LateEvent:
     def __init__(self, device: LateDevice) -> None:
         self._device = device
-        self._place = 0
+        self.place = 0
 
     def record(self) -> None:
         self._device.recorded += 1
-        self._place = self._device.recorded
+        self.place = self._device.recorded
 
     def query(self) -> bool:
         device = self._device
         if device.passed < device.recorded and device.rng.random() < device.pass_probability:
             device.passed += 1
-        return self._place <= device.passed
+        return self.place <= device.passed
 
     def synchronize(self) -> None:
-        self._device.passed = max(self._device.passed, self._place)
+        self._device.passed = max(self._device.passed, self.place)

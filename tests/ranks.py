@@ -265,13 +265,15 @@ def _run_rank(
 
 
 def _unleash(scheduler: Any, chaos: Chaos) -> None:
+    from sgl_flowprefill.runtime.agreement import Agreement
     from tests.chaos import chaos as unleash
 
     unleash(SimpleNamespace(scheduler=scheduler), chaos.seed, chaos.switch_probability)
-    if scheduler._agreement is not None:
-        switch, pending = scheduler._executor._interrupted, scheduler._agreement._side._pending
-        scheduler._agreement._side._pending = lambda: switch() or pending()
-        scheduler._executor._interrupted = scheduler._agreement.interrupted
+    agreement, executor = scheduler.hub.agreement, scheduler.hub.executor
+    if isinstance(agreement, Agreement):
+        switch, pending = executor.interrupted, agreement.side.pending
+        agreement.side.pending = lambda: switch() or pending()
+        executor.interrupted = agreement.interrupted
 
 
 def _keep_kv(scheduler: Any, log: str, rank: int) -> None:
@@ -300,7 +302,8 @@ def _note_finishes(scheduler: Any, path: Path) -> None:
     """Write a line for each task whose result is processed: its requests, the checkpoints of the live tasks by then,
     whether the result had arrived, whether that had to be waited for, and operators queued behind the task.
     """
-    finish, wait = scheduler._finish, scheduler._device.wait
+    role, device = scheduler.role, scheduler.hub.device
+    finish, wait = role.finish, device.wait
     notes = open(path, "w", buffering=1)  # noqa: SIM115 - lives as long as the process
     waited_for = None
 
@@ -314,12 +317,12 @@ def _note_finishes(scheduler: Any, path: Path) -> None:
         copy_done = task.result.copy_done
         note = {
             "rids": task.rids,
-            "live": [(live.id, live.checkpoint) for live in scheduler._live],
-            "arrived": copy_done._place <= scheduler._device.passed,
+            "live": [(live.id, live.checkpoint) for live in scheduler.hub.work.tasks.live],
+            "arrived": copy_done.place <= device.passed,
             "waited": waited_for is copy_done,
-            "behind": scheduler._device.recorded - copy_done._place - 1,
+            "behind": device.recorded - copy_done.place - 1,
         }
         notes.write(json.dumps(note) + "\n")
         finish(task)
 
-    scheduler._finish, scheduler._device.wait = noted_finish, noted_wait
+    role.finish, device.wait = noted_finish, noted_wait

@@ -1,35 +1,36 @@
 """An asynchronous device in virtual time, and FlowPrefill's own hub, executor and policy on top of it.
 
 The host pays for every launch and for every decision; the device runs operators one after the other in the order in
-which they were launched, and an operator's result exists only once it has run. Real are ``FlowPrefillScheduler`` (its
-step, its picks, its deferred finishes), ``Executor`` with its greenlets, ``AttentionSlots``, the policy, and
-``QueueDevice``, of which the simulated device is a subclass as the CUDA device is. Replaced is what they ask of SGLang:
-admission, the model's forward pass, and the processing of a result.
+which they were launched, and an operator's result exists only once it has run. Real are ``Hub`` (its turns, its picks,
+its deferred finishes), ``Executor`` with its greenlets, ``AttentionSlots``, the policy, and ``QueueDevice``, of which
+the simulated device is a subclass as the CUDA device is. Replaced is the engine that they drive: admission, the model's
+forward pass, and the processing of a result.
 """
 
 from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
-import pytest
-
-from sgl_flowprefill.pace import AS_PREDICTED
-from sgl_flowprefill.policy import Limits, make_policy
-from sgl_flowprefill.runtime import scheduler as scheduler_module
-from sgl_flowprefill.runtime import task as task_module
-from sgl_flowprefill.runtime.checkpoints import Progress
+from sgl_flowprefill.pace import AS_PREDICTED, Pace
+from sgl_flowprefill.policy import Limits, PrefillPolicy, make_policy
 from sgl_flowprefill.runtime.device import POLL_S, HostStamp, QueueDevice
-from sgl_flowprefill.runtime.journal import Journal
+from sgl_flowprefill.runtime.executor import Executor
+from sgl_flowprefill.runtime.hub import Hub
 from sgl_flowprefill.runtime.memory import Activations, TaskMemory
-from sgl_flowprefill.runtime.scheduler import FlowPrefillScheduler
-from sgl_flowprefill.runtime.task import AttentionSlots, Executor
-from sgl_flowprefill.runtime.waiting import WaitingRequests
+from sgl_flowprefill.runtime.parts import TTFT, OneRank, Recorder
+from sgl_flowprefill.runtime.progress import Progress
+from sgl_flowprefill.runtime.role import Arrival
+from sgl_flowprefill.runtime.slots import AttentionSlots
+from sgl_flowprefill.runtime.task import PrefillTask, Tasks
+from sgl_flowprefill.runtime.waiting import WaitingRequest
+from sgl_flowprefill.runtime.work import Work
+from sgl_flowprefill.ttft import Prediction, PrefillShape
 
 
 @dataclass(frozen=True)
@@ -148,9 +149,7 @@ class SimulatedRequest:
     arrival_s: float
     tokens: int
     ttft_slo_s: float
-    prefix_len: int = 0
-    return_logprob: bool = False
-    logprob_start_len: int = -1
+    logprob_rows: int = 0
     trace: list[tuple[str, int]] = field(default_factory=list)
     """(kind, layer) of each operator that ran for it, in the device's order."""
     ran_s: float = math.inf
@@ -158,16 +157,8 @@ class SimulatedRequest:
     answered_s: float = math.inf
 
     @property
-    def origin_input_ids(self) -> range:
+    def prompt(self) -> range:
         return range(id(self), id(self) + self.tokens)  # unlike any other's
-
-    @property
-    def bootstrap_room(self) -> int:
-        return id(self)
-
-    @property
-    def time_stats(self) -> Any:
-        return SimpleNamespace(flowprefill_received_s=self.arrival_s, flowprefill_sent_s=self.arrival_s)
 
 
 @dataclass(frozen=True)
@@ -200,150 +191,245 @@ class OnlyBackend:
         model_runner.attn_backend = self._attn_backend
 
 
-class Suspensions(Journal):
-    """Keeps, of each suspension, when a request could have been read that then took another's place, and its id."""
+class Turns(Recorder):
+    """Keeps what happens to tasks, and of each suspension since when it could have been known of."""
 
-    def __init__(self, seen: list[tuple[float, str]]) -> None:
-        super().__init__(None)
-        self._seen = seen
-
-    def suspended(self, task: Any, winner: Any, stopped_s: float, now_s: float, news_readable_s: float) -> None:
-        self._seen.append((max(winner.readable_s, news_readable_s), winner.rids[0]))
-
-
-class SimulatedScheduler(FlowPrefillScheduler):
-    """The hub on the simulated device."""
-
-    def __init__(
-        self, device: SimulatedDevice, model: Model, requests: Sequence[SimulatedRequest], max_suspended: int = 16
-    ) -> None:
-        self.device_under_test = device
-        self.model = model
-        self.requests = sorted(requests, key=lambda request: request.arrival_s)
-        self.backends_made = 1
+    def __init__(self) -> None:
         self.suspensions: list[tuple[float, str]] = []
         """When a request could have been read that then took another's place, and its id."""
-        self._arriving = deque(self.requests)
-        self._model_runner = SimpleNamespace(
+        self.turns: list[tuple[str, tuple[str, ...]]] = []
+        """What became of which requests, in its order."""
+
+    def suspended(
+        self, task: PrefillTask, winner: PrefillTask, stopped_s: float, now_s: float, news_readable_s: float
+    ) -> None:
+        self.suspensions.append((max(winner.readable_s, news_readable_s), winner.rids[0]))
+        self.turns.append(("suspend", tuple(task.rids)))
+
+    def resumed(self, task: PrefillTask, now_s: float) -> None:
+        self.turns.append(("resume" if task.has_run else "start", tuple(task.rids)))
+
+    def completed(self, task: PrefillTask, prediction: Prediction, ttft: TTFT, live_tasks: int) -> None:
+        self.turns.append(("complete", tuple(task.rids)))
+
+
+class ModelTimes:
+    """The TTFT model that knows all. Keeps what it is told."""
+
+    correction = 1.0
+
+    def __init__(self, model: Model) -> None:
+        self._model = model
+        self.observed: list[tuple[int, float]] = []
+        """Tokens and device time of the tasks that completed."""
+
+    def predict_s(self, batch: Sequence[PrefillShape]) -> float:
+        return self._model.forward_s(sum(shape.new_tokens for shape in batch))
+
+    def pace(self, batch: Sequence[PrefillShape]) -> Pace:
+        return AS_PREDICTED
+
+    def observe(self, batch: Sequence[PrefillShape], measured_s: float) -> Prediction:
+        self.observed.append((sum(shape.new_tokens for shape in batch), measured_s))
+        return Prediction(0.0, 0.0, 0.0)
+
+    def follow(self) -> bool:
+        return False
+
+    def state(self) -> dict[str, float]:
+        return {}
+
+
+class SimulatedEngine:
+    """The engine that the hub drives on the simulated device: admission, forward passes, results."""
+
+    is_exiting = False
+    is_paused = False
+
+    def __init__(self, device: SimulatedDevice, model: Model, requests: Sequence[SimulatedRequest]) -> None:
+        self.device = device
+        self.model = model
+        self.requests_to_come = deque(sorted(requests, key=lambda request: request.arrival_s))
+        self.backends_made = 1
+        self.model_runner = SimpleNamespace(
             attn_backend=SimpleNamespace(owner=None),
             _get_attention_backend=self._make_backend,
             kv_index_translator=SimpleNamespace(bind_and_verify_backends=lambda backends: None),
         )
-        self._live = []
-        self._finishing = deque()
-        self._device = device
-        self._events = SimpleNamespace(
-            pending=lambda: bool(self._arriving) and self._arriving[0].arrival_s <= device.now_s
-        )
-        self._agreement = None
-        self._ends_waiting = self._has_news
-        self._executor = Executor(self._model_runner, self._has_news, device)
-        self._slots = AttentionSlots(self._model_runner, None)
-        self._memory = TaskMemory(Activations(1, 1, 1, None), math.inf)
-        self._progress = Progress([True, False] * model.layers)
-        self._operators = None
-        self._waiting = WaitingRequests()
-        self._running = None
-        self._tasks_started = 0
-        self._kv_is_short = False
-        self._engine_paused = False
-        self._ttft = SimpleNamespace(
-            predict_s=lambda shapes: model.forward_s(sum(shape.new_tokens for shape in shapes)),
-            observe=self._observe,
-            pace=lambda shapes: AS_PREDICTED,
-            follow=lambda: False,
-        )
-        self.observed: list[tuple[int, float]] = []
-        self._policy = make_policy("s-edf", Limits(max_suspended, max_batch_tokens=1), 60.0)
-        self._journal = Suspensions(self.suspensions)
+        self.checkpoint: Callable[[], None] = lambda: None
+        """Called after each operator."""
+        self._waiting: list[SimulatedRequest] = []
 
-    def run_all(self) -> None:
-        device = self.device_under_test
-        while True:
-            if self._step():
-                continue
-            if not self._arriving:
-                return
-            device.now_s = max(device.now_s, self._arriving[0].arrival_s)
+    def has_arrivals(self) -> bool:
+        return bool(self.requests_to_come) and self.requests_to_come[0].arrival_s <= self.device.now_s
 
-    # ---- what the hub asks of SGLang ------------------------------------------------------------------------------
+    # ---- what the hub asks of its role ------------------------------------------------------------------------------
 
-    def _take_events(self) -> None:
-        device = self.device_under_test
-        device.now_s += device.costs.decision_s
-        self._waiting.forget_news()
-        while self._arriving and self._arriving[0].arrival_s <= device.now_s:
-            request = self._arriving.popleft()
-            job = self._waiting.add(request, request.arrival_s, request.ttft_slo_s, self._predict_s)
-            self._policy.requests.add(job)
+    def take_news(self, stalls_due: bool) -> bool:
+        self.device.now_s += self.device.costs.decision_s
+        return False
 
-    def _make_batch(self, reqs: Sequence[Any]) -> Any:
-        self.device_under_test.now_s += self.device_under_test.costs.admission_s
-        tokens = sum(req.tokens for req in reqs)
-        return SimpleNamespace(
-            reqs=list(reqs),
-            extend_num_tokens=tokens,
-            extend_lens=[req.tokens for req in reqs],
-            prefix_lens=[0] * len(reqs),
-        )
+    def arrived(self) -> Iterator[Arrival]:
+        while self.has_arrivals():
+            request = self.requests_to_come.popleft()
+            self._waiting.append(request)
+            deadline_s = request.arrival_s + request.ttft_slo_s
+            yield Arrival(
+                request,
+                request.prompt,
+                PrefillShape(request.tokens),
+                request.arrival_s,
+                deadline_s,
+                request.arrival_s,
+                request.logprob_rows,
+            )
 
-    def run_batch(self, batch: Any) -> Any:
-        device, costs = self.device_under_test, self.device_under_test.costs
+    def waiting(self) -> Sequence[SimulatedRequest]:
+        return self._waiting
+
+    def abandoned(self, live: Sequence[PrefillTask]) -> Sequence[PrefillTask]:
+        return ()
+
+    def match(self, req: SimulatedRequest) -> PrefillShape:
+        return PrefillShape(req.tokens)
+
+    def make_batch(self, reqs: Sequence[SimulatedRequest]) -> list[SimulatedRequest]:
+        self.device.now_s += self.device.costs.admission_s
+        for req in reqs:
+            self._waiting.remove(req)
+        return list(reqs)
+
+    def requests(self, batch: list[SimulatedRequest]) -> Sequence[SimulatedRequest]:
+        return batch
+
+    def shapes(self, batch: list[SimulatedRequest]) -> Sequence[PrefillShape]:
+        return [PrefillShape(req.tokens) for req in batch]
+
+    def switch_to(self, task: PrefillTask) -> None:
+        pass
+
+    def forward(self, batch: list[SimulatedRequest]) -> Any:
+        device, costs = self.device, self.device.costs
         if costs.plan_waits:
             device.synchronize()
         device.now_s += costs.plan_s
-        backend = self._model_runner.attn_backend
+        backend = self.model_runner.attn_backend
         assert backend.owner is None, "a live task's attention state was given to another"
         backend.owner = batch
+        tokens = sum(req.tokens for req in batch)
         for layer in range(self.model.layers):
             for kind, duration_s in (("attention", self.model.attention_s), ("mlp", self.model.mlp_s)):
-                assert self._model_runner.attn_backend.owner is batch
-                device.launch((batch, kind, layer), duration_s(batch.extend_num_tokens))
-                self._executor.checkpoint()
+                assert self.model_runner.attn_backend.owner is batch
+                device.launch((batch, kind, layer), duration_s(tokens))
+                self.checkpoint()
         device.launch((batch, "sample", 0), 20e-6)
         return SimpleNamespace(copy_done=None, backend=backend)
 
-    def process_batch_result(self, batch: Any, result: Any) -> None:
-        device = self.device_under_test
+    def finish(self, task: PrefillTask) -> None:
+        device, result = self.device, task.result
         device.now_s = max(device.now_s, result.copy_done.at_s)  # copy_done.synchronize()
         result.backend.owner = None
         device.now_s += device.costs.finish_s / 2
         if device.costs.send_waits:
             device.synchronize()
         device.now_s += device.costs.finish_s / 2
-        for request in batch.reqs:
+        for request in task.batch:
             assert request.answered_s == math.inf, "a request was answered twice"
             request.answered_s = device.now_s
             request.ran_s = result.copy_done.at_s
 
-    # ---- what is watched ------------------------------------------------------------------------------------------
+    def drop(self, task: PrefillTask) -> None:
+        raise NotImplementedError("nobody leaves")
 
-    def _observe(self, shapes: Any, executed_s: float) -> Any:
-        self.observed.append((sum(shape.new_tokens for shape in shapes), executed_s))
-        return SimpleNamespace(expected_s=0.0, raw_s=0.0)
+    def rest(self) -> bool:
+        return True
 
     def _make_backend(self, init_new_workspace: bool) -> Any:
         self.backends_made += 1
         return SimpleNamespace(owner=None)
 
 
+class NoTiles:
+    """Operators run whole."""
+
+    def follow(self, slowdown: float) -> None:
+        pass
+
+
+class SimulatedEvents:
+    """Arrivals, at their times; a sleep lasts until the next."""
+
+    def __init__(self, engine: SimulatedEngine) -> None:
+        self.pending = engine.has_arrivals
+
+    def clear(self) -> None:
+        pass
+
+    def sleep(self, timeout_s: float) -> bool:
+        raise NotImplementedError("run_all lets time pass")
+
+
+class SimulatedServer:
+    """The hub on the simulated device."""
+
+    def __init__(
+        self,
+        device: SimulatedDevice,
+        model: Model,
+        requests: Sequence[SimulatedRequest],
+        max_suspended: int = 16,
+        policy: PrefillPolicy[WaitingRequest, PrefillTask] | None = None,
+    ) -> None:
+        self.device = device
+        self.engine = SimulatedEngine(device, model, requests)
+        self.times = ModelTimes(model)
+        self.recorder = Turns()
+        events, tasks = SimulatedEvents(self.engine), Tasks()
+
+        def has_news() -> bool:
+            return events.pending() or tasks.result_arrived()
+
+        model_runner = self.engine.model_runner
+        executor = Executor(model_runner, has_news, device, capture=OnlyBackend.capture)
+        self.engine.checkpoint = executor.checkpoint
+        if policy is None:
+            policy = make_policy("s-edf", Limits(max_suspended, max_batch_tokens=1), 60.0)
+        memory = TaskMemory(Activations(1, 1, 1, None), math.inf)
+        self.hub = Hub(
+            role=self.engine,
+            work=Work(policy, self.times, memory, Progress([True, False] * model.layers), tasks),
+            executor=executor,
+            slots=AttentionSlots(model_runner, None),
+            device=device,
+            agreement=OneRank(has_news),
+            events=events,
+            recorder=self.recorder,
+            tiles=NoTiles(),
+            now_s=lambda: device.now_s,
+        )
+
+    def run_all(self) -> None:
+        while True:
+            if self.hub.turn():
+                continue
+            if not self.engine.requests_to_come:
+                return
+            self.device.now_s = max(self.device.now_s, self.engine.requests_to_come[0].arrival_s)
+
+
 def simulate(
-    monkeypatch: pytest.MonkeyPatch,
     model: Model,
     requests: Sequence[SimulatedRequest],
     lookahead: int,
     costs: HostCosts | None = None,
     max_suspended: int = 16,
-) -> SimulatedScheduler:
+) -> SimulatedServer:
     """Run ``requests`` to their answers."""
-    device = SimulatedDevice(lookahead, costs or HostCosts())
-    monkeypatch.setattr(task_module, "ForwardState", OnlyBackend)
-    monkeypatch.setattr(scheduler_module, "time", SimpleNamespace(monotonic=lambda: device.now_s))
-    scheduler = SimulatedScheduler(device, model, requests, max_suspended)
-    scheduler.run_all()
-    for operator in device.operators:
+    server = SimulatedServer(SimulatedDevice(lookahead, costs or HostCosts()), model, requests, max_suspended)
+    server.run_all()
+    for operator in server.device.operators:
         if operator.label is not None:
             batch, kind, layer = operator.label
-            for request in batch.reqs:
+            for request in batch:
                 request.trace.append((kind, layer))
-    return scheduler
+    return server

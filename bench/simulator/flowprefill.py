@@ -1,169 +1,306 @@
-"""A prefill instance under FlowPrefill: the hub of ``runtime.scheduler`` in simulated time, with the same policy."""
+"""A prefill instance under FlowPrefill: the runtime's own hub in simulated time, with the same policy."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, Final
 
 from sgl_flowprefill.bench.simulator.checkpoints import Checkpoints, Preemption
+from sgl_flowprefill.bench.simulator.cost import CostModel
 from sgl_flowprefill.bench.simulator.instance import Instance, KvCache, Machine
 from sgl_flowprefill.bench.simulator.requests import SimRequest
-from sgl_flowprefill.policy import Job, PrefillPolicy
+from sgl_flowprefill.pace import AS_PREDICTED, Pace
+from sgl_flowprefill.policy import PrefillPolicy
+from sgl_flowprefill.runtime.device import CpuDevice
+from sgl_flowprefill.runtime.hub import Hub
+from sgl_flowprefill.runtime.parts import OneRank, Recorder
+from sgl_flowprefill.runtime.progress import Progress
+from sgl_flowprefill.runtime.role import Arrival
+from sgl_flowprefill.runtime.task import PrefillTask, Tasks
+from sgl_flowprefill.runtime.waiting import WaitingRequest
+from sgl_flowprefill.runtime.work import Work
+from sgl_flowprefill.ttft import Prediction, PrefillShape
 
 
-class SimTask:
-    """A started batch: one forward pass."""
+class SimShape(PrefillShape):
+    """What a request costs, and what the policy believes that it takes alone."""
 
-    __slots__ = ("checkpoints", "duration_s", "executed_s", "job", "members", "predicted_s", "ready_s")
+    predicted_s: float
+
+    @classmethod
+    def of(cls, request: SimRequest) -> SimShape:
+        shape = cls(*request.shape)
+        shape.predicted_s = request.predicted_s
+        return shape
+
+
+class SimBatch:
+    """Requests that are computed together in one forward pass, whose result is on the host at its end."""
+
+    copy_done = None
+    __slots__ = ("checkpoints", "duration_s", "executed_s", "requests", "shapes")
 
     def __init__(
-        self,
-        members: list[SimRequest],
-        winner: Job[SimRequest],
-        duration_s: float,
-        predicted_s: float,
-        checkpoints: Checkpoints,
+        self, requests: Sequence[SimRequest], shapes: Sequence[SimShape], duration_s: float, checkpoints: Checkpoints
     ) -> None:
-        self.members = members
-        self.ready_s = members[0].ready_s
+        self.requests = requests
+        self.shapes = shapes
         self.duration_s = duration_s
-        self.predicted_s = predicted_s
         self.checkpoints = checkpoints
         self.executed_s = 0.0
-        arrival_s = min(member.arrival_s for member in members)
-        self.job = Job(self, arrival_s, winner.deadline_s, predicted_s, len(members), winner.number)
 
-    @property
-    def remaining_s(self) -> float:
-        """What the runtime believes to be left: by checkpoints passed, or by time where there are none."""
-        if not self.checkpoints.total:
-            return max(0.0, self.predicted_s - self.executed_s)
-        return self.predicted_s * (1 - self.checkpoints.passed(self.executed_s) / self.checkpoints.total)
+
+class SimTTFT:
+    """The cost model, off by as much as the predictions of the requests. The online correction is not simulated."""
+
+    correction = 1.0
+
+    def __init__(self, cost: CostModel) -> None:
+        self._cost = cost
+
+    def predict_s(self, batch: Sequence[PrefillShape]) -> float:
+        predicted_s = [shape.predicted_s for shape in batch if isinstance(shape, SimShape)]
+        if len(batch) == 1:
+            return predicted_s[0]
+        off = sum(predicted_s) / sum(self._cost.predict_s((shape,)) for shape in batch)
+        return off * self._cost.predict_s(batch)
+
+    def pace(self, batch: Sequence[PrefillShape]) -> Pace:
+        return AS_PREDICTED
+
+    def observe(self, batch: Sequence[PrefillShape], measured_s: float) -> Prediction:
+        return UNOBSERVED
+
+    def follow(self) -> bool:
+        return False
+
+    def state(self) -> dict[str, float]:
+        return {}
+
+
+UNOBSERVED: Final = Prediction(0.0, 0.0, 0.0)
+
+
+class SimEngine:
+    """The engine that the hub of an instance drives: KV cache, and forward passes that take their time."""
+
+    is_exiting = False
+    is_paused = False
+
+    def __init__(self, machine: Machine, preemption: Preemption, now_s: Callable[[], float]) -> None:
+        self.kv = KvCache(machine)
+        self.completed: list[SimRequest] = []
+        self._cost = machine.cost
+        self._preemption = preemption
+        self._now_s = now_s
+        self._waiting: dict[SimRequest, SimShape] = {}
+
+    def arrival(self, request: SimRequest) -> Arrival:
+        """``request`` can be started from now on."""
+        shape = self._waiting[request] = SimShape.of(request)
+        return Arrival(request, (), shape, request.arrival_s, request.deadline_s, request.ready_s)
+
+    def take_news(self, stalls_due: bool) -> bool:
+        return False
+
+    def arrived(self) -> Sequence[Arrival]:
+        return ()
+
+    def waiting(self) -> Collection[SimRequest]:
+        return self._waiting
+
+    def abandoned(self, live: Sequence[PrefillTask]) -> Sequence[PrefillTask]:
+        return ()
+
+    def match(self, req: SimRequest) -> PrefillShape:
+        return self._waiting[req]
+
+    def make_batch(self, reqs: Sequence[SimRequest]) -> SimBatch | None:
+        reqs = reqs[: self.kv.fitting(reqs)]
+        if not reqs:
+            return None
+        self.kv.take(reqs)
+        for req in reqs:
+            self.kv.send(req, req.shape.cached_tokens, self._now_s())
+        shapes = [self._waiting.pop(req) for req in reqs]
+        duration_s = self._cost.predict_s(shapes)
+        attention_share = self._cost.attention_share(shapes)
+        checkpoints = Checkpoints(duration_s, self._cost.layers, attention_share, self._preemption)
+        return SimBatch(reqs, shapes, duration_s, checkpoints)
+
+    def requests(self, batch: SimBatch) -> Sequence[SimRequest]:
+        return batch.requests
+
+    def shapes(self, batch: SimBatch) -> Sequence[PrefillShape]:
+        return batch.shapes
+
+    def switch_to(self, task: PrefillTask) -> None:
+        pass
+
+    def forward(self, batch: SimBatch) -> Any:
+        raise NotImplementedError("the instance lets time pass instead")
+
+    def finish(self, task: PrefillTask) -> None:
+        self.kv.transfer(task.batch.requests, self._now_s())
+        self.completed.extend(task.batch.requests)
+
+    def drop(self, task: PrefillTask) -> None:
+        raise NotImplementedError("nobody leaves")
+
+    def rest(self) -> bool:
+        return True
+
+
+class Unlimited:
+    """Parts of a hub that an instance has none of: executor, attention state, activations, tiles, sockets."""
+
+    points = 0
+
+    def run(self, task: PrefillTask, forward: Callable[[Any], Any]) -> None:
+        raise NotImplementedError("the instance lets time pass instead")
+
+    def cancel(self, task: PrefillTask) -> None:
+        raise NotImplementedError("nobody leaves")
+
+    def take(self) -> None:
+        return None
+
+    def give_back(self, backend: None) -> None:
+        pass
+
+    def admits(self, live_tokens: Sequence[int], new_tokens: int, logprob_rows: int = 0) -> bool:
+        return True
+
+    def follow(self, slowdown: float) -> None:
+        pass
+
+    def pending(self) -> bool:
+        return False
+
+    def clear(self) -> None:
+        pass
+
+    def sleep(self, timeout_s: float) -> bool:
+        return False
+
+
+class Blocking(Recorder):
+    """Records for each preemption from when the request that won could start to when the task that ran had stopped."""
+
+    def __init__(self) -> None:
+        self.blocking_s: list[float] = []
+        self.resumed_s = 0.0
+        """When the task that runs was resumed."""
+
+    def suspended(
+        self, task: PrefillTask, winner: PrefillTask, stopped_s: float, now_s: float, news_readable_s: float
+    ) -> None:
+        # What was there when the hub last chose, lost then: it wins because of something that happened since. A
+        # task is resumed in place of another only because of what happens right now: nobody was blocked.
+        blocked = not winner.has_run
+        self.blocking_s.append(now_s - max(winner.readable_s, self.resumed_s) if blocked else 0.0)
 
 
 class FlowPrefillInstance(Instance):
-    """Runs one task at a time and asks the policy again at the first checkpoint after something has happened."""
+    """Lets time pass between the turns of a hub: the task that it picks runs to its end, or to the first checkpoint
+    after something has happened.
+    """
 
     def __init__(
         self,
         machine: Machine,
-        policy: PrefillPolicy[SimRequest, SimTask],
+        policy: PrefillPolicy[WaitingRequest, PrefillTask],
         preemption: Preemption,
         hub_s: float = 0.0,
+        recorder: Blocking | None = None,
     ) -> None:
-        self._cost = machine.cost
-        self._kv = KvCache(machine)
-        self._policy = policy
-        self._preemption = preemption
+        self._now_s = 0.0
+        self._engine = SimEngine(machine, preemption, lambda: self._now_s)
+        self._recorder = recorder or Blocking()
+        checkpoints = Checkpoints(1.0, machine.cost.layers, 0.5, preemption).total
+        parts = Unlimited()
+        ttft = SimTTFT(machine.cost)
+        self._hub = Hub(
+            role=self._engine,
+            work=Work(policy, ttft, parts, Progress([False] * checkpoints), Tasks()),
+            executor=parts,
+            slots=parts,
+            device=CpuDevice(),
+            agreement=OneRank(parts.pending),
+            events=parts,
+            recorder=self._recorder,
+            tiles=parts,
+            now_s=lambda: self._now_s,
+            stall_check_s=math.inf,
+        )
         self._hub_s = hub_s
-        self._kv_is_short = False
-        self._running: SimTask | None = None
-        self._resumed_s = 0.0
+        self._running: PrefillTask | None = None
         self._stop_elapsed_s = 0.0
         self._stop_s = math.inf
         """When ``_running`` comes back to the hub next, after running for ``_stop_elapsed_s`` in all."""
         self.next_s = math.inf
-        self.completed: list[SimRequest] = []
-        self.blocking_s: list[float] = []
-        """For each preemption, from when the request that won could start to when the task that ran had stopped."""
+
+    @property
+    def completed(self) -> list[SimRequest]:  # type: ignore[override]
+        return self._engine.completed
+
+    @property
+    def blocking_s(self) -> list[float]:
+        """For each preemption, how long the request that won was blocked."""
+        return self._recorder.blocking_s
 
     def submit(self, request: SimRequest, now_s: float) -> None:
-        if sum(request.shape) > self._kv.total_tokens:
-            self.completed.append(request)
+        if sum(request.shape) > self._engine.kv.total_tokens:
+            self._engine.completed.append(request)
             return
-        self._policy.requests.add(Job(request, request.arrival_s, request.deadline_s, request.predicted_s))
+        self._now_s = now_s
+        self._hub.work.add(self._engine.arrival(request))
         if self._running is None:
-            self._run_next(now_s)
+            self._turn()
         else:
-            self._stop_soon(now_s)
+            self._stop_soon()
 
     def step(self) -> None:
-        now_s = self.next_s
-        if self._kv.release(now_s):
-            self._kv_is_short = False
-        task = self._running
-        if task is not None and now_s < self._stop_s:
-            self._stop_soon(now_s)
+        self._now_s = self.next_s
+        if self._engine.kv.release(self._now_s):
+            self._hub.kv_is_short = False
+        if self._running is not None and self._now_s < self._stop_s:
+            self._stop_soon()
             return
-        if task is not None:
-            task.executed_s = self._stop_elapsed_s
-            self._policy.tasks.remove(task.job)
-            if task.executed_s >= task.duration_s:
-                self._running = None
-                self._kv_is_short = False
-                self._kv.transfer(task.members, now_s)
-                self.completed.extend(task.members)
-            else:
-                task.job.remaining_s = task.remaining_s
-                self._policy.tasks.add(task.job)
-        self._run_next(now_s)
+        if self._running is not None:
+            self._stop(self._running)
+        self._turn()
 
-    def _stop_soon(self, now_s: float) -> None:
+    def _turn(self) -> None:
+        """Run what the hub picks."""
+        task = self._running = self._hub.next_task()
+        if task is None:
+            self.next_s = self._engine.kv.next_release_s if self._hub.kv_is_short else math.inf
+            return
+        self._recorder.resumed_s = self._now_s + self._hub_s
+        self._stop_at(task, task.batch.duration_s)
+
+    def _stop(self, task: PrefillTask) -> None:
+        """``task`` comes back to the hub."""
+        task.has_run = True
+        batch: SimBatch = task.batch
+        batch.executed_s = self._stop_elapsed_s
+        task.done = batch.executed_s >= batch.duration_s
+        task.checkpoint = batch.checkpoints.total if task.done else batch.checkpoints.passed(batch.executed_s)
+        task.result = batch
+        self._hub.stopped(task)
+
+    def _stop_soon(self) -> None:
         """The running task comes back at its next checkpoint."""
         task = self._running
         assert task is not None
-        elapsed_s = task.executed_s + max(0.0, now_s - self._resumed_s)
-        self._stop_at(min(self._stop_elapsed_s, task.checkpoints.next_stop_s(elapsed_s)))
+        batch: SimBatch = task.batch
+        elapsed_s = batch.executed_s + max(0.0, self._now_s - self._recorder.resumed_s)
+        self._stop_at(task, min(self._stop_elapsed_s, batch.checkpoints.next_stop_s(elapsed_s)))
 
-    def _stop_at(self, elapsed_s: float) -> None:
-        assert self._running is not None
+    def _stop_at(self, task: PrefillTask, elapsed_s: float) -> None:
         self._stop_elapsed_s = elapsed_s
-        self._stop_s = self._resumed_s + elapsed_s - self._running.executed_s
-        self.next_s = min(self._stop_s, self._kv.next_release_s) if self._kv_is_short else self._stop_s
-
-    def _run_next(self, now_s: float) -> None:
-        task = self._pick(now_s)
-        if task is None:
-            self._running = None
-            self.next_s = self._kv.next_release_s if self._kv_is_short else math.inf
-            return
-        if self._running is not None and task is not self._running:
-            # What was there when the hub last chose, lost then: it wins because of something that happened since. A
-            # task is resumed in place of another only because of what happens right now: nobody was blocked.
-            self.blocking_s.append(0.0 if task.executed_s else now_s - max(task.ready_s, self._resumed_s))
-        self._running = task
-        self._resumed_s = now_s + self._hub_s
-        self._stop_at(task.duration_s)
-
-    def _pick(self, now_s: float) -> SimTask | None:
-        running = self._running
-        while True:
-            job = self._policy.pick(now_s, running.job if running else None, admit=not self._kv_is_short)
-            if job is None:
-                return None
-            if isinstance(job.item, SimTask):
-                return job.item
-            task = self._start(job, now_s)
-            if task is not None:
-                return task
-            self._kv_is_short = True
-
-    def _start(self, winner: Job[SimRequest], now_s: float) -> SimTask | None:
-        jobs = self._policy.batch(winner, now_s, _new_tokens, self._predict_s)
-        members = [job.item for job in jobs]
-        members = members[: self._kv.fitting(members)]
-        if not members:
-            return None
-        self._kv.take(members)
-        for member in members:
-            self._kv.send(member, member.shape.cached_tokens, now_s)
-        for job in jobs[: len(members)]:
-            self._policy.requests.remove(job)
-        shapes = [member.shape for member in members]
-        duration_s = self._cost.predict_s(shapes)
-        checkpoints = Checkpoints(duration_s, self._cost.layers, self._cost.attention_share(shapes), self._preemption)
-        task = SimTask(members, winner, duration_s, self._predict_s(members), checkpoints)
-        self._policy.tasks.add(task.job)
-        return task
-
-    def _predict_s(self, requests: Sequence[SimRequest]) -> float:
-        """Predicted time of a batch, off by as much as the predictions of its requests."""
-        if len(requests) == 1:
-            return requests[0].predicted_s
-        alone_s = sum(self._cost.predict_s((request.shape,)) for request in requests)
-        off = sum(request.predicted_s for request in requests) / alone_s
-        return off * self._cost.predict_s([request.shape for request in requests])
-
-
-def _new_tokens(request: SimRequest) -> int:
-    return request.shape.new_tokens
+        self._stop_s = self._recorder.resumed_s + elapsed_s - task.batch.executed_s
+        kv = self._engine.kv
+        self.next_s = min(self._stop_s, kv.next_release_s) if self._hub.kv_is_short else self._stop_s

@@ -1,6 +1,6 @@
 """What the phases ask of a prefill server's engine: forward passes alone, in company and suspended, and their times.
 
-All that reaches into the scheduler is here and in ``runtime.selfcheck.Tasks``.
+All that asks the hub and its scheduler is here and in ``runtime.selfcheck.Tasks``.
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ from typing import Any
 
 import torch
 
+from sgl_flowprefill.config import FlowPrefillConfig
 from sgl_flowprefill.profiling.file import Setting
 from sgl_flowprefill.runtime.checkpoints import find_decoder_layers
-from sgl_flowprefill.runtime.profile import current_setting
+from sgl_flowprefill.runtime.profile import current_setting, load_or_measure
 from sgl_flowprefill.runtime.selfcheck import Finding, Tasks, checks
 from sgl_flowprefill.runtime.task import PrefillTask
-from sgl_flowprefill.runtime.tiles import WHOLE, Tiles, find_norms, plan_tiles
+from sgl_flowprefill.runtime.tiles import WHOLE, Tiles, TileSizes, find_norms, plan_tiles
 
 
 @dataclass(frozen=True)
@@ -46,27 +47,27 @@ class Engine(Tasks):
 
     @property
     def on_card(self) -> bool:
-        return bool(self._scheduler.device == "cuda")
+        return bool(self.scheduler.device == "cuda")
 
     @property
     def setting(self) -> Setting:
-        return current_setting(self._scheduler)
+        return current_setting(self.scheduler)
 
     @property
     def layers(self) -> int:
-        return int(self._scheduler.model_config.num_hidden_layers)
+        return int(self.scheduler.model_config.num_hidden_layers)
 
     @property
     def max_blocking_s(self) -> float:
-        return float(self._scheduler._config.max_blocking_ms) * 1e-3
+        return FlowPrefillConfig.from_env().max_blocking_ms * 1e-3
 
     @property
     def default_lookahead(self) -> int:
-        return int(self._scheduler._config.lookahead)
+        return FlowPrefillConfig.from_env().lookahead
 
     def describe(self) -> dict[str, Any]:
         """What serves, for the report and for the phases that start servers."""
-        scheduler = self._scheduler
+        scheduler = self.scheduler
         runner = scheduler.tp_worker.model_runner
         weights = sum(weight.nbytes for weight in runner.model.parameters())
         pool = scheduler.token_to_kv_pool_allocator.get_kvcache()
@@ -81,7 +82,7 @@ class Engine(Tasks):
 
     def findings(self) -> Iterator[Finding]:
         """The doctor's checks, one after the other."""
-        return checks(self._scheduler)
+        return checks(self.hub)
 
     # ---- forward passes ---------------------------------------------------------------------------------------------
 
@@ -99,9 +100,9 @@ class Engine(Tasks):
 
     def together(self, prompts: Sequence[Sequence[int]]) -> list[First]:
         """Prompts in one batch, as SGLang would compute them without FlowPrefill, too."""
-        scheduler = self._scheduler
+        scheduler = self.scheduler
         reqs = [self._req(index, list(prompt)) for index, prompt in enumerate(prompts)]
-        batch = scheduler._make_batch(reqs)
+        batch = self._role.make_batch(reqs)
         scheduler.waiting_queue = []
         with torch.no_grad():
             result = scheduler.run_batch(batch)
@@ -122,7 +123,7 @@ class Engine(Tasks):
             while live:
                 task = rng.choice(live)
                 self.resume(task)
-                depth = max(depth, sum(one.started and not one.done for one in started))
+                depth = max(depth, sum(one.has_run and not one.done for one in started))
                 if task.done:
                     live.remove(task)
                 else:
@@ -141,7 +142,7 @@ class Engine(Tasks):
                 self.resume(task)
         else:
             with torch.no_grad():
-                task.result = self._scheduler._forward(task.batch)
+                task.result = self.hub.forward(task.batch)
         self.finish(task)
         return time.perf_counter() - begin_s
 
@@ -153,31 +154,33 @@ class Engine(Tasks):
             self.finish(task)
         return int(task.points)
 
-    def synchronize(self) -> None:
-        self._synchronize()
-
     # ---- settings ---------------------------------------------------------------------------------------------------
 
     @contextmanager
     def lookahead(self, operators: int) -> Iterator[None]:
         """Let the CPU run ahead of the device by so many operators."""
-        device = self._scheduler._device
-        usual, device._lookahead = device._lookahead, operators
+        device: Any = self.hub.executor.device
+        usual, device.lookahead = device.lookahead, operators
         try:
             yield
         finally:
-            device._lookahead = usual
+            device.lookahead = usual
 
     @property
     def tiles(self) -> Tiles:
         """How long operators are split, of tasks that start now."""
-        now: Tiles = self._scheduler._tiles.now
-        return now
+        return self._tile_sizes.now
+
+    @property
+    def _tile_sizes(self) -> TileSizes:
+        sizes = self.hub.tiles
+        assert isinstance(sizes, TileSizes)
+        return sizes
 
     @contextmanager
     def in_tiles(self, tiles: Tiles) -> Iterator[None]:
         """Let tasks that start meanwhile run in these."""
-        sizes = self._scheduler._tiles
+        sizes = self._tile_sizes
         usual, sizes.now = sizes.now, tiles
         try:
             yield
@@ -190,17 +193,17 @@ class Engine(Tasks):
 
     def planned_tiles(self, max_blocking_s: float) -> Tiles:
         """The tiles that serving would use with this longest blocking time."""
-        scheduler = self._scheduler
-        model = scheduler.tp_worker.model_runner.model
+        model = self.scheduler.tp_worker.model_runner.model
+        ttft, operators = load_or_measure(self._role, FlowPrefillConfig.from_env())
         layers = find_decoder_layers(model)
         norms = find_norms(model, layers)
-        return plan_tiles(max_blocking_s, len(layers), len(norms), scheduler._ttft, scheduler._operators)
+        return plan_tiles(max_blocking_s, len(layers), len(norms), ttft, operators)
 
     def _release(self, batch: Any) -> None:
         from sglang.srt.mem_cache.common import release_kv_cache
 
         for req in batch.reqs:
-            release_kv_cache(req, self._scheduler.tree_cache, checkpoint=False)
+            release_kv_cache(req, self.scheduler.tree_cache, checkpoint=False)
 
 
 def timed(what: Callable[[], object]) -> float:

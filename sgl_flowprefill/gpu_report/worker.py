@@ -67,7 +67,7 @@ def _measure(module: Any, own: argparse.Namespace, options: Sequence[str], budge
 
     scheduler = make_scheduler(options)
     with serving_stream(scheduler):
-        engine = Engine(scheduler)
+        engine = Engine(scheduler.hub)
         described = engine.describe()
         for outcome in module.measure(engine, request):
             found = outcome.to_dict()

@@ -81,24 +81,24 @@ class Leader:
 
     def __init__(self, lead: int, pending: Callable[[], bool], write: Callable[[int], None]) -> None:
         self._lead = lead
-        self._pending = pending
+        self.pending = pending
         self._write = write
-        self._point = 0
-        self._stop = 0
+        self.point = 0
+        self.stop = 0
 
     def begin(self, point: int) -> None:
         """A round begins, whose points come after ``point``. Every other rank has left the last one."""
-        self._point, self._stop = point, 0
+        self.point, self.stop = point, 0
         self._write(2 * (point + self._lead))
 
     def interrupted(self) -> bool:
         """Called at each interruption point. Whether all ranks suspend their task at this one."""
-        self._point = point = self._point + 1
-        if self._stop:
-            return point == self._stop
-        if self._pending():
-            self._stop = point + self._lead
-            self._write(2 * self._stop - 1)
+        self.point = point = self.point + 1
+        if self.stop:
+            return point == self.stop
+        if self.pending():
+            self.stop = point + self._lead
+            self._write(2 * self.stop - 1)
         else:
             self._write(2 * (point + self._lead))
         return False
@@ -111,15 +111,15 @@ class Follower:
         self._read = read
         self._wait = wait
         self._wait_s = wait_s
-        self._point = 0
+        self.point = 0
 
     def begin(self, point: int) -> None:
         """As in ``Leader``."""
-        self._point = point
+        self.point = point
 
     def interrupted(self) -> bool:
         """As in ``Leader``."""
-        self._point = point = self._point + 1
+        self.point = point = self.point + 1
         return False if self._read() >= 2 * point else self._ask(point)
 
     def _ask(self, point: int) -> bool:
@@ -225,6 +225,9 @@ class Agreement:
         ``wait_s`` raises AgreementError.
         """
         self.rank = dist.get_rank(group)
+        self.decides = self.rank == 0
+        self.ends_waiting = _never
+        """Nothing ends a rank's wait for its device early, or ranks would not do the same."""
         self._group = group
         self._wait_s = wait_s
         self._round = 0
@@ -239,18 +242,18 @@ class Agreement:
         dist.all_gather_object(cards, _Card(os.getpid(), own_path, address), group=group)
         path = cards[first].word_path
         self._word: SharedWord
-        self._side: Leader | Follower
+        self.side: Leader | Follower
         if pending is not None:
             others = range(per_node, ranks, per_node)
             self._word = SentWord(path, group, others, wait_s) if others else SharedWord(path)
-            self._side = Leader(lead, pending, self._word.write)
+            self.side = Leader(lead, pending, self._word.write)
         else:
             address = cards[0].wakeup
             assert address is not None
             wakeup.forward_to(address)
             self._word = ReceivedWord(path, group, wait_s) if self.rank == first else SharedWord(path)
-            self._side = Follower(self._word.read, self._wait_for_word, wait_s)
-        self.interrupted: Callable[[], bool] = self._side.interrupted
+            self.side = Follower(self._word.read, self._wait_for_word, wait_s)
+        self.interrupted: Callable[[], bool] = self.side.interrupted
         """Called at each interruption point; true at the one at which all ranks suspend the running task."""
         self._lead = lead
         self._looked_s = 0.0
@@ -302,7 +305,7 @@ class Agreement:
     def _begin_round(self) -> None:
         self._round += 1
         point = self._round * POINTS_PER_ROUND
-        self._side.begin(point)
+        self.side.begin(point)
         self._word.settle(2 * (point + self._lead))
 
     def _wait_for_word(self) -> None:
@@ -341,6 +344,10 @@ def _wait(work: Any, limit_s: float) -> None:
                 return
             if patience.is_over():
                 raise
+
+
+def _never() -> bool:
+    return False
 
 
 def _new_shared_page() -> str:

@@ -18,10 +18,7 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, Final, Protocol, Self
-
-import torch
 
 POLL_S: Final = 50e-6
 """Pause between two looks at an unfinished event. An operator takes longer, and ``lookahead`` of them are queued behind
@@ -110,7 +107,7 @@ class QueueDevice:
     """A device with one in-order queue. Subclasses say how its end is marked and how the host waits."""
 
     def __init__(self, lookahead: int) -> None:
-        self._lookahead = lookahead
+        self.lookahead = lookahead
         self._queued: deque[Any] = deque()
         """Ends of the operators that had not run when we last looked, in their order: at most ``lookahead`` + 1."""
         self._unused: list[Any] = []
@@ -121,7 +118,7 @@ class QueueDevice:
         self._queued.append(event)
 
     def catch_up(self, interrupted: Callable[[], bool]) -> bool:
-        while len(self._queued) > self._lookahead:
+        while len(self._queued) > self.lookahead:
             if not self.wait(self._queued[0], interrupted):
                 return False
             self._unused.append(self._queued.popleft())
@@ -143,54 +140,3 @@ class QueueDevice:
 
     def _pause(self) -> None:
         raise NotImplementedError
-
-
-@dataclass(frozen=True, slots=True)
-class CudaStamp:
-    """A timed event of its own: stamps are kept until their task is done."""
-
-    event: torch.cuda.Event
-
-    def seconds_until(self, later: CudaStamp) -> float:
-        later.event.synchronize()  # it may be the next thing behind what told that its task is done
-        return float(self.event.elapsed_time(later.event)) * 1e-3
-
-
-class CudaDevice(QueueDevice):
-    """The current CUDA stream.
-
-    The host waits by asking and sleeping in turns, not in ``cudaEventSynchronize``, which no arrival can interrupt: a
-    sleep lets go of the GIL, so that the transfer and bootstrap threads run, and what the hub should look at is seen
-    ``POLL_S`` later at the latest.
-    """
-
-    def fetch(self, batch: Any, result: Any) -> None:
-        # SGLang does this in its overlap mode only, and otherwise blocks in ``next_token_ids.tolist()``.
-        if result.copy_done is None:
-            result.copy_done = torch.cuda.Event()
-            result.copy_to_cpu(return_logprob=batch.return_logprob, return_hidden_states=batch.return_hidden_states)
-        self.record()
-
-    def stamp(self) -> CudaStamp:
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return CudaStamp(event)
-
-    def beside_the_queue(self) -> AbstractContextManager[Any]:
-        stream: AbstractContextManager[Any] = torch.cuda.stream(self._beside)
-        return stream
-
-    @cached_property
-    def _beside(self) -> torch.cuda.Stream:
-        return torch.cuda.Stream()
-
-    def _new_event(self) -> torch.cuda.Event:
-        return torch.cuda.Event()
-
-    def _pause(self) -> None:
-        time.sleep(POLL_S)
-
-
-def make_device(device_type: str, lookahead: int) -> Device:
-    """The device that SGLang calls ``device_type``."""
-    return CudaDevice(lookahead) if device_type == "cuda" else CpuDevice()

@@ -1,4 +1,4 @@
-"""A forward pass that raises: whether its task alone is to blame, and where it was, on which ranks have to agree."""
+"""A forward pass that raised: where it was, on which ranks have to agree, and what its requests are told."""
 
 from __future__ import annotations
 
@@ -6,13 +6,6 @@ import hashlib
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
-
-import torch
-from torch import distributed as dist
-
-DEVICE_ERRORS: Final = ("CUDA error", "CUDA driver error", "device-side assert", "NCCL error", "cuDNN error")
-"""In the messages of errors after which a CUDA context or a communicator may be unusable."""
 
 
 @dataclass(frozen=True)
@@ -41,15 +34,3 @@ class Failure:
     def message(self) -> str:
         """The answer to the requests."""
         return f"the prefill of this request failed ({self.kind}); the log of the prefill server has error {self.id}"
-
-
-def ends_server(error: Exception) -> bool:
-    """Whether ``error`` says more about the process than about one prefill: nothing that runs after it can be trusted.
-
-    Out of memory is not of that kind: PyTorch has raised it before a kernel was queued.
-    """
-    if isinstance(error, torch.OutOfMemoryError):
-        return False
-    if isinstance(error, (torch.AcceleratorError, dist.DistError)):
-        return True
-    return isinstance(error, RuntimeError) and any(text in str(error) for text in DEVICE_ERRORS)

@@ -14,7 +14,7 @@ from typing import Any, Final
 import torch
 from sglang.srt.environ import envs
 
-from sgl_flowprefill.runtime.task import AttentionSlots
+from sgl_flowprefill.runtime.slots import AttentionSlots
 
 logger = logging.getLogger(__name__)
 

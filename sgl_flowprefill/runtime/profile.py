@@ -20,6 +20,7 @@ from sgl_flowprefill.config import FlowPrefillConfig
 from sgl_flowprefill.profiling import Profile, ProfileError, Row, Setting, read_profile, write_profile
 from sgl_flowprefill.profiling.fitted import fit
 from sgl_flowprefill.profiling.measure import SchedulerEngine
+from sgl_flowprefill.runtime.prefill_role import PrefillRole
 from sgl_flowprefill.ttft import AdaptiveTTFT, OperatorTimes, PrefillShape
 
 logger = logging.getLogger(__name__)
@@ -32,15 +33,15 @@ tell what attention costs a pair of tokens from what it costs a token."""
 SEED: Final = 20260216
 
 
-def load_or_measure(scheduler: Any, config: FlowPrefillConfig) -> tuple[AdaptiveTTFT, OperatorTimes | None]:
-    """TTFT model of the engine inside ``scheduler``, with online correction and the margin of ``config``, and the times
+def load_or_measure(role: PrefillRole, config: FlowPrefillConfig) -> tuple[AdaptiveTTFT, OperatorTimes | None]:
+    """TTFT model of the engine behind ``role``, with online correction and the margin of ``config``, and the times
     of its operators where the profile has them.
 
     It comes from ``--flowprefill-profile``; else from what ``launch.py profile`` left in the cache; else from a short
     profile of single prompts, which is measured at the first start and cached. Raises SystemExit with one line when
     the named profile cannot be used.
     """
-    setting = current_setting(scheduler)
+    setting = current_setting(role.scheduler)
     profile: Profile | None
     if config.profile is not None:
         try:
@@ -50,10 +51,10 @@ def load_or_measure(scheduler: Any, config: FlowPrefillConfig) -> tuple[Adaptive
     else:
         profile = _cached(profile_path(setting), setting) or _cached(_short_path(setting), setting)
     # Tile sizes depend on it, so it has to be the same on all tensor-parallel ranks.
-    ranks = scheduler.tp_group
+    ranks = role.scheduler.tp_group
     profile = ranks.broadcast_object(profile)
     if profile is None:
-        profile = ranks.broadcast_object(_measure_short(scheduler, setting, inside=config.granularity != "chunk"))
+        profile = ranks.broadcast_object(_measure_short(role, setting, inside=config.granularity != "chunk"))
         if ranks.rank_in_group == 0:
             write_profile(_short_path(setting), profile)
     model, residuals = fit(profile)
@@ -110,8 +111,9 @@ def _short_path(setting: Setting) -> Path:
     return path.with_name(f"{path.stem}-short.parquet")
 
 
-def _measure_short(scheduler: Any, setting: Setting, inside: bool) -> Profile:
-    engine = SchedulerEngine(scheduler)
+def _measure_short(role: PrefillRole, setting: Setting, inside: bool) -> Profile:
+    engine = SchedulerEngine(role)
+    scheduler = role.scheduler
     limit = min(scheduler.model_config.context_len - 1, scheduler.max_total_num_tokens - 1, SHORT_LENGTHS_TOKENS[-1])
     lengths = sorted({min(length, limit) for length in SHORT_LENGTHS_TOKENS})
     logger.info("FlowPrefill measures prefill times of %d to %d tokens", lengths[0], lengths[-1])

@@ -18,15 +18,18 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from types import SimpleNamespace
-from typing import Any, Final
+from typing import Final
 
 import torch
 from sglang.srt.mem_cache.common import release_kv_cache
 
+from sgl_flowprefill.config import FlowPrefillConfig
 from sgl_flowprefill.profiling.measure import SchedulerEngine
 from sgl_flowprefill.profiling.process import make_scheduler, serving_stream
-from sgl_flowprefill.runtime.device import CudaDevice
+from sgl_flowprefill.runtime.cuda_device import CudaDevice
+from sgl_flowprefill.runtime.hub import Hub
 from sgl_flowprefill.runtime.memory import MIB
+from sgl_flowprefill.runtime.prefill_role import PrefillRole
 from sgl_flowprefill.runtime.task import PrefillTask
 from sgl_flowprefill.runtime.tiled_attention import TiledAttention, prefill_backend
 
@@ -60,60 +63,61 @@ class Finding:
 class Tasks(SchedulerEngine):
     """Starts and suspends prefills on an idle scheduler, below the hub."""
 
-    def __init__(self, scheduler: Any) -> None:
-        super().__init__(scheduler)
+    def __init__(self, hub: Hub[PrefillRole]) -> None:
+        super().__init__(hub.role)
+        self.hub = hub
         self._started = 0
 
     def start(self, prompt: list[int]) -> PrefillTask:
-        scheduler = self._scheduler
         self._started += 1
-        batch = scheduler._make_batch([self._req(self._started, prompt)])
+        batch = self._role.make_batch([self._req(self._started, prompt)])
         return PrefillTask(
             id=self._started,
             batch=batch,
+            members=(),
+            shapes=self._role.shapes(batch),
             arrival_s=0.0,
             deadline_s=0.0,
-            readable_s=0.0,
             predicted_s=0.0,
             attention_share=0.5,
-            attn_backend=scheduler._slots.take(),
+            attn_backend=self.hub.slots.take(),
         )
 
     @torch.no_grad()
     def resume(self, task: PrefillTask) -> None:
         """Run ``task`` until it is done or interrupted."""
-        self._scheduler._executor.run(task, self._scheduler._forward)
+        self.hub.executor.run(task, self.hub.forward)
 
     def finish(self, task: PrefillTask) -> int:
         """First token of a task that is done."""
-        scheduler = self._scheduler
+        scheduler = self.scheduler
         if task.result.copy_done is not None:
             task.result.copy_done.synchronize()
         [token] = task.result.next_token_ids.tolist()
-        scheduler._slots.give_back(task.attn_backend)
+        self.hub.slots.give_back(task.attn_backend)
         for req in task.batch.reqs:
             release_kv_cache(req, scheduler.tree_cache, checkpoint=False)
         return int(token)
 
     def checkpoint_s(self) -> float:
         """Host time of a checkpoint with nothing pending and nothing to wait for."""
-        executor = self._scheduler._executor
-        executor._running = SimpleNamespace(checkpoint=0, points=0)
+        executor = self.hub.executor
+        executor.running = SimpleNamespace(checkpoint=0, points=0)
         begin_s = time.perf_counter()
         for _ in range(CHECKPOINT_CALLS):
             executor.checkpoint()
         each_s = (time.perf_counter() - begin_s) / CHECKPOINT_CALLS
-        executor._running = None
+        executor.running = None
         return each_s
 
     @contextmanager
     def interrupted_by(self, interrupted: Callable[[], bool]) -> Iterator[None]:
-        executor = self._scheduler._executor
-        usual, executor._interrupted = executor._interrupted, interrupted
+        executor = self.hub.executor
+        usual, executor.interrupted = executor.interrupted, interrupted
         try:
             yield
         finally:
-            executor._interrupted = usual
+            executor.interrupted = usual
 
     def prompt(self, tokens: int) -> list[int]:
         return self._random_ids(min(tokens, self.limit_tokens))
@@ -142,7 +146,7 @@ def check_events(tasks: Tasks) -> Finding:
 
 def check_slots(tasks: Tasks) -> Finding:
     """Attention state of more tasks takes little memory, and none of them shares its plans."""
-    slots = tasks._scheduler._slots
+    slots = tasks.hub.slots
     before_bytes = torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
     taken = [slots.take() for _ in range(TASKS)]
     after_bytes = torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
@@ -186,7 +190,7 @@ def check_tokens(tasks: Tasks) -> Finding:
 
 def check_tiled_attention(tasks: Tasks) -> Finding:
     """Attention in query tiles gives the tokens that it gives whole, with and without a cached prefix."""
-    backend = prefill_backend(tasks._scheduler.tp_worker.model_runner.attn_backend)
+    backend = prefill_backend(tasks.scheduler.tp_worker.model_runner.attn_backend)
     if not isinstance(backend, TiledAttention):
         return Finding("tiled attention", True, f"{type(backend).__name__} runs whole, however long it takes")
     gaps = 0
@@ -229,13 +233,13 @@ def check_cost(tasks: Tasks) -> Finding:
         times_s = {}
         for with_checkpoints in (True, False) if pair % 2 else (False, True):
             task = tasks.start(prompt)
-            tasks._synchronize()
+            tasks.synchronize()
             begin_s = time.perf_counter()
             if with_checkpoints:
                 tasks.resume(task)
             else:
                 with torch.no_grad():
-                    task.result = tasks._scheduler._forward(task.batch)
+                    task.result = tasks.hub.forward(task.batch)
             tasks.finish(task)
             times_s[with_checkpoints] = time.perf_counter() - begin_s
         if pair:  # the first warms up
@@ -247,7 +251,7 @@ def check_cost(tasks: Tasks) -> Finding:
 
 def check_blocking(tasks: Tasks) -> Finding:
     """How long after an arrival a preemptor's first kernel could run: what was queued before it is over by then."""
-    scheduler = tasks._scheduler
+    scheduler = tasks.scheduler
     prompt = tasks.prompt(BLOCKING_TOKENS[scheduler.device])
     arrived = threading.Event()
     arrival_s = 0.0
@@ -276,13 +280,14 @@ def check_blocking(tasks: Tasks) -> Finding:
                 timer.join()
                 if arrived.is_set() and not task.done:
                     noticed_s.append(time.monotonic() - arrival_s)
-                    tasks._synchronize()
+                    tasks.synchronize()
                     blocked_s.append(time.monotonic() - arrival_s)
                 arrived.clear()
             tasks.finish(task)
     p50, p99 = statistics.median(blocked_s), statistics.quantiles(blocked_s, n=100, method="inclusive")[98]
-    ahead = scheduler._config.lookahead if scheduler.device == "cuda" else 0
-    limit_s = (ahead + 1) * scheduler._config.max_blocking_ms * 1e-3 + HOST_S
+    config = FlowPrefillConfig.from_env()
+    ahead = config.lookahead if scheduler.device == "cuda" else 0
+    limit_s = (ahead + 1) * config.max_blocking_ms * 1e-3 + HOST_S
     figures = (
         f"{len(prompt)} tokens, {forward_s:.3f} s: p50 {p50 * 1e3:.1f}, p99 {p99 * 1e3:.1f}, "
         f"max {max(blocked_s) * 1e3:.1f} ms (bound {limit_s * 1e3:.0f}); "
@@ -291,11 +296,11 @@ def check_blocking(tasks: Tasks) -> Finding:
     return Finding("blocking", p99 <= limit_s, figures)
 
 
-def checks(scheduler: Any) -> Iterator[Finding]:
-    """All findings about the engine inside ``scheduler``."""
-    tasks = Tasks(scheduler)
+def checks(hub: Hub[PrefillRole]) -> Iterator[Finding]:
+    """All findings about the engine that ``hub`` drives."""
+    tasks = Tasks(hub)
     all_checks: Sequence[Callable[[Tasks], Finding]] = (
-        *((check_events,) if scheduler.device == "cuda" else ()),
+        *((check_events,) if tasks.scheduler.device == "cuda" else ()),
         *(check_slots, check_tokens, check_tiled_attention, check_cost, check_blocking),
     )
     for check in all_checks:
@@ -323,7 +328,7 @@ def main(server_options: Sequence[str]) -> None:
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     scheduler = make_scheduler(server_options)
     with serving_stream(scheduler):
-        for finding in checks(scheduler):
+        for finding in checks(scheduler.hub):
             findings.write(json.dumps(asdict(finding)) + "\n")
 
 

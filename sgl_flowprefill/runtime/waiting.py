@@ -4,42 +4,40 @@ prefix has been cached while it waits."""
 from __future__ import annotations
 
 import math
-import time
 from array import array
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Final
 
-from sglang.srt.disaggregation.base import KVPoll
-
-from sgl_flowprefill.pace import AS_PREDICTED, Pace
 from sgl_flowprefill.policy import Job
-from sgl_flowprefill.runtime.deadline import sent_s
 from sgl_flowprefill.ttft import PrefillShape
 
 BLOCK_TOKENS: Final = 64
 """A longer cached prefix is noticed by blocks of so many tokens."""
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class WaitingRequest:
     """A request that could be started now."""
 
     req: Any
-    """SGLang's Req."""
+    """The role's own: SGLang's Req."""
     number: int
     """Counts the requests that could be started; the same on all tensor-parallel ranks."""
+    prompt: Sequence[int]
     shape: PrefillShape
     """Its cost as the last prefix match left it."""
     readable_s: float
     """When this process could first have read that it can be run: it was sent here, and it has bootstrapped."""
+    logprob_rows: int
+    """Tokens of its prompt whose log probabilities are asked for."""
     watched: int | None = None
     """Hash of its prompt up to the first whole block that is not cached."""
 
 
 class WaitingRequests:
-    """Their jobs, by SGLang's Req. SGLang's ``waiting_queue`` holds the same requests."""
+    """Their jobs, by the role's own request: SGLang's Req, of which its ``waiting_queue`` holds the same."""
 
     def __init__(self) -> None:
         self.news_readable_s = math.inf
@@ -47,7 +45,6 @@ class WaitingRequests:
         self._jobs: dict[Any, Job[WaitingRequest]] = {}
         self._by_number: dict[int, Job[WaitingRequest]] = {}
         self._added = 0
-        self._bootstrapped_s: dict[int, float] = {}
         self._watched: dict[int, dict[Any, None]] = {}
         """By the hash of a prompt's beginning, up to the first block that is not cached: the requests that begin so."""
         self._outdated: dict[Any, None] = {}
@@ -56,47 +53,23 @@ class WaitingRequests:
     def __len__(self) -> int:
         return len(self._jobs)
 
-    def note_bootstrap(self, bootstrap_room: int, status: Any) -> None:
-        """On a transfer thread: how far the bootstrap of the request with that room has come."""
-        if status == KVPoll.WaitingForInput:
-            self._bootstrapped_s[bootstrap_room] = time.monotonic()
-        elif status == KVPoll.Failed:
-            self._bootstrapped_s.pop(bootstrap_room, None)
-
-    def add(
-        self,
-        req: Any,
-        arrival_s: float,
-        slo_s: float,
-        predict_s: Callable[[Sequence[WaitingRequest]], float],
-        pace_of: Callable[[Sequence[PrefillShape]], Pace] = lambda _: AS_PREDICTED,
-    ) -> Job[WaitingRequest]:
-        """The job of ``req``, which has bootstrapped and knows its cached prefix."""
-        readable_s = max(sent_s(req), self._bootstrapped_s.pop(req.bootstrap_room, 0.0))
-        self.news_readable_s = min(self.news_readable_s, readable_s)
-        shape = PrefillShape(len(req.origin_input_ids) - req.prefix_len, req.prefix_len)
-        waiting = WaitingRequest(req, self._added, shape, readable_s)
+    def next_number(self) -> int:
+        """The number of the request that is added next."""
         self._added += 1
-        pace = pace_of([shape])
-        work_s = predict_s([waiting]) / pace.factor
-        job = self._jobs[req] = Job(waiting, arrival_s, arrival_s + slo_s, work_s, pace=pace)
+        return self._added - 1
+
+    def add(self, job: Job[WaitingRequest]) -> None:
+        waiting = job.item
+        self.news_readable_s = min(self.news_readable_s, waiting.readable_s)
+        self._jobs[waiting.req] = job
         self._by_number[waiting.number] = job
         self._watch(waiting)
-        return job
 
-    def matched(
-        self,
-        job: Job[WaitingRequest],
-        predict_s: Callable[[Sequence[WaitingRequest]], float],
-        pace_of: Callable[[Sequence[PrefillShape]], Pace],
-    ) -> None:
-        """``job``, which is in no queue of the policy, knows its cached prefix anew."""
-        waiting = job.item
-        self._unwatch(waiting)
-        waiting.shape = PrefillShape(len(waiting.req.origin_input_ids) - waiting.req.prefix_len, waiting.req.prefix_len)
-        job.pace = pace_of([waiting.shape])
-        job.remaining_s = predict_s([waiting])
-        self._watch(waiting)
+    def matched(self, job: Job[WaitingRequest], shape: PrefillShape) -> None:
+        """``job`` costs ``shape`` by the cached prefix that it has now."""
+        self._unwatch(job.item)
+        job.item.shape = shape
+        self._watch(job.item)
 
     def cached(self, prompts: Iterable[Sequence[int]]) -> None:
         """The KV of all of ``prompts`` is in the cache now: requests that begin alike can be matched farther."""
@@ -113,20 +86,10 @@ class WaitingRequests:
     def is_outdated(self, job: Job[WaitingRequest]) -> bool:
         return job.item.req in self._outdated
 
-    def _watch(self, waiting: WaitingRequest) -> None:
-        """Notice when the block of the prompt after its cached prefix is cached."""
-        blocks = waiting.shape.cached_tokens // BLOCK_TOKENS + 1
-        waiting.watched = next(islice(beginnings(waiting.req.origin_input_ids), blocks - 1, None), None)
-        if waiting.watched is not None:
-            self._watched.setdefault(waiting.watched, {})[waiting.req] = None
-
-    def _unwatch(self, waiting: WaitingRequest) -> None:
-        self._outdated.pop(waiting.req, None)
-        if waiting.watched in self._watched:
-            watching = self._watched[waiting.watched]
-            watching.pop(waiting.req, None)
-            if not watching:
-                del self._watched[waiting.watched]
+    @property
+    def watches(self) -> bool:
+        """Whether something that could be cached would be noticed."""
+        return bool(self._watched)
 
     def forget_news(self) -> None:
         """The hub looks at what there is: what is added from now on is news."""
@@ -145,11 +108,26 @@ class WaitingRequests:
         return jobs
 
     def take_all_but(self, reqs: Collection[Any]) -> list[Job[WaitingRequest]]:
-        """Those that are not among ``reqs``, which SGLang lets wait."""
+        """Those that are not among ``reqs``, which the role lets wait."""
         if len(self._jobs) == len(reqs):
             return []
         waiting = set(reqs)
         return self.take([req for req in self._jobs if req not in waiting])
+
+    def _watch(self, waiting: WaitingRequest) -> None:
+        """Notice when the block of the prompt after its cached prefix is cached."""
+        blocks = waiting.shape.cached_tokens // BLOCK_TOKENS + 1
+        waiting.watched = next(islice(beginnings(waiting.prompt), blocks - 1, None), None)
+        if waiting.watched is not None:
+            self._watched.setdefault(waiting.watched, {})[waiting.req] = None
+
+    def _unwatch(self, waiting: WaitingRequest) -> None:
+        self._outdated.pop(waiting.req, None)
+        if waiting.watched in self._watched:
+            watching = self._watched[waiting.watched]
+            watching.pop(waiting.req, None)
+            if not watching:
+                del self._watched[waiting.watched]
 
 
 def beginnings(prompt: Sequence[int]) -> Iterator[int]:

@@ -92,6 +92,10 @@ class EventSource:
         for source in (arrivals, *others, wakeup):
             self._poller.register(source, zmq.POLLIN)
 
+    def clear(self) -> None:
+        """As ``Wakeup.clear``. What is at the sockets is there until it is read."""
+        self.wakeup.clear()
+
     def pending(self) -> bool:
         """Whether an arrival or a notification waits to be looked at. A flag and one ``getsockopt``."""
         return self.wakeup.pending or bool(int(self._arrivals.getsockopt(zmq.EVENTS)) & zmq.POLLIN)
@@ -99,6 +103,22 @@ class EventSource:
     def sleep(self, timeout_s: float) -> bool:
         """Sleep until something is there, at most ``timeout_s``. Whether something is there."""
         return bool(self._poller.poll(int(timeout_s * 1e3)))
+
+
+class Woken:
+    """The events of a rank that looks when the first one does, and sleeps while it waits for that one."""
+
+    def __init__(self, wakeup: Wakeup) -> None:
+        self.wakeup = wakeup
+
+    def clear(self) -> None:
+        self.wakeup.clear()
+
+    def pending(self) -> bool:
+        return False
+
+    def sleep(self, timeout_s: float) -> bool:
+        return False
 
 
 def scheduler_events(scheduler: Any, wakeup: Wakeup) -> EventSource:

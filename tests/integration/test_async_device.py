@@ -37,26 +37,25 @@ def test_late_results_and_early_wakes_change_no_answer_and_no_kv(
     shared = prompt(98, 200)
     prompts = {f"d{i}": prompt(i, 40 + 97 * i, shared if i % 3 else None) for i in range(12)}
     device = LateDevice(lookahead, seed=lookahead)
-    monkeypatch.setattr(scheduler, "_device", device)
-    monkeypatch.setattr(scheduler._executor, "_device", device)
-    scheduler._policy.limits = Limits(max_suspended=6, max_batch_tokens=1)
+    engine.use(device)
+    scheduler.hub.work.policy.limits = Limits(max_suspended=6, max_batch_tokens=1)
     seen = chaos(engine, seed=11, switch_probability=0.2)
     late, most = 0, 0
-    finish = scheduler._finish
+    finish = scheduler.role.finish
 
     def watched(task: Any) -> None:
         nonlocal late
-        late += task.result.copy_done._place > device.passed
+        late += task.result.copy_done.place > device.passed
         finish(task)
 
-    monkeypatch.setattr(scheduler, "_finish", watched)
+    monkeypatch.setattr(scheduler.role, "finish", watched)
     for rid, tokens in prompts.items():
         engine.submit(rid, tokens, logprobs=True)
     while len(engine.answers) < len(prompts):
         engine.step()
-        most = max(most, len(scheduler._finishing))
-        assert len(scheduler._finishing) <= 1
-        assert not (scheduler._finishing and scheduler.is_fully_idle())
+        most = max(most, len(scheduler.hub.work.tasks.finishing))
+        assert len(scheduler.hub.work.tasks.finishing) <= 1
+        assert not (scheduler.hub.work.tasks.finishing and scheduler.is_fully_idle())
     assert late == 0, "a result was processed before it had arrived, though the device could have been waited for"
     assert most == 1, "no task waited for its result"
     assert seen["suspensions"] >= 10
@@ -79,15 +78,14 @@ def test_kv_indices_that_are_queued_again_are_not_read_beside_the_queue(
     """
     scheduler = engine.scheduler
     device = LateDevice(2, seed=3)
-    monkeypatch.setattr(scheduler, "_device", device)
-    monkeypatch.setattr(scheduler._executor, "_device", device)
-    scheduler._policy.limits = Limits(max_suspended=100, max_batch_tokens=1)
+    engine.use(device)
+    scheduler.hub.work.policy.limits = Limits(max_suspended=100, max_batch_tokens=1)
     chaos(engine, seed=3, switch_probability=0.9)
     shared = prompt(4, 300)
     prompts = {f"s{i}": prompt(50 + i // 2, 500, shared) for i in range(8)} | {"other": prompt(60, 450)}
     before: dict[str, torch.Tensor] = {}
     sent: dict[str, tuple[bool, bool]] = {}
-    finish, send = scheduler._finish, scheduler._send_kv_chunk
+    finish, send = scheduler.role.finish, scheduler._send_kv_chunk
 
     def row(req: Any) -> torch.Tensor:
         indices: torch.Tensor = scheduler.req_to_token_pool.req_to_token[req.kv.req_pool_idx]
@@ -101,7 +99,7 @@ def test_kv_indices_that_are_queued_again_are_not_read_beside_the_queue(
         sent[req.rid] = device.is_beside, torch.equal(row(req), before[req.rid])
         send(req, **arguments)
 
-    monkeypatch.setattr(scheduler, "_finish", watched_finish)
+    monkeypatch.setattr(scheduler.role, "finish", watched_finish)
     monkeypatch.setattr(scheduler, "_send_kv_chunk", watched_send)
     for rid, tokens in prompts.items():
         engine.submit(rid, tokens)
@@ -122,15 +120,14 @@ def test_a_client_that_leaves_while_its_result_is_on_the_way(
 ) -> None:
     scheduler = engine.scheduler
     device = LateDevice(2, seed=5)
-    monkeypatch.setattr(scheduler, "_device", device)
-    monkeypatch.setattr(scheduler._executor, "_device", device)
+    engine.use(device)
     device.rng = random.Random()
     device.rng.random = lambda: 1.0  # type: ignore[method-assign] - nothing passes
-    scheduler._executor._interrupted = lambda: False
+    scheduler.hub.executor.interrupted = lambda: False
     monkeypatch.setattr(type(device), "catch_up", lambda self, interrupted: True)
     engine.submit("leaves", prompt(1, 300))
     engine.step()
-    assert [task.rids for task in scheduler._finishing] == [["leaves"]]
+    assert [task.rids for task in scheduler.hub.work.tasks.finishing] == [["leaves"]]
     assert not scheduler.is_fully_idle()
     assert scheduler._collect_inflight_batches()
     engine.abort("leaves")
@@ -146,19 +143,18 @@ def test_an_aborted_task_leaves_nothing_queued_that_reads_its_slot(
 ) -> None:
     scheduler = engine.scheduler
     device = LateDevice(2, seed=7)
-    monkeypatch.setattr(scheduler, "_device", device)
-    monkeypatch.setattr(scheduler._executor, "_device", device)
-    scheduler._executor._interrupted = lambda: True
+    engine.use(device)
+    scheduler.hub.executor.interrupted = lambda: True
     engine.submit("leaves", prompt(2, 700))
     engine.step()
-    [task] = scheduler._live
+    [task] = scheduler.hub.work.tasks.live
     queued = device.recorded
     assert device.passed < queued
     engine.abort("leaves")
-    scheduler._take_events()
-    assert task.attn_backend in scheduler._slots._free
+    scheduler.hub.look()
+    assert scheduler.hub.slots.is_free(task.attn_backend)
     assert device.passed >= queued
-    scheduler._executor._interrupted = lambda: False
+    scheduler.hub.executor.interrupted = lambda: False
     engine.run()
     engine.assert_clean()
 
@@ -173,18 +169,18 @@ def test_a_suspended_task_holds_the_activations_that_are_accounted_for(engine: P
         storages = (item.untyped_storage() for item in held if len(item) == tokens)
         return {storage.data_ptr(): storage.nbytes() for storage in storages}
 
-    scheduler._executor._interrupted = lambda: sys._getframe(2).f_code.co_name == "checkpoint"
+    scheduler.hub.executor.interrupted = lambda: sys._getframe(2).f_code.co_name == "checkpoint"
     gc.collect()
     before = rows()
     engine.submit("only", prompt(3, tokens), ttft_slo_s=100.0)
     held_bytes = []
     while "only" not in engine.answers:
         engine.step()
-        if scheduler._live:
+        if scheduler.hub.work.tasks.live:
             held_bytes.append(sum(nbytes for pointer, nbytes in rows().items() if pointer not in before))
-    accounted = scheduler._memory.activations.suspended_bytes(tokens)
+    accounted = scheduler.hub.work.memory.activations.suspended_bytes(tokens)
     print(f"\nheld at {len(held_bytes)} checkpoints: {max(held_bytes)} bytes, accounted for {accounted}")
-    assert len(held_bytes) >= scheduler._progress.checkpoints - 1
+    assert len(held_bytes) >= scheduler.hub.work.progress.checkpoints - 1
     assert accounted / 2 < max(held_bytes) <= accounted
     rounds.compare("only", prompt(3, tokens))
     rounds.comparison.assert_same()

@@ -14,7 +14,7 @@ from sglang.srt.managers.io_struct import AbortReq
 from sgl_flowprefill.bench.cli.events import summarise_log
 from sgl_flowprefill.events import read_events
 from sgl_flowprefill.policy import Limits
-from sgl_flowprefill.runtime.journal import Journal
+from sgl_flowprefill.runtime.event_recorder import EventRecorder
 from tests.engine import PrefillEngine, generate_request
 from tests.faults import MARKER, raise_in_marked_prompts
 from tests.prompts import prompt
@@ -38,16 +38,18 @@ class LoggedEngine:
     def waiting(self, rid: str) -> Any:
         """A request that could be started now."""
         self.engine.submit(rid, prompt(hash(rid) % 1000, 50), ttft_slo_s=100.0)
-        self.scheduler._take_events()
+        self.scheduler.hub.look()
         return next(req for req in self.scheduler.waiting_queue if req.rid == rid)
 
     def check_for_stalls(self) -> None:
         """What the scheduler does once a second."""
-        self.scheduler._last_stall_check_s = 0.0
-        self.scheduler._take_events()
+        hub = self.scheduler.hub
+        usual_s, hub.stall_check_s = hub.stall_check_s, 0.0
+        hub.look()
+        hub.stall_check_s = usual_s
 
     def events(self) -> list[dict[str, Any]]:
-        self.scheduler._journal.flush()
+        self.scheduler.hub.recorder.flush()
         return list(read_events(self.path))
 
     def ends(self) -> dict[str, str]:
@@ -69,13 +71,13 @@ class LoggedEngine:
 @pytest.fixture
 def logged(shared_engine: PrefillEngine, tmp_path: Path) -> Iterator[LoggedEngine]:
     scheduler = shared_engine.scheduler
-    journal, limits = scheduler._journal, scheduler._policy.limits
+    recorder, limits = scheduler.hub.recorder, scheduler.hub.work.policy.limits
     shared_engine.answers.clear()
-    scheduler._journal = scheduler.output_streamer.journal = Journal(tmp_path / "events.jsonl")
+    shared_engine.record(EventRecorder(tmp_path / "events.jsonl"))
     yield LoggedEngine(shared_engine, tmp_path / "events.jsonl")
-    scheduler._journal = scheduler.output_streamer.journal = journal
-    scheduler._policy.limits = limits
-    scheduler._executor._interrupted = scheduler._events.pending
+    shared_engine.record(recorder)
+    scheduler.hub.work.policy.limits = limits
+    scheduler.hub.executor.interrupted = scheduler.hub.events.pending
     shared_engine.run()
     shared_engine.assert_clean()
 
@@ -132,14 +134,14 @@ def test_grammars_that_do_not_compile_or_are_aborted_end_their_requests(logged: 
 
 def test_a_task_that_is_dropped_and_a_member_that_leaves_a_batch_end_as_aborted(logged: LoggedEngine) -> None:
     scheduler = logged.scheduler
-    scheduler._policy.limits = Limits(max_suspended=16, max_batch_tokens=500)
-    scheduler._executor._interrupted = lambda: True
+    scheduler.hub.work.policy.limits = Limits(max_suspended=16, max_batch_tokens=500)
+    scheduler.hub.executor.interrupted = lambda: True
     logged.engine.submit("is dropped", prompt(1, 600), ttft_slo_s=5.0)
     logged.engine.step()
     for rid in ("stays", "leaves"):
         logged.engine.submit(rid, prompt(2, 100), ttft_slo_s=1.0)
     logged.engine.step()
-    assert [task.rids for task in scheduler._live] == [["is dropped"], ["stays", "leaves"]]
+    assert [task.rids for task in scheduler.hub.work.tasks.live] == [["is dropped"], ["stays", "leaves"]]
     logged.engine.abort("leaves")
     logged.engine.abort("is dropped")
     logged.engine.run()
@@ -148,10 +150,10 @@ def test_a_task_that_is_dropped_and_a_member_that_leaves_a_batch_end_as_aborted(
 
 def test_a_request_that_fails_while_its_prefill_runs_ends_once(logged: LoggedEngine) -> None:
     scheduler = logged.scheduler
-    scheduler._executor._interrupted = lambda: True
+    scheduler.hub.executor.interrupted = lambda: True
     logged.engine.submit("fails", prompt(1, 600))
     logged.engine.step()
-    [task] = scheduler._live
+    [task] = scheduler.hub.work.tasks.live
     scheduler.handle_bootstrap_failure(task.batch.reqs[0])
     logged.engine.run()
     assert logged.ends() == {"fails": "fail"}
@@ -161,15 +163,15 @@ def test_a_forward_pass_that_raises_ends_its_requests_but_those_that_have_left(l
     scheduler, engine = logged.scheduler, logged.engine
     hooks = raise_in_marked_prompts(scheduler, "error", 3)
     try:
-        scheduler._executor._interrupted = lambda: True
+        scheduler.hub.executor.interrupted = lambda: True
         for rid in ("raises", "leaves"):
             engine.submit(rid, [*prompt(1, 60), MARKER], ttft_slo_s=100.0)
         engine.step()
-        [task] = scheduler._live
+        [task] = scheduler.hub.work.tasks.live
         engine.abort("leaves")
         engine.run()
     finally:
-        scheduler._executor._interrupted = scheduler._events.pending
+        scheduler.hub.executor.interrupted = scheduler.hub.events.pending
         for hook in hooks:
             hook.remove()
     assert logged.ends() == {"raises": "fail", "leaves": "abort"}

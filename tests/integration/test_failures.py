@@ -50,9 +50,9 @@ def test_the_others_get_their_tokens_and_nothing_is_left_behind(
 ) -> None:
     scheduler = engine.scheduler
     rng = random.Random(seed)
-    most = scheduler._progress.checkpoints
+    most = scheduler.hub.work.progress.checkpoints
     hooks += raise_in_marked_prompts(scheduler, fault, rng.randrange(most + 1))
-    scheduler._policy.limits = Limits(max_suspended=100, max_batch_tokens=1)
+    scheduler.hub.work.policy.limits = Limits(max_suspended=100, max_batch_tokens=1)
     seen = chaos(engine, seed, switch_probability=0.8)
     requests = list((PROMPTS | BAD).items())
     rng.shuffle(requests)
@@ -91,11 +91,11 @@ def test_all_requests_of_a_batch_that_fails_are_answered_but_those_that_have_lef
 ) -> None:
     scheduler = engine.scheduler
     hooks += raise_in_marked_prompts(scheduler, "error", 3)
-    scheduler._executor._interrupted = lambda: True
+    scheduler.hub.executor.interrupted = lambda: True
     for i in range(3):
         engine.submit(f"m{i}", [*prompt(400 + i, 60), MARKER], ttft_slo_s=100.0)
     engine.step()
-    [task] = scheduler._live
+    [task] = scheduler.hub.work.tasks.live
     assert len(task.batch.reqs) == 3
     engine.abort("m1")
     engine.run()
@@ -139,7 +139,7 @@ def test_what_fails_before_the_model_runs_fails_its_task_alone(
         plan(self, forward_batch)
 
     monkeypatch.setattr(backend, "init_forward_metadata", plan_or_fail)
-    engine.scheduler._executor._interrupted = lambda: True
+    engine.scheduler.hub.executor.interrupted = lambda: True
     engine.submit("good", prompt(1, 900), ttft_slo_s=50.0)
     engine.step()
     engine.submit("bad", prompt(2, 123), ttft_slo_s=0.5)
@@ -154,10 +154,10 @@ def test_a_pause_outlives_a_started_prefill_that_fails(engine: PrefillEngine, ho
 
     scheduler = engine.scheduler
     hooks += raise_in_marked_prompts(scheduler, "error", 4)
-    scheduler._executor._interrupted = lambda: True
+    scheduler.hub.executor.interrupted = lambda: True
     engine.submit("bad", [*prompt(1, 500), MARKER])
     engine.step()
-    assert len(scheduler._live) == 1
+    assert len(scheduler.hub.work.tasks.live) == 1
     engine.receive(PauseGenerationReqInput(mode="in_place"))
     assert engine.answers["bad"].aborted
     engine.receive(ContinueGenerationReqInput())
@@ -175,12 +175,11 @@ def test_errors_that_no_prefill_can_be_blamed_for_end_the_server(
     def lost() -> bool:
         raise RuntimeError("a socket is gone")
 
-    scheduler._executor._interrupted = lost
+    scheduler.hub.executor.interrupted = lost
     engine.submit("first", prompt(1, 500))
     with pytest.raises(RuntimeError, match="a socket is gone"):
         engine.run()
-    scheduler._executor._interrupted = scheduler._events.pending
-    scheduler._executor._own_error = None
+    scheduler.hub.executor.interrupted = scheduler.hub.events.pending
     engine.abort("first")
     engine.step()
     hooks += raise_in_marked_prompts(scheduler, "poison", 3)

@@ -51,12 +51,12 @@ class Wrong:
 @pytest.fixture
 def engine(shared_engine: PrefillEngine) -> Iterator[PrefillEngine]:
     scheduler = shared_engine.scheduler
-    ttft, policy = scheduler._ttft, scheduler._policy
+    ttft, policy = scheduler.hub.work.ttft, scheduler.hub.work.policy
     shared_engine.answers.clear()
-    scheduler._policy = make_policy(FlowPrefillConfig().policy, policy.limits, MAX_STARVATION_S)
+    scheduler.hub.work.policy = make_policy(FlowPrefillConfig().policy, policy.limits, MAX_STARVATION_S)
     yield shared_engine
-    scheduler._ttft, scheduler._policy = ttft, policy
-    scheduler._executor._interrupted = scheduler._events.pending
+    scheduler.hub.work.ttft, scheduler.hub.work.policy = ttft, policy
+    scheduler.hub.executor.interrupted = scheduler.hub.events.pending
 
 
 def replay(engine: PrefillEngine) -> tuple[dict[str, float], dict[str, float]]:
@@ -71,7 +71,7 @@ def replay(engine: PrefillEngine) -> tuple[dict[str, float], dict[str, float]]:
     def arrived() -> bool:
         return bool(due) and time.monotonic() - begin_s >= due[0][1].arrival_s
 
-    engine.scheduler._executor._interrupted = arrived
+    engine.scheduler.hub.executor.interrupted = arrived
     while len(ttft_s) < REQUESTS:
         while arrived():
             index, request = due.pop(0)
@@ -86,12 +86,12 @@ def replay(engine: PrefillEngine) -> tuple[dict[str, float], dict[str, float]]:
 
 
 def test_a_predictor_that_is_wrong_by_two_loses_and_starves_nobody(engine: PrefillEngine) -> None:
-    right = engine.scheduler._ttft
+    right = engine.scheduler.hub.work.ttft
     met: dict[float, float] = {}
     tokens: dict[float, dict[str, int | None]] = {}
     for factor in (1.0, 2.0, 0.5):
         engine.answers.clear()
-        engine.scheduler._ttft = Wrong(right, factor)
+        engine.scheduler.hub.work.ttft = Wrong(right, factor)
         ttft_s, slo_s = replay(engine)
         met[factor] = sum(ttft_s[rid] <= slo_s[rid] for rid in ttft_s) / REQUESTS
         tokens[factor] = {rid: answer.token for rid, answer in engine.answers.items()}

@@ -42,7 +42,7 @@ def test_a_mix_that_is_suspended_all_the_time_gets_the_answers_of_transformers(
     # A finished request puts the shared prefix into the radix cache before the mix starts.
     engine.submit("first", shared + prompt(5, 20))
     engine.run()
-    engine.scheduler._policy.limits = Limits(max_suspended=100, max_batch_tokens=1)
+    engine.scheduler.hub.work.policy.limits = Limits(max_suspended=100, max_batch_tokens=1)
     rounds.ask(random.Random(1), prompts, with_inputs={"r4"}, dropped=set(), switch_probability=0.9, at_once=True)
     rounds.comparison.assert_same()
     assert rounds.seen["suspensions"] >= 40
@@ -69,12 +69,12 @@ def test_log_probabilities_of_a_long_prompt_are_computed_in_the_chunks_that_its_
 
     monkeypatch.setattr(LogitsProcessor, "_get_logits", watched)
     tokens = prompt(88, 5000)
-    scheduler._executor._interrupted = lambda: True
+    scheduler.hub.executor.interrupted = lambda: True
     engine.submit("long", tokens, inputs_from=0)
     engine.step()
-    assert scheduler._live[0].logprob_rows == 5000
+    assert scheduler.hub.work.tasks.live[0].logprob_rows == 5000
     engine.run()
-    assert max(rows) == scheduler._memory.activations.logits_chunk_tokens == 2048
+    assert max(rows) == scheduler.hub.work.memory.activations.logits_chunk_tokens == 2048
     assert sum(rows) >= 5000
     comparison.inputs("long", tokens, engine.answers["long"].input_logprobs[1:])
     comparison.assert_same()
@@ -186,12 +186,12 @@ def test_the_policy_sees_all_requests_however_many_and_the_urgent_one_that_comes
     for i in range(count):
         engine.submit(f"w{i}", prompt(i, 8), ttft_slo_s=1000.0)
     engine.submit("urgent", prompt(7, 9), ttft_slo_s=2.0)
-    scheduler._take_events()
-    waiting = {job.item.req.rid for job in scheduler._policy.requests.first(time.monotonic(), count + 1)}
+    scheduler.hub.look()
+    waiting = {job.item.req.rid for job in scheduler.hub.work.policy.requests.first(time.monotonic(), count + 1)}
     assert len(waiting) == count + 1
-    scheduler._policy.limits = Limits(max_suspended=100, max_batch_tokens=1)
+    scheduler.hub.work.policy.limits = Limits(max_suspended=100, max_batch_tokens=1)
     engine.step()
-    assert scheduler._tasks_started
+    assert scheduler.hub.work.tasks.started
     assert "urgent" not in {req.rid for req in scheduler.waiting_queue}
     assert len(scheduler.waiting_queue) == count
     for rid in waiting:
@@ -210,8 +210,8 @@ def test_other_weights_do_not_meet_a_prefill_that_has_started(
     engine.submit("alone", tokens)
     engine.run()
     assert scheduler.flush_cache()
-    scheduler._executor._interrupted = lambda: True
-    scheduler._policy.limits = Limits(max_suspended=100, max_batch_tokens=1)
+    scheduler.hub.executor.interrupted = lambda: True
+    scheduler.hub.work.policy.limits = Limits(max_suspended=100, max_batch_tokens=1)
     engine.submit("suspended", tokens, ttft_slo_s=50.0)
     engine.step()
     engine.submit("running", prompt(42, 500), ttft_slo_s=5.0)
@@ -220,7 +220,7 @@ def test_other_weights_do_not_meet_a_prefill_that_has_started(
     live: list[int] = []
 
     def ruin(recv_req: Any) -> Any:
-        live.append(len(scheduler._live))
+        live.append(len(scheduler.hub.work.tasks.live))
         for parameter in model.parameters():
             parameter.data.neg_()
         return None
@@ -251,7 +251,7 @@ def test_more_kv_than_there_is_waits_for_tasks_that_hold_it(engine: PrefillEngin
 
 def test_a_client_that_leaves_frees_its_work_at_the_next_checkpoint(engine: PrefillEngine, rounds: Rounds) -> None:
     scheduler = engine.scheduler
-    scheduler._executor._interrupted = lambda: True
+    scheduler.hub.executor.interrupted = lambda: True
     engine.submit("suspended", prompt(1, 2000), ttft_slo_s=50.0)
     engine.step()
     engine.submit("running", prompt(2, 1000), ttft_slo_s=5.0)
@@ -259,15 +259,15 @@ def test_a_client_that_leaves_frees_its_work_at_the_next_checkpoint(engine: Pref
     engine.submit("waiting", prompt(3, 3000), ttft_slo_s=60.0)
     engine.submit("other", prompt(4, 300), ttft_slo_s=100.0)
     engine.step()
-    states = {task.rids[0]: task.checkpoint for task in scheduler._live}
+    states = {task.rids[0]: task.checkpoint for task in scheduler.hub.work.tasks.live}
     assert set(states) == {"suspended", "running"}
-    assert scheduler._running.rids == ["running"]
+    assert scheduler.hub.work.tasks.running.rids == ["running"]
     before = scheduler.token_to_kv_pool_allocator.available_size()
     for rid in ("waiting", "suspended", "running"):
         engine.abort(rid)
     engine.step()
     assert scheduler.token_to_kv_pool_allocator.available_size() >= before + 3000 - 300
-    assert {task.rids[0] for task in scheduler._live} <= {"other"}
+    assert {task.rids[0] for task in scheduler.hub.work.tasks.live} <= {"other"}
     engine.run()
     rounds.compare("other", prompt(4, 300))
     rounds.comparison.assert_same()
@@ -280,19 +280,19 @@ def test_who_leaves_a_batch_in_which_another_stays_is_freed_with_its_result(
     engine: PrefillEngine, rounds: Rounds
 ) -> None:
     scheduler = engine.scheduler
-    scheduler._executor._interrupted = lambda: True
+    scheduler.hub.executor.interrupted = lambda: True
     shared = prompt(70, 100)
     prompts = {f"m{i}": prompt(71 + i, 160 + 20 * i, shared) for i in range(4)}
     for rid, tokens in prompts.items():
         engine.submit(rid, tokens, ttft_slo_s=100.0, logprobs=True)
     engine.step()
-    [task] = scheduler._live
+    [task] = scheduler.hub.work.tasks.live
     assert len(task.batch.reqs) == 4
     held = scheduler.token_to_kv_pool_allocator.available_size()
     for rid in ("m0", "m1", "m3"):
         engine.abort(rid)
     engine.step()
-    assert scheduler._live == [task]
+    assert scheduler.hub.work.tasks.live == [task]
     assert scheduler.token_to_kv_pool_allocator.available_size() == held
     engine.run()
     assert {rid for rid, answer in engine.answers.items() if answer.aborted} == {"m0", "m1", "m3"}
@@ -308,10 +308,10 @@ def test_who_leaves_a_batch_in_which_another_stays_is_freed_with_its_result(
 
 def test_what_an_aborted_prefill_was_shown_is_released(engine: PrefillEngine) -> None:
     scheduler = engine.scheduler
-    scheduler._executor._interrupted = lambda: True
+    scheduler.hub.executor.interrupted = lambda: True
     engine.submit("leaves", prompt(1, 900))
     engine.step()
-    [task] = scheduler._live
+    [task] = scheduler.hub.work.tasks.live
     released: list[str] = []
     [req] = task.batch.reqs
     req.multimodal_inputs = SimpleNamespace(release_features=lambda: released.append("leaves"))
@@ -338,8 +338,8 @@ def test_a_hybrid_models_state_is_copied_when_a_prefill_starts_and_not_while_it_
 
     monkeypatch.setattr(Req, "init_next_round_input", watched)
     engine.submit("waits", prompt(1, 200))
-    scheduler._take_events()
-    assert [job.item.req.rid for job in scheduler._policy.requests.first(0.0, 10)] == ["waits"]
+    scheduler.hub.look()
+    assert [job.item.req.rid for job in scheduler.hub.work.policy.requests.first(0.0, 10)] == ["waits"]
     assert copies == [("waits", False)]
     engine.run()
     assert copies == [("waits", False), ("waits", True)]
@@ -382,8 +382,8 @@ def test_a_pause_lets_started_prefills_finish_and_the_others_wait(engine: Prefil
     from sglang.srt.managers.io_struct import ContinueGenerationReqInput, PauseGenerationReqInput
 
     scheduler = engine.scheduler
-    scheduler._executor._interrupted = lambda: True
-    scheduler._policy.limits = Limits(max_suspended=100, max_batch_tokens=1)
+    scheduler.hub.executor.interrupted = lambda: True
+    scheduler.hub.work.policy.limits = Limits(max_suspended=100, max_batch_tokens=1)
     prompts = {"suspended": prompt(1, 900), "running": prompt(2, 500), "waiting": prompt(3, 300)}
     for (rid, tokens), slo_s in zip(prompts.items(), (50.0, 5.0, 100.0), strict=True):
         if rid != "suspended":
@@ -404,19 +404,19 @@ def test_a_pause_lets_started_prefills_finish_and_the_others_wait(engine: Prefil
 
 def test_a_prefix_that_is_cached_meanwhile_makes_the_requests_that_wait_cheaper(engine: PrefillEngine) -> None:
     scheduler = engine.scheduler
-    scheduler._policy.limits = Limits(max_suspended=100, max_batch_tokens=1)
+    scheduler.hub.work.policy.limits = Limits(max_suspended=100, max_batch_tokens=1)
     shared = prompt(31, 640)
     for number in range(4):
         engine.submit(f"{number}", [*shared, *prompt(40 + number, 100)], ttft_slo_s=20.0)
     engine.submit("alone", prompt(50, 740), ttft_slo_s=30.0)
-    scheduler._take_events()
-    before_s = {job.item.req.rid: job.remaining_s for job in scheduler._policy.requests.first(0.0, 9)}
+    scheduler.hub.look()
+    before_s = {job.item.req.rid: job.remaining_s for job in scheduler.hub.work.policy.requests.first(0.0, 9)}
     assert len(before_s) == 5
     while not engine.answers:
         engine.step()
     for _ in range(3):
-        scheduler._take_events()  # as many as wait behind the first, one at each event
-    jobs = scheduler._policy.requests.first(0.0, 9)
+        scheduler.hub.look()  # as many as wait behind the first, one at each event
+    jobs = scheduler.hub.work.policy.requests.first(0.0, 9)
     assert {job.item.req.rid: job.item.shape.cached_tokens // 64 for job in jobs} == {
         **{rid: 10 for rid in before_s if rid not in engine.answers and rid != "alone"},
         "alone": 0,
@@ -432,16 +432,16 @@ def test_a_prefix_that_is_cached_meanwhile_makes_the_requests_that_wait_cheaper(
 def test_a_request_about_to_start_is_matched_before_it_is_judged(engine: PrefillEngine) -> None:
     """What another could be started for, had its price not dropped at the same event."""
     scheduler = engine.scheduler
-    scheduler._policy.limits = Limits(max_suspended=100, max_batch_tokens=1)
+    scheduler.hub.work.policy.limits = Limits(max_suspended=100, max_batch_tokens=1)
     shared = prompt(61, 640)
     for number in range(4):
         engine.submit(f"{number}", [*shared, *prompt(70 + number, 100)], ttft_slo_s=20.0 + number)
-    scheduler._take_events()
+    scheduler.hub.look()
     while not engine.answers:
         engine.step()
-    jobs = scheduler._policy.requests.first(0.0, 9)
+    jobs = scheduler.hub.work.policy.requests.first(0.0, 9)
     assert all(job.item.shape.cached_tokens == 0 for job in jobs)
-    chosen = scheduler._choose(None)
+    chosen = scheduler.hub.choose()
     assert [job.item.shape.cached_tokens // 64 for job in chosen] == [10]
     engine.run()
     engine.assert_clean()

@@ -20,10 +20,10 @@ def engine(shared_engine: PrefillEngine) -> Iterator[PrefillEngine]:
     """The shared engine, with a correction of its own: the machine that the others meet did not get slower."""
     scheduler = shared_engine.scheduler
     shared_engine.answers.clear()
-    ttft = scheduler._ttft
-    scheduler._ttft = AdaptiveTTFT(ttft.model, FlowPrefillConfig().slack_quantile)
+    ttft = scheduler.hub.work.ttft
+    scheduler.hub.work.ttft = AdaptiveTTFT(ttft.model, FlowPrefillConfig().slack_quantile)
     yield shared_engine
-    scheduler._ttft = ttft
+    scheduler.hub.work.ttft = ttft
 
 
 def state(engine: PrefillEngine) -> dict[str, Any]:
@@ -57,15 +57,17 @@ def test_a_machine_that_got_slower_is_followed(engine: PrefillEngine) -> None:
 def test_a_task_is_predicted_with_the_prefix_that_its_admission_found(engine: PrefillEngine) -> None:
     seen: list[Any] = []
     scheduler = engine.scheduler
-    observe = scheduler._ttft.observe
-    scheduler._ttft.observe = lambda batch, measured_s: (seen.append(list(batch)), observe(batch, measured_s))[1]
+    observe = scheduler.hub.work.ttft.observe
+    scheduler.hub.work.ttft.observe = lambda batch, measured_s: (seen.append(list(batch)), observe(batch, measured_s))[
+        1
+    ]
     try:
-        profiler = SchedulerEngine(scheduler)
+        profiler = SchedulerEngine(scheduler.role)
         profiler.cache_prefix(600)
         engine.submit("alone", prompt(77, 50))
         engine.submit("reusing", profiler.cached_prompt + prompt(78, 100))
         engine.run()
     finally:
-        scheduler._ttft.observe = observe
+        scheduler.hub.work.ttft.observe = observe
     assert sorted(shape for batch in seen for shape in batch) == [(50, 0), (100, 600)]
     engine.assert_clean()

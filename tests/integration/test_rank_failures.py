@@ -22,7 +22,7 @@ def fail(scheduler: Any, rank: int, fault: str, ranks: tuple[int, ...], checkpoi
     """In each rank's process: a task for each request, and marked prompts fail at ``ranks``, at each after so many
     checkpoints.
     """
-    scheduler._policy.limits = Limits(max_suspended=100, max_batch_tokens=1)
+    scheduler.hub.work.policy.limits = Limits(max_suspended=100, max_batch_tokens=1)
     if rank in ranks:
         raise_in_marked_prompts(scheduler, fault, checkpoints[rank])
 

@@ -40,8 +40,8 @@ def attention_metadata_of_another_task(engine: PrefillEngine, struck: Callable[[
         return [(sequence.query_tokens, len(sequence.slots)) for sequence in task.attn_backend.forward_metadata]
 
     def disturb(task: Any) -> None:
-        for other in engine.scheduler._live:
-            if other is not task and other.started and shape(other) == shape(task):
+        for other in engine.scheduler.hub.work.tasks.live:
+            if other is not task and other.has_run and shape(other) == shape(task):
                 mine, its = task.attn_backend, other.attn_backend
                 mine.forward_metadata, its.forward_metadata = its.forward_metadata, mine.forward_metadata
                 struck()
@@ -63,17 +63,17 @@ def lost_attention_tile(engine: PrefillEngine, struck: Callable[[], None]) -> No
 def prefix_cached_before_it_is_computed(engine: PrefillEngine, struck: Callable[[], None]) -> None:
     """The KV slots of a prompt are in the radix cache as soon as its prefill has started."""
     scheduler = engine.scheduler
-    start = scheduler._start
+    make_batch = scheduler.role.make_batch
 
-    def early(jobs: Any) -> Any:
-        task = start(jobs)
-        if task is not None:
-            for req in task.batch.reqs:
+    def early(reqs: Any) -> Any:
+        batch = make_batch(reqs)
+        if batch is not None:
+            for req in batch.reqs:
                 scheduler.checkpoint_disagg_prefill(req)
                 struck()
-        return task
+        return batch
 
-    scheduler._start = early
+    scheduler.role.make_batch = early
 
 
 def abort_that_is_not_heard(engine: PrefillEngine, struck: Callable[[], None]) -> None:
@@ -83,7 +83,12 @@ def abort_that_is_not_heard(engine: PrefillEngine, struck: Callable[[], None]) -
 
 def abort_that_stops_nothing(engine: PrefillEngine, struck: Callable[[], None]) -> None:
     """A task goes on although all of its clients have left."""
-    engine.scheduler._drop_aborted_tasks = struck
+
+    def none(live: Any) -> list[Any]:
+        struck()
+        return []
+
+    engine.scheduler.role.abandoned = none
 
 
 MUTANTS: Final[dict[str, Plant]] = {
@@ -101,11 +106,11 @@ MUTANTS: Final[dict[str, Plant]] = {
 
 
 def _at_resumes(engine: PrefillEngine, disturb: Callable[[Any], None]) -> None:
-    executor = engine.scheduler._executor
+    executor = engine.scheduler.hub.executor
     run = executor.run
 
     def disturbed(task: Any, forward: Any) -> None:
-        if task.started:
+        if task.has_run:
             disturb(task)
         run(task, forward)
 

@@ -41,7 +41,7 @@ def engine(shared_engine: PrefillEngine) -> PrefillEngine:
 def pieces_s(engine: PrefillEngine, tokens: int, seed: int) -> list[float]:
     """Times between the interruption points of one prefill, its start and its end."""
     assert engine.scheduler.flush_cache()
-    executor = engine.scheduler._executor
+    executor = engine.scheduler.hub.executor
     points: list[float] = []
 
     def interrupted() -> bool:
@@ -73,7 +73,7 @@ def wait_s(pieces: list[float], quantile: float) -> float:
 @contextmanager
 def held(engine: PrefillEngine, tiles: Tiles) -> Iterator[None]:
     """Operators run in ``tiles``, whatever the machine's speed; WHOLE: as in the original."""
-    sizes = engine.scheduler._tiles
+    sizes = engine.scheduler.hub.tiles
     with patch.object(sizes, "now", tiles), patch.object(sizes, "follow"):
         yield
 
@@ -89,7 +89,7 @@ def test_waits_are_bounded_whatever_the_length(engine: PrefillEngine) -> None:
                 pieces_s(engine, tokens, seed=tokens)  # warm up
                 pieces = [piece for seed in range(3) for piece in pieces_s(engine, tokens, seed=seed)]
                 waits_s[tiled, tokens] = wait_s(pieces, 0.5), wait_s(pieces, 0.99), max(pieces)
-    print(f"\nthe machine takes {engine.scheduler._ttft.correction:.2f} of its profile's times")
+    print(f"\nthe machine takes {engine.scheduler.hub.work.ttft.correction:.2f} of its profile's times")
     print(f"wait for an interruption point, ms: p50, p99, longest (bound {MAX_BLOCKING_S * 1e3:g})")
     for tokens in LENGTHS_TOKENS:
         row = [f"{value * 1e3:.1f}" for tiled in (True, False) for value in waits_s[tiled, tokens]]
@@ -100,7 +100,7 @@ def test_waits_are_bounded_whatever_the_length(engine: PrefillEngine) -> None:
 
 def layers_s(engine: PrefillEngine, tokens: int, seed: int, tiles: Sequence[Tiles]) -> list[float]:
     """Times of the decoder layers of one prefill, the layers of which run in ``tiles`` by turns."""
-    runner, sizes = engine.scheduler.tp_worker.model_runner, engine.scheduler._tiles
+    runner, sizes = engine.scheduler.tp_worker.model_runner, engine.scheduler.hub.tiles
     attention = prefill_backend(runner.attn_backend)
     took_s = []
 
@@ -129,7 +129,7 @@ def tiled_over_whole(engine: PrefillEngine, tokens: int, runs: int) -> list[floa
     """
     ratios = []
     for run in range(1 + runs):
-        by_turns = (WHOLE, engine.scheduler._tiles.now)
+        by_turns = (WHOLE, engine.scheduler.hub.tiles.now)
         took_s = layers_s(engine, tokens, 100 + run, by_turns if run % 2 else by_turns[::-1])
         if run:  # the first warms up
             ratios += [b / a if run % 2 else a / b for a, b in zip(took_s[::2], took_s[1::2], strict=True)]
@@ -138,7 +138,7 @@ def tiled_over_whole(engine: PrefillEngine, tokens: int, runs: int) -> list[floa
 
 @pytest.mark.stress
 def test_tiles_cost_little_throughput(engine: PrefillEngine) -> None:
-    print(f"\ntime of a decoder layer in {engine.scheduler._tiles.now} over that of one whole")
+    print(f"\ntime of a decoder layer in {engine.scheduler.hub.tiles.now} over that of one whole")
     medians = []
     for tokens, runs in COST_RUNS.items():
         low, middle, high = statistics.quantiles(tiled_over_whole(engine, tokens, runs), n=4)

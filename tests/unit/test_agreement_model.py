@@ -7,13 +7,12 @@ Where ``collectives`` are, a rank that comes to the place waits until all others
 them nothing keeps the ranks together, as on a device that runs ahead.
 
 On such a device the result of a finished task arrives later, at each rank whenever it likes once all have queued the
-task. When it is processed is up to the hub (``_finish_arrived``), and has to be the same for all ranks: it changes what
+task. When it is processed is up to the hub (``finish_arrived``), and has to be the same for all ranks: it changes what
 the next tasks find.
 """
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
@@ -25,8 +24,7 @@ pytest.importorskip("sglang")
 
 from sgl_flowprefill.runtime import agreement
 from sgl_flowprefill.runtime.agreement import Follower, Leader
-from sgl_flowprefill.runtime.scheduler import FlowPrefillScheduler
-from sgl_flowprefill.runtime.setup import NO_TASK
+from sgl_flowprefill.runtime.task import NO_TASK, Tasks
 
 POINTS = (6, 5)
 """Interruption points of the two tasks, the last of which comes before the end of the task."""
@@ -116,7 +114,7 @@ class Model:
         writes: list[int] = []
         side = self.side(state, index, rank, False, writes)
         side.begin((rank.round + 1) * agreement.POINTS_PER_ROUND)
-        rank = replace(rank, point=side._point, stop=0, round=rank.round + 1, in_hub=False)
+        rank = replace(rank, point=side.point, stop=0, round=rank.round + 1, in_hub=False)
         yield state.moved(index, rank, *writes)
 
     def run(self, state: State, index: int, rank: Rank) -> Iterator[State]:
@@ -148,7 +146,7 @@ class Model:
                 interrupted = side.interrupted()
             except Blocked:
                 return
-            ran = replace(rank, point=side._point, stop=side._stop if isinstance(side, Leader) else 0)
+            ran = replace(rank, point=side.point, stop=side.stop if isinstance(side, Leader) else 0)
             moved = state.moved(index, ran, *writes)
             if interrupted:
                 yield from self.leave(moved, index, ran, done=False)
@@ -173,7 +171,7 @@ class Model:
                 yield replace(state, picks=(*state.picks, task), arrivals=arrivals)
 
     def finish_arrived(self, state: State, rank: Rank, agreed_arrival: int) -> Rank:
-        """``rank`` after the hub's own ``_finish_arrived``; Blocked when it waits for a result."""
+        """``rank`` after ``Tasks.take_arrived``; Blocked when it waits for a result."""
 
         def wait(copy_done: Any, interrupted: Any) -> None:
             if not copy_done.query():
@@ -184,19 +182,17 @@ class Model:
             return SimpleNamespace(id=number, result=SimpleNamespace(copy_done=copy_done))
 
         finished: list[int] = []
-        hub = SimpleNamespace(
-            _finishing=deque(map(task, rank.finishing)),
-            _agreement=None if self.each_by_itself else object(),
-            _agreed_arrival=agreed_arrival,
-            _device=SimpleNamespace(wait=wait),
-            _finish=lambda task: finished.append(task.id),
-        )
-        FlowPrefillScheduler._finish_arrived(hub)  # type: ignore[arg-type]
+        tasks = Tasks()
+        tasks.finishing.extend(map(task, rank.finishing))
+        if self.each_by_itself:
+            agreed_arrival = tasks.finishing[0].id if tasks.result_arrived() else NO_TASK
+        for done in tasks.take_arrived(agreed_arrival, SimpleNamespace(wait=wait)):  # type: ignore[arg-type]
+            finished.append(done.id)
         processed = rank.finished + tuple((number, rank.passed) for number in finished)
         for other in state.ranks:
             if any(ours != theirs for ours, theirs in zip(processed, other.finished, strict=False)):
                 raise Wrong(f"ranks process results differently: {other.finished} and {processed}")
-        return replace(rank, finishing=tuple(left.id for left in hub._finishing), finished=processed)
+        return replace(rank, finishing=tuple(left.id for left in tasks.finishing), finished=processed)
 
     def side(self, state: State, index: int, rank: Rank, pending: bool, writes: list[int]) -> Leader | Follower:
         """The real thing, in the state that ``rank`` is in."""
@@ -207,10 +203,10 @@ class Model:
         side: Leader | Follower
         if index == 0:
             side = self.leader(self.lead, lambda: pending, writes.append)
-            side._stop = rank.stop
+            side.stop = rank.stop
         else:
             side = self.follower(lambda: state.word, wait, wait_s=1e9)
-        side._point = rank.point
+        side.point = rank.point
         return side
 
 
@@ -253,20 +249,20 @@ class UncheckedFollower(Follower):
     """Looks at the stop, but not whether it may go on."""
 
     def interrupted(self) -> bool:
-        self._point += 1
-        return self._read() == 2 * self._point - 1
+        self.point += 1
+        return self._read() == 2 * self.point - 1
 
 
 class ImmediateLeader(Leader):
     """Stops where it is."""
 
     def interrupted(self) -> bool:
-        self._point += 1
-        if self._pending():
-            self._stop = self._point
-            self._write(2 * self._stop - 1)
+        self.point += 1
+        if self.pending():
+            self.stop = self.point
+            self._write(2 * self.stop - 1)
             return True
-        self._write(2 * (self._point + self._lead))
+        self._write(2 * (self.point + self._lead))
         return False
 
 

@@ -14,13 +14,20 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sgl_flowprefill.runtime import device as device_module
-from sgl_flowprefill.runtime.device import CpuDevice, CudaDevice, make_device
+from sgl_flowprefill.runtime import cuda_device
+from sgl_flowprefill.runtime.cuda_device import CudaDevice, make_device
+from sgl_flowprefill.runtime.device import CpuDevice
+from sgl_flowprefill.runtime.hub import Hub
+from sgl_flowprefill.runtime.parts import OneRank
 
 pytest.importorskip("sglang")
 
-from sgl_flowprefill.runtime import scheduler as scheduler_module
-from tests.simulated_device import HostCosts, Model, SimulatedRequest, simulate
+from sgl_flowprefill.runtime.event_recorder import EventRecorder
+from sgl_flowprefill.runtime.prefill_role import PrefillRole
+from sgl_flowprefill.runtime.scheduler import FlowPrefillScheduler
+from sgl_flowprefill.runtime.task import Tasks
+from sgl_flowprefill.runtime.wakeup import Wakeup
+from tests.simulated_device import HostCosts, Model, SimulatedRequest, SimulatedServer, simulate
 
 LLAMA_8B = Model(
     # Of the order of an H100's operators: products at some 500 TFLOP/s, attention growing with the prompt.
@@ -40,18 +47,18 @@ def mix(seed: int, count: int, gap_s: float) -> list[SimulatedRequest]:
     return requests
 
 
-def idle_share(requests: Sequence[SimulatedRequest], scheduler: Any) -> float:
-    idle_s, work_s = scheduler.device_under_test.idle_s(requests)
+def idle_share(requests: Sequence[SimulatedRequest], server: SimulatedServer) -> float:
+    idle_s, work_s = server.device.idle_s(requests)
     return float(idle_s / work_s)
 
 
-def test_the_device_never_idles_while_there_is_work(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_device_never_idles_while_there_is_work() -> None:
     shares, preemptions = {}, {}
     for lookahead in (0, 2):
         requests = mix(seed=7, count=60, gap_s=0.12)
-        scheduler = simulate(monkeypatch, LLAMA_8B, requests, lookahead)
+        server = simulate(LLAMA_8B, requests, lookahead)
         assert all(request.answered_s < float("inf") for request in requests)
-        shares[lookahead], preemptions[lookahead] = idle_share(requests, scheduler), len(scheduler.suspensions)
+        shares[lookahead], preemptions[lookahead] = idle_share(requests, server), len(server.recorder.suspensions)
     print(f"\nidle share with 2 operators ahead {shares[2]:.4f}, synchronised at every operator {shares[0]:.4f}; "
           f"{preemptions[2]} preemptions")  # fmt: skip
     assert preemptions[2] >= 15
@@ -68,36 +75,29 @@ def test_it_idles_when_the_finish_is_not_deferred(monkeypatch: pytest.MonkeyPatc
             request.tokens = 600
         with monkeypatch.context() as patch:
             if not defer:
-                patch.setattr("tests.simulated_device.SimulatedScheduler._finish_arrived", _finish_all)
-            shares.append(idle_share(requests, simulate(patch, LLAMA_8B, requests, lookahead=2)))
+                patch.setattr(Hub, "finish_arrived", Hub.finish_done)
+            shares.append(idle_share(requests, simulate(LLAMA_8B, requests, lookahead=2)))
     print(f"\nidle share of short prompts: finish deferred {shares[0]:.4f}, at once {shares[1]:.4f}")
     assert shares[0] < 0.8 * shares[1]
 
 
-def test_nothing_that_is_read_back_waits_for_the_queue(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_that_is_read_back_waits_for_the_queue() -> None:
     """What plans from lengths on the host, and KV indices read beside the queue, are worth for short prompts."""
     shares = []
     for costs in (HostCosts(), HostCosts(plan_waits=True), HostCosts(plan_waits=True, send_waits=True)):
         requests = mix(seed=3, count=60, gap_s=0.02)
         for request in requests:
             request.tokens = 600
-        shares.append(idle_share(requests, simulate(monkeypatch, LLAMA_8B, requests, lookahead=2, costs=costs)))
+        shares.append(idle_share(requests, simulate(LLAMA_8B, requests, lookahead=2, costs=costs)))
     print(f"\nidle share of short prompts: {shares[0]:.4f}, with plans that wait {shares[1]:.4f}, and KV indices too "
           f"{shares[2]:.4f}")  # fmt: skip
     assert shares[0] < 0.01
     assert shares[0] < shares[1] < shares[2]
 
 
-def _finish_all(scheduler: Any) -> None:
-    while scheduler._finishing:
-        scheduler._finish(scheduler._finishing.popleft())
-
-
 @settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
-def test_every_interleaving_keeps_the_order_and_the_bounds(
-    data: st.DataObject, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_interleaving_keeps_the_order_and_the_bounds(data: st.DataObject) -> None:
     lookahead = data.draw(st.integers(0, 5), "lookahead")
     layers = data.draw(st.integers(1, 6), "layers")
     unit_s = data.draw(st.sampled_from([2e-5, 2e-4, 2e-3]), "operator time")
@@ -110,29 +110,27 @@ def test_every_interleaving_keeps_the_order_and_the_bounds(
                                max_size=12), "requests"))
     ]  # fmt: skip
     max_suspended = data.draw(st.integers(0, 6), "max_suspended")
-    with monkeypatch.context() as patch:
-        scheduler = simulate(patch, model, requests, lookahead, costs, max_suspended)
-    device = scheduler.device_under_test
+    server = simulate(model, requests, lookahead, costs, max_suspended)
+    device = server.device
 
     whole = [(kind, layer) for layer in range(layers) for kind in ("attention", "mlp")] + [("sample", 0)]
     for request in requests:
         assert request.trace == whole
         assert request.ran_s <= request.answered_s < float("inf")
-    assert not scheduler._live
-    assert not scheduler._finishing
+    assert not server.hub.work.tasks
     # The attention state of a live task, and of one whose result is on its way, is nobody else's (asserted as it runs).
-    assert scheduler.backends_made <= max_suspended + 2
+    assert server.engine.backends_made <= max_suspended + 2
     assert device.most_queued <= lookahead + 1
     assert device.events_made <= lookahead + 2 + len(requests)
     # A task's own time on the device, however often it was suspended, and without that of the tasks in between.
-    for tokens, executed_s in scheduler.observed:
+    for tokens, executed_s in server.times.observed:
         assert executed_s >= model.forward_s(tokens)
 
     starts_s: dict[str, float] = {}
     for operator in device.operators:
         if operator.label is not None:
-            starts_s.setdefault(operator.label[0].reqs[0].rid, operator.start_s)
-    for readable_s, rid in scheduler.suspensions:
+            starts_s.setdefault(operator.label[0][0].rid, operator.start_s)
+    for readable_s, rid in server.recorder.suspensions:
         ahead = [o for o in device.operators if o.label is not None and readable_s < o.start_s < starts_s[rid]]
         assert len([o for o in ahead if o.label[1] != "sample"]) <= max(1, lookahead), (
             "more operators than were queued started between an arrival and the task that it preempted another for"
@@ -175,7 +173,7 @@ class StreamEvent:
 @pytest.fixture
 def stream(monkeypatch: pytest.MonkeyPatch) -> Stream:
     stream = Stream()
-    monkeypatch.setattr(device_module.torch.cuda, "Event", stream.event)
+    monkeypatch.setattr(cuda_device.torch.cuda, "Event", stream.event)
     return stream
 
 
@@ -270,23 +268,28 @@ def test_only_indices_that_were_there_when_the_prefill_ran_are_read_beside_the_q
         yield
         entered.pop()
 
-    monkeypatch.setattr(device_module.torch.cuda, "Stream", lambda: "its own")
-    monkeypatch.setattr(device_module.torch.cuda, "stream", enter)
-    sglang_scheduler = scheduler_module.PreparedScheduler.__base__
-    monkeypatch.setattr(sglang_scheduler, "send_kv_chunk", lambda self, *args: sent.append((*args, list(entered))))
-    scheduler = object.__new__(scheduler_module.FlowPrefillScheduler)
-    scheduler._reindexed = None
-    for scheduler._device in (CudaDevice(lookahead=2), CpuDevice()):
+    monkeypatch.setattr(cuda_device.torch.cuda, "Stream", lambda: "its own")
+    monkeypatch.setattr(cuda_device.torch.cuda, "stream", enter)
+    monkeypatch.setattr(
+        FlowPrefillScheduler.__base__, "send_kv_chunk", lambda self, *args: sent.append((*args, list(entered)))
+    )
+    scheduler = FlowPrefillScheduler.__new__(FlowPrefillScheduler)
+    scheduler.tree_cache = SimpleNamespace(evictable_size=lambda: 0, protected_size=lambda: 0)
+    scheduler.role = PrefillRole(scheduler, 1.0, Tasks(), Wakeup(), CpuDevice(), OneRank(never), EventRecorder(None))
+    for scheduler.role.device in (CudaDevice(lookahead=2), CpuDevice()):
         scheduler.send_kv_chunk("req", last_chunk=True)
         scheduler.send_kv_chunk("req", last_chunk=False, end_idx=7)
-    scheduler._device, scheduler._reindexed = CudaDevice(lookahead=2), "again"
-    scheduler.send_kv_chunk("again", last_chunk=True)
+    scheduler.role.device = CudaDevice(lookahead=2)
+    again = SimpleNamespace(kv=SimpleNamespace(cache_protected_len=0))
+    with scheduler.role.noticing_new_indices(again):
+        again.kv.cache_protected_len = 64
+    scheduler.send_kv_chunk(again, last_chunk=True)
     scheduler.send_kv_chunk("req", last_chunk=True)
     assert sent == [
         ("req", True, None, ["its own"]),
         ("req", False, 7, []),
         ("req", True, None, []),
         ("req", False, 7, []),
-        ("again", True, None, []),
+        (again, True, None, []),
         ("req", True, None, ["its own"]),
     ]

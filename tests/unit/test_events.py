@@ -13,7 +13,7 @@ import pytest
 from sgl_flowprefill.bench.__main__ import main
 from sgl_flowprefill.bench.cli.events import summarise_log
 from sgl_flowprefill.events import EventLog, read_events
-from sgl_flowprefill.runtime.journal import Journal
+from sgl_flowprefill.runtime.event_recorder import EventRecorder
 
 
 def complete(t_s: float, task: int, rid: str, forward_s: float, expected_s: float, profiled_s: float) -> dict[str, Any]:
@@ -148,13 +148,13 @@ def test_a_switch_that_no_news_led_to_is_no_preemption(blocking_s: float | None)
     assert dict(summary.rows())["preemptions"] == "1 (and 1 switches without news)"
 
 
-def test_the_journal_names_no_blocking_time_where_no_news_led_to_a_switch(tmp_path: Path) -> None:
-    journal = Journal(tmp_path / "events.jsonl")
+def test_the_recorder_names_no_blocking_time_where_no_news_led_to_a_switch(tmp_path: Path) -> None:
+    recorder = EventRecorder(tmp_path / "events.jsonl")
     running: Any = SimpleNamespace(id=0, rids=["a"], checkpoint=3)
     winner: Any = SimpleNamespace(id=1, rids=["b"], readable_s=1.0)
-    journal.suspended(running, winner, stopped_s=4.9, now_s=5.0, news_readable_s=math.inf)
-    journal.suspended(running, winner, stopped_s=4.9, now_s=5.0, news_readable_s=4.5)
-    journal.flush()
+    recorder.suspended(running, winner, stopped_s=4.9, now_s=5.0, news_readable_s=math.inf)
+    recorder.suspended(running, winner, stopped_s=4.9, now_s=5.0, news_readable_s=4.5)
+    recorder.flush()
     without_news, with_news = read_events(tmp_path / "events.jsonl")
     assert (without_news["readable_s"], without_news["blocking_s"]) == (None, None)
     assert (with_news["readable_s"], with_news["blocking_s"]) == (4.5, 0.5)

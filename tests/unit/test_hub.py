@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from array import array
@@ -18,21 +19,32 @@ from sglang.srt.constrained.grammar_manager import GrammarManager
 from sglang.srt.managers.scheduler import Scheduler
 from sglang.srt.managers.scheduler_components.invariant_checker import create_scheduler_watchdog
 
+from sgl_flowprefill.config import FlowPrefillConfig
 from sgl_flowprefill.pace import Pace
-from sgl_flowprefill.policy import Limits
+from sgl_flowprefill.policy import Limits, make_policy
+from sgl_flowprefill.runtime.device import CpuDevice
+from sgl_flowprefill.runtime.event_recorder import EventRecorder
+from sgl_flowprefill.runtime.executor import Executor
 from sgl_flowprefill.runtime.memory import Activations, TaskMemory
-from sgl_flowprefill.runtime.scheduler import FlowPrefillScheduler
-from sgl_flowprefill.runtime.task import Executor
-from sgl_flowprefill.runtime.waiting import WaitingRequests
+from sgl_flowprefill.runtime.parts import OneRank
+from sgl_flowprefill.runtime.prefill_role import PrefillRole, input_logprobs
+from sgl_flowprefill.runtime.progress import Progress
+from sgl_flowprefill.runtime.role import Arrival
+from sgl_flowprefill.runtime.scheduler import FlowPrefillScheduler, feed_watchdogs
+from sgl_flowprefill.runtime.task import Tasks
 from sgl_flowprefill.runtime.wakeup import Wakeup
+from sgl_flowprefill.runtime.work import Work
 from sgl_flowprefill.ttft import AdaptiveTTFT, PrefillShape
-from tests.simulated_device import HostCosts, Model, SimulatedDevice, SimulatedRequest, SimulatedScheduler
+from tests.simulated_device import HostCosts, Model, SimulatedDevice, SimulatedRequest, SimulatedServer
 
 
-def hub(**attributes: Any) -> Any:
-    """A scheduler of which only ``attributes`` are there."""
+def with_role(**attributes: Any) -> Any:
+    """A scheduler of which only its role and ``attributes`` are there."""
     scheduler: Any = FlowPrefillScheduler.__new__(FlowPrefillScheduler)
     scheduler.__dict__.update(attributes)
+    slo_s = FlowPrefillConfig().default_ttft_slo
+    agreement = OneRank(lambda: False)
+    scheduler.role = PrefillRole(scheduler, slo_s, Tasks(), Wakeup(), CpuDevice(), agreement, EventRecorder(None))
     return scheduler
 
 
@@ -50,12 +62,14 @@ def test_a_watchdog_is_fed_by_interruption_points_and_notices_when_none_is_passe
     dumps: list[float] = []
     monkeypatch.setattr("sglang.srt.utils.watchdog.pyspy_dump_schedulers", lambda: dumps.append(time.monotonic()))
     executor = Executor(SimpleNamespace(), lambda: False)
-    executor._running = SimpleNamespace(checkpoint=0, points=0)  # type: ignore[assignment]
-    scheduler = hub(forward_ct=1, cur_batch_for_debug=object(), is_initializing=False, _executor=executor)
+    executor.running = SimpleNamespace(checkpoint=0, points=0)  # type: ignore[assignment]
+    scheduler: Any = SimpleNamespace(
+        forward_ct=1, cur_batch_for_debug=object(), is_initializing=False, hub=SimpleNamespace(executor=executor)
+    )
     for name in ("watchdog", "soft_watchdog"):
         scheduler.__dict__[name] = create_scheduler_watchdog(scheduler, watchdog_timeout=0.4, soft=True)
         scheduler.__dict__[name].dump_info = None
-    scheduler._feed_watchdogs()
+    feed_watchdogs(scheduler)
     try:
         for _ in range(60):  # one forward pass for three times as long as a watchdog waits
             point(executor)
@@ -68,7 +82,8 @@ def test_a_watchdog_is_fed_by_interruption_points_and_notices_when_none_is_passe
 
 def test_without_a_soft_watchdog_there_is_one() -> None:
     watchdog = SimpleNamespace()
-    hub(watchdog=watchdog, forward_ct=3, _executor=SimpleNamespace(points=4))._feed_watchdogs()
+    hub = SimpleNamespace(executor=SimpleNamespace(points=4))
+    feed_watchdogs(SimpleNamespace(watchdog=watchdog, forward_ct=3, hub=hub))
     assert watchdog.get_counter() == 7
 
 
@@ -76,17 +91,17 @@ def test_a_winner_starts_without_those_that_do_not_fit_beside_it() -> None:
     """Where activations of all that would join it exceed what is left beside a live task."""
     requests = [SimulatedRequest(f"r{i}", 0.0, tokens, 100.0) for i, tokens in enumerate([64, 100, 1900, 70])]
     model = Model(1, lambda tokens: 1e-9, lambda tokens: 1e-9)
-    scheduler = SimulatedScheduler(SimulatedDevice(0, HostCosts()), model, requests)
-    scheduler._policy.limits = Limits(max_suspended=16, max_batch_tokens=10_000)
-    scheduler._take_events()
+    hub = SimulatedServer(SimulatedDevice(0, HostCosts()), model, requests).hub
+    hub.work.policy.limits = Limits(max_suspended=16, max_batch_tokens=10_000)
+    hub.look()
     activations = Activations(hidden=1, attention=20, mlp=1, mlp_tile_tokens=None)
-    scheduler._live = [SimpleNamespace(new_tokens=30_000, logprob_rows=0)]  # type: ignore[list-item]
+    hub.work.tasks.live = [SimpleNamespace(new_tokens=30_000, logprob_rows=0)]  # type: ignore[list-item]
 
     def chosen(room_tokens: int) -> list[int]:
         """Prompts that start together, beside a live task and ``room_tokens`` more."""
         budget_bytes = activations.running_bytes(30_000) + activations.suspended_bytes(room_tokens)
-        scheduler._memory = TaskMemory(activations, budget_bytes)
-        choice = scheduler._choose(None)
+        hub.work.memory = TaskMemory(activations, budget_bytes)
+        choice = hub.choose()
         return [job.item.req.tokens for job in choice] if isinstance(choice, list) else []
 
     everything = chosen(10_000)
@@ -97,26 +112,33 @@ def test_a_winner_starts_without_those_that_do_not_fit_beside_it() -> None:
 
 
 def test_log_probabilities_of_a_long_prompt_keep_it_from_starting_where_they_would_not_fit() -> None:
-    requests = [SimulatedRequest("r", 0.0, 64, 100.0, return_logprob=True)]
     model = Model(1, lambda tokens: 1e-9, lambda tokens: 1e-9)
-    scheduler = SimulatedScheduler(SimulatedDevice(0, HostCosts()), model, requests)
-    scheduler._take_events()
-    scheduler._live = [SimpleNamespace(new_tokens=1000, logprob_rows=0)]  # type: ignore[list-item]
     activations = Activations(hidden=1, attention=20, mlp=1, mlp_tile_tokens=None, logits=1000)
-    scheduler._memory = TaskMemory(activations, activations.running_bytes(1000) + 64 * 4)
-    requests[0].logprob_start_len = -1
-    assert isinstance(scheduler._choose(None), list)
-    requests[0].logprob_start_len = 0
-    assert scheduler._choose(None) is None
+    for logprob_rows in (0, 64):
+        requests = [SimulatedRequest("r", 0.0, 64, 100.0, logprob_rows=logprob_rows)]
+        hub = SimulatedServer(SimulatedDevice(0, HostCosts()), model, requests).hub
+        hub.look()
+        hub.work.tasks.live = [SimpleNamespace(new_tokens=1000, logprob_rows=0)]  # type: ignore[list-item]
+        hub.work.memory = TaskMemory(activations, activations.running_bytes(1000) + 64 * 4)
+        assert isinstance(hub.choose(), list) == (logprob_rows == 0)
+
+
+def test_log_probabilities_are_asked_for_from_a_token_of_the_prompt_on() -> None:
+    req = SimpleNamespace(origin_input_ids=range(64), return_logprob=True, logprob_start_len=-1)
+    assert input_logprobs(req) == 0
+    req.logprob_start_len = 10
+    assert input_logprobs(req) == 54
+    req.return_logprob = False
+    assert input_logprobs(req) == 0
 
 
 def test_a_task_takes_over_the_number_of_the_request_it_is_started_for() -> None:
     requests = [SimulatedRequest(f"r{i}", 0.0, 100, 1.0) for i in range(2)]
     model = Model(1, lambda tokens: 1e-3, lambda tokens: 1e-3)
-    scheduler = SimulatedScheduler(SimulatedDevice(0, HostCosts()), model, requests)
-    scheduler._take_events()
-    winner = scheduler._policy.requests.first(0.0, 2)[1]
-    task = scheduler._start([winner])
+    hub = SimulatedServer(SimulatedDevice(0, HostCosts()), model, requests).hub
+    hub.look()
+    winner = hub.work.policy.requests.first(0.0, 2)[1]
+    task = hub.start([winner])
     assert task is not None
     assert task.job.number == winner.number
 
@@ -132,9 +154,9 @@ def test_many_waiting_requests_are_looked_at_in_turns_for_those_whose_decode_ser
 
     monkeypatch.setattr(Scheduler, "resolve_waiting_queue_bootstrap", drop_negative)
     numbers = [number if number % 3 else -number - 1 for number in range(2000)]
-    scheduler = hub(waiting_queue=list(numbers))
+    scheduler = with_role(waiting_queue=list(numbers))
     for _ in range(4):
-        scheduler.resolve_waiting_queue_bootstrap()
+        scheduler.role.drop_stalled()
     assert max(looks) <= 512
     assert sorted(scheduler.waiting_queue) == [number for number in numbers if number >= 0]
 
@@ -165,7 +187,7 @@ def scheduler(monkeypatch: pytest.MonkeyPatch) -> Any:
         scheduler.grammar_manager.grammar_queue += recv_reqs
 
     monkeypatch.setattr(Scheduler, "process_input_requests", process)
-    return hub(_is_on=True, _wakeup=Wakeup(), _agreement=None, grammar_manager=Grammars())
+    return with_role(grammar_manager=Grammars())
 
 
 def test_a_compiled_grammar_is_an_event_and_the_others_are_not_waited_for(scheduler: Any) -> None:
@@ -173,19 +195,19 @@ def test_a_compiled_grammar_is_an_event_and_the_others_are_not_waited_for(schedu
     first, second = grammars.request(), grammars.request()
     scheduler.process_input_requests([first])
     scheduler.process_input_requests([second])
-    assert not scheduler._wakeup.pending
-    assert not scheduler._has_compiled_grammars()
+    assert not scheduler.role.wakeup.pending
+    assert not scheduler.role.has_compiled_grammars()
     compiled = SimpleNamespace(copy=lambda: None)
     threading.Thread(target=second.grammar.set_result, args=(compiled,)).start()
-    assert wait_until(lambda: scheduler._wakeup.pending)
-    assert scheduler._has_compiled_grammars()
+    assert wait_until(lambda: scheduler.role.wakeup.pending)
+    assert scheduler.role.has_compiled_grammars()
     assert grammars.get_ready_grammar_requests() == [second]
     assert second.grammar is compiled
-    assert not scheduler._has_compiled_grammars()
+    assert not scheduler.role.has_compiled_grammars()
     first.grammar = None  # aborted
-    assert scheduler._has_compiled_grammars()
+    assert scheduler.role.has_compiled_grammars()
     assert grammars.get_ready_grammar_requests() == [first]
-    assert not scheduler._has_compiled_grammars()
+    assert not scheduler.role.has_compiled_grammars()
 
 
 def test_a_grammar_that_takes_too_long_is_given_up_when_sglang_would(
@@ -195,12 +217,12 @@ def test_a_grammar_that_takes_too_long_is_given_up_when_sglang_would(
     late, in_time = grammars.request(), grammars.request()
     for request, began_s in ((late, now_s - 51.0), (in_time, now_s - 40.0)):
         with monkeypatch.context() as earlier:
-            earlier.setattr("sgl_flowprefill.runtime.scheduler.time.monotonic", lambda began_s=began_s: began_s)
+            earlier.setattr("sgl_flowprefill.runtime.prefill_role.time.monotonic", lambda began_s=began_s: began_s)
             scheduler.process_input_requests([request])
-    assert scheduler._has_compiled_grammars()
+    assert scheduler.role.has_compiled_grammars()
     assert grammars.get_ready_grammar_requests() == [late]
     assert "timed out" in late.failures[0]
-    assert not scheduler._has_compiled_grammars()
+    assert not scheduler.role.has_compiled_grammars()
 
 
 def test_a_grammar_is_as_old_as_this_process_has_compiled_it(scheduler: Any) -> None:
@@ -208,51 +230,55 @@ def test_a_grammar_is_as_old_as_this_process_has_compiled_it(scheduler: Any) -> 
     grammars = scheduler.grammar_manager
     for received_s in (time.monotonic() - 1e6, 0.0, time.monotonic() + 1e6):
         scheduler.process_input_requests([grammars.request(received_s)])
-    assert not scheduler._has_compiled_grammars()
+    assert not scheduler.role.has_compiled_grammars()
     assert all(req.grammar_wait_ct == 0 for req in grammars.grammar_queue)
 
 
 def test_rank_0_decides_when_ranks_look_at_their_grammars(scheduler: Any) -> None:
     said: list[list[bool]] = []
-    scheduler._agreement = SimpleNamespace(agree=lambda values: said.append(values) or [1])
-    assert not scheduler._has_compiled_grammars()
+    scheduler.role.agreement = SimpleNamespace(agree=lambda values: said.append(values) or [1])
+    assert not scheduler.role.has_compiled_grammars()
     assert not said
     scheduler.process_input_requests([scheduler.grammar_manager.request()])
-    assert scheduler._has_compiled_grammars()
+    assert scheduler.role.has_compiled_grammars()
     assert said == [[False]]
 
 
 def test_requests_that_begin_alike_are_matched_again_when_one_of_them_has_been_computed() -> None:
-    def request(prompt: list[int], cached_tokens: int = 0) -> Any:
-        stats = SimpleNamespace(flowprefill_sent_s=0.0)
-        req: Any = type("Req", (), {})()
-        req.origin_input_ids, req.prefix_len = array("q", prompt), cached_tokens
-        req.time_stats, req.bootstrap_room = stats, 0
-        return req
-
-    def predict_s(waiting: Any) -> float:
-        return float(sum(one.shape.new_tokens for one in waiting))
-
-    waiting, pace = WaitingRequests(), Pace(2.0)
+    pace = Pace(2.0)
+    ttft: Any = SimpleNamespace(
+        predict_s=lambda shapes: float(sum(shape.new_tokens for shape in shapes)), pace=lambda shapes: pace
+    )
+    unlimited: Any = TaskMemory(Activations(1, 1, 1, None), math.inf)
+    policy = make_policy("fcfs", Limits(16, 1), 60.0)
+    work = Work(policy, ttft, unlimited, Progress([]), Tasks())
+    waiting = work.waiting
+    cached = {"0": 0, "1": 0, "2": 256, "other": 0}
     shared = list(range(1000, 1300))
-    reqs = [request([*shared, *range(start, start + 100)], cached) for start, cached in ((0, 0), (200, 0), (400, 256))]
-    other = request(list(range(5000, 5400)))
-    jobs = [waiting.add(req, 0.0, 1.0, predict_s, lambda _: pace) for req in (*reqs, other)]
-    assert [job.remaining_s for job in jobs] == [400.0, 400.0, 144.0, 400.0]
-    waiting.take([reqs[0]])
-    waiting.cached([reqs[0].origin_input_ids])
-    assert list(waiting.outdated()) == [jobs[1]], "the third has all whole blocks that it shares with the first"
-    reqs[1].prefix_len = 300
-    waiting.matched(jobs[1], predict_s, lambda _: pace)
-    assert jobs[1].remaining_s == 100.0
+    prompts = {rid: array("q", [*shared, *range(start, start + 100)]) for rid, start in zip("012", (0, 200, 400))}
+    prompts["other"] = array("q", range(5000, 5400))
+
+    def match(rid: str) -> PrefillShape:
+        return PrefillShape(len(prompts[rid]) - cached[rid], cached[rid])
+
+    for number, (rid, prompt) in enumerate(prompts.items()):
+        work.add(Arrival(rid, prompt, match(rid), number, 1.0, 0.0))
+    jobs = dict(zip(prompts, policy.requests.first(0.0, 4), strict=True))
+    assert [job.remaining_s for job in jobs.values()] == [400.0, 400.0, 144.0, 400.0]
+    waiting.take(["0"])
+    waiting.cached([prompts["0"]])
+    assert list(waiting.outdated()) == [jobs["1"]], "the third has all whole blocks that it shares with the first"
+    cached["1"] = 300
+    assert work.match_again(list(jobs.values()), match)
+    assert jobs["1"].remaining_s == 100.0
     assert not list(waiting.outdated())
-    waiting.cached([reqs[0].origin_input_ids])
+    waiting.cached([prompts["0"]])
     assert not list(waiting.outdated()), "no more of it is cached than before"
-    waiting.cached([reqs[1].origin_input_ids, other.origin_input_ids])
-    assert list(waiting.outdated()) == [jobs[1], jobs[3]]
-    waiting.take([reqs[1], reqs[2], other])
+    waiting.cached([prompts["1"], prompts["other"]])
+    assert list(waiting.outdated()) == [jobs["1"], jobs["other"]]
+    waiting.take(["1", "2", "other"])
     assert not list(waiting.outdated())
-    assert not waiting._watched
+    assert not waiting.watches
 
 
 def test_a_task_that_took_twice_as_long_is_seen_by_what_waits_and_by_what_is_suspended() -> None:

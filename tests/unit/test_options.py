@@ -21,7 +21,7 @@ from sgl_flowprefill.compat import incompatible_option
 from sgl_flowprefill.model import embedded_model_path
 from sgl_flowprefill.patches import options
 from sgl_flowprefill.patches.base import SeamError
-from sgl_flowprefill.runtime.setup import PreparedScheduler
+from sgl_flowprefill.runtime.scheduler import FlowPrefillScheduler
 from tests.unit.test_compat import WORKS
 
 
@@ -131,8 +131,8 @@ def test_a_scheduler_that_was_started_past_the_seam_ends_its_server(
     def init(_scheduler: Any, *args: Any) -> None:
         made.append(args)
 
-    monkeypatch.setattr(PreparedScheduler.__base__, "__init__", init)
+    monkeypatch.setattr(FlowPrefillScheduler.__base__, "__init__", init)
     server_args = SimpleNamespace(**{**WORKS, **given}, _resolved_overrides=[("a hook of SGLang", resolved)])
     with pytest.raises(SystemExit, match=f"^sgl-flowprefill: .*{text}"):
-        PreparedScheduler(server_args, "ports")
+        FlowPrefillScheduler(server_args, "ports")
     assert not made

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable, Sequence
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any, Final
 
@@ -12,14 +13,16 @@ from sglang.srt.managers.scheduler_components.output_streamer import SchedulerOu
 from sglang.srt.managers.utils import is_health_check_generate_req
 
 from sgl_flowprefill.events import EventLog
+from sgl_flowprefill.runtime.failure import Failure
 from sgl_flowprefill.runtime.metrics import Metrics
+from sgl_flowprefill.runtime.parts import TTFT, Recorder
 from sgl_flowprefill.runtime.task import PrefillTask
-from sgl_flowprefill.ttft import AdaptiveTTFT, Prediction
+from sgl_flowprefill.ttft import Prediction
 
 REASON_CHARS: Final = 200
 
 
-class Journal(EventLog):
+class EventRecorder(EventLog, Recorder):
     """An event log with a method for each kind of event, which metrics go with. It sees to it that each request that
     has arrived ends once.
     """
@@ -72,7 +75,7 @@ class Journal(EventLog):
 
     def resumed(self, task: PrefillTask, now_s: float) -> None:
         """``task`` runs, for the first time or again."""
-        if task.started:
+        if task.has_run:
             self.write("resume", now_s, task=task.id, rids=task.rids, checkpoint=task.checkpoint)
             return
         self.write(
@@ -81,17 +84,17 @@ class Journal(EventLog):
             task=task.id,
             rids=task.rids,
             new_tokens=task.new_tokens,
-            cached_tokens=sum(req.prefix_len for req in task.batch.reqs),
+            cached_tokens=sum(shape.cached_tokens for shape in task.shapes),
             predicted_s=round(task.predicted_s, 6),
         )
 
-    def completed(self, task: PrefillTask, prediction: Prediction, ttft: AdaptiveTTFT, live_tasks: int) -> None:
+    def completed(self, task: PrefillTask, prediction: Prediction, ttft: TTFT, live_tasks: int) -> None:
         """``prediction`` is what ``ttft`` says of it now that it has run. Members whose abort was asked for end as
         aborted, when SGLang drops them.
         """
         ended = [
             req
-            for req in task.batch.reqs
+            for req in task.reqs
             if is_health_check_generate_req(req) or (req in self._open and req not in self._abort_asked)
         ]
         self.write(
@@ -110,22 +113,22 @@ class Journal(EventLog):
 
     def dropped(self, task: PrefillTask) -> None:
         """``task`` is unwound: nobody waits for it any more. Members that have ended already are not named."""
-        rids = self._close([req for req in task.batch.reqs if req in self._open])
+        rids = self._close([req for req in task.reqs if req in self._open])
         self.write("abort", time.monotonic(), rids=rids, task=task.id, checkpoint=task.checkpoint)
 
-    def failed(self, task: PrefillTask, reason: str, http_status: int) -> None:
+    def failed(self, task: PrefillTask, failure: Failure) -> None:
         """The forward pass of ``task`` has raised. Members whose abort was asked for end as aborted, when SGLang drops
         them.
         """
-        rids = self._close([req for req in task.batch.reqs if req in self._open and req not in self._abort_asked])
+        rids = self._close([req for req in task.reqs if req in self._open and req not in self._abort_asked])
         self.write(
             "fail",
             time.monotonic(),
             rids=rids,
             task=task.id,
             checkpoint=task.checkpoint,
-            http_status=int(http_status),
-            reason=reason[:REASON_CHARS],
+            http_status=int(HTTPStatus.INTERNAL_SERVER_ERROR),
+            reason=failure.message[:REASON_CHARS],
         )
 
     def abort_asked(self, reqs: Iterable[Any]) -> None:
@@ -158,16 +161,16 @@ class Journal(EventLog):
         return [req.rid for req in reqs]
 
 
-class JournalledStreamer(SchedulerOutputStreamer):
-    """SGLang's way of answers to the client, which tells the journal of each last one."""
+class RecordedStreamer(SchedulerOutputStreamer):
+    """SGLang's way of answers to the client, which tells the event recorder of each last one."""
 
-    journal: Journal | None = None
+    recorder: EventRecorder | None = None
     """Set on the instance, when the scheduler is ready to serve."""
 
     def stream_output(self, reqs: Sequence[Any], return_logprob: bool, skip_req: Any = None) -> None:
         super().stream_output(reqs, return_logprob, skip_req)
-        if self.journal is not None:
+        if self.recorder is not None:
             for req in reqs:
                 if req.finished():
                     reason = req.finished_reason.to_json()
-                    self.journal.answered(req, str(reason.get("message")), reason.get("status_code"))
+                    self.recorder.answered(req, str(reason.get("message")), reason.get("status_code"))

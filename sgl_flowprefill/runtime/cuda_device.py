@@ -1,0 +1,64 @@
+"""The current CUDA stream as a device, and which device a server has."""
+
+from __future__ import annotations
+
+import time
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from sgl_flowprefill.runtime.device import POLL_S, CpuDevice, Device, QueueDevice
+
+
+@dataclass(frozen=True, slots=True)
+class CudaStamp:
+    """A timed event of its own: stamps are kept until their task is done."""
+
+    event: torch.cuda.Event
+
+    def seconds_until(self, later: CudaStamp) -> float:
+        later.event.synchronize()  # it may be the next thing behind what told that its task is done
+        return float(self.event.elapsed_time(later.event)) * 1e-3
+
+
+class CudaDevice(QueueDevice):
+    """The current CUDA stream.
+
+    The host waits by asking and sleeping in turns, not in ``cudaEventSynchronize``, which no arrival can interrupt: a
+    sleep lets go of the GIL, so that the transfer and bootstrap threads run, and what the hub should look at is seen
+    ``POLL_S`` later at the latest.
+    """
+
+    def fetch(self, batch: Any, result: Any) -> None:
+        # SGLang does this in its overlap mode only, and otherwise blocks in ``next_token_ids.tolist()``.
+        if result.copy_done is None:
+            result.copy_done = torch.cuda.Event()
+            result.copy_to_cpu(return_logprob=batch.return_logprob, return_hidden_states=batch.return_hidden_states)
+        self.record()
+
+    def stamp(self) -> CudaStamp:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return CudaStamp(event)
+
+    def beside_the_queue(self) -> AbstractContextManager[Any]:
+        stream: AbstractContextManager[Any] = torch.cuda.stream(self._beside)
+        return stream
+
+    @cached_property
+    def _beside(self) -> torch.cuda.Stream:
+        return torch.cuda.Stream()
+
+    def _new_event(self) -> torch.cuda.Event:
+        return torch.cuda.Event()
+
+    def _pause(self) -> None:
+        time.sleep(POLL_S)
+
+
+def make_device(device_type: str, lookahead: int) -> Device:
+    """The device that SGLang calls ``device_type``."""
+    return CudaDevice(lookahead) if device_type == "cuda" else CpuDevice()

@@ -1,0 +1,148 @@
+"""Runs forward passes in greenlets, so that each can be suspended at an interruption point."""
+
+from __future__ import annotations
+
+import contextvars
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final, Protocol
+
+import torch
+from greenlet import greenlet
+from torch import distributed as dist
+
+from sgl_flowprefill.runtime.device import CpuDevice, Device
+from sgl_flowprefill.runtime.failure import Failure
+from sgl_flowprefill.runtime.forward_state import ForwardState
+from sgl_flowprefill.runtime.task import PrefillTask
+
+DEVICE_ERRORS: Final = ("CUDA error", "CUDA driver error", "device-side assert", "NCCL error", "cuDNN error")
+"""In the messages of errors after which a CUDA context or a communicator may be unusable."""
+
+
+class State(Protocol):
+    """What a switch saves of the process's state, and restores (``ForwardState``)."""
+
+    def install(self, model_runner: Any) -> None: ...
+
+    def with_backend(self, attn_backend: Any) -> State: ...
+
+
+@dataclass
+class _Forward:
+    """A forward pass while it does not run."""
+
+    greenlet: Any
+    state: State
+
+
+class Executor:
+    """Runs one task at a time, and comes back when it is done or has failed, or is ``interrupted`` at a checkpoint."""
+
+    def __init__(
+        self,
+        model_runner: Any,
+        interrupted: Callable[[], bool],
+        device: Device | None = None,
+        ends_waiting: Callable[[], bool] | None = None,
+        capture: Callable[[Any], State] = ForwardState.capture,
+    ) -> None:
+        """``interrupted`` is asked once at each interruption point; what ends a wait for the device there is
+        ``ends_waiting``, or ``interrupted`` again if that is None. ``capture(model_runner)``: what a switch saves.
+        """
+        self._model_runner = model_runner
+        self.interrupted = interrupted
+        self._ends_waiting = ends_waiting
+        self.device = device or CpuDevice()
+        self._capture = capture
+        self.running: PrefillTask | None = None
+        self._own_error: Exception | None = None
+        """What was raised at an interruption point, and not by the model."""
+        self.points = 0
+        """Interruption points that tasks have passed."""
+
+    def checkpoint(self) -> None:
+        """Called by the model after each operator; may not return before much later."""
+        if self.running is not None:  # no task: a forward outside any, such as the profile's
+            self.running.checkpoint += 1
+            self._pass_point(self.running)
+
+    def between_tiles(self) -> None:
+        """Called inside a long operator: like a checkpoint, but no progress by which time left could be told."""
+        if self.running is not None:
+            self._pass_point(self.running)
+
+    def _pass_point(self, task: PrefillTask) -> None:
+        self.points += 1
+        task.points += 1
+        try:
+            self.device.record()
+            stops = self.interrupted() or not self.device.catch_up(self._ends_waiting or self.interrupted)
+        except Exception as error:
+            self._own_error = error
+            raise
+        if stops:
+            task.suspended_forward.greenlet.parent.switch()
+
+    def run(self, task: PrefillTask, forward: Callable[[Any], Any]) -> None:
+        """Start or resume ``task`` with ``forward(batch)``, until it is done, has failed or is interrupted.
+
+        Raises what no task can be blamed for: errors of an interruption point, and of the device itself.
+        """
+        if not task.has_run:
+            task.has_run = True
+            state = self._capture(self._model_runner).with_backend(task.attn_backend)
+            task.suspended_forward = _Forward(self._new_greenlet(task, forward), state)
+        self._switch(task, task.suspended_forward.greenlet.switch)
+
+    def cancel(self, task: PrefillTask) -> None:
+        """End the forward of a ``task`` that is suspended or has failed: its context managers exit, and its activations
+        are freed.
+        """
+        if task.has_run:
+            forward = task.suspended_forward
+            if not forward.greenlet.dead:
+                self._switch(task, forward.greenlet.throw)
+            # The next plan in its attention slot overwrites host buffers that queued copies may still read.
+            self.device.drain()
+
+    def _switch(self, task: PrefillTask, switch: Callable[[], Any]) -> None:
+        hub_state = self._capture(self._model_runner)
+        forward: _Forward = task.suspended_forward
+        forward.state.install(self._model_runner)
+        self.running = task
+        self._own_error = None
+        begin = self.device.stamp()
+        try:
+            switch()
+        finally:
+            task.spans.append((begin, self.device.stamp()))
+            self.running = None
+            forward.state = self._capture(self._model_runner)
+            hub_state.install(self._model_runner)
+
+    def _new_greenlet(self, task: PrefillTask, forward: Callable[[Any], Any]) -> Any:
+        def body() -> None:
+            try:
+                task.result = forward(task.batch)
+                task.done = True
+            except Exception as error:
+                if self._own_error is not None or ends_server(error):
+                    raise
+                task.failure = Failure.of(error, task.points, task.rids)
+
+        new = greenlet(body)
+        new.gr_context = contextvars.copy_context()
+        return new
+
+
+def ends_server(error: Exception) -> bool:
+    """Whether ``error`` says more about the process than about one prefill: nothing that runs after it can be trusted.
+
+    Out of memory is not of that kind: PyTorch has raised it before a kernel was queued.
+    """
+    if isinstance(error, torch.OutOfMemoryError):
+        return False
+    if isinstance(error, (torch.AcceleratorError, dist.DistError)):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in DEVICE_ERRORS)

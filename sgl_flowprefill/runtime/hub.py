@@ -1,0 +1,261 @@
+"""The hub: one loop that takes what has happened, picks what runs now, and runs it until something happens.
+
+It runs in the main greenlet and does everything but forward passes. A forward pass runs in its task's greenlet and
+comes back at a checkpoint where an event is pending, or when it is done (docs/architecture.md). What differs between
+engines is behind ``Role``; the hub imports neither SGLang nor torch.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Final, Generic, TypeVar
+
+from sgl_flowprefill.policy import Job
+from sgl_flowprefill.runtime.device import Device
+from sgl_flowprefill.runtime.parts import Agreement, Events, Executor, Recorder, Slots, Tiles
+from sgl_flowprefill.runtime.role import Role
+from sgl_flowprefill.runtime.task import NO_TASK, PrefillTask
+from sgl_flowprefill.runtime.waiting import WaitingRequest
+from sgl_flowprefill.runtime.work import Choice, Work
+
+logger = logging.getLogger(__name__)
+
+RoleT = TypeVar("RoleT", bound=Role)
+
+IDLE_CHECK_S: Final = 5.0
+"""How often an idle server does its housekeeping (SGLang's leak check, metrics)."""
+STALL_CHECK_S: Final = 1.0
+"""How often a server that only waits for others looks for what sends no wake-up (a dead decode server)."""
+MATCHES: Final = 1
+"""Waiting requests of whose prompts more has been cached that a turn matches again, besides those about to start."""
+MATCH_ROUNDS: Final = 3
+"""Choices that a turn makes at most because those about to start were matched again."""
+
+
+@dataclass(eq=False)
+class Hub(Generic[RoleT]):
+    """The loop of a server."""
+
+    role: RoleT
+    work: Work
+    executor: Executor
+    slots: Slots
+    device: Device
+    agreement: Agreement
+    events: Events
+    recorder: Recorder
+    tiles: Tiles
+    now_s: Callable[[], float] = time.monotonic
+    stall_check_s: float = STALL_CHECK_S
+    kv_is_short: bool = field(default=False, init=False)
+    """Whether KV for a new task was asked for in vain, and none has been freed since."""
+    _stopped_s: float = field(default=0.0, init=False)
+    """When a task was last done or interrupted."""
+    _looked_for_stalls_s: float = field(default=-math.inf, init=False)
+    _agreed_arrival: int = field(default=NO_TASK, init=False)
+    """Id of the task that finishes next, if the rank that decides had its result when the ranks last met."""
+
+    # ---- the loop -------------------------------------------------------------------------------------------------
+
+    def serve(self) -> None:
+        """Serve until the role exits."""
+        with self.agreement.naming_the_lost():
+            while not self.role.is_exiting:
+                if not self.turn() and not self.role.is_exiting:
+                    self._sleep()
+
+    def turn(self) -> bool:
+        """Run what is to run now until something happens. Whether there was anything, or its result is on the way."""
+        task = self.next_task()
+        if task is not None:
+            self.executor.run(task, self.forward)
+            self.stopped(task)
+            return True
+        return self._wait_for_result()
+
+    def next_task(self) -> PrefillTask | None:
+        """Take what has happened, and pick what runs now."""
+        while True:
+            self.look()
+            self.finish_arrived()
+            # Picking late, when the device has room for another operator, is picking with all that is known by then.
+            if self.device.catch_up(self.agreement.ends_waiting):
+                break
+        task = None if self.role.is_paused else self._pick()
+        if task is not None:
+            self._switch_to(task)
+        return task
+
+    def look(self) -> None:
+        """Take what has happened: arrivals, tasks that nobody waits for any more, KV cache that has been freed."""
+        now_s = self.now_s()
+        stalls_due = self._agree_on_news(now_s)
+        self.events.clear()
+        self.work.waiting.forget_news()
+        if self.role.take_news(stalls_due) or stalls_due:
+            self.kv_is_short = False
+        self.work.forget_all_but(self.role.waiting())
+        for task in self.role.abandoned(self.work.tasks.live):
+            self.recorder.dropped(task)
+            self._drop(task)
+        for arrival in self.role.arrived():
+            self.work.add(arrival)
+        self._match_again(list(islice(self.work.waiting.outdated(), MATCHES)))
+
+    def stopped(self, task: PrefillTask) -> None:
+        """``task``, which ran, is interrupted, or it is over: its result is on its way then, or it has failed."""
+        if task.failure is not None:
+            self._fail(task)
+        elif task.done:
+            self._end(task)
+            self.work.tasks.finishing.append(task)
+        self._stopped_s = self.now_s()
+        if task.done:
+            self.finish_arrived()
+
+    def finish_arrived(self) -> None:
+        """Finish the tasks whose results are on the host."""
+        for task in self.work.tasks.take_arrived(self._agreed_arrival, self.device):
+            self._finish(task)
+
+    def finish_started(self) -> None:
+        """Run the tasks that have started to their ends, and process their results."""
+        while self.work.tasks.live:
+            self.agreement.agree()
+            task = self.work.tasks.live[0]
+            self.executor.run(task, self.forward)
+            self.stopped(task)
+        self.finish_done()
+
+    def finish_done(self) -> None:
+        """Process the results of all tasks that are done, which waits for those that have not arrived."""
+        while self.work.tasks.finishing:
+            self._finish(self.work.tasks.finishing.popleft())
+
+    def has_news(self) -> bool:
+        """Whether there is something to look at: an event, or a result that has arrived from the device."""
+        return self.events.pending() or self.work.tasks.result_arrived()
+
+    # ---- picking --------------------------------------------------------------------------------------------------
+
+    def _pick(self) -> PrefillTask | None:
+        """The task that runs now: one that has started, or a new one made of waiting requests."""
+        if self.work.tasks.running is not None:
+            self.work.update(self.work.tasks.running)
+        while True:
+            choice = self.choose()
+            if choice is None or isinstance(choice, PrefillTask):
+                return choice
+            task = self.start(choice)
+            if task is not None:
+                return task
+            # Its KV does not fit. Work on what holds KV, and try again when some has been freed.
+            self.kv_is_short = True
+
+    def choose(self) -> Choice:
+        """What all ranks run next. Where its prompt can be matched farther, all do so, and the choice is made anew: a
+        match touches the radix cache.
+        """
+        now_s = self.now_s()
+        for left in reversed(range(MATCH_ROUNDS)):
+            choice = self._agreed_choice(now_s, last=not left)
+            if not isinstance(choice, list) or not left or not self._match_again(choice):
+                break
+        return choice
+
+    def _agreed_choice(self, now_s: float, last: bool) -> Choice:
+        proposal = self.work.choose(now_s, not self.kv_is_short, last) if self.agreement.decides else None
+        return self.work.from_numbers(self.agreement.agree(self.work.as_numbers(proposal)))
+
+    def _match_again(self, jobs: list[Job[WaitingRequest]]) -> bool:
+        return self.work.match_again(jobs, self.role.match)
+
+    def start(self, jobs: list[Job[WaitingRequest]]) -> PrefillTask | None:
+        """A new task for the first of ``jobs`` and those that join it, or None when the first one's KV does not fit."""
+        batch = self.role.make_batch([job.item.req for job in jobs])
+        if batch is None:
+            return None
+        return self.work.start(jobs[0], batch, self.role.requests(batch), self.role.shapes(batch), self.slots.take())
+
+    # ---- running --------------------------------------------------------------------------------------------------
+
+    def _switch_to(self, task: PrefillTask) -> None:
+        """``task`` runs next; the one that ran before is suspended."""
+        now_s, tasks = self.now_s(), self.work.tasks
+        if task is not tasks.running:
+            if tasks.running is not None:
+                news_readable_s = self.work.waiting.news_readable_s
+                self.recorder.suspended(tasks.running, task, self._stopped_s, now_s, news_readable_s)
+            self.recorder.resumed(task, now_s)
+            tasks.running = task
+        self.role.switch_to(task)
+
+    def forward(self, batch: object) -> object:
+        """In the task's greenlet: the whole forward pass, and the way back of its result."""
+        result = self.role.forward(batch)
+        self.device.fetch(batch, result)
+        return result
+
+    def _finish(self, task: PrefillTask) -> None:
+        """Hand over the KV of a task that is done, and answer its requests."""
+        self.slots.give_back(task.attn_backend)
+        prediction = self.work.observe(task)
+        self.recorder.completed(task, prediction, self.work.ttft, len(self.work.tasks.live))
+        self.role.finish(task)
+        self.work.computed(task)
+
+    def _fail(self, task: PrefillTask) -> None:
+        """Answer the requests of a task whose forward pass has raised with an error. The others are not concerned."""
+        failure = task.failure
+        assert failure is not None
+        logger.error("FlowPrefill: error %s in the prefill of %s:\n%s", failure.id, task.rids, failure.traceback)
+        self.agreement.agree(failed_at=failure.place)
+        self.recorder.failed(task, failure)
+        self._drop(task)
+
+    def _drop(self, task: PrefillTask) -> None:
+        """End a task whose requests have all been given up: unwind its forward pass, free what it holds, and answer.
+
+        Its KV cache is not computed, and so never becomes a cached prefix.
+        """
+        self.executor.cancel(task)
+        self._end(task)
+        self.slots.give_back(task.attn_backend)
+        self.role.drop(task)
+
+    def _end(self, task: PrefillTask) -> None:
+        """Forget a task that is done or dropped, and whose KV is or will be freed."""
+        self.work.end(task)
+        self.kv_is_short = False
+
+    # ---- meeting and waiting --------------------------------------------------------------------------------------
+
+    def _agree_on_news(self, now_s: float) -> bool:
+        """Meet the other ranks, which wait here while the first one sleeps. Whether it is time to look for stalls."""
+        tasks = self.work.tasks
+        stalls_due = now_s - self._looked_for_stalls_s >= self.stall_check_s
+        arrival = tasks.finishing[0].id if tasks.result_arrived() else NO_TASK
+        slowdown_percent = round(100 * self.work.ttft.correction)
+        agreed = self.agreement.agree([stalls_due, arrival, slowdown_percent])
+        self._agreed_arrival = agreed[1]
+        self.tiles.follow(agreed[2] / 100)
+        if agreed[0]:
+            self._looked_for_stalls_s = now_s
+        return bool(agreed[0])
+
+    def _wait_for_result(self) -> bool:
+        """Nothing can run: wait for the result that is on its way, or an event. Whether there is one."""
+        finishing = self.work.tasks.finishing
+        if finishing and self.agreement.decides:  # the other ranks wait for what the first one decides next
+            self.device.wait(finishing[0].result.copy_done, self.events.pending)
+        return bool(finishing)
+
+    def _sleep(self) -> None:
+        """Nothing can run until something happens: housekeeping once, then sleep."""
+        self.recorder.flush()
+        self.events.sleep(IDLE_CHECK_S if self.role.rest() else self.stall_check_s)

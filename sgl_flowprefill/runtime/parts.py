@@ -1,0 +1,146 @@
+"""What the hub is made of, besides its role, the policy and the device: what it asks of each part."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Protocol
+
+from sgl_flowprefill.pace import Pace
+from sgl_flowprefill.runtime.failure import Failure
+from sgl_flowprefill.runtime.task import PrefillTask
+from sgl_flowprefill.ttft import Prediction, PrefillShape
+
+
+class TTFT(Protocol):
+    """Predicts how long batches take (``ttft.AdaptiveTTFT``)."""
+
+    @property
+    def correction(self) -> float:
+        """Measured over profiled time of the last tasks."""
+
+    def predict_s(self, batch: Sequence[PrefillShape]) -> float:
+        """What slack is computed with."""
+
+    def pace(self, batch: Sequence[PrefillShape]) -> Pace:
+        """What prefills of about the size of ``batch`` have in common."""
+
+    def observe(self, batch: Sequence[PrefillShape], measured_s: float) -> Prediction:
+        """A task of ``batch`` executed for ``measured_s``; what was predicted before this was known."""
+
+    def follow(self) -> bool:
+        """Bring the paces up to date. Whether any has changed."""
+
+    def state(self) -> Mapping[str, float]:
+        """For metrics."""
+
+
+class Executor(Protocol):
+    """Runs forward passes that can be suspended (``runtime.executor``)."""
+
+    points: int
+    """Interruption points that tasks have passed."""
+
+    def run(self, task: PrefillTask, forward: Callable[[Any], Any]) -> None:
+        """Start or resume ``task`` with ``forward(batch)``, until it is done, has failed or is interrupted."""
+
+    def cancel(self, task: PrefillTask) -> None:
+        """Unwind the forward pass of a ``task`` that is suspended or has failed."""
+
+
+class Slots(Protocol):
+    """Attention state, of which each task has its own (``runtime.slots``)."""
+
+    def take(self) -> Any: ...
+
+    def give_back(self, backend: Any) -> None: ...
+
+
+class Memory(Protocol):
+    """Device memory for activations (``runtime.memory``)."""
+
+    def admits(self, live_tokens: Sequence[int], new_tokens: int, logprob_rows: int = 0) -> bool:
+        """Whether a task of ``new_tokens`` may start beside live ones; the one of them with the most ``logprob_rows``
+        computes these at its end.
+        """
+
+
+class Tiles(Protocol):
+    """The parts in which long operators run (``runtime.tiles``)."""
+
+    def follow(self, slowdown: float) -> None:
+        """``slowdown``: the time of prefills over the profile's."""
+
+
+class Events(Protocol):
+    """What wakes the hub (``runtime.wakeup``)."""
+
+    def pending(self) -> bool:
+        """Whether something waits to be looked at."""
+
+    def clear(self) -> None:
+        """Forget what was notified so far. Called before the hub looks at what there is."""
+
+    def sleep(self, timeout_s: float) -> bool:
+        """Sleep until something is there, at most ``timeout_s``. Whether something is there."""
+
+
+class Agreement(Protocol):
+    """What tensor-parallel ranks do together (``runtime.agreement``); one rank agrees with itself."""
+
+    @property
+    def decides(self) -> bool:
+        """Whether what this rank says counts."""
+
+    @property
+    def ends_waiting(self) -> Callable[[], bool]:
+        """Whether a wait for the device ends early."""
+
+    def agree(self, values: Sequence[int] = (), failed_at: int = 0) -> list[int]:
+        """The ``values`` of the rank that decides, at all ranks. ``failed_at``: where this rank's task has failed."""
+
+    def naming_the_lost(self) -> AbstractContextManager[None]:
+        """Errors in this context name the rank that has ended and so caused them."""
+
+
+class Recorder:
+    """Is told what happens. Does nothing with it."""
+
+    def suspended(
+        self, task: PrefillTask, winner: PrefillTask, stopped_s: float, now_s: float, news_readable_s: float
+    ) -> None:
+        """``task``, which ran until ``stopped_s``, waits for ``winner``. The first news that led to it could have been
+        read at ``news_readable_s``; infinity without any.
+        """
+
+    def resumed(self, task: PrefillTask, now_s: float) -> None:
+        """``task`` runs, for the first time or again."""
+
+    def completed(self, task: PrefillTask, prediction: Prediction, ttft: TTFT, live_tasks: int) -> None:
+        """``task`` is done. ``prediction`` is what ``ttft`` says of it now that it has run."""
+
+    def dropped(self, task: PrefillTask) -> None:
+        """``task`` is unwound: nobody waits for it any more."""
+
+    def failed(self, task: PrefillTask, failure: Failure) -> None:
+        """The forward pass of ``task`` has raised."""
+
+    def flush(self) -> None:
+        """Nothing runs: there is time to write."""
+
+
+class OneRank:
+    """The agreement of a rank that is alone."""
+
+    decides = True
+
+    def __init__(self, news: Callable[[], bool]) -> None:
+        """``news``: whether the hub has something to look at, which interrupts a task and ends a wait."""
+        self.interrupted = news
+        self.ends_waiting = news
+
+    def agree(self, values: Sequence[int] = (), failed_at: int = 0) -> list[int]:
+        return list(values)
+
+    def naming_the_lost(self) -> AbstractContextManager[None]:
+        return nullcontext()

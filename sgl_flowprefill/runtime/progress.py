@@ -1,0 +1,35 @@
+"""How much of a forward pass is left, by the preemption checkpoints that it has passed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate, cycle, islice
+
+
+class Progress:
+    """How much of a forward pass is left behind each of its checkpoints."""
+
+    def __init__(self, is_attention: Sequence[bool]) -> None:
+        """``is_attention`` says of every checkpoint, in order, whether it follows attention (else: MLP, or a layer)."""
+        self._pattern = is_attention
+        self._attention = [0, *accumulate(is_attention)]
+
+    @property
+    def checkpoints(self) -> int:
+        """Checkpoints of one forward pass."""
+        return len(self._attention) - 1
+
+    def passed_all(self, checkpoints: int) -> None:
+        """A forward pass is done and had so many: some models run their layers more than once."""
+        if checkpoints != self.checkpoints:
+            self._attention = [0, *accumulate(islice(cycle(self._pattern), checkpoints))]
+
+    def left(self, passed: int, attention_share: float) -> float:
+        """Share of the time that is left after ``passed`` checkpoints, when attention takes ``attention_share``."""
+        passed = min(passed, self.checkpoints)
+        attention, all_attention = self._attention[passed], self._attention[-1]
+        others, all_others = passed - attention, self.checkpoints - all_attention
+        if not all_attention or not all_others:
+            return 1.0 - passed / self.checkpoints
+        done = attention_share * attention / all_attention + (1.0 - attention_share) * others / all_others
+        return max(0.0, 1.0 - done)

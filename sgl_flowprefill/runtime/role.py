@@ -1,0 +1,85 @@
+"""What the hub asks of the engine that it drives: SGLang's scheduler as a prefill server, or a simulated one."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from sgl_flowprefill.runtime.task import PrefillTask
+from sgl_flowprefill.ttft import PrefillShape
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """A request that can be started from now on."""
+
+    req: Any
+    """The role's own: SGLang's Req."""
+    prompt: Sequence[int]
+    shape: PrefillShape
+    """Its cost, by the cached prefix that it has now."""
+    received_s: float
+    deadline_s: float
+    readable_s: float
+    """When this process could first have read that the request can be run."""
+    logprob_rows: int = 0
+    """Tokens of its prompt whose log probabilities are asked for."""
+
+
+class Role(Protocol):
+    """An engine, as one kind of server."""
+
+    @property
+    def is_exiting(self) -> bool:
+        """Whether the loop ends."""
+
+    @property
+    def is_paused(self) -> bool:
+        """Whether nothing may run."""
+
+    def take_news(self, stalls_due: bool) -> bool:
+        """Take what has happened since the last turn. Whether KV cache has been freed.
+
+        ``stalls_due``: it is time to look for what sends no news, such as a decode server that is gone.
+        """
+
+    def arrived(self) -> Iterable[Arrival]:
+        """The requests that can be started since the last turn. Asked when abandoned tasks have been dropped."""
+
+    def waiting(self) -> Collection[Any]:
+        """All requests that can be started; the hub forgets those that are not among them."""
+
+    def abandoned(self, live: Sequence[PrefillTask]) -> Sequence[PrefillTask]:
+        """Those of the ``live`` tasks that nobody waits for any more."""
+
+    def match(self, req: Any) -> PrefillShape:
+        """Match the prompt of ``req``, which waits, with the cached prefixes again; its cost now."""
+
+    def make_batch(self, reqs: Sequence[Any]) -> Any | None:
+        """A batch of ``reqs`` in their order, with KV cache for all that it computes; of the first of them alone where
+        there is none for the others, and None where there is none for the first.
+        """
+
+    def requests(self, batch: Any) -> Sequence[Any]:
+        """The requests of ``batch``, in its order."""
+
+    def shapes(self, batch: Any) -> Sequence[PrefillShape]:
+        """What ``batch`` computes, with the cached prefixes that its admission found."""
+
+    def switch_to(self, task: PrefillTask) -> None:
+        """``task`` runs next."""
+
+    def forward(self, batch: Any) -> Any:
+        """The forward pass over ``batch``. Called in the greenlet of its task."""
+
+    def finish(self, task: PrefillTask) -> None:
+        """Process the result of ``task``, which is on the host: hand over its KV cache, and answer."""
+
+    def drop(self, task: PrefillTask) -> None:
+        """Free what ``task`` holds, whose forward pass has been unwound, and answer its requests: all have been given
+        up, or it has failed (``task.failure``).
+        """
+
+    def rest(self) -> bool:
+        """Housekeeping while nothing can run. Whether there is nothing that the server waits for either."""

@@ -1,0 +1,63 @@
+"""Attention backends for tasks that live at the same time."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+from typing import Any
+
+from sgl_flowprefill.runtime.tiled_attention import tile_queries
+
+logger = logging.getLogger(__name__)
+
+
+class AttentionSlots:
+    """Attention backends for tasks that live at the same time: a backend keeps the metadata of one batch.
+
+    The first slot is the model runner's own backend; others are made when needed and reused. FlashInfer's backends have
+    plans and integer workspaces of their own and share the large float workspace, which holds partial results within
+    one attention kernel and the merge that follows it on the same stream: a task is never suspended between the two.
+    """
+
+    def __init__(
+        self,
+        model_runner: Any,
+        between_tiles: Callable[[], None] | None,
+        tile_pairs: Callable[[], float] = lambda: math.inf,
+    ) -> None:
+        """Attention runs in tiles of ``tile_pairs()`` pairs, asked for when a slot is taken; None: whole."""
+        self._model_runner = model_runner
+        self._between_tiles = between_tiles
+        self._tile_pairs = tile_pairs
+        self._free = [model_runner.attn_backend]
+        whole = self._tile(model_runner.attn_backend)
+        if whole is not None:
+            self._between_tiles = None  # nor can its other slots: not asked again at every start
+            logger.warning("FlowPrefill does not split long attention operators of %s", whole)
+
+    def take(self) -> Any:
+        backend = self._free.pop() if self._free else self._new()
+        self._tile(backend)
+        return backend
+
+    def measure_bytes(self, allocated_bytes: Callable[[], int]) -> int:
+        """Make a slot ahead of its use; device memory that it took."""
+        before_bytes = allocated_bytes()
+        self._free.append(self._new())
+        return allocated_bytes() - before_bytes
+
+    def give_back(self, backend: Any) -> None:
+        self._free.append(backend)
+
+    def is_free(self, backend: Any) -> bool:
+        """Whether ``backend`` is no task's."""
+        return any(free is backend for free in self._free)
+
+    def _new(self) -> Any:
+        backend = self._model_runner._get_attention_backend(init_new_workspace=False)
+        self._model_runner.kv_index_translator.bind_and_verify_backends([backend])
+        return backend
+
+    def _tile(self, backend: Any) -> str | None:
+        return None if self._between_tiles is None else tile_queries(backend, self._between_tiles, self._tile_pairs())
