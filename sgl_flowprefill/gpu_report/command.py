@@ -82,7 +82,7 @@ class _Report:
         backends = dict.fromkeys(([asked] if asked else []) + list(BACKENDS)) if self._on_card else (None,)
         self._phases = plan(tuple(backends))
         _clear(arguments.out)
-        self._log_dir = arguments.out / "logs"
+        self._log_dir: Path = arguments.out / "logs"
         self._log_dir.mkdir(parents=True)
         self._document = Document(
             out=arguments.out.absolute(),
@@ -222,7 +222,7 @@ class _Report:
         """The first that has passed its checks; the first of all if none has."""
         checked = [phase for phase in self._phases if phase.module == "checks"]
         passed = [one for one in checked if self._document.phases.get(one.name, {}).get("state") == "passed"]
-        return (passed or checked)[0].backend
+        return next((phase.backend for phase in passed or checked), None)
 
     def _log(self, phase: Phase) -> Path:
         return self._log_dir / f"{phase_file(self._document.out, phase.name).stem}.log"

@@ -17,6 +17,7 @@ import torch
 from sgl_flowprefill.config import FlowPrefillConfig
 from sgl_flowprefill.profiling.file import Setting
 from sgl_flowprefill.runtime.checkpoints import find_decoder_layers
+from sgl_flowprefill.runtime.device import QueueDevice
 from sgl_flowprefill.runtime.profile import current_setting, load_or_measure
 from sgl_flowprefill.runtime.selfcheck import Finding, Tasks, checks
 from sgl_flowprefill.runtime.task import PrefillTask
@@ -159,7 +160,8 @@ class Engine(Tasks):
     @contextmanager
     def lookahead(self, operators: int) -> Iterator[None]:
         """Let the CPU run ahead of the device by so many operators."""
-        device: Any = self.hub.executor.device
+        device = self.hub.device
+        assert isinstance(device, QueueDevice)
         usual, device.lookahead = device.lookahead, operators
         try:
             yield

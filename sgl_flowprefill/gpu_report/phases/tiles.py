@@ -29,9 +29,9 @@ def measure(engine: Engine, request: Request) -> Iterator[Outcome]:
     ways = list(times_s)
     for round_ in range(MOST_ROUNDS):
         turned = round_ % len(ways)
-        for length_ms in ways[turned:] + ways[:turned]:
-            with engine.whole() if length_ms is None else engine.in_tiles(planned[length_ms]):
-                times_s[length_ms].append(engine.forward_s(prompt))
+        for way in ways[turned:] + ways[:turned]:
+            with engine.whole() if way is None else engine.in_tiles(planned[way]):
+                times_s[way].append(engine.forward_s(prompt))
         if round_ + 1 >= LEAST_ROUNDS and not request.budget.left_s:
             break
     rows: list[dict[str, Any]] = []
