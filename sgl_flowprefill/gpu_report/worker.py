@@ -45,21 +45,24 @@ def main(argv: Sequence[str]) -> None:
             importlib.import_module("sgl_flowprefill.runtime.scheduler")
         with open(own.lock, "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            budget_s = own.share * max(0.0, own.until_s - time.monotonic())
-            report(budget_s=budget_s)
-            for outcome in _measure(module, own, options, budget_s):
+            report(budget_s=_budget_s(own))
+            for outcome in _measure(module, own, options):
                 report(outcome=outcome)
     except BaseException as error:
         traceback.print_exc()
         report(error=f"{type(error).__name__}: {error}".strip())
 
 
-def _measure(module: Any, own: argparse.Namespace, options: Sequence[str], budget_s: float) -> Iterator[dict[str, Any]]:
+def _budget_s(own: argparse.Namespace) -> float:
+    """The phase's share of the time that is left now."""
+    return float(own.share * max(0.0, own.until_s - time.monotonic()))
+
+
+def _measure(module: Any, own: argparse.Namespace, options: Sequence[str]) -> Iterator[dict[str, Any]]:
     from sgl_flowprefill.gpu_report.phases.base import Budget, Request
 
-    request = Request(own.phase, own.out, Budget(budget_s), options)
     if not own.engine:
-        for outcome in module.measure(request):
+        for outcome in module.measure(Request(own.phase, own.out, Budget(_budget_s(own)), options)):
             yield outcome.to_dict()
         return
     from sgl_flowprefill.gpu_report.engine import Engine
@@ -69,6 +72,7 @@ def _measure(module: Any, own: argparse.Namespace, options: Sequence[str], budge
     with serving_stream(scheduler):
         engine = Engine(scheduler.hub)
         described = engine.describe()
+        request = Request(own.phase, own.out, Budget(_budget_s(own)), options)  # without the time of the start
         for outcome in module.measure(engine, request):
             found = outcome.to_dict()
             yield found | {"figures": {"engine": described, **found["figures"]}}

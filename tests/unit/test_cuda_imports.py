@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from importlib.metadata import distribution
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,8 @@ ROOT = Path(__file__).parents[2]
 STAND_INS = ROOT / "deploy" / "bare_machine" / "overlay"
 DRIVER = "int cuPointerGetAttribute(void) { return 1; }\n"
 """All that is looked for in NVIDIA's driver library when sglang-kernel's are loaded."""
+PLAIN_MODULES = ("sgl_kernel/scalar_type.py", "sgl_kernel/utils.py")
+"""What the bundle takes of sglang-kernel itself."""
 ATTENTION = "sglang.srt.layers.attention"
 MODULES = (
     "sglang.srt.managers.scheduler",
@@ -47,7 +50,10 @@ def test_the_cuda_path_imports(kernels: str, tmp_path: Path) -> None:
         subprocess.run(command, input=DRIVER, text=True, check=True)
         env["LD_LIBRARY_PATH"] = str(tmp_path)
     else:
-        env["PYTHONPATH"] = os.pathsep.join([str(STAND_INS), str(ROOT)])
+        shutil.copytree(STAND_INS / "sgl_kernel", tmp_path / "sgl_kernel")
+        for module in PLAIN_MODULES:
+            shutil.copy(str(distribution("sglang-kernel").locate_file(module)), tmp_path / module)
+        env["PYTHONPATH"] = os.pathsep.join([str(tmp_path), str(ROOT)])
     command = [sys.executable, "-m", "tests.fake_cuda", *MODULES]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr[-3000:]

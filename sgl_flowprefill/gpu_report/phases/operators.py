@@ -18,12 +18,14 @@ from sgl_flowprefill.ttft import OperatorTimes
 from sgl_flowprefill.ttft.budget import throughput_budget_tokens
 
 FILE: Final = "profile.parquet"
+LEAST_S: Final = 10.0
+"""Without a round over single prompts there is no profile."""
 COLUMNS: Final = ("prompt", "measured", "attention", "MLP", "the rest", "the simulator says")
 
 
 def measure(engine: Engine, request: Request) -> Iterator[Outcome]:
     path = request.out / FILE
-    profile = run_profile(engine, engine.setting, path, request.budget.left_s)
+    profile = run_profile(engine, engine.setting, path, max(LEAST_S, request.budget.left_s))
     if not profile.complete:
         shutil.copy(partial_path(path), path)
     yield _outcome(engine, profile, path)
