@@ -36,7 +36,9 @@ SHAPES: Final = {
             label="llama-8b", layers=32, hidden_size=4096, intermediate_size=14336, heads=32, kv_heads=8, head_dim=128,
             context_tokens=131_072, vocab_size=128_256,
         ),
-        Shape(label="llama-small", hidden_size=1024, intermediate_size=4096, heads=8, kv_heads=2, head_dim=128),
+        Shape(
+            label="llama-small", layers=4, hidden_size=512, intermediate_size=2048, heads=4, kv_heads=2, head_dim=128,
+        ),
     )
 }  # fmt: skip
 """By name: Llama-3.1-8B's, and one that a CPU computes in seconds, too."""

@@ -170,7 +170,7 @@ def test_the_costs_of_checkpoints_and_of_tiles_are_told_apart(engine: KnownEngin
         return 0.1 * (1.01 if checkpoints else 1.0) * (1.0 if engine.tiles == WHOLE else 1.05)
 
     engine.times_s = times_s
-    found = last(cost.measure, engine, tmp_path)
+    found = last(cost.measure, engine, tmp_path, budget_s=60.0)
     assert found.state == "passed"
     assert [row["tokens"] for row in found.figures["rows"]] == [512, 2048, 8192]
     for row in found.figures["rows"]:
@@ -184,7 +184,15 @@ def test_checkpoints_may_cost_more_of_the_shortest_prefills_only(
     slow_tokens: int, state: str, engine: KnownEngine, tmp_path: Path
 ) -> None:
     engine.times_s = lambda engine, length, checkpoints: 0.1 * (1.03 if checkpoints and length == slow_tokens else 1.0)
-    assert last(cost.measure, engine, tmp_path).state == state
+    assert last(cost.measure, engine, tmp_path, budget_s=60.0).state == state
+
+
+def test_the_cost_of_prefills_for_which_the_budget_does_not_do_is_not_measured(
+    engine: KnownEngine, tmp_path: Path
+) -> None:
+    found = last(cost.measure, engine, tmp_path)
+    assert [row["tokens"] for row in found.figures["rows"]] == [512]
+    assert "no time for 2,048, 8,192" in found.line
 
 
 def test_blocking_is_the_time_to_the_end_of_the_operator_and_tiles_bound_it(
