@@ -102,15 +102,16 @@ class _Report:
         self._document.write()
         with Guard() as guard:
             lock = guard.directory / "device.lock"
-            to_run = [phase for phase in self._phases if self._is_possible(phase)]
+            to_run = [phase for phase in self._phases if self._on_card or not phase.needs_card]
             ahead: _Running | None = None
-            for index, phase in enumerate(to_run):
-                if index and time.monotonic() >= self._started_s + self._budget_s and ahead is None:
-                    self._note(phase, "left out", "the budget was used up", 0.0)
-                    continue
-                running = ahead or self._start(guard, lock, phase, to_run[index:])
-                following = to_run[index + 1 :]
-                ahead = self._follow(running, guard, lock, following)
+            for phase in self._phases:
+                if phase not in to_run:
+                    self._note(phase, "not here", f"this phase needs a card: {phase.needs_card}")
+                elif phase is not to_run[0] and ahead is None and self._is_over:
+                    self._note(phase, "left out", "the budget was used up")
+                else:
+                    left = to_run[to_run.index(phase) :]
+                    ahead = self._follow(ahead or self._start(guard, lock, phase, left), guard, lock, left[1:])
         self._document.ended = "finished"
 
     def finish(self) -> None:
@@ -130,11 +131,9 @@ class _Report:
 
     # ---- one phase --------------------------------------------------------------------------------------------------
 
-    def _is_possible(self, phase: Phase) -> bool:
-        if self._on_card or not phase.needs_card:
-            return True
-        self._note(phase, "not here", f"this phase needs a card: {phase.needs_card}", 0.0)
-        return False
+    @property
+    def _is_over(self) -> bool:
+        return time.monotonic() >= self._started_s + self._budget_s
 
     def _start(self, guard: Guard, lock: Path, phase: Phase, left: Sequence[Phase]) -> _Running:
         """Start the process of ``phase``; it waits for the device. ``left``: it and those behind it."""
@@ -165,7 +164,7 @@ class _Report:
                     began_s = time.monotonic()
                     limit(message["budget_s"] + PATIENCE_S)
                     error = "its process was ended"
-                    if following and began_s < self._started_s + self._budget_s:
+                    if following and not self._is_over:
                         ahead = self._start(guard, lock, following[0], following)
                 elif "outcome" in message:
                     found, error = message["outcome"], ""
@@ -192,8 +191,9 @@ class _Report:
             state, line = "FAILED", error + (f"; before that: {found['line']}" if found else "")
         self._document.note(phase, found | {"state": state, "line": line, "log": "".join(end)}, took_s)
 
-    def _note(self, phase: Phase, state: str, line: str, took_s: float) -> None:
-        self._document.note(phase, {"state": state, "line": line}, took_s)
+    def _note(self, phase: Phase, state: str, line: str) -> None:
+        """Why a phase was not begun."""
+        self._document.note(phase, {"state": state, "line": line}, 0.0)
 
     # ---- what is started --------------------------------------------------------------------------------------------
 
