@@ -13,7 +13,10 @@ import os
 from collections.abc import Mapping, MutableMapping
 from typing import Any, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic_core import PydanticCustomError
+
+from sgl_flowprefill.policy.registry import POLICIES, described
 
 ENV_PREFIX: Final = "FLOWPREFILL_"
 ENV_SWITCH: Final = "FLOWPREFILL"
@@ -62,11 +65,8 @@ class FlowPrefillConfig(BaseModel):
         description="where a running prefill can be suspended: after each attention and MLP (operator), after each "
         "layer (layer), or only between forwards (chunk)",
     )
-    policy: Literal["feasible", "s-edf", "s-edf-paper", "edf", "fcfs"] = Field(
-        default="feasible",
-        description="order of requests: feasible (the largest set that can meet its deadlines, earliest first), s-edf "
-        "(slack-aware earliest deadline first), s-edf-paper (hopeless requests latest deadline first, as published), "
-        "edf, or fcfs; docs/simulator.md compares them",
+    policy: str = Field(
+        default="feasible", description=f"order of requests: {described()}; docs/simulator.md compares them"
     )
     max_blocking_ms: float = Field(
         default=5.0,
@@ -89,6 +89,13 @@ class FlowPrefillConfig(BaseModel):
         lt=1,
         description="slack is computed with a time that this share of prefills stays within; 0.5 is no margin",
     )
+
+    @field_validator("policy")
+    @classmethod
+    def _is_registered(cls, name: str) -> str:
+        if name not in POLICIES:
+            raise PydanticCustomError("policy", "input should be one of {names}", {"names": ", ".join(POLICIES)})
+        return name
 
     @classmethod
     def from_env(cls, env: Mapping[str, str] | None = None) -> FlowPrefillConfig:

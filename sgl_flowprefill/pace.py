@@ -10,7 +10,7 @@ from typing import Final
 class Pace:
     """How many times longer than predicted the jobs that share it take now.
 
-    Whoever changes ``factor`` calls ``PrefillPolicy.repaced`` afterwards.
+    Whoever changes ``factor`` calls ``Policy.repaced`` afterwards.
     """
 
     factor: float = 1.0

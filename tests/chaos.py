@@ -24,8 +24,8 @@ def chaos(engine: Any, seed: int, switch_probability: float) -> dict[str, int]:
     seen = {"suspensions": 0, "deepest": 0}
 
     def pick(now_s: float, running: Any, admit: bool = True) -> Any:
-        tasks = sorted(scheduler.hub.work.policy.tasks.first(now_s, 1000), key=lambda job: job.item.id)
-        requests = scheduler.hub.work.policy.requests.first(now_s, 1000) if admit else []
+        tasks = sorted(scheduler.hub.work.policy.started, key=lambda job: job.item.id)
+        requests = scheduler.hub.work.policy.first_waiting(now_s, 1000) if admit else []
         choices = tasks + sorted(requests, key=lambda job: job.item.number)  # the coin alone decides, not the clock
         if not choices:
             return None
@@ -36,7 +36,8 @@ def chaos(engine: Any, seed: int, switch_probability: float) -> dict[str, int]:
         return choice
 
     scheduler.hub.work.policy.pick = pick
-    scheduler.hub.executor.interrupted = lambda: rng.random() < switch_probability
+    executor = scheduler.hub.executor
+    executor.interrupted = executor.ends_waiting = lambda: rng.random() < switch_probability
     return seen
 
 
@@ -44,7 +45,8 @@ def calm(engine: Any) -> None:
     """End the chaos: the policy decides again."""
     scheduler = engine.scheduler
     scheduler.hub.work.policy.__dict__.pop("pick", None)
-    scheduler.hub.executor.interrupted = scheduler.hub.events.pending
+    executor = scheduler.hub.executor
+    executor.interrupted = executor.ends_waiting = scheduler.hub.events.pending
 
 
 @dataclass

@@ -18,7 +18,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from sgl_flowprefill.pace import AS_PREDICTED, Pace
-from sgl_flowprefill.policy import Limits, PrefillPolicy, make_policy
+from sgl_flowprefill.policy import Limits, Policy, make_policy
 from sgl_flowprefill.runtime.device import POLL_S, HostStamp, QueueDevice
 from sgl_flowprefill.runtime.executor import Executor
 from sgl_flowprefill.runtime.hub import Hub
@@ -378,7 +378,7 @@ class SimulatedServer:
         model: Model,
         requests: Sequence[SimulatedRequest],
         max_suspended: int = 16,
-        policy: PrefillPolicy[WaitingRequest, PrefillTask] | None = None,
+        policy: Policy[WaitingRequest, PrefillTask] | None = None,
     ) -> None:
         self.device = device
         self.engine = SimulatedEngine(device, model, requests)

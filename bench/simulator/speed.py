@@ -9,12 +9,12 @@ from random import Random
 from typing import Any, Final, NamedTuple
 
 from sgl_flowprefill.bench.simulator.requests import SimRequest
-from sgl_flowprefill.policy import Job, PrefillPolicy
+from sgl_flowprefill.policy import Job, Policy
 
 WARM_UP: Final = 100
 """Events that are not measured."""
 
-NewPolicy = Callable[[], PrefillPolicy[Any, Any]]
+NewPolicy = Callable[[], Policy[Any, Any]]
 
 
 class PolicySpeed(NamedTuple):
@@ -40,25 +40,32 @@ def policy_speed(new_policy: NewPolicy, requests: list[SimRequest]) -> PolicySpe
     while arriving is not None or running is not None:
         if running is not None and (arriving is None or end_s <= arriving.ready_s):
             now_s = end_s
-            policy.tasks.remove(running)
+            policy.remove(running)
             running = None
         else:
             assert arriving is not None
             now_s = arriving.ready_s
             if running is not None:
-                policy.tasks.remove(running)
+                policy.remove(running)
                 running.remaining_s -= now_s - resumed_s
-                policy.tasks.add(running)
-            policy.requests.add(Job(arriving, arriving.arrival_s, arriving.deadline_s, arriving.predicted_s))
+                policy.add(running)
+            policy.add(Job(arriving, arriving.arrival_s, arriving.deadline_s, arriving.predicted_s))
             arriving = next(arrivals, None)
         events += 1
         winner = policy.pick(now_s, running)
         if winner is None:
             continue
         if isinstance(winner.item, SimRequest):
-            policy.requests.remove(winner)
-            winner = Job((winner.item,), winner.arrival_s, winner.deadline_s, winner.remaining_s, number=winner.number)
-            policy.tasks.add(winner)
+            policy.remove(winner)
+            winner = Job(
+                (winner.item,),
+                winner.arrival_s,
+                winner.deadline_s,
+                winner.remaining_s,
+                number=winner.number,
+                started=True,
+            )
+            policy.add(winner)
         running, resumed_s, end_s = winner, now_s, now_s + winner.remaining_s
     elapsed_s = time.perf_counter() - started_s
     return PolicySpeed(len(requests) / elapsed_s, events / elapsed_s)
@@ -117,34 +124,36 @@ def event_cost(new_policy: NewPolicy, kinds: Sequence[Waiting], waiting: int, ev
 
     policy.pick(now_s, None)
     for _ in range(waiting):
-        policy.requests.add(new_job())
+        policy.add(new_job())
     gc.collect()
     for number in range(WARM_UP + events):
         arriving = None
-        if running is not None and len(policy.requests) >= waiting:
+        if running is not None and len(policy.waiting) >= waiting:
             now_s = resumed_s + running.remaining_s
         else:
             now_s += WORK_S / 10 * random.random()
             arriving = new_job()
         started_s = time.thread_time()
         if running is not None:
-            policy.tasks.remove(running)
+            policy.remove(running)
             running.remaining_s = max(0.0, running.remaining_s - (now_s - resumed_s))
             if arriving is not None:
-                policy.tasks.add(running)
+                policy.add(running)
             else:
                 running = None
         if arriving is not None:
-            policy.requests.add(arriving)
+            policy.add(arriving)
         winner = policy.pick(now_s, running)
         assert winner is not None
         if isinstance(winner.item, int):
             members = policy.batch(winner, now_s, int, lambda items: WORK_S / 512 * sum(items))
             for member in members:
-                policy.requests.remove(member)
+                policy.remove(member)
             work_s = sum(member.remaining_s for member in members)
-            winner = Job(members, winner.arrival_s, winner.deadline_s, work_s, len(members), winner.number)
-            policy.tasks.add(winner)
+            winner = Job(
+                members, winner.arrival_s, winner.deadline_s, work_s, len(members), winner.number, started=True
+            )
+            policy.add(winner)
         running, resumed_s = winner, now_s
         if number >= WARM_UP:
             times_s.append(time.thread_time() - started_s)

@@ -1,7 +1,9 @@
 """Scheduling policy, free of torch and SGLang: the runtime, the simulator and the tests drive the same objects."""
 
-from sgl_flowprefill.policy.base import Job, Queue
-from sgl_flowprefill.policy.queues import SlackEdfQueue, StaticQueue
-from sgl_flowprefill.policy.scheduler import POLICIES, Limits, PrefillPolicy, make_policy
+from sgl_flowprefill.policy import orders
+from sgl_flowprefill.policy.base import Job, Limits, Policy
+from sgl_flowprefill.policy.registry import POLICIES, discover, make_policy, register
 
-__all__ = ["POLICIES", "Job", "Limits", "PrefillPolicy", "Queue", "SlackEdfQueue", "StaticQueue", "make_policy"]
+discover(orders)
+
+__all__ = ["POLICIES", "Job", "Limits", "Policy", "make_policy", "register"]

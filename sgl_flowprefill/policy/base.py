@@ -1,9 +1,11 @@
-"""What the runtime, the simulator and the tests ask of a policy. No torch, no SGLang, no clock."""
+"""What the hub, the simulator and the tests ask of a policy, and what policies share. No torch, no SGLang, no clock."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from abc import ABC, abstractmethod
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import count, islice
 from typing import Final, Generic, Protocol, TypeVar
@@ -11,7 +13,14 @@ from typing import Final, Generic, Protocol, TypeVar
 from sgl_flowprefill.pace import AS_PREDICTED, Pace
 
 T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
+R = TypeVar("R")  # a waiting request
+K = TypeVar("K")  # a task: a batch of requests that has started
 
+BATCH_SHARE: Final = 0.25
+"""Of the time that a member of a batch has left, how much the batch may take."""
+TOO_LARGE: Final = 32
+"""Requests that do not fit a batch any more, after which no smaller ones are looked for."""
 _NEXT_NUMBER: Final[Callable[[], int]] = count().__next__
 
 
@@ -20,7 +29,7 @@ class Job(Generic[T]):
     """Something that can be run: a waiting request, or a task that has started (a batch of requests).
 
     ``item`` is the caller's own object. ``work_s`` is the predicted execution time that is left, before ``pace``; it
-    stands still while the job is not running. The caller takes the job out of its queue to update it, puts it back
+    stands still while the job is not running. The caller takes the job out of the policy to update it, puts it back
     when the job stops running, and never changes its deadline.
     """
 
@@ -29,12 +38,14 @@ class Job(Generic[T]):
     deadline_s: float
     work_s: float
     requests: int = 1
-    """Requests that end with it: those of the batch."""
+    """Requests that end with the job: those of the batch."""
     number: int = field(default_factory=_NEXT_NUMBER)
     """Counts requests. A task has the number of the request that it was started for."""
     pace: Pace = AS_PREDICTED
-    turns_hopeless_s: float = field(default=math.nan, init=False, repr=False)
-    """For the queue that it is in: ``latest_start_s`` as it was when it came, or -inf if it is among the hopeless."""
+    started: bool = False
+    """Whether the job is a task that has started."""
+    turns_infeasible_s: float = field(default=math.nan, init=False, repr=False)
+    """The policy's own note: ``latest_start_s`` as it was when the job came, or -inf for an infeasible job."""
 
     @property
     def remaining_s(self) -> float:
@@ -47,7 +58,7 @@ class Job(Generic[T]):
 
     @property
     def latest_start_s(self) -> float:
-        """When the job must run without a pause to meet its deadline: it is hopeless after that."""
+        """When the job must run without a pause to meet its deadline: it is infeasible after that."""
         return self.deadline_s - self.work_s * self.pace.factor
 
     def slack_s(self, now_s: float) -> float:
@@ -55,35 +66,151 @@ class Job(Generic[T]):
         return self.latest_start_s - now_s
 
 
-Rank = tuple[float, ...]
-"""Smaller runs first. Comparable between the queues of one policy at one instant."""
+@dataclass(frozen=True)
+class Limits:
+    """What a policy may not exceed."""
+
+    max_suspended: int
+    """Tasks that may be suspended at a time; each holds its KV cache and activations."""
+    max_batch_tokens: int
+    """New tokens of a batch of several requests. A request with more runs alone."""
+    max_batch_requests: int = 64
 
 
-class Queue(Protocol[T]):
-    """An order over jobs that changes with time only as slack does. Every operation is O(log n)."""
+@dataclass(slots=True)
+class Candidate(Generic[T]):
+    """The best of the waiting or of the started jobs, with its rank: the smaller rank runs first."""
 
-    def add(self, job: Job[T]) -> None:
-        """Put ``job`` in; one job is in a queue at most once."""
-        ...
+    tier: float
+    """A job of a smaller tier goes before."""
+    key: float
+    """Orders the jobs of one tier."""
+    job: Job[T]
 
-    def remove(self, job: Job[T]) -> None:
-        """Take ``job`` out. Removing a job that is not there is an error of the caller's."""
-        ...
 
-    def best(self, now_s: float) -> tuple[Rank, Job[T]] | None:
-        """The job to run first at ``now_s`` with its rank, or None when the queue is empty. It stays in the queue."""
-        ...
+class Jobs(Protocol[T_co]):
+    """Jobs that a policy holds."""
 
-    def in_order(self, now_s: float) -> Iterator[Job[T]]:
-        """All jobs in the order in which they would run at ``now_s``, found one by one as they are asked for."""
-        ...
-
-    def first(self, now_s: float, most: int) -> list[Job[T]]:
-        """The first jobs of that order, ``most`` of them at most."""
-        return list(islice(self.in_order(now_s), most))
-
-    def repaced(self) -> None:
-        """Paces of jobs have changed."""
-        ...
+    def __iter__(self) -> Iterator[T_co]: ...
 
     def __len__(self) -> int: ...
+
+
+class Policy(ABC, Generic[R, K]):
+    """Owns all jobs, those that wait and those that have started, and says what runs.
+
+    It is bounded in the number of suspended tasks and never deadlocks on KV cache: a task that holds KV may always run
+    to its end. Whatever else is refused (a suspension too many, a request whose KV does not fit), tasks are picked.
+
+    An order of jobs is a subclass in a file of ``policy/orders``. It changes with time only as slack does, and every
+    event costs O(log n).
+    """
+
+    batch_share = BATCH_SHARE
+
+    def __init__(self, limits: Limits) -> None:
+        self.limits = limits
+
+    # ---- what an order says -----------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def add(self, job: Job[R] | Job[K]) -> None:
+        """Put ``job`` in: a waiting request, or a task where ``job.started``. A job is in a policy at most once."""
+
+    @abstractmethod
+    def remove(self, job: Job[R] | Job[K]) -> None:
+        """Take ``job`` out. Removing a job that is not there is an error of the caller's."""
+
+    @abstractmethod
+    def repaced(self) -> None:
+        """Paces of jobs have changed: whoever changes them says so afterwards."""
+
+    @property
+    @abstractmethod
+    def waiting(self) -> Jobs[Job[R]]:
+        """The requests that wait."""
+
+    @property
+    @abstractmethod
+    def started(self) -> Jobs[Job[K]]:
+        """The tasks that have started, the running one among them."""
+
+    @abstractmethod
+    def in_order(self, now_s: float) -> Iterator[Job[R]]:
+        """The waiting requests in the order in which they would run at ``now_s``, found one by one as they are asked
+        for. The policy may not change meanwhile."""
+
+    @abstractmethod
+    def _best_waiting(self, now_s: float) -> Candidate[R] | None:
+        """The first of the waiting requests at ``now_s``. It stays where it is."""
+
+    @abstractmethod
+    def _best_started(self, now_s: float) -> Candidate[K] | None:
+        """The first of the started tasks at ``now_s``. It stays where it is."""
+
+    # ---- what is made of it -----------------------------------------------------------------------------------------
+
+    def pick(self, now_s: float, running: Job[K] | None, admit: bool = True) -> Job[R] | Job[K] | None:
+        """The job to run at ``now_s``: a task (maybe ``running`` itself), a waiting request to start, or None.
+
+        ``running`` is the task that executes now, if any; it is among ``started`` like the suspended ones. With
+        ``admit`` false no request is started (its KV did not fit, and nothing has been freed since).
+        """
+        task = self._best_started(now_s)
+        request = self._best_waiting(now_s) if admit and self._may_start(running) else None
+        if request is None:
+            return None if task is None else task.job
+        if task is None or (request.tier, request.key) < (task.tier, task.key):
+            return request.job
+        return task.job
+
+    def batch(
+        self,
+        winner: Job[R],
+        now_s: float,
+        new_tokens: Callable[[R], int],
+        predict_s: Callable[[Sequence[R]], float],
+    ) -> list[Job[R]]:
+        """``winner`` and the waiting requests that join it, in order of priority.
+
+        A request joins while the batch stays within the limits and is predicted to take no more than ``batch_share`` of
+        the time that any member has until its deadline, if it can still meet it (SLO-aware batching; paper, section
+        4.2, where a batch may take all of that time: what arrives later and goes first then costs all members their
+        deadlines at once). Nothing joins a batch that has started.
+        """
+        tokens = new_tokens(winner.item)
+        if tokens >= self.limits.max_batch_tokens:
+            return [winner]
+        members, time_left_s, too_large = [winner], [_time_left_s(winner, now_s)], 0
+        for job in islice(self.in_order(now_s), 2 * self.limits.max_batch_requests):
+            if job is winner:
+                continue
+            of_job = new_tokens(job.item)
+            if tokens + of_job > self.limits.max_batch_tokens:
+                too_large += 1
+                if too_large == TOO_LARGE:
+                    break
+                continue
+            members.append(job)
+            tokens += of_job
+            time_left_s.append(min(time_left_s[-1], _time_left_s(job, now_s)))
+        items = [member.item for member in members]
+
+        def takes_too_long(requests: int) -> bool:
+            return predict_s(items[:requests]) > self.batch_share * time_left_s[requests - 1]
+
+        # The more requests, the longer they take and the less time they have.
+        return members[: bisect_left(range(2, len(members) + 1), True, key=takes_too_long) + 1]
+
+    def first_waiting(self, now_s: float, most: int) -> list[Job[R]]:
+        """The first waiting requests of their order, ``most`` of them at most."""
+        return list(islice(self.in_order(now_s), most))
+
+    def _may_start(self, running: Job[K] | None) -> bool:
+        """Whether a new task may start: the running one would be suspended for it."""
+        return running is None or len(self.started) <= self.limits.max_suspended
+
+
+def _time_left_s(job: Job[R], now_s: float) -> float:
+    """Time until the job's deadline; unbounded for a job that misses it anyway."""
+    return job.deadline_s - now_s if job.latest_start_s >= now_s else math.inf

@@ -37,9 +37,13 @@ class JobList(Generic[T]):
         key = self._key(job)
         self._length += 1
         if not self._jobs:
-            self._insert_block(0, array("d", (key,)), [job])
+            self._keys.append(array("d", (key,)))
+            self._jobs.append([job])
+            self._last_keys.append(key)
             return
-        block = min(bisect_left(self._last_keys, key), len(self._jobs) - 1)
+        block = bisect_left(self._last_keys, key)
+        if block == len(self._jobs):
+            block -= 1
         keys, jobs = self._keys[block], self._jobs[block]
         place = bisect_left(keys, key)
         if place < len(keys) and keys[place] == key:

@@ -48,8 +48,8 @@ class FlowPrefillScheduler(Scheduler):
         super().__init__(server_args, *args, **kwargs)
         try:
             self.hub = build(self, FlowPrefillConfig.from_env(), tasks)
-        except SystemExit as refusal:
-            end_server(refusal)
+        except SystemExit as impossible:
+            end_server(impossible)
         self.role = self.hub.role
         feed_watchdogs(self)
 

@@ -27,6 +27,7 @@ from sgl_flowprefill.config import FlowPrefillConfig
 from sgl_flowprefill.profiling.measure import SchedulerEngine
 from sgl_flowprefill.profiling.process import make_scheduler, serving_stream
 from sgl_flowprefill.runtime.cuda_device import CudaDevice
+from sgl_flowprefill.runtime.executor import Executor
 from sgl_flowprefill.runtime.hub import Hub
 from sgl_flowprefill.runtime.memory import MIB
 from sgl_flowprefill.runtime.prefill_role import PrefillRole
@@ -66,6 +67,8 @@ class Tasks(SchedulerEngine):
     def __init__(self, hub: Hub[PrefillRole]) -> None:
         super().__init__(hub.role)
         self.hub = hub
+        assert isinstance(hub.executor, Executor)
+        self.executor = hub.executor
         self._started = 0
 
     def start(self, prompt: list[int]) -> PrefillTask:
@@ -101,8 +104,8 @@ class Tasks(SchedulerEngine):
 
     def checkpoint_s(self) -> float:
         """Host time of a checkpoint with nothing pending and nothing to wait for."""
-        executor = self.hub.executor
-        executor.running = SimpleNamespace(checkpoint=0, points=0)
+        executor = self.executor
+        executor.running = SimpleNamespace(checkpoint=0, points=0)  # type: ignore[assignment]
         begin_s = time.perf_counter()
         for _ in range(CHECKPOINT_CALLS):
             executor.checkpoint()
@@ -112,12 +115,14 @@ class Tasks(SchedulerEngine):
 
     @contextmanager
     def interrupted_by(self, interrupted: Callable[[], bool]) -> Iterator[None]:
-        executor = self.hub.executor
-        usual, executor.interrupted = executor.interrupted, interrupted
+        """Ask ``interrupted``, at interruption points and while the CPU waits there for the device."""
+        executor = self.executor
+        usual = executor.interrupted, executor.ends_waiting
+        executor.interrupted = executor.ends_waiting = interrupted
         try:
             yield
         finally:
-            executor.interrupted = usual
+            executor.interrupted, executor.ends_waiting = usual
 
     def prompt(self, tokens: int) -> list[int]:
         return self._random_ids(min(tokens, self.limit_tokens))

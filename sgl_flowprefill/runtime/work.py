@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from sgl_flowprefill.policy import Job, PrefillPolicy
+from sgl_flowprefill.policy import Job, Policy
 from sgl_flowprefill.runtime.parts import TTFT, Memory
 from sgl_flowprefill.runtime.progress import Progress
 from sgl_flowprefill.runtime.role import Arrival
@@ -27,7 +27,7 @@ def half(shapes: Sequence[PrefillShape]) -> float:
 class Work:
     """Keeps the jobs up to date, and has the policy choose among them."""
 
-    policy: PrefillPolicy[WaitingRequest, PrefillTask]
+    policy: Policy[WaitingRequest, PrefillTask]
     ttft: TTFT
     memory: Memory
     progress: Progress
@@ -48,27 +48,28 @@ class Work:
             arrival.readable_s,
             arrival.logprob_rows,
         )
-        pace = self.ttft.pace([arrival.shape])
-        work_s = self.ttft.predict_s([arrival.shape]) / pace.factor
+        shapes = (arrival.shape,)
+        pace = self.ttft.pace(shapes)
+        work_s = self.ttft.predict_s(shapes) / pace.factor
         job = Job(waiting, arrival.received_s, arrival.deadline_s, work_s, pace=pace)
         self.waiting.add(job)
-        self.policy.requests.add(job)
+        self.policy.add(job)
 
     def forget_all_but(self, reqs: Collection[Any]) -> None:
         """Drop the jobs of requests that wait no longer: their client has left, or their decode server is gone."""
         for job in self.waiting.take_all_but(reqs):
-            self.policy.requests.remove(job)
+            self.policy.remove(job)
 
     def match_again(self, jobs: Iterable[Job[WaitingRequest]], match: Callable[[Any], PrefillShape]) -> bool:
         """Match those of ``jobs`` again of whose prompts more has been cached since. Whether there were any."""
-        outdated = [job for job in jobs if self.waiting.is_outdated(job)]
+        outdated = list(filter(self.waiting.is_outdated, jobs)) if self.waiting.any_outdated else []
         for job in outdated:
-            self.policy.requests.remove(job)
+            self.policy.remove(job)
             shape = match(job.item.req)
             self.waiting.matched(job, shape)
             job.pace = self.ttft.pace([shape])
             job.remaining_s = self.ttft.predict_s([shape])
-            self.policy.requests.add(job)
+            self.policy.add(job)
         return bool(outdated)
 
     # ---- choosing -------------------------------------------------------------------------------------------------
@@ -82,7 +83,7 @@ class Work:
         if job is None or isinstance(job.item, PrefillTask):
             return None if job is None else job.item
         jobs = self.policy.batch(job, now_s, _new_tokens, self._predict_s)
-        if not last and any(map(self.waiting.is_outdated, jobs)):
+        if not last and self.waiting.any_outdated and any(map(self.waiting.is_outdated, jobs)):
             return jobs
         while jobs and not self._fits(jobs):
             jobs = jobs[:-1]  # the winner is the first: those that join it stay out where they do not fit beside it
@@ -108,7 +109,7 @@ class Work:
     def _fits(self, jobs: Sequence[Job[WaitingRequest]]) -> bool:
         """Whether the activations of a task of ``jobs`` fit beside those of the live ones."""
         live = self.tasks.live
-        return self.memory.admits(
+        return not live or self.memory.admits(
             [task.new_tokens for task in live],
             sum(job.item.shape.new_tokens for job in jobs),
             max([sum(job.item.logprob_rows for job in jobs), *(task.logprob_rows for task in live)]),
@@ -125,7 +126,7 @@ class Work:
         """The task of ``batch``, which was made of ``reqs`` for ``winner`` and computes ``shapes``."""
         members = self.waiting.take(reqs)
         for member in members:
-            self.policy.requests.remove(member)
+            self.policy.remove(member)
         task = PrefillTask(
             id=self.tasks.started,
             batch=batch,
@@ -135,25 +136,24 @@ class Work:
             deadline_s=winner.deadline_s,
             predicted_s=self.ttft.predict_s(shapes),
             attention_share=self.attention_share(shapes),
+            number=winner.number,
+            pace=self.ttft.pace(shapes),
             readable_s=winner.item.readable_s,
             attn_backend=slot,
         )
-        task.job.number = winner.number
-        task.job.pace = self.ttft.pace(shapes)
-        task.job.remaining_s = task.predicted_s
         self.tasks.start(task)
-        self.policy.tasks.add(task.job)
+        self.policy.add(task.job)
         return task
 
     def update(self, task: PrefillTask) -> None:
         """Tell the policy how much of a task that has run is left."""
-        self.policy.tasks.remove(task.job)
+        self.policy.remove(task.job)
         task.job.remaining_s = self._remaining_s(task)
-        self.policy.tasks.add(task.job)
+        self.policy.add(task.job)
 
     def end(self, task: PrefillTask) -> None:
         """Forget a task that is done or dropped."""
-        self.policy.tasks.remove(task.job)
+        self.policy.remove(task.job)
         self.tasks.end(task)
 
     def observe(self, task: PrefillTask) -> Prediction:

@@ -187,7 +187,7 @@ def test_the_policy_sees_all_requests_however_many_and_the_urgent_one_that_comes
         engine.submit(f"w{i}", prompt(i, 8), ttft_slo_s=1000.0)
     engine.submit("urgent", prompt(7, 9), ttft_slo_s=2.0)
     scheduler.hub.look()
-    waiting = {job.item.req.rid for job in scheduler.hub.work.policy.requests.first(time.monotonic(), count + 1)}
+    waiting = {job.item.req.rid for job in scheduler.hub.work.policy.first_waiting(time.monotonic(), count + 1)}
     assert len(waiting) == count + 1
     scheduler.hub.work.policy.limits = Limits(max_suspended=100, max_batch_tokens=1)
     engine.step()
@@ -339,7 +339,7 @@ def test_a_hybrid_models_state_is_copied_when_a_prefill_starts_and_not_while_it_
     monkeypatch.setattr(Req, "init_next_round_input", watched)
     engine.submit("waits", prompt(1, 200))
     scheduler.hub.look()
-    assert [job.item.req.rid for job in scheduler.hub.work.policy.requests.first(0.0, 10)] == ["waits"]
+    assert [job.item.req.rid for job in scheduler.hub.work.policy.first_waiting(0.0, 10)] == ["waits"]
     assert copies == [("waits", False)]
     engine.run()
     assert copies == [("waits", False), ("waits", True)]
@@ -410,13 +410,13 @@ def test_a_prefix_that_is_cached_meanwhile_makes_the_requests_that_wait_cheaper(
         engine.submit(f"{number}", [*shared, *prompt(40 + number, 100)], ttft_slo_s=20.0)
     engine.submit("alone", prompt(50, 740), ttft_slo_s=30.0)
     scheduler.hub.look()
-    before_s = {job.item.req.rid: job.remaining_s for job in scheduler.hub.work.policy.requests.first(0.0, 9)}
+    before_s = {job.item.req.rid: job.remaining_s for job in scheduler.hub.work.policy.first_waiting(0.0, 9)}
     assert len(before_s) == 5
     while not engine.answers:
         engine.step()
     for _ in range(3):
         scheduler.hub.look()  # as many as wait behind the first, one at each event
-    jobs = scheduler.hub.work.policy.requests.first(0.0, 9)
+    jobs = scheduler.hub.work.policy.first_waiting(0.0, 9)
     assert {job.item.req.rid: job.item.shape.cached_tokens // 64 for job in jobs} == {
         **{rid: 10 for rid in before_s if rid not in engine.answers and rid != "alone"},
         "alone": 0,
@@ -439,7 +439,7 @@ def test_a_request_about_to_start_is_matched_before_it_is_judged(engine: Prefill
     scheduler.hub.look()
     while not engine.answers:
         engine.step()
-    jobs = scheduler.hub.work.policy.requests.first(0.0, 9)
+    jobs = scheduler.hub.work.policy.first_waiting(0.0, 9)
     assert all(job.item.shape.cached_tokens == 0 for job in jobs)
     chosen = scheduler.hub.choose()
     assert [job.item.shape.cached_tokens // 64 for job in chosen] == [10]

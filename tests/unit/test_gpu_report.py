@@ -273,6 +273,17 @@ def test_the_self_check_runs_in_the_schedulers_own_stream(monkeypatch: pytest.Mo
     assert streams.inside == 0
 
 
+def test_an_interruption_also_ends_the_wait_for_the_device() -> None:
+    """Otherwise an arrival would be noticed one operator later than by a server."""
+    tasks = selfcheck.Tasks.__new__(selfcheck.Tasks)
+    before = {"interrupted": object(), "ends_waiting": object()}
+    tasks.executor = SimpleNamespace(**before)
+    interrupted = lambda: True  # noqa: E731
+    with tasks.interrupted_by(interrupted):
+        assert vars(tasks.executor) == {"interrupted": interrupted, "ends_waiting": interrupted}
+    assert vars(tasks.executor) == before
+
+
 class Begun(Exception):
     """The scheduler is about to be made."""
 

@@ -14,7 +14,7 @@ from sglang.srt.environ import envs
 
 from sgl_flowprefill.runtime import memory
 from sgl_flowprefill.runtime.memory import MIB, Activations, TaskMemory, budget
-from sgl_flowprefill.runtime.task import AttentionSlots
+from sgl_flowprefill.runtime.slots import AttentionSlots
 
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, INTERMEDIATE = 4096, 32, 8, 128, 14336
 

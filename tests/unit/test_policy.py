@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -11,70 +12,70 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sgl_flowprefill.pace import Pace
-from sgl_flowprefill.policy import Job, Limits, PrefillPolicy, SlackEdfQueue, make_policy
-from sgl_flowprefill.policy.scheduler import BATCH_SHARE
+from sgl_flowprefill.policy import Job, Limits, Policy, make_policy
+from sgl_flowprefill.policy.base import BATCH_SHARE
+from sgl_flowprefill.policy.orders.slack_edf import SlackEdf
 
 
-def job(name: str, deadline_s: float, remaining_s: float = 1.0, arrival_s: float = 0.0) -> Job[str]:
-    return Job(name, arrival_s, deadline_s, remaining_s)
+def job(
+    name: str, deadline_s: float, remaining_s: float = 1.0, arrival_s: float = 0.0, started: bool = False
+) -> Job[str]:
+    return Job(name, arrival_s, deadline_s, remaining_s, started=started)
 
 
-def queue_of(*jobs: Job[str], max_starvation_s: float = 1e9) -> SlackEdfQueue[str]:
-    queue: SlackEdfQueue[str] = SlackEdfQueue(max_starvation_s)
+def s_edf(*jobs: Job[str], max_starvation_s: float = 1e9) -> SlackEdf[str, str]:
+    """S-EDF with ``jobs``, in which every starved job has its turn at once."""
+    policy: SlackEdf[str, str] = SlackEdf(Limits(4, 100), max_starvation_s, starved_share=math.inf)
     for entry in jobs:
-        queue.add(entry)
-    return queue
+        policy.add(entry)
+    return policy
 
 
-def names(queue: SlackEdfQueue[str], now_s: float) -> list[str]:
-    return [entry.item for entry in queue.first(now_s, 100)]
+def names(policy: Policy[str, str], now_s: float) -> list[str]:
+    return [entry.item for entry in policy.first_waiting(now_s, 100)]
 
 
 def test_feasible_jobs_go_first_by_deadline_and_hopeless_ones_after_them_by_age() -> None:
-    queue = queue_of(
+    policy = s_edf(
         job("late", deadline_s=9.0),
         job("soon", deadline_s=3.0),
         job("hopeless", deadline_s=0.5, arrival_s=-1.0),
         job("older hopeless", deadline_s=0.7, arrival_s=-2.0),
     )
-    assert names(queue, now_s=0.0) == ["soon", "late", "older hopeless", "hopeless"]
+    assert names(policy, now_s=0.0) == ["soon", "late", "older hopeless", "hopeless"]
 
 
 def test_as_published_the_hopeless_go_latest_deadline_first_and_wait_without_bound() -> None:
-    policy: PrefillPolicy[str, str] = make_policy("s-edf-paper", Limits(4, 100), max_starvation_s=1.0)
+    policy: Policy[str, str] = make_policy("s-edf-paper", Limits(4, 100), max_starvation_s=1.0)
     for entry in (job("old", 0.1, arrival_s=-1e6), job("hopeless", 0.9), job("late", 9.0), job("soon", 3.0)):
-        policy.requests.add(entry)
-    assert [entry.item for entry in policy.requests.first(0.0, 9)] == ["soon", "late", "hopeless", "old"]
+        policy.add(entry)
+    assert names(policy, 0.0) == ["soon", "late", "hopeless", "old"]
 
 
 def test_a_job_turns_hopeless_when_its_slack_runs_out_and_not_before() -> None:
     tight, loose = job("tight", deadline_s=2.0, remaining_s=1.5), job("loose", deadline_s=10.0)
-    queue = queue_of(tight, loose)
-    best = queue.best(0.5)
-    assert best is not None
-    assert best[1] is tight  # slack is exactly zero
-    best = queue.best(0.51)
-    assert best is not None
-    assert best[1] is loose
+    policy = s_edf(tight, loose)
+    assert policy.pick(0.5, None) is tight  # slack is exactly zero
+    assert policy.pick(0.51, None) is loose
 
 
 def test_a_hopeless_job_goes_first_once_it_has_waited_too_long() -> None:
-    queue = queue_of(job("hopeless", deadline_s=0.5), job("feasible", deadline_s=1e6), max_starvation_s=60.0)
-    assert names(queue, now_s=59.0) == ["feasible", "hopeless"]
-    assert names(queue, now_s=60.0) == ["hopeless", "feasible"]
-    best = queue.best(60.0)
+    policy = s_edf(job("hopeless", deadline_s=0.5), job("feasible", deadline_s=1e6), max_starvation_s=60.0)
+    assert names(policy, now_s=59.0) == ["feasible", "hopeless"]
+    assert names(policy, now_s=60.0) == ["hopeless", "feasible"]
+    best = policy.pick(60.0, None)
     assert best is not None
-    assert best[1].item == "hopeless"
+    assert best.item == "hopeless"
 
 
 def test_a_job_that_ran_can_become_feasible_again() -> None:
     running = job("running", deadline_s=5.0, remaining_s=4.0)
-    queue = queue_of(running, job("other", deadline_s=50.0))
-    assert names(queue, now_s=2.0) == ["other", "running"]
-    queue.remove(running)
+    policy = s_edf(running, job("other", deadline_s=50.0))
+    assert names(policy, now_s=2.0) == ["other", "running"]
+    policy.remove(running)
     running.remaining_s = 1.0
-    queue.add(running)
-    assert names(queue, now_s=2.0) == ["running", "other"]
+    policy.add(running)
+    assert names(policy, now_s=2.0) == ["running", "other"]
 
 
 operations = st.lists(
@@ -85,11 +86,11 @@ operations = st.lists(
 
 @given(operations)
 @settings(max_examples=300, deadline=None)
-def test_the_heaps_agree_with_sorting_everything_at_every_event(
+def test_the_order_agrees_with_sorting_everything_at_every_event(
     script: list[tuple[str, float, float, float]],
 ) -> None:
     starvation_s = 40.0
-    queue: SlackEdfQueue[int] = SlackEdfQueue(starvation_s)
+    policy: SlackEdf[int, int] = SlackEdf(Limits(4, 100), starvation_s, starved_share=math.inf)
     live: list[Job[int]] = []
     now_s = 0.0
 
@@ -104,45 +105,45 @@ def test_the_heaps_agree_with_sorting_everything_at_every_event(
         if operation == "add":
             entry = Job(number, now_s - a, now_s + b - a, b / 2)
             live.append(entry)
-            queue.add(entry)
+            policy.add(entry)
         elif operation == "remove" and live:
-            queue.remove(live.pop(int(a) % len(live)))
-        best = queue.best(now_s)
-        assert len(queue) == len(live)
+            policy.remove(live.pop(int(a) % len(live)))
+        best = policy.pick(now_s, None)
+        assert len(policy.waiting) == len(live)
         if not live:
             assert best is None
         else:
             assert best is not None
-            assert rank(best[1]) == min(map(rank, live))
-            ordered = queue.first(now_s, len(live))
+            assert rank(best) == min(map(rank, live))
+            ordered = policy.first_waiting(now_s, len(live))
             assert [rank(entry) for entry in ordered] == sorted(map(rank, live))
 
 
-def policy_of(max_suspended: int = 4, max_batch_tokens: int = 100) -> PrefillPolicy[str, str]:
+def policy_of(max_suspended: int = 4, max_batch_tokens: int = 100) -> Policy[str, str]:
     return make_policy("s-edf", Limits(max_suspended, max_batch_tokens), max_starvation_s=1e9)
 
 
 def test_a_new_request_preempts_only_within_the_bound_on_suspended_tasks() -> None:
     policy = policy_of(max_suspended=1)
-    running, suspended = job("running", deadline_s=50.0), job("suspended", deadline_s=60.0)
+    running, suspended = job("running", deadline_s=50.0, started=True), job("suspended", deadline_s=60.0, started=True)
     urgent = job("urgent", deadline_s=2.0)
-    policy.tasks.add(running)
-    policy.requests.add(urgent)
+    policy.add(running)
+    policy.add(urgent)
     assert policy.pick(0.0, running) is urgent
-    policy.tasks.add(suspended)
+    policy.add(suspended)
     assert policy.pick(0.0, running) is running, "a second suspended task would exceed the bound"
-    policy.tasks.remove(suspended)
+    policy.remove(suspended)
     suspended.deadline_s = 1.5
-    policy.tasks.add(suspended)
+    policy.add(suspended)
     assert policy.pick(0.0, running) is suspended, "changing places does not raise the number of suspended tasks"
 
 
 def test_when_nothing_may_be_admitted_a_started_task_runs() -> None:
     policy = policy_of()
-    policy.requests.add(job("urgent", deadline_s=2.0))
+    policy.add(job("urgent", deadline_s=2.0))
     assert policy.pick(0.0, None, admit=False) is None
-    task = job("task", deadline_s=50.0)
-    policy.tasks.add(task)
+    task = job("task", deadline_s=50.0, started=True)
+    policy.add(task)
     assert policy.pick(0.0, None, admit=False) is task
 
 
@@ -152,9 +153,9 @@ class Sized:
 
 
 def batch_of(jobs: list[Job[Sized]], max_batch_tokens: int = 100, policy: str = "s-edf") -> list[Job[Sized]]:
-    scheduler: PrefillPolicy[Sized, str] = make_policy(policy, Limits(4, max_batch_tokens), 1e9)
+    scheduler: Policy[Sized, str] = make_policy(policy, Limits(4, max_batch_tokens), 1e9)
     for entry in jobs:
-        scheduler.requests.add(entry)
+        scheduler.add(entry)
     winner = scheduler.pick(0.0, None)
     assert winner is not None
     return scheduler.batch(
@@ -208,7 +209,7 @@ class Request:
 class Server:
     """Prefill with KV admission, driven by the policy at every event; what it must never do is asserted on the way."""
 
-    policy: PrefillPolicy[Request, list[Request]]
+    policy: Policy[Request, list[Request]]
     kv_capacity: int
     kv_used: int = 0
     now_s: float = 0.0
@@ -217,11 +218,11 @@ class Server:
 
     def run(self, arrivals: list[Request]) -> None:
         pending = sorted(arrivals, key=lambda request: request.arrival_s)
-        while pending or len(self.policy.requests) or len(self.policy.tasks):
+        while pending or len(self.policy.waiting) or len(self.policy.started):
             while pending and pending[0].arrival_s <= self.now_s:
                 request = pending.pop(0)
                 deadline_s = request.arrival_s + request.slo_s
-                self.policy.requests.add(Job(request, request.arrival_s, deadline_s, request.work_s))
+                self.policy.add(Job(request, request.arrival_s, deadline_s, request.work_s))
             next_s = pending[0].arrival_s if pending else float("inf")
             task = self.pick()
             if task is None:
@@ -231,21 +232,21 @@ class Server:
             self.running = task
             elapsed_s = min(task.remaining_s, max(next_s - self.now_s, 1e-6))
             self.now_s += elapsed_s
-            self.policy.tasks.remove(task)
+            self.policy.remove(task)
             task.remaining_s -= elapsed_s
             if task.remaining_s <= 1e-9:
                 self.finished += [request.number for request in task.item]
                 self.kv_used -= sum(request.kv for request in task.item)
                 self.running = None
             else:
-                self.policy.tasks.add(task)
+                self.policy.add(task)
 
     def pick(self) -> Job[list[Request]] | None:
         choice = self.policy.pick(self.now_s, self.running)
         if choice is None or isinstance(choice.item, list):
-            return choice  # type: ignore[return-value]
+            return choice
         members = self.policy.batch(
-            choice,  # type: ignore[arg-type]
+            choice,
             self.now_s,
             lambda request: request.kv,
             lambda requests: sum(request.work_s for request in requests),
@@ -254,13 +255,13 @@ class Server:
         if self.kv_used + kv > self.kv_capacity:
             return self.policy.pick(self.now_s, self.running, admit=False)  # type: ignore[return-value]
         for member in members:
-            self.policy.requests.remove(member)
+            self.policy.remove(member)
         self.kv_used += kv
         items = [member.item for member in members]
-        task = Job(items, choice.arrival_s, choice.deadline_s, 0.0, len(members), choice.number)
+        task = Job(items, choice.arrival_s, choice.deadline_s, 0.0, len(members), choice.number, started=True)
         task.remaining_s = sum(request.work_s for request in task.item)
-        self.policy.tasks.add(task)
-        suspended = len(self.policy.tasks) - 1
+        self.policy.add(task)
+        suspended = len(self.policy.started) - 1
         assert suspended <= self.policy.limits.max_suspended
         return task
 
@@ -320,11 +321,11 @@ def test_the_policy_needs_neither_torch_nor_sglang() -> None:
 @pytest.mark.parametrize("kind", ["feasible", "s-edf"])
 def test_a_machine_that_slows_down_by_two_is_seen_by_all_that_wait_at_the_next_event(kind: str) -> None:
     pace = Pace()
-    policy: PrefillPolicy[str, str] = make_policy(kind, Limits(4, 100), max_starvation_s=1e9)
+    policy: Policy[str, str] = make_policy(kind, Limits(4, 100), max_starvation_s=1e9)
     for number in range(20):
-        policy.requests.add(Job(f"tight {number}", 0.0, 0.3 + number / 1000, 0.2, pace=pace))
+        policy.add(Job(f"tight {number}", 0.0, 0.3 + number / 1000, 0.2, pace=pace))
     loose = Job("loose", 0.0, 9.0, 2.0, pace=pace)
-    policy.requests.add(loose)
+    policy.add(loose)
     first = policy.pick(0.0, None)
     assert first is not None
     assert first.item.startswith("tight")
@@ -341,25 +342,25 @@ def test_a_machine_that_slows_down_by_two_is_seen_by_all_that_wait_at_the_next_e
 
 
 def test_many_that_turn_hopeless_together_are_moved_a_few_at_an_event_and_none_is_lost() -> None:
-    pace, queue = Pace(), queue_of()
+    pace, policy = Pace(), s_edf()
     jobs = [Job(f"{number}", 0.0, 3.0 + number / 1e4, 2.0, pace=pace) for number in range(500)]
     for entry in jobs:
-        queue.add(entry)
+        policy.add(entry)
     loose = job("loose", 9.0, 2.0)
-    queue.add(loose)
-    queue.best(0.0)
+    policy.add(loose)
+    policy.pick(0.0, None)
     pace.factor = 2.0
-    queue.repaced()
+    policy.repaced()
     for event in range(1, 300):
-        best = queue.best(event * 1e-3)
+        best = policy.pick(event * 1e-3, None)
         assert best is not None
-        assert len(queue) == len(queue.first(event * 1e-3, 999)) == 501
-    assert best[1] is loose
+        assert len(policy.waiting) == len(policy.first_waiting(event * 1e-3, 999)) == 501
+    assert best is loose
     pace.factor = 1.0
-    queue.repaced()
+    policy.repaced()
     for event in range(300, 600):
-        queue.best(event * 1e-3)
-    assert names(queue, 0.6)[:3] == ["0", "1", "2"]
+        policy.pick(event * 1e-3, None)
+    assert names(policy, 0.6)[:3] == ["0", "1", "2"]
     for entry in jobs:
-        queue.remove(entry)
-    assert names(queue, 0.6) == ["loose"]
+        policy.remove(entry)
+    assert names(policy, 0.6) == ["loose"]
