@@ -29,7 +29,8 @@ FUNCTIONS = {"cascade": ("merge_state",), "batch_prefill": ("plan", "ragged_run"
 LOAD = """
 import sys, tvm_ffi
 module = tvm_ffi.load_module(sys.argv[1])
-sys.exit(f"{sys.argv[1]} lacks " + ", ".join(lost) if (lost := [n for n in sys.argv[2:] if not hasattr(module, n)]) else 0)
+lost = [name for name in sys.argv[2:] if not hasattr(module, name)]
+sys.exit(f"{sys.argv[1]} lacks {', '.join(lost)}" if lost else 0)
 """
 MATRIX = re.compile(rb"\b(HGMMA|HMMA)\b")
 """Matrix instructions of Hopper's warp groups, and those that every card since Volta has."""
