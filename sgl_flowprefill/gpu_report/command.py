@@ -37,6 +37,8 @@ EXIT_FAILED: Final = 1
 EXIT_CANNOT_START: Final = 2
 DEFAULT_SHAPE: Final = "llama-8b"
 BACKEND_OPTION: Final = "--attention-backend"
+MEM_FRACTION_STATIC: Final = "0.75"
+"""Of a card, for weights and KV cache of a made model: what is left is enough for the activations of a long prompt."""
 PATIENCE_S: Final = 60.0
 """Beyond its share of the budget that a phase may take: to start its engine, and to finish what it has begun."""
 LOG_LINES: Final = 15
@@ -75,8 +77,12 @@ class _Report:
             shape = DEFAULT_SHAPE
         self._makes_weights = shape is not None
         self._model_path = arguments.model_path if shape is None else str(shape_path(shape))
-        self._server_args = [*server_args, *(("--load-format", "dummy") if self._makes_weights else ())]
-        self._budget_s = arguments.budget_s
+        self._server_args = list(server_args)
+        if self._makes_weights:
+            self._server_args += ["--load-format", "dummy"]
+            if self._on_card and last_value(server_args, "--mem-fraction-static") is None:
+                self._server_args += ["--mem-fraction-static", MEM_FRACTION_STATIC]
+        self._budget_s: float = arguments.budget_s
         self._started_s = time.monotonic()
         asked = last_value(server_args, BACKEND_OPTION)
         backends = dict.fromkeys(([asked] if asked else []) + list(BACKENDS)) if self._on_card else (None,)

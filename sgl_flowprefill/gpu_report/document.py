@@ -71,7 +71,7 @@ class Document:
             "budget_s": self.budget_s,
             "elapsed_s": round(self.elapsed_s, 1),
             "ended": self.ended,
-            "machine": machine() | driver(),
+            "machine": machine(),
             "versions": packages,
             "phases": self.phases,
             "not_yet": NOT_YET,
@@ -91,12 +91,6 @@ def commit() -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-
-
-def driver() -> dict[str, str]:
-    """The NVIDIA driver's version, if there is one."""
-    version = Path("/proc/driver/nvidia/version")
-    return {"driver": version.read_text().splitlines()[0]} if version.exists() else {}
 
 
 def _version(package: str) -> str:

@@ -17,9 +17,12 @@ import time
 import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from sgl_flowprefill.patches import affinity
+
+MEMORY_S: Final = 0.5
+"""For which free memory has to stay the same."""
 
 
 def main(argv: Sequence[str]) -> None:
@@ -45,6 +48,7 @@ def main(argv: Sequence[str]) -> None:
             importlib.import_module("sgl_flowprefill.runtime.scheduler")
         with open(own.lock, "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
+            _wait_for_memory()
             report(budget_s=_budget_s(own))
             for outcome in _measure(module, own, options):
                 report(outcome=outcome)
@@ -76,6 +80,18 @@ def _measure(module: Any, own: argparse.Namespace, options: Sequence[str]) -> It
         for outcome in module.measure(engine, request):
             found = outcome.to_dict()
             yield found | {"figures": {"engine": described, **found["figures"]}}
+
+
+def _wait_for_memory() -> None:
+    """The driver takes back the memory of a process that has ended a little later than the kernel its locks."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return
+    free_bytes = -1
+    while (now_bytes := torch.cuda.mem_get_info()[0]) > free_bytes:
+        free_bytes = now_bytes
+        time.sleep(MEMORY_S)
 
 
 def _keep_aside() -> None:

@@ -84,6 +84,7 @@ class Lone:
 
 
 def measure(request: Request) -> Iterator[Outcome]:
+    """Without one of SGLang's servers, which may not start on a machine, the others are compared."""
     profile = request.earlier("operators")
     if not profile:
         yield Outcome("left out", "there are no operator times to choose a rate by")
@@ -96,9 +97,19 @@ def measure(request: Request) -> Iterator[Outcome]:
         servers = [_start(guard, request, system, tuned, profile, kv_tokens) for system in systems]
         for server in servers:
             stack.callback(server.server.resume)  # what is stopped does not end
-        for server in servers:
-            _wait(server)
-        yield from _compare(request, servers, engine, profile)
+        _wait(servers[0])
+        lost = {}
+        for server in servers[1:]:
+            try:
+                _wait(server)
+            except RuntimeError as error:
+                lost[server.system.label] = str(error)
+        up = [server for server in servers if server.system.label not in lost]
+        for outcome in _compare(request, up, engine, profile):
+            if lost:
+                line = f"{outcome.line}; not up: {', '.join(lost)}"
+                outcome = dataclasses.replace(outcome, line=line, figures=outcome.figures | {"not_up": lost})
+            yield outcome
 
 
 def _that_fit(engine: Mapping[str, Any]) -> tuple[list[System], int | None]:

@@ -54,7 +54,19 @@ def _card() -> dict[str, Any]:
         "memory_bytes": total_bytes,
         "free_bytes": free_bytes,
         "cuda": torch.version.cuda,
+        "driver": _driver(),
     }
+
+
+def _driver() -> str:
+    """The NVIDIA driver's version, by the library that SGLang has for that."""
+    try:
+        import pynvml  # type: ignore[import-untyped]
+
+        pynvml.nvmlInit()
+        return str(pynvml.nvmlSystemGetDriverVersion())
+    except Exception as error:  # a container may not let it; no figure depends on it
+        return f"unknown ({error})"
 
 
 def _median_s(what: Callable[[], object], device: str) -> float:
