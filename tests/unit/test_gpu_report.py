@@ -27,7 +27,7 @@ from sgl_flowprefill.gpu_report import command
 from sgl_flowprefill.gpu_report.document import NOT_YET, Document
 from sgl_flowprefill.gpu_report.page import render_page
 from sgl_flowprefill.gpu_report.phases import Phase, plan
-from sgl_flowprefill.gpu_report.phases.base import Budget
+from sgl_flowprefill.gpu_report.phases.base import Budget, Request
 from sgl_flowprefill.gpu_report.phases.goodput import PrefillOnlyApi, _that_fit
 from sgl_flowprefill.gpu_report.shapes import SHAPES, shape_path
 from sgl_flowprefill.gpu_report.tuning import choose
@@ -94,6 +94,16 @@ def test_what_a_card_alone_can_show_is_named_on_the_cpu_engine() -> None:
         "machine", "checks:flashinfer", "checks:triton",
     ]  # fmt: skip
     assert [phase.is_optional for phase in plan(("flashinfer", "triton"))][1:3] == [False, True]
+
+
+def test_a_phase_reads_what_another_has_found(tmp_path: Path) -> None:
+    request = Request("goodput", tmp_path, Budget(1.0), ())
+    document = Document(tmp_path, "", "", "", 1.0)
+    first, second, *_ = plan((None,))
+    document.note(first, {"state": "measured", "line": "", "figures": {"free_bytes": 7}}, 0.0)
+    document.note(second, {"state": "not here", "line": ""}, 0.0)
+    assert request.earlier(first.name) == {"free_bytes": 7}
+    assert request.earlier(second.name) == request.earlier("never begun") == {}
 
 
 def broken(name: str = "operators", is_optional: bool = False) -> Phase:

@@ -66,7 +66,7 @@ class Request:
         path = phase_file(self.out, phase)
         if not path.exists():
             return {}
-        figures: dict[str, Any] = json.loads(path.read_text())["figures"]
+        figures: dict[str, Any] = json.loads(path.read_text()).get("figures", {})
         return figures
 
 

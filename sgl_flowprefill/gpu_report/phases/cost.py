@@ -24,7 +24,7 @@ def measure(engine: Engine, request: Request) -> Iterator[Outcome]:
     for index, tokens in enumerate(lengths):
         # A prefill is longer by at least the ratio of lengths; all three ways, and once more to warm up.
         expected_s = rows[-1]["without_s"] * tokens / rows[-1]["tokens"] if rows else 0.0
-        if 3 * (LEAST_ROUNDS + 1) * expected_s > request.budget.left_s and rows:
+        if tokens > LIMITED_TOKENS and 3 * (LEAST_ROUNDS + 1) * expected_s > request.budget.left_s:
             yield _outcome(rows, engine, lengths[index:])
             return
         rows.append(_row(engine, tokens, request.budget.part(1 / (len(lengths) - index)).left_s))
