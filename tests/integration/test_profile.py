@@ -86,7 +86,7 @@ def test_a_scheduler_predicts_with_its_own_profile(
     write_profile(profile.parent / "own.parquet", own)
     with caplog.at_level(logging.INFO):
         ttft, operators = load_or_measure(
-            shared_engine.scheduler, FlowPrefillConfig(profile=str(profile.parent / "own.parquet"))
+            shared_engine.scheduler.role, FlowPrefillConfig(profile=str(profile.parent / "own.parquet"))
         )
     batches, _ = own.timings()
     assert f"FlowPrefill predicts TTFT from {len(batches)} measured batches" in caplog.text
