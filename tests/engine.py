@@ -96,6 +96,7 @@ class PrefillEngine:
         from sglang.srt.server_args import PortArgs, ServerArgs
 
         from sgl_flowprefill.patches import before_0_5_23, request_times
+        from sgl_flowprefill.runtime.event_recorder import RecordedStreamer
 
         before_0_5_23.apply()
         request_times.apply()
@@ -141,8 +142,10 @@ class PrefillEngine:
             return run_batch(batch, *arguments, **options)
 
         self.scheduler.run_batch = counted
-        # Other components hold the streamer: SGLang's class, which ours calls, is what can be replaced.
-        SchedulerOutputStreamer.stream_output = lambda _, reqs, return_logprob, skip_req=None: self._record(reqs)
+        # Other components hold the streamer as well, so it stays the same object; what SGLang's would send comes here.
+        record = {"stream_output": lambda _, reqs, return_logprob, skip_req=None: self._record(reqs)}
+        to_here = type("ToHere", (SchedulerOutputStreamer,), record)
+        self.scheduler.output_streamer.__class__ = type("Streamer", (RecordedStreamer, to_here), {})
 
     def submit(
         self,
