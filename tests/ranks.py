@@ -27,6 +27,8 @@ from tests.kv import watch_kv
 from tests.late_device import LateDevice
 from tests.reference import Comparison, Kv
 
+ALONE = "alone"
+
 
 @dataclass(frozen=True)
 class Chaos:
@@ -310,7 +312,8 @@ def _matches_path(log: str, rank: int) -> Path:
 
 def note_matches(scheduler: Any, rank: int) -> None:
     """Write a line for each prompt that is matched with the radix cache, with whether its request was about to start,
-    and for each batch that is started. Requests that only wait are not matched again.
+    and for each batch that is started. Requests that only wait are not matched again, and nothing starts beside a task
+    of requests that begin with ALONE.
     """
     from sgl_flowprefill.runtime import hub as hub_module
 
@@ -336,6 +339,14 @@ def note_matches(scheduler: Any, rank: int) -> None:
         return make_batch(reqs)
 
     hub.choose, role.match, role.make_batch = noted_choose, noted_match, noted_make_batch
+    policy = hub.work.policy
+    pick = policy.pick
+
+    def pick_alone(now_s: float, running: Any, admit: bool = True) -> Any:
+        is_alone = any(rid.startswith(ALONE) for job in policy.started for rid in job.item.rids)
+        return pick(now_s, running, admit and not is_alone)
+
+    policy.pick = pick_alone
 
 
 def _note_finishes(scheduler: Any, path: Path) -> None:

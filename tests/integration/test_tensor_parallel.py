@@ -13,7 +13,7 @@ from sgl_flowprefill.model import embedded_model_path
 from tests.engine import generate_request
 from tests.integration.conftest import TWO_HEADS
 from tests.prompts import prompt
-from tests.ranks import Chaos, Ranks, note_matches
+from tests.ranks import ALONE, Chaos, Ranks, note_matches
 from tests.reference import Comparison, Reference
 
 SHARED = prompt(99, 300)
@@ -88,7 +88,7 @@ def test_both_ranks_match_the_prompt_of_a_winner_again_when_more_of_it_has_been_
     ranks: Ranks, comparison: Comparison
 ) -> None:
     shared = prompt(97, 192)
-    prompts = {f"m{i}": shared + prompt(200 + i, 20) for i in range(80)}
+    prompts = {f"{ALONE}-{i}": shared + prompt(200 + i, 300) for i in range(10)}
     for rid, tokens in prompts.items():
         ranks.submit(rid, tokens)
     ranks.finish(list(prompts))
