@@ -310,8 +310,11 @@ def _matches_path(log: str, rank: int) -> Path:
 
 def note_matches(scheduler: Any, rank: int) -> None:
     """Write a line for each prompt that is matched with the radix cache, with whether its request was about to start,
-    and for each batch that is started.
+    and for each batch that is started. Requests that only wait are not matched again.
     """
+    from sgl_flowprefill.runtime import hub as hub_module
+
+    hub_module.MATCHES = 0  # type: ignore[misc]
     hub, role = scheduler.hub, scheduler.role
     match, make_batch, choose = role.match, role.make_batch, hub.choose
     notes = open(_matches_path(os.environ["FLOWPREFILL_EVENT_LOG"], rank), "w", buffering=1)  # noqa: SIM115

@@ -246,7 +246,8 @@ def _speed(args: argparse.Namespace, setup: Setup, console: Console) -> dict[str
         speed = policy_speed(new_policy, requests)
         title = (
             f"{policy} alone, one core: {speed.requests_per_s:,.0f} requests of {args.trace[0]} and "
-            f"{speed.events_per_s:,.0f} events a second; CPU time of an event, p50 / p99 / max in us"
+            f"{speed.events_per_s:,.0f} events a second; CPU time of an event, p50 / p99 / max in us "
+            "(events that the OS interrupted: p99 / max without them; longest wall time)"
         )
         table = Table(title=title, title_justify="left")
         table.add_column("what waits")
@@ -267,7 +268,9 @@ def _speed(args: argparse.Namespace, setup: Setup, console: Console) -> dict[str
 
 
 def _microseconds(cost: EventCost) -> str:
-    return " / ".join(f"{cost_s * 1e6:.0f}" for cost_s in cost)
+    cpu = " / ".join(f"{cost_s * 1e6:.0f}" for cost_s in (cost.p50_s, cost.p99_s, cost.max_s))
+    undisturbed = f"{cost.undisturbed_p99_s * 1e6:.0f} / {cost.undisturbed_max_s * 1e6:.0f}"
+    return f"{cpu} ({cost.preempted}: {undisturbed}; {cost.wall_max_s * 1e6:,.0f})"
 
 
 def _title(name: str, traces: Sequence[Trace], setup: Setup, *, rate: bool = True) -> str:

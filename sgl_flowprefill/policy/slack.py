@@ -138,8 +138,10 @@ class SlackOrder(Generic[T]):
         first = self.feasible.first()
         if first is None or first.latest_start_s >= now_s:
             return first
-        looked_at = islice(self.feasible.from_key(now_s), LOOKS)
-        return next((job for job in looked_at if job.latest_start_s >= now_s), None)
+        for job in islice(self.feasible.from_key(now_s), LOOKS):
+            if job.deadline_s - job.work_s * job.pace.factor >= now_s:
+                return job
+        return None
 
     def first_infeasible(self) -> Job[T] | None:
         """The first job where no job is feasible."""

@@ -99,8 +99,8 @@ def test_results_that_come_at_different_times_are_processed_at_the_same(
 def test_both_ranks_match_the_prompt_of_a_winner_again_when_more_of_it_has_been_cached(
     ranks: Ranks, comparison: Comparison
 ) -> None:
-    shared = prompt(97, 640)
-    prompts = {f"m{i}": shared + prompt(90 + i, 30 + 60 * i) for i in range(12)}
+    shared = prompt(97, 192)
+    prompts = {f"m{i}": shared + prompt(200 + i, 20) for i in range(80)}
     for rid, tokens in prompts.items():
         ranks.submit(rid, tokens)
     ranks.finish(list(prompts))

@@ -159,6 +159,8 @@ class Plan:
         kept = self.kept
         if not kept or kept[0] is job or job.deadline_s < kept[0].deadline_s:
             return 0
+        if job.deadline_s > kept[-1].deadline_s:
+            return len(kept)
         return bisect_left(kept, (job.deadline_s, job.number), key=_BY_DEADLINE)
 
 
