@@ -18,7 +18,7 @@ pytest.importorskip("sglang")
 from sgl_flowprefill.gpu_report.engine import First
 from sgl_flowprefill.gpu_report.phases import blocking, checks, cost, lookahead, tiles, tokens
 from sgl_flowprefill.gpu_report.phases.base import Budget, Outcome, Request
-from sgl_flowprefill.runtime.selfcheck import Finding
+from sgl_flowprefill.runtime.selfcheck import Finding, Tasks
 from sgl_flowprefill.runtime.tiles import WHOLE, Tiles
 
 OPERATOR_S = 2e-3
@@ -83,6 +83,8 @@ class KnownEngine:
         yield Finding("blocking", True, "1 ms")
 
     # ---- tasks that run ----
+
+    blocking = Tasks.blocking
 
     def start(self, prompt: list[int]) -> SimpleNamespace:
         return SimpleNamespace(done=False, left=OPERATORS)
