@@ -90,7 +90,8 @@ def _files(wheels: Path, kernels: Path | None) -> Iterator[tuple[str, bytes]]:
                 if not entry.is_dir() and _is_kept(entry.filename):
                     yield entry.filename, archive.read(entry)
     for name in PLAIN_KERNEL_MODULES:
-        yield f"sgl_kernel/{name}", Path(distribution("sglang-kernel").locate_file(f"sgl_kernel/{name}")).read_bytes()
+        installed = distribution("sglang-kernel").locate_file(f"sgl_kernel/{name}")
+        yield f"sgl_kernel/{name}", Path(str(installed)).read_bytes()
     yield from _below(HERE / "overlay", "")
     yield from _distribution("sglang-kernel", version("sglang-kernel"), {})
     yield from _project()
