@@ -313,7 +313,7 @@ def written_profile(path: Path) -> dict[str, Any]:
     return {"layers": 2, "complete": True, "profile": str(path / "profile.parquet")}
 
 
-@pytest.mark.parametrize("broken", [False, True])
+@pytest.mark.parametrize("broken", [pytest.param(False, marks=pytest.mark.stress), True])
 def test_systems_take_turns_on_the_same_requests(broken: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(goodput, "SHORTEST_REPLAY_S", 3.0)
     monkeypatch.setattr(goodput, "WAKE_S", 0.0)
