@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 from typing import Any, Final
 
-from sgl_flowprefill.patches.base import expect_source
+from sgl_flowprefill.patches.base import expect
 
 SEAM: Final = "lone_prefill"
 ENV_SWITCH: Final = "FLOWPREFILL_LONE"
@@ -30,7 +30,7 @@ def apply() -> None:
     """Register the seam in a process that may run a scheduler. Raises SeamError."""
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    expect_source(SEAM, TARGET, "self.transfer_backend = TransferBackend(", "disaggregation_transfer_backend")
+    expect(SEAM)
     HookRegistry.register(TARGET, transfer_nothing, HookType.BEFORE)
 
 

@@ -12,7 +12,7 @@ import os
 import zlib
 from typing import Any, Final
 
-from sgl_flowprefill.patches.base import expect_parameters
+from sgl_flowprefill.patches.base import expect
 
 SEAM: Final = "made_weights"
 ENV_SWITCH: Final = "FLOWPREFILL_MADE_WEIGHTS"
@@ -33,7 +33,7 @@ def apply() -> None:
     """Register the seam in a process that may load a model. Raises SeamError."""
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    expect_parameters(SEAM, TARGET, ("model",))
+    expect(SEAM)
     HookRegistry.register(TARGET, make_weights, HookType.REPLACE)
 
 

@@ -1,4 +1,4 @@
-"""SGLang options of a prefill server: those that FlowPrefill sets itself, and those that it refuses with a sentence.
+"""SGLang options of a prefill server that FlowPrefill sets itself, or refuses with a sentence.
 
 Reads any object with the fields of SGLang 0.5.23's ``ServerArgs``: its record, or the namespace of its command line
 parser. Imports nothing of SGLang.
@@ -17,6 +17,18 @@ OWN_SETTINGS: Final = {
     "schedule_policy": ("fcfs", "requests are ordered by their slack (see --flowprefill-policy)"),
 }
 """Field of ServerArgs: what FlowPrefill sets it to on a prefill server, and why."""
+
+READ_SETTINGS: Final = (
+    "disaggregation_mode",
+    "disaggregation_transfer_backend",
+    "attention_backend",
+    "prefill_attention_backend",
+    "disable_cuda_graph",
+    "disable_prefill_cuda_graph",
+    "cuda_graph_config",
+    "device",
+)
+"""Fields of ServerArgs that are read beside those."""
 
 TRANSFER_BACKENDS: Final = ("nixl", "mooncake")
 

@@ -17,7 +17,7 @@ from sglang.lang.ir import SglSamplingParams
 from sgl_flowprefill.slo import SLO_KEY, ttft_slo_s
 
 NO_IMAGES = SimpleNamespace(images_=[])
-"""In place of a program's state, for what has none."""
+"""In place of a program's state, where there is none."""
 
 
 @dataclasses.dataclass
@@ -31,8 +31,8 @@ class _SamplingParams(SglSamplingParams):
 
 
 class _OfChoices(ChoicesSamplingMethod):
-    """A way to choose by the tokens of the choices alone. What is scored begins before them: with a token for which
-    SGLang's servers have no log probability, at which two of its three ways stumble, and the last of the prompt.
+    """A way to choose that sees only the tokens of the choices. Scored tokens begin before them: with a token for which
+    SGLang's servers have no log probability, at which two of SGLang's three ways stumble, and the prompt's last.
     """
 
     def __init__(self, method: ChoicesSamplingMethod, prompt: str) -> None:
@@ -99,7 +99,7 @@ class Endpoint(RuntimeEndpoint):
         """What ``select`` sends: one body, or one with a list of prompts, for which the answers are a list."""
         data["sampling_params"]["custom_params"] = self._custom_params
         if data.get("return_logprob"):
-            data.setdefault("logprob_start_len", 0)  # of a prompt by itself ``select`` wants all, and servers send none
+            data.setdefault("logprob_start_len", 0)  # ``select`` wants all of a prompt's, and servers send none
         request = partial(super()._generate_http_request, s)
         name = "text" if "text" in data else "input_ids"
         prompts = data[name]

@@ -13,6 +13,8 @@ from sgl_flowprefill.model.embedded import FIRST_WORD_ID
 
 MARKER: Final = FIRST_WORD_ID - 1
 """A prompt that holds this token, which ``tests.prompts`` never draws, is one whose forward pass raises."""
+ANOTHER_MARKER: Final = MARKER - 1
+"""Likewise, where prompts are to raise in two ways."""
 
 
 class ModelFault(Exception):
@@ -27,15 +29,15 @@ FAULTS: Final[dict[str, Callable[[], Exception]]] = {
 }
 
 
-def raise_in_marked_prompts(scheduler: Any, fault: str, checkpoint: int) -> list[Any]:
-    """From now on, a batch with a marked prompt raises ``fault`` after ``checkpoint`` checkpoints, within an operator.
-    Returns the hooks, to be removed.
+def raise_in_marked_prompts(scheduler: Any, fault: str, checkpoint: int, marker: int = MARKER) -> list[Any]:
+    """From now on, a batch with a prompt that holds ``marker`` raises ``fault`` within an operator, after
+    ``checkpoint`` checkpoints. Returns the hooks, to be removed.
     """
     executor = scheduler.hub.executor
 
     def hook(*_: Any) -> None:
         task = executor.running
-        if task is not None and task.checkpoint >= checkpoint and is_marked(task.batch):
+        if task is not None and task.checkpoint >= checkpoint and is_marked(task.batch, marker):
             raise FAULTS[fault]()
 
     return [module.register_forward_pre_hook(hook) for module in _operators(scheduler)]
@@ -85,5 +87,5 @@ def _operators(scheduler: Any) -> list[Any]:
     return [module for module in modules if type(module).__name__.endswith(("Linear", "LogitsProcessor"))]
 
 
-def is_marked(batch: Any) -> bool:
-    return any(MARKER in req.origin_input_ids for req in batch.reqs)
+def is_marked(batch: Any, marker: int) -> bool:
+    return any(marker in req.origin_input_ids for req in batch.reqs)

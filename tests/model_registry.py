@@ -18,7 +18,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -114,10 +114,16 @@ def reached(model_class: type[nn.Module]) -> set[type[nn.Module]]:
             if not owner.__module__.startswith("sglang.srt.models") or owner in seen:
                 continue
             seen.add(owner)
-            named = re.findall(r"\w+", inspect.getsource(owner))
-            values = (vars(sys.modules[owner.__module__]).get(name) for name in named)
-            waiting += [value for value in values if isinstance(value, type) and issubclass(value, nn.Module)]
+            waiting += _named_modules(owner)
     return seen
+
+
+@cache  # finding the source of a class takes long, and most name the same
+def _named_modules(owner: type[nn.Module]) -> list[type[nn.Module]]:
+    """Module classes that the source of ``owner`` names."""
+    names = dict.fromkeys(re.findall(r"\w+", inspect.getsource(owner)))
+    values = (vars(sys.modules[owner.__module__]).get(name) for name in names)
+    return [value for value in values if isinstance(value, type) and issubclass(value, nn.Module)]
 
 
 def build(architecture: str, model_class: type[nn.Module]) -> nn.Module:

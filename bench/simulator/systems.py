@@ -1,41 +1,20 @@
-"""The systems that can be simulated, by name."""
+"""What can be simulated: an instance under FlowPrefill with one of its policies, or under SGLang's own scheduler."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Protocol
 
-from sgl_flowprefill.bench.simulator.checkpoints import GRANULARITIES, Preemption
+from sgl_flowprefill.bench.simulator.checkpoints import Preemption
 from sgl_flowprefill.bench.simulator.engine import simulate
 from sgl_flowprefill.bench.simulator.flowprefill import FlowPrefillInstance
 from sgl_flowprefill.bench.simulator.instance import Instance, Machine
 from sgl_flowprefill.bench.simulator.requests import Conditions, SimRequest, prepare
 from sgl_flowprefill.bench.simulator.router import ROUTERS
-from sgl_flowprefill.bench.simulator.stock import ORDERS, StockInstance
+from sgl_flowprefill.bench.simulator.stock import MAX_PREFILL_TOKENS, StockInstance
 from sgl_flowprefill.bench.workloads.trace import Trace
-from sgl_flowprefill.policy import POLICIES, Limits, make_policy
-
-HEADLINE: Final = (
-    "feasible",
-    "s-edf",
-    "feasible/layer",
-    "stock-fcfs",
-    "stock-spf",
-    "stock-fcfs-512",
-    "stock-fcfs-2048",
-    "stock-fcfs-8192",
-    "stock-spf-512",
-    "stock-spf-2048",
-    "stock-priority-512",
-    "stock-priority-2048",
-)
-"""What a comparison runs by default; stock-fcfs stands in for DistServe."""
-NAMES_HELP: Final = (
-    f"{', '.join(POLICIES)}, with /layer or /chunk for coarser preemption, or stock-ORDER[-CHUNK] with ORDER "
-    f"{', '.join(ORDERS)}, e.g. stock-spf-2048"
-)
+from sgl_flowprefill.policy import Limits, make_policy
 
 
 @dataclass(frozen=True)
@@ -51,6 +30,54 @@ class Setup:
     hub_s: float = 0.0
     instances: int = 1
     router: str = "least-work"
+
+
+class Simulated(Protocol):
+    """A scheduler whose instances can be simulated; its text is its name."""
+
+    def new_instance(self, setup: Setup) -> Instance:
+        """An idle instance."""
+
+    def max_batch_tokens(self, setup: Setup) -> int:
+        """Most new tokens of a forward of several requests."""
+
+
+@dataclass(frozen=True)
+class SimulatedFlowPrefill:
+    """FlowPrefill with a policy, one of ``sgl_flowprefill.policy.POLICIES``, and a granularity of preemption."""
+
+    policy: str
+    granularity: str = "operator"
+
+    def __str__(self) -> str:
+        return self.policy if self.granularity == "operator" else f"{self.policy}/{self.granularity}"
+
+    def new_instance(self, setup: Setup) -> Instance:
+        preemption = Preemption(self.granularity, setup.max_operator_s, setup.lookahead)
+        return FlowPrefillInstance(
+            setup.machine, make_policy(self.policy, setup.limits, setup.max_starvation_s), preemption, setup.hub_s
+        )
+
+    def max_batch_tokens(self, setup: Setup) -> int:
+        return setup.limits.max_batch_tokens
+
+
+@dataclass(frozen=True)
+class SimulatedStock:
+    """SGLang's own scheduler with an order, one of ``stock.ORDERS``, and a chunk size."""
+
+    order: str
+    chunk_tokens: int | None = None
+    """None for whole prompts."""
+
+    def __str__(self) -> str:
+        return f"stock-{self.order}" + (f"-{self.chunk_tokens}" if self.chunk_tokens else "")
+
+    def new_instance(self, setup: Setup) -> Instance:
+        return StockInstance(setup.machine, self.order, self.chunk_tokens)
+
+    def max_batch_tokens(self, setup: Setup) -> int:
+        return self.chunk_tokens or MAX_PREFILL_TOKENS
 
 
 @dataclass(frozen=True)
@@ -73,24 +100,10 @@ class Run:
         return max(done, default=0.0)
 
 
-def new_instance(system: str, setup: Setup) -> Instance:
-    """An idle instance of ``system``. Raises ValueError with the names that there are."""
-    stock = re.fullmatch(r"stock-([a-z]+)(?:-(\d+))?", system)
-    if stock and stock[1] in ORDERS and stock[2] != "0":
-        return StockInstance(setup.machine, stock[1], int(stock[2]) if stock[2] else None)
-    kind, _, granularity = system.partition("/")
-    if stock or granularity not in ("", *GRANULARITIES):
-        raise ValueError(f"no system is called {system!r}; there are {NAMES_HELP}")
-    preemption = Preemption(granularity or "operator", setup.max_operator_s, setup.lookahead)
-    return FlowPrefillInstance(
-        setup.machine, make_policy(kind, setup.limits, setup.max_starvation_s), preemption, setup.hub_s
-    )
-
-
-def run(system: str, trace: Trace, setup: Setup) -> Run:
+def run(system: Simulated, trace: Trace, setup: Setup) -> Run:
     """Simulate ``trace`` on ``setup.instances`` instances of ``system``."""
     requests = prepare(trace, setup.machine.cost, setup.conditions)
-    instances = [new_instance(system, setup) for _ in range(setup.instances)]
+    instances = [system.new_instance(setup) for _ in range(setup.instances)]
     simulate(requests, instances, ROUTERS[setup.router](setup.instances))
     preempting = [instance for instance in instances if isinstance(instance, FlowPrefillInstance)]
     blocking_s = [value_s for instance in preempting for value_s in instance.blocking_s] if preempting else None

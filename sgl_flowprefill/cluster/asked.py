@@ -26,7 +26,7 @@ class Asked(Generic[T]):
         wait([self._answer], timeout=max(0.0, timeout_s))
 
     def answer(self) -> T:
-        """What ``ask`` has returned; raises what it has raised. Waits for it."""
+        """Wait for the answer: what ``ask`` has returned. Raises what ``ask`` has raised."""
         return self._answer.result()
 
     def _run(self, ask: Callable[[], T]) -> None:

@@ -26,7 +26,7 @@ class StartError(ClusterError):
 
 @dataclass(frozen=True)
 class Ports:
-    """TCP ports; 0 stands for any free one. Of several servers, the first one's: the others count up from it."""
+    """TCP ports; 0 stands for any free one. Several servers of a role count up from the port of the first."""
 
     gateway: int = 0
     prefill: int = 0
@@ -50,15 +50,15 @@ class Ports:
 class ClusterConfig:
     """What to start here: with FlowPrefill, or with SGLang's own scheduler on otherwise equal settings.
 
-    A whole cluster has a gateway in front of at least one prefill and one decode server. Over many machines, one has
-    the gateway alone, and the others have servers that ``join`` it.
+    A whole cluster has a gateway in front of at least one prefill and one decode server. Of many machines, one has
+    only the gateway, and the other machines have servers that ``join`` it.
     """
 
     flowprefill: bool
     model_path: str | Path | None = None
-    """Checkpoint directory or Hugging Face model id; None for the embedded model."""
+    """Directory of a model or Hugging Face model id; None for the embedded model."""
     host: str = LOOPBACK
-    """Address that the gateway listens on, or the servers that join one on another machine."""
+    """Address that the gateway listens on, or that servers listen on which join a gateway on another machine."""
     ports: Ports = field(default_factory=Ports)
     prefill: int = 1
     """Prefill servers to start here."""
@@ -83,6 +83,5 @@ class ClusterConfig:
 
     @property
     def worker_host(self) -> str:
-        """Address that servers listen on. Nobody but the gateway on the same machine needs to reach those that are
-        behind it."""
+        """Address that servers listen on. Only the gateway on the same machine needs to reach the servers behind it."""
         return LOOPBACK if self.join is None else self.host

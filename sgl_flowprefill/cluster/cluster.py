@@ -23,7 +23,7 @@ from sgl_flowprefill.cluster.process import Guard, Server
 POLL_S: Final = 0.2
 PROGRESS_S: Final = 10.0
 SHOWN_CHARACTERS: Final = 300
-"""Of an answer's body in a message."""
+"""Longest part of an answer's body that a message repeats."""
 LONGEST_BACK_OFF_S: Final = 60.0
 """Longest pause before a server is started again; one that has run for as long starts over with a short one."""
 ENSURE_S: Final = 5.0
@@ -34,7 +34,7 @@ DRAIN_S: Final = 120.0
 """How long the requests on a server have to end, once it gets no more of them."""
 NO_CONNECTION: Final = "no connection"
 STARTING: Final = (NO_CONNECTION, "HTTP 503")
-"""What there is from a server that starts."""
+"""What comes instead of an answer while a server starts."""
 UNAUTHORIZED: Final = (401, 403)
 FATAL: Final = (400, 404, 422, *UNAUTHORIZED)
 """Answers that waiting does not change."""
@@ -53,15 +53,15 @@ class Member:
         self.url = layout.server_url(role, index)
         self.bootstrap = layout.ports.bootstrap + index
         self.server: Server | None = None
-        """None while it waits for its next start."""
+        """None while the server waits for its next start."""
         self.up_since_s: float | None = None
-        """When it was last found healthy after a start; None before that."""
+        """When the server was last found healthy after a start; None before that."""
         self.start_at_s = 0.0
         self.back_off_s = 1.0
         self.health: Asked[bool] | None = None
         """The question whether a server that was started again is healthy, until it is answered."""
         self.seen: str | None = None
-        """What came back instead."""
+        """What the last question whether the server is healthy got instead of an answer."""
 
     @property
     def worker(self) -> Worker:
@@ -109,12 +109,12 @@ class Cluster:
 
     @property
     def prefill_url(self) -> str:
-        """The first prefill server's."""
+        """URL of the first prefill server."""
         return self._layout.server_url("prefill")
 
     @property
     def decode_url(self) -> str:
-        """The first decode server's."""
+        """URL of the first decode server."""
         return self._layout.server_url("decode")
 
     @property
@@ -173,12 +173,12 @@ class Cluster:
             server.suspend()
 
     def resume(self) -> None:
-        """Let all go on where ``suspend`` stopped them."""
+        """Let all processes go on where ``suspend`` stopped them."""
         for server in self._servers():
             server.resume()
 
     def drain(self) -> None:
-        """Let requests end before the servers do: they leave their gateway, and are told to end when idle."""
+        """Let requests end before the servers do: servers leave their gateway, and are told to end when idle."""
         for member in self._members:
             self._leave(member)
         give_up_s = time.monotonic() + DRAIN_S
@@ -310,7 +310,7 @@ class Cluster:
             self._errand = Asked(self._errands.popleft())
 
     def _are_routed_to(self) -> bool:
-        """Whether requests go to every server here that is up; tells the gateway about those that it does not know."""
+        """Whether requests go to every server here that is up. Tells the gateway about servers unknown to it."""
         routed = [self._gateway.ensure(member.worker) for member in self._members if member.up_since_s is not None]
         return all(routed)
 
@@ -366,7 +366,7 @@ class Cluster:
         return f"{remedy} (in {self.config.log_dir})"
 
     def _phases(self, member: Member) -> str:
-        """What a server does while it starts, and what the others do that start at the same time."""
+        """What a server does while it starts, and what the other servers do that start at the same time."""
         others = [other for other in self._members if other is not member and other.up_since_s is None]
         return "; ".join([_phase(member), *(f"{other.name}: {_phase(other)}" for other in others)])
 

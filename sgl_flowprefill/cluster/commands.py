@@ -1,6 +1,6 @@
 """Command lines and environments of prefill servers, decode servers and gateway.
 
-Both systems of a comparison get the same, but for FlowPrefill itself.
+Both systems of a comparison get the same command lines and environments, but for FlowPrefill itself.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ PARALLEL_OPTIONS: Final = (TP_OPTIONS, ("--pipeline-parallel-size", "--pp-size")
 GATEWAY_TIMEOUT_S: Final = 1800
 GATEWAY_GRACE_S: Final = 60
 GATEWAY_RETRIES: Final = ("--retry-max-retries", "4", "--retry-initial-backoff-ms", "500")
-"""Spread over more than the two seconds after which smg leaves out a server that it cannot reach."""
+"""Retries are spread over more than the two seconds after which smg leaves out a server that it cannot reach."""
 CPU_PLATFORM: Final = "flowprefill_cpu"
 CPU_ALLOCATOR: Final = {
     "MALLOC_MMAP_MAX_": "0",
@@ -40,8 +40,8 @@ CPU_ALLOCATOR: Final = {
 between 5% and 25% of a prefill's time on one core."""
 DECODE_PLACES: Final = ("--max-running-requests", "4096")
 DECODE_KV_TOKENS: Final = 1 << 20
-"""The decode server gives a request a place and KV cache, first come first served, before its prefill may start. When
-they run out, an urgent request waits for long ones that wait for the prefill server, whatever the order there."""
+"""The decode server gives a request a running slot and KV cache, first come first served, before its prefill may start.
+When they run out, an urgent request waits for long ones that wait for the prefill server, whatever the order there."""
 CACHE_VARIABLE: Final = ENV_PREFIX + "CACHE_DIR"
 RUN: Final = (sys.executable, "-m", "sgl_flowprefill.cluster.serve")
 """Runs a module with the API key, which no command line shows."""
@@ -57,7 +57,7 @@ class Layout:
     cpus: CpuPlan | None
     """How a machine without a GPU is shared; None on a machine with GPUs."""
     host: str
-    """Where others reach what listens at the configuration's address, which may stand for all addresses."""
+    """Address at which other machines reach the servers; the configured one may stand for all addresses."""
 
     @property
     def servers(self) -> list[tuple[Role, int]]:
@@ -68,7 +68,7 @@ class Layout:
         return self.config.prefill if role == "prefill" else self.config.decode
 
     def ranks(self, role: Role) -> int:
-        """Tensor-parallel size of a server; what is no number is for SGLang's parser to refuse."""
+        """Tensor-parallel size of a server; SGLang's parser refuses what is no number."""
         size = last_value([*self.config.server_args, *self._own_args(role)], *TP_OPTIONS) or ""
         return max(1, int(size)) if size.isdigit() else 1
 
@@ -153,7 +153,7 @@ class Layout:
         return self._first_gpu("decode", self.config.decode)
 
     def gateway_command(self, metrics_port: int) -> list[str]:
-        """smg in front of the servers of this machine, or of none: others join it.
+        """Command line of smg, in front of the servers of this machine, or of none: servers elsewhere join it.
 
         A busy worker is no sick one: health checks are patient. With one prefill and one decode server, a failed
         request is answered as it failed, because a second try would count against its objective; with more, another
@@ -186,7 +186,7 @@ class Layout:
         return env
 
     def curl(self) -> str:
-        """A command line that asks the gateway for a few tokens; a key is not in it, but where the shell finds it."""
+        """A command line that asks the gateway for a few tokens, with the place where the shell finds the key."""
         slo = ', "custom_params": {"ttft_slo": 1.0}' if self.config.flowprefill else ""
         body = f'{{"model": "{self.served_name}", "prompt": "Hello", "max_tokens": 16{slo}}}'
         command = ["curl", f"{self.gateway_url}/v1/completions", "-H", "Content-Type: application/json", "-d", body]
@@ -207,7 +207,7 @@ class Layout:
         return math.prod(int(size) for size in sizes if size and size.isdigit())
 
     def _options(self, role: Role, index: int) -> FlowPrefillConfig:
-        """Options of a server: of several, each has an event log of its own."""
+        """FlowPrefill's options of a server: each of several servers has an event log of its own."""
         options, name = self.config.options, self.name(role, index)
         if options.event_log is None or name == role:
             return options

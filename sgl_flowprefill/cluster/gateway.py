@@ -26,7 +26,7 @@ class Gateway:
     """A running gateway. Methods raise ``requests.RequestException`` while it cannot be asked."""
 
     def __init__(self, url: str, api_key: str | None = None) -> None:
-        """``api_key`` is the gateway's, and that of the servers that it is told about."""
+        """``api_key`` is the key of the gateway and of the servers that it is told about."""
         self.url = url
         self._api_key = api_key
         self._headers = bearer(api_key)

@@ -1,10 +1,10 @@
 """Ends what a launcher started, whatever becomes of the launcher.
 
 Runs as a process of its own, outside of the launcher's session, and needs nothing but the standard library. It reads
-lines from its standard input: ``keep NAME`` (shared memory of others), ``session PID`` (the leader of a session to
-end), ``ended PID`` (that session is no more) and ``directory PATH`` (to remove). At end of file, when the launcher
-closes the pipe or dies, it kills every process of these sessions, then removes the shared memory that only they had,
-and the directories. So an orderly end and a crash take one path.
+lines from its standard input: ``keep NAME`` (shared memory of other processes), ``session PID`` (the leader of a
+session to end), ``ended PID`` (the session is no more) and ``directory PATH`` (to remove). At end of file, when the
+launcher closes the pipe or dies, it kills every process of these sessions, then removes the shared memory that only
+they had, and the directories. So an orderly end and a crash take one path.
 
 The kernel gives the number of a session to no other process while anyone is in it, or its leader has not been reaped.
 The launcher reaps a leader only after it has ended the rest of the session and said so. So the number still means the
@@ -24,7 +24,7 @@ from typing import NamedTuple
 SHM = "/dev/shm/"
 PATIENCE_S = 20.0
 TRACKER_S = 3.0
-"""How long Python's resource trackers have to remove what their processes left, when all others have ended."""
+"""How long Python's resource trackers have to remove what their processes left, when all other processes have ended."""
 
 
 class Process(NamedTuple):
@@ -34,7 +34,7 @@ class Process(NamedTuple):
     state: str
     session: int
     started: int
-    """In ticks since the machine's start; with ``pid``, it names one process for ever."""
+    """Start of the process in ticks since the machine's start; with ``pid``, it names one process for ever."""
 
     @property
     def is_alive(self) -> bool:
@@ -55,7 +55,7 @@ class Session(NamedTuple):
         return None if leader is None else cls(pid, leader.started)
 
     def members(self, running: Collection[Process]) -> list[Process]:
-        """Those of ``running`` that belong to it and are alive."""
+        """The processes of ``running`` that belong to the session and are alive."""
         if any(process.pid == self.pid and process.started != self.started for process in running):
             return []  # everyone in it has ended, and its number belongs to somebody else
         return [process for process in running if process.session == self.pid and process.is_alive]

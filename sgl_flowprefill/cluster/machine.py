@@ -26,13 +26,13 @@ class CpuPlan:
         return shares(self.scheduler, servers)[index]
 
     def decode_threads(self, servers: int) -> int:
-        """Compute threads of each of ``servers`` decode servers: they leave room for the HTTP servers, the gateway and
+        """Compute threads of each of ``servers`` decode servers, which leave room for the HTTP servers, the gateway and
         the client."""
         return max(1, len(self.others) // 2 // servers)
 
 
 def shares(cpus: Sequence[int], parts: int) -> list[tuple[int, ...]]:
-    """``cpus`` in equal parts: of servers, or of the tensor-parallel ranks of one. With too few, several share one."""
+    """``cpus`` in equal parts, one for each server or tensor-parallel rank. With too few CPUs, several share one."""
     each = len(cpus) // parts
     if each == 0:
         return [(cpus[part % len(cpus)],) for part in range(parts)]
@@ -40,8 +40,8 @@ def shares(cpus: Sequence[int], parts: int) -> list[tuple[int, ...]]:
 
 
 def plan_cpus(cpus: Sequence[int], ranks: int = 1) -> CpuPlan:
-    """Half of the CPUs (rounded down, at least one for each tensor-parallel rank) for prefill alone. What is left runs
-    the rest; where nothing is left, all share all. None of them with 0 ranks: there is no prefill server."""
+    """Half of the CPUs (rounded down, at least one for each tensor-parallel rank) for prefill alone, and none with 0
+    ranks, where there is no prefill server. The other CPUs run everything else; where none is left, all share all."""
     if not ranks:
         return CpuPlan((), tuple(cpus))
     scheduler = max(len(cpus) // 2, min(ranks, len(cpus)))
@@ -68,7 +68,7 @@ def available_memory_bytes() -> int:
 
 
 def address_towards(host: str, port: int) -> str:
-    """This machine's address on the way to ``host``, where others reach it. Raises OSError when there is no way."""
+    """This machine's address on the way to ``host``, for other machines. Raises OSError when there is no way."""
     family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
     with socket.socket(family, kind, protocol) as probe:
         probe.connect(address)  # a datagram socket sends nothing here

@@ -28,7 +28,7 @@ def importing(module: str) -> str:
 
 
 def phase(log: Path, start: int) -> str | None:
-    """What the server does that has written to ``log`` from byte ``start`` on; None when it has not said."""
+    """What the server does that writes to ``log``, by the lines from byte ``start`` on; None when no line says."""
     try:
         with open(log, "rb") as file:
             file.seek(start)

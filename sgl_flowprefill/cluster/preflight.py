@@ -74,7 +74,7 @@ def prepare(config: ClusterConfig) -> Layout:
 
 def choose_ports(host: str, ports: Ports, prefill: int = 1, decode: int = 1, worker_host: str = LOOPBACK) -> Ports:
     """Check the given ports and replace each 0 by a free port, or by the first of as many as there are servers. The
-    gateway listens on ``host``, all others on ``worker_host``."""
+    gateway listens on ``host``, all servers on ``worker_host``."""
     counts = {"gateway": 1, "prefill": prefill, "decode": decode, "bootstrap": prefill}
     chosen: dict[str, int] = {}
     taken: set[int] = set()
@@ -229,7 +229,7 @@ def _check_memory(layout: Layout) -> None:
     model = Path(layout.model_path)
     weights = sum(file.stat().st_size for pattern in ("*.safetensors", "*.bin") for file in model.glob(pattern))
     config = json.loads((model / "config.json").read_text())
-    dtype = config.get("dtype") or config.get("torch_dtype")  # as newer versions of transformers call it, and older
+    dtype = config.get("dtype") or config.get("torch_dtype")  # newer versions of transformers, older ones
     needed = len(layout.servers) * (
         SERVER_BYTES + weights * (1 if dtype == "float32" else 2)
     )  # the CPU serves in float32

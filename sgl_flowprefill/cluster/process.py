@@ -39,7 +39,7 @@ class Server:
         self.log = log
         with open(log, "ab" if append else "wb") as output:
             self.log_start = output.tell()
-            """Where its own lines begin in its log."""
+            """Where the server's own lines begin in its log."""
             self._process = subprocess.Popen(
                 command,
                 env=dict(env),
@@ -59,11 +59,11 @@ class Server:
 
     def watch_children(self) -> None:
         """From now on, the end of one of SGLang's own processes counts as the server's: SGLang takes a minute to
-        notice that. Helpers of libraries may come and go."""
+        notice it. Helpers of libraries may come and go."""
         self._children = [child for child in self._processes()[1:] if _title(child).startswith(SGLANG_TITLE)]
 
     def ended(self) -> str | None:
-        """How it has ended, as half a sentence; None while it runs."""
+        """How the server has ended, as half a sentence; None while it runs."""
         how = self._how_it_ended()
         if how is not None:
             return f"the {self.name} server has ended ({how})"
@@ -82,26 +82,26 @@ class Server:
         return _in_words(end.si_status if end.si_code == os.CLD_EXITED else -end.si_status)
 
     def bind(self, cpus: Sequence[int], except_on: Sequence[Sequence[int]]) -> None:
-        """Move all its threads to ``cpus``, but for processes that are bound within one of ``except_on``."""
+        """Move all threads of the server to ``cpus``, but for processes that are bound within one of ``except_on``."""
         for process in self._processes():
             with suppress(psutil.NoSuchProcess):
                 if not any(set(process.cpu_affinity()) <= set(own) for own in except_on):
                     _bind_threads(process, cpus)
 
     def suspend(self) -> None:
-        """Stop all its processes (SIGSTOP)."""
+        """Stop all processes of the server (SIGSTOP)."""
         for process in self._processes():
             with suppress(psutil.NoSuchProcess):
                 process.suspend()
 
     def resume(self) -> None:
-        """Let them go on (SIGCONT)."""
+        """Let all processes of the server go on (SIGCONT)."""
         for process in self._processes():
             with suppress(psutil.NoSuchProcess):
                 process.resume()
 
     def _processes(self) -> list[psutil.Process]:
-        """It and all that it has started; nothing once it has ended."""
+        """The server's process and all that it has started; none once it has ended."""
         try:
             leader = psutil.Process(self.pid)
             return [leader, *leader.children(recursive=True)]
@@ -109,23 +109,23 @@ class Server:
             return []
 
     def terminate(self) -> None:
-        """Ask it to end once its requests have ended."""
+        """Ask the server to end once its requests have ended."""
         self._children = []
         self._process.terminate()
 
     def wait(self, timeout_s: float) -> None:
-        """Wait until it has ended, for at most ``timeout_s``."""
+        """Wait until the server has ended, for at most ``timeout_s``."""
         give_up_s = time.monotonic() + timeout_s
         while self._how_it_ended() is None and time.monotonic() < give_up_s:
             time.sleep(POLL_S)
 
     def last_lines(self) -> str:
-        """The end of its log."""
+        """The last lines of the server's log."""
         with open(self.log, errors="replace") as file:
             return "".join(deque(file, LAST_LINES)).strip()
 
     def reap(self) -> None:
-        """Collect the exit status after its session has ended; its number may be another process's from then on."""
+        """Collect the exit status after the server's session has ended. Another process may get its number then."""
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(REAP_S)
 
@@ -133,7 +133,7 @@ class Server:
 class Guard:
     """Owns the servers' processes and their directory for temporary files; leaving the context ends them all.
 
-    A process of its own does that, also when this one dies. Should that process die first, this one does it.
+    A process of its own ends them, also when this process dies. Should the other process die first, this one ends them.
     """
 
     _process: subprocess.Popen[str] | None = None

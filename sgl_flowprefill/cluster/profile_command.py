@@ -140,7 +140,7 @@ def _print(figures: dict[str, Any], lines: Sequence[Sequence[str]]) -> None:
 
 
 def _newest(model: str | None) -> Path:
-    """The newest full profile in the cache; if ``model`` is given, of the model whose directory or id ends like it."""
+    """The newest full profile in the cache; if ``model`` is given, of a model whose directory or id ends so."""
     found = [path for path in (paths.cache_dir() / "profiles").glob("*.parquet") if _is_full(path)]
     for path in sorted(found, key=lambda path: path.stat().st_mtime, reverse=True):
         if model is None or _is_of(path, model):

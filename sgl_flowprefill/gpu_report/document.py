@@ -12,7 +12,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Final
 
-from sgl_flowprefill.bench.metrics.comparison import machine, versions
+from sgl_flowprefill.bench.metrics.provenance import machine, versions
 from sgl_flowprefill.gpu_report.phases import Phase
 from sgl_flowprefill.gpu_report.phases.base import phase_file
 from sgl_flowprefill.gpu_report.tuning import Choice

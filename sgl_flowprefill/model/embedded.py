@@ -1,4 +1,4 @@
-"""The embedded model: a small Llama checkpoint made from a seed, so that everything runs without a download.
+"""The embedded model: a small Llama made from a seed, so that everything runs without a download.
 
 It says nothing sensible; what matters is its cost and its tokens. One core prefills it in about twice the time that
 Llama-3.1-8B takes on an A800, at 512 to 8,192 tokens alike, because one narrow attention head keeps the quadratic
@@ -40,7 +40,7 @@ CHAT_TEMPLATE: Final = (
 
 @dataclass(frozen=True)
 class EmbeddedModel:
-    """Shape and seed of the checkpoint; another shape is another directory in the cache."""
+    """Shape and seed of the model; another shape is another directory in the cache."""
 
     seed: int = 20260216
     layers: int = 8
@@ -58,7 +58,7 @@ class EmbeddedModel:
         return f"embedded-llama-{digest[:12]}"
 
     def write(self, directory: Path) -> None:
-        """Write config, weights (float32) and tokenizer as a Hugging Face checkpoint directory."""
+        """Write config, weights (float32) and tokenizer as a Hugging Face model directory."""
         from safetensors.numpy import save_file
 
         save_file(dict(self._weights()), directory / "model.safetensors", metadata={"format": "pt"})
@@ -125,7 +125,7 @@ class EmbeddedModel:
 
 
 def embedded_model_path(model: EmbeddedModel | None = None) -> Path:
-    """Directory of the embedded checkpoint; made on first use, in about a second, and kept in the cache.
+    """Directory of the embedded model; made on first use, in about a second, and kept in the cache.
 
     Raises OSError when the cache directory cannot be written.
     """

@@ -7,6 +7,8 @@ from typing import Final
 
 PLATFORM_NAME: Final = "flowprefill_cpu"
 """Entry point name of the platform, which is what ``SGLANG_PLATFORM`` selects it by."""
+ATTENTION_BACKEND: Final = "flowprefill_cpu"
+"""What ``--attention-backend`` selects the platform's attention by."""
 
 _PLATFORM_CLASS: Final = "sgl_flowprefill.platforms.cpu:PortableCpuPlatform"
 

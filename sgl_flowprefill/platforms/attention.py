@@ -2,7 +2,7 @@
 
 Queries run in tiles of at most ``QUERY_TILE_TOKENS`` rows, fewer where there are so many keys that a tile would block
 for too long. A tile sees its keys in two parts, each of which needs no mask tensor: every key before the tile (not
-causal), and the keys of the tile itself (causal). Their outputs are merged by their log-sum-exps, which is exact.
+causal), and the keys of the tile itself (causal). The outputs of both are merged by their log-sum-exps, which is exact.
 Cached prefixes are only ever keys: no query of a prefix is computed again.
 """
 
@@ -19,7 +19,7 @@ from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.layers.radix_attention import AttentionType
 from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
 
-from sgl_flowprefill.platforms.cpu import ATTENTION_BACKEND
+from sgl_flowprefill.platforms import ATTENTION_BACKEND
 
 if TYPE_CHECKING:
     from sglang.srt.layers.radix_attention import RadixAttention
@@ -30,7 +30,7 @@ QUERY_TILE_TOKENS: Final = 256
 """Query rows of a tile: the most that attention computes at a time, and what bounds its memory."""
 
 _LEAST_TILE_TOKENS: Final = 32
-"""What the fused kernel computes at a time anyway: fewer rows would take as long."""
+"""Query rows that the fused kernel computes at a time anyway: fewer would take as long."""
 
 _MAX_SCORES_BYTES: Final = 64 << 20
 """Bound on the score matrix of layers that the fused kernel cannot serve (sliding window, logit cap)."""
@@ -377,8 +377,8 @@ def _leading_run(slots: torch.Tensor) -> int:
 def attend_to_latents() -> None:
     """Let SGLang's latent attention (MLA) attend to the latents themselves, which the pool keeps as one key head.
 
-    Its other form, with keys and values of every head, stores latents by a Triton kernel (``mem_cache/memory_pool.py``,
-    ``MLATokenToKVPool._scatter_mla_rows``).
+    The other form of latent attention, with keys and values of every head, stores latents by a Triton kernel
+    (``mem_cache/memory_pool.py``, ``MLATokenToKVPool._scatter_mla_rows``).
     """
     from sglang.srt.models.deepseek_common.attention_backend_handler import AttentionBackendRegistry
     from sglang.srt.models.deepseek_common.attention_forward_methods.forward_methods import AttnForwardMethod

@@ -8,7 +8,7 @@ from sglang.srt.platforms.cpu import CpuDeviceMixin
 from sglang.srt.platforms.device_mixin import PlatformEnum
 from sglang.srt.platforms.interface import PlatformCapabilities, SRTPlatform
 
-ATTENTION_BACKEND: Final = "flowprefill_cpu"
+from sgl_flowprefill.platforms import ATTENTION_BACKEND
 
 MEM_FRACTION_STATIC: Final = 0.25
 _SIZES: Final = {
@@ -28,7 +28,7 @@ class PortableCpuPlatform(CpuDeviceMixin, SRTPlatform):
     capabilities = PlatformCapabilities()
 
     def get_device(self, device_id: int = 0) -> str:
-        """All ranks share the one CPU device. A string: ``ServerArgs.device`` is derived from it and is one."""
+        """All ranks share the one CPU device. It is a string: ``ServerArgs.device`` is derived from it and is one."""
         return "cpu"
 
     def apply_server_args_defaults(self, server_args: Any) -> None:

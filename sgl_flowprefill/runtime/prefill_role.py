@@ -14,7 +14,7 @@ from sglang.srt.disaggregation.base import KVPoll
 from sglang.srt.disaggregation.utils import is_aborted
 from sglang.srt.managers.schedule_batch import FINISH_ABORT
 
-from sgl_flowprefill.runtime.deadline import received_s, sent_s, slo_s
+from sgl_flowprefill.deadline import received_s, sent_s, slo_s
 from sgl_flowprefill.runtime.device import Device
 from sgl_flowprefill.runtime.event_recorder import EventRecorder
 from sgl_flowprefill.runtime.parts import Agreement

@@ -15,7 +15,7 @@ LITTLE: Final = 0.02
 def throughput_budget_tokens(model: TTFTModel, longest_tokens: int = LONGEST_TOKENS) -> int:
     """Fewest new tokens of which two prefills take hardly longer one by one than together, at most ``longest_tokens``.
 
-    What they take longer is what every forward pass costs whatever it computes: launches, reading the weights.
+    Two prefills take longer by what every forward pass costs whatever it computes: launches, reading the weights.
     """
     tokens = SMALLEST_TOKENS
     while tokens * 2 <= longest_tokens:

@@ -19,7 +19,8 @@ from sgl_flowprefill.ttft.base import PrefillShape, TTFTModel
 ALL_TASKS: Final = 15
 """Tasks of which the global correction is the median: a step change is followed after half of them."""
 BAND_TASKS: Final = 31
-"""The same within a size band: more, so that what the global correction is about to explain is not counted twice."""
+"""Tasks of which a size band's correction is the median: more, so that what the global correction is about to explain
+is not counted twice."""
 RESIDUAL_TASKS: Final = 101
 """Tasks of which the margin is a quantile."""
 BANDS_TOKENS: Final = (256, 1024, 4096)
@@ -28,7 +29,7 @@ LEAST_FACTOR: Final = 0.25
 GREATEST_FACTOR: Final = 16.0
 """Bounds of the whole correction: no run of odd measurements makes a prefill free, or endless."""
 LEAST_CHANGE: Final = 0.03
-"""Of a pace: what is less is not worth to judge all that waits anew."""
+"""Relative change of a pace below which it is not worth to judge all that waits anew."""
 
 
 class Prediction(NamedTuple):
@@ -37,9 +38,9 @@ class Prediction(NamedTuple):
     raw_s: float
     """The model's time, as profiled."""
     expected_s: float
-    """Corrected by the tasks that completed: as likely too long as too short."""
+    """The profiled time, corrected by the tasks that completed: as likely too long as too short."""
     planned_s: float
-    """What slack is computed with: enough in the chosen share of cases."""
+    """The time that slack is computed with: enough in the chosen share of cases."""
 
 
 class AdaptiveTTFT:

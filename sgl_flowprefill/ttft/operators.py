@@ -17,7 +17,7 @@ from sgl_flowprefill.ttft.features import Array, feature_matrix, features
 from sgl_flowprefill.ttft.physics import non_negative
 
 LEAST_REST: Final = 1e-3
-"""Of a forward pass: what is left beside attention and MLPs is never nothing, whatever the clock says."""
+"""Least share of a forward pass that counts as neither attention nor MLPs, whatever the clock says."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class OperatorTimes:
 
     @classmethod
     def fit(cls, measured: Iterable[tuple[Sequence[PrefillShape], float, float, float]]) -> OperatorTimes | None:
-        """From batches with their seconds in all, in attention and in MLPs; None without two different ones."""
+        """Fit batches with their seconds in all, in attention and in MLPs; None without two different batches."""
         rows = list(measured)
         matrix = feature_matrix([row[0] for row in rows])
         if len(np.unique(matrix, axis=0)) < 2:
@@ -45,7 +45,7 @@ class OperatorTimes:
         return cls(_fit(columns, attention_s), _fit(columns[:, :2], mlp_s), _fit(columns[:, :2], rest_s))
 
     def attention_share(self, batch: Sequence[PrefillShape]) -> float:
-        """Of the time of attention and MLP together, the part that is attention's, from 0 to 1."""
+        """Attention's part of the time of attention and MLP together, from 0 to 1."""
         _, new_tokens, _, pairs = features(batch)
         attention_s = float(self.attention @ (1.0, new_tokens, pairs))
         mlp_s = float(self.mlp @ (1.0, new_tokens))
@@ -58,12 +58,12 @@ class OperatorTimes:
 
     @property
     def attention_s_per_token(self) -> float:
-        """Seconds of a row in all attention modules of the model, whatever it attends to: of their linear layers."""
+        """Seconds of a row in the linear layers of all attention modules of the model, whatever it attends to."""
         return float(self.attention[1])
 
     @property
     def rest_s_per_token(self) -> float:
-        """Seconds of a row outside of attention and MLPs: of the norms, at most."""
+        """Seconds of a row outside of attention and MLPs, which bound the norms."""
         return float(self.rest[1])
 
     @property

@@ -18,7 +18,7 @@ from sgl_flowprefill.ttft.features import Array
 KNOTS_TOKENS: Final = (32.0, 128.0, 512.0, 2048.0)
 """Numbers of rows up to which a linear operator may cost extra, and from which a row may cost more (caches spill)."""
 KNOTS_PAIRS: Final = (32.0**2, 256.0**2, 2048.0**2)
-"""The same for attention."""
+"""Numbers of pairs up to which attention may cost extra, and from which a pair may cost more."""
 ROBUST_ITERATIONS: Final = 5
 OUTLIER_SPREADS: Final = 2.0
 TERMS: Final = 5 + 2 * (len(KNOTS_TOKENS) + len(KNOTS_PAIRS))
@@ -40,7 +40,7 @@ class Physics:
         for _ in range(ROBUST_ITERATIONS):
             weights = non_negative(relative / scale * trust[:, None], trust)
             error = np.abs(np.log(np.maximum(relative @ (weights / scale), 1e-9)))
-            # Huber's weights: a batch far off the others' curve pulls no harder than one a little off it.
+            # Huber's weights: a batch far off the curve pulls no harder than one a little off it.
             trust = np.sqrt(np.minimum(1.0, OUTLIER_SPREADS * (np.median(error) + 1e-4) / np.maximum(error, 1e-12)))
         return cls(weights / scale)
 

@@ -27,7 +27,7 @@ class HeldOut:
 
     batch: Batch
     measured_s: float
-    """Undisturbed: see ``boosted.undisturbed``."""
+    """Undisturbed time of the shape: see ``boosted.undisturbed``."""
     predicted_s: float
 
     @property

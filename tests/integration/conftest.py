@@ -11,8 +11,13 @@ import pytest
 
 from sgl_flowprefill.cluster import Cluster, ClusterConfig
 from sgl_flowprefill.config import FlowPrefillConfig
+from sgl_flowprefill.model import EmbeddedModel, embedded_model_path
 from tests import faults
+from tests.reference import Reference
 from tests.wall_clock import WallClock
+
+TWO_HEADS = EmbeddedModel(heads=2, layers=4, context_tokens=4608)
+"""Two query heads, one a rank, which share the one KV head: each rank keeps a copy of it."""
 
 
 class OneCluster:
@@ -78,3 +83,9 @@ def stock_cluster(one_cluster: OneCluster) -> Cluster:
 def no_cluster(one_cluster: OneCluster) -> None:
     """For tests that start servers of their own."""
     one_cluster.close()
+
+
+@pytest.fixture(scope="session")
+def two_heads() -> Reference:
+    """TWO_HEADS in transformers; what it has computed for one test, the others have."""
+    return Reference(embedded_model_path(TWO_HEADS))

@@ -114,7 +114,7 @@ def arrivals(directory, name):
     path = directory / f"events-{name}.jsonl"
     if not path.exists():
         return {}
-    return {event["prompt_tokens"]: event["t_s"] for event in read_events(path) if event["event"] == "arrival"}
+    return {event.prompt_tokens: event.t_s for event in read_events(path) if event.kind == "arrival"}
 
 
 def wait_until(done, cluster, timeout_s):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ def objectives_since(cluster: Cluster, start_s: float) -> list[float]:
     time.sleep(0.5)  # the log reaches the file when the scheduler turns idle
     log = cluster.config.options.event_log
     assert log is not None
-    return [event["ttft_slo_s"] for event in read_events(log) if event["event"] == "arrival" and event["t_s"] > start_s]
+    return [event.ttft_slo_s for event in read_events(log) if event.kind == "arrival" and event.t_s > start_s]
 
 
 def test_every_request_of_a_program_has_the_endpoints_objective(
@@ -124,13 +125,18 @@ def by_reference(method: Any) -> int:
     return int(np.argmax(first))
 
 
-def reference_logprobs(text: str, from_token: int = 0) -> tuple[list[int], list[float]]:
-    """Tokens of ``text`` after the first, and the log probability of each, by transformers."""
+@cache
+def reference_model() -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     path = embedded_model_path()
-    ids = AutoTokenizer.from_pretrained(path)(text, return_tensors="pt").input_ids[:, from_token:]
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    return AutoTokenizer.from_pretrained(path), AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+
+
+def reference_logprobs(text: str, from_token: int = 0) -> tuple[list[int], list[float]]:
+    """Tokens of ``text`` after the first, and the log probability of each, by transformers."""
+    tokenizer, model = reference_model()
+    ids = tokenizer(text, return_tensors="pt").input_ids[:, from_token:]
     with torch.no_grad():
         logits = model(ids).logits[0, :-1].log_softmax(-1)
     return ids[0, 1:].tolist(), logits.gather(1, ids[0, 1:, None])[:, 0].tolist()

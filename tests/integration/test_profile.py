@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import signal
 import subprocess
 import sys
@@ -10,9 +11,13 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
+from sgl_flowprefill.config import FlowPrefillConfig
 from sgl_flowprefill.model import embedded_model_path
 from sgl_flowprefill.profiling import read_profile, write_profile
+from sgl_flowprefill.profiling.fitted import fit
+from tests.engine import PrefillEngine
 
 ROOT = Path(__file__).parents[2]
 OPTIONS = ["--max-total-tokens", "20000"]
@@ -33,7 +38,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def profile(directory: Path) -> Path:
     """A profile whose run was interrupted once."""
     partial = directory / "p.partial.parquet"
-    run = subprocess.Popen(command(directory, "--budget-s", "300", *OPTIONS), cwd=ROOT, start_new_session=True)
+    run = subprocess.Popen(command(directory, "--budget-s", "100", *OPTIONS), cwd=ROOT, start_new_session=True)
     started_s = time.monotonic()
     while not partial.exists():
         assert run.poll() is None, (directory / "profile.log").read_text()[-2000:]
@@ -47,7 +52,7 @@ def profile(directory: Path) -> Path:
     kept.longest_tokens = 256
     kept.rows = [row for row in kept.rows if max(new + cached for new, cached in row.shape) <= 256]
     write_profile(partial, kept)
-    done = subprocess.run(command(directory, "--budget-s", "25", *OPTIONS), cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(command(directory, "--budget-s", "12", *OPTIONS), cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     resumed = read_profile(directory / "p.parquet")
     assert resumed.complete
@@ -71,17 +76,35 @@ def test_it_is_reported_on(profile: Path) -> None:
     assert {"p90_ape", "worst_shape", "cubic", "strata", "predict_one_us", "predict_1000_ms"} <= set(figures)
 
 
-def test_a_scheduler_predicts_with_its_own_profile_and_refuses_another_ones(profile: Path) -> None:
+def test_a_scheduler_predicts_with_its_own_profile(
+    profile: Path, shared_engine: PrefillEngine, caplog: pytest.LogCaptureFixture
+) -> None:
+    from sgl_flowprefill.runtime.profile import load_or_measure
+
+    own = read_profile(profile)
+    own.setting = own.setting.model_copy(update={"threads": torch.get_num_threads()})  # this process has one
+    write_profile(profile.parent / "own.parquet", own)
+    with caplog.at_level(logging.INFO):
+        ttft, operators = load_or_measure(
+            shared_engine.scheduler, FlowPrefillConfig(profile=str(profile.parent / "own.parquet"))
+        )
+    batches, _ = own.timings()
+    assert f"FlowPrefill predicts TTFT from {len(batches)} measured batches" in caplog.text
+    assert operators is not None
+    expected, _ = fit(own)
+    assert [ttft.model.predict_s(batch) for batch in batches] == pytest.approx(
+        [expected.predict_s(batch) for batch in batches]
+    )
+
+
+def test_a_scheduler_refuses_a_profile_of_another_one(profile: Path) -> None:
     directory = profile.parent
     other = read_profile(profile)
     other.setting = other.setting.model_copy(update={"device": "another device"})
     write_profile(directory / "other.parquet", other)
-    ends = {}
-    for name in ("p.parquet", "other.parquet"):
-        arguments = ["--budget-s", "1", "--flowprefill-profile", str(directory / name), *OPTIONS]
-        again = [sys.executable, "launch.py", "profile", "-o", str(directory / "again.parquet")]
-        again += ["--log-dir", str(directory), *arguments]
-        done = subprocess.run(again, cwd=ROOT, capture_output=True, text=True)
-        ends[name] = done.stderr + (directory / "profile.log").read_text()
-    assert "FlowPrefill predicts TTFT from" in ends["p.parquet"]
-    assert "measured for another server (device another device, not" in ends["other.parquet"]
+    arguments = ["-o", str(directory / "again.parquet"), "--log-dir", str(directory / "again"), "--budget-s", "1"]
+    arguments += ["--flowprefill-profile", str(directory / "other.parquet"), *OPTIONS]
+    again = [sys.executable, "launch.py", "profile", *arguments]
+    done = subprocess.run(again, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "measured for another server (device another device, not" in done.stderr

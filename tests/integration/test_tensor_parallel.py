@@ -9,14 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from sgl_flowprefill.model import EmbeddedModel, embedded_model_path
+from sgl_flowprefill.model import embedded_model_path
 from tests.engine import generate_request
+from tests.integration.conftest import TWO_HEADS
 from tests.prompts import prompt
 from tests.ranks import Chaos, Ranks, note_matches
 from tests.reference import Comparison, Reference
 
-TWO_HEADS = EmbeddedModel(heads=2, layers=4, context_tokens=4608)
-"""Two query heads, one a rank, which share the one KV head: each rank keeps a copy of it."""
 SHARED = prompt(99, 300)
 PROMPTS = {
     f"r{i:02}": prompt(i, tokens, SHARED if i % 2 else None)
@@ -27,11 +26,6 @@ PROMPTS = {
 @pytest.fixture(scope="module")
 def model_path() -> str:
     return str(embedded_model_path(TWO_HEADS))
-
-
-@pytest.fixture(scope="module")
-def two_heads(model_path: str) -> Reference:
-    return Reference(model_path)
 
 
 @pytest.fixture
@@ -48,17 +42,6 @@ def ranks(model_path: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         yield two
 
 
-def test_ranks_of_two_nodes_give_the_answers_and_kv_of_transformers(
-    model_path: str, comparison: Comparison, tmp_path: Path
-) -> None:
-    with Ranks(model_path, 2, tmp_path, Chaos(seed=2, switch_probability=0.3), nodes=2) as ranks:
-        for rid, tokens in PROMPTS.items():
-            ranks.submit(rid, tokens)
-        ranks.finish(list(PROMPTS))
-        ranks.compare(comparison, PROMPTS)
-    assert comparison.counts["KV caches"] == 2 * len(PROMPTS)
-
-
 def test_two_ranks_that_are_preempted_all_the_time_give_the_answers_and_kv_of_transformers(
     ranks: Ranks, comparison: Comparison
 ) -> None:
@@ -73,17 +56,22 @@ def test_two_ranks_that_are_preempted_all_the_time_give_the_answers_and_kv_of_tr
     assert ranks.preemptions() >= 100
 
 
-@pytest.mark.parametrize("pass_probabilities", [(0.9, 0.02), (0.02, 0.9)], ids=["follower late", "rank 0 late"])
+@pytest.mark.parametrize(
+    ("pass_probabilities", "nodes"),
+    [((0.9, 0.02), 1), ((0.02, 0.9), 2)],
+    ids=["follower late, one node", "rank 0 late, two nodes"],
+)
 def test_results_that_come_at_different_times_are_processed_at_the_same(
-    model_path: str, comparison: Comparison, tmp_path: Path, pass_probabilities: tuple[float, float]
+    model_path: str, comparison: Comparison, tmp_path: Path, pass_probabilities: tuple[float, float], nodes: int
 ) -> None:
     """Each rank's device is late by itself: rank 0 says when a finished task is processed, the next one running."""
     chaos = Chaos(seed=3, switch_probability=0.9)
-    with Ranks(model_path, 2, tmp_path, chaos, pass_probabilities=pass_probabilities) as ranks:
+    with Ranks(model_path, 2, tmp_path, chaos, nodes=nodes, pass_probabilities=pass_probabilities) as ranks:
         for rid, tokens in PROMPTS.items():
             ranks.submit(rid, tokens, ttft_slo_s=100.0)
         ranks.finish(list(PROMPTS))
         ranks.compare(comparison, PROMPTS)
+        assert comparison.counts["KV caches"] == 2 * len(PROMPTS)
         first, second = ranks.finishes(0), ranks.finishes(1)
     same = ("rids", "live")
     assert [[note[key] for key in same] for note in first] == [[note[key] for key in same] for note in second]

@@ -21,19 +21,21 @@ from sgl_flowprefill.runtime.agreement import Agreement, AgreementError, Followe
 from sgl_flowprefill.runtime.wakeup import Wakeup
 
 ROUNDS = 300
+FORKS = multiprocessing.get_context("forkserver")
+"""Processes without any of the tests' own state, as spawned ones are, but torch is imported once for all of them."""
+FORKS.set_forkserver_preload([__name__])
 
 
 class Processes:
     """``count`` processes that run ``body(rank, pipe, *arguments)`` in one gloo process group, as a context manager."""
 
     def __init__(self, count: int, directory: Path, body: Callable[..., Any], *arguments: Any) -> None:
-        spawn = multiprocessing.get_context("spawn")
         self.pipes: list[Connection] = []
         self.processes = []
         for rank in range(count):
-            ours, theirs = spawn.Pipe()
+            ours, theirs = FORKS.Pipe()
             work = (rank, count, str(directory / "rendezvous"), theirs, body, arguments)
-            self.processes.append(spawn.Process(target=_in_group, args=work, daemon=True))
+            self.processes.append(FORKS.Process(target=_in_group, args=work, daemon=True))
             self.processes[-1].start()
             self.pipes.append(ours)
 

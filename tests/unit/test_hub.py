@@ -88,6 +88,7 @@ def test_only_a_prefill_server_gets_another_scheduler_than_sglangs(mode: str, mo
     from sglang.srt.plugins.hook_registry import HookRegistry
 
     hooks: dict[str, Any] = {}
+    monkeypatch.setattr(plugin, "expect", lambda *parts: None)  # of what is not SGLang's own here
     monkeypatch.setattr(HookRegistry, "register", lambda target, hook, kind: hooks.setdefault(target, hook))
     monkeypatch.setattr(sglang_scheduler, "Scheduler", Scheduler)
     monkeypatch.setenv("SGLANG_EAGER_INPUT_NO_COPY", "1")

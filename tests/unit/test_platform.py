@@ -13,7 +13,8 @@ from sglang.srt import platforms as sglang_platforms
 from sglang.srt.platforms.interface import SRTPlatform
 
 from sgl_flowprefill import platforms
-from sgl_flowprefill.platforms.cpu import ATTENTION_BACKEND, PortableCpuPlatform
+from sgl_flowprefill.platforms import ATTENTION_BACKEND
+from sgl_flowprefill.platforms.cpu import PortableCpuPlatform
 
 
 @pytest.fixture(autouse=True)

@@ -18,9 +18,9 @@ from sglang.srt.observability import req_time_stats
 from sglang.srt.plugins.hook_registry import HookRegistry
 
 from sgl_flowprefill.config import FlowPrefillConfig
+from sgl_flowprefill.deadline import received_by_http_s, received_s, sent_s
 from sgl_flowprefill.patches import decode_order, request_times
 from sgl_flowprefill.patches.base import SeamError
-from sgl_flowprefill.runtime.deadline import received_by_http_s, received_s, sent_s
 
 
 @pytest.fixture(autouse=True)

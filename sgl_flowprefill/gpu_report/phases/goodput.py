@@ -22,13 +22,15 @@ from typing import Any, Final
 import orjson
 import requests
 
-from sgl_flowprefill.bench.loadgen.calibrate import measure_solo_ttft, time_scale
+from sgl_flowprefill.bench.loadgen.calibrate import measure_isolated_ttft, time_scale
 from sgl_flowprefill.bench.loadgen.client import Client, GenerateApi
 from sgl_flowprefill.bench.loadgen.replay import replay
 from sgl_flowprefill.bench.metrics.requests import attainment, read_suspensions
 from sgl_flowprefill.bench.simulator.measured import Engine, measured_setup
 from sgl_flowprefill.bench.simulator.search import highest, mean_attainment
-from sgl_flowprefill.bench.systems.catalog import SYSTEMS, System
+from sgl_flowprefill.bench.simulator.systems import Simulated
+from sgl_flowprefill.bench.systems.catalog import SYSTEMS, simulated
+from sgl_flowprefill.bench.systems.system import System
 from sgl_flowprefill.bench.workloads.prompts import PromptBuilder
 from sgl_flowprefill.bench.workloads.synthetic import QWEN_RATE_RPS, qwen_like
 from sgl_flowprefill.bench.workloads.trace import Trace
@@ -138,21 +140,22 @@ def _start(
     log_dir = request.out / "logs"
     event_log = log_dir / f"{system.name}-events.jsonl"
     event_log.unlink(missing_ok=True)
-    options = FlowPrefillConfig.parse(tuned if system.options is not None else {})
-    if system.options is not None:
+    options = FlowPrefillConfig.parse({} if system.is_stock else tuned)
+    own_options = system.config(options)
+    if own_options is not None:
         measured = {"profile": profile["profile"]} if profile["complete"] else {}
-        options = system.config(options).model_copy(update={"event_log": str(event_log), **measured})
+        options = own_options.model_copy(update={"event_log": str(event_log), **measured})
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--model-path")
     own, server_args = parser.parse_known_args(list(request.options))
     if kv_tokens is not None:
         server_args += ["--max-total-tokens", str(kv_tokens), "--mem-fraction-static", "0.9"]
     config = ClusterConfig(
-        flowprefill=system.options is not None,
+        flowprefill=own_options is not None,
         model_path=own.model_path,
         ports=Ports(),
         server_args=server_args,
-        prefill_args=system.stock_args,
+        prefill_args=system.prefill_args,
         decode_args=("--base-gpu-id", "0"),  # none is started, so it needs no GPU
         options=options,
     )
@@ -192,15 +195,15 @@ def _compare(
     ours = servers[0]
     for other in servers[1:]:
         other.server.suspend()
-    solo_ttft_s = measure_solo_ttft(ours.client, prompts)
-    scale = time_scale(solo_ttft_s)
+    isolated_ttft_s = measure_isolated_ttft(ours.client, prompts)
+    scale = time_scale(isolated_ttft_s)
     known = Engine(str(request.out / FILE), int(profile["layers"]), engine.get("kv_tokens"), 0.0)
-    setup = measured_setup(known, solo_ttft_s, ours.options)
+    setup = measured_setup(known, isolated_ttft_s, ours.options)
     duration_s = min(LONGEST_REPLAY_S, max(SHORTEST_REPLAY_S, 0.8 * request.budget.left_s / len(servers)))
 
     def kept(rate_rps: float) -> bool:
         long = _trace(rate_rps, scale, SIMULATED_REQUESTS / rate_rps)
-        return mean_attainment("feasible", [long], setup) >= ATTAINMENT
+        return mean_attainment(simulated("feasible"), [long], setup) >= ATTAINMENT
 
     rate_rps = highest(kept, QWEN_RATE_RPS / scale)
     trace = _trace(rate_rps, scale, duration_s)
@@ -212,11 +215,13 @@ def _compare(
         lone.server.resume()
         time.sleep(WAKE_S)
         rows.append(_replayed(lone, trace, prompts, setup_says=mean_attainment(_simulated(lone), [trace], setup)))
-        yield _outcome(rows, trace, scale, rate_rps, duration_s, solo_ttft_s)
+        yield _outcome(rows, trace, scale, rate_rps, duration_s, isolated_ttft_s)
 
 
-def _simulated(lone: Lone) -> str:
-    return lone.system.simulated(lone.options)
+def _simulated(lone: Lone) -> Simulated:
+    how = lone.system.simulated(lone.options)
+    assert how is not None, "only endpoints cannot be simulated"
+    return how
 
 
 def _trace(rate_rps: float, scale: float, duration_s: float) -> Trace:
@@ -261,7 +266,7 @@ def _outcome(
     scale: float,
     rate_rps: float,
     duration_s: float,
-    solo_ttft_s: Mapping[int, float],
+    isolated_ttft_s: Mapping[int, float],
 ) -> Outcome:
     table = [
         (
@@ -286,7 +291,7 @@ def _outcome(
         "duration_s": duration_s,
         "time_scale": scale,
         "requests": len(trace.requests),
-        "solo_ttft_s": {str(tokens): ttft_s for tokens, ttft_s in solo_ttft_s.items()},
+        "isolated_ttft_s": {str(tokens): ttft_s for tokens, ttft_s in isolated_ttft_s.items()},
         "rows": list(rows),
     }
     return Outcome("FAILED" if failed else "measured", line, COLUMNS, table, figures)

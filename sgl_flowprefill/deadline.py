@@ -7,11 +7,14 @@ from typing import Any, Final
 
 from sglang.srt.managers.utils import is_health_check_generate_req
 
-from sgl_flowprefill.patches.request_times import RECEIVED, SENT
 from sgl_flowprefill.slo import SloError, ttft_slo_s
 
 logger = logging.getLogger(__name__)
 
+RECEIVED: Final = "flowprefill_received_s"
+SENT: Final = "flowprefill_sent_s"
+"""Attributes that ``patches/request_times.py`` gives SGLang's ``time_stats``; 0 in a request that did not come from the
+HTTP server."""
 HEALTH_CHECK_SLO_S: Final = 0.5
 """Objective of SGLang's health-check request, which runs as a one-token prefill when the server is idle."""
 
