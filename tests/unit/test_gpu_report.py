@@ -147,7 +147,7 @@ def test_a_phase_that_fails_says_so_and_the_next_one_goes_on(tmp_path: Path, mon
     phases = [broken(), broken("operators:again", is_optional=True), plan((None,))[0]]
     monkeypatch.setattr(command, "plan", lambda backends: phases)
     out = tmp_path / "report"
-    assert launch(["gpu-report", "--out", str(out), "--budget-s", "100"]) == command.EXIT_FAILED
+    assert launch(["gpu-report", "--out", str(out), "--budget-s", "1000"]) == command.EXIT_FAILED
     document = json.loads((out / "report.json").read_text())
     found = document["phases"]
     assert [found[phase.name]["state"] for phase in phases] == ["FAILED", "not here", "measured"]
