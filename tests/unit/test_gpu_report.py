@@ -387,6 +387,8 @@ def test_this_project_is_packed_whole_with_its_entry_points_and_commit(bundle: M
         "sgl_flowprefill/bench/reports/gpu_report.html.j2", "sgl_flowprefill/profiling/run.py",
     ):  # fmt: skip
         assert packed[name]
+    [metadata] = [content for name, content in packed.items() if name.endswith("METADATA")]
+    assert b"Requires-Dist: sglang==0.5.23\n" in metadata
     [entry_points] = [content for name, content in packed.items() if name.endswith("entry_points.txt")]
     assert b"[sglang.srt.plugins]\nflowprefill = sgl_flowprefill.plugin:load\n" in entry_points
     assert packed["sgl_flowprefill/COMMIT"].strip()
