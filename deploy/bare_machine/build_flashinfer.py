@@ -21,6 +21,7 @@ import tempfile
 import time
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 ARCHITECTURE = "9.0a"
 HEAD_DIM = 128
@@ -100,7 +101,7 @@ def _matrix_instructions(cuobjdump: str, library: Path) -> str:
     return ", ".join(f"{count:,} {kind}" for kind, count in counts.items()) or "no matrix instructions"
 
 
-def _specs() -> list:
+def _specs() -> list[Any]:
     """What SGLang's backend asks for: merging of attention states, paged prefill (fa2) and ragged prefill (fa3)."""
     import torch
     from flashinfer.jit.attention import modules

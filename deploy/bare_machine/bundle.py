@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tomllib
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import distribution, version
 from pathlib import Path
 
@@ -43,6 +43,7 @@ KEPT_HEADERS = tuple(
 )
 SOURCES = "flashinfer/data/csrc/"
 """Of FlashInfer's kernels: those directly in it are enough for attention."""
+EMPTY: Mapping[str, Mapping[str, str]] = {}
 PLAIN_KERNEL_MODULES = ("scalar_type.py", "utils.py")
 """Of sglang-kernel: what of it is Python, and imported beside the stand-in."""
 
@@ -90,9 +91,10 @@ def _files(wheels: Path, kernels: Path | None) -> Iterator[tuple[str, bytes]]:
                 if not entry.is_dir() and _is_kept(entry.filename):
                     yield entry.filename, archive.read(entry)
     for name in PLAIN_KERNEL_MODULES:
-        yield f"sgl_kernel/{name}", Path(distribution("sglang-kernel").locate_file(f"sgl_kernel/{name}")).read_bytes()
+        installed = distribution("sglang-kernel").locate_file(f"sgl_kernel/{name}")
+        yield f"sgl_kernel/{name}", Path(str(installed)).read_bytes()
     yield from _below(HERE / "overlay", "")
-    yield from _distribution("sglang-kernel", version("sglang-kernel"), {})
+    yield from _distribution("sglang-kernel", version("sglang-kernel"))
     yield from _project()
     for library in sorted(kernels.glob("*.so")) if kernels else ():
         yield f"flashinfer/data/aot/{library.stem}/{library.name}", library.read_bytes()
@@ -104,7 +106,8 @@ def _project() -> Iterator[tuple[str, bytes]]:
     settings = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]
     yield from _below(PROJECT / "sgl_flowprefill", "sgl_flowprefill/")
     yield "launch.py", (PROJECT / "launch.py").read_bytes()
-    yield from _distribution(settings["name"], version(settings["name"]), settings["entry-points"])
+    name = settings["name"]
+    yield from _distribution(name, version(name), settings["dependencies"], settings["entry-points"])
     command = ["git", "-C", str(PROJECT), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     yield "sgl_flowprefill/COMMIT", subprocess.run(command, capture_output=True, check=True).stdout
 
@@ -118,10 +121,13 @@ def _below(folder: Path, prefix: str) -> Iterator[tuple[str, bytes]]:
             yield prefix + path.name, path.read_bytes()
 
 
-def _distribution(name: str, release: str, entry_points: dict[str, dict[str, str]]) -> Iterator[tuple[str, bytes]]:
-    """What Python's metadata has of an installed package."""
+def _distribution(
+    name: str, release: str, requires: Sequence[str] = (), entry_points: Mapping[str, Mapping[str, str]] = EMPTY
+) -> Iterator[tuple[str, bytes]]:
+    """What Python's metadata has of an installed package. This one asks its own which SGLang it is made for."""
     folder = f"{name.replace('-', '_')}-{release}.dist-info"
-    yield f"{folder}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {release}\n".encode()
+    fields = [f"Name: {name}", f"Version: {release}", *(f"Requires-Dist: {requirement}" for requirement in requires)]
+    yield f"{folder}/METADATA", "\n".join(["Metadata-Version: 2.1", *fields, ""]).encode()
     lines = [f"[{group}]\n" + "".join(f"{key} = {value}\n" for key, value in points.items())
              for group, points in entry_points.items()]  # fmt: skip
     yield f"{folder}/entry_points.txt", "".join(lines).encode()

@@ -39,8 +39,10 @@ DEFAULT_SHAPE: Final = "llama-8b"
 BACKEND_OPTION: Final = "--attention-backend"
 MEM_FRACTION_STATIC: Final = "0.75"
 """Of a card, for weights and KV cache of a made model: what is left is enough for the activations of a long prompt."""
+START_S: Final = 300.0
+"""Longest that an engine or servers may take to start: kernels may have to be compiled."""
 PATIENCE_S: Final = 60.0
-"""Beyond its share of the budget that a phase may take: to start its engine, and to finish what it has begun."""
+"""Beyond its share of the budget that a phase may take, to finish what it has begun."""
 LOG_LINES: Final = 15
 
 
@@ -166,9 +168,11 @@ class _Report:
             assert process.stdout is not None
             for line in process.stdout:
                 message = json.loads(line)
-                if "budget_s" in message:
+                if "measures_for_s" in message:
+                    limit(message["measures_for_s"] + PATIENCE_S)
+                elif "starts_for_s" in message:
                     began_s = time.monotonic()
-                    limit(message["budget_s"] + PATIENCE_S)
+                    limit(message["starts_for_s"] + START_S)
                     error = "its process was ended"
                     if following and not self._is_over:
                         ahead = self._start(guard, lock, following[0], following)
@@ -244,6 +248,8 @@ def _killed_after(process: subprocess.Popen[str]) -> Iterator[Any]:
             os.killpg(process.pid, signal.SIGKILL)
 
     def limit(seconds: float) -> None:
+        for timer in timers:
+            timer.cancel()
         timers.append(threading.Timer(seconds, kill))
         timers[-1].daemon = True
         timers[-1].start()

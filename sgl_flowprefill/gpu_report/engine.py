@@ -6,8 +6,7 @@ All that asks the hub and its scheduler is here and in ``runtime.selfcheck.Tasks
 from __future__ import annotations
 
 import random
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -131,22 +130,6 @@ class Engine(Tasks):
                     suspensions += 1
             return [self.first(task) for task in started], suspensions, depth
 
-    def forward_s(self, prompt: Sequence[int], *, checkpoints: bool = True) -> float:
-        """Time from the start of a prompt's forward pass until its token is on the host; without ``checkpoints``, as a
-        scheduler without FlowPrefill runs it.
-        """
-        task = self.start(list(prompt))
-        self.synchronize()
-        begin_s = time.perf_counter()
-        if checkpoints:
-            with self.interrupted_by(lambda: False):
-                self.resume(task)
-        else:
-            with torch.no_grad():
-                task.result = self.hub.forward(task.batch)
-        self.finish(task)
-        return time.perf_counter() - begin_s
-
     def points(self, prompt: Sequence[int]) -> int:
         """Interruption points of a prompt's forward pass."""
         with self.interrupted_by(lambda: False):
@@ -206,10 +189,3 @@ class Engine(Tasks):
 
         for req in batch.reqs:
             release_kv_cache(req, self.scheduler.tree_cache, checkpoint=False)
-
-
-def timed(what: Callable[[], object]) -> float:
-    """Seconds that ``what`` takes on the host."""
-    begin_s = time.perf_counter()
-    what()
-    return time.perf_counter() - begin_s

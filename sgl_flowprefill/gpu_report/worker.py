@@ -1,5 +1,5 @@
-"""One phase's process. Writes a JSON object a line to its standard output: when it has the device, what it has found so
-far, and how it failed.
+"""One phase's process. Writes a JSON object a line to its standard output: when it has the device (``starts_for_s``:
+the budget that is its share), when its engine is up (``measures_for_s``), what it has found so far, and how it failed.
 
 It imports all that it needs while the phase before it still measures, and then waits for the device: a lock on a file,
 which the kernel releases with the process that holds it, however that ends.
@@ -49,9 +49,9 @@ def main(argv: Sequence[str]) -> None:
         with open(own.lock, "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             _wait_for_memory()
-            report(budget_s=_budget_s(own))
-            for outcome in _measure(module, own, options):
-                report(outcome=outcome)
+            report(starts_for_s=_budget_s(own))
+            for message in _measure(module, own, options):
+                report(**message)
     except BaseException as error:
         traceback.print_exc()
         report(error=f"{type(error).__name__}: {error}".strip())
@@ -63,11 +63,12 @@ def _budget_s(own: argparse.Namespace) -> float:
 
 
 def _measure(module: Any, own: argparse.Namespace, options: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """What is reported: that an engine is up and measures from now on, and outcomes."""
     from sgl_flowprefill.gpu_report.phases.base import Budget, Request
 
     if not own.engine:
         for outcome in module.measure(Request(own.phase, own.out, Budget(_budget_s(own)), options)):
-            yield outcome.to_dict()
+            yield {"outcome": outcome.to_dict()}
         return
     from sgl_flowprefill.gpu_report.engine import Engine
     from sgl_flowprefill.profiling.process import make_scheduler, serving_stream
@@ -76,10 +77,12 @@ def _measure(module: Any, own: argparse.Namespace, options: Sequence[str]) -> It
     with serving_stream(scheduler):
         engine = Engine(scheduler.hub)
         described = engine.describe()
-        request = Request(own.phase, own.out, Budget(_budget_s(own)), options)  # without the time of the start
+        budget_s = _budget_s(own)  # without the time of the start
+        yield {"measures_for_s": budget_s}
+        request = Request(own.phase, own.out, Budget(budget_s), options)
         for outcome in module.measure(engine, request):
             found = outcome.to_dict()
-            yield found | {"figures": {"engine": described, **found["figures"]}}
+            yield {"outcome": found | {"figures": {"engine": described, **found["figures"]}}}
 
 
 def _wait_for_memory() -> None:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from types import SimpleNamespace
-from typing import Final
+from typing import Final, NamedTuple
 
 import torch
 from sglang.srt.mem_cache.common import release_kv_cache
@@ -47,6 +47,8 @@ TILED_TOKENS: Final = 8192
 TILES: Final = 16
 """Of an attention operator over so many, about."""
 BLOCKING_SAMPLES: Final = 60
+ARRIVALS: Final = 16
+"""While a prompt runs once, about."""
 HOST_S: Final = 1e-3
 """What the host may take on top of operators before a preemptor's first kernel could run."""
 SPIN_S: Final = 0.05
@@ -59,6 +61,17 @@ class Finding:
     check: str
     passed: bool
     figures: str
+
+
+class Blocking(NamedTuple):
+    """Times from arrivals at random moments of a prefill."""
+
+    noticed_s: list[float]
+    """Until the hub knew of it."""
+    blocked_s: list[float]
+    """Until all that was queued before it had run."""
+    forward_s: float
+    """Of the whole prefill, when nobody arrives."""
 
 
 class Tasks(SchedulerEngine):
@@ -101,6 +114,52 @@ class Tasks(SchedulerEngine):
         for req in task.batch.reqs:
             release_kv_cache(req, scheduler.tree_cache, checkpoint=False)
         return int(token)
+
+    def forward_s(self, prompt: list[int], *, checkpoints: bool = True) -> float:
+        """Time from the start of a prompt's forward pass until its token is on the host; without ``checkpoints``, as a
+        scheduler without FlowPrefill runs it.
+        """
+        task = self.start(prompt)
+        self.synchronize()
+        begin_s = time.perf_counter()
+        if checkpoints:
+            with self.interrupted_by(lambda: False):
+                self.resume(task)
+        else:
+            with torch.no_grad():
+                task.result = self.hub.forward(task.batch)
+        self.finish(task)
+        return time.perf_counter() - begin_s
+
+    def blocking(self, prompt: list[int], enough: Callable[[int], bool]) -> Blocking:
+        """Let requests arrive while ``prompt`` runs, again and again, until so many samples are ``enough``."""
+        arrived = threading.Event()
+        arrival_s = 0.0
+
+        def arrive() -> None:
+            nonlocal arrival_s
+            arrival_s = time.monotonic()
+            arrived.set()
+
+        rng = random.Random(2)
+        found = Blocking([], [], min(self.forward_s(prompt) for _ in range(2)))
+        with self.interrupted_by(arrived.is_set):
+            while not enough(len(found.blocked_s)):
+                arrived.clear()
+                task = self.start(prompt)
+                while not task.done:
+                    timer = threading.Timer(rng.uniform(0.0, 2 * found.forward_s / ARRIVALS), arrive)
+                    timer.start()
+                    self.resume(task)
+                    timer.cancel()
+                    timer.join()
+                    if arrived.is_set() and not task.done:
+                        found.noticed_s.append(time.monotonic() - arrival_s)
+                        self.synchronize()
+                        found.blocked_s.append(time.monotonic() - arrival_s)
+                    arrived.clear()
+                self.finish(task)
+        return found
 
     def checkpoint_s(self) -> float:
         """Host time of a checkpoint with nothing pending and nothing to wait for."""
@@ -235,18 +294,8 @@ def check_cost(tasks: Tasks) -> Finding:
     prompt = tasks.prompt(COST_TOKENS)
     ratios = []
     for pair in range(COST_PAIRS + 1):
-        times_s = {}
-        for with_checkpoints in (True, False) if pair % 2 else (False, True):
-            task = tasks.start(prompt)
-            tasks.synchronize()
-            begin_s = time.perf_counter()
-            if with_checkpoints:
-                tasks.resume(task)
-            else:
-                with torch.no_grad():
-                    task.result = tasks.hub.forward(task.batch)
-            tasks.finish(task)
-            times_s[with_checkpoints] = time.perf_counter() - begin_s
+        order = (True, False) if pair % 2 else (False, True)
+        times_s = {checkpoints: tasks.forward_s(prompt, checkpoints=checkpoints) for checkpoints in order}
         if pair:  # the first warms up
             ratios.append(times_s[True] / times_s[False])
     cost = statistics.median(ratios) - 1
@@ -258,45 +307,16 @@ def check_blocking(tasks: Tasks) -> Finding:
     """How long after an arrival a preemptor's first kernel could run: what was queued before it is over by then."""
     scheduler = tasks.scheduler
     prompt = tasks.prompt(BLOCKING_TOKENS[scheduler.device])
-    arrived = threading.Event()
-    arrival_s = 0.0
-
-    def arrive() -> None:
-        nonlocal arrival_s
-        arrival_s = time.monotonic()
-        arrived.set()
-
-    rng = random.Random(2)
-    task = tasks.start(prompt)
-    tasks.resume(task)
-    tasks.finish(task)
-    forward_s = task.executed_s
-    noticed_s: list[float] = []
-    blocked_s: list[float] = []
-    with tasks.interrupted_by(arrived.is_set):
-        while len(blocked_s) < BLOCKING_SAMPLES:
-            arrived.clear()
-            task = tasks.start(prompt)
-            while not task.done:
-                timer = threading.Timer(rng.uniform(0.0, forward_s / 8), arrive)
-                timer.start()
-                tasks.resume(task)
-                timer.cancel()
-                timer.join()
-                if arrived.is_set() and not task.done:
-                    noticed_s.append(time.monotonic() - arrival_s)
-                    tasks.synchronize()
-                    blocked_s.append(time.monotonic() - arrival_s)
-                arrived.clear()
-            tasks.finish(task)
-    p50, p99 = statistics.median(blocked_s), statistics.quantiles(blocked_s, n=100, method="inclusive")[98]
+    found = tasks.blocking(prompt, lambda samples: samples >= BLOCKING_SAMPLES)
+    p50 = statistics.median(found.blocked_s)
+    p99 = statistics.quantiles(found.blocked_s, n=100, method="inclusive")[98]
     config = FlowPrefillConfig.from_env()
     ahead = config.lookahead if scheduler.device == "cuda" else 0
     limit_s = (ahead + 1) * config.max_blocking_ms * 1e-3 + HOST_S
     figures = (
-        f"{len(prompt)} tokens, {forward_s:.3f} s: p50 {p50 * 1e3:.1f}, p99 {p99 * 1e3:.1f}, "
-        f"max {max(blocked_s) * 1e3:.1f} ms (bound {limit_s * 1e3:.0f}); "
-        f"the hub knew after {statistics.median(noticed_s) * 1e3:.1f} ms"
+        f"{len(prompt)} tokens, {found.forward_s:.3f} s: p50 {p50 * 1e3:.1f}, p99 {p99 * 1e3:.1f}, "
+        f"max {max(found.blocked_s) * 1e3:.1f} ms (bound {limit_s * 1e3:.0f}); "
+        f"the hub knew after {statistics.median(found.noticed_s) * 1e3:.1f} ms"
     )
     return Finding("blocking", p99 <= limit_s, figures)
 

@@ -21,7 +21,7 @@ pytestmark = [
     pytest.mark.timeout(1200),
 ]
 ROOT = Path(__file__).parents[2]
-BUDGET_S = 180
+BUDGET_S = 300
 
 
 def start(out: Path, *options: str) -> subprocess.Popen[str]:

@@ -6,6 +6,7 @@ import fcntl
 import importlib.util
 import json
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -16,6 +17,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import orjson
+import psutil
 import pytest
 import torch
 from torch import nn
@@ -96,6 +98,36 @@ def test_what_a_card_alone_can_show_is_named_on_the_cpu_engine() -> None:
     assert [phase.is_optional for phase in plan(("flashinfer", "triton"))][1:3] == [False, True]
 
 
+@pytest.mark.parametrize("limits_s", [(0.2,), (60.0, 0.2)])
+def test_a_phase_that_hangs_is_ended_with_all_that_it_has_started(limits_s: tuple[float, ...]) -> None:
+    hangs = [sys.executable, "-c", "import subprocess; subprocess.run(['sleep', '60'])"]
+    begin_s = time.monotonic()
+    with (
+        subprocess.Popen(hangs, start_new_session=True) as process,
+        command._killed_after(process) as limit,
+    ):
+        while not psutil.Process(process.pid).children():
+            time.sleep(0.05)
+        children = psutil.Process(process.pid).children()
+        for limit_s in limits_s:
+            limit(limit_s)
+        process.wait(30)
+    assert process.returncode == -signal.SIGKILL
+    assert psutil.wait_procs(children, timeout=10)[1] == []
+    assert time.monotonic() - begin_s < 30
+
+
+def test_a_phase_that_gets_on_is_given_another_limit() -> None:
+    with (
+        subprocess.Popen(["sleep", "1"], start_new_session=True) as process,
+        command._killed_after(process) as limit,
+    ):
+        limit(0.5)
+        limit(60.0)
+        process.wait(30)
+    assert process.returncode == 0
+
+
 def test_a_phase_reads_what_another_has_found(tmp_path: Path) -> None:
     request = Request("goodput", tmp_path, Budget(1.0), ())
     document = Document(tmp_path, "", "", "", 1.0)
@@ -115,7 +147,7 @@ def test_a_phase_that_fails_says_so_and_the_next_one_goes_on(tmp_path: Path, mon
     phases = [broken(), broken("operators:again", is_optional=True), plan((None,))[0]]
     monkeypatch.setattr(command, "plan", lambda backends: phases)
     out = tmp_path / "report"
-    assert launch(["gpu-report", "--out", str(out), "--budget-s", "100"]) == command.EXIT_FAILED
+    assert launch(["gpu-report", "--out", str(out), "--budget-s", "1000"]) == command.EXIT_FAILED
     document = json.loads((out / "report.json").read_text())
     found = document["phases"]
     assert [found[phase.name]["state"] for phase in phases] == ["FAILED", "not here", "measured"]
@@ -145,7 +177,7 @@ def test_a_phase_waits_for_the_device_and_gets_a_share_of_what_is_left_then(tmp_
             time.sleep(5)
             fcntl.flock(held, fcntl.LOCK_UN)
             first, second = map(json.loads, process.stdout)
-    assert 400 < first["budget_s"] < 498
+    assert 400 < first["starts_for_s"] < 498
     assert second["outcome"]["state"] == "measured"
 
 
@@ -355,6 +387,8 @@ def test_this_project_is_packed_whole_with_its_entry_points_and_commit(bundle: M
         "sgl_flowprefill/bench/reports/gpu_report.html.j2", "sgl_flowprefill/profiling/run.py",
     ):  # fmt: skip
         assert packed[name]
+    [metadata] = [content for name, content in packed.items() if name.endswith("METADATA")]
+    assert b"Requires-Dist: sglang==0.5.23\n" in metadata
     [entry_points] = [content for name, content in packed.items() if name.endswith("entry_points.txt")]
     assert b"[sglang.srt.plugins]\nflowprefill = sgl_flowprefill.plugin:load\n" in entry_points
     assert packed["sgl_flowprefill/COMMIT"].strip()

@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
+import json
 import random
+import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 
 pytest.importorskip("sglang")
 
+from sgl_flowprefill.bench.loadgen.client import Client
+from sgl_flowprefill.bench.systems.catalog import SYSTEMS
+from sgl_flowprefill.config import FlowPrefillConfig
 from sgl_flowprefill.gpu_report.engine import First
-from sgl_flowprefill.gpu_report.phases import blocking, checks, cost, lookahead, tiles, tokens
+from sgl_flowprefill.gpu_report.phases import blocking, checks, cost, goodput, lookahead, tiles, tokens
 from sgl_flowprefill.gpu_report.phases.base import Budget, Outcome, Request
-from sgl_flowprefill.runtime.selfcheck import Finding
+from sgl_flowprefill.profiling import Profile, Row, Setting, write_profile
+from sgl_flowprefill.runtime.selfcheck import Finding, Tasks
 from sgl_flowprefill.runtime.tiles import WHOLE, Tiles
+from sgl_flowprefill.ttft import PrefillShape
+from tests.http_server import answering
 
 OPERATOR_S = 2e-3
 OPERATORS = 6
@@ -83,6 +92,8 @@ class KnownEngine:
         yield Finding("blocking", True, "1 ms")
 
     # ---- tasks that run ----
+
+    blocking = Tasks.blocking
 
     def start(self, prompt: list[int]) -> SimpleNamespace:
         return SimpleNamespace(done=False, left=OPERATORS)
@@ -248,3 +259,81 @@ def test_one_check_that_fails_fails_the_phase_and_its_figures_are_shown(engine: 
 def test_without_time_left_no_further_check_is_begun(engine: KnownEngine, tmp_path: Path) -> None:
     line = last(checks.measure, engine, tmp_path).line
     assert line == "known: 1 of 1 checks passed, for more the time did not do"
+
+
+# ---- servers, as they answer ----------------------------------------------------------------------------------------
+
+TOKEN_S = 2e-5
+TOKEN_BYTES = 5
+
+
+class Turns:
+    """A server's process: who is stopped while another is measured."""
+
+    stopped: ClassVar[set[str]] = set()
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def suspend(self) -> None:
+        self.stopped.add(self.name)
+
+    def resume(self) -> None:
+        self.stopped.discard(self.name)
+
+
+@contextmanager
+def lone(name: str, broken: bool = False) -> Iterator[goodput.Lone]:
+    """A server that computes one prompt after the other, as long as the profile says; a stopped one answers nothing."""
+    running = threading.Lock()
+    answered = count()
+
+    def answer(path: str, headers: Mapping[str, str]) -> tuple[int, str]:
+        assert name not in Turns.stopped
+        with running:
+            time.sleep(TOKEN_S * int(headers["Content-Length"]) / TOKEN_BYTES)
+        if broken and next(answered) > 2:
+            return 500, "out of memory"
+        event = {"text": "a", "meta_info": {"completion_tokens": 1, "finish_reason": {"type": "length"}}}
+        return 200, f"data: {json.dumps(event)}\n\ndata: [DONE]\n\n"
+
+    system = SYSTEMS[name]
+    with answering(answer) as url:
+        client = Client(url, goodput.PrefillOnlyApi())
+        yield goodput.Lone(system, FlowPrefillConfig(), Turns(name), client, Path("/nowhere"))  # type: ignore[arg-type]
+
+
+def written_profile(path: Path) -> dict[str, Any]:
+    """A profile of prefills that take TOKEN_S a token, and what the operators' phase says of it."""
+    setting = Setting(model="m", device="d", dtype="t", attention_backend="a", threads=1, sglang="0.5.23")
+    profile = Profile(setting, 8192, complete=True)
+    for length in (16, 64, 256, 1024, 4096, 8192):
+        profile.rows.append(Row((PrefillShape(length),), 1e-3 + TOKEN_S * length, 0.0, 1, 0.0))
+    write_profile(path / "profile.parquet", profile)
+    return {"layers": 2, "complete": True, "profile": str(path / "profile.parquet")}
+
+
+@pytest.mark.parametrize("broken", [pytest.param(False, marks=pytest.mark.stress), True])
+def test_systems_take_turns_on_the_same_requests(broken: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(goodput, "SHORTEST_REPLAY_S", 3.0)
+    monkeypatch.setattr(goodput, "WAKE_S", 0.0)
+    monkeypatch.setattr(Turns, "stopped", set())
+    profile = written_profile(tmp_path)
+    request = Request("goodput", tmp_path, Budget(0.0), ())
+    with lone("flowprefill") as ours, lone("sglang", broken) as stock:
+        *_, found = goodput._compare(request, [ours, stock], {"kv_tokens": 100_000}, profile)
+    assert all(len(row) == len(found.columns) for row in found.rows)
+    first, second = found.figures["rows"]
+    assert (first["system"], second["system"]) == ("flowprefill", "sglang")
+    assert first["requests"] == second["requests"] == found.figures["requests"] > 3
+    assert first["failed"] == 0
+    assert 0 < first["attainment"] <= 1
+    assert first["preemptions"] == 0
+    assert found.figures["time_scale"] == pytest.approx(0.25, rel=0.5)  # 2,048 tokens in 0.04 s, and 0.16 on an A800
+    if broken:
+        assert found.state == "FAILED"
+        assert second["failed"] > 0
+        assert "out of memory" in second["errors"][0]
+    else:
+        assert found.state == "measured"
+        assert second["failed"] == 0

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import random
-import threading
-import time
 from collections.abc import Iterator
 from typing import Any, Final
 
 from sgl_flowprefill.gpu_report.engine import Engine
 from sgl_flowprefill.gpu_report.phases.base import Budget, Outcome, Request, quantiles_ms, verdict
+from sgl_flowprefill.runtime.selfcheck import ARRIVALS
 
 TOKENS: Final = (2048, 8192, 32_768, 131_071)
 LEAST_SAMPLES: Final = 20
 MOST_SAMPLES: Final = 200
-ARRIVALS: Final = 8
-"""In a prefill, about."""
 HOST_S: Final = 1e-3
 COLUMNS: Final = ("prompt", "operators", "prefill", "arrivals", "p50", "p99", "longest", "known to the hub after (p50)")
 
@@ -44,48 +40,17 @@ def measure(engine: Engine, request: Request) -> Iterator[Outcome]:
 def _row(engine: Engine, tokens: int, tiled: bool, budget: Budget) -> dict[str, Any]:
     prompt = engine.prompt(tokens)
     with engine.in_tiles(engine.tiles) if tiled else engine.whole():
-        noticed_s, blocked_s, forward_s = blocking_s(engine, prompt, budget)
+        found = engine.blocking(
+            prompt, lambda samples: samples >= (LEAST_SAMPLES if not budget.left_s else MOST_SAMPLES)
+        )
     return {
         "tokens": len(prompt),
         "tiles": tiled,
-        "forward_s": forward_s,
-        "samples": len(blocked_s),
-        **quantiles_ms(blocked_s),
-        "noticed_p50_ms": quantiles_ms(noticed_s)["p50_ms"],
+        "forward_s": found.forward_s,
+        "samples": len(found.blocked_s),
+        **quantiles_ms(found.blocked_s),
+        "noticed_p50_ms": quantiles_ms(found.noticed_s)["p50_ms"],
     }
-
-
-def blocking_s(engine: Engine, prompt: list[int], budget: Budget) -> tuple[list[float], list[float], float]:
-    """Seconds after an arrival until the hub knew of it, and until the device was free; those of the forward pass."""
-    arrived = threading.Event()
-    arrival_s = 0.0
-
-    def arrive() -> None:
-        nonlocal arrival_s
-        arrival_s = time.monotonic()
-        arrived.set()
-
-    rng = random.Random(2)
-    forward_s = min(engine.forward_s(prompt) for _ in range(2))
-    noticed_s: list[float] = []
-    blocked_s: list[float] = []
-    with engine.interrupted_by(arrived.is_set):
-        while len(blocked_s) < LEAST_SAMPLES or (len(blocked_s) < MOST_SAMPLES and budget.left_s):
-            arrived.clear()
-            task = engine.start(prompt)
-            while not task.done:
-                timer = threading.Timer(rng.uniform(0.0, 2 * forward_s / ARRIVALS), arrive)
-                timer.start()
-                engine.resume(task)
-                timer.cancel()
-                timer.join()
-                if arrived.is_set() and not task.done:
-                    noticed_s.append(time.monotonic() - arrival_s)
-                    engine.synchronize()
-                    blocked_s.append(time.monotonic() - arrival_s)
-                arrived.clear()
-            engine.finish(task)
-    return noticed_s, blocked_s, forward_s
 
 
 def _outcome(rows: list[dict[str, Any]], left_out: list[int], engine: Engine) -> Outcome:

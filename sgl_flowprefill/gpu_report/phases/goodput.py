@@ -46,6 +46,8 @@ from sgl_flowprefill.patches import lone_prefill, made_weights
 
 COMPARED: Final = ("flowprefill", "stock-spf-2048", "sglang")
 ATTAINMENT: Final = 0.95
+SIMULATED_REQUESTS: Final = 500
+"""To choose the rate by: so few as are replayed would say little of it."""
 SEED: Final = 0
 TOKEN_IDS: Final = (1000, 4000)
 LONGEST_REPLAY_S: Final = 60.0
@@ -200,7 +202,8 @@ def _compare(
     duration_s = min(LONGEST_REPLAY_S, max(SHORTEST_REPLAY_S, 0.8 * request.budget.left_s / len(servers)))
 
     def kept(rate_rps: float) -> bool:
-        return mean_attainment(simulated("feasible"), [_trace(rate_rps, scale, duration_s)], setup) >= ATTAINMENT
+        long = _trace(rate_rps, scale, SIMULATED_REQUESTS / rate_rps)
+        return mean_attainment(simulated("feasible"), [long], setup) >= ATTAINMENT
 
     rate_rps = highest(kept, QWEN_RATE_RPS / scale)
     trace = _trace(rate_rps, scale, duration_s)
