@@ -11,6 +11,7 @@ from itertools import count, islice
 from typing import Final, Generic, Protocol, TypeVar
 
 from sgl_flowprefill.pace import AS_PREDICTED, Pace
+from sgl_flowprefill.policy.decode import DecodeLoad
 
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
@@ -147,6 +148,15 @@ class Policy(ABC, Generic[R, K]):
     @abstractmethod
     def _best_started(self, now_s: float) -> Candidate[K] | None:
         """The first of the started tasks at ``now_s``. It stays where it is."""
+
+    # ---- what an order may say ---------------------------------------------------------------------------------------
+
+    def charge(self, load: DecodeLoad) -> None:
+        """Decode steps take ``load`` from the time of prefills from now on: for orders that plan ahead."""
+
+    def keeps(self, job: Job[K], now_s: float) -> bool:
+        """Whether the started ``job`` is to meet its deadline: the others are given up first."""
+        return job.latest_start_s >= now_s
 
     # ---- what is made of it -----------------------------------------------------------------------------------------
 
