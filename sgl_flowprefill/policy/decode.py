@@ -15,6 +15,8 @@ from typing import Final, Protocol
 
 MARGIN_QUANTILE: Final = 0.998
 """Share of steps that shall end in time: an answer of 300 tokens may have three late ones."""
+MARGIN_FACTOR: Final = 1.2
+"""Of that quantile, what is planned with: all streams of a late step are late, and a short answer may have no late one."""
 MARGIN_STEPS: Final = 1000
 """Steps by which the margin is judged, the last ones."""
 FIRST_MARGIN_S: Final = 0.01
@@ -165,7 +167,7 @@ class Margin:
     @property
     def value_s(self) -> float:
         place = min(int(MARGIN_QUANTILE * len(self._sorted_s)), len(self._sorted_s) - 1)
-        return max(0.0, self._sorted_s[place])
+        return max(0.0, MARGIN_FACTOR * self._sorted_s[place])
 
 
 class CorrectedSteps:
