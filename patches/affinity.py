@@ -2,7 +2,7 @@
 
 Tensor-parallel ranks are given theirs apart by bars: ``0-3|4-7``.
 
-Target: ``configure_scheduler_process`` (SGLang 0.5.23, managers/scheduler.py), which a spawned scheduler process calls
+Target: ``configure_scheduler_process`` (managers/scheduler.py), which a spawned scheduler process calls
 first. Threads inherit the binding, so it covers the pools of OpenMP, NIXL and UCX, which are made later. Without this
 seam the schedulers, HTTP servers and gateway of a small machine push each other off their cores. Unlike
 ``SGLANG_CPU_OMP_THREADS_BIND`` it binds every thread and needs no sgl-kernel.
@@ -14,12 +14,11 @@ import os
 from typing import Any, Final
 
 from sgl_flowprefill.config import ConfigError
-from sgl_flowprefill.patches.base import expect_parameters, expect_source
+from sgl_flowprefill.patches.base import expect
 
 SEAM: Final = "affinity"
 ENV_CPUS: Final = "FLOWPREFILL_SCHEDULER_CPUS"
 TARGET: Final = "sglang.srt.managers.scheduler.configure_scheduler_process"
-CALLER: Final = "sglang.srt.managers.scheduler.run_scheduler_process"
 
 
 def is_enabled() -> bool:
@@ -32,8 +31,7 @@ def apply() -> None:
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
     by_rank = parse_ranks(os.environ[ENV_CPUS])
-    expect_parameters(SEAM, TARGET, ("server_args", "gpu_id"))
-    expect_source(SEAM, CALLER, "configure_scheduler_process(", "scheduler = Scheduler(server_args, port_args)")
+    expect(SEAM)
 
     def before(*_args: Any, **_kwargs: Any) -> None:
         from sglang.srt.runtime_context import get_parallel

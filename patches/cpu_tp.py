@@ -1,6 +1,6 @@
 """Tensor parallelism on the portable CPU platform splits a model as on a GPU: KV heads fewer than ranks are replicated.
 
-Target: ``adjust_config_with_unaligned_cpu_tp`` (SGLang 0.5.23), which the model runner calls for device "cpu" before it
+Target: ``adjust_config_with_unaligned_cpu_tp``, which the model runner calls for device "cpu" before it
 loads the model. For SGLang's own CPU engine it pads heads and intermediate sizes up to a multiple of the ranks, and the
 weight loaders of that engine alone (``SGLANG_USE_CPU_ENGINE=1``) know how to fill the padding. Without this seam a
 model with fewer KV heads than ranks, or with an intermediate size that is no multiple of 32 times the ranks, does not
@@ -11,19 +11,17 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from sgl_flowprefill.patches.base import expect_parameters, expect_source
+from sgl_flowprefill.patches.base import expect
 
 SEAM: Final = "cpu_tp"
 TARGET: Final = "sglang.srt.model_executor.model_runner.adjust_config_with_unaligned_cpu_tp"
-CALLER: Final = "sglang.srt.model_executor.model_runner.ModelRunner.load_model"
 
 
 def apply() -> None:
     """Register the seam. Only for processes on the portable CPU platform. Raises SeamError."""
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    expect_parameters(SEAM, TARGET, ("model_config", "load_config", "tp_size"))
-    expect_source(SEAM, CALLER, 'if self.device == "cpu":', "self.model_config = adjust_config_with_unaligned_cpu_tp(")
+    expect(SEAM)
     HookRegistry.register(TARGET, _keep, HookType.REPLACE)
 
 

@@ -1,6 +1,6 @@
 """A decode scheduler with nothing to compute sleeps until a request or a KV-transfer status wakes it.
 
-Target: ``Scheduler.on_idle`` (SGLang 0.5.23), which the decode loops call when there is no batch to run. Without this
+Target: ``Scheduler.on_idle``, which the decode loops call when there is no batch to run. Without this
 seam an idle decode scheduler takes 94% of a core, and 50% with ``--sleep-on-idle``, whose sleeper sees requests but no
 transfers, and so is skipped while a request waits for its KV cache.
 """
@@ -13,12 +13,11 @@ from typing import Any, Final
 import zmq
 
 from sgl_flowprefill.patches import wakeups
-from sgl_flowprefill.patches.base import expect_parameters, expect_source
+from sgl_flowprefill.patches.base import expect
 
 SEAM: Final = "decode_idle"
 ENV_SWITCH: Final = "FLOWPREFILL_DECODE_SLEEP"
 ON_IDLE: Final = "sglang.srt.managers.scheduler.Scheduler.on_idle"
-DECODE_LOOP: Final = "sglang.srt.managers.scheduler.Scheduler.event_loop_{}_disagg_decode"
 
 IDLE_MS: Final = 1000
 """Longest sleep with no request in the server; SGLang's idle housekeeping runs this often."""
@@ -37,9 +36,7 @@ def apply() -> None:
     """Register the seam in a process that runs a scheduler. Raises SeamError."""
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    expect_parameters(SEAM, ON_IDLE, ("self",))
-    for loop in ("normal", "overlap"):
-        expect_source(SEAM, DECODE_LOOP.format(loop), "self.process_decode_queue()", "self.on_idle()")
+    expect(SEAM)
 
     wakeup = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
     sleepers: dict[Any, DecodeSleeper] = {}

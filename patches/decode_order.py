@@ -1,6 +1,6 @@
 """A decode server gives places and KV cache to the request whose first token is due next, not to the oldest.
 
-Target: ``DecodePreallocQueue.pop_preallocated`` (SGLang 0.5.23, disaggregation/decode.py), which gives them to the
+Target: ``DecodePreallocQueue.pop_preallocated`` (disaggregation/decode.py), which gives them to the
 requests in its ``queue``, in that order, until one does not fit. A prefill may start only once its request has them, so
 without this seam an urgent request waits there behind those that the prefill server puts off. SGLang's own priority
 scheduling sorts the queue again, and leaves this order within a priority.
@@ -16,22 +16,18 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from sgl_flowprefill.config import FlowPrefillConfig
-from sgl_flowprefill.patches.base import expect_parameters, expect_source
+from sgl_flowprefill.patches.base import expect
 from sgl_flowprefill.policy.places import DueTimes, PlaceOrder
 
 SEAM: Final = "decode_order"
-QUEUE: Final = "sglang.srt.disaggregation.decode.DecodePreallocQueue"
-TARGET: Final = f"{QUEUE}.pop_preallocated"
+TARGET: Final = "sglang.srt.disaggregation.decode.DecodePreallocQueue.pop_preallocated"
 
 
 def apply(config: FlowPrefillConfig) -> None:
     """Register the seam in a process that may run a decode scheduler. Raises SeamError."""
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    expect_parameters(SEAM, TARGET, ("self",))
-    expect_source(SEAM, TARGET, "self._resolve_pending_reqs()", "for i, decode_req in enumerate(self.queue):")
-    expect_source(SEAM, f"{QUEUE}._create_receiver_and_enqueue", "self.queue.append(decode_req)")
-
+    expect(SEAM)
     queue_order = QueueOrder(config)
 
     def pop(original: Callable[..., Any], queue: Any, *args: Any, **kwargs: Any) -> Any:

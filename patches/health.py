@@ -1,6 +1,6 @@
 """``/health`` answers when the scheduler does, not at the next full second, and whatever the wall clock does.
 
-Target: the ``/health`` and ``/health_generate`` routes of ``sglang.srt.entrypoints.http_server.app`` (SGLang 0.5.23).
+Target: the ``/health`` and ``/health_generate`` routes of ``sglang.srt.entrypoints.http_server.app``.
 SGLang's handler sends a probe and looks once a second whether anything has come back; the scheduler answers a probe at
 its next checkpoint, so a probe's figure would be the handler's sleep and not the server's state. It looks by comparing
 the wall clock with the time of the last answer: once the clock has been set back, an answer from before looks new and
@@ -17,11 +17,15 @@ from typing import Any, Final
 from fastapi import Request, Response
 from fastapi.routing import APIRoute
 
-from sgl_flowprefill.patches.base import SeamError, expect_parameters, expect_source, resolve
+from sgl_flowprefill.contract import supported
+from sgl_flowprefill.patches.base import SeamError, expect, resolve
 
-SERVER: Final = "sglang.srt.entrypoints.http_server"
-HANDLER: Final = f"{SERVER}.health_generate"
-LAUNCH: Final = f"{SERVER}.launch_server"
+HANDLER: Final = "sglang.srt.entrypoints.http_server.health_generate"
+LAUNCH: Final = "sglang.srt.entrypoints.http_server.launch_server"
+APP: Final = "sglang.srt.entrypoints.http_server.app"
+STATE: Final = "sglang.srt.entrypoints.http_server._global_state"
+STATUS: Final = "sglang.srt.entrypoints.http_server.ServerStatus"
+TIMEOUT: Final = "sglang.srt.entrypoints.http_server.HEALTH_CHECK_TIMEOUT"
 PATHS: Final = ("/health", "/health_generate")
 POLL_S: Final = 0.01
 
@@ -30,17 +34,18 @@ def apply() -> None:
     """Register the hook that puts the routes in before the server starts. Raises SeamError for a changed target."""
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    expect_source("health", HANDLER, "last_receive_tstamp > tic", "HEALTH_CHECK_TIMEOUT", "await asyncio.sleep(1)")
-    expect_parameters("health", LAUNCH, ("server_args",))
+    expect("health")
     HookRegistry.register(LAUNCH, _with_routes, HookType.AROUND)
 
 
 def _with_routes(launch_server: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    app = resolve("health", f"{SERVER}.app")
+    app = resolve("health", APP)
     health = answering_when_the_scheduler_does(resolve("health", HANDLER))
     replaced = [route for route in app.router.routes if getattr(route, "path", None) in PATHS]
     if len(replaced) != len(PATHS):
-        raise SeamError(f"health: SGLang's HTTP server has no routes {' and '.join(PATHS)}; install sglang==0.5.23.")
+        raise SeamError(
+            f"health: SGLang's HTTP server has no routes {' and '.join(PATHS)}; install sglang{supported()}."
+        )
     for route in replaced:
         app.router.routes.insert(0, APIRoute(route.path, health, methods=["GET"]))
     return launch_server(*args, **kwargs)
@@ -53,9 +58,9 @@ def answering_when_the_scheduler_does(
     background: set[asyncio.Task[Any]] = set()
 
     async def health(request: Request) -> Response:
-        manager = resolve("health", f"{SERVER}._global_state").tokenizer_manager
-        status = resolve("health", f"{SERVER}.ServerStatus")
-        give_up_s = time.monotonic() + resolve("health", f"{SERVER}.HEALTH_CHECK_TIMEOUT")
+        manager = resolve("health", STATE).tokenizer_manager
+        status = resolve("health", STATUS)
+        give_up_s = time.monotonic() + resolve("health", TIMEOUT)
         before = manager.last_receive_tstamp
 
         def is_sound() -> bool:

@@ -1,6 +1,6 @@
 """KV memory on the portable CPU platform is host memory for NIXL.
 
-Target: ``NixlKVManager.register_buffer_to_engine`` (SGLang 0.5.23, disaggregation/nixl/conn.py), the first user of the
+Target: ``NixlKVManager.register_buffer_to_engine`` (disaggregation/nixl/conn.py), the first user of the
 NIXL agent that SGLang just made. SGLang names KV and state memory "VRAM" in many places, which UCX refuses for host
 memory; the agent (nixl 1.5.1) translates all these names through one table of its own. Without this seam a
 prefill or decode server on the CPU fails at start.
@@ -10,19 +10,17 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from sgl_flowprefill.patches.base import expect_source
+from sgl_flowprefill.patches.base import expect
 
 SEAM: Final = "nixl_dram"
 TARGET: Final = "sglang.srt.disaggregation.nixl.conn.NixlKVManager.register_buffer_to_engine"
-AGENT: Final = "nixl._api.nixl_agent.__init__"
 
 
 def apply() -> None:
     """Register the seam. Only for processes on the portable CPU platform. Raises SeamError."""
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    expect_source(SEAM, TARGET, "self.agent.register_memory(kv_addrs, mem_kind)")
-    expect_source(SEAM, AGENT, "self.nixl_mems = {", '"DRAM": nixlBind.DRAM_SEG', '"VRAM": nixlBind.VRAM_SEG')
+    expect(SEAM)
     HookRegistry.register(TARGET, _name_host_memory, HookType.BEFORE)
 
 

@@ -10,11 +10,10 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from sgl_flowprefill.patches.base import expect_source, resolve
+from sgl_flowprefill.patches.base import expect, resolve
 
 SEAM: Final = "nixl_sleep"
 TARGET: Final = "nixl._bindings.nixlAgent"
-CALLER: Final = "nixl._api.nixl_agent.__init__"
 PROGRESS_DELAY_US: Final = 100_000
 
 
@@ -22,7 +21,7 @@ def apply() -> None:
     """Register the seam. Only for processes on the portable CPU platform. Raises SeamError."""
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    expect_source(SEAM, CALLER, "agent_config.pthrDelay = 0", "nixlBind.nixlAgent(agent_name, agent_config)")
+    expect(SEAM)
     agent_class: Any = resolve(SEAM, TARGET)
 
     class SleepingAgent(agent_class):

@@ -1,6 +1,6 @@
 """A prefill server gets the options that FlowPrefill works with, and one that it cannot work with is refused.
 
-Targets (SGLang 0.5.23): ``sglang.srt.server_args.ServerArgs.resolve_once``, before which a record holds what the user
+Targets: ``sglang.srt.server_args.ServerArgs.resolve_once``, before which a record holds what the user
 has asked for and may be changed, and ``sglang.srt.entrypoints.engine.Engine._launch_subprocesses``, where the options
 arrive of HTTP servers, with Ray too, and of engines without one. Without the first, users would have to set these
 options themselves; without the second, a server would be refused in its scheduler process (``runtime.setup``), as one
@@ -14,7 +14,7 @@ import sys
 from typing import Any, Final
 
 from sgl_flowprefill.compat import incompatible_option, take_over
-from sgl_flowprefill.patches.base import expect_parameters, expect_source
+from sgl_flowprefill.patches.base import expect
 
 logger = logging.getLogger(__name__)
 
@@ -26,8 +26,7 @@ def apply() -> None:
     """Register the hooks. Raises SeamError when a target has changed."""
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    expect_source("options", RESOLVE, "run_resolution_pipeline(self)", "_resolution_finished")
-    expect_parameters("options", LAUNCH, ("server_args",))
+    expect("options")
     HookRegistry.register(RESOLVE, _take_over, HookType.BEFORE)
     HookRegistry.register(LAUNCH, _check, HookType.BEFORE)
 

@@ -1,6 +1,6 @@
 """TTFT objectives at the HTTP server: an invalid one is a 400, and one beside the sampling parameters counts.
 
-Targets (SGLang 0.5.23): ``api_contract.generate_contract_error`` for /generate and /vertex_generate;
+Targets: ``api_contract.generate_contract_error`` for /generate and /vertex_generate;
 ``_validate_request`` of the OpenAI handlers for /v1/completions and /v1/chat/completions; ``serve_generate_request`` of
 the HTTP server. Without them an invalid objective of a streaming request would be an error event under status 200, and
 the ``custom_params`` at the top of a /generate body, where the OpenAI endpoints have them and where
@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
-from sgl_flowprefill.patches.base import expect_parameters
+from sgl_flowprefill.patches.base import expect
 from sgl_flowprefill.slo import body_error, with_objective
 
 GENERATE = "sglang.srt.entrypoints.api_contract.generate_contract_error"
@@ -27,11 +27,7 @@ def apply() -> None:
     """Register the hooks. Raises SeamError when a target has changed."""
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    expect_parameters("request_slo", GENERATE, ("body",))
-    expect_parameters("request_slo", SERVE, ("obj", "request"))
-    for target in OPENAI:
-        expect_parameters("request_slo", target, ("self", "request"))
-
+    expect("request_slo")
     HookRegistry.register(GENERATE, _check_generate, HookType.AROUND)
     HookRegistry.register(SERVE, _add_objective, HookType.AROUND)
     for target in OPENAI:

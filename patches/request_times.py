@@ -1,6 +1,6 @@
 """A request's times travel as the HTTP server took them: when it received the request, and when it sent it on.
 
-Target: ``ReqTimeStatsBase.__getstate__`` of ``observability/req_time_stats.py`` (SGLang 0.5.23), which says what of a
+Target: ``ReqTimeStatsBase.__getstate__`` of ``observability/req_time_stats.py``, which says what of a
 request's times is pickled on the way from the HTTP server to the first scheduler rank, and from there to the others.
 SGLang leaves these times out, and shifts every pickled number whose name ends in "time" by the difference between wall
 clock and monotonic clock as each process last measured it: such a number follows steps of the wall clock, and differs
@@ -14,7 +14,7 @@ from __future__ import annotations
 from typing import Any, Final
 
 from sgl_flowprefill.deadline import RECEIVED, SENT
-from sgl_flowprefill.patches.base import expect_parameters, expect_source, resolve
+from sgl_flowprefill.patches.base import expect, resolve
 
 SEAM: Final = "request_times"
 STATS: Final = "sglang.srt.observability.req_time_stats.ReqTimeStatsBase"
@@ -27,12 +27,7 @@ def apply() -> None:
     """Register the hook in a process that sends or receives requests. Raises SeamError when a target has changed."""
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    expect_parameters(SEAM, STATE, ("self",))
-    expect_source(SEAM, f"{STATS}.__setstate__", 'key.endswith("time")', "self.__dict__.update(state)")
-    expect_source(SEAM, f"{STATS}.new_from_obj", "if hasattr(new_obj, key):")
-    sender = "sglang.srt.observability.req_time_stats.APIServerReqTimeStats"
-    expect_source(SEAM, f"{sender}.__getstate__", "super().__getstate__()")
-    expect_source(SEAM, f"{sender}.set_created_time", "time.perf_counter()")
+    expect(SEAM)
     stats = resolve(SEAM, STATS)
     for name in SOURCES:
         setattr(stats, name, 0.0)  # SGLang copies what its own objects know of

@@ -1,6 +1,6 @@
 """Bootstrap and KV-transfer progress is announced, so that a scheduler can sleep instead of polling for it.
 
-Target: ``CommonKVManager.update_status`` (SGLang 0.5.23, disaggregation/common/conn.py), which every transfer backend's
+Target: ``CommonKVManager.update_status`` (disaggregation/common/conn.py), which every transfer backend's
 threads call when a request's bootstrap completes and when its KV transfer ends or fails. Without this seam a scheduler
 that sleeps would notice both only when a timer ends.
 """
@@ -11,7 +11,7 @@ import logging
 from collections.abc import Callable
 from typing import Any, Final
 
-from sgl_flowprefill.patches.base import SeamError, expect_parameters, resolve
+from sgl_flowprefill.patches.base import SeamError, expect, resolve
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +27,7 @@ def apply() -> None:
     """Register the hook. Raises SeamError when the target has changed."""
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    expect_parameters("wakeups", TARGET, ("self", "bootstrap_room", "status"))
+    expect("wakeups")
     HookRegistry.register(TARGET, _announce, HookType.AFTER)
 
 

@@ -18,6 +18,18 @@ OWN_SETTINGS: Final = {
 }
 """Field of ServerArgs: what FlowPrefill sets it to on a prefill server, and why."""
 
+READ_SETTINGS: Final = (
+    "disaggregation_mode",
+    "disaggregation_transfer_backend",
+    "attention_backend",
+    "prefill_attention_backend",
+    "disable_cuda_graph",
+    "disable_prefill_cuda_graph",
+    "cuda_graph_config",
+    "device",
+)
+"""Fields of ServerArgs that are read beside those."""
+
 TRANSFER_BACKENDS: Final = ("nixl", "mooncake")
 
 CHECKED_ATTENTION_BACKENDS: Final = ("flashinfer", "fa3", "triton", "flowprefill_cpu", "torch_native")

@@ -6,36 +6,35 @@ exception and go on without us, so a seam that does not fit ends the process ins
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
 import sys
 from typing import Any, Final
 
 from sgl_flowprefill.config import ConfigError, FlowPrefillConfig, is_enabled
+from sgl_flowprefill.contract import SeamError, expect, installed, is_supported, supported
 
-LOOP: Final = "sglang.srt.disaggregation.prefill.SchedulerDisaggregationPrefillMixin.event_loop_normal_disagg_prefill"
-LOOP_CALLS: Final = (
-    "self.ingest_requests()",
-    "self.disagg_prefill_bootstrap_queue.pop_bootstrapped()",
-    "self.waiting_queue.extend(",
-    "self.get_next_disagg_prefill_batch_to_run(",
-    "self.ngram_embedding_manager.prepare_for_forward(",
-    "self.maybe_prefetch_staging_for_batch(batch)",
-    "self.run_batch(batch)",
-    "self.process_batch_result(batch, result)",
-    "self.on_idle()",
-    "self.process_disagg_prefill_inflight_queue()",
+logger = logging.getLogger(__name__)
+
+SCHEDULER_PARTS: Final = (
+    "hooks",
+    "loop",
+    "scheduler",
+    "requests",
+    "disaggregation",
+    "caches",
+    "forward_state",
+    "model",
+    "profile",
 )
-"""What SGLang's loop calls, all of which ``runtime.prefill_role`` does too, in an order of its own."""
-MAKER: Final = "sglang.srt.managers.scheduler.run_scheduler_process"
+"""Parts of the contract that the scheduler works with, beside those of the seams, which check their own."""
 BEFORE_IT_IS_MADE: Final = "sglang.srt.managers.scheduler.configure_scheduler_process"
 """What SGLang calls before it makes its scheduler, and with the options of the server."""
 
 
 def load() -> None:
     """Take the seams that the environment asks for. Ends the process with one line when that is not possible."""
-    from sgl_flowprefill.patches.base import SeamError
-
     try:
         _load()
     except (ConfigError, SeamError) as error:
@@ -47,6 +46,10 @@ def _load() -> None:
     if not is_enabled():
         return
     config = FlowPrefillConfig.from_env()
+    if "sglang.srt.managers.scheduler" in sys.modules:
+        from sgl_flowprefill.patches import before_0_5_23
+
+        before_0_5_23.apply()
     if multiprocessing.parent_process() is None:
         _take_http_seams()
     elif "sglang.srt.managers.scheduler" in sys.modules:
@@ -57,6 +60,14 @@ def _take_http_seams() -> None:
     """Requests and health checks enter in the process that SGLang was started as."""
     from sgl_flowprefill.patches import health, options, request_slo, request_times
 
+    expect("hooks")
+    if not is_supported(installed()):
+        logger.warning(
+            "SGLang %s is outside of %s, the versions that this release of sgl-flowprefill was tested with; what it "
+            "works with is as expected",
+            installed(),
+            supported(),
+        )
     options.apply()
     request_times.apply()
     request_slo.apply()
@@ -69,12 +80,10 @@ def _take_scheduler_seams(config: FlowPrefillConfig) -> None:
     os.environ["SGLANG_EAGER_INPUT_NO_COPY"] = "1"
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
+    from sgl_flowprefill import platforms
     from sgl_flowprefill.patches import decode_order, request_times
-    from sgl_flowprefill.patches.base import expect_parameters, expect_source
 
-    expect_source("scheduler", LOOP, *LOOP_CALLS)
-    expect_parameters("scheduler", BEFORE_IT_IS_MADE, ("server_args", "gpu_id"))
-    expect_source("scheduler", MAKER, "configure_scheduler_process(", "scheduler = Scheduler(server_args, port_args)")
+    expect(*SCHEDULER_PARTS, *(() if platforms.is_active() else ("attention",)))
     request_times.apply()
     if config.policy != "fcfs":
         decode_order.apply(config)
@@ -98,6 +107,7 @@ def _take_platform_seams() -> None:
     if platforms.is_active():
         from sgl_flowprefill.patches import nixl_dram, nixl_sleep
 
+        expect("hooks", "platform")
         nixl_dram.apply()
         nixl_sleep.apply()
         if multiprocessing.parent_process() is None:
@@ -108,6 +118,7 @@ def _take_platform_seams() -> None:
         if platforms.is_active():
             from sgl_flowprefill.patches import cpu_tp
 
+            expect("cpu_attention")
             cpu_tp.apply()
         from sgl_flowprefill.patches import affinity, decode_idle, wakeups
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:  # they import torch, which most unit tests do without
 settings.register_profile("busy machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("busy machine")
 
-ORDER = ("flowprefill_cluster", "fleet", "stock_cluster", "no_cluster")
+ORDER = ("flowprefill_cluster", "stock_cluster", "no_cluster")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -95,8 +95,9 @@ class PrefillEngine:
         from sglang.srt.runtime_context import SpawnRanks, get_disagg, publish
         from sglang.srt.server_args import PortArgs, ServerArgs
 
-        from sgl_flowprefill.patches import request_times
+        from sgl_flowprefill.patches import before_0_5_23, request_times
 
+        before_0_5_23.apply()
         request_times.apply()
         load_plugins()
         settings: dict[str, Any] = {

@@ -197,8 +197,8 @@ class Ranks:
         deadline_s = time.monotonic() + timeout_s
         while True:
             events = list(read_events(self.event_log))
-            if answered <= {rid for event in events if event["event"] == "complete" for rid in event["rids"]}:
-                return sum(event["event"] == "suspend" for event in events)
+            if answered <= {rid for event in events if event.kind == "complete" for rid in event.rids}:
+                return sum(event.kind == "suspend" for event in events)
             assert time.monotonic() < deadline_s, "the event log does not have all that was answered"
             time.sleep(0.1)
 

@@ -1,8 +1,8 @@
-"""The order of a goodput run's probes: systems take turns, each with a search for each seed and attainment.
+"""The order of a capacity search's probes: systems take turns, each with a search for each seed and attainment.
 
-A visit starts a system's servers, measures lone requests, and tries the next rate of each of its searches: few probes,
-so that a machine that drifts drifts for every system. When all searches have ended, every system replays all seeds to
-the end at one rate, the best stock system's, for what is compared at equal load.
+A visit starts a system's servers, measures isolated requests, and tries the next rate of each of its searches: few
+probes, so that a machine that drifts drifts for every system. When all searches have ended, every system replays all
+seeds to the end at one rate, the best stock system's, for what is compared at equal load.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Final
 
 import numpy as np
 
-from sgl_flowprefill.bench.capacity.prober import Endpoint, Plan, Prober, outcome
+from sgl_flowprefill.bench.capacity.prober import Plan, Prober, outcome
 from sgl_flowprefill.bench.capacity.probes import Probe
 from sgl_flowprefill.bench.capacity.rate_search import (
     SMALL_STEP,
@@ -27,16 +27,17 @@ from sgl_flowprefill.bench.capacity.rate_search import (
     bracket,
     mean_bracket,
 )
-from sgl_flowprefill.bench.simulator.measured import saturation_rps
 from sgl_flowprefill.bench.simulator.search import mean_attainment
-from sgl_flowprefill.bench.systems.catalog import UNCHUNKED_FCFS, System
+from sgl_flowprefill.bench.systems.catalog import UNCHUNKED_FCFS
+from sgl_flowprefill.bench.systems.endpoint import Endpoint
+from sgl_flowprefill.bench.systems.system import System
 
 LEAST_REQUESTS: Final = 20
 """Of a probe: searches do not go to rates with fewer."""
 MAX_INVALID: Final = 3
 """Probes of a system and seed in which the client may fall behind before its searches are given up."""
 START_S: Final = 50.0
-"""What a start of servers with its lone requests takes, before one was timed."""
+"""What a start of servers with its isolated requests takes, before one was timed."""
 SIMULATED_PRECISION: Final = 1.1
 TOLD_SLO_SCALES: Final = (1.0, 0.8, 0.6, 0.4)
 """SLO scales with which FlowPrefill, which orders by SLOs, is compared. SGLang's own schedulers never see them: their
@@ -60,28 +61,31 @@ class Goal:
 
 
 class Campaign:
-    """A goodput run: what is known, what is left, and the making of it."""
+    """A capacity search: what is known, what is left, and the making of it."""
 
     def __init__(
         self, prober: Prober, systems: Sequence[System], goal: Goal, only_compared: Sequence[System] = ()
     ) -> None:
-        """``systems`` are searched and compared, ``only_compared`` compared with them."""
+        """``systems`` are searched and compared, ``only_compared`` compared with them. Raises ValueError for a system
+        that the log has with other settings.
+        """
         self.prober = prober
         self.plan: Plan = prober.plan
         self.log = prober.log
         self.goal = goal
         self.only_compared = [system for system in only_compared if system not in systems]
         self.asked_for = [*systems, *self.only_compared]
+        for system in self.asked_for:
+            prober.check_settings(system)
         self._give_up_s = math.inf
         self._start_s = START_S
         self._probe_s = prober.plan.duration_s
-        self._simulated: dict[tuple[str, float], float] = {}
 
     def run(self, budget_s: float = math.inf) -> None:
         """Make probes until all is found or the budget is spent; what is begun then is finished."""
         self._give_up_s = time.monotonic() + budget_s
-        if not self.prober.is_calibrated:
-            self._visit(self.asked_for[0])
+        if not self._is_ready:
+            self._visit(self._first)
         while True:
             pending = [system for system in self.systems if self._is_searching(system)]
             if not pending:
@@ -96,6 +100,17 @@ class Campaign:
                     return
                 self._visit(system)
 
+    @property
+    def _first(self) -> System:
+        """The system that is visited before anything can be planned: one that can be simulated, if there is one."""
+        return next((one for one in self.asked_for if one.simulated(self.prober.options)), self.asked_for[0])
+
+    @property
+    def _is_ready(self) -> bool:
+        """Whether enough is known of the machine to plan."""
+        simulates = self._first.simulated(self.prober.options) is not None
+        return self.prober.is_calibrated and (self.prober.can_simulate or not simulates)
+
     # ---- what is known, and what is left --------------------------------------------------------------------------
 
     @property
@@ -106,7 +121,7 @@ class Campaign:
         stock = [system for system in self.asked_for if system.is_stock]
         kept = {UNCHUNKED_FCFS}
         for attainment in self.goal.attainments:
-            by_rate = sorted(stock, key=lambda system: -self.simulated_rps(system, attainment))
+            by_rate = sorted(stock, key=lambda system: -(self.simulated_rps(system, attainment) or 0.0))
             kept.update(system.name for system in by_rate[: self.goal.prefilter])
         return [system for system in self.asked_for if not system.is_stock or system.name in kept]
 
@@ -115,7 +130,11 @@ class Campaign:
         beat."""
         if not self.goal.race:
             return list(systems)
-        return sorted(systems, key=lambda one: -max(self.simulated_rps(one, share) for share in self.goal.attainments))
+
+        def most_rps(system: System) -> float:
+            return max(self.simulated_rps(system, share) or 0.0 for share in self.goal.attainments)
+
+        return sorted(systems, key=lambda system: -most_rps(system))
 
     def is_beaten(self, system: System, attainment: float) -> bool:
         """Whether a race showed that another stock system keeps ``attainment`` at a higher rate, in the mean over
@@ -145,24 +164,40 @@ class Campaign:
         best = max(rivals, key=lambda rival: self._mean_bracket(rival, attainment).low_rps, default=None)
         return self._bracket(best, seed, attainment).low_rps if best else 0.0
 
-    def simulated_rps(self, system: System, attainment: float) -> float:
-        """The highest rate that keeps ``attainment`` by the simulator, with this run's traces and machine."""
-        name = system.simulated(self.prober.options)
-        key = name, attainment
-        if key not in self._simulated:
+    def simulated_rps(self, system: System, attainment: float) -> float | None:
+        """The highest rate that keeps ``attainment`` by the simulator, with this run's traces and machine; None for
+        what cannot be simulated. It is computed once in a run."""
+        simulated = system.simulated(self.prober.options)
+        if simulated is None or not self.prober.can_simulate:
+            return None
+        fact = f"simulated rate of {simulated} at {attainment:g}, {self.plan.seeds} seeds"
+        if fact not in self.log.facts:
             setup = self.prober.setup
-            start_rps = saturation_rps(self.prober.trace(0, self.plan.workload.rate_rps), setup.machine.cost)
+            start_rps = self.prober.saturation_rps(self.prober.trace(0, self.plan.workload.rate_rps))
             search = RateSearch(start_rps, self._least_rps, SIMULATED_PRECISION)
             verdicts: list[Verdict] = []
             while (rate_rps := search.next_rps(verdicts)) is not None:
                 traces = [self.prober.trace(seed, rate_rps) for seed in range(self.plan.seeds)]
-                verdicts.append((rate_rps, mean_attainment(name, traces, setup) >= attainment))
-            self._simulated[key] = bracket(verdicts).rate_rps
-        return self._simulated[key]
+                verdicts.append((rate_rps, mean_attainment(simulated, traces, setup) >= attainment))
+            self.log.settle(fact, bracket(verdicts).rate_rps)
+        return float(self.log.facts[fact])
+
+    def simulated_attainment(self, system: System, rate_rps: float, seeds: Sequence[int]) -> float | None:
+        """What the simulator says of ``seeds`` at a rate; None for what cannot be simulated. It is computed once for
+        the same isolated requests."""
+        simulated = system.simulated(self.prober.options)
+        if simulated is None or not self.prober.can_simulate:
+            return None
+        visits = len(self.log.solo_ttft_s[system.name])
+        fact = f"simulated attainment of {system.name} at {rate_rps:g}, seeds {[*seeds]}, {visits} visits"
+        if fact not in self.log.facts:
+            traces = [self.prober.trace(seed, rate_rps) for seed in seeds]
+            self.log.settle(fact, mean_attainment(simulated, traces, self.prober.setup_of(system)))
+        return float(self.log.facts[fact])
 
     def probes_left(self) -> int:
         """About how many probes are still to be made."""
-        if not self.prober.is_calibrated:
+        if not self._is_ready:
             return len(self.asked_for)
         searched = sum(
             self._search(system, seed, attainment).probes_left(self.log.verdicts(system.name, seed, attainment))
@@ -194,12 +229,22 @@ class Campaign:
         found = [self._bracket(system, other, attainment).rate_rps for other in range(self.plan.seeds)]
         known = [rate_rps for rate_rps in found if rate_rps]
         return RateSearch(
-            guess_rps=float(np.median(known)) if known else self.simulated_rps(system, attainment),
+            guess_rps=float(np.median(known)) if known else self._guess_rps(system, attainment),
             least_rps=self._least_rps,
             precision=self.goal.precision,
             step=SMALL_STEP if known else STEP,
             to_beat_rps=self._to_beat_rps(system, seed, attainment) if race else 0.0,
         )
+
+    def _guess_rps(self, system: System, attainment: float) -> float:
+        """Where a first search begins: by the simulator, or where the system's isolated requests, one after the other,
+        fill it."""
+        simulated_rps = self.simulated_rps(system, attainment)
+        if simulated_rps is not None:
+            return simulated_rps
+        if system.name not in self.log.solo_ttft_s:
+            return self._least_rps
+        return self.prober.one_by_one_rps(self.prober.trace(0, self.plan.workload.rate_rps), system)
 
     def _next_rps(self, system: System, seed: int, attainment: float) -> float | None:
         """The rate that a search wants next; None when it has ended."""
@@ -219,7 +264,7 @@ class Campaign:
         return any(self._next_rps(system, *search) is not None for search in self._searches)
 
     def _told_scales(self, system: System) -> Sequence[float]:
-        return (1.0,) if system.is_stock or system in self.only_compared else TOLD_SLO_SCALES
+        return TOLD_SLO_SCALES if system.orders_by_slo and system not in self.only_compared else (1.0,)
 
     def _comparisons(self, system: System) -> Iterator[tuple[int, float, float]]:
         """(seed, rate, SLO scale) of what is still to be replayed to the end at the rate at which systems are

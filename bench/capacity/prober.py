@@ -7,8 +7,9 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from typing import Any
 
+import numpy as np
 from rich.console import Console
 
 from sgl_flowprefill.bench.capacity.probes import Probe, ProbeLog
@@ -16,33 +17,15 @@ from sgl_flowprefill.bench.capacity.rate_search import decided
 from sgl_flowprefill.bench.cli.options import AUTO, TOKEN_IDS
 from sgl_flowprefill.bench.loadgen.calibrate import median_of, time_scale
 from sgl_flowprefill.bench.loadgen.progress import ReplayProgress
-from sgl_flowprefill.bench.loadgen.replay import Enough, OnProgress, ReplayRun
 from sgl_flowprefill.bench.simulator.measured import Engine, measured_setup, saturation_rps
 from sgl_flowprefill.bench.simulator.systems import Setup
-from sgl_flowprefill.bench.systems.catalog import System
+from sgl_flowprefill.bench.systems.endpoint import Endpoint
+from sgl_flowprefill.bench.systems.system import System
 from sgl_flowprefill.bench.workloads.answers import Answers
 from sgl_flowprefill.bench.workloads.prompts import PromptBuilder
 from sgl_flowprefill.bench.workloads.synthetic import Workload
 from sgl_flowprefill.bench.workloads.trace import Trace
 from sgl_flowprefill.config import FlowPrefillConfig
-
-
-class Endpoint(Protocol):
-    """A system that is up: ``serving.Served``, or a model of it in tests."""
-
-    def solo_ttft_s(self, prompts: PromptBuilder, say: Callable[[str], None] | None = None) -> dict[int, float]: ...
-
-    def decode_tokens_per_s(self, prompts: PromptBuilder) -> float: ...
-
-    def engine(self, prompts: PromptBuilder) -> Engine: ...
-
-    def replay(
-        self, trace: Trace, prompts: PromptBuilder, on_progress: OnProgress | None, enough: Enough | None
-    ) -> ReplayRun: ...
-
-    def settle(self) -> None: ...
-
-    def blocking_s(self, run: ReplayRun) -> list[float] | None: ...
 
 
 @dataclass(frozen=True)
@@ -100,8 +83,13 @@ class Prober:
     @property
     def is_calibrated(self) -> bool:
         """Whether this machine's times are known, without which nothing can be probed."""
-        wanted = {"time_scale", "engine", *(() if self.plan.max_output_tokens else ("answers_scale",))}
+        wanted = {"time_scale", *(() if self.plan.max_output_tokens else ("answers_scale",))}
         return wanted <= self.log.facts.keys() and bool(self.log.solo_ttft_s)
+
+    @property
+    def can_simulate(self) -> bool:
+        """Whether the simulator can be set up as this machine, which the servers of a system of ours show."""
+        return "engine" in self.log.facts
 
     @property
     def answers(self) -> Answers:
@@ -122,7 +110,7 @@ class Prober:
         return self._setup(next(iter(self.log.solo_ttft_s.values()))[0])
 
     def setup_of(self, system: System) -> Setup:
-        """The simulator as this machine was while ``system`` was up, by all its lone requests."""
+        """The simulator as this machine was while ``system`` was up, by all its isolated requests."""
         return self._setup(median_of(self.log.solo_ttft_s[system.name]))
 
     def _setup(self, solo_ttft_s: Mapping[int, float]) -> Setup:
@@ -130,31 +118,54 @@ class Prober:
 
     @contextmanager
     def serving(self, system: System) -> Iterator[Endpoint]:
-        """The system's servers, up, after lone requests."""
+        """The system's servers, up, after isolated requests."""
         self.say(f"[bold]{system.label}[/bold]")
+        self.check_settings(system)
+        if _settings_fact(system) not in self.log.facts:
+            self.log.settle(_settings_fact(system), system.settings)
         with self._serve(system) as served:
-            solo_ttft_s = self.measure_lone(served, system)
+            solo_ttft_s = self.measure_isolated(served, system)
             if "time_scale" not in self.log.facts:
                 self.log.settle("time_scale", time_scale(solo_ttft_s))
                 self.say(f"  time scale {self.time_scale:.2f}: arrivals and SLOs are stretched by it")
-            if "engine" not in self.log.facts:
-                self.log.settle("engine", asdict(served.engine(PromptBuilder(0, *TOKEN_IDS))))
+            if not self.can_simulate and (engine := served.engine(PromptBuilder(0, *TOKEN_IDS))) is not None:
+                self.log.settle("engine", asdict(engine))
             if not self.is_calibrated:
-                self._settle_answers(served)
+                self._settle_answers(served, system)
             yield served
 
-    def _settle_answers(self, served: Endpoint) -> None:
+    def check_settings(self, system: System) -> None:
+        """Refuse a system that this run has under the same name with other settings, such as an endpoint's URL."""
+        found = self.log.facts.get(_settings_fact(system), system.settings)
+        if found != system.settings:
+            raise ValueError(
+                f"the probes of {system.name} so far are of {found!r}, not {system.settings!r}: give another --out, or "
+                "another name"
+            )
+
+    def saturation_rps(self, trace: Trace) -> float:
+        """The rate at which the forwards of ``trace`` fill the machine, by the simulator's costs."""
+        return saturation_rps(trace, self.setup.machine.cost)
+
+    def one_by_one_rps(self, trace: Trace, system: System) -> float:
+        """The rate at which ``trace`` fills ``system`` if each request takes as long as an isolated one does."""
+        times_s = median_of(self.log.solo_ttft_s[system.name])
+        tokens = [request.new_tokens for request in trace.requests]
+        return len(tokens) / float(np.interp(tokens, list(times_s), list(times_s.values())).sum())
+
+    def _settle_answers(self, served: Endpoint, system: System) -> None:
         """Shorten answers to what the decode server carries where the prefill server hands it as many as it can."""
         decode_tokens_per_s = served.decode_tokens_per_s(PromptBuilder(0, *TOKEN_IDS))
         served.settle()
         whole = self.plan.trace(0, self.plan.workload.rate_rps, self.time_scale)
-        answers = Answers.carried(whole, saturation_rps(whole, self.setup.machine.cost), decode_tokens_per_s)
+        rate_rps = self.saturation_rps(whole) if self.can_simulate else self.one_by_one_rps(whole, system)
+        answers = Answers.carried(whole, rate_rps, decode_tokens_per_s)
         self.log.settle("decode_tokens_per_s", decode_tokens_per_s)
         self.log.settle("answers_scale", answers.scale)
         self.say(f"  {answers.text(answers.of(whole))}; the decode server carries {decode_tokens_per_s:.0f} tokens/s")
 
-    def measure_lone(self, served: Endpoint, system: System) -> dict[int, float]:
-        """TTFT (s) of lone requests by prompt tokens, as the machine is now: its speed changes while a system is up."""
+    def measure_isolated(self, served: Endpoint, system: System) -> dict[int, float]:
+        """TTFT (s) of isolated requests by prompt tokens, as the machine is now: its speed changes."""
         solo_ttft_s = served.solo_ttft_s(PromptBuilder(0, *TOKEN_IDS))
         self.log.add_solo(system.name, solo_ttft_s)
         served.settle()
@@ -203,6 +214,10 @@ class Prober:
     def say(self, line: str) -> None:
         """Tell the user."""
         self._console.print(line, highlight=False, soft_wrap=True)
+
+
+def _settings_fact(system: System) -> str:
+    return f"settings of {system.name}"
 
 
 def outcome(probe: Probe) -> str:

@@ -1,4 +1,4 @@
-"""Probes of a goodput run, kept as they are made: a JSON line each, so that a run can be stopped and resumed.
+"""Probes of a capacity search, kept as they are made: a JSON line each, so that a run can be stopped and resumed.
 
 A probe is one replay: a system, a rate, a seed. The first line of the file says what all of them have in common.
 """
@@ -65,7 +65,7 @@ class ProbeLog:
         self._path = path
         self.probes: list[Probe] = []
         self.solo_ttft_s: dict[str, list[dict[int, float]]] = {}
-        """By system: for each start of its servers, the TTFT of lone requests by prompt tokens."""
+        """By system: for each start of its servers, the TTFT of isolated requests by prompt tokens."""
         self.facts: dict[str, Any] = {}
         """What is settled once in a run: the time scale, the rate at which systems are compared."""
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -94,7 +94,7 @@ class ProbeLog:
         self._append({"kind": "probe", **dataclasses.asdict(probe)})
 
     def add_solo(self, system: str, ttft_s: Mapping[int, float]) -> None:
-        """Keep TTFTs of lone requests."""
+        """Keep TTFTs of isolated requests."""
         self.solo_ttft_s.setdefault(system, []).append(dict(ttft_s))
         self._append({"kind": "solo", "system": system, "ttft_s": {str(tokens): s for tokens, s in ttft_s.items()}})
 

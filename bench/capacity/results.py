@@ -1,4 +1,7 @@
-"""What a goodput run found: rates with confidence intervals, ratios between systems, and the JSON of both.
+"""What a capacity search found: rates with confidence intervals, ratios between systems, and the JSON of both.
+
+``GoodputResult`` is made once, from a campaign and its log. Its document has all that the report's table and plots
+show, so that a report can be made again from ``goodput.json`` alone.
 
 A seed is a sample. Intervals are 95% percentile bootstraps over seeds (``scipy.stats.bootstrap``), those of ratios are
 paired by seed, since both systems saw the same requests. Those of rates, and of their ratios, are no narrower than the
@@ -10,11 +13,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-import orjson
 from scipy import stats  # type: ignore[import-untyped]
 
 from sgl_flowprefill.bench.capacity.campaign import TOLD_SLO_SCALES, Campaign, Goal
@@ -22,18 +23,21 @@ from sgl_flowprefill.bench.capacity.prober import Plan
 from sgl_flowprefill.bench.capacity.probes import Probe, ProbeLog
 from sgl_flowprefill.bench.capacity.rate_search import Bracket, bracket, mean_bracket
 from sgl_flowprefill.bench.loadgen.replay import RequestResult
-from sgl_flowprefill.bench.metrics.comparison import machine, versions
+from sgl_flowprefill.bench.metrics.provenance import result
 from sgl_flowprefill.bench.metrics.requests import SLO_SCALES, attainment
-from sgl_flowprefill.bench.simulator.search import mean_attainment
-from sgl_flowprefill.bench.systems.catalog import UNCHUNKED_FCFS, System
+from sgl_flowprefill.bench.systems.catalog import UNCHUNKED_FCFS
+from sgl_flowprefill.bench.systems.system import EndpointSystem, System
 from sgl_flowprefill.bench.workloads.answers import Answers
 from sgl_flowprefill.bench.workloads.trace import Trace
 
 OURS: Final = "flowprefill"
 BY_LAYER: Final = "flowprefill-layer"
 RESAMPLES: Final = 5000
+CURVE_POINTS: Final = 100
+"""Of a distribution in the JSON."""
+CURVE_DIGITS: Final = 5
 MAX_DRIFT: Final = 1.1
-"""Factor between lone requests at two visits to one system above which a report doubts itself."""
+"""Factor between isolated requests at two visits to one system above which a report doubts itself."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +82,9 @@ class SystemFigures:
     told: Mapping[float, Mapping[int, Probe]]
     """By SLO scale below 1 and seed: probes at that rate of a system that orders by SLOs, told such ones."""
     solo_ttft_s: Sequence[Mapping[int, float]]
-    simulated_rps: Mapping[float, float]
+    simulated_rps: Mapping[float, float | None]
+    """By attainment; None for what cannot be simulated."""
+    probes: Sequence[Probe] = ()
     simulated_attainment: float | None = None
     """At the rate at which systems are compared, of the seeds that were replayed."""
     beaten: Collection[float] = ()
@@ -169,7 +175,7 @@ class SystemFigures:
 
     @property
     def uncontended_tokens_per_s(self) -> float | None:
-        """Prompt tokens over TTFT of lone requests, all lengths together: the median over starts of its servers."""
+        """Prompt tokens over TTFT of isolated requests, all lengths together: the median over starts of its servers."""
         if not self.solo_ttft_s:
             return None
         return float(np.median([sum(times_s) / sum(times_s.values()) for times_s in self.solo_ttft_s]))
@@ -196,7 +202,35 @@ class SystemFigures:
             "preemptions": len(self.blocking_s),
             "simulated_attainment": self.simulated_attainment,
             "attainment_by_slo_scale": {f"{scale:.1f}": met for scale, met in self.attainment_by_slo_scale.items()},
+            "ttft_by_class": self._ttft_by_class(),
+            "blocking": curve(self.blocking_s, len(self.blocking_s)),
+            "replays": [
+                {"rate_rps": probe.rate_rps, "seed": probe.seed, "attainment": list(probe.attainment_bounds)}
+                for probe in self.probes
+                if probe.slo_scale == 1 and probe.run.client.valid
+            ],
         }
+
+    def _ttft_by_class(self) -> dict[str, Any]:
+        """Distribution of TTFT by class, tightest SLO first; requests that failed never had a first token."""
+        results = self.results()
+        slo_s = {one.request_class: one.ttft_slo_s for one in results}
+        found = {}
+        for name in sorted(slo_s, key=lambda name: slo_s[name]):
+            members = [one for one in results if one.request_class == name]
+            ttft_s = [one.ttft_s for one in members if one.completed and one.ttft_s is not None]
+            found[name] = {"slo_s": slo_s[name], **curve(ttft_s, len(members))}
+        return found
+
+
+def curve(values_s: Sequence[float], total: int) -> dict[str, list[float]]:
+    """The distribution of ``values_s`` in CURVE_POINTS: the share of ``total`` that does not exceed each."""
+    ordered = sorted(values_s)
+    places = sorted({round(place) for place in np.linspace(0, len(ordered) - 1, CURVE_POINTS)}) if ordered else []
+    return {
+        "values_s": [float(f"{ordered[place]:.{CURVE_DIGITS}g}") for place in places],
+        "shares": [round((place + 1) / total, CURVE_DIGITS) for place in places],
+    }
 
 
 @dataclass(frozen=True)
@@ -207,7 +241,7 @@ class GoodputResult:
     goal: Goal
     figures: Mapping[str, SystemFigures]
     """Measured systems by name."""
-    only_simulated_rps: Mapping[str, Mapping[float, float]]
+    only_simulated_rps: Mapping[str, Mapping[float, float | None]]
     """Systems that were asked for and left out, with the rates that the simulator has for them."""
     time_scale: float
     answers: Answers
@@ -216,13 +250,12 @@ class GoodputResult:
     comparison_rps: float | None
     finished: bool
     problems: Sequence[str]
-    command: str
     model: str
     probes: Sequence[Probe] = field(repr=False)
 
     @classmethod
-    def of(cls, campaign: Campaign, command: str, model: str) -> GoodputResult:
-        """What ``campaign`` has found so far."""
+    def of(cls, campaign: Campaign, model: str) -> GoodputResult:
+        """What ``campaign`` has found so far. What the simulator says is computed once and kept in the log."""
         plan, goal, log = campaign.plan, campaign.goal, campaign.log
         comparison_rps = log.facts.get("comparison_rps")
         measured = campaign.systems
@@ -242,7 +275,6 @@ class GoodputResult:
             comparison_rps=comparison_rps,
             finished=campaign.probes_left() == 0,
             problems=_problems(log, figures),
-            command=command,
             model=model,
             probes=[probe for probe in log.probes if probe.system in figures],
         )
@@ -261,7 +293,12 @@ class GoodputResult:
         ours = self.figures[name]
         found: dict[str, Estimate | None] = {}
         for share in self.goal.attainments:
-            for other, against in (("vs_unchunked_fcfs", UNCHUNKED_FCFS), ("vs_best_stock", self.best_stock(share))):
+            endpoints = [name for name, one in self.figures.items() if isinstance(one.system, EndpointSystem)]
+            for other, against in (
+                ("vs_unchunked_fcfs", UNCHUNKED_FCFS),
+                ("vs_best_stock", self.best_stock(share)),
+                *((f"vs_{name}", name) for name in endpoints),
+            ):
                 if against in self.figures:
                     found[f"{other}_{_key(share)}"] = ours.rate_ratio(self.figures[str(against)], share)
         if BY_LAYER in self.figures:
@@ -288,12 +325,13 @@ class GoodputResult:
     def to_dict(self) -> dict[str, Any]:
         """What ``goodput.json`` holds."""
         ratios = self.ratios_of_ours
-        return {
+        figures = {
             "systems": {
                 name: figures.to_dict(self.goal.attainments)
-                | ({} if figures.system.is_stock else {"ratios": _values(self.ratios(name))})
+                | ({"ratios": _values(self.ratios(name))} if figures.system.orders_by_slo else {})
                 for name, figures in self.figures.items()
             },
+            "attainments": list(self.goal.attainments),
             "ratios": _values(ratios),
             "ratios_ci95": {name: _interval(ratio) for name, ratio in ratios.items()},
             "best_stock": {_key(share): self.best_stock(share) for share in self.goal.attainments},
@@ -307,21 +345,14 @@ class GoodputResult:
             "duration_s": self.plan.duration_s,
             "precision": self.goal.precision,
             "max_output_tokens": self.plan.max_output_tokens,
-            "answers": self.answers.to_dict(self.trace),
+            "answers": self.answers.to_dict(self.trace) | {"text": self.answers.text(self.trace)},
             "time_scale": self.time_scale,
             "probes": len(self.probes),
             "finished": self.finished,
             "problems": list(self.problems),
             "model": self.model,
-            "command": self.command,
-            "versions": versions(),
-            "machine": machine(),
         }
-
-    def write_json(self, path: Path) -> None:
-        """Write ``goodput.json``."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(orjson.dumps(self.to_dict(), option=orjson.OPT_INDENT_2) + b"\n")
+        return result("goodput", figures)
 
 
 def _figures(campaign: Campaign, system: System, comparison_rps: float | None) -> SystemFigures:
@@ -346,16 +377,12 @@ def _figures(campaign: Campaign, system: System, comparison_rps: float | None) -
         told=told,
         solo_ttft_s=log.solo_ttft_s.get(system.name, []),
         simulated_rps={share: campaign.simulated_rps(system, share) for share in goal.attainments},
-        simulated_attainment=_simulated_attainment(campaign, system, comparison_rps, compared) if compared else None,
+        simulated_attainment=campaign.simulated_attainment(system, comparison_rps, sorted(compared))
+        if comparison_rps and compared
+        else None,
+        probes=[probe for probe in log.probes if probe.system == system.name],
         beaten={share for share in goal.attainments if campaign.is_beaten(system, share)},
     )
-
-
-def _simulated_attainment(campaign: Campaign, system: System, rate_rps: float | None, seeds: Iterable[int]) -> float:
-    assert rate_rps is not None
-    prober = campaign.prober
-    traces = [prober.trace(seed, rate_rps) for seed in seeds]
-    return mean_attainment(system.simulated(prober.options), traces, prober.setup_of(system))
 
 
 def _problems(log: ProbeLog, figures: Mapping[str, SystemFigures]) -> list[str]:
@@ -372,16 +399,16 @@ def _problems(log: ProbeLog, figures: Mapping[str, SystemFigures]) -> list[str]:
 
 
 def _drift(log: ProbeLog) -> list[str]:
-    """A sentence if the machine did not stay as fast as it was, by lone requests at each visit."""
+    """A sentence if the machine did not stay as fast as it was, by isolated requests at each visit."""
     visits_s = {name: [sum(times_s.values()) for times_s in visits] for name, visits in log.solo_ttft_s.items()}
     changes = {name: max(times_s) / min(times_s) for name, times_s in visits_s.items()}
     name = max(changes, key=lambda name: changes[name], default="")
     if not name or changes[name] <= MAX_DRIFT:
         return []
     return [
-        f"The machine's speed changed: lone requests on {name} took {min(visits_s[name]):.2f} s in all at one visit "
-        f"and {max(visits_s[name]):.2f} s at another. Rates found at different times do not compare; what was measured "
-        "at the common rate does if the machine was steady by then"
+        f"The machine's speed changed: isolated requests on {name} took {min(visits_s[name]):.2f} s in all at one "
+        f"visit and {max(visits_s[name]):.2f} s at another. Rates found at different times do not compare; what was "
+        "measured at the common rate does if the machine was steady by then"
     ]
 
 

@@ -8,10 +8,7 @@ always meets the machine first. A turn ends when all its requests are answered.
 
 from __future__ import annotations
 
-import argparse
 import math
-import shlex
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -19,63 +16,55 @@ from typing import Any, Final
 import numpy as np
 from rich.console import Console
 
-from sgl_flowprefill.bench.cli.options import AUTO, add_trace_options, prompt_builder, requested_trace
+from sgl_flowprefill.bench.cli.options import AUTO, Demo, prompt_builder, requested_trace
 from sgl_flowprefill.bench.loadgen.calibrate import median_of, time_scale
 from sgl_flowprefill.bench.loadgen.progress import ReplayProgress
 from sgl_flowprefill.bench.loadgen.replay import ReplayRun, joined
 from sgl_flowprefill.bench.metrics.comparison import Comparison, SystemResult
-from sgl_flowprefill.bench.reports.page import add_picture_option, browser, take_picture
+from sgl_flowprefill.bench.reports.page import browser, take_picture
 from sgl_flowprefill.bench.reports.publish import publish
-from sgl_flowprefill.bench.systems.catalog import System, add_systems_option, select
+from sgl_flowprefill.bench.systems.catalog import endpoint, select
 from sgl_flowprefill.bench.systems.serving import Serve, Servers, serving
-from sgl_flowprefill.bench.workloads.answers import Answers, add_answers_option
+from sgl_flowprefill.bench.systems.system import System
+from sgl_flowprefill.bench.workloads.answers import Answers
 from sgl_flowprefill.bench.workloads.trace import Trace
 
-DURATION_S: Final = 140.0
-RATE_SCALE: Final = 2.0
 ROUNDS: Final = 2
 """Turns of each system with lone requests, and with parts of the trace."""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of ``bench demo``."""
-    parser.add_argument("--out", type=Path, default=Path("out/demo"), help="folder of results (default %(default)s)")
-    add_systems_option(parser, "flowprefill", "sglang")
-    add_answers_option(add_trace_options(parser, rate_scale=RATE_SCALE, duration_s=DURATION_S))
-    add_picture_option(parser)
-    Servers.add_options(parser)
-
-
-def run(args: argparse.Namespace, console: Console) -> int:
+def run(options: Demo, console: Console) -> int:
     """Run the demo. Returns 0, or 1 if a request failed or the client fell behind.
 
     Raises ClusterError, CalibrationError or ValueError with a sentence for the user.
     """
-    if args.png:
+    if options.png:
         browser()
-    args.out.mkdir(parents=True, exist_ok=True)
-    servers = Servers.from_args(args)
+    options.out.mkdir(parents=True, exist_ok=True)
+    servers = Servers.from_options(options.servers)
 
     def say(line: str) -> None:
         console.print(f"  {line}", highlight=False, soft_wrap=True)
 
-    with serving(servers, args.out, say, side_by_side=True) as serve:
-        comparison = _Demo(args, select(args.systems), serve, console).run(servers)
-    code = publish(comparison, args.out, console)
-    if args.png:
-        say(f"Picture: {take_picture(args.out / 'report.html')}")
+    with serving(servers, options.out, say, side_by_side=True) as serve:
+        comparison = _Demo(options, [*select(options.systems), *map(endpoint, options.endpoint)], serve, console).run(
+            servers
+        )
+    code = publish(comparison, options.out, console)
+    if options.png:
+        say(f"Picture: {take_picture(options.out / 'report.html')}")
     return code
 
 
 class _Demo:
     """The systems, up side by side, taking turns."""
 
-    def __init__(self, args: argparse.Namespace, systems: Sequence[System], serve: Serve, console: Console) -> None:
-        self._args = args
+    def __init__(self, options: Demo, systems: Sequence[System], serve: Serve, console: Console) -> None:
+        self._options = options
         self._systems = systems
         self._serve = serve
         self._console = console
-        self._prompts = prompt_builder(args)
+        self._prompts = prompt_builder(options.trace.seed)
         self._solo_ttft_s: dict[str, list[dict[int, float]]] = {system.name: [] for system in systems}
         self._settings: dict[str, Mapping[str, Any]] = {}
         self._event_logs: dict[str, Path | None] = {}
@@ -83,24 +72,24 @@ class _Demo:
     def run(self, servers: Servers) -> Comparison:
         """Lone requests on all systems, then the trace. ``servers`` is what they were started with."""
         decode_tokens_per_s = self._measure()
-        scale = self._args.time_scale
+        scale = self._options.trace.time_scale
         if scale == AUTO:
             scale = time_scale(median_of([one for turns in self._solo_ttft_s.values() for one in turns]))
             self._detail(f"time scale {scale:.2f}, by all of them: arrivals and SLOs are stretched by it")
-        whole = requested_trace(self._args, scale)
-        answers = Answers(max_tokens=self._args.max_output_tokens)
+        whole = requested_trace(self._options.trace, scale)
+        answers = Answers(max_tokens=self._options.max_output_tokens)
         if decode_tokens_per_s is not None:
             answers = Answers.carried(whole, whole.rate_rps, decode_tokens_per_s)
             self._detail(f"the decode server carries {decode_tokens_per_s:.0f} tokens/s")
         trace = answers.of(whole)
         self._detail(answers.text(trace))
         return Comparison(
+            kind="demo",
             systems=self._replay(trace),
             trace=trace,
-            seed=self._args.seed,
+            seed=self._options.trace.seed,
             time_scale=scale,
             model=servers.model,
-            command=shlex.join(["python", "-m", "sgl_flowprefill.bench", *sys.argv[1:]]),
             answers=answers,
             settings=servers.settings(),
         )
@@ -121,7 +110,7 @@ class _Demo:
             with self._serve(system) as served:
                 self._solo_ttft_s[system.name].append(served.solo_ttft_s(self._prompts, self._detail))
                 self._settings[system.name], self._event_logs[system.name] = served.settings(), served.event_log
-                if self._args.max_output_tokens is None:
+                if self._options.max_output_tokens is None:
                     carried.append(served.decode_tokens_per_s(self._prompts))
         return float(np.median(carried)) if carried else None
 
@@ -154,7 +143,7 @@ class _Demo:
         starts_s: Sequence[float],
     ) -> SystemResult:
         run = joined(turns, offsets, starts_s)
-        run.write_jsonl(self._args.out / f"{system.name}.jsonl")
+        run.write_jsonl(self._options.out / f"{system.name}.jsonl")
         return SystemResult.of(
             system.name,
             _label(system, self._settings[system.name]),
@@ -176,6 +165,6 @@ class _Demo:
 def _label(system: System, settings: Mapping[str, Any]) -> str:
     """The system's label, with the chunk size that SGLang chose where the system leaves that to it."""
     chunk_tokens = settings.get("chunked_prefill_size")
-    if not system.is_stock or system.stock_args or chunk_tokens is None:
+    if not system.is_stock or system.prefill_args or chunk_tokens is None:
         return system.label
     return f"{system.label}, " + (f"chunked at {chunk_tokens}" if chunk_tokens > 0 else "unchunked")

@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import argparse
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any, Final
 
 import numpy as np
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from sgl_flowprefill.bench.cli.options import Events
 from sgl_flowprefill.bench.metrics.requests import PreemptionSummary, summarise_blocking
 from sgl_flowprefill.bench.reports.table import MISSING, milliseconds, percent, preemptions
-from sgl_flowprefill.events import read_events
-
-ENDS: Final = ("complete", "abort", "fail")
-"""Events that end an arrival."""
+from sgl_flowprefill.events import Abort, AnyEvent, Arrival, Complete, Fail, Start, Suspend, read_events
 
 
 @dataclass(frozen=True)
@@ -81,19 +76,10 @@ class LogSummary:
         ]
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of ``bench events``."""
-    parser.add_argument("file", type=Path, help="what --flowprefill-event-log names")
-    parser.add_argument("--json", action="store_true", help="print the figures as JSON")
-
-
-def run(args: argparse.Namespace, console: Console) -> int:
-    """Print the figures. Raises OSError for a file that cannot be read, ValueError for one that is no event log."""
-    try:
-        summary = summarise_log(read_events(args.file))
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{args.file} is no event log: {error!r}; name the file of --flowprefill-event-log") from error
-    if args.json:
+def run(options: Events, console: Console) -> int:
+    """Print the figures. Raises OSError for a file that cannot be read, EventLogError for one that is no event log."""
+    summary = summarise_log(read_events(options.file))
+    if options.json:
         console.print_json(json.dumps(asdict(summary)))
         return 0
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_header=False)
@@ -103,14 +89,14 @@ def run(args: argparse.Namespace, console: Console) -> int:
     return 0
 
 
-def summarise_log(events: Iterable[Mapping[str, Any]]) -> LogSummary:
+def summarise_log(events: Iterable[AnyEvent]) -> LogSummary:
     """Figures of ``events``, in the order of the log."""
     events = list(events)
     lost = _lost_arrivals(events)
     deadlines_s: dict[str, float] = {}
     """Of the requests that wait for their answer."""
     tokens_of_task: dict[int, int] = {}
-    forwards: list[Mapping[str, Any]] = []
+    forwards: list[Complete] = []
     gaps_s: list[float] = []
     blocking_s: list[float] = []
     without_news = arrived = answered = in_time = aborted = failed = new_tokens = 0
@@ -118,38 +104,38 @@ def summarise_log(events: Iterable[Mapping[str, Any]]) -> LogSummary:
     times_s: list[float] = []
     free_since_s: float | None = None
     for number, event in enumerate(events):
-        kind, now_s = event["event"], event["t_s"]
+        now_s = event.t_s
         if deadlines_s:
             busy_s += now_s - times_s[-1]
         times_s.append(now_s)
-        if kind == "arrival":
+        if isinstance(event, Arrival):
             if number not in lost:
-                deadlines_s[event["rid"]] = event["deadline_s"]
+                deadlines_s[event.rid] = event.deadline_s
             arrived += 1
             continue
-        if kind == "start":
-            tokens_of_task[event["task"]] = event["new_tokens"]
+        if isinstance(event, Start):
+            tokens_of_task[event.task] = event.new_tokens
             if free_since_s is not None:
                 gaps_s.append(now_s - free_since_s)
-        elif kind == "suspend":
-            if event["blocking_s"]:
-                blocking_s.append(event["blocking_s"])
+        elif isinstance(event, Suspend):
+            if event.blocking_s:
+                blocking_s.append(event.blocking_s)
             else:
                 without_news += 1
-        elif kind == "complete":
-            due_s = [deadlines_s.pop(rid) for rid in event["rids"] if rid in deadlines_s]
+        elif isinstance(event, Complete):
+            due_s = [deadlines_s.pop(rid) for rid in event.rids if rid in deadlines_s]
             if due_s:  # no health check
                 forwards.append(event)
-                new_tokens += tokens_of_task.get(event["task"], 0)
+                new_tokens += tokens_of_task.get(event.task, 0)
             answered += len(due_s)
             in_time += sum(now_s <= deadline_s for deadline_s in due_s)
-        elif kind in ("abort", "fail"):
-            left = [rid for rid in event["rids"] if deadlines_s.pop(rid, None) is not None]
-            aborted += len(left) if kind == "abort" else 0
-            failed += len(left) if kind == "fail" else 0
-        free_since_s = now_s if kind == "complete" and deadlines_s else None
-    errors = [abs(end["expected_s"] / end["forward_s"] - 1) for end in forwards if end["forward_s"] > 0]
-    over_profile = [end["forward_s"] / end["profiled_s"] for end in forwards if end["profiled_s"] > 0]
+        elif isinstance(event, Abort | Fail):
+            left = [rid for rid in event.rids if deadlines_s.pop(rid, None) is not None]
+            aborted += len(left) if isinstance(event, Abort) else 0
+            failed += len(left) if isinstance(event, Fail) else 0
+        free_since_s = now_s if isinstance(event, Complete) and deadlines_s else None
+    errors = [abs(end.expected_s / end.forward_s - 1) for end in forwards if end.forward_s > 0]
+    over_profile = [end.forward_s / end.profiled_s for end in forwards if end.profiled_s > 0]
     return LogSummary(
         span_s=times_s[-1] - times_s[0] if times_s else 0.0,
         requests=arrived,
@@ -159,7 +145,7 @@ def summarise_log(events: Iterable[Mapping[str, Any]]) -> LogSummary:
         failed=failed,
         without_end=arrived - answered - aborted - failed,
         busy_s=busy_s,
-        forward_s=sum(end["forward_s"] for end in forwards),
+        forward_s=sum(end.forward_s for end in forwards),
         forwards=len(forwards),
         new_tokens=new_tokens,
         between_forwards_p50_s=_quantile(gaps_s, 50),
@@ -170,24 +156,23 @@ def summarise_log(events: Iterable[Mapping[str, Any]]) -> LogSummary:
     )
 
 
-def _lost_arrivals(events: Sequence[Mapping[str, Any]]) -> set[int]:
+def _lost_arrivals(events: Sequence[AnyEvent]) -> set[int]:
     """Positions of the arrivals that have no end in ``events`` and were not running when these end."""
     under_way: dict[str, int] = {}
     task_of: dict[str, int] = {}
     lost: set[int] = set()
     for number, event in enumerate(events):
-        kind = event["event"]
-        if kind == "arrival":
-            lost.update({under_way[event["rid"]]} if event["rid"] in under_way else ())
-            under_way[event["rid"]] = number
-        elif kind == "start":
+        if isinstance(event, Arrival):
+            lost.update({under_way[event.rid]} if event.rid in under_way else ())
+            under_way[event.rid] = number
+        elif isinstance(event, Start):
             # Tasks are counted up: one that is not shows a server that was started again, and its old tasks are gone.
-            for rid in [rid for rid, task in task_of.items() if task >= event["task"]]:
+            for rid in [rid for rid, task in task_of.items() if task >= event.task]:
                 lost.add(under_way.pop(rid))
                 del task_of[rid]
-            task_of |= {rid: event["task"] for rid in event["rids"] if rid in under_way}
-        elif kind in ENDS:
-            for rid in event["rids"]:
+            task_of |= {rid: event.task for rid in event.rids if rid in under_way}
+        elif isinstance(event, Complete | Abort | Fail):
+            for rid in event.rids:
                 under_way.pop(rid, None)
                 task_of.pop(rid, None)
     return lost | {number for rid, number in under_way.items() if rid not in task_of}

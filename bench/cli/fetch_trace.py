@@ -7,22 +7,24 @@ agree with that. A file that was put there by hand is compared with what is publ
 
 from __future__ import annotations
 
-import argparse
-import hashlib
+import logging
 import re
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Final, NamedTuple
 
+import pooch
 import requests
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from sgl_flowprefill import paths
+from sgl_flowprefill.bench.cli.options import FetchTrace
 from sgl_flowprefill.bench.workloads.formats import TraceFormatError, load_trace
 
 TIMEOUT_S: Final = 30.0
 BLOCK_BYTES: Final = 1 << 16
+AS_IT_IS: Final = {"Accept-Encoding": "identity"}
 
 
 class Published(NamedTuple):
@@ -60,16 +62,10 @@ class FetchError(OSError):
     """A trace cannot be had; the message says what to do."""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of ``bench fetch-trace``."""
-    parser.add_argument("name", choices=list(TRACES), help="which trace; qwen-a is the paper's")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="where to put it (default: in the cache)")
-
-
-def run(args: argparse.Namespace, console: Console) -> int:
+def run(options: FetchTrace, console: Console) -> int:
     """Download, or check what is there. Raises FetchError for a file that is not the trace."""
-    published = TRACES[args.name]
-    path = args.out or paths.cache_dir() / "traces" / published.file
+    published = TRACES[options.trace]
+    path = options.out or paths.cache_dir() / "traces" / published.file
     if path.exists():
         console.print(f"{path} is there, {check(published, path)}.", highlight=False, soft_wrap=True)
     else:
@@ -81,7 +77,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
 
 def check(published: Published, path: Path) -> str:
     """What the file at ``path`` was found to be. Raises FetchError for one that is not the trace."""
-    found, recorded = _sha256(path), _recorded(path)
+    found, recorded = pooch.file_hash(str(path)), _recorded(path)
     if recorded is not None:
         _compare(path, found, recorded)
         return "and is what was downloaded"
@@ -107,28 +103,31 @@ def check(published: Published, path: Path) -> str:
 def download(published: Published, path: Path, console: Console) -> None:
     """Download into ``path``, which appears when it is whole and checked. Raises FetchError."""
     partial = path.with_name(path.name + ".partial")
-    digest = hashlib.sha256()
+    partial.unlink(missing_ok=True)
+    pooch.get_logger().setLevel(logging.WARNING)  # what it would say is said here
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        response, expected = _open(published)
-        size = int(response.headers.get("Content-Length", 0)) or None
-        with partial.open("wb") as file, _progress(console) as progress:
-            task = progress.add_task(published.file, total=size)
-            for block in response.iter_content(BLOCK_BYTES):
-                file.write(block)
-                digest.update(block)
-                progress.advance(task, len(block))
+        response, published_sha256 = _open(published)
+        response.close()
+        expected = published_sha256 or _recorded(path)
+        downloader = pooch.HTTPDownloader(
+            progressbar=sys.stderr.isatty(), chunk_size=BLOCK_BYTES, timeout=TIMEOUT_S, headers=AS_IT_IS
+        )
+        pooch.retrieve(response.url, expected, partial.name, path.parent, downloader=downloader)
     except requests.RequestException as error:
         raise FetchError(
             f"{published.file} could not be downloaded ({_reason(error)}): get it from {published.page} on a machine "
             f"with internet and put it at {path}"
         ) from None
-    recorded = _recorded(path)
-    if recorded is None and expected is None:
-        _read(published, partial)
+    except ValueError as error:
+        raise FetchError(f"another {published.file} was expected: {error} Try again, or see {published.page}") from None
+    if expected is None:
+        try:
+            _read(published, partial)
+        except FetchError:
+            partial.unlink()
+            raise
         console.print("No checksum is published: this download's is recorded, and later ones have to agree with it.")
-    _compare(partial, digest.hexdigest(), expected or recorded)
-    _record(path).write_text(f"{digest.hexdigest()}  {path.name}\n")
+    _record(path).write_text(f"{pooch.file_hash(str(partial))}  {path.name}\n")
     partial.rename(path)
 
 
@@ -144,7 +143,7 @@ def _open(published: Published) -> tuple[requests.Response, str | None]:
 
 
 def _get(url: str) -> requests.Response:
-    response = requests.get(url, stream=True, timeout=TIMEOUT_S, headers={"Accept-Encoding": "identity"})
+    response = requests.get(url, stream=True, timeout=TIMEOUT_S, headers=AS_IT_IS)
     response.raise_for_status()
     return response
 
@@ -154,7 +153,9 @@ def _read(published: Published, path: Path) -> int:
     try:
         return len(load_trace(path, "qwen").requests)
     except TraceFormatError as error:
-        raise FetchError(f"this is not {published.file}: {error}; delete it and get it from {published.page}") from None
+        raise FetchError(
+            f"this is not {published.file}: {error.problem}; delete it and get it from {published.page}"
+        ) from None
 
 
 def _reason(error: requests.RequestException) -> str:
@@ -173,14 +174,3 @@ def _record(path: Path) -> Path:
 def _recorded(path: Path) -> str | None:
     record = _record(path)
     return record.read_text().split()[0] if record.exists() else None
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _progress(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn(), console=console
-    )

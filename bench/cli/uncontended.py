@@ -7,19 +7,18 @@ that had nothing to do: its TTFT is what a lone user waits. The others are what 
 
 from __future__ import annotations
 
-import argparse
 import asyncio
-import json
-from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from sgl_flowprefill.bench.cli.options import positive_int, prompt_builder
+from sgl_flowprefill.bench.cli.options import Uncontended, prompt_builder
+from sgl_flowprefill.bench.metrics.provenance import result, write_result
 from sgl_flowprefill.bench.systems.catalog import SYSTEMS, UNCHUNKED_FCFS
-from sgl_flowprefill.bench.systems.serving import Served, Servers, serving
+from sgl_flowprefill.bench.systems.endpoint import Reached
+from sgl_flowprefill.bench.systems.serving import Servers, serving
 from sgl_flowprefill.bench.workloads.prompts import PromptBuilder
 from sgl_flowprefill.cluster import ClusterError
 from sgl_flowprefill.ttft.features import Array
@@ -28,42 +27,28 @@ OURS: Final = "flowprefill"
 PAIR: Final = (OURS, UNCHUNKED_FCFS)
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of ``bench uncontended``."""
-    parser.add_argument("--tokens", type=positive_int, nargs="+", default=[512, 2048, 8192, 16384], metavar="N",
-                        help="prompt lengths (default %(default)s)")  # fmt: skip
-    parser.add_argument("--pairs", type=positive_int, default=11, help="pairs of each length (default %(default)s)")
-    parser.add_argument("--per-turn", type=positive_int, default=3, metavar="N",
-                        help="prompts of a turn, one after the other; at least 2 (default %(default)s)")  # fmt: skip
-    parser.add_argument("--seed", type=int, default=0, help="seed of the prompts (default 0)")
-    parser.add_argument("--model-path", metavar="M", help="model to serve instead of the embedded one")
-    parser.add_argument("--out", type=Path, default=Path("out/uncontended"), help="folder of results")
-
-
-def run(args: argparse.Namespace, console: Console) -> int:
+def run(options: Uncontended, console: Console) -> int:
     """Measure and print; writes ``uncontended.json``. Raises ClusterError."""
-    if args.per_turn < 2:
-        console.print(f"--per-turn {args.per_turn}: only prompts after the first of a turn count for throughput")
-        return 2
-    prompts = prompt_builder(args)
-    turns: dict[str, dict[int, list[list[Lone]]]] = {name: {tokens: [] for tokens in args.tokens} for name in PAIR}
-    servers = Servers(args.model_path)
-    with serving(servers, args.out, console.print, side_by_side=True) as serve:
+    prompts = prompt_builder(options.seed)
+    turns: dict[str, dict[int, list[list[Lone]]]] = {name: {tokens: [] for tokens in options.tokens} for name in PAIR}
+    servers = Servers(options.model_path)
+    with serving(servers, options.out, console.print, side_by_side=True) as serve:
         index = 0
-        for tokens in args.tokens:
-            for pair in range(args.pairs + 1):
+        for tokens in options.tokens:
+            for pair in range(options.pairs + 1):
                 for name in PAIR if pair % 2 else reversed(PAIR):
                     with serve(SYSTEMS[name]) as served:
                         turn = []
-                        for _ in range(args.per_turn):
+                        for _ in range(options.per_turn):
                             turn.append(asyncio.run(_ask(served, prompts, tokens, index)))
                             index += 1
                     if pair:  # the first one warms up
                         turns[name][tokens].append(turn)
-            console.print(f"{tokens} tokens: {args.pairs} pairs done")
-    rows = [_row(tokens, *(turns[name][tokens] for name in PAIR)) for tokens in args.tokens]
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "uncontended.json").write_text(json.dumps({"rows": rows, "turns_ttft_s_and_took_s": turns}, indent=1))
+            console.print(f"{tokens} tokens: {options.pairs} pairs done")
+    rows = [_row(tokens, *(turns[name][tokens] for name in PAIR)) for tokens in options.tokens]
+    turns_s = {name: {str(tokens): taken for tokens, taken in found.items()} for name, found in turns.items()}
+    figures = {"rows": rows, "turns_ttft_s_and_took_s": turns_s, "model": servers.model}
+    write_result(options.out / "uncontended.json", result("uncontended", figures))
     table = Table("prompt tokens", "", "FlowPrefill", "SGLang unchunked", "ratio (median of pairs)", "quartiles")
     for row in rows:
         for label, quantity, digits in (
@@ -106,7 +91,7 @@ def _compared(ours: Array, stock: Array) -> dict[str, Any]:
     return {"flowprefill": float(np.median(ours)), "sglang": float(np.median(stock)), "ratio": ratio}
 
 
-async def _ask(served: Served, prompts: PromptBuilder, tokens: int, index: int) -> Lone:
+async def _ask(served: Reached, prompts: PromptBuilder, tokens: int, index: int) -> Lone:
     client = served.client
     async with client.session() as session:
         outcome = await client.stream(session, client.api.body(prompts.unique(tokens, index), 2, None))

@@ -8,88 +8,47 @@ given these.
 
 from __future__ import annotations
 
-import argparse
 import math
-import shlex
-import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-import orjson
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from sgl_flowprefill.bench.capacity.prober import Plan, Prober, outcome
-from sgl_flowprefill.bench.cli.options import AUTO, positive_float, positive_int, scale_or_auto
+from sgl_flowprefill.bench.cli.options import Validate
 from sgl_flowprefill.bench.loadgen.replay import RequestResult
-from sgl_flowprefill.bench.metrics.comparison import machine, versions
+from sgl_flowprefill.bench.metrics.provenance import result, write_result
 from sgl_flowprefill.bench.simulator.measured import saturation_rps
 from sgl_flowprefill.bench.simulator.requests import SimRequest
 from sgl_flowprefill.bench.simulator.systems import run as simulate
-from sgl_flowprefill.bench.systems.catalog import System, add_systems_option, select
+from sgl_flowprefill.bench.systems.catalog import select
 from sgl_flowprefill.bench.systems.serving import Servers, probing
-from sgl_flowprefill.bench.workloads.answers import add_answers_option
-from sgl_flowprefill.bench.workloads.synthetic import WORKLOADS, workload
+from sgl_flowprefill.bench.systems.system import System
+from sgl_flowprefill.bench.workloads.synthetic import workload
 from sgl_flowprefill.profiling import read_profile
 
-LOADS: Final = (0.3, 0.5, 0.7, 0.9, 1.1, 1.3, 1.5)
-"""Rates, in shares of saturation."""
 
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of ``bench validate``."""
-    add_systems_option(parser, "flowprefill", "stock-fcfs", "stock-spf-2048")
-    parser.add_argument(
-        "--workload", default="qwen-like", metavar="NAME|FILE", help=f"{', '.join(WORKLOADS)}, or a trace file"
-    )
-    parser.add_argument(
-        "--loads",
-        type=positive_float,
-        nargs="+",
-        default=list(LOADS),
-        metavar="X",
-        help=f"rates as multiples of saturation (default {' '.join(map(str, LOADS))})",
-    )
-    parser.add_argument("--seeds", type=positive_int, default=2, metavar="K", help="seeds 0 to K-1 (default 2)")
-    parser.add_argument(
-        "--duration",
-        type=positive_float,
-        default=60.0,
-        metavar="S",
-        help="seconds in which the requests of a run arrive (default 60)",
-    )
-    parser.add_argument(
-        "--time-scale",
-        type=scale_or_auto,
-        default=AUTO,
-        metavar="X",
-        help="factor for the workload's times and SLOs; auto (default) measures it as bench demo does",
-    )
-    add_answers_option(parser)
-    parser.add_argument("--out", type=Path, default=Path("out/validate"), help="folder of results")
-    Servers.add_options(parser)
-
-
-def run(args: argparse.Namespace, console: Console) -> int:
+def run(options: Validate, console: Console) -> int:
     """Replay, simulate, print both side by side; writes ``validate.json``. Stopped, the same command goes on.
 
     Returns 0, or 1 if the client fell behind in a replay. Raises ClusterError, CalibrationError, ConfigError or
     ValueError with a sentence for the user.
     """
-    servers = Servers.from_args(args)
-    plan = Plan(workload(args.workload), args.seeds, args.duration, args.max_output_tokens)
-    systems = select(args.systems)
-    with probing(servers, plan, args.out, args.time_scale, console) as prober:
+    servers = Servers.from_options(options.servers)
+    plan = Plan(workload(options.workload), options.seeds, options.duration, options.max_output_tokens)
+    systems = select(options.systems)
+    with probing(servers, plan, options.out, options.time_scale, console) as prober:
         try:
             for system in systems:
-                _replay_all(prober, system, args.loads)
+                _replay_all(prober, system, options.loads)
         finally:  # also after Ctrl-C: what was measured so far
-            rows = [row for system in systems for load in args.loads if (row := compared(prober, system, load))]
+            rows = [row for system in systems for load in options.loads if (row := compared(prober, system, load))]
             if rows:
-                _publish(rows, prober, args.out, console)
+                _publish(rows, prober, options.out, console)
     return int(any(not probe.run.client.valid for probe in prober.log.probes))
 
 
@@ -118,16 +77,17 @@ class Pair(NamedTuple):
 
 def pairs(prober: Prober, system: System, load: float) -> list[Pair]:
     """Every request of a system at a load, over the seeds that were replayed."""
-    if not prober.is_calibrated:
+    if not (prober.is_calibrated and prober.can_simulate):
         return []
     rate_rps = load_rps(prober, load)
     found: list[Pair] = []
     if system.name not in prober.log.solo_ttft_s:
         return found
-    setup = prober.setup_of(system)
+    setup, scheduler = prober.setup_of(system), system.simulated(prober.options)
+    assert scheduler is not None
     for seed in range(prober.plan.seeds):
         if probe := prober.log.complete_at(rate_rps, system.name, seed):
-            requests = simulate(system.simulated(prober.options), prober.trace(seed, rate_rps), setup).requests
+            requests = simulate(scheduler, prober.trace(seed, rate_rps), setup).requests
             found += [Pair(seed, result, requests[result.index]) for result in probe.run.results]
     return found
 
@@ -173,10 +133,14 @@ def _figures(found: Sequence[Pair]) -> dict[str, Any]:
 
 def _replay_all(prober: Prober, system: System, loads: Sequence[float]) -> None:
     def is_done() -> bool:
-        return prober.is_calibrated and all(
-            prober.log.complete_at(load_rps(prober, load), system.name, seed)
-            for load in loads
-            for seed in range(prober.plan.seeds)
+        return (
+            prober.is_calibrated
+            and prober.can_simulate
+            and all(
+                prober.log.complete_at(load_rps(prober, load), system.name, seed)
+                for load in loads
+                for seed in range(prober.plan.seeds)
+            )
         )
 
     if is_done():
@@ -188,12 +152,12 @@ def _replay_all(prober: Prober, system: System, loads: Sequence[float]) -> None:
                 if prober.log.complete_at(rate_rps, system.name, seed) is None:
                     probe = prober.probe(served, system, seed, rate_rps)
                     prober.say(f"  {load:.1f} x saturation, {rate_rps:.2f} req/s, seed {seed}: {outcome(probe)}")
-                    prober.measure_lone(served, system)
+                    prober.measure_isolated(served, system)
 
 
 def _publish(rows: Sequence[dict[str, Any]], prober: Prober, folder: Path, console: Console) -> None:
     answers, trace = prober.answers, prober.trace(0, prober.plan.workload.rate_rps)
-    document = {
+    figures = {
         "rows": rows,
         "worst_points": max(abs(row["difference_points"]) for row in rows),
         "workload": prober.plan.workload.name,
@@ -203,11 +167,8 @@ def _publish(rows: Sequence[dict[str, Any]], prober: Prober, folder: Path, conso
         "answers": answers.to_dict(trace),
         "engine": prober.log.facts["engine"],
         "overhead_s": prober.setup.machine.cost.serving_s,
-        "command": shlex.join(["python", "-m", "sgl_flowprefill.bench", *sys.argv[1:]]),
-        "versions": versions(),
-        "machine": machine(),
     }
-    (folder / "validate.json").write_bytes(orjson.dumps(document, option=orjson.OPT_INDENT_2) + b"\n")
+    write_result(folder / "validate.json", result("validate", figures))
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("system")
     for column in ("x saturation", "req/s", "requests", "measured", "simulated", "points", "by chance", "TTFT p50 (s)"):

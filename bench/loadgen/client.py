@@ -94,15 +94,21 @@ class GenerateApi:
 
 @dataclass(frozen=True)
 class CompletionsApi:
-    """OpenAI's /v1/completions with token ids as the prompt, which SGLang and vLLM take."""
+    """OpenAI's /v1/completions with token ids as the prompt, which SGLang, vLLM and TensorRT-LLM take."""
 
     model: str
     path: str = "/v1/completions"
+    text: bool = False
+    """Whether the prompt is words, for servers that take no token ids: its length in tokens is then only close."""
+    documented: bool = False
+    """Whether bodies have only what OpenAI documents, for servers that refuse other fields."""
+    told_slo: bool = True
+    """Whether bodies have the TTFT SLO, a field that FlowPrefill alone reads; TensorRT-LLM refuses unknown ones."""
 
     def body(self, prompt: list[int], output_tokens: int, ttft_slo_s: float | None) -> bytes:
-        return orjson.dumps(
-            {"model": self.model, "prompt": prompt, "max_tokens": output_tokens} | _openai_options(ttft_slo_s)
-        )
+        options = _openai_options(ttft_slo_s if self.told_slo else None, documented=self.documented)
+        content = _words(prompt) if self.text else prompt
+        return orjson.dumps({"model": self.model, "prompt": content, "max_tokens": output_tokens} | options)
 
     def read(self, event: dict[str, Any], now_s: float, outcome: Outcome) -> None:
         _read_openai(event, now_s, outcome)
@@ -116,8 +122,7 @@ class ChatApi:
     path: str = "/v1/chat/completions"
 
     def body(self, prompt: list[int], output_tokens: int, ttft_slo_s: float | None) -> bytes:
-        content = " ".join(WORDS[token % len(WORDS)] for token in prompt)
-        messages = [{"role": "user", "content": content}]
+        messages = [{"role": "user", "content": _words(prompt)}]
         return orjson.dumps(
             {"model": self.model, "messages": messages, "max_tokens": output_tokens} | _openai_options(ttft_slo_s)
         )
@@ -216,13 +221,15 @@ def served_model(url: str) -> str:
         return "default"
 
 
-def _openai_options(ttft_slo_s: float | None) -> dict[str, Any]:
-    options: dict[str, Any] = {
-        "temperature": 0,
-        "ignore_eos": True,
-        "stream": True,
-        "stream_options": {"include_usage": True, "continuous_usage_stats": True},
-    }
+def _words(prompt: list[int]) -> str:
+    return " ".join(WORDS[token % len(WORDS)] for token in prompt)
+
+
+def _openai_options(ttft_slo_s: float | None, *, documented: bool = False) -> dict[str, Any]:
+    usage = {"include_usage": True} | ({} if documented else {"continuous_usage_stats": True})
+    options: dict[str, Any] = {"temperature": 0, "stream": True, "stream_options": usage}
+    if not documented:
+        options["ignore_eos"] = True
     if ttft_slo_s is not None:
         options["custom_params"] = {"ttft_slo": ttft_slo_s}
     return options

@@ -2,6 +2,19 @@
 
 Times count from the moment at which a request should have been sent, so that a client that falls behind cannot hide
 the queue that it makes. How late the client was is measured; beyond a share of the tightest SLO the run is invalid.
+
+SGLang's own benchmark (``sglang.benchmark.serving``, also known as ``bench_serving``; 0.5.23) is not used, for four
+reasons:
+
+* It counts TTFT from when it sends a request and does not say how late that was. In its Poisson mode it sleeps each
+  interval after the request before, so that what it loses lowers the rate; a queue in the client shows nowhere.
+* It has one SLO for all requests (``--goodput ttft:500``). Here each class has its own, the servers are told it, and a
+  replay ends as soon as the verdict on its attainment cannot change.
+* It replays timestamps of Mooncake's trace only, and not its prompts: each hash id becomes 128 words, whatever the
+  length that the trace has, and the tokenizer runs in the event loop between two sends. Here bodies are token ids of
+  exactly the trace's lengths and shared prefixes, serialised before the run.
+* It opens a session for every request and parses every event in whole. Here the client shares a machine of two cores
+  with the servers that it measures.
 """
 
 from __future__ import annotations

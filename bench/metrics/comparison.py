@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Final
 
-import orjson
-import psutil
-
 from sgl_flowprefill.bench.loadgen.replay import ReplayRun
+from sgl_flowprefill.bench.metrics.provenance import result, write_result
 from sgl_flowprefill.bench.metrics.requests import (
     PreemptionSummary,
     RunSummary,
@@ -27,9 +22,8 @@ from sgl_flowprefill.bench.metrics.requests import (
 from sgl_flowprefill.bench.workloads.answers import Answers
 from sgl_flowprefill.bench.workloads.trace import Trace
 
-MAX_LONE_DIFFERENCE: Final = 1.1
-"""Factor between lone requests of the same length above which a comparison doubts that the machine was steady."""
-VERSIONED_PACKAGES: Final = ("sgl-flowprefill", "sglang", "torch", "nixl", "smg", "numpy")
+MAX_ISOLATED_DIFFERENCE: Final = 1.1
+"""Factor between isolated requests of the same length above which a comparison doubts that the machine was steady."""
 
 
 @dataclass(frozen=True)
@@ -121,13 +115,14 @@ class SystemResult:
 class Comparison:
     """Runs of several systems on one trace, at one rate and time scale."""
 
+    kind: str
+    """The command that made it."""
     systems: Sequence[SystemResult]
     trace: Trace
     """The trace as it was replayed, scaled."""
     seed: int
     time_scale: float
     model: str
-    command: str
     answers: Answers = field(default_factory=Answers)
     """What was done to the lengths of the trace's answers."""
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -167,15 +162,15 @@ class Comparison:
         return found
 
     def doubts(self) -> list[str]:
-        """Signs that the machine was not as fast for all systems, as sentences; lone requests show it."""
+        """Signs that the machine was not as fast for all systems, as sentences; isolated requests show it."""
         first, *others = self.systems
         found = []
         for system in others:
             for tokens in sorted(first.solo_ttft_s.keys() & system.solo_ttft_s.keys()):
                 times_s = first.solo_ttft_s[tokens], system.solo_ttft_s[tokens]
-                if max(times_s) > MAX_LONE_DIFFERENCE * min(times_s):
+                if max(times_s) > MAX_ISOLATED_DIFFERENCE * min(times_s):
                     found.append(
-                        f"A lone prompt of {tokens:,} tokens took {times_s[0]:.3f} s on {first.label} and "
+                        f"An isolated prompt of {tokens:,} tokens took {times_s[0]:.3f} s on {first.label} and "
                         f"{times_s[1]:.3f} s on {system.label}: the machine may not have been as fast for both"
                     )
         return found
@@ -183,7 +178,7 @@ class Comparison:
     def to_dict(self) -> dict[str, Any]:
         """What ``report.json`` holds."""
         slos = {request.request_class: (request.ttft_slo_s, request.tbt_slo_s) for request in self.trace.requests}
-        return {
+        figures = {
             "systems": {system.name: system.to_dict() for system in self.systems},
             "time_scale": self.time_scale,
             "seed": self.seed,
@@ -195,37 +190,10 @@ class Comparison:
             "slo_s": {name: {"ttft": slos[name][0], "tbt": slos[name][1]} for name in self.trace.classes},
             "model": self.model,
             "doubts": self.doubts(),
-            "command": self.command,
             "settings": dict(self.settings),
-            "versions": versions(),
-            "machine": machine(),
         }
+        return result(self.kind, figures)
 
     def write_json(self, path: Path) -> None:
         """Write ``report.json``."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(orjson.dumps(self.to_dict(), option=orjson.OPT_INDENT_2) + b"\n")
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that matter for a result."""
-    found = {"python": platform.python_version()}
-    for package in VERSIONED_PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            found[package] = "not installed"
-    return found
-
-
-def machine() -> dict[str, Any]:
-    """The machine: CPU model, cores that this process may use, memory."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-    return {
-        "cpu": cpu,
-        "cores": len(os.sched_getaffinity(0)),
-        "memory_bytes": psutil.virtual_memory().total,
-        "system": platform.platform(),
-    }
+        write_result(path, self.to_dict())

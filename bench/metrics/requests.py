@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 import numpy as np
-import orjson
 
 from sgl_flowprefill.bench.loadgen.replay import RequestResult
+from sgl_flowprefill.events import Suspend, read_events
 
 SLO_SCALES: Final = tuple(round(0.4 + 0.2 * step, 1) for step in range(9))
 """SLO scales of the paper: 0.4 to 2.0 in steps of 0.2."""
@@ -80,19 +80,15 @@ def attainment(results: Sequence[RequestResult], slo_scale: float = 1.0) -> floa
 
 
 def read_suspensions(event_log: Path, start_s: float, end_s: float) -> list[Suspension]:
-    """The suspensions between two ``time.monotonic()`` values, in order.
-
-    The log has a JSON object a line; a last line that was cut off is left out.
-    """
-    lines = event_log.read_bytes().split(b"\n")[:-1] if event_log.exists() else []
-    events = (orjson.loads(line) for line in lines if line.startswith(b"{"))
+    """The suspensions between two ``time.monotonic()`` values, in order; none without a log. Raises EventLogError."""
+    events = read_events(event_log) if event_log.exists() else ()
     return [
         # Logs of earlier versions have 0 where nothing was there to be read.
-        Suspension(float(event["blocking_s"]), max(0.0, float(event["stopped_s"] - event["readable_s"])))
-        if event["blocking_s"]
+        Suspension(event.blocking_s, max(0.0, event.stopped_s - event.readable_s))
+        if event.blocking_s and event.readable_s is not None
         else Suspension(None, None)
         for event in events
-        if event["event"] == "suspend" and start_s <= event["t_s"] <= end_s
+        if isinstance(event, Suspend) and start_s <= event.t_s <= end_s
     ]
 
 

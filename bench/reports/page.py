@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import shutil
 import subprocess
@@ -36,13 +35,6 @@ def render(template: str, figures: Mapping[str, go.Figure | None], **values: Any
     environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
     plots = {name: _html(name, figure) for name, figure in figures.items() if figure is not None}
     return environment.get_template(template).render(plots=plots, plotly_js=get_plotlyjs(), **values)
-
-
-def add_picture_option(parser: argparse.ArgumentParser) -> None:
-    """Add ``--png``; a command that has it calls ``browser`` before it does anything else."""
-    parser.add_argument(
-        "--png", action="store_true", help="also write the top of the report as a picture, by an installed Chromium"
-    )
 
 
 def browser() -> str:

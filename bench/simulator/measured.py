@@ -60,7 +60,7 @@ class Engine:
 def measured_setup(engine: Engine, solo_ttft_s: Mapping[int, float], options: FlowPrefillConfig) -> Setup:
     """The simulator as ``engine``, FlowPrefill run with ``options``.
 
-    Lone requests say how much slower than in its profile the engine is by now, and what a request takes beside its
+    Isolated requests say how much slower than in its profile the engine is by now, and what a request takes beside its
     forward, which is charged before its start: two figures for all lengths, by least squares of relative errors.
     """
     cost = from_profile(Path(engine.profile), engine.layers)

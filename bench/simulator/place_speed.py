@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import random
-import time
 from typing import Final
 
-from sgl_flowprefill.bench.simulator.speed import EventCost
+from sgl_flowprefill.bench.simulator.speed import EventClock, EventCost
 from sgl_flowprefill.policy.places import DueTimes, PlaceOrder
 
 STEPS: Final = 5000
@@ -32,11 +31,10 @@ def step_cost(waiting: int) -> EventCost:
 
     for number in range(waiting):
         arrive(number)
-    costs_s = []
+    clock = EventClock()
     for step in range(STEPS):
-        started_s = time.thread_time()
+        clock.start()
         order.give_place(order.in_order()[0])
         arrive(waiting + step)
-        costs_s.append(time.thread_time() - started_s)
-    costs_s.sort()
-    return EventCost(costs_s[STEPS // 2], costs_s[STEPS * 99 // 100], costs_s[-1])
+        clock.stop()
+    return clock.cost()

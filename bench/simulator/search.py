@@ -8,7 +8,7 @@ from typing import Final
 
 from sgl_flowprefill.bench.simulator.limit import attainment_limit
 from sgl_flowprefill.bench.simulator.requests import prepare
-from sgl_flowprefill.bench.simulator.systems import Setup, run
+from sgl_flowprefill.bench.simulator.systems import Setup, Simulated, run
 from sgl_flowprefill.bench.workloads.trace import Trace
 
 PRECISION: Final = 0.01
@@ -16,7 +16,7 @@ PRECISION: Final = 0.01
 MAX_INSTANCES: Final = 4096
 
 
-def mean_attainment(system: str, traces: Sequence[Trace], setup: Setup) -> float:
+def mean_attainment(system: Simulated, traces: Sequence[Trace], setup: Setup) -> float:
     """Attainment over all requests of ``traces`` (the seeds of one workload)."""
     runs = [run(system, trace, setup) for trace in traces]
     return sum(request.met for result in runs for request in result.requests) / sum(len(r.requests) for r in runs)
@@ -50,7 +50,7 @@ def highest(meets: Callable[[float], bool], start: float) -> float:
     return low
 
 
-def max_rate_rps(system: str, traces: Sequence[Trace], setup: Setup, attainment: float) -> float:
+def max_rate_rps(system: Simulated, traces: Sequence[Trace], setup: Setup, attainment: float) -> float:
     """Highest arrival rate at which ``attainment`` of the requests meet their SLO; the same draws at every rate."""
     return _max_rate_rps(traces, lambda scaled: mean_attainment(system, scaled, setup) >= attainment)
 
@@ -66,7 +66,7 @@ def _max_rate_rps(traces: Sequence[Trace], meets: Callable[[Sequence[Trace]], bo
     return highest(lambda rate_rps: meets([trace.scaled(rate_scale=rate_rps / own_rps) for trace in traces]), own_rps)
 
 
-def fewest_instances(system: str, traces: Sequence[Trace], setup: Setup, attainment: float) -> int:
+def fewest_instances(system: Simulated, traces: Sequence[Trace], setup: Setup, attainment: float) -> int:
     """Fewest prefill instances that keep ``attainment`` on ``traces``; more are taken never to be worse.
 
     Raises ValueError when MAX_INSTANCES are not enough.

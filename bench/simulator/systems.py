@@ -1,69 +1,23 @@
-"""The systems that can be simulated, by name."""
+"""What can be simulated: an instance under FlowPrefill with one of its policies, or under SGLang's own scheduler."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Protocol
 
-from sgl_flowprefill.bench.simulator.checkpoints import GRANULARITIES, Preemption
+from sgl_flowprefill.bench.simulator.checkpoints import Preemption
 from sgl_flowprefill.bench.simulator.engine import simulate
 from sgl_flowprefill.bench.simulator.flowprefill import FlowPrefillInstance
 from sgl_flowprefill.bench.simulator.instance import Instance, Machine
 from sgl_flowprefill.bench.simulator.requests import Conditions, SimRequest, prepare
 from sgl_flowprefill.bench.simulator.router import ROUTERS
-from sgl_flowprefill.bench.simulator.step_cost import StepCost
-from sgl_flowprefill.bench.simulator.stock import ORDERS, StockInstance
+from sgl_flowprefill.bench.simulator.step_cost import StepCost, step_cost
+from sgl_flowprefill.bench.simulator.stock import MAX_PREFILL_TOKENS, StockInstance
 from sgl_flowprefill.bench.simulator.stock_unified import StockUnifiedInstance
 from sgl_flowprefill.bench.simulator.unified import UnifiedInstance
 from sgl_flowprefill.bench.workloads.trace import Trace
-from sgl_flowprefill.policy import POLICIES, DecodeLimits, Limits, make_policy
-
-HEADLINE: Final = (
-    "feasible",
-    "s-edf",
-    "feasible/layer",
-    "stock-fcfs",
-    "stock-spf",
-    "stock-fcfs-512",
-    "stock-fcfs-2048",
-    "stock-fcfs-8192",
-    "stock-spf-512",
-    "stock-spf-2048",
-    "stock-priority-512",
-    "stock-priority-2048",
-)
-"""What a comparison runs by default; stock-fcfs stands in for DistServe."""
-UNIFIED_HEADLINE: Final = (
-    "feasible",
-    "s-edf",
-    "feasible/chunk",
-    "stock-fcfs-8192",
-    "stock-spf-2048",
-    "stock-spf-1024-i1",
-    "stock-spf-1024-mixed",
-    "stock-priority-1024-mixed",
-)
-"""What a comparison of unified servers runs by default; stock-fcfs-8192 is SGLang's default on large GPUs."""
-NAMES_HELP: Final = (
-    f"{', '.join(POLICIES)}, with /layer or /chunk for coarser preemption, or stock-ORDER[-CHUNK] with ORDER "
-    f"{', '.join(ORDERS)}, e.g. stock-spf-2048"
-)
-UNIFIED_NAMES_HELP: Final = (
-    f"{NAMES_HELP}; on unified servers also stock-ORDER-CHUNK-mixed (mixed chunks) and stock-ORDER[-CHUNK[-mixed]]-iN "
-    "(N decode steps behind each forward of prompts)"
-)
-
-
-@dataclass(frozen=True)
-class Unified:
-    """Instances that decode what they have prefilled."""
-
-    step_cost: StepCost
-    limits: DecodeLimits = field(default_factory=DecodeLimits)
-    step_error: float = 0.0
-    """Standard deviation of the logarithm of the times of steps around the predicted ones."""
+from sgl_flowprefill.policy import DecodeLimits, Limits, make_policy
 
 
 @dataclass(frozen=True)
@@ -79,8 +33,120 @@ class Setup:
     hub_s: float = 0.0
     instances: int = 1
     router: str = "least-work"
-    unified: Unified | None = None
-    """None: prefill instances."""
+    step_cost: StepCost | None = None
+    """Of decode steps on unified instances; None: that of the machine's cost model."""
+    step_error: float = 0.0
+    """Standard deviation of the logarithm of the times of steps around the predicted ones."""
+
+    def steps(self) -> StepCost:
+        """What decode steps cost."""
+        return self.step_cost or step_cost(self.machine.cost)
+
+
+class Simulated(Protocol):
+    """A scheduler whose instances can be simulated; its text is its name."""
+
+    def new_instance(self, setup: Setup) -> Instance:
+        """An idle instance."""
+
+    def max_batch_tokens(self, setup: Setup) -> int:
+        """Most new tokens of a forward of several requests."""
+
+
+@dataclass(frozen=True)
+class SimulatedFlowPrefill:
+    """FlowPrefill with a policy, one of ``sgl_flowprefill.policy.POLICIES``, and a granularity of preemption."""
+
+    policy: str
+    granularity: str = "operator"
+
+    def __str__(self) -> str:
+        return self.policy if self.granularity == "operator" else f"{self.policy}/{self.granularity}"
+
+    def new_instance(self, setup: Setup) -> Instance:
+        preemption = Preemption(self.granularity, setup.max_operator_s, setup.lookahead)
+        return FlowPrefillInstance(
+            setup.machine, make_policy(self.policy, setup.limits, setup.max_starvation_s), preemption, setup.hub_s
+        )
+
+    def max_batch_tokens(self, setup: Setup) -> int:
+        return setup.limits.max_batch_tokens
+
+
+@dataclass(frozen=True)
+class SimulatedStock:
+    """SGLang's own scheduler with an order, one of ``stock.ORDERS``, and a chunk size."""
+
+    order: str
+    chunk_tokens: int | None = None
+    """None for whole prompts."""
+
+    def __str__(self) -> str:
+        return f"stock-{self.order}" + (f"-{self.chunk_tokens}" if self.chunk_tokens else "")
+
+    def new_instance(self, setup: Setup) -> Instance:
+        return StockInstance(setup.machine, self.order, self.chunk_tokens)
+
+    def max_batch_tokens(self, setup: Setup) -> int:
+        return self.chunk_tokens or MAX_PREFILL_TOKENS
+
+
+@dataclass(frozen=True)
+class SimulatedUnified:
+    """FlowPrefill on servers that prefill and decode."""
+
+    policy: str
+    granularity: str = "operator"
+    limits: DecodeLimits = field(default_factory=DecodeLimits)
+    variant: str = ""
+    """Name of ``limits``, where they are not the default."""
+
+    def __str__(self) -> str:
+        name = str(SimulatedFlowPrefill(self.policy, self.granularity))
+        return f"{name}+{self.variant}" if self.variant else name
+
+    def new_instance(self, setup: Setup) -> Instance:
+        return UnifiedInstance(
+            setup.machine,
+            make_policy(self.policy, setup.limits, setup.max_starvation_s),
+            Preemption(self.granularity, setup.max_operator_s, setup.lookahead),
+            setup.steps(),
+            self.limits,
+            setup.hub_s,
+            setup.step_error,
+        )
+
+    def max_batch_tokens(self, setup: Setup) -> int:
+        return setup.limits.max_batch_tokens
+
+
+@dataclass(frozen=True)
+class SimulatedUnifiedStock:
+    """SGLang's own scheduler on servers that prefill and decode."""
+
+    order: str
+    chunk_tokens: int | None = None
+    mixed: bool = False
+    interval: int = 0
+    """Decode steps behind each forward of prompts."""
+
+    def __str__(self) -> str:
+        name = str(SimulatedStock(self.order, self.chunk_tokens)) + ("-mixed" if self.mixed else "")
+        return f"{name}-interval-{self.interval}" if self.interval else name
+
+    def new_instance(self, setup: Setup) -> Instance:
+        return StockUnifiedInstance(
+            setup.machine,
+            self.order,
+            self.chunk_tokens,
+            setup.steps(),
+            mixed=self.mixed,
+            interval=self.interval,
+            step_error=setup.step_error,
+        )
+
+    def max_batch_tokens(self, setup: Setup) -> int:
+        return self.chunk_tokens or MAX_PREFILL_TOKENS
 
 
 @dataclass(frozen=True)
@@ -89,10 +155,10 @@ class StreamFigures:
 
     steps: int
     step_s: float
-    """Time in decode steps, without those in mixed forwards."""
+    """Time in decode steps, without forwards of prompts that streams took part in."""
     retractions: int
     give_backs: int
-    late_s: Sequence[float]
+    lateness_s: Sequence[float]
     """For each step that had to start while a prefill ran, how much later it did."""
     margin_s: float
     """At the end, the largest of all instances."""
@@ -120,40 +186,10 @@ class Run:
         return max(done, default=0.0)
 
 
-def new_instance(system: str, setup: Setup) -> Instance:
-    """An idle instance of ``system``. Raises ValueError with the names that there are."""
-    machine, unified = setup.machine, setup.unified
-    stock = re.fullmatch(r"stock-([a-z]+)(?:-(\d+)(-mixed)?)?(?:-i(\d+))?", system)
-    if stock and stock[1] in ORDERS and stock[2] != "0":
-        order, chunk_tokens = stock[1], int(stock[2]) if stock[2] else None
-        if unified is not None:
-            return StockUnifiedInstance(
-                machine,
-                order,
-                chunk_tokens,
-                unified.step_cost,
-                mixed=bool(stock[3]),
-                interval=int(stock[4] or 0),
-                step_error=unified.step_error,
-            )
-        if not stock[3] and not stock[4]:
-            return StockInstance(machine, order, chunk_tokens)
-    kind, _, granularity = system.partition("/")
-    if stock or granularity not in ("", *GRANULARITIES):
-        raise ValueError(f"no system is called {system!r}; there are {UNIFIED_NAMES_HELP if unified else NAMES_HELP}")
-    preemption = Preemption(granularity or "operator", setup.max_operator_s, setup.lookahead)
-    policy = make_policy(kind, setup.limits, setup.max_starvation_s)
-    if unified is not None:
-        return UnifiedInstance(
-            machine, policy, preemption, unified.step_cost, unified.limits, setup.hub_s, unified.step_error
-        )
-    return FlowPrefillInstance(machine, policy, preemption, setup.hub_s)
-
-
-def run(system: str, trace: Trace, setup: Setup) -> Run:
+def run(system: Simulated, trace: Trace, setup: Setup) -> Run:
     """Simulate ``trace`` on ``setup.instances`` instances of ``system``."""
     requests = prepare(trace, setup.machine.cost, setup.conditions)
-    instances = [new_instance(system, setup) for _ in range(setup.instances)]
+    instances = [system.new_instance(setup) for _ in range(setup.instances)]
     simulate(requests, instances, ROUTERS[setup.router](setup.instances))
     preempting = [instance for instance in instances if isinstance(instance, FlowPrefillInstance)]
     blocking_s = [value_s for instance in preempting for value_s in instance.blocking_s] if preempting else None
@@ -170,6 +206,6 @@ def _stream_figures(instances: Sequence[Instance]) -> StreamFigures | None:
         step_s=sum(instance.step_times.total_s for instance in decoding),
         retractions=sum(instance.streams.retractions for instance in decoding),
         give_backs=sum(instance.give_backs for instance in ours),
-        late_s=[late_s for instance in ours for late_s in instance.late_s],
+        lateness_s=[late_s for instance in ours for late_s in instance.lateness_s],
         margin_s=max((instance.policy.margin_s for instance in ours), default=0.0),
     )

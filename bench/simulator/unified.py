@@ -125,7 +125,7 @@ class UnifiedInstance(FlowPrefillInstance):
         self.policy: Colocated = ColocatedPolicy(policy, step_cost, limits)
         self._hub.work.colocated = self._engine.policy = self.policy
         self.step_times = StepTimes(step_cost, step_error)
-        self.late_s: list[float] = []
+        self.lateness_s: list[float] = []
         """For each step that had to start while a prefill ran, how much later it did."""
         self._step_begin_s: float | None = None
         """When the step that runs began."""
@@ -177,7 +177,7 @@ class UnifiedInstance(FlowPrefillInstance):
         self._engine.free_for_step()
         self._running = None
         if self._hub.work.tasks.running is not None and self._now_s >= load.start_by_s:
-            self.late_s.append(self._now_s - load.start_by_s)
+            self.lateness_s.append(self._now_s - load.start_by_s)
         self._step_begin_s = self._now_s
         self.next_s = self._now_s + self._hub_s + self.step_times.draw_s(len(streams), streams.context_tokens)
 

@@ -4,96 +4,65 @@ All of them are served by the same cluster with the same engine and attention; t
 scheduler alone.
 
 The original's stream synchronisation at every operator is no system of its own here: on the CPU a kernel has ended when
-its call returns, so every checkpoint is synchronised already and ``flowprefill`` is what it would be.
+its call returns, so every preemption checkpoint is synchronised already and ``flowprefill`` is what it would be.
 """
 
 from __future__ import annotations
 
-import argparse
 import fnmatch
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
-from sgl_flowprefill.config import FlowPrefillConfig, command_line
+from sgl_flowprefill.bench.simulator.checkpoints import GRANULARITIES
+from sgl_flowprefill.bench.simulator.systems import Simulated, SimulatedFlowPrefill, SimulatedStock
+from sgl_flowprefill.bench.systems.system import PRIORITY_OPTION, EndpointSystem, FlowPrefillSystem, StockSystem, System
+from sgl_flowprefill.config import FlowPrefillConfig
+from sgl_flowprefill.policy import POLICIES
 
-CHUNKS: Final[Mapping[str, str]] = {
-    "": "unchunked: no prompt pays for chunks, the highest throughput",
-    "512": "chunk 512: the shortest wait behind a long prompt",
-    "1024": "chunk 1,024: a short wait at less overhead",
-    "2048": "chunk 2,048: what SGLang chooses for small GPUs",
-    "4096": "chunk 4,096: what SGLang chooses for middling GPUs and for this CPU",
-    "8192": "chunk 8,192: what SGLang chooses for large GPUs, and the paper's limit",
+CHUNKS: Final[Mapping[int | None, str]] = {
+    None: "unchunked: no prompt pays for chunks, the highest throughput",
+    512: "chunk 512: the shortest wait behind a long prompt",
+    1024: "chunk 1,024: a short wait at less overhead",
+    2048: "chunk 2,048: what SGLang chooses for small GPUs",
+    4096: "chunk 4,096: what SGLang chooses for middling GPUs and for this CPU",
+    8192: "chunk 8,192: what SGLang chooses for large GPUs, and the paper's limit",
 }
 ORDERS: Final[Mapping[str, tuple[tuple[str, ...], str]]] = {
     "fcfs": ((), "fcfs: SGLang's default, fair by arrival"),
     "lpm": (("--schedule-policy", "lpm"), "lpm: cached prefixes first, where prompts share much"),
     "spf": (("--schedule-policy", "shortest-prefill-first"), "shortest-prefill-first: the lowest mean TTFT"),
     "hrrn": (("--schedule-policy", "hrrn"), "hrrn: short prompts first, but nobody waits forever"),
-    "priority": (("--enable-priority-scheduling",), "priority scheduling: the class with the tighter SLO first"),
+    "priority": ((PRIORITY_OPTION,), "priority scheduling: the class with the tighter SLO first"),
 }
 UNCHUNKED_FCFS: Final = "stock-fcfs"
 
 
-@dataclass(frozen=True)
-class System:
-    """A system: what the prefill server is started with."""
-
-    name: str
-    label: str
-    why: str
-    stock_args: Sequence[str] = ()
-    """SGLang options of the prefill server."""
-    options: Mapping[str, Any] | None = field(default=None)
-    """FlowPrefill's options (fields of FlowPrefillConfig); None for SGLang's own scheduler."""
-    stock_simulated: str | None = None
-    """Name in the simulator, of one of SGLang's own."""
-
-    @property
-    def is_stock(self) -> bool:
-        """Whether SGLang's own scheduler runs."""
-        return self.options is None
-
-    def config(self, options: FlowPrefillConfig) -> FlowPrefillConfig:
-        """FlowPrefill's options: what the system is about, and ``options`` for the rest."""
-        return FlowPrefillConfig.parse(options.model_dump() | dict(self.options or {}))
-
-    def simulated(self, options: FlowPrefillConfig) -> str:
-        """Its name in the simulator, run with ``options``."""
-        if self.stock_simulated is not None:
-            return self.stock_simulated
-        config = self.config(options)
-        return f"{config.policy}/{config.granularity}"
-
-    @property
-    def wants_priority(self) -> bool:
-        """Whether requests carry a priority: the tighter the TTFT SLO, the higher."""
-        return "--enable-priority-scheduling" in self.stock_args
-
-    @property
-    def settings(self) -> str:
-        """What it is started with, as on a command line."""
-        if self.options is None:
-            return " ".join(self.stock_args)
-        return f"--flowprefill {command_line(self.options)}".rstrip()
-
-
 def _flowprefill(name: str, label: str, why: str, **options: Any) -> System:
-    return System(name, label, why, options=options)
+    return FlowPrefillSystem(name, label, why, options)
 
 
-def _stock(order: str, chunk: str) -> System:
+def _stock(order: str, chunk_tokens: int | None) -> System:
     order_args, order_why = ORDERS[order]
-    return System(
-        name=f"stock-{order}" + (f"-{chunk}" if chunk else ""),
-        label=f"SGLang {order}, " + (f"chunk {chunk}" if chunk else "unchunked"),
-        why=f"{order_why}; {CHUNKS[chunk]}",
-        stock_args=("--chunked-prefill-size", chunk or "-1", *order_args),
-        stock_simulated=f"stock-{order}" + (f"-{chunk}" if chunk else ""),
+    simulation = SimulatedStock(order, chunk_tokens)
+    return StockSystem(
+        name=str(simulation),
+        label=f"SGLang {order}, " + (f"chunk {chunk_tokens}" if chunk_tokens else "unchunked"),
+        why=f"{order_why}; {CHUNKS[chunk_tokens]}",
+        simulation=simulation,
+        args=("--chunked-prefill-size", str(chunk_tokens or -1), *order_args),
+    )
+
+
+def _by_policy(policy: str, granularity: str) -> System:
+    name = str(SimulatedFlowPrefill(policy, granularity))
+    return FlowPrefillSystem(
+        name,
+        f"FlowPrefill, {name}",
+        f"policy {policy} with preemption by {granularity}",
+        {"policy": policy, "granularity": granularity},
     )
 
 
@@ -110,7 +79,7 @@ SYSTEMS: Final[Mapping[str, System]] = {
         _flowprefill(
             "flowprefill-paper",
             "FlowPrefill, S-EDF as published",
-            "the paper's order: hopeless requests latest deadline first, waiting without bound; slack without a margin",
+            "the paper's order: infeasible requests latest deadline first, waiting unbounded; slack without a margin",
             policy="s-edf-paper",
             slack_quantile=0.5,
         ),
@@ -123,25 +92,61 @@ SYSTEMS: Final[Mapping[str, System]] = {
         _flowprefill(
             "flowprefill-layer",
             "FlowPrefill by layer",
-            "checkpoints once a layer: half as many, the paper's comparison",
+            "preemption checkpoints once a layer: half as many, the paper's comparison",
             granularity="layer",
         ),
         _flowprefill(
             "flowprefill-chunk",
             "FlowPrefill by forward",
-            "no checkpoint inside a forward pass: slack-aware order without preemption",
+            "no preemption checkpoint inside a forward pass: slack-aware order without preemption",
             granularity="chunk",
         ),
-        System(
+        StockSystem(
             "sglang",
             "SGLang",
             "SGLang as it comes, with the chunk size that it chooses",
-            stock_simulated="stock-fcfs-4096",
+            SimulatedStock("fcfs", 4096),
         ),
-        *(_stock(order, chunk) for chunk in CHUNKS for order in ORDERS),
+        *(_stock(order, chunk_tokens) for chunk_tokens in CHUNKS for order in ORDERS),
     )
 }
-"""Every system by name. UNCHUNKED_FCFS stands in for DistServe."""
+"""Every system by name: a baseline is one entry here. UNCHUNKED_FCFS stands in for DistServe."""
+BY_POLICY: Final[Mapping[str, System]] = {
+    system.name: system
+    for system in (_by_policy(policy, granularity) for policy in POLICIES for granularity in GRANULARITIES)
+}
+"""FlowPrefill by policy and granularity alone, for comparisons of policies: ``POLICY`` or ``POLICY/GRANULARITY``."""
+
+HEADLINE: Final = (
+    "feasible",
+    "s-edf",
+    "feasible/layer",
+    "stock-fcfs",
+    "stock-spf",
+    "stock-fcfs-512",
+    "stock-fcfs-2048",
+    "stock-fcfs-8192",
+    "stock-spf-512",
+    "stock-spf-2048",
+    "stock-priority-512",
+    "stock-priority-2048",
+)
+"""What a comparison in the simulator runs by default; stock-fcfs stands in for DistServe."""
+
+
+def find(name: str) -> System:
+    """The system called ``name``, of SYSTEMS or of BY_POLICY. Raises ValueError with the names that there are."""
+    system = SYSTEMS.get(name) or BY_POLICY.get(name)
+    if system is None:
+        raise ValueError(f"no system is called {name!r}; there are {', '.join([*BY_POLICY, *SYSTEMS])}")
+    return system
+
+
+def simulated(name: str) -> Simulated:
+    """How the system called ``name`` is simulated, with FlowPrefill's default options. Raises ValueError."""
+    found = find(name).simulated(FlowPrefillConfig())
+    assert found is not None, "what the registry has can be simulated"
+    return found
 
 
 def select(patterns: Iterable[str]) -> list[System]:
@@ -152,30 +157,18 @@ def select(patterns: Iterable[str]) -> list[System]:
     chosen: dict[str, System] = {}
     for pattern in (part for text in patterns for part in text.split(",") if part):
         names = list(SYSTEMS) if pattern == "all" else fnmatch.filter(SYSTEMS, pattern)
-        if not names:
+        if not names and pattern not in BY_POLICY:
             raise ValueError(f"no system is called {pattern!r}; --list-systems shows all {len(SYSTEMS)}")
-        chosen |= {name: SYSTEMS[name] for name in names}
+        chosen |= {name: find(name) for name in names or [pattern]}
     return list(chosen.values())
 
 
-def add_systems_option(parser: argparse.ArgumentParser, *default: str) -> None:
-    """Add ``--systems``, for ``select``."""
-    parser.add_argument(
-        "--systems",
-        nargs="+",
-        default=list(default),
-        metavar="NAME",
-        help=f"systems to run, in order: names or globs of --list-systems, or all (default {' '.join(default)})",
-    )
-    parser.add_argument("--list-systems", action=_ListSystems, nargs=0, help="show every system's settings, and end")
-
-
-class _ListSystems(argparse.Action):
-    def __call__(
-        self, parser: argparse.ArgumentParser, namespace: object, values: object, option_string: str | None = None
-    ) -> None:
-        Console().print(systems_table())
-        parser.exit()
+def endpoint(text: str) -> EndpointSystem:
+    """The endpoint that ``NAME=URL`` names. Raises ValueError, also for the name of a system that there is."""
+    system = EndpointSystem.parse(text)
+    if system.name in SYSTEMS or system.name in BY_POLICY:
+        raise ValueError(f"--endpoint {text!r}: a system is called {system.name!r} already; give another name")
+    return system
 
 
 def systems_table() -> Table:
@@ -184,3 +177,31 @@ def systems_table() -> Table:
     for system in SYSTEMS.values():
         table.add_row(system.name, system.settings, system.why)
     return table
+
+
+def systems_page() -> str:
+    """``docs/systems.md``: what it says is what the registry has."""
+    lines = [
+        "# Systems",
+        "",
+        "What `demo`, `goodput` and `validate` take as `--systems`, and `simulate` as `--policy`. All are served by",
+        "the same cluster with the same engine; they differ in the prefill server's scheduler alone.",
+        f"`{UNCHUNKED_FCFS}` stands in for DistServe.",
+        "",
+        "A baseline is one entry of `bench/systems/catalog.py`. This page is written from there, by",
+        "`python -m sgl_flowprefill.bench.systems > docs/systems.md`.",
+        "",
+        "| system | settings of the prefill server | simulated as | why its users would run it so |",
+        "| --- | --- | --- | --- |",
+    ]
+    for system in SYSTEMS.values():
+        settings = f"`{system.settings}`" if system.settings else "none"
+        lines.append(f"| `{system.name}` | {settings} | `{simulated(system.name)}` | {system.why} |")
+    lines += [
+        "",
+        f"Policies by themselves, for comparisons of policies: {', '.join(f'`{name}`' for name in BY_POLICY)}.",
+        "",
+        "Servers of another engine take part in `demo` and `goodput` with `--endpoint NAME=URL`; see",
+        "[benchmarks.md](benchmarks.md#another-engine).",
+    ]
+    return "\n".join(lines) + "\n"

@@ -1,8 +1,7 @@
-"""A system's servers, up for measurements: what demo, goodput, validate, anatomy and uncontended have in common."""
+"""A system's servers, up for measurements: what demo, goodput, validate, breakdown and uncontended have in common."""
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import json
 import os
@@ -23,13 +22,15 @@ from rich.console import Console
 from sgl_flowprefill.bench.capacity.prober import Plan, Prober
 from sgl_flowprefill.bench.capacity.probes import ProbeLog
 from sgl_flowprefill.bench.cli.events import summarise_log
-from sgl_flowprefill.bench.loadgen.calibrate import measure_solo_ttft
+from sgl_flowprefill.bench.cli.options import ServerOptions
+from sgl_flowprefill.bench.loadgen.calibrate import measure_isolated_ttft
 from sgl_flowprefill.bench.loadgen.client import Client, GenerateApi, get_json
 from sgl_flowprefill.bench.loadgen.replay import Enough, OnProgress, ReplayRun, replay
-from sgl_flowprefill.bench.metrics.comparison import machine, versions
+from sgl_flowprefill.bench.metrics.provenance import machine, versions
 from sgl_flowprefill.bench.metrics.requests import read_suspensions
 from sgl_flowprefill.bench.simulator.measured import Engine, best_profile
-from sgl_flowprefill.bench.systems.catalog import System
+from sgl_flowprefill.bench.systems.endpoint import Reached, Say, connect
+from sgl_flowprefill.bench.systems.system import EndpointSystem, System
 from sgl_flowprefill.bench.workloads.answers import measure_decode
 from sgl_flowprefill.bench.workloads.prompts import PromptBuilder
 from sgl_flowprefill.bench.workloads.trace import Trace, TraceRequest
@@ -53,8 +54,6 @@ SETTLE_POLL_S: Final = 0.2
 WAKE_S: Final = 0.5
 """What servers that were stopped have to catch up with before they are measured."""
 
-Say = Callable[[str], None]
-
 
 @dataclass(frozen=True)
 class Servers:
@@ -66,30 +65,15 @@ class Servers:
     decode_args: tuple[str, ...] = ()
     options: FlowPrefillConfig = field(default_factory=FlowPrefillConfig)
 
-    @staticmethod
-    def add_options(parser: argparse.ArgumentParser) -> None:
-        """Add the options that ``from_args`` reads."""
-        servers = parser.add_argument_group("servers")
-        servers.add_argument("--model-path", metavar="M", help="model to serve instead of the embedded one")
-        for name, which in (("server", "every SGLang server"), ("prefill", "prefill"), ("decode", "decode")):
-            servers.add_argument(
-                f"--{name}-args",
-                type=shlex.split,
-                default=[],
-                metavar="ARGS",
-                help=f"SGLang options for {which}" + (" servers" if name != "server" else ""),
-            )
-        FlowPrefillConfig.add_cli_args(parser)
-
     @classmethod
-    def from_args(cls, args: argparse.Namespace) -> Servers:
-        """The servers that the options ask for. Raises ConfigError."""
+    def from_options(cls, options: ServerOptions) -> Servers:
+        """The servers that the command line asks for. Raises ConfigError."""
         return cls(
-            args.model_path,
-            tuple(args.server_args),
-            tuple(args.prefill_args),
-            tuple(args.decode_args),
-            FlowPrefillConfig.from_namespace(args),
+            options.model_path,
+            options.server_args,
+            options.prefill_args,
+            options.decode_args,
+            options.flowprefill.config(),
         )
 
     @property
@@ -108,18 +92,17 @@ class Servers:
 
     def cluster(self, system: System, log_dir: Path, event_log: Path | None) -> ClusterConfig:
         """The cluster of ``system``: only the prefill scheduler differs from that of another."""
-        options = self.options
-        if system.options is not None:
-            log = {"event_log": str(event_log.resolve())} if event_log else {}
-            options = system.config(options).model_copy(update=log)
+        options = system.config(self.options)
+        if options is not None and event_log is not None:
+            options = options.model_copy(update={"event_log": str(event_log.resolve())})
         return ClusterConfig(
-            flowprefill=not system.is_stock,
+            flowprefill=options is not None,
             model_path=self.model_path,
             server_args=self.server_args,
-            prefill_args=(*self.prefill_args, *system.stock_args),
+            prefill_args=(*self.prefill_args, *system.prefill_args),
             decode_args=self.decode_args,
             log_dir=log_dir,
-            options=options,
+            options=options or self.options,
         )
 
 
@@ -134,8 +117,8 @@ class Served:
     """FlowPrefill's event log; None for SGLang's own scheduler."""
 
     def solo_ttft_s(self, prompts: PromptBuilder, say: Say | None = None) -> dict[int, float]:
-        """Median TTFT (s) of lone requests by prompt tokens. Raises CalibrationError."""
-        return measure_solo_ttft(self.client, prompts, say)
+        """Median TTFT (s) of isolated requests by prompt tokens. Raises CalibrationError."""
+        return measure_isolated_ttft(self.client, prompts, say)
 
     def decode_tokens_per_s(self, prompts: PromptBuilder) -> float:
         """What the decode server carries. Raises CalibrationError."""
@@ -202,13 +185,33 @@ class Served:
         burst = TraceRequest(0.0, BURST_TOKENS, 1, "burst", ttft_slo_s=60.0, tbt_slo_s=60.0)
         run = self.replay(Trace("burst", [burst] * BURST_REQUESTS), prompts)
         self.settle()
-        events = (event for event in read_events(self.event_log) if event["t_s"] >= run.start_monotonic_s)
+        events = (event for event in read_events(self.event_log) if event.t_s >= run.start_monotonic_s)
         return summarise_log(events).between_forwards_p50_s or 0.0
 
     def settings(self) -> dict[str, Any]:
         """What the prefill server says of the settings that matter to a comparison; nothing if it does not say."""
         info = self._server_info()
         return {name: info[name] for name in SETTINGS if name in info}
+
+    def suspend(self) -> None:
+        """Stop the servers (SIGSTOP)."""
+        self.cluster.suspend()
+
+    def resume(self) -> None:
+        """Let the servers go on."""
+        self.cluster.resume()
+
+    @contextmanager
+    def beside(self) -> Iterator[None]:
+        """Keep this process off the CPUs that the prefill scheduler has for itself. No cluster is to be started
+        meanwhile: it would share only the CPUs that are left."""
+        before = os.sched_getaffinity(0)
+        if self.cluster.cpus:
+            os.sched_setaffinity(0, self.cluster.cpus.others)
+        try:
+            yield
+        finally:
+            os.sched_setaffinity(0, before)
 
     def _server_info(self) -> dict[str, Any]:
         try:
@@ -217,8 +220,8 @@ class Served:
             return {}
 
 
-Serve = Callable[[System], AbstractContextManager[Served]]
-"""The servers of a system, up for as long as the context is open."""
+Serve = Callable[[System], AbstractContextManager[Reached]]
+"""A system, up for as long as the context is open."""
 
 
 @contextmanager
@@ -237,7 +240,17 @@ def start(system: System, servers: Servers, out: Path, say: Say) -> Iterator[Ser
 @contextmanager
 def serve(system: System, servers: Servers, out: Path, say: Say) -> Iterator[Served]:
     """``start``, and this process leaves the prefill's CPUs alone meanwhile."""
-    with start(system, servers, out, say) as served, _beside(served.cluster):
+    with start(system, servers, out, say) as served, served.beside():
+        yield served
+
+
+@contextmanager
+def reach(system: System, servers: Servers, out: Path, say: Say) -> Iterator[Reached]:
+    """``start`` for systems whose servers are ours, ``connect`` for endpoints of others."""
+    if isinstance(system, EndpointSystem):
+        yield connect(system, say)
+        return
+    with start(system, servers, out, say) as served:
         yield served
 
 
@@ -250,7 +263,7 @@ class SideBySide:
 
     def __init__(self, start: Serve) -> None:
         self._start = start
-        self._up: dict[str, Served] = {}
+        self._up: dict[str, Reached] = {}
         self._most_bytes = 0
         self._stack = ExitStack()
 
@@ -263,23 +276,23 @@ class SideBySide:
         self._stack.close()
 
     @contextmanager
-    def serving(self, system: System) -> Iterator[Served]:
+    def serving(self, system: System) -> Iterator[Reached]:
         """The servers of ``system``, started if they are not up, while those of all others are stopped; this process
         leaves the prefill's CPUs alone. Raises ClusterError, also when there is no memory for one more system.
         """
         if system.name in self._up:
             served = self._up[system.name]
-            served.cluster.resume()
+            served.resume()
             time.sleep(WAKE_S)
         else:
             served = self._up[system.name] = self._started(system)
         try:
-            with _beside(served.cluster):
+            with served.beside():
                 yield served
         finally:
-            served.cluster.suspend()
+            served.suspend()
 
-    def _started(self, system: System) -> Served:
+    def _started(self, system: System) -> Reached:
         free_bytes = available_memory_bytes()
         if free_bytes < self._most_bytes:
             raise ClusterError(
@@ -287,32 +300,26 @@ class SideBySide:
                 f"{self._most_bytes / 1e9:.1f} GB, {free_bytes / 1e9:.1f} GB are left; compare fewer systems at a time"
             )
         served = self._stack.enter_context(self._start(system))
-        self._stack.callback(served.cluster.resume)  # what is stopped does not end
+        self._stack.callback(served.resume)  # what is stopped does not end
         self._most_bytes = max(self._most_bytes, free_bytes - available_memory_bytes())
         return served
 
 
 @contextmanager
 def serving(servers: Servers, out: Path, say: Say, *, side_by_side: bool) -> Iterator[Serve]:
-    """How each system's servers are started: each time anew, or once, to take turns ``side_by_side``."""
-    if not side_by_side:
-        yield partial(serve, servers=servers, out=out, say=say)
+    """How each system comes up: its servers start each time anew, or once, to take turns ``side_by_side``."""
+    start_one = partial(reach, servers=servers, out=out, say=say)
+    if side_by_side:
+        with SideBySide(start_one) as systems:
+            yield systems.serving
         return
-    with SideBySide(partial(start, servers=servers, out=out, say=say)) as systems:
-        yield systems.serving
 
+    @contextmanager
+    def serve_one(system: System) -> Iterator[Reached]:
+        with start_one(system) as served, served.beside():
+            yield served
 
-@contextmanager
-def _beside(cluster: Cluster) -> Iterator[None]:
-    """Keep this process off the CPUs that the prefill scheduler has for itself. No cluster is to be started meanwhile:
-    it would share only the CPUs that are left."""
-    before = os.sched_getaffinity(0)
-    if cluster.cpus:
-        os.sched_setaffinity(0, cluster.cpus.others)
-    try:
-        yield
-    finally:
-        os.sched_setaffinity(0, before)
+    yield serve_one
 
 
 @contextmanager

@@ -7,7 +7,6 @@ was recorded on GPUs would need many times what it has. Shortened by one factor 
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import dataclasses
 from collections.abc import Sequence
@@ -16,7 +15,6 @@ from typing import Any, Final
 
 import numpy as np
 
-from sgl_flowprefill.bench.cli.options import positive_int
 from sgl_flowprefill.bench.loadgen.calibrate import CalibrationError, fresh_indices
 from sgl_flowprefill.bench.loadgen.client import Client, Outcome
 from sgl_flowprefill.bench.workloads.prompts import PromptBuilder
@@ -67,17 +65,6 @@ class Answers:
         """What a report says of them; ``trace`` has them."""
         lengths = _lengths(trace)
         return dataclasses.asdict(self) | {"median": float(np.median(lengths)), "mean": float(np.mean(lengths))}
-
-
-def add_answers_option(parser: argparse._ActionsContainer) -> None:
-    """Add ``--max-output-tokens`` for commands that scale answers without it."""
-    parser.add_argument(
-        "--max-output-tokens",
-        type=positive_int,
-        metavar="N",
-        help="keep the lengths of answers and cut those that are longer, for example 8 (default: all are shortened by "
-        f"one factor, so that they take {DECODE_SHARE:.0%}% of what the decode server carries, which is measured)",
-    )
 
 
 def measure_decode(client: Client, prompts: PromptBuilder) -> float:

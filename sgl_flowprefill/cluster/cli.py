@@ -1,4 +1,7 @@
-"""The command line of ``launch.py``: a cluster that stays up until it is interrupted."""
+"""The command line of ``launch.py``: a cluster that stays up until it is interrupted.
+
+It is made with argparse, as SGLang's is: what this parser leaves over are SGLang's options, which go to the servers.
+"""
 
 from __future__ import annotations
 

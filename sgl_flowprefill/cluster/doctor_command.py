@@ -1,4 +1,4 @@
-"""``launch.py doctor``: check on this machine what FlowPrefill assumes of its device."""
+"""``launch.py doctor``: check on this machine what FlowPrefill assumes of its device, or of SGLang."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any, Final, NoReturn
 from rich.console import Console
 from rich.table import Table
 
-from sgl_flowprefill.cluster import machine, preflight
+from sgl_flowprefill.cluster import contract_command, machine, preflight
 from sgl_flowprefill.cluster.base import ClusterConfig, Ports, StartError
 from sgl_flowprefill.cluster.process import Guard
 from sgl_flowprefill.config import ConfigError, FlowPrefillConfig
@@ -31,6 +31,12 @@ def main(argv: Sequence[str]) -> int:
     """Run the checks and print what they found; returns the exit code."""
     try:
         arguments, server_args = _parser().parse_known_args(argv)
+        if arguments.contract:
+            if server_args:
+                raise StartError(f"--contract takes no options of SGLang: {shlex.join(server_args)}")
+            return 0 if contract_command.check(arguments.sources) else EXIT_FAILED
+        if arguments.sources is not None:
+            raise StartError("--sources is where --contract looks: give that too")
         if arguments.gpu and not machine.gpu_count():
             raise StartError("this machine has no NVIDIA GPU, so nothing was checked")
         return _check(arguments, server_args)
@@ -89,7 +95,8 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="launch.py doctor",
-        usage="launch.py doctor [--gpu] [--model-path MODEL] [SGLang server options]",
+        usage="launch.py doctor [--gpu] [--model-path MODEL] [SGLang server options]\n"
+        "       launch.py doctor --contract [--sources DIR]",
         description="Check what FlowPrefill assumes of the device: events, attention state, tokens under preemption, "
         "tiled attention, the cost of checkpoints, blocking. Options that are not listed here are SGLang's, as for the "
         "prefill server.",
@@ -98,6 +105,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--gpu", action="store_true", help="insist on a GPU: without one, exit with 2")
     parser.add_argument("--model-path", metavar="MODEL", help="checkpoint directory or Hugging Face model id (default: "
                         "a small random model)")  # fmt: skip
+    parser.add_argument("--contract", action="store_true", help="check instead what FlowPrefill expects of the "
+                        "installed SGLang, symbol by symbol")  # fmt: skip
+    parser.add_argument("--sources", metavar="DIR", type=Path, help="with --contract: check the SGLang in this "
+                        "directory (an unpacked wheel), without importing it")  # fmt: skip
     parser.add_argument("--log-dir", metavar="DIR", type=Path, default=Path("out/logs"), help="directory of the log "
                         "file (default %(default)s)")  # fmt: skip
     FlowPrefillConfig.add_cli_args(parser)

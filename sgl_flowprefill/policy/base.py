@@ -188,15 +188,15 @@ class Policy(ABC, Generic[R, K]):
         4.2, where a batch may take all of that time: what arrives later and goes first then costs all members their
         deadlines at once). Nothing joins a batch that has started.
         """
-        tokens = new_tokens(winner.item)
-        if tokens >= self.limits.max_batch_tokens:
+        tokens, max_tokens = new_tokens(winner.item), self.limits.max_batch_tokens
+        if tokens >= max_tokens:
             return [winner]
         members, time_left_s, too_large = [winner], [_time_left_s(winner, now_s)], 0
         for job in islice(self.in_order(now_s), 2 * self.limits.max_batch_requests):
             if job is winner:
                 continue
             of_job = new_tokens(job.item)
-            if tokens + of_job > self.limits.max_batch_tokens:
+            if tokens + of_job > max_tokens:
                 too_large += 1
                 if too_large == TOO_LARGE:
                     break

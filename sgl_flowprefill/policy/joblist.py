@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from array import array
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterator
-from itertools import chain, islice
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 from operator import attrgetter
 from typing import Final, Generic, TypeVar
 
 from sgl_flowprefill.policy.base import Job
 
 T = TypeVar("T")
+Item = TypeVar("Item")
 
 BLOCK_JOBS: Final = 256
 """Jobs of a block at most: it is cut in two halves beyond."""
@@ -52,7 +53,8 @@ class JobList(Generic[T]):
             assert place == len(jobs) or jobs[place] is not job, "a job is in a list at most once"
         keys.insert(place, key)
         jobs.insert(place, job)
-        self._last_keys[block] = keys[-1]
+        if place == len(jobs) - 1:
+            self._last_keys[block] = key
         if len(jobs) > BLOCK_JOBS:
             half = len(jobs) // 2
             self._insert_block(block, keys[:half], jobs[:half])
@@ -69,7 +71,8 @@ class JobList(Generic[T]):
         del keys[place], jobs[place]
         self._length -= 1
         if jobs:
-            self._last_keys[block] = keys[-1]
+            if place == len(jobs):
+                self._last_keys[block] = keys[-1]
         else:
             del self._keys[block], self._jobs[block], self._last_keys[block]
 
@@ -86,14 +89,14 @@ class JobList(Generic[T]):
         if block == len(self._jobs):
             return iter(())
         place = bisect_left(self._keys[block], key)
-        return chain(self._jobs[block][place:], chain.from_iterable(islice(self._jobs, block + 1, None)))
+        return chain(_items(self._jobs[block], place), chain.from_iterable(_items(self._jobs, block + 1)))
 
     def before(self, key: float, number: float) -> Iterator[Job[T]]:
         """The jobs before that key and number, the last one first. The list may not change meanwhile."""
         if self._jobs:
             block, place = self._among_equals(key, number)
-            yield from reversed(self._jobs[block][:place])
-            for jobs in islice(reversed(self._jobs), len(self._jobs) - block, None):
+            yield from _items_before(self._jobs[block], place)
+            for jobs in _items_before(self._jobs, block):
                 yield from reversed(jobs)
 
     def _among_equals(self, key: float, number: float) -> tuple[int, int]:
@@ -117,3 +120,13 @@ class JobList(Generic[T]):
 
     def __len__(self) -> int:
         return self._length
+
+
+def _items(items: Sequence[Item], start: int) -> Iterator[Item]:
+    """Those from a place on, one by one: a slice would read every one of them from memory at once."""
+    return map(items.__getitem__, range(start, len(items)))
+
+
+def _items_before(items: Sequence[Item], end: int) -> Iterator[Item]:
+    """Those before a place, the last one first."""
+    return map(items.__getitem__, range(end - 1, -1, -1))

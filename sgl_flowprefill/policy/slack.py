@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import chain, filterfalse, islice, takewhile
+from itertools import chain, filterfalse, islice
 from operator import attrgetter
 from typing import Any, Final, Generic, TypeVar
 
@@ -125,21 +125,19 @@ class SlackOrder(Generic[T]):
         return moved
 
     def first_starved(self, now_s: float) -> Job[T] | None:
-        """The first of the infeasible jobs, if it is starved."""
+        """The first of the infeasible jobs, if it is starved: the next one's turn comes when it has gone."""
         first = self._infeasible.first()
         return first if first is not None and self._is_starved(first, now_s) else None
-
-    def starved(self, now_s: float) -> Iterator[Job[T]]:
-        """The first of the infeasible jobs, as far as they are starved."""
-        return takewhile(lambda job: self._is_starved(job, now_s), self._infeasible)
 
     def first_feasible(self, now_s: float) -> Job[T] | None:
         """The job with the earliest deadline that can still be met."""
         first = self.feasible.first()
         if first is None or first.latest_start_s >= now_s:
             return first
-        looked_at = islice(self.feasible.from_key(now_s), LOOKS)
-        return next((job for job in looked_at if job.latest_start_s >= now_s), None)
+        for job in islice(self.feasible.from_key(now_s), LOOKS):
+            if job.deadline_s - job.work_s * job.pace.factor >= now_s:
+                return job
+        return None
 
     def first_infeasible(self) -> Job[T] | None:
         """The first job where no job is feasible."""

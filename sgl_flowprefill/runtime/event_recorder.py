@@ -12,7 +12,7 @@ from typing import Any, Final
 from sglang.srt.managers.scheduler_components.output_streamer import SchedulerOutputStreamer
 from sglang.srt.managers.utils import is_health_check_generate_req
 
-from sgl_flowprefill.events import EventLog
+from sgl_flowprefill.events import Abort, Arrival, Complete, EventLog, Fail, Resume, Start, Suspend
 from sgl_flowprefill.runtime.failure import Failure
 from sgl_flowprefill.runtime.metrics import Metrics
 from sgl_flowprefill.runtime.parts import TTFT, Recorder
@@ -40,7 +40,7 @@ class EventRecorder(EventLog, Recorder):
             return
         self._open.add(req)
         self.write(
-            "arrival",
+            Arrival,
             time.monotonic(),
             rid=req.rid,
             # SGLang replaces the prompt of one that it refuses.
@@ -62,7 +62,7 @@ class EventRecorder(EventLog, Recorder):
         if self._metrics is not None:
             self._metrics.preempted(blocking_s)
         self.write(
-            "suspend",
+            Suspend,
             now_s,
             task=task.id,
             rids=task.rids,
@@ -76,10 +76,10 @@ class EventRecorder(EventLog, Recorder):
     def resumed(self, task: PrefillTask, now_s: float) -> None:
         """``task`` runs, for the first time or again."""
         if task.has_run:
-            self.write("resume", now_s, task=task.id, rids=task.rids, checkpoint=task.checkpoint)
+            self.write(Resume, now_s, task=task.id, rids=task.rids, checkpoint=task.checkpoint)
             return
         self.write(
-            "start",
+            Start,
             now_s,
             task=task.id,
             rids=task.rids,
@@ -98,7 +98,7 @@ class EventRecorder(EventLog, Recorder):
             if is_health_check_generate_req(req) or (req in self._open and req not in self._abort_asked)
         ]
         self.write(
-            "complete",
+            Complete,
             time.monotonic(),
             task=task.id,
             rids=self._close(ended),
@@ -114,7 +114,7 @@ class EventRecorder(EventLog, Recorder):
     def dropped(self, task: PrefillTask) -> None:
         """``task`` is unwound: nobody waits for it any more. Members that have ended already are not named."""
         rids = self._close([req for req in task.reqs if req in self._open])
-        self.write("abort", time.monotonic(), rids=rids, task=task.id, checkpoint=task.checkpoint)
+        self.write(Abort, time.monotonic(), rids=rids, task=task.id, checkpoint=task.checkpoint)
 
     def failed(self, task: PrefillTask, failure: Failure) -> None:
         """The forward pass of ``task`` has raised. Members whose abort was asked for end as aborted, when SGLang drops
@@ -122,7 +122,7 @@ class EventRecorder(EventLog, Recorder):
         """
         rids = self._close([req for req in task.reqs if req in self._open and req not in self._abort_asked])
         self.write(
-            "fail",
+            Fail,
             time.monotonic(),
             rids=rids,
             task=task.id,
@@ -143,9 +143,9 @@ class EventRecorder(EventLog, Recorder):
         now_s, asked = time.monotonic(), req in self._abort_asked
         rids = self._close([req])
         if asked:
-            self.write("abort", now_s, rids=rids)
+            self.write(Abort, now_s, rids=rids)
         else:
-            self.write("fail", now_s, rids=rids, http_status=http_status, reason=reason[:REASON_CHARS])
+            self.write(Fail, now_s, rids=rids, http_status=http_status, reason=reason[:REASON_CHARS])
 
     def close_lost(self, held: Iterable[Any]) -> None:
         """End the requests that are not among ``held``, the scheduler's: they left it on a way that nothing else here

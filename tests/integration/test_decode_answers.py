@@ -58,10 +58,10 @@ def compare(cluster: Cluster, comparison: Comparison, count: int, seed: int) -> 
     time.sleep(0.5)  # the log reaches the file when the scheduler turns idle
     log = cluster.config.options.event_log
     assert log is not None
-    events = [event for event in read_events(log) if event["t_s"] >= start_s]
+    events = [event for event in read_events(log) if event.t_s >= start_s]
     seen = Counter({"requests": len(answers)})
-    seen["suspensions"] = sum(event["event"] == "suspend" for event in events)
-    seen["batches of several"] = sum(event["event"] == "start" and len(event["rids"]) > 1 for event in events)
+    seen["suspensions"] = sum(event.kind == "suspend" for event in events)
+    seen["batches of several"] = sum(event.kind == "start" and len(event.rids) > 1 for event in events)
     seen["requests with a cached prefix"] = sum(answer["meta_info"]["cached_tokens"] > 0 for answer in answers)
     for i, (tokens, answer) in enumerate(zip(prompts, answers, strict=True)):
         logprobs, ids = zip(*(entry[:2] for entry in answer["meta_info"]["output_token_logprobs"]), strict=True)

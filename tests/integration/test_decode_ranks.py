@@ -1,8 +1,7 @@
-"""A tensor-parallel decode server with hardly any places: its ranks give them out in the same order, the urgent first.
+"""A tensor-parallel decode server with hardly any places: its ranks give them out in the same order.
 
-The requests whose answers are compared come as OpenAI lists of prompts, all of which the HTTP server receives at the
-same instant and for the same objective, to both servers as a gateway would send them. Their tokens and log
-probabilities are those of transformers.
+Requests come as OpenAI lists of prompts, all of which the HTTP server receives at the same instant and for the same
+objective, to both servers as a gateway would send them. Their tokens and log probabilities are those of transformers.
 """
 
 from __future__ import annotations
@@ -10,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +27,6 @@ PROMPT_TOKENS, OUTPUT_TOKENS = 12, 6
 LIST_LENGTH = 20
 PLACES = 4
 SLOS_S = (0.2, 1.0, 5.0, 30.0)
-
-RELAXED = 10 * PLACES
-RELAXED_TOKENS, URGENT_TOKENS = 4000, 64
-URGENT_AFTER_S = 0.6
-"""By then all relaxed requests wait: some at the prefill server, one running there, most of them for a place."""
 
 Answers = list[tuple[str, list[float]]]
 """Text of each request's answer, and the log probability of each of its tokens."""
@@ -105,21 +98,18 @@ async def ask(cluster: Cluster, count: int) -> Answers:
     return [answer for some in answers for answer in some]
 
 
-def cluster_of(tp: int, log_dir: Path) -> Cluster:
+def answers_of(tp: int, count: int, log_dir: Path) -> Answers:
     config = ClusterConfig(
         flowprefill=True,
         model_path=str(embedded_model_path(MODEL)),
         decode_args=("--tp", str(tp), "--max-running-requests", str(PLACES)),
         log_dir=log_dir,
     )
-    return Cluster(config, on_progress=print)
-
-
-def answers_of(cluster: Cluster, count: int) -> Answers:
-    started_s = time.monotonic()
-    answers = asyncio.run(ask(cluster, count))
-    print(f"{count} requests in {time.monotonic() - started_s:.1f} s")
-    cluster.check()
+    with Cluster(config, on_progress=print) as cluster:
+        started_s = time.monotonic()
+        answers = asyncio.run(ask(cluster, count))
+        print(f"{count} requests on {tp} ranks in {time.monotonic() - started_s:.1f} s")
+        cluster.check()
     return answers
 
 
@@ -134,51 +124,13 @@ def assert_same(answers: Answers, expected: Answers) -> None:
     )
 
 
-async def finished_s(url: str) -> dict[str, float]:
-    """When each request had its only token, seconds after the first was sent."""
-    start_s = time.monotonic()
-    times: dict[str, float] = {}
-
-    async def one(session: aiohttp.ClientSession, name: str, delay_s: float, tokens: list[int], slo_s: float) -> None:
-        await asyncio.sleep(delay_s)
-        sampling = {"max_new_tokens": 1, "temperature": 0, "custom_params": {"ttft_slo": slo_s}}
-        async with session.post(url + "/generate", json={"input_ids": tokens, "sampling_params": sampling}) as response:
-            assert response.status == 200, await response.text()
-            await response.json()
-        times[name] = time.monotonic() - start_s
-
-    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(120)) as session:
-        await asyncio.gather(
-            *(one(session, f"relaxed {i}", 0.01 * i, prompt(100 + i, RELAXED_TOKENS), 60.0) for i in range(RELAXED)),
-            one(session, "urgent", URGENT_AFTER_S, prompt(7, URGENT_TOKENS), 1.0),
-        )
-    return times
-
-
-@pytest.fixture(scope="module")
-def two_ranks(one_cluster: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    one_cluster.close()  # it wants the same cores
-    with cluster_of(2, tmp_path_factory.mktemp("two")) as cluster:
-        yield cluster
-
-
-def test_two_ranks_answer_as_one_model_when_places_are_scarce(no_cluster: None, two_ranks: Cluster) -> None:
-    assert_same(answers_of(two_ranks, 100), alone(100))
-
-
-def test_an_urgent_request_gets_the_next_place(no_cluster: None, two_ranks: Cluster) -> None:
-    times = asyncio.run(finished_s(two_ranks.gateway_url))
-    before_urgent = sum(time_s < times["urgent"] for name, time_s in times.items() if name != "urgent")
-    print(f"{before_urgent} of {RELAXED} relaxed requests are before it")
-    assert before_urgent <= RELAXED - 4 * PLACES, times
+def test_two_ranks_answer_as_one_model_when_places_are_scarce(no_cluster: None, tmp_path: Path) -> None:
+    assert_same(answers_of(2, 100, tmp_path), alone(100))
 
 
 @pytest.mark.stress
 def test_a_thousand_requests_get_the_tokens_of_one_rank(no_cluster: None, tmp_path: Path) -> None:
-    answers = []
-    for tp in (2, 1):
-        with cluster_of(tp, tmp_path / str(tp)) as cluster:
-            answers.append(answers_of(cluster, 1000))
+    two, one = (answers_of(tp, 1000, tmp_path / str(tp)) for tp in (2, 1))
     expected = alone(1000)
-    for some in answers:
-        assert_same(some, expected)
+    assert_same(two, expected)
+    assert_same(one, expected)

@@ -12,7 +12,7 @@ from sglang.srt.disaggregation.base import KVPoll
 from sglang.srt.managers.io_struct import AbortReq
 
 from sgl_flowprefill.bench.cli.events import summarise_log
-from sgl_flowprefill.events import read_events
+from sgl_flowprefill.events import AnyEvent, read_events
 from sgl_flowprefill.policy import Limits
 from sgl_flowprefill.runtime.event_recorder import EventRecorder
 from tests.engine import PrefillEngine, generate_request
@@ -48,23 +48,21 @@ class LoggedEngine:
         hub.look()
         hub.stall_check_s = usual_s
 
-    def events(self) -> list[dict[str, Any]]:
+    def events(self) -> list[AnyEvent]:
         self.scheduler.hub.recorder.flush()
         return list(read_events(self.path))
 
     def ends(self) -> dict[str, str]:
         """Kind of end by request; each has one, after its arrival, and nothing else has."""
         events = self.events()
-        arrivals = [event["rid"] for event in events if event["event"] == "arrival"]
-        ends = [
-            (rid, event) for event in events if event["event"] in ("complete", "abort", "fail") for rid in event["rids"]
-        ]
+        arrivals = [event.rid for event in events if event.kind == "arrival"]
+        ends = [(rid, event) for event in events if event.kind in ("complete", "abort", "fail") for rid in event.rids]
         assert Counter(rid for rid, _ in ends) == Counter(arrivals)
         assert set(Counter(arrivals).values()) <= {1}
-        return {rid: event["event"] for rid, event in ends}
+        return {rid: event.kind for rid, event in ends}
 
     def failure(self, rid: str) -> dict[str, Any]:
-        [event] = [event for event in self.events() if event["event"] == "fail" and event["rids"] == [rid]]
+        [event] = [event for event in self.events() if event.kind == "fail" and event.rids == [rid]]
         return event
 
 
@@ -97,7 +95,7 @@ def test_requests_that_are_refused_at_the_door_fail_with_the_reason(
     assert logged.failure("longer than the context")["http_status"] == 400
     assert "exceeds the maximum number of tokens: 100 > 99" in logged.failure("longer than the KV cache")["reason"]
     assert "Using priority is disabled" in logged.failure("with a priority")["reason"]
-    arrived = {event["rid"]: event["prompt_tokens"] for event in logged.events() if event["event"] == "arrival"}
+    arrived = {event.rid: event.prompt_tokens for event in logged.events() if event.kind == "arrival"}
     assert arrived["longer than the context"] == 70_000, "and not what SGLang puts in its place"
     logged.engine.answers.pop("with a priority", None)
 
@@ -185,8 +183,8 @@ def test_health_checks_run_without_an_arrival(logged: LoggedEngine) -> None:
     logged.engine.submit("request", prompt(1, 20))
     logged.engine.run()
     events = logged.events()
-    assert [event["rid"] for event in events if event["event"] == "arrival"] == ["request"]
-    completed = [rid for event in events if event["event"] == "complete" for rid in event["rids"]]
+    assert [event.rid for event in events if event.kind == "arrival"] == ["request"]
+    completed = [rid for event in events if event.kind == "complete" for rid in event.rids]
     assert sorted(completed) == ["HEALTH_CHECK_1", "request"]
     summary = summarise_log(events)
     assert (summary.requests, summary.answered, summary.without_end) == (1, 1, 0)
@@ -197,7 +195,7 @@ def test_a_request_that_leaves_on_a_way_nobody_thought_of_ends_within_a_second(l
     logged.queued("stays")
     logged.check_for_stalls()
     del logged.scheduler.disagg_prefill_bootstrap_queue.queue[0]
-    assert {event["event"] for event in logged.events()} == {"arrival"}
+    assert {event.kind for event in logged.events()} == {"arrival"}
     logged.check_for_stalls()
     assert logged.failure("vanishes")["reason"] == "it is in none of the scheduler's queues"
     logged.scheduler.process_input_requests([AbortReq(abort_all=True)])

@@ -53,7 +53,7 @@ def objectives_since(cluster: Cluster, start_s: float) -> list[float]:
     time.sleep(0.5)  # the log reaches the file when the scheduler turns idle
     log = cluster.config.options.event_log
     assert log is not None
-    return [event["ttft_slo_s"] for event in read_events(log) if event["event"] == "arrival" and event["t_s"] > start_s]
+    return [event.ttft_slo_s for event in read_events(log) if event.kind == "arrival" and event.t_s > start_s]
 
 
 def test_every_request_of_a_program_has_the_endpoints_objective(

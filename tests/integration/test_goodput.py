@@ -16,11 +16,14 @@ from sgl_flowprefill.bench.capacity.prober import Plan, Prober
 from sgl_flowprefill.bench.capacity.probes import ProbeLog
 from sgl_flowprefill.bench.capacity.results import GoodputResult
 from sgl_flowprefill.bench.cli.validate import compared
+from sgl_flowprefill.bench.loadgen.calibrate import REFERENCE_TTFT_S
 from sgl_flowprefill.bench.loadgen.client import Client, GenerateApi
-from sgl_flowprefill.bench.systems.catalog import SYSTEMS, System
-from sgl_flowprefill.bench.systems.serving import Served
+from sgl_flowprefill.bench.systems.catalog import SYSTEMS, endpoint
+from sgl_flowprefill.bench.systems.serving import Served, Servers, serving
+from sgl_flowprefill.bench.systems.system import System
 from sgl_flowprefill.bench.workloads.synthetic import workload
 from sgl_flowprefill.cluster import Cluster
+from sgl_flowprefill.config import FlowPrefillConfig
 
 pytestmark = pytest.mark.server
 OURS = SYSTEMS["flowprefill"]
@@ -67,8 +70,37 @@ def test_a_search_with_real_servers(prober: Prober) -> None:
         assert compared(prober, OURS, 1.0) is None
     campaign = Campaign(prober, [OURS], Goal((0.5,), precision=8.0))
     campaign.run(budget_s=15.0)
-    result = GoodputResult.of(campaign, "", "embedded")
+    result = GoodputResult.of(campaign, "embedded")
     rate = result.figures["flowprefill"].max_rate(0.5)
     assert rate is not None
     assert 0 < rate.value < 200.0
     assert (result.figures["flowprefill"].uncontended_tokens_per_s or 0) > 0
+
+
+def test_servers_behind_an_openai_api_take_part_as_an_endpoint_of_another_engine(
+    flowprefill_cluster: Cluster, tmp_path: Path
+) -> None:
+    system = endpoint(f"other={flowprefill_cluster.gateway_url}/v1")
+    said: list[str] = []
+    log = ProbeLog(tmp_path / "probes.jsonl", {})
+    plan = Plan(workload("mixed"), seeds=1, duration_s=4.0, max_output_tokens=2)
+    with serving(Servers(), tmp_path, said.append, side_by_side=False) as serve:
+        prober = Prober(plan, log, serve, Console(file=StringIO()), FlowPrefillConfig())
+        with prober.serving(system) as served:
+            assert any(f"{flowprefill_cluster.gateway_url} serves" in line for line in said), said
+            assert set(log.solo_ttft_s["other"][0]) == set(REFERENCE_TTFT_S)
+            overloaded = prober.probe(served, system, seed=0, rate_rps=100.0, attainment=0.9)
+            assert overloaded.run.stopped_early
+            light = prober.probe(served, system, seed=0, rate_rps=5.0)
+            assert light.complete
+            assert not any(result.error for result in light.run.results)
+            if any("takes token ids" in line for line in said):
+                asked = [request.prompt_tokens for request in prober.trace(0, 5.0).requests]
+                assert [result.prompt_tokens for result in light.run.results] == asked
+            assert served.blocking_s(light.run) is None
+        campaign = Campaign(prober, [system], Goal((0.5,), precision=8.0))
+        campaign.run(budget_s=15.0)
+    document = GoodputResult.of(campaign, "embedded").to_dict()["systems"]["other"]
+    assert 0 < document["max_rate_rps"]["50"] < 200.0
+    assert document["simulated_max_rate_rps"] == {"50": None}
+    assert document["uncontended_tokens_per_s"] > 0

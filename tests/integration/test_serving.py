@@ -62,7 +62,7 @@ ANSWERS: dict[str, list[tuple[list[int], list[float]]]] = {}
 def events_since(cluster: Cluster, start_s: float) -> list[dict[str, Any]]:
     log = cluster.config.options.event_log
     assert log is not None
-    return [event for event in read_events(log) if event["t_s"] >= start_s]
+    return [event for event in read_events(log) if event.t_s >= start_s]
 
 
 class TestFlowPrefill:
@@ -76,15 +76,15 @@ class TestFlowPrefill:
         live: set[int] = set()
         deepest = 0
         for event in events:
-            if event["event"] == "start":
-                live.add(event["task"])
-            elif event["event"] == "complete":
-                live.discard(event["task"])
+            if event.kind == "start":
+                live.add(event.task)
+            elif event.kind == "complete":
+                live.discard(event.task)
             deepest = max(deepest, len(live))
-        suspends = [event for event in events if event["event"] == "suspend"]
+        suspends = [event for event in events if event.kind == "suspend"]
         assert len(suspends) >= 5
         assert deepest >= 4, "not nested three deep"
-        assert all(event["blocking_s"] >= 0 for event in suspends)
+        assert all(event.blocking_s >= 0 for event in suspends)
         for (prompt_tokens, _), (tokens, logprobs) in zip(MIX, ANSWERS["flowprefill"], strict=True):
             comparison.answer(f"{len(prompt_tokens)} tokens", prompt_tokens, tokens, logprobs)
         comparison.assert_same()
@@ -161,8 +161,8 @@ class TestFlowPrefill:
         assert refusal.status_code == 400
         assert "name it once" in refusal.text
         time.sleep(0.5)
-        arrivals = [event for event in events_since(flowprefill_cluster, start_s) if event["event"] == "arrival"]
-        assert [event["ttft_slo_s"] for event in arrivals] == [1.25, 2.5, 5.0]
+        arrivals = [event for event in events_since(flowprefill_cluster, start_s) if event.kind == "arrival"]
+        assert [event.ttft_slo_s for event in arrivals] == [1.25, 2.5, 5.0]
 
     def test_health_is_answered_while_a_long_prompt_runs(self, flowprefill_cluster: Cluster) -> None:
         async def ask() -> tuple[float, list[float]]:
@@ -214,7 +214,7 @@ class TestFlowPrefill:
         comparison.answer("beside", prompt(81, 50), [entry[1] for entry in logprobs], [entry[0] for entry in logprobs])
         comparison.assert_same()
         time.sleep(1.5)
-        aborts = [event for event in events_since(flowprefill_cluster, start_s) if event["event"] == "abort"]
+        aborts = [event for event in events_since(flowprefill_cluster, start_s) if event.kind == "abort"]
         assert len(aborts) == 1
         assert aborts[0]["t_s"] - left_s < 2.0
         assert "task" in aborts[0], "it was running"
@@ -271,9 +271,9 @@ class TestFlowPrefillWhileTheWallClockIsSet:
         for offset_s, count, segment in zip(OFFSETS_S, in_time, ttfts_s, strict=True):
             print(f"wall clock {offset_s:+g} s: {count} of {URGENT} in time, slowest {max(segment):.2f} s")
         time.sleep(0.5)  # the log reaches the file when the scheduler turns idle
-        arrivals = [event for event in events_since(flowprefill_cluster, start_s) if event["event"] == "arrival"]
+        arrivals = [event for event in events_since(flowprefill_cluster, start_s) if event.kind == "arrival"]
         assert len(arrivals) == len(OFFSETS_S) * (LONG + URGENT + 1)
-        assert all(0.0 <= event["t_s"] - event["received_s"] < 5.0 for event in arrivals)
+        assert all(0.0 <= event.t_s - event.received_s < 5.0 for event in arrivals)
         assert all(count >= in_time[0] - 2 for count in in_time)
         assert in_time[0] >= URGENT * 0.8
 

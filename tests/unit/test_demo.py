@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ import pytest
 from rich.console import Console
 
 from sgl_flowprefill.bench.cli import demo as demo_module
+from sgl_flowprefill.bench.cli.options import Demo, parse
 from sgl_flowprefill.bench.loadgen.calibrate import REFERENCE_TTFT_S
 from sgl_flowprefill.bench.loadgen.replay import ClientReport, ReplayRun, RequestResult
 from sgl_flowprefill.bench.metrics.comparison import Comparison
@@ -79,15 +79,15 @@ class FakeServed:
         return ReplayRun(results, start_s, duration_s, ClientReport(0.001, 0.001, 0.001, 0.1, None))
 
 
-def arguments(tmp_path: Path, *options: str) -> argparse.Namespace:
-    parser = argparse.ArgumentParser()
-    demo_module.add_arguments(parser)
-    return parser.parse_args(["--out", str(tmp_path), "--duration", "60", *options])
+def arguments(tmp_path: Path, *options: str) -> Demo:
+    parsed = parse(["demo", "--out", str(tmp_path), "--duration", "60", *options])
+    assert isinstance(parsed, Demo)
+    return parsed
 
 
-def compared(machine: Machine, args: argparse.Namespace) -> Comparison:
+def compared(machine: Machine, options: Demo) -> Comparison:
     console = Console(file=StringIO(), width=200)
-    return demo_module._Demo(args, [OURS, STOCK], cast(Any, machine.serve), console).run(Servers())
+    return demo_module._Demo(options, [OURS, STOCK], cast(Any, machine.serve), console).run(Servers())
 
 
 def test_no_system_always_meets_the_machine_first(tmp_path: Path) -> None:
@@ -115,7 +115,7 @@ def test_the_parts_make_the_whole_trace_with_the_same_prompts_for_all(tmp_path: 
     machine = Machine()
     comparison = compared(machine, arguments(tmp_path, "--trace", name))
     trace = comparison.trace
-    prompts = demo_module.prompt_builder(arguments(tmp_path))
+    prompts = demo_module.prompt_builder(arguments(tmp_path).trace.seed)
     whole = [tuple(prompts.build(request, index)) for index, request in enumerate(trace.requests)]
     assert machine.prompts == {"flowprefill": whole, "sglang": whole}
     for system in comparison.systems:

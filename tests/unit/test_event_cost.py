@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import time
 from functools import partial
 from random import Random
 
 import pytest
 
-from sgl_flowprefill.bench.simulator.speed import KINDS, event_cost
+from sgl_flowprefill.bench.simulator.speed import KINDS, EventClock, event_cost
 from sgl_flowprefill.policy import Limits, make_policy
 from sgl_flowprefill.policy.forecast import Forecast
 
@@ -43,3 +46,25 @@ def test_the_forecast_never_looks_at_all_that_arrived_at_once() -> None:
         return worst
 
     assert min(worst_s() for _ in range(3)) < 5e-3
+
+
+def test_an_event_that_waits_for_the_core_counts_by_what_it_computed_and_is_told_from_the_others() -> None:
+    clock, cores = EventClock(), os.sched_getaffinity(0)
+    rival = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        for pid in (0, rival.pid):
+            os.sched_setaffinity(pid, {min(cores)})
+        clock.start()
+        since_s = time.perf_counter()
+        while time.perf_counter() < since_s + 0.5:
+            pass
+        clock.stop()
+    finally:
+        os.sched_setaffinity(0, cores)
+        rival.kill()
+        rival.wait()
+    cost = clock.cost()
+    assert cost.preempted == 1
+    assert cost.wall_max_s >= 0.5
+    assert cost.max_s < 0.9 * cost.wall_max_s
+    assert cost.undisturbed_max_s == 0.0

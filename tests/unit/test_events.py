@@ -2,53 +2,154 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
+import msgspec
+import numpy as np
 import pytest
 
 from sgl_flowprefill.bench.__main__ import main
 from sgl_flowprefill.bench.cli.events import summarise_log
-from sgl_flowprefill.events import EventLog, read_events
+from sgl_flowprefill.events import (
+    Abort,
+    AnyEvent,
+    Arrival,
+    Complete,
+    EventLog,
+    EventLogError,
+    Fail,
+    Resume,
+    Start,
+    Suspend,
+    read_events,
+    table,
+)
 from sgl_flowprefill.runtime.event_recorder import EventRecorder
 
 
-def complete(t_s: float, task: int, rid: str, forward_s: float, expected_s: float, profiled_s: float) -> dict[str, Any]:
-    times_s = {"forward_s": forward_s, "expected_s": expected_s, "profiled_s": profiled_s}
-    return {"event": "complete", "t_s": t_s, "task": task, "rids": [rid], **times_s}
+def arrival(t_s: float, rid: str, deadline_s: float) -> Arrival:
+    return Arrival(t_s, rid, 1000, deadline_s - t_s, deadline_s, t_s)
 
 
-TWO_REQUESTS: list[dict[str, Any]] = [
-    {"event": "arrival", "t_s": 10.0, "rid": "long", "deadline_s": 20.0},
-    {"event": "start", "t_s": 10.1, "task": 0, "rids": ["long"], "new_tokens": 3000},
-    {"event": "arrival", "t_s": 10.5, "rid": "short", "deadline_s": 10.6},
-    {"event": "suspend", "t_s": 10.51, "task": 0, "rids": ["long"], "blocking_s": 0.01},
-    {"event": "start", "t_s": 10.51, "task": 1, "rids": ["short"], "new_tokens": 1000},
-    {"event": "arrival", "t_s": 10.6, "rid": "left", "deadline_s": 12.0},
-    {"event": "abort", "t_s": 10.65, "rids": ["left"]},
+def start(t_s: float, task: int, *rids: str, new_tokens: int) -> Start:
+    return Start(t_s, task, list(rids), new_tokens, 0, 0.1)
+
+
+def suspend(t_s: float, task: int, rid: str, blocking_s: float | None) -> Suspend:
+    return Suspend(t_s, task, [rid], 3, ["winner"], None if blocking_s is None else t_s - blocking_s, t_s, blocking_s)
+
+
+def complete(t_s: float, task: int, rid: str, forward_s: float, expected_s: float, profiled_s: float) -> Complete:
+    return Complete(t_s, task, [rid], 9, forward_s, expected_s, expected_s, profiled_s)
+
+
+TWO_REQUESTS: list[AnyEvent] = [
+    arrival(10.0, "long", 20.0),
+    start(10.1, 0, "long", new_tokens=3000),
+    arrival(10.5, "short", 10.6),
+    suspend(10.51, 0, "long", 0.01),
+    start(10.51, 1, "short", new_tokens=1000),
+    arrival(10.6, "left", 12.0),
+    Abort(10.65, ["left"]),
     complete(10.7, 1, "short", 0.2, 0.1, 0.1),
-    {"event": "resume", "t_s": 10.71, "task": 0, "rids": ["long"]},
+    Resume(10.71, 0, ["long"], 3),
     complete(11.0, 0, "long", 0.6, 0.6, 0.3),
-    {"event": "start", "t_s": 19.0, "task": 2, "rids": ["HEALTH_CHECK_1"], "new_tokens": 1},
+    start(19.0, 2, "HEALTH_CHECK_1", new_tokens=1),
     complete(20.0, 2, "HEALTH_CHECK_1", 0.2, 0.2, 0.1),
 ]
+
+
+def written(path: Path, events: Sequence[AnyEvent]) -> Path:
+    log = EventLog(path)
+    for event in events:
+        log.write(type(event), **msgspec.structs.asdict(event))
+    log.flush()
+    return path
 
 
 def test_events_are_read_back_in_order(tmp_path: Path) -> None:
     path = tmp_path / "made" / "events.jsonl"
     log = EventLog(path)
-    log.write("start", 1.00000049, task=1)
-    log.write("complete", 2.0, task=1)
+    log.write(Resume, 1.00000049, task=1, rids=["a"], checkpoint=3)
+    log.write(Abort, 2.0, rids=["a"], task=1, checkpoint=3)
     log.flush()
     with open(path, "a") as file:
         file.write('{"event": "cut o')
-    assert list(read_events(path)) == [
-        {"event": "start", "t_s": 1.0, "task": 1},
-        {"event": "complete", "t_s": 2.0, "task": 1},
+    assert list(read_events(path)) == [Resume(1.0, 1, ["a"], 3), Abort(2.0, ["a"], 1, 3)]
+    assert [json.loads(line) for line in path.read_text().splitlines()[:-1]] == [
+        {"event": "resume", "t_s": 1.0, "task": 1, "rids": ["a"], "checkpoint": 3},
+        {"event": "abort", "t_s": 2.0, "rids": ["a"], "task": 1, "checkpoint": 3},
     ]
+
+
+def test_every_kind_of_event_is_read_back_as_it_was_written(tmp_path: Path) -> None:
+    events = [
+        *TWO_REQUESTS,
+        suspend(21.0, 4, "x", None),
+        Fail(22.0, ["y"], None, "lost"),
+        Fail(23.0, ["z"], 400, "", 5, 6),
+    ]
+    assert {type(event) for event in events} == set(get_args(AnyEvent))
+    assert list(read_events(written(tmp_path / "events.jsonl", events))) == events
+
+
+def test_what_is_absent_or_null_is_so_in_the_line(tmp_path: Path) -> None:
+    path = written(tmp_path / "events.jsonl", [Fail(1.0, ["a"], None, "lost"), suspend(2.0, 0, "b", None)])
+    fail, switch = (json.loads(line) for line in path.read_text().splitlines())
+    assert fail == {"event": "fail", "t_s": 1.0, "rids": ["a"], "http_status": None, "reason": "lost"}
+    assert (switch["readable_s"], switch["blocking_s"]) == (None, None)
+
+
+def test_a_log_has_numpys_numbers_and_the_oddest_request_ids(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    log = EventLog(path)
+    log.write(Start, np.float64(1.5), task=1, rids=["half \ud800 a character"], new_tokens=np.int64(3),  # type: ignore[arg-type]
+              cached_tokens=0, predicted_s=np.float64(0.25))  # fmt: skip
+    log.flush()
+    assert list(read_events(path)) == [Start(1.5, 1, ["half ? a character"], 3, 0, 0.25)]
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ('{"ttft_s": 1}', "missing required field `event`"),
+        ('{"event": "restart", "t_s": 1.0}', "'restart'"),
+        (
+            '{"event": "resume", "t_s": 1.0, "task": "one", "rids": [], "checkpoint": 0}',
+            "Expected `int`, got `str` - at `$.task`",
+        ),
+        ('{"event": "resume", "t_s": 1.0, "task": 1, "rids": []}', "missing required field `checkpoint`"),
+        ("not JSON", "JSON is malformed"),
+        ("", "truncated"),
+    ],
+)
+def test_a_line_that_is_no_event_is_named_with_the_remedy(tmp_path: Path, line: str, problem: str) -> None:
+    path = written(tmp_path / "events.jsonl", TWO_REQUESTS[:2])
+    with open(path, "a") as file:
+        file.write(f"{line}\n")
+    with pytest.raises(EventLogError) as caught:
+        list(read_events(path))
+    said = str(caught.value)
+    assert said.startswith(f"{path} is no event log: line 3: ")
+    assert problem in said
+    assert said.endswith("name the file of --flowprefill-event-log")
+
+
+def test_logs_of_later_versions_may_have_more_fields(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    path.write_text('{"event": "resume", "t_s": 1.0, "task": 1, "rids": [], "checkpoint": 0, "rank": 3}\n')
+    assert list(read_events(path)) == [Resume(1.0, 1, [], 0)]
+
+
+def test_the_docs_have_the_table_of_the_types() -> None:
+    docs = Path(__file__).parents[2] / "docs" / "operations.md"
+    assert f"\n\n{table()}\n\n" in docs.read_text(), "python -m sgl_flowprefill.events prints the table"
 
 
 @pytest.mark.parametrize("events", [1, 2000], ids=["at a flush", "when its buffer is full"])
@@ -57,7 +158,7 @@ def test_a_full_disk_ends_the_log_and_nothing_else(events: int, caplog: pytest.L
     with caplog.at_level(logging.ERROR):
         for _ in range(2):
             for number in range(events):
-                log.write("arrival", 0.0, rid=f"{number:064}")
+                log.write(Abort, 0.0, rids=[f"{number:064}"])
             log.flush()
     [record] = caplog.records
     assert "/dev/full" in record.getMessage()
@@ -82,29 +183,29 @@ def test_a_log_is_summed_up() -> None:
 
 def test_time_between_forwards_counts_where_a_request_waits() -> None:
     events = [
-        {"event": "arrival", "t_s": 0.0, "rid": "a", "deadline_s": 9.0},
-        {"event": "start", "t_s": 0.0, "task": 0, "rids": ["a"], "new_tokens": 1},
-        {"event": "arrival", "t_s": 0.5, "rid": "b", "deadline_s": 9.0},
+        arrival(0.0, "a", 9.0),
+        start(0.0, 0, "a", new_tokens=1),
+        arrival(0.5, "b", 9.0),
         complete(1.0, 0, "a", 1.0, 1.0, 1.0),
-        {"event": "arrival", "t_s": 1.001, "rid": "c", "deadline_s": 9.0},
-        {"event": "start", "t_s": 1.004, "task": 1, "rids": ["b", "c"], "new_tokens": 2},
+        arrival(1.001, "c", 9.0),
+        start(1.004, 1, "b", "c", new_tokens=2),
     ]
     assert summarise_log(events).between_forwards_p50_s == pytest.approx(0.004)
 
 
-def served(task: int, rid: str, t_s: float) -> list[dict[str, Any]]:
+def served(task: int, rid: str, t_s: float) -> list[AnyEvent]:
     """A request that arrives and runs for a second."""
     return [
-        {"event": "arrival", "t_s": t_s, "rid": rid, "deadline_s": t_s + 5},
-        {"event": "start", "t_s": t_s, "task": task, "rids": [rid], "new_tokens": 10},
+        arrival(t_s, rid, t_s + 5),
+        start(t_s, task, rid, new_tokens=10),
         complete(t_s + 1, task, rid, 1.0, 1.0, 1.0),
     ]
 
 
 def test_a_request_that_fails_is_waited_for_until_then_and_no_longer() -> None:
     events = [
-        {"event": "arrival", "t_s": 0.0, "rid": "too long", "deadline_s": 5.0},
-        {"event": "fail", "t_s": 0.25, "rids": ["too long"], "http_status": 400, "reason": "too long"},
+        arrival(0.0, "too long", 5.0),
+        Fail(0.25, ["too long"], 400, "too long"),
         *served(0, "a", 100.0),
         *served(1, "b", 200.0),
     ]
@@ -116,7 +217,7 @@ def test_a_request_that_fails_is_waited_for_until_then_and_no_longer() -> None:
 
 
 def test_arrivals_without_an_end_do_not_keep_the_server_busy_and_are_counted() -> None:
-    lost = {"event": "arrival", "t_s": 0.0, "rid": "never heard of again", "deadline_s": 5.0}
+    lost = arrival(0.0, "never heard of again", 5.0)
     summary = summarise_log([lost, *served(0, "a", 100.0), *served(1, "b", 200.0), *served(2, "a", 300.0)])
     assert summary.busy_s == pytest.approx(3.0)
     assert summary.between_forwards_p50_s is None
@@ -126,7 +227,7 @@ def test_arrivals_without_an_end_do_not_keep_the_server_busy_and_are_counted() -
 
 def test_a_request_that_still_runs_where_the_log_ends_keeps_the_server_busy() -> None:
     running = served(1, "b", 200.0)[:2]
-    tick = {"event": "suspend", "t_s": 200.5, "task": 1, "rids": ["b"], "blocking_s": 0.01}
+    tick = suspend(200.5, 1, "b", 0.01)
     summary = summarise_log([*served(0, "a", 100.0), *running, tick])
     assert summary.busy_s == pytest.approx(1.5)
     assert summary.without_end == 1
@@ -141,7 +242,7 @@ def test_what_ran_when_a_server_was_killed_does_not_keep_its_successor_busy() ->
 
 @pytest.mark.parametrize("blocking_s", [None, 0.0], ids=["as it is logged", "as it was logged once"])
 def test_a_switch_that_no_news_led_to_is_no_preemption(blocking_s: float | None) -> None:
-    switch = {"event": "suspend", "t_s": 10.52, "task": 1, "rids": ["short"], "blocking_s": blocking_s}
+    switch = suspend(10.52, 1, "short", blocking_s)
     summary = summarise_log([*TWO_REQUESTS[:5], switch, *TWO_REQUESTS[5:]])
     assert summary.preemption.preemptions == 1
     assert summary.preemption.blocking_mean_s == pytest.approx(0.01)
@@ -156,8 +257,8 @@ def test_the_recorder_names_no_blocking_time_where_no_news_led_to_a_switch(tmp_p
     recorder.suspended(running, winner, stopped_s=4.9, now_s=5.0, news_readable_s=4.5)
     recorder.flush()
     without_news, with_news = read_events(tmp_path / "events.jsonl")
-    assert (without_news["readable_s"], without_news["blocking_s"]) == (None, None)
-    assert (with_news["readable_s"], with_news["blocking_s"]) == (4.5, 0.5)
+    assert (without_news.readable_s, without_news.blocking_s) == (None, None)
+    assert (with_news.readable_s, with_news.blocking_s) == (4.5, 0.5)
 
 
 def test_an_empty_log_has_no_figures() -> None:
@@ -167,10 +268,7 @@ def test_an_empty_log_has_no_figures() -> None:
 
 
 def test_the_command_prints_figures_and_refuses_other_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    log = EventLog(tmp_path / "events.jsonl")
-    for event in TWO_REQUESTS:
-        log.write(event["event"], event["t_s"], **{name: event[name] for name in event.keys() - {"event", "t_s"}})
-    log.flush()
+    written(tmp_path / "events.jsonl", TWO_REQUESTS)
     assert main(["events", str(tmp_path / "events.jsonl")]) == 0
     assert "50.0% of those answered" in capsys.readouterr().out
     other = tmp_path / "other.jsonl"

@@ -23,7 +23,13 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:%s\nsize 1\n"
 
 
 @pytest.fixture
-def files(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, bytes]]:
+def broken_off() -> set[str]:
+    """Paths whose connection ends before all bytes were sent."""
+    return set()
+
+
+@pytest.fixture
+def files(monkeypatch: pytest.MonkeyPatch, broken_off: set[str]) -> Iterator[dict[str, bytes]]:
     """Files of a local server, by path: ``/raw`` and ``/media``."""
     served: dict[str, bytes] = {}
 
@@ -31,7 +37,8 @@ def files(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, bytes]]:
         def do_GET(self) -> None:
             content = served.get(self.path)
             self.send_response(200 if content is not None else 404)
-            self.send_header("Content-Length", str(len(content or b"")))
+            promised = len(content or b"") + (100 if self.path in broken_off else 0)
+            self.send_header("Content-Length", str(promised))
             self.end_headers()
             self.wfile.write(content or b"")
 
@@ -154,3 +161,41 @@ def test_a_page_in_place_of_a_trace_is_not_kept(files: dict[str, bytes], tmp_pat
     path = tmp_path / "a.jsonl"
     assert fetch(path) == 2
     assert not path.exists()
+
+
+@pytest.mark.parametrize("is_lfs", [False, True])
+def test_a_download_that_breaks_off_leaves_nothing_and_says_what_to_do(
+    files: dict[str, bytes], broken_off: set[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], is_lfs: bool
+) -> None:
+    files["/raw"] = POINTER % hashlib.sha256(CONTENT).hexdigest().encode() if is_lfs else CONTENT
+    files["/media"] = CONTENT
+    broken_off.add("/media" if is_lfs else "/raw")
+    path = tmp_path / "a.jsonl"
+    assert fetch(path) == 2
+    assert fetch_trace.TRACES["qwen-a"].page in " ".join(capsys.readouterr().err.split())
+    assert list(tmp_path.iterdir()) == []
+    broken_off.clear()
+    assert fetch(path) == 0
+
+
+def test_what_an_earlier_download_left_is_not_taken_for_the_file(files: dict[str, bytes], tmp_path: Path) -> None:
+    files["/raw"] = CONTENT
+    path = tmp_path / "a.jsonl"
+    path.with_name("a.jsonl.partial").write_bytes(ROW)
+    assert fetch(path) == 0
+    assert path.read_bytes() == CONTENT
+
+
+@pytest.mark.parametrize("is_terminal", [False, True])
+def test_a_terminal_shows_progress(
+    files: dict[str, bytes],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    is_terminal: bool,
+) -> None:
+    files["/raw"] = CONTENT
+    monkeypatch.setattr(fetch_trace.sys.stderr, "isatty", lambda: is_terminal, raising=False)
+    assert fetch(tmp_path / "a.jsonl") == 0
+    err = capsys.readouterr().err
+    assert ("100%" in err) if is_terminal else err == ""

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from sgl_flowprefill.bench.capacity import campaign as campaign_module
 from sgl_flowprefill.bench.capacity.campaign import Campaign, Goal
 from sgl_flowprefill.bench.capacity.prober import Plan, Prober
 from sgl_flowprefill.bench.capacity.probes import Probe, ProbeLog
@@ -24,7 +25,8 @@ from sgl_flowprefill.bench.cli.goodput import publish
 from sgl_flowprefill.bench.cli.validate import compared, load_rps
 from sgl_flowprefill.bench.loadgen.calibrate import REFERENCE_TTFT_S
 from sgl_flowprefill.bench.loadgen.replay import ClientReport, ReplayRun, RequestResult
-from sgl_flowprefill.bench.reports.goodput import cells
+from sgl_flowprefill.bench.metrics.provenance import PROVENANCE, read_result
+from sgl_flowprefill.bench.reports.goodput import cells, rates_table, render_html
 from sgl_flowprefill.bench.simulator.measured import Engine, measured_setup, saturation_rps
 from sgl_flowprefill.bench.simulator.requests import results
 from sgl_flowprefill.bench.simulator.systems import Setup
@@ -155,7 +157,7 @@ def test_a_run_finds_the_rates_of_its_servers_and_reports_them(profile: Path, tm
     campaign = campaign_of(model, tmp_path)
     campaign.run()
     assert campaign.probes_left() == 0
-    result = GoodputResult.of(campaign, "the command", "toy")
+    result = GoodputResult.of(campaign, "toy")
     for name in NAMES:
         for share in (0.9, 0.99):
             for seed, bracket in result.figures[name].brackets[share].items():
@@ -191,6 +193,32 @@ def test_a_run_finds_the_rates_of_its_servers_and_reports_them(profile: Path, tm
     markup = re.sub(r"<script\b[^>]*>.*?</script>", "<script></script>", page, flags=re.DOTALL)
     assert not re.findall(r"""(?:src|href)\s*=""", markup)
     assert "SGLang spf, chunk 512" in console.file.getvalue()  # type: ignore[attr-defined]
+    assert set(PROVENANCE) <= set(document)
+
+
+def test_a_result_is_read_and_shown_again_without_planning_or_simulating(
+    profile: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    campaign = campaign_of(Model(profile), tmp_path, attainments=(0.9,))
+    campaign.run()
+    console = Console(file=StringIO(), width=200)
+    publish(GoodputResult.of(campaign, "toy"), tmp_path, console)
+
+    def refuse(*arguments: object) -> None:
+        raise AssertionError("a result is data")
+
+    monkeypatch.setattr(campaign_module, "mean_attainment", refuse)
+    resumed = campaign_of(Model(profile), tmp_path, attainments=(0.9,))
+    again = GoodputResult.of(resumed, "toy").to_dict()
+    monkeypatch.setattr(Plan, "trace", refuse)
+    found = read_result(tmp_path / "goodput.json")
+    assert {name: again[name] for name in found.figures} == found.figures, "a finished run finds the same from its log"
+    table = Console(file=StringIO(), width=200)
+    table.print(rates_table(found.figures))
+    printed, shown = (one.file.getvalue() for one in (console, table))  # type: ignore[attr-defined]
+    assert shown.strip() in printed
+    written = json.loads((tmp_path / "goodput.json").read_text())
+    assert render_html(written) == (tmp_path / "goodput.html").read_text()
 
 
 def test_systems_take_turns_and_are_compared_at_one_rate_to_the_end(profile: Path, tmp_path: Path) -> None:
@@ -217,7 +245,7 @@ def test_systems_that_order_by_slos_are_told_tighter_ones(profile: Path, tmp_pat
     told = [(probe.system, probe.slo_scale, probe.seed) for probe in campaign.log.probes if probe.slo_scale != 1]
     assert sorted(told) == [("flowprefill", scale, seed) for scale in (0.4, 0.6, 0.8) for seed in (0, 1)]
     assert {probe.rate_rps for probe in campaign.log.probes if probe.slo_scale != 1} == {at}
-    ours, stock = (GoodputResult.of(campaign, "", "").figures[name] for name in ("flowprefill", "stock-spf-512"))
+    ours, stock = (GoodputResult.of(campaign, "").figures[name] for name in ("flowprefill", "stock-spf-512"))
     for scale in (0.4, 0.6, 0.8):
         traces = [campaign.prober.trace(seed, at, scale) for seed in range(2)]
         expected = [
@@ -283,8 +311,8 @@ def test_a_run_that_was_stopped_goes_on_and_makes_no_probe_twice(profile: Path, 
     key = [
         (probe.system, probe.seed, probe.rate_rps, probe.total) for probe in resumed.log.probes if probe.slo_scale == 1
     ]
-    found = GoodputResult.of(resumed, "", "").ratios()["vs_unchunked_fcfs_90"]
-    expected = GoodputResult.of(whole, "", "").ratios()["vs_unchunked_fcfs_90"]
+    found = GoodputResult.of(resumed, "").ratios()["vs_unchunked_fcfs_90"]
+    expected = GoodputResult.of(whole, "").ratios()["vs_unchunked_fcfs_90"]
     assert found is not None
     assert expected is not None
     assert found.value == pytest.approx(expected.value, rel=0.1)
@@ -319,7 +347,7 @@ def test_a_spent_budget_ends_the_run_between_probes(profile: Path, tmp_path: Pat
     assert campaign.log.facts["time_scale"] > 0
     assert not campaign.log.probes
     assert campaign.probes_left() > 0
-    assert not GoodputResult.of(campaign, "", "").finished
+    assert not GoodputResult.of(campaign, "").finished
 
 
 def test_a_client_that_keeps_falling_behind_ends_the_search_and_is_named(profile: Path, tmp_path: Path) -> None:
@@ -328,7 +356,7 @@ def test_a_client_that_keeps_falling_behind_ends_the_search_and_is_named(profile
     )
     campaign.run()
     assert len(campaign.log.probes) == 3
-    result = GoodputResult.of(campaign, "", "")
+    result = GoodputResult.of(campaign, "")
     assert result.problems == [
         "flowprefill: 3 of 3 probes are not valid; the first: it fell behind",
     ]
@@ -338,10 +366,10 @@ def test_a_client_that_keeps_falling_behind_ends_the_search_and_is_named(profile
 def test_a_machine_whose_speed_changed_is_reported(profile: Path, tmp_path: Path) -> None:
     campaign = campaign_of(Model(profile), tmp_path, ("flowprefill", "stock-fcfs"), seeds=1)
     campaign.run()
-    assert not GoodputResult.of(campaign, "", "").problems
+    assert not GoodputResult.of(campaign, "").problems
     campaign.log.add_solo("stock-fcfs", {tokens: 1.3 * time_s for tokens, time_s in SOLO_TTFT_S.items()})
-    (problem,) = GoodputResult.of(campaign, "", "").problems
-    assert "speed changed: lone requests on stock-fcfs" in problem
+    (problem,) = GoodputResult.of(campaign, "").problems
+    assert "speed changed: isolated requests on stock-fcfs" in problem
 
 
 def test_the_prefilter_measures_the_best_stock_and_says_what_it_left_out(profile: Path, tmp_path: Path) -> None:
@@ -351,7 +379,7 @@ def test_the_prefilter_measures_the_best_stock_and_says_what_it_left_out(profile
     measured = {system.name for system in campaign.systems}
     best = max(names[1:], key=lambda name: campaign.simulated_rps(SYSTEMS[name], 0.9))
     assert measured == {"flowprefill", "stock-fcfs", best}
-    left_out = GoodputResult.of(campaign, "", "").only_simulated_rps
+    left_out = GoodputResult.of(campaign, "").only_simulated_rps
     assert set(left_out) == set(names) - measured
     assert all(rates[0.9] > 0 for rates in left_out.values())
 
@@ -364,7 +392,7 @@ def test_a_race_finds_the_best_stock_with_fewer_probes(profile: Path, tmp_path: 
     race.run()
     assert race.probes_left() == 0
     assert len(race.log.probes) < len(whole.log.probes)
-    complete, raced = GoodputResult.of(whole, "", ""), GoodputResult.of(race, "", "")
+    complete, raced = GoodputResult.of(whole, ""), GoodputResult.of(race, "")
     out: list[tuple[str, float]] = []
     for share in (0.9, 0.99):
         best = raced.best_stock(share)
@@ -379,7 +407,8 @@ def test_a_race_finds_the_best_stock_with_fewer_probes(profile: Path, tmp_path: 
             assert complete.figures[name].mean_bracket(share, range(2)).low_rps <= below_rps
             assert below_rps <= rate.ci95[1]
     name, share = out[0]
-    rows = " ".join(cells(raced.figures[name], raced))
+    found = raced.to_dict()
+    rows = " ".join(cells(found["systems"][name], found))
     assert "below" in rows
     publish(raced, tmp_path, Console(file=StringIO(), width=200))
     document = json.loads((tmp_path / "goodput.json").read_text())
@@ -400,7 +429,7 @@ def test_a_race_is_decided_by_the_mean_over_seeds(profile: Path, tmp_path: Path)
                     campaign.log.add(verdict(name, seed, rate_rps, rate_rps <= true_rps[name][seed]))
     assert not campaign.is_beaten(SYSTEMS[one], 0.9)
     assert campaign.is_beaten(SYSTEMS[other], 0.9)
-    figures = GoodputResult.of(campaign, "", "").figures
+    figures = GoodputResult.of(campaign, "").figures
     rate = figures[one].max_rate(0.9)
     assert rate is not None
     assert rate.value == pytest.approx(6.5, rel=0.1)
@@ -421,7 +450,7 @@ def test_what_is_only_compared_is_not_searched(profile: Path, tmp_path: Path) ->
     at = campaign.log.facts["comparison_rps"]
     layer = [probe for probe in campaign.log.probes if probe.system == "flowprefill-layer"]
     assert {(probe.rate_rps, probe.seed) for probe in layer} == {(at, 0), (at, 1)}
-    result = GoodputResult.of(campaign, "", "")
+    result = GoodputResult.of(campaign, "")
     assert result.figures["flowprefill-layer"].max_rate(0.9) is None
     assert result.figures["stock-fcfs"].max_rate(0.9) is not None
     ratio = result.ratios()["blocking_vs_layer"]
@@ -502,6 +531,6 @@ def test_the_simulator_is_as_fast_as_the_machine_was_between_lone_requests(profi
     with prober.serving(system) as served:
         at_start_s = prober.setup_of(system).machine.cost.predict_s(prompt)
         model.slowdown = 1.2
-        prober.measure_lone(served, system)
+        prober.measure_isolated(served, system)
     ratio = prober.setup_of(system).machine.cost.predict_s(prompt) / at_start_s
     assert ratio == pytest.approx(1.1, rel=0.02)

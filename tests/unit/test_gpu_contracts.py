@@ -28,6 +28,7 @@ pytest.importorskip("flashinfer")
 
 from sgl_flowprefill import compat, plugin
 from sgl_flowprefill.config import FlowPrefillConfig
+from sgl_flowprefill.contract.table import LOOP_CALLS
 from sgl_flowprefill.patches.base import SeamError
 from sgl_flowprefill.runtime.memory import MIB
 from tests.gpu_backends import (
@@ -488,11 +489,12 @@ def test_the_last_part_of_a_requests_kv_is_sent_when_its_prefill_has_run() -> No
 
 def test_the_hub_knows_all_that_sglangs_loop_calls(monkeypatch: pytest.MonkeyPatch) -> None:
     """The only call that it leaves out counts the time for which a server is paused."""
-    loop = inspect.getsource(pkgutil.resolve_name(plugin.LOOP))
+    name = "sglang.srt.managers.scheduler.Scheduler.event_loop_normal_disagg_prefill"
+    loop = inspect.getsource(pkgutil.resolve_name(name))
     calls = set(re.findall(r"self\.[\w.]+\(", loop)) - {"self._record_scheduler_state_for_paused_engine("}
-    assert calls == {call.partition("(")[0] + "(" for call in plugin.LOOP_CALLS}
+    assert calls == {call.partition("(")[0] + "(" for call in LOOP_CALLS}
     monkeypatch.setenv("SGLANG_EAGER_INPUT_NO_COPY", "1")
-    monkeypatch.setattr(plugin.LOOP, lambda scheduler: None)
+    monkeypatch.setattr(name, lambda scheduler: None)
     with pytest.raises(SeamError, match="event_loop_normal_disagg_prefill"):
         plugin._take_scheduler_seams(FlowPrefillConfig())
 

@@ -1,7 +1,6 @@
 """Figures of a run, against values worked out by hand."""
 
 import dataclasses
-import json
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +14,7 @@ from sgl_flowprefill.bench.metrics.requests import (
     summarise,
     summarise_blocking,
 )
+from sgl_flowprefill.events import EventLog, Start, Suspend
 
 
 def result(ttft_s: float | None, name: str = "text", slo_s: float = 1.0, error: str | None = None) -> RequestResult:
@@ -78,18 +78,23 @@ def test_no_requests_and_no_completed_request_have_no_percentiles() -> None:
 
 
 def test_blocking_comes_from_the_suspensions_of_the_run_only(tmp_path: Path) -> None:
-    log = tmp_path / "events.jsonl"
-    events = [
-        {"event": "suspend", "t_s": 5.0, "blocking_s": 9.0},
-        {"event": "start", "t_s": 11.0},
-        {"event": "suspend", "t_s": 12.0, "blocking_s": 0.002, "readable_s": 11.998, "stopped_s": 11.9995},
-        {"event": "suspend", "t_s": 13.0, "blocking_s": 0.004, "readable_s": 12.996, "stopped_s": 12.995},
-        {"event": "suspend", "t_s": 14.0, "blocking_s": None, "readable_s": None, "stopped_s": 13.9},
-        {"event": "suspend", "t_s": 15.0, "blocking_s": 0.0, "readable_s": 15.0, "stopped_s": 14.9},
-        {"event": "suspend", "t_s": 99.0, "blocking_s": 9.0},
-    ]
-    log.write_text("".join(json.dumps(event) + "\n" for event in events) + '{"event": "susp')
-    suspensions = read_suspensions(log, 10.0, 20.0)
+    path = tmp_path / "events.jsonl"
+    log = EventLog(path)
+
+    def suspended(t_s: float, blocking_s: float | None, readable_s: float | None, stopped_s: float) -> None:
+        log.write(Suspend, t_s, 1, ["a"], 5, ["b"], readable_s, stopped_s, blocking_s)
+
+    suspended(5.0, 9.0, 4.0, 5.0)
+    log.write(Start, 11.0, 1, ["b"], 100, 0, 0.1)
+    suspended(12.0, 0.002, 11.998, 11.9995)
+    suspended(13.0, 0.004, 12.996, 12.995)
+    suspended(14.0, None, None, 13.9)
+    suspended(15.0, 0.0, 15.0, 14.9)
+    suspended(99.0, 9.0, 90.0, 99.0)
+    log.flush()
+    with path.open("a") as file:
+        file.write('{"event": "susp')
+    suspensions = read_suspensions(path, 10.0, 20.0)
     assert [one.blocking_s for one in suspensions] == [0.002, 0.004, None, None], "nobody waited for the last two"
     blocking_s = [one.blocking_s for one in suspensions if one.blocking_s is not None]
     assert [one.stop_wait_s for one in suspensions[:2]] == pytest.approx([0.0015, 0.0])

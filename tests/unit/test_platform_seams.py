@@ -24,6 +24,7 @@ from sglang.srt.entrypoints.api_contract import generate_contract_error
 from sglang.srt.plugins.hook_registry import HookRegistry
 
 from sgl_flowprefill.config import ConfigError, FlowPrefillConfig
+from sgl_flowprefill.contract import installed, supported
 from sgl_flowprefill.patches import (
     affinity,
     cpu_tp,
@@ -53,19 +54,21 @@ def apply_decode_order() -> None:
     decode_order.apply(FlowPrefillConfig())
 
 
+NIXL_AGENT_INIT = "nixl._api.nixl_agent.__init__"
+
 SEAMS: list[tuple[Callable[[], None], str]] = [
     (nixl_dram.apply, nixl_dram.TARGET),
-    (nixl_dram.apply, nixl_dram.AGENT),
+    (nixl_dram.apply, NIXL_AGENT_INIT),
     (cpu_tp.apply, cpu_tp.TARGET),
-    (cpu_tp.apply, cpu_tp.CALLER),
-    (nixl_sleep.apply, nixl_sleep.CALLER),
+    (cpu_tp.apply, "sglang.srt.model_executor.model_runner.ModelRunner.load_model"),
+    (nixl_sleep.apply, NIXL_AGENT_INIT),
     (token_ids.apply, token_ids.TARGET),
     (decode_idle.apply, decode_idle.ON_IDLE),
-    (decode_idle.apply, decode_idle.DECODE_LOOP.format("normal")),
-    (decode_idle.apply, decode_idle.DECODE_LOOP.format("overlap")),
+    (decode_idle.apply, "sglang.srt.managers.scheduler.Scheduler.event_loop_normal_disagg_decode"),
+    (decode_idle.apply, "sglang.srt.managers.scheduler.Scheduler.event_loop_overlap_disagg_decode"),
     (wakeups.apply, wakeups.TARGET),
     (affinity.apply, affinity.TARGET),
-    (affinity.apply, affinity.CALLER),
+    (affinity.apply, "sglang.srt.managers.scheduler.run_scheduler_process"),
     (apply_decode_order, decode_order.TARGET),
 ]
 
@@ -79,7 +82,8 @@ def test_a_changed_target_is_refused_by_name(
     monkeypatch.setattr(target, other_shape)
     with pytest.raises(SeamError, match=target.rsplit(".", 1)[0]) as refusal:
         apply()
-    assert "0.5.23" in str(refusal.value)
+    assert f"SGLang {installed()}" in str(refusal.value)
+    assert f"Install sglang{supported()}" in str(refusal.value)
     assert not HookRegistry._hooks
 
 

@@ -35,37 +35,37 @@ def names(policy: Policy[str, str], now_s: float) -> list[str]:
     return [entry.item for entry in policy.first_waiting(now_s, 100)]
 
 
-def test_feasible_jobs_go_first_by_deadline_and_hopeless_ones_after_them_by_age() -> None:
+def test_feasible_jobs_go_first_by_deadline_and_infeasible_ones_after_them_by_age() -> None:
     policy = s_edf(
         job("late", deadline_s=9.0),
         job("soon", deadline_s=3.0),
-        job("hopeless", deadline_s=0.5, arrival_s=-1.0),
-        job("older hopeless", deadline_s=0.7, arrival_s=-2.0),
+        job("infeasible", deadline_s=0.5, arrival_s=-1.0),
+        job("older infeasible", deadline_s=0.7, arrival_s=-2.0),
     )
-    assert names(policy, now_s=0.0) == ["soon", "late", "older hopeless", "hopeless"]
+    assert names(policy, now_s=0.0) == ["soon", "late", "older infeasible", "infeasible"]
 
 
-def test_as_published_the_hopeless_go_latest_deadline_first_and_wait_without_bound() -> None:
+def test_as_published_the_infeasible_go_latest_deadline_first_and_wait_without_bound() -> None:
     policy: Policy[str, str] = make_policy("s-edf-paper", Limits(4, 100), max_starvation_s=1.0)
-    for entry in (job("old", 0.1, arrival_s=-1e6), job("hopeless", 0.9), job("late", 9.0), job("soon", 3.0)):
+    for entry in (job("old", 0.1, arrival_s=-1e6), job("infeasible", 0.9), job("late", 9.0), job("soon", 3.0)):
         policy.add(entry)
-    assert names(policy, 0.0) == ["soon", "late", "hopeless", "old"]
+    assert names(policy, 0.0) == ["soon", "late", "infeasible", "old"]
 
 
-def test_a_job_turns_hopeless_when_its_slack_runs_out_and_not_before() -> None:
+def test_a_job_turns_infeasible_when_its_slack_runs_out_and_not_before() -> None:
     tight, loose = job("tight", deadline_s=2.0, remaining_s=1.5), job("loose", deadline_s=10.0)
     policy = s_edf(tight, loose)
     assert policy.pick(0.5, None) is tight  # slack is exactly zero
     assert policy.pick(0.51, None) is loose
 
 
-def test_a_hopeless_job_goes_first_once_it_has_waited_too_long() -> None:
-    policy = s_edf(job("hopeless", deadline_s=0.5), job("feasible", deadline_s=1e6), max_starvation_s=60.0)
-    assert names(policy, now_s=59.0) == ["feasible", "hopeless"]
-    assert names(policy, now_s=60.0) == ["hopeless", "feasible"]
+def test_a_infeasible_job_goes_first_once_it_has_waited_too_long() -> None:
+    policy = s_edf(job("infeasible", deadline_s=0.5), job("feasible", deadline_s=1e6), max_starvation_s=60.0)
+    assert names(policy, now_s=59.0) == ["feasible", "infeasible"]
+    assert names(policy, now_s=60.0) == ["infeasible", "feasible"]
     best = policy.pick(60.0, None)
     assert best is not None
-    assert best.item == "hopeless"
+    assert best.item == "infeasible"
 
 
 def test_a_job_that_ran_can_become_feasible_again() -> None:
@@ -95,7 +95,7 @@ def test_the_order_agrees_with_sorting_everything_at_every_event(
     now_s = 0.0
 
     def rank(entry: Job[int]) -> tuple[int, float]:
-        # A job that is added with no slack left is hopeless from the first look at it.
+        # A job that is added with no slack left is infeasible from the first look at it.
         if entry.deadline_s - entry.remaining_s >= now_s:
             return (1, entry.deadline_s)
         return (0 if entry.arrival_s + starvation_s <= now_s else 2, entry.arrival_s)
@@ -302,7 +302,7 @@ def within(server_kind: str, arrivals: list[Request]) -> int:
 
 
 def test_slack_beats_deadlines_alone_when_not_everything_can_be_met() -> None:
-    # Every long request is hopeless from the start; plain EDF spends its time on them and loses the short ones too.
+    # Every long request is infeasible from the start; plain EDF spends its time on them and loses the short ones too.
     arrivals = [Request(2 * i, 1.0 * i, 0.5, 0.9, 1) for i in range(20)]
     arrivals += [Request(2 * i + 1, 1.0 * i + 0.01, 0.6, 0.2, 1) for i in range(20)]
     assert within("s-edf", arrivals) == 20
@@ -341,7 +341,7 @@ def test_a_machine_that_slows_down_by_two_is_seen_by_all_that_wait_at_the_next_e
     assert again.item.startswith("tight")
 
 
-def test_many_that_turn_hopeless_together_are_moved_a_few_at_an_event_and_none_is_lost() -> None:
+def test_many_that_turn_infeasible_together_are_moved_a_few_at_an_event_and_none_is_lost() -> None:
     pace, policy = Pace(), s_edf()
     jobs = [Job(f"{number}", 0.0, 3.0 + number / 1e4, 2.0, pace=pace) for number in range(500)]
     for entry in jobs:

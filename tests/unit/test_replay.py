@@ -12,7 +12,12 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from sgl_flowprefill.bench.loadgen.calibrate import REFERENCE_TTFT_S, CalibrationError, measure_solo_ttft, time_scale
+from sgl_flowprefill.bench.loadgen.calibrate import (
+    REFERENCE_TTFT_S,
+    CalibrationError,
+    measure_isolated_ttft,
+    time_scale,
+)
 from sgl_flowprefill.bench.loadgen.client import APIS, Client, GenerateApi, served_model
 from sgl_flowprefill.bench.loadgen.replay import STOPPED, ReplayRun, replay
 from sgl_flowprefill.bench.workloads.prompts import PromptBuilder
@@ -258,7 +263,7 @@ def test_results_survive_the_file(server: FakeServer, tmp_path: Path) -> None:
 
 def test_time_scale_is_the_factor_to_the_reference(server: FakeServer) -> None:
     assert time_scale({tokens: 3 * ttft_s for tokens, ttft_s in REFERENCE_TTFT_S.items()}) == pytest.approx(3)
-    solo_ttft_s = measure_solo_ttft(Client(server.url, GenerateApi()), PROMPTS)
+    solo_ttft_s = measure_isolated_ttft(Client(server.url, GenerateApi()), PROMPTS)
     assert list(solo_ttft_s) == list(REFERENCE_TTFT_S)
     assert all(TTFT_S <= ttft_s < 1 for ttft_s in solo_ttft_s.values())
     prompts = [tuple(body["input_ids"]) for body in server.bodies]
@@ -268,7 +273,7 @@ def test_time_scale_is_the_factor_to_the_reference(server: FakeServer) -> None:
 def test_calibration_says_what_the_server_answered(server: FakeServer) -> None:
     server.failures = {512: "503"}
     with pytest.raises(CalibrationError, match="no available workers"):
-        measure_solo_ttft(Client(server.url, GenerateApi()), PROMPTS)
+        measure_isolated_ttft(Client(server.url, GenerateApi()), PROMPTS)
 
 
 def test_served_model_is_the_first_of_the_list(server: FakeServer) -> None:

@@ -12,12 +12,14 @@ from rich.console import Console
 
 from sgl_flowprefill.bench.loadgen.replay import ClientReport, ReplayRun, RequestResult
 from sgl_flowprefill.bench.metrics.comparison import Comparison, SystemResult
+from sgl_flowprefill.bench.metrics.provenance import PROVENANCE
 from sgl_flowprefill.bench.reports import page
 from sgl_flowprefill.bench.reports.comparison import render_html
 from sgl_flowprefill.bench.reports.publish import publish
 from sgl_flowprefill.bench.reports.table import comparison_table
 from sgl_flowprefill.bench.workloads.synthetic import qwen_like
 from sgl_flowprefill.bench.workloads.trace import Trace
+from sgl_flowprefill.events import EventLog, Suspend
 
 FIGURES = {"requests", "completed", "ttft_attainment", "goodput_rps", "ttft_p50_s", "ttft_p99_s"}
 PREEMPTION = {"preemptions", "blocking_p50_s", "blocking_p99_s", "blocking_max_s"}
@@ -50,17 +52,11 @@ def run_of(trace: Trace, slowness: float, invalid_reason: str | None = None) -> 
 def event_log(tmp_path: Path) -> Path:
     path = tmp_path / "events.jsonl"
     times_s = np.geomspace(0.001, 0.02, 40)
-    events = [
-        {
-            "event": "suspend",
-            "t_s": 101.0 + i,
-            "blocking_s": time_s,
-            "readable_s": 101.0 + i - time_s,
-            "stopped_s": 101.0 + i - time_s / 2,
-        }
-        for i, time_s in enumerate(times_s)
-    ]
-    path.write_text("".join(json.dumps(event) + "\n" for event in events))
+    log = EventLog(path)
+    for i, time_s in enumerate(times_s):
+        now_s = 101.0 + i
+        log.write(Suspend, now_s, 1, ["a"], 5, ["b"], now_s - time_s, now_s - time_s / 2, time_s)
+    log.flush()
     return path
 
 
@@ -68,6 +64,7 @@ def event_log(tmp_path: Path) -> Path:
 def comparison(event_log: Path) -> Comparison:
     trace = qwen_like(120, seed=1)
     return Comparison(
+        kind="demo",
         systems=[
             SystemResult.of("flowprefill", "FlowPrefill", run_of(trace, 1), trace, event_log=event_log),
             SystemResult.of("sglang", "SGLang, chunked at 8192", run_of(trace, 5), trace, solo_ttft_s={512: 0.1}),
@@ -76,7 +73,6 @@ def comparison(event_log: Path) -> Comparison:
         seed=1,
         time_scale=2.0,
         model="embedded <Llama>",
-        command="python -m sgl_flowprefill.bench demo",
         settings={"longest answer (tokens)": 4},
     )
 
@@ -93,7 +89,7 @@ def test_report_json_has_every_field(comparison: Comparison, tmp_path: Path) -> 
     assert set(report["systems"]["flowprefill"]) >= PREEMPTION
     assert not PREEMPTION & set(report["systems"]["sglang"])
     assert report["systems"]["flowprefill"]["preemptions"] == 40
-    assert set(report) >= {"time_scale", "seed", "rate_rps", "model", "versions"}
+    assert set(report) >= {"time_scale", "seed", "rate_rps", "model", *PROVENANCE}
     assert report["versions"]["sglang"]
     assert report["rate_rps"] == pytest.approx(comparison.trace.rate_rps)
 
@@ -111,7 +107,12 @@ def test_html_needs_no_network(comparison: Comparison) -> None:
 
 def test_html_shows_figures_settings_and_escapes(comparison: Comparison) -> None:
     page = render_html(comparison)
-    for text in ("FlowPrefill", "SGLang, chunked at 8192", "longest answer (tokens)", comparison.command):
+    for text in (
+        "FlowPrefill",
+        "SGLang, chunked at 8192",
+        "longest answer (tokens)",
+        "python -m sgl_flowprefill.bench ",
+    ):
         assert text in page
     assert "embedded &lt;Llama&gt;" in page
     assert "not valid" not in page

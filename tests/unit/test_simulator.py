@@ -16,7 +16,9 @@ from sgl_flowprefill.bench.simulator.instance import Machine
 from sgl_flowprefill.bench.simulator.requests import Conditions, resampled
 from sgl_flowprefill.bench.simulator.search import fewest_instances, highest, max_limit_rps, max_rate_rps
 from sgl_flowprefill.bench.simulator.stock import MAX_PREFILL_TOKENS
-from sgl_flowprefill.bench.simulator.systems import HEADLINE, Setup, new_instance, run
+from sgl_flowprefill.bench.simulator.systems import Run, Setup, Simulated, SimulatedStock
+from sgl_flowprefill.bench.simulator.systems import run as simulate
+from sgl_flowprefill.bench.systems.catalog import HEADLINE, find, simulated
 from sgl_flowprefill.bench.workloads.synthetic import mixed, qwen_like
 from sgl_flowprefill.bench.workloads.trace import Trace, TraceRequest
 from sgl_flowprefill.policy import Limits
@@ -47,7 +49,11 @@ def toy_setup(**changes: object) -> Setup:
     return dataclasses.replace(setup, max_operator_s=math.inf, **changes)  # type: ignore[arg-type]
 
 
-def ttfts(system: str, trace: Trace, setup: Setup) -> list[float]:
+def run(system: str | Simulated, trace: Trace, setup: Setup) -> Run:
+    return simulate(simulated(system) if isinstance(system, str) else system, trace, setup)
+
+
+def ttfts(system: str | Simulated, trace: Trace, setup: Setup) -> list[float]:
     return [round(r.first_token_s - r.arrival_s, 6) for r in run(system, trace, setup).requests]
 
 
@@ -82,9 +88,9 @@ def test_stock_runs_what_came_first_to_its_end() -> None:
     trace = trace_of((0.0, 1000, 10.0), (0.1, 300, 10.0), (0.2, 100, 0.5))
     assert ttfts("stock-fcfs", trace, toy_setup()) == [1.0, 1.3, 1.2]  # the two that wait share a forward
     # Chunks of 500: 500 of the first, its other 500, then the 300 and the 100 together.
-    assert ttfts("stock-fcfs-500", trace, toy_setup()) == [1.0, 1.3, 1.2]
+    assert ttfts(SimulatedStock("fcfs", 500), trace, toy_setup()) == [1.0, 1.3, 1.2]
     # Chunks of 400: the third goes in a forward that the first leaves room in, a part of the second joins its end.
-    assert ttfts("stock-spf-400", trace, toy_setup()) == [1.2, 1.3, 0.6]
+    assert ttfts(SimulatedStock("spf", 400), trace, toy_setup()) == [1.2, 1.3, 0.6]
 
 
 def test_chunks_attend_to_the_chunks_before_and_cost_the_same_attention_in_all() -> None:
@@ -108,7 +114,7 @@ def test_kv_is_sent_while_a_prompt_goes_on() -> None:
     machine = Machine(dataclasses.replace(TOY, kv_bytes_per_token=1), 10_000, link_bytes_per_s=1000)
     trace = trace_of((0.0, 900, 10.0))
     assert ttfts("stock-fcfs", trace, toy_setup(machine=machine)) == [1.8]
-    assert ttfts("stock-fcfs-300", trace, toy_setup(machine=machine)) == [1.2]
+    assert ttfts(SimulatedStock("fcfs", 300), trace, toy_setup(machine=machine)) == [1.2]
     cached = dataclasses.replace(trace.requests[0], shared_tokens=600)
     trace = dataclasses.replace(trace, requests=[cached])
     for system in ("s-edf", "stock-fcfs"):  # the cached 600 tokens are under way for 0.6 s from the start
@@ -234,20 +240,20 @@ def test_searches_find_the_edge() -> None:
     assert highest(lambda value: False, 1.0) == 0.0
     setup = Setup(Machine(LLAMA_8B, LLAMA_8B.kv_tokens))
     traces = [mixed(400, seed=0, rate_rps=30.0)]
-    rates = [max_rate_rps(system, traces, setup, 0.9) for system in ("stock-fcfs", "s-edf", "feasible")]
+    rates = [max_rate_rps(simulated(system), traces, setup, 0.9) for system in ("stock-fcfs", "s-edf", "feasible")]
     rates.append(max_limit_rps(traces, setup, 0.9))
     assert rates == sorted(rates)
-    instances = fewest_instances("s-edf", traces, setup, 0.95)
+    instances = fewest_instances(simulated("s-edf"), traces, setup, 0.95)
     fewer = dataclasses.replace(setup, instances=instances - 1)
     assert run("s-edf", traces[0], fewer).attainment < 0.95
     with pytest.raises(ValueError, match="even alone"):
-        fewest_instances("s-edf", [trace_of((0.0, 8000, 0.1))], setup, 0.5)
+        fewest_instances(simulated("s-edf"), [trace_of((0.0, 8000, 0.1))], setup, 0.5)
 
 
 def test_an_unknown_system_is_refused_with_the_names_there_are() -> None:
     for name in ("stock-lifo", "stock-fcfs-0", "s-edf/token", "sedf"):
         with pytest.raises(ValueError, match="s-edf"):
-            new_instance(name, toy_setup())
+            find(name)
 
 
 @pytest.mark.parametrize("action", [[], ["--goodput"], ["--plan", "--attainment", "0.9"], ["--speed"]])

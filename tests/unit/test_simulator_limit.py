@@ -19,6 +19,7 @@ from sgl_flowprefill.bench.simulator.limit import (
 )
 from sgl_flowprefill.bench.simulator.requests import prepare
 from sgl_flowprefill.bench.simulator.systems import Setup, run
+from sgl_flowprefill.bench.systems.catalog import simulated
 from sgl_flowprefill.bench.workloads.synthetic import mixed, qwen_like
 from sgl_flowprefill.policy import Limits
 from sgl_flowprefill.ttft import PrefillShape
@@ -81,4 +82,4 @@ def test_no_policy_does_better_than_the_limit(workload: object, instances: int) 
     )
     limit = attainment_limit(prepare(trace, LLAMA_8B, setup.conditions), LLAMA_8B, 2048, instances)
     for system in ("s-edf", "feasible", "edf", "stock-spf-2048"):
-        assert run(system, trace, setup).attainment <= limit
+        assert run(simulated(system), trace, setup).attainment <= limit

@@ -214,10 +214,10 @@ def test_a_plan_looks_at_a_bounded_number_of_jobs_and_loses_none() -> None:
 
 def test_a_task_that_is_not_kept_goes_before_requests_that_are_not() -> None:
     policy = feasible_set()
-    for entry in (task("hopeless task", 0.1, 2.0), task("hopeless task, nearly done", 0.1, 1.0)):
+    for entry in (task("infeasible task", 0.1, 2.0), task("infeasible task, nearly done", 0.1, 1.0)):
         policy.add(entry)
-    policy.add(job("hopeless", 0.1, 0.5))
-    for expected in ("hopeless task, nearly done", "hopeless task", "hopeless"):
+    policy.add(job("infeasible", 0.1, 0.5))
+    for expected in ("infeasible task, nearly done", "infeasible task", "infeasible"):
         picked = policy.pick(0.0, None)
         assert picked is not None
         assert picked.item == expected
@@ -326,7 +326,7 @@ def test_a_turn_goes_over_from_a_request_to_its_task(kind: str) -> None:
     assert picked.item == "feasible"
 
 
-def test_a_job_that_turns_hopeless_during_the_turn_of_a_later_one_is_in_the_order_once() -> None:
+def test_a_job_that_turns_infeasible_during_the_turn_of_a_later_one_is_in_the_order_once() -> None:
     policy: SlackEdf[object, object] = SlackEdf(LIMITS, 60.0, starved_share=0.1)
     later, older = job("later", 1.0, 2.0, arrival_s=1.0), job("older", 110.0, 2.0, arrival_s=0.0)
     policy.add(later)
@@ -346,21 +346,34 @@ def test_what_nobody_could_meet_is_not_expected_to_arrive_again() -> None:
     assert policy.kept == [short]
 
 
-def test_a_hopeless_task_waits_for_a_request_that_can_still_be_met_though_it_is_left_out() -> None:
+def test_a_infeasible_task_waits_for_a_request_that_can_still_be_met_though_it_is_left_out() -> None:
     policy: FeasibleSet[object, object] = FeasibleSet(LIMITS, max_starvation_s=1e9)
     for second in range(100):  # takes nearly all of the time
         urgent = job("urgent", second + 1.0, 0.9, arrival_s=float(second))
         policy.add(urgent)
         policy.remove(urgent)
-    policy.add(task("hopeless task", 100.0, 2.0))
-    left_out, hopeless = job("left out", 105.0, 3.0, arrival_s=100.0), job("hopeless", 100.1, 1.0, arrival_s=100.0)
-    for entry in (left_out, hopeless):
+    policy.add(task("infeasible task", 100.0, 2.0))
+    left_out, infeasible = job("left out", 105.0, 3.0, arrival_s=100.0), job("infeasible", 100.1, 1.0, arrival_s=100.0)
+    for entry in (left_out, infeasible):
         policy.add(entry)
     order = []
     while (picked := policy.pick(100.0, None)) is not None:
         order.append(picked.item)
         policy.remove(picked)
-    assert order == ["left out", "hopeless task", "hopeless"]
+    assert order == ["left out", "infeasible task", "infeasible"]
+    assert policy.kept == []
+
+
+def test_a_task_that_can_still_be_met_goes_before_a_request_that_can_where_there_is_room_for_neither() -> None:
+    policy: FeasibleSet[object, object] = FeasibleSet(LIMITS, max_starvation_s=1e9)
+    for second in range(100):  # takes nearly all of the time
+        urgent = job("urgent", second + 1.0, 0.9, arrival_s=float(second))
+        policy.add(urgent)
+        policy.remove(urgent)
+    started = task("task", 106.0, 3.0, arrival_s=100.0)
+    for entry in (started, job("left out", 105.0, 3.0, arrival_s=100.0)):
+        policy.add(entry)
+    assert policy.pick(100.0, None) is started
     assert policy.kept == []
 
 

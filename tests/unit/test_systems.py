@@ -9,8 +9,18 @@ import pytest
 from sgl_flowprefill.bench.__main__ import main
 from sgl_flowprefill.bench.simulator.cost import LLAMA_8B
 from sgl_flowprefill.bench.simulator.instance import Machine
-from sgl_flowprefill.bench.simulator.systems import Setup, new_instance
-from sgl_flowprefill.bench.systems.catalog import CHUNKS, ORDERS, SYSTEMS, UNCHUNKED_FCFS, select
+from sgl_flowprefill.bench.simulator.stock import ORDERS as SIMULATED_ORDERS
+from sgl_flowprefill.bench.simulator.systems import Setup, SimulatedFlowPrefill, SimulatedStock
+from sgl_flowprefill.bench.systems.catalog import (
+    BY_POLICY,
+    CHUNKS,
+    ORDERS,
+    SYSTEMS,
+    UNCHUNKED_FCFS,
+    find,
+    select,
+    systems_page,
+)
 from sgl_flowprefill.bench.systems.serving import Servers
 from sgl_flowprefill.config import FlowPrefillConfig
 
@@ -18,17 +28,29 @@ from sgl_flowprefill.config import FlowPrefillConfig
 def test_every_system_can_be_simulated_and_says_why_it_is_there() -> None:
     assert len([system for system in SYSTEMS.values() if system.is_stock]) == len(ORDERS) * len(CHUNKS) + 1
     for system in SYSTEMS.values():
-        new_instance(system.simulated(FlowPrefillConfig()), Setup(Machine(LLAMA_8B, 10_000)))
+        simulated = system.simulated(FlowPrefillConfig())
+        assert simulated is not None
+        simulated.new_instance(Setup(Machine(LLAMA_8B, 10_000)))
         assert system.why
+    assert set(ORDERS) == set(SIMULATED_ORDERS)
 
 
 def test_what_is_simulated_is_what_the_options_ask_for() -> None:
     edf = FlowPrefillConfig(policy="edf")
-    assert SYSTEMS["flowprefill"].simulated(FlowPrefillConfig()) == "feasible/operator"
-    assert SYSTEMS["flowprefill"].simulated(edf) == "edf/operator"
-    assert SYSTEMS["flowprefill-layer"].simulated(edf) == "edf/layer"
-    assert SYSTEMS["flowprefill-s-edf"].simulated(edf) == "s-edf/operator"
-    assert SYSTEMS["stock-spf-512"].simulated(edf) == "stock-spf-512"
+    assert SYSTEMS["flowprefill"].simulated(FlowPrefillConfig()) == SimulatedFlowPrefill("feasible", "operator")
+    assert SYSTEMS["flowprefill"].simulated(edf) == SimulatedFlowPrefill("edf", "operator")
+    assert SYSTEMS["flowprefill-layer"].simulated(edf) == SimulatedFlowPrefill("edf", "layer")
+    assert SYSTEMS["flowprefill-s-edf"].simulated(edf) == SimulatedFlowPrefill("s-edf", "operator")
+    assert SYSTEMS["stock-spf-512"].simulated(edf) == SimulatedStock("spf", 512)
+    assert SYSTEMS["sglang"].simulated(edf) == SimulatedStock("fcfs", 4096)
+    assert BY_POLICY["s-edf/layer"].simulated(edf) == SimulatedFlowPrefill("s-edf", "layer")
+
+
+def test_a_name_is_that_of_what_is_simulated_and_a_policy_alone_stands_for_the_finest_granularity() -> None:
+    for name in ("feasible", "s-edf/layer", "edf/chunk", "stock-fcfs", "stock-hrrn-2048"):
+        assert str(find(name).simulated(FlowPrefillConfig())) == find(name).name == name
+    assert [system.name for system in select(["s-edf/layer", "feasible"])] == ["s-edf/layer", "feasible"]
+    assert not set(BY_POLICY) & set(SYSTEMS)
 
 
 def test_settings_are_accepted_by_those_who_read_them() -> None:
@@ -39,13 +61,12 @@ def test_settings_are_accepted_by_those_who_read_them() -> None:
     parser = _Parser(add_help=False)
     ServerArgs.add_cli_args(parser)
     for system in SYSTEMS.values():
-        parsed = parser.parse_args(["--model-path", "x", *system.stock_args])
+        parsed = parser.parse_args(["--model-path", "x", *system.prefill_args])
         if system.name.startswith("stock-"):
             chunk = system.name.rpartition("-")[2]
             assert parsed.chunked_prefill_size == (int(chunk) if chunk.isdigit() else -1)
         assert parsed.enable_priority_scheduling == system.wants_priority
-        if system.options is not None:
-            FlowPrefillConfig.parse(system.options)
+        assert (system.config(FlowPrefillConfig()) is None) == system.is_stock
 
 
 def test_only_the_prefill_scheduler_differs_between_clusters() -> None:
@@ -77,3 +98,10 @@ def test_the_table_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     printed = capsys.readouterr().out
     for name in ("flowprefill-s-edf", "stock-hrrn-2048"):
         assert name in printed
+
+
+def test_the_page_of_systems_says_what_the_registry_has() -> None:
+    page = Path(__file__).parents[2] / "docs" / "systems.md"
+    assert page.read_text() == systems_page(), "python -m sgl_flowprefill.bench.systems > docs/systems.md"
+    for name in [*SYSTEMS, *BY_POLICY]:
+        assert f"`{name}`" in page.read_text()

@@ -74,6 +74,14 @@ def test_papers_rule_counts_only_what_the_parent_did_not_have(files: dict[str, P
         load_trace(files["azure"], new_tokens_only=True)
 
 
+def test_the_papers_rule_needs_to_know_the_parents(tmp_path: Path) -> None:
+    rows = [{name: value for name, value in row.items() if name != "parent_chat_id"} for row in QWEN]
+    path = write_json(tmp_path / "t.jsonl", rows)
+    assert len(load_trace(path).requests) == 3
+    with pytest.raises(TraceFormatError, match="leave out --new-tokens-only"):
+        load_trace(path, new_tokens_only=True)
+
+
 def test_mooncake_times_are_milliseconds_and_blocks_512_tokens(files: dict[str, Path]) -> None:
     first, second = load_trace(files["mooncake"]).requests
     assert second.arrival_s == 2.5
@@ -109,6 +117,10 @@ def test_rows_out_of_order_are_put_in_order(tmp_path: Path) -> None:
         ({"timestamp": -1}, "line 2, field 'timestamp': -1 is not a number of at least 0"),
         ({"hash_ids": "0"}, "line 2, field 'hash_ids': it is not a list"),
         ({"type": "video"}, "line 2, field 'type': 'video' is none of text, image, search, file"),
+        ({"hash_ids": [1, -1]}, "line 2, field 'hash_ids': it is not a list of whole numbers"),
+        ({"hash_ids": [1, "2"]}, "line 2, field 'hash_ids': it is not a list of whole numbers"),
+        ({"timestamp": float("inf")}, "line 2, field 'timestamp': inf is not a number"),
+        ({"parent_chat_id": "first"}, "line 2, field 'parent_chat_id': 'first' is not a number"),
     ],
 )
 def test_a_bad_row_is_named_by_file_line_and_field(tmp_path: Path, change: dict[str, object], message: str) -> None:
@@ -117,6 +129,7 @@ def test_a_bad_row_is_named_by_file_line_and_field(tmp_path: Path, change: dict[
         load_trace(path)
     assert str(path) in str(caught.value)
     assert message in str(caught.value)
+    assert str(caught.value).endswith("; correct the line, or leave it out")
 
 
 @pytest.mark.parametrize(
@@ -125,6 +138,11 @@ def test_a_bad_row_is_named_by_file_line_and_field(tmp_path: Path, change: dict[
         ("", "are those of no known trace format"),
         ("a,b,c\n1,2,3\n", "the fields a, b, c are those of no known trace format"),
         ('{"timestamp": 1\n', "line 1: it is not JSON"),
+        (json.dumps(MOONCAKE[0]) + "\n[1]\n", "line 2: it is not a JSON object"),
+        (json.dumps(MOONCAKE[0]) + '\n{"timestamp": "\\ud800"}\n', "line 2"),
+        (AZURE + "2023-11-16 18:15:51,1.5,1\n", "line 4, field 'ContextTokens': 1.5 is not a whole number"),
+        (AZURE + "2023-11-16 18:15:51,,1\n", "line 4, field 'ContextTokens': '' is not a number"),
+        (BURSTGPT + "nan,x,1,1,1,x\n", "line 4, field 'Timestamp': 'nan' is not a number"),
         ("TIMESTAMP,ContextTokens,GeneratedTokens\n", "it holds no request"),
         (AZURE + "yesterday,1,1\n", "line 4, field 'TIMESTAMP': 'yesterday' is not a date and time"),
         (AZURE + "2023-11-16 18:15:51,1,1,1\n", "line 4: it has more fields"),

@@ -1,4 +1,4 @@
-"""The stages of a lone request add up to its TTFT, each from the log that knows it."""
+"""The stages of an isolated request add up to its TTFT, each from the log that knows it."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from sgl_flowprefill.bench.cli.anatomy import STAGES, Sent, row, split, time_stats
+from sgl_flowprefill.bench.cli.breakdown import STAGES, Sent, row, split, time_stats
+from sgl_flowprefill.events import Arrival, Complete, Start
 
 EVENTS = [
-    {"event": "arrival", "t_s": 9.5, "rid": "before", "received_s": 9.4},
-    {"event": "arrival", "t_s": 10.006, "rid": "r1", "received_s": 10.004},
-    {"event": "start", "t_s": 10.013, "task": 1, "rids": ["r1"]},
-    {"event": "complete", "t_s": 10.034, "task": 1, "rids": ["r1"], "forward_s": 0.02},
+    Arrival(9.5, "before", 64, 5.0, 14.4, 9.4),
+    Arrival(10.006, "r1", 64, 5.0, 15.004, 10.004),
+    Start(10.013, 1, ["r1"], 64, 0, 0.02),
+    Complete(10.034, 1, ["r1"], 9, 0.02, 0.02, 0.02, 0.02),
 ]
 PREFILL = {"7": {"rid": "r1", "bootstrap_duration": 0.005}}
 DECODE = {
@@ -33,7 +34,7 @@ def test_stages_add_up_to_the_ttft() -> None:
 
 
 def test_a_request_that_was_not_alone_is_refused() -> None:
-    other = {"event": "arrival", "t_s": 10.02, "rid": "r9", "received_s": 10.02}
+    other = Arrival(10.02, "r9", 64, 5.0, 15.02, 10.02)
     with pytest.raises(ValueError, match="2 requests arrived"):
         split(SENT, [*EVENTS, other], PREFILL, DECODE)
 

@@ -1,4 +1,4 @@
-"""``bench anatomy``: where the time of a lone request goes, from the client's call to its first token.
+"""``bench breakdown``: where the time of an isolated request goes, from the client's call to its first token.
 
 Times come from the client, FlowPrefill's event log (both on the machine's monotonic clock) and SGLang's request time
 statistics (``--enable-request-time-stats-logging``), joined by request id and bootstrap room. Requests go alternately
@@ -7,13 +7,10 @@ through the gateway and, for what it adds, to the servers themselves.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import dataclasses
 import random
 import re
-import shlex
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -26,15 +23,14 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from sgl_flowprefill.bench.cli.options import positive_int, prompt_builder
+from sgl_flowprefill.bench.cli.options import Breakdown, prompt_builder
 from sgl_flowprefill.bench.loadgen.client import JSON_HEADERS, Outcome, get_json
-from sgl_flowprefill.bench.metrics.comparison import machine, versions
+from sgl_flowprefill.bench.metrics.provenance import result, write_result
 from sgl_flowprefill.bench.systems.catalog import SYSTEMS
 from sgl_flowprefill.bench.systems.serving import Served, Servers, serve
 from sgl_flowprefill.cluster import ClusterError
-from sgl_flowprefill.events import read_events
+from sgl_flowprefill.events import AnyEvent, Arrival, Complete, read_events
 
-LENGTHS_TOKENS: Final = (64, 256, 1024, 4096, 8192)
 LOG_OPTION: Final = "--enable-request-time-stats-logging"
 OUTPUT_TOKENS: Final = 2
 PAUSE_S: Final = 0.05
@@ -57,7 +53,7 @@ DURATION: Final = re.compile(r"(\w+)=([\d.]+)(ms)?\b")
 
 
 class Sent(NamedTuple):
-    """A lone request as its client saw it."""
+    """An isolated request as its client saw it."""
 
     tokens: int
     through_gateway: bool
@@ -67,32 +63,16 @@ class Sent(NamedTuple):
     """When the decode's HTTP server sent the first event."""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of ``bench anatomy``."""
-    parser.add_argument(
-        "--tokens",
-        type=positive_int,
-        nargs="+",
-        default=list(LENGTHS_TOKENS),
-        metavar="N",
-        help=f"prompt lengths (default {' '.join(map(str, LENGTHS_TOKENS))})",
-    )
-    parser.add_argument("--repeats", type=positive_int, default=15, help="requests of each length (default 15)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the prompts (default 0)")
-    parser.add_argument("--out", type=Path, default=Path("out/anatomy"), help="folder of results")
-    Servers.add_options(parser)
-
-
-def run(args: argparse.Namespace, console: Console) -> int:
-    """Measure, print the table, write ``anatomy.json``. Raises ClusterError or ConfigError."""
-    servers = Servers.from_args(args)
+def run(options: Breakdown, console: Console) -> int:
+    """Measure, print the table, write ``breakdown.json``. Raises ClusterError or ConfigError."""
+    servers = Servers.from_options(options.servers)
     servers = dataclasses.replace(servers, server_args=(*servers.server_args, LOG_OPTION))
 
     def say(line: str) -> None:
         console.print(line, highlight=False, soft_wrap=True)
 
-    with serve(SYSTEMS["flowprefill"], servers, args.out, say) as served:
-        sent = asyncio.run(_send_all(served, args, say))
+    with serve(SYSTEMS["flowprefill"], servers, options.out, say) as served:
+        sent = asyncio.run(_send_all(served, options, say))
         served.settle()  # the event log is complete when its server is idle
         assert served.event_log is not None
         logs = [served.cluster.config.log_dir / f"{name}.log" for name in ("prefill", "decode")]
@@ -100,27 +80,24 @@ def run(args: argparse.Namespace, console: Console) -> int:
             (request, split(request, list(read_events(served.event_log)), *(time_stats(log) for log in logs)))
             for request in sent
         ]
-    rows = [row(tokens, [pair for pair in stages if pair[0].tokens == tokens]) for tokens in args.tokens]
-    document = {
+    rows = [row(tokens, [pair for pair in stages if pair[0].tokens == tokens]) for tokens in options.tokens]
+    figures = {
         "rows": rows,
         "stages": STAGES,
-        "repeats": args.repeats,
+        "repeats": options.repeats,
         "model": servers.model,
-        "command": shlex.join(["python", "-m", "sgl_flowprefill.bench", *sys.argv[1:]]),
-        "versions": versions(),
-        "machine": machine(),
     }
-    (args.out / "anatomy.json").write_bytes(orjson.dumps(document, option=orjson.OPT_INDENT_2) + b"\n")
+    write_result(options.out / "breakdown.json", result("breakdown", figures))
     console.print(_table(rows))
-    say(f"Figures: {args.out / 'anatomy.json'}")
+    say(f"Figures: {options.out / 'breakdown.json'}")
     return 0
 
 
 def split(
     request: Sent,
-    events: Sequence[Mapping[str, Any]],
-    prefill: Mapping[str, Mapping[str, float]],
-    decode: Mapping[str, Mapping[str, float]],
+    events: Sequence[AnyEvent],
+    prefill: Mapping[str, Mapping[str, Any]],
+    decode: Mapping[str, Mapping[str, Any]],
 ) -> dict[str, float]:
     """Seconds of each of STAGES; they add up to the request's TTFT.
 
@@ -128,24 +105,26 @@ def split(
     event log. Raises ValueError if the request is in none.
     """
     arrivals = [
-        e for e in events if e["event"] == "arrival" and request.sent_s <= e["received_s"] < request.first_token_s
+        event
+        for event in events
+        if isinstance(event, Arrival) and request.sent_s <= event.received_s < request.first_token_s
     ]
     if len(arrivals) != 1:
-        raise ValueError(f"{len(arrivals)} requests arrived during a lone one: something else uses the servers")
+        raise ValueError(f"{len(arrivals)} requests arrived during an isolated one: something else uses the servers")
     arrival = arrivals[0]
-    (complete,) = (e for e in events if e["event"] == "complete" and arrival["rid"] in e["rids"])
-    (room,) = (room for room, stats in prefill.items() if stats["rid"] == arrival["rid"])
+    (complete,) = (event for event in events if isinstance(event, Complete) and arrival.rid in event.rids)
+    (room,) = (room for room, stats in prefill.items() if stats["rid"] == arrival.rid)
     handshake_s = prefill[room]["bootstrap_duration"]
     there_s = decode[room]["entry_time"] + sum(
         decode[room].get(name, 0.0)
         for name in ("bootstrap_duration", "alloc_wait_duration", "prealloc_queue_duration", "transfer_duration")
     )
     ends_s = {
-        "request": arrival["received_s"],
-        "tokenizer": arrival["t_s"],
-        "handshake": arrival["t_s"] + handshake_s,
-        "queue": complete["t_s"] - complete["forward_s"],
-        "forward": complete["t_s"],
+        "request": arrival.received_s,
+        "tokenizer": arrival.t_s,
+        "handshake": arrival.t_s + handshake_s,
+        "queue": complete.t_s - complete.forward_s,
+        "forward": complete.t_s,
         "transfer": there_s,
         "decode": request.left_server_s,
         "answer": request.first_token_s,
@@ -173,15 +152,15 @@ def row(tokens: int, stages: Sequence[tuple[Sent, Mapping[str, float]]]) -> dict
     }
 
 
-async def _send_all(served: Served, args: argparse.Namespace, say: Callable[[str], None]) -> list[Sent]:
-    prompts = prompt_builder(args)
+async def _send_all(served: Served, options: Breakdown, say: Callable[[str], None]) -> list[Sent]:
+    prompts = prompt_builder(options.seed)
     info = await get_json(f"{served.cluster.prefill_url}/server_info")
     bootstrap = {"bootstrap_host": "127.0.0.1", "bootstrap_port": info["disaggregation_bootstrap_port"]}
     sent = []
     index = 0
     async with served.client.session() as session:
-        for tokens in args.tokens:
-            for repeat in range(args.repeats + 1):
+        for tokens in options.tokens:
+            for repeat in range(options.repeats + 1):
                 for through_gateway in (True, False):
                     body = orjson.loads(served.client.api.body(prompts.unique(tokens, index), OUTPUT_TOKENS, None))
                     index += 1
@@ -195,7 +174,7 @@ async def _send_all(served: Served, args: argparse.Namespace, say: Callable[[str
                         await prefill
                     if repeat:  # the first ones warm up
                         sent.append(one)
-            say(f"{tokens} tokens: {args.repeats} requests through the gateway, {args.repeats} without")
+            say(f"{tokens} tokens: {options.repeats} requests through the gateway, {options.repeats} without")
     return sent
 
 
@@ -211,7 +190,7 @@ async def _first_token(
                 outcome.first_token_s = time.monotonic()
                 first = orjson.loads(line[6:])
     if first is None or "error" in first or outcome.first_token_s is None:
-        raise ClusterError(f"a lone request of {tokens} tokens to {url} failed: {first or response.status}")
+        raise ClusterError(f"an isolated request of {tokens} tokens to {url} failed: {first or response.status}")
     left_server_s = first["meta_info"]["response_sent_to_client_ts"] + to_monotonic_s
     return Sent(tokens, through_gateway, outcome.sent_s, outcome.first_token_s, left_server_s)
 
@@ -235,7 +214,7 @@ def time_stats(log: Path) -> dict[str, dict[str, Any]]:
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title="Median ms of a lone request", title_justify="left")
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title="Median ms of an isolated request", title_justify="left")
     table.add_column("")
     for entry in rows:
         table.add_column(f"{entry['tokens']} tokens", justify="right")

@@ -1,0 +1,120 @@
+"""Results: each says by itself what it is of, and is read without computing anything."""
+
+from __future__ import annotations
+
+import ast
+import json
+import subprocess
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from sgl_flowprefill.bench.__main__ import main
+from sgl_flowprefill.bench.metrics import provenance
+from sgl_flowprefill.bench.metrics.provenance import PROVENANCE, SCHEMA, read_result, result, write_result
+from sgl_flowprefill.bench.reports.goodput import rates_table
+
+ROOT = Path(__file__).parents[2]
+RESULTS = sorted((ROOT / "bench" / "results").glob("*.json"))
+CHECKS: dict[str, Callable[[Any], Any]] = {
+    "schema": lambda value: value == SCHEMA,
+    "kind": lambda value: value == "simulate",
+    "command": lambda value: value.startswith("python -m sgl_flowprefill.bench "),
+    "date": lambda value: abs(datetime.now(UTC) - datetime.fromisoformat(value)) < timedelta(minutes=5),
+    "commit": lambda value: set(value) == {"hash", "dirty"},
+    "versions": lambda value: {"python", "sglang", "torch", "sgl-flowprefill"} <= set(value),
+    "machine": lambda value: {"cpu", "cores", "memory_bytes"} <= set(value),
+}
+
+
+def test_a_command_writes_where_its_figures_come_from(tmp_path: Path) -> None:
+    out = tmp_path / "figures.json"
+    options = ["--requests", "20", "--seeds", "1", "--policy", "stock-fcfs", "--no-limit", "--out", str(out)]
+    assert main(["simulate", *options]) == 0
+    document = json.loads(out.read_text())
+    assert set(CHECKS) == set(PROVENANCE)
+    for name, is_right in CHECKS.items():
+        assert is_right(document[name]), (name, document[name])
+    found = read_result(out)
+    assert found.figures["traces"]["qwen-like"]
+    assert (found.schema, found.kind, found.command) == (SCHEMA, "simulate", document["command"])
+
+
+def test_every_command_writes_its_json_with_its_provenance() -> None:
+    """Nothing in bench/ writes JSON files in another way; logs have a line for each event and no provenance."""
+    logs = {"capacity/probes.py", "loadgen/replay.py"}
+    writers, kinds = set(), set()
+    for path in sorted((ROOT / "bench").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.Call):
+                continue
+            name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+            if name in ("write_bytes", "write", "dump"):
+                writers.add(str(path.relative_to(ROOT / "bench")))
+            if name == "result" and node.args and isinstance(node.args[0], ast.Constant):
+                kinds.add(node.args[0].value)
+            if name == "Comparison":
+                kinds |= {str(one.value.value) for one in node.keywords if isinstance(one.value, ast.Constant)}
+    assert writers - logs - {"cli/fetch_trace.py"} == {"metrics/provenance.py"}
+    assert kinds == {"breakdown", "demo", "goodput", "replay", "simulate", "uncontended", "validate"}
+
+
+def test_a_document_without_its_provenance_is_not_written(tmp_path: Path) -> None:
+    document = result("demo", {"figure": 1})
+    write_result(tmp_path / "a.json", document)
+    del document["commit"]
+    with pytest.raises(ValueError, match=r"b\.json lacks commit: make it with provenance\.result"):
+        write_result(tmp_path / "b.json", document)
+    assert not (tmp_path / "b.json").exists()
+
+
+def test_the_commit_is_that_of_the_tree_and_says_whether_it_has_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(provenance, "SOURCES", tmp_path)
+    source = tmp_path / "provenance.py"
+    source.write_text("one = 1\n")
+
+    def git(*arguments: str) -> str:
+        identity = ["-c", "user.name=n", "-c", "user.email=e@example.org"]
+        command = ["git", "-C", str(tmp_path), *identity, *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    git("init", "-q")
+    untracked = provenance.commit()
+    git("add", "provenance.py")
+    git("commit", "-q", "-m", "first")
+    assert provenance.commit() == {"hash": git("rev-parse", "HEAD"), "dirty": False}
+    assert untracked["hash"] != git("rev-parse", "HEAD"), "a package in somebody else's repository has not its commit"
+    source.write_text("two = 2\n")
+    assert provenance.commit() == {"hash": git("rev-parse", "HEAD"), "dirty": True}
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=[path.stem for path in RESULTS])
+def test_published_results_are_read_whatever_version_wrote_them(path: Path) -> None:
+    found = read_result(path)
+    assert found.figures
+    assert found.schema in (1, SCHEMA)
+    assert (found.schema == 1) == (found.date is None) == (found.commit is None)
+    if "max_rate_rps" in str(found.figures):
+        console = Console(file=StringIO(), width=200)
+        console.print(rates_table(found.figures))
+        printed = console.file.getvalue()  # type: ignore[attr-defined]
+        for system in found.figures["systems"].values():
+            assert system["label"] in printed
+
+
+def test_what_is_no_result_or_of_a_later_schema_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    for text in ("[]", "{"):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=r"a\.json is no result of a benchmark: give a JSON file"):
+            read_result(path)
+    path.write_text(json.dumps({"schema": SCHEMA + 1}))
+    with pytest.raises(ValueError, match=f"schema {SCHEMA + 1}, this version reads up to {SCHEMA}"):
+        read_result(path)
