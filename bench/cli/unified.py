@@ -105,7 +105,7 @@ def _figures(runs: Sequence[Run]) -> dict[str, Any]:
     ttft_s = [request.first_token_s - request.arrival_s for request in requests]
     streams = [one.streams for one in runs if one.streams is not None]
     lateness_s = [late_s for figures in streams for late_s in figures.lateness_s]
-    duration_s = sum(one.duration_s for one in runs)
+    duration_s = sum(max(request.last_token_s for request in one.requests) for one in runs)
     return {
         **dataclasses.asdict(summarise_joint([answered(request) for request in requests])),
         "ttft_attainment": share(request.met for request in requests),

@@ -15,10 +15,11 @@ from sgl_flowprefill.bench.workloads.trace import Trace
 Judge = Literal["gaps", "mean"]
 """How TBT is judged: by each gap, of which 1% may be late, or by their mean."""
 JUDGES: Final[tuple[Judge, ...]] = ("gaps", "mean")
-SCREENED_REQUESTS: Final = 400
-"""Requests of the first trace by which the settings of a search are ranked."""
-FINALISTS: Final = 8
-"""Settings that are compared on all requests."""
+SCREENED: Final = (150, 40)
+RANKED: Final = (400, 6)
+"""Settings of a search are compared on so many requests of the first trace, and so many go on to the next round."""
+SCREENED_AT: Final = (0.4, 0.7)
+"""Rates of the first round, as shares of the traces' own."""
 
 
 def answered(request: SimRequest) -> Answered:
@@ -72,16 +73,25 @@ class Search:
 
 
 class TunedSearch:
-    """Looks for the best of many settings: all on few requests, and the first FINALISTS of these on all."""
+    """Looks for the best of many settings in three rounds: all on few requests at two rates, the better ones on more
+    requests at the highest rate that one of them keeps, and the best of these on all.
+    """
 
     def __init__(self, traces: Sequence[Trace], setup: Setup, systems: Sequence[Simulated]) -> None:
-        self._all = Search(traces, setup)
-        self._short = Search([traces[0].limited(requests=SCREENED_REQUESTS)], setup)
+        self._all, self._ranked, self._screened = (
+            Search(some, setup)
+            for some in (traces, [traces[0].limited(requests=RANKED[0])], [traces[0].limited(requests=SCREENED[0])])
+        )
         self._systems = systems
 
     def best(self, attainment: float, judge: Judge) -> tuple[Simulated | None, float]:
-        """The best setting and its highest rate; None and 0 where no setting keeps the attainment at any rate."""
-        _, rate_rps = self._short.best(self._systems, attainment, judge)
-        rate_rps = rate_rps or self._short.own_rps / 4
-        ranked = sorted(self._systems, key=lambda system: -self._short.attainment(system, rate_rps, judge))
-        return self._all.best(ranked[:FINALISTS], attainment, judge)
+        """The best setting and its highest rate; None and 0 where none keeps the attainment at any rate."""
+        rates_rps = [share_of_own * self._screened.own_rps for share_of_own in SCREENED_AT]
+        screened = sorted(
+            self._systems,
+            key=lambda system: -sum(self._screened.attainment(system, rate_rps, judge) for rate_rps in rates_rps),
+        )[: SCREENED[1]]
+        _, rate_rps = self._ranked.best(screened, attainment, judge)
+        rate_rps = rate_rps or self._ranked.own_rps / 4
+        ranked = sorted(screened, key=lambda system: -self._ranked.attainment(system, rate_rps, judge))
+        return self._all.best(ranked[: RANKED[1]], attainment, judge)

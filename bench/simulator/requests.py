@@ -48,6 +48,11 @@ class SimRequest:
         return self.first_token_s <= self.deadline_s
 
     @property
+    def last_token_s(self) -> float:
+        """When its answer was complete; 0 for one that never ran."""
+        return self.first_token_s + float(self.tbt_s.sum()) if self.first_token_s < math.inf else 0.0
+
+    @property
     def tbt_s(self) -> Gaps:
         """Times between its tokens."""
         return np.concatenate(self.gaps_s) if self.gaps_s else np.empty(0)
