@@ -171,7 +171,8 @@ def test_a_request_starts_only_where_all_still_fit_the_tightest_objective() -> N
     streams = streams_of(*[0.1] * 70)
     assert may_join(streams, 10, 0, Linear(), limits)  # 10 + 80 ms of 90
     assert not may_join(streams, 11, 0, Linear(), limits)
-    assert not may_join(streams, 10, 100, Linear(per_token_s=1e-6), limits), "contexts count"
+    assert may_join(streams, 9, 2_000, Linear(per_token_s=1e-7), limits)  # 10 + 79 + 0.9 ms
+    assert not may_join(streams, 9, 4_000, Linear(per_token_s=1e-7), limits), "contexts count"
     assert may_join(Streams(), 10_000, 0, Linear(), limits), "nobody waits for ever for an empty server"
     assert may_join(streams_of(0.011), 10_000, 0, Linear(), limits), "what one stream alone would miss bars nobody"
 
