@@ -26,6 +26,7 @@ from sgl_flowprefill.bench.simulator.systems import Run, Setup
 from sgl_flowprefill.bench.simulator.systems import run as simulate
 from sgl_flowprefill.bench.systems.catalog import HEADLINE, simulated
 from sgl_flowprefill.bench.systems.unified import HEADLINE as UNIFIED_HEADLINE
+from sgl_flowprefill.bench.systems.unified import unified as unified_system
 from sgl_flowprefill.bench.workloads.formats import load_trace
 from sgl_flowprefill.bench.workloads.synthetic import WORKLOADS
 from sgl_flowprefill.bench.workloads.trace import Trace
@@ -41,11 +42,13 @@ PLACES_WAITED_FOR: Final = (1_000, 5_000)
 def run(options: Simulate, console: Console) -> int:
     """Simulate, print tables, write JSON. Raises ValueError with a sentence for what cannot be simulated."""
     if options.unified and (options.plan or options.speed):
-        raise ValueError("--unified compares systems at one rate, or with --goodput; --plan and --speed are of prefills")
+        raise ValueError(
+            "--unified compares at one rate, or with --goodput; --plan and --speed are of prefill instances"
+        )
     options = dataclasses.replace(options, policy=options.policy or (UNIFIED_HEADLINE if options.unified else HEADLINE))
     setup = _setup(options)
     for name in options.policy:
-        unified.unified(name) if options.unified else simulated(name)
+        unified_system(name) if options.unified else simulated(name)
     report: dict[str, Any] = {
         "cost": dataclasses.asdict(setup.machine.cost),
         "instances": options.instances,

@@ -57,7 +57,9 @@ class JointSummary:
 def summarise_joint(answers: Sequence[Answered]) -> JointSummary:
     """Figures of all requests of a run; one that never ran is a miss."""
     gaps_s = np.concatenate([answer.tbt_s for answer in answers]) if answers else np.empty(0)
-    p50_s, p99_s, max_s = (float(value) for value in np.percentile(gaps_s, [50, 99, 100])) if len(gaps_s) else [None] * 3
+    p50_s, p99_s, max_s = (
+        (float(value) for value in np.percentile(gaps_s, [50, 99, 100])) if len(gaps_s) else [None] * 3
+    )
     return JointSummary(
         joint_attainment=share(answer.meets_both for answer in answers),
         joint_attainment_mean_tpot=share(answer.meets_both_by_mean for answer in answers),

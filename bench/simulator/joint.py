@@ -1,4 +1,4 @@
-"""Joint attainment of simulated unified servers, and the highest rate that keeps it: ours, and the best stock setting."""
+"""Joint attainment of simulated unified servers, and the highest rate that keeps it: also of the best stock setting."""
 
 from __future__ import annotations
 

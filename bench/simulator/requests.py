@@ -15,7 +15,6 @@ from sgl_flowprefill.bench.simulator.cost import CostModel
 from sgl_flowprefill.bench.workloads.trace import Trace, TraceRequest
 from sgl_flowprefill.ttft import PrefillShape
 
-
 Gaps = np.ndarray[Any, np.dtype[np.float64]]
 
 

@@ -1,6 +1,6 @@
 """What a decode step costs on a machine: a fixed part, a part per stream, and a part per token of context.
 
-    step(streams, context) = fixed + per_request * streams + per_context * context tokens of all streams
+step(streams, context) = fixed + per_request * streams + per_context * context tokens of all streams
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ STEP_COSTS: Final[Mapping[str, StepCost]] = {
         ("qwen3-30b-a3b-a800", 30.5e9, 1),
     )
 }
-"""Of the models of ``cost.MODELS``. That of experts reads all of them in each step, which few streams do not ask for."""
+"""Of the models of ``cost.MODELS``. The one with experts reads all of them in each step, also for few streams."""
 
 CPU_ENGINE: Final = StepCost(0.008, 0.0019, source="measured on the embedded model, two cores of an x86 server")
 """For the engine behind a TTFT profile: what steps of a prototype cost on the embedded model."""

@@ -1,4 +1,4 @@
-"""SGLang's own scheduler of prefills: forwards filled in a fixed order up to a budget of tokens, none ever interrupted."""
+"""SGLang's own scheduler of prefills: forwards filled in an order up to a budget of tokens, none ever interrupted."""
 
 from __future__ import annotations
 

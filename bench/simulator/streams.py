@@ -25,10 +25,10 @@ RETRACT_STEPS: Final = 20
 
 
 class OutputKv(KvCache):
-    """KV cache of an instance that decodes: a request holds its prompt, and each token of its answer from when it comes.
+    """KV cache of an instance that decodes: a request holds its prompt, and each token of its answer once it has come.
 
-    Admission is that of SGLang's ``PrefillAdder``: of the answers of all that have started a share is reserved, of those
-    that ask for admission the whole.
+    Admission is that of SGLang's ``PrefillAdder``: a share of the answers of all that have started is reserved, and the
+    whole answers of those that ask for admission.
     """
 
     def __init__(self, machine: Machine) -> None:

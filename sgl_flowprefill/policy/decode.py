@@ -16,7 +16,8 @@ from typing import Final, Protocol
 MARGIN_QUANTILE: Final = 0.998
 """Share of steps that shall end in time: an answer of 300 tokens may have three late ones."""
 MARGIN_FACTOR: Final = 1.2
-"""Of that quantile, what is planned with: all streams of a late step are late, and a short answer may have no late one."""
+"""Multiple of that quantile that is planned with: a short answer may have no late token, and those of a step are late
+together."""
 MARGIN_STEPS: Final = 1000
 """Steps by which the margin is judged, the last ones."""
 FIRST_MARGIN_S: Final = 0.01
@@ -149,8 +150,8 @@ class Streams:
 class Margin:
     """How much earlier than needed a step has to start, so that MARGIN_QUANTILE of them end in time.
 
-    A step ends late by the sum of what held up its start, what it took more than predicted, and what it took to hand out
-    its tokens. The margin is a high quantile of that sum, not the sum of three quantiles.
+    A step ends late by the sum of what held up its start, what it took more than predicted, and what handing out its
+    tokens took. The margin is a high quantile of that sum, not the sum of three quantiles.
     """
 
     def __init__(self, first_s: float = FIRST_MARGIN_S) -> None:
@@ -205,7 +206,7 @@ def decode_load(streams: Streams, model: StepModel, limits: DecodeLimits, margin
 
 
 def may_join(streams: Streams, requests: int, tokens: int, model: StepModel, limits: DecodeLimits) -> bool:
-    """Whether ``requests`` with ``tokens`` in all, those of live tasks among them, may become streams beside the others.
+    """Whether ``requests`` with ``tokens`` in all, those of live tasks among them, may join the streams.
 
     A step over all must fit the tightest objective and leave prefills their share. Objectives that this server would
     miss with one stream alone bar nobody.

@@ -104,7 +104,9 @@ class Work:
         return jobs or self.choose(now_s, admit=False, last=True)
 
     def as_numbers(self, choice: Choice) -> list[int]:
-        """``choice`` for other ranks, which have the same tasks and requests: a task's id, NO_TASK and requests, or STEP."""
+        """``choice`` for other ranks, which have the same tasks and requests: a task's id, NO_TASK and requests, or
+        STEP.
+        """
         if choice is None:
             return []
         if choice is Act.STEP:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from itertools import combinations
+from itertools import combinations, pairwise
 from random import Random
 
 import pytest
@@ -349,7 +349,7 @@ def test_a_job_that_only_steps_make_late_gives_way() -> None:
     assert [job.item for job in policy.kept] == ["a", "b"]
 
 
-# ---- a server made of the policy alone, with exact times --------------------------------------------------------------
+# ---- a server made of the policy alone, with exact times -------------------------------------------------------------
 
 
 @dataclass(eq=False)
@@ -455,14 +455,12 @@ def server(order: str, share: float, margin_s: float) -> Server:
 
 def gaps(request: Served) -> list[float]:
     times_s = request.token_times_s
-    return [after_s - before_s for before_s, after_s in zip(times_s, times_s[1:], strict=False)]
+    return [after_s - before_s for before_s, after_s in pairwise(times_s)]
 
 
 @settings(max_examples=150, deadline=None)
 @given(drawn_requests, st.sampled_from(["feasible", "s-edf", "fcfs"]), st.sampled_from([0.5, 0.9]))
-def test_no_gap_exceeds_the_period_by_more_than_the_margin(
-    requests: list[Served], order: str, share: float
-) -> None:
+def test_no_gap_exceeds_the_period_by_more_than_the_margin(requests: list[Served], order: str, share: float) -> None:
     """With exact times, and a margin of what can put a step off: a prefill runs up to QUANTUM_S on, and a step grows by
     what joins meanwhile. Nobody starves: all requests get all their tokens.
     """
@@ -497,7 +495,7 @@ def test_objectives_that_leave_room_for_steps_are_always_met(requests: list[Serv
 def test_prefills_get_their_share_between_any_two_steps(requests: list[Served], share: float) -> None:
     run = server("feasible", share, 0.002)
     run.run(requests)
-    for (_, before_s, _), (begin_s, end_s, wanted) in zip(run.steps, run.steps[1:], strict=False):
+    for (_, before_s, _), (begin_s, end_s, wanted) in pairwise(run.steps):
         step_s, rest_s = end_s - begin_s, begin_s - before_s
         if wanted:  # with nothing to prefill, steps follow one another
             assert rest_s >= (1 - share) * (step_s + rest_s) - TINY_S

@@ -1,10 +1,11 @@
-"""Simulated servers that prefill and decode: times worked out by hand, KV cache, and the search for the best setting."""
+"""Simulated servers that prefill and decode: times worked out by hand, KV cache, the search for the best setting."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import math
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -82,13 +83,15 @@ def test_ours_steps_at_the_latest_operator_that_keeps_the_objective() -> None:
     [stream, prompt] = tokens("feasible", STREAM_AND_PROMPT)
     # Due at 210 ms and every 100 ms. A step of 10 ms starts with a margin of 12 ms, at an operator behind that (10 ms).
     assert stream[:2] == [100.0, 110.0]
-    for before_ms, after_ms in zip(stream[1:], stream[2:], strict=False):
+    for before_ms, after_ms in pairwise(stream[1:]):
         assert 100.0 - 12.0 <= after_ms - before_ms <= 100.0
     assert prompt == [430.0], "two steps of 10 ms went before its end"
     assert tokens("feasible/chunk", STREAM_AND_PROMPT) == [[100.0, 110.0, 420.0, 430.0], [410.0]]
 
 
-@pytest.mark.parametrize("system", ["feasible", "s-edf/layer", "fcfs/chunk", "stock-fcfs", "stock-spf-512", "stock-hrrn-2048"])
+@pytest.mark.parametrize(
+    "system", ["feasible", "s-edf/layer", "fcfs/chunk", "stock-fcfs", "stock-spf-512", "stock-hrrn-2048"]
+)
 def test_answers_of_one_token_make_it_a_prefill_server(system: str) -> None:
     trace = qwen_like(400, seed=3, rate_rps=9.0)
     trace = dataclasses.replace(trace, requests=[dataclasses.replace(r, output_tokens=1) for r in trace.requests])
@@ -105,7 +108,9 @@ def test_answers_of_one_token_make_it_a_prefill_server(system: str) -> None:
 
 
 @pytest.mark.parametrize("kv_tokens", [22_000, 40_000, 414_600])
-@pytest.mark.parametrize("system", [*HEADLINE, "feasible+ahead", "stock-fcfs", "stock-spf-512-mixed-interval-2", "fcfs/layer"])
+@pytest.mark.parametrize(
+    "system", [*HEADLINE, "feasible+ahead", "stock-fcfs", "stock-spf-512-mixed-interval-2", "fcfs/layer"]
+)
 def test_every_token_comes_once_and_all_kv_cache_is_free_in_the_end(system: str, kv_tokens: int) -> None:
     setup = Setup(Machine(LLAMA_8B, kv_tokens), step_error=0.05)
     requests = prepare(mixed(150, seed=2, rate_rps=8.0), LLAMA_8B, setup.conditions)
@@ -161,7 +166,9 @@ def test_the_stream_with_fewest_tokens_is_retracted_and_starts_anew_with_what_it
 
 def test_admission_reserves_a_share_of_answers_that_falls_as_sglangs_does() -> None:
     kv = OutputKv(Machine(TOY, 1000))
-    [running, other] = prepare(trace_of((0.0, 100, 500, 9.0, 0.1), (0.0, 500, 50, 9.0, 0.1)), TOY, toy_setup().conditions)
+    [running, other] = prepare(
+        trace_of((0.0, 100, 500, 9.0, 0.1), (0.0, 500, 50, 9.0, 0.1)), TOY, toy_setup().conditions
+    )
     assert kv.can_hold(running)
     kv.take([running])
     assert kv.fitting([other]) == 0  # 551 of 900 - 0.7 * 500
@@ -193,7 +200,8 @@ def test_a_request_is_served_if_its_first_token_is_and_all_but_a_hundredth_of_th
     assert not answer(0, 99, meets_ttft=False).meets_both
     assert answer(30, 99).meets_both_by_mean
     assert not answer(60, 99).meets_both_by_mean
-    assert answer(0, 0).meets_both and answer(0, 0).meets_both_by_mean
+    assert answer(0, 0).meets_both
+    assert answer(0, 0).meets_both_by_mean
     assert Answered(True, 0.1, np.array([0.1 + 1e-15])).meets_both, "a gap that is as long as the objective"
     figures = summarise_joint([answer(3, 200), answer(0, 200), answer(0, 200, meets_ttft=False), answer(0, 0)])
     assert (figures.joint_attainment, figures.joint_attainment_mean_tpot) == (0.5, 0.75)
@@ -214,7 +222,9 @@ def test_ours_meets_time_between_tokens_where_no_chunk_size_meets_both() -> None
 def test_the_tuned_search_finds_what_a_search_of_all_finds() -> None:
     traces = [qwen_like(200, seed, rate_rps=4.0) for seed in range(2)]
     setup = Setup(Machine(LLAMA_8B, LLAMA_8B.kv_tokens))
-    systems = [STOCK[name] for name in ("stock-fcfs-8192", "stock-spf-768-mixed", "stock-spf-512-mixed", "stock-spf-2048")]
+    systems = [
+        STOCK[name] for name in ("stock-fcfs-8192", "stock-spf-768-mixed", "stock-spf-512-mixed", "stock-spf-2048")
+    ]
     search = Search(traces, setup)
     best, rate_rps = TunedSearch(traces, setup, systems).best(0.7, "gaps")
     assert best is not None
@@ -244,7 +254,7 @@ def test_the_command_writes_what_a_comparison_shows(tmp_path: Path, capsys: pyte
         assert entry["tbt_p50_s"] <= entry["tbt_p99_s"] <= entry["tbt_max_s"]
     assert "stock-spf-768-mixed" in capsys.readouterr().out
     assert main(["simulate", "--unified", "--plan"]) == 2
-    assert "--plan and --speed are of prefills" in capsys.readouterr().err
+    assert "--plan and --speed are of prefill instances" in capsys.readouterr().err
 
 
 # ---- the hub's side --------------------------------------------------------------------------------------------------

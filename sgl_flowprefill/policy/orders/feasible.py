@@ -59,9 +59,9 @@ def largest_feasible(by_deadline: Iterable[Job[Any]], now_s: float, expected: Ex
     """What to keep of ``by_deadline``.
 
     In order of deadlines, jobs are taken on until one would be late; then the job that takes longest per request is let
-    go. What is ``expected`` before a job's deadline is taken off the time until then. Without batches and arrivals, what
-    is kept is a largest set of jobs that all finish in time beside the decode steps (Moore 1968: the time that steps
-    leave until a deadline is the longer the later that is, so it can stand for the deadline).
+    go. What is ``expected`` before a job's deadline is taken off the time until then. Without batches and arrivals, a
+    largest set of jobs that all finish in time beside the decode steps is kept (Moore 1968: steps leave the more time
+    until a deadline the later it is, so that time can stand for the deadline).
     """
     taken: list[Job[Any]] = []
     longest: list[tuple[float, int, float]] = []
