@@ -18,7 +18,7 @@ from sgl_flowprefill.patches.base import expect, resolve
 
 SEAM: Final = "request_times"
 STATS: Final = "sglang.srt.observability.req_time_stats.ReqTimeStatsBase"
-STATE: Final = f"{STATS}.__getstate__"
+STATE: Final = "sglang.srt.observability.req_time_stats.ReqTimeStatsBase.__getstate__"
 SOURCES: Final = {RECEIVED: "created_time", SENT: "api_server_dispatch_time"}
 """Each of them, and SGLang's name of it in the HTTP server."""
 

@@ -93,11 +93,11 @@ def _take_scheduler_seams(config: FlowPrefillConfig) -> None:
 def _choose_scheduler(server_args: Any, *_args: Any, **_kwargs: Any) -> None:
     """A prefill server gets our scheduler, and every other server SGLang's own."""
     if server_args.disaggregation_mode == "prefill":
-        from sglang.srt.managers import scheduler
+        from sglang.srt.managers import scheduler as scheduler_module
 
         from sgl_flowprefill.runtime.scheduler import FlowPrefillScheduler
 
-        scheduler.Scheduler = FlowPrefillScheduler
+        scheduler_module.Scheduler = FlowPrefillScheduler
 
 
 def _take_platform_seams() -> None:

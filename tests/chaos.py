@@ -36,7 +36,8 @@ def chaos(engine: Any, seed: int, switch_probability: float) -> dict[str, int]:
         return choice
 
     scheduler.hub.work.policy.pick = pick
-    scheduler.hub.executor.interrupted = lambda: rng.random() < switch_probability
+    executor = scheduler.hub.executor
+    executor.interrupted = executor.ends_waiting = lambda: rng.random() < switch_probability
     return seen
 
 
@@ -44,7 +45,8 @@ def calm(engine: Any) -> None:
     """End the chaos: the policy decides again."""
     scheduler = engine.scheduler
     scheduler.hub.work.policy.__dict__.pop("pick", None)
-    scheduler.hub.executor.interrupted = scheduler.hub.events.pending
+    executor = scheduler.hub.executor
+    executor.interrupted = executor.ends_waiting = scheduler.hub.events.pending
 
 
 @dataclass

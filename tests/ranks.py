@@ -206,6 +206,12 @@ class Ranks:
         """Of ``rank`` with a late device, what it finished, in its order (``_note_finishes``)."""
         return [json.loads(line) for line in _finishes_path(str(self.log), rank).read_text().splitlines()]
 
+    def matches(self, rank: int) -> list[dict[str, Any]]:
+        """The prompts that ``rank`` has matched with its radix cache since they waited, and its starts, in its order
+        (``note_matches``).
+        """
+        return [json.loads(line) for line in _matches_path(str(self.log), rank).read_text().splitlines()]
+
     def _bind(self, kind: int, address: str) -> zmq.Socket[bytes]:
         socket = self._context.socket(kind)
         socket.set_hwm(0)
@@ -273,7 +279,7 @@ def _unleash(scheduler: Any, chaos: Chaos) -> None:
     if isinstance(agreement, Agreement):
         switch, pending = executor.interrupted, agreement.side.pending
         agreement.side.pending = lambda: switch() or pending()
-        executor.interrupted = agreement.interrupted
+        executor.interrupted, executor.ends_waiting = agreement.interrupted, agreement.ends_waiting
 
 
 def _keep_kv(scheduler: Any, log: str, rank: int) -> None:
@@ -296,6 +302,40 @@ def _kv_path(log: str, rank: int, rid: str, first_token: int) -> Path:
 
 def _finishes_path(log: str, rank: int) -> Path:
     return Path(log).with_name(f"finishes-{rank}.jsonl")
+
+
+def _matches_path(log: str, rank: int) -> Path:
+    return Path(log).with_name(f"matches-{rank}.jsonl")
+
+
+def note_matches(scheduler: Any, rank: int) -> None:
+    """Write a line for each prompt that is matched with the radix cache, with whether its request was about to start,
+    and for each batch that is started. Requests that only wait are not matched again.
+    """
+    from sgl_flowprefill.runtime import hub as hub_module
+
+    hub_module.MATCHES = 0  # type: ignore[misc]
+    hub, role = scheduler.hub, scheduler.role
+    match, make_batch, choose = role.match, role.make_batch, hub.choose
+    notes = open(_matches_path(os.environ["FLOWPREFILL_EVENT_LOG"], rank), "w", buffering=1)  # noqa: SIM115
+    choosing = False
+
+    def noted_choose() -> Any:
+        nonlocal choosing
+        choosing = True
+        choice = choose()
+        choosing = False
+        return choice
+
+    def noted_match(req: Any) -> Any:
+        notes.write(json.dumps({"match": req.rid, "about to start": choosing}) + "\n")
+        return match(req)
+
+    def noted_make_batch(reqs: Any) -> Any:
+        notes.write(json.dumps({"start": [req.rid for req in reqs]}) + "\n")
+        return make_batch(reqs)
+
+    hub.choose, role.match, role.make_batch = noted_choose, noted_match, noted_make_batch
 
 
 def _note_finishes(scheduler: Any, path: Path) -> None:

@@ -66,6 +66,8 @@ RECEIVERS: Final = {
 
 NOT_SGLANGS: Final = {
     "batch": {"bench/", "sgl_flowprefill/policy/", "sgl_flowprefill/ttft/"},
+    "kv": {"bench/"},
+    "req": {"bench/"},
     "scheduler": {"bench/", "sgl_flowprefill/policy/"},
     "watchdog": {"bench/", "sgl_flowprefill/cluster/"},
     "runner": {"bench/", "sgl_flowprefill/cluster/"},

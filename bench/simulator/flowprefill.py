@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Sequence
-from typing import Any, Final
+from typing import Any, Final, cast
 
 from sgl_flowprefill.bench.simulator.checkpoints import Checkpoints, Preemption
 from sgl_flowprefill.bench.simulator.cost import CostModel
@@ -60,11 +60,11 @@ class SimTTFT:
         self._cost = cost
 
     def predict_s(self, batch: Sequence[PrefillShape]) -> float:
-        predicted_s = [shape.predicted_s for shape in batch if isinstance(shape, SimShape)]
-        if len(batch) == 1:
-            return predicted_s[0]
-        off = sum(predicted_s) / sum(self._cost.predict_s((shape,)) for shape in batch)
-        return off * self._cost.predict_s(batch)
+        shapes = cast(Sequence[SimShape], batch)
+        if len(shapes) == 1:
+            return shapes[0].predicted_s
+        off = sum(shape.predicted_s for shape in shapes) / sum(self._cost.predict_s((shape,)) for shape in shapes)
+        return off * self._cost.predict_s(shapes)
 
     def pace(self, batch: Sequence[PrefillShape]) -> Pace:
         return AS_PREDICTED
@@ -104,7 +104,7 @@ class SimEngine:
         return Arrival(request, (), shape, request.arrival_s, request.deadline_s, request.ready_s)
 
     def take_news(self, stalls_due: bool) -> bool:
-        return False
+        return self.kv.release(self._now_s())
 
     def arrived(self) -> Sequence[Arrival]:
         return ()

@@ -389,7 +389,7 @@ PARTS: Final = (
                 otherwise=INIT_IPC_CHANNELS,
             ),
             *rows(
-                "overrides",
+                "calls",
                 SCHEDULER,
                 "resolve_waiting_queue_bootstrap(self)",
                 "drops waiting requests whose decode server is gone, here some at a time",
@@ -713,7 +713,7 @@ PARTS: Final = (
             ),
             *attributes(
                 SCHEDULE_BATCH,
-                "reqs extend_lens prefix_lens extend_num_tokens batch_is_full return_logprob return_hidden_states",
+                "reqs extend_lens prefix_lens batch_is_full return_logprob return_hidden_states",
                 "says what a started batch computes",
                 "prefill times cannot be told",
             ),
@@ -761,7 +761,7 @@ PARTS: Final = (
             *rows(
                 "reads",
                 "sglang.srt.disaggregation.utils:",
-                "DisaggregationMode DisaggregationMode.PREFILL DisaggregationMode.DECODE",
+                "DisaggregationMode DisaggregationMode.DECODE",
                 "tells prefill servers from decode servers",
                 "the server does not start",
             ),

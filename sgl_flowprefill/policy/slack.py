@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import chain, filterfalse, islice
+from itertools import chain, filterfalse, islice, takewhile
 from operator import attrgetter
 from typing import Any, Final, Generic, TypeVar
 
@@ -33,6 +33,8 @@ class StarvationTurns:
 
     def __init__(self, share: float) -> None:
         self._share = share
+        self.are_unlimited = math.isinf(share)
+        """Whether all starved jobs go first, one after the other."""
         self._turn_of: int | None = None
         self._next_turn_s = -math.inf
 
@@ -128,6 +130,15 @@ class SlackOrder(Generic[T]):
         """The first of the infeasible jobs, if it is starved: the next one's turn comes when it has gone."""
         first = self._infeasible.first()
         return first if first is not None and self._is_starved(first, now_s) else None
+
+    def starved(self, now_s: float) -> Iterator[Job[T]]:
+        """The infeasible jobs that are starved: the first, and the others behind it where turns are not limited. Asking
+        again at the same instant gives the same.
+        """
+        if self._turns.are_unlimited:
+            return takewhile(lambda job: self._is_starved(job, now_s), self._infeasible)
+        first = self.first_starved(now_s)
+        return iter(() if first is None else (first,))
 
     def first_feasible(self, now_s: float) -> Job[T] | None:
         """The job with the earliest deadline that can still be met."""

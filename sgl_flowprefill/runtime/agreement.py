@@ -145,7 +145,7 @@ class SharedWord:
         """Give rank 0 some time."""
         time.sleep(POLL_S)
 
-    def settle(self, word: int) -> None:
+    def begin_round(self, word: int) -> None:
         """Rank 0 has written ``word`` to begin a round. What was under way before it is over when this returns."""
 
 
@@ -160,7 +160,7 @@ class SentWord(SharedWord):
         self._timeout = timedelta(seconds=wait_s)
         self._under_way: list[tuple[Any, torch.Tensor]] = []
 
-    def settle(self, word: int) -> None:
+    def begin_round(self, word: int) -> None:
         for work, _ in self._under_way:
             work.wait(self._timeout)
         self._under_way.clear()
@@ -188,7 +188,7 @@ class ReceivedWord(SharedWord):
         work.wait(self._timeout)
         self.write(int(self._message))
 
-    def settle(self, word: int) -> None:
+    def begin_round(self, word: int) -> None:
         while self.read() < word:
             self.wait()
 
@@ -236,7 +236,7 @@ class Agreement:
         per_node = ranks // nodes
         first = self.rank - self.rank % per_node
 
-        own_path = _new_shared_page() if self.rank == first else ""
+        own_path = new_shared_page() if self.rank == first else ""
         address = wakeup.listen(host) if self.rank == 0 else None
         cards: list[_Card] = [_Card(0, "", None)] * ranks
         dist.all_gather_object(cards, _Card(os.getpid(), own_path, address), group=group)
@@ -306,7 +306,7 @@ class Agreement:
         self._round += 1
         point = self._round * POINTS_PER_ROUND
         self.side.begin(point)
-        self._word.settle(2 * (point + self._lead))
+        self._word.begin_round(2 * (point + self._lead))
 
     def _wait_for_word(self) -> None:
         """Nothing fails at a rank that waits for a word in shared memory whose writer has ended, so it looks."""
@@ -350,7 +350,7 @@ def _never() -> bool:
     return False
 
 
-def _new_shared_page() -> str:
+def new_shared_page() -> str:
     """A file of one page of zeros in memory."""
     descriptor, path = tempfile.mkstemp(prefix="flowprefill-", dir=SHARED_MEMORY)
     os.truncate(descriptor, mmap.PAGESIZE)

@@ -48,11 +48,11 @@ class Executor:
         capture: Callable[[Any], State] = ForwardState.capture,
     ) -> None:
         """``interrupted`` is asked once at each interruption point; what ends a wait for the device there is
-        ``ends_waiting``, or ``interrupted`` again if that is None. ``capture(model_runner)``: what a switch saves.
+        ``ends_waiting``, or ``interrupted`` again without that. ``capture(model_runner)``: what a switch saves.
         """
         self._model_runner = model_runner
         self.interrupted = interrupted
-        self._ends_waiting = ends_waiting
+        self.ends_waiting = ends_waiting or interrupted
         self.device = device or CpuDevice()
         self._capture = capture
         self.running: PrefillTask | None = None
@@ -77,7 +77,7 @@ class Executor:
         task.points += 1
         try:
             self.device.record()
-            stops = self.interrupted() or not self.device.catch_up(self._ends_waiting or self.interrupted)
+            stops = self.interrupted() or not self.device.catch_up(self.ends_waiting)
         except Exception as error:
             self._own_error = error
             raise

@@ -12,7 +12,6 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from itertools import islice
 from typing import Final, Generic, Literal, TypeVar
 
 from sgl_flowprefill.policy import Act, Job
@@ -112,7 +111,7 @@ class Hub(Generic[RoleT]):
             self._drop(task)
         for arrival in self.role.arrived():
             self.work.add(arrival)
-        self._match_again(list(islice(self.work.waiting.outdated(), MATCHES)))
+        self._match_again(self.work.waiting.outdated(MATCHES))
 
     def stopped(self, task: PrefillTask) -> None:
         """``task``, which ran, is interrupted, or it is over: its result is on its way then, or it has failed."""

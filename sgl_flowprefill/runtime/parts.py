@@ -96,7 +96,7 @@ class Agreement(Protocol):
     def ends_waiting(self) -> Callable[[], bool]:
         """Whether a wait for the device ends early."""
 
-    def agree(self, values: Sequence[int] = (), failed_at: int = 0) -> list[int]:
+    def agree(self, values: Sequence[int] = (), failed_at: int = 0) -> Sequence[int]:
         """The ``values`` of the rank that decides, at all ranks. ``failed_at``: where this rank's task has failed."""
 
     def naming_the_lost(self) -> AbstractContextManager[None]:
@@ -139,8 +139,8 @@ class OneRank:
         self.interrupted = news
         self.ends_waiting = news
 
-    def agree(self, values: Sequence[int] = (), failed_at: int = 0) -> list[int]:
-        return list(values)
+    def agree(self, values: Sequence[int] = (), failed_at: int = 0) -> Sequence[int]:
+        return values
 
     def naming_the_lost(self) -> AbstractContextManager[None]:
         return nullcontext()

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any, Final
 
+from sgl_flowprefill.pace import AS_PREDICTED, Pace
 from sgl_flowprefill.policy import Job
 from sgl_flowprefill.runtime.device import Device, Stamp
 from sgl_flowprefill.runtime.failure import Failure
@@ -18,7 +18,7 @@ NO_TASK: Final = -1
 """In place of a task's id."""
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class PrefillTask:
     """A started batch."""
 
@@ -32,8 +32,11 @@ class PrefillTask:
     arrival_s: float
     deadline_s: float
     predicted_s: float
-    attention_share: float
+    attention_share: float = 0.5
     """Of its time, the part that is attention's."""
+    number: int = 0
+    """That of the job of the request it was started for."""
+    pace: Pace = AS_PREDICTED
     readable_s: float = 0.0
     """When the scheduler process could first have read that the request it was started for can be run."""
     attn_backend: Any = None
@@ -56,7 +59,8 @@ class PrefillTask:
     """For the executor: the forward pass while it does not run."""
 
     def __post_init__(self) -> None:
-        self.job = Job(self, self.arrival_s, self.deadline_s, self.predicted_s, len(self.shapes), started=True)
+        work_s, requests = self.predicted_s / self.pace.factor, len(self.shapes)
+        self.job = Job(self, self.arrival_s, self.deadline_s, work_s, requests, self.number, self.pace, started=True)
 
     @property
     def executed_s(self) -> float:
@@ -72,11 +76,11 @@ class PrefillTask:
     def rids(self) -> list[str]:
         return [member.req.rid for member in self.members]
 
-    @cached_property
+    @property
     def new_tokens(self) -> int:
         return sum(shape.new_tokens for shape in self.shapes)
 
-    @cached_property
+    @property
     def logprob_rows(self) -> int:
         """Tokens of its prompts whose log probabilities are asked for."""
         return sum(member.logprob_rows for member in self.members)

@@ -79,9 +79,15 @@ class WaitingRequests:
             for beginning in beginnings(prompt):
                 self._outdated |= self._watched.pop(beginning, {})
 
-    def outdated(self) -> Iterator[Job[WaitingRequest]]:
-        """The requests of whose prompts more has been cached since they were matched, in the order in which it was."""
-        return (self._jobs[req] for req in self._outdated)
+    def outdated(self, most: int | None = None) -> list[Job[WaitingRequest]]:
+        """The requests of whose prompts more has been cached since they were matched, in the order in which it was;
+        ``most`` of them at most.
+        """
+        return [self._jobs[req] for req in islice(self._outdated, most)] if self._outdated else []
+
+    @property
+    def any_outdated(self) -> bool:
+        return bool(self._outdated)
 
     def is_outdated(self, job: Job[WaitingRequest]) -> bool:
         return job.item.req in self._outdated
@@ -116,9 +122,10 @@ class WaitingRequests:
 
     def _watch(self, waiting: WaitingRequest) -> None:
         """Notice when the block of the prompt after its cached prefix is cached."""
-        blocks = waiting.shape.cached_tokens // BLOCK_TOKENS + 1
-        waiting.watched = next(islice(beginnings(waiting.prompt), blocks - 1, None), None)
-        if waiting.watched is not None:
+        cached_blocks = waiting.shape.cached_tokens // BLOCK_TOKENS
+        waiting.watched = None
+        if len(waiting.prompt) >= (cached_blocks + 1) * BLOCK_TOKENS:
+            waiting.watched = next(islice(beginnings(waiting.prompt), cached_blocks, None))
             self._watched.setdefault(waiting.watched, {})[waiting.req] = None
 
     def _unwatch(self, waiting: WaitingRequest) -> None:

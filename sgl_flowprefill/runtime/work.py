@@ -55,8 +55,9 @@ class Work:
             arrival.readable_s,
             arrival.logprob_rows,
         )
-        pace = self.ttft.pace([arrival.shape])
-        work_s = self.ttft.predict_s([arrival.shape]) / pace.factor
+        shapes = (arrival.shape,)
+        pace = self.ttft.pace(shapes)
+        work_s = self.ttft.predict_s(shapes) / pace.factor
         job = Job(waiting, arrival.received_s, arrival.deadline_s, work_s, pace=pace)
         self.waiting.add(job)
         self.policy.add(job)
@@ -68,7 +69,7 @@ class Work:
 
     def match_again(self, jobs: Iterable[Job[WaitingRequest]], match: Callable[[Any], PrefillShape]) -> bool:
         """Match those of ``jobs`` again of whose prompts more has been cached since. Whether there were any."""
-        outdated = [job for job in jobs if self.waiting.is_outdated(job)]
+        outdated = list(filter(self.waiting.is_outdated, jobs)) if self.waiting.any_outdated else []
         for job in outdated:
             self.policy.remove(job)
             shape = match(job.item.req)
@@ -96,7 +97,7 @@ class Work:
         if job is None or isinstance(job.item, PrefillTask):
             return None if job is None else job.item
         jobs = self.policy.batch(job, now_s, _new_tokens, self._predict_s)
-        if not last and any(map(self.waiting.is_outdated, jobs)):
+        if not last and self.waiting.any_outdated and any(map(self.waiting.is_outdated, jobs)):
             return jobs
         while jobs and not self._fits(jobs):
             jobs = jobs[:-1]  # the winner is the first: those that join it stay out where they do not fit beside it
@@ -134,7 +135,7 @@ class Work:
             shapes = [shape for task in live for shape in task.shapes] + [job.item.shape for job in jobs]
             if not self.colocated.may_join(len(shapes), sum(map(sum, shapes))):
                 return False
-        return self.memory.admits(
+        return not live or self.memory.admits(
             [task.new_tokens for task in live],
             sum(job.item.shape.new_tokens for job in jobs),
             max([sum(job.item.logprob_rows for job in jobs), *(task.logprob_rows for task in live)]),
@@ -161,12 +162,11 @@ class Work:
             deadline_s=winner.deadline_s,
             predicted_s=self.ttft.predict_s(shapes),
             attention_share=self.attention_share(shapes),
+            number=winner.number,
+            pace=self.ttft.pace(shapes),
             readable_s=winner.item.readable_s,
             attn_backend=slot,
         )
-        task.job.number = winner.number
-        task.job.pace = self.ttft.pace(shapes)
-        task.job.remaining_s = task.predicted_s
         self.tasks.start(task)
         self.policy.add(task.job)
         return task

@@ -13,7 +13,7 @@ from sgl_flowprefill.model import embedded_model_path
 from tests.engine import generate_request
 from tests.integration.conftest import TWO_HEADS
 from tests.prompts import prompt
-from tests.ranks import Chaos, Ranks
+from tests.ranks import Chaos, Ranks, note_matches
 from tests.reference import Comparison, Reference
 
 SHARED = prompt(99, 300)
@@ -37,7 +37,8 @@ def comparison(two_heads: Reference) -> Iterator[Comparison]:
 
 @pytest.fixture(scope="module")
 def ranks(model_path: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
-    with Ranks(model_path, 2, tmp_path_factory.mktemp("two"), Chaos(seed=1, switch_probability=0.9)) as two:
+    chaos = Chaos(seed=1, switch_probability=0.9)
+    with Ranks(model_path, 2, tmp_path_factory.mktemp("two"), chaos, prepare=note_matches) as two:
         yield two
 
 
@@ -81,6 +82,22 @@ def test_results_that_come_at_different_times_are_processed_at_the_same(
         assert behind >= len(first) / 2, "the device was left without work at the end of a task"
     else:
         assert waits >= len(first) / 4, "rank 1 had every result as early as rank 0"
+
+
+def test_both_ranks_match_the_prompt_of_a_winner_again_when_more_of_it_has_been_cached(
+    ranks: Ranks, comparison: Comparison
+) -> None:
+    shared = prompt(97, 192)
+    prompts = {f"m{i}": shared + prompt(200 + i, 20) for i in range(80)}
+    for rid, tokens in prompts.items():
+        ranks.submit(rid, tokens)
+    ranks.finish(list(prompts))
+    ranks.compare(comparison, prompts)
+    first, second = ranks.matches(0), ranks.matches(1)
+    assert first == second
+    about_to_start = [note["match"] for note in first if note.get("about to start")]
+    print(f"\n{sum('match' in note for note in first)} matches, {len(about_to_start)} of them of winners")
+    assert about_to_start
 
 
 def test_clients_that_leave_are_dropped_by_both_ranks(ranks: Ranks, comparison: Comparison) -> None:

@@ -23,10 +23,12 @@ def nothing(engine: PrefillEngine, struck: Callable[[], None]) -> None:
 def wrong_kv_slot_after_a_resume(engine: PrefillEngine, struck: Callable[[], None]) -> None:
     """Once in the life of a task that is resumed, two neighbouring tokens have their KV slots exchanged."""
 
+    disturbed: set[int] = set()
+
     def disturb(task: Any) -> None:
         slots = task.batch.out_cache_loc
-        if len(slots) >= 2 and not hasattr(task, "is_disturbed"):
-            task.is_disturbed = True
+        if len(slots) >= 2 and task.id not in disturbed:
+            disturbed.add(task.id)
             slots[-2:] = slots[-2:].flip(0)
             struck()
 

@@ -53,7 +53,7 @@ def pieces_s(engine: PrefillEngine, tokens: int, seed: int) -> list[float]:
         type(executor).run(executor, task, forward)
         points.append(time.perf_counter())
 
-    with patch.object(executor, "_interrupted", interrupted), patch.object(executor, "run", run):
+    with patch.object(executor, "interrupted", interrupted), patch.object(executor, "run", run):
         engine.submit(f"{tokens}-{seed}", prompt(seed, tokens))
         engine.run()
     return np.diff(points).tolist()

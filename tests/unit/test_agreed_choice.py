@@ -37,7 +37,6 @@ class Meeting:
     def __init__(self) -> None:
         self.barrier = threading.Barrier(RANKS, timeout=30.0)
         self.said: list[int] = []
-        self.count = 0
 
 
 class InTurn:
@@ -46,13 +45,14 @@ class InTurn:
     def __init__(self, meeting: Meeting, rank: int) -> None:
         self.decides = rank == 0
         self.ends_waiting = lambda: False
+        self.count = 0
         self._meeting = meeting
 
     def agree(self, values: Sequence[int] = (), failed_at: int = 0) -> list[int]:
         meeting = self._meeting
+        self.count += 1
         if self.decides:
             meeting.said = list(values)
-            meeting.count += 1
         meeting.barrier.wait()
         said = meeting.said
         meeting.barrier.wait()
@@ -74,14 +74,7 @@ class CachingEngine(SimulatedEngine):
     def arrived(self) -> Any:
         for arrival in super().arrived():
             prompt = self.prompts[arrival.req.rid]
-            yield type(arrival)(
-                arrival.req,
-                prompt,
-                self._shape(arrival.req),
-                arrival.received_s,
-                arrival.deadline_s,
-                arrival.readable_s,
-            )
+            yield arrival._replace(prompt=prompt, shape=self._shape(arrival.req))
 
     def match(self, req: SimulatedRequest) -> PrefillShape:
         self.log.append(("match", [req.rid]))
@@ -113,13 +106,12 @@ class Rank:
         requests = [
             SimulatedRequest(rid, arrival_s, len(prompt), slo_s) for rid, (arrival_s, prompt, slo_s) in arrivals.items()
         ]
-        self.meeting = meeting
         self.engine = CachingEngine(requests, {rid: prompt for rid, (_, prompt, _) in arrivals.items()})
         policy = make_policy("s-edf", Limits(max_suspended=4, max_batch_tokens=500), 60.0)
         server = SimulatedServer(self.engine.device, MODEL, requests, policy=policy)
         self.hub: Any = server.hub
         self.hub.role = self.engine
-        self.hub.agreement = InTurn(meeting, rank)
+        self.hub.agreement = self.agreement = InTurn(meeting, rank)
         if rank:  # whose predictions count for nothing
             server.times.predict_s = lambda batch: 7.0  # type: ignore[method-assign]
 
@@ -130,10 +122,10 @@ class Rank:
             if not waiting and not self.engine.has_arrivals():
                 self.engine.device.now_s = self.engine.requests_to_come[0].arrival_s
             self.hub.look()
-            outdated, before = any(waiting.outdated()), self.meeting.count
+            outdated, before = bool(waiting.outdated()), self.agreement.count
             choice = self.hub.choose()
             assert isinstance(choice, list)
-            agreements = self.meeting.count - before
+            agreements = self.agreement.count - before
             assert agreements <= (MATCH_ROUNDS if outdated else 1)
             assert not waiting.is_outdated(choice[0]), "the winner's prompt could be matched farther"
             task = self.hub.start(choice)

@@ -17,7 +17,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from sgl_flowprefill.runtime.agreement import Agreement, AgreementError, Follower, Leader, SharedWord, _new_shared_page
+from sgl_flowprefill.runtime.agreement import Agreement, AgreementError, Follower, Leader, SharedWord, new_shared_page
 from sgl_flowprefill.runtime.wakeup import Wakeup
 
 ROUNDS = 300
@@ -237,7 +237,7 @@ def time_points(rank: int, pipe: Connection, path: str) -> None:
 
 
 def test_a_checkpoint_without_an_event_costs_less_than_a_microsecond(tmp_path: Path) -> None:
-    path = _new_shared_page()
+    path = new_shared_page()
     with Processes(2, tmp_path, time_points, path) as processes:
         leader_s, follower_s = processes.receive(0), processes.receive(1)
     os.unlink(path)

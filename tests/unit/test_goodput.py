@@ -268,7 +268,7 @@ def compared_probe(profile: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     names = ("flowprefill", "stock-fcfs")
     campaign = campaign_of(Model(profile), tmp_path_factory.mktemp("run"), names, attainments=(0.9,), seeds=1)
     campaign.run()
-    (probe,) = GoodputResult.of(campaign, "", "").figures["flowprefill"].compared.values()
+    (probe,) = GoodputResult.of(campaign, "").figures["flowprefill"].compared.values()
     return probe
 
 

@@ -19,6 +19,7 @@ from sglang.srt.constrained.grammar_manager import GrammarManager
 from sglang.srt.managers.scheduler import Scheduler
 from sglang.srt.managers.scheduler_components.invariant_checker import create_scheduler_watchdog
 
+from sgl_flowprefill import plugin
 from sgl_flowprefill.config import FlowPrefillConfig
 from sgl_flowprefill.pace import Pace
 from sgl_flowprefill.policy import Limits, make_policy
@@ -78,6 +79,22 @@ def test_a_watchdog_is_fed_by_interruption_points_and_notices_when_none_is_passe
         assert wait_until(lambda: len(dumps) >= 2)
     finally:
         scheduler.cur_batch_for_debug = None
+
+
+@pytest.mark.parametrize("mode", ["prefill", "decode", "null"])
+def test_only_a_prefill_server_gets_another_scheduler_than_sglangs(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the function that SGLang calls before it makes its scheduler."""
+    from sglang.srt.managers import scheduler as sglang_scheduler
+    from sglang.srt.plugins.hook_registry import HookRegistry
+
+    hooks: dict[str, Any] = {}
+    monkeypatch.setattr(plugin, "expect", lambda *parts: None)  # of what is not SGLang's own here
+    monkeypatch.setattr(HookRegistry, "register", lambda target, hook, kind: hooks.setdefault(target, hook))
+    monkeypatch.setattr(sglang_scheduler, "Scheduler", Scheduler)
+    monkeypatch.setenv("SGLANG_EAGER_INPUT_NO_COPY", "1")
+    plugin._take_scheduler_seams(FlowPrefillConfig())
+    hooks[plugin.BEFORE_IT_IS_MADE](SimpleNamespace(disaggregation_mode=mode), gpu_id=0)
+    assert sglang_scheduler.Scheduler is (FlowPrefillScheduler if mode == "prefill" else Scheduler)
 
 
 def test_without_a_soft_watchdog_there_is_one() -> None:
@@ -269,17 +286,17 @@ def test_requests_that_begin_alike_are_matched_again_when_one_of_them_has_been_c
     assert [job.remaining_s for job in jobs.values()] == [400.0, 400.0, 144.0, 400.0]
     waiting.take(["0"])
     waiting.cached([prompts["0"]])
-    assert list(waiting.outdated()) == [jobs["1"]], "the third has all whole blocks that it shares with the first"
+    assert waiting.outdated() == [jobs["1"]], "the third has all whole blocks that it shares with the first"
     cached["1"] = 300
     assert work.match_again(list(jobs.values()), match)
     assert jobs["1"].remaining_s == 100.0
-    assert not list(waiting.outdated())
+    assert not waiting.outdated()
     waiting.cached([prompts["0"]])
-    assert not list(waiting.outdated()), "no more of it is cached than before"
+    assert not waiting.outdated(), "no more of it is cached than before"
     waiting.cached([prompts["1"], prompts["other"]])
-    assert list(waiting.outdated()) == [jobs["1"], jobs["other"]]
+    assert waiting.outdated() == [jobs["1"], jobs["other"]]
     waiting.take(["1", "2", "other"])
-    assert not list(waiting.outdated())
+    assert not waiting.outdated()
     assert not waiting.watches
 
 

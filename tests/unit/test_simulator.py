@@ -57,6 +57,13 @@ def ttfts(system: str | Simulated, trace: Trace, setup: Setup) -> list[float]:
     return [round(r.first_token_s - r.arrival_s, 6) for r in run(system, trace, setup).requests]
 
 
+def test_kv_that_was_sent_while_an_instance_was_idle_is_free_when_a_request_comes() -> None:
+    """And not before: nothing starts ahead of its arrival."""
+    cost = dataclasses.replace(TOY, kv_bytes_per_token=1)
+    setup = toy_setup(machine=Machine(cost, kv_tokens=1000, link_bytes_per_s=2000.0))
+    assert ttfts("s-edf", trace_of((0.0, 800, 10.0), (2.0, 800, 10.0)), setup) == [1.2, 1.2]
+
+
 def test_preemption_takes_effect_at_the_next_boundary_of_its_granularity() -> None:
     trace = trace_of((0.0, 1000, 10.0), (0.12, 10, 0.5))
     # Operators end every 50 ms, layers every 100 ms.

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from sgl_flowprefill.bench.simulator.cost import LLAMA_8B
 from sgl_flowprefill.bench.simulator.instance import Machine
 from sgl_flowprefill.bench.simulator.systems import Setup, run
+from sgl_flowprefill.bench.systems.catalog import simulated
 from sgl_flowprefill.bench.workloads.synthetic import WORKLOADS
 from sgl_flowprefill.policy import Job, Limits, make_policy
 from sgl_flowprefill.policy.forecast import Forecast
@@ -410,7 +411,9 @@ RECORDED = {
 def test_a_policy_picks_what_it_picked_when_its_figures_were_recorded(workload: str, policy: str) -> None:
     """Who changes a policy on purpose records anew, and the tables of docs/simulator.md too."""
     trace = WORKLOADS[workload](1000, 0, 1.0)
-    result = run(policy, trace.scaled(rate_scale=15.0 / trace.rate_rps), Setup(Machine(LLAMA_8B, LLAMA_8B.kv_tokens)))
+    result = run(
+        simulated(policy), trace.scaled(rate_scale=15.0 / trace.rate_rps), Setup(Machine(LLAMA_8B, LLAMA_8B.kv_tokens))
+    )
     assert result.blocking_s is not None
     met = sum(request.met for request in result.requests)
     ttfts_s = math.fsum(request.first_token_s - request.arrival_s for request in result.requests)

@@ -253,7 +253,7 @@ class FeasibleSet(Policy[R, K]):
     def in_order(self, now_s: float) -> Iterator[Job[R]]:
         self._settle(now_s)
         kept = [job for job in self._plan.kept if not job.started]
-        return self._waiting.behind((self._waiting.first_starved(now_s), *kept, self._waiting.first_feasible(now_s)))
+        return self._waiting.behind((*self._waiting.starved(now_s), *kept, self._waiting.first_feasible(now_s)))
 
     def _best_waiting(self, now_s: float) -> Candidate[R] | None:
         self._settle(now_s)

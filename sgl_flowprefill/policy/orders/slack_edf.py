@@ -57,7 +57,7 @@ class SlackEdf(Policy[R, K]):
     def in_order(self, now_s: float) -> Iterator[Job[R]]:
         jobs = self._waiting
         jobs.settle(now_s)
-        return jobs.behind((jobs.first_starved(now_s), jobs.first_feasible(now_s)))
+        return jobs.behind((*jobs.starved(now_s), jobs.first_feasible(now_s)))
 
     def _best_waiting(self, now_s: float) -> Candidate[R] | None:
         return _best(self._waiting, now_s)
