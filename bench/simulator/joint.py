@@ -15,6 +15,8 @@ from sgl_flowprefill.bench.workloads.trace import Trace
 Judge = Literal["gaps", "mean"]
 """How TBT is judged: by each gap, of which 1% may be late, or by their mean."""
 JUDGES: Final[tuple[Judge, ...]] = ("gaps", "mean")
+LEAST_RATE: Final = 1 / 16
+"""Of the traces' own rate: a system that keeps an attainment at lower rates only is not looked at closely."""
 SCREENED: Final = (150, 40)
 RANKED: Final = (400, 6)
 """Settings of a search are compared on so many requests of the first trace, and so many go on to the next round."""
@@ -56,8 +58,10 @@ class Search:
         return self._seen[key][judge]
 
     def max_rate_rps(self, system: Simulated, attainment: float, judge: Judge) -> float:
-        """The highest rate of ``system``; 0 where no rate will do."""
-        return highest(lambda rate_rps: self.attainment(system, rate_rps, judge) >= attainment, self.own_rps)
+        """The highest rate of ``system``; 0 where none above LEAST_RATE will do."""
+        return highest(
+            lambda rate_rps: self.attainment(system, rate_rps, judge) >= attainment, self.own_rps, LEAST_RATE
+        )
 
     def best(self, systems: Iterable[Simulated], attainment: float, judge: Judge) -> tuple[Simulated | None, float]:
         """Which of ``systems`` has the highest rate, and that rate. What does not keep the attainment at the rate of

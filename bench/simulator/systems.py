@@ -114,6 +114,7 @@ class SimulatedUnified:
             self.limits,
             setup.hub_s,
             setup.step_error,
+            setup.max_starvation_s,
         )
 
     def max_batch_tokens(self, setup: Setup) -> int:
