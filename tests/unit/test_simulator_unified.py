@@ -257,6 +257,22 @@ def test_the_command_writes_what_a_comparison_shows(tmp_path: Path, capsys: pyte
     assert "--plan and --speed are of prefill instances" in capsys.readouterr().err
 
 
+def test_the_command_searches_the_highest_rates_and_names_the_best_stock_setting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = ("stock-fcfs-8192", "stock-spf-768-mixed")
+    monkeypatch.setattr("sgl_flowprefill.bench.cli.unified.STOCK", {name: STOCK[name] for name in names})
+    monkeypatch.setattr("sgl_flowprefill.bench.cli.unified.ATTAINMENTS", (0.7,))
+    out = tmp_path / "goodput.json"
+    command = ["simulate", "--unified", "--goodput", "--requests", "60", "--seeds", "1", "--out", str(out), "--policy"]
+    assert main([*command, "feasible", *names]) == 0
+    found = json.loads(out.read_text())["traces"]["qwen-like"]
+    rates = {system: by_judge["gaps"]["0.7"] for system, by_judge in found["max_rate_rps"].items()}
+    assert rates["best stock"] == max(rates[name] for name in names) < rates["feasible"]
+    assert rates[found["best_stock"]["gaps"]["0.7"]] == rates["best stock"]
+    assert f"({found['best_stock']['gaps']['0.7']})" in capsys.readouterr().out.replace("\n", "")
+
+
 # ---- the hub's side --------------------------------------------------------------------------------------------------
 
 
