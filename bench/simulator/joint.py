@@ -20,8 +20,8 @@ LEAST_RATE: Final = 1 / 16
 SCREENED: Final = (150, 40)
 RANKED: Final = (400, 6)
 """Settings of a search are compared on so many requests of the first trace, and so many go on to the next round."""
-SCREENED_AT: Final = (0.4, 0.7)
-"""Rates of the first round, as shares of the traces' own."""
+SCREENED_AT: Final = (0.4, 0.7, 1.1, 1.6)
+"""Rates of the first round, as shares of the traces' own: some at which the good settings differ."""
 
 
 def answered(request: SimRequest) -> Answered:
@@ -77,7 +77,7 @@ class Search:
 
 
 class TunedSearch:
-    """Looks for the best of many settings in three rounds: all on few requests at two rates, the better ones on more
+    """Looks for the best of many settings in three rounds: all on few requests at some rates, the better ones on more
     requests at the highest rate that one of them keeps, and the best of these on all.
     """
 
