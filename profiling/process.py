@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import FrameType
 from typing import IO, Any
@@ -43,12 +44,14 @@ def main(argv: Sequence[str]) -> int:
 
 def make_scheduler(server_options: Sequence[str]) -> Any:
     """A FlowPrefillScheduler for a prefill server's command line; no KV cache is sent anywhere."""
+    # As in a scheduler that SGLang spawns: otherwise a forward pass overwrites the inputs of one that is suspended.
+    os.environ["SGLANG_EAGER_INPUT_NO_COPY"] = "1"
     import sglang.srt.managers.scheduler  # noqa: F401 - what tells the plugin that this process runs one
     from sglang.srt.plugins import load_plugins
-    from sglang.srt.runtime_context import SpawnRanks, get_disagg, publish
+    from sglang.srt.runtime_context import SpawnRanks, publish
     from sglang.srt.server_args import PortArgs, prepare_server_args
 
-    from sgl_flowprefill.patches import affinity
+    from sgl_flowprefill.patches import affinity, lone_prefill
 
     load_plugins()
     if affinity.is_enabled():
@@ -56,10 +59,16 @@ def make_scheduler(server_options: Sequence[str]) -> Any:
     server_args = prepare_server_args(list(server_options))
     server_args.resolve_once()
     publish(server_args, role="scheduler", ranks=SpawnRanks(world_rank=0, dp_rank=None, gpu_id=server_args.base_gpu_id))
-    get_disagg()._set("disaggregation_transfer_backend", "fake")
+    lone_prefill.transfer_nothing()
     from sgl_flowprefill.runtime.scheduler import FlowPrefillScheduler
 
     return FlowPrefillScheduler(server_args, PortArgs.init_new(server_args))
+
+
+def serving_stream(scheduler: Any) -> AbstractContextManager[Any]:
+    """The stream on which ``scheduler`` serves: its loop runs within this context, and so do measurements."""
+    context: AbstractContextManager[Any] = scheduler.device_module.StreamContext(scheduler.schedule_stream)
+    return context
 
 
 def _measure(scheduler: Any, output: Path | None, budget_s: float, reports: IO[str]) -> None:
@@ -78,7 +87,8 @@ def _measure(scheduler: Any, output: Path | None, budget_s: float, reports: IO[s
     complete = False
     try:
         resumed = _resumable(partial_path(path), setting)
-        complete = run_profile(SchedulerEngine(scheduler.role), setting, path, budget_s, resumed, progress).complete
+        with serving_stream(scheduler):
+            complete = run_profile(SchedulerEngine(scheduler.role), setting, path, budget_s, resumed, progress).complete
     finally:
         written = path if complete else partial_path(path)
         _report(reports, path=str(written), complete=complete, measured=last.measured)

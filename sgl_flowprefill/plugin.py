@@ -103,13 +103,15 @@ def _choose_scheduler(server_args: Any, *_args: Any, **_kwargs: Any) -> None:
 def _take_platform_seams() -> None:
     """Seams that serve both schedulers: the portable CPU platform's, and those that the environment asks for."""
     from sgl_flowprefill import platforms
+    from sgl_flowprefill.patches import lone_prefill, made_weights
 
     if platforms.is_active():
-        from sgl_flowprefill.patches import nixl_dram, nixl_sleep
-
         expect("hooks", "platform")
-        nixl_dram.apply()
-        nixl_sleep.apply()
+        if not lone_prefill.is_enabled():
+            from sgl_flowprefill.patches import nixl_dram, nixl_sleep
+
+            nixl_dram.apply()
+            nixl_sleep.apply()
         if multiprocessing.parent_process() is None:
             from sgl_flowprefill.patches import token_ids
 
@@ -123,6 +125,10 @@ def _take_platform_seams() -> None:
         from sgl_flowprefill.patches import affinity, decode_idle, wakeups
 
         wakeups.apply()
+        if lone_prefill.is_enabled():
+            lone_prefill.apply()
+        if made_weights.is_enabled():
+            made_weights.apply()
         if affinity.is_enabled():
             affinity.apply()
         if decode_idle.is_enabled():

@@ -35,7 +35,7 @@ EXIT_CANNOT_START: Final = 2
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Serve until interrupted, or ``profile`` or ``doctor``; returns the exit code."""
+    """Serve until interrupted, or ``profile``, ``doctor`` or ``gpu-report``; returns the exit code."""
     argv = sys.argv[1:] if argv is None else argv
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job of a shell starts with it ignored
     signal.signal(signal.SIGTERM, _end)
@@ -50,6 +50,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from sgl_flowprefill.cluster import doctor_command
 
             return doctor_command.main(argv[1:])
+        if argv and argv[0] == "gpu-report":
+            from sgl_flowprefill.gpu_report import command
+
+            return command.main(argv[1:])
         _serve(parse(argv))
     except StartError as error:
         print(f"launch.py: {error}", file=sys.stderr)

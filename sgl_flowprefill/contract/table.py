@@ -1622,6 +1622,47 @@ PARTS: Final = (
                 "empties the radix cache before a prefix is cached",
                 "`launch.py profile` cannot measure cached prefixes",
             ),
+            *attributes(
+                SCHEDULER,
+                "device_module schedule_stream token_to_kv_pool_allocator",
+                "is what a server runs on, and holds its KV cache",
+                "`launch.py gpu-report`, `profile` and `doctor` measure nothing",
+            ),
+            *attributes(
+                "sglang.srt.configs.model_config:ModelConfig",
+                "num_hidden_layers",
+                "tells how many layers a forward pass has",
+                "`launch.py gpu-report` measures nothing",
+            ),
+        ),
+    ),
+    Part(
+        "made_weights",
+        "Weights made on the device",
+        ("scheduler",),
+        (
+            Row(
+                "sglang.srt.model_loader.loader:initialize_dummy_weights",
+                "hooks",
+                "makes the weights of `--load-format dummy`",
+                "`launch.py gpu-report --shape` measures a model whose attention changes nothing",
+                signature="(model, ...)",
+            ),
+        ),
+    ),
+    Part(
+        "lone_prefill",
+        "A prefill server without a decode server",
+        ("scheduler",),
+        (
+            Row(
+                "sglang.srt.managers.scheduler:Scheduler.init_disaggregation",
+                "hooks",
+                "makes the transfer library's manager",
+                "`launch.py gpu-report` needs the transfer library",
+                signature="(self)",
+                holds=("self.transfer_backend = TransferBackend(", "disaggregation_transfer_backend"),
+            ),
         ),
     ),
     Part(

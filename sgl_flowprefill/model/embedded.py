@@ -62,6 +62,10 @@ class EmbeddedModel:
         from safetensors.numpy import save_file
 
         save_file(dict(self._weights()), directory / "model.safetensors", metadata={"format": "pt"})
+        self.write_description(directory)
+
+    def write_description(self, directory: Path) -> None:
+        """Write config and tokenizer."""
         _write_json(directory / "config.json", self._config())
         _write_json(directory / "generation_config.json", {"bos_token_id": 0, "eos_token_id": 1})
         _write_tokenizer(directory)

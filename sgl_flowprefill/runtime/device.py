@@ -107,7 +107,7 @@ class QueueDevice:
     """A device with one in-order queue. Subclasses say how its end is marked and how the host waits."""
 
     def __init__(self, lookahead: int) -> None:
-        self._lookahead = lookahead
+        self.lookahead = lookahead
         self._queued: deque[Any] = deque()
         """Ends of the operators that had not run when we last looked, in their order: at most ``lookahead`` + 1."""
         self._unused: list[Any] = []
@@ -118,7 +118,7 @@ class QueueDevice:
         self._queued.append(event)
 
     def catch_up(self, interrupted: Callable[[], bool]) -> bool:
-        while len(self._queued) > self._lookahead:
+        while len(self._queued) > self.lookahead:
             if not self.wait(self._queued[0], interrupted):
                 return False
             self._unused.append(self._queued.popleft())

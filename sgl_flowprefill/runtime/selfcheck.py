@@ -25,7 +25,7 @@ from sglang.srt.mem_cache.common import release_kv_cache
 
 from sgl_flowprefill.config import FlowPrefillConfig
 from sgl_flowprefill.profiling.measure import SchedulerEngine
-from sgl_flowprefill.profiling.process import make_scheduler
+from sgl_flowprefill.profiling.process import make_scheduler, serving_stream
 from sgl_flowprefill.runtime.cuda_device import CudaDevice
 from sgl_flowprefill.runtime.executor import Executor
 from sgl_flowprefill.runtime.hub import Hub
@@ -115,12 +115,14 @@ class Tasks(SchedulerEngine):
 
     @contextmanager
     def interrupted_by(self, interrupted: Callable[[], bool]) -> Iterator[None]:
+        """Ask ``interrupted``, at interruption points and while the CPU waits there for the device."""
         executor = self.executor
-        usual, executor.interrupted = executor.interrupted, interrupted
+        usual = executor.interrupted, executor.ends_waiting
+        executor.interrupted = executor.ends_waiting = interrupted
         try:
             yield
         finally:
-            executor.interrupted = usual
+            executor.interrupted, executor.ends_waiting = usual
 
     def prompt(self, tokens: int) -> list[int]:
         return self._random_ids(min(tokens, self.limit_tokens))
@@ -329,8 +331,10 @@ def main(server_options: Sequence[str]) -> None:
     # SGLang and its libraries print to standard output too: they get the log file.
     findings = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1)
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-    for finding in checks(make_scheduler(server_options).hub):
-        findings.write(json.dumps(asdict(finding)) + "\n")
+    scheduler = make_scheduler(server_options)
+    with serving_stream(scheduler):
+        for finding in checks(scheduler.hub):
+            findings.write(json.dumps(asdict(finding)) + "\n")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from sglang.srt.disaggregation.base import KVPoll
 from sglang.srt.managers.io_struct import AbortReq
 
 from sgl_flowprefill.bench.cli.events import summarise_log
-from sgl_flowprefill.events import AnyEvent, read_events
+from sgl_flowprefill.events import AnyEvent, Fail, read_events
 from sgl_flowprefill.policy import Limits
 from sgl_flowprefill.runtime.event_recorder import EventRecorder
 from tests.engine import PrefillEngine, generate_request
@@ -61,7 +61,7 @@ class LoggedEngine:
         assert set(Counter(arrivals).values()) <= {1}
         return {rid: event.kind for rid, event in ends}
 
-    def failure(self, rid: str) -> dict[str, Any]:
+    def failure(self, rid: str) -> Fail:
         [event] = [event for event in self.events() if event.kind == "fail" and event.rids == [rid]]
         return event
 
@@ -92,9 +92,9 @@ def test_requests_that_are_refused_at_the_door_fail_with_the_reason(
     monkeypatch.setattr(logged.scheduler, "send_control_output", lambda *_: None)
     logged.engine.receive(with_priority)
     assert set(logged.ends().values()) == {"fail"}
-    assert logged.failure("longer than the context")["http_status"] == 400
-    assert "exceeds the maximum number of tokens: 100 > 99" in logged.failure("longer than the KV cache")["reason"]
-    assert "Using priority is disabled" in logged.failure("with a priority")["reason"]
+    assert logged.failure("longer than the context").http_status == 400
+    assert "exceeds the maximum number of tokens: 100 > 99" in logged.failure("longer than the KV cache").reason
+    assert "Using priority is disabled" in logged.failure("with a priority").reason
     arrived = {event.rid: event.prompt_tokens for event in logged.events() if event.kind == "arrival"}
     assert arrived["longer than the context"] == 70_000, "and not what SGLang puts in its place"
     logged.engine.answers.pop("with a priority", None)
@@ -107,8 +107,8 @@ def test_a_bootstrap_that_fails_and_one_that_is_aborted_end_differently(logged: 
     logged.engine.abort("is aborted")
     logged.engine.run()
     assert logged.ends() == {"fails": "fail", "is aborted": "abort"}
-    assert logged.failure("fails")["http_status"] == 500
-    assert "Prefill bootstrap failed" in logged.failure("fails")["reason"]
+    assert logged.failure("fails").http_status == 500
+    assert "Prefill bootstrap failed" in logged.failure("fails").reason
 
 
 def test_waiting_requests_that_are_aborted_or_lose_their_decode_server_end(logged: LoggedEngine) -> None:
@@ -127,7 +127,7 @@ def test_grammars_that_do_not_compile_or_are_aborted_end_their_requests(logged: 
     logged.engine.abort("is aborted")
     logged.engine.run()
     assert logged.ends() == {"does not compile": "fail", "is aborted": "abort"}
-    assert logged.failure("does not compile")["http_status"] == 400
+    assert logged.failure("does not compile").http_status == 400
 
 
 def test_a_task_that_is_dropped_and_a_member_that_leaves_a_batch_end_as_aborted(logged: LoggedEngine) -> None:
@@ -174,8 +174,8 @@ def test_a_forward_pass_that_raises_ends_its_requests_but_those_that_have_left(l
             hook.remove()
     assert logged.ends() == {"raises": "fail", "leaves": "abort"}
     failure = logged.failure("raises")
-    assert (failure["task"], failure["http_status"]) == (task.id, 500)
-    assert engine.answers["raises"].req.finished_reason.to_json()["message"].startswith(failure["reason"])
+    assert (failure.task, failure.http_status) == (task.id, 500)
+    assert engine.answers["raises"].req.finished_reason.to_json()["message"].startswith(failure.reason)
 
 
 def test_health_checks_run_without_an_arrival(logged: LoggedEngine) -> None:
@@ -197,7 +197,7 @@ def test_a_request_that_leaves_on_a_way_nobody_thought_of_ends_within_a_second(l
     del logged.scheduler.disagg_prefill_bootstrap_queue.queue[0]
     assert {event.kind for event in logged.events()} == {"arrival"}
     logged.check_for_stalls()
-    assert logged.failure("vanishes")["reason"] == "it is in none of the scheduler's queues"
+    assert logged.failure("vanishes").reason == "it is in none of the scheduler's queues"
     logged.scheduler.process_input_requests([AbortReq(abort_all=True)])
     logged.engine.run()
     assert logged.ends() == {"vanishes": "fail", "stays": "abort"}

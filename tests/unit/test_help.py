@@ -29,3 +29,9 @@ def test_the_launcher_explains_its_options(command: list[str], capsys: pytest.Ca
     with pytest.raises(SystemExit, match="0"):
         launch([*command, "--help"])
     assert "--flowprefill" in capsys.readouterr().out
+
+
+def test_the_report_of_a_card_explains_its_options(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        launch(["gpu-report", "--help"])
+    assert "--budget-s" in capsys.readouterr().out

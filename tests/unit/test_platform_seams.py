@@ -30,6 +30,8 @@ from sgl_flowprefill.patches import (
     cpu_tp,
     decode_idle,
     decode_order,
+    lone_prefill,
+    made_weights,
     nixl_dram,
     nixl_sleep,
     token_ids,
@@ -70,6 +72,8 @@ SEAMS: list[tuple[Callable[[], None], str]] = [
     (affinity.apply, affinity.TARGET),
     (affinity.apply, "sglang.srt.managers.scheduler.run_scheduler_process"),
     (apply_decode_order, decode_order.TARGET),
+    (lone_prefill.apply, lone_prefill.TARGET),
+    (made_weights.apply, made_weights.TARGET),
 ]
 
 
@@ -91,7 +95,7 @@ def test_a_changed_target_is_refused_by_name(
     "apply",
     [
         *(nixl_dram.apply, nixl_sleep.apply, cpu_tp.apply, wakeups.apply, decode_idle.apply, affinity.apply),
-        *(token_ids.apply, apply_decode_order),
+        *(token_ids.apply, apply_decode_order, lone_prefill.apply, made_weights.apply),
     ],
 )
 def test_the_installed_sglang_has_the_expected_shape(apply: Callable[[], None]) -> None:

@@ -1,0 +1,108 @@
+"""The JSON of a report: what each phase has found, and where all of it comes from."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Final
+
+from sgl_flowprefill.bench.metrics.provenance import machine, versions
+from sgl_flowprefill.gpu_report.phases import Phase
+from sgl_flowprefill.gpu_report.phases.base import phase_file
+from sgl_flowprefill.gpu_report.tuning import Choice
+
+FORMAT: Final = 1
+PACKAGES: Final = ("flashinfer-python", "sglang-kernel", "triton", "transformers", "apache-tvm-ffi")
+COMMIT_FILE: Final = Path(__file__).parent.parent / "COMMIT"
+"""Where a bundle without git's history says which commit it was made from."""
+NOT_YET: Final = {
+    "decode-steps": "Decode steps between the operators of a suspended prefill are not measured: this version "
+    "schedules prefill servers only. The phase comes with a mode in which one server prefills and decodes.",
+}
+"""What a reader may expect of the report and does not find, and why."""
+
+
+@dataclass
+class Document:
+    """A report in the making; written anew whenever a phase has found something."""
+
+    out: Path
+    command: str
+    model: str
+    device: str
+    budget_s: float
+    phases: dict[str, dict[str, Any]] = field(default_factory=dict)
+    choices: Sequence[Choice] = ()
+    ended: str = "running"
+    elapsed_s: float = 0.0
+    started: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
+
+    @property
+    def path(self) -> Path:
+        return self.out / "report.json"
+
+    def note(self, phase: Phase, found: Mapping[str, Any], elapsed_s: float) -> None:
+        """What a phase has found so far: kept in a file of its own, and in the report."""
+        entry = {"title": phase.title, **found, "took_s": round(elapsed_s, 1)}
+        self.phases[phase.name] = entry
+        _write(phase_file(self.out, phase.name), entry)
+        self.write()
+
+    def figures(self, phase: str) -> Mapping[str, Any]:
+        """Figures of a phase; none where it has found nothing."""
+        figures: Mapping[str, Any] = self.phases.get(phase, {}).get("figures", {})
+        return figures
+
+    def to_dict(self) -> dict[str, Any]:
+        packages = versions() | {name: _version(name) for name in PACKAGES}
+        return {
+            "format": FORMAT,
+            "command": self.command,
+            "started": self.started,
+            "commit": commit(),
+            "model": self.model,
+            "device": self.device,
+            "budget_s": self.budget_s,
+            "elapsed_s": round(self.elapsed_s, 1),
+            "ended": self.ended,
+            "machine": machine(),
+            "versions": packages,
+            "phases": self.phases,
+            "not_yet": NOT_YET,
+            "choices": [asdict(choice) | {"flag": choice.flag} for choice in self.choices],
+        }
+
+    def write(self) -> None:
+        _write(self.path, self.to_dict())
+
+
+def commit() -> str:
+    """The commit that runs, with a mark where files differ from it; ``unknown`` for an installed package."""
+    if COMMIT_FILE.exists():
+        return COMMIT_FILE.read_text().strip()
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _write(path: Path, content: Mapping[str, Any]) -> None:
+    """Replace ``path``; a reader sees the old file or the new one, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial.write_text(json.dumps(content, indent=2) + "\n")
+    partial.replace(path)

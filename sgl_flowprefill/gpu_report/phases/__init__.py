@@ -1,0 +1,59 @@
+"""The phases of a report, in the order in which they run: what is worth most comes first, as a run may be cut off."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One phase: a module of this package whose ``measure`` is run."""
+
+    name: str
+    """With what it is run on, where it is run on several: ``checks:triton``."""
+    title: str
+    share: float
+    """Of the budget, relative to the others'."""
+    has_engine: bool = True
+    """Whether ``measure`` is given an engine, or starts what it needs."""
+    needs_card: str = ""
+    """Why it says nothing on the CPU engine."""
+    backend: str | None = None
+    """Attention backend, of one that is run for it."""
+    is_optional: bool = False
+    """Whether the machine may lack what it needs: then its error is no failure."""
+
+    @property
+    def module(self) -> str:
+        return self.name.partition(":")[0]
+
+
+BACKENDS: Final = ("flashinfer", "triton", "fa3")
+"""SGLang's attention backends for a GPU that FlowPrefill was written against; later phases run on the first that passes
+its checks."""
+
+
+def plan(backends: tuple[str | None, ...]) -> list[Phase]:
+    """All phases; ``backends`` are checked one by one, None being the engine's own."""
+    checks = [
+        Phase(
+            f"checks:{backend or 'engine'}",
+            f"The doctor's checks, {backend or 'its own attention'}",
+            3.0 if index == 0 else 2.0,
+            backend=backend,
+            is_optional=index > 0,
+        )
+        for index, backend in enumerate(backends)
+    ]
+    return [
+        Phase("machine", "What the machine could reach", 1.0, has_engine=False),
+        *checks,
+        Phase("tokens", "The same tokens and logits, suspended", 3.0),
+        Phase("cost", "What checkpoints and tiles cost", 3.0),
+        Phase("blocking", "How long an arrival is blocked", 5.0),
+        Phase("operators", "Operator times", 4.0),
+        Phase("lookahead", "Look-ahead", 3.0, needs_card="the CPU engine queues nothing, so it has no look-ahead"),
+        Phase("tiles", "Lengths of tiles", 3.0),
+        Phase("goodput", "Requests in time, against SGLang's own scheduler", 9.0, has_engine=False),
+    ]

@@ -1,0 +1,294 @@
+"""FlowPrefill against SGLang's own scheduler over HTTP, on one machine: prefill servers without a decode server.
+
+All servers are up at once and take turns: those that are not measured are stopped. Each replays the same seeded trace,
+at the rate at which the simulator, with the profile just measured, gives FlowPrefill an attainment of 95%. Requests
+carry SGLang's fake bootstrap host, so a time to first token has no KV transfer in it, and no prompt becomes a cached
+prefix: prompts are those tokens that are new in the trace.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import orjson
+import requests
+
+from sgl_flowprefill.bench.loadgen.calibrate import measure_isolated_ttft, time_scale
+from sgl_flowprefill.bench.loadgen.client import Client, GenerateApi
+from sgl_flowprefill.bench.loadgen.replay import replay
+from sgl_flowprefill.bench.metrics.requests import attainment, read_suspensions
+from sgl_flowprefill.bench.simulator.measured import Engine, measured_setup
+from sgl_flowprefill.bench.simulator.search import highest, mean_attainment
+from sgl_flowprefill.bench.simulator.systems import Simulated
+from sgl_flowprefill.bench.systems.catalog import SYSTEMS, simulated
+from sgl_flowprefill.bench.systems.system import System
+from sgl_flowprefill.bench.workloads.prompts import PromptBuilder
+from sgl_flowprefill.bench.workloads.synthetic import QWEN_RATE_RPS, qwen_like
+from sgl_flowprefill.bench.workloads.trace import Trace
+from sgl_flowprefill.cluster import ClusterConfig, preflight
+from sgl_flowprefill.cluster.base import Ports
+from sgl_flowprefill.cluster.commands import Layout
+from sgl_flowprefill.cluster.process import Guard, Server
+from sgl_flowprefill.config import FlowPrefillConfig, command_line
+from sgl_flowprefill.gpu_report.phases.base import Outcome, Request, quantiles_ms
+from sgl_flowprefill.gpu_report.phases.operators import FILE
+from sgl_flowprefill.gpu_report.tuning import choose
+from sgl_flowprefill.patches import lone_prefill, made_weights
+
+COMPARED: Final = ("flowprefill", "stock-spf-2048", "sglang")
+ATTAINMENT: Final = 0.95
+SEED: Final = 0
+TOKEN_IDS: Final = (1000, 4000)
+LONGEST_REPLAY_S: Final = 60.0
+SHORTEST_REPLAY_S: Final = 10.0
+START_S: Final = 600.0
+WAKE_S: Final = 0.5
+CARD_SHARE: Final = 0.85
+"""Of a card's memory, for all servers together."""
+BESIDE_BYTES: Final = 6 << 30
+"""Of each server: CUDA, attention workspaces, activations."""
+MOST_KV_TOKENS: Final = 200_000
+LEAST_KV_TOKENS: Final = 40_000
+COLUMNS: Final = ("system", "settings", "in time", "in time, by class", "TTFT p50 / p99", "blocking p50 / p99")
+
+
+@dataclass(frozen=True)
+class PrefillOnlyApi(GenerateApi):
+    """Requests that need no decode server."""
+
+    rooms: Iterator[int] = dataclasses.field(default_factory=lambda: itertools.count(1))
+
+    def body(self, prompt: list[int], output_tokens: int, ttft_slo_s: float | None) -> bytes:
+        request = orjson.loads(super().body(prompt, 1, ttft_slo_s))
+        return orjson.dumps(
+            request | {"bootstrap_host": lone_prefill.FAKE_BOOTSTRAP_HOST, "bootstrap_room": next(self.rooms)}
+        )
+
+
+@dataclass(frozen=True)
+class Lone:
+    """A prefill server by itself."""
+
+    system: System
+    options: FlowPrefillConfig
+    server: Server
+    client: Client
+    event_log: Path
+
+
+def measure(request: Request) -> Iterator[Outcome]:
+    """Without one of SGLang's servers, which may not start on a machine, the others are compared."""
+    profile = request.earlier("operators")
+    if not profile:
+        yield Outcome("left out", "there are no operator times to choose a rate by")
+        return
+    engine = profile["engine"] | {name: value for name, value in request.earlier("machine").items() if "bytes" in name}
+    tuned = {choice.option: choice.value for choice in choose(request.earlier)}
+    with ExitStack() as stack:
+        guard = stack.enter_context(Guard())
+        systems, kv_tokens = _that_fit(engine)
+        servers = [_start(guard, request, system, tuned, profile, kv_tokens) for system in systems]
+        for server in servers:
+            stack.callback(server.server.resume)  # what is stopped does not end
+        _wait(servers[0])
+        lost = {}
+        for server in servers[1:]:
+            try:
+                _wait(server)
+            except RuntimeError as error:
+                lost[server.system.label] = str(error)
+        up = [server for server in servers if server.system.label not in lost]
+        for outcome in _compare(request, up, engine, profile):
+            if lost:
+                line = f"{outcome.line}; not up: {', '.join(lost)}"
+                outcome = dataclasses.replace(outcome, line=line, figures=outcome.figures | {"not_up": lost})
+            yield outcome
+
+
+def _that_fit(engine: Mapping[str, Any]) -> tuple[list[System], int | None]:
+    """The systems whose servers fit on the card side by side, and how much KV cache each may have there."""
+    systems = [SYSTEMS[name] for name in COMPARED]
+    if "free_bytes" not in engine:
+        return systems, None
+    for count in range(len(systems), 1, -1):
+        each_bytes = CARD_SHARE * engine["free_bytes"] / count - engine["weights_bytes"] - BESIDE_BYTES
+        tokens = int(each_bytes / engine["kv_bytes_per_token"])
+        if tokens >= LEAST_KV_TOKENS:
+            return systems[:count], min(tokens, MOST_KV_TOKENS)
+    raise ValueError("no two servers of this model fit on the card")
+
+
+def _start(
+    guard: Guard,
+    request: Request,
+    system: System,
+    tuned: Mapping[str, float],
+    profile: Mapping[str, Any],
+    kv_tokens: int | None,
+) -> Lone:
+    log_dir = request.out / "logs"
+    event_log = log_dir / f"{system.name}-events.jsonl"
+    event_log.unlink(missing_ok=True)
+    options = FlowPrefillConfig.parse({} if system.is_stock else tuned)
+    own_options = system.config(options)
+    if own_options is not None:
+        measured = {"profile": profile["profile"]} if profile["complete"] else {}
+        options = own_options.model_copy(update={"event_log": str(event_log), **measured})
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--model-path")
+    own, server_args = parser.parse_known_args(list(request.options))
+    if kv_tokens is not None:
+        server_args += ["--max-total-tokens", str(kv_tokens), "--mem-fraction-static", "0.9"]
+    config = ClusterConfig(
+        flowprefill=own_options is not None,
+        model_path=own.model_path,
+        ports=Ports(),
+        server_args=server_args,
+        prefill_args=system.prefill_args,
+        decode_args=("--base-gpu-id", "0"),  # none is started, so it needs no GPU
+        options=options,
+    )
+    layout = preflight.prepare(config)
+    env = layout.server_env("prefill") | {lone_prefill.ENV_SWITCH: "1"} | _weights(server_args)
+    server = guard.start(system.name, layout.server_command("prefill"), env, log_dir / f"{system.name}.log")
+    return Lone(system, options, server, Client(_url(layout), PrefillOnlyApi()), event_log)
+
+
+def _weights(server_args: Sequence[str]) -> dict[str, str]:
+    return {made_weights.ENV_SWITCH: "1"} if "dummy" in server_args else {}
+
+
+def _url(layout: Layout) -> str:
+    return layout.server_url("prefill")
+
+
+def _wait(lone: Lone) -> None:
+    """Until the server answers. Raises RuntimeError with the end of its log if it does not come up."""
+    give_up_s = time.monotonic() + START_S
+    while time.monotonic() < give_up_s:
+        ended = lone.server.ended()
+        if ended:
+            raise RuntimeError(f"{ended}; its log ends with:\n{lone.server.last_lines()}")
+        try:
+            requests.get(f"{lone.client.url}/health", timeout=30).raise_for_status()
+            return
+        except requests.RequestException:
+            time.sleep(0.2)
+    raise RuntimeError(f"the server of {lone.system.name} is not up after {START_S:.0f} s")
+
+
+def _compare(
+    request: Request, servers: Sequence[Lone], engine: Mapping[str, Any], profile: Mapping[str, Any]
+) -> Iterator[Outcome]:
+    prompts = PromptBuilder(SEED, *TOKEN_IDS)
+    ours = servers[0]
+    for other in servers[1:]:
+        other.server.suspend()
+    isolated_ttft_s = measure_isolated_ttft(ours.client, prompts)
+    scale = time_scale(isolated_ttft_s)
+    known = Engine(str(request.out / FILE), int(profile["layers"]), engine.get("kv_tokens"), 0.0)
+    setup = measured_setup(known, isolated_ttft_s, ours.options)
+    duration_s = min(LONGEST_REPLAY_S, max(SHORTEST_REPLAY_S, 0.8 * request.budget.left_s / len(servers)))
+
+    def kept(rate_rps: float) -> bool:
+        return mean_attainment(simulated("feasible"), [_trace(rate_rps, scale, duration_s)], setup) >= ATTAINMENT
+
+    rate_rps = highest(kept, QWEN_RATE_RPS / scale)
+    trace = _trace(rate_rps, scale, duration_s)
+    rows: list[dict[str, Any]] = []
+    for lone in servers:
+        for other in servers:
+            if other is not lone:
+                other.server.suspend()
+        lone.server.resume()
+        time.sleep(WAKE_S)
+        rows.append(_replayed(lone, trace, prompts, setup_says=mean_attainment(_simulated(lone), [trace], setup)))
+        yield _outcome(rows, trace, scale, rate_rps, duration_s, isolated_ttft_s)
+
+
+def _simulated(lone: Lone) -> Simulated:
+    how = lone.system.simulated(lone.options)
+    assert how is not None, "only endpoints cannot be simulated"
+    return how
+
+
+def _trace(rate_rps: float, scale: float, duration_s: float) -> Trace:
+    count = 1 << math.ceil(math.log2(1.5 * rate_rps * duration_s + 50))
+    drawn = qwen_like(count, SEED).scaled(rate_scale=rate_rps * scale / QWEN_RATE_RPS, time_scale=scale)
+    new = [
+        dataclasses.replace(one, prompt_tokens=one.new_tokens, hash_ids=(), shared_tokens=0, output_tokens=1)
+        for one in drawn.until(duration_s).requests
+    ]
+    return dataclasses.replace(drawn, requests=new)
+
+
+def _replayed(lone: Lone, trace: Trace, prompts: PromptBuilder, setup_says: float) -> dict[str, Any]:
+    run = replay(trace, lone.client, prompts)
+    suspensions = read_suspensions(lone.event_log, run.start_monotonic_s, run.start_monotonic_s + run.duration_s)
+    blocking_s = [one.blocking_s for one in suspensions if one.blocking_s is not None]
+    answered_s = [one.ttft_s for one in run.results if one.completed and one.ttft_s is not None]
+    return {
+        "system": lone.system.name,
+        "label": lone.system.label,
+        "settings": lone.system.settings
+        if lone.system.is_stock
+        else command_line(lone.options.model_dump(exclude_defaults=True, exclude={"event_log", "profile"})),
+        "requests": len(run.results),
+        "failed": sum(not one.completed for one in run.results),
+        "errors": sorted({one.error for one in run.results if one.error})[:3],
+        "attainment": attainment(run.results),
+        "simulated_attainment": setup_says,
+        "attainment_by_class": {
+            name: attainment([one for one in run.results if one.request_class == name]) for name in trace.classes
+        },
+        "ttft": quantiles_ms(answered_s) if answered_s else None,
+        "preemptions": len(blocking_s),
+        "blocking": quantiles_ms(blocking_s) if blocking_s else None,
+        "client_invalid": run.client.invalid_reason,
+    }
+
+
+def _outcome(
+    rows: Sequence[dict[str, Any]],
+    trace: Trace,
+    scale: float,
+    rate_rps: float,
+    duration_s: float,
+    isolated_ttft_s: Mapping[int, float],
+) -> Outcome:
+    table = [
+        (
+            row["label"],
+            row["settings"],
+            f"{row['attainment']:.1%} (simulated {row['simulated_attainment']:.1%})",
+            ", ".join(f"{name} {share:.0%}" for name, share in row["attainment_by_class"].items()),
+            "–" if row["ttft"] is None else f"{row['ttft']['p50_ms']:.0f} / {row['ttft']['p99_ms']:.0f} ms",
+            "–" if row["blocking"] is None else f"{row['blocking']['p50_ms']:.1f} / {row['blocking']['p99_ms']:.1f} ms",
+        )
+        for row in rows
+    ]
+    in_time = ", ".join(f"{row['label']} {row['attainment']:.1%}" for row in rows)
+    failed = sum(row["failed"] for row in rows)
+    line = f"at {rate_rps:.2f} req/s ({trace.name}, {len(trace.requests)} requests each), in time: {in_time}"
+    if failed:
+        line += f"; {failed} requests failed"
+    figures = {
+        "trace": trace.name,
+        "seed": SEED,
+        "rate_rps": rate_rps,
+        "duration_s": duration_s,
+        "time_scale": scale,
+        "requests": len(trace.requests),
+        "isolated_ttft_s": {str(tokens): ttft_s for tokens, ttft_s in isolated_ttft_s.items()},
+        "rows": list(rows),
+    }
+    return Outcome("FAILED" if failed else "measured", line, COLUMNS, table, figures)

@@ -1,0 +1,72 @@
+"""How far the CPU has to run ahead so that the device never waits for it: prefills with each look-ahead in turns, and
+with launches that wait for nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from statistics import median
+from typing import TYPE_CHECKING, Any, Final
+
+from sgl_flowprefill.gpu_report.phases.base import Outcome, Request, verdict
+
+if TYPE_CHECKING:
+    from sgl_flowprefill.gpu_report.engine import Engine
+
+LOOKAHEADS: Final = (0, 1, 2, 4)
+TOKENS: Final = (600, 2048, 8192)
+LEAST_ROUNDS: Final = 5
+MOST_ROUNDS: Final = 30
+MAX_IDLE: Final = 0.01
+"""Of the device, against free-running launches."""
+COLUMNS: Final = ("prompt", "free-running", *(f"look-ahead {ahead}" for ahead in LOOKAHEADS))
+
+
+def measure(engine: Engine, request: Request) -> Iterator[Outcome]:
+    lengths = [tokens for tokens in TOKENS if tokens <= engine.limit_tokens]
+    rows: list[dict[str, Any]] = []
+    for index, tokens in enumerate(lengths):
+        rows.append(_row(engine, tokens, request.budget.part(1 / (len(lengths) - index)).left_s))
+        yield _outcome(rows, engine.default_lookahead)
+
+
+def _row(engine: Engine, tokens: int, seconds: float) -> dict[str, Any]:
+    prompt = engine.prompt(tokens)
+    times_s: dict[int | None, list[float]] = {None: [], **{ahead: [] for ahead in LOOKAHEADS}}
+    ways, spent_s = list(times_s), 0.0
+    with engine.whole():
+        for round_ in range(MOST_ROUNDS + 1):
+            turned = round_ % len(ways)
+            for ahead in ways[turned:] + ways[:turned]:
+                if ahead is None:
+                    time_s = engine.forward_s(prompt, checkpoints=False)
+                else:
+                    with engine.lookahead(ahead):
+                        time_s = engine.forward_s(prompt)
+                if round_:  # the first warms up
+                    times_s[ahead].append(time_s)
+                spent_s += time_s
+            if round_ >= LEAST_ROUNDS and spent_s > seconds:
+                break
+    free_s = times_s.pop(None)
+    return {
+        "tokens": len(prompt),
+        "rounds": len(free_s),
+        "free_s": median(free_s),
+        "idle": {
+            str(ahead): median(1 - free / time_s for free, time_s in zip(free_s, own_s, strict=True))
+            for ahead, own_s in times_s.items()
+        },
+    }
+
+
+def _outcome(rows: list[dict[str, Any]], default: int) -> Outcome:
+    table = [
+        (f"{row['tokens']:,}", f"{row['free_s'] * 1e3:.2f} ms", *(f"{idle:.2%} idle" for idle in row["idle"].values()))
+        for row in rows
+    ]
+    idle = [row["idle"][str(default)] for row in rows]
+    shares = ", ".join(f"{share:.2%} at {row['tokens']:,}" for share, row in zip(idle, rows, strict=True))
+    line = f"look-ahead {default}: of the time of a prefill the device idles {shares} tokens"
+    figures = {"rows": list(rows), "max_idle": MAX_IDLE}
+    return Outcome(verdict(all(share < MAX_IDLE for share in idle)), line, COLUMNS, table, figures)

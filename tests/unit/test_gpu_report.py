@@ -1,0 +1,368 @@
+"""``launch.py gpu-report`` without its engine: phases in turns, what is chosen from their figures, report, bundle."""
+
+from __future__ import annotations
+
+import fcntl
+import importlib.util
+import json
+import random
+import subprocess
+import sys
+import time
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import orjson
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("sglang")
+
+from sgl_flowprefill.cluster.cli import main as launch
+from sgl_flowprefill.gpu_report import command
+from sgl_flowprefill.gpu_report.document import NOT_YET, Document
+from sgl_flowprefill.gpu_report.page import render_page
+from sgl_flowprefill.gpu_report.phases import Phase, plan
+from sgl_flowprefill.gpu_report.phases.base import Budget, Request
+from sgl_flowprefill.gpu_report.phases.goodput import PrefillOnlyApi, _that_fit
+from sgl_flowprefill.gpu_report.shapes import SHAPES, shape_path
+from sgl_flowprefill.gpu_report.tuning import choose
+from sgl_flowprefill.patches import lone_prefill, made_weights
+from sgl_flowprefill.profiling import process
+from sgl_flowprefill.runtime import selfcheck
+
+ROOT = Path(__file__).parents[2]
+
+
+# ---- what is chosen --------------------------------------------------------------------------------------------------
+
+
+def chosen(figures: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+    return {choice.option: choice.value for choice in choose(lambda phase: figures.get(phase, {}))}
+
+
+def idle(**shares: tuple[float, ...]) -> dict[str, Any]:
+    """Idle shares by look-ahead, of one prompt length after the other."""
+    lengths = range(len(next(iter(shares.values()))))
+    return {"rows": [{"idle": {ahead[1:]: values[length] for ahead, values in shares.items()}} for length in lengths]}
+
+
+def test_the_shortest_look_ahead_that_keeps_the_device_busy_at_all_lengths_is_chosen() -> None:
+    figures = idle(_0=(0.2, 0.05), _1=(0.03, 0.004), _2=(0.009, 0.001), _4=(0.002, 0.0))
+    assert chosen({"lookahead": figures}) == {"lookahead": 2}
+
+
+def test_where_none_keeps_it_busy_the_best_is_chosen_and_the_reason_says_so() -> None:
+    figures = {"lookahead": idle(_0=(0.2,), _4=(0.02,))}
+    [choice] = choose(lambda phase: figures.get(phase, {}))
+    assert choice.value == 4
+    assert "none idles less" in choice.why
+    assert "2.00% with 4" in choice.why
+    assert choice.flag == "--flowprefill-lookahead 4"
+
+
+def test_the_shortest_tiles_that_cost_little_are_chosen() -> None:
+    rows = [{"length_ms": 2.0, "cost": 0.05}, {"length_ms": 5.0, "cost": 0.015}, {"length_ms": 10.0, "cost": 0.01}]
+    assert chosen({"tiles": {"rows": rows}}) == {"max_blocking_ms": 5.0}
+
+
+def test_nothing_is_chosen_from_what_was_not_measured() -> None:
+    assert chosen({}) == {}
+    assert chosen({"operators": {"batch_tokens": 512}}) == {"max_batch_tokens": 512}
+
+
+# ---- phases in turns -------------------------------------------------------------------------------------------------
+
+
+def test_a_budget_is_shared_out_of_what_is_left() -> None:
+    now_s = 0.0
+    budget = Budget(100.0, lambda: now_s)
+    now_s = 40.0
+    part = budget.part(0.5)
+    assert part.left_s == 30.0
+    now_s = 90.0
+    assert (part.left_s, budget.left_s) == (0.0, 10.0)
+
+
+def test_what_a_card_alone_can_show_is_named_on_the_cpu_engine() -> None:
+    assert [phase.name for phase in plan((None,)) if phase.needs_card] == ["lookahead"]
+    assert [phase.name for phase in plan(("flashinfer", "triton"))][:3] == [
+        "machine", "checks:flashinfer", "checks:triton",
+    ]  # fmt: skip
+    assert [phase.is_optional for phase in plan(("flashinfer", "triton"))][1:3] == [False, True]
+
+
+def test_a_phase_reads_what_another_has_found(tmp_path: Path) -> None:
+    request = Request("goodput", tmp_path, Budget(1.0), ())
+    document = Document(tmp_path, "", "", "", 1.0)
+    first, second, *_ = plan((None,))
+    document.note(first, {"state": "measured", "line": "", "figures": {"free_bytes": 7}}, 0.0)
+    document.note(second, {"state": "not here", "line": ""}, 0.0)
+    assert request.earlier(first.name) == {"free_bytes": 7}
+    assert request.earlier(second.name) == request.earlier("never begun") == {}
+
+
+def broken(name: str = "operators", is_optional: bool = False) -> Phase:
+    """A phase that fails: it is not given the engine that it needs."""
+    return Phase(name, "Broken", 1.0, has_engine=False, is_optional=is_optional)
+
+
+def test_a_phase_that_fails_says_so_and_the_next_one_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    phases = [broken(), broken("operators:again", is_optional=True), plan((None,))[0]]
+    monkeypatch.setattr(command, "plan", lambda backends: phases)
+    out = tmp_path / "report"
+    assert launch(["gpu-report", "--out", str(out), "--budget-s", "100"]) == command.EXIT_FAILED
+    document = json.loads((out / "report.json").read_text())
+    found = document["phases"]
+    assert [found[phase.name]["state"] for phase in phases] == ["FAILED", "not here", "measured"]
+    assert "TypeError" in found["operators"]["line"]
+    assert "Traceback" in found["operators"]["log"]
+    assert found["machine"]["figures"]["product_flop_per_s"] > 1e9
+    assert json.loads((out / "phases" / "machine.json").read_text()) == found["machine"]
+    assert document["ended"] == "finished"
+    assert "TypeError" in (out / "report.html").read_text()
+
+
+def test_what_does_not_fit_into_the_budget_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command, "plan", lambda backends: [plan((None,))[0], broken(), broken("operators:2")])
+    assert launch(["gpu-report", "--out", str(tmp_path / "report"), "--budget-s", "0.1"]) == 0
+    found = json.loads((tmp_path / "report" / "report.json").read_text())["phases"]
+    assert [one["state"] for one in found.values()] == ["measured", "left out", "left out"]
+
+
+def test_a_phase_waits_for_the_device_and_gets_a_share_of_what_is_left_then(tmp_path: Path) -> None:
+    lock = tmp_path / "lock"
+    with open(lock, "w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        worker = [sys.executable, "-m", "sgl_flowprefill.gpu_report.worker", "--phase", "machine", "--share", "0.5"]
+        worker += ["--out", str(tmp_path), "--lock", str(lock), "--until-s", str(time.monotonic() + 1000)]
+        with subprocess.Popen(worker, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+            assert process.stdout is not None
+            time.sleep(5)
+            fcntl.flock(held, fcntl.LOCK_UN)
+            first, second = map(json.loads, process.stdout)
+    assert 400 < first["budget_s"] < 498
+    assert second["outcome"]["state"] == "measured"
+
+
+def test_a_directory_that_is_no_reports_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "thesis.tex").touch()
+    assert launch(["gpu-report", "--out", str(tmp_path)]) == command.EXIT_CANNOT_START
+    assert "there is something else" in capsys.readouterr().err
+    assert (tmp_path / "thesis.tex").exists()
+
+
+# ---- report ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_page_shows_what_was_found_what_failed_and_what_is_not_measured_at_all(tmp_path: Path) -> None:
+    document = Document(tmp_path, "launch.py gpu-report", "a model", "a card", 300.0, ended="interrupted")
+    first, second, *_ = plan((None,))
+    rows = [["attention slots", "pass", "0.1 <MiB>"]]
+    document.note(first, {"state": "FAILED", "line": "RuntimeError: out & about", "log": "the end of the log"}, 1.0)
+    document.note(second, {"state": "passed", "line": "all", "columns": ["check", "", ""], "rows": rows}, 2.0)
+    page = render_page(json.loads(document.path.read_text()))
+    for text in ("out &amp; about", "the end of the log", "0.1 &lt;MiB&gt;", "was interrupted", *NOT_YET.values()):
+        assert text in page
+    provenance = json.loads(document.path.read_text())
+    assert provenance["commit"]
+    assert provenance["versions"]["sglang"] == "0.5.23"
+    assert provenance["versions"].keys() >= {"torch", "triton", "flashinfer-python", "sglang-kernel", "transformers"}
+
+
+# ---- a model of which only the shape is known ------------------------------------------------------------------------
+
+
+def test_the_large_shape_is_that_of_llama_3_1_8b() -> None:
+    published = {
+        "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "vocab_size": 128_256, "max_position_embeddings": 131_072, "rms_norm_eps": 1e-5,
+    }  # fmt: skip
+    path = shape_path("llama-8b")
+    config = json.loads((path / "config.json").read_text())
+    assert {name: config[name] for name in published} == published
+    assert config["torch_dtype"] == "bfloat16"
+    assert not list(path.glob("*.safetensors"))
+    assert len({shape.name for shape in SHAPES.values()}) == len(SHAPES)
+
+
+class Layer(nn.Module):
+    """The weights that a Llama has, by name, in small."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv_proj = nn.Linear(256, 512, bias=False)
+        self.gate_up_proj = nn.Linear(256, 512, bias=False)
+        self.norm = nn.LayerNorm(256, bias=False)
+        self.embed_tokens = nn.Embedding(512, 256)
+        self.lm_head = nn.Linear(256, 2 * made_weights.WORDS, bias=False)
+        self.register_buffer("cos_sin_cache", torch.full((4, 4), 7.0))
+
+
+def test_made_weights_keep_the_scale_of_what_they_multiply_and_are_the_same_each_time() -> None:
+    first, second = Layer(), Layer()
+    made_weights.make_weights(first)
+    made_weights.make_weights(second)
+    for mine, other in zip(first.state_dict().values(), second.state_dict().values(), strict=True):
+        assert torch.equal(mine, other)
+    assert float(first.qkv_proj.weight.std()) == pytest.approx(1.5 / 16, rel=0.05)
+    assert float(first.gate_up_proj.weight.std()) == pytest.approx(1 / 16, rel=0.05)
+    assert float(first.embed_tokens.weight.std()) == pytest.approx(1.0, rel=0.05)
+    assert (first.norm.weight == 1).all()
+    assert (first.cos_sin_cache == 7).all()
+    logits = torch.randn(64, 256) @ first.lm_head.weight.T
+    assert (logits.argmax(dim=1) < made_weights.WORDS).all()
+
+
+# ---- servers without a decode server ---------------------------------------------------------------------------------
+
+
+def test_requests_name_sglangs_fake_host_and_a_room_of_their_own() -> None:
+    from sglang.srt.disaggregation.utils import FAKE_BOOTSTRAP_HOST
+
+    api = PrefillOnlyApi()
+    bodies = [orjson.loads(api.body([1, 2, 3], 100, 0.5)) for _ in range(3)]
+    assert {body["bootstrap_host"] for body in bodies} == {FAKE_BOOTSTRAP_HOST} == {lone_prefill.FAKE_BOOTSTRAP_HOST}
+    assert len({body["bootstrap_room"] for body in bodies}) == 3
+    assert all(body["sampling_params"]["max_new_tokens"] == 1 for body in bodies)
+    assert all(body["sampling_params"]["custom_params"] == {"ttft_slo": 0.5} for body in bodies)
+
+
+def test_as_many_servers_are_compared_as_fit_on_the_card() -> None:
+    model = {"weights_bytes": 16e9, "kv_bytes_per_token": 131_072}
+    large, kv_tokens = _that_fit(model | {"free_bytes": 140e9})
+    assert [system.name for system in large] == ["flowprefill", "stock-spf-2048", "sglang"]
+    assert kv_tokens is not None
+    assert 100_000 < kv_tokens <= 200_000
+    assert len(_that_fit(model | {"free_bytes": 80e9})[0]) == 2
+    with pytest.raises(ValueError, match="no two servers"):
+        _that_fit(model | {"free_bytes": 24e9})
+    assert _that_fit(model) == (large, None)
+
+
+# ---- as serving does it ----------------------------------------------------------------------------------------------
+
+
+class Streams:
+    """A device module that counts who is within its stream."""
+
+    def __init__(self) -> None:
+        self.inside = 0
+
+    def StreamContext(self, stream: object) -> Streams:
+        assert stream == "the scheduler's stream"
+        return self
+
+    def __enter__(self) -> None:
+        self.inside += 1
+
+    def __exit__(self, *error: object) -> None:
+        self.inside -= 1
+
+
+def test_the_self_check_runs_in_the_schedulers_own_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    streams = Streams()
+    hub = object()
+    scheduler = SimpleNamespace(device_module=streams, schedule_stream="the scheduler's stream", hub=hub)
+    seen: list[int] = []
+
+    def checks(asked: object) -> list[selfcheck.Finding]:
+        assert asked is hub
+        seen.append(streams.inside)
+        return []
+
+    monkeypatch.setattr(selfcheck, "make_scheduler", lambda options: scheduler)
+    monkeypatch.setattr(selfcheck, "checks", checks)
+    monkeypatch.setattr(selfcheck.os, "dup2", lambda *descriptors: None)
+    selfcheck.main([])
+    assert seen == [1]
+    assert streams.inside == 0
+
+
+def test_an_interruption_also_ends_the_wait_for_the_device() -> None:
+    """Otherwise an arrival would be noticed one operator later than by a server."""
+    tasks = selfcheck.Tasks.__new__(selfcheck.Tasks)
+    before = {"interrupted": object(), "ends_waiting": object()}
+    tasks.executor = SimpleNamespace(**before)
+    interrupted = lambda: True  # noqa: E731
+    with tasks.interrupted_by(interrupted):
+        assert vars(tasks.executor) == {"interrupted": interrupted, "ends_waiting": interrupted}
+    assert vars(tasks.executor) == before
+
+
+class Begun(Exception):
+    """The scheduler is about to be made."""
+
+
+def test_a_scheduler_that_measures_copies_no_inputs_as_one_that_serves(monkeypatch: pytest.MonkeyPatch) -> None:
+    def begin() -> None:
+        raise Begun
+
+    monkeypatch.delenv("SGLANG_EAGER_INPUT_NO_COPY", raising=False)
+    monkeypatch.setattr("sglang.srt.plugins.load_plugins", begin)
+    with pytest.raises(Begun):
+        process.make_scheduler([])
+    assert process.os.environ["SGLANG_EAGER_INPUT_NO_COPY"] == "1"
+
+
+# ---- bundle ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def bundle() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("bundle", ROOT / "deploy" / "bare_machine" / "bundle.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_pieces_are_small_enough_and_each_is_unpacked_by_itself(bundle: ModuleType, tmp_path: Path) -> None:
+    files = {f"package/{number}.bin": random.Random(number).randbytes(4000) for number in range(20)}
+    pieces = bundle._Pieces(tmp_path, 16_000)
+    for name, content in files.items():
+        pieces.add(name, content)
+    pieces.close()
+    paths = sorted(tmp_path.glob("bundle-*.zip"))
+    assert len(paths) >= 5
+    assert all(path.stat().st_size <= 16_000 for path in paths)
+    found = {}
+    for path in paths:
+        with zipfile.ZipFile(path) as archive:
+            found |= {name: archive.read(name) for name in archive.namelist()}
+    assert found == files
+
+
+def test_a_file_from_two_places_or_too_large_for_any_piece_is_refused(bundle: ModuleType, tmp_path: Path) -> None:
+    pieces = bundle._Pieces(tmp_path, 1000)
+    pieces.add("module.py", b"1")
+    with pytest.raises(ValueError, match=r"module\.py comes from two places"):
+        pieces.add("module.py", b"2")
+    with pytest.raises(ValueError, match="raise --piece-mib"):
+        pieces.add("library.so", bytes(2000))
+    pieces.close()
+
+
+def test_this_project_is_packed_whole_with_its_entry_points_and_commit(bundle: ModuleType) -> None:
+    packed = dict(bundle._project())
+    for name in (
+        "launch.py", "sgl_flowprefill/plugin.py", "sgl_flowprefill/patches/lone_prefill.py",
+        "sgl_flowprefill/bench/reports/gpu_report.html.j2", "sgl_flowprefill/profiling/run.py",
+    ):  # fmt: skip
+        assert packed[name]
+    [entry_points] = [content for name, content in packed.items() if name.endswith("entry_points.txt")]
+    assert b"[sglang.srt.plugins]\nflowprefill = sgl_flowprefill.plugin:load\n" in entry_points
+    assert packed["sgl_flowprefill/COMMIT"].strip()
+
+
+def test_what_attention_does_not_need_is_left_out(bundle: ModuleType) -> None:
+    kept = ("sglang/srt/server_args.py", "flashinfer/data/csrc/batch_prefill.cu", "xgrammar-0.2.7.dist-info/RECORD",
+            "flashinfer/data/include/flashinfer/attention/prefill.cuh", "zmq/backend/cython/_zmq.abi3.so")  # fmt: skip
+    dropped = ("sglang/test/runners.py", "sglang/srt/layers/moe/configs/E=8.json", "sglang/srt/native.so",
+               "flashinfer/data/csrc/fused_moe/moe.cu", "flashinfer/data/cutlass/test/unit.cu")  # fmt: skip
+    assert [name for name in (*kept, *dropped) if bundle._is_kept(name)] == list(kept)
