@@ -114,7 +114,6 @@ class SimulatedUnified:
             self.limits,
             setup.hub_s,
             setup.step_error,
-            setup.max_starvation_s,
         )
 
     def max_batch_tokens(self, setup: Setup) -> int:

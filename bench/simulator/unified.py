@@ -24,10 +24,9 @@ class UnifiedEngine(SimEngine):
 
     kv: OutputKv
 
-    def __init__(self, machine: Machine, preemption: Preemption, now_s: Callable[[], float], starved_s: float) -> None:
+    def __init__(self, machine: Machine, preemption: Preemption, now_s: Callable[[], float]) -> None:
         super().__init__(machine, preemption, now_s, OutputKv(machine))
         self.streams = RunningStreams(self.kv)
-        self._starved_s = starved_s
         self.policy: Colocated
         self.give_backs = 0
         self._streams: dict[SimRequest, Stream] = {}
@@ -87,8 +86,10 @@ class UnifiedEngine(SimEngine):
             request.predicted_s = self._cost.predict_s([request.shape])
             self.policy.left([self._streams.pop(request)])
             now_s = self._now_s()
-            # It goes before all others: somebody waits for the rest of an answer.
-            self._back.append(Arrival(request, (), self.arrival(request).shape, now_s - self._starved_s, now_s, now_s))
+            # Due one objective from now on: its old deadline would make it infeasible.
+            due_s = now_s + request.deadline_s - request.arrival_s
+            shape = self.arrival(request).shape
+            self._back.append(Arrival(request, (), shape, now_s, due_s, now_s, retracted=True))
             self._is_short = True
 
     def end_step(self, begin_s: float) -> bool:
@@ -118,11 +119,8 @@ class UnifiedInstance(FlowPrefillInstance):
         limits: DecodeLimits,
         hub_s: float = 0.0,
         step_error: float = 0.0,
-        starved_s: float = 60.0,
         recorder: Blocking | None = None,
     ) -> None:
-        """``starved_s``: after how long the policy takes an infeasible request for a starved one."""
-        self._starved_s = starved_s
         super().__init__(machine, policy, preemption, hub_s, recorder)
         self.policy: Colocated = ColocatedPolicy(policy, step_cost, limits)
         self._hub.work.colocated = self._engine.policy = self.policy
@@ -134,7 +132,7 @@ class UnifiedInstance(FlowPrefillInstance):
         self._ask_again_s = math.inf
 
     def _new_engine(self, machine: Machine, preemption: Preemption) -> UnifiedEngine:
-        return UnifiedEngine(machine, preemption, lambda: self._now_s, self._starved_s)
+        return UnifiedEngine(machine, preemption, lambda: self._now_s)
 
     @property
     def streams(self) -> RunningStreams:

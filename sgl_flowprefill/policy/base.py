@@ -167,7 +167,7 @@ class Policy(ABC, Generic[R, K]):
         ``admit`` false no request is started (its KV did not fit, and nothing has been freed since).
         """
         task = self._best_started(now_s)
-        request = self._best_waiting(now_s) if admit and self._may_start(running) else None
+        request = self._best_waiting(now_s) if admit and self.may_start(running) else None
         if request is None:
             return None if task is None else task.job
         if task is None or (request.tier, request.key) < (task.tier, task.key):
@@ -216,7 +216,7 @@ class Policy(ABC, Generic[R, K]):
         """The first waiting requests of their order, ``most`` of them at most."""
         return list(islice(self.in_order(now_s), most))
 
-    def _may_start(self, running: Job[K] | None) -> bool:
+    def may_start(self, running: Job[K] | None) -> bool:
         """Whether a new task may start: the running one would be suspended for it."""
         return running is None or len(self.started) <= self.limits.max_suspended
 

@@ -53,6 +53,7 @@ class ColocatedPolicy(Generic[R, K]):
     """A prefill policy beside the decode steps of streams. Without streams it is that policy.
 
     * A step runs when it has to start (``DecodeLoad.start_by_s``), and whenever no prefill can run.
+    * Else a retracted request starts, if there is one: somebody waits for the rest of its answer.
     * Else the prefill policy picks. It plans with the time that steps will take.
 
     So streams get their tokens in time wherever their objectives leave prefills ``1 - max_share`` of the time, and
@@ -71,6 +72,8 @@ class ColocatedPolicy(Generic[R, K]):
         self.load: DecodeLoad = NO_LOAD
         self.margin = Margin()
         self._model = CorrectedSteps(model)
+        self._returning: list[Job[R]] = []
+        """Waiting requests that have part of their answers, in the order in which they were retracted."""
 
     # ---- streams ----------------------------------------------------------------------------------------------------
 
@@ -85,6 +88,10 @@ class ColocatedPolicy(Generic[R, K]):
         for stream in streams:
             self.streams.leave(stream)
         self._plan()
+
+    def returned(self, job: Job[R]) -> None:
+        """``job``, which waits among the prefills, was a stream and has been retracted: it starts before all others."""
+        self._returning.append(job)
 
     def stepped(self, begin_s: float, end_s: float, ended: Iterable[Stream] = (), delivery_s: float = 0.0) -> None:
         """A step ran from ``begin_s`` to ``end_s``; ``ended`` are the streams that have their last tokens.
@@ -115,7 +122,7 @@ class ColocatedPolicy(Generic[R, K]):
         """What runs at ``now_s``. ``running`` and ``admit`` are the prefill policy's: see ``Policy.pick``."""
         if now_s >= self.load.start_by_s or (not admit and self._decodes_ahead(now_s, running)):
             return Turn(Act.STEP)
-        job = self.prefills.pick(now_s, running, admit)
+        job = self._first_returning(running, admit) or self.prefills.pick(now_s, running, admit)
         if job is None:
             return Turn(Act.STEP if self.streams.requests else Act.NOTHING)
         return Turn(Act.TASK if job.started else Act.START, job, self.load.start_by_s)
@@ -156,6 +163,14 @@ class ColocatedPolicy(Generic[R, K]):
             given.append(job)
             tokens -= held_tokens(job.item)
         return given
+
+    def _first_returning(self, running: Job[K] | None, admit: bool) -> Job[R] | None:
+        """The retracted request that starts now. What does not wait any more is forgotten."""
+        if not self._returning:
+            return None
+        waiting = set(map(id, self.prefills.waiting))
+        self._returning = [job for job in self._returning if id(job) in waiting]
+        return self._returning[0] if admit and self._returning and self.prefills.may_start(running) else None
 
     def _decodes_ahead(self, now_s: float, running: Job[K] | None) -> bool:
         """Whether a step goes first because KV cache is short for the request that would win, and steps free some."""

@@ -61,6 +61,8 @@ class Work:
         job = Job(waiting, arrival.received_s, arrival.deadline_s, work_s, pace=pace)
         self.waiting.add(job)
         self.policy.add(job)
+        if arrival.retracted and self.colocated is not None:
+            self.colocated.returned(job)
 
     def forget_all_but(self, reqs: Collection[Any]) -> None:
         """Drop the jobs of requests that wait no longer: their client has left, or their decode server is gone."""

@@ -254,6 +254,21 @@ def test_decoding_ahead_serves_streams_while_the_winner_waits_for_kv_cache() -> 
         assert policy.next(0.0111, task, admit=False).act is Act.TASK, "prefills keep their share"
 
 
+def test_a_retracted_stream_starts_before_all_other_requests_but_not_in_place_of_a_step() -> None:
+    policy = colocated()
+    policy.joined([Stream(0.1, 10, 0.0)])
+    urgent, returned = request("urgent", 2.0), request("returned", 0.5)
+    policy.prefills.add(urgent)
+    policy.prefills.add(returned)
+    assert policy.next(0.0, None).job is urgent
+    policy.returned(returned)
+    assert policy.next(0.0, None).job is returned
+    assert policy.next(0.0, None, admit=False).act is Act.STEP, "no KV cache for it"
+    assert policy.next(0.2, None).act is Act.STEP
+    policy.prefills.remove(returned)  # it has started, or its client has left
+    assert policy.next(0.0, None).job is urgent
+
+
 def test_tasks_that_are_hardly_begun_and_not_kept_are_given_back_first() -> None:
     policy = colocated()
     done_s = {"half": 1.1, "late": 0.4, "kept, costly": 0.3, "kept, cheap": 0.3}
