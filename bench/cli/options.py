@@ -402,7 +402,10 @@ class Simulate(Command):
     examples = (
         "--goodput --trace qwen-like mixed",
         "--plan --rate 100",
+        "--unified --goodput --trace qwen-like mixed --policy feasible",
     )
+    unified: bool = False
+    """servers that prefill and decode, judged by TTFT and time between tokens together"""
     goodput: Annotated[bool, _MODE] = False
     """search each policy's highest rate at 90% and 99%"""
     plan: Annotated[bool, _MODE] = False
@@ -414,7 +417,7 @@ class Simulate(Command):
         arg(
             metavar="NAME...",
             help=f"{', '.join(POLICIES)}, with /layer or /chunk for coarser preemption, or a system of "
-            "docs/systems.md, e.g. stock-spf-2048",
+            "docs/systems.md, e.g. stock-spf-2048; with --unified also stock-spf-768-mixed, stock-spf-512-interval-1",
             help_behavior_hint="(default: a comparison of them)",
         ),
     ] = ()
@@ -460,6 +463,12 @@ class Simulate(Command):
     """standard deviation of the logarithm of predictions"""
     prediction_bias: Factor = 1.0
     """factor of all predictions"""
+    step_ms: Annotated[float | None, POSITIVE, arg(metavar="MS", help_behavior_hint=_shown)] = None
+    """--unified: fixed time of a decode step (default: the cost model's; 8 for a profile)"""
+    step_ms_per_stream: Annotated[float | None, POSITIVE, arg(metavar="MS", help_behavior_hint=_shown)] = None
+    """--unified: time of a decode step for each stream (default: the cost model's; 1.9 for a profile)"""
+    step_error: Annotated[float, arg(metavar="SD")] = 0.0
+    """--unified: standard deviation of the logarithm of the times of steps"""
     no_prefix_cache: bool = False
     """compute every prompt whole"""
     no_limit: bool = False

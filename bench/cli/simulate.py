@@ -11,6 +11,7 @@ from typing import Any, Final
 from rich.console import Console
 from rich.table import Table
 
+from sgl_flowprefill.bench.cli import unified
 from sgl_flowprefill.bench.cli.options import Simulate
 from sgl_flowprefill.bench.metrics.provenance import result, write_result
 from sgl_flowprefill.bench.metrics.requests import summarise, summarise_blocking
@@ -24,6 +25,8 @@ from sgl_flowprefill.bench.simulator.speed import KINDS, EventCost, event_cost, 
 from sgl_flowprefill.bench.simulator.systems import Run, Setup
 from sgl_flowprefill.bench.simulator.systems import run as simulate
 from sgl_flowprefill.bench.systems.catalog import HEADLINE, simulated
+from sgl_flowprefill.bench.systems.unified import HEADLINE as UNIFIED_HEADLINE
+from sgl_flowprefill.bench.systems.unified import unified as unified_system
 from sgl_flowprefill.bench.workloads.formats import load_trace
 from sgl_flowprefill.bench.workloads.synthetic import WORKLOADS
 from sgl_flowprefill.bench.workloads.trace import Trace
@@ -38,10 +41,14 @@ PLACES_WAITED_FOR: Final = (1_000, 5_000)
 
 def run(options: Simulate, console: Console) -> int:
     """Simulate, print tables, write JSON. Raises ValueError with a sentence for what cannot be simulated."""
-    options = dataclasses.replace(options, policy=options.policy or HEADLINE)
+    if options.unified and (options.plan or options.speed):
+        raise ValueError(
+            "--unified compares at one rate, or with --goodput; --plan and --speed are of prefill instances"
+        )
+    options = dataclasses.replace(options, policy=options.policy or (UNIFIED_HEADLINE if options.unified else HEADLINE))
     setup = _setup(options)
     for name in options.policy:
-        simulated(name)
+        unified_system(name) if options.unified else simulated(name)
     report: dict[str, Any] = {
         "cost": dataclasses.asdict(setup.machine.cost),
         "instances": options.instances,
@@ -52,6 +59,10 @@ def run(options: Simulate, console: Console) -> int:
         report["speed"] = _speed(options, setup, console)
     else:
         action = _goodput if options.goodput else _plan if options.plan else _compare
+        if options.unified:
+            action = unified.goodput if options.goodput else unified.compare
+            setup = unified.with_steps(setup, options)
+            report["step_cost"] = dataclasses.asdict(setup.steps())
         for name in options.trace:
             traces = [_trace(name, options, seed) for seed in range(options.seeds if name in WORKLOADS else 1)]
             report["traces"][name] = action(name, traces, options, setup, console)

@@ -48,6 +48,11 @@ class CostModel:
         tokens, pairs = _work(batch)
         return max(self.floor_s, self.fixed_s + self.per_token_s * tokens) + self.per_pair_s * pairs
 
+    def mixed_s(self, batch: Sequence[PrefillShape], streams: int) -> float:
+        """Seconds of a forward pass over ``batch`` and one token of each of ``streams``, without their contexts."""
+        tokens, pairs = _work(batch)
+        return max(self.floor_s, self.fixed_s + self.per_token_s * (tokens + streams)) + self.per_pair_s * pairs
+
     def slower(self, factor: float) -> CostModel:
         """The same on a machine whose forward passes take ``factor`` times as long."""
         names = ("fixed_s", "per_token_s", "per_pair_s", "floor_s")

@@ -11,7 +11,7 @@ from sgl_flowprefill.bench.simulator.cost import CostModel
 from sgl_flowprefill.bench.simulator.instance import Instance, KvCache, Machine
 from sgl_flowprefill.bench.simulator.requests import SimRequest
 from sgl_flowprefill.pace import AS_PREDICTED, Pace
-from sgl_flowprefill.policy import Policy
+from sgl_flowprefill.policy import Act, Policy
 from sgl_flowprefill.runtime.device import CpuDevice
 from sgl_flowprefill.runtime.hub import Hub
 from sgl_flowprefill.runtime.parts import OneRank, Recorder
@@ -88,8 +88,10 @@ class SimEngine:
     is_exiting = False
     is_paused = False
 
-    def __init__(self, machine: Machine, preemption: Preemption, now_s: Callable[[], float]) -> None:
-        self.kv = KvCache(machine)
+    def __init__(
+        self, machine: Machine, preemption: Preemption, now_s: Callable[[], float], kv: KvCache | None = None
+    ) -> None:
+        self.kv = kv or KvCache(machine)
         self.completed: list[SimRequest] = []
         self._cost = machine.cost
         self._preemption = preemption
@@ -161,7 +163,7 @@ class Unlimited:
         raise NotImplementedError("the instance lets time pass instead")
 
     def cancel(self, task: PrefillTask) -> None:
-        raise NotImplementedError("nobody leaves")
+        pass
 
     def take(self) -> None:
         return None
@@ -216,7 +218,7 @@ class FlowPrefillInstance(Instance):
         recorder: Blocking | None = None,
     ) -> None:
         self._now_s = 0.0
-        self._engine = SimEngine(machine, preemption, lambda: self._now_s)
+        self._engine = self._new_engine(machine, preemption)
         self._recorder = recorder or Blocking()
         checkpoints = Checkpoints(1.0, machine.cost.layers, 0.5, preemption).total
         parts = Unlimited()
@@ -241,6 +243,9 @@ class FlowPrefillInstance(Instance):
         """When ``_running`` comes back to the hub next, after running for ``_stop_elapsed_s`` in all."""
         self.next_s = math.inf
 
+    def _new_engine(self, machine: Machine, preemption: Preemption) -> SimEngine:
+        return SimEngine(machine, preemption, lambda: self._now_s)
+
     @property
     def completed(self) -> list[SimRequest]:  # type: ignore[override]
         return self._engine.completed
@@ -251,7 +256,7 @@ class FlowPrefillInstance(Instance):
         return self._recorder.blocking_s
 
     def submit(self, request: SimRequest, now_s: float) -> None:
-        if sum(request.shape) > self._engine.kv.total_tokens:
+        if not self._engine.kv.can_hold(request):
             self._engine.completed.append(request)
             return
         self._now_s = now_s
@@ -274,7 +279,13 @@ class FlowPrefillInstance(Instance):
 
     def _turn(self) -> None:
         """Run what the hub picks."""
-        task = self._running = self._hub.next_task()
+        task = self._hub.next_task()
+        assert task is not Act.STEP, "a prefill instance has no streams"
+        self._run(task)
+
+    def _run(self, task: PrefillTask | None) -> None:
+        """``task`` runs, or nothing does."""
+        self._running = task
         if task is None:
             self.next_s = self._engine.kv.next_release_s if self._hub.kv_is_short else math.inf
             return

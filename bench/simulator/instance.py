@@ -40,13 +40,17 @@ class Machine:
 
 
 class KvCache:
-    """KV cache and link of one instance: a request holds its prompt's KV until it has been transferred."""
+    """KV cache and link of a prefill instance: a request holds its prompt's KV until it has been transferred."""
 
     def __init__(self, machine: Machine) -> None:
         self._free_tokens = self.total_tokens = machine.kv_tokens
         self._transfer_s_per_token = machine.cost.kv_bytes_per_token / machine.link_bytes_per_s
         self._link_free_s = 0.0
         self._transfers: deque[tuple[float, int]] = deque()
+
+    def can_hold(self, request: SimRequest) -> bool:
+        """Whether ``request`` fits an empty cache."""
+        return sum(request.shape) <= self.total_tokens
 
     def fitting(self, requests: Sequence[SimRequest]) -> int:
         """How many of ``requests``, from the first on, fit together."""

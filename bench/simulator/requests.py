@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -13,6 +14,8 @@ from sgl_flowprefill.bench.loadgen.replay import RequestResult
 from sgl_flowprefill.bench.simulator.cost import CostModel
 from sgl_flowprefill.bench.workloads.trace import Trace, TraceRequest
 from sgl_flowprefill.ttft import PrefillShape
+
+Gaps = np.ndarray[Any, np.dtype[np.float64]]
 
 
 @dataclass(slots=True, eq=False)
@@ -31,11 +34,27 @@ class SimRequest:
     first_token_s: float = math.inf
     sent_tokens: int = 0
     """Of its KV, sent while its prefill goes on."""
+    output_tokens: int = 1
+    tbt_slo_s: float = math.inf
+    came_tokens: int = 0
+    """Tokens of its answer that have come, on a unified instance."""
+    gaps_s: list[Gaps] = field(default_factory=list)
+    """Times between its tokens, on a unified instance, in parts."""
 
     @property
     def met(self) -> bool:
         """Whether its first token came in time."""
         return self.first_token_s <= self.deadline_s
+
+    @property
+    def last_token_s(self) -> float:
+        """When its answer was complete; 0 for one that never ran."""
+        return self.first_token_s + float(self.tbt_s.sum()) if self.first_token_s < math.inf else 0.0
+
+    @property
+    def tbt_s(self) -> Gaps:
+        """Times between its tokens."""
+        return np.concatenate(self.gaps_s) if self.gaps_s else np.empty(0)
 
 
 @dataclass(frozen=True)
@@ -71,6 +90,8 @@ def prepare(trace: Trace, cost: CostModel, conditions: Conditions) -> list[SimRe
                 deadline_s=request.arrival_s + request.ttft_slo_s,
                 shape=shape,
                 predicted_s=cost.predict_s((shape,)) * float(errors[index]),
+                output_tokens=request.output_tokens,
+                tbt_slo_s=request.tbt_slo_s,
             )
         )
     return prepared

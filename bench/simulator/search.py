@@ -33,15 +33,15 @@ def mean_limit(traces: Sequence[Trace], setup: Setup, max_batch_tokens: int) -> 
     return met / sum(len(trace.requests) for trace in traces)
 
 
-def highest(meets: Callable[[float], bool], start: float) -> float:
+def highest(meets: Callable[[float], bool], start: float, least: float = 1 / 1000) -> float:
     """The highest value at which ``meets`` holds, to within PRECISION, for one that holds up to some value only.
 
-    0 when it holds nowhere above a thousandth of ``start``.
+    0 when it holds nowhere above ``least``, a share of ``start``.
     """
     low, high = 0.0, start
     while meets(high):
         low, high = high, 2 * high
-    while low == 0.0 and high > start / 1000:
+    while low == 0.0 and high > start * least:
         middle = high / 2
         low, high = (middle, high) if meets(middle) else (0.0, middle)
     while low > 0.0 and high > low * (1 + PRECISION):

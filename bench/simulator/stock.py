@@ -1,4 +1,4 @@
-"""SGLang's own prefill scheduler: forwards filled in a fixed order up to a budget of tokens, none ever interrupted."""
+"""SGLang's own scheduler of prefills: forwards filled in an order up to a budget of tokens, none ever interrupted."""
 
 from __future__ import annotations
 
@@ -45,9 +45,9 @@ class StockInstance(Instance):
     (``SchedulePolicy.shortest_prefill_chunk_limit``), and no second one is cut beside it. KV is sent chunk by chunk.
     """
 
-    def __init__(self, machine: Machine, order: str, chunk_tokens: int | None) -> None:
+    def __init__(self, machine: Machine, order: str, chunk_tokens: int | None, kv: KvCache | None = None) -> None:
         self._cost = machine.cost
-        self._kv = KvCache(machine)
+        self._kv = kv or KvCache(machine)
         self._order = order
         self._chunk_tokens = chunk_tokens
         self._computed_tokens = 0
@@ -60,13 +60,16 @@ class StockInstance(Instance):
         self.completed: list[SimRequest] = []
 
     def submit(self, request: SimRequest, now_s: float) -> None:
-        if sum(request.shape) > self._kv.total_tokens:
+        if not self._kv.can_hold(request):
             self.completed.append(request)
             return
-        self._computed_at_arrival[request.index] = self._computed_tokens
-        heappush(self._waiting, (self._key(request), request.index, request))
+        self._enqueue(request)
         if not self._busy:
             self._forward(now_s)
+
+    def _enqueue(self, request: SimRequest) -> None:
+        self._computed_at_arrival[request.index] = self._computed_tokens
+        heappush(self._waiting, (self._key(request), request.index, request))
 
     def step(self) -> None:
         now_s = self.next_s
@@ -91,13 +94,14 @@ class StockInstance(Instance):
         by = "fcfs" if self._order in ("lpm", "hrrn") and len(self._waiting) > SORTED_REQUESTS else self._order
         return ORDERS[by](request, self._computed_tokens - self._computed_at_arrival[request.index])
 
-    def _next_batch(self, now_s: float) -> list[PrefillShape]:
+    def _next_batch(self, now_s: float, other_tokens: int = 0) -> list[PrefillShape]:
+        """What the next forward computes, beside ``other_tokens`` that are in it anyway."""
         if self._order in ("lpm", "hrrn"):
             self._waiting = [(self._key(request), index, request) for _, index, request in self._waiting]
             heapify(self._waiting)
         shapes: list[PrefillShape] = []
-        budget = self._chunk_tokens or MAX_PREFILL_TOKENS
-        if self._part is not None:
+        budget = (self._chunk_tokens or MAX_PREFILL_TOKENS) - other_tokens
+        if self._part is not None and budget > 0:
             budget -= self._add(self._part, budget - self._room_for_shorter(self._part, budget), shapes)
         while self._waiting and budget > 0:
             request = self._waiting[0][2]

@@ -12,9 +12,12 @@ from sgl_flowprefill.bench.simulator.flowprefill import FlowPrefillInstance
 from sgl_flowprefill.bench.simulator.instance import Instance, Machine
 from sgl_flowprefill.bench.simulator.requests import Conditions, SimRequest, prepare
 from sgl_flowprefill.bench.simulator.router import ROUTERS
+from sgl_flowprefill.bench.simulator.step_cost import StepCost, step_cost
 from sgl_flowprefill.bench.simulator.stock import MAX_PREFILL_TOKENS, StockInstance
+from sgl_flowprefill.bench.simulator.stock_unified import StockUnifiedInstance
+from sgl_flowprefill.bench.simulator.unified import UnifiedInstance
 from sgl_flowprefill.bench.workloads.trace import Trace
-from sgl_flowprefill.policy import Limits, make_policy
+from sgl_flowprefill.policy import DecodeLimits, Limits, make_policy
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,14 @@ class Setup:
     hub_s: float = 0.0
     instances: int = 1
     router: str = "least-work"
+    step_cost: StepCost | None = None
+    """Of decode steps on unified instances; None: that of the machine's cost model."""
+    step_error: float = 0.0
+    """Standard deviation of the logarithm of the times of steps around the predicted ones."""
+
+    def steps(self) -> StepCost:
+        """What decode steps cost."""
+        return self.step_cost or step_cost(self.machine.cost)
 
 
 class Simulated(Protocol):
@@ -81,12 +92,87 @@ class SimulatedStock:
 
 
 @dataclass(frozen=True)
+class SimulatedUnified:
+    """FlowPrefill on servers that prefill and decode."""
+
+    policy: str
+    granularity: str = "operator"
+    limits: DecodeLimits = field(default_factory=DecodeLimits)
+    variant: str = ""
+    """Name of ``limits``, where they are not the default."""
+
+    def __str__(self) -> str:
+        name = str(SimulatedFlowPrefill(self.policy, self.granularity))
+        return f"{name}+{self.variant}" if self.variant else name
+
+    def new_instance(self, setup: Setup) -> Instance:
+        return UnifiedInstance(
+            setup.machine,
+            make_policy(self.policy, setup.limits, setup.max_starvation_s),
+            Preemption(self.granularity, setup.max_operator_s, setup.lookahead),
+            setup.steps(),
+            self.limits,
+            setup.hub_s,
+            setup.step_error,
+        )
+
+    def max_batch_tokens(self, setup: Setup) -> int:
+        return setup.limits.max_batch_tokens
+
+
+@dataclass(frozen=True)
+class SimulatedUnifiedStock:
+    """SGLang's own scheduler on servers that prefill and decode."""
+
+    order: str
+    chunk_tokens: int | None = None
+    mixed: bool = False
+    interval: int = 0
+    """Decode steps behind each forward of prompts."""
+
+    def __str__(self) -> str:
+        name = str(SimulatedStock(self.order, self.chunk_tokens)) + ("-mixed" if self.mixed else "")
+        return f"{name}-interval-{self.interval}" if self.interval else name
+
+    def new_instance(self, setup: Setup) -> Instance:
+        return StockUnifiedInstance(
+            setup.machine,
+            self.order,
+            self.chunk_tokens,
+            setup.steps(),
+            mixed=self.mixed,
+            interval=self.interval,
+            step_error=setup.step_error,
+        )
+
+    def max_batch_tokens(self, setup: Setup) -> int:
+        return self.chunk_tokens or MAX_PREFILL_TOKENS
+
+
+@dataclass(frozen=True)
+class StreamFigures:
+    """What became of the streams of a run, besides their tokens."""
+
+    steps: int
+    step_s: float
+    """Time in decode steps, without forwards of prompts that streams took part in."""
+    retractions: int
+    give_backs: int
+    lateness_s: Sequence[float]
+    """For each step that had to start while a prefill ran, how much later it did."""
+    margin_s: float
+    """At the end, the largest of all instances."""
+
+
+@dataclass(frozen=True)
 class Run:
     """A simulated run."""
 
     requests: Sequence[SimRequest]
     blocking_s: Sequence[float] | None
     """None for a system that does not preempt."""
+    streams: StreamFigures | None = None
+    """None for prefill instances."""
 
     @property
     def attainment(self) -> float:
@@ -107,4 +193,19 @@ def run(system: Simulated, trace: Trace, setup: Setup) -> Run:
     simulate(requests, instances, ROUTERS[setup.router](setup.instances))
     preempting = [instance for instance in instances if isinstance(instance, FlowPrefillInstance)]
     blocking_s = [value_s for instance in preempting for value_s in instance.blocking_s] if preempting else None
-    return Run(requests, blocking_s)
+    return Run(requests, blocking_s, _stream_figures(instances))
+
+
+def _stream_figures(instances: Sequence[Instance]) -> StreamFigures | None:
+    decoding = [instance for instance in instances if isinstance(instance, UnifiedInstance | StockUnifiedInstance)]
+    if not decoding:
+        return None
+    ours = [instance for instance in decoding if isinstance(instance, UnifiedInstance)]
+    return StreamFigures(
+        steps=sum(instance.step_times.steps for instance in decoding),
+        step_s=sum(instance.step_times.total_s for instance in decoding),
+        retractions=sum(instance.streams.retractions for instance in decoding),
+        give_backs=sum(instance.give_backs for instance in ours),
+        lateness_s=[late_s for instance in ours for late_s in instance.lateness_s],
+        margin_s=max((instance.policy.margin_s for instance in ours), default=0.0),
+    )

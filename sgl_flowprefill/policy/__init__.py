@@ -2,8 +2,22 @@
 
 from sgl_flowprefill.policy import orders
 from sgl_flowprefill.policy.base import Job, Limits, Policy
+from sgl_flowprefill.policy.colocated import Act, ColocatedPolicy, Turn
+from sgl_flowprefill.policy.decode import DecodeLimits, Stream
 from sgl_flowprefill.policy.registry import POLICIES, discover, make_policy, register
 
 discover(orders)
 
-__all__ = ["POLICIES", "Job", "Limits", "Policy", "make_policy", "register"]
+__all__ = [
+    "POLICIES",
+    "Act",
+    "ColocatedPolicy",
+    "DecodeLimits",
+    "Job",
+    "Limits",
+    "Policy",
+    "Stream",
+    "Turn",
+    "make_policy",
+    "register",
+]

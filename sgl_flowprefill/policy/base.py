@@ -11,6 +11,7 @@ from itertools import count, islice
 from typing import Final, Generic, Protocol, TypeVar
 
 from sgl_flowprefill.pace import AS_PREDICTED, Pace
+from sgl_flowprefill.policy.decode import DecodeLoad
 
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
@@ -148,6 +149,15 @@ class Policy(ABC, Generic[R, K]):
     def _best_started(self, now_s: float) -> Candidate[K] | None:
         """The first of the started tasks at ``now_s``. It stays where it is."""
 
+    # ---- what an order may say ---------------------------------------------------------------------------------------
+
+    def charge(self, load: DecodeLoad) -> None:
+        """Decode steps take ``load`` from the time of prefills from now on: for orders that plan ahead."""
+
+    def keeps(self, job: Job[K], now_s: float) -> bool:
+        """Whether the started ``job`` is to meet its deadline: the others are given up first."""
+        return job.latest_start_s >= now_s
+
     # ---- what is made of it -----------------------------------------------------------------------------------------
 
     def pick(self, now_s: float, running: Job[K] | None, admit: bool = True) -> Job[R] | Job[K] | None:
@@ -157,7 +167,7 @@ class Policy(ABC, Generic[R, K]):
         ``admit`` false no request is started (its KV did not fit, and nothing has been freed since).
         """
         task = self._best_started(now_s)
-        request = self._best_waiting(now_s) if admit and self._may_start(running) else None
+        request = self._best_waiting(now_s) if admit and self.may_start(running) else None
         if request is None:
             return None if task is None else task.job
         if task is None or (request.tier, request.key) < (task.tier, task.key):
@@ -206,7 +216,7 @@ class Policy(ABC, Generic[R, K]):
         """The first waiting requests of their order, ``most`` of them at most."""
         return list(islice(self.in_order(now_s), most))
 
-    def _may_start(self, running: Job[K] | None) -> bool:
+    def may_start(self, running: Job[K] | None) -> bool:
         """Whether a new task may start: the running one would be suspended for it."""
         return running is None or len(self.started) <= self.limits.max_suspended
 

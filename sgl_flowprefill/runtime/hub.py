@@ -12,9 +12,9 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Final, Generic, TypeVar
+from typing import Final, Generic, Literal, TypeVar
 
-from sgl_flowprefill.policy import Job
+from sgl_flowprefill.policy import Act, Job
 from sgl_flowprefill.runtime.device import Device
 from sgl_flowprefill.runtime.parts import Agreement, Events, Executor, Recorder, Slots, Tiles
 from sgl_flowprefill.runtime.role import Role
@@ -51,6 +51,8 @@ class Hub(Generic[RoleT]):
     tiles: Tiles
     now_s: Callable[[], float] = time.monotonic
     stall_check_s: float = STALL_CHECK_S
+    step: Callable[[], None] | None = None
+    """Runs a decode step over all streams, on a server that has streams."""
     kv_is_short: bool = field(default=False, init=False)
     """Whether KV for a new task was asked for in vain, and none has been freed since."""
     _stopped_s: float = field(default=0.0, init=False)
@@ -71,14 +73,19 @@ class Hub(Generic[RoleT]):
     def turn(self) -> bool:
         """Run what is to run now until something happens. Whether there was anything, or its result is on the way."""
         task = self.next_task()
+        if task is Act.STEP:
+            assert self.step is not None, "only a policy with streams asks for a step"
+            self.step()
+            self._stopped_s = self.now_s()
+            return True
         if task is not None:
             self.executor.run(task, self.forward)
             self.stopped(task)
             return True
         return self._wait_for_result()
 
-    def next_task(self) -> PrefillTask | None:
-        """Take what has happened, and pick what runs now."""
+    def next_task(self) -> PrefillTask | Literal[Act.STEP] | None:
+        """Take what has happened, and pick what runs now. A decode step leaves the task that ran where it is."""
         while True:
             self.look()
             self.finish_arrived()
@@ -86,7 +93,7 @@ class Hub(Generic[RoleT]):
             if self.device.catch_up(self.agreement.ends_waiting):
                 break
         task = None if self.role.is_paused else self._pick()
-        if task is not None:
+        if task is not None and task is not Act.STEP:
             self._switch_to(task)
         return task
 
@@ -137,18 +144,23 @@ class Hub(Generic[RoleT]):
             self._finish(self.work.tasks.finishing.popleft())
 
     def has_news(self) -> bool:
-        """Whether there is something to look at: an event, or a result that has arrived from the device."""
-        return self.events.pending() or self.work.tasks.result_arrived()
+        """Whether there is something to look at: an event, a result that has arrived from the device, or the time at
+        which a decode step has to start.
+        """
+        return self.events.pending() or self.work.tasks.result_arrived() or self._step_is_due()
+
+    def _step_is_due(self) -> bool:
+        return self.work.ask_again_s < math.inf and self.now_s() >= self.work.ask_again_s
 
     # ---- picking --------------------------------------------------------------------------------------------------
 
-    def _pick(self) -> PrefillTask | None:
-        """The task that runs now: one that has started, or a new one made of waiting requests."""
+    def _pick(self) -> PrefillTask | Literal[Act.STEP] | None:
+        """What runs now: a task that has started, a new one made of waiting requests, or a decode step."""
         if self.work.tasks.running is not None:
             self.work.update(self.work.tasks.running)
         while True:
             choice = self.choose()
-            if choice is None or isinstance(choice, PrefillTask):
+            if not isinstance(choice, list):
                 return choice
             task = self.start(choice)
             if task is not None:

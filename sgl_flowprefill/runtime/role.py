@@ -23,6 +23,8 @@ class Arrival(NamedTuple):
     """When this process could first have read that the request can be run."""
     logprob_rows: int = 0
     """Tokens of its prompt whose log probabilities are asked for."""
+    retracted: bool = False
+    """Whether it was a stream and has part of its answer: it starts before all other requests."""
 
 
 class Role(Protocol):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final, Literal
 
-from sgl_flowprefill.policy import Job, Policy
+from sgl_flowprefill.policy import Act, ColocatedPolicy, Job, Policy
 from sgl_flowprefill.runtime.parts import TTFT, Memory
 from sgl_flowprefill.runtime.progress import Progress
 from sgl_flowprefill.runtime.role import Arrival
@@ -14,8 +15,10 @@ from sgl_flowprefill.runtime.task import NO_TASK, PrefillTask, Tasks
 from sgl_flowprefill.runtime.waiting import WaitingRequest, WaitingRequests
 from sgl_flowprefill.ttft import Prediction, PrefillShape
 
-Choice = PrefillTask | list[Job[WaitingRequest]] | None
-"""What runs next: a task that has started, or the requests for a new one, in order of priority."""
+Choice = PrefillTask | list[Job[WaitingRequest]] | Literal[Act.STEP] | None
+"""What runs next: a task that has started, the requests for a new one in order of priority, or a decode step."""
+STEP: Final = NO_TASK - 1
+"""In place of a task's id: a decode step."""
 
 
 def half(shapes: Sequence[PrefillShape]) -> float:
@@ -35,6 +38,10 @@ class Work:
     attention_share: Callable[[Sequence[PrefillShape]], float] = half
     """Of the time of a batch, the part that is attention's."""
     waiting: WaitingRequests = field(default_factory=WaitingRequests)
+    colocated: ColocatedPolicy[WaitingRequest, PrefillTask] | None = None
+    """``policy`` beside the decode steps of streams, on a server that has streams."""
+    ask_again_s: float = field(default=math.inf, init=False)
+    """When to choose anew if nothing has happened until then: a decode step has to start."""
 
     # ---- requests that come and go --------------------------------------------------------------------------------
 
@@ -54,6 +61,8 @@ class Work:
         job = Job(waiting, arrival.received_s, arrival.deadline_s, work_s, pace=pace)
         self.waiting.add(job)
         self.policy.add(job)
+        if arrival.retracted and self.colocated is not None:
+            self.colocated.returned(job)
 
     def forget_all_but(self, reqs: Collection[Any]) -> None:
         """Drop the jobs of requests that wait no longer: their client has left, or their decode server is gone."""
@@ -79,7 +88,14 @@ class Work:
         matched again before the choice is made anew: not so if it is the ``last``.
         """
         running = self.tasks.running.job if self.tasks.running else None
-        job = self.policy.pick(now_s, running, admit)
+        if self.colocated is None:
+            job = self.policy.pick(now_s, running, admit)
+        else:
+            turn = self.colocated.next(now_s, running, admit)
+            self.ask_again_s = turn.ask_again_s
+            if turn.act is Act.STEP:
+                return Act.STEP
+            job = turn.job
         if job is None or isinstance(job.item, PrefillTask):
             return None if job is None else job.item
         jobs = self.policy.batch(job, now_s, _new_tokens, self._predict_s)
@@ -87,13 +103,17 @@ class Work:
             return jobs
         while jobs and not self._fits(jobs):
             jobs = jobs[:-1]  # the winner is the first: those that join it stay out where they do not fit beside it
-        # Where not even its own activations fit beside those of the tasks, these go on.
+        # Where not even the winner fits beside the tasks, these go on.
         return jobs or self.choose(now_s, admit=False, last=True)
 
     def as_numbers(self, choice: Choice) -> list[int]:
-        """``choice`` for other ranks, which have the same tasks and requests: a task's id, or NO_TASK and requests."""
+        """``choice`` for other ranks, which have the same tasks and requests: a task's id, NO_TASK and requests, or
+        STEP.
+        """
         if choice is None:
             return []
+        if choice is Act.STEP:
+            return [STEP]
         if isinstance(choice, PrefillTask):
             return [choice.id]
         return [NO_TASK, *(job.item.number for job in choice)]
@@ -102,13 +122,21 @@ class Work:
         """The choice that ``as_numbers`` was given."""
         if not numbers:
             return None
+        if numbers[0] == STEP:
+            return Act.STEP
         if numbers[0] != NO_TASK:
             return self.tasks.numbered(numbers[0])
         return self.waiting.numbered(numbers[1:])
 
     def _fits(self, jobs: Sequence[Job[WaitingRequest]]) -> bool:
-        """Whether the activations of a task of ``jobs`` fit beside those of the live ones."""
+        """Whether the activations of a task of ``jobs`` fit beside those of the live ones, and its requests among the
+        streams.
+        """
         live = self.tasks.live
+        if self.colocated is not None:
+            shapes = [shape for task in live for shape in task.shapes] + [job.item.shape for job in jobs]
+            if not self.colocated.may_join(len(shapes), sum(map(sum, shapes))):
+                return False
         return not live or self.memory.admits(
             [task.new_tokens for task in live],
             sum(job.item.shape.new_tokens for job in jobs),

@@ -52,10 +52,10 @@ OPTIONS = {
     "breakdown": f"--tokens --repeats --seed --out {SERVERS}",
     "replay": f"--url --api --model --label --timeout --event-log --out {TRACE}",
     "validate": f"{SEARCH} --loads {SERVERS}",
-    "simulate": "--goodput --plan --speed --policy --cost --layers --trace --rate --time-scale --requests --seeds "
-    "--instances --router --attainment --max-suspended --max-batch-tokens --max-starvation-s --max-blocking-ms "
+    "simulate": "--unified --goodput --plan --speed --policy --cost --layers --trace --rate --time-scale --requests "
+    "--seeds --instances --router --attainment --max-suspended --max-batch-tokens --max-starvation-s --max-blocking-ms "
     "--lookahead --hub-us --bootstrap-ms --kv-tokens --link-gbps --prediction-error --prediction-bias "
-    "--no-prefix-cache --no-limit --out",
+    "--step-ms --step-ms-per-stream --step-error --no-prefix-cache --no-limit --out",
     "events": "--json",
     "fetch-trace": "--out",
 }

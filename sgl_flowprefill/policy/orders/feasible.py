@@ -9,9 +9,10 @@ from collections.abc import Iterable, Iterator
 from heapq import heappop, heappush
 from itertools import islice
 from operator import attrgetter
-from typing import Any, Final, NamedTuple, TypeVar
+from typing import Any, Final, NamedTuple, Protocol, TypeVar
 
 from sgl_flowprefill.policy.base import Candidate, Job, Jobs, Limits, Policy
+from sgl_flowprefill.policy.decode import NO_LOAD, DecodeLoad
 from sgl_flowprefill.policy.forecast import Forecast
 from sgl_flowprefill.policy.registry import register
 from sgl_flowprefill.policy.slack import LOOKS, STARVED_SHARE, SlackOrder, StarvationTurns, is_infeasible
@@ -36,12 +37,31 @@ class Feasible(NamedTuple):
     spare_s: float
 
 
-def largest_feasible(by_deadline: Iterable[Job[Any]], now_s: float, forecast: Forecast) -> Feasible:
+class Expected(Protocol):
+    """What is expected beside the jobs."""
+
+    def room_s(self, within_s: float) -> float:
+        """Time to leave for it in the next ``within_s``, at most that."""
+
+
+class Charged(NamedTuple):
+    """What will arrive, and the decode steps from ``since_s`` on."""
+
+    forecast: Expected
+    load: DecodeLoad
+    since_s: float
+
+    def room_s(self, within_s: float) -> float:
+        return min(within_s, self.forecast.room_s(within_s) + self.load.taken_s(self.since_s, within_s))
+
+
+def largest_feasible(by_deadline: Iterable[Job[Any]], now_s: float, expected: Expected) -> Feasible:
     """What to keep of ``by_deadline``.
 
     In order of deadlines, jobs are taken on until one would be late; then the job that takes longest per request is let
-    go. Without batches and ``forecast`` what is kept is a largest set of jobs that all finish in time (Moore 1968). The
-    work that ``forecast`` expects to be due before a job's deadline is taken off the time until then.
+    go. What is ``expected`` before a job's deadline is taken off the time until then. Without batches and arrivals, a
+    largest set of jobs that all finish in time beside the decode steps is kept (Moore 1968: steps leave the more time
+    until a deadline the later it is, so that time can stand for the deadline).
     """
     taken: list[Job[Any]] = []
     longest: list[tuple[float, int, float]] = []
@@ -53,7 +73,7 @@ def largest_feasible(by_deadline: Iterable[Job[Any]], now_s: float, forecast: Fo
         taken.append(job)
         deadline_s = job.deadline_s
         end_s += job.work_s * job.pace.factor
-        free_until_s = deadline_s - forecast.room_s(deadline_s - now_s)
+        free_until_s = deadline_s - expected.room_s(deadline_s - now_s)
         if end_s > free_until_s:
             for other in taken[in_heap:]:
                 remaining_s = other.work_s * other.pace.factor
@@ -82,6 +102,7 @@ class Plan:
       the deadline comes nearer. So while the plan is followed, it holds, and nothing is planned.
     * A job that comes takes its own work off, or sets it to what its own deadline asks. If it is not past then, the
       plan with this job holds: one more than the most that could be met is the most. If it is, all are planned anew.
+    * While a decode step runs, the kept jobs stand still. All jobs are planned anew behind it, as the load has changed.
     * A job that was let go does not come back while the plan is followed, as a new plan would let it go again, but for
       the work that the forecast no longer expects. All jobs are planned anew when the forecast or the paces change, and
       when nothing is kept any more.
@@ -91,6 +112,7 @@ class Plan:
         self.kept: list[Job[Any]] = []
         """By deadline."""
         self._forecast = forecast
+        self._load = NO_LOAD
         self._last_arrived = -1
         """Number of the last job that was counted among what arrives."""
         self._now_s = -math.inf
@@ -113,11 +135,17 @@ class Plan:
         """Paces of jobs have changed."""
         self._is_old = True
 
+    def charge(self, load: DecodeLoad) -> None:
+        """Decode steps take ``load`` from now on."""
+        if load is not self._load:
+            self._load = load
+            self._is_old = True
+
     def add(self, job: Job[Any]) -> None:
         """Keep ``job``, or leave it out."""
         deadline_s, remaining_s = job.deadline_s, job.remaining_s
         since_s = job.arrival_s if job.arrival_s > self._now_s else self._now_s
-        alone_s = deadline_s - self._forecast.room_s(deadline_s - since_s) - remaining_s
+        alone_s = deadline_s - self._expected(since_s).room_s(deadline_s - since_s) - remaining_s
         if alone_s < since_s or deadline_s > self._horizon_s:
             return
         place = self._place(job)
@@ -151,8 +179,12 @@ class Plan:
         """Plan anew at the present time: choose from ``by_deadline``, where more than PLANNED need not be looked at."""
         self._is_old = self._some_have_left = False
         self._horizon_s = by_deadline[PLANNED].deadline_s if len(by_deadline) > PLANNED else math.inf
-        self.kept, spare_s = largest_feasible(by_deadline[:PLANNED], self._now_s, self._forecast)
+        self.kept, spare_s = largest_feasible(by_deadline[:PLANNED], self._now_s, self._expected(self._now_s))
         self._latest_start_s = self._now_s + spare_s
+
+    def _expected(self, since_s: float) -> Expected:
+        """What to leave room for from ``since_s`` on."""
+        return self._forecast if self._load is NO_LOAD else Charged(self._forecast, self._load, since_s)
 
     def _place(self, job: Job[Any]) -> int:
         """Of ``job`` among those kept: most often the first one."""
@@ -197,6 +229,13 @@ class FeasibleSet(Policy[R, K]):
     def repaced(self) -> None:
         self._waiting.repaced()
         self._plan.repaced()
+
+    def charge(self, load: DecodeLoad) -> None:
+        self._plan.charge(load)
+
+    def keeps(self, job: Job[K], now_s: float) -> bool:
+        self._update(now_s)
+        return any(kept is job for kept in self._plan.kept)
 
     @property
     def waiting(self) -> Jobs[Job[R]]:

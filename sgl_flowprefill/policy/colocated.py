@@ -1,0 +1,183 @@
+"""Prefills and decode steps on one server: one object decides which of them runs now. No torch, no SGLang, no clock."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from enum import Enum, auto
+from typing import Generic, TypeVar
+
+from sgl_flowprefill.policy.base import Job, Policy
+from sgl_flowprefill.policy.decode import (
+    MARGIN_OF_TBT,
+    NO_LOAD,
+    CorrectedSteps,
+    DecodeLimits,
+    DecodeLoad,
+    Margin,
+    StepModel,
+    Stream,
+    Streams,
+    decode_load,
+    may_join,
+)
+
+R = TypeVar("R")
+K = TypeVar("K")
+
+
+class Act(Enum):
+    """What runs now."""
+
+    STEP = auto()
+    """A decode step over all streams."""
+    TASK = auto()
+    """A task that has started."""
+    START = auto()
+    """A new task for a waiting request."""
+    NOTHING = auto()
+
+
+@dataclass(frozen=True, slots=True)
+class Turn(Generic[R, K]):
+    """What runs now, and until when that holds if nothing else happens."""
+
+    act: Act
+    job: Job[R] | Job[K] | None = None
+    """The task to go on, or the request to start."""
+    ask_again_s: float = math.inf
+
+
+class ColocatedPolicy(Generic[R, K]):
+    """A prefill policy beside the decode steps of streams. Without streams it is that policy.
+
+    * A step runs when it has to start (``DecodeLoad.start_by_s``), and whenever no prefill can run.
+    * Else a retracted request starts, if there is one: somebody waits for the rest of its answer.
+    * Else the prefill policy picks. It plans with the time that steps will take.
+
+    So streams get their tokens in time wherever their objectives leave prefills ``1 - max_share`` of the time, and
+    prefills get that share where they do not. With exact times, if each step starts no later than a margin after it has
+    to (a prefill runs to its next checkpoint, and steps grow by what has joined since), no token comes later than
+
+        max(TBT objective, step / max_share) + margin
+
+    after the one before it.
+    """
+
+    def __init__(self, prefills: Policy[R, K], model: StepModel, limits: DecodeLimits | None = None) -> None:
+        self.prefills = prefills
+        self.limits = limits or DecodeLimits()
+        self.streams = Streams()
+        self.load: DecodeLoad = NO_LOAD
+        self.margin = Margin()
+        self._model = CorrectedSteps(model)
+        self._returning: list[Job[R]] = []
+        """Waiting requests that have part of their answers, in the order in which they were retracted."""
+
+    # ---- streams ----------------------------------------------------------------------------------------------------
+
+    def joined(self, streams: Iterable[Stream]) -> None:
+        """Prefills have ended: ``streams`` have their first tokens."""
+        for stream in streams:
+            self.streams.join(stream)
+        self._plan()
+
+    def left(self, streams: Iterable[Stream]) -> None:
+        """``streams`` have ended, or are retracted."""
+        for stream in streams:
+            self.streams.leave(stream)
+        self._plan()
+
+    def returned(self, job: Job[R]) -> None:
+        """``job``, which waits among the prefills, was a stream and has been retracted: it starts before all others."""
+        self._returning.append(job)
+
+    def stepped(self, begin_s: float, end_s: float, ended: Iterable[Stream] = (), delivery_s: float = 0.0) -> None:
+        """A step ran from ``begin_s`` to ``end_s``; ``ended`` are the streams that have their last tokens.
+
+        ``delivery_s``: what passed after that until the tokens had left the server.
+        """
+        if begin_s >= self.load.start_by_s:  # one that ran early, for want of prefills, shows no lateness
+            self.margin.observe(end_s + delivery_s - self.load.start_by_s - self.load.step_s)
+        self._model.observe(self.streams.requests, self.streams.context_tokens, end_s - begin_s)
+        self.streams.stepped(end_s)
+        self.left(ended)
+
+    @property
+    def margin_s(self) -> float:
+        """How much earlier than needed a step starts."""
+        if self.limits.margin_s is not None:
+            return self.limits.margin_s
+        return min(self.margin.value_s, MARGIN_OF_TBT * self.streams.tightest_s())
+
+    def _plan(self) -> None:
+        self.load = decode_load(self.streams, self._model, self.limits, self.margin_s)
+        if self.limits.charged:
+            self.prefills.charge(self.load)
+
+    # ---- decisions --------------------------------------------------------------------------------------------------
+
+    def next(self, now_s: float, running: Job[K] | None, admit: bool = True) -> Turn[R, K]:
+        """What runs at ``now_s``. ``running`` and ``admit`` are the prefill policy's: see ``Policy.pick``."""
+        if now_s >= self.load.start_by_s or (not admit and self._decodes_ahead(now_s, running)):
+            return Turn(Act.STEP)
+        job = self._first_returning(running, admit) or self.prefills.pick(now_s, running, admit)
+        if job is None:
+            return Turn(Act.STEP if self.streams.requests else Act.NOTHING)
+        return Turn(Act.TASK if job.started else Act.START, job, self.load.start_by_s)
+
+    def may_join(self, requests: int, tokens: int) -> bool:
+        """Whether a task may start after which ``requests`` with ``tokens``, those of live tasks among them, join the
+        streams.
+        """
+        return may_join(self.streams, requests, tokens, self._model, self.limits)
+
+    def give_back(
+        self,
+        now_s: float,
+        tokens: int,
+        held_tokens: Callable[[K], int],
+        executed_s: Callable[[K], float],
+    ) -> list[Job[K]]:
+        """Tasks to give up so that ``tokens`` of KV cache get free for streams; all tasks where that is not enough.
+
+        Their requests wait again. First those that are less than half done; of these, those that the prefill policy
+        would let go; of these, those that have executed least for the KV cache that they hold. Tasks need no more KV
+        cache to end, and with none left the server is a stock one, so nothing can deadlock.
+        """
+
+        def order(job: Job[K]) -> tuple[bool, bool, float, int]:
+            done_s = executed_s(job.item)
+            return (
+                done_s > job.remaining_s,
+                self.prefills.keeps(job, now_s),
+                done_s / max(1, held_tokens(job.item)),
+                job.number,
+            )
+
+        given: list[Job[K]] = []
+        for job in sorted(self.prefills.started, key=order):
+            if tokens <= 0:
+                break
+            given.append(job)
+            tokens -= held_tokens(job.item)
+        return given
+
+    def _first_returning(self, running: Job[K] | None, admit: bool) -> Job[R] | None:
+        """The retracted request that starts now. What does not wait any more is forgotten."""
+        if not self._returning:
+            return None
+        waiting = set(map(id, self.prefills.waiting))
+        self._returning = [job for job in self._returning if id(job) in waiting]
+        return self._returning[0] if admit and self._returning and self.prefills.may_start(running) else None
+
+    def _decodes_ahead(self, now_s: float, running: Job[K] | None) -> bool:
+        """Whether a step goes first because KV cache is short for the request that would win, and steps free some."""
+        if not self.limits.ahead or not self.streams.requests:
+            return False
+        rest_s = self.load.step_s * (1 / self.limits.max_share - 1)
+        if now_s < self.streams.last_step_s + rest_s:
+            return False
+        winner = self.prefills.pick(now_s, running, admit=True)
+        return winner is not None and not winner.started

@@ -1,0 +1,216 @@
+"""Decode steps beside prefills: when the next one has to start, what the steps take from prefills, and their margin.
+
+A stream is a request that has its first token. All streams get their next token in one step, so the steps are a
+periodic job: its period is the tightest time between tokens (TBT) that a stream asks for. A step starts as late as that
+allows, because then it serves the most streams for its fixed cost. No torch, no SGLang, no clock.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left, insort
+from collections import Counter, deque
+from dataclasses import dataclass, field
+from typing import Final, Protocol
+
+MARGIN_QUANTILE: Final = 0.998
+"""Share of steps that shall end in time: an answer of 300 tokens may have three late ones."""
+MARGIN_FACTOR: Final = 1.2
+"""Multiple of that quantile that is planned with: a short answer may have no late token, and those of a step are late
+together."""
+MARGIN_STEPS: Final = 1000
+"""Steps by which the margin is judged, the last ones."""
+FIRST_MARGIN_S: Final = 0.01
+"""The margin before any step has been seen, which counts as one step."""
+MARGIN_OF_TBT: Final = 0.5
+"""Of the tightest TBT, what the margin may take at most."""
+CORRECTED_BY: Final = 8
+"""Steps over which the step model is corrected by those that were measured."""
+
+
+@dataclass(slots=True, eq=False)
+class Stream:
+    """A request that has its first token and waits for others."""
+
+    tbt_s: float
+    """Objective for the time between its tokens."""
+    context_tokens: int
+    """Tokens of its prompt and its answer when it joined."""
+    joined_s: float
+    """When its last token before it joined had come."""
+    joined_at: int = field(default=0, init=False)
+    """Steps that there had been when it joined."""
+
+
+class StepModel(Protocol):
+    """Predicts how long a decode step takes."""
+
+    def predict_s(self, requests: int, context_tokens: int) -> float:
+        """Seconds of a step over ``requests`` streams that have ``context_tokens`` together."""
+
+
+@dataclass(frozen=True)
+class DecodeLimits:
+    """What steps may take, and how they are planned."""
+
+    max_share: float = 0.9
+    """Of the time while prefills could run, what steps may take: prefills get the rest, whatever streams ask for."""
+    margin_s: float | None = None
+    """How much earlier than needed a step starts; None: as much as the lateness of the last steps asks for."""
+    charged: bool = True
+    """Whether the prefill policy plans with the time that steps will take."""
+    ahead: bool = False
+    """Whether steps go before the tasks that have started while KV cache is short for the request that would win."""
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.max_share < 1.0:
+            raise ValueError(f"steps may take a share between 0 and 1 of the time, not {self.max_share}: 0.9 is usual")
+        if self.margin_s is not None and self.margin_s < 0:
+            raise ValueError(f"a margin of {self.margin_s} s is negative: give seconds, or None to have it learned")
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeLoad:
+    """What steps take from prefills from now on, if streams stay as they are."""
+
+    step_s: float = 0.0
+    period_s: float = math.inf
+    """From the start of a step to the start of the next while prefills run."""
+    start_by_s: float = math.inf
+    """When the next step has to start."""
+
+    def taken_s(self, now_s: float, within_s: float) -> float:
+        """Time that steps take of the next ``within_s``, if each starts when it has to."""
+        after_first_s = within_s - max(0.0, self.start_by_s - now_s)
+        if after_first_s <= 0.0:
+            return 0.0
+        steps, rest_s = divmod(after_first_s, self.period_s)
+        return steps * self.step_s + min(self.step_s, rest_s)
+
+
+NO_LOAD: Final = DecodeLoad()
+
+
+class Streams:
+    """The streams of a server, summed up: an event costs as much however many there are."""
+
+    def __init__(self) -> None:
+        self.requests = 0
+        self.context_tokens = 0
+        self.last_step_s = -math.inf
+        """When the last step ended."""
+        self._steps = 0
+        self._stepped: Counter[float] = Counter()
+        """Objectives of the streams that the last step served, with how many have each."""
+        self._joined: list[Stream] = []
+        """Streams that no step has served."""
+
+    def join(self, stream: Stream) -> None:
+        """``stream`` takes part in the next step."""
+        stream.joined_at = self._steps
+        self.requests += 1
+        self.context_tokens += stream.context_tokens
+        self._joined.append(stream)
+
+    def leave(self, stream: Stream) -> None:
+        """``stream`` is over, or is retracted."""
+        self.requests -= 1
+        self.context_tokens -= self.context_of(stream)
+        if stream.joined_at == self._steps:
+            self._joined.remove(stream)
+        else:
+            self._stepped[stream.tbt_s] -= 1
+            if not self._stepped[stream.tbt_s]:
+                del self._stepped[stream.tbt_s]
+
+    def stepped(self, end_s: float) -> None:
+        """All streams have got a token at ``end_s``."""
+        self._steps += 1
+        self.last_step_s = end_s
+        self.context_tokens += self.requests
+        self._stepped.update(stream.tbt_s for stream in self._joined)
+        self._joined.clear()
+
+    def context_of(self, stream: Stream) -> int:
+        """Tokens of its prompt and its answer by now."""
+        return stream.context_tokens + self._steps - stream.joined_at
+
+    @property
+    def due_s(self) -> float:
+        """When the first of the next tokens is due."""
+        due_s = self.last_step_s + min(self._stepped) if self._stepped else math.inf
+        return min(due_s, min((stream.joined_s + stream.tbt_s for stream in self._joined), default=math.inf))
+
+    def tightest_s(self, at_least_s: float = 0.0) -> float:
+        """The tightest objective of those that are ``at_least_s``; infinity without any."""
+        objectives = [*self._stepped, *(stream.tbt_s for stream in self._joined)]
+        return min((tbt_s for tbt_s in objectives if tbt_s >= at_least_s), default=math.inf)
+
+
+class Margin:
+    """How much earlier than needed a step has to start, so that MARGIN_QUANTILE of them end in time.
+
+    A step ends late by the sum of what held up its start, what it took more than predicted, and what handing out its
+    tokens took. The margin is a high quantile of that sum, not the sum of three quantiles.
+    """
+
+    def __init__(self, first_s: float = FIRST_MARGIN_S) -> None:
+        self._last_s = deque([first_s])
+        self._sorted_s = [first_s]
+
+    def observe(self, overrun_s: float) -> None:
+        """A step ended ``overrun_s`` later than it would have if it had started, run and been handed out as planned."""
+        self._last_s.append(overrun_s)
+        insort(self._sorted_s, overrun_s)
+        if len(self._last_s) > MARGIN_STEPS:
+            del self._sorted_s[bisect_left(self._sorted_s, self._last_s.popleft())]
+
+    @property
+    def value_s(self) -> float:
+        place = min(int(MARGIN_QUANTILE * len(self._sorted_s)), len(self._sorted_s) - 1)
+        return max(0.0, MARGIN_FACTOR * self._sorted_s[place])
+
+
+class CorrectedSteps:
+    """A step model, corrected by the steps that were measured."""
+
+    def __init__(self, model: StepModel) -> None:
+        self._model = model
+        self.slowdown = 1.0
+
+    def predict_s(self, requests: int, context_tokens: int) -> float:
+        return self.slowdown * self._model.predict_s(requests, context_tokens)
+
+    def observe(self, requests: int, context_tokens: int, measured_s: float) -> None:
+        """A step over ``requests`` streams has taken ``measured_s``."""
+        ratio = measured_s / self._model.predict_s(requests, context_tokens)
+        self.slowdown += (ratio - self.slowdown) / CORRECTED_BY
+
+
+def decode_load(streams: Streams, model: StepModel, limits: DecodeLimits, margin_s: float) -> DecodeLoad:
+    """What the steps of ``streams`` take, and when the next one has to start.
+
+    It starts so that it ends ``margin_s`` before the first token is due, but no earlier than leaves prefills their
+    share of the time since the last step.
+    """
+    if not streams.requests:
+        return NO_LOAD
+    step_s = model.predict_s(streams.requests, streams.context_tokens)
+    least_period_s = step_s / limits.max_share
+    rested_s = streams.last_step_s + least_period_s - step_s
+    return DecodeLoad(
+        step_s,
+        period_s=max(streams.tightest_s() - margin_s, least_period_s),
+        start_by_s=max(streams.due_s - margin_s - step_s, rested_s),
+    )
+
+
+def may_join(streams: Streams, requests: int, tokens: int, model: StepModel, limits: DecodeLimits) -> bool:
+    """Whether ``requests`` with ``tokens`` in all, those of live tasks among them, may join the streams.
+
+    A step over all must fit the tightest objective and leave prefills their share. Objectives that this server would
+    miss with one stream alone bar nobody.
+    """
+    reachable_s = model.predict_s(1, 0) / limits.max_share
+    step_s = model.predict_s(streams.requests + requests, streams.context_tokens + tokens)
+    return step_s <= limits.max_share * streams.tightest_s(at_least_s=reachable_s)
