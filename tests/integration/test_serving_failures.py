@@ -34,9 +34,12 @@ def output_ids(response: requests.Response) -> list[int]:
     return ids
 
 
-def is_idle(url: str) -> bool:
-    """A server flushes its cache only if it holds no request."""
-    return requests.post(url + "/flush_cache", timeout=30).status_code == 200
+def wait_until_idle(url: str) -> None:
+    """A server flushes its cache only if it holds no request, such as a health check of the gateway's."""
+    deadline_s = time.monotonic() + 20.0
+    while requests.post(url + "/flush_cache", timeout=30).status_code != 200:
+        assert time.monotonic() < deadline_s, f"{url} still holds a request"
+        time.sleep(0.2)
 
 
 @pytest.mark.parametrize("fault", ["memory", "error"])
@@ -45,7 +48,7 @@ def test_its_client_gets_a_500_with_an_id_that_the_log_has_and_others_their_toke
 ) -> None:
     cluster = flowprefill_cluster
     for url in (cluster.prefill_url, cluster.decode_url):
-        assert is_idle(url)
+        wait_until_idle(url)
     with ThreadPoolExecutor(2) as clients:
         suspended = clients.submit(generate, cluster, LONG, 60.0)
         time.sleep(0.2)
@@ -58,11 +61,8 @@ def test_its_client_gets_a_500_with_an_id_that_the_log_has_and_others_their_toke
     assert log_dir is not None
     log = (Path(log_dir) / "prefill.log").read_text()
     assert f"FlowPrefill: error {found[1]} in the prefill of" in log
-    deadline_s = time.monotonic() + 20.0
     for url in (cluster.prefill_url, cluster.decode_url):
-        while not is_idle(url):
-            assert time.monotonic() < deadline_s, f"{url} still holds a request"
-            time.sleep(0.2)
+        wait_until_idle(url)
     comparison.answer("failed before", FAILING, output_ids(generate(cluster, FAILING, 2.0)), None)
     comparison.assert_same()
     assert comparison.counts["tokens"] == 8
