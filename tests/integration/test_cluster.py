@@ -194,7 +194,8 @@ def test_launch_prints_a_curl_line_that_works_keeps_its_key_and_ends_when_a_serv
     assert len(launcher.processes) > 6
     gateway_port = urlsplit(shlex.split(curl)[1]).port
     assert_closed_without_key(launcher.processes, gateway_port)
-    assert_key_is_not_shown(launcher)
+    assert_no_command_line_shows_the_key(launcher)
+    assert_no_output_shows_the_key(launcher)
     assert_only_the_gateway_is_open(launcher.processes, gateway_port)
     assert_phases_are_told(launcher)
     victim = next(process for process in launcher.processes if process.name() == "sglang::scheduler")
@@ -202,7 +203,7 @@ def test_launch_prints_a_curl_line_that_works_keeps_its_key_and_ends_when_a_serv
     assert launcher.process.wait(20) == 1
     assert f"process {victim.pid} of the " in launcher.text()
     assert "The last lines of " in launcher.text()
-    assert_key_is_not_shown(launcher)
+    assert_no_output_shows_the_key(launcher)
     launcher.assert_nothing_is_left()
 
 
@@ -217,10 +218,13 @@ def assert_closed_without_key(processes, gateway_port):
     assert requests.get(f"http://127.0.0.1:{gateway_port}/readiness", timeout=60).status_code == 200
 
 
-def assert_key_is_not_shown(launcher):
+def assert_no_command_line_shows_the_key(launcher):
     everyone = [psutil.Process(launcher.process.pid), *launcher.processes]
     commands = [Path(f"/proc/{process.pid}/cmdline").read_bytes() for process in everyone]
     assert [command for command in commands if KEY.encode() in command] == []
+
+
+def assert_no_output_shows_the_key(launcher):
     assert KEY not in launcher.text()
     logs = sorted(launcher.logs.iterdir())
     assert [log.name for log in logs] == ["decode.log", "gateway.log", "prefill.log"]
