@@ -116,14 +116,13 @@ class PrefillEngine:
         from sgl_flowprefill.runtime.scheduler import FlowPrefillScheduler
 
         self.scheduler = FlowPrefillScheduler(args, PortArgs.init_new(args))
-        create = self.scheduler._create_generation_req
+        add = self.scheduler._add_request_to_queue
 
-        def create_cached(*arguments: Any, **options: Any) -> Any:
-            req = create(*arguments, **options)
+        def add_cached(req: Any, *arguments: Any, **options: Any) -> None:
             req.skip_radix_cache_insert = False
-            return req
+            add(req, *arguments, **options)
 
-        self.scheduler._create_generation_req = create_cached
+        self.scheduler._add_request_to_queue = add_cached
         drop = self.scheduler.role.drop
 
         def drop_or_raise(task: Any) -> None:

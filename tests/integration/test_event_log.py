@@ -84,12 +84,13 @@ def test_requests_that_are_refused_at_the_door_fail_with_the_reason(
     logged: LoggedEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     logged.engine.submit("longer than the context", prompt(1, 70_000))
-    monkeypatch.setattr(logged.scheduler.disagg_prefill_bootstrap_queue, "max_input_len", 99)
+    for limit in ("max_input_len", "max_total_num_tokens"):  # of SGLang 0.5.23, of 0.5.22
+        monkeypatch.setattr(logged.scheduler.disagg_prefill_bootstrap_queue, limit, 99, raising=False)
     logged.engine.submit("longer than the KV cache", prompt(1, 100))
     monkeypatch.setattr(logged.scheduler, "abort_on_priority_when_disabled", True)
     with_priority = generate_request("with a priority", prompt(1, 20), 1)
     with_priority.priority = 1
-    monkeypatch.setattr(logged.scheduler, "send_control_output", lambda *_: None)
+    monkeypatch.setattr(logged.scheduler, "send_control_output", lambda *_: None, raising=False)
     logged.engine.receive(with_priority)
     assert set(logged.ends().values()) == {"fail"}
     assert logged.failure("longer than the context").http_status == 400

@@ -6,10 +6,12 @@ import fcntl
 import importlib.util
 import json
 import random
+import re
 import signal
 import subprocess
 import sys
 import time
+import tomllib
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -388,7 +390,9 @@ def test_this_project_is_packed_whole_with_its_entry_points_and_commit(bundle: M
     ):  # fmt: skip
         assert packed[name]
     [metadata] = [content for name, content in packed.items() if name.endswith("METADATA")]
-    assert b"Requires-Dist: sglang==0.5.23\n" in metadata
+    pyproject = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())
+    [required] = [line for line in pyproject["project"]["dependencies"] if re.match(r"sglang\b", line)]
+    assert f"Requires-Dist: {required}\n".encode() in metadata
     [entry_points] = [content for name, content in packed.items() if name.endswith("entry_points.txt")]
     assert b"[sglang.srt.plugins]\nflowprefill = sgl_flowprefill.plugin:load\n" in entry_points
     assert packed["sgl_flowprefill/COMMIT"].strip()
