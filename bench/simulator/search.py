@@ -14,6 +14,8 @@ from sgl_flowprefill.bench.workloads.trace import Trace
 PRECISION: Final = 0.01
 """A rate is found to within this share of itself."""
 MAX_INSTANCES: Final = 4096
+MAX_SHARE: Final = 4096
+"""Of the value that a search starts with: where nothing below it is too high, nothing is."""
 
 
 def mean_attainment(system: Simulated, traces: Sequence[Trace], setup: Setup) -> float:
@@ -36,11 +38,16 @@ def mean_limit(traces: Sequence[Trace], setup: Setup, max_batch_tokens: int) -> 
 def highest(meets: Callable[[float], bool], start: float, least: float = 1 / 1000) -> float:
     """The highest value at which ``meets`` holds, to within PRECISION, for one that holds up to some value only.
 
-    0 when it holds nowhere above ``least``, a share of ``start``.
+    0 when it holds nowhere above ``least``, a share of ``start``. Raises ValueError when it holds up to MAX_SHARE.
     """
     low, high = 0.0, start
     while meets(high):
         low, high = high, 2 * high
+        if high > MAX_SHARE * start:
+            raise ValueError(
+                f"so few requests keep the attainment at any rate, even when all arrive at once (tried up to {low:.4g} "
+                "req/s): simulate more with --requests"
+            )
     while low == 0.0 and high > start * least:
         middle = high / 2
         low, high = (middle, high) if meets(middle) else (0.0, middle)

@@ -273,3 +273,9 @@ def test_the_command_writes_its_figures(action: list[str], tmp_path: Path) -> No
         assert report["speed"]["s-edf"]["requests_per_s"] > 0
     else:
         assert report["traces"]["qwen-like"]
+
+
+def test_a_search_that_no_rate_ends_says_what_to_do() -> None:
+    setup = Setup(Machine(LLAMA_8B, LLAMA_8B.kv_tokens))
+    with pytest.raises(ValueError, match="simulate more with --requests"):
+        max_rate_rps(simulated("feasible"), [trace_of((0.0, 100, 60.0), (1.0, 100, 60.0))], setup, 0.9)
