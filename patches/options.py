@@ -3,8 +3,8 @@
 Targets: ``sglang.srt.server_args.ServerArgs.resolve_once``, before which a record holds what the user
 has asked for and may be changed, and ``sglang.srt.entrypoints.engine.Engine._launch_subprocesses``, where the options
 arrive of HTTP servers, with Ray too, and of engines without one. Without the first, users would have to set these
-options themselves; without the second, a server would be refused in its scheduler process (``runtime.setup``), as one
-that is started elsewhere is (gRPC), or, with Ray, run without FlowPrefill.
+options themselves; without the second, a server would be refused in its scheduler process (``runtime.scheduler``), as
+one that is started elsewhere is (gRPC), or, with Ray, run without FlowPrefill.
 """
 
 from __future__ import annotations

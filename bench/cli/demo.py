@@ -1,7 +1,7 @@
 """The main job end to end: one trace through FlowPrefill and through SGLang's stock scheduler, in turns.
 
 Both run on the same servers' settings, with the same prompts, at the same rate and time scale. The servers of all stay
-up, and those that do not have their turn are stopped (SIGSTOP). First each system answers lone requests, whose times
+up, and systems without the turn are stopped (SIGSTOP). First each system answers isolated requests, whose times
 make the time scale, then each half of the trace is replayed on each; the order turns round every time, so that none
 always meets the machine first. A turn ends when all its requests are answered.
 """
@@ -30,7 +30,7 @@ from sgl_flowprefill.bench.workloads.answers import Answers
 from sgl_flowprefill.bench.workloads.trace import Trace
 
 ROUNDS: Final = 2
-"""Turns of each system with lone requests, and with parts of the trace."""
+"""Turns of each system with isolated requests, and with parts of the trace."""
 
 
 def run(options: Demo, console: Console) -> int:
@@ -70,7 +70,7 @@ class _Demo:
         self._event_logs: dict[str, Path | None] = {}
 
     def run(self, servers: Servers) -> Comparison:
-        """Lone requests on all systems, then the trace. ``servers`` is what they were started with."""
+        """Isolated requests on all systems, then the trace. ``servers`` is what they were started with."""
         decode_tokens_per_s = self._measure()
         scale = self._options.trace.time_scale
         if scale == AUTO:
@@ -101,12 +101,12 @@ class _Demo:
                 yield number, system
 
     def _measure(self) -> float | None:
-        """Start all systems and send lone requests to each in turns. Returns the tokens per second that a decode server
+        """Start all systems and send isolated requests to each. Returns the tokens per second that a decode server
         carries, the median over all turns, if answers depend on it.
         """
         carried = []
         for number, system in self._in_turns(ROUNDS):
-            self._say(f"[bold]{system.label}[/bold]" + (": lone requests again" if number else ""))
+            self._say(f"[bold]{system.label}[/bold]" + (": isolated requests again" if number else ""))
             with self._serve(system) as served:
                 self._solo_ttft_s[system.name].append(served.solo_ttft_s(self._prompts, self._detail))
                 self._settings[system.name], self._event_logs[system.name] = served.settings(), served.event_log

@@ -1,4 +1,4 @@
-"""What FlowPrefill costs when nobody waits: lone prompts, alternately on FlowPrefill and on stock SGLang unchunked.
+"""What FlowPrefill costs when nobody waits: isolated prompts, alternately on FlowPrefill and on stock SGLang unchunked.
 
 Both systems are up at once and take turns on the same CPUs (``serving.SideBySide``), in pairs, so that the machine's
 drift cancels. A turn is a few prompts of one length, each sent when the one before is answered. The first meets servers
@@ -96,5 +96,5 @@ async def _ask(served: Reached, prompts: PromptBuilder, tokens: int, index: int)
     async with client.session() as session:
         outcome = await client.stream(session, client.api.body(prompts.unique(tokens, index), 2, None))
     if outcome.error or outcome.first_token_s is None:
-        raise ClusterError(f"a lone request of {tokens} tokens to {client.url} failed: {outcome.error}")
+        raise ClusterError(f"an isolated request of {tokens} tokens to {client.url} failed: {outcome.error}")
     return Lone(outcome.first_token_s - outcome.sent_s, outcome.end_s - outcome.sent_s)

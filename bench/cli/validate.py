@@ -2,8 +2,8 @@
 
 Rates are multiples of saturation, the rate at which the forwards of the trace, each alone, fill the machine. What a
 request spends outside forwards (HTTP, tokenizer, handshake, KV transfer, first answer) and how fast the machine is are
-measured by lone requests before and after each replay, what passes between forwards once by a burst; the simulator is
-given these.
+measured by isolated requests before and after each replay, what passes between forwards once by a burst; the
+simulator is given these.
 """
 
 from __future__ import annotations
