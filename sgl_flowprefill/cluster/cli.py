@@ -28,6 +28,7 @@ from sgl_flowprefill.cluster.base import (
 )
 from sgl_flowprefill.cluster.cluster import Cluster
 from sgl_flowprefill.cluster.commands import join_values
+from sgl_flowprefill.cluster.parsing import Parser, seconds
 from sgl_flowprefill.config import ConfigError, FlowPrefillConfig, is_enabled
 
 EXIT_DIED: Final = 1
@@ -200,23 +201,8 @@ def _count(text: str) -> int:
     return int(text)
 
 
-def _seconds(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0.0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"expected seconds above 0, got {text}")
-    return value
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise StartError(message)
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog="launch.py",
         usage="launch.py [--flowprefill] [--model-path MODEL] [--prefill N] [--decode M] [options] [SGLang options]\n"
         "       launch.py --role gateway --host 0.0.0.0 [--ports PORT]\n"
@@ -250,7 +236,7 @@ def _parser() -> argparse.ArgumentParser:
                         f"environment variable {KEY_VARIABLE}, or no key)")  # fmt: skip
     parser.add_argument("--api-key", metavar="KEY", help="the key itself; other users of this machine can read it in "
                         "the list of processes")  # fmt: skip
-    parser.add_argument("--startup-timeout-s", metavar="SECONDS", type=_seconds,
+    parser.add_argument("--startup-timeout-s", metavar="SECONDS", type=seconds,
                         default=ClusterConfig.startup_timeout_s, help="longest that each server, the gateway and the "
                         "first request may take to come up (default %(default)g)")  # fmt: skip
     parser.add_argument("--log-dir", metavar="DIR", type=Path, default=Path("out/logs"), help="directory of the log "

@@ -8,13 +8,14 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Final, NoReturn
+from typing import Any, Final
 
 from rich.console import Console
 from rich.table import Table
 
 from sgl_flowprefill.cluster import contract_command, machine, preflight
 from sgl_flowprefill.cluster.base import ClusterConfig, Ports, StartError
+from sgl_flowprefill.cluster.parsing import Parser
 from sgl_flowprefill.cluster.process import Guard
 from sgl_flowprefill.config import ConfigError, FlowPrefillConfig
 from sgl_flowprefill.model import embedded_model_path
@@ -87,13 +88,8 @@ def _print(findings: Sequence[dict[str, Any]], options: str) -> None:
     Console(width=None if sys.stdout.isatty() else 160).print(table)
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise StartError(message)
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog="launch.py doctor",
         usage="launch.py doctor [--gpu] [--model-path MODEL] [SGLang server options]\n"
         "       launch.py doctor --contract [--sources DIR]",

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import IO, Any, Final, NoReturn
+from typing import IO, Any, Final
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
@@ -21,6 +21,7 @@ from sgl_flowprefill import paths
 from sgl_flowprefill.cluster import preflight
 from sgl_flowprefill.cluster.base import ClusterConfig, Ports, StartError
 from sgl_flowprefill.cluster.commands import join_values
+from sgl_flowprefill.cluster.parsing import Parser
 from sgl_flowprefill.cluster.process import Guard
 from sgl_flowprefill.config import ConfigError, FlowPrefillConfig
 from sgl_flowprefill.profiling import ProfileError, read_profile
@@ -196,13 +197,8 @@ def _follow(reports: IO[str], show: Callable[[dict[str, Any]], None]) -> dict[st
     return end
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise StartError(message)
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog="launch.py profile",
         usage="launch.py profile [--model-path MODEL] [--budget-s SECONDS] [SGLang server options]\n"
         "       launch.py profile --report [--json] [--plot FILE]",

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, NoReturn
+from typing import Any, Final
 
 from rich.console import Console
 from rich.table import Table
@@ -24,6 +24,7 @@ from rich.table import Table
 from sgl_flowprefill.cluster import machine, preflight
 from sgl_flowprefill.cluster.base import ClusterConfig, Ports, StartError
 from sgl_flowprefill.cluster.commands import Layout, last_value
+from sgl_flowprefill.cluster.parsing import Parser, seconds
 from sgl_flowprefill.cluster.process import Guard
 from sgl_flowprefill.config import FlowPrefillConfig
 from sgl_flowprefill.gpu_report.document import Document
@@ -281,23 +282,8 @@ def _print(document: Document) -> None:
     Console(width=None if sys.stdout.isatty() else 160).print(table)
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise StartError(message)
-
-
-def _seconds(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0.0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"expected seconds above 0, got {text}")
-    return value
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog="launch.py gpu-report",
         usage="launch.py gpu-report [--shape NAME | --model-path MODEL] [--budget-s S] [--out DIR] [SGLang server "
         "options]",
@@ -310,7 +296,7 @@ def _parser() -> argparse.ArgumentParser:
     model.add_argument("--shape", choices=list(SHAPES), help="a model of this shape, with weights made on the device "
                        f"(default on a card: {DEFAULT_SHAPE}; on the CPU engine: the embedded model)")  # fmt: skip
     model.add_argument("--model-path", metavar="MODEL", help="checkpoint directory or Hugging Face model id")
-    parser.add_argument("--budget-s", metavar="S", type=_seconds, default=300.0, help="seconds for all phases, about; "
+    parser.add_argument("--budget-s", metavar="S", type=seconds, default=300.0, help="seconds for all phases, about; "
                         "what does not fit is left out (default %(default)g)")  # fmt: skip
     parser.add_argument("--out", metavar="DIR", type=Path, default=Path("out/gpu-report"), help="directory of the "
                         "report; an earlier one there is replaced (default %(default)s)")  # fmt: skip
