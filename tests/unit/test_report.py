@@ -111,7 +111,7 @@ def test_html_shows_figures_settings_and_escapes(comparison: Comparison) -> None
         "FlowPrefill",
         "SGLang, chunked at 8192",
         "longest answer (tokens)",
-        "python -m sgl_flowprefill.bench ",
+        "python -m sgl_flowprefill.bench",
     ):
         assert text in page
     assert "embedded &lt;Llama&gt;" in page
