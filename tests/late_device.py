@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from sgl_flowprefill.runtime.device import CpuDevice, HostStamp, QueueDevice
+from sgl_flowprefill.hub.device import CpuDevice, HostStamp, QueueDevice
 
 
 class LateDevice(QueueDevice):

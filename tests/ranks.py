@@ -315,7 +315,7 @@ def note_matches(scheduler: Any, rank: int) -> None:
     and for each batch that is started. Requests that only wait are not matched again, and nothing starts beside a task
     of requests that begin with ALONE.
     """
-    from sgl_flowprefill.runtime import hub as hub_module
+    from sgl_flowprefill.hub import loop as hub_module
 
     hub_module.MATCHES = 0  # type: ignore[misc]
     hub, role = scheduler.hub, scheduler.role

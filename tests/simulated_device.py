@@ -17,19 +17,19 @@ from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
+from sgl_flowprefill.hub.device import POLL_S, HostStamp, QueueDevice
+from sgl_flowprefill.hub.loop import Hub
+from sgl_flowprefill.hub.parts import TTFT, OneRank, Recorder
+from sgl_flowprefill.hub.progress import Progress
+from sgl_flowprefill.hub.role import Arrival
+from sgl_flowprefill.hub.task import PrefillTask, Tasks
+from sgl_flowprefill.hub.waiting import WaitingRequest
+from sgl_flowprefill.hub.work import Work
 from sgl_flowprefill.pace import AS_PREDICTED, Pace
 from sgl_flowprefill.policy import Limits, Policy, make_policy
-from sgl_flowprefill.runtime.device import POLL_S, HostStamp, QueueDevice
 from sgl_flowprefill.runtime.executor import Executor
-from sgl_flowprefill.runtime.hub import Hub
 from sgl_flowprefill.runtime.memory import Activations, TaskMemory
-from sgl_flowprefill.runtime.parts import TTFT, OneRank, Recorder
-from sgl_flowprefill.runtime.progress import Progress
-from sgl_flowprefill.runtime.role import Arrival
 from sgl_flowprefill.runtime.slots import AttentionSlots
-from sgl_flowprefill.runtime.task import PrefillTask, Tasks
-from sgl_flowprefill.runtime.waiting import WaitingRequest
-from sgl_flowprefill.runtime.work import Work
 from sgl_flowprefill.ttft import Prediction, PrefillShape
 
 

@@ -10,16 +10,16 @@ from sgl_flowprefill.bench.simulator.checkpoints import Checkpoints, Preemption
 from sgl_flowprefill.bench.simulator.cost import CostModel
 from sgl_flowprefill.bench.simulator.instance import Instance, KvCache, Machine
 from sgl_flowprefill.bench.simulator.requests import SimRequest
+from sgl_flowprefill.hub.device import CpuDevice
+from sgl_flowprefill.hub.loop import Hub
+from sgl_flowprefill.hub.parts import OneRank, Recorder
+from sgl_flowprefill.hub.progress import Progress
+from sgl_flowprefill.hub.role import Arrival
+from sgl_flowprefill.hub.task import PrefillTask, Tasks
+from sgl_flowprefill.hub.waiting import WaitingRequest
+from sgl_flowprefill.hub.work import Work
 from sgl_flowprefill.pace import AS_PREDICTED, Pace
 from sgl_flowprefill.policy import Act, Policy
-from sgl_flowprefill.runtime.device import CpuDevice
-from sgl_flowprefill.runtime.hub import Hub
-from sgl_flowprefill.runtime.parts import OneRank, Recorder
-from sgl_flowprefill.runtime.progress import Progress
-from sgl_flowprefill.runtime.role import Arrival
-from sgl_flowprefill.runtime.task import PrefillTask, Tasks
-from sgl_flowprefill.runtime.waiting import WaitingRequest
-from sgl_flowprefill.runtime.work import Work
 from sgl_flowprefill.ttft import Prediction, PrefillShape
 
 

@@ -11,10 +11,10 @@ from sgl_flowprefill.bench.simulator.instance import Machine
 from sgl_flowprefill.bench.simulator.requests import SimRequest
 from sgl_flowprefill.bench.simulator.step_cost import StepCost
 from sgl_flowprefill.bench.simulator.streams import OutputKv, RunningStreams, StepTimes
+from sgl_flowprefill.hub.role import Arrival
+from sgl_flowprefill.hub.task import PrefillTask
+from sgl_flowprefill.hub.waiting import WaitingRequest
 from sgl_flowprefill.policy import Act, ColocatedPolicy, DecodeLimits, Policy, Stream
-from sgl_flowprefill.runtime.role import Arrival
-from sgl_flowprefill.runtime.task import PrefillTask
-from sgl_flowprefill.runtime.waiting import WaitingRequest
 
 Colocated = ColocatedPolicy[WaitingRequest, PrefillTask]
 

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 
 from sgl_flowprefill.config import FlowPrefillConfig
+from sgl_flowprefill.hub.device import QueueDevice
+from sgl_flowprefill.hub.task import PrefillTask
 from sgl_flowprefill.profiling.file import Setting
 from sgl_flowprefill.runtime.checkpoints import find_decoder_layers
-from sgl_flowprefill.runtime.device import QueueDevice
 from sgl_flowprefill.runtime.profile import current_setting, load_or_measure
 from sgl_flowprefill.runtime.selfcheck import Finding, Tasks, checks
-from sgl_flowprefill.runtime.task import PrefillTask
 from sgl_flowprefill.runtime.tiles import WHOLE, Tiles, TileSizes, find_norms, plan_tiles
 
 

@@ -15,7 +15,7 @@ from typing import Any, Final, Literal
 
 from torch import nn
 
-from sgl_flowprefill.runtime.progress import Progress
+from sgl_flowprefill.hub.progress import Progress
 
 Granularity = Literal["operator", "layer"]
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from sgl_flowprefill.runtime.device import POLL_S, CpuDevice, Device, QueueDevice
+from sgl_flowprefill.hub.device import POLL_S, CpuDevice, Device, QueueDevice
 
 
 @dataclass(frozen=True, slots=True)

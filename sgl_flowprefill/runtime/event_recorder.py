@@ -13,10 +13,10 @@ from sglang.srt.managers.scheduler_components.output_streamer import SchedulerOu
 from sglang.srt.managers.utils import is_health_check_generate_req
 
 from sgl_flowprefill.events import Abort, Arrival, Complete, EventLog, Fail, Resume, Start, Suspend
-from sgl_flowprefill.runtime.failure import Failure
+from sgl_flowprefill.hub.failure import Failure
+from sgl_flowprefill.hub.parts import TTFT, Recorder
+from sgl_flowprefill.hub.task import PrefillTask
 from sgl_flowprefill.runtime.metrics import Metrics
-from sgl_flowprefill.runtime.parts import TTFT, Recorder
-from sgl_flowprefill.runtime.task import PrefillTask
 from sgl_flowprefill.ttft import Prediction
 
 REASON_CHARS: Final = 200

@@ -11,10 +11,10 @@ import torch
 from greenlet import greenlet
 from torch import distributed as dist
 
-from sgl_flowprefill.runtime.device import CpuDevice, Device
-from sgl_flowprefill.runtime.failure import Failure
+from sgl_flowprefill.hub.device import CpuDevice, Device
+from sgl_flowprefill.hub.failure import Failure
+from sgl_flowprefill.hub.task import PrefillTask
 from sgl_flowprefill.runtime.forward_state import ForwardState
-from sgl_flowprefill.runtime.task import PrefillTask
 
 DEVICE_ERRORS: Final = ("CUDA error", "CUDA driver error", "device-side assert", "NCCL error", "cuDNN error")
 """In the messages of errors after which a CUDA context or a communicator may be unusable."""

@@ -15,11 +15,11 @@ from sglang.srt.disaggregation.utils import is_aborted
 from sglang.srt.managers.schedule_batch import FINISH_ABORT
 
 from sgl_flowprefill.deadline import received_s, sent_s, slo_s
-from sgl_flowprefill.runtime.device import Device
+from sgl_flowprefill.hub.device import Device
+from sgl_flowprefill.hub.parts import Agreement
+from sgl_flowprefill.hub.role import Arrival
+from sgl_flowprefill.hub.task import PrefillTask, Tasks
 from sgl_flowprefill.runtime.event_recorder import EventRecorder
-from sgl_flowprefill.runtime.parts import Agreement
-from sgl_flowprefill.runtime.role import Arrival
-from sgl_flowprefill.runtime.task import PrefillTask, Tasks
 from sgl_flowprefill.runtime.wakeup import Wakeup
 from sgl_flowprefill.ttft import PrefillShape
 

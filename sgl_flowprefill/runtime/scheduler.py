@@ -11,9 +11,9 @@ from sglang.srt.managers.scheduler import Scheduler
 
 from sgl_flowprefill.compat import incompatible_option
 from sgl_flowprefill.config import FlowPrefillConfig
+from sgl_flowprefill.hub.task import Tasks
 from sgl_flowprefill.runtime.event_recorder import RecordedStreamer
 from sgl_flowprefill.runtime.setup import build, end_server
-from sgl_flowprefill.runtime.task import Tasks
 
 OUTSTANDING_REQUESTS: Final = 8192
 """Requests that may wait, run and be sent at a time, at least. Each holds a metadata buffer from the end of its

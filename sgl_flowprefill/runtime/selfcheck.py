@@ -24,14 +24,14 @@ import torch
 from sglang.srt.mem_cache.common import release_kv_cache
 
 from sgl_flowprefill.config import FlowPrefillConfig
+from sgl_flowprefill.hub.loop import Hub
+from sgl_flowprefill.hub.task import PrefillTask
 from sgl_flowprefill.profiling.measure import SchedulerEngine
 from sgl_flowprefill.profiling.process import make_scheduler, serving_stream
 from sgl_flowprefill.runtime.cuda_device import CudaDevice
 from sgl_flowprefill.runtime.executor import Executor
-from sgl_flowprefill.runtime.hub import Hub
 from sgl_flowprefill.runtime.memory import MIB
 from sgl_flowprefill.runtime.prefill_role import PrefillRole
-from sgl_flowprefill.runtime.task import PrefillTask
 from sgl_flowprefill.runtime.tiled_attention import TiledAttention, prefill_backend
 
 TASKS: Final = 8

@@ -15,26 +15,26 @@ from sglang.srt.utils.network import get_local_ip_auto
 
 from sgl_flowprefill.compat import unchecked_attention_backend
 from sgl_flowprefill.config import FlowPrefillConfig
+from sgl_flowprefill.hub.device import CpuDevice, Device
+from sgl_flowprefill.hub.loop import Hub
+from sgl_flowprefill.hub.parts import Events, OneRank
+from sgl_flowprefill.hub.progress import Progress
+from sgl_flowprefill.hub.task import Tasks
+from sgl_flowprefill.hub.work import Work, half
 from sgl_flowprefill.patches import wakeups
 from sgl_flowprefill.policy import Limits, make_policy
 from sgl_flowprefill.runtime.agreement import Agreement
 from sgl_flowprefill.runtime.checkpoints import find_decoder_layers, install_checkpoints
 from sgl_flowprefill.runtime.cuda_device import make_device
-from sgl_flowprefill.runtime.device import CpuDevice, Device
 from sgl_flowprefill.runtime.event_recorder import EventRecorder
 from sgl_flowprefill.runtime.executor import Executor
-from sgl_flowprefill.runtime.hub import Hub
 from sgl_flowprefill.runtime.memory import TaskMemory
 from sgl_flowprefill.runtime.metrics import Metrics
-from sgl_flowprefill.runtime.parts import Events, OneRank
 from sgl_flowprefill.runtime.prefill_role import PrefillRole
 from sgl_flowprefill.runtime.profile import load_or_measure
-from sgl_flowprefill.runtime.progress import Progress
 from sgl_flowprefill.runtime.slots import AttentionSlots
-from sgl_flowprefill.runtime.task import Tasks
 from sgl_flowprefill.runtime.tiles import WHOLE, TileSizes, find_norms, plan_tiles, tile_layers
 from sgl_flowprefill.runtime.wakeup import Wakeup, Woken, scheduler_events
-from sgl_flowprefill.runtime.work import Work, half
 from sgl_flowprefill.ttft.budget import throughput_budget_tokens
 
 logger = logging.getLogger(__name__)

@@ -18,8 +18,8 @@ import numpy as np
 import pytest
 
 from sgl_flowprefill.config import FlowPrefillConfig
+from sgl_flowprefill.hub.task import PrefillTask
 from sgl_flowprefill.runtime.checkpoints import find_decoder_layers
-from sgl_flowprefill.runtime.task import PrefillTask
 from sgl_flowprefill.runtime.tiled_attention import prefill_backend
 from sgl_flowprefill.runtime.tiles import WHOLE, Tiles
 from sgl_flowprefill.ttft.online import ALL_TASKS

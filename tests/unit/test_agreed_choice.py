@@ -14,9 +14,9 @@ import pytest
 
 pytest.importorskip("sglang")
 
+from sgl_flowprefill.hub.loop import MATCH_ROUNDS
+from sgl_flowprefill.hub.waiting import BLOCK_TOKENS
 from sgl_flowprefill.policy import Limits, make_policy
-from sgl_flowprefill.runtime.hub import MATCH_ROUNDS
-from sgl_flowprefill.runtime.waiting import BLOCK_TOKENS
 from sgl_flowprefill.ttft import PrefillShape
 from tests.simulated_device import (
     HostCosts,

@@ -22,9 +22,9 @@ import pytest
 
 pytest.importorskip("sglang")
 
+from sgl_flowprefill.hub.task import NO_TASK, Tasks
 from sgl_flowprefill.runtime import agreement
 from sgl_flowprefill.runtime.agreement import Follower, Leader
-from sgl_flowprefill.runtime.task import NO_TASK, Tasks
 
 POINTS = (6, 5)
 """Interruption points of the two tasks, the last of which comes before the end of the task."""

@@ -14,18 +14,18 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from sgl_flowprefill.hub.device import CpuDevice
+from sgl_flowprefill.hub.loop import Hub
+from sgl_flowprefill.hub.parts import OneRank
 from sgl_flowprefill.runtime import cuda_device
 from sgl_flowprefill.runtime.cuda_device import CudaDevice, make_device
-from sgl_flowprefill.runtime.device import CpuDevice
-from sgl_flowprefill.runtime.hub import Hub
-from sgl_flowprefill.runtime.parts import OneRank
 
 pytest.importorskip("sglang")
 
+from sgl_flowprefill.hub.task import Tasks
 from sgl_flowprefill.runtime.event_recorder import EventRecorder
 from sgl_flowprefill.runtime.prefill_role import PrefillRole
 from sgl_flowprefill.runtime.scheduler import FlowPrefillScheduler
-from sgl_flowprefill.runtime.task import Tasks
 from sgl_flowprefill.runtime.wakeup import Wakeup
 from tests.simulated_device import HostCosts, Model, SimulatedRequest, SimulatedServer, simulate
 

@@ -21,20 +21,20 @@ from sglang.srt.managers.scheduler_components.invariant_checker import create_sc
 
 from sgl_flowprefill import plugin
 from sgl_flowprefill.config import FlowPrefillConfig
+from sgl_flowprefill.hub.device import CpuDevice
+from sgl_flowprefill.hub.parts import OneRank
+from sgl_flowprefill.hub.progress import Progress
+from sgl_flowprefill.hub.role import Arrival
+from sgl_flowprefill.hub.task import Tasks
+from sgl_flowprefill.hub.work import Work
 from sgl_flowprefill.pace import Pace
 from sgl_flowprefill.policy import Limits, make_policy
-from sgl_flowprefill.runtime.device import CpuDevice
 from sgl_flowprefill.runtime.event_recorder import EventRecorder
 from sgl_flowprefill.runtime.executor import Executor
 from sgl_flowprefill.runtime.memory import Activations, TaskMemory
-from sgl_flowprefill.runtime.parts import OneRank
 from sgl_flowprefill.runtime.prefill_role import PrefillRole, input_logprobs
-from sgl_flowprefill.runtime.progress import Progress
-from sgl_flowprefill.runtime.role import Arrival
 from sgl_flowprefill.runtime.scheduler import FlowPrefillScheduler, feed_watchdogs
-from sgl_flowprefill.runtime.task import Tasks
 from sgl_flowprefill.runtime.wakeup import Wakeup
-from sgl_flowprefill.runtime.work import Work
 from sgl_flowprefill.ttft import AdaptiveTTFT, PrefillShape
 from tests.simulated_device import HostCosts, Model, SimulatedDevice, SimulatedRequest, SimulatedServer
 

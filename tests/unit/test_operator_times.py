@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sgl_flowprefill.runtime.progress import Progress
+from sgl_flowprefill.hub.progress import Progress
 from sgl_flowprefill.runtime.tiles import LIGHTEST, TILE_STEP_TOKENS, plan_tiles
 from sgl_flowprefill.ttft import OperatorTimes, PrefillShape
 

@@ -18,9 +18,9 @@ from sgl_flowprefill.bench.simulator.flowprefill import Blocking, FlowPrefillIns
 from sgl_flowprefill.bench.simulator.instance import Machine
 from sgl_flowprefill.bench.simulator.requests import SimRequest
 from sgl_flowprefill.bench.simulator.router import RoundRobin
+from sgl_flowprefill.hub.parts import TTFT
+from sgl_flowprefill.hub.task import PrefillTask
 from sgl_flowprefill.policy import POLICIES, Limits, make_policy
-from sgl_flowprefill.runtime.parts import TTFT
-from sgl_flowprefill.runtime.task import PrefillTask
 from sgl_flowprefill.ttft import Prediction, PrefillShape
 from tests.simulated_device import HostCosts, Model, SimulatedDevice, SimulatedRequest, SimulatedServer
 
@@ -119,7 +119,7 @@ def turns_of_hub(requests: Sequence[tuple[float, int, float]], policy: str) -> T
 
 def test_the_hub_needs_neither_torch_nor_sglang() -> None:
     script = (
-        "import sys; import sgl_flowprefill.runtime.hub, sgl_flowprefill.bench.simulator.flowprefill;"
+        "import sys; import sgl_flowprefill.hub.loop, sgl_flowprefill.bench.simulator.flowprefill;"
         "assert not {'torch', 'sglang'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", script], check=True)

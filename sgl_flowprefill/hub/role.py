@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any, NamedTuple, Protocol
 
-from sgl_flowprefill.runtime.task import PrefillTask
+from sgl_flowprefill.hub.task import PrefillTask
 from sgl_flowprefill.ttft import PrefillShape
 
 

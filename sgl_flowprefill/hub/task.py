@@ -7,11 +7,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from sgl_flowprefill.hub.device import Device, Stamp
+from sgl_flowprefill.hub.failure import Failure
+from sgl_flowprefill.hub.waiting import WaitingRequest
 from sgl_flowprefill.pace import AS_PREDICTED, Pace
 from sgl_flowprefill.policy import Job
-from sgl_flowprefill.runtime.device import Device, Stamp
-from sgl_flowprefill.runtime.failure import Failure
-from sgl_flowprefill.runtime.waiting import WaitingRequest
 from sgl_flowprefill.ttft import PrefillShape
 
 NO_TASK: Final = -1

@@ -7,12 +7,12 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
+from sgl_flowprefill.hub.parts import TTFT, Memory
+from sgl_flowprefill.hub.progress import Progress
+from sgl_flowprefill.hub.role import Arrival
+from sgl_flowprefill.hub.task import NO_TASK, PrefillTask, Tasks
+from sgl_flowprefill.hub.waiting import WaitingRequest, WaitingRequests
 from sgl_flowprefill.policy import Act, ColocatedPolicy, Job, Policy
-from sgl_flowprefill.runtime.parts import TTFT, Memory
-from sgl_flowprefill.runtime.progress import Progress
-from sgl_flowprefill.runtime.role import Arrival
-from sgl_flowprefill.runtime.task import NO_TASK, PrefillTask, Tasks
-from sgl_flowprefill.runtime.waiting import WaitingRequest, WaitingRequests
 from sgl_flowprefill.ttft import Prediction, PrefillShape
 
 Choice = PrefillTask | list[Job[WaitingRequest]] | Literal[Act.STEP] | None

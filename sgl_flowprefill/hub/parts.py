@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
+from sgl_flowprefill.hub.failure import Failure
+from sgl_flowprefill.hub.task import PrefillTask
 from sgl_flowprefill.pace import Pace
-from sgl_flowprefill.runtime.failure import Failure
-from sgl_flowprefill.runtime.task import PrefillTask
 from sgl_flowprefill.ttft import Prediction, PrefillShape
 
 

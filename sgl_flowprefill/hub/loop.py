@@ -14,13 +14,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final, Generic, Literal, TypeVar
 
+from sgl_flowprefill.hub.device import Device
+from sgl_flowprefill.hub.parts import Agreement, Events, Executor, Recorder, Slots, Tiles
+from sgl_flowprefill.hub.role import Role
+from sgl_flowprefill.hub.task import NO_TASK, PrefillTask
+from sgl_flowprefill.hub.waiting import WaitingRequest
+from sgl_flowprefill.hub.work import Choice, Work
 from sgl_flowprefill.policy import Act, Job
-from sgl_flowprefill.runtime.device import Device
-from sgl_flowprefill.runtime.parts import Agreement, Events, Executor, Recorder, Slots, Tiles
-from sgl_flowprefill.runtime.role import Role
-from sgl_flowprefill.runtime.task import NO_TASK, PrefillTask
-from sgl_flowprefill.runtime.waiting import WaitingRequest
-from sgl_flowprefill.runtime.work import Choice, Work
 
 logger = logging.getLogger(__name__)
 
