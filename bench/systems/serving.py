@@ -39,11 +39,11 @@ SETTINGS: Final = (
     "chunked_prefill_size", "schedule_policy", "enable_priority_scheduling", "max_total_tokens", "attention_backend",
     "disable_radix_cache",
 )  # fmt: skip
-"""What of a prefill server's settings matters to a comparison."""
+"""Settings of a prefill server that matter to a comparison."""
 BURST_REQUESTS: Final = 16
 BURST_TOKENS: Final = 1024
 USUAL_LAYERS: Final = 32
-"""Of a model whose configuration is not at hand."""
+"""Layers of a model whose configuration is not at hand."""
 SETTLE_TIMEOUT_S: Final = 300.0
 SETTLE_POLL_S: Final = 0.2
 WAKE_S: Final = 0.5
@@ -66,7 +66,7 @@ class Servers:
         return self.model_path or EMBEDDED_MODEL
 
     def settings(self) -> dict[str, Any]:
-        """Their options for reports."""
+        """Options of the servers, for reports."""
         return {
             "server options": shlex.join(self.server_args),
             "prefill options": shlex.join(self.prefill_args),

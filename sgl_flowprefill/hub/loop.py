@@ -1,7 +1,7 @@
 """The hub: one loop that takes what has happened, picks what runs now, and runs it until something happens.
 
 It runs in the main greenlet and does everything but forward passes. A forward pass runs in its task's greenlet and
-comes back at a checkpoint where an event is pending, or when it is done (docs/architecture.md). What differs between
+comes back at a preemption checkpoint with an event, or when it is done (docs/architecture.md). What differs between
 engines is behind ``Role``; the hub imports neither SGLang nor torch.
 """
 

@@ -16,7 +16,7 @@ class Arrival(NamedTuple):
     """The role's own: SGLang's Req."""
     prompt: Sequence[int]
     shape: PrefillShape
-    """Its cost, by the cached prefix that it has now."""
+    """New and cached tokens of the request, by the prefix that is cached now."""
     received_s: float
     deadline_s: float
     readable_s: float
@@ -51,7 +51,7 @@ class Role(Protocol):
         """All requests that can be started; the hub forgets those that are not among them."""
 
     def abandoned(self, live: Sequence[PrefillTask]) -> Sequence[PrefillTask]:
-        """Those of the ``live`` tasks that nobody waits for any more."""
+        """The ``live`` tasks that nobody waits for any more."""
 
     def match(self, req: Any) -> PrefillShape:
         """Match the prompt of ``req``, which waits, with the cached prefixes again; its cost now."""

@@ -36,7 +36,7 @@ class Work:
     progress: Progress
     tasks: Tasks
     attention_share: Callable[[Sequence[PrefillShape]], float] = half
-    """Of the time of a batch, the part that is attention's."""
+    """Share of the time of a batch that attention takes."""
     waiting: WaitingRequests = field(default_factory=WaitingRequests)
     colocated: ColocatedPolicy[WaitingRequest, PrefillTask] | None = None
     """``policy`` beside the decode steps of streams, on a server that has streams."""
@@ -198,7 +198,7 @@ class Work:
             self.policy.repaced()
 
     def _remaining_s(self, task: PrefillTask) -> float:
-        """Predicted time left, from the checkpoints that the task has passed and not from wall time."""
+        """Predicted time left, from the preemption checkpoints that the task has passed, not from wall time."""
         if not self.progress.checkpoints:
             return max(0.0, task.predicted_s - task.executed_s)
         return task.predicted_s * self.progress.left(task.checkpoint, task.attention_share)

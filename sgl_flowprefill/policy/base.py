@@ -19,7 +19,7 @@ R = TypeVar("R")  # a waiting request
 K = TypeVar("K")  # a task: a batch of requests that has started
 
 BATCH_SHARE: Final = 0.25
-"""Of the time that a member of a batch has left, how much the batch may take."""
+"""Share of the time that a member of a batch has left which the batch may take."""
 TOO_LARGE: Final = 32
 """Requests that do not fit a batch any more, after which no smaller ones are looked for."""
 _NEXT_NUMBER: Final[Callable[[], int]] = count().__next__

@@ -155,7 +155,7 @@ class SlackOrder(Generic[T]):
         return self.feasible.first() or self._infeasible.first()
 
     def behind(self, ahead: Iterable[Job[T] | None]) -> Iterator[Job[T]]:
-        """Those of ``ahead`` that are jobs, each once, and then all others."""
+        """The jobs of ``ahead``, each once, and then all other jobs."""
         first = dict.fromkeys(job for job in ahead if job is not None)
         return chain(first, filterfalse(first.__contains__, self))
 

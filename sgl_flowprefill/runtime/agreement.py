@@ -1,7 +1,7 @@
 """Tensor-parallel ranks agree on what runs and where it stops: rank 0 decides, the others follow.
 
 Collectives pair up between ranks by their order, so every rank has to run the same tasks and leave each of them at the
-same interruption point (a checkpoint, or a place between two tiles). Two things are shared for that:
+same interruption point (a preemption checkpoint behind an operator or between two tiles). Two things are shared:
 
 * ``Agreement.agree``, in the hub: what rank 0 has decided, in one all-reduce of the CPU process group. It ends when all
   ranks are there, and begins a *round*: the time until the next one, in which a task runs for a while.
@@ -114,11 +114,11 @@ class Follower:
         self.point = 0
 
     def begin(self, point: int) -> None:
-        """As in ``Leader``."""
+        """See ``Leader``."""
         self.point = point
 
     def interrupted(self) -> bool:
-        """As in ``Leader``."""
+        """See ``Leader``."""
         self.point = point = self.point + 1
         return False if self._read() >= 2 * point else self._ask(point)
 

@@ -55,7 +55,7 @@ class FA3Tiles:
         sinks: torch.Tensor | None = None,
         **others: Any,
     ) -> Any:
-        """As ``FlashAttentionBackend.forward_extend``."""
+        """``FlashAttentionBackend.forward_extend``, in tiles where the batch has tiles."""
         if sinks is not None:
             others["sinks"] = sinks
         tiles = self._tiles_of(layer, forward_batch) if others.keys() <= {"sinks"} else []

@@ -61,8 +61,8 @@ class Activations:
         )
 
     def suspended_bytes(self, tokens: int) -> int:
-        """A task at a checkpoint: input of the layer, input and output of the operator that it stopped after, residual.
-        Norms that work in place (on a GPU) save the first.
+        """A task at a preemption checkpoint: input of the layer, input and output of the operator that it stopped
+        after, residual. Norms that work in place (on a GPU) save the first.
         """
         return 4 * tokens * self.hidden
 

@@ -1,4 +1,4 @@
-"""Waking the hub: a flag that a checkpoint reads for next to nothing, and a file descriptor that a poller sleeps on."""
+"""Waking the hub: a flag that a preemption checkpoint reads for next to nothing, and a file descriptor for a poller."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ class EventSource:
             self._poller.register(source, zmq.POLLIN)
 
     def clear(self) -> None:
-        """As ``Wakeup.clear``. What is at the sockets is there until it is read."""
+        """``Wakeup.clear``. What is at the sockets is there until it is read."""
         self.wakeup.clear()
 
     def pending(self) -> bool:

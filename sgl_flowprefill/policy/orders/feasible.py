@@ -66,7 +66,7 @@ def largest_feasible(by_deadline: Iterable[Job[Any]], now_s: float, expected: Ex
     taken: list[Job[Any]] = []
     longest: list[tuple[float, int, float]] = []
     in_heap = 0
-    """Of ``taken``. The others follow when one has to be let go."""
+    """How many of ``taken`` are in ``longest``. The rest follow when one has to be let go."""
     let_go: set[int] = set()
     end_s, spare_s = now_s, math.inf
     for job in by_deadline:
@@ -187,7 +187,7 @@ class Plan:
         return self._forecast if self._load is NO_LOAD else Charged(self._forecast, self._load, since_s)
 
     def _place(self, job: Job[Any]) -> int:
-        """Of ``job`` among those kept: most often the first one."""
+        """Place of ``job`` among the kept jobs: most often the first one."""
         kept = self.kept
         if not kept or kept[0] is job or job.deadline_s < kept[0].deadline_s:
             return 0
