@@ -3,9 +3,9 @@
 ``GoodputResult`` is made once, from a campaign and its log. Its document has all that the report's table and plots
 show, so that a report can be made again from ``goodput.json`` alone.
 
-A seed is a sample. Intervals are 95% percentile bootstraps over seeds (``scipy.stats.bootstrap``), those of ratios are
-paired by seed, since both systems saw the same requests. Those of rates, and of their ratios, are no narrower than the
-brackets that the rates were searched to. Of two seeds a bootstrap gives the range, of one nothing.
+A seed is a sample. Intervals are 95% percentile bootstraps over seeds (``scipy.stats.bootstrap``); intervals of
+ratios are paired by seed, since both systems saw the same requests. Intervals of rates, and of their ratios, are no
+narrower than the brackets that the rates were searched to. Of two seeds a bootstrap gives the range, of one nothing.
 """
 
 from __future__ import annotations

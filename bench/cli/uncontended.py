@@ -2,7 +2,7 @@
 
 Both systems are up at once and take turns on the same CPUs (``serving.SideBySide``), in pairs, so that the machine's
 drift cancels. A turn is a few prompts of one length, each sent when the one before is answered. The first meets servers
-that had nothing to do: its TTFT is what a lone user waits. The others are what throughput is without contention.
+that had nothing to do: its TTFT is what an only user waits. The further ones show throughput without contention.
 """
 
 from __future__ import annotations

@@ -116,7 +116,7 @@ def lower_envelope(tokens: Sequence[int], times_s: Sequence[float], bins: int = 
 def fit_published(tokens: Sequence[int], ttft_s: Sequence[float]) -> tuple[float, float, float, float]:
     """(fixed, per token, per pair, floor) in seconds, from the TTFTs of a loaded server.
 
-    Only the fastest requests of each length count. Those of 256 to 8,192 tokens, one forward each, give the curve;
+    Only the fastest requests of each length count. Requests of 256 to 8,192 tokens, one forward each, give the curve;
     shorter ones, which take the same time whatever their length, the floor.
     """
     envelope = lower_envelope(tokens, ttft_s)

@@ -102,7 +102,7 @@ class WaitingRequests:
         self.news_readable_s = math.inf
 
     def numbered(self, numbers: Sequence[int]) -> list[Job[WaitingRequest]]:
-        """The jobs of those numbers, in their order."""
+        """The jobs with ``numbers``, in their order."""
         return [self._by_number[number] for number in numbers]
 
     def take(self, reqs: Sequence[Any]) -> list[Job[WaitingRequest]]:

@@ -70,7 +70,7 @@ class Work:
             self.policy.remove(job)
 
     def match_again(self, jobs: Iterable[Job[WaitingRequest]], match: Callable[[Any], PrefillShape]) -> bool:
-        """Match those of ``jobs`` again of whose prompts more has been cached since. Whether there were any."""
+        """Match the ``jobs`` again of whose prompts more has been cached since. Whether there were any."""
         outdated = list(filter(self.waiting.is_outdated, jobs)) if self.waiting.any_outdated else []
         for job in outdated:
             self.policy.remove(job)
@@ -129,7 +129,7 @@ class Work:
         return self.waiting.numbered(numbers[1:])
 
     def _fits(self, jobs: Sequence[Job[WaitingRequest]]) -> bool:
-        """Whether the activations of a task of ``jobs`` fit beside those of the live ones, and its requests among the
+        """Whether the activations of a task of ``jobs`` fit beside the live tasks', and its requests among the
         streams.
         """
         live = self.tasks.live

@@ -1,10 +1,10 @@
 """FlashInfer's prefill wrappers in query tiles, below SGLang's backend, which stays as it is.
 
-SGLang (``FlashInferAttnBackend``) attends to the new keys with a ragged wrapper, and to those of a cached prefix with
-a paged one, whose outputs it merges; or to both with the paged one. Each wrapper is made to run in tiles: what it is
-asked to plan for the batch it also plans for each tile, when the first layer comes to it, and every layer then runs the
-tiles one by one. A tile's run is complete, the merge of its split keys included, before ``between_tiles`` lets another
-task use the float workspace.
+SGLang (``FlashInferAttnBackend``) attends to the new keys with a ragged wrapper, and to the keys of a cached prefix
+with a paged one, whose outputs it merges; or to both with the paged one. Each wrapper is made to run in tiles: what it
+is asked to plan for the batch it also plans for each tile, when the first layer comes to it, and every layer then runs
+the tiles one by one. A tile's run is complete, the merge of its split keys included, before ``between_tiles`` lets
+another task use the float workspace.
 
 Planning reads nothing back from the device here: lengths are known on the host, so their copies there are handed over.
 Nothing therefore waits before a plan overwrites the pinned memory of the one before it, whose copy may be queued. It is

@@ -36,8 +36,8 @@ class Activations:
     mlp_tile_tokens: int | None
     """Rows of an MLP tile; None: the whole batch at once."""
     logits: int = 0
-    """Bytes of one token's logits where log probabilities of the prompt are computed: those of a rank, gathered, and
-    scored (``LogprobProcessor._can_borrow_logprob_memory`` counts three matrices, too)."""
+    """Bytes of one token's logits where log probabilities of the prompt are computed: of a rank, gathered, and scored
+    (``LogprobProcessor._can_borrow_logprob_memory`` counts three matrices, too)."""
     logits_chunk_tokens: int | None = None
     """Rows that SGLang computes logits of at once; None: of the whole batch."""
 

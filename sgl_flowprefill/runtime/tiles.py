@@ -124,7 +124,7 @@ def tile_layers(
 def find_norms(model: nn.Module, layers: Sequence[DecoderLayer]) -> list[nn.Module]:
     """Norms of the decoder outside of its attention modules.
 
-    Not those of an encoder: tensor-parallel ranks may share its images out, and have to pass the same interruption
+    Not the norms of an encoder: tensor-parallel ranks may share its images out, and have to pass the same interruption
     points.
     """
     attention = tuple(f"{name}." for layer in layers for name in layer.attention)

@@ -18,8 +18,9 @@ Address = tuple[str, int]
 
 
 class Wakeup:
-    """Set by any thread of the scheduler process, cleared by the hub. Of several tensor-parallel ranks only the first
-    sleeps and looks at it, so that of another is made to wake the first one's."""
+    """Set by any thread of the scheduler process, cleared by the hub. Only the first of several tensor-parallel
+    ranks sleeps and looks at its wakeup, so the wakeups of other ranks are made to wake the first.
+    """
 
     def __init__(self) -> None:
         self.pending = False
