@@ -201,7 +201,8 @@ class FeasibleSet(Policy[R, K]):
     """The jobs that a plan of all keeps, earliest deadline first, and then the jobs that it gives up.
 
     Of the tasks that it gives up the one with least left goes first, as each holds KV cache and a place among the
-    suspended; the requests that it gives up are in the order of S-EDF. The infeasible tasks wait for every request that can still be met.
+    suspended; the requests that it gives up are in the order of S-EDF. The infeasible tasks wait for every request that
+    can still be met.
 
     There are as many tasks as may be suspended, and one that runs: each is looked at.
     """
