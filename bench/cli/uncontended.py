@@ -30,7 +30,9 @@ PAIR: Final = (OURS, UNCHUNKED_FCFS)
 def run(options: Uncontended, console: Console) -> int:
     """Measure and print; writes ``uncontended.json``. Raises ClusterError."""
     prompts = PromptBuilder(options.seed)
-    turns: dict[str, dict[int, list[list[Isolated]]]] = {name: {tokens: [] for tokens in options.tokens} for name in PAIR}
+    turns: dict[str, dict[int, list[list[Isolated]]]] = {
+        name: {tokens: [] for tokens in options.tokens} for name in PAIR
+    }
     servers = Servers(options.model_path)
     with serving(servers, options.out, console.print, side_by_side=True) as serve:
         index = 0
