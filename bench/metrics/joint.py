@@ -9,7 +9,7 @@ from typing import Any, Final
 import numpy as np
 
 LATE_SHARE: Final = 0.01
-"""Of the gaps of a request, how many may be longer than its TBT objective."""
+"""Share of the gaps of a request that may be longer than its TBT objective."""
 ROUNDING: Final = 1e-9
 
 Gaps = np.ndarray[Any, np.dtype[np.float64]]

@@ -214,7 +214,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--flowprefill", action="store_true", default=is_enabled(), help="schedule prefills with "
                         "FlowPrefill, as FLOWPREFILL=1 does; without, the same cluster runs SGLang's own "
                         "scheduler")  # fmt: skip
-    parser.add_argument("--model-path", metavar="MODEL", help="checkpoint directory or Hugging Face model id (default: "
+    parser.add_argument("--model-path", metavar="MODEL", help="model directory or Hugging Face model id (default: "
                         "the embedded model)")  # fmt: skip
     parser.add_argument("--prefill", metavar="N", type=_count, help="number of prefill servers (default 1)")
     parser.add_argument("--decode", metavar="M", type=_count, help="number of decode servers (default 1)")

@@ -49,15 +49,14 @@ ATTAINMENT: Final = 0.95
 SIMULATED_REQUESTS: Final = 500
 """To choose the rate by: so few as are replayed would say little of it."""
 SEED: Final = 0
-TOKEN_IDS: Final = (1000, 4000)
 LONGEST_REPLAY_S: Final = 60.0
 SHORTEST_REPLAY_S: Final = 10.0
 START_S: Final = 600.0
 WAKE_S: Final = 0.5
 CARD_SHARE: Final = 0.85
-"""Of a card's memory, for all servers together."""
+"""Share of a card's memory for all servers together."""
 BESIDE_BYTES: Final = 6 << 30
-"""Of each server: CUDA, attention workspaces, activations."""
+"""Memory of each server beside weights and KV cache: CUDA, attention workspaces, activations."""
 MOST_KV_TOKENS: Final = 200_000
 LEAST_KV_TOKENS: Final = 40_000
 COLUMNS: Final = ("system", "settings", "in time", "in time, by class", "TTFT p50 / p99", "blocking p50 / p99")
@@ -191,7 +190,7 @@ def _wait(lone: Lone) -> None:
 def _compare(
     request: Request, servers: Sequence[Lone], engine: Mapping[str, Any], profile: Mapping[str, Any]
 ) -> Iterator[Outcome]:
-    prompts = PromptBuilder(SEED, *TOKEN_IDS)
+    prompts = PromptBuilder(SEED)
     ours = servers[0]
     for other in servers[1:]:
         other.server.suspend()
