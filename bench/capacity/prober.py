@@ -7,19 +7,21 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 from rich.console import Console
 
 from sgl_flowprefill.bench.capacity.probes import Probe, ProbeLog
 from sgl_flowprefill.bench.capacity.rate_search import decided
-from sgl_flowprefill.bench.cli.options import AUTO, TOKEN_IDS
 from sgl_flowprefill.bench.loadgen.calibrate import median_of, time_scale
 from sgl_flowprefill.bench.loadgen.progress import ReplayProgress
+from sgl_flowprefill.bench.metrics.provenance import machine, versions
 from sgl_flowprefill.bench.simulator.measured import Engine, measured_setup, saturation_rps
 from sgl_flowprefill.bench.simulator.systems import Setup
 from sgl_flowprefill.bench.systems.endpoint import Endpoint
+from sgl_flowprefill.bench.systems.serving import Servers, serving
 from sgl_flowprefill.bench.systems.system import System
 from sgl_flowprefill.bench.workloads.answers import Answers
 from sgl_flowprefill.bench.workloads.prompts import PromptBuilder
@@ -128,7 +130,7 @@ class Prober:
             if "time_scale" not in self.log.facts:
                 self.log.settle("time_scale", time_scale(solo_ttft_s))
                 self.say(f"  time scale {self.time_scale:.2f}: arrivals and SLOs are stretched by it")
-            if not self.can_simulate and (engine := served.engine(PromptBuilder(0, *TOKEN_IDS))) is not None:
+            if not self.can_simulate and (engine := served.engine(PromptBuilder(0))) is not None:
                 self.log.settle("engine", asdict(engine))
             if not self.is_calibrated:
                 self._settle_answers(served, system)
@@ -155,7 +157,7 @@ class Prober:
 
     def _settle_answers(self, served: Endpoint, system: System) -> None:
         """Shorten answers to what the decode server carries where the prefill server hands it as many as it can."""
-        decode_tokens_per_s = served.decode_tokens_per_s(PromptBuilder(0, *TOKEN_IDS))
+        decode_tokens_per_s = served.decode_tokens_per_s(PromptBuilder(0))
         served.settle()
         whole = self.plan.trace(0, self.plan.workload.rate_rps, self.time_scale)
         rate_rps = self.saturation_rps(whole) if self.can_simulate else self.one_by_one_rps(whole, system)
@@ -166,14 +168,14 @@ class Prober:
 
     def measure_isolated(self, served: Endpoint, system: System) -> dict[int, float]:
         """TTFT (s) of isolated requests by prompt tokens, as the machine is now: its speed changes."""
-        solo_ttft_s = served.solo_ttft_s(PromptBuilder(0, *TOKEN_IDS))
+        solo_ttft_s = served.solo_ttft_s(PromptBuilder(0))
         self.log.add_solo(system.name, solo_ttft_s)
         served.settle()
         return solo_ttft_s
 
-    def settle_time_scale(self, asked: float | str) -> None:
-        """Take ``asked``, unless it is AUTO, for the rest of the run. Raises ValueError if the log has another."""
-        if asked == AUTO:
+    def settle_time_scale(self, asked: float | Literal["auto"]) -> None:
+        """Take ``asked``, unless it is "auto", for the rest of the run. Raises ValueError if the log has another."""
+        if asked == "auto":
             return
         if self.log.facts.get("time_scale", asked) != asked:
             raise ValueError(
@@ -205,7 +207,7 @@ class Prober:
 
         label = f"  {rate_rps:.2f} req/s, seed {seed}"
         with ReplayProgress(label, total, trace.requests[-1].arrival_s, self._console) as progress:
-            run = served.replay(trace, PromptBuilder(seed, *TOKEN_IDS), progress.update, enough)
+            run = served.replay(trace, PromptBuilder(seed), progress.update, enough)
         served.settle()
         probe = Probe(system.name, rate_rps, seed, total, run, served.blocking_s(run), slo_scale)
         self.log.add(probe)
@@ -214,6 +216,33 @@ class Prober:
     def say(self, line: str) -> None:
         """Tell the user."""
         self._console.print(line, highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def probing(
+    servers: Servers,
+    plan: Plan,
+    out: Path,
+    asked_time_scale: float | Literal["auto"],
+    console: Console,
+    *,
+    side_by_side: bool = False,
+) -> Iterator[Prober]:
+    """What makes probes of ``servers`` and keeps them under ``out``.
+
+    Raises ValueError if there are some of another setting, machine or version.
+    """
+    settings = plan.settings() | {"model": servers.model, **servers.settings()}
+    settings |= {"cpu": machine()["cpu"], "versions": versions()}
+
+    def detail(line: str) -> None:
+        console.print(f"  {line}", highlight=False, soft_wrap=True)
+
+    log = ProbeLog(out / "probes.jsonl", settings)
+    with serving(servers, out, detail, side_by_side=side_by_side) as serve_system:
+        prober = Prober(plan, log, serve_system, console, servers.options)
+        prober.settle_time_scale(asked_time_scale)
+        yield prober
 
 
 def _settings_fact(system: System) -> str:

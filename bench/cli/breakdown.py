@@ -23,11 +23,13 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from sgl_flowprefill.bench.cli.options import Breakdown, prompt_builder
+from sgl_flowprefill.bench.cli.options import Breakdown
+from sgl_flowprefill.bench.cli.requested import requested_servers
 from sgl_flowprefill.bench.loadgen.client import JSON_HEADERS, Outcome, get_json
 from sgl_flowprefill.bench.metrics.provenance import result, write_result
 from sgl_flowprefill.bench.systems.catalog import SYSTEMS
-from sgl_flowprefill.bench.systems.serving import Served, Servers, serve
+from sgl_flowprefill.bench.systems.serving import Served, serve
+from sgl_flowprefill.bench.workloads.prompts import PromptBuilder
 from sgl_flowprefill.cluster import ClusterError
 from sgl_flowprefill.events import AnyEvent, Arrival, Complete, read_events
 
@@ -65,7 +67,7 @@ class Sent(NamedTuple):
 
 def run(options: Breakdown, console: Console) -> int:
     """Measure, print the table, write ``breakdown.json``. Raises ClusterError or ConfigError."""
-    servers = Servers.from_options(options.servers)
+    servers = requested_servers(options.servers)
     servers = dataclasses.replace(servers, server_args=(*servers.server_args, LOG_OPTION))
 
     def say(line: str) -> None:
@@ -153,7 +155,7 @@ def row(tokens: int, stages: Sequence[tuple[Sent, Mapping[str, float]]]) -> dict
 
 
 async def _send_all(served: Served, options: Breakdown, say: Callable[[str], None]) -> list[Sent]:
-    prompts = prompt_builder(options.seed)
+    prompts = PromptBuilder(options.seed)
     info = await get_json(f"{served.cluster.prefill_url}/server_info")
     bootstrap = {"bootstrap_host": "127.0.0.1", "bootstrap_port": info["disaggregation_bootstrap_port"]}
     sent = []

@@ -16,7 +16,8 @@ from typing import Any, Final
 import numpy as np
 from rich.console import Console
 
-from sgl_flowprefill.bench.cli.options import AUTO, Demo, prompt_builder, requested_trace
+from sgl_flowprefill.bench.cli.options import AUTO, Demo
+from sgl_flowprefill.bench.cli.requested import requested_servers, requested_trace
 from sgl_flowprefill.bench.loadgen.calibrate import median_of, time_scale
 from sgl_flowprefill.bench.loadgen.progress import ReplayProgress
 from sgl_flowprefill.bench.loadgen.replay import ReplayRun, joined
@@ -27,6 +28,7 @@ from sgl_flowprefill.bench.systems.catalog import endpoint, select
 from sgl_flowprefill.bench.systems.serving import Serve, Servers, serving
 from sgl_flowprefill.bench.systems.system import System
 from sgl_flowprefill.bench.workloads.answers import Answers
+from sgl_flowprefill.bench.workloads.prompts import PromptBuilder
 from sgl_flowprefill.bench.workloads.trace import Trace
 
 ROUNDS: Final = 2
@@ -41,7 +43,7 @@ def run(options: Demo, console: Console) -> int:
     if options.png:
         browser()
     options.out.mkdir(parents=True, exist_ok=True)
-    servers = Servers.from_options(options.servers)
+    servers = requested_servers(options.servers)
 
     def say(line: str) -> None:
         console.print(f"  {line}", highlight=False, soft_wrap=True)
@@ -64,7 +66,7 @@ class _Demo:
         self._systems = systems
         self._serve = serve
         self._console = console
-        self._prompts = prompt_builder(options.trace.seed)
+        self._prompts = PromptBuilder(options.trace.seed)
         self._solo_ttft_s: dict[str, list[dict[int, float]]] = {system.name: [] for system in systems}
         self._settings: dict[str, Mapping[str, Any]] = {}
         self._event_logs: dict[str, Path | None] = {}

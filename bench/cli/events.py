@@ -3,77 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 
-import numpy as np
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from sgl_flowprefill.bench.cli.options import Events
-from sgl_flowprefill.bench.metrics.requests import PreemptionSummary, summarise_blocking
+from sgl_flowprefill.bench.metrics.event_log import LogSummary, summarise_log
 from sgl_flowprefill.bench.reports.table import MISSING, milliseconds, percent, preemptions
-from sgl_flowprefill.events import Abort, AnyEvent, Arrival, Complete, Fail, Start, Suspend, read_events
-
-
-@dataclass(frozen=True)
-class LogSummary:
-    """Figures of an event log."""
-
-    span_s: float
-    """From its first event to its last."""
-    requests: int
-    answered: int
-    """Their prefill ended."""
-    in_time: int
-    """Their prefill ended before their deadline; the client has the first token some milliseconds later."""
-    aborted: int
-    failed: int
-    """Refused at the door, or lost on the way."""
-    without_end: int
-    """In the log: under way when it ends, or of a server that was killed, or of one that logged no failures."""
-    busy_s: float
-    """Time in which some request had arrived and not ended. One without an end counts only if it was running last."""
-    forward_s: float
-    """Of it, what went by in forward passes."""
-    forwards: int
-    new_tokens: int
-    between_forwards_p50_s: float | None
-    """From the end of a forward to the start of a new one, where a request waited."""
-    preemption: PreemptionSummary
-    prediction_error_p50: float | None
-    """Of the corrected TTFT model, relative to the time that was measured."""
-    prediction_error_p90: float | None
-    over_profile: float | None
-    """Measured time over the profile's: what the online correction has to make up for. Median."""
-
-    def rows(self) -> list[tuple[str, str]]:
-        """Names and values of what is printed."""
-        answered, forwards = max(1, self.answered), max(1, self.forwards)
-        blocking = self.preemption
-        blocking_s = (blocking.blocking_p50_s, blocking.blocking_p99_s, blocking.blocking_max_s)
-        return [
-            ("span", f"{self.span_s:.1f} s"),
-            (
-                "requests",
-                f"{self.requests} arrived, {self.answered} answered, {self.aborted} aborted, {self.failed} failed"
-                + (f", {self.without_end} without an end" if self.without_end else ""),
-            ),
-            ("prefill ended in time", f"{percent(self.in_time / answered)} of those answered"),
-            ("busy", f"{self.busy_s:.1f} s"),
-            ("  of it in forward passes", percent(self.forward_s / self.busy_s) if self.busy_s else MISSING),
-            ("forward passes", f"{self.forwards} of {self.answered / forwards:.2f} requests"),
-            ("  new tokens of each", f"{self.new_tokens / forwards:.0f}"),
-            ("  between two of them, p50", milliseconds(self.between_forwards_p50_s)),
-            ("preemptions", preemptions(blocking)),
-            ("  blocking time p50/p99/max", " / ".join(map(milliseconds, blocking_s))),
-            (
-                "prediction error p50 / p90",
-                f"{_share(self.prediction_error_p50)} / {_share(self.prediction_error_p90)}",
-            ),
-            ("time over the profile's, p50", MISSING if self.over_profile is None else f"{self.over_profile:.2f}"),
-        ]
+from sgl_flowprefill.events import read_events
 
 
 def run(options: Events, console: Console) -> int:
@@ -83,103 +22,38 @@ def run(options: Events, console: Console) -> int:
         console.print_json(json.dumps(asdict(summary)))
         return 0
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_header=False)
-    for name, value in summary.rows():
+    for name, value in rows(summary):
         table.add_row(name, value)
     console.print(table)
     return 0
 
 
-def summarise_log(events: Iterable[AnyEvent]) -> LogSummary:
-    """Figures of ``events``, in the order of the log."""
-    events = list(events)
-    lost = _lost_arrivals(events)
-    deadlines_s: dict[str, float] = {}
-    """Of the requests that wait for their answer."""
-    tokens_of_task: dict[int, int] = {}
-    forwards: list[Complete] = []
-    gaps_s: list[float] = []
-    blocking_s: list[float] = []
-    without_news = arrived = answered = in_time = aborted = failed = new_tokens = 0
-    busy_s = 0.0
-    times_s: list[float] = []
-    free_since_s: float | None = None
-    for number, event in enumerate(events):
-        now_s = event.t_s
-        if deadlines_s:
-            busy_s += now_s - times_s[-1]
-        times_s.append(now_s)
-        if isinstance(event, Arrival):
-            if number not in lost:
-                deadlines_s[event.rid] = event.deadline_s
-            arrived += 1
-            continue
-        if isinstance(event, Start):
-            tokens_of_task[event.task] = event.new_tokens
-            if free_since_s is not None:
-                gaps_s.append(now_s - free_since_s)
-        elif isinstance(event, Suspend):
-            if event.blocking_s:
-                blocking_s.append(event.blocking_s)
-            else:
-                without_news += 1
-        elif isinstance(event, Complete):
-            due_s = [deadlines_s.pop(rid) for rid in event.rids if rid in deadlines_s]
-            if due_s:  # no health check
-                forwards.append(event)
-                new_tokens += tokens_of_task.get(event.task, 0)
-            answered += len(due_s)
-            in_time += sum(now_s <= deadline_s for deadline_s in due_s)
-        elif isinstance(event, Abort | Fail):
-            left = [rid for rid in event.rids if deadlines_s.pop(rid, None) is not None]
-            aborted += len(left) if isinstance(event, Abort) else 0
-            failed += len(left) if isinstance(event, Fail) else 0
-        free_since_s = now_s if isinstance(event, Complete) and deadlines_s else None
-    errors = [abs(end.expected_s / end.forward_s - 1) for end in forwards if end.forward_s > 0]
-    over_profile = [end.forward_s / end.profiled_s for end in forwards if end.profiled_s > 0]
-    return LogSummary(
-        span_s=times_s[-1] - times_s[0] if times_s else 0.0,
-        requests=arrived,
-        answered=answered,
-        in_time=in_time,
-        aborted=aborted,
-        failed=failed,
-        without_end=arrived - answered - aborted - failed,
-        busy_s=busy_s,
-        forward_s=sum(end.forward_s for end in forwards),
-        forwards=len(forwards),
-        new_tokens=new_tokens,
-        between_forwards_p50_s=_quantile(gaps_s, 50),
-        preemption=summarise_blocking(blocking_s, without_news),
-        prediction_error_p50=_quantile(errors, 50),
-        prediction_error_p90=_quantile(errors, 90),
-        over_profile=_quantile(over_profile, 50),
-    )
-
-
-def _lost_arrivals(events: Sequence[AnyEvent]) -> set[int]:
-    """Positions of the arrivals that have no end in ``events`` and were not running when these end."""
-    under_way: dict[str, int] = {}
-    task_of: dict[str, int] = {}
-    lost: set[int] = set()
-    for number, event in enumerate(events):
-        if isinstance(event, Arrival):
-            lost.update({under_way[event.rid]} if event.rid in under_way else ())
-            under_way[event.rid] = number
-        elif isinstance(event, Start):
-            # Tasks are counted up: one that is not shows a server that was started again, and its old tasks are gone.
-            for rid in [rid for rid, task in task_of.items() if task >= event.task]:
-                lost.add(under_way.pop(rid))
-                del task_of[rid]
-            task_of |= {rid: event.task for rid in event.rids if rid in under_way}
-        elif isinstance(event, Complete | Abort | Fail):
-            for rid in event.rids:
-                under_way.pop(rid, None)
-                task_of.pop(rid, None)
-    return lost | {number for rid, number in under_way.items() if rid not in task_of}
-
-
-def _quantile(values: list[float], percentile: float) -> float | None:
-    return float(np.percentile(values, percentile)) if values else None
+def rows(summary: LogSummary) -> list[tuple[str, str]]:
+    """Names and values of what is printed."""
+    answered, forwards = max(1, summary.answered), max(1, summary.forwards)
+    blocking = summary.preemption
+    blocking_s = (blocking.blocking_p50_s, blocking.blocking_p99_s, blocking.blocking_max_s)
+    return [
+        ("span", f"{summary.span_s:.1f} s"),
+        (
+            "requests",
+            f"{summary.requests} arrived, {summary.answered} answered, {summary.aborted} aborted, {summary.failed} failed"
+            + (f", {summary.without_end} without an end" if summary.without_end else ""),
+        ),
+        ("prefill ended in time", f"{percent(summary.in_time / answered)} of those answered"),
+        ("busy", f"{summary.busy_s:.1f} s"),
+        ("  of it in forward passes", percent(summary.forward_s / summary.busy_s) if summary.busy_s else MISSING),
+        ("forward passes", f"{summary.forwards} of {summary.answered / forwards:.2f} requests"),
+        ("  new tokens of each", f"{summary.new_tokens / forwards:.0f}"),
+        ("  between two of them, p50", milliseconds(summary.between_forwards_p50_s)),
+        ("preemptions", preemptions(blocking)),
+        ("  blocking time p50/p99/max", " / ".join(map(milliseconds, blocking_s))),
+        (
+            "prediction error p50 / p90",
+            f"{_share(summary.prediction_error_p50)} / {_share(summary.prediction_error_p90)}",
+        ),
+        ("time over the profile's, p50", MISSING if summary.over_profile is None else f"{summary.over_profile:.2f}"),
+    ]
 
 
 def _share(value: float | None) -> str:

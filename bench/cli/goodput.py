@@ -8,14 +8,14 @@ from typing import Final
 from rich.console import Console
 
 from sgl_flowprefill.bench.capacity.campaign import Campaign, Goal
-from sgl_flowprefill.bench.capacity.prober import Plan
+from sgl_flowprefill.bench.capacity.prober import Plan, probing
 from sgl_flowprefill.bench.capacity.results import GoodputResult
 from sgl_flowprefill.bench.cli.options import Goodput
+from sgl_flowprefill.bench.cli.requested import requested_servers
 from sgl_flowprefill.bench.metrics.provenance import write_result
 from sgl_flowprefill.bench.reports.goodput import rates_table, show, write_html
 from sgl_flowprefill.bench.reports.page import browser, take_picture
 from sgl_flowprefill.bench.systems.catalog import endpoint, select
-from sgl_flowprefill.bench.systems.serving import Servers, probing
 from sgl_flowprefill.bench.workloads.synthetic import workload
 
 ATTAINMENTS: Final = (0.9, 0.99)
@@ -28,7 +28,7 @@ def run(options: Goodput, console: Console) -> int:
     """
     if options.png:
         browser()
-    servers = Servers.from_options(options.servers)
+    servers = requested_servers(options.servers)
     plan = Plan(workload(options.workload), options.seeds, options.duration, options.max_output_tokens)
     attainments = tuple(sorted(set(options.attainment or ATTAINMENTS)))
     systems = [*select(options.systems), *map(endpoint, options.endpoint)]

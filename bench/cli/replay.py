@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from rich.console import Console
 
-from sgl_flowprefill.bench.cli.options import AUTO, Replay, prompt_builder, requested_trace
+from sgl_flowprefill.bench.cli.options import AUTO, Replay
+from sgl_flowprefill.bench.cli.requested import requested_trace
 from sgl_flowprefill.bench.loadgen.calibrate import measure_isolated_ttft, time_scale
 from sgl_flowprefill.bench.loadgen.client import APIS, Client, served_model
 from sgl_flowprefill.bench.loadgen.progress import ReplayProgress
@@ -12,6 +13,7 @@ from sgl_flowprefill.bench.loadgen.replay import replay
 from sgl_flowprefill.bench.metrics.comparison import Comparison, SystemResult
 from sgl_flowprefill.bench.reports.publish import publish
 from sgl_flowprefill.bench.workloads.answers import Answers
+from sgl_flowprefill.bench.workloads.prompts import PromptBuilder
 
 
 def run(options: Replay, console: Console) -> int:
@@ -21,7 +23,7 @@ def run(options: Replay, console: Console) -> int:
     """
     model = options.model or served_model(options.url)
     client = Client(options.url, APIS[options.api](model), options.timeout)
-    prompts = prompt_builder(options.trace.seed)
+    prompts = PromptBuilder(options.trace.seed)
     solo_ttft_s: dict[int, float] = {}
     scale = options.trace.time_scale
     if scale == AUTO:

@@ -14,7 +14,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from sgl_flowprefill.bench.cli.options import Uncontended, prompt_builder
+from sgl_flowprefill.bench.cli.options import Uncontended
 from sgl_flowprefill.bench.metrics.provenance import result, write_result
 from sgl_flowprefill.bench.systems.catalog import SYSTEMS, UNCHUNKED_FCFS
 from sgl_flowprefill.bench.systems.endpoint import Reached
@@ -29,7 +29,7 @@ PAIR: Final = (OURS, UNCHUNKED_FCFS)
 
 def run(options: Uncontended, console: Console) -> int:
     """Measure and print; writes ``uncontended.json``. Raises ClusterError."""
-    prompts = prompt_builder(options.seed)
+    prompts = PromptBuilder(options.seed)
     turns: dict[str, dict[int, list[list[Lone]]]] = {name: {tokens: [] for tokens in options.tokens} for name in PAIR}
     servers = Servers(options.model_path)
     with serving(servers, options.out, console.print, side_by_side=True) as serve:

@@ -18,15 +18,15 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from sgl_flowprefill.bench.capacity.prober import Plan, Prober, outcome
+from sgl_flowprefill.bench.capacity.prober import Plan, Prober, outcome, probing
 from sgl_flowprefill.bench.cli.options import Validate
+from sgl_flowprefill.bench.cli.requested import requested_servers
 from sgl_flowprefill.bench.loadgen.replay import RequestResult
 from sgl_flowprefill.bench.metrics.provenance import result, write_result
 from sgl_flowprefill.bench.simulator.measured import saturation_rps
 from sgl_flowprefill.bench.simulator.requests import SimRequest
 from sgl_flowprefill.bench.simulator.systems import run as simulate
 from sgl_flowprefill.bench.systems.catalog import select
-from sgl_flowprefill.bench.systems.serving import Servers, probing
 from sgl_flowprefill.bench.systems.system import System
 from sgl_flowprefill.bench.workloads.synthetic import workload
 from sgl_flowprefill.profiling import read_profile
@@ -38,7 +38,7 @@ def run(options: Validate, console: Console) -> int:
     Returns 0, or 1 if the client fell behind in a replay. Raises ClusterError, CalibrationError, ConfigError or
     ValueError with a sentence for the user.
     """
-    servers = Servers.from_options(options.servers)
+    servers = requested_servers(options.servers)
     plan = Plan(workload(options.workload), options.seeds, options.duration, options.max_output_tokens)
     systems = select(options.systems)
     with probing(servers, plan, options.out, options.time_scale, console) as prober:

@@ -29,6 +29,10 @@ PROVENANCE: Final = ("schema", "kind", "command", "date", "commit", "versions", 
 DISTRIBUTION: Final = "sgl-flowprefill"
 VERSIONED_PACKAGES: Final = (DISTRIBUTION, "sglang", "torch", "nixl", "smg", "numpy")
 SOURCES: Final = Path(__file__).resolve().parent
+COMMIT_FILE: Final = Path(__file__).parents[2] / "COMMIT"
+"""In the package of a bundle, which has no git history: the commit that it was made from, as ``git describe --dirty``
+writes it.
+"""
 GIT_TIMEOUT_S: Final = 10.0
 
 
@@ -89,8 +93,11 @@ def read_result(path: Path) -> Result:
 def commit() -> dict[str, Any]:
     """Git commit of the code that runs, and whether its tree had changes; None for what is not known.
 
-    A package that was installed from a repository has the commit in its metadata.
+    A bundle has the commit in COMMIT_FILE, a package that was installed from a repository in its metadata.
     """
+    if COMMIT_FILE.exists():
+        described = COMMIT_FILE.read_text().strip()
+        return {"hash": described.removesuffix("-dirty"), "dirty": described.endswith("-dirty")}
     head = _git("rev-parse", "HEAD")
     if head is not None:
         return {"hash": head, "dirty": bool(_git("status", "--porcelain"))}
@@ -102,10 +109,10 @@ def commit() -> dict[str, Any]:
     return {"hash": found, "dirty": None if found is None else False}
 
 
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that matter for a result."""
+def versions(*more: str) -> dict[str, str]:
+    """Versions of Python, of the packages that matter for every result, and of ``more``."""
     found = {"python": platform.python_version()}
-    for package in VERSIONED_PACKAGES:
+    for package in (*VERSIONED_PACKAGES, *more):
         try:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:

@@ -21,10 +21,10 @@ from sgl_flowprefill.bench.loadgen.calibrate import (
     measure_isolated_ttft,
 )
 from sgl_flowprefill.bench.loadgen.client import Client, CompletionsApi, get_json
+from sgl_flowprefill.bench.loadgen.decode_rate import measure_decode
 from sgl_flowprefill.bench.loadgen.replay import Enough, OnProgress, ReplayRun, replay
 from sgl_flowprefill.bench.simulator.measured import Engine
 from sgl_flowprefill.bench.systems.system import EndpointSystem, System
-from sgl_flowprefill.bench.workloads.answers import measure_decode
 from sgl_flowprefill.bench.workloads.prompts import PromptBuilder
 from sgl_flowprefill.bench.workloads.trace import Trace
 from sgl_flowprefill.cluster import ClusterError

@@ -17,21 +17,16 @@ from typing import Any, Final
 
 import aiohttp
 import requests
-from rich.console import Console
 
-from sgl_flowprefill.bench.capacity.prober import Plan, Prober
-from sgl_flowprefill.bench.capacity.probes import ProbeLog
-from sgl_flowprefill.bench.cli.events import summarise_log
-from sgl_flowprefill.bench.cli.options import ServerOptions
 from sgl_flowprefill.bench.loadgen.calibrate import measure_isolated_ttft
 from sgl_flowprefill.bench.loadgen.client import Client, GenerateApi, get_json
+from sgl_flowprefill.bench.loadgen.decode_rate import measure_decode
 from sgl_flowprefill.bench.loadgen.replay import Enough, OnProgress, ReplayRun, replay
-from sgl_flowprefill.bench.metrics.provenance import machine, versions
+from sgl_flowprefill.bench.metrics.event_log import summarise_log
 from sgl_flowprefill.bench.metrics.requests import read_suspensions
 from sgl_flowprefill.bench.simulator.measured import Engine, best_profile
 from sgl_flowprefill.bench.systems.endpoint import Reached, Say, connect
 from sgl_flowprefill.bench.systems.system import EndpointSystem, System
-from sgl_flowprefill.bench.workloads.answers import measure_decode
 from sgl_flowprefill.bench.workloads.prompts import PromptBuilder
 from sgl_flowprefill.bench.workloads.trace import Trace, TraceRequest
 from sgl_flowprefill.cluster import Cluster, ClusterConfig, ClusterError
@@ -64,17 +59,6 @@ class Servers:
     prefill_args: tuple[str, ...] = ()
     decode_args: tuple[str, ...] = ()
     options: FlowPrefillConfig = field(default_factory=FlowPrefillConfig)
-
-    @classmethod
-    def from_options(cls, options: ServerOptions) -> Servers:
-        """The servers that the command line asks for. Raises ConfigError."""
-        return cls(
-            options.model_path,
-            options.server_args,
-            options.prefill_args,
-            options.decode_args,
-            options.flowprefill.config(),
-        )
 
     @property
     def model(self) -> str:
@@ -320,33 +304,6 @@ def serving(servers: Servers, out: Path, say: Say, *, side_by_side: bool) -> Ite
             yield served
 
     yield serve_one
-
-
-@contextmanager
-def probing(
-    servers: Servers,
-    plan: Plan,
-    out: Path,
-    asked_time_scale: float | str,
-    console: Console,
-    *,
-    side_by_side: bool = False,
-) -> Iterator[Prober]:
-    """What makes probes of ``servers`` and keeps them under ``out``.
-
-    Raises ValueError if there are some of another setting, machine or version.
-    """
-    settings = plan.settings() | {"model": servers.model, **servers.settings()}
-    settings |= {"cpu": machine()["cpu"], "versions": versions()}
-
-    def detail(line: str) -> None:
-        console.print(f"  {line}", highlight=False, soft_wrap=True)
-
-    log = ProbeLog(out / "probes.jsonl", settings)
-    with serving(servers, out, detail, side_by_side=side_by_side) as serve_system:
-        prober = Prober(plan, log, serve_system, console, servers.options)
-        prober.settle_time_scale(asked_time_scale)
-        yield prober
 
 
 def _flushed(url: str) -> bool:

@@ -24,8 +24,9 @@ class PromptBuilder:
     """Builds prompts of exactly the wanted length out of token ids in [first_token_id, end_token_id)."""
 
     seed: int
-    first_token_id: int
-    end_token_id: int
+    first_token_id: int = 1000
+    end_token_id: int = 4000
+    """By default ordinary tokens of the embedded model, and of any model with a larger vocabulary."""
     first_index: int = 0
     """Index in the whole trace of the first request of the part that is built for."""
 

@@ -108,7 +108,7 @@ def _project() -> Iterator[tuple[str, bytes]]:
     yield "launch.py", (PROJECT / "launch.py").read_bytes()
     name = settings["name"]
     yield from _distribution(name, version(name), settings["dependencies"], settings["entry-points"])
-    command = ["git", "-C", str(PROJECT), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    command = ["git", "-C", str(PROJECT), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     yield "sgl_flowprefill/COMMIT", subprocess.run(command, capture_output=True, check=True).stdout
 
 

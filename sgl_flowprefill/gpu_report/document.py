@@ -4,23 +4,19 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Final
 
-from sgl_flowprefill.bench.metrics.provenance import machine, versions
+from sgl_flowprefill.bench.metrics.provenance import commit, machine, versions
 from sgl_flowprefill.gpu_report.phases import Phase
 from sgl_flowprefill.gpu_report.phases.base import phase_file
 from sgl_flowprefill.gpu_report.tuning import Choice
 
-FORMAT: Final = 1
+FORMAT: Final = 2
 PACKAGES: Final = ("flashinfer-python", "sglang-kernel", "triton", "transformers", "apache-tvm-ffi")
-COMMIT_FILE: Final = Path(__file__).parent.parent / "COMMIT"
-"""Where a bundle without git's history says which commit it was made from."""
 NOT_YET: Final = {
     "decode-steps": "Decode steps between the operators of a suspended prefill are not measured: this version "
     "schedules prefill servers only. The phase comes with a mode in which one server prefills and decodes.",
@@ -60,7 +56,6 @@ class Document:
         return figures
 
     def to_dict(self) -> dict[str, Any]:
-        packages = versions() | {name: _version(name) for name in PACKAGES}
         return {
             "format": FORMAT,
             "command": self.command,
@@ -72,7 +67,7 @@ class Document:
             "elapsed_s": round(self.elapsed_s, 1),
             "ended": self.ended,
             "machine": machine(),
-            "versions": packages,
+            "versions": versions(*PACKAGES),
             "phases": self.phases,
             "not_yet": NOT_YET,
             "choices": [asdict(choice) | {"flag": choice.flag} for choice in self.choices],
@@ -80,24 +75,6 @@ class Document:
 
     def write(self) -> None:
         _write(self.path, self.to_dict())
-
-
-def commit() -> str:
-    """The commit that runs, with a mark where files differ from it; ``unknown`` for an installed package."""
-    if COMMIT_FILE.exists():
-        return COMMIT_FILE.read_text().strip()
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-
-
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "not installed"
 
 
 def _write(path: Path, content: Mapping[str, Any]) -> None:

@@ -11,7 +11,7 @@ import pytest
 from sglang.srt.disaggregation.base import KVPoll
 from sglang.srt.managers.io_struct import AbortReq
 
-from sgl_flowprefill.bench.cli.events import summarise_log
+from sgl_flowprefill.bench.metrics.event_log import summarise_log
 from sgl_flowprefill.events import AnyEvent, Fail, read_events
 from sgl_flowprefill.policy import Limits
 from sgl_flowprefill.runtime.event_recorder import EventRecorder

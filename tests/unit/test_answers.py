@@ -6,7 +6,8 @@ import pytest
 
 from sgl_flowprefill.bench.loadgen.calibrate import CalibrationError
 from sgl_flowprefill.bench.loadgen.client import Outcome
-from sgl_flowprefill.bench.workloads.answers import DECODE_SHARE, Answers, tokens_per_s
+from sgl_flowprefill.bench.loadgen.decode_rate import tokens_per_s
+from sgl_flowprefill.bench.workloads.answers import DECODE_SHARE, Answers
 from sgl_flowprefill.bench.workloads.trace import Trace, TraceRequest
 
 

@@ -28,11 +28,11 @@ from sgl_flowprefill.bench.cli.options import (
     Uncontended,
     parse,
 )
+from sgl_flowprefill.bench.cli.requested import requested_servers
 from sgl_flowprefill.bench.loadgen.client import APIS
 from sgl_flowprefill.bench.simulator.cost import LLAMA_8B, MODELS
 from sgl_flowprefill.bench.simulator.router import ROUTERS
 from sgl_flowprefill.bench.systems.catalog import select
-from sgl_flowprefill.bench.systems.serving import Servers
 from sgl_flowprefill.bench.workloads.formats import AUTO, FORMATS
 from sgl_flowprefill.bench.workloads.synthetic import QWEN_RATE_RPS
 from sgl_flowprefill.bench.workloads.trace import Slo
@@ -182,7 +182,7 @@ def test_options_of_sglang_and_of_flowprefill_reach_the_servers(monkeypatch: pyt
     given = ["demo", "--prefill-args", "--tp 2", "--decode-args", "--skip", "--server-args=--page-size 16"]
     parsed = parse([*given, "--flowprefill-max-suspended", "3", "--slo", "text=0.5/0.1", "--slo", "file=9"])
     assert isinstance(parsed, Demo)
-    servers = Servers.from_options(parsed.servers)
+    servers = requested_servers(parsed.servers)
     assert servers.prefill_args == ("--tp", "2")
     assert servers.decode_args == ("--skip",)
     assert servers.server_args == ("--page-size", "16")

@@ -115,7 +115,7 @@ def test_the_parts_make_the_whole_trace_with_the_same_prompts_for_all(tmp_path: 
     machine = Machine()
     comparison = compared(machine, arguments(tmp_path, "--trace", name))
     trace = comparison.trace
-    prompts = demo_module.prompt_builder(arguments(tmp_path).trace.seed)
+    prompts = demo_module.PromptBuilder(arguments(tmp_path).trace.seed)
     whole = [tuple(prompts.build(request, index)) for index, request in enumerate(trace.requests)]
     assert machine.prompts == {"flowprefill": whole, "sglang": whole}
     for system in comparison.systems:

@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 
 from sgl_flowprefill.bench.__main__ import main
-from sgl_flowprefill.bench.cli.events import summarise_log
+from sgl_flowprefill.bench.cli.events import rows
+from sgl_flowprefill.bench.metrics.event_log import summarise_log
 from sgl_flowprefill.events import (
     Abort,
     AnyEvent,
@@ -213,7 +214,7 @@ def test_a_request_that_fails_is_waited_for_until_then_and_no_longer() -> None:
     assert (summary.requests, summary.answered, summary.failed, summary.without_end) == (3, 2, 1, 0)
     assert summary.busy_s == pytest.approx(2.25)
     assert summary.between_forwards_p50_s is None
-    assert dict(summary.rows())["requests"] == "3 arrived, 2 answered, 0 aborted, 1 failed"
+    assert dict(rows(summary))["requests"] == "3 arrived, 2 answered, 0 aborted, 1 failed"
 
 
 def test_arrivals_without_an_end_do_not_keep_the_server_busy_and_are_counted() -> None:
@@ -222,7 +223,7 @@ def test_arrivals_without_an_end_do_not_keep_the_server_busy_and_are_counted() -
     assert summary.busy_s == pytest.approx(3.0)
     assert summary.between_forwards_p50_s is None
     assert summary.without_end == 1
-    assert "1 without an end" in dict(summary.rows())["requests"]
+    assert "1 without an end" in dict(rows(summary))["requests"]
 
 
 def test_a_request_that_still_runs_where_the_log_ends_keeps_the_server_busy() -> None:
@@ -246,7 +247,7 @@ def test_a_switch_that_no_news_led_to_is_no_preemption(blocking_s: float | None)
     summary = summarise_log([*TWO_REQUESTS[:5], switch, *TWO_REQUESTS[5:]])
     assert summary.preemption.preemptions == 1
     assert summary.preemption.blocking_mean_s == pytest.approx(0.01)
-    assert dict(summary.rows())["preemptions"] == "1 (and 1 switches without news)"
+    assert dict(rows(summary))["preemptions"] == "1 (and 1 switches without news)"
 
 
 def test_the_recorder_names_no_blocking_time_where_no_news_led_to_a_switch(tmp_path: Path) -> None:
@@ -264,7 +265,7 @@ def test_the_recorder_names_no_blocking_time_where_no_news_led_to_a_switch(tmp_p
 def test_an_empty_log_has_no_figures() -> None:
     summary = summarise_log([])
     assert (summary.requests, summary.busy_s, summary.over_profile) == (0, 0.0, None)
-    assert dict(summary.rows())["preemptions"] == "0"
+    assert dict(rows(summary))["preemptions"] == "0"
 
 
 def test_the_command_prints_figures_and_refuses_other_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

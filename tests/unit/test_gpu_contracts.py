@@ -28,7 +28,7 @@ pytest.importorskip("flashinfer")
 
 from sgl_flowprefill import compat, plugin
 from sgl_flowprefill.config import FlowPrefillConfig
-from sgl_flowprefill.contract.table import LOOP_CALLS
+from sgl_flowprefill.contract.parts.loop import LOOP_CALLS
 from sgl_flowprefill.patches.base import SeamError
 from sgl_flowprefill.runtime.memory import MIB
 from tests.gpu_backends import (

@@ -26,6 +26,7 @@ from torch import nn
 
 pytest.importorskip("sglang")
 
+from sgl_flowprefill.bench.metrics import provenance
 from sgl_flowprefill.cluster.cli import main as launch
 from sgl_flowprefill.gpu_report import command
 from sgl_flowprefill.gpu_report.document import NOT_YET, Document
@@ -202,10 +203,11 @@ def test_the_page_shows_what_was_found_what_failed_and_what_is_not_measured_at_a
     page = render_page(json.loads(document.path.read_text()))
     for text in ("out &amp; about", "the end of the log", "0.1 &lt;MiB&gt;", "was interrupted", *NOT_YET.values()):
         assert text in page
-    provenance = json.loads(document.path.read_text())
-    assert provenance["commit"]
-    assert provenance["versions"]["sglang"] == "0.5.23"
-    assert provenance["versions"].keys() >= {"torch", "triton", "flashinfer-python", "sglang-kernel", "transformers"}
+    origin = json.loads(document.path.read_text())
+    assert origin["commit"] == provenance.commit()
+    assert f"<dd>{origin['commit']['hash'] or 'not known'}" in page
+    assert origin["versions"]["sglang"] == "0.5.23"
+    assert origin["versions"].keys() >= {"torch", "triton", "flashinfer-python", "sglang-kernel", "transformers"}
 
 
 # ---- a model of which only the shape is known ------------------------------------------------------------------------
@@ -382,7 +384,9 @@ def test_a_file_from_two_places_or_too_large_for_any_piece_is_refused(bundle: Mo
     pieces.close()
 
 
-def test_this_project_is_packed_whole_with_its_entry_points_and_commit(bundle: ModuleType) -> None:
+def test_this_project_is_packed_whole_with_its_entry_points_and_commit(
+    bundle: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     packed = dict(bundle._project())
     for name in (
         "launch.py", "sgl_flowprefill/plugin.py", "sgl_flowprefill/patches/lone_prefill.py",
@@ -395,7 +399,11 @@ def test_this_project_is_packed_whole_with_its_entry_points_and_commit(bundle: M
     assert f"Requires-Dist: {required}\n".encode() in metadata
     [entry_points] = [content for name, content in packed.items() if name.endswith("entry_points.txt")]
     assert b"[sglang.srt.plugins]\nflowprefill = sgl_flowprefill.plugin:load\n" in entry_points
-    assert packed["sgl_flowprefill/COMMIT"].strip()
+    commit_file = tmp_path / "COMMIT"
+    commit_file.write_bytes(packed["sgl_flowprefill/COMMIT"])
+    in_the_tree = provenance.commit()
+    monkeypatch.setattr(provenance, "COMMIT_FILE", commit_file)
+    assert provenance.commit()["hash"] == in_the_tree["hash"]
 
 
 def test_what_attention_does_not_need_is_left_out(bundle: ModuleType) -> None:

@@ -97,6 +97,16 @@ def test_the_commit_is_that_of_the_tree_and_says_whether_it_has_changes(
     assert provenance.commit() == {"hash": git("rev-parse", "HEAD"), "dirty": True}
 
 
+@pytest.mark.parametrize(("written", "dirty"), [("abc123", False), ("abc123-dirty", True)])
+def test_a_bundle_says_which_commit_it_was_made_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, written: str, dirty: bool
+) -> None:
+    bundled = tmp_path / "COMMIT"
+    bundled.write_text(f"{written}\n")
+    monkeypatch.setattr(provenance, "COMMIT_FILE", bundled)
+    assert provenance.commit() == {"hash": "abc123", "dirty": dirty}
+
+
 @pytest.mark.parametrize("path", RESULTS, ids=[path.stem for path in RESULTS])
 def test_published_results_are_read_whatever_version_wrote_them(path: Path) -> None:
     found = read_result(path)

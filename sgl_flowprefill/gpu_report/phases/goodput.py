@@ -49,7 +49,6 @@ ATTAINMENT: Final = 0.95
 SIMULATED_REQUESTS: Final = 500
 """To choose the rate by: so few as are replayed would say little of it."""
 SEED: Final = 0
-TOKEN_IDS: Final = (1000, 4000)
 LONGEST_REPLAY_S: Final = 60.0
 SHORTEST_REPLAY_S: Final = 10.0
 START_S: Final = 600.0
@@ -191,7 +190,7 @@ def _wait(lone: Lone) -> None:
 def _compare(
     request: Request, servers: Sequence[Lone], engine: Mapping[str, Any], profile: Mapping[str, Any]
 ) -> Iterator[Outcome]:
-    prompts = PromptBuilder(SEED, *TOKEN_IDS)
+    prompts = PromptBuilder(SEED)
     ours = servers[0]
     for other in servers[1:]:
         other.server.suspend()

@@ -1,0 +1,1 @@
+"""The parts of the contract with SGLang, a file for each."""

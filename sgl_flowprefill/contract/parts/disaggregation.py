@@ -1,0 +1,49 @@
+"""Rows of the contract: KV transfer."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from sgl_flowprefill.contract.row import Part, attributes, rows
+
+PART: Final = Part(
+    "disaggregation",
+    "KV transfer",
+    ("scheduler",),
+    (
+        *rows(
+            "reads",
+            "sglang.srt.disaggregation.utils:",
+            "DisaggregationMode DisaggregationMode.DECODE",
+            "tells prefill servers from decode servers",
+            "the server does not start",
+        ),
+        *rows(
+            "calls",
+            "sglang.srt.disaggregation.utils:",
+            "is_aborted(req)",
+            "tells whether anybody still waits for a request",
+            "prefills run on for clients that have gone",
+        ),
+        *rows(
+            "calls",
+            "sglang.srt.disaggregation.prefill:PrefillBootstrapQueue",
+            "pop_bootstrapped(self, ...)",
+            "gives the requests for which a decode server has room",
+            "no prefill can start",
+        ),
+        *attributes(
+            "sglang.srt.disaggregation.prefill:PrefillBootstrapQueue",
+            "queue",
+            "holds the requests that a decode server has no room for yet",
+            "requests seem to be lost in the event log",
+        ),
+        *rows(
+            "reads",
+            "sglang.srt.disaggregation.base:",
+            "KVPoll KVPoll.WaitingForInput KVPoll.Failed",
+            "says how far the transfer of a request has come",
+            "blocking times cannot be told",
+        ),
+    ),
+)
