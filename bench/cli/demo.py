@@ -27,7 +27,7 @@ from sgl_flowprefill.bench.reports.publish import publish
 from sgl_flowprefill.bench.systems.catalog import endpoint, select
 from sgl_flowprefill.bench.systems.serving import Serve, Servers, serving
 from sgl_flowprefill.bench.systems.system import System
-from sgl_flowprefill.bench.workloads.answers import Answers
+from sgl_flowprefill.bench.workloads.answers import DECODE_SHARE, UNIFIED_DECODE_SHARE, Answers
 from sgl_flowprefill.bench.workloads.prompts import PromptBuilder
 from sgl_flowprefill.bench.workloads.trace import Trace
 
@@ -81,8 +81,10 @@ class _Demo:
         whole = requested_trace(self._options.trace, scale)
         answers = Answers(max_tokens=self._options.max_output_tokens)
         if decode_tokens_per_s is not None:
-            answers = Answers.carried(whole, whole.rate_rps, decode_tokens_per_s)
-            self._detail(f"the decode server carries {decode_tokens_per_s:.0f} tokens/s")
+            share = UNIFIED_DECODE_SHARE if self._options.unified else DECODE_SHARE
+            answers = Answers.carried(whole, whole.rate_rps, decode_tokens_per_s, share)
+            what = "a server" if self._options.unified else "the decode server"
+            self._detail(f"{what} carries {decode_tokens_per_s:.0f} tokens/s")
         trace = answers.of(whole)
         self._detail(answers.text(trace))
         return Comparison(
@@ -94,6 +96,7 @@ class _Demo:
             model=servers.model,
             answers=answers,
             settings=servers.settings(),
+            judge="gaps" if self._options.unified else "ttft",
         )
 
     def _in_turns(self, rounds: int) -> Iterator[tuple[int, System]]:

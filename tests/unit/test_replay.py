@@ -19,7 +19,7 @@ from sgl_flowprefill.bench.loadgen.calibrate import (
     time_scale,
 )
 from sgl_flowprefill.bench.loadgen.client import APIS, Client, GenerateApi, served_model
-from sgl_flowprefill.bench.loadgen.replay import STOPPED, ReplayRun, replay
+from sgl_flowprefill.bench.loadgen.replay import STOPPED, Enough, ReplayRun, replay
 from sgl_flowprefill.bench.workloads.prompts import PromptBuilder
 from sgl_flowprefill.bench.workloads.trace import Trace, TraceRequest
 
@@ -151,13 +151,13 @@ def test_a_replay_ends_when_enough_is_known_and_counts_what_is_late_by_then(serv
         return missed >= 5
 
     started_s = time.monotonic()
-    run = replay(trace, Client(server.url, GenerateApi()), PROMPTS, enough=enough)
+    run = replay(trace, Client(server.url, GenerateApi()), PROMPTS, enough=Enough(enough))
     assert time.monotonic() - started_s < 20
     assert run.stopped_early
     assert asked[-1][0] == 2
     assert sum(result.meets_ttft() for result in run.results) == 2
     assert sum(result.error == STOPPED for result in run.results) >= 5
-    whole = replay(trace_of(1, 1), Client(server.url, GenerateApi()), PROMPTS, enough=enough)
+    whole = replay(trace_of(1, 1), Client(server.url, GenerateApi()), PROMPTS, enough=Enough(enough))
     assert not whole.stopped_early
     assert len(whole.results) == 2
 
