@@ -1,4 +1,4 @@
-"""The scheduler process runs on the CPUs that it is told to, with as many threads as those.
+"""The scheduler process runs on the CPUs that it is told to, with as many threads as CPUs.
 
 Tensor-parallel ranks are given theirs apart by bars: ``0-3|4-7``.
 

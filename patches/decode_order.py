@@ -1,4 +1,4 @@
-"""A decode server gives places and KV cache to the request whose first token is due next, not to the oldest.
+"""A decode server gives running slots and KV cache to the request whose first token is due next, not to the oldest.
 
 Target: ``DecodePreallocQueue.pop_preallocated`` (disaggregation/decode.py), which gives them to the
 requests in its ``queue``, in that order, until one does not fit. A prefill may start only once its request has them, so
@@ -40,7 +40,7 @@ def apply(config: FlowPrefillConfig) -> None:
 
 
 class QueueOrder:
-    """Keeps the order of places in step with SGLang's queue.
+    """Keeps the order of running slots in step with SGLang's queue.
 
     Between two steps of a decode server, SGLang appends to the list that the last one left. That is seen by the list
     and by the first and the last request that it had, so a step looks only at what is new. Had SGLang done anything
@@ -57,7 +57,7 @@ class QueueOrder:
         """How many requests the last step left there."""
 
     def sorted(self, queue: list[Any]) -> list[Any]:
-        """SGLang's ``queue`` in the order in which its requests are to get places."""
+        """SGLang's ``queue`` in the order in which its requests are to get running slots."""
         known = self._known
         if not self._is_continued(queue):
             present = set(map(id, queue))
@@ -71,7 +71,7 @@ class QueueOrder:
         return self._order.in_order()
 
     def note(self, given: list[Any], failed: list[Any], left: list[Any]) -> None:
-        """Those of the requests last sorted that have got places and that have failed, and the queue without them."""
+        """Note what became of the requests last sorted: ``given`` have running slots, ``left`` wait."""
         for request in given:
             self._order.give_place(request)
         for request in failed:

@@ -2,9 +2,9 @@
 
 Target: the ``/health`` and ``/health_generate`` routes of ``sglang.srt.entrypoints.http_server.app``.
 SGLang's handler sends a probe and looks once a second whether anything has come back; the scheduler answers a probe at
-its next checkpoint, so a probe's figure would be the handler's sleep and not the server's state. It looks by comparing
-the wall clock with the time of the last answer: once the clock has been set back, an answer from before looks new and
-a scheduler that hangs looks sound; when it is set forward meanwhile, a sound one looks like one that hangs.
+its next preemption checkpoint, so a probe's figure would be the handler's sleep and not the server's state. It looks by
+comparing the wall clock with the time of the last answer: once the clock has been set back, an answer from before looks
+new and a scheduler that hangs looks sound; when it is set forward meanwhile, a sound one looks like one that hangs.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Weights made on the device, at a scale at which attention matters: for a shape of which no checkpoint is at hand.
+"""Weights made on the device, at a scale at which attention matters: for a shape of which no model files are at hand.
 
 SGLang's ``--load-format dummy`` draws all weights within 0.001 of zero. Every layer then adds next to nothing to the
 residual stream, so that wrong attention would change no token.
@@ -18,7 +18,7 @@ SEAM: Final = "made_weights"
 ENV_SWITCH: Final = "FLOWPREFILL_MADE_WEIGHTS"
 TARGET: Final = "sglang.srt.model_loader.loader.initialize_dummy_weights"
 GAINS: Final = {"qkv_proj": 1.5, "o_proj": 1.5, "down_proj": 1.5, "lm_head": 4.0}
-"""Of a matrix, over what keeps the scale of its input: as in the embedded model (``model.embedded``)."""
+"""Gain of a matrix, over what keeps the scale of its input: as in the embedded model (``model.embedded``)."""
 WORDS: Final = 4096
 """Tokens that can be the largest: fewer of them lie further apart than bfloat16 rounds."""
 SMALL: Final = 0.01

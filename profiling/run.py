@@ -22,7 +22,7 @@ ROUNDS: Final = 5
 MOST_ROUNDS: Final = 20
 SAVE_S: Final = 5.0
 CACHED_TOKEN_COST: Final = 0.05
-"""Of a new token's, for the first idea of what a shape takes."""
+"""Cost of a cached token in new tokens, for the first idea of what a shape takes."""
 
 
 class Timing(NamedTuple):
@@ -32,7 +32,7 @@ class Timing(NamedTuple):
     """The batch that ran: the scheduler may admit fewer requests, and match another token of a prefix by chance."""
     time_s: float
     waited_s: float
-    """Of that, how long this thread was ready to run and another process had its CPU."""
+    """Part of ``time_s`` in which this thread was ready to run and another process had its CPU."""
 
 
 class Engine(Protocol):

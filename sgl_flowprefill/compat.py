@@ -36,7 +36,7 @@ CHECKED_ATTENTION_BACKENDS: Final = ("flashinfer", "fa3", "triton", "flowprefill
 """Backends of which several instances can be live at once (tests/unit/test_gpu_contracts.py)."""
 
 REFUSED_WHEN_SET: Final = {
-    "speculative_algorithm": "a draft model's forward passes have no checkpoints",
+    "speculative_algorithm": "a draft model's forward passes have no preemption checkpoints",
     "enable_mixed_chunk": "a prefill server has no decode steps to mix in",
     "enable_dynamic_chunking": "a prompt is prefilled whole and suspended when it has to wait",
     "enable_prefill_delayer": "requests are started by their slack, not delayed",

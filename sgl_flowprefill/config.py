@@ -46,7 +46,7 @@ class FlowPrefillConfig(BaseModel):
         ge=0,
         le=64,
         description="operators queued on the GPU behind the one that runs: a preemption waits for them, and with none "
-        "the GPU idles at every checkpoint",
+        "the GPU idles at every preemption checkpoint",
     )
     max_batch_tokens: int | None = Field(
         default=None,

@@ -75,7 +75,7 @@ def _take_http_seams() -> None:
 
 
 def _take_scheduler_seams(config: FlowPrefillConfig) -> None:
-    """Of the processes that SGLang spawns, those that run a scheduler have imported it before they load plugins."""
+    """Processes that run a scheduler have imported SGLang's before they load plugins, in which this is called."""
     # SGLang's eager runner copies a batch's inputs into buffers that the next forward overwrites, unless told not to.
     os.environ["SGLANG_EAGER_INPUT_NO_COPY"] = "1"
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType

@@ -132,7 +132,7 @@ class Outcome:
 
 
 def write_checkpoint(family: Family, directory: Path) -> Any:
-    """Random weights of the family's shape, from a seed, as a Hugging Face checkpoint; the model of transformers."""
+    """Random weights of the family's shape, from a seed, as Hugging Face's model files; the model of transformers."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)

@@ -33,7 +33,7 @@ from sgl_flowprefill.bench.systems.endpoint import Endpoint
 from sgl_flowprefill.bench.systems.system import System
 
 LEAST_REQUESTS: Final = 20
-"""Of a probe: searches do not go to rates with fewer."""
+"""Fewest requests of a probe: searches do not go to rates with fewer."""
 MAX_INVALID: Final = 3
 """Probes of a system and seed in which the client may fall behind before its searches are given up."""
 START_S: Final = 50.0
@@ -55,8 +55,8 @@ class Goal:
     prefilter: int | None = None
     """Stock systems to measure for each attainment, by what the simulator says; all if None."""
     race: bool = False
-    """Of the stock systems find the best: one that is known to keep the attainment at lower rates than another, in the
-    mean over seeds, is measured no further. The unchunked one, which stands in for DistServe, is measured to the end.
+    """Find the best stock system: one that is known to keep the attainment at lower rates than another, in the mean
+    over seeds, is measured no further. The unchunked one, which stands in for DistServe, is measured to the end.
     """
 
 

@@ -30,7 +30,7 @@ class Probe:
     blocking_s: Sequence[float] | None
     """Blocking time of each preemption; None for a system that does not preempt."""
     slo_scale: float = 1.0
-    """Of the workload's TTFT SLOs, as the system was told them and as they are judged."""
+    """Factor of the workload's TTFT SLOs, as the system was told them and as they are judged."""
 
     @property
     def met(self) -> int:

@@ -16,7 +16,7 @@ ROUNDING: Final = 1e-9
 STEP: Final = 1.4
 """Factor between rates until one was kept and one was not, from a guess by the simulator."""
 SMALL_STEP: Final = 1.15
-"""The same from what another seed has found."""
+"""Factor between rates until one was kept and one was not, from what another seed has found."""
 
 Verdict = tuple[float, bool]
 
@@ -74,10 +74,10 @@ class RateSearch:
     least_rps: float
     """Below this rate a probe has too few requests: the search ends with 0."""
     precision: float
-    """It ends when the bracket's ends are this factor apart."""
+    """The search ends when the bracket's ends are this factor apart."""
     step: float = STEP
     to_beat_rps: float = 0.0
-    """It also ends when the rate is known to lie below this one: then it is of no interest."""
+    """The search also ends when the rate is known to lie below this one, for then it is of no interest."""
 
     def next_rps(self, verdicts: Sequence[Verdict]) -> float | None:
         """The rate to try next; None when the search has ended."""

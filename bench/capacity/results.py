@@ -3,9 +3,9 @@
 ``GoodputResult`` is made once, from a campaign and its log. Its document has all that the report's table and plots
 show, so that a report can be made again from ``goodput.json`` alone.
 
-A seed is a sample. Intervals are 95% percentile bootstraps over seeds (``scipy.stats.bootstrap``), those of ratios are
-paired by seed, since both systems saw the same requests. Those of rates, and of their ratios, are no narrower than the
-brackets that the rates were searched to. Of two seeds a bootstrap gives the range, of one nothing.
+A seed is a sample. Intervals are 95% percentile bootstraps over seeds (``scipy.stats.bootstrap``); intervals of
+ratios are paired by seed, since both systems saw the same requests. Intervals of rates, and of their ratios, are no
+narrower than the brackets that the rates were searched to. Of two seeds a bootstrap gives the range, of one nothing.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ OURS: Final = "flowprefill"
 BY_LAYER: Final = "flowprefill-layer"
 RESAMPLES: Final = 5000
 CURVE_POINTS: Final = 100
-"""Of a distribution in the JSON."""
+"""Points of a distribution in the JSON."""
 CURVE_DIGITS: Final = 5
 MAX_DRIFT: Final = 1.1
 """Factor between isolated requests at two visits to one system above which a report doubts itself."""
@@ -49,7 +49,7 @@ class Estimate:
     """None where one seed is all there is."""
 
     def covering(self, low: float, high: float) -> Estimate:
-        """With an interval that has ``low`` and ``high`` in it."""
+        """The estimate with an interval that has ``low`` and ``high`` in it."""
         return Estimate(self.value, (min(low, *(self.ci95 or (low,))), max(high, *(self.ci95 or (high,)))))
 
 
@@ -107,7 +107,7 @@ class SystemFigures:
         return mean_bracket(self.brackets[share][seed] for seed in seeds)
 
     def rate_ratio(self, other: SystemFigures, share: float) -> Estimate | None:
-        """Its rate over that of ``other``, on the seeds that both have; None where a rate is not known."""
+        """The system's rate over the rate of ``other``, on the seeds that both have; None where a rate is not known."""
         ratio = ratio_estimate(self.rates_rps(share), other.rates_rps(share))
         if ratio is None:
             return None
@@ -131,7 +131,7 @@ class SystemFigures:
 
     @property
     def blocking_mean_s(self) -> float | None:
-        """Their mean; None without preemption."""
+        """Mean blocking time of all preemptions; None without preemption."""
         return float(np.mean(self.blocking_s)) if self.blocking_s else None
 
     @property

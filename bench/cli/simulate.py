@@ -200,7 +200,7 @@ def _speed(options: Simulate, setup: Setup, console: Console) -> dict[str, Any]:
         found[policy] = {**speed._asdict(), "event_cost": costs}
     steps = {length: step_cost(length) for length in PLACES_WAITED_FOR}
     for length, cost in steps.items():
-        console.print(f"order of places, {length:,} waiting at a decode server: {_microseconds(cost)} us a step")
+        console.print(f"order of running slots, {length:,} waiting at a decode server: {_microseconds(cost)} us a step")
     found["order_of_places"] = {str(length): cost._asdict() for length, cost in steps.items()}
     return found
 

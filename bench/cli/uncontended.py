@@ -2,7 +2,7 @@
 
 Both systems are up at once and take turns on the same CPUs (``serving.SideBySide``), in pairs, so that the machine's
 drift cancels. A turn is a few prompts of one length, each sent when the one before is answered. The first meets servers
-that had nothing to do: its TTFT is what a lone user waits. The others are what throughput is without contention.
+that had nothing to do: its TTFT is what an only user waits. The further ones show throughput without contention.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ PAIR: Final = (OURS, UNCHUNKED_FCFS)
 def run(options: Uncontended, console: Console) -> int:
     """Measure and print; writes ``uncontended.json``. Raises ClusterError."""
     prompts = PromptBuilder(options.seed)
-    turns: dict[str, dict[int, list[list[Lone]]]] = {name: {tokens: [] for tokens in options.tokens} for name in PAIR}
+    turns: dict[str, dict[int, list[list[Isolated]]]] = {name: {tokens: [] for tokens in options.tokens} for name in PAIR}
     servers = Servers(options.model_path)
     with serving(servers, options.out, console.print, side_by_side=True) as serve:
         index = 0
@@ -68,7 +68,7 @@ def run(options: Uncontended, console: Console) -> int:
     return 0
 
 
-class Lone(NamedTuple):
+class Isolated(NamedTuple):
     """One prompt that met no other."""
 
     ttft_s: float
@@ -76,7 +76,7 @@ class Lone(NamedTuple):
     """Until its answer of two tokens was complete."""
 
 
-def _row(tokens: int, ours: list[list[Lone]], stock: list[list[Lone]]) -> dict[str, Any]:
+def _row(tokens: int, ours: list[list[Isolated]], stock: list[list[Isolated]]) -> dict[str, Any]:
     first_s = [np.array([turn[0].ttft_s for turn in turns]) for turns in (ours, stock)]
     speed = [
         np.array([tokens / np.mean([one.took_s for one in turn[1:]]) for turn in turns]) for turns in (ours, stock)
@@ -91,10 +91,10 @@ def _compared(ours: Array, stock: Array) -> dict[str, Any]:
     return {"flowprefill": float(np.median(ours)), "sglang": float(np.median(stock)), "ratio": ratio}
 
 
-async def _ask(served: Reached, prompts: PromptBuilder, tokens: int, index: int) -> Lone:
+async def _ask(served: Reached, prompts: PromptBuilder, tokens: int, index: int) -> Isolated:
     client = served.client
     async with client.session() as session:
         outcome = await client.stream(session, client.api.body(prompts.unique(tokens, index), 2, None))
     if outcome.error or outcome.first_token_s is None:
         raise ClusterError(f"an isolated request of {tokens} tokens to {client.url} failed: {outcome.error}")
-    return Lone(outcome.first_token_s - outcome.sent_s, outcome.end_s - outcome.sent_s)
+    return Isolated(outcome.first_token_s - outcome.sent_s, outcome.end_s - outcome.sent_s)

@@ -69,7 +69,7 @@ def compare(name: str, traces: Sequence[Trace], options: Simulate, setup: Setup,
 
 
 def goodput(name: str, traces: Sequence[Trace], options: Simulate, setup: Setup, console: Console) -> dict[str, Any]:
-    """The highest rate of every system at ATTAINMENTS, judged both ways, and that of the best stock setting."""
+    """The highest rate of every system at ATTAINMENTS, judged both ways, and the rate of the best stock setting."""
     settings = [system.simulation for system in UNIFIED_STOCK.values()]
     search, tuned = Search(traces, setup), TunedSearch(traces, setup, settings)
     found: dict[str, dict[str, dict[str, Any]]] = {}

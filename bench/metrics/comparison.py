@@ -41,7 +41,7 @@ class SystemResult:
     turns: Sequence[ReplayRun] = ()
     """The parts that ``run`` was joined from; none for one that was made in one go."""
     suspensions: Sequence[Suspension] | None = None
-    """Its preemptions; None for a system that has no preemption."""
+    """Preemptions of ``run``; None for a system that has no preemption."""
     solo_ttft_s: Mapping[int, float] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
 

@@ -16,28 +16,28 @@ class LogSummary:
     """Figures of an event log."""
 
     span_s: float
-    """From its first event to its last."""
+    """From the first event of the log to the last."""
     requests: int
     answered: int
-    """Their prefill ended."""
+    """Requests whose prefill ended."""
     in_time: int
-    """Their prefill ended before their deadline; the client has the first token some milliseconds later."""
+    """Requests whose prefill ended before their deadline; the client has the first token some milliseconds later."""
     aborted: int
     failed: int
-    """Refused at the door, or lost on the way."""
+    """Requests refused at the door, or lost on the way."""
     without_end: int
-    """In the log: under way when it ends, or of a server that was killed, or of one that logged no failures."""
+    """Requests under way when the log ends, or of a server that was killed, or of one that logged no failures."""
     busy_s: float
     """Time in which some request had arrived and not ended. One without an end counts only if it was running last."""
     forward_s: float
-    """Of it, what went by in forward passes."""
+    """Part of ``busy_s`` that went by in forward passes."""
     forwards: int
     new_tokens: int
     between_forwards_p50_s: float | None
     """From the end of a forward to the start of a new one, where a request waited."""
     preemption: PreemptionSummary
     prediction_error_p50: float | None
-    """Of the corrected TTFT model, relative to the time that was measured."""
+    """Error of the corrected TTFT model, relative to the time that was measured."""
     prediction_error_p90: float | None
     over_profile: float | None
     """Measured time over the profile's: what the online correction has to make up for. Median."""
@@ -48,7 +48,7 @@ def summarise_log(events: Iterable[AnyEvent]) -> LogSummary:
     events = list(events)
     lost = _lost_arrivals(events)
     deadlines_s: dict[str, float] = {}
-    """Of the requests that wait for their answer."""
+    """Deadlines of the requests that wait for their answer."""
     tokens_of_task: dict[int, int] = {}
     forwards: list[Complete] = []
     gaps_s: list[float] = []

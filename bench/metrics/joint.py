@@ -14,7 +14,7 @@ Judge = Literal["ttft", "gaps", "mean"]
 """How a request is judged: by its first token alone; also by its gaps, of which LATE_SHARE may be late; or also by the
 mean of its gaps."""
 LATE_SHARE: Final = 0.01
-"""Of the gaps of a request, how many may be longer than its TBT objective."""
+"""Share of the gaps of a request that may be longer than its TBT objective."""
 ROUNDING: Final = 1e-9
 
 Gaps = np.ndarray[Any, np.dtype[np.float64]]

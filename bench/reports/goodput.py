@@ -20,7 +20,7 @@ RATIOS: Final = {
     "vs_best_stock": "rate at {}%, against the best stock system",
 }
 OTHER_RATIOS: Final = {
-    "blocking_vs_layer": "shorter mean blocking than with checkpoints by layer",
+    "blocking_vs_layer": "shorter mean blocking than with preemption checkpoints by layer",
     "slo_tightness_vs_best_stock": "tighter SLOs than the best stock system at equal attainment",
     "uncontended_throughput_vs_unchunked_fcfs": "throughput of isolated prompts, against unchunked",
 }

@@ -54,12 +54,12 @@ class CostModel:
         return max(self.floor_s, self.fixed_s + self.per_token_s * (tokens + streams)) + self.per_pair_s * pairs
 
     def slower(self, factor: float) -> CostModel:
-        """The same on a machine whose forward passes take ``factor`` times as long."""
+        """The cost model of a machine whose forward passes take ``factor`` times as long."""
         names = ("fixed_s", "per_token_s", "per_pair_s", "floor_s")
         return dataclasses.replace(self, **{name: factor * getattr(self, name) for name in names})
 
     def attention_share(self, batch: Sequence[PrefillShape]) -> float:
-        """Share of a layer's time that passes before the checkpoint after its attention module."""
+        """Share of a layer's time that passes before the preemption checkpoint after its attention module."""
         whole_s = self.predict_s(batch)
         attention_s = self.per_pair_s * _work(batch)[1]
         return (attention_s + self.projection_share * (whole_s - attention_s)) / whole_s
@@ -116,7 +116,7 @@ def lower_envelope(tokens: Sequence[int], times_s: Sequence[float], bins: int = 
 def fit_published(tokens: Sequence[int], ttft_s: Sequence[float]) -> tuple[float, float, float, float]:
     """(fixed, per token, per pair, floor) in seconds, from the TTFTs of a loaded server.
 
-    Only the fastest requests of each length count. Those of 256 to 8,192 tokens, one forward each, give the curve;
+    Only the fastest requests of each length count. Requests of 256 to 8,192 tokens, one forward each, give the curve;
     shorter ones, which take the same time whatever their length, the floor.
     """
     envelope = lower_envelope(tokens, ttft_s)
@@ -146,8 +146,8 @@ A800_KV_BYTES: Final = 0.88 * 80e9
 GEMM_EFFICIENCY: Final = 0.80
 ATTENTION_EFFICIENCY: Final = 0.36
 MOE_EFFICIENCY: Final = 0.40
-"""Of A800_FLOPS. The first two are what the Llama-3.1-8B fit below amounts to; the third (small expert GEMMs) is an
-assumption."""
+"""Shares of A800_FLOPS that are reached. The first two are what the Llama-3.1-8B fit below amounts to; the third (small
+expert GEMMs) is an assumption."""
 FORWARD_S: Final = 0.010
 """What one more forward pass costs besides its tokens, by the prediction in the FlowPrefill code (10 ms a chunk)."""
 

@@ -205,8 +205,8 @@ class Blocking(Recorder):
 
 
 class FlowPrefillInstance(Instance):
-    """Lets time pass between the turns of a hub: the task that it picks runs to its end, or to the first checkpoint
-    after something has happened.
+    """Lets time pass between the turns of a hub: the task that it picks runs to its end, or to the first preemption
+    checkpoint after something has happened.
     """
 
     def __init__(
@@ -303,7 +303,7 @@ class FlowPrefillInstance(Instance):
         self._hub.stopped(task)
 
     def _stop_soon(self) -> None:
-        """The running task comes back at its next checkpoint."""
+        """The running task comes back at its next preemption checkpoint."""
         task = self._running
         assert task is not None
         batch: SimBatch = task.batch

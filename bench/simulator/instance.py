@@ -72,7 +72,9 @@ class KvCache:
         request.sent_tokens += tokens
 
     def transfer(self, requests: Sequence[SimRequest], now_s: float) -> None:
-        """Their prefill has ended: send the rest. The first token appears, and the KV is free, at the end of that."""
+        """Send the rest of the KV of ``requests``, whose prefill has ended. Once it is sent, the first token appears
+        and the KV is free.
+        """
         for request in requests:
             tokens = sum(request.shape)
             self.send(request, tokens - request.sent_tokens, now_s)

@@ -16,7 +16,7 @@ Judge = Literal["gaps", "mean"]
 """How TBT is judged: by each gap, of which 1% may be late, or by their mean."""
 JUDGES: Final[tuple[Judge, ...]] = ("gaps", "mean")
 LEAST_RATE: Final = 1 / 16
-"""Of the traces' own rate: a system that keeps an attainment at lower rates only is not looked at closely."""
+"""Share of the traces' own rate: a system that keeps an attainment at lower rates only is not looked at closely."""
 SCREENED: Final = (150, 40)
 RANKED: Final = (400, 6)
 """Settings of a search are compared on so many requests of the first trace, and so many go on to the next round."""

@@ -1,4 +1,4 @@
-"""What the order of places costs a decode server in each of its steps."""
+"""What the order of running slots costs a decode server in each of its steps."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class _Request:
 
 
 def step_cost(waiting: int) -> EventCost:
-    """What the order of places costs in a decode step in which one request gets a place and another comes, with
+    """What the order of running slots costs in a decode step in which one request gets a slot and another comes, with
     ``waiting`` requests of every kind: on time, late and starved.
     """
     rng = random.Random(0)

@@ -33,7 +33,7 @@ class SimRequest:
     """What the policy believes that it takes alone."""
     first_token_s: float = math.inf
     sent_tokens: int = 0
-    """Of its KV, sent while its prefill goes on."""
+    """Tokens of its KV that have been sent, also while its prefill goes on."""
     output_tokens: int = 1
     tbt_slo_s: float = math.inf
     came_tokens: int = 0

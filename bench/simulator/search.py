@@ -15,7 +15,7 @@ PRECISION: Final = 0.01
 """A rate is found to within this share of itself."""
 MAX_INSTANCES: Final = 4096
 MAX_SHARE: Final = 4096
-"""Of the value that a search starts with: where nothing below it is too high, nothing is."""
+"""Multiple of the value that a search starts with: where nothing below it is too high, nothing is."""
 
 
 def mean_attainment(system: Simulated, traces: Sequence[Trace], setup: Setup) -> float:

@@ -29,7 +29,7 @@ def policy_speed(new_policy: NewPolicy, requests: list[SimRequest]) -> PolicySpe
     """Serve ``requests`` one at a time, each at its predicted time: two events a request, arrival and completion.
 
     At an arrival the running task is put back with what is left of it and the winner starts or goes on, as the runtime
-    does it; forward passes, checkpoints and batches cost nothing here.
+    does it; forward passes, preemption checkpoints and batches cost nothing here.
     """
     policy = new_policy()
     running: Job[Any] | None = None
@@ -99,14 +99,14 @@ class EventClock:
         self._start = _switches(), time.perf_counter(), time.thread_time()
 
     def stop(self) -> None:
-        """It has ended."""
+        """The event has ended."""
         cpu_s, wall_s = time.thread_time(), time.perf_counter()
         assert self._start is not None
         switches, wall_since_s, cpu_since_s = self._start
         self._events.append((cpu_s - cpu_since_s, wall_s - wall_since_s, _switches() != switches))
 
     def cost(self) -> EventCost:
-        """Of all events so far."""
+        """Cost of all events so far."""
         cpu_s = sorted(cpu_s for cpu_s, _, _ in self._events)
         undisturbed_s = sorted(cpu_s for cpu_s, _, preempted in self._events if not preempted) or [0.0]
         return EventCost(

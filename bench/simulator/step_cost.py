@@ -12,7 +12,7 @@ from typing import Final
 from sgl_flowprefill.bench.simulator.cost import A800_BYTES_PER_S, MODELS, CostModel
 
 BANDWIDTH_EFFICIENCY: Final = 0.80
-"""Of the data sheet's memory bandwidth, what a decode step reaches (assumed)."""
+"""Share of the data sheet's memory bandwidth that a decode step reaches (assumed)."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,9 @@ STEP_COSTS: Final[Mapping[str, StepCost]] = {
         ("qwen3-30b-a3b-a800", 30.5e9, 1),
     )
 }
-"""Of the models of ``cost.MODELS``. The one with experts reads all of them in each step, also for few streams."""
+"""Costs of decode steps of the models of ``cost.MODELS``. The model with experts reads all of them in each step, also
+for few streams.
+"""
 
 CPU_ENGINE: Final = StepCost(0.008, 0.0019, source="measured on the embedded model, two cores of an x86 server")
 """For the engine behind a TTFT profile: what steps of a prototype cost on the embedded model."""

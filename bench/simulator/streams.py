@@ -122,7 +122,7 @@ class RunningStreams:
         return True
 
     def step(self, end_s: float) -> list[SimRequest]:
-        """All have got a token at ``end_s``. Those that are over."""
+        """All streams have got a token at ``end_s``. The requests whose answers are complete."""
         self._kv.step(len(self._members))
         self.context_tokens += len(self._members)
         self._ends_s.append(end_s)
@@ -169,7 +169,7 @@ class RunningStreams:
         return sum(member.request.shape) + len(self._ends_s) - member.first_step
 
     def _take_out(self, member: _Member) -> None:
-        """``member`` gets no more tokens: note when those that it got came."""
+        """``member`` gets no more tokens: note when its tokens came."""
         request = member.request
         ends_s = self._ends_s[member.first_step :]
         self.context_tokens -= self._held(member)

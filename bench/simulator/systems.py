@@ -34,7 +34,7 @@ class Setup:
     instances: int = 1
     router: str = "least-work"
     step_cost: StepCost | None = None
-    """Of decode steps on unified instances; None: that of the machine's cost model."""
+    """Cost of decode steps on unified instances; None: as the machine's cost model has it."""
     step_error: float = 0.0
     """Standard deviation of the logarithm of the times of steps around the predicted ones."""
 

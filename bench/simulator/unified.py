@@ -105,7 +105,7 @@ class UnifiedEngine(SimEngine):
 class UnifiedInstance(FlowPrefillInstance):
     """Lets time pass between the turns of a hub, for tasks as on a prefill instance, and for decode steps as a whole.
 
-    A running task comes back at the first checkpoint after a step has to start.
+    A running task comes back at the first preemption checkpoint after a step has to start.
     """
 
     _engine: UnifiedEngine

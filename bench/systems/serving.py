@@ -40,11 +40,11 @@ SETTINGS: Final = (
     "chunked_prefill_size", "schedule_policy", "enable_priority_scheduling", "max_total_tokens", "attention_backend",
     "disable_radix_cache", "enable_mixed_chunk", "prefill_decode_interval",
 )  # fmt: skip
-"""What of the settings of a server that prefills matters to a comparison."""
+"""Settings of a server that prefills which matter to a comparison."""
 BURST_REQUESTS: Final = 16
 BURST_TOKENS: Final = 1024
 USUAL_LAYERS: Final = 32
-"""Of a model whose configuration is not at hand."""
+"""Layers of a model whose configuration is not at hand."""
 SETTLE_TIMEOUT_S: Final = 300.0
 SETTLE_POLL_S: Final = 0.2
 WAKE_S: Final = 0.5
@@ -67,7 +67,7 @@ class Servers:
         return self.model_path or EMBEDDED_MODEL
 
     def settings(self) -> dict[str, Any]:
-        """Their options for reports."""
+        """Options of the servers, for reports."""
         return {
             "server options": shlex.join(self.server_args),
             "prefill options": shlex.join(self.prefill_args),

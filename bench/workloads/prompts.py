@@ -31,7 +31,7 @@ class PromptBuilder:
     """Index in the whole trace of the first request of the part that is built for."""
 
     def beginning_at(self, first_index: int) -> PromptBuilder:
-        """The same prompts for a part of the trace."""
+        """The builder of the prompts of a part of the trace, the same as in the whole."""
         return dataclasses.replace(self, first_index=first_index)
 
     def build(self, request: TraceRequest, index: int) -> list[int]:

@@ -262,7 +262,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--flowprefill", action="store_true", default=is_enabled(), help="schedule prefills with "
                         "FlowPrefill, as FLOWPREFILL=1 does; without, the same cluster runs SGLang's own "
                         "scheduler")  # fmt: skip
-    parser.add_argument("--model-path", metavar="MODEL", help="checkpoint directory or Hugging Face model id (default: "
+    parser.add_argument("--model-path", metavar="MODEL", help="model directory or Hugging Face model id (default: "
                         "the embedded model)")  # fmt: skip
     parser.add_argument("--unified", action="store_true", help="start one server that prefills and decodes, without a "
                         "gateway: the port is the server's own. Not with --prefill, --decode, --prefill-args, "

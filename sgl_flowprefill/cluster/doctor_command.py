@@ -94,12 +94,12 @@ def _parser() -> argparse.ArgumentParser:
         usage="launch.py doctor [--gpu] [--model-path MODEL] [SGLang server options]\n"
         "       launch.py doctor --contract [--sources DIR]",
         description="Check what FlowPrefill assumes of the device: events, attention state, tokens under preemption, "
-        "tiled attention, the cost of checkpoints, blocking. Options that are not listed here are SGLang's, as for the "
-        "prefill server.",
+        "tiled attention, the cost of preemption checkpoints, blocking. Options that are not listed here are SGLang's, "
+        "as for the prefill server.",
         allow_abbrev=False,
     )
     parser.add_argument("--gpu", action="store_true", help="insist on a GPU: without one, exit with 2")
-    parser.add_argument("--model-path", metavar="MODEL", help="checkpoint directory or Hugging Face model id (default: "
+    parser.add_argument("--model-path", metavar="MODEL", help="model directory or Hugging Face model id (default: "
                         "a small random model)")  # fmt: skip
     parser.add_argument("--contract", action="store_true", help="check instead what FlowPrefill expects of the "
                         "installed SGLang, symbol by symbol")  # fmt: skip

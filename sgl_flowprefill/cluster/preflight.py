@@ -135,10 +135,10 @@ def _find_model(model: str | Path | None) -> str:
     path = Path(model).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise StartError(f"model {model}: the directory has no config.json, so it is no Hugging Face checkpoint")
+            raise StartError(f"model {model}: the directory has no config.json, so it is no Hugging Face model")
         return str(path)
     if path.exists() or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(model)):
-        raise StartError(f"model {model}: no such directory (give a checkpoint directory or a Hugging Face model id)")
+        raise StartError(f"model {model}: no such directory (give a model directory or a Hugging Face model id)")
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 

@@ -206,7 +206,7 @@ def _parser() -> argparse.ArgumentParser:
         "command. Options that are not listed here are SGLang's, as for the prefill server.",
         allow_abbrev=False,
     )
-    parser.add_argument("--model-path", metavar="MODEL", help="checkpoint directory or Hugging Face model id (default: "
+    parser.add_argument("--model-path", metavar="MODEL", help="model directory or Hugging Face model id (default: "
                         "the embedded model)")  # fmt: skip
     parser.add_argument("--budget-s", type=_positive, default=180.0, metavar="SECONDS", help="how long to measure, "
                         "after the engine has started (default %(default)s)")  # fmt: skip

@@ -31,13 +31,13 @@ class Parameters:
     """What a function can be called with."""
 
     names: tuple[str, ...]
-    """All, in their order; with their stars, ``*args`` and ``**kwargs``."""
+    """All parameters, in their order; with their stars, ``*args`` and ``**kwargs``."""
     required: frozenset[str]
-    """Those without a default."""
+    """Parameters without a default."""
 
     @classmethod
     def of_live(cls, function: Any) -> Parameters:
-        """Of a function of this process."""
+        """Parameters of a function of this process."""
         stars: dict[Any, str] = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
         parameters = inspect.signature(function).parameters.values()
         return cls(
@@ -47,7 +47,7 @@ class Parameters:
 
     @classmethod
     def of_source(cls, header: str) -> Parameters:
-        """Of ``def name(...)``, without what follows."""
+        """Parameters of ``def name(...)``, without what follows."""
         [function] = ast.parse(f"{header}: pass").body
         assert isinstance(function, ast.FunctionDef)
         given = function.args
@@ -76,7 +76,7 @@ class Found:
 
     @cached_property
     def parameters(self) -> Parameters:
-        """Of a function. Raises ValueError for what is none."""
+        """Parameters of a function. Raises ValueError for what is none."""
         if self.kind != "function":
             raise ValueError(f"it is a {self.kind}, not a function")
         if self.live is not None:

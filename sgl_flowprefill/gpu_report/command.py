@@ -39,7 +39,7 @@ EXIT_CANNOT_START: Final = 2
 DEFAULT_SHAPE: Final = "llama-8b"
 BACKEND_OPTION: Final = "--attention-backend"
 MEM_FRACTION_STATIC: Final = "0.75"
-"""Of a card, for weights and KV cache of a made model: what is left is enough for the activations of a long prompt."""
+"""Share of a card for weights and KV cache of a made model: the rest is enough for the activations of a long prompt."""
 START_S: Final = 300.0
 """Longest that an engine or servers may take to start: kernels may have to be compiled."""
 PATIENCE_S: Final = 60.0
@@ -288,14 +288,14 @@ def _parser() -> argparse.ArgumentParser:
         usage="launch.py gpu-report [--shape NAME | --model-path MODEL] [--budget-s S] [--out DIR] [SGLang server "
         "options]",
         description="Measure on one card what FlowPrefill promises: the same tokens and logits under preemption, the "
-        "cost of checkpoints, blocking, look-ahead, operator times, and requests in time against SGLang's own "
-        "scheduler. Options that are not listed here are SGLang's, as for the prefill server.",
+        "cost of preemption checkpoints, blocking, look-ahead, operator times, and requests in time against SGLang's "
+        "own scheduler. Options that are not listed here are SGLang's, as for the prefill server.",
         allow_abbrev=False,
     )
     model = parser.add_mutually_exclusive_group()
     model.add_argument("--shape", choices=list(SHAPES), help="a model of this shape, with weights made on the device "
                        f"(default on a card: {DEFAULT_SHAPE}; on the CPU engine: the embedded model)")  # fmt: skip
-    model.add_argument("--model-path", metavar="MODEL", help="checkpoint directory or Hugging Face model id")
+    model.add_argument("--model-path", metavar="MODEL", help="model directory or Hugging Face model id")
     parser.add_argument("--budget-s", metavar="S", type=seconds, default=300.0, help="seconds for all phases, about; "
                         "what does not fit is left out (default %(default)g)")  # fmt: skip
     parser.add_argument("--out", metavar="DIR", type=Path, default=Path("out/gpu-report"), help="directory of the "

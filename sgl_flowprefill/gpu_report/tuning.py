@@ -10,7 +10,7 @@ from sgl_flowprefill.config import command_line
 from sgl_flowprefill.gpu_report.phases.lookahead import MAX_IDLE
 
 MAX_TILE_COST: Final = 0.02
-"""Of a long prefill, for being split."""
+"""Share of a long prefill that its being split into tiles may cost."""
 
 Earlier = Callable[[str], Mapping[str, Any]]
 """Figures of a phase by its name; none where it has not measured."""
@@ -30,7 +30,7 @@ class Choice:
 
 
 def choose(earlier: Earlier) -> list[Choice]:
-    """As many choices as the figures allow."""
+    """Choices of options, as many as the figures allow."""
     found = (_lookahead(earlier("lookahead")), _tiles(earlier("tiles")), _batches(earlier("operators")))
     return [choice for choice in found if choice is not None]
 

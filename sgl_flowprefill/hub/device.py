@@ -1,9 +1,9 @@
 """How far the CPU runs ahead of the device, and how it waits without missing what happens meanwhile.
 
-A GPU runs its operators after they were queued, so a checkpoint that is passed says nothing about what has run. Two
-things follow. A preemption waits for everything that was queued before it: the CPU may run ahead of the device, but
-only so far that the device always finds its next operator in the queue. And a forward pass returns before its sampled
-token exists: the next task starts while the token is on its way.
+A GPU runs its operators after they were queued, so a preemption checkpoint that is passed says nothing about what has
+run. Two things follow. A preemption waits for everything that was queued before it: the CPU may run ahead of the
+device, but only so far that the device always finds its next operator in the queue. And a forward pass returns before
+its sampled token exists: the next task starts while the token is on its way.
 
 All kernels of all tasks are queued on one stream, the one that is current in the scheduler's loop. That is what makes
 it safe to suspend a forward pass with its tensors: the caching allocator hands memory that Python has freed to later

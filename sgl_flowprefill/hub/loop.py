@@ -1,7 +1,7 @@
 """The hub: one loop that takes what has happened, picks what runs now, and runs it until something happens.
 
 It runs in the main greenlet and does everything but forward passes. A forward pass runs in its task's greenlet and
-comes back at a checkpoint where an event is pending, or when it is done (docs/architecture.md). What differs between
+comes back at a preemption checkpoint with an event, or when it is done (docs/architecture.md). What differs between
 engines is behind ``Role``; the hub imports neither SGLang nor torch.
 """
 
@@ -33,7 +33,7 @@ STALL_CHECK_S: Final = 1.0
 MATCHES: Final = 1
 """Waiting requests of whose prompts more has been cached that a turn matches again, besides those about to start."""
 MATCH_ROUNDS: Final = 3
-"""Choices that a turn makes at most because those about to start were matched again."""
+"""Choices that a turn makes at most because requests about to start were matched again."""
 
 
 @dataclass(eq=False)
@@ -139,7 +139,7 @@ class Hub(Generic[RoleT]):
         self.finish_done()
 
     def finish_done(self) -> None:
-        """Process the results of all tasks that are done, which waits for those that have not arrived."""
+        """Process the results of all tasks that are done, which waits for results that have not arrived."""
         while self.work.tasks.finishing:
             self._finish(self.work.tasks.finishing.popleft())
 
@@ -221,7 +221,7 @@ class Hub(Generic[RoleT]):
         self.work.computed(task)
 
     def _fail(self, task: PrefillTask) -> None:
-        """Answer the requests of a task whose forward pass has raised with an error. The others are not concerned."""
+        """Answer the requests of a task whose forward pass has raised with an error. Other tasks are not concerned."""
         failure = task.failure
         assert failure is not None
         logger.error("FlowPrefill: error %s in the prefill of %s:\n%s", failure.id, task.rids, failure.traceback)

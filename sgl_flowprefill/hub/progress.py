@@ -7,7 +7,7 @@ from itertools import accumulate, cycle, islice
 
 
 class Progress:
-    """How much of a forward pass is left behind each of its checkpoints."""
+    """How much of a forward pass is left behind each of its preemption checkpoints."""
 
     def __init__(self, is_attention: Sequence[bool]) -> None:
         """``is_attention`` says of every checkpoint, in order, whether it follows attention (else: MLP, or a layer)."""

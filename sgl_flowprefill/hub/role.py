@@ -16,7 +16,7 @@ class Arrival(NamedTuple):
     """The role's own: SGLang's Req."""
     prompt: Sequence[int]
     shape: PrefillShape
-    """Its cost, by the cached prefix that it has now."""
+    """New and cached tokens of the request, by the prefix that is cached now."""
     received_s: float
     deadline_s: float
     readable_s: float
@@ -48,13 +48,13 @@ class Role(Protocol):
         """The requests that can be started since the last turn. Asked when abandoned tasks have been dropped."""
 
     def waiting(self) -> Collection[Any]:
-        """All requests that can be started; the hub forgets those that are not among them."""
+        """All requests that can be started; the hub forgets all other requests."""
 
     def abandoned(self, live: Sequence[PrefillTask]) -> Sequence[PrefillTask]:
-        """Those of the ``live`` tasks that nobody waits for any more."""
+        """The ``live`` tasks that nobody waits for any more."""
 
     def match(self, req: Any) -> PrefillShape:
-        """Match the prompt of ``req``, which waits, with the cached prefixes again; its cost now."""
+        """Match the prompt of ``req``, which waits, with the cached prefixes again: its new and cached tokens now."""
 
     def make_batch(self, reqs: Sequence[Any]) -> Any | None:
         """A batch of ``reqs`` in their order, with KV cache for all that it computes; of the first of them alone where

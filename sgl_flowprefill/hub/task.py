@@ -33,9 +33,9 @@ class PrefillTask:
     deadline_s: float
     predicted_s: float
     attention_share: float = 0.5
-    """Of its time, the part that is attention's."""
+    """Share of the task's time that attention takes."""
     number: int = 0
-    """That of the job of the request it was started for."""
+    """Number of the job of the request that the task was started for."""
     pace: Pace = AS_PREDICTED
     readable_s: float = 0.0
     """When the scheduler process could first have read that the request it was started for can be run."""
@@ -45,7 +45,7 @@ class PrefillTask:
     checkpoint: int = 0
     """Preemption checkpoints passed so far."""
     points: int = 0
-    """Interruption points passed so far: checkpoints, and places between tiles."""
+    """Interruption points passed so far: preemption checkpoints behind operators and between tiles."""
     spans: list[tuple[Stamp, Stamp]] = field(default_factory=list, repr=False)
     """Where it ran in the device's queue, from each start or resume to the suspension or end that followed."""
     has_run: bool = False
@@ -69,7 +69,7 @@ class PrefillTask:
 
     @property
     def reqs(self) -> list[Any]:
-        """Its requests as the role knows them."""
+        """Requests of the task, as the role knows them."""
         return [member.req for member in self.members]
 
     @property

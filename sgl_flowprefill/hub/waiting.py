@@ -27,7 +27,7 @@ class WaitingRequest:
     """Counts the requests that could be started; the same on all tensor-parallel ranks."""
     prompt: Sequence[int]
     shape: PrefillShape
-    """Its cost as the last prefix match left it."""
+    """New and cached tokens of the request, as the last prefix match left them."""
     readable_s: float
     """When this process could first have read that it can be run: it was sent here, and it has bootstrapped."""
     logprob_rows: int
@@ -37,7 +37,7 @@ class WaitingRequest:
 
 
 class WaitingRequests:
-    """Their jobs, by the role's own request: SGLang's Req, of which its ``waiting_queue`` holds the same."""
+    """Jobs of the waiting requests, by the role's own request (SGLang's Req, as its ``waiting_queue`` has them)."""
 
     def __init__(self) -> None:
         self.news_readable_s = math.inf
@@ -102,11 +102,11 @@ class WaitingRequests:
         self.news_readable_s = math.inf
 
     def numbered(self, numbers: Sequence[int]) -> list[Job[WaitingRequest]]:
-        """The jobs of those numbers, in their order."""
+        """The jobs with ``numbers``, in their order."""
         return [self._by_number[number] for number in numbers]
 
     def take(self, reqs: Sequence[Any]) -> list[Job[WaitingRequest]]:
-        """Those that start now: no longer waiting."""
+        """The jobs of ``reqs``, which start now and wait no longer."""
         jobs = [self._jobs.pop(req) for req in reqs]
         for job in jobs:
             del self._by_number[job.item.number]
@@ -114,7 +114,7 @@ class WaitingRequests:
         return jobs
 
     def take_all_but(self, reqs: Collection[Any]) -> list[Job[WaitingRequest]]:
-        """Those that are not among ``reqs``, which the role lets wait."""
+        """The jobs of all requests but ``reqs``, which the role lets wait on."""
         if len(self._jobs) == len(reqs):
             return []
         waiting = set(reqs)

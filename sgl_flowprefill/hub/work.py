@@ -36,7 +36,7 @@ class Work:
     progress: Progress
     tasks: Tasks
     attention_share: Callable[[Sequence[PrefillShape]], float] = half
-    """Of the time of a batch, the part that is attention's."""
+    """Share of the time of a batch that attention takes."""
     waiting: WaitingRequests = field(default_factory=WaitingRequests)
     colocated: ColocatedPolicy[WaitingRequest, PrefillTask] | None = None
     """``policy`` beside the decode steps of streams, on a server that has streams."""
@@ -70,7 +70,7 @@ class Work:
             self.policy.remove(job)
 
     def match_again(self, jobs: Iterable[Job[WaitingRequest]], match: Callable[[Any], PrefillShape]) -> bool:
-        """Match those of ``jobs`` again of whose prompts more has been cached since. Whether there were any."""
+        """Match the ``jobs`` again of whose prompts more has been cached since. Whether there were any."""
         outdated = list(filter(self.waiting.is_outdated, jobs)) if self.waiting.any_outdated else []
         for job in outdated:
             self.policy.remove(job)
@@ -129,7 +129,7 @@ class Work:
         return self.waiting.numbered(numbers[1:])
 
     def _fits(self, jobs: Sequence[Job[WaitingRequest]]) -> bool:
-        """Whether the activations of a task of ``jobs`` fit beside those of the live ones, and its requests among the
+        """Whether the activations of a task of ``jobs`` fit beside the live tasks', and its requests among the
         streams.
         """
         live = self.tasks.live
@@ -198,7 +198,7 @@ class Work:
             self.policy.repaced()
 
     def _remaining_s(self, task: PrefillTask) -> float:
-        """Predicted time left, from the checkpoints that the task has passed and not from wall time."""
+        """Predicted time left, from the preemption checkpoints that the task has passed, not from wall time."""
         if not self.progress.checkpoints:
             return max(0.0, task.predicted_s - task.executed_s)
         return task.predicted_s * self.progress.left(task.checkpoint, task.attention_share)

@@ -19,7 +19,7 @@ R = TypeVar("R")  # a waiting request
 K = TypeVar("K")  # a task: a batch of requests that has started
 
 BATCH_SHARE: Final = 0.25
-"""Of the time that a member of a batch has left, how much the batch may take."""
+"""Share of the time that a member of a batch has left which the batch may take."""
 TOO_LARGE: Final = 32
 """Requests that do not fit a batch any more, after which no smaller ones are looked for."""
 _NEXT_NUMBER: Final[Callable[[], int]] = count().__next__
@@ -39,7 +39,7 @@ class Job(Generic[T]):
     deadline_s: float
     work_s: float
     requests: int = 1
-    """Requests that end with the job: those of the batch."""
+    """Requests that end with the job: the batch."""
     number: int = field(default_factory=_NEXT_NUMBER)
     """Counts requests. A task has the number of the request that it was started for."""
     pace: Pace = AS_PREDICTED
@@ -155,7 +155,7 @@ class Policy(ABC, Generic[R, K]):
         """Decode steps take ``load`` from the time of prefills from now on: for orders that plan ahead."""
 
     def keeps(self, job: Job[K], now_s: float) -> bool:
-        """Whether the started ``job`` is to meet its deadline: the others are given up first."""
+        """Whether the started ``job`` is to meet its deadline: jobs that are not are given up first."""
         return job.latest_start_s >= now_s
 
     # ---- what is made of it -----------------------------------------------------------------------------------------

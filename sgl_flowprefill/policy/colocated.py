@@ -58,7 +58,8 @@ class ColocatedPolicy(Generic[R, K]):
 
     So streams get their tokens in time wherever their objectives leave prefills ``1 - max_share`` of the time, and
     prefills get that share where they do not. With exact times, if each step starts no later than a margin after it has
-    to (a prefill runs to its next checkpoint, and steps grow by what has joined since), no token comes later than
+    to (a prefill runs to its next preemption checkpoint, and steps grow by what has joined since), no token comes later
+    than
 
         max(TBT objective, step / max_share) + margin
 

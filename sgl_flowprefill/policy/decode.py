@@ -23,7 +23,7 @@ MARGIN_STEPS: Final = 1000
 FIRST_MARGIN_S: Final = 0.01
 """The margin before any step has been seen, which counts as one step."""
 MARGIN_OF_TBT: Final = 0.5
-"""Of the tightest TBT, what the margin may take at most."""
+"""Share of the tightest TBT that the margin may take at most."""
 CORRECTED_BY: Final = 8
 """Steps over which the step model is corrected by those that were measured."""
 
@@ -54,7 +54,7 @@ class DecodeLimits:
     """What steps may take, and how they are planned."""
 
     max_share: float = 0.9
-    """Of the time while prefills could run, what steps may take: prefills get the rest, whatever streams ask for."""
+    """Share of the time while prefills could run that steps may take; prefills get the rest, whatever streams ask."""
     margin_s: float | None = None
     """How much earlier than needed a step starts; None: as much as the lateness of the last steps asks for."""
     charged: bool = True

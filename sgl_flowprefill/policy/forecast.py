@@ -14,7 +14,7 @@ SLOTS: Final = 20
 UPDATES: Final = 20
 """Times that the forecast changes while all that it is judged by is replaced."""
 LEAST_SHARE: Final = 1 / 8
-"""Of the window: what arrived after a pause is taken for that of so long a time at least."""
+"""Share of the window: what arrived after a pause is taken for the arrivals of so long a time at least."""
 CLASSES: Final = 48
 WORKS_S: Final[list[float]] = np.geomspace(1e-4, 1e3, CLASSES - 1).tolist()
 SLOS_S: Final[list[float]] = np.geomspace(1e-2, 1e4, CLASSES - 1).tolist()
@@ -38,9 +38,9 @@ class Forecast:
         self._arrivals = [0] * (SLOTS + 1)
         """Requests that arrived in each slot."""
         self._sums = np.zeros((CLASSES, 4, CLASSES))
-        """Of all slots."""
+        """Sums of ``_slots`` over all slots."""
         self._flat_slots, self._flat_sums = _flat(self._slots), _flat(self._sums)
-        """The same numbers: an arrival adds to a few of them."""
+        """Flat views of ``_slots`` and ``_sums``: an arrival adds to a few of their numbers."""
         self._arrived = 0
         """Requests that arrived in all slots."""
         self._slot = 0

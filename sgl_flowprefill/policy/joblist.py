@@ -31,7 +31,7 @@ class JobList(Generic[T]):
         self._keys: list[array[float]] = []
         self._jobs: list[list[Job[T]]] = []
         self._last_keys: array[float] = array("d")
-        """Of each block."""
+        """Last key of each block."""
         self._length = 0
 
     def add(self, job: Job[T]) -> None:
@@ -123,10 +123,10 @@ class JobList(Generic[T]):
 
 
 def _items(items: Sequence[Item], start: int) -> Iterator[Item]:
-    """Those from a place on, one by one: a slice would read every one of them from memory at once."""
+    """``items`` from ``start`` on, one by one: a slice would read every one of them from memory at once."""
     return map(items.__getitem__, range(start, len(items)))
 
 
 def _items_before(items: Sequence[Item], end: int) -> Iterator[Item]:
-    """Those before a place, the last one first."""
+    """``items`` before ``end``, the last one first."""
     return map(items.__getitem__, range(end - 1, -1, -1))

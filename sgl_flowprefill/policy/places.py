@@ -1,4 +1,4 @@
-"""Order in which waiting requests get what a decode server has too little of: a place and KV cache."""
+"""Order in which waiting requests get what a decode server has too little of: running slots and KV cache."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from typing import Final, Generic, NamedTuple, TypeVar
 T = TypeVar("T")
 
 PLACES_PER_STARVED: Final = 50
-"""One place in so many goes to a request that has starved: it is also the share of the time that the prefill policies
-give to such requests."""
+"""One running slot in so many goes to a request that has starved: it is also the share of the time that the prefill
+policies give to such requests.
+"""
 
 
 class DueTimes(NamedTuple):
@@ -24,13 +25,14 @@ class DueTimes(NamedTuple):
 class PlaceOrder(Generic[T]):
     """Requests that can still be in time go first, earliest deadline first; then the late ones, oldest first.
 
-    A request holds its place from before its prefill until its last token. Given out first come first served, places
-    are soon all held by requests that the prefill server puts off, and an urgent one waits for them at the door. The
-    oldest late request goes before all once it has waited ``max_starvation_s``, one in PLACES_PER_STARVED.
+    A request holds its running slot from before its prefill until its last token. Given out first come first served,
+    running slots are soon all held by requests that the prefill server puts off, and an urgent request waits for them
+    at the door. The oldest late request goes before all once it has waited ``max_starvation_s``, one in
+    PLACES_PER_STARVED.
 
     There is no clock: a request is late when another has arrived after its deadline. Requests with the same times keep
     the order in which they were added. So tensor-parallel ranks that add and remove the same requests, with the same
-    times, in the same order, give out places in the same order.
+    times, in the same order, give out running slots in the same order.
 
     The requests are kept in order: to add or to remove one costs a binary search and moving the pointers behind it.
     """
@@ -73,14 +75,14 @@ class PlaceOrder(Generic[T]):
         row.remove(key)
 
     def give_place(self, request: T) -> None:
-        """``request`` has got a place, and waits no longer."""
+        """``request`` has got a running slot, and waits no longer."""
         if request is self._starved:
             self._before_starved = PLACES_PER_STARVED
         self._before_starved -= 1
         self.remove(request)
 
     def in_order(self) -> list[T]:
-        """Those that wait, in the order in which they are to get places."""
+        """The waiting requests, in the order in which they are to get running slots."""
         self._starved = self._find_starved()
         if self._starved is None:
             return self._in_time.requests + self._late.requests
@@ -135,7 +137,7 @@ class _Row(Generic[T]):
         del self.keys[place], self.requests[place]
 
     def take_before(self, first_s: float) -> list[tuple[_Key, T]]:
-        """Take out those whose keys begin with less than ``first_s``."""
+        """Take out the requests whose keys begin with less than ``first_s``."""
         end = bisect_left(self.keys, _Key(first_s, float("-inf"), -1))
         taken = list(zip(self.keys[:end], self.requests[:end], strict=True))
         del self.keys[:end], self.requests[:end]

@@ -1,4 +1,4 @@
-"""Jobs by slack: those that can still meet their deadline apart from those that cannot, and how long these starve."""
+"""Jobs by slack: feasible jobs apart from infeasible ones, and how long the infeasible ones starve."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sgl_flowprefill.policy.joblist import JobList
 T = TypeVar("T")
 
 STARVED_SHARE: Final = 0.02
-"""Share of the time in which starved jobs may go before those that can still meet their deadline."""
+"""Share of the time in which starved jobs may go before feasible ones."""
 MOVES: Final = 2
 """Jobs that an event may move between the feasible and the infeasible, on average. Each event brings about one."""
 MOVES_AT_ONCE: Final = 50
@@ -155,7 +155,7 @@ class SlackOrder(Generic[T]):
         return self.feasible.first() or self._infeasible.first()
 
     def behind(self, ahead: Iterable[Job[T] | None]) -> Iterator[Job[T]]:
-        """Those of ``ahead`` that are jobs, each once, and then all others."""
+        """The jobs of ``ahead``, each once, and then all other jobs."""
         first = dict.fromkeys(job for job in ahead if job is not None)
         return chain(first, filterfalse(first.__contains__, self))
 

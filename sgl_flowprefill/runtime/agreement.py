@@ -1,7 +1,7 @@
 """Tensor-parallel ranks agree on what runs and where it stops: rank 0 decides, the others follow.
 
 Collectives pair up between ranks by their order, so every rank has to run the same tasks and leave each of them at the
-same interruption point (a checkpoint, or a place between two tiles). Two things are shared for that:
+same interruption point (a preemption checkpoint behind an operator or between two tiles). Two things are shared:
 
 * ``Agreement.agree``, in the hub: what rank 0 has decided, in one all-reduce of the CPU process group. It ends when all
   ranks are there, and begins a *round*: the time until the next one, in which a task runs for a while.
@@ -114,11 +114,11 @@ class Follower:
         self.point = 0
 
     def begin(self, point: int) -> None:
-        """As in ``Leader``."""
+        """See ``Leader``."""
         self.point = point
 
     def interrupted(self) -> bool:
-        """As in ``Leader``."""
+        """See ``Leader``."""
         self.point = point = self.point + 1
         return False if self._read() >= 2 * point else self._ask(point)
 
@@ -219,10 +219,10 @@ class Agreement:
     ) -> None:
         """Called by all ranks of the CPU process ``group`` together.
 
-        ``pending`` tells rank 0 whether there is an event, and is None at the others. What is notified to the
-        ``wakeup`` of another rank reaches that of rank 0, over UDP at its address ``host``. ``lookahead``: checkpoints
-        that the device runs ahead. Ranks are numbered node by node. A rank that waits for another for longer than
-        ``wait_s`` raises AgreementError.
+        ``pending`` tells rank 0 whether there is an event, and is None at the other ranks. What is notified to the
+        ``wakeup`` of another rank reaches rank 0's, over UDP at its address ``host``. ``lookahead``: preemption
+        checkpoints that the device runs ahead. Ranks are numbered node by node. A rank that waits for another for
+        longer than ``wait_s`` raises AgreementError.
         """
         self.rank = dist.get_rank(group)
         self.decides = self.rank == 0
@@ -263,11 +263,11 @@ class Agreement:
             os.unlink(own_path)  # all of the node have it open, and nothing is left behind however they end
 
     def agree(self, values: Sequence[int] = (), failed_at: int = 0) -> list[int]:
-        """The ``values`` of rank 0, at every rank, once all are here: a new round. Those of the others do not count.
+        """The ``values`` of rank 0, at every rank, once all are here: a new round. Values of other ranks do not count.
 
         ``failed_at``: where this rank's task failed in the last round (``Failure.place``); 0: it has not. Raises
-        AgreementError if another rank says otherwise: what one has queued for the collectives of that task and the
-        other has not would pair up with those of the next.
+        AgreementError if another rank says otherwise: collectives of the task that one rank has queued and the other
+        has not would pair up with collectives of the next task.
         """
         message = torch.zeros(1 + MOST_VALUES + self._ranks, dtype=torch.int64)
         if self.rank == 0:

@@ -1,9 +1,9 @@
 """Where a running prefill can be suspended: after each attention and each MLP module of any SGLang decoder.
 
 Found by structure, not by name: SGLang's decoders hold their layers in a ``ModuleList``, of which at least one contains
-a decoder's ``RadixAttention`` (or a linear-attention counterpart). Of a layer's direct children, those that contain
-attention are the attention modules; of the others, those with a matrix among their weights are MLP or MoE modules: that
-leaves norms out. docs/models.md lists what is found in every model class of SGLang's registry.
+a decoder's ``RadixAttention`` (or a linear-attention counterpart). A layer's direct children that contain attention are
+the attention modules; other children with a matrix among their weights are MLP or MoE modules, which leaves norms out.
+docs/models.md lists what is found in every model class of SGLang's registry.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ def _find_operators(layer_name: str, layer: nn.Module, attention_names: Sequence
 
 
 def _called_children(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Direct children by qualified name; those of a ``ModuleList`` in its place, because it is never called itself."""
+    """Direct children by qualified name; in place of a ``ModuleList``, which is never called, its children."""
     for child_name, child in module.named_children():
         if isinstance(child, nn.ModuleList):
             yield from _called_children(f"{name}.{child_name}", child)

@@ -33,7 +33,7 @@ class EventRecorder(EventLog, Recorder):
         self._open: set[Any] = set()
         """The requests (SGLang's Req) that have arrived and not ended."""
         self._abort_asked: set[Any] = set()
-        """Those that somebody wants aborted; some have still to arrive."""
+        """The requests that somebody wants aborted; some have still to arrive."""
 
     def arrived(self, req: Any, received_s: float, slo_s: float) -> None:
         if not self.is_written or req in self._open or is_health_check_generate_req(req):
@@ -132,7 +132,7 @@ class EventRecorder(EventLog, Recorder):
         )
 
     def abort_asked(self, reqs: Iterable[Any]) -> None:
-        """They are to be aborted, wherever they are."""
+        """``reqs`` are to be aborted, wherever they are."""
         if self.is_written:
             self._abort_asked.update(reqs)
 
@@ -155,7 +155,7 @@ class EventRecorder(EventLog, Recorder):
             self.answered(req, "it is in none of the scheduler's queues", None)
 
     def _close(self, reqs: Sequence[Any]) -> list[str]:
-        """Their ids; they have ended."""
+        """Ids of ``reqs``, which have ended."""
         self._open.difference_update(reqs)
         self._abort_asked.difference_update(reqs)
         return [req.rid for req in reqs]

@@ -37,7 +37,9 @@ class _Forward:
 
 
 class Executor:
-    """Runs one task at a time, and comes back when it is done or has failed, or is ``interrupted`` at a checkpoint."""
+    """Runs one task at a time, and comes back when it is done, has failed, or is ``interrupted`` at a preemption
+    checkpoint.
+    """
 
     def __init__(
         self,

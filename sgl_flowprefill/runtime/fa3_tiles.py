@@ -1,7 +1,7 @@
 """SGLang's FlashAttention-3 backend in query tiles.
 
 Its kernel takes the queries of a batch by ``cu_seqlens_q`` and reads all keys from the pool, with the causal mask
-aligned to the end of ``cache_seqlens``. So a tile is the backend's own ``forward_extend`` with those two set for the
+aligned to the end of ``cache_seqlens``. So a tile is the backend's own ``forward_extend`` with these two set for the
 tile; requests outside of it have no rows. No plan is needed.
 """
 
@@ -55,7 +55,7 @@ class FA3Tiles:
         sinks: torch.Tensor | None = None,
         **others: Any,
     ) -> Any:
-        """As ``FlashAttentionBackend.forward_extend``."""
+        """``FlashAttentionBackend.forward_extend``, in tiles where the batch has tiles."""
         if sinks is not None:
             others["sinks"] = sinks
         tiles = self._tiles_of(layer, forward_batch) if others.keys() <= {"sinks"} else []

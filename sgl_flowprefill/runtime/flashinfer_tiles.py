@@ -1,10 +1,10 @@
 """FlashInfer's prefill wrappers in query tiles, below SGLang's backend, which stays as it is.
 
-SGLang (``FlashInferAttnBackend``) attends to the new keys with a ragged wrapper, and to those of a cached prefix with
-a paged one, whose outputs it merges; or to both with the paged one. Each wrapper is made to run in tiles: what it is
-asked to plan for the batch it also plans for each tile, when the first layer comes to it, and every layer then runs the
-tiles one by one. A tile's run is complete, the merge of its split keys included, before ``between_tiles`` lets another
-task use the float workspace.
+SGLang (``FlashInferAttnBackend``) attends to the new keys with a ragged wrapper, and to the keys of a cached prefix
+with a paged one, whose outputs it merges; or to both with the paged one. Each wrapper is made to run in tiles: what it
+is asked to plan for the batch it also plans for each tile, when the first layer comes to it, and every layer then runs
+the tiles one by one. A tile's run is complete, the merge of its split keys included, before ``between_tiles`` lets
+another task use the float workspace.
 
 Planning reads nothing back from the device here: lengths are known on the host, so their copies there are handed over.
 Nothing therefore waits before a plan overwrites the pinned memory of the one before it, whose copy may be queued. It is
@@ -29,7 +29,7 @@ WORKSPACE_BYTES: Final = 64 << 10
 MOST_TILES: Final = 128
 """Tiles of all operators of a task together, which bounds the workspaces of an attention slot."""
 _PLAN_BYTES: Final = 8 << 10
-"""Of a plan, what does not depend on its rows: indices for each multiprocessor, and alignment."""
+"""Part of a plan that does not depend on its rows: indices for each multiprocessor, and alignment."""
 
 _TILED_BACKENDS: Final = ("fa2", "fa3")
 """FlashInfer's own kernels, in which causal masks are aligned to the ends of queries and keys."""
@@ -42,7 +42,7 @@ class _PlannedTile:
     tile: Tile
     rows: slice
     keys: slice
-    """Of the new keys (ragged) or of the list of KV slots (paged)."""
+    """Range in the new keys (ragged) or in the list of KV slots (paged)."""
     indptr: tuple[list[int], list[int]]
     """First row and first key of each segment, and the ends."""
     workspace: torch.Tensor
@@ -58,7 +58,7 @@ class FlashInferTiles:
         """The batch whose metadata is being made."""
         self._workspaces: Sequence[torch.Tensor] = ()
         self._free: Sequence[torch.Tensor] = self._workspaces
-        """Those that no tile of the batch has."""
+        """Workspaces that no tile of the batch has."""
 
     def install(self) -> str | None:
         """Take the place of what SGLang calls; if this backend cannot be tiled, why."""
@@ -87,7 +87,7 @@ class FlashInferTiles:
         return None
 
     def init_forward_metadata(self, forward_batch: Any) -> None:
-        """As ``FlashInferAttnBackend.init_forward_metadata``: plans for a batch."""
+        """``FlashInferAttnBackend.init_forward_metadata``: plans for a batch."""
         self._free = self._workspaces
         self._batch = forward_batch if forward_batch.forward_mode.is_extend_without_speculative() else None
         try:
@@ -107,7 +107,7 @@ class FlashInferTiles:
         *args: Any,
         **named: Any,
     ) -> None:
-        """As ``FlashInferIndicesUpdaterPrefill.call_begin_forward``, with the batch's lengths where they are known."""
+        """``FlashInferIndicesUpdaterPrefill.call_begin_forward``, with the batch's lengths where they are known."""
         paged = self._paged.get(id(wrapper_paged))
         self._ragged.lengths = None
         if paged is not None:

@@ -36,8 +36,8 @@ class Activations:
     mlp_tile_tokens: int | None
     """Rows of an MLP tile; None: the whole batch at once."""
     logits: int = 0
-    """Bytes of one token's logits where log probabilities of the prompt are computed: those of a rank, gathered, and
-    scored (``LogprobProcessor._can_borrow_logprob_memory`` counts three matrices, too)."""
+    """Bytes of one token's logits where log probabilities of the prompt are computed: of a rank, gathered, and scored
+    (``LogprobProcessor._can_borrow_logprob_memory`` counts three matrices, too)."""
     logits_chunk_tokens: int | None = None
     """Rows that SGLang computes logits of at once; None: of the whole batch."""
 
@@ -61,8 +61,8 @@ class Activations:
         )
 
     def suspended_bytes(self, tokens: int) -> int:
-        """A task at a checkpoint: input of the layer, input and output of the operator that it stopped after, residual.
-        Norms that work in place (on a GPU) save the first.
+        """A task at a preemption checkpoint: input of the layer, input and output of the operator that it stopped
+        after, residual. Norms that work in place (on a GPU) save the first.
         """
         return 4 * tokens * self.hidden
 

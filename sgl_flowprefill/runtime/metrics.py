@@ -12,7 +12,7 @@ class Metrics:
     """What operators of a server watch. One per process."""
 
     def __init__(self, labels: Mapping[str, str]) -> None:
-        """``labels`` are those of SGLang's own metrics (``SchedulerMetricsCollector.labels``)."""
+        """``labels`` are the labels of SGLang's own metrics (``SchedulerMetricsCollector.labels``)."""
         from prometheus_client import Counter, Gauge, Histogram  # after SGLang has chosen where they are kept
 
         names = list(labels)

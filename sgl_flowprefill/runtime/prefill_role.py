@@ -245,7 +245,7 @@ class PrefillRole:
 
 
 def input_logprobs(req: Any) -> int:
-    """Of how many tokens of the prompt of SGLang's ``req`` log probabilities are asked for; cached ones are computed
+    """How many tokens of the prompt of SGLang's ``req`` log probabilities are asked for; cached ones are computed
     again for that.
     """
     if not req.return_logprob or req.logprob_start_len < 0:

@@ -40,12 +40,14 @@ COST_TOKENS: Final = 2048
 COST_PAIRS: Final = 25
 CHECKPOINT_CALLS: Final = 2000
 MAX_COST: Final = 0.03
-"""Of a forward pass, for its checkpoints when nobody waits; above the goal, so that noise does not fail it."""
+"""Share of a forward pass for its preemption checkpoints when nobody waits; above the goal, so that noise does not fail
+it.
+"""
 BLOCKING_TOKENS: Final = {"cuda": 65_536, "cpu": 16_384}
 """On a GPU so many that attention would block for tens of milliseconds if it ran whole."""
 TILED_TOKENS: Final = 8192
 TILES: Final = 16
-"""Of an attention operator over so many, about."""
+"""Tiles of an attention operator over TILED_TOKENS, about."""
 BLOCKING_SAMPLES: Final = 60
 ARRIVALS: Final = 16
 """While a prompt runs once, about."""
@@ -71,7 +73,7 @@ class Blocking(NamedTuple):
     blocked_s: list[float]
     """Until all that was queued before it had run."""
     forward_s: float
-    """Of the whole prefill, when nobody arrives."""
+    """Time of the whole prefill, when nobody arrives."""
 
 
 class Tasks(SchedulerEngine):

@@ -80,8 +80,8 @@ def build(scheduler: Any, config: FlowPrefillConfig, tasks: Tasks) -> Hub[Prefil
     gc.collect()
     gc.freeze()
     logger.info(
-        "FlowPrefill is on: policy %s, %d checkpoints in a forward pass, at most %d suspended tasks, batches of up to "
-        "%d tokens",
+        "FlowPrefill is on: policy %s, %d preemption checkpoints in a forward pass, at most %d suspended tasks, "
+        "batches of up to %d tokens",
         config.policy,
         progress.checkpoints,
         config.max_suspended,

@@ -27,8 +27,8 @@ logger = logging.getLogger(__name__)
 TILE_STEP_TOKENS: Final = 64
 """Tiles are multiples of this, and at least as long: a matrix product of fewer rows no longer keeps the core busy."""
 SHORT: Final = 0.25
-"""Of a tile's rows: so few need no interruption point of their own, nor a tile. A tile with so many more takes longer
-by that, within the half of the longest blocking time by which the 99th percentile may exceed it."""
+"""Share of a tile's rows: so few need no interruption point of their own, nor a tile. A tile with so many more takes
+longer by that, within the half of the longest blocking time by which the 99th percentile may exceed it."""
 SAMPLE_TOKENS: Final = 2048
 """Prompt length at which the time of a row is taken: long enough for efficient kernels, short for attention."""
 LIGHTEST: Final = 16
@@ -124,7 +124,7 @@ def tile_layers(
 def find_norms(model: nn.Module, layers: Sequence[DecoderLayer]) -> list[nn.Module]:
     """Norms of the decoder outside of its attention modules.
 
-    Not those of an encoder: tensor-parallel ranks may share its images out, and have to pass the same interruption
+    Not the norms of an encoder: tensor-parallel ranks may share its images out, and have to pass the same interruption
     points.
     """
     attention = tuple(f"{name}." for layer in layers for name in layer.attention)

@@ -1,4 +1,4 @@
-"""Waking the hub: a flag that a checkpoint reads for next to nothing, and a file descriptor that a poller sleeps on."""
+"""Waking the hub: a flag that a preemption checkpoint reads for next to nothing, and a file descriptor for a poller."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ Address = tuple[str, int]
 
 
 class Wakeup:
-    """Set by any thread of the scheduler process, cleared by the hub. Of several tensor-parallel ranks only the first
-    sleeps and looks at it, so that of another is made to wake the first one's."""
+    """Set by any thread of the scheduler process, cleared by the hub. Only the first of several tensor-parallel
+    ranks sleeps and looks at its wakeup, so the wakeups of other ranks are made to wake the first.
+    """
 
     def __init__(self) -> None:
         self.pending = False
@@ -93,7 +94,7 @@ class EventSource:
             self._poller.register(source, zmq.POLLIN)
 
     def clear(self) -> None:
-        """As ``Wakeup.clear``. What is at the sockets is there until it is read."""
+        """``Wakeup.clear``. What is at the sockets is there until it is read."""
         self.wakeup.clear()
 
     def pending(self) -> bool:

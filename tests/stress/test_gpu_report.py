@@ -102,7 +102,8 @@ def test_it_runs_whole_on_the_cpu_engine_and_its_figures_are_plausible(tmp_path:
     assert [choice["option"] for choice in document["choices"]] == ["max_blocking_ms", "max_batch_tokens"]
     assert all(choice["why"] for choice in document["choices"])
     page = (out / "report.html").read_text()
-    for text in ("What checkpoints and tiles cost", "Requests in time", "Decode steps", document["choices"][0]["flag"]):
+    titles = ("What preemption checkpoints and tiles cost", "Requests in time", "Decode steps")
+    for text in (*titles, document["choices"][0]["flag"]):
         assert text in page
 
 

@@ -18,7 +18,7 @@ class GivenOptions:
     """FlowPrefill's options that the command line names."""
 
     def config(self) -> FlowPrefillConfig:
-        """They, and the environment for the others. Raises ConfigError."""
+        """These options, and for those that are not given the environment. Raises ConfigError."""
         return FlowPrefillConfig.from_namespace(argparse.Namespace(**vars(self)))
 
 

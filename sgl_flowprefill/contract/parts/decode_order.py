@@ -1,4 +1,4 @@
-"""Rows of the contract: places of a decode server."""
+"""Rows of the contract: running slots of a decode server."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from sgl_flowprefill.contract.symbols import DECODE_QUEUE
 
 PART: Final = Part(
     "decode_order",
-    "Places of a decode server",
+    "Running slots of a decode server",
     ("scheduler",),
     (
         source(
@@ -25,7 +25,7 @@ PART: Final = Part(
             f"{DECODE_QUEUE}._create_receiver_and_enqueue",
             ["self.queue.append(decode_req)"],
             "appends to the queue",
-            "the order of places is made anew at each step",
+            "the order of running slots is made anew at each step",
         ),
         *attributes(
             DECODE_QUEUE,

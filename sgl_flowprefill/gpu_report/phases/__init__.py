@@ -11,10 +11,10 @@ class Phase:
     """One phase: a module of this package whose ``measure`` is run."""
 
     name: str
-    """With what it is run on, where it is run on several: ``checks:triton``."""
+    """Its name, with what it is run on where it is run on several: ``checks:triton``."""
     title: str
     share: float
-    """Of the budget, relative to the others'."""
+    """Share of the budget, relative to the shares of the other phases."""
     has_engine: bool = True
     """Whether ``measure`` is given an engine, or starts what it needs."""
     needs_card: str = ""
@@ -50,7 +50,7 @@ def plan(backends: tuple[str | None, ...]) -> list[Phase]:
         Phase("machine", "What the machine could reach", 1.0, has_engine=False),
         *checks,
         Phase("tokens", "The same tokens and logits, suspended", 3.0),
-        Phase("cost", "What checkpoints and tiles cost", 3.0),
+        Phase("cost", "What preemption checkpoints and tiles cost", 3.0),
         Phase("blocking", "How long an arrival is blocked", 5.0),
         Phase("operators", "Operator times", 4.0),
         Phase("lookahead", "Look-ahead", 3.0, needs_card="the CPU engine queues nothing, so it has no look-ahead"),

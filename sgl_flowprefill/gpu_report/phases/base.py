@@ -13,8 +13,9 @@ if TYPE_CHECKING:
     from sgl_flowprefill.gpu_report.engine import Engine
 
 State = Literal["passed", "FAILED", "measured", "not here", "left out"]
-"""Of a phase: checked and right, checked and wrong or ended by an error, measured without a limit to keep, impossible
-on this machine, or not begun within the budget."""
+"""What came of a phase: checked and right, checked and wrong or ended by an error, measured without a limit to keep,
+impossible on this machine, or not begun within the budget.
+"""
 
 
 class Budget:

@@ -1,4 +1,4 @@
-"""What checkpoints and tiles cost a prefill for which nobody waits, in turns with one that has none."""
+"""What preemption checkpoints and tiles cost a prefill for which nobody waits, in turns with one that has none."""
 
 from __future__ import annotations
 

@@ -54,9 +54,9 @@ SHORTEST_REPLAY_S: Final = 10.0
 START_S: Final = 600.0
 WAKE_S: Final = 0.5
 CARD_SHARE: Final = 0.85
-"""Of a card's memory, for all servers together."""
+"""Share of a card's memory for all servers together."""
 BESIDE_BYTES: Final = 6 << 30
-"""Of each server: CUDA, attention workspaces, activations."""
+"""Memory of each server beside weights and KV cache: CUDA, attention workspaces, activations."""
 MOST_KV_TOKENS: Final = 200_000
 LEAST_KV_TOKENS: Final = 40_000
 COLUMNS: Final = ("system", "settings", "in time", "in time, by class", "TTFT p50 / p99", "blocking p50 / p99")

@@ -18,7 +18,7 @@ TOKENS: Final = (600, 2048, 8192)
 LEAST_ROUNDS: Final = 5
 MOST_ROUNDS: Final = 30
 MAX_IDLE: Final = 0.01
-"""Of the device, against free-running launches."""
+"""Share of the time in which the device may be idle, against free-running launches."""
 COLUMNS: Final = ("prompt", "free-running", *(f"look-ahead {ahead}" for ahead in LOOKAHEADS))
 
 

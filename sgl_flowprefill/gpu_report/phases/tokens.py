@@ -18,7 +18,7 @@ PROMPTS: Final = 8
 TOKENS: Final = {"cuda": (100, 8000), "cpu": (50, 1500)}
 SUSPEND_PROBABILITY: Final = 0.5
 TILES: Final = 8
-"""Of a layer's attention over the longest prompt, about."""
+"""Tiles of a layer's attention over the longest prompt, about."""
 TILE_ROWS: Final = 256
 ROUNDING: Final = 3.0
 """Times the differences within a batch, at most."""

@@ -23,7 +23,7 @@ K = TypeVar("K")
 FORECAST_WINDOW_S: Final = 60.0
 """Past by which the policy judges what will arrive."""
 PLANNED: Final = 32
-"""Jobs that a plan looks at, those with the earliest deadlines: bounds the cost of an event."""
+"""Jobs that a plan looks at, the ones with the earliest deadlines: bounds the cost of an event."""
 STARVED, KEPT, STARTED, LEFT_OUT, STARTED_INFEASIBLE, INFEASIBLE = 0.0, 1.0, 2.0, 3.0, 4.0, 5.0
 """Tiers of jobs."""
 
@@ -66,7 +66,7 @@ def largest_feasible(by_deadline: Iterable[Job[Any]], now_s: float, expected: Ex
     taken: list[Job[Any]] = []
     longest: list[tuple[float, int, float]] = []
     in_heap = 0
-    """Of ``taken``. The others follow when one has to be let go."""
+    """How many of ``taken`` are in ``longest``. The rest follow when one has to be let go."""
     let_go: set[int] = set()
     end_s, spare_s = now_s, math.inf
     for job in by_deadline:
@@ -91,8 +91,8 @@ def largest_feasible(by_deadline: Iterable[Job[Any]], now_s: float, expected: Ex
 class Plan:
     """Which of the jobs that compete for one machine to keep.
 
-    S-EDF only drops what is late by itself, and under overload starts jobs that together cannot all be met. Here those
-    are ``kept``, in order of deadlines, that can all be met (``largest_feasible``).
+    S-EDF only drops what is late by itself, and under overload starts jobs that together cannot all be met. Here jobs
+    that can all be met are ``kept``, in order of deadlines (``largest_feasible``).
 
     One number tells whether the plan still holds: the latest time at which to start ``kept``, or a bound below it,
 
@@ -158,7 +158,7 @@ class Plan:
             self._horizon_s = self.kept.pop().deadline_s
 
     def remove(self, job: Job[Any]) -> None:
-        """Take ``job`` out of those kept, if it is there."""
+        """Take ``job`` out of the kept jobs, if it is there."""
         kept = self.kept
         place = self._place(job)
         if place == len(kept) or kept[place] is not job:
@@ -187,7 +187,7 @@ class Plan:
         return self._forecast if self._load is NO_LOAD else Charged(self._forecast, self._load, since_s)
 
     def _place(self, job: Job[Any]) -> int:
-        """Of ``job`` among those kept: most often the first one."""
+        """Place of ``job`` among the kept jobs: most often the first one."""
         kept = self.kept
         if not kept or kept[0] is job or job.deadline_s < kept[0].deadline_s:
             return 0
@@ -198,10 +198,11 @@ class Plan:
 
 @register("feasible", "the largest set that can meet its objectives, earliest deadline first")
 class FeasibleSet(Policy[R, K]):
-    """The jobs that a plan of all keeps, earliest deadline first, and then the others.
+    """The jobs that a plan of all keeps, earliest deadline first, and then the jobs that it gives up.
 
-    Of the other tasks the one with least left goes first, as each holds KV cache and a place among the suspended; the
-    other requests are in the order of S-EDF. The infeasible tasks wait for every request that can still be met.
+    Of the tasks that it gives up the one with least left goes first, as each holds KV cache and a place among the
+    suspended; the requests that it gives up are in the order of S-EDF. The infeasible tasks wait for every request that
+    can still be met.
 
     There are as many tasks as may be suspended, and one that runs: each is looked at.
     """
