@@ -11,9 +11,9 @@ from rich.console import Console
 from rich.table import Table
 
 from sgl_flowprefill.bench.cli.options import Simulate
-from sgl_flowprefill.bench.metrics.joint import share, summarise_joint
+from sgl_flowprefill.bench.metrics.joint import Judge, share, summarise_joint
 from sgl_flowprefill.bench.reports.table import milliseconds, percent, seconds
-from sgl_flowprefill.bench.simulator.joint import JUDGES, Judge, Search, TunedSearch, answered
+from sgl_flowprefill.bench.simulator.joint import JUDGES, Search, TunedSearch, answered
 from sgl_flowprefill.bench.simulator.step_cost import StepCost
 from sgl_flowprefill.bench.simulator.systems import Run, Setup, run
 from sgl_flowprefill.bench.systems.catalog import UNIFIED_STOCK, simulated

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from sgl_flowprefill.bench.loadgen.replay import RequestResult
+from sgl_flowprefill.bench.metrics.joint import answered, meets, summarise_joint
 from sgl_flowprefill.bench.metrics.requests import (
     SLO_SCALES,
     attainment,
@@ -44,6 +45,27 @@ def test_attainment_counts_failed_requests_as_misses() -> None:
     assert summary.goodput_rps == pytest.approx(0.2)
     assert summary.ttft_p50_s == pytest.approx(1.0)
     assert summary.ttft_p99_s == pytest.approx(np.percentile([0.5, 1.0, 1.5], 99))
+
+
+def test_a_replayed_request_is_judged_by_its_first_token_its_gaps_or_their_mean() -> None:
+    fine = result(0.5)
+    one_late = dataclasses.replace(fine, tbt_s=(0.05,) * 98 + (0.3,))
+    one_late_of_many = dataclasses.replace(fine, tbt_s=(0.05,) * 99 + (0.3,))
+    slow = dataclasses.replace(fine, tbt_s=(0.2,) * 10)
+    late, failed, one_token = result(1.5), result(0.5, error="http 503"), dataclasses.replace(fine, tbt_s=())
+    judged = {
+        judge: [meets(one, judge) for one in (fine, one_late, one_late_of_many, slow, late, failed, one_token)]
+        for judge in ("ttft", "gaps", "mean")
+    }
+    assert judged == {
+        "ttft": [True, True, True, True, False, False, True],
+        "gaps": [True, False, True, False, False, False, True],
+        "mean": [True, True, True, False, False, False, True],
+    }
+    figures = summarise_joint([answered(one) for one in (fine, one_late, slow, late)])
+    assert (figures.joint_attainment, figures.joint_attainment_mean_tpot) == (0.25, 0.5)
+    assert figures.tbt_attainment_of_gaps == pytest.approx(1 - 11 / 113)
+    assert figures.tbt_max_s == 0.3
 
 
 def test_classes_are_judged_by_their_own_slo() -> None:

@@ -13,7 +13,7 @@ from sgl_flowprefill.bench.cli.options.breakdown import Breakdown
 from sgl_flowprefill.bench.cli.options.demo import Demo, UnifiedDemo
 from sgl_flowprefill.bench.cli.options.events import Events
 from sgl_flowprefill.bench.cli.options.fetch_trace import FetchTrace
-from sgl_flowprefill.bench.cli.options.goodput import Goodput
+from sgl_flowprefill.bench.cli.options.goodput import Goodput, UnifiedGoodput
 from sgl_flowprefill.bench.cli.options.replay import Replay
 from sgl_flowprefill.bench.cli.options.simulate import Simulate
 from sgl_flowprefill.bench.cli.options.uncontended import Uncontended
@@ -24,7 +24,7 @@ SUMMARY: Final = "Traces, replay, comparison of systems. `COMMAND --help` shows 
 COMMANDS: Final[tuple[type[Command], ...]] = (
     Demo, Goodput, Uncontended, Breakdown, Replay, Validate, Simulate, Events, FetchTrace,
 )  # fmt: skip
-WITH_UNIFIED: Final[Mapping[type[Command], type[Command]]] = {Demo: UnifiedDemo}
+WITH_UNIFIED: Final[Mapping[type[Command], type[Command]]] = {Demo: UnifiedDemo, Goodput: UnifiedGoodput}
 """Commands whose defaults are others with --unified."""
 FORMER_NAMES: Final = {"anatomy": Breakdown.name}
 WITH_ARGUMENTS: Final = ("--server-args", "--prefill-args", "--decode-args")
