@@ -70,6 +70,7 @@ class _Demo:
         self._solo_ttft_s: dict[str, list[dict[int, float]]] = {system.name: [] for system in systems}
         self._settings: dict[str, Mapping[str, Any]] = {}
         self._event_logs: dict[str, Path | None] = {}
+        self._decode_tokens_per_s: dict[str, list[float]] = {system.name: [] for system in systems}
 
     def run(self, servers: Servers) -> Comparison:
         """Isolated requests on all systems, then the trace. ``servers`` is what they were started with."""
@@ -109,14 +110,14 @@ class _Demo:
         """Start all systems and send isolated requests to each. Returns the tokens per second that a decode server
         carries, the median over all turns, if answers depend on it.
         """
-        carried = []
         for number, system in self._in_turns(ROUNDS):
             self._say(f"[bold]{system.label}[/bold]" + (": isolated requests again" if number else ""))
             with self._serve(system) as served:
                 self._solo_ttft_s[system.name].append(served.solo_ttft_s(self._prompts, self._detail))
                 self._settings[system.name], self._event_logs[system.name] = served.settings(), served.event_log
                 if self._options.max_output_tokens is None:
-                    carried.append(served.decode_tokens_per_s(self._prompts))
+                    self._decode_tokens_per_s[system.name].append(served.decode_tokens_per_s(self._prompts))
+        carried = [one for turns in self._decode_tokens_per_s.values() for one in turns]
         return float(np.median(carried)) if carried else None
 
     def _replay(self, trace: Trace) -> list[SystemResult]:
@@ -157,6 +158,7 @@ class _Demo:
             turns=turns,
             event_log=self._event_logs[system.name],
             solo_ttft_s=median_of(self._solo_ttft_s[system.name]),
+            decode_tokens_per_s=self._decode_tokens_per_s[system.name],
             settings=self._settings[system.name],
         )
 

@@ -43,6 +43,8 @@ class SystemResult:
     suspensions: Sequence[Suspension] | None = None
     """Preemptions of ``run``; None for a system that has no preemption."""
     solo_ttft_s: Mapping[int, float] = field(default_factory=dict)
+    decode_tokens_per_s: Sequence[float] = ()
+    """What it carried when it had nothing to do but to decode, in each turn in which that was measured."""
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -56,6 +58,7 @@ class SystemResult:
         turns: Sequence[ReplayRun] = (),
         event_log: Path | None = None,
         solo_ttft_s: Mapping[int, float] | None = None,
+        decode_tokens_per_s: Sequence[float] = (),
         settings: Mapping[str, Any] | None = None,
     ) -> SystemResult:
         """Summarise ``run``, which may be joined from ``turns``; preemptions come from ``event_log`` if the system
@@ -73,6 +76,7 @@ class SystemResult:
             if event_log
             else None,
             solo_ttft_s=solo_ttft_s or {},
+            decode_tokens_per_s=decode_tokens_per_s,
             settings=settings or {},
         )
 
@@ -127,6 +131,7 @@ class SystemResult:
             **preemption,
             "duration_s": self.run.duration_s,
             "solo_ttft_s": {str(tokens): ttft_s for tokens, ttft_s in self.solo_ttft_s.items()},
+            "decode_only_tokens_per_s": list(self.decode_tokens_per_s),
             "client": dataclasses.asdict(self.run.client),
             "errors": sorted({result.error for result in self.run.results if result.error}),
             "settings": dict(self.settings),

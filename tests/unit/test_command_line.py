@@ -53,7 +53,7 @@ OPTIONS = {
     "demo": f"--unified --out --endpoint --systems --list-systems --png {TRACE} {SERVERS}",
     "goodput": f"{SEARCH} {SERVERS} --endpoint --attainment --budget-s --prefilter --race --compare --side-by-side "
     "--precision --png --unified --judge",
-    "uncontended": "--tokens --pairs --per-turn --seed --model-path --out",
+    "uncontended": "--unified --tokens --pairs --per-turn --seed --model-path --out",
     "breakdown": f"--tokens --repeats --seed --out {SERVERS}",
     "replay": f"--url --api --model --label --timeout --event-log --out {TRACE}",
     "validate": f"{SEARCH} --loads {SERVERS}",
