@@ -31,7 +31,9 @@ def run(options: Uncontended, console: Console) -> int:
     """Measure and print; writes ``uncontended.json``. Raises ClusterError."""
     compared = UNIFIED_PAIR if options.unified else PAIR
     prompts = PromptBuilder(options.seed)
-    turns: dict[str, dict[int, list[list[Isolated]]]] = {name: {tokens: [] for tokens in options.tokens} for name in compared}
+    turns: dict[str, dict[int, list[list[Isolated]]]] = {
+        name: {tokens: [] for tokens in options.tokens} for name in compared
+    }
     servers = Servers(options.model_path)
     with serving(servers, options.out, console.print, side_by_side=True) as serve:
         index = 0

@@ -17,7 +17,7 @@ from sgl_flowprefill.bench.reports.page import COLOURS, LOG_TICKS, SLO_LINE, ren
 from sgl_flowprefill.bench.reports.table import milliseconds, percent, table_rows
 
 GAPS_SHOWN: Final = 200
-"""Points of a curve, on the whole and again towards the longest gaps."""
+"""Points of a curve, most of them towards the longest gaps."""
 
 
 def write_html(comparison: Comparison, path: Path) -> None:
@@ -80,11 +80,11 @@ def tbt_cdfs(comparison: Comparison) -> go.Figure | None:
         gaps_s = np.sort([gap_s for result in system.run.results for gap_s in result.tbt_s])
         if not len(gaps_s):
             continue
-        longer = np.arange(len(gaps_s) - 1, -1, -1) / len(gaps_s)
-        places = np.unique(np.r_[np.linspace(0, len(gaps_s) - 1, GAPS_SHOWN), len(gaps_s) - np.geomspace(1, len(gaps_s), GAPS_SHOWN)].astype(int))
-        shown = [place for place in places if longer[place] > 0]
-        line = _line(system, colour, (gaps_s[shown] * 1e3).tolist(), longer[shown].tolist(), step=True)
-        figure.add_trace(line)
+        longer = np.arange(len(gaps_s), 0, -1) / len(gaps_s)  # or as long
+        places = np.unique(len(gaps_s) - np.geomspace(1, len(gaps_s), GAPS_SHOWN).astype(int))
+        figure.add_trace(
+            _line(system, colour, (gaps_s[places] * 1e3).tolist(), longer[places].tolist(), step=True)
+        )
     if not figure.data:
         return None
     for tbt_s in sorted({one.tbt_slo_s for one in comparison.trace.requests if np.isfinite(one.tbt_slo_s)}):

@@ -298,10 +298,8 @@ def simulated(name: str, layout: Layout = "pair") -> Simulated:
 
 def _unified_pattern() -> str:
     """How the names of UNIFIED_STOCK are made, in words."""
-    return (
-        f"stock-ORDER[-CHUNK[-mixed]][-interval-N] with ORDER {', '.join(ORDERS)}, CHUNK "
-        f"{', '.join(str(chunk) for chunk in UNIFIED_CHUNKS if chunk)} and N {', '.join(str(n) for n in INTERVALS if n)}"
-    )
+    chunks, steps = (", ".join(str(one) for one in choices if one) for choices in (UNIFIED_CHUNKS, INTERVALS))
+    return f"stock-ORDER[-CHUNK[-mixed]][-interval-N] with ORDER {', '.join(ORDERS)}, CHUNK {chunks} and N {steps}"
 
 
 def select(patterns: Iterable[str]) -> list[System]:
@@ -333,7 +331,8 @@ def endpoint(text: str) -> EndpointSystem:
 
 def systems_table() -> Table:
     """Name, settings and reason of every system."""
-    table = Table("system", "settings of the server that prefills", "why its users would run it so", box=box.SIMPLE_HEAD)
+    columns = ("system", "settings of the server that prefills", "why its users would run it so")
+    table = Table(*columns, box=box.SIMPLE_HEAD)
     for system in SYSTEMS.values():
         table.add_row(system.name, system.settings, system.why)
     return table
@@ -345,7 +344,8 @@ def systems_page() -> str:
     lines = [
         "# Systems",
         "",
-        "What `demo`, `goodput` and `validate` take as `--systems`, and `simulate` as `--policy`. All run the same engine.",
+        "What `demo`, `goodput` and `validate` take as `--systems`, and `simulate` as `--policy`. All run the same",
+        "engine.",
         "",
         "A baseline is one entry of `bench/systems/catalog.py`. This page is written from there, by",
         "`python -m sgl_flowprefill.bench.systems > docs/systems.md`.",

@@ -34,8 +34,8 @@ class Answers:
     def carried(
         cls, trace: Trace, rate_rps: float, decode_tokens_per_s: float, share: float = DECODE_SHARE
     ) -> Answers:
-        """The answers of ``trace``, shortened so that at ``rate_rps`` they take ``share`` of the tokens that are carried
-        when nothing else is to be done.
+        """The answers of ``trace``, shortened so that at ``rate_rps`` they take ``share`` of the tokens that are
+        carried when nothing else is to be done.
         """
         wanted_per_s = rate_rps * float(np.mean([request.output_tokens for request in trace.requests]))
         return cls(min(1.0, share * decode_tokens_per_s / wanted_per_s), None, decode_tokens_per_s)

@@ -208,7 +208,7 @@ def _port(arguments: argparse.Namespace) -> int:
         raise StartError(f"--port {arguments.port} and --ports {arguments.ports}: give one of them")
     for name, text in given.items():
         if not text.isdigit() or int(text) > MAX_PORT:
-            raise StartError(f"--{name} {text}: --unified takes one port number, at most {MAX_PORT}; 0 for any free one")
+            raise StartError(f"--{name} {text}: --unified takes one port number, at most {MAX_PORT} (0: any free one)")
         return int(text)
     return GATEWAY_PORT
 

@@ -1,4 +1,4 @@
-"""One server that prefills and decodes: its streams beside a long prompt, its answers, and the clients that it serves."""
+"""One server that prefills and decodes: its streams beside a long prompt, its answers, the clients that it serves."""
 
 from __future__ import annotations
 
@@ -103,8 +103,8 @@ def answers_under_load(cluster: Cluster) -> list[Any]:
         body = {"input_ids": tokens, "sampling_params": sampling, "return_logprob": True}
         async with session.post(cluster.url + "/generate", json=body) as response:
             assert response.status == 200, await response.text()
-            meta = (await response.json())["meta_info"]
-        return [entry[1] for entry in meta["output_token_logprobs"]], [entry[0] for entry in meta["output_token_logprobs"]]
+            logprobs = (await response.json())["meta_info"]["output_token_logprobs"]
+        return [entry[1] for entry in logprobs], [entry[0] for entry in logprobs]
 
     async def all_of_them() -> list[Any]:
         async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(300)) as session:
@@ -167,7 +167,8 @@ def test_a_frontend_program_with_gen_fork_and_select_runs_straight_at_the_server
 @pytest.mark.parametrize(
     "dataset",
     [
-        ["--dataset-name", "random", "--random-input-len", "600", "--random-output-len", "20", "--random-range-ratio", "0.2"],
+        ["--dataset-name", "random", "--random-input-len", "600", "--random-output-len", "20",
+         "--random-range-ratio", "0.2"],
         ["--dataset-name", "generated-shared-prefix", "--gsp-num-groups", "3", "--gsp-prompts-per-group", "4",
          "--gsp-system-prompt-len", "300", "--gsp-question-len", "40", "--gsp-output-len", "16"],
     ],

@@ -50,8 +50,8 @@ class Goodput(Command):
     attainment: Annotated[UseAppendAction[tuple[float, ...]], SHARE, arg(metavar="SHARE", help_behavior_hint="")] = ()
     """share of requests that shall meet their TTFT SLO; can be repeated (default: 0.9 and 0.99)"""
     judge: Judge = "ttft"
-    """a request is served if its first token comes in time (ttft), and at most 1% of its gaps are late (gaps), or its mean
-    gap is in time (mean)"""
+    """a request is served if its first token comes in time (ttft), and at most 1% of its gaps are late (gaps), or its
+    mean gap is in time (mean)"""
     seeds: Seeds = 3
     budget_s: Seconds = math.inf
     """end after about this long; the same command goes on (default: when all is found)"""
