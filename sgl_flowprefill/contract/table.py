@@ -10,12 +10,17 @@ from typing import Final
 
 from sgl_flowprefill.compat import (
     OWN_SETTINGS,
+    OWN_SETTINGS_OF_UNIFIED_SERVERS,
     READ_SETTINGS,
     REFUSED_ABOVE_ONE,
+    REFUSED_ABOVE_ONE_ON_UNIFIED_SERVERS,
     REFUSED_ENVIRONMENT,
+    REFUSED_ON_PREFILL_SERVERS,
+    REFUSED_ON_UNIFIED_SERVERS,
     REFUSED_WHEN_SET,
 )
 from sgl_flowprefill.contract.row import Part, Row, attributes, rows, source
+from sgl_flowprefill.contract.unified import UNIFIED
 
 SCHEDULER: Final = "sglang.srt.managers.scheduler:Scheduler"
 REQ: Final = "sglang.srt.managers.schedule_batch:Req"
@@ -111,13 +116,23 @@ PARTS: Final = (
             ),
             *attributes(
                 OPTIONS,
-                " ".join(OWN_SETTINGS),
+                " ".join([*OWN_SETTINGS, *OWN_SETTINGS_OF_UNIFIED_SERVERS]),
                 "is set by FlowPrefill",
                 "the server runs with SGLang's own value, which cannot work",
             ),
             *attributes(
                 OPTIONS,
-                " ".join([*REFUSED_WHEN_SET, *REFUSED_ABOVE_ONE]),
+                " ".join(
+                    sorted(
+                        {
+                            *REFUSED_WHEN_SET,
+                            *REFUSED_ON_PREFILL_SERVERS,
+                            *REFUSED_ON_UNIFIED_SERVERS,
+                            *REFUSED_ABOVE_ONE,
+                            *REFUSED_ABOVE_ONE_ON_UNIFIED_SERVERS,
+                        }
+                    )
+                ),
                 "is refused with a reason",
                 "the option is not refused, under whatever name it has now",
             ),
@@ -1746,4 +1761,5 @@ PARTS: Final = (
             ),
         ),
     ),
+    UNIFIED,
 )

@@ -27,6 +27,7 @@ from sgl_flowprefill.bench.simulator.unified import UnifiedInstance
 from sgl_flowprefill.bench.systems.unified import HEADLINE, OURS, STOCK, VARIANTS, unified
 from sgl_flowprefill.bench.workloads.synthetic import mixed, qwen_like
 from sgl_flowprefill.bench.workloads.trace import Trace, TraceRequest
+from sgl_flowprefill.hub.task import PrefillTask
 from sgl_flowprefill.policy import Act, DecodeLimits, Limits, Stream
 
 TOY = CostModel("toy", layers=10, fixed_s=0.0, per_token_s=0.001, per_pair_s=0.0, projection_share=0.5)
@@ -280,7 +281,18 @@ def test_the_hub_runs_a_step_when_the_policy_says_so_and_all_ranks_hear_of_it() 
     instance = OURS["feasible"].new_instance(toy_setup())
     assert isinstance(instance, UnifiedInstance)
     hub, ran = instance._hub, []
-    hub.step = lambda: ran.append(hub.now_s())
+
+    class Steps:
+        def step(self) -> None:
+            ran.append(hub.now_s())
+
+        def missing_tokens(self) -> int:
+            return 0
+
+        def give_back(self, task: PrefillTask) -> None:
+            raise AssertionError("nothing is missing")
+
+    hub.decoder = Steps()
     assert not hub.turn()
     instance.policy.joined([Stream(0.1, 10, 0.0)])
     assert hub.turn()
