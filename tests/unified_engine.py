@@ -104,7 +104,8 @@ class Answer:
     detail: str = ""
     """What it matched, or the error."""
     status: int | None = None
-    cached_tokens: int = 0
+    prompt_tokens: int = 0
+    """Those that were prefilled: SGLang puts another prompt in the place of one that it refuses late."""
 
 
 class Unfinished(AssertionError):
@@ -199,7 +200,7 @@ class Engine:
                     str(reason["type"]),
                     str(reason.get("matched", reason.get("message", ""))),
                     reason.get("status_code"),
-                    int(req.cached_tokens),
+                    len(req.origin_input_ids),
                 )
 
 
@@ -356,7 +357,8 @@ class StockComparison:
                 self.differences.append(f"{rid} has no answer")
             elif rid in left and answer.reason == "abort":
                 self.counts["aborts"] += 1
-                self._tokens(rid, answer.tokens, expected[ask].tokens[: len(answer.tokens)])
+                if answer.prompt_tokens == len(ask.prompt):
+                    self._tokens(rid, answer.tokens, expected[ask].tokens[: len(answer.tokens)])
             else:
                 self._answer(rid, answer, expected[ask])
 

@@ -46,8 +46,8 @@ def _measure(role: SchedulerRole) -> tuple[Step, ...]:
     started_s, steps = time.monotonic(), []
     for requests, tokens in SHAPES:
         requests = min(requests, int(role.scheduler.max_running_requests))
-        tokens = min(tokens, (engine.limit_tokens - requests * REPEATS) // requests)
-        batch, times_s = engine.time_steps(requests, max(1, tokens), REPEATS + 1)
+        tokens = max(1, min(tokens, engine.limit_tokens // requests - REPEATS))
+        batch, times_s = engine.time_steps(requests, tokens, REPEATS + 1)
         # The first one finds nothing as it will be in the next.
         steps.append(Step(requests=batch, context_tokens=batch * tokens, time_s=statistics.median(times_s[1:])))
     logger.info("FlowPrefill measured %d decode steps in %.1f s", len(steps) * REPEATS, time.monotonic() - started_s)

@@ -260,7 +260,7 @@ class UnifiedRole(SchedulerRole):
         self._held_back.clear()
 
 
-class ReservingAdder(PrefillAdder):  # type: ignore[misc]
+class ReservingAdder(PrefillAdder):
     """SGLang's admission, with KV cache reserved for the answers of ``others`` beside those of the running batch."""
 
     def __init__(self, *args: Any, others: Sequence[Any], **kwargs: Any) -> None:
