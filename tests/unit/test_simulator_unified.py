@@ -27,6 +27,7 @@ from sgl_flowprefill.bench.simulator.unified import UnifiedInstance
 from sgl_flowprefill.bench.systems.catalog import UNIFIED_HEADLINE, UNIFIED_STOCK, VARIANTS, find, simulated
 from sgl_flowprefill.bench.workloads.synthetic import mixed, qwen_like
 from sgl_flowprefill.bench.workloads.trace import Trace, TraceRequest
+from sgl_flowprefill.hub.task import PrefillTask
 from sgl_flowprefill.policy import Act, DecodeLimits, Limits, Stream
 
 TOY = CostModel("toy", layers=10, fixed_s=0.0, per_token_s=0.001, per_pair_s=0.0, projection_share=0.5)
@@ -288,13 +289,60 @@ def test_the_hub_runs_a_step_when_the_policy_says_so_and_all_ranks_hear_of_it() 
     instance = unified("feasible").new_instance(toy_setup())
     assert isinstance(instance, UnifiedInstance)
     hub, ran = instance._hub, []
-    hub.step = lambda: ran.append(hub.now_s())
+
+    class Steps:
+        def step(self) -> None:
+            ran.append(hub.now_s())
+
+        def missing_tokens(self) -> int:
+            return 0
+
+        def give_back(self, task: PrefillTask) -> None:
+            raise AssertionError("nothing is missing")
+
+    hub.decoder = Steps()
     assert not hub.turn()
     instance.policy.joined([Stream(0.1, 10, 0.0)])
     assert hub.turn()
     assert ran == [0.0]
     assert hub.choose() is Act.STEP
     assert hub.work.from_numbers(hub.work.as_numbers(Act.STEP)) is Act.STEP
+
+
+class StepsWithoutRoom:
+    """Steps that lack KV cache until ``wanted`` tasks have been given back."""
+
+    def __init__(self, instance: UnifiedInstance, wanted: int) -> None:
+        self._policy, self._hub = instance.policy, instance._hub
+        self._wanted = wanted
+        self.given: list[int] = []
+        self.begun_s: list[float] = []
+
+    def step(self) -> None:
+        self.begun_s.append(self._hub.now_s())
+        self._policy.stepped(self._hub.now_s(), self._hub.now_s() + 0.001)
+
+    def missing_tokens(self) -> int:
+        return 1 if len(self.given) < self._wanted else 0
+
+    def give_back(self, task: PrefillTask) -> None:
+        assert task not in self._hub.work.tasks.live
+        self.given.append(task.id)
+
+
+@pytest.mark.parametrize(("wanted", "given"), [(0, []), (1, [1]), (2, [1, 0]), (3, [1, 0])])
+def test_a_step_takes_kv_cache_from_tasks_until_it_has_enough_or_none_is_left(wanted: int, given: list[int]) -> None:
+    instance = unified("feasible").new_instance(toy_setup())
+    assert isinstance(instance, UnifiedInstance)
+    hub = instance._hub
+    for request in prepare(trace_of((0.0, 1000, 1, 9.0, 0.1), (0.0, 900, 1, 0.95, 0.1)), TOY, toy_setup().conditions):
+        instance.submit(request, 0.0)
+    assert [task.id for task in hub.work.tasks.live] == [0, 1]
+    hub.decoder = steps = StepsWithoutRoom(instance, wanted)
+    hub._step()
+    assert steps.given == given
+    assert len(steps.begun_s) == 1
+    assert [task.id for task in hub.work.tasks.live] == [number for number in (0, 1) if number not in given]
 
 
 def test_a_task_comes_back_when_a_step_has_to_start() -> None:

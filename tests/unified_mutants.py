@@ -1,0 +1,200 @@
+"""Mutants of a server that prefills and decodes: defects that are planted in a running engine, each to be caught.
+
+``python -m tests.unified_mutants`` plants one after the other, and says what caught each; first it runs the same rounds
+without any, which must pass. ``python -m tests.unified_mutants NAME`` plants one.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import replace
+from typing import Any, Final
+from unittest.mock import patch
+
+from sgl_flowprefill.model import embedded_model_path
+from tests.unified_engine import Remote, Stock, StockComparison, StockEngine, UnifiedEngine, asks
+from tests.unified_rounds import Rounds
+
+ROUNDS: Final = 12
+POOL_TOKENS: Final = 5000
+"""KV cache of an engine in which started prefills have to be given back."""
+
+Plant = Callable[[UnifiedEngine, Callable[[], None]], None]
+"""Plants a defect in an engine for good; the function that it is given is to be called at each time that it strikes."""
+
+
+def nothing(engine: UnifiedEngine, struck: Callable[[], None]) -> None:
+    """No defect."""
+
+
+def main_attention_backend_as_a_slot(engine: UnifiedEngine, struck: Callable[[], None]) -> None:
+    """A task may have the attention backend with which decode steps run."""
+    slots, main = engine.hub.slots, engine.scheduler.tp_worker.model_runner.attn_backend
+    take = slots.take
+    slots._free.append(main)
+
+    def taken() -> Any:
+        backend = take()
+        if backend is main:
+            struck()
+        return backend
+
+    slots.take = taken
+
+
+def flags_of_the_decode_step_in_a_prefill(engine: UnifiedEngine, struck: Callable[[], None]) -> None:
+    """A task that is resumed finds the flags of the forward pass that ran last."""
+    from sgl_flowprefill.runtime.forward_state import ForwardState, get_forward
+
+    install = ForwardState.install
+
+    def without_flags(state: ForwardState, model_runner: Any) -> None:
+        struck()
+        install(replace(state, flags=dict(get_forward()._plain)), model_runner)
+
+    patch.object(ForwardState, "install", without_flags).start()
+
+
+def prefix_cached_although_it_was_not_computed(engine: UnifiedEngine, struck: Callable[[], None]) -> None:
+    """A task that is dropped or given back leaves its KV slots in the radix cache."""
+    from sglang.srt.managers import schedule_batch
+    from sglang.srt.mem_cache.common import release_kv_cache
+
+    from sgl_flowprefill.runtime import unified_role
+
+    def kept(req: Any, tree_cache: Any, *, checkpoint: bool) -> None:
+        if not checkpoint and not req.output_ids:
+            struck()
+            checkpoint = True
+        release_kv_cache(req, tree_cache, checkpoint=checkpoint)
+
+    for module in (unified_role, schedule_batch):
+        patch.object(module, "release_kv_cache", kept).start()
+
+
+def answers_of_started_prefills_without_kv_cache(engine: UnifiedEngine, struck: Callable[[], None]) -> None:
+    """Admission reserves KV cache for the answers of SGLang's running batch alone."""
+    from sglang.srt.managers.schedule_policy import PrefillAdder
+
+    def stock() -> type[PrefillAdder]:
+        if engine.scheduler._in_flight_reqs():
+            struck()
+        return PrefillAdder
+
+    engine.scheduler.get_prefill_adder_class = stock
+
+
+def streams_retracted_before_prefills_are_given_back(engine: UnifiedEngine, struck: Callable[[], None]) -> None:
+    """No task is given back: where KV cache is short, SGLang's function takes it from streams."""
+    role = engine.hub.role
+    missing_tokens = role.missing_tokens
+
+    def none() -> int:
+        if missing_tokens() > 0:
+            struck()
+        return 0
+
+    role.missing_tokens = none
+
+
+def prefill_that_joins_a_step_in_flight(engine: UnifiedEngine, struck: Callable[[], None]) -> None:
+    """Of the prefills that are to join a step, the last one joins between its forward pass and its result."""
+    scheduler, role = engine.scheduler, engine.hub.role
+    join, run_batch = role.join, scheduler.run_batch
+    late: list[Any] = []
+
+    def all_but_one() -> Any:
+        if not scheduler.running_batch.is_empty() and role.joining:
+            late.append(role.joining.pop())
+        return join()
+
+    def run_and_merge(batch: Any, *arguments: Any, **options: Any) -> Any:
+        result = run_batch(batch, *arguments, **options)
+        if batch.forward_mode.is_decode() and late:
+            struck()
+            batch.merge_batch(late.pop())
+        return result
+
+    role.join, scheduler.run_batch = all_but_one, run_and_merge
+
+
+def penalties_counted_twice(engine: UnifiedEngine, struck: Callable[[], None]) -> None:
+    """Every second step is prepared once more than it is run, as far as penalties are concerned."""
+    scheduler = engine.scheduler
+    run_batch = scheduler.run_batch
+
+    def prepared_twice(batch: Any, *arguments: Any, **options: Any) -> Any:
+        penalties = batch.sampling_info.penalizer_orchestrator
+        if batch.forward_mode.is_decode() and penalties.is_required and scheduler.forward_ct % 2:
+            struck()
+            batch.cumulate_penalty_output_tokens()
+        return run_batch(batch, *arguments, **options)
+
+    scheduler.run_batch = prepared_twice
+
+
+MUTANTS: Final[dict[str, Plant]] = {
+    plant.__name__: plant
+    for plant in (
+        main_attention_backend_as_a_slot,
+        flags_of_the_decode_step_in_a_prefill,
+        prefix_cached_although_it_was_not_computed,
+        answers_of_started_prefills_without_kv_cache,
+        streams_retracted_before_prefills_are_given_back,
+        prefill_that_joins_a_step_in_flight,
+        penalties_counted_twice,
+    )
+}
+
+
+def _plant(engine: UnifiedEngine, name: str) -> None:
+    engine.strikes = 0
+
+    def struck() -> None:
+        engine.strikes += 1
+
+    MUTANTS.get(name, nothing)(engine, struck)
+
+
+def _strikes(engine: UnifiedEngine) -> int:
+    return engine.strikes
+
+
+def error_of(name: str, stock: Stock) -> str:
+    """Play rounds with one mutant, or with none, on ample KV cache and on little; the error that ended them, or an
+    empty text.
+    """
+    errors = []
+    for pool_tokens in (60_000, POOL_TOKENS):
+        # Answers of a known length: admission reserves exactly what they take.
+        requests = asks(40, seed=7, longest_tokens=1500, always_ignore_eos=True)
+        remote = Remote(UnifiedEngine, str(embedded_model_path()), max_total_tokens=pool_tokens)
+        with closing(remote):
+            remote.call(_plant, name)
+            rounds = Rounds(remote, StockComparison(stock), requests)
+            try:
+                rounds.run(ROUNDS)
+                assert not rounds.seen["retractions"], f"{rounds.seen['retractions']} streams were retracted"
+            except Exception as caught:
+                errors.append(f"{type(caught).__name__}: {caught}")
+            print(f"{name}, {pool_tokens} tokens: struck {remote.call(_strikes)} times; {rounds}", flush=True)
+    return "; ".join(errors)
+
+
+def main(names: list[str]) -> int:
+    failed = []
+    with closing(Remote(StockEngine, str(embedded_model_path()))) as remote:
+        stock = Stock(remote)
+        for name in names or [nothing.__name__, *MUTANTS]:
+            error = error_of(name, stock)
+            print(f"{name}: {'caught by ' + error[:1500] if error else 'nothing differs'}", flush=True)
+            if bool(error) != (name in MUTANTS):
+                failed.append(name)
+    print(f"not as it should be: {', '.join(failed)}" if failed else "all mutants are caught")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
