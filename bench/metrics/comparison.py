@@ -14,11 +14,13 @@ from sgl_flowprefill.bench.metrics.provenance import result, write_result
 from sgl_flowprefill.bench.metrics.requests import (
     PreemptionSummary,
     RunSummary,
+    StepSummary,
     Suspension,
     attainment,
     read_suspensions,
     summarise,
     summarise_blocking,
+    summarise_steps,
 )
 from sgl_flowprefill.bench.workloads.answers import Answers
 from sgl_flowprefill.bench.workloads.trace import Trace
@@ -42,6 +44,8 @@ class SystemResult:
     """The parts that ``run`` was joined from; none for one that was made in one go."""
     suspensions: Sequence[Suspension] | None = None
     """Preemptions of ``run``; None for a system that has no preemption."""
+    steps: StepSummary | None = None
+    """Its decode steps; None for a system that does not log any."""
     solo_ttft_s: Mapping[int, float] = field(default_factory=dict)
     decode_tokens_per_s: Sequence[float] = ()
     """What it carried when it had nothing to do but to decode, in each turn in which that was measured."""
@@ -75,6 +79,7 @@ class SystemResult:
             suspensions=[one for span_s in spans_s for one in read_suspensions(event_log, *span_s)]
             if event_log
             else None,
+            steps=summarise_steps(event_log, spans_s) if event_log else None,
             solo_ttft_s=solo_ttft_s or {},
             decode_tokens_per_s=decode_tokens_per_s,
             settings=settings or {},
@@ -129,6 +134,7 @@ class SystemResult:
             **dataclasses.asdict(self.joint),
             "tokens_per_s": self.tokens_per_s,
             **preemption,
+            **(dataclasses.asdict(self.steps) if self.steps else {}),
             "duration_s": self.run.duration_s,
             "solo_ttft_s": {str(tokens): ttft_s for tokens, ttft_s in self.solo_ttft_s.items()},
             "decode_only_tokens_per_s": list(self.decode_tokens_per_s),

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from sgl_flowprefill.bench.metrics.comparison import Comparison, SystemResult
 from sgl_flowprefill.bench.metrics.joint import JointSummary
-from sgl_flowprefill.bench.metrics.requests import PreemptionSummary
+from sgl_flowprefill.bench.metrics.requests import PreemptionSummary, StepSummary
 
 MISSING: Final = "–"
 Row = tuple[str, list[str]]
@@ -74,6 +74,8 @@ def table_rows(comparison: Comparison) -> Iterator[tuple[str, str, list[str]]]:
         yield row("tbt", "gaps in time", lambda system: percent(system.joint.tbt_attainment_of_gaps))
         yield row("tbt", "TBT p50 / p99 / longest", lambda system: _tbt(system.joint))
         yield row("tbt", "tokens of answers", lambda system: f"{system.tokens_per_s:.0f} per second")
+    if any(system.steps for system in systems):
+        yield row("tbt", "decode steps, their share of the time", lambda system: _steps(system.steps))
     yield row(
         "preemption", "preemptions", lambda system: preemptions(system.preemption) if system.preemption else MISSING
     )
@@ -123,6 +125,10 @@ def milliseconds(value_s: float | None) -> str:
     if value_s is None:
         return MISSING
     return f"{value_s * 1e3:.0f} ms" if value_s >= 0.01 else f"{value_s * 1e3:.1f} ms"
+
+
+def _steps(steps: StepSummary | None) -> str:
+    return f"{steps.decode_steps}, {percent(steps.decode_share)}" if steps else MISSING
 
 
 def _tbt(joint: JointSummary) -> str:

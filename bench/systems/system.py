@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 
 from sgl_flowprefill.bench.simulator.systems import Simulated, SimulatedFlowPrefill, SimulatedUnified
 from sgl_flowprefill.config import FlowPrefillConfig, command_line
+from sgl_flowprefill.policy import DecodeLimits
 
 PRIORITY_OPTION: Final = "--enable-priority-scheduling"
 Layout = Literal["pair", "unified"]
@@ -79,8 +80,9 @@ class FlowPrefillSystem(System):
 
     def simulated(self, options: FlowPrefillConfig) -> Simulated:
         config = self.config(options)
-        kind = SimulatedUnified if self.is_unified else SimulatedFlowPrefill
-        return kind(config.policy, config.granularity)
+        if self.is_unified:
+            return SimulatedUnified(config.policy, config.granularity, DecodeLimits(max_share=config.max_decode_share))
+        return SimulatedFlowPrefill(config.policy, config.granularity)
 
 
 @dataclass(frozen=True)

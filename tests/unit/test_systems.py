@@ -34,6 +34,7 @@ from sgl_flowprefill.bench.systems.catalog import (
 )
 from sgl_flowprefill.bench.systems.serving import Servers
 from sgl_flowprefill.config import FlowPrefillConfig
+from sgl_flowprefill.policy import DecodeLimits
 
 
 def test_every_system_can_be_simulated_and_says_why_it_is_there() -> None:
@@ -60,6 +61,8 @@ def test_what_is_simulated_is_what_the_options_ask_for() -> None:
     assert SYSTEMS["unified"].simulated(edf) == SimulatedUnified("edf", "operator")
     assert SYSTEMS["unified-chunk"].simulated(edf) == SimulatedUnified("edf", "chunk")
     assert find("unified-s-edf/layer").simulated(edf) == SimulatedUnified("s-edf", "layer")
+    half = SYSTEMS["unified"].simulated(FlowPrefillConfig(max_decode_share=0.5))
+    assert half == SimulatedUnified("feasible", limits=DecodeLimits(max_share=0.5))
     assert SYSTEMS["unified-sglang"].simulated(edf) == SimulatedUnifiedStock("fcfs", 4096)
     assert find("unified-stock-hrrn-640-mixed-interval-2").simulated(edf) == SimulatedUnifiedStock("hrrn", 640, True, 2)
 
