@@ -15,6 +15,7 @@ import requests
 
 from sgl_flowprefill.bench.loadgen.client import Client, GenerateApi, Outcome
 from sgl_flowprefill.cluster import Cluster
+from sgl_flowprefill.frontend import Endpoint
 from tests.prompts import prompt
 
 pytestmark = pytest.mark.server
@@ -158,7 +159,7 @@ def test_a_frontend_program_with_gen_fork_and_select_runs_straight_at_the_server
             branch += f" {number}" + sgl.gen("branch", max_tokens=3, temperature=0)
         s += branches[0]["branch"] + branches[1]["branch"] + sgl.select("choice", choices=[" lomi", " tupe"])
 
-    for backend in (sgl.RuntimeEndpoint(url),):
+    for backend in (sgl.RuntimeEndpoint(url), Endpoint(url, ttft_slo=3.25, tbt_slo=0.75)):
         state = program.run(backend=backend)
         assert state["choice"] in (" lomi", " tupe")
 
