@@ -69,9 +69,9 @@ class Endpoint(RuntimeEndpoint):
         tbt_slo: float | None = None,
         **kwargs: Any,
     ) -> None:
-        """``ttft_slo`` is the objective in seconds of every request for its first token, ``tbt_slo`` for each token after
-        the one before, which only a unified server reads; without one the server's default holds. The rest is as for
-        ``sgl.RuntimeEndpoint``. Raises SloError for an objective that is no positive number.
+        """``ttft_slo`` is the objective in seconds of every request for its first token, ``tbt_slo`` for each token
+        after the one before, which only a unified server reads; without one the server's default holds. The rest is as
+        for ``sgl.RuntimeEndpoint``. Raises SloError for an objective that is no positive number.
         """
         self._ttft_slo = _checked(SLO_KEY, ttft_slo)
         self._tbt_slo = _checked(TBT_KEY, tbt_slo)
