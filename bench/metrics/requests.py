@@ -120,7 +120,8 @@ def summarise_steps(event_log: Path, spans_s: Sequence[tuple[float, float]]) -> 
     late_s = [step.begin_s - step.due_s for step in steps if step.due_s is not None]
     return StepSummary(
         decode_steps=len(steps),
-        decode_share=sum(step.t_s - step.begin_s for step in steps) / sum(end_s - start_s for start_s, end_s in spans_s),
+        decode_share=sum(step.t_s - step.begin_s for step in steps)
+        / sum(end_s - start_s for start_s, end_s in spans_s),
         streams_p50=float(np.median([step.streams for step in steps])),
         step_lateness_p99_s=float(np.percentile(late_s, 99)) if late_s else None,
         give_backs=give_backs,

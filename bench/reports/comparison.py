@@ -82,9 +82,7 @@ def tbt_cdfs(comparison: Comparison) -> go.Figure | None:
             continue
         longer = np.arange(len(gaps_s), 0, -1) / len(gaps_s)  # or as long
         places = np.unique(len(gaps_s) - np.geomspace(1, len(gaps_s), GAPS_SHOWN).astype(int))
-        figure.add_trace(
-            _line(system, colour, (gaps_s[places] * 1e3).tolist(), longer[places].tolist(), step=True)
-        )
+        figure.add_trace(_line(system, colour, (gaps_s[places] * 1e3).tolist(), longer[places].tolist(), step=True))
     if not figure.data:
         return None
     for tbt_s in sorted({one.tbt_slo_s for one in comparison.trace.requests if np.isfinite(one.tbt_slo_s)}):

@@ -31,9 +31,7 @@ class Answers:
     """What the servers were measured to carry, where ``scale`` comes from that."""
 
     @classmethod
-    def carried(
-        cls, trace: Trace, rate_rps: float, decode_tokens_per_s: float, share: float = DECODE_SHARE
-    ) -> Answers:
+    def carried(cls, trace: Trace, rate_rps: float, decode_tokens_per_s: float, share: float = DECODE_SHARE) -> Answers:
         """The answers of ``trace``, shortened so that at ``rate_rps`` they take ``share`` of the tokens that are
         carried when nothing else is to be done.
         """

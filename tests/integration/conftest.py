@@ -42,9 +42,7 @@ class OneCluster:
                 options=FlowPrefillConfig(event_log=str(event_log)),
             )
             if unified:
-                config = dataclasses.replace(
-                    config, prefill=0, decode=0, unified=1, prefill_args=(), server_args=args
-                )
+                config = dataclasses.replace(config, prefill=0, decode=0, unified=1, prefill_args=(), server_args=args)
             with pytest.MonkeyPatch.context() as environment:
                 environment.setenv("PYTHONPATH", str(faults.PLUGIN), prepend=os.pathsep)
                 self._cluster = self._stack.enter_context(Cluster(config, on_progress=print))

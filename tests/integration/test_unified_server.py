@@ -144,9 +144,7 @@ def test_a_frontend_program_with_gen_fork_and_select_runs_straight_at_the_server
     server: str, request: pytest.FixtureRequest
 ) -> None:
     url = request.getfixturevalue(server).url
-    run = subprocess.run(
-        [sys.executable, str(EXAMPLE), url], capture_output=True, text=True, timeout=300, check=False
-    )
+    run = subprocess.run([sys.executable, str(EXAMPLE), url], capture_output=True, text=True, timeout=300, check=False)
     assert run.returncode == 0, run.stderr
     assert len(run.stdout.splitlines()) == 3
     import sglang as sgl

@@ -373,7 +373,9 @@ def test_what_a_unified_server_has_no_use_for(refusal, options, text):
 
 
 def test_a_port_in_use_of_a_unified_server(refusal, busy_port):
-    assert f"port {busy_port} is in use; choose another with --ports PORT" in refusal("--unified", "--port", str(busy_port))
+    assert f"port {busy_port} is in use; choose another with --ports PORT" in refusal(
+        "--unified", "--port", str(busy_port)
+    )
 
 
 def test_too_few_gpus_for_a_unified_server(refusal, monkeypatch):

@@ -98,9 +98,7 @@ def with_gaps(comparison: Comparison, *gaps_s: float) -> Comparison:
     """The comparison, with the last of these gaps in every tenth request of the second system."""
     trace = comparison.trace
     run = run_of(trace, 1)
-    results = [
-        dataclasses.replace(one, tbt_s=gaps_s if one.index % 10 == 0 else gaps_s[:-1]) for one in run.results
-    ]
+    results = [dataclasses.replace(one, tbt_s=gaps_s if one.index % 10 == 0 else gaps_s[:-1]) for one in run.results]
     second = SystemResult.of("sglang", "SGLang", dataclasses.replace(run, results=results), trace)
     return dataclasses.replace(comparison, systems=[comparison.systems[0], second], judge="gaps")
 

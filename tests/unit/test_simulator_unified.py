@@ -22,7 +22,14 @@ from sgl_flowprefill.bench.simulator.router import RoundRobin
 from sgl_flowprefill.bench.simulator.step_cost import CPU_ENGINE, STEP_COSTS, StepCost, step_cost
 from sgl_flowprefill.bench.simulator.stock_unified import StockUnifiedInstance
 from sgl_flowprefill.bench.simulator.streams import LEAST_RATIO, OutputKv
-from sgl_flowprefill.bench.simulator.systems import Setup, Simulated, SimulatedFlowPrefill, SimulatedStock, SimulatedUnified, run
+from sgl_flowprefill.bench.simulator.systems import (
+    Setup,
+    Simulated,
+    SimulatedFlowPrefill,
+    SimulatedStock,
+    SimulatedUnified,
+    run,
+)
 from sgl_flowprefill.bench.simulator.unified import UnifiedInstance
 from sgl_flowprefill.bench.systems.catalog import UNIFIED_HEADLINE, UNIFIED_STOCK, VARIANTS, find, simulated
 from sgl_flowprefill.bench.workloads.synthetic import mixed, qwen_like
