@@ -183,7 +183,7 @@ class Served:
         return summarise_log(events).between_forwards_p50_s or 0.0
 
     def settings(self) -> dict[str, Any]:
-        """What the server that prefills says of the settings that matter to a comparison; nothing if it says nothing."""
+        """What the server that prefills says of the settings that matter to a comparison; empty if it says nothing."""
         info = self._server_info()
         return {name: info[name] for name in SETTINGS if name in info}
 
