@@ -37,8 +37,8 @@ def rows(summary: LogSummary) -> list[tuple[str, str]]:
         ("span", f"{summary.span_s:.1f} s"),
         (
             "requests",
-            f"{summary.requests} arrived, {summary.answered} answered, {summary.aborted} aborted, {summary.failed} failed"
-            + (f", {summary.without_end} without an end" if summary.without_end else ""),
+            f"{summary.requests} arrived, {summary.answered} answered, {summary.aborted} aborted, "
+            f"{summary.failed} failed" + (f", {summary.without_end} without an end" if summary.without_end else ""),
         ),
         ("prefill ended in time", f"{percent(summary.in_time / answered)} of those answered"),
         ("busy", f"{summary.busy_s:.1f} s"),

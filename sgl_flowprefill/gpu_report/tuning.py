@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from sgl_flowprefill.config import command_line
-from sgl_flowprefill.gpu_report.phases.lookahead import MAX_IDLE
 
+MAX_IDLE: Final = 0.01
+"""Share of the time in which the device may be idle, against free-running launches."""
 MAX_TILE_COST: Final = 0.02
 """Share of a long prefill that its being split into tiles may cost."""
 

@@ -12,6 +12,7 @@ from sgl_flowprefill.bench.cli.options.values import NewFile
 
 PublishedTrace = Literal["qwen-a", "qwen-b"]
 
+
 @dataclass(frozen=True)
 class FetchTrace(Command):
     """download a published trace"""

@@ -14,6 +14,7 @@ from sgl_flowprefill.bench.cli.options.values import Folder, MaybeCount, Model, 
 
 Api = Literal["generate", "completions", "chat"]
 
+
 @dataclass(frozen=True)
 class Replay(Command):
     """replay a trace against a running endpoint"""

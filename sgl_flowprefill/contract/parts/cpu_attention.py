@@ -66,8 +66,7 @@ PART: Final = Part(
         ),
         *attributes(
             LAYER,
-            "layer_id logit_cap logit_capping_method qk_head_dim scaling tp_k_head_num v_head_dim "
-            "xai_temperature_len",
+            "layer_id logit_cap logit_capping_method qk_head_dim scaling tp_k_head_num v_head_dim xai_temperature_len",
             "says what a layer computes",
             "prefills fail on the CPU",
         ),

@@ -9,6 +9,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any, Final
 
 from sgl_flowprefill.gpu_report.phases.base import Outcome, Request, verdict
+from sgl_flowprefill.gpu_report.tuning import MAX_IDLE
 
 if TYPE_CHECKING:
     from sgl_flowprefill.gpu_report.engine import Engine
@@ -17,8 +18,6 @@ LOOKAHEADS: Final = (0, 1, 2, 4)
 TOKENS: Final = (600, 2048, 8192)
 LEAST_ROUNDS: Final = 5
 MOST_ROUNDS: Final = 30
-MAX_IDLE: Final = 0.01
-"""Share of the time in which the device may be idle, against free-running launches."""
 COLUMNS: Final = ("prompt", "free-running", *(f"look-ahead {ahead}" for ahead in LOOKAHEADS))
 
 
