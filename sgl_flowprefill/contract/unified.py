@@ -204,10 +204,11 @@ UNIFIED: Final = Part(
             "shows who is running",
             "started prefills are no load",
         ),
-        *attributes(
-            "sglang.srt.managers.io_struct:PauseGenerationReqInput",
-            "mode",
-            "says whether running requests are to be retracted",
+        source(
+            "assumes",
+            f"{SCHEDULER}.pause_generation",
+            ["self.last_batch.forward_mode.is_extend()", "for r in self.last_batch.reqs", "self.last_batch = None"],
+            "retracts what has run last, which here are the requests that were about to join",
             "requests that were about to join the running batch are left behind in a pause",
         ),
         *attributes(
