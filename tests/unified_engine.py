@@ -291,7 +291,7 @@ class UnifiedEngine(Engine):
         assert not len(self.hub.work.waiting)
 
 
-# ---- engines in processes of their own --------------------------------------------------------------------------------
+# ---- engines in processes of their own -------------------------------------------------------------------------------
 
 _engine: Any = None
 """This process's."""
@@ -392,9 +392,7 @@ class StockComparison:
                 else f"{rid}: token {step} is {tokens[step]} instead of {expected[step]}"
             )
 
-    def _logprobs(
-        self, name: str, kind: str, found: Sequence[float | None], expected: Sequence[float | None]
-    ) -> None:
+    def _logprobs(self, name: str, kind: str, found: Sequence[float | None], expected: Sequence[float | None]) -> None:
         self.counts[kind] += len(found)
         if len(found) != len(expected):
             self.differences.append(f"{name}: {len(found)} instead of {len(expected)}")
@@ -409,8 +407,8 @@ class StockComparison:
                     return
 
     def assert_same(self) -> None:
-        assert not self.differences, (
-            f"{len(self.differences)} differ from SGLang's own: " + "; ".join(self.differences[:6])
+        assert not self.differences, f"{len(self.differences)} differ from SGLang's own: " + "; ".join(
+            self.differences[:6]
         )
 
     def __str__(self) -> str:
@@ -419,7 +417,7 @@ class StockComparison:
         return f"compared with SGLang's own scheduler: {compared}; largest differences: {largest}"
 
 
-# ---- chance in place of the policy -------------------------------------------------------------------------------------
+# ---- chance in place of the policy -----------------------------------------------------------------------------------
 
 
 @contextmanager

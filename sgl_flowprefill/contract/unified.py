@@ -68,7 +68,11 @@ UNIFIED: Final = Part(
         source(
             "assumes",
             f"{SCHEDULER}.update_running_batch",
-            ["batch.check_decode_mem()", "batch.retract_decode()", "self._add_request_to_queue(req, is_retracted=True)"],
+            [
+                "batch.check_decode_mem()",
+                "batch.retract_decode()",
+                "self._add_request_to_queue(req, is_retracted=True)",
+            ],
             "retracts streams where KV cache is short, and prefills are given back before",
             "streams are retracted, or end in an error, while prefills hold the KV cache",
         ),
