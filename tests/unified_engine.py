@@ -285,7 +285,7 @@ class UnifiedEngine(Engine):
     def assert_clean(self) -> None:
         super().assert_clean()
         role = self.hub.role
-        assert not (role.joining or role._streams or role._come or role._held_back), role
+        assert not any((role.joining, role._streams, role._come, role._held_back)), role
         assert not role.policy.streams.requests
         assert not self.hub.work.tasks
         assert not len(self.hub.work.waiting)

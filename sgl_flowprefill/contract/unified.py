@@ -129,8 +129,8 @@ UNIFIED: Final = Part(
         *rows(
             "calls",
             BATCH,
-            "filter_batch(self, ...) merge_batch(self, other) new_tokens_required_next_decode(self, ...) is_empty(self) "
-            "prepare_for_decode(self)",
+            "filter_batch(self, ...) merge_batch(self, other) is_empty(self) prepare_for_decode(self) "
+            "new_tokens_required_next_decode(self, ...)",
             "is how requests join and leave the running batch",
             "streams get no tokens, or wrong ones",
         ),

@@ -21,8 +21,8 @@ from sgl_flowprefill.runtime.step_profile import load_or_measure_steps
 from sgl_flowprefill.runtime.unified_role import InFlight, ReservingAdder, UnifiedRole
 
 BEAMS: Final = (
-    "FlowPrefill cannot run beam search: its beams take rows that started prefills have been promised. Leave beam_width "
-    "out, or set it to 1."
+    "FlowPrefill cannot run beam search: its beams take rows that started prefills have been promised. Leave "
+    "beam_width out, or set it to 1."
 )
 
 
