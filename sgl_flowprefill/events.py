@@ -4,7 +4,8 @@ An event is an object of one of the types below; its line has the type's tag as 
 ``time.monotonic()``, which all processes of one machine share and which goes on whatever the wall clock is set to.
 
 Every arrival has one end: its rid is in one ``complete`` (its prefill has run), ``abort`` or ``fail``. What becomes of
-a request after ``complete``, while its KV is sent or its tokens come, is not logged. SGLang's health checks have no arrival.
+a request after ``complete``, while its KV is sent or its tokens come, is not logged. SGLang's health checks have no
+arrival.
 
 ``python -m sgl_flowprefill.events`` prints the table of docs/operations.md.
 """

@@ -51,7 +51,7 @@ class Ask:
         """What decides the answer."""
         return replace(self, ttft_slo_s=None, tbt_slo_s=None)
 
-    def message(self, rid: str) -> Any:
+    def message(self, rid: str, tokenizer: Any) -> Any:
         """What the tokenizer process sends to the scheduler."""
         from sglang.srt.managers.io_struct import TokenizedGenerateReqInput
         from sglang.srt.observability.req_time_stats import APIServerReqTimeStats
@@ -64,7 +64,7 @@ class Ask:
             max_new_tokens=self.max_new_tokens,
             custom_params=custom_params,
         )
-        sampling.normalize(Words() if sampling.stop_strs else None)
+        sampling.normalize(tokenizer)
         recv = TokenizedGenerateReqInput(
             rid=rid,
             input_text="",
@@ -82,14 +82,6 @@ class Ask:
         recv.time_stats = APIServerReqTimeStats()
         recv.time_stats.flowprefill_received_s = recv.time_stats.flowprefill_sent_s = time.monotonic()
         return recv
-
-
-class Words:
-    """The tokenizer of the HTTP process, as far as stop strings need it: one token a word."""
-
-    @staticmethod
-    def encode(text: str, **_: Any) -> list[str]:
-        return text.split()
 
 
 @dataclass(frozen=True)
@@ -129,9 +121,7 @@ class Engine:
         streamer = self.scheduler.output_streamer
         record = {"stream_output": lambda _, reqs, return_logprob, skip_req=None: self._record(reqs)}
         to_here = type("ToHere", (SchedulerOutputStreamer,), record)
-        recorded = type(streamer)
-        bases = (to_here,) if recorded is SchedulerOutputStreamer else (recorded, to_here)
-        streamer.__class__ = type("Streamer", bases, {})
+        streamer.__class__ = type("Streamer", (type(streamer), to_here), {})
         self.sent: list[Any] = []
         """What was sent to the HTTP process past the output streamer."""
         self.scheduler.ipc_channels.send_to_tokenizer.send_output = self._sent
@@ -151,7 +141,7 @@ class Engine:
 
     def submit(self, rid: str, ask: Ask) -> None:
         self._streamed[rid] = 0
-        self.receive(ask.message(rid))
+        self.receive(ask.message(rid, self.scheduler.tokenizer))
 
     def abort(self, rid: str) -> None:
         from sglang.srt.managers.io_struct import AbortReq
@@ -204,11 +194,26 @@ class Engine:
                 )
 
 
+def stock_scheduler(server_args: Any, port_args: Any) -> Any:
+    """SGLang's own, with a streamer whose class can be changed."""
+    from sglang.srt.managers.scheduler import Scheduler
+    from sglang.srt.managers.scheduler_components.output_streamer import SchedulerOutputStreamer
+
+    class Streamer(SchedulerOutputStreamer):
+        pass
+
+    class Stock(Scheduler):
+        def get_output_streamer_class(self) -> type[SchedulerOutputStreamer]:
+            return Streamer
+
+    return Stock(server_args, port_args)
+
+
 class StockEngine(Engine):
     """SGLang's own scheduler, in its own loop."""
 
     def __init__(self, model_path: str, **server_args: Any) -> None:
-        super().__init__("sglang.srt.managers.scheduler:Scheduler", model_path, {}, **server_args)
+        super().__init__("tests.unified_engine:stock_scheduler", model_path, {}, **server_args)
 
     @torch.no_grad()
     def turn(self) -> bool:
@@ -280,13 +285,13 @@ class UnifiedEngine(Engine):
     def assert_clean(self) -> None:
         super().assert_clean()
         role = self.hub.role
-        assert not (role.joining or role._streams or role._come or role._held_back), role
+        assert not any((role.joining, role._streams, role._come, role._held_back)), role
         assert not role.policy.streams.requests
         assert not self.hub.work.tasks
         assert not len(self.hub.work.waiting)
 
 
-# ---- engines in processes of their own --------------------------------------------------------------------------------
+# ---- engines in processes of their own -------------------------------------------------------------------------------
 
 _engine: Any = None
 """This process's."""
@@ -387,9 +392,7 @@ class StockComparison:
                 else f"{rid}: token {step} is {tokens[step]} instead of {expected[step]}"
             )
 
-    def _logprobs(
-        self, name: str, kind: str, found: Sequence[float | None], expected: Sequence[float | None]
-    ) -> None:
+    def _logprobs(self, name: str, kind: str, found: Sequence[float | None], expected: Sequence[float | None]) -> None:
         self.counts[kind] += len(found)
         if len(found) != len(expected):
             self.differences.append(f"{name}: {len(found)} instead of {len(expected)}")
@@ -404,8 +407,8 @@ class StockComparison:
                     return
 
     def assert_same(self) -> None:
-        assert not self.differences, (
-            f"{len(self.differences)} differ from SGLang's own: " + "; ".join(self.differences[:6])
+        assert not self.differences, f"{len(self.differences)} differ from SGLang's own: " + "; ".join(
+            self.differences[:6]
         )
 
     def __str__(self) -> str:
@@ -414,7 +417,7 @@ class StockComparison:
         return f"compared with SGLang's own scheduler: {compared}; largest differences: {largest}"
 
 
-# ---- chance in place of the policy -------------------------------------------------------------------------------------
+# ---- chance in place of the policy -----------------------------------------------------------------------------------
 
 
 @contextmanager

@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Final
 from unittest.mock import patch
 
@@ -59,7 +60,7 @@ def _calm(engine: UnifiedEngine) -> None:
     engine.hub.executor.interrupted = engine.hub.has_news
 
 
-# ---- aborts -----------------------------------------------------------------------------------------------------------
+# ---- aborts ----------------------------------------------------------------------------------------------------------
 
 
 def _compiling(engine: UnifiedEngine) -> None:
@@ -176,7 +177,7 @@ def abort_all_with_everything_in_flight(engine: UnifiedEngine) -> Play:
     return _played(engine, {"stays", "goes", "urgent", "waits"})
 
 
-# ---- pauses, flushes, weights, timeouts ------------------------------------------------------------------------------------
+# ---- pauses, flushes, weights, timeouts ------------------------------------------------------------------------------
 
 
 def _in_the_middle(engine: UnifiedEngine) -> dict[str, Ask]:
@@ -265,7 +266,7 @@ def loads(engine: UnifiedEngine) -> dict[str, int]:
     return {"running": load.num_running_reqs, "waiting": load.num_waiting_reqs, "in flight": reqs}
 
 
-# ---- decisions ----------------------------------------------------------------------------------------------------------
+# ---- decisions -------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -297,7 +298,7 @@ def stream_beside_a_long_prompt(engine: UnifiedEngine, tbt_slo_s: float) -> Gaps
             times.append(time.monotonic())
             steps += any(task.has_run for task in engine.hub.work.tasks.live)
     prefill_s = time.monotonic() - began_s
-    longest_s = max(later - earlier for earlier, later in zip(times, times[1:], strict=False))
+    longest_s = max(later - earlier for earlier, later in pairwise(times))
     return Gaps(_played(engine), asked, longest_s, prefill_s, steps)
 
 

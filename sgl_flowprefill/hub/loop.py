@@ -128,7 +128,7 @@ class Hub(Generic[RoleT]):
             self._finish(task)
 
     def finish_started(self) -> None:
-        """Run the tasks that have started to their ends, and process their results. Streams get their steps meanwhile."""
+        """Run the tasks that have started to their ends, and process their results. Streams get their steps."""
         while self.work.tasks.live:
             if self.agreement.agree([self._step_is_due()])[0]:
                 self._step()
@@ -166,7 +166,7 @@ class Hub(Generic[RoleT]):
         self._stopped_s = self.now_s()
 
     def _give_back(self, task: PrefillTask, decoder: Decoder) -> None:
-        """Unwind a task whose requests wait again. As its KV cache is not computed, it never becomes a cached prefix."""
+        """Unwind a task whose requests wait again. Its KV cache, not computed, never becomes a cached prefix."""
         self.recorder.given_back(task)
         self._unwind(task)
         decoder.give_back(task)

@@ -125,9 +125,7 @@ class EventRecorder(EventLog, Recorder):
     def stepped(self, streams: int, begin_s: float, end_s: float, due_s: float) -> None:
         """A decode step over so many ``streams`` has run. It had to begin at ``due_s``."""
         was_due = begin_s >= due_s
-        self.write(
-            Step, end_s, streams=streams, begin_s=round(begin_s, 6), due_s=round(due_s, 6) if was_due else None
-        )
+        self.write(Step, end_s, streams=streams, begin_s=round(begin_s, 6), due_s=round(due_s, 6) if was_due else None)
         if self._metrics is not None:
             self._metrics.stepped(end_s - begin_s, begin_s - due_s if was_due else None)
 

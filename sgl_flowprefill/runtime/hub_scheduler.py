@@ -38,8 +38,7 @@ class HubScheduler(Scheduler):
     max_running_requests: int
     hub: Hub[Any]
     role: Any = None
-    """The hub's, and there before it. None while SGLang's own scheduler is being made, which asks some of what is below.
-    """
+    """The hub's, and there before it. None while SGLang makes its own scheduler, and asks some of what is below."""
 
     def __init__(self, server_args: Any, *args: Any, **kwargs: Any) -> None:
         refusal = incompatible_option(resolving_view(server_args))

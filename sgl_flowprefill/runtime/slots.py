@@ -15,9 +15,10 @@ logger = logging.getLogger(__name__)
 class AttentionSlots:
     """Attention backends for tasks that live at the same time: a backend keeps the metadata of one batch.
 
-    The first slot is the model runner's own backend, where that has nothing else to do; others are made when needed and reused. FlashInfer's backends have
-    plans and integer workspaces of their own and share the large float workspace, which holds partial results within
-    one attention kernel and the merge that follows it on the same stream: a task is never suspended between the two.
+    The first slot is the model runner's own backend, where that has nothing else to do; others are made when needed and
+    reused. FlashInfer's backends have plans and integer workspaces of their own and share the large float workspace,
+    which holds partial results within one attention kernel and the merge that follows it on the same stream: a task is
+    never suspended between the two.
     """
 
     def __init__(

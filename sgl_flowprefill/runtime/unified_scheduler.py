@@ -20,10 +20,9 @@ from sgl_flowprefill.runtime.setup import build
 from sgl_flowprefill.runtime.step_profile import load_or_measure_steps
 from sgl_flowprefill.runtime.unified_role import InFlight, ReservingAdder, UnifiedRole
 
-
 BEAMS: Final = (
-    "FlowPrefill cannot run beam search: its beams take rows that started prefills have been promised. Leave beam_width "
-    "out, or set it to 1."
+    "FlowPrefill cannot run beam search: its beams take rows that started prefills have been promised. Leave "
+    "beam_width out, or set it to 1."
 )
 
 
@@ -62,9 +61,11 @@ class UnifiedScheduler(HubScheduler):
     def pause_generation(self, recv_req: Any) -> None:
         """Requests that were about to join the running batch are retracted with it, where that is asked for."""
         self.hub.finish_started()
-        if recv_req.mode == "retract":
-            self.last_batch = self.role.join()
+        self.last_batch = self.role.join()
         super().pause_generation(recv_req)
+        if self.last_batch is not None:  # a pause in place leaves all where it is
+            self.role.joining.append(self.last_batch)
+            self.last_batch = None
 
     # ---- admission: the hub's alone -------------------------------------------------------------------------------
 

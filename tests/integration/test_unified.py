@@ -47,7 +47,7 @@ def comparison(stock: Stock) -> Iterator[StockComparison]:
     print(f"\n{comparison}")
 
 
-# ---- answers ----------------------------------------------------------------------------------------------------------
+# ---- answers ---------------------------------------------------------------------------------------------------------
 
 
 def test_the_policy_serves_requests_of_all_kinds(unified: Remote, comparison: StockComparison) -> None:
@@ -109,7 +109,7 @@ def test_rounds_with_barely_enough_kv_cache_give_prefills_back_and_change_no_ans
     assert comparison.counts["answers"] >= 40
 
 
-# ---- decode steps beside prefills -----------------------------------------------------------------------------------------
+# ---- decode steps beside prefills ------------------------------------------------------------------------------------
 
 
 def test_a_stream_gets_its_tokens_while_a_long_prompt_is_prefilled(
@@ -124,7 +124,7 @@ def test_a_stream_gets_its_tokens_while_a_long_prompt_is_prefilled(
     assert gaps.longest_gap_s < 0.4
 
 
-# ---- KV cache ---------------------------------------------------------------------------------------------------------------
+# ---- KV cache --------------------------------------------------------------------------------------------------------
 
 
 def test_prefills_give_their_kv_cache_to_streams_and_no_stream_is_retracted(
@@ -150,7 +150,7 @@ def test_admission_reserves_what_started_prefills_will_answer(small: Remote, com
     assert lost == 0
 
 
-# ---- aborts -------------------------------------------------------------------------------------------------------------------
+# ---- aborts ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("state", scenarios.STATES)
@@ -172,7 +172,7 @@ def test_an_abort_of_all_ends_what_is_waiting_suspended_joining_and_decoding(uni
     assert len(played.answers) == 4
 
 
-# ---- what SGLang asks of a scheduler --------------------------------------------------------------------------------------------
+# ---- what SGLang asks of a scheduler ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("mode", ["in_place", "retract"])

@@ -129,8 +129,8 @@ PART: Final = Part(
         *rows(
             "calls",
             BATCH,
-            "filter_batch(self, ...) merge_batch(self, other) new_tokens_required_next_decode(self, ...) is_empty(self) "
-            "prepare_for_decode(self)",
+            "filter_batch(self, ...) merge_batch(self, other) is_empty(self) prepare_for_decode(self) "
+            "new_tokens_required_next_decode(self, ...)",
             "is how requests join and leave the running batch",
             "streams get no tokens, or wrong ones",
         ),
@@ -208,10 +208,11 @@ PART: Final = Part(
             "shows who is running",
             "started prefills are no load",
         ),
-        *attributes(
-            "sglang.srt.managers.io_struct:PauseGenerationReqInput",
-            "mode",
-            "says whether running requests are to be retracted",
+        source(
+            "assumes",
+            f"{SCHEDULER}.pause_generation",
+            ["self.last_batch.forward_mode.is_extend()", "for r in self.last_batch.reqs", "self.last_batch = None"],
+            "retracts what has run last, which here are the requests that were about to join",
             "requests that were about to join the running batch are left behind in a pause",
         ),
         *attributes(
