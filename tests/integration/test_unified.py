@@ -76,7 +76,7 @@ def test_stop_strings_and_stop_tokens_end_answers_where_they_do_on_sglang(
     assert all(answer.reason == "stop" for answer in played.answers.values())
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(3))
 def test_steps_and_suspensions_at_random_points_change_no_answer(
     unified: Remote, comparison: StockComparison, seed: int
 ) -> None:
@@ -93,20 +93,20 @@ def test_steps_and_suspensions_at_random_points_change_no_answer(
 
 def test_rounds_of_steps_suspensions_and_aborts_change_no_answer(unified: Remote, comparison: StockComparison) -> None:
     rounds = Rounds(unified, comparison, ASKS)
-    rounds.run(12)
+    rounds.run(6)
     print(rounds)
     assert rounds.seen["steps inside prefills"] >= 100
-    assert comparison.counts["aborts"] >= 5
-    assert comparison.counts["log probabilities of prompts"] >= 500
+    assert comparison.counts["aborts"] >= 3
+    assert comparison.counts["log probabilities of prompts"] >= 300
 
 
 def test_rounds_with_barely_enough_kv_cache_give_prefills_back_and_change_no_answer(
     small: Remote, comparison: StockComparison
 ) -> None:
     rounds = Rounds(small, comparison, SMALL_ASKS)
-    rounds.run(12, first=100)
+    rounds.run(6, first=100)
     print(rounds)
-    assert comparison.counts["answers"] >= 40
+    assert comparison.counts["answers"] >= 20
 
 
 # ---- decode steps beside prefills ------------------------------------------------------------------------------------
