@@ -40,6 +40,14 @@ def small() -> Iterator[Remote]:
     remote.close()
 
 
+@pytest.fixture(scope="module")
+def tight() -> Iterator[Remote]:
+    """Not enough KV cache, if it is not given to the right ones."""
+    remote = Remote(UnifiedEngine, str(embedded_model_path()), max_total_tokens=scenarios.TIGHT_TOKENS)
+    yield remote
+    remote.close()
+
+
 @pytest.fixture
 def comparison(stock: Stock) -> Iterator[StockComparison]:
     comparison = StockComparison(stock)
@@ -127,27 +135,21 @@ def test_a_stream_gets_its_tokens_while_a_long_prompt_is_prefilled(
 # ---- KV cache --------------------------------------------------------------------------------------------------------
 
 
-def test_prefills_give_their_kv_cache_to_streams_and_no_stream_is_retracted(
-    small: Remote, comparison: StockComparison
+def test_a_prefill_gives_its_kv_cache_to_streams_and_no_stream_is_retracted(
+    tight: Remote, comparison: StockComparison
 ) -> None:
-    # Two streams that fill the pool up to what two prompts take; these are not done when the streams need it.
-    streams = {f"s{i}": Ask(tuple(prompt(700 + i, 600)), 700, (("ignore_eos", True),)) for i in range(2)}
-    late = {f"l{i}": Ask(tuple(prompt(710 + i, 500)), 4, (("ignore_eos", True),)) for i in range(2)}
-    played = small.call(scenarios.streams_without_room, streams, late)
-    comparison.compare(streams | late, played.answers)
+    played = tight.call(scenarios.streams_without_room)
+    comparison.compare(scenarios.GROWING | scenarios.LATE, played.answers)
     comparison.assert_same()
-    print(dict(played.seen))
-    assert played.seen["given back"] >= 1
+    assert played.seen["given back"] == 1
     assert played.seen["retractions"] == 0
 
 
-def test_admission_reserves_what_started_prefills_will_answer(small: Remote, comparison: StockComparison) -> None:
-    # 8 requests take 8 * (300 + 300) tokens in the end, more than there is, and 8 * 300 at first, which there is.
-    asked = {f"a{i}": Ask(tuple(prompt(720 + i, 300)), 300, (("ignore_eos", True),)) for i in range(8)}
-    played, lost = small.call(scenarios.admitted_tokens, asked)
-    comparison.compare(asked, played.answers)
+def test_admission_reserves_what_started_prefills_will_answer(tight: Remote, comparison: StockComparison) -> None:
+    played = tight.call(scenarios.starts_of_all_that_is_admitted)
+    comparison.compare(scenarios.RESERVED, played.answers)
     comparison.assert_same()
-    assert lost == 0
+    assert played.seen["given back"] == played.seen["retractions"] == 0
 
 
 # ---- aborts ----------------------------------------------------------------------------------------------------------
