@@ -213,6 +213,8 @@ class Paused:
     answered: int
     """Requests that got something in the pause."""
     retracted: int
+    unanswered: int
+    """Requests that had not ended when the pause began."""
 
 
 def pause(engine: UnifiedEngine, mode: str) -> Paused:
@@ -227,8 +229,9 @@ def pause(engine: UnifiedEngine, mode: str) -> Paused:
         engine.turn()
     live = len(engine.hub.work.tasks)
     answered = sum(engine._streamed[rid] != streamed[rid] for rid in streamed)
+    unanswered = len(asked) - len(engine.answers)
     engine.receive(ContinueGenerationReqInput())
-    return Paused(_played(engine), asked, live, answered, engine.hub.role.retractions - before)
+    return Paused(_played(engine), asked, live, answered, engine.hub.role.retractions - before, unanswered)
 
 
 def flush_while_busy(engine: UnifiedEngine) -> tuple[Play, dict[str, Ask], bool]:

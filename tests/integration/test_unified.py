@@ -185,7 +185,8 @@ def test_nothing_runs_in_a_pause_and_all_go_on_after_it(
     comparison.compare(paused.asked, paused.play.answers)
     comparison.assert_same()
     assert paused.live == paused.answered == 0
-    assert paused.retracted == (3 if mode == "retract" else 0)
+    assert paused.unanswered >= 2
+    assert paused.retracted == (paused.unanswered if mode == "retract" else 0)
 
 
 def test_a_flush_is_refused_while_a_prefill_is_suspended_or_joins(unified: Remote, comparison: StockComparison) -> None:
