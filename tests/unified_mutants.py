@@ -14,12 +14,12 @@ from typing import Any, Final
 from unittest.mock import patch
 
 from sgl_flowprefill.model import embedded_model_path
+from tests import unified_scenarios as scenarios
 from tests.unified_engine import Remote, Stock, StockComparison, StockEngine, UnifiedEngine, asks
 from tests.unified_rounds import Rounds
 
-ROUNDS: Final = 12
-POOL_TOKENS: Final = 5000
-"""KV cache of an engine in which started prefills have to be given back."""
+ROUNDS: Final = 8
+AMPLE_TOKENS: Final = 60_000
 
 Plant = Callable[[UnifiedEngine, Callable[[], None]], None]
 """Plants a defect in an engine for good; the function that it is given is to be called at each time that it strikes."""
@@ -135,18 +135,19 @@ def penalties_counted_twice(engine: UnifiedEngine, struck: Callable[[], None]) -
     scheduler.run_batch = prepared_twice
 
 
-MUTANTS: Final[dict[str, Plant]] = {
-    plant.__name__: plant
-    for plant in (
-        main_attention_backend_as_a_slot,
-        flags_of_the_decode_step_in_a_prefill,
-        prefix_cached_although_it_was_not_computed,
-        answers_of_started_prefills_without_kv_cache,
-        streams_retracted_before_prefills_are_given_back,
-        prefill_that_joins_a_step_in_flight,
-        penalties_counted_twice,
+MUTANTS: Final[dict[str, tuple[Plant, int]]] = {
+    plant.__name__: (plant, tokens)
+    for plant, tokens in (
+        (main_attention_backend_as_a_slot, AMPLE_TOKENS),
+        (flags_of_the_decode_step_in_a_prefill, AMPLE_TOKENS),
+        (prefix_cached_although_it_was_not_computed, AMPLE_TOKENS),
+        (answers_of_started_prefills_without_kv_cache, scenarios.TIGHT_TOKENS),
+        (streams_retracted_before_prefills_are_given_back, scenarios.TIGHT_TOKENS),
+        (prefill_that_joins_a_step_in_flight, AMPLE_TOKENS),
+        (penalties_counted_twice, AMPLE_TOKENS),
     )
 }
+"""Each with the tokens of KV cache of the engine that it is planted in."""
 
 
 def _plant(engine: UnifiedEngine, name: str) -> None:
@@ -155,32 +156,43 @@ def _plant(engine: UnifiedEngine, name: str) -> None:
     def struck() -> None:
         engine.strikes += 1
 
-    MUTANTS.get(name, nothing)(engine, struck)
+    plant = MUTANTS[name][0] if name in MUTANTS else nothing
+    plant(engine, struck)
 
 
 def _strikes(engine: UnifiedEngine) -> int:
     return engine.strikes
 
 
-def error_of(name: str, stock: Stock) -> str:
-    """Play rounds with one mutant, or with none, on ample KV cache and on little; the error that ended them, or an
+def error_of(name: str, stock: Stock, tokens: int) -> str:
+    """Play rounds with one mutant, or with none, or what is told by little KV cache; the error that ended them, or an
     empty text.
     """
-    errors = []
-    for pool_tokens in (60_000, POOL_TOKENS):
-        # Answers of a known length: admission reserves exactly what they take.
-        requests = asks(40, seed=7, longest_tokens=1500, always_ignore_eos=True)
-        remote = Remote(UnifiedEngine, str(embedded_model_path()), max_total_tokens=pool_tokens)
-        with closing(remote):
-            remote.call(_plant, name)
-            rounds = Rounds(remote, StockComparison(stock), requests)
-            try:
-                rounds.run(ROUNDS)
-                assert not rounds.seen["retractions"], f"{rounds.seen['retractions']} streams were retracted"
-            except Exception as caught:
-                errors.append(f"{type(caught).__name__}: {caught}")
-            print(f"{name}, {pool_tokens} tokens: struck {remote.call(_strikes)} times; {rounds}", flush=True)
-    return "; ".join(errors)
+    with closing(Remote(UnifiedEngine, str(embedded_model_path()), max_total_tokens=tokens)) as remote:
+        remote.call(_plant, name)
+        comparison = StockComparison(stock)
+        error = ""
+        try:
+            if tokens == scenarios.TIGHT_TOKENS:
+                _play_scenarios(remote, comparison)
+            else:
+                Rounds(remote, comparison, asks(30, seed=7, longest_tokens=1200)).run(ROUNDS)
+        except Exception as caught:
+            error = f"{type(caught).__name__}: {caught}"
+        print(f"{name}, {tokens} tokens: struck {remote.call(_strikes)} times; {comparison}", flush=True)
+    return error
+
+
+def _play_scenarios(remote: Remote, comparison: StockComparison) -> None:
+    played = remote.call(scenarios.streams_without_room)
+    comparison.compare(scenarios.GROWING | scenarios.LATE, played.answers)
+    comparison.assert_same()
+    assert not played.seen["retractions"], f"{played.seen['retractions']} streams were retracted"
+    played = remote.call(scenarios.starts_of_all_that_is_admitted)
+    comparison.compare(scenarios.RESERVED, played.answers)
+    comparison.assert_same()
+    lost = played.seen["retractions"] + played.seen["given back"]
+    assert not lost, f"{lost} streams were retracted or prefills given back, although KV cache is reserved for all"
 
 
 def main(names: list[str]) -> int:
@@ -188,11 +200,12 @@ def main(names: list[str]) -> int:
     with closing(Remote(StockEngine, str(embedded_model_path()))) as remote:
         stock = Stock(remote)
         for name in names or [nothing.__name__, *MUTANTS]:
-            error = error_of(name, stock)
-            print(f"{name}: {'caught by ' + error[:1500] if error else 'nothing differs'}", flush=True)
-            if bool(error) != (name in MUTANTS):
+            pools = [MUTANTS[name][1]] if name in MUTANTS else [AMPLE_TOKENS, scenarios.TIGHT_TOKENS]
+            errors = [error for tokens in pools if (error := error_of(name, stock, tokens))]
+            print(f"{name}: {'caught by ' + errors[0][:1500] if errors else 'nothing differs'}", flush=True)
+            if bool(errors) != (name in MUTANTS):
                 failed.append(name)
-    print(f"not as it should be: {', '.join(failed)}" if failed else "all mutants are caught")
+    print(f"not as it should be: {', '.join(failed)}" if failed else "all are as they should be")
     return 1 if failed else 0
 
 

@@ -12,7 +12,8 @@ from itertools import pairwise
 from typing import Any, Final
 from unittest.mock import patch
 
-from sgl_flowprefill.policy import Limits
+from sgl_flowprefill.policy import Act, Limits
+from sgl_flowprefill.policy.colocated import Turn
 from tests.late_device import LateDevice
 from tests.prompts import prompt
 from tests.unified_engine import Ask, Play, UnifiedEngine, state_of
@@ -21,6 +22,15 @@ STREAM: Final = Ask(tuple(prompt(501, 60)), 40, (("ignore_eos", True),))
 """A request that decodes while others are prefilled."""
 LONG: Final = Ask(tuple(prompt(502, 1800)), 6, (("ignore_eos", True),), ttft_slo_s=60.0)
 URGENT: Final = Ask(tuple(prompt(503, 500)), 4, (("ignore_eos", True),), ttft_slo_s=1.0)
+
+TIGHT_TOKENS: Final = 1500
+"""KV cache of an engine for what follows."""
+GROWING: Final = {f"s{i}": Ask(tuple(prompt(700 + i, 200)), 500, (("min_new_tokens", 500),)) for i in range(2)}
+"""Streams of which admission takes it that they may end early, and which do not: 1,400 tokens in the end."""
+LATE: Final = {"late": Ask(tuple(prompt(710, 300)), 4, (("ignore_eos", True),))}
+"""A prompt that is admitted beside them, and does not fit in the end."""
+RESERVED: Final = {f"a{i}": Ask(tuple(prompt(720 + i, 100)), 180, (("ignore_eos", True),)) for i in range(6)}
+"""Requests that take 1,680 tokens of KV cache in the end, and 600 at first."""
 
 
 def serve(engine: UnifiedEngine, asked: Mapping[str, Ask]) -> Play:
@@ -203,6 +213,8 @@ class Paused:
     answered: int
     """Requests that got something in the pause."""
     retracted: int
+    unanswered: int
+    """Requests that had not ended when the pause began."""
 
 
 def pause(engine: UnifiedEngine, mode: str) -> Paused:
@@ -217,8 +229,9 @@ def pause(engine: UnifiedEngine, mode: str) -> Paused:
         engine.turn()
     live = len(engine.hub.work.tasks)
     answered = sum(engine._streamed[rid] != streamed[rid] for rid in streamed)
+    unanswered = len(asked) - len(engine.answers)
     engine.receive(ContinueGenerationReqInput())
-    return Paused(_played(engine), asked, live, answered, engine.hub.role.retractions - before)
+    return Paused(_played(engine), asked, live, answered, engine.hub.role.retractions - before, unanswered)
 
 
 def flush_while_busy(engine: UnifiedEngine) -> tuple[Play, dict[str, Ask], bool]:
@@ -302,19 +315,20 @@ def stream_beside_a_long_prompt(engine: UnifiedEngine, tbt_slo_s: float) -> Gaps
     return Gaps(_played(engine), asked, longest_s, prefill_s, steps)
 
 
-def streams_without_room(engine: UnifiedEngine, asked: Mapping[str, Ask], late: Mapping[str, Ask]) -> Play:
-    """Streams grow until they need the KV cache of prefills that started ``late`` and go on slowly."""
+def streams_without_room(engine: UnifiedEngine) -> Play:
+    """Streams grow until they need the KV cache of a prefill that has started and does not get on."""
     _anew(engine)
     role = engine.hub.role
     before = Counter(retractions=role.retractions, given_back=role.given_back)
-    for rid, ask in asked.items():
+    for rid, ask in GROWING.items():
         engine.submit(rid, ask)
-    _until(engine, lambda: all(state_of(engine, rid) in ("decoding", "ended") for rid in asked))
+    _until(engine, lambda: all(state_of(engine, rid) == "decoding" for rid in GROWING))
     _suspend_all_the_time(engine)
-    for rid, ask in late.items():
+    for rid, ask in LATE.items():
         engine.submit(rid, ask)
-    with patch.object(engine.hub.work.colocated, "next", _steps_first(engine)):
-        _until(engine, lambda: role.given_back > before["given_back"], turns=5000)
+    _until(engine, lambda: state_of(engine, "late") in ("running", "suspended"))
+    with patch.object(engine.hub.work.colocated, "next", lambda *_: Turn(Act.STEP)):
+        _until(engine, lambda: role.given_back + role.retractions > before.total() or "s0" in engine.answers)
     _calm(engine)
     played = _played(engine)
     played.seen["given back"] = role.given_back - before["given_back"]
@@ -322,46 +336,25 @@ def streams_without_room(engine: UnifiedEngine, asked: Mapping[str, Ask], late: 
     return played
 
 
-def _steps_first(engine: UnifiedEngine) -> Callable[..., Any]:
-    """Whenever a prefill has passed one point, a step follows."""
-    from sgl_flowprefill.policy import Act
-    from sgl_flowprefill.policy.colocated import Turn
-
-    colocated = engine.hub.work.colocated
-    decide, turns = colocated.next, [0]
-
-    def next_(now_s: float, running: Any, admit: bool = True) -> Any:
-        turns[0] += 1
-        if colocated.streams.requests and turns[0] % 2:
-            return Turn(Act.STEP)
-        job = colocated.prefills.pick(now_s, running, admit)
-        if job is None:
-            return decide(now_s, running, admit)
-        return Turn(Act.TASK if job.started else Act.START, job)
-
-    return next_
-
-
-def admitted_tokens(engine: UnifiedEngine, asked: Mapping[str, Ask]) -> tuple[Play, int]:
-    """What is served without a turn of the coin, and the retractions and tasks given back on the way."""
+def starts_of_all_that_is_admitted(engine: UnifiedEngine) -> Play:
+    """As many prefills are started as admission lets, before any of them goes on."""
     _anew(engine)
     role = engine.hub.role
-    before = role.retractions + role.given_back
-    for rid, ask in asked.items():
+    before = Counter(retractions=role.retractions, given_back=role.given_back)
+    for rid, ask in RESERVED.items():
         engine.submit(rid, ask)
     _suspend_all_the_time(engine)
     with patch.object(engine.hub.work.colocated, "next", _starts_first(engine)):
         engine.run()
     _calm(engine)
     played = _played(engine)
-    return played, role.retractions + role.given_back - before
+    played.seen["given back"] = role.given_back - before["given_back"]
+    played.seen["retractions"] = role.retractions - before["retractions"]
+    return played
 
 
 def _starts_first(engine: UnifiedEngine) -> Callable[..., Any]:
     """All is started that is admitted, then steps and prefills take turns."""
-    from sgl_flowprefill.policy import Act
-    from sgl_flowprefill.policy.colocated import Turn
-
     colocated = engine.hub.work.colocated
     turns = [0]
 

@@ -184,7 +184,12 @@ class UnifiedRole(SchedulerRole):
         allocator = self.scheduler.token_to_kv_pool_allocator
         batches = [batch for batch in (self.scheduler.running_batch, *self.joining) if not batch.is_empty()]
         needed_tokens = sum(batch.new_tokens_required_next_decode() for batch in batches)
-        if allocator.check_decode_capacity(num_tokens=needed_tokens, tree_cache=self.scheduler.tree_cache):
+        if allocator.check_decode_capacity(
+            num_tokens=needed_tokens,
+            tree_cache=self.scheduler.tree_cache,
+            requests=[req for batch in batches for req in batch.reqs],
+            spec_algorithm=self.scheduler.spec_algorithm,
+        ):
             return 0
         return max(1, needed_tokens - int(allocator.available_size()))
 

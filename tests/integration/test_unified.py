@@ -40,6 +40,14 @@ def small() -> Iterator[Remote]:
     remote.close()
 
 
+@pytest.fixture(scope="module")
+def tight() -> Iterator[Remote]:
+    """Not enough KV cache, if it is not given to the right ones."""
+    remote = Remote(UnifiedEngine, str(embedded_model_path()), max_total_tokens=scenarios.TIGHT_TOKENS)
+    yield remote
+    remote.close()
+
+
 @pytest.fixture
 def comparison(stock: Stock) -> Iterator[StockComparison]:
     comparison = StockComparison(stock)
@@ -76,7 +84,7 @@ def test_stop_strings_and_stop_tokens_end_answers_where_they_do_on_sglang(
     assert all(answer.reason == "stop" for answer in played.answers.values())
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(3))
 def test_steps_and_suspensions_at_random_points_change_no_answer(
     unified: Remote, comparison: StockComparison, seed: int
 ) -> None:
@@ -93,20 +101,20 @@ def test_steps_and_suspensions_at_random_points_change_no_answer(
 
 def test_rounds_of_steps_suspensions_and_aborts_change_no_answer(unified: Remote, comparison: StockComparison) -> None:
     rounds = Rounds(unified, comparison, ASKS)
-    rounds.run(12)
+    rounds.run(6)
     print(rounds)
     assert rounds.seen["steps inside prefills"] >= 100
-    assert comparison.counts["aborts"] >= 5
-    assert comparison.counts["log probabilities of prompts"] >= 500
+    assert comparison.counts["aborts"] >= 3
+    assert comparison.counts["log probabilities of prompts"] >= 300
 
 
 def test_rounds_with_barely_enough_kv_cache_give_prefills_back_and_change_no_answer(
     small: Remote, comparison: StockComparison
 ) -> None:
     rounds = Rounds(small, comparison, SMALL_ASKS)
-    rounds.run(12, first=100)
+    rounds.run(6, first=100)
     print(rounds)
-    assert comparison.counts["answers"] >= 40
+    assert comparison.counts["answers"] >= 20
 
 
 # ---- decode steps beside prefills ------------------------------------------------------------------------------------
@@ -127,27 +135,21 @@ def test_a_stream_gets_its_tokens_while_a_long_prompt_is_prefilled(
 # ---- KV cache --------------------------------------------------------------------------------------------------------
 
 
-def test_prefills_give_their_kv_cache_to_streams_and_no_stream_is_retracted(
-    small: Remote, comparison: StockComparison
+def test_a_prefill_gives_its_kv_cache_to_streams_and_no_stream_is_retracted(
+    tight: Remote, comparison: StockComparison
 ) -> None:
-    # Two streams that fill the pool up to what two prompts take; these are not done when the streams need it.
-    streams = {f"s{i}": Ask(tuple(prompt(700 + i, 600)), 700, (("ignore_eos", True),)) for i in range(2)}
-    late = {f"l{i}": Ask(tuple(prompt(710 + i, 500)), 4, (("ignore_eos", True),)) for i in range(2)}
-    played = small.call(scenarios.streams_without_room, streams, late)
-    comparison.compare(streams | late, played.answers)
+    played = tight.call(scenarios.streams_without_room)
+    comparison.compare(scenarios.GROWING | scenarios.LATE, played.answers)
     comparison.assert_same()
-    print(dict(played.seen))
-    assert played.seen["given back"] >= 1
+    assert played.seen["given back"] == 1
     assert played.seen["retractions"] == 0
 
 
-def test_admission_reserves_what_started_prefills_will_answer(small: Remote, comparison: StockComparison) -> None:
-    # 8 requests take 8 * (300 + 300) tokens in the end, more than there is, and 8 * 300 at first, which there is.
-    asked = {f"a{i}": Ask(tuple(prompt(720 + i, 300)), 300, (("ignore_eos", True),)) for i in range(8)}
-    played, lost = small.call(scenarios.admitted_tokens, asked)
-    comparison.compare(asked, played.answers)
+def test_admission_reserves_what_started_prefills_will_answer(tight: Remote, comparison: StockComparison) -> None:
+    played = tight.call(scenarios.starts_of_all_that_is_admitted)
+    comparison.compare(scenarios.RESERVED, played.answers)
     comparison.assert_same()
-    assert lost == 0
+    assert played.seen["given back"] == played.seen["retractions"] == 0
 
 
 # ---- aborts ----------------------------------------------------------------------------------------------------------
@@ -183,7 +185,8 @@ def test_nothing_runs_in_a_pause_and_all_go_on_after_it(
     comparison.compare(paused.asked, paused.play.answers)
     comparison.assert_same()
     assert paused.live == paused.answered == 0
-    assert paused.retracted == (3 if mode == "retract" else 0)
+    assert paused.unanswered >= 2
+    assert paused.retracted == (paused.unanswered if mode == "retract" else 0)
 
 
 def test_a_flush_is_refused_while_a_prefill_is_suspended_or_joins(unified: Remote, comparison: StockComparison) -> None:

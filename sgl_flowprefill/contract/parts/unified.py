@@ -114,7 +114,7 @@ PART: Final = Part(
         ),
         *attributes(
             SCHEDULER,
-            "last_batch invariant_checker load_inquirer token_to_kv_pool_allocator req_to_token_pool "
+            "last_batch invariant_checker load_inquirer token_to_kv_pool_allocator req_to_token_pool spec_algorithm "
             "_prev_prefill_end_ts",
             "is a part of SGLang's scheduler, or of its state, that decode steps work with",
             "streams get no tokens",
@@ -185,7 +185,7 @@ PART: Final = Part(
         *rows(
             "calls",
             ALLOCATOR,
-            "check_decode_capacity(self, num_tokens, tree_cache, ...) available_size(self)",
+            "check_decode_capacity(self, num_tokens, tree_cache, requests, spec_algorithm) available_size(self)",
             "says whether the next decode step has KV cache",
             "streams are retracted while prefills could give theirs back",
         ),
