@@ -1,4 +1,4 @@
-"""A prefill server gets the options that FlowPrefill works with, and one that it cannot work with is refused.
+"""A server that prefills gets the options that FlowPrefill works with, and one that it cannot work with is refused.
 
 Targets: ``sglang.srt.server_args.ServerArgs.resolve_once``, before which a record holds what the user
 has asked for and may be changed, and ``sglang.srt.entrypoints.engine.Engine._launch_subprocesses``, where the options
@@ -35,7 +35,7 @@ def _take_over(server_args: Any) -> None:
     is_resolved = getattr(server_args, "_resolution_finished", False) or getattr(
         server_args, "_resolution_failed", False
     )
-    if server_args.disaggregation_mode == "prefill" and not is_resolved:
+    if server_args.disaggregation_mode != "decode" and not is_resolved:
         for line in take_over(server_args):
             logger.info("FlowPrefill: %s", line)
 

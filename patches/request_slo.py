@@ -1,4 +1,4 @@
-"""TTFT objectives at the HTTP server: an invalid one is a 400, and one beside the sampling parameters counts.
+"""Objectives at the HTTP server: an invalid one is a 400, and one beside the sampling parameters counts.
 
 Targets: ``api_contract.generate_contract_error`` for /generate and /vertex_generate;
 ``_validate_request`` of the OpenAI handlers for /v1/completions and /v1/chat/completions; ``serve_generate_request`` of

@@ -18,7 +18,7 @@ from sglang.srt.sampling.sampling_params import SamplingParams
 from sgl_flowprefill.profiling.design import SEED, Shape
 from sgl_flowprefill.profiling.run import Timing
 from sgl_flowprefill.runtime.checkpoints import find_decoder_layers
-from sgl_flowprefill.runtime.prefill_role import PrefillRole
+from sgl_flowprefill.runtime.scheduler_role import SchedulerRole
 from sgl_flowprefill.ttft.base import PrefillShape
 
 SCHEDSTAT: Final = Path("/proc/thread-self/schedstat")
@@ -27,7 +27,7 @@ SCHEDSTAT: Final = Path("/proc/thread-self/schedstat")
 class SchedulerEngine:
     """Runs batches of given shapes through an idle scheduler, as serving does, and times their forward passes."""
 
-    def __init__(self, role: PrefillRole) -> None:
+    def __init__(self, role: SchedulerRole) -> None:
         self._role = role
         self.scheduler = role.scheduler
         self._rng = random.Random(SEED)
@@ -61,15 +61,31 @@ class SchedulerEngine:
             timing = self.time(shape)
         return timing, attention_s[0], mlp_s[0]
 
+    def time_steps(self, requests: int, tokens: int, steps: int) -> tuple[int, list[float]]:
+        """Seconds of each of ``steps`` decode steps over ``requests`` prompts of so many ``tokens``, or over as many of
+        them as one prefill takes, and how many these are.
+        """
+        batch = self._batch([self._random_ids(tokens) for _ in range(requests)])
+        times_s = []
+        with torch.no_grad():
+            found = self.scheduler.run_batch(batch).next_token_ids.tolist()
+            for _ in range(steps):
+                for req, token in zip(batch.reqs, found, strict=True):
+                    req.output_ids.append(token)
+                started_s = time.perf_counter()
+                batch.prepare_for_decode()
+                found = self.scheduler.run_batch(batch).next_token_ids.tolist()
+                times_s.append(time.perf_counter() - started_s)
+        for req in batch.reqs:
+            release_kv_cache(req, self.scheduler.tree_cache, checkpoint=False)
+        return len(batch.reqs), times_s
+
     def _random_ids(self, tokens: int) -> list[int]:
         return self._rng.choices(range(self.scheduler.model_config.vocab_size), k=tokens)
 
     def _forward(self, prompts: Sequence[list[int]], keep: bool = False) -> Timing:
         scheduler = self.scheduler
-        reqs = [self._req(index, prompt) for index, prompt in enumerate(prompts)]
-        batch = self._role.make_batch(reqs)
-        assert batch is not None, "an idle server has KV cache for what is measured"
-        scheduler.waiting_queue = []
+        batch = self._batch(prompts)
         shape = tuple(PrefillShape(len(req.origin_input_ids) - req.prefix_len, req.prefix_len) for req in batch.reqs)
         self.synchronize()
         waited_s, started_s = _waited_s(), time.perf_counter()
@@ -80,6 +96,13 @@ class SchedulerEngine:
         for req in batch.reqs:
             release_kv_cache(req, scheduler.tree_cache, checkpoint=keep)
         return Timing(shape, elapsed_s, min(waited_s, elapsed_s))
+
+    def _batch(self, prompts: Sequence[list[int]]) -> Any:
+        """SGLang's batch of ``prompts``, of as many of them as one prefill takes."""
+        batch = self._role.make_batch([self._req(index, prompt) for index, prompt in enumerate(prompts)])
+        assert batch is not None, "an idle server has KV cache for what is measured"
+        self.scheduler.waiting_queue = []
+        return batch
 
     def _req(self, index: int, prompt: list[int]) -> Any:
         sampling = SamplingParams(temperature=0, max_new_tokens=1)

@@ -1,4 +1,4 @@
-"""SGLang options of a prefill server that FlowPrefill sets itself, or refuses with a sentence.
+"""SGLang options of a server that prefills that FlowPrefill sets itself, or refuses with a sentence.
 
 Reads any object with the fields of SGLang 0.5.23's ``ServerArgs``: its record, or the namespace of its command line
 parser. Imports nothing of SGLang.
@@ -16,7 +16,15 @@ OWN_SETTINGS: Final = {
     "cuda_graph_backend_prefill": ("disabled", "a captured graph cannot be suspended between its operators"),
     "schedule_policy": ("fcfs", "requests are ordered by their slack (see --flowprefill-policy)"),
 }
-"""Field of ServerArgs: what FlowPrefill sets it to on a prefill server, and why."""
+"""Field of ServerArgs: what FlowPrefill sets it to, and why."""
+
+OWN_SETTINGS_OF_UNIFIED_SERVERS: Final = {
+    "prefill_decode_interval": (
+        0,
+        "decode steps start when the objectives of their streams ask for it (see --flowprefill-default-tbt-slo)",
+    ),
+}
+"""The same, only of servers that prefill and decode."""
 
 READ_SETTINGS: Final = (
     "disaggregation_mode",
@@ -37,15 +45,12 @@ CHECKED_ATTENTION_BACKENDS: Final = ("flashinfer", "fa3", "triton", "flowprefill
 
 REFUSED_WHEN_SET: Final = {
     "speculative_algorithm": "a draft model's forward passes have no preemption checkpoints",
-    "enable_mixed_chunk": "a prefill server has no decode steps to mix in",
     "enable_dynamic_chunking": "a prompt is prefilled whole and suspended when it has to wait",
     "enable_prefill_delayer": "requests are started by their slack, not delayed",
     "enable_priority_scheduling": "requests are ordered by their slack (see --flowprefill-policy)",
     "enable_dp_attention": "its ranks have to run the same number of forward passes",
     "enable_two_batch_overlap": "it interleaves two batches inside of one forward pass",
     "enable_single_batch_overlap": "it interleaves operators inside of one forward pass",
-    "enable_pdmux": "it runs prefill and decode in one process",
-    "enable_pd_role_switch": "the server has to stay a prefill server",
     "enable_unified_memory": "it moves the KV cache of a suspended prefill, which writes on to where that was",
     "enable_torch_compile": "a compiled model has no boundaries between its operators",
     "enable_hierarchical_cache": "its transfers are tied to SGLang's own scheduling of batches",
@@ -65,12 +70,28 @@ REFUSED_WHEN_SET: Final = {
     "enable_return_routed_experts": "the experts of all forward passes are kept in one buffer",
     "enable_return_indexer_topk": "the indices of all forward passes are kept in one buffer",
     "kv_canary": "it checks one forward pass at a time",
-    "optimistic_prefill_attempts": "a prefill starts once the decode server has reserved its KV cache",
     "use_ray": "the scheduler has to be a process of this machine",
     "smg_grpc_mode": "the objective of a request is checked by the HTTP server",
     "grpc_mode": "the objective of a request is checked by the HTTP server",
 }
 """Field of ServerArgs: why FlowPrefill refuses a value other than None, False, 0, "none" or nothing."""
+
+REFUSED_ON_PREFILL_SERVERS: Final = {
+    "enable_mixed_chunk": "a prefill server has no decode steps to mix in",
+    "enable_pdmux": "it runs prefill and decode in one process",
+    "enable_pd_role_switch": "the server has to stay a prefill server",
+    "optimistic_prefill_attempts": "a prefill starts once the decode server has reserved its KV cache",
+}
+"""The same, only of servers that prefill and do not decode."""
+
+REFUSED_ON_UNIFIED_SERVERS: Final = {
+    "enable_mixed_chunk": "decode steps run between the operators of prefills and are no part of their batches",
+    "enable_pdmux": "it divides the device between prefills and decodes, which here take turns",
+    "enable_pd_role_switch": "the server has to go on to prefill and decode",
+    "min_free_slots_delay": "requests are started by their slack, not delayed",
+    "enable_hisparse": "its transition from prefill to decode is tied to SGLang's own scheduling of batches",
+}
+"""The same, only of servers that prefill and decode."""
 
 REFUSED_ABOVE_ONE: Final = {
     "pp_size": "a pipeline's stages cannot be suspended together",
@@ -79,6 +100,10 @@ REFUSED_ABOVE_ONE: Final = {
     "attn_dp_size": "its ranks have to run the same number of forward passes",
     "attn_cp_size": "context parallelism is not supported",
     "tokenizer_worker_num": "the objective of a request is checked by the HTTP server, whose workers load no plugins",
+}
+
+REFUSED_ABOVE_ONE_ON_UNIFIED_SERVERS: Final = {
+    "tp_size": "its ranks have not been shown to agree on decode steps; start as many servers",
 }
 
 REFUSED_ENVIRONMENT: Final = {
@@ -92,11 +117,12 @@ REFUSED_ENVIRONMENT: Final = {
 
 
 def take_over(server_args: Any) -> list[str]:
-    """Set what FlowPrefill works with in the options of a prefill server, before SGLang resolves them; a line for each
+    """Set what FlowPrefill works with in the options of a server, before SGLang resolves them; a line for each
     that was set to something else.
     """
     lines = []
-    for field, (needed, reason) in OWN_SETTINGS.items():
+    is_unified = getattr(server_args, "disaggregation_mode", None) == "null"
+    for field, (needed, reason) in (OWN_SETTINGS | (OWN_SETTINGS_OF_UNIFIED_SERVERS if is_unified else {})).items():
         given = getattr(server_args, field, None)
         if given != needed:
             setattr(server_args, field, needed)
@@ -114,7 +140,7 @@ def take_over(server_args: Any) -> list[str]:
 
 
 def incompatible_option(server_args: Any, env: Mapping[str, str] | None = None) -> str | None:
-    """One sentence about the first option of a prefill server that cannot work with FlowPrefill, or variable of its
+    """One sentence about the first option of a server that cannot work with FlowPrefill, or variable of its
     environment (default: this process's), or None.
     """
     env = os.environ if env is None else env
@@ -126,16 +152,19 @@ def incompatible_option(server_args: Any, env: Mapping[str, str] | None = None) 
         return "--" + field.replace("_", "-")
 
     mode = value("disaggregation_mode")
-    if mode != "prefill":
-        return f"FlowPrefill schedules a prefill server: --disaggregation-mode has to be prefill, not {mode}"
+    if mode not in ("prefill", "null"):
+        return f"FlowPrefill schedules prefills: --disaggregation-mode has to be prefill or null, not {mode}"
+    is_unified = mode == "null"
     backend = value("disaggregation_transfer_backend")
-    if backend not in TRANSFER_BACKENDS:
+    if not is_unified and backend not in TRANSFER_BACKENDS:
         return f"--disaggregation-transfer-backend {backend} cannot work with FlowPrefill: use nixl"
-    for field, reason in REFUSED_WHEN_SET.items():
+    refused = REFUSED_WHEN_SET | (REFUSED_ON_UNIFIED_SERVERS if is_unified else REFUSED_ON_PREFILL_SERVERS)
+    for field, reason in refused.items():
         if value(field) and value(field) != "none":
             given = flag(field) if value(field) is True else f"{flag(field)} {value(field)}"
             return f"{given} cannot work with FlowPrefill: {reason}"
-    for field, reason in REFUSED_ABOVE_ONE.items():
+    above_one = REFUSED_ABOVE_ONE | (REFUSED_ABOVE_ONE_ON_UNIFIED_SERVERS if is_unified else {})
+    for field, reason in above_one.items():
         if (value(field) or 1) > 1:
             return f"{flag(field)} {value(field)} cannot work with FlowPrefill: {reason}"
     for name, reason in REFUSED_ENVIRONMENT.items():

@@ -35,6 +35,19 @@ class FlowPrefillConfig(BaseModel):
     default_ttft_slo: float = Field(
         default=5.0, gt=0, description="TTFT objective in seconds of a request that names none"
     )
+    default_tbt_slo: float = Field(
+        default=0.1,
+        gt=0,
+        description="objective in seconds for the time between two tokens of a request that names none; only on "
+        "servers that prefill and decode",
+    )
+    max_decode_share: float = Field(
+        default=0.9,
+        gt=0,
+        lt=1,
+        description="most of the time that decode steps take while prefills wait, whatever objectives streams have; "
+        "only on servers that prefill and decode",
+    )
     max_suspended: int = Field(
         default=16,
         ge=0,

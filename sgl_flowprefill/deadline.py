@@ -1,4 +1,4 @@
-"""When a request's first token is due, by what SGLang knows of it."""
+"""When a request's tokens are due, by what SGLang knows of it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any, Final
 
 from sglang.srt.managers.utils import is_health_check_generate_req
 
-from sgl_flowprefill.slo import SloError, ttft_slo_s
+from sgl_flowprefill.slo import SLO_KEY, TBT_KEY, SloError, objective_s
 
 logger = logging.getLogger(__name__)
 
@@ -26,8 +26,17 @@ def slo_s(req: Any, default_s: float) -> float:
     """
     if is_health_check_generate_req(req):
         return HEALTH_CHECK_SLO_S
+    return _objective_s(SLO_KEY, req, default_s)
+
+
+def tbt_slo_s(req: Any, default_s: float) -> float:
+    """Objective in seconds for the time between two tokens of SGLang's ``req``; ``default_s`` where it names none."""
+    return _objective_s(TBT_KEY, req, default_s)
+
+
+def _objective_s(key: str, req: Any, default_s: float) -> float:
     try:
-        return ttft_slo_s(req.sampling_params.custom_params, default_s)
+        return objective_s(key, req.sampling_params.custom_params, default_s)
     except SloError as error:
         logger.warning("request %s: %s It gets the default, %g s.", req.rid, error, default_s)
         return default_s

@@ -4,7 +4,8 @@ An event is an object of one of the types below; its line has the type's tag as 
 ``time.monotonic()``, which all processes of one machine share and which goes on whatever the wall clock is set to.
 
 Every arrival has one end: its rid is in one ``complete`` (its prefill has run), ``abort`` or ``fail``. What becomes of
-a request after ``complete``, while its KV is sent, is not logged. SGLang's health checks have no arrival.
+a request after ``complete``, while its KV is sent or its tokens come, is not logged. SGLang's health checks have no
+arrival.
 
 ``python -m sgl_flowprefill.events`` prints the table of docs/operations.md.
 """
@@ -126,8 +127,27 @@ class Fail(Event, tag="fail"):
     checkpoint: int | UnsetType = UNSET
 
 
+class GiveBack(Event, tag="give_back"):
+    """a task is unwound, because streams need its KV cache; its requests wait again"""
+
+    task: int
+    rids: list[str]
+    checkpoint: int
+
+
+class Step(Event, tag="step"):
+    """a decode step is over: every stream has its next token"""
+
+    streams: int
+    begin_s: float
+    due_s: Annotated[
+        float | None,
+        Meta(description="when it had to begin, with what it was predicted to take; null where it began before"),
+    ]
+
+
 Fields = ParamSpec("Fields")
-AnyEvent = Arrival | Start | Suspend | Resume | Complete | Abort | Fail
+AnyEvent = Arrival | Start | Suspend | Resume | Complete | Abort | Fail | GiveBack | Step
 
 
 class EventLogError(ValueError):

@@ -14,7 +14,7 @@ from sglang.lang.backend.runtime_endpoint import RuntimeEndpoint
 from sglang.lang.choices import ChoicesDecision, ChoicesSamplingMethod
 from sglang.lang.ir import SglSamplingParams
 
-from sgl_flowprefill.slo import SLO_KEY, ttft_slo_s
+from sgl_flowprefill.slo import SLO_KEY, TBT_KEY, objective_s
 
 NO_IMAGES = SimpleNamespace(images_=[])
 """In place of a program's state, where there is none."""
@@ -57,21 +57,30 @@ class _OfChoices(ChoicesSamplingMethod):
 
 
 class Endpoint(RuntimeEndpoint):
-    """``sgl.RuntimeEndpoint`` for the gateway, which takes one prompt a request: ``sgl.select`` sends its choices side
-    by side.
+    """``sgl.RuntimeEndpoint`` for a unified server or the gateway, which takes one prompt a request: ``sgl.select``
+    sends its choices side by side.
     """
 
-    def __init__(self, base_url: str, *args: Any, ttft_slo: float | None = None, **kwargs: Any) -> None:
-        """``ttft_slo`` is the objective in seconds of every request; without it the server's default holds. The rest is
-        as for ``sgl.RuntimeEndpoint``. Raises SloError for an objective that is no positive number.
+    def __init__(
+        self,
+        base_url: str,
+        *args: Any,
+        ttft_slo: float | None = None,
+        tbt_slo: float | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """``ttft_slo`` is the objective in seconds of every request for its first token, ``tbt_slo`` for each token
+        after the one before, which only a unified server reads; without one the server's default holds. The rest is as
+        for ``sgl.RuntimeEndpoint``. Raises SloError for an objective that is no positive number.
         """
-        self._ttft_slo = _checked(ttft_slo)
+        self._ttft_slo = _checked(SLO_KEY, ttft_slo)
+        self._tbt_slo = _checked(TBT_KEY, tbt_slo)
         super().__init__(base_url, *args, **kwargs)
 
     def with_ttft_slo(self, ttft_slo: float | None) -> Self:
         """The same endpoint with another objective, as the ``backend`` of one ``run`` or ``run_batch``."""
         other = copy.copy(self)
-        other._ttft_slo = _checked(ttft_slo)
+        other._ttft_slo = _checked(SLO_KEY, ttft_slo)
         return other
 
     def generate(self, s: Any, sampling_params: SglSamplingParams) -> tuple[str, dict[str, Any]]:
@@ -113,12 +122,13 @@ class Endpoint(RuntimeEndpoint):
 
     @property
     def _custom_params(self) -> dict[str, Any] | None:
-        return None if self._ttft_slo is None else {SLO_KEY: self._ttft_slo}
+        objectives = {SLO_KEY: self._ttft_slo, TBT_KEY: self._tbt_slo}
+        return {key: value for key, value in objectives.items() if value is not None} or None
 
 
 def _prefill_only(text: str) -> dict[str, Any]:
     return {"text": text, "sampling_params": {"max_new_tokens": 0}}
 
 
-def _checked(ttft_slo: float | None) -> float | None:
-    return None if ttft_slo is None else ttft_slo_s({SLO_KEY: ttft_slo}, default_s=ttft_slo)
+def _checked(key: str, slo: float | None) -> float | None:
+    return None if slo is None else objective_s(key, {key: slo}, default_s=slo)

@@ -27,6 +27,7 @@ SCHEDULER_PARTS: Final = (
     "forward_state",
     "model",
     "profile",
+    "unified",
 )
 """Parts of the contract that the scheduler works with, beside those of the seams, which check their own."""
 BEFORE_IT_IS_MADE: Final = "sglang.srt.managers.scheduler.configure_scheduler_process"
@@ -91,13 +92,17 @@ def _take_scheduler_seams(config: FlowPrefillConfig) -> None:
 
 
 def _choose_scheduler(server_args: Any, *_args: Any, **_kwargs: Any) -> None:
-    """A prefill server gets our scheduler, and every other server SGLang's own."""
-    if server_args.disaggregation_mode == "prefill":
-        from sglang.srt.managers import scheduler as scheduler_module
+    """A prefill server and one without disaggregation get our schedulers, and a decode server SGLang's own."""
+    from sglang.srt.managers import scheduler as scheduler_module
 
+    if server_args.disaggregation_mode == "prefill":
         from sgl_flowprefill.runtime.scheduler import FlowPrefillScheduler
 
         scheduler_module.Scheduler = FlowPrefillScheduler
+    elif server_args.disaggregation_mode == "null":
+        from sgl_flowprefill.runtime.unified_scheduler import UnifiedScheduler
+
+        scheduler_module.Scheduler = UnifiedScheduler
 
 
 def _take_platform_seams() -> None:

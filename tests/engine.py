@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import pkgutil
 import time
 from array import array
 from collections.abc import Sequence
@@ -83,39 +84,49 @@ def keep_freed_memory() -> None:
         assert glibc.mallopt(parameter, value) == 1
 
 
+def make_scheduler(scheduler: str, model_path: str, **server_args: Any) -> Any:
+    """The scheduler of that dotted name, as in a process that SGLang spawns for it."""
+    os.environ["SGLANG_EAGER_INPUT_NO_COPY"] = "1"
+    torch.set_num_threads(1)
+    import sglang.srt.managers.scheduler  # noqa: F401 - what tells the plugin that this process runs one
+    from sglang.srt.plugins import load_plugins
+    from sglang.srt.runtime_context import SpawnRanks, get_disagg, publish
+    from sglang.srt.server_args import PortArgs, ServerArgs
+
+    from sgl_flowprefill.patches import before_0_5_23, request_times
+
+    before_0_5_23.apply()
+    request_times.apply()
+    load_plugins()
+    settings: dict[str, Any] = {
+        "disable_overlap_schedule": True,
+        "chunked_prefill_size": -1,
+        "max_total_tokens": 60_000,
+        "log_level": "warning",
+    }
+    args = ServerArgs(model_path=model_path, **(settings | server_args))
+    args.resolve_once()
+    publish(args, role="scheduler", ranks=SpawnRanks(world_rank=0, dp_rank=None, gpu_id=0))
+    if args.disaggregation_mode == "prefill":
+        get_disagg()._set("disaggregation_transfer_backend", "fake")
+    return pkgutil.resolve_name(scheduler)(args, PortArgs.init_new(args))
+
+
 class PrefillEngine:
     """Drives the scheduler step by step."""
 
     def __init__(self, model_path: str, **server_args: Any) -> None:
-        os.environ["SGLANG_EAGER_INPUT_NO_COPY"] = "1"
-        torch.set_num_threads(1)
-        import sglang.srt.managers.scheduler  # noqa: F401 - what tells the plugin that this process runs one
+        self.scheduler = make_scheduler(
+            "sgl_flowprefill.runtime.scheduler:FlowPrefillScheduler",
+            model_path,
+            disaggregation_mode="prefill",
+            disaggregation_transfer_backend="nixl",
+            **server_args,
+        )
         from sglang.srt.managers.scheduler_components.output_streamer import SchedulerOutputStreamer
-        from sglang.srt.plugins import load_plugins
-        from sglang.srt.runtime_context import SpawnRanks, get_disagg, publish
-        from sglang.srt.server_args import PortArgs, ServerArgs
 
-        from sgl_flowprefill.patches import before_0_5_23, request_times
         from sgl_flowprefill.runtime.event_recorder import RecordedStreamer
 
-        before_0_5_23.apply()
-        request_times.apply()
-        load_plugins()
-        settings: dict[str, Any] = {
-            "disaggregation_mode": "prefill",
-            "disaggregation_transfer_backend": "nixl",
-            "disable_overlap_schedule": True,
-            "chunked_prefill_size": -1,
-            "max_total_tokens": 60_000,
-            "log_level": "warning",
-        }
-        args = ServerArgs(model_path=model_path, **(settings | server_args))
-        args.resolve_once()
-        publish(args, role="scheduler", ranks=SpawnRanks(world_rank=0, dp_rank=None, gpu_id=0))
-        get_disagg()._set("disaggregation_transfer_backend", "fake")
-        from sgl_flowprefill.runtime.scheduler import FlowPrefillScheduler
-
-        self.scheduler = FlowPrefillScheduler(args, PortArgs.init_new(args))
         add = self.scheduler._add_request_to_queue
 
         def add_cached(req: Any, *arguments: Any, **options: Any) -> None:

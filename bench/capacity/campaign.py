@@ -27,10 +27,13 @@ from sgl_flowprefill.bench.capacity.rate_search import (
     bracket,
     mean_bracket,
 )
+from sgl_flowprefill.bench.simulator.joint import attainments
 from sgl_flowprefill.bench.simulator.search import mean_attainment
+from sgl_flowprefill.bench.simulator.systems import Setup, Simulated
 from sgl_flowprefill.bench.systems.catalog import UNCHUNKED_FCFS
 from sgl_flowprefill.bench.systems.endpoint import Endpoint
 from sgl_flowprefill.bench.systems.system import System
+from sgl_flowprefill.bench.workloads.trace import Trace
 
 LEAST_REQUESTS: Final = 20
 """Fewest requests of a probe: searches do not go to rates with fewer."""
@@ -170,7 +173,8 @@ class Campaign:
         simulated = system.simulated(self.prober.options)
         if simulated is None or not self.prober.can_simulate:
             return None
-        fact = f"simulated rate of {simulated} at {attainment:g}, {self.plan.seeds} seeds"
+        layout = "unified " if system.is_unified else ""
+        fact = f"simulated rate of {layout}{simulated} at {attainment:g}, {self.plan.seeds} seeds"
         if fact not in self.log.facts:
             setup = self.prober.setup
             start_rps = self.prober.saturation_rps(self.prober.trace(0, self.plan.workload.rate_rps))
@@ -178,7 +182,7 @@ class Campaign:
             verdicts: list[Verdict] = []
             while (rate_rps := search.next_rps(verdicts)) is not None:
                 traces = [self.prober.trace(seed, rate_rps) for seed in range(self.plan.seeds)]
-                verdicts.append((rate_rps, mean_attainment(simulated, traces, setup) >= attainment))
+                verdicts.append((rate_rps, self._simulated(simulated, traces, setup) >= attainment))
             self.log.settle(fact, bracket(verdicts).rate_rps)
         return float(self.log.facts[fact])
 
@@ -192,8 +196,14 @@ class Campaign:
         fact = f"simulated attainment of {system.name} at {rate_rps:g}, seeds {[*seeds]}, {visits} visits"
         if fact not in self.log.facts:
             traces = [self.prober.trace(seed, rate_rps) for seed in seeds]
-            self.log.settle(fact, mean_attainment(simulated, traces, self.prober.setup_of(system)))
+            self.log.settle(fact, self._simulated(simulated, traces, self.prober.setup_of(system)))
         return float(self.log.facts[fact])
+
+    def _simulated(self, simulated: Simulated, traces: Sequence[Trace], setup: Setup) -> float:
+        """Attainment by the simulator, judged as that of the servers is."""
+        if self.plan.judge == "ttft":
+            return mean_attainment(simulated, traces, setup)
+        return attainments(simulated, traces, setup)[self.plan.judge]
 
     def probes_left(self) -> int:
         """About how many probes are still to be made."""
@@ -264,7 +274,8 @@ class Campaign:
         return any(self._next_rps(system, *search) is not None for search in self._searches)
 
     def _told_scales(self, system: System) -> Sequence[float]:
-        return TOLD_SLO_SCALES if system.orders_by_slo and system not in self.only_compared else (1.0,)
+        is_told = system.orders_by_slo and system not in self.only_compared and self.plan.judge == "ttft"
+        return TOLD_SLO_SCALES if is_told else (1.0,)
 
     def _comparisons(self, system: System) -> Iterator[tuple[int, float, float]]:
         """(seed, rate, SLO scale) of what is still to be replayed to the end at the rate at which systems are

@@ -17,13 +17,15 @@ from sgl_flowprefill.bench.capacity.probes import Probe, ProbeLog
 from sgl_flowprefill.bench.capacity.rate_search import decided
 from sgl_flowprefill.bench.loadgen.calibrate import median_of, time_scale
 from sgl_flowprefill.bench.loadgen.progress import ReplayProgress
+from sgl_flowprefill.bench.loadgen.replay import Enough
+from sgl_flowprefill.bench.metrics.joint import Judge, meets
 from sgl_flowprefill.bench.metrics.provenance import machine, versions
 from sgl_flowprefill.bench.simulator.measured import Engine, measured_setup, saturation_rps
 from sgl_flowprefill.bench.simulator.systems import Setup
 from sgl_flowprefill.bench.systems.endpoint import Endpoint
 from sgl_flowprefill.bench.systems.serving import Servers, serving
 from sgl_flowprefill.bench.systems.system import System
-from sgl_flowprefill.bench.workloads.answers import Answers
+from sgl_flowprefill.bench.workloads.answers import DECODE_SHARE, Answers
 from sgl_flowprefill.bench.workloads.prompts import PromptBuilder
 from sgl_flowprefill.bench.workloads.synthetic import Workload
 from sgl_flowprefill.bench.workloads.trace import Trace
@@ -39,7 +41,11 @@ class Plan:
     duration_s: float
     """Requests of a probe arrive in this time. Rates beyond saturation depend on it, so it is the same for all."""
     max_output_tokens: int | None = None
-    """Longer answers are cut; without it all are shortened to what the decode server carries."""
+    """Longer answers are cut; without it all are shortened to what the servers carry."""
+    judge: Judge = "ttft"
+    """How attainment is judged."""
+    decode_share: float = DECODE_SHARE
+    """Share of what the servers carry that answers take at saturation."""
 
     def settings(self) -> dict[str, Any]:
         """What all probes have in common; there may be more seeds when a run is resumed."""
@@ -47,6 +53,7 @@ class Plan:
             "workload": self.workload.name,
             "duration_s": self.duration_s,
             "max_output_tokens": self.max_output_tokens,
+            "judge": self.judge,
         }
 
     def trace(self, seed: int, rate_rps: float, scale: float, slo_scale: float = 1.0) -> Trace:
@@ -161,7 +168,7 @@ class Prober:
         served.settle()
         whole = self.plan.trace(0, self.plan.workload.rate_rps, self.time_scale)
         rate_rps = self.saturation_rps(whole) if self.can_simulate else self.one_by_one_rps(whole, system)
-        answers = Answers.carried(whole, rate_rps, decode_tokens_per_s)
+        answers = Answers.carried(whole, rate_rps, decode_tokens_per_s, self.plan.decode_share)
         self.log.settle("decode_tokens_per_s", decode_tokens_per_s)
         self.log.settle("answers_scale", answers.scale)
         self.say(f"  {answers.text(answers.of(whole))}; the decode server carries {decode_tokens_per_s:.0f} tokens/s")
@@ -202,14 +209,16 @@ class Prober:
         trace = self.trace(seed, rate_rps, slo_scale)
         total = len(trace.requests)
 
-        def enough(met: int, missed: int) -> bool:
+        def is_known(met: int, missed: int) -> bool:
             return attainment is not None and decided(met, missed, total, attainment) is not None
+
+        enough = Enough(is_known, functools.partial(meets, judge=self.plan.judge))
 
         label = f"  {rate_rps:.2f} req/s, seed {seed}"
         with ReplayProgress(label, total, trace.requests[-1].arrival_s, self._console) as progress:
             run = served.replay(trace, PromptBuilder(seed), progress.update, enough)
         served.settle()
-        probe = Probe(system.name, rate_rps, seed, total, run, served.blocking_s(run), slo_scale)
+        probe = Probe(system.name, rate_rps, seed, total, run, served.blocking_s(run), slo_scale, self.plan.judge)
         self.log.add(probe)
         return probe
 

@@ -6,15 +6,20 @@ A probe is one replay: a system, a rate, a seed. The first line of the file says
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import orjson
 
 from sgl_flowprefill.bench.capacity.rate_search import Verdict, decided
 from sgl_flowprefill.bench.loadgen.replay import ClientReport, ReplayRun, RequestResult
+from sgl_flowprefill.bench.metrics.joint import Judge, meets
+
+JUDGED_BEFORE: Final[Mapping[str, Any]] = {"judge": "ttft"}
+"""What files say that say nothing of it."""
 
 
 @dataclass(frozen=True)
@@ -31,10 +36,11 @@ class Probe:
     """Blocking time of each preemption; None for a system that does not preempt."""
     slo_scale: float = 1.0
     """Factor of the workload's TTFT SLOs, as the system was told them and as they are judged."""
+    judge: Judge = "ttft"
 
-    @property
+    @functools.cached_property
     def met(self) -> int:
-        return sum(result.meets_ttft() for result in self.run.results)
+        return sum(meets(result, self.judge) for result in self.run.results)
 
     @property
     def missed(self) -> int:
@@ -52,7 +58,7 @@ class Probe:
 
     @classmethod
     def from_json(cls, row: Mapping[str, Any]) -> Probe:
-        results = [RequestResult(**(result | {"tbt_s": ()})) for result in row["run"]["results"]]
+        results = [RequestResult(**(result | {"tbt_s": tuple(result["tbt_s"])})) for result in row["run"]["results"]]
         run = ReplayRun(**(row["run"] | {"results": results, "client": ClientReport(**row["run"]["client"])}))
         return cls(**({name: value for name, value in row.items() if name != "kind"} | {"run": run}))
 
@@ -70,7 +76,7 @@ class ProbeLog:
         """What is settled once in a run: the time scale, the rate at which systems are compared."""
         path.parent.mkdir(parents=True, exist_ok=True)
         rows = list(_rows(path)) if path.exists() else []
-        found = rows[0]["settings"] if rows else dict(settings)
+        found = {**JUDGED_BEFORE, **(rows[0]["settings"] if rows else settings)}
         if different := [name for name in settings if found.get(name) != settings[name]]:
             described = "; ".join(f"{name} {found.get(name)}, not {settings[name]}" for name in different)
             raise ValueError(f"{path} has probes of other settings ({described}): give another --out, or delete it")
@@ -86,10 +92,11 @@ class ProbeLog:
                 self.facts[row["name"]] = row["value"]
 
     def add(self, probe: Probe) -> None:
-        """Keep ``probe``, without the times between tokens."""
-        run = probe.run
-        run = dataclasses.replace(run, results=[dataclasses.replace(result, tbt_s=()) for result in run.results])
-        probe = dataclasses.replace(probe, run=run)
+        """Keep ``probe``, without the times between tokens if it is not judged by them."""
+        if probe.judge == "ttft":
+            run = probe.run
+            run = dataclasses.replace(run, results=[dataclasses.replace(result, tbt_s=()) for result in run.results])
+            probe = dataclasses.replace(probe, run=run)
         self.probes.append(probe)
         self._append({"kind": "probe", **dataclasses.asdict(probe)})
 

@@ -10,6 +10,7 @@ narrower than the brackets that the rates were searched to. Of two seeds a boots
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,9 +24,10 @@ from sgl_flowprefill.bench.capacity.prober import Plan
 from sgl_flowprefill.bench.capacity.probes import Probe, ProbeLog
 from sgl_flowprefill.bench.capacity.rate_search import Bracket, bracket, mean_bracket
 from sgl_flowprefill.bench.loadgen.replay import RequestResult
+from sgl_flowprefill.bench.metrics.joint import answered, summarise_joint
 from sgl_flowprefill.bench.metrics.provenance import result
 from sgl_flowprefill.bench.metrics.requests import SLO_SCALES, attainment
-from sgl_flowprefill.bench.systems.catalog import UNCHUNKED_FCFS
+from sgl_flowprefill.bench.systems.catalog import UNCHUNKED_FCFS, UNIFIED
 from sgl_flowprefill.bench.systems.system import EndpointSystem, System
 from sgl_flowprefill.bench.workloads.answers import Answers
 from sgl_flowprefill.bench.workloads.trace import Trace
@@ -200,6 +202,7 @@ class SystemFigures:
             "uncontended_tokens_per_s": self.uncontended_tokens_per_s,
             "blocking_mean_s": self.blocking_mean_s,
             "preemptions": len(self.blocking_s),
+            "joint": self._joint(),
             "simulated_attainment": self.simulated_attainment,
             "attainment_by_slo_scale": {f"{scale:.1f}": met for scale, met in self.attainment_by_slo_scale.items()},
             "ttft_by_class": self._ttft_by_class(),
@@ -210,6 +213,12 @@ class SystemFigures:
                 if probe.slo_scale == 1 and probe.run.client.valid
             ],
         }
+
+    def _joint(self) -> dict[str, Any] | None:
+        """Figures of the time between tokens at the rate at which systems are compared, where it was judged."""
+        if not any(probe.judge != "ttft" for probe in self.compared.values()):
+            return None
+        return dataclasses.asdict(summarise_joint([answered(result) for result in self.results()]))
 
     def _ttft_by_class(self) -> dict[str, Any]:
         """Distribution of TTFT by class, tightest SLO first; requests that failed never had a first token."""
@@ -288,7 +297,7 @@ class GoodputResult:
         }
         return max(rates, key=lambda name: rates[name]) if rates else None
 
-    def ratios(self, name: str = OURS) -> dict[str, Estimate | None]:
+    def ratios(self, name: str) -> dict[str, Estimate | None]:
         """How the system called ``name`` stands to the others, by the names of the report."""
         ours = self.figures[name]
         found: dict[str, Estimate | None] = {}
@@ -305,7 +314,7 @@ class GoodputResult:
             layer = self.figures[BY_LAYER].blocking_by_seed_s
             found["blocking_vs_layer"] = ratio_estimate(layer, ours.blocking_by_seed_s)
         best = self.best_stock(self.goal.attainments[0])
-        if best is not None:
+        if best is not None and self.plan.judge == "ttft":
             share = self.goal.attainments[0]
             found["slo_tightness_vs_best_stock"] = ratio_estimate(
                 self.figures[best].slo_scales(share), ours.slo_scales(share)
@@ -320,7 +329,7 @@ class GoodputResult:
     @property
     def ratios_of_ours(self) -> dict[str, Estimate | None]:
         """The ratios of FlowPrefill as it is by default, if that was measured."""
-        return self.ratios() if OURS in self.figures else {}
+        return next((self.ratios(name) for name in (OURS, UNIFIED) if name in self.figures), {})
 
     def to_dict(self) -> dict[str, Any]:
         """What ``goodput.json`` holds."""
@@ -332,6 +341,7 @@ class GoodputResult:
                 for name, figures in self.figures.items()
             },
             "attainments": list(self.goal.attainments),
+            "judge": self.plan.judge,
             "ratios": _values(ratios),
             "ratios_ci95": {name: _interval(ratio) for name, ratio in ratios.items()},
             "best_stock": {_key(share): self.best_stock(share) for share in self.goal.attainments},

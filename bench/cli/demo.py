@@ -27,7 +27,7 @@ from sgl_flowprefill.bench.reports.publish import publish
 from sgl_flowprefill.bench.systems.catalog import endpoint, select
 from sgl_flowprefill.bench.systems.serving import Serve, Servers, serving
 from sgl_flowprefill.bench.systems.system import System
-from sgl_flowprefill.bench.workloads.answers import Answers
+from sgl_flowprefill.bench.workloads.answers import DECODE_SHARE, UNIFIED_DECODE_SHARE, Answers
 from sgl_flowprefill.bench.workloads.prompts import PromptBuilder
 from sgl_flowprefill.bench.workloads.trace import Trace
 
@@ -70,6 +70,7 @@ class _Demo:
         self._solo_ttft_s: dict[str, list[dict[int, float]]] = {system.name: [] for system in systems}
         self._settings: dict[str, Mapping[str, Any]] = {}
         self._event_logs: dict[str, Path | None] = {}
+        self._decode_tokens_per_s: dict[str, list[float]] = {system.name: [] for system in systems}
 
     def run(self, servers: Servers) -> Comparison:
         """Isolated requests on all systems, then the trace. ``servers`` is what they were started with."""
@@ -81,8 +82,10 @@ class _Demo:
         whole = requested_trace(self._options.trace, scale)
         answers = Answers(max_tokens=self._options.max_output_tokens)
         if decode_tokens_per_s is not None:
-            answers = Answers.carried(whole, whole.rate_rps, decode_tokens_per_s)
-            self._detail(f"the decode server carries {decode_tokens_per_s:.0f} tokens/s")
+            share = UNIFIED_DECODE_SHARE if self._options.unified else DECODE_SHARE
+            answers = Answers.carried(whole, whole.rate_rps, decode_tokens_per_s, share)
+            what = "a server" if self._options.unified else "the decode server"
+            self._detail(f"{what} carries {decode_tokens_per_s:.0f} tokens/s")
         trace = answers.of(whole)
         self._detail(answers.text(trace))
         return Comparison(
@@ -94,6 +97,7 @@ class _Demo:
             model=servers.model,
             answers=answers,
             settings=servers.settings(),
+            judge="gaps" if self._options.unified else "ttft",
         )
 
     def _in_turns(self, rounds: int) -> Iterator[tuple[int, System]]:
@@ -106,14 +110,14 @@ class _Demo:
         """Start all systems and send isolated requests to each. Returns the tokens per second that a decode server
         carries, the median over all turns, if answers depend on it.
         """
-        carried = []
         for number, system in self._in_turns(ROUNDS):
             self._say(f"[bold]{system.label}[/bold]" + (": isolated requests again" if number else ""))
             with self._serve(system) as served:
                 self._solo_ttft_s[system.name].append(served.solo_ttft_s(self._prompts, self._detail))
                 self._settings[system.name], self._event_logs[system.name] = served.settings(), served.event_log
                 if self._options.max_output_tokens is None:
-                    carried.append(served.decode_tokens_per_s(self._prompts))
+                    self._decode_tokens_per_s[system.name].append(served.decode_tokens_per_s(self._prompts))
+        carried = [one for turns in self._decode_tokens_per_s.values() for one in turns]
         return float(np.median(carried)) if carried else None
 
     def _replay(self, trace: Trace) -> list[SystemResult]:
@@ -154,6 +158,7 @@ class _Demo:
             turns=turns,
             event_log=self._event_logs[system.name],
             solo_ttft_s=median_of(self._solo_ttft_s[system.name]),
+            decode_tokens_per_s=self._decode_tokens_per_s[system.name],
             settings=self._settings[system.name],
         )
 

@@ -16,6 +16,7 @@ from sgl_flowprefill.bench.metrics.provenance import write_result
 from sgl_flowprefill.bench.reports.goodput import rates_table, show, write_html
 from sgl_flowprefill.bench.reports.page import browser, take_picture
 from sgl_flowprefill.bench.systems.catalog import endpoint, select
+from sgl_flowprefill.bench.workloads.answers import DECODE_SHARE, UNIFIED_DECODE_SHARE
 from sgl_flowprefill.bench.workloads.synthetic import workload
 
 ATTAINMENTS: Final = (0.9, 0.99)
@@ -29,7 +30,14 @@ def run(options: Goodput, console: Console) -> int:
     if options.png:
         browser()
     servers = requested_servers(options.servers)
-    plan = Plan(workload(options.workload), options.seeds, options.duration, options.max_output_tokens)
+    plan = Plan(
+        workload(options.workload),
+        options.seeds,
+        options.duration,
+        options.max_output_tokens,
+        options.judge,
+        UNIFIED_DECODE_SHARE if options.unified else DECODE_SHARE,
+    )
     attainments = tuple(sorted(set(options.attainment or ATTAINMENTS)))
     systems = [*select(options.systems), *map(endpoint, options.endpoint)]
     goal = Goal(attainments, 1 + options.precision, options.prefilter, options.race)

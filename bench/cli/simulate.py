@@ -24,9 +24,7 @@ from sgl_flowprefill.bench.simulator.search import fewest_instances, max_limit_r
 from sgl_flowprefill.bench.simulator.speed import KINDS, EventCost, event_cost, policy_speed
 from sgl_flowprefill.bench.simulator.systems import Run, Setup
 from sgl_flowprefill.bench.simulator.systems import run as simulate
-from sgl_flowprefill.bench.systems.catalog import HEADLINE, simulated
-from sgl_flowprefill.bench.systems.unified import HEADLINE as UNIFIED_HEADLINE
-from sgl_flowprefill.bench.systems.unified import unified as unified_system
+from sgl_flowprefill.bench.systems.catalog import HEADLINE, UNIFIED_HEADLINE, simulated
 from sgl_flowprefill.bench.workloads.formats import load_trace
 from sgl_flowprefill.bench.workloads.synthetic import WORKLOADS
 from sgl_flowprefill.bench.workloads.trace import Trace
@@ -48,7 +46,7 @@ def run(options: Simulate, console: Console) -> int:
     options = dataclasses.replace(options, policy=options.policy or (UNIFIED_HEADLINE if options.unified else HEADLINE))
     setup = _setup(options)
     for name in options.policy:
-        unified_system(name) if options.unified else simulated(name)
+        simulated(name, "unified" if options.unified else "pair")
     report: dict[str, Any] = {
         "cost": dataclasses.asdict(setup.machine.cost),
         "instances": options.instances,

@@ -19,30 +19,31 @@ from rich.table import Table
 
 from sgl_flowprefill.bench.cli.options import Uncontended
 from sgl_flowprefill.bench.metrics.provenance import result, write_result
-from sgl_flowprefill.bench.systems.catalog import SYSTEMS, UNCHUNKED_FCFS
+from sgl_flowprefill.bench.systems.catalog import UNCHUNKED_FCFS, UNIFIED, find
 from sgl_flowprefill.bench.systems.endpoint import Reached
 from sgl_flowprefill.bench.systems.serving import Servers, serving
 from sgl_flowprefill.bench.workloads.prompts import PromptBuilder
 from sgl_flowprefill.cluster import ClusterError
 from sgl_flowprefill.ttft.features import Array
 
-OURS: Final = "flowprefill"
-PAIR: Final = (OURS, UNCHUNKED_FCFS)
+PAIR: Final = ("flowprefill", UNCHUNKED_FCFS)
+UNIFIED_PAIR: Final = (UNIFIED, f"{UNIFIED}-{UNCHUNKED_FCFS}")
 
 
 def run(options: Uncontended, console: Console) -> int:
     """Measure and print; writes ``uncontended.json``. Raises ClusterError."""
+    compared = UNIFIED_PAIR if options.unified else PAIR
     prompts = PromptBuilder(options.seed)
     turns: dict[str, dict[int, list[list[Isolated]]]] = {
-        name: {tokens: [] for tokens in options.tokens} for name in PAIR
+        name: {tokens: [] for tokens in options.tokens} for name in compared
     }
     servers = Servers(options.model_path)
     with serving(servers, options.out, console.print, side_by_side=True) as serve:
         index = 0
         for tokens in options.tokens:
             for pair in range(options.pairs + 1):
-                for name in PAIR if pair % 2 else reversed(PAIR):
-                    with serve(SYSTEMS[name]) as served:
+                for name in compared if pair % 2 else reversed(compared):
+                    with serve(find(name)) as served:
                         turn = []
                         for _ in range(options.per_turn):
                             turn.append(asyncio.run(_ask(served, prompts, tokens, index)))
@@ -50,7 +51,7 @@ def run(options: Uncontended, console: Console) -> int:
                     if pair:  # the first one warms up
                         turns[name][tokens].append(turn)
             console.print(f"{tokens} tokens: {options.pairs} pairs done")
-    rows = [_row(tokens, *(turns[name][tokens] for name in PAIR)) for tokens in options.tokens]
+    rows = [_row(tokens, *(turns[name][tokens] for name in compared)) for tokens in options.tokens]
     write_figures(options.out / "uncontended.json", rows, turns, servers.model)
     table = Table("prompt tokens", "", "FlowPrefill", "SGLang unchunked", "ratio (median of pairs)", "quartiles")
     for row in rows:

@@ -11,12 +11,12 @@ from rich.console import Console
 from rich.table import Table
 
 from sgl_flowprefill.bench.cli.options import Simulate
-from sgl_flowprefill.bench.metrics.joint import share, summarise_joint
+from sgl_flowprefill.bench.metrics.joint import Judge, share, summarise_joint
 from sgl_flowprefill.bench.reports.table import milliseconds, percent, seconds
-from sgl_flowprefill.bench.simulator.joint import JUDGES, Judge, Search, TunedSearch, answered
+from sgl_flowprefill.bench.simulator.joint import JUDGES, Search, TunedSearch, answered
 from sgl_flowprefill.bench.simulator.step_cost import StepCost
 from sgl_flowprefill.bench.simulator.systems import Run, Setup, run
-from sgl_flowprefill.bench.systems.unified import STOCK, unified
+from sgl_flowprefill.bench.systems.catalog import UNIFIED_STOCK, simulated
 from sgl_flowprefill.bench.workloads.trace import Trace
 
 ATTAINMENTS: Final = (0.9, 0.99)
@@ -47,7 +47,7 @@ def compare(name: str, traces: Sequence[Trace], options: Simulate, setup: Setup,
         table.add_column(column, justify="left" if column == "system" else "right")
     figures: dict[str, Any] = {}
     for system in options.policy:
-        runs = [run(unified(system), trace, setup) for trace in traces]
+        runs = [run(simulated(system, "unified"), trace, setup) for trace in traces]
         entry = figures[system] = _figures(runs)
         table.add_row(
             system,
@@ -70,11 +70,14 @@ def compare(name: str, traces: Sequence[Trace], options: Simulate, setup: Setup,
 
 def goodput(name: str, traces: Sequence[Trace], options: Simulate, setup: Setup, console: Console) -> dict[str, Any]:
     """The highest rate of every system at ATTAINMENTS, judged both ways, and the rate of the best stock setting."""
-    search, tuned = Search(traces, setup), TunedSearch(traces, setup, list(STOCK.values()))
+    settings = [system.simulation for system in UNIFIED_STOCK.values()]
+    search, tuned = Search(traces, setup), TunedSearch(traces, setup, settings)
     found: dict[str, dict[str, dict[str, Any]]] = {}
     for system in options.policy:
         found[system] = {
-            judge: {f"{level}": search.max_rate_rps(unified(system), level, judge) for level in ATTAINMENTS}
+            judge: {
+                f"{level}": search.max_rate_rps(simulated(system, "unified"), level, judge) for level in ATTAINMENTS
+            }
             for judge in JUDGES
         }
     best: dict[str, dict[str, str]] = {}
@@ -97,7 +100,7 @@ def goodput(name: str, traces: Sequence[Trace], options: Simulate, setup: Setup,
                 cells.append((f"{rate_rps:.2f}" if rate_rps else "none") + (f" ({setting})" if setting else ""))
         table.add_row(system, *cells)
     console.print(table)
-    return {"max_rate_rps": found, "best_stock": best, "stock_settings": len(STOCK)}
+    return {"max_rate_rps": found, "best_stock": best, "stock_settings": len(settings)}
 
 
 def _figures(runs: Sequence[Run]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ of the stream is parsed only as far as its token count.
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -57,8 +58,10 @@ class Api(Protocol):
     def path(self) -> str:
         """Where requests are posted."""
 
-    def body(self, prompt: list[int], output_tokens: int, ttft_slo_s: float | None) -> bytes:
-        """The serialised request body."""
+    def body(
+        self, prompt: list[int], output_tokens: int, ttft_slo_s: float | None, tbt_slo_s: float | None = None
+    ) -> bytes:
+        """The serialised request body; without objectives where they are None."""
 
     def read(self, event: dict[str, Any], now_s: float, outcome: Outcome) -> None:
         """Take an event of the stream that came at ``now_s`` into ``outcome``."""
@@ -72,11 +75,13 @@ class GenerateApi:
     with_priority: bool = False
     """Whether requests carry a priority, for SGLang's priority scheduling: the tighter the TTFT SLO, the higher."""
 
-    def body(self, prompt: list[int], output_tokens: int, ttft_slo_s: float | None) -> bytes:
+    def body(
+        self, prompt: list[int], output_tokens: int, ttft_slo_s: float | None, tbt_slo_s: float | None = None
+    ) -> bytes:
         sampling: dict[str, Any] = {"max_new_tokens": output_tokens, "temperature": 0, "ignore_eos": True}
         body = {"input_ids": prompt, "sampling_params": sampling, "stream": True}
         if ttft_slo_s is not None:
-            sampling["custom_params"] = {"ttft_slo": ttft_slo_s}
+            sampling["custom_params"] = _objectives(ttft_slo_s, tbt_slo_s)
             if self.with_priority:
                 body["priority"] = -round(ttft_slo_s * 1e3)
         return orjson.dumps(body)
@@ -103,10 +108,12 @@ class CompletionsApi:
     documented: bool = False
     """Whether bodies have only what OpenAI documents, for servers that refuse other fields."""
     told_slo: bool = True
-    """Whether bodies have the TTFT SLO, a field that FlowPrefill alone reads; TensorRT-LLM refuses unknown ones."""
+    """Whether bodies have the SLOs, a field that FlowPrefill alone reads; TensorRT-LLM refuses unknown ones."""
 
-    def body(self, prompt: list[int], output_tokens: int, ttft_slo_s: float | None) -> bytes:
-        options = _openai_options(ttft_slo_s if self.told_slo else None, documented=self.documented)
+    def body(
+        self, prompt: list[int], output_tokens: int, ttft_slo_s: float | None, tbt_slo_s: float | None = None
+    ) -> bytes:
+        options = _openai_options(ttft_slo_s if self.told_slo else None, tbt_slo_s, documented=self.documented)
         content = _words(prompt) if self.text else prompt
         return orjson.dumps({"model": self.model, "prompt": content, "max_tokens": output_tokens} | options)
 
@@ -121,11 +128,12 @@ class ChatApi:
     model: str
     path: str = "/v1/chat/completions"
 
-    def body(self, prompt: list[int], output_tokens: int, ttft_slo_s: float | None) -> bytes:
+    def body(
+        self, prompt: list[int], output_tokens: int, ttft_slo_s: float | None, tbt_slo_s: float | None = None
+    ) -> bytes:
         messages = [{"role": "user", "content": _words(prompt)}]
-        return orjson.dumps(
-            {"model": self.model, "messages": messages, "max_tokens": output_tokens} | _openai_options(ttft_slo_s)
-        )
+        options = _openai_options(ttft_slo_s, tbt_slo_s)
+        return orjson.dumps({"model": self.model, "messages": messages, "max_tokens": output_tokens} | options)
 
     def read(self, event: dict[str, Any], now_s: float, outcome: Outcome) -> None:
         _read_openai(event, now_s, outcome)
@@ -225,13 +233,20 @@ def _words(prompt: list[int]) -> str:
     return " ".join(WORDS[token % len(WORDS)] for token in prompt)
 
 
-def _openai_options(ttft_slo_s: float | None, *, documented: bool = False) -> dict[str, Any]:
+def _objectives(ttft_slo_s: float, tbt_slo_s: float | None) -> dict[str, float]:
+    """What a request says of its objectives, which FlowPrefill reads; an infinite TBT objective is none."""
+    return {"ttft_slo": ttft_slo_s} | ({} if tbt_slo_s is None or math.isinf(tbt_slo_s) else {"tbt_slo": tbt_slo_s})
+
+
+def _openai_options(
+    ttft_slo_s: float | None, tbt_slo_s: float | None = None, *, documented: bool = False
+) -> dict[str, Any]:
     usage = {"include_usage": True} | ({} if documented else {"continuous_usage_stats": True})
     options: dict[str, Any] = {"temperature": 0, "stream": True, "stream_options": usage}
     if not documented:
         options["ignore_eos"] = True
     if ttft_slo_s is not None:
-        options["custom_params"] = {"ttft_slo": ttft_slo_s}
+        options["custom_params"] = _objectives(ttft_slo_s, tbt_slo_s)
     return options
 
 

@@ -47,8 +47,6 @@ STOPPED: Final = "late when the run was stopped"
 
 OnProgress = Callable[[int, int, int], None]
 """Called as (done, failed, in flight) while a replay runs."""
-Enough = Callable[[int, int], bool]
-"""Asked as (requests that met their TTFT SLO, requests that missed it) whether a replay may stop early."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +82,16 @@ class RequestResult:
     def meets_tbt(self) -> bool:
         """Whether it completed with every later token within its TBT SLO."""
         return self.completed and all(gap_s <= self.tbt_slo_s for gap_s in self.tbt_s)
+
+
+@dataclass(frozen=True)
+class Enough:
+    """When a replay may stop early."""
+
+    known: Callable[[int, int], bool]
+    """Asked as (requests that were served as wanted, requests that were not) whether that is all one needs to know."""
+    meets: Callable[[RequestResult], bool] = RequestResult.meets_ttft
+    """Whether a request was served as wanted."""
 
 
 @dataclass(frozen=True)
@@ -161,14 +169,15 @@ def replay(
     ``on_progress`` raises, cancels what is under way.
     """
     bodies = [
-        client.api.body(prompts.build(request, index), request.output_tokens, request.ttft_slo_s)
+        client.api.body(prompts.build(request, index), request.output_tokens, request.ttft_slo_s, request.tbt_slo_s)
         for index, request in enumerate(trace.requests)
     ]
     on_progress = on_progress or (lambda done, failed, in_flight: None)
-    return asyncio.run(_Replay(trace, client, bodies, on_progress, enough or (lambda met, missed: False)).run())
+    enough = enough or Enough(lambda met, missed: False)
+    return asyncio.run(_Replay(trace, client, bodies, on_progress, enough).run())
 
 
-class _Enough(Exception):
+class _Known(Exception):
     """Ends a run early."""
 
 
@@ -204,7 +213,7 @@ class _Replay:
                 await asyncio.wait(sent)
                 ticker.cancel()
         except BaseExceptionGroup as errors:  # from the ticker: sending a request never raises
-            stopped = isinstance(errors.exceptions[0], _Enough)
+            stopped = isinstance(errors.exceptions[0], _Known)
             if not stopped:
                 raise errors.exceptions[0] from None
         finally:
@@ -226,14 +235,14 @@ class _Replay:
         result = self._results[index] = _result(index, request, outcome, self._zero_s)
         self._done += 1
         self._failed += not result.completed
-        self._met += result.meets_ttft()
+        self._met += self._enough.meets(result)
 
     async def _tick(self) -> None:
         while True:
             await asyncio.sleep(TICK_S)
             self._report_progress()
-            if self._enough(self._met, self._done - self._met + len(self._late(time.monotonic()))):
-                raise _Enough
+            if self._enough.known(self._met, self._done - self._met + len(self._late(time.monotonic()))):
+                raise _Known
 
     def _late(self, now_s: float) -> list[int]:
         """Requests under way whose TTFT SLO has passed without a token."""

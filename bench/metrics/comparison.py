@@ -9,15 +9,18 @@ from pathlib import Path
 from typing import Any, Final
 
 from sgl_flowprefill.bench.loadgen.replay import ReplayRun
+from sgl_flowprefill.bench.metrics.joint import JointSummary, Judge, answered, meets, share, summarise_joint
 from sgl_flowprefill.bench.metrics.provenance import result, write_result
 from sgl_flowprefill.bench.metrics.requests import (
     PreemptionSummary,
     RunSummary,
+    StepSummary,
     Suspension,
     attainment,
     read_suspensions,
     summarise,
     summarise_blocking,
+    summarise_steps,
 )
 from sgl_flowprefill.bench.workloads.answers import Answers
 from sgl_flowprefill.bench.workloads.trace import Trace
@@ -36,11 +39,16 @@ class SystemResult:
     """What the table calls it, with the setting that matters most."""
     run: ReplayRun
     summary: RunSummary
+    joint: JointSummary
     turns: Sequence[ReplayRun] = ()
     """The parts that ``run`` was joined from; none for one that was made in one go."""
     suspensions: Sequence[Suspension] | None = None
     """Preemptions of ``run``; None for a system that has no preemption."""
+    steps: StepSummary | None = None
+    """Its decode steps; None for a system that does not log any."""
     solo_ttft_s: Mapping[int, float] = field(default_factory=dict)
+    decode_tokens_per_s: Sequence[float] = ()
+    """What it carried when it had nothing to do but to decode, in each turn in which that was measured."""
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -54,6 +62,7 @@ class SystemResult:
         turns: Sequence[ReplayRun] = (),
         event_log: Path | None = None,
         solo_ttft_s: Mapping[int, float] | None = None,
+        decode_tokens_per_s: Sequence[float] = (),
         settings: Mapping[str, Any] | None = None,
     ) -> SystemResult:
         """Summarise ``run``, which may be joined from ``turns``; preemptions come from ``event_log`` if the system
@@ -65,13 +74,33 @@ class SystemResult:
             label=label,
             run=run,
             summary=summarise(run.results, run.duration_s, trace.classes),
+            joint=summarise_joint([answered(result) for result in run.results]),
             turns=turns,
             suspensions=[one for span_s in spans_s for one in read_suspensions(event_log, *span_s)]
             if event_log
             else None,
+            steps=summarise_steps(event_log, spans_s) if event_log else None,
             solo_ttft_s=solo_ttft_s or {},
+            decode_tokens_per_s=decode_tokens_per_s,
             settings=settings or {},
         )
+
+    def attainment(self, judge: Judge) -> float:
+        """Share of the requests that were served as ``judge`` wants it."""
+        return {
+            "ttft": self.summary.ttft_attainment,
+            "gaps": self.joint.joint_attainment,
+            "mean": self.joint.joint_attainment_mean_tpot,
+        }[judge]
+
+    def goodput_rps(self, judge: Judge) -> float:
+        """Requests per second that were served as ``judge`` wants it."""
+        return self.attainment(judge) * self.summary.requests / self.run.duration_s
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Tokens of answers per second of the run."""
+        return sum(result.output_tokens for result in self.run.results) / self.run.duration_s
 
     @property
     def blocking_s(self) -> list[float]:
@@ -102,9 +131,13 @@ class SystemResult:
         return {
             "label": self.label,
             **dataclasses.asdict(self.summary),
+            **dataclasses.asdict(self.joint),
+            "tokens_per_s": self.tokens_per_s,
             **preemption,
+            **(dataclasses.asdict(self.steps) if self.steps else {}),
             "duration_s": self.run.duration_s,
             "solo_ttft_s": {str(tokens): ttft_s for tokens, ttft_s in self.solo_ttft_s.items()},
+            "decode_only_tokens_per_s": list(self.decode_tokens_per_s),
             "client": dataclasses.asdict(self.run.client),
             "errors": sorted({result.error for result in self.run.results if result.error}),
             "settings": dict(self.settings),
@@ -126,6 +159,8 @@ class Comparison:
     answers: Answers = field(default_factory=Answers)
     """What was done to the lengths of the trace's answers."""
     settings: Mapping[str, Any] = field(default_factory=dict)
+    judge: Judge = "ttft"
+    """What the headline says."""
 
     @property
     def turns(self) -> list[Mapping[str, Any]]:
@@ -141,6 +176,7 @@ class Comparison:
                 "duration_s": turn.duration_s,
                 "requests": len(turn.results),
                 "ttft_attainment": attainment(turn.results),
+                "joint_attainment": share(meets(result, "gaps") for result in turn.results),
             }
             for turn, name in turns
         ]
@@ -186,6 +222,7 @@ class Comparison:
             "trace_rate_rps": self.trace_rate_rps,
             "trace": self.trace.name,
             "answers": self.answers.to_dict(self.trace),
+            "judge": self.judge,
             "turns": self.turns,
             "slo_s": {name: {"ttft": slos[name][0], "tbt": slos[name][1]} for name in self.trace.classes},
             "model": self.model,

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import numpy as np
 
+from sgl_flowprefill.bench.loadgen.replay import RequestResult
+
+Judge = Literal["ttft", "gaps", "mean"]
+"""How a request is judged: by its first token alone; also by its gaps, of which LATE_SHARE may be late; or also by the
+mean of its gaps."""
 LATE_SHARE: Final = 0.01
 """Share of the gaps of a request that may be longer than its TBT objective."""
 ROUNDING: Final = 1e-9
@@ -39,6 +44,19 @@ class Answered:
         if not self.meets_ttft or not len(self.tbt_s):
             return self.meets_ttft
         return float(self.tbt_s.mean()) <= self.tbt_slo_s * (1 + ROUNDING)
+
+
+def answered(result: RequestResult) -> Answered:
+    """What is judged of a replayed request; one that failed has missed its first token."""
+    return Answered(result.meets_ttft(), result.tbt_slo_s, np.array(result.tbt_s))
+
+
+def meets(result: RequestResult, judge: Judge) -> bool:
+    """Whether a replayed request was served as ``judge`` wants it."""
+    if judge == "ttft":
+        return result.meets_ttft()
+    answer = answered(result)
+    return answer.meets_both if judge == "gaps" else answer.meets_both_by_mean
 
 
 @dataclass(frozen=True)

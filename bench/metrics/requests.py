@@ -11,7 +11,7 @@ from typing import Final, NamedTuple
 import numpy as np
 
 from sgl_flowprefill.bench.loadgen.replay import RequestResult
-from sgl_flowprefill.events import Suspend, read_events
+from sgl_flowprefill.events import GiveBack, Step, Suspend, read_events
 
 SLO_SCALES: Final = tuple(round(0.4 + 0.2 * step, 1) for step in range(9))
 """SLO scales of the paper: 0.4 to 2.0 in steps of 0.2."""
@@ -49,6 +49,20 @@ class Suspension(NamedTuple):
     stop_wait_s: float | None
     """The part of it until the running task stopped, without the hub's; 0 where it had stopped before the request could
     be read."""
+
+
+@dataclass(frozen=True)
+class StepSummary:
+    """Decode steps of a run, and what became of prefills because of them."""
+
+    decode_steps: int
+    decode_share: float
+    """Share of the run's time in steps."""
+    streams_p50: float | None
+    """Streams of a step, median."""
+    step_lateness_p99_s: float | None
+    """For the steps that had to begin, how much later they did."""
+    give_backs: int
 
 
 @dataclass(frozen=True)
@@ -90,6 +104,28 @@ def read_suspensions(event_log: Path, start_s: float, end_s: float) -> list[Susp
         for event in events
         if isinstance(event, Suspend) and start_s <= event.t_s <= end_s
     ]
+
+
+def summarise_steps(event_log: Path, spans_s: Sequence[tuple[float, float]]) -> StepSummary | None:
+    """Decode steps within spans of ``time.monotonic()``; None for a log without any. Raises EventLogError."""
+    steps: list[Step] = []
+    give_backs = 0
+    for event in read_events(event_log) if event_log.exists() else ():
+        if any(start_s <= event.t_s <= end_s for start_s, end_s in spans_s):
+            if isinstance(event, Step):
+                steps.append(event)
+            give_backs += isinstance(event, GiveBack)
+    if not steps:
+        return None
+    late_s = [step.begin_s - step.due_s for step in steps if step.due_s is not None]
+    return StepSummary(
+        decode_steps=len(steps),
+        decode_share=sum(step.t_s - step.begin_s for step in steps)
+        / sum(end_s - start_s for start_s, end_s in spans_s),
+        streams_p50=float(np.median([step.streams for step in steps])),
+        step_lateness_p99_s=float(np.percentile(late_s, 99)) if late_s else None,
+        give_backs=give_backs,
+    )
 
 
 def summarise_blocking(blocking_s: Sequence[float], without_news: int = 0) -> PreemptionSummary:

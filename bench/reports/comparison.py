@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from sgl_flowprefill.bench.metrics.comparison import Comparison, SystemResult
+from sgl_flowprefill.bench.metrics.joint import LATE_SHARE
 from sgl_flowprefill.bench.metrics.requests import SLO_SCALES
 from sgl_flowprefill.bench.reports.page import COLOURS, LOG_TICKS, SLO_LINE, render, styled
 from sgl_flowprefill.bench.reports.table import milliseconds, percent, table_rows
+
+GAPS_SHOWN: Final = 200
+"""Points of a curve, most of them towards the longest gaps."""
 
 
 def write_html(comparison: Comparison, path: Path) -> None:
@@ -27,6 +31,7 @@ def render_html(comparison: Comparison) -> str:
     figures = {
         "ttft": ttft_cdfs(comparison),
         "attainment": attainment_curve(comparison),
+        "tbt": tbt_cdfs(comparison),
         "blocking": blocking_histogram(comparison),
     }
     return render(
@@ -65,6 +70,26 @@ def ttft_cdfs(comparison: Comparison) -> go.Figure:
         figure.update_xaxes(type="log", range=log_range, tickvals=LOG_TICKS, title_text="TTFT (s)", col=column)
     figure.update_yaxes(range=[0, 1.02], tickformat=".0%")
     figure.update_yaxes(title_text="share of requests", col=1)
+    return styled(figure, height=360)
+
+
+def tbt_cdfs(comparison: Comparison) -> go.Figure | None:
+    """The share of gaps that are longer than a time, on logarithmic axes; None where no answer has two tokens."""
+    figure = go.Figure()
+    for system, colour in zip(comparison.systems, COLOURS, strict=False):
+        gaps_s = np.sort([gap_s for result in system.run.results for gap_s in result.tbt_s])
+        if not len(gaps_s):
+            continue
+        longer = np.arange(len(gaps_s), 0, -1) / len(gaps_s)  # or as long
+        places = np.unique(len(gaps_s) - np.geomspace(1, len(gaps_s), GAPS_SHOWN).astype(int))
+        figure.add_trace(_line(system, colour, (gaps_s[places] * 1e3).tolist(), longer[places].tolist(), step=True))
+    if not figure.data:
+        return None
+    for tbt_s in sorted({one.tbt_slo_s for one in comparison.trace.requests if np.isfinite(one.tbt_slo_s)}):
+        figure.add_vline(x=tbt_s * 1e3, line=SLO_LINE)
+    figure.add_hline(y=LATE_SHARE, line=SLO_LINE)
+    figure.update_xaxes(type="log", tickvals=LOG_TICKS, title_text="time between tokens (ms)")
+    figure.update_yaxes(type="log", title_text="share of gaps that are longer", tickformat=".2~%")
     return styled(figure, height=360)
 
 

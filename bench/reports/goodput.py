@@ -12,7 +12,7 @@ from rich import box
 from rich.table import Table
 
 from sgl_flowprefill.bench.reports.page import COLOURS, LOG_TICKS, MUTED, SLO_LINE, render, styled
-from sgl_flowprefill.bench.reports.table import MISSING, milliseconds
+from sgl_flowprefill.bench.reports.table import MISSING, milliseconds, percent
 
 Document = Mapping[str, Any]
 RATIOS: Final = {
@@ -110,7 +110,8 @@ def attainment_over_rate(document: Document) -> go.Figure:
     for share in document["attainments"]:
         figure.add_hline(y=share, line=SLO_LINE)
     figure.update_xaxes(title_text="req/s")
-    figure.update_yaxes(title_text="TTFT SLO attainment", range=[0, 1.02], tickformat=".0%")
+    judged = "joint attainment" if _is_joint(document) else "TTFT SLO attainment"
+    figure.update_yaxes(title_text=judged, range=[0, 1.02], tickformat=".0%")
     return styled(figure, height=420)
 
 
@@ -183,7 +184,8 @@ def rates_table(document: Document) -> Table:
 
 def columns(document: Document) -> list[str]:
     """Heads of ``cells``."""
-    return [*(f"req/s at {share}%" for share in shares(document)), "isolated prompts", "blocking"]
+    tbt = ["at one rate: in time", "by mean gap", "TBT p50 / p99 / longest"] if _is_joint(document) else []
+    return [*(f"req/s at {share}%" for share in shares(document)), *tbt, "isolated prompts", "blocking"]
 
 
 def cells(system: Document, document: Document) -> list[str]:
@@ -191,9 +193,23 @@ def cells(system: Document, document: Document) -> list[str]:
     speed = system["uncontended_tokens_per_s"]
     return [
         *(_rate(system, share) for share in shares(document)),
+        *(_joint(system["joint"]) if _is_joint(document) else ()),
         f"{speed:.0f} tokens/s" if speed else MISSING,
         milliseconds(system["blocking_mean_s"]),
     ]
+
+
+def _is_joint(document: Document) -> bool:
+    """Whether the time between tokens was judged, too."""
+    return bool(document.get("judge", "ttft") != "ttft")
+
+
+def _joint(joint: Document | None) -> list[str]:
+    """What came of the time between tokens at the rate at which systems are compared."""
+    if joint is None:
+        return [MISSING] * 3
+    times = " / ".join(milliseconds(joint[name]) for name in ("tbt_p50_s", "tbt_p99_s", "tbt_max_s"))
+    return [percent(joint["joint_attainment"]), percent(joint["joint_attainment_mean_tpot"]), times]
 
 
 def show(value: float | None, ci95: Sequence[float] | None) -> str:

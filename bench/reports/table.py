@@ -9,7 +9,8 @@ from rich import box
 from rich.table import Table
 
 from sgl_flowprefill.bench.metrics.comparison import Comparison, SystemResult
-from sgl_flowprefill.bench.metrics.requests import PreemptionSummary
+from sgl_flowprefill.bench.metrics.joint import JointSummary
+from sgl_flowprefill.bench.metrics.requests import PreemptionSummary, StepSummary
 
 MISSING: Final = "–"
 Row = tuple[str, list[str]]
@@ -67,6 +68,14 @@ def table_rows(comparison: Comparison) -> Iterator[tuple[str, str, list[str]]]:
                 system.summary.classes[name].ttft_p50_s, system.summary.classes[name].ttft_p99_s
             ),
         )
+    if any(system.joint.tbt_p50_s is not None for system in systems):
+        yield row("tbt", "TTFT met, and 99% of the gaps", lambda system: percent(system.joint.joint_attainment))
+        yield row("tbt", "  and the mean gap", lambda system: percent(system.joint.joint_attainment_mean_tpot))
+        yield row("tbt", "gaps in time", lambda system: percent(system.joint.tbt_attainment_of_gaps))
+        yield row("tbt", "TBT p50 / p99 / longest", lambda system: _tbt(system.joint))
+        yield row("tbt", "tokens of answers", lambda system: f"{system.tokens_per_s:.0f} per second")
+    if any(system.steps for system in systems):
+        yield row("tbt", "decode steps, their share of the time", lambda system: _steps(system.steps))
     yield row(
         "preemption", "preemptions", lambda system: preemptions(system.preemption) if system.preemption else MISSING
     )
@@ -116,6 +125,14 @@ def milliseconds(value_s: float | None) -> str:
     if value_s is None:
         return MISSING
     return f"{value_s * 1e3:.0f} ms" if value_s >= 0.01 else f"{value_s * 1e3:.1f} ms"
+
+
+def _steps(steps: StepSummary | None) -> str:
+    return f"{steps.decode_steps}, {percent(steps.decode_share)}" if steps else MISSING
+
+
+def _tbt(joint: JointSummary) -> str:
+    return " / ".join(map(milliseconds, (joint.tbt_p50_s, joint.tbt_p99_s, joint.tbt_max_s)))
 
 
 def _pair(first_s: float | None, second_s: float | None) -> str:

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Final, Literal
+from typing import Final
 
-from sgl_flowprefill.bench.metrics.joint import Answered, share
+from sgl_flowprefill.bench.metrics.joint import Answered, Judge, share
 from sgl_flowprefill.bench.simulator.requests import SimRequest
 from sgl_flowprefill.bench.simulator.search import PRECISION, highest
 from sgl_flowprefill.bench.simulator.systems import Setup, Simulated, run
 from sgl_flowprefill.bench.workloads.trace import Trace
 
-Judge = Literal["gaps", "mean"]
-"""How TBT is judged: by each gap, of which 1% may be late, or by their mean."""
 JUDGES: Final[tuple[Judge, ...]] = ("gaps", "mean")
+"""How unified servers are judged."""
 LEAST_RATE: Final = 1 / 16
 """Share of the traces' own rate: a system that keeps an attainment at lower rates only is not looked at closely."""
 SCREENED: Final = (150, 40)
@@ -27,6 +26,16 @@ SCREENED_AT: Final = (0.4, 0.7, 1.1, 1.6)
 def answered(request: SimRequest) -> Answered:
     """What is judged of ``request``."""
     return Answered(request.met, request.tbt_slo_s, request.tbt_s)
+
+
+def attainments(system: Simulated, traces: Sequence[Trace], setup: Setup) -> dict[Judge, float]:
+    """Attainment over all requests of ``traces``, by how it is judged."""
+    answers = [answered(request) for trace in traces for request in run(system, trace, setup).requests]
+    return {
+        "ttft": share(answer.meets_ttft for answer in answers),
+        "gaps": share(answer.meets_both for answer in answers),
+        "mean": share(answer.meets_both_by_mean for answer in answers),
+    }
 
 
 @dataclass
@@ -46,15 +55,8 @@ class Search:
         """Joint attainment over all requests, the same draws at every rate."""
         key = str(system), rate_rps
         if key not in self._seen:
-            answers = [
-                answered(request)
-                for trace in self.traces
-                for request in run(system, trace.scaled(rate_scale=rate_rps / self.own_rps), self.setup).requests
-            ]
-            self._seen[key] = {
-                "gaps": share(answer.meets_both for answer in answers),
-                "mean": share(answer.meets_both_by_mean for answer in answers),
-            }
+            scaled = [trace.scaled(rate_scale=rate_rps / self.own_rps) for trace in self.traces]
+            self._seen[key] = attainments(system, scaled, self.setup)
         return self._seen[key][judge]
 
     def max_rate_rps(self, system: Simulated, attainment: float, judge: Judge) -> float:

@@ -117,7 +117,7 @@ def results(trace: Trace, requests: Sequence[SimRequest]) -> list[RequestResult]
             index=request.index,
             request_class=traced.request_class,
             prompt_tokens=traced.prompt_tokens,
-            output_tokens=1,
+            output_tokens=1 + len(request.tbt_s),
             shared_tokens=traced.shared_tokens,
             ttft_slo_s=traced.ttft_slo_s,
             tbt_slo_s=traced.tbt_slo_s,
@@ -125,7 +125,7 @@ def results(trace: Trace, requests: Sequence[SimRequest]) -> list[RequestResult]
             lateness_s=0.0,
             ttft_s=request.first_token_s - request.arrival_s if request.first_token_s < math.inf else None,
             e2e_s=request.first_token_s - request.arrival_s if request.first_token_s < math.inf else 0.0,
-            tbt_s=(),
+            tbt_s=tuple(request.tbt_s.tolist()),
             cached_tokens=request.shape.cached_tokens,
             error=None if request.first_token_s < math.inf else "its prompt does not fit the KV cache",
         )

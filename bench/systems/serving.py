@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 import os
 import shlex
@@ -37,9 +38,9 @@ from sgl_flowprefill.events import read_events
 EMBEDDED_MODEL: Final = "embedded Llama"
 SETTINGS: Final = (
     "chunked_prefill_size", "schedule_policy", "enable_priority_scheduling", "max_total_tokens", "attention_backend",
-    "disable_radix_cache",
+    "disable_radix_cache", "enable_mixed_chunk", "prefill_decode_interval",
 )  # fmt: skip
-"""Settings of a prefill server that matter to a comparison."""
+"""Settings of a server that prefills which matter to a comparison."""
 BURST_REQUESTS: Final = 16
 BURST_TOKENS: Final = 1024
 USUAL_LAYERS: Final = 32
@@ -75,19 +76,28 @@ class Servers:
         }
 
     def cluster(self, system: System, log_dir: Path, event_log: Path | None) -> ClusterConfig:
-        """The cluster of ``system``: only the prefill scheduler differs from that of another."""
+        """The cluster of ``system``: of those with its layout, only the scheduler that prefills differs. Raises
+        ValueError for options of servers that it does not have.
+        """
         options = system.config(self.options)
         if options is not None and event_log is not None:
             options = options.model_copy(update={"event_log": str(event_log.resolve())})
-        return ClusterConfig(
+        config = ClusterConfig(
             flowprefill=options is not None,
             model_path=self.model_path,
             server_args=self.server_args,
-            prefill_args=(*self.prefill_args, *system.prefill_args),
-            decode_args=self.decode_args,
             log_dir=log_dir,
             options=options or self.options,
         )
+        if not system.is_unified:
+            prefill_args = (*self.prefill_args, *system.prefill_args)
+            return dataclasses.replace(config, prefill_args=prefill_args, decode_args=self.decode_args)
+        for name in ("prefill_args", "decode_args"):
+            if getattr(self, name):
+                flag = f"--{name.replace('_', '-')}"
+                raise ValueError(f"{system.name} is one server and takes no {flag}: give --server-args")
+        server_args = (*self.server_args, *system.prefill_args)
+        return dataclasses.replace(config, prefill=0, decode=0, unified=1, server_args=server_args)
 
 
 @dataclass(frozen=True)
@@ -129,7 +139,7 @@ class Served:
 
         Raises ClusterError when the servers do not come to rest.
         """
-        urls = self.cluster.prefill_url, self.cluster.decode_url
+        urls = self.cluster.server_urls
         give_up_s = time.monotonic() + SETTLE_TIMEOUT_S
         while not all(_flushed(url) for url in urls):
             for url in urls:
@@ -173,7 +183,7 @@ class Served:
         return summarise_log(events).between_forwards_p50_s or 0.0
 
     def settings(self) -> dict[str, Any]:
-        """What the prefill server says of the settings that matter to a comparison; nothing if it does not say."""
+        """What the server that prefills says of the settings that matter to a comparison; empty if it says nothing."""
         info = self._server_info()
         return {name: info[name] for name in SETTINGS if name in info}
 
@@ -216,7 +226,7 @@ def start(system: System, servers: Servers, out: Path, say: Say) -> Iterator[Ser
         event_log.unlink(missing_ok=True)
     config = servers.cluster(system, out / "logs" / system.name, event_log)
     with Cluster(config, on_progress=say) as cluster:
-        client = Client(cluster.gateway_url, GenerateApi(with_priority=system.wants_priority))
+        client = Client(cluster.url, GenerateApi(with_priority=system.wants_priority))
         yield Served(system, cluster, client, event_log)
         say("stopping the servers")
 

@@ -5,13 +5,17 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, Literal
 from urllib.parse import urlsplit
 
-from sgl_flowprefill.bench.simulator.systems import Simulated, SimulatedFlowPrefill, SimulatedStock
+from sgl_flowprefill.bench.simulator.systems import Simulated, SimulatedFlowPrefill, SimulatedUnified
 from sgl_flowprefill.config import FlowPrefillConfig, command_line
+from sgl_flowprefill.policy import DecodeLimits
 
 PRIORITY_OPTION: Final = "--enable-priority-scheduling"
+Layout = Literal["pair", "unified"]
+"""What requests are served by: a prefill and a decode server behind a gateway, or one server that does both."""
+UNIFIED_OPTION: Final = "--unified"
 
 
 @dataclass(frozen=True)
@@ -24,6 +28,7 @@ class System(ABC):
     """Name in tables and pages."""
     why: str
     """Why its users would run it so."""
+    layout: Layout = field(default="pair", kw_only=True)
 
     is_stock = False
     """Whether SGLang's own scheduler runs on servers of ours."""
@@ -36,8 +41,12 @@ class System(ABC):
         """What it is started with, as on a command line."""
 
     @property
+    def is_unified(self) -> bool:
+        return self.layout == "unified"
+
+    @property
     def prefill_args(self) -> Sequence[str]:
-        """SGLang options of its prefill server."""
+        """SGLang options of its server that prefills."""
         return ()
 
     @property
@@ -64,13 +73,15 @@ class FlowPrefillSystem(System):
 
     @property
     def settings(self) -> str:
-        return f"--flowprefill {command_line(self.options)}".rstrip()
+        return _line("--flowprefill", *_layout_options(self), command_line(self.options))
 
     def config(self, options: FlowPrefillConfig) -> FlowPrefillConfig:
         return FlowPrefillConfig.parse(options.model_dump() | dict(self.options))
 
     def simulated(self, options: FlowPrefillConfig) -> Simulated:
         config = self.config(options)
+        if self.is_unified:
+            return SimulatedUnified(config.policy, config.granularity, DecodeLimits(max_share=config.max_decode_share))
         return SimulatedFlowPrefill(config.policy, config.granularity)
 
 
@@ -78,7 +89,7 @@ class FlowPrefillSystem(System):
 class StockSystem(System):
     """SGLang's own scheduler, simulated as ``simulation``."""
 
-    simulation: SimulatedStock
+    simulation: Simulated
     args: Sequence[str] = ()
 
     is_stock = True
@@ -89,7 +100,21 @@ class StockSystem(System):
 
     @property
     def settings(self) -> str:
-        return " ".join(self.args)
+        return _line(*_layout_options(self), *self.args)
+
+    def simulated(self, options: FlowPrefillConfig) -> Simulated:
+        return self.simulation
+
+
+@dataclass(frozen=True)
+class SimulatedSystem(System):
+    """What no option of a server asks for: it can be simulated, and not served."""
+
+    simulation: Simulated
+
+    @property
+    def settings(self) -> str:
+        return "simulated only"
 
     def simulated(self, options: FlowPrefillConfig) -> Simulated:
         return self.simulation
@@ -123,3 +148,11 @@ class EndpointSystem(System):
             )
         url = url.rstrip("/").removesuffix("/v1")
         return cls(name, f"{name} ({split.netloc})", "servers of somebody else, as they are", url)
+
+
+def _layout_options(system: System) -> list[str]:
+    return [UNIFIED_OPTION] if system.is_unified else []
+
+
+def _line(*words: str) -> str:
+    return " ".join(filter(None, words))

@@ -1,8 +1,8 @@
-"""How long answers are: the workload's own lengths, all shortened by one factor to what the decode server carries, or
-cut.
+"""How long answers are: the workload's own lengths, all shortened by one factor to what the servers carry, or cut.
 
-On a small machine the decode server shares its core with the gateway and the client, and the answers of a workload that
-was recorded on GPUs would need many times what it has. Shortened by one factor they keep their relative lengths.
+On a small machine the decode server shares its core with the gateway and the client, or a unified server with its own
+prefills, and the answers of a workload that was recorded on GPUs would need many times what there is. Shortened by one
+factor they keep their relative lengths.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from sgl_flowprefill.bench.workloads.trace import Trace
 
 DECODE_SHARE: Final = 0.5
 """Share of what the decode server carries that answers may take."""
+UNIFIED_DECODE_SHARE: Final = 0.25
+"""The same of a unified server, which has to prefill as well."""
 
 
 @dataclass(frozen=True)
@@ -26,15 +28,15 @@ class Answers:
     scale: float = 1.0
     max_tokens: int | None = None
     decode_tokens_per_s: float | None = None
-    """What the decode server was measured to carry, where ``scale`` comes from that."""
+    """What the servers were measured to carry, where ``scale`` comes from that."""
 
     @classmethod
-    def carried(cls, trace: Trace, rate_rps: float, decode_tokens_per_s: float) -> Answers:
-        """The answers of ``trace``, shortened so that at ``rate_rps`` they take DECODE_SHARE of what the decode server
-        carries.
+    def carried(cls, trace: Trace, rate_rps: float, decode_tokens_per_s: float, share: float = DECODE_SHARE) -> Answers:
+        """The answers of ``trace``, shortened so that at ``rate_rps`` they take ``share`` of the tokens that are
+        carried when nothing else is to be done.
         """
         wanted_per_s = rate_rps * float(np.mean([request.output_tokens for request in trace.requests]))
-        return cls(min(1.0, DECODE_SHARE * decode_tokens_per_s / wanted_per_s), None, decode_tokens_per_s)
+        return cls(min(1.0, share * decode_tokens_per_s / wanted_per_s), None, decode_tokens_per_s)
 
     def of(self, trace: Trace) -> Trace:
         """``trace`` with answers of these lengths, each of at least one token."""

@@ -29,6 +29,7 @@ class Ports:
     """TCP ports; 0 stands for any free one. Several servers of a role count up from the port of the first."""
 
     gateway: int = 0
+    """Where clients send their requests; the unified server's own where there is no gateway."""
     prefill: int = 0
     decode: int = 0
     bootstrap: int = 0
@@ -50,24 +51,28 @@ class Ports:
 class ClusterConfig:
     """What to start here: with FlowPrefill, or with SGLang's own scheduler on otherwise equal settings.
 
-    A whole cluster has a gateway in front of at least one prefill and one decode server. Of many machines, one has
-    only the gateway, and the other machines have servers that ``join`` it.
+    A whole cluster has a gateway in front of at least one prefill and one decode server, or is one unified server,
+    which prefills and decodes and needs no gateway. Of many machines, one has only the gateway, and the other machines
+    have servers that ``join`` it.
     """
 
     flowprefill: bool
     model_path: str | Path | None = None
     """Directory of a model or Hugging Face model id; None for the embedded model."""
     host: str = LOOPBACK
-    """Address that the gateway listens on, or that servers listen on which join a gateway on another machine."""
+    """Address that the gateway or the unified server listens on, or that servers listen on which join a gateway on
+    another machine."""
     ports: Ports = field(default_factory=Ports)
     prefill: int = 1
     """Prefill servers to start here."""
     decode: int = 1
     """Decode servers to start here."""
+    unified: int = 0
+    """Unified servers to start here: none, or one in place of everything else."""
     join: str | None = None
     """URL of the gateway that the servers join; None starts one here."""
     server_args: Sequence[str] = ()
-    """SGLang options of both servers."""
+    """SGLang options of all servers."""
     prefill_args: Sequence[str] = ()
     decode_args: Sequence[str] = ()
     gateway_args: Sequence[str] = ()
@@ -84,4 +89,4 @@ class ClusterConfig:
     @property
     def worker_host(self) -> str:
         """Address that servers listen on. Only the gateway on the same machine needs to reach the servers behind it."""
-        return LOOPBACK if self.join is None else self.host
+        return self.host if self.join is not None or self.unified else LOOPBACK

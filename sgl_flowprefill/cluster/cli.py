@@ -14,13 +14,14 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Final, NoReturn
+from typing import Final, NamedTuple, NoReturn
 
 from sgl_flowprefill.cluster import preflight
 from sgl_flowprefill.cluster.base import (
     GATEWAY_PORT,
     KEY_VARIABLE,
     LOOPBACK,
+    MAX_PORT,
     ClusterConfig,
     ClusterError,
     Ports,
@@ -33,6 +34,16 @@ from sgl_flowprefill.config import ConfigError, FlowPrefillConfig, is_enabled
 
 EXIT_DIED: Final = 1
 EXIT_CANNOT_START: Final = 2
+FOREIGN_TO_UNIFIED: Final = {
+    "prefill": "leave one of the two out",
+    "decode": "leave one of the two out",
+    "prefill_args": "give SGLang's options as they are",
+    "decode_args": "give SGLang's options as they are",
+    "gateway_args": "it has no gateway",
+    "role": "it is not part of a cluster",
+    "join": "it is not part of a cluster",
+}
+"""Options of a cluster: what to do about one that is given with --unified."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -78,7 +89,8 @@ def _serve(config: ClusterConfig) -> None:
     with Cluster(config, on_progress=say) as cluster:
         if cluster.answers:
             system = "FlowPrefill" if config.flowprefill else "SGLang's own scheduler"
-            print(f"\nServing {cluster.model_path} with {system} at {cluster.gateway_url}; Ctrl-C ends it. Try:\n")
+            where = "on one server at" if config.unified else "at"
+            print(f"\nServing {cluster.model_path} with {system} {where} {cluster.url}; Ctrl-C ends it. Try:\n")
             print(f"{cluster.curl()}\n", flush=True)
             cluster.wait()
         else:
@@ -88,9 +100,9 @@ def _serve(config: ClusterConfig) -> None:
 def _take_part(cluster: Cluster, config: ClusterConfig, say: Callable[[str], None]) -> None:
     """Run one machine's part of a cluster; at Ctrl-C or SIGTERM, let its requests end first."""
     if config.join:
-        say(f"the gateway at {cluster.gateway_url} routes to this machine; Ctrl-C takes it off again")
+        say(f"the gateway at {cluster.url} routes to this machine; Ctrl-C takes it off again")
     else:
-        say(f"the gateway listens at {cluster.gateway_url}; servers --join it there")
+        say(f"the gateway listens at {cluster.url}; servers --join it there")
     try:
         cluster.wait()
     except (KeyboardInterrupt, SystemExit):
@@ -106,16 +118,17 @@ def parse(argv: Sequence[str]) -> ClusterConfig:
         options = FlowPrefillConfig.from_namespace(arguments)
     except ConfigError as error:
         raise StartError(str(error)) from None
-    prefill, decode, join = _part(arguments, server_args)
+    part = _unified(arguments) if arguments.unified else _part(arguments, server_args)
     key, key_in_shell = _key(arguments)
     return ClusterConfig(
         flowprefill=arguments.flowprefill,
         model_path=arguments.model_path,
-        host=arguments.host or (preflight.own_address(join) if join else LOOPBACK),
+        host=arguments.host or (preflight.own_address(part.join) if part.join else LOOPBACK),
         ports=_ports(arguments),
-        prefill=prefill,
-        decode=decode,
-        join=join,
+        prefill=part.prefill,
+        decode=part.decode,
+        unified=part.unified,
+        join=part.join,
         server_args=server_args,
         prefill_args=shlex.split(arguments.prefill_args),
         decode_args=shlex.split(arguments.decode_args),
@@ -128,9 +141,25 @@ def parse(argv: Sequence[str]) -> ClusterConfig:
     )
 
 
-def _part(arguments: argparse.Namespace, server_args: Sequence[str]) -> tuple[int, int, str | None]:
-    """Prefill and decode servers to start here, and the gateway that they join. Raises StartError for options that the
-    role has no use for."""
+class Part(NamedTuple):
+    """Servers to start here, and the gateway that they join."""
+
+    prefill: int = 0
+    decode: int = 0
+    unified: int = 0
+    join: str | None = None
+
+
+def _unified(arguments: argparse.Namespace) -> Part:
+    """Raises StartError for options of a cluster that a single server has no use for."""
+    for option, remedy in FOREIGN_TO_UNIFIED.items():
+        if getattr(arguments, option):
+            raise StartError(f"--unified starts one server and takes no --{option.replace('_', '-')}: {remedy}")
+    return Part(unified=1)
+
+
+def _part(arguments: argparse.Namespace, server_args: Sequence[str]) -> Part:
+    """Raises StartError for options that the role has no use for."""
     role = arguments.role
     useless = {
         None: ("join",),
@@ -147,17 +176,22 @@ def _part(arguments: argparse.Namespace, server_args: Sequence[str]) -> tuple[in
     if role == "gateway":
         if server_args:
             raise StartError(f"--role gateway starts no SGLang server, got {shlex.join(server_args)}")
-        return 0, 0, None
+        return Part()
     if role is None:
-        return arguments.prefill or 1, arguments.decode or 1, None
+        return Part(arguments.prefill or 1, arguments.decode or 1)
     if not arguments.join:
         raise StartError(f"--role {role} needs --join URL, the gateway's (python launch.py --role gateway starts one)")
     join = preflight.check_gateway_url(arguments.join)
-    return (arguments.prefill or 1, 0, join) if role == "prefill" else (0, arguments.decode or 1, join)
+    prefill, decode = (arguments.prefill or 1, 0) if role == "prefill" else (0, arguments.decode or 1)
+    return Part(prefill, decode, join=join)
 
 
 def _ports(arguments: argparse.Namespace) -> Ports:
     """Raises StartError."""
+    if arguments.unified:
+        return Ports(gateway=_port(arguments))
+    if arguments.port is not None:
+        raise StartError("--port cannot be passed on to a server: use --ports")
     text = arguments.ports
     if arguments.role in (None, "gateway"):
         return Ports.parse(str(GATEWAY_PORT) if text is None else text)
@@ -165,6 +199,18 @@ def _ports(arguments: argparse.Namespace) -> Ports:
     if ports != Ports(gateway=ports.gateway):
         raise StartError(f"--ports {text}: --role {arguments.role} takes the port of its first server only")
     return Ports(**{arguments.role: ports.gateway})
+
+
+def _port(arguments: argparse.Namespace) -> int:
+    """Port of the unified server. Raises StartError."""
+    given = {name: text for name in ("port", "ports") if (text := getattr(arguments, name)) is not None}
+    if len(given) > 1:
+        raise StartError(f"--port {arguments.port} and --ports {arguments.ports}: give one of them")
+    for name, text in given.items():
+        if not text.isdigit() or int(text) > MAX_PORT:
+            raise StartError(f"--{name} {text}: --unified takes one port number, at most {MAX_PORT} (0: any free one)")
+        return int(text)
+    return GATEWAY_PORT
 
 
 def _key(arguments: argparse.Namespace) -> tuple[str | None, str]:
@@ -205,10 +251,12 @@ def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="launch.py",
         usage="launch.py [--flowprefill] [--model-path MODEL] [--prefill N] [--decode M] [options] [SGLang options]\n"
+        "       launch.py [--flowprefill] [--model-path MODEL] --unified [--port PORT] [options] [SGLang options]\n"
         "       launch.py --role gateway --host 0.0.0.0 [--ports PORT]\n"
         "       launch.py --role prefill|decode --join http://GATEWAY:PORT [--flowprefill] [options] [SGLang options]",
-        description="Start SGLang prefill servers, decode servers and gateway, and keep them running. Options that "
-        "are not listed here are SGLang's (`sglang serve --help`) and go to every server.",
+        description="Start SGLang prefill servers, decode servers and gateway, or one unified server, which prefills "
+        "and decodes, and keep them running. Options that are not listed here are SGLang's (`sglang serve --help`) and "
+        "go to every server.",
         allow_abbrev=False,
     )
     parser.add_argument("--flowprefill", action="store_true", default=is_enabled(), help="schedule prefills with "
@@ -216,6 +264,9 @@ def _parser() -> argparse.ArgumentParser:
                         "scheduler")  # fmt: skip
     parser.add_argument("--model-path", metavar="MODEL", help="model directory or Hugging Face model id (default: "
                         "the embedded model)")  # fmt: skip
+    parser.add_argument("--unified", action="store_true", help="start one server that prefills and decodes, without a "
+                        "gateway: the port is the server's own. Not with --prefill, --decode, --prefill-args, "
+                        "--decode-args, --gateway-args, --role or --join")  # fmt: skip
     parser.add_argument("--prefill", metavar="N", type=_count, help="number of prefill servers (default 1)")
     parser.add_argument("--decode", metavar="M", type=_count, help="number of decode servers (default 1)")
     parser.add_argument("--role", choices=("prefill", "decode", "gateway"), help="start only these here, as one of "
@@ -230,7 +281,8 @@ def _parser() -> argparse.ArgumentParser:
                         "on the way to the gateway)")  # fmt: skip
     parser.add_argument("--ports", metavar="GATEWAY,PREFILL,DECODE,BOOTSTRAP", help="ports to listen on; 0 or none for "
                         f"any free one (default {GATEWAY_PORT}); several servers of a kind count up from theirs. With "
-                        "--role, one port")  # fmt: skip
+                        "--role and --unified, one port")  # fmt: skip
+    parser.add_argument("--port", metavar="PORT", help="with --unified, what --ports is")
     parser.add_argument("--api-key-file", metavar="FILE", type=Path, help="file with the key that servers and gateway "
                         "ask of their clients as a bearer token; the same on each machine of a cluster (default: the "
                         f"environment variable {KEY_VARIABLE}, or no key)")  # fmt: skip

@@ -1,4 +1,5 @@
-"""Starts prefill servers, decode servers and gateway, waits until a request gets through, and ends them all."""
+"""Starts prefill servers, decode servers and gateway, or a unified server, waits until a request gets through, and ends
+them all."""
 
 from __future__ import annotations
 
@@ -45,7 +46,7 @@ FIRST_REQUEST: Final[Mapping[str, Any]] = {
 
 
 class Member:
-    """A prefill or decode server, through all its restarts."""
+    """A prefill, decode or unified server, through all its restarts."""
 
     def __init__(self, layout: Layout, role: Role, index: int) -> None:
         self.name = layout.name(role, index)
@@ -71,9 +72,9 @@ class Member:
 class Cluster:
     """A running cluster, or one machine's part of it, as a context manager.
 
-    Entering checks what can be checked (StartError), starts the servers and returns when a request went through the
-    gateway, or when the gateway that they join routes to them; leaving ends every process. ``on_progress`` gets a line
-    whenever something has happened.
+    Entering checks what can be checked (StartError), starts the servers and returns when a request went through, or
+    when the gateway that they join routes to them; leaving ends every process. ``on_progress`` gets a line whenever
+    something has happened.
     """
 
     def __init__(self, config: ClusterConfig, on_progress: Callable[[str], None] = lambda line: None) -> None:
@@ -91,7 +92,7 @@ class Cluster:
     def __enter__(self) -> Cluster:
         self._say("checking the model, the ports and the options")
         self._layout: Layout = preflight.prepare(self.config)
-        self._gateway = Gateway(self.gateway_url, self.config.api_key)
+        self._gateway = Gateway(self.url, self.config.api_key)
         with self._stack:
             self._stack.enter_context(self._guard)
             self._start()
@@ -104,13 +105,24 @@ class Cluster:
         self._stack.close()
 
     @property
+    def url(self) -> str:
+        """Where clients send their requests: to the gateway, or straight to the unified server."""
+        return self.config.join or self._layout.url
+
+    @property
     def gateway_url(self) -> str:
-        return self.config.join or self._layout.gateway_url
+        """URL of the gateway of a cluster that has one."""
+        return self.url
+
+    @property
+    def server_urls(self) -> list[str]:
+        """URLs of all servers here, the first one that prefills first."""
+        return [self._layout.server_url(role, index) for role, index in self._layout.servers]
 
     @property
     def prefill_url(self) -> str:
-        """URL of the first prefill server."""
-        return self._layout.server_url("prefill")
+        """URL of the first server that prefills."""
+        return self._layout.server_url("unified" if self.config.unified else "prefill")
 
     @property
     def decode_url(self) -> str:
@@ -137,7 +149,7 @@ class Cluster:
         return self.config.join is None and bool(self._members)
 
     def curl(self) -> str:
-        """A command line that asks the gateway for a few tokens."""
+        """A command line that asks for a few tokens."""
         return self._layout.curl()
 
     def check(self) -> None:
@@ -200,14 +212,15 @@ class Cluster:
         if self._layout.servers:
             self._start_servers(begin_s)
         if self.config.join:
-            self._await(f"the gateway at {self.gateway_url}", self._are_routed_to)
-        else:
+            self._await(f"the gateway at {self.url}", self._are_routed_to)
+        elif not self.config.unified:
             self._start_gateway()
         for server in self._servers():  # not before: on one CPU the servers take twice as long to start
             self._bind(server)
         if self.answers:
-            self._await("a first request through the gateway", self._first_request)
-            self._say(f"the cluster answers after {time.monotonic() - begin_s:.0f} s")
+            through, what = ("", "server") if self.config.unified else (" through the gateway", "cluster")
+            self._await(f"a first request{through}", self._first_request)
+            self._say(f"the {what} answers after {time.monotonic() - begin_s:.0f} s")
 
     def _start_servers(self, begin_s: float) -> None:
         plural = "s" if len(self._layout.servers) > 1 else ""
@@ -316,7 +329,7 @@ class Cluster:
 
     def _bind(self, server: Server) -> None:
         if self.cpus:
-            count = self.config.prefill
+            count = self._layout.prefilling
             schedulers = [self.cpus.scheduler_of(index, count) for index in range(count)]
             server.bind(self.cpus.others, except_on=schedulers)
 
@@ -383,7 +396,7 @@ class Cluster:
         return True
 
     def _first_request(self) -> bool:
-        url, headers = f"{self.gateway_url}/generate", bearer(self.config.api_key)
+        url, headers = f"{self.url}/generate", bearer(self.config.api_key)
         requests.post(url, json=FIRST_REQUEST, headers=headers, timeout=120).raise_for_status()
         return True
 

@@ -1,10 +1,11 @@
-"""Command lines and environments of prefill servers, decode servers and gateway.
+"""Command lines and environments of prefill servers, decode servers, unified servers and gateway.
 
 Both systems of a comparison get the same command lines and environments, but for FlowPrefill itself.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import shlex
@@ -20,8 +21,8 @@ from sgl_flowprefill.cluster.base import KEY_VARIABLE, LOOPBACK, ClusterConfig, 
 from sgl_flowprefill.cluster.machine import CpuPlan, shares
 from sgl_flowprefill.config import ENV_PREFIX, ENV_SWITCH, FlowPrefillConfig
 
-Role = Literal["prefill", "decode"]
-ROLES: Final[tuple[Role, ...]] = ("prefill", "decode")
+Role = Literal["prefill", "decode", "unified"]
+ROLES: Final[tuple[Role, ...]] = ("prefill", "decode", "unified")
 
 TP_OPTIONS: Final = ("--tensor-parallel-size", "--tp-size", "--tp")
 PARALLEL_OPTIONS: Final = (TP_OPTIONS, ("--pipeline-parallel-size", "--pp-size"))
@@ -65,7 +66,17 @@ class Layout:
         return [(role, index) for role in ROLES for index in range(self.count(role))]
 
     def count(self, role: Role) -> int:
-        return self.config.prefill if role == "prefill" else self.config.decode
+        counts: dict[Role, int] = {
+            "prefill": self.config.prefill,
+            "decode": self.config.decode,
+            "unified": self.config.unified,
+        }
+        return counts[role]
+
+    @property
+    def prefilling(self) -> int:
+        """Servers with a scheduler that prefills, each of which gets CPUs of its own."""
+        return self.config.prefill + self.config.unified
 
     def ranks(self, role: Role) -> int:
         """Tensor-parallel size of a server; SGLang's parser refuses what is no number."""
@@ -75,7 +86,8 @@ class Layout:
     @property
     def is_single(self) -> bool:
         """Whether this is a whole cluster in which no server can take another one's place."""
-        return self.config.join is None and self.config.prefill == self.config.decode == 1
+        is_pair = self.config.prefill == self.config.decode == 1
+        return self.config.join is None and (is_pair or self.config.unified == 1)
 
     def in_words(self) -> str:
         """Names of the servers, as a list in a sentence."""
@@ -87,20 +99,22 @@ class Layout:
         return role if self.count(role) == 1 else f"{role}-{index}"
 
     @property
-    def gateway_url(self) -> str:
+    def url(self) -> str:
+        """Where clients send their requests: to the gateway, or straight to the unified server."""
         return _url(self.host, self.ports.gateway)
 
     def server_url(self, role: Role, index: int = 0) -> str:
-        host = LOOPBACK if self.config.join is None else self.host
-        return _url(host, (self.ports.prefill if role == "prefill" else self.ports.decode) + index)
+        host = self.host if self.config.join is not None or role == "unified" else LOOPBACK
+        return _url(host, self._port(role, index))
 
     def server_options(self, role: Role, index: int = 0, bootstrap: int | None = None) -> list[str]:
         """SGLang options of a server. Options of the user come last and win. ``bootstrap`` is the port of a prefill
         server's bootstrap service, if it is not the one of ``ports``."""
-        port = (self.ports.prefill if role == "prefill" else self.ports.decode) + index
-        options = ["--model-path", self.model_path, "--host", self.config.worker_host, "--port", str(port)]
-        options += ["--disaggregation-mode", role, "--disaggregation-transfer-backend", "nixl"]
-        options += ["--disaggregation-bootstrap-port", str(bootstrap or self.ports.bootstrap + index)]
+        port = str(self._port(role, index))
+        options = ["--model-path", self.model_path, "--host", self.config.worker_host, "--port", port]
+        if role != "unified":
+            options += ["--disaggregation-mode", role, "--disaggregation-transfer-backend", "nixl"]
+            options += ["--disaggregation-bootstrap-port", str(bootstrap or self.ports.bootstrap + index)]
         if self.config.model_path is None:
             options += ["--served-model-name", "embedded"]
         if self.cpus is None:
@@ -118,20 +132,20 @@ class Layout:
         """Environment variables of a server."""
         env = self.gateway_env()
         env[ENV_PREFIX + "DECODE_SLEEP"] = "1"
-        if self.config.join is None:
+        if self.config.join is None and role != "unified":
             env["SGLANG_HOST_IP"] = LOOPBACK  # where prefill and decode servers listen for each other
             if self.cpus is not None:  # between GPUs, the KV cache may need other devices
                 env.setdefault("UCX_NET_DEVICES", "lo")
         if self.config.flowprefill:
             env[ENV_SWITCH] = "1"
             self._options(role, index).to_env(env)
-            if role == "prefill":
+            if role != "decode":
                 env["SGLANG_EAGER_INPUT_NO_COPY"] = "1"
         if self.cpus is not None:
             env["SGLANG_PLATFORM"] = CPU_PLATFORM
             env.update(CPU_ALLOCATOR)
-            if role == "prefill":
-                cpus = self.cpus.scheduler_of(index, self.config.prefill)
+            if role != "decode":
+                cpus = self.cpus.scheduler_of(index, self.prefilling)
                 by_rank = shares(cpus, self.ranks(role))
                 env[ENV_PREFIX + "SCHEDULER_CPUS"] = "|".join(",".join(map(str, own)) for own in by_rank)
                 threads = len(by_rank[0])
@@ -150,7 +164,7 @@ class Layout:
         return f"the CPU in {dtype}" if machine.gpu_count() else f"the CPU in {dtype}, as no NVIDIA GPU is visible"
 
     def gpus_needed(self) -> int:
-        return self._first_gpu("decode", self.config.decode)
+        return sum(self.count(role) * self._gpus(role) for role in ROLES)
 
     def gateway_command(self, metrics_port: int) -> list[str]:
         """Command line of smg, in front of the servers of this machine, or of none: servers elsewhere join it.
@@ -186,19 +200,25 @@ class Layout:
         return env
 
     def curl(self) -> str:
-        """A command line that asks the gateway for a few tokens, with the place where the shell finds the key."""
-        slo = ', "custom_params": {"ttft_slo": 1.0}' if self.config.flowprefill else ""
+        """A command line that asks for a few tokens, with the place where the shell finds the key."""
+        slos = {"ttft_slo": 1.0} | ({"tbt_slo": 0.1} if self.config.unified else {})
+        slo = f', "custom_params": {json.dumps(slos)}' if self.config.flowprefill else ""
         body = f'{{"model": "{self.served_name}", "prompt": "Hello", "max_tokens": 16{slo}}}'
-        command = ["curl", f"{self.gateway_url}/v1/completions", "-H", "Content-Type: application/json", "-d", body]
+        command = ["curl", f"{self.url}/v1/completions", "-H", "Content-Type: application/json", "-d", body]
         key = f' -H "Authorization: Bearer {self.config.api_key_in_shell}"' if self.config.api_key else ""
         return shlex.join(command) + key
 
     def _own_args(self, role: Role) -> Sequence[str]:
-        return self.config.prefill_args if role == "prefill" else self.config.decode_args
+        own: dict[Role, Sequence[str]] = {"prefill": self.config.prefill_args, "decode": self.config.decode_args}
+        return own.get(role, ())
+
+    def _port(self, role: Role, index: int) -> int:
+        first = {"prefill": self.ports.prefill, "decode": self.ports.decode, "unified": self.ports.gateway}
+        return first[role] + index
 
     def _first_gpu(self, role: Role, index: int) -> int:
         """GPUs are dealt out in order: prefill servers first, to each as many as its parallelism asks for."""
-        before = 0 if role == "prefill" else self.config.prefill * self._gpus("prefill")
+        before = self.config.prefill * self._gpus("prefill") if role == "decode" else 0
         return before + index * self._gpus(role)
 
     def _gpus(self, role: Role) -> int:

@@ -35,7 +35,7 @@ OWN_OPTIONS: Final = {
     "--port": "--ports",
     "--api-key": "--api-key of the launcher",
     "--disaggregation-bootstrap-port": "--ports",
-    "--disaggregation-mode": "nothing: the launcher starts one server of each mode",
+    "--disaggregation-mode": "nothing: the launcher starts one server of each mode, or with --unified one of none",
 }
 """SGLang options that the launcher sets itself, and what to use instead."""
 TLS_OPTIONS: Final = ("--ssl-", "--enable-ssl-", "--tls-")
@@ -52,7 +52,7 @@ def prepare(config: ClusterConfig) -> Layout:
     if config.join is not None:
         _check_gateway(Gateway(config.join, config.api_key))
     on_cpu = _runs_on_cpu(config)
-    servers = config.prefill + config.decode
+    servers = config.prefill + config.decode + config.unified
     model_path = _find_model(config.model_path) if servers else ""
     layout = Layout(
         config=config,
@@ -64,7 +64,7 @@ def prepare(config: ClusterConfig) -> Layout:
     if not on_cpu:
         _check_gpus(layout)
     elif servers:
-        ranks = layout.ranks("prefill") if config.prefill else 0
+        ranks = layout.ranks("unified" if config.unified else "prefill") if layout.prefilling else 0
         layout = dataclasses.replace(layout, cpus=machine.plan_cpus(machine.usable_cpus(), ranks))
         if Path(model_path).is_dir():
             _check_memory(layout)
@@ -73,9 +73,10 @@ def prepare(config: ClusterConfig) -> Layout:
 
 
 def choose_ports(host: str, ports: Ports, prefill: int = 1, decode: int = 1, worker_host: str = LOOPBACK) -> Ports:
-    """Check the given ports and replace each 0 by a free port, or by the first of as many as there are servers. The
-    gateway listens on ``host``, all servers on ``worker_host``."""
+    """Check the given ports and replace each 0 by a free port, or by the first of as many as there are servers. What
+    clients send their requests to listens on ``host``, all servers behind a gateway on ``worker_host``."""
     counts = {"gateway": 1, "prefill": prefill, "decode": decode, "bootstrap": prefill}
+    is_one = not prefill and not decode
     chosen: dict[str, int] = {}
     taken: set[int] = set()
     for name, count in counts.items():
@@ -88,7 +89,8 @@ def choose_ports(host: str, ports: Ports, prefill: int = 1, decode: int = 1, wor
                     f"port {port} ({name}): {count} servers count up from {first}; choose ports further apart"
                 )
             if not is_free(address, port):
-                raise StartError(f"port {port} ({name}) is in use; choose another with --ports GATEWAY,PREFILL,…")
+                whose, others = ("", "PORT") if is_one else (f" ({name})", "GATEWAY,PREFILL,…")
+                raise StartError(f"port {port}{whose} is in use; choose another with --ports {others}")
         taken.update(range(first, first + count))
         chosen[name] = first
     return Ports(**chosen)
@@ -213,6 +215,11 @@ def _check_gpus(layout: Layout) -> None:
     placed = any(last_value(args, "--base-gpu-id") for args in (config.prefill_args, config.decode_args))
     if gpus >= needed or placed:
         return
+    if config.unified:
+        raise StartError(
+            f"the unified server needs {needed} GPU{'s' if needed > 1 else ''} and there {'is' if gpus == 1 else 'are'}"
+            f" {gpus}; give a smaller --tp, or serve with --device cpu"
+        )
     if layout.is_single and needed == 2:
         raise StartError(
             f"prefill and decode need {needed} GPUs and there {'is' if gpus == 1 else 'are'} {gpus}; let them share "
@@ -251,9 +258,9 @@ def _check_options(layout: Layout) -> None:
         raise StartError(f"--api-key cannot be passed on to the gateway: use {OWN_OPTIONS['--api-key']}")
     for option in (*config.server_args, *config.prefill_args, *config.decode_args, *config.gateway_args):
         if option.startswith(TLS_OPTIONS):
+            who, front = ("the server speaks", "it") if config.unified else ("servers and gateway speak", "the gateway")
             raise StartError(
-                f"{option.partition('=')[0]}: servers and gateway speak plain HTTP here; use a proxy in front of the "
-                "gateway for TLS"
+                f"{option.partition('=')[0]}: {who} plain HTTP here; use a proxy in front of {front} for TLS"
             )
     if not (config.server_args or config.prefill_args or config.decode_args):
         return  # SGLang's parser takes seconds to import
@@ -263,9 +270,9 @@ def _check_options(layout: Layout) -> None:
             if options.api_key or options.ssl_certfile:
                 raise StartError(
                     f"the {role} server's --config sets api-key or ssl-certfile: use --api-key of the launcher, and a "
-                    "proxy in front of the gateway for TLS"
+                    f"proxy in front of the {'server' if config.unified else 'gateway'} for TLS"
                 )
-            if role == "prefill" and config.flowprefill:
+            if role != "decode" and config.flowprefill:
                 take_over(options)
                 problem = incompatible_option(options)
                 if problem:

@@ -37,6 +37,7 @@ from sgl_flowprefill.contract.parts import (
     requests,
     scheduler,
     token_ids,
+    unified,
     wakeups,
 )
 from sgl_flowprefill.contract.row import Part
@@ -52,6 +53,7 @@ PARTS: Final[tuple[Part, ...]] = (
     # the scheduler process
     loop.PART,
     scheduler.PART,
+    unified.PART,
     requests.PART,
     disaggregation.PART,
     wakeups.PART,

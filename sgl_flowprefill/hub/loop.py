@@ -16,7 +16,7 @@ from typing import Final, Generic, Literal, TypeVar
 
 from sgl_flowprefill.hub.device import Device
 from sgl_flowprefill.hub.parts import Agreement, Events, Executor, Recorder, Slots, Tiles
-from sgl_flowprefill.hub.role import Role
+from sgl_flowprefill.hub.role import Decoder, Role
 from sgl_flowprefill.hub.task import NO_TASK, PrefillTask
 from sgl_flowprefill.hub.waiting import WaitingRequest
 from sgl_flowprefill.hub.work import Choice, Work
@@ -51,8 +51,8 @@ class Hub(Generic[RoleT]):
     tiles: Tiles
     now_s: Callable[[], float] = time.monotonic
     stall_check_s: float = STALL_CHECK_S
-    step: Callable[[], None] | None = None
-    """Runs a decode step over all streams, on a server that has streams."""
+    decoder: Decoder | None = None
+    """The decode steps, on a server that has streams."""
     kv_is_short: bool = field(default=False, init=False)
     """Whether KV for a new task was asked for in vain, and none has been freed since."""
     _stopped_s: float = field(default=0.0, init=False)
@@ -74,9 +74,7 @@ class Hub(Generic[RoleT]):
         """Run what is to run now until something happens. Whether there was anything, or its result is on the way."""
         task = self.next_task()
         if task is Act.STEP:
-            assert self.step is not None, "only a policy with streams asks for a step"
-            self.step()
-            self._stopped_s = self.now_s()
+            self._step()
             return True
         if task is not None:
             self.executor.run(task, self.forward)
@@ -130,9 +128,12 @@ class Hub(Generic[RoleT]):
             self._finish(task)
 
     def finish_started(self) -> None:
-        """Run the tasks that have started to their ends, and process their results."""
+        """Run the tasks that have started to their ends, and process their results. Streams get their steps."""
         while self.work.tasks.live:
-            self.agreement.agree()
+            if self.agreement.agree([self._step_is_due()])[0]:
+                self._step()
+                self.work.plan_step()
+                continue
             task = self.work.tasks.live[0]
             self.executor.run(task, self.forward)
             self.stopped(task)
@@ -151,6 +152,24 @@ class Hub(Generic[RoleT]):
 
     def _step_is_due(self) -> bool:
         return self.work.ask_again_s < math.inf and self.now_s() >= self.work.ask_again_s
+
+    # ---- decode steps ---------------------------------------------------------------------------------------------
+
+    def _step(self) -> None:
+        """Run a decode step. Where it lacks KV cache, tasks give theirs back before a stream loses its own."""
+        assert self.decoder is not None, "only a policy with streams asks for a step"
+        while self.work.tasks.live and (missing_tokens := self.decoder.missing_tokens()) > 0:
+            given = self.work.to_give_back(self.now_s(), missing_tokens) if self.agreement.decides else []
+            for number in self.agreement.agree([task.id for task in given]):
+                self._give_back(self.work.tasks.numbered(number), self.decoder)
+        self.decoder.step()
+        self._stopped_s = self.now_s()
+
+    def _give_back(self, task: PrefillTask, decoder: Decoder) -> None:
+        """Unwind a task whose requests wait again. Its KV cache, not computed, never becomes a cached prefix."""
+        self.recorder.given_back(task)
+        self._unwind(task)
+        decoder.give_back(task)
 
     # ---- picking --------------------------------------------------------------------------------------------------
 
@@ -234,10 +253,13 @@ class Hub(Generic[RoleT]):
 
         Its KV cache is not computed, and so never becomes a cached prefix.
         """
+        self._unwind(task)
+        self.role.drop(task)
+
+    def _unwind(self, task: PrefillTask) -> None:
         self.executor.cancel(task)
         self._end(task)
         self.slots.give_back(task.attn_backend)
-        self.role.drop(task)
 
     def _end(self, task: PrefillTask) -> None:
         """Forget a task that is done or dropped, and whose KV is or will be freed."""

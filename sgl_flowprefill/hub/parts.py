@@ -122,6 +122,9 @@ class Recorder:
     def dropped(self, task: PrefillTask) -> None:
         """``task`` is unwound: nobody waits for it any more."""
 
+    def given_back(self, task: PrefillTask) -> None:
+        """``task`` is unwound, and its requests wait again: streams need its KV cache."""
+
     def failed(self, task: PrefillTask, failure: Failure) -> None:
         """The forward pass of ``task`` has raised."""
 

@@ -83,3 +83,16 @@ class Role(Protocol):
 
     def rest(self) -> bool:
         """Housekeeping while nothing can run. Whether there is nothing that the server waits for either."""
+
+
+class Decoder(Protocol):
+    """The decode steps of an engine that has streams."""
+
+    def step(self) -> None:
+        """Give every stream its next token: one forward pass, and its result. Tasks that are done join before it."""
+
+    def missing_tokens(self) -> int:
+        """Tokens of KV cache that the next step lacks; zero or less where it has them."""
+
+    def give_back(self, task: PrefillTask) -> None:
+        """Free what ``task`` holds, whose forward pass has been unwound: its requests wait again."""

@@ -106,6 +106,23 @@ class Work:
         # Where not even the winner fits beside the tasks, these go on.
         return jobs or self.choose(now_s, admit=False, last=True)
 
+    def plan_step(self) -> None:
+        """The next step starts when the streams of now need it, whatever else is chosen."""
+        assert self.colocated is not None
+        self.ask_again_s = self.colocated.load.start_by_s
+
+    def to_give_back(self, now_s: float, tokens: int) -> list[PrefillTask]:
+        """The tasks that are given up so that ``tokens`` of KV cache get free for streams."""
+        assert self.colocated is not None
+
+        def held_tokens(task: PrefillTask) -> int:
+            return sum(map(sum, task.shapes))
+
+        def executed_s(task: PrefillTask) -> float:
+            return task.predicted_s - self._remaining_s(task)
+
+        return [job.item for job in self.colocated.give_back(now_s, tokens, held_tokens, executed_s)]
+
     def as_numbers(self, choice: Choice) -> list[int]:
         """``choice`` for other ranks, which have the same tasks and requests: a task's id, NO_TASK and requests, or
         STEP.

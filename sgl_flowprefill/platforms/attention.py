@@ -122,12 +122,16 @@ class PortableCpuAttention(AttentionBackend):
     ) -> torch.Tensor:
         """Attend from the new tokens to prefix and new tokens. q [tokens, heads * dim] to [tokens, heads * v_dim].
 
-        ``sinks`` [heads] are logits of a key without a value, which takes its share of every query's attention.
+        ``sinks`` [heads] are logits of a key without a value, which takes its share of every query's attention. A
+        sequence with one new token, such as a stream in a mixed chunk, is computed as in a decode step.
         """
         queries, output, keys, values = self._prepare(q, k, v, layer, forward_batch, save_kv_cache, unsupported)
-        window = _window(layer)
-        fused = window is None and not layer.logit_cap and layer.qk_head_dim == layer.v_head_dim
+        window, fused = _window(layer), _is_fused(layer)
         for sequence in self.forward_metadata:
+            if sequence.query_tokens == 1 and fused and sinks is None:
+                _attend_row(queries, keys, values, output, sequence, layer)
+                self.between_tiles()
+                continue
             rows = slice(sequence.query_start, sequence.query_start + sequence.query_tokens)
             sequence_keys = _read(keys, sequence, q.dtype)
             sequence_values = _read(values, sequence, q.dtype)
@@ -171,25 +175,11 @@ class PortableCpuAttention(AttentionBackend):
         **unsupported: Any,
     ) -> torch.Tensor:
         """Attend from one token per request. q [requests, heads * dim] to [requests, heads * v_dim]."""
-        dense = _window(layer) is None and not layer.logit_cap and layer.qk_head_dim == layer.v_head_dim
-        if not dense or sinks is not None:
+        if not _is_fused(layer) or sinks is not None:
             return self.forward_extend(q, k, v, layer, forward_batch, save_kv_cache, sinks, **unsupported)
         queries, output, keys, values = self._prepare(q, k, v, layer, forward_batch, save_kv_cache, unsupported)
         for sequence in self.forward_metadata:
-            row = slice(sequence.query_start, sequence.query_start + 1)
-            folded = _fold(queries[row], layer.tp_k_head_num)
-            split = sequence.run_tokens if sequence.run_tokens >= _MIN_RUN_TOKENS else 0
-            out = None
-            if split:
-                first = int(sequence.slots[0])
-                run = slice(first, first + split)
-                out, lse = _attend(folded, keys[run].to(q.dtype), values[run].to(q.dtype), layer.scaling)
-            if split < len(sequence.slots):
-                rest = sequence.slots[split:]
-                rest_out, rest_lse = _attend(folded, keys[rest].to(q.dtype), values[rest].to(q.dtype), layer.scaling)
-                out = rest_out if out is None else _merge(out, lse, rest_out, rest_lse)
-            assert out is not None
-            output[row] = _unfold(out, 1)
+            _attend_row(queries, keys, values, output, sequence, layer)
         return output.flatten(1)
 
     def support_triton(self) -> bool:
@@ -220,6 +210,32 @@ class PortableCpuAttention(AttentionBackend):
             self.token_to_kv_pool.get_key_buffer(layer.layer_id),
             self.token_to_kv_pool.get_value_buffer(layer.layer_id),
         )
+
+
+def _attend_row(
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    output: torch.Tensor,
+    sequence: Sequence,
+    layer: RadixAttention,
+) -> None:
+    """Attention of a sequence with one new token, written to its row of ``output``. Keys and values are the pool's: the
+    leading run of adjacent slots is read in place, and only what lies behind it is gathered."""
+    row = slice(sequence.query_start, sequence.query_start + 1)
+    folded = _fold(queries[row], layer.tp_k_head_num)
+    split = sequence.run_tokens if sequence.run_tokens >= _MIN_RUN_TOKENS else 0
+    dtype, out = queries.dtype, None
+    if split:
+        first = int(sequence.slots[0])
+        run = slice(first, first + split)
+        out, lse = _attend(folded, keys[run].to(dtype), values[run].to(dtype), layer.scaling)
+    if split < len(sequence.slots):
+        rest = sequence.slots[split:]
+        rest_out, rest_lse = _attend(folded, keys[rest].to(dtype), values[rest].to(dtype), layer.scaling)
+        out = rest_out if out is None else _merge(out, lse, rest_out, rest_lse)
+    assert out is not None
+    output[row] = _unfold(out, 1)
 
 
 def attend_causal(
@@ -384,6 +400,11 @@ def attend_to_latents() -> None:
     from sglang.srt.models.deepseek_common.attention_forward_methods.forward_methods import AttnForwardMethod
 
     AttentionBackendRegistry.register(ATTENTION_BACKEND, lambda attention, batch: AttnForwardMethod.MLA)
+
+
+def _is_fused(layer: RadixAttention) -> bool:
+    """Whether the fused kernel serves this layer."""
+    return _window(layer) is None and not layer.logit_cap and layer.qk_head_dim == layer.v_head_dim
 
 
 def _window(layer: RadixAttention) -> int | None:

@@ -12,7 +12,7 @@ from typing import Any, Final
 from sglang.srt.managers.scheduler_components.output_streamer import SchedulerOutputStreamer
 from sglang.srt.managers.utils import is_health_check_generate_req
 
-from sgl_flowprefill.events import Abort, Arrival, Complete, EventLog, Fail, Resume, Start, Suspend
+from sgl_flowprefill.events import Abort, Arrival, Complete, EventLog, Fail, GiveBack, Resume, Start, Step, Suspend
 from sgl_flowprefill.hub.failure import Failure
 from sgl_flowprefill.hub.parts import TTFT, Recorder
 from sgl_flowprefill.hub.task import PrefillTask
@@ -115,6 +115,19 @@ class EventRecorder(EventLog, Recorder):
         """``task`` is unwound: nobody waits for it any more. Members that have ended already are not named."""
         rids = self._close([req for req in task.reqs if req in self._open])
         self.write(Abort, time.monotonic(), rids=rids, task=task.id, checkpoint=task.checkpoint)
+
+    def given_back(self, task: PrefillTask) -> None:
+        """``task`` is unwound, because streams need its KV cache."""
+        self.write(GiveBack, time.monotonic(), task=task.id, rids=task.rids, checkpoint=task.checkpoint)
+        if self._metrics is not None:
+            self._metrics.given_back()
+
+    def stepped(self, streams: int, begin_s: float, end_s: float, due_s: float) -> None:
+        """A decode step over so many ``streams`` has run. It had to begin at ``due_s``."""
+        was_due = begin_s >= due_s
+        self.write(Step, end_s, streams=streams, begin_s=round(begin_s, 6), due_s=round(due_s, 6) if was_due else None)
+        if self._metrics is not None:
+            self._metrics.stepped(end_s - begin_s, begin_s - due_s if was_due else None)
 
     def failed(self, task: PrefillTask, failure: Failure) -> None:
         """The forward pass of ``task`` has raised. Members whose abort was asked for end as aborted, when SGLang drops

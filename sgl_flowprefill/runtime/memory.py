@@ -97,7 +97,7 @@ class TaskMemory:
             return cls(activations, float("inf"))
         tasks = max_suspended + LIVE_BESIDE_SUSPENDED
         slot_bytes = slots.measure_bytes(torch.cuda.memory_allocated)
-        slots_bytes = slot_bytes * (tasks - 2)  # the model runner's own backend is there, and the one just measured
+        slots_bytes = slot_bytes * (tasks - 2)  # the first one is there, and the one just measured
         longest_tokens = min(config.context_len, model_runner.max_total_num_tokens)
         budget_bytes = budget(
             free_bytes=_free_bytes(),

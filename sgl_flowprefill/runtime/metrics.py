@@ -1,4 +1,4 @@
-"""Prometheus metrics of the prefill scheduler, on SGLang's ``/metrics`` with ``--enable-metrics``."""
+"""Prometheus metrics of the scheduler, on SGLang's ``/metrics`` with ``--enable-metrics``."""
 
 from __future__ import annotations
 
@@ -33,6 +33,27 @@ class Metrics:
             [*names, "value"],
             multiprocess_mode="mostrecent",
         )
+
+        self._step_s = Counter("flowprefill:decode_step_seconds", "Time in decode steps.", names)
+        self._step_lateness_s = Histogram(
+            "flowprefill:decode_step_lateness_seconds",
+            "Of decode steps that had to begin, how much later they did.",
+            names,
+            buckets=BLOCKING_BUCKETS_S,
+        )
+        self._given_back = Counter(
+            "flowprefill:given_back", "Started prefills given up because streams needed their KV cache.", names
+        )
+
+    def stepped(self, step_s: float, lateness_s: float | None) -> None:
+        """A decode step took ``step_s``; ``lateness_s`` is None where it began before it had to."""
+        self._step_s.labels(**self._labels).inc(step_s)
+        if lateness_s is not None:
+            self._step_lateness_s.labels(**self._labels).observe(lateness_s)
+
+    def given_back(self) -> None:
+        """A task was given up for streams."""
+        self._given_back.labels(**self._labels).inc()
 
     def preempted(self, blocking_s: float | None) -> None:
         """``blocking_s`` is None where nobody was blocked."""

@@ -3,44 +3,26 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from http import HTTPStatus
-from itertools import chain
 from typing import Any, Final
 
 from sglang.srt.disaggregation.base import KVPoll
-from sglang.srt.disaggregation.utils import is_aborted
-from sglang.srt.managers.schedule_batch import FINISH_ABORT
 
 from sgl_flowprefill.deadline import received_s, sent_s, slo_s
-from sgl_flowprefill.hub.device import Device
-from sgl_flowprefill.hub.parts import Agreement
 from sgl_flowprefill.hub.role import Arrival
-from sgl_flowprefill.hub.task import PrefillTask, Tasks
-from sgl_flowprefill.runtime.event_recorder import EventRecorder
-from sgl_flowprefill.runtime.wakeup import Wakeup
-from sgl_flowprefill.ttft import PrefillShape
+from sgl_flowprefill.hub.task import PrefillTask
+from sgl_flowprefill.runtime.scheduler_role import SchedulerRole, fail_unless_aborted, input_logprobs
 
 STALL_CHECK_REQUESTS: Final = 512
 """Most waiting requests that are looked at for stalls: SGLang takes about 1.5 us each, and a prefill may be stopped."""
-COMPILES_SINCE: Final = "flowprefill_compiles_since_s"
-"""Attribute of SGLang's Req: when its grammar began to be compiled here."""
 
 
 @dataclass(eq=False)
-class PrefillRole:
-    """What the hub asks of a prefill server, by SGLang's own methods."""
+class PrefillRole(SchedulerRole):
+    """What the hub asks of a prefill server."""
 
-    scheduler: Any
-    """SGLang's scheduler."""
-    default_slo_s: float
-    tasks: Tasks
-    wakeup: Wakeup
-    device: Device
-    agreement: Agreement
-    recorder: EventRecorder
     _bootstrapped_s: dict[int, float] = field(default_factory=dict, init=False)
     """By bootstrap room."""
     _reindexed: Any = field(default=None, init=False)
@@ -48,24 +30,11 @@ class PrefillRole:
 
     # ---- what the hub asks ----------------------------------------------------------------------------------------
 
-    @property
-    def is_exiting(self) -> bool:
-        return bool(self.scheduler.gracefully_exit)
-
-    @property
-    def is_paused(self) -> bool:
-        return bool(self.scheduler._engine_paused)
-
     def take_news(self, stalls_due: bool) -> bool:
-        """Arrivals, aborts and health checks; compiled grammars; KV transfers that ended."""
-        scheduler = self.scheduler
-        scheduler.ingest_requests()
-        scheduler.maybe_send_health_check_signal()
-        if self.has_compiled_grammars():
-            for req in scheduler.grammar_manager.get_ready_grammar_requests():
-                scheduler._add_request_to_queue(req)
+        """Messages, and KV transfers that ended."""
+        self.take_messages()
         # What has ended gives back its metadata buffer, before those that need one are looked at.
-        has_sent = bool(scheduler.process_disagg_prefill_inflight_queue())
+        has_sent = bool(self.scheduler.process_disagg_prefill_inflight_queue())
         if stalls_due:
             self.drop_stalled()
             self.recorder.close_lost(self.held())
@@ -86,77 +55,20 @@ class PrefillRole:
                 logprob_rows=input_logprobs(req),
             )
 
-    def waiting(self) -> Collection[Any]:
-        queue: list[Any] = self.scheduler.waiting_queue
-        return queue
-
-    def abandoned(self, live: Sequence[PrefillTask]) -> list[PrefillTask]:
-        """A request that leaves a batch in which others stay is computed to the end with it, and freed with the result:
-        its rows are in every tensor that the suspended forward pass holds, and in the plan of its attention. At most
-        ``max_batch_tokens`` are computed in vain.
-        """
-        return [task for task in live if all(map(is_aborted, task.batch.reqs))]
-
-    def match(self, req: Any) -> PrefillShape:
-        # Only to know how much of it is cached: what a start copies of a hybrid model's state takes a slot.
-        req.init_next_round_input(self.scheduler.tree_cache, cow_mamba=False)
-        return PrefillShape(len(req.origin_input_ids) - req.prefix_len, req.prefix_len)
-
     def make_batch(self, reqs: Sequence[Any]) -> Any | None:
-        """SGLang's own admission (prefix match, KV and slot allocation) for ``reqs`` alone, in their order, and what
-        its loop does with a new batch.
-        """
-        scheduler = self.scheduler
-        chosen = set(reqs)
-        others = [req for req in scheduler.waiting_queue if req not in chosen]
-        scheduler.waiting_queue = list(reqs)
-        # SGLang would wait for grammars that are not compiled yet. The hub has taken those that are.
-        grammars = scheduler.grammar_manager
-        compiling, grammars.grammar_queue = grammars.grammar_queue, []
-        scheduler.running_batch.batch_is_full = False
-        batch = scheduler.get_new_batch_prefill(scheduler.running_batch).batch_to_run
-        grammars.grammar_queue = compiling
-        scheduler.waiting_queue = scheduler.waiting_queue + others
-        batch = scheduler.ngram_embedding_manager.prepare_for_forward(batch, chunked_req=scheduler.chunked_req)
-        if batch is not None and scheduler.enable_staging:
-            scheduler.maybe_prefetch_staging_for_batch(batch)
+        batch = super().make_batch(reqs)
+        if batch is not None and self.scheduler.enable_staging:
+            self.scheduler.maybe_prefetch_staging_for_batch(batch)
         return batch
-
-    def requests(self, batch: Any) -> Sequence[Any]:
-        reqs: list[Any] = batch.reqs
-        return reqs
-
-    def shapes(self, batch: Any) -> list[PrefillShape]:
-        return [PrefillShape(*lengths) for lengths in zip(batch.extend_lens, batch.prefix_lens, strict=True)]
-
-    def switch_to(self, task: PrefillTask) -> None:
-        self.scheduler.cur_batch_for_debug = task.batch
-
-    def forward(self, batch: Any) -> Any:
-        return self.scheduler.run_batch(batch)
-
-    def finish(self, task: PrefillTask) -> None:
-        self.scheduler.process_batch_result(task.batch, task.result)
 
     def drop(self, task: PrefillTask) -> None:
         scheduler, batch = self.scheduler, task.batch
-        if task.failure is not None:
-            failed = FINISH_ABORT(task.failure.message, HTTPStatus.INTERNAL_SERVER_ERROR, "InternalServerError")
-            for req in batch.reqs:
-                if not is_aborted(req):
-                    req.to_finish = failed
+        fail_unless_aborted(batch.reqs, task.failure)
         dropped = [req for req in batch.reqs if scheduler._retire_aborted_prefill_result(req)]
         for req in dropped:
             req.time_stats.set_completion_time()
         scheduler.output_streamer.stream_output(dropped, any(req.return_logprob for req in dropped))
         scheduler._maybe_clear_mm_inputs(batch)
-
-    def rest(self) -> bool:
-        scheduler = self.scheduler
-        scheduler.cur_batch_for_debug = None
-        scheduler._sched_idled = True
-        scheduler.on_idle()
-        return bool(scheduler.is_fully_idle())
 
     # ---- what SGLang's scheduler tells ------------------------------------------------------------------------------
 
@@ -167,27 +79,6 @@ class PrefillRole:
         elif status == KVPoll.Failed:
             self._bootstrapped_s.pop(bootstrap_room, None)
         self.wakeup.notify()
-
-    def note_arrival(self, req: Any) -> None:
-        """``req`` comes to the bootstrap queue."""
-        self.recorder.arrived(req, received_s(req), slo_s(req, self.default_slo_s))
-
-    def note_compiling(self, reqs: Sequence[Any]) -> None:
-        """The grammars of ``reqs`` are being compiled: each is an event when it is done."""
-        for req in reqs:
-            setattr(req, COMPILES_SINCE, time.monotonic())
-            if req.grammar is not None:
-                req.grammar.add_done_callback(lambda _: self.wakeup.notify())
-
-    def note_abort(self, rid_prefix: str, abort_all: bool) -> None:
-        """Requests are to be aborted, wherever they are."""
-        reqs = chain(self.held(), self.scheduler.grammar_manager.grammar_queue)
-        self.recorder.abort_asked(req for req in reqs if abort_all or req.rid.startswith(rid_prefix))
-
-    def note_refusal(self, req: Any, reason: dict[str, Any] | None) -> None:
-        """``req`` has ended with ``reason``, past the output streamer."""
-        reason = reason or {}
-        self.recorder.answered(req, str(reason.get("message")), reason.get("status_code"))
 
     @contextmanager
     def noticing_new_indices(self, req: Any) -> Iterator[None]:
@@ -207,25 +98,6 @@ class PrefillRole:
 
     # ---- the rest -------------------------------------------------------------------------------------------------
 
-    def has_compiled_grammars(self) -> bool:
-        """Whether SGLang would find something among the grammars: its look waits for those that are not ready.
-
-        It gives a grammar up after so many looks. Here one that has had the time which these take at least, by this
-        rank's clock, is given up; SGLang gives up at all ranks what one of them does.
-        """
-        grammars = self.scheduler.grammar_manager
-        if not grammars.has_waiting_grammars():
-            return False
-        most_looks = grammars.SGLANG_GRAMMAR_MAX_POLL_ITERATIONS
-        too_old_s = time.monotonic() - most_looks * grammars.SGLANG_GRAMMAR_POLL_INTERVAL
-        found = False
-        for req in grammars.grammar_queue:
-            if getattr(req, COMPILES_SINCE) < too_old_s:
-                req.grammar_wait_ct = most_looks
-                found = True
-            found = found or req.finished() or req.grammar is None or req.grammar.done()
-        return bool(self.agreement.agree([found])[0])
-
     def drop_stalled(self) -> None:
         """SGLang drops waiting requests whose decode server is gone; here a part of them each time, in turns."""
         scheduler = self.scheduler
@@ -235,19 +107,8 @@ class PrefillRole:
         scheduler.waiting_queue = later + scheduler.waiting_queue
 
     def held(self) -> list[Any]:
-        """All requests that have arrived here and whose prefill has not run."""
-        of_tasks = chain.from_iterable(task.batch.reqs for task in self.tasks)
-        return [*self.scheduler.disagg_prefill_bootstrap_queue.queue, *self.scheduler.waiting_queue, *of_tasks]
+        return [*self.scheduler.disagg_prefill_bootstrap_queue.queue, *super().held()]
 
     def _cached_tokens(self) -> int:
         tree = self.scheduler.tree_cache
         return int(tree.evictable_size() + tree.protected_size())
-
-
-def input_logprobs(req: Any) -> int:
-    """How many tokens of the prompt of SGLang's ``req`` log probabilities are asked for; cached ones are computed
-    again for that.
-    """
-    if not req.return_logprob or req.logprob_start_len < 0:
-        return 0
-    return max(0, len(req.origin_input_ids) - int(req.logprob_start_len))

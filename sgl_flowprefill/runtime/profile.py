@@ -20,7 +20,7 @@ from sgl_flowprefill.config import FlowPrefillConfig
 from sgl_flowprefill.profiling import Profile, ProfileError, Row, Setting, read_profile, write_profile
 from sgl_flowprefill.profiling.fitted import fit
 from sgl_flowprefill.profiling.measure import SchedulerEngine
-from sgl_flowprefill.runtime.prefill_role import PrefillRole
+from sgl_flowprefill.runtime.scheduler_role import SchedulerRole
 from sgl_flowprefill.ttft import AdaptiveTTFT, OperatorTimes, PrefillShape
 
 logger = logging.getLogger(__name__)
@@ -33,7 +33,7 @@ tell what attention costs a pair of tokens from what it costs a token."""
 SEED: Final = 20260216
 
 
-def load_or_measure(role: PrefillRole, config: FlowPrefillConfig) -> tuple[AdaptiveTTFT, OperatorTimes | None]:
+def load_or_measure(role: SchedulerRole, config: FlowPrefillConfig) -> tuple[AdaptiveTTFT, OperatorTimes | None]:
     """TTFT model of the engine behind ``role``, with online correction and the margin of ``config``, and the times
     of its operators where the profile has them.
 
@@ -111,7 +111,7 @@ def _short_path(setting: Setting) -> Path:
     return path.with_name(f"{path.stem}-short.parquet")
 
 
-def _measure_short(role: PrefillRole, setting: Setting, inside: bool) -> Profile:
+def _measure_short(role: SchedulerRole, setting: Setting, inside: bool) -> Profile:
     engine = SchedulerEngine(role)
     scheduler = role.scheduler
     limit = min(scheduler.model_config.context_len - 1, scheduler.max_total_num_tokens - 1, SHORT_LENGTHS_TOKENS[-1])

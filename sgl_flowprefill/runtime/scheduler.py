@@ -1,57 +1,33 @@
-"""FlowPrefillScheduler: SGLang's prefill scheduler, whose loop is the hub's."""
+"""FlowPrefillScheduler: SGLang's scheduler on a prefill server."""
 
 from __future__ import annotations
 
 from typing import Any, Final
 
 import torch
-from sglang.srt.arg_groups.overrides import resolving_view
-from sglang.srt.managers import io_struct
-from sglang.srt.managers.scheduler import Scheduler
 
-from sgl_flowprefill.compat import incompatible_option
 from sgl_flowprefill.config import FlowPrefillConfig
-from sgl_flowprefill.hub.task import Tasks
-from sgl_flowprefill.runtime.event_recorder import RecordedStreamer
-from sgl_flowprefill.runtime.setup import build, end_server
+from sgl_flowprefill.hub.loop import Hub
+from sgl_flowprefill.patches import wakeups
+from sgl_flowprefill.runtime.hub_scheduler import HubScheduler
+from sgl_flowprefill.runtime.prefill_role import PrefillRole
+from sgl_flowprefill.runtime.setup import build
 
 OUTSTANDING_REQUESTS: Final = 8192
 """Requests that may wait, run and be sent at a time, at least. Each holds a metadata buffer from the end of its
 bootstrap on, and one that finds none is not seen by the policy."""
-CHANGES_WEIGHTS: Final = (
-    io_struct.BeginWeightUpdateReqInput,
-    io_struct.CheckWeightsReqInput,
-    io_struct.EndWeightUpdateReqInput,
-    io_struct.ReleaseMemoryOccupationReqInput,
-    io_struct.ResumeMemoryOccupationReqInput,
-    io_struct.RpcReqInput,
-    io_struct.UpdateWeightFromDiskReqInput,
-    io_struct.UpdateWeightsFromDistributedReqInput,
-    io_struct.UpdateWeightsFromIPCReqInput,
-    io_struct.UpdateWeightsFromTensorReqInput,
-)
-"""Messages that may put other weights or none where a prefill reads them (a check may overwrite them, a remote call may
-do anything). Others that do are refused with what they belong to (``compat``)."""
 
 
-class FlowPrefillScheduler(Scheduler):
+class FlowPrefillScheduler(HubScheduler):
     """The scheduler of a prefill server: takes the place of ``sglang.srt.managers.scheduler.Scheduler`` there."""
 
-    waiting_queue: list[Any]
-    max_running_requests: int
+    role: PrefillRole
 
-    def __init__(self, server_args: Any, *args: Any, **kwargs: Any) -> None:
-        refusal = incompatible_option(resolving_view(server_args))
-        if refusal is not None:  # of a server that was started past patches.options
-            end_server(SystemExit(f"sgl-flowprefill: {refusal}"))
-        tasks = self._tasks = Tasks()  # Scheduler.__init__ may ask for them, before the rest of our state can exist
-        super().__init__(server_args, *args, **kwargs)
-        try:
-            self.hub = build(self, FlowPrefillConfig.from_env(), tasks)
-        except SystemExit as impossible:
-            end_server(impossible)
-        self.role = self.hub.role
-        feed_watchdogs(self)
+    def build_hub(self, config: FlowPrefillConfig) -> Hub[PrefillRole]:
+        wakeups.expect_applied()
+        hub = build(self, config, PrefillRole.make)
+        wakeups.subscribe(hub.role.note_transfer_status)
+        return hub
 
     @torch.no_grad()
     def event_loop_normal_disagg_prefill(self) -> None:
@@ -59,36 +35,6 @@ class FlowPrefillScheduler(Scheduler):
 
     def event_loop_overlap_disagg_prefill(self) -> None:
         raise RuntimeError("FlowPrefill needs --disable-overlap-schedule on the prefill server.")
-
-    # ---- requests that come and go --------------------------------------------------------------------------------
-
-    def process_input_requests(self, recv_reqs: list[Any]) -> None:
-        """A request whose grammar is not compiled yet will come with an event of its own. Before the weights change,
-        started tasks run to their end.
-        """
-        if any(isinstance(message, CHANGES_WEIGHTS) for message in recv_reqs):
-            self.hub.finish_started()
-        compiling = len(self.grammar_manager.grammar_queue)
-        super().process_input_requests(recv_reqs)
-        self.role.note_compiling(self.grammar_manager.grammar_queue[compiling:])
-
-    def _add_request_to_queue(self, req: Any, is_retracted: bool = False) -> None:
-        self.role.note_arrival(req)
-        super()._add_request_to_queue(req, is_retracted)
-
-    def abort_request(self, recv_req: Any) -> None:
-        self.role.note_abort(recv_req.rid, recv_req.abort_all)
-        super().abort_request(recv_req)
-
-    def send_abort_output(self, abort_req: Any, req: Any) -> None:
-        """SGLang's other way to end a request, past the output streamer."""
-        super().send_abort_output(abort_req, req)
-        self.role.note_refusal(req, abort_req.finished_reason)
-
-    def pause_generation(self, recv_req: Any) -> None:
-        """Started tasks run to their end first: a pause may be there to change the weights under them."""
-        self.hub.finish_started()
-        super().pause_generation(recv_req)
 
     # ---- KV that is sent ------------------------------------------------------------------------------------------
 
@@ -100,8 +46,6 @@ class FlowPrefillScheduler(Scheduler):
         with self.role.reading_indices(req, has_run=last_chunk):
             super().send_kv_chunk(req, last_chunk, end_idx)
 
-    # ---- what SGLang asks a scheduler -----------------------------------------------------------------------------
-
     def init_disaggregation(self) -> None:
         """SGLang makes metadata buffers for twice the requests that may run at a time. A buffer takes a few kilobytes,
         and a request that may run a row as long as the context.
@@ -110,26 +54,3 @@ class FlowPrefillScheduler(Scheduler):
         self.max_running_requests = max(may_run, OUTSTANDING_REQUESTS // 2)
         super().init_disaggregation()
         self.max_running_requests = may_run
-
-    def get_output_streamer_class(self) -> type[RecordedStreamer]:
-        """SGLang's hook for what its scheduler hands answers to."""
-        return RecordedStreamer
-
-    def is_fully_idle(self, *args: Any, **kwargs: Any) -> bool:
-        return super().is_fully_idle(*args, **kwargs) and not self._tasks
-
-    def _collect_inflight_batches(self) -> list[Any]:
-        return [*super()._collect_inflight_batches(), *(task.batch for task in self._tasks)]
-
-    def get_internal_state(self, recv_req: Any) -> Any:
-        """What ``/server_info`` shows, with the state of the TTFT correction."""
-        output = super().get_internal_state(recv_req)
-        output.internal_state["flowprefill_ttft"] = self.hub.work.ttft.state()
-        return output
-
-
-def feed_watchdogs(scheduler: Any) -> None:
-    """SGLang's watchdogs look for forward passes that begin; here, one that gets on is a sign of life too."""
-    for watchdog in (scheduler.watchdog, getattr(scheduler, "soft_watchdog", None)):
-        if watchdog is not None:
-            watchdog.get_counter = lambda: scheduler.forward_ct + scheduler.hub.executor.points

@@ -1,4 +1,4 @@
-"""The hub of a prefill server, made of its parts when the server starts."""
+"""The hub of a server, made of its parts when the server starts."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import multiprocessing
 import os
 import signal
 import sys
-from typing import Any, NoReturn
+from collections.abc import Callable
+from typing import Any, NoReturn, TypeVar
 
 from sglang.srt.runtime_context import get_parallel
 from sglang.srt.utils.network import get_local_ip_auto
@@ -17,11 +18,10 @@ from sgl_flowprefill.compat import unchecked_attention_backend
 from sgl_flowprefill.config import FlowPrefillConfig
 from sgl_flowprefill.hub.device import CpuDevice, Device
 from sgl_flowprefill.hub.loop import Hub
-from sgl_flowprefill.hub.parts import Events, OneRank
+from sgl_flowprefill.hub.parts import OneRank
 from sgl_flowprefill.hub.progress import Progress
 from sgl_flowprefill.hub.task import Tasks
 from sgl_flowprefill.hub.work import Work, half
-from sgl_flowprefill.patches import wakeups
 from sgl_flowprefill.policy import Limits, make_policy
 from sgl_flowprefill.runtime.agreement import Agreement
 from sgl_flowprefill.runtime.checkpoints import find_decoder_layers, install_checkpoints
@@ -30,8 +30,8 @@ from sgl_flowprefill.runtime.event_recorder import EventRecorder
 from sgl_flowprefill.runtime.executor import Executor
 from sgl_flowprefill.runtime.memory import TaskMemory
 from sgl_flowprefill.runtime.metrics import Metrics
-from sgl_flowprefill.runtime.prefill_role import PrefillRole
 from sgl_flowprefill.runtime.profile import load_or_measure
+from sgl_flowprefill.runtime.scheduler_role import SchedulerRole
 from sgl_flowprefill.runtime.slots import AttentionSlots
 from sgl_flowprefill.runtime.tiles import WHOLE, TileSizes, find_norms, plan_tiles, tile_layers
 from sgl_flowprefill.runtime.wakeup import Wakeup, Woken, scheduler_events
@@ -39,21 +39,35 @@ from sgl_flowprefill.ttft.budget import throughput_budget_tokens
 
 logger = logging.getLogger(__name__)
 
+RoleT = TypeVar("RoleT", bound=SchedulerRole)
 
-def build(scheduler: Any, config: FlowPrefillConfig, tasks: Tasks) -> Hub[PrefillRole]:
-    """The hub of SGLang's ``scheduler``. Raises SystemExit with one line for what cannot be served."""
-    config = scheduler.tp_group.broadcast_object(config)  # the environment of another node may differ
+
+def build(
+    scheduler: Any, config: FlowPrefillConfig, make_role: Callable[..., RoleT], decodes: bool = False
+) -> Hub[RoleT]:
+    """The hub of SGLang's ``scheduler``, which ``decodes`` between the operators of prefills or does not. Raises
+    SystemExit with one line for what cannot be served.
+
+    ``make_role`` is called as ``SchedulerRole.make`` is.
+    """
+    hub: Hub[RoleT]
+    tasks = Tasks()
     model_runner = scheduler.tp_worker.model_runner
     unchecked = unchecked_attention_backend(model_runner.prefill_attention_backend_str)
     if unchecked is not None:
         raise SystemExit(f"sgl-flowprefill: {unchecked}")
     wakeup = Wakeup()
     device = make_device(scheduler.device, config.lookahead)
-    events, agreement = _meet_ranks(scheduler, config, wakeup, device, tasks)
+    events = scheduler_events(scheduler, wakeup) if scheduler.tp_group.rank_in_group == 0 else Woken(wakeup)
+    if decodes:
+        news = lambda: hub.has_news()  # noqa: E731 - also that it is time for a step
+    elif isinstance(device, CpuDevice):
+        news = events.pending
+    else:
+        news = lambda: events.pending() or tasks.result_arrived()  # noqa: E731
+    agreement = _meet_ranks(scheduler, config, wakeup, device, news)
     recorder = _recorder(scheduler, config, agreement.decides)
-    role = PrefillRole(scheduler, config.default_ttft_slo, tasks, wakeup, device, agreement, recorder)
-    wakeups.expect_applied()
-    wakeups.subscribe(role.note_transfer_status)
+    role = scheduler.role = make_role(config, scheduler, tasks, wakeup, device, agreement, recorder)
     executor = Executor(model_runner, agreement.interrupted, device, agreement.ends_waiting)
 
     layers = [] if config.granularity == "chunk" else find_decoder_layers(model_runner.model)
@@ -66,7 +80,7 @@ def build(scheduler: Any, config: FlowPrefillConfig, tasks: Tasks) -> Hub[Prefil
         tile_layers(model_runner.model, layers, norms, tiles, between_tiles)
     if config.granularity != "chunk":
         progress = install_checkpoints(model_runner.model, layers, config.granularity, executor.checkpoint)
-    slots = AttentionSlots(model_runner, between_tiles, lambda: tiles.now.pairs)
+    slots = AttentionSlots(model_runner, between_tiles, lambda: tiles.now.pairs, with_main=not decodes)
     memory = TaskMemory.plan(model_runner, slots, config.max_suspended, tiles.now.rows)
 
     batch_tokens = config.max_batch_tokens or throughput_budget_tokens(ttft)
@@ -91,22 +105,17 @@ def build(scheduler: Any, config: FlowPrefillConfig, tasks: Tasks) -> Hub[Prefil
 
 
 def _meet_ranks(
-    scheduler: Any, config: FlowPrefillConfig, wakeup: Wakeup, device: Device, tasks: Tasks
-) -> tuple[Events, Agreement | OneRank]:
-    """What wakes this rank, and how it agrees with the others: the first alone looks at sockets and clocks."""
-    on_cpu = isinstance(device, CpuDevice)
+    scheduler: Any, config: FlowPrefillConfig, wakeup: Wakeup, device: Device, news: Callable[[], bool]
+) -> Agreement | OneRank:
+    """How this rank agrees with the others: the first alone looks at ``news``, sockets and clocks among it."""
     ranks = scheduler.tp_group
-    events: Events = Woken(wakeup)
-    news = None
-    if ranks.rank_in_group == 0:
-        events = scheduler_events(scheduler, wakeup)
-        news = events.pending if on_cpu else lambda: events.pending() or tasks.result_arrived()
-        if ranks.world_size == 1:
-            return events, OneRank(news)
+    if ranks.world_size == 1:
+        return OneRank(news)
     nodes = get_parallel().nnodes
     host = get_local_ip_auto() if nodes > 1 else "127.0.0.1"
-    lookahead = 0 if on_cpu else config.lookahead
-    return events, Agreement(scheduler.tp_cpu_group, wakeup, news, lookahead=lookahead, nodes=nodes, host=host)
+    lookahead = 0 if isinstance(device, CpuDevice) else config.lookahead
+    first_news = news if ranks.rank_in_group == 0 else None
+    return Agreement(scheduler.tp_cpu_group, wakeup, first_news, lookahead=lookahead, nodes=nodes, host=host)
 
 
 def _recorder(scheduler: Any, config: FlowPrefillConfig, is_first: bool) -> EventRecorder:

@@ -15,9 +15,10 @@ logger = logging.getLogger(__name__)
 class AttentionSlots:
     """Attention backends for tasks that live at the same time: a backend keeps the metadata of one batch.
 
-    The first slot is the model runner's own backend; others are made when needed and reused. FlashInfer's backends have
-    plans and integer workspaces of their own and share the large float workspace, which holds partial results within
-    one attention kernel and the merge that follows it on the same stream: a task is never suspended between the two.
+    The first slot is the model runner's own backend, where that has nothing else to do; others are made when needed and
+    reused. FlashInfer's backends have plans and integer workspaces of their own and share the large float workspace,
+    which holds partial results within one attention kernel and the merge that follows it on the same stream: a task is
+    never suspended between the two.
     """
 
     def __init__(
@@ -25,13 +26,19 @@ class AttentionSlots:
         model_runner: Any,
         between_tiles: Callable[[], None] | None,
         tile_pairs: Callable[[], float] = lambda: math.inf,
+        with_main: bool = True,
     ) -> None:
-        """Attention runs in tiles of ``tile_pairs()`` pairs, asked for when a slot is taken; None: whole."""
+        """Attention runs in tiles of ``tile_pairs()`` pairs, asked for when a slot is taken; None: whole.
+
+        ``with_main``: whether the model runner's own backend is a slot. A server that decodes keeps it for that: its
+        steps run while tasks are suspended.
+        """
         self._model_runner = model_runner
         self._between_tiles = between_tiles
         self._tile_pairs = tile_pairs
-        self._free = [model_runner.attn_backend]
-        whole = self._tile(model_runner.attn_backend)
+        first = model_runner.attn_backend if with_main else self._new()
+        self._free = [first]
+        whole = self._tile(first)
         if whole is not None:
             self._between_tiles = None  # nor can its other slots: not asked again at every start
             logger.warning("FlowPrefill does not split long attention operators of %s", whole)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -26,22 +27,26 @@ class OneCluster:
     def __init__(self, directory: Path) -> None:
         self._directory = directory
         self._stack = ExitStack()
-        self._kind: bool | None = None
+        self._kind: str | None = None
 
-    def get(self, *, flowprefill: bool) -> Cluster:
-        if self._kind != flowprefill:
+    def get(self, *, flowprefill: bool, unified: bool = False) -> Cluster:
+        kind = ("flowprefill" if flowprefill else "stock") + ("-unified" if unified else "")
+        if self._kind != kind:
             self.close()
-            name = "flowprefill" if flowprefill else "stock"
+            args = ("--chunked-prefill-size", "-1", "--enable-metrics")
+            event_log = self._directory / ("events-unified.jsonl" if unified else "events.jsonl")
             config = ClusterConfig(
                 flowprefill=flowprefill,
-                prefill_args=("--chunked-prefill-size", "-1", "--enable-metrics"),
-                log_dir=self._directory / name,
-                options=FlowPrefillConfig(event_log=str(self._directory / "events.jsonl")),
+                prefill_args=args,
+                log_dir=self._directory / kind,
+                options=FlowPrefillConfig(event_log=str(event_log)),
             )
+            if unified:
+                config = dataclasses.replace(config, prefill=0, decode=0, unified=1, prefill_args=(), server_args=args)
             with pytest.MonkeyPatch.context() as environment:
                 environment.setenv("PYTHONPATH", str(faults.PLUGIN), prepend=os.pathsep)
                 self._cluster = self._stack.enter_context(Cluster(config, on_progress=print))
-            self._kind = flowprefill
+            self._kind = kind
         self._cluster.check()
         return self._cluster
 
@@ -77,6 +82,18 @@ def flowprefill_cluster(one_cluster: OneCluster) -> Cluster:
 def stock_cluster(one_cluster: OneCluster) -> Cluster:
     """The same with SGLang's own scheduler, unchunked."""
     return one_cluster.get(flowprefill=False)
+
+
+@pytest.fixture
+def unified_server(one_cluster: OneCluster) -> Cluster:
+    """One server that prefills and decodes, with FlowPrefill; its event log is as above."""
+    return one_cluster.get(flowprefill=True, unified=True)
+
+
+@pytest.fixture
+def stock_unified_server(one_cluster: OneCluster) -> Cluster:
+    """The same with SGLang's own scheduler, unchunked."""
+    return one_cluster.get(flowprefill=False, unified=True)
 
 
 @pytest.fixture

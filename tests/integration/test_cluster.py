@@ -29,7 +29,7 @@ SLO = {"custom_params": {"ttft_slo": 5.0}}
 
 
 def post(cluster, path, **body):
-    response = requests.post(cluster.gateway_url + path, json={"model": "embedded", **body}, timeout=120)
+    response = requests.post(cluster.url + path, json={"model": "embedded", **body}, timeout=120)
     assert response.ok, response.text
     return response
 
@@ -72,7 +72,7 @@ class Answers:
         for name, pid in cluster.processes.items():
             server = psutil.Process(pid)
             for process in (server, *server.children(recursive=True)):
-                scheduler = name == "prefill" and "scheduler" in process.name()
+                scheduler = name in ("prefill", "unified") and "scheduler" in process.name()
                 expected = cluster.cpus.scheduler if scheduler else cluster.cpus.others
                 assert tuple(process.cpu_affinity()) == expected, (name, process)
 
@@ -87,6 +87,18 @@ class TestSGLangsOwnScheduler(Answers):
     @pytest.fixture
     def cluster(self, stock_cluster):
         return stock_cluster
+
+
+class TestFlowPrefillOnOneServer(Answers):
+    @pytest.fixture
+    def cluster(self, unified_server):
+        return unified_server
+
+
+class TestSGLangsOwnSchedulerOnOneServer(Answers):
+    @pytest.fixture
+    def cluster(self, stock_unified_server):
+        return stock_unified_server
 
 
 class Launch:
@@ -195,7 +207,7 @@ def test_launch_prints_a_curl_line_that_works_keeps_its_key_and_ends_when_a_serv
     gateway_port = urlsplit(shlex.split(curl)[1]).port
     assert_closed_without_key(launcher.processes, gateway_port)
     assert_no_command_line_shows_the_key(launcher)
-    assert_no_output_shows_the_key(launcher)
+    assert_no_output_shows_the_key(launcher, "decode", "gateway", "prefill")
     assert_only_the_gateway_is_open(launcher.processes, gateway_port)
     assert_phases_are_told(launcher)
     victim = next(process for process in launcher.processes if process.name() == "sglang::scheduler")
@@ -203,8 +215,27 @@ def test_launch_prints_a_curl_line_that_works_keeps_its_key_and_ends_when_a_serv
     assert launcher.process.wait(20) == 1
     assert f"process {victim.pid} of the " in launcher.text()
     assert "The last lines of " in launcher.text()
-    assert_no_output_shows_the_key(launcher)
+    assert_no_output_shows_the_key(launcher, "decode", "gateway", "prefill")
     launcher.assert_nothing_is_left()
+
+
+@pytest.mark.parametrize("options", [["--flowprefill"], []], ids=["FlowPrefill", "SGLang's own scheduler"])
+def test_one_server_has_the_port_keeps_its_key_and_ends_with_its_launcher(launch, private_memory, options):
+    launcher = launch(*options, "--unified", memory=private_memory, env={"FLOWPREFILL_API_KEY": KEY})
+    curl = launcher.curl_line()
+    url = shlex.split(curl)[1].removesuffix("/v1/completions")
+    if shutil.which("curl"):
+        env = os.environ | {"FLOWPREFILL_API_KEY": KEY}
+        answer = subprocess.run(["sh", "-c", curl], env=env, capture_output=True, check=True).stdout
+        assert json.loads(answer)["usage"]["completion_tokens"] == 16
+    assert requests.post(f"{url}/generate", json={"text": "Hello"}, timeout=60).status_code == 401
+    launcher.note()
+    assert [process for process in launcher.processes if process.name().startswith("smg")] == []
+    assert_no_command_line_shows_the_key(launcher)
+    assert_no_output_shows_the_key(launcher, "unified")
+    assert "waiting for the unified server (" in launcher.text()
+    assert "on one server at http://127.0.0.1:" in launcher.text()
+    end_and_assert_nothing_is_left(launcher, signal.SIGINT)
 
 
 def assert_closed_without_key(processes, gateway_port):
@@ -224,12 +255,12 @@ def assert_no_command_line_shows_the_key(launcher):
     assert [command for command in commands if KEY.encode() in command] == []
 
 
-def assert_no_output_shows_the_key(launcher):
+def assert_no_output_shows_the_key(launcher, *names):
     assert KEY not in launcher.text()
     logs = sorted(launcher.logs.iterdir())
-    assert [log.name for log in logs] == ["decode.log", "gateway.log", "prefill.log"]
+    assert [log.stem for log in logs] == sorted(names)
     assert [log.name for log in logs if KEY.encode() in log.read_bytes()] == []
-    assert "'api_key': '***'" in (launcher.logs / "prefill.log").read_text()
+    assert "'api_key': '***'" in (launcher.logs / f"{names[-1]}.log").read_text()
 
 
 def assert_only_the_gateway_is_open(processes, gateway_port):

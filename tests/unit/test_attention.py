@@ -228,6 +228,29 @@ def test_long_decode_reads_its_adjacent_slots_in_place_and_gathers_the_rest() ->
         assert (output.double() - expected).abs().max() < 2e-6
 
 
+def test_a_stream_in_a_mixed_batch_gathers_no_more_of_its_cache_than_in_a_decode_step(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    engine = Engine()
+    engine.run({0: list(range(10, 110)), 1: list(range(200, 203))}, ForwardMode.EXTEND, 0)
+    engine.run({0: [300], 1: [301]}, ForwardMode.DECODE, 1)  # slots that are not adjacent to the prompts'
+    gathered: list[int] = []
+
+    def read(buffer: torch.Tensor, sequence: attention.Sequence, dtype: torch.dtype) -> torch.Tensor:
+        gathered.append(sequence.query_start)
+        return _read(buffer, sequence, dtype)
+
+    _read = attention._read
+    monkeypatch.setattr(attention, "_read", read)
+    tiles: list[int] = []
+    engine.backend.between_tiles = lambda: tiles.append(1)
+    mixed = {2: list(range(150, 164)), 0: [302], 1: [303]}
+    output, expected = engine.run(mixed, ForwardMode.EXTEND, 2)
+    assert (output.double() - expected).abs().max() < 2e-6
+    assert gathered == [0, 0], "keys and values of the prompt alone"
+    assert len(tiles) == 2 + 1 + 1, "a checkpoint behind each tile of 7 rows, and behind each stream"
+
+
 def test_instances_keep_their_own_batch() -> None:
     engine = Engine()
     other = PortableCpuAttention(engine.runner)

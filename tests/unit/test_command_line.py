@@ -17,22 +17,27 @@ from sgl_flowprefill.bench.cli.options import (
     COMMANDS,
     Api,
     Breakdown,
+    Command,
     Demo,
     Format,
     Goodput,
+    Judge,
     OptionError,
     PublishedTrace,
     Replay,
     Router,
     Simulate,
     Uncontended,
+    UnifiedDemo,
+    UnifiedGoodput,
     parse,
 )
 from sgl_flowprefill.bench.cli.requested import requested_servers
 from sgl_flowprefill.bench.loadgen.client import APIS
+from sgl_flowprefill.bench.metrics import joint as metrics_joint
 from sgl_flowprefill.bench.simulator.cost import LLAMA_8B, MODELS
 from sgl_flowprefill.bench.simulator.router import ROUTERS
-from sgl_flowprefill.bench.systems.catalog import select
+from sgl_flowprefill.bench.systems.catalog import RIVAL, select
 from sgl_flowprefill.bench.workloads.formats import AUTO, FORMATS
 from sgl_flowprefill.bench.workloads.synthetic import QWEN_RATE_RPS
 from sgl_flowprefill.bench.workloads.trace import Slo
@@ -45,10 +50,10 @@ TRACE = (
 )
 SEARCH = "--systems --list-systems --workload --seeds --duration --time-scale --max-output-tokens --out"
 OPTIONS = {
-    "demo": f"--out --endpoint --systems --list-systems --png {TRACE} {SERVERS}",
+    "demo": f"--unified --out --endpoint --systems --list-systems --png {TRACE} {SERVERS}",
     "goodput": f"{SEARCH} {SERVERS} --endpoint --attainment --budget-s --prefilter --race --compare --side-by-side "
-    "--precision --png",
-    "uncontended": "--tokens --pairs --per-turn --seed --model-path --out",
+    "--precision --png --unified --judge",
+    "uncontended": "--unified --tokens --pairs --per-turn --seed --model-path --out",
     "breakdown": f"--tokens --repeats --seed --out {SERVERS}",
     "replay": f"--url --api --model --label --timeout --event-log --out {TRACE}",
     "validate": f"{SEARCH} --loads {SERVERS}",
@@ -192,6 +197,39 @@ def test_options_of_sglang_and_of_flowprefill_reach_the_servers(monkeypatch: pyt
 
 def test_the_former_name_of_the_latency_breakdown_still_works() -> None:
     assert parse(["anatomy", "--repeats", "3"]) == Breakdown(repeats=3)
+
+
+def test_unified_servers_have_defaults_of_their_own_and_what_is_given_stays() -> None:
+    demo, goodput = parse(["demo", "--unified"]), parse(["goodput", "--unified"])
+    assert demo == UnifiedDemo(unified=True)
+    assert goodput == UnifiedGoodput(unified=True)
+    assert isinstance(demo, Demo)
+    assert isinstance(goodput, Goodput)
+    assert demo.out != Demo().out
+    assert goodput.judge == "gaps"
+    for systems in (demo.systems, goodput.systems):
+        assert RIVAL in systems
+        assert all(system.layout == "unified" for system in select(systems))
+    assert not any(system.layout == "unified" for system in select((*Demo().systems, *Goodput().systems)))
+    given = parse(["demo", "--systems", "flowprefill", "--unified", "--out", "mine", "--rate-scale", "3"])
+    assert isinstance(given, UnifiedDemo)
+    assert (given.systems, given.out.name, given.trace.rate_scale) == (("flowprefill",), "mine", 3.0)
+    judged = parse(["goodput", "--unified", "--judge", "mean"])
+    assert isinstance(judged, UnifiedGoodput)
+    assert judged.judge == "mean"
+    assert get_args(Judge) == get_args(metrics_joint.Judge)
+
+
+@pytest.mark.parametrize("command", [UnifiedDemo, UnifiedGoodput], ids=["demo", "goodput"])
+def test_the_help_of_unified_servers_shows_their_defaults(
+    command: type[Command], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main([command.name, "--unified", "--help"])
+    said = " ".join(capsys.readouterr().out.replace("│", "").split())
+    assert RIVAL in said
+    for line in command.examples:
+        assert isinstance(parse([command.name, *shlex.split(line)]), command)
 
 
 def test_an_endpoint_is_all_that_a_replay_needs() -> None:

@@ -6,7 +6,10 @@ import pytest
 
 from sgl_flowprefill.compat import (
     REFUSED_ABOVE_ONE,
+    REFUSED_ABOVE_ONE_ON_UNIFIED_SERVERS,
     REFUSED_ENVIRONMENT,
+    REFUSED_ON_PREFILL_SERVERS,
+    REFUSED_ON_UNIFIED_SERVERS,
     REFUSED_WHEN_SET,
     incompatible_option,
     take_over,
@@ -43,16 +46,45 @@ def test_what_flowprefill_sets_works_and_each_change_has_a_line():
     assert take_over(stock) == []
 
 
-@pytest.mark.parametrize("field", REFUSED_WHEN_SET)
-def test_switches(field):
-    text = problem(**{field: True})
+UNIFIED = {"disaggregation_mode": "null", "disaggregation_transfer_backend": "mooncake"}
+SWITCHES = [
+    *((mode, field) for mode in ("prefill", "null") for field in REFUSED_WHEN_SET),
+    *(("prefill", field) for field in REFUSED_ON_PREFILL_SERVERS),
+    *(("null", field) for field in REFUSED_ON_UNIFIED_SERVERS),
+]
+
+
+@pytest.mark.parametrize(("mode", "field"), SWITCHES)
+def test_switches(mode, field):
+    text = problem(disaggregation_mode=mode, **{field: True})
     assert text.startswith("--" + field.replace("_", "-") + " cannot work with FlowPrefill: ")
-    assert problem(**{field: False}) is None
+    assert problem(disaggregation_mode=mode, **{field: False}) is None
 
 
 @pytest.mark.parametrize("field", REFUSED_ABOVE_ONE)
 def test_parallelism(field):
     assert "--" + field.replace("_", "-") + " 2 cannot work" in problem(**{field: 2})
+    assert "--" + field.replace("_", "-") + " 2 cannot work" in problem(**UNIFIED, **{field: 2})
+
+
+@pytest.mark.parametrize("field", REFUSED_ABOVE_ONE_ON_UNIFIED_SERVERS)
+def test_parallelism_of_a_server_that_prefills_and_decodes(field):
+    assert "--" + field.replace("_", "-") + " 2 cannot work" in problem(**UNIFIED, **{field: 2})
+    assert problem(**{field: 2}) is None
+
+
+def test_a_server_that_prefills_and_decodes_works_with_what_flowprefill_sets():
+    assert problem(**UNIFIED) is None
+    stock = SimpleNamespace(**(WORKS | UNIFIED | {"disable_overlap_schedule": False, "prefill_decode_interval": 4}))
+    lines = take_over(stock)
+    assert lines[-1].startswith("--prefill-decode-interval is 0 (was 4): decode steps start when ")
+    assert len(lines) == 2
+    assert incompatible_option(stock) is None
+
+
+def test_what_one_kind_of_server_refuses_another_may_take():
+    assert problem(min_free_slots_delay=2) is None
+    assert problem(**UNIFIED, optimistic_prefill_attempts=2) is None
 
 
 @pytest.mark.parametrize("name", REFUSED_ENVIRONMENT)
@@ -68,8 +100,7 @@ def test_variables(name, monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
-        ({"disaggregation_mode": "null"}, "--disaggregation-mode has to be prefill, not null"),
-        ({"disaggregation_mode": "decode"}, "--disaggregation-mode has to be prefill, not decode"),
+        ({"disaggregation_mode": "decode"}, "--disaggregation-mode has to be prefill or null, not decode"),
         ({"disaggregation_transfer_backend": "mori"}, "--disaggregation-transfer-backend mori"),
         ({"chunked_prefill_size": 2048}, "--chunked-prefill-size -1, not 2048"),
         ({"chunked_prefill_size": None}, "FlowPrefill needs --chunked-prefill-size -1"),

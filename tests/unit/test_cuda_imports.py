@@ -29,6 +29,7 @@ MODULES = (
     f"{ATTENTION}.triton_backend",
     f"{ATTENTION}.flashattention_backend",
     "sgl_flowprefill.runtime.scheduler",
+    "sgl_flowprefill.runtime.unified_scheduler",
     "sgl_flowprefill.runtime.cuda_device",
     "sgl_flowprefill.runtime.flashinfer_tiles",
     "sgl_flowprefill.runtime.fa3_tiles",

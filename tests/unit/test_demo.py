@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from io import StringIO
@@ -17,14 +18,14 @@ from sgl_flowprefill.bench.cli.options import Demo, parse
 from sgl_flowprefill.bench.loadgen.calibrate import REFERENCE_TTFT_S
 from sgl_flowprefill.bench.loadgen.replay import ClientReport, ReplayRun, RequestResult
 from sgl_flowprefill.bench.metrics.comparison import Comparison
-from sgl_flowprefill.bench.systems.catalog import SYSTEMS, System
+from sgl_flowprefill.bench.systems.catalog import RIVAL, SYSTEMS, System, select
 from sgl_flowprefill.bench.systems.serving import Servers
-from sgl_flowprefill.bench.workloads.answers import DECODE_SHARE
+from sgl_flowprefill.bench.workloads.answers import DECODE_SHARE, UNIFIED_DECODE_SHARE
 from sgl_flowprefill.bench.workloads.trace import Trace
 
 OURS, STOCK = SYSTEMS["flowprefill"], SYSTEMS["sglang"]
-SLOWDOWNS = {"flowprefill": [2.0, 4.0], "sglang": [3.0, 6.0]}
-DECODE_TOKENS_PER_S = {"flowprefill": 320.0, "sglang": 180.0}
+SLOWDOWNS = {"flowprefill": [2.0, 4.0], "sglang": [3.0, 6.0], "unified": [2.0, 4.0], RIVAL: [3.0, 6.0]}
+DECODE_TOKENS_PER_S = {"flowprefill": 320.0, "sglang": 180.0, "unified": 320.0, RIVAL: 180.0}
 
 
 @dataclass
@@ -32,7 +33,7 @@ class Machine:
     """Stands in for clusters: what happened, in order, and the prompts that each system got."""
 
     happened: list[tuple[str, str]] = field(default_factory=list)
-    prompts: dict[str, list[tuple[int, ...]]] = field(default_factory=lambda: {"flowprefill": [], "sglang": []})
+    prompts: dict[str, list[tuple[int, ...]]] = field(default_factory=lambda: defaultdict(list))
     clock_s: float = 1000.0
     up: str | None = None
 
@@ -85,9 +86,9 @@ def arguments(tmp_path: Path, *options: str) -> Demo:
     return parsed
 
 
-def compared(machine: Machine, options: Demo) -> Comparison:
+def compared(machine: Machine, options: Demo, systems: Sequence[System] = (OURS, STOCK)) -> Comparison:
     console = Console(file=StringIO(), width=200)
-    return demo_module._Demo(options, [OURS, STOCK], cast(Any, machine.serve), console).run(Servers())
+    return demo_module._Demo(options, systems, cast(Any, machine.serve), console).run(Servers())
 
 
 def test_no_system_always_meets_the_machine_first(tmp_path: Path) -> None:
@@ -117,7 +118,7 @@ def test_the_parts_make_the_whole_trace_with_the_same_prompts_for_all(tmp_path: 
     trace = comparison.trace
     prompts = demo_module.PromptBuilder(arguments(tmp_path).trace.seed)
     whole = [tuple(prompts.build(request, index)) for index, request in enumerate(trace.requests)]
-    assert machine.prompts == {"flowprefill": whole, "sglang": whole}
+    assert dict(machine.prompts) == {"flowprefill": whole, "sglang": whole}
     for system in comparison.systems:
         run = system.run
         assert [result.index for result in run.results] == list(range(len(trace.requests)))
@@ -133,6 +134,17 @@ def test_answers_take_a_share_of_what_the_decode_servers_carry_in_the_median_of_
     per_s = comparison.trace.rate_rps * sum(lengths) / len(lengths)
     assert per_s == pytest.approx(DECODE_SHARE * 250.0, rel=0.02)
     assert comparison.to_dict()["answers"]["scale"] == pytest.approx(comparison.answers.scale)
+
+
+def test_a_unified_server_gets_shorter_answers_and_is_judged_by_time_between_tokens_too(tmp_path: Path) -> None:
+    options = arguments(tmp_path, "--unified")
+    assert options.systems == ("unified", RIVAL, "unified-sglang")
+    comparison = compared(Machine(), options, select(options.systems[:2]))
+    lengths = [request.output_tokens for request in comparison.trace.requests]
+    per_s = comparison.trace.rate_rps * sum(lengths) / len(lengths)
+    assert per_s == pytest.approx(UNIFIED_DECODE_SHARE * 250.0, rel=0.03)
+    assert comparison.judge == "gaps"
+    assert set(comparison.to_dict()["systems"]) == {"unified", RIVAL}
 
 
 def test_answers_that_are_cut_need_no_measurement(tmp_path: Path) -> None:

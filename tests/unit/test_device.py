@@ -22,6 +22,8 @@ from sgl_flowprefill.runtime.cuda_device import CudaDevice, make_device
 
 pytest.importorskip("sglang")
 
+from sglang.srt.managers.scheduler import Scheduler
+
 from sgl_flowprefill.hub.task import Tasks
 from sgl_flowprefill.runtime.event_recorder import EventRecorder
 from sgl_flowprefill.runtime.prefill_role import PrefillRole
@@ -270,9 +272,7 @@ def test_only_indices_that_were_there_when_the_prefill_ran_are_read_beside_the_q
 
     monkeypatch.setattr(cuda_device.torch.cuda, "Stream", lambda: "its own")
     monkeypatch.setattr(cuda_device.torch.cuda, "stream", enter)
-    monkeypatch.setattr(
-        FlowPrefillScheduler.__base__, "send_kv_chunk", lambda self, *args: sent.append((*args, list(entered)))
-    )
+    monkeypatch.setattr(Scheduler, "send_kv_chunk", lambda self, *args: sent.append((*args, list(entered))))
     scheduler = FlowPrefillScheduler.__new__(FlowPrefillScheduler)
     scheduler.tree_cache = SimpleNamespace(evictable_size=lambda: 0, protected_size=lambda: 0)
     scheduler.role = PrefillRole(scheduler, 1.0, Tasks(), Wakeup(), CpuDevice(), OneRank(never), EventRecorder(None))

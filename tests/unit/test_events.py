@@ -25,8 +25,10 @@ from sgl_flowprefill.events import (
     EventLog,
     EventLogError,
     Fail,
+    GiveBack,
     Resume,
     Start,
+    Step,
     Suspend,
     read_events,
     table,
@@ -95,6 +97,9 @@ def test_every_kind_of_event_is_read_back_as_it_was_written(tmp_path: Path) -> N
         suspend(21.0, 4, "x", None),
         Fail(22.0, ["y"], None, "lost"),
         Fail(23.0, ["z"], 400, "", 5, 6),
+        GiveBack(24.0, 7, ["v", "w"], 8),
+        Step(25.0, 3, 24.9, 24.8),
+        Step(26.0, 3, 25.9, None),
     ]
     assert {type(event) for event in events} == set(get_args(AnyEvent))
     assert list(read_events(written(tmp_path / "events.jsonl", events))) == events

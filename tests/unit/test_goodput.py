@@ -24,9 +24,11 @@ from sgl_flowprefill.bench.capacity.results import GoodputResult, SystemFigures,
 from sgl_flowprefill.bench.cli.goodput import publish
 from sgl_flowprefill.bench.cli.validate import compared, load_rps
 from sgl_flowprefill.bench.loadgen.calibrate import REFERENCE_TTFT_S
-from sgl_flowprefill.bench.loadgen.replay import ClientReport, ReplayRun, RequestResult
+from sgl_flowprefill.bench.loadgen.replay import ClientReport, Enough, ReplayRun, RequestResult
+from sgl_flowprefill.bench.metrics.joint import Judge
 from sgl_flowprefill.bench.metrics.provenance import PROVENANCE, read_result
 from sgl_flowprefill.bench.reports.goodput import cells, rates_table, render_html
+from sgl_flowprefill.bench.simulator.joint import attainments
 from sgl_flowprefill.bench.simulator.measured import Engine, measured_setup, saturation_rps
 from sgl_flowprefill.bench.simulator.requests import results
 from sgl_flowprefill.bench.simulator.systems import Setup
@@ -111,8 +113,8 @@ class SimulatedEndpoint:
         seen, met = [], 0
         for result in whole:
             seen.append(result)
-            met += result.meets_ttft()
-            if enough and enough(met, len(seen) - met):
+            met += (enough or Enough(lambda met, missed: False)).meets(result)
+            if enough and enough.known(met, len(seen) - met):
                 break
         client = ClientReport(0.0, 0.0, 0.0, 0.1, self.model.invalid)
         return ReplayRun(seen, 0.0, done.duration_s, client, stopped_early=len(seen) < len(whole))
@@ -125,9 +127,10 @@ def campaign_of(
     seeds: int = 2,
     duration_s: float = 60.0,
     max_output_tokens: int | None = 8,
+    judge: Judge = "ttft",
     **goal: Any,
 ) -> Campaign:
-    plan = Plan(workload("qwen"), seeds, duration_s, max_output_tokens)
+    plan = Plan(workload("qwen"), seeds, duration_s, max_output_tokens, judge)
     log = ProbeLog(folder / "probes.jsonl", plan.settings())
     prober = Prober(plan, log, model.serve, Console(file=StringIO(), width=200), OPTIONS)
     return Campaign(prober, select(names), dataclasses.replace(Goal((0.9, 0.99), precision=1.1), **goal))
@@ -237,6 +240,50 @@ def test_systems_take_turns_and_are_compared_at_one_rate_to_the_end(profile: Pat
     assert sum(probe.slo_scale == 1 for probe in campaign.log.probes) <= len(model.order) * 2 * 2
 
 
+def test_unified_servers_are_searched_by_their_first_tokens_and_gaps_together(profile: Path, tmp_path: Path) -> None:
+    def campaign_for() -> Campaign:
+        return campaign_of(
+            Model(profile),
+            tmp_path,
+            ("unified", "unified-stock-spf-512-mixed", "unified-sglang"),
+            seeds=1,
+            judge="gaps",
+            max_output_tokens=20,
+            attainments=(0.9,),
+        )
+
+    campaign = campaign_for()
+    campaign.run()
+    result = GoodputResult.of(campaign, "toy")
+    for name, figures in result.figures.items():
+        simulation = SYSTEMS[name].simulated(OPTIONS)
+        assert simulation is not None
+        for rate_rps in figures.brackets[0.9][0]:
+            if 0 < rate_rps < math.inf:
+                traces = [campaign.prober.trace(0, rate_rps)]
+                kept = attainments(simulation, traces, Model(profile).setup)["gaps"] >= 0.9
+                assert kept == (rate_rps == figures.brackets[0.9][0].low_rps), (name, rate_rps)
+    assert all(probe.slo_scale == 1 for probe in campaign.log.probes), "no other objectives between tokens are told"
+    console = Console(file=StringIO(), width=250)
+    publish(result, tmp_path, console)
+    document = json.loads((tmp_path / "goodput.json").read_text())
+    assert document["judge"] == "gaps"
+    rates = {name: system["max_rate_rps"]["90"] for name, system in document["systems"].items()}
+    assert rates["unified"] > rates["unified-stock-spf-512-mixed"]
+    best = max(("unified-stock-spf-512-mixed", "unified-sglang"), key=lambda name: rates[name])
+    assert document["ratios"]["vs_best_stock_90"] == pytest.approx(rates["unified"] / rates[best])
+    joint = document["systems"]["unified"]["joint"]
+    assert 0 < joint["joint_attainment"] <= joint["joint_attainment_mean_tpot"] <= 1
+    assert joint["tbt_p50_s"] <= joint["tbt_p99_s"] <= joint["tbt_max_s"]
+    assert "TBT p50 / p99 / longest" in console.file.getvalue()  # type: ignore[attr-defined]
+    assert "at most 1% of their gaps late" in " ".join((tmp_path / "goodput.html").read_text().split())
+    resumed = campaign_for()
+    assert resumed.probes_left() == 0, "gaps are in the log"
+    assert GoodputResult.of(resumed, "toy").to_dict()["systems"] == result.to_dict()["systems"]
+    with pytest.raises(ValueError, match="judge gaps, not ttft"):
+        campaign_of(Model(profile), tmp_path, seeds=1, max_output_tokens=20)
+
+
 def test_systems_that_order_by_slos_are_told_tighter_ones(profile: Path, tmp_path: Path) -> None:
     model = Model(profile)
     campaign = campaign_of(model, tmp_path, ("flowprefill", "stock-spf-512"), attainments=(0.9,))
@@ -311,8 +358,8 @@ def test_a_run_that_was_stopped_goes_on_and_makes_no_probe_twice(profile: Path, 
     key = [
         (probe.system, probe.seed, probe.rate_rps, probe.total) for probe in resumed.log.probes if probe.slo_scale == 1
     ]
-    found = GoodputResult.of(resumed, "").ratios()["vs_unchunked_fcfs_90"]
-    expected = GoodputResult.of(whole, "").ratios()["vs_unchunked_fcfs_90"]
+    found = GoodputResult.of(resumed, "").ratios_of_ours["vs_unchunked_fcfs_90"]
+    expected = GoodputResult.of(whole, "").ratios_of_ours["vs_unchunked_fcfs_90"]
     assert found is not None
     assert expected is not None
     assert found.value == pytest.approx(expected.value, rel=0.1)
@@ -453,7 +500,7 @@ def test_what_is_only_compared_is_not_searched(profile: Path, tmp_path: Path) ->
     result = GoodputResult.of(campaign, "")
     assert result.figures["flowprefill-layer"].max_rate(0.9) is None
     assert result.figures["stock-fcfs"].max_rate(0.9) is not None
-    ratio = result.ratios()["blocking_vs_layer"]
+    ratio = result.ratios_of_ours["blocking_vs_layer"]
     assert ratio is not None
     assert ratio.value > 1.5
 

@@ -31,9 +31,12 @@ from sgl_flowprefill.pace import Pace
 from sgl_flowprefill.policy import Limits, make_policy
 from sgl_flowprefill.runtime.event_recorder import EventRecorder
 from sgl_flowprefill.runtime.executor import Executor
+from sgl_flowprefill.runtime.hub_scheduler import feed_watchdogs
 from sgl_flowprefill.runtime.memory import Activations, TaskMemory
-from sgl_flowprefill.runtime.prefill_role import PrefillRole, input_logprobs
-from sgl_flowprefill.runtime.scheduler import FlowPrefillScheduler, feed_watchdogs
+from sgl_flowprefill.runtime.prefill_role import PrefillRole
+from sgl_flowprefill.runtime.scheduler import FlowPrefillScheduler
+from sgl_flowprefill.runtime.scheduler_role import input_logprobs
+from sgl_flowprefill.runtime.unified_scheduler import UnifiedScheduler
 from sgl_flowprefill.runtime.wakeup import Wakeup
 from sgl_flowprefill.ttft import AdaptiveTTFT, PrefillShape
 from tests.simulated_device import HostCosts, Model, SimulatedDevice, SimulatedRequest, SimulatedServer
@@ -81,8 +84,12 @@ def test_a_watchdog_is_fed_by_interruption_points_and_notices_when_none_is_passe
         scheduler.cur_batch_for_debug = None
 
 
-@pytest.mark.parametrize("mode", ["prefill", "decode", "null"])
-def test_only_a_prefill_server_gets_another_scheduler_than_sglangs(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("mode", "expected"), [("prefill", FlowPrefillScheduler), ("null", UnifiedScheduler), ("decode", Scheduler)]
+)
+def test_servers_that_prefill_get_another_scheduler_than_sglangs(
+    mode: str, expected: type, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """By the function that SGLang calls before it makes its scheduler."""
     from sglang.srt.managers import scheduler as sglang_scheduler
     from sglang.srt.plugins.hook_registry import HookRegistry
@@ -94,7 +101,7 @@ def test_only_a_prefill_server_gets_another_scheduler_than_sglangs(mode: str, mo
     monkeypatch.setenv("SGLANG_EAGER_INPUT_NO_COPY", "1")
     plugin._take_scheduler_seams(FlowPrefillConfig())
     hooks[plugin.BEFORE_IT_IS_MADE](SimpleNamespace(disaggregation_mode=mode), gpu_id=0)
-    assert sglang_scheduler.Scheduler is (FlowPrefillScheduler if mode == "prefill" else Scheduler)
+    assert sglang_scheduler.Scheduler is expected
 
 
 def test_without_a_soft_watchdog_there_is_one() -> None:
@@ -234,7 +241,7 @@ def test_a_grammar_that_takes_too_long_is_given_up_when_sglang_would(
     late, in_time = grammars.request(), grammars.request()
     for request, began_s in ((late, now_s - 51.0), (in_time, now_s - 40.0)):
         with monkeypatch.context() as earlier:
-            earlier.setattr("sgl_flowprefill.runtime.prefill_role.time.monotonic", lambda began_s=began_s: began_s)
+            earlier.setattr("sgl_flowprefill.runtime.scheduler_role.time.monotonic", lambda began_s=began_s: began_s)
             scheduler.process_input_requests([request])
     assert scheduler.role.has_compiled_grammars()
     assert grammars.get_ready_grammar_requests() == [late]

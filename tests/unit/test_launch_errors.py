@@ -332,7 +332,7 @@ def test_on_one_machine_only_the_gateway_listens_on_the_host(host):
         assert layout.server_env(role)["SGLANG_HOST_IP"] == "127.0.0.1"
         assert layout.server_url(role).startswith("http://127.0.0.1:")
     assert dict(pairwise(layout.gateway_command(29999)))["--host"] == host
-    assert layout.gateway_url.startswith("http://[::1]:" if host == "::" else "http://127.0.0.1:")
+    assert layout.url.startswith("http://[::1]:" if host == "::" else "http://127.0.0.1:")
 
 
 def test_servers_that_join_listen_on_the_host():
@@ -347,6 +347,79 @@ def test_the_ports_of_servers_are_free_where_they_listen(refusal):
         port = server.getsockname()[1]
         cli.preflight.prepare(cli.parse(["--host", "127.0.0.2", "--ports", f"0,{port}"]))
         assert f"port {port} (gateway)" in refusal("--host", "127.0.0.2", "--ports", str(port))
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (["--prefill", "2"], "--unified starts one server and takes no --prefill: leave one of the two out"),
+        (["--decode", "1"], "--unified starts one server and takes no --decode: leave one of the two out"),
+        (["--prefill-args", "--tp 2"], "takes no --prefill-args: give SGLang's options as they are"),
+        (["--decode-args", "--tp 2"], "takes no --decode-args: give SGLang's options as they are"),
+        (["--gateway-args", "--policy random"], "takes no --gateway-args: it has no gateway"),
+        (["--role", "gateway"], "takes no --role: it is not part of a cluster"),
+        (["--join", "http://127.0.0.1:1"], "takes no --join: it is not part of a cluster"),
+        (["--ports", "1,2"], "--ports 1,2: --unified takes one port number, at most 65535"),
+        (["--port", "70000"], "--port 70000: --unified takes one port number"),
+        (["--port", "1", "--ports", "2"], "--port 1 and --ports 2: give one of them"),
+        (["--disaggregation-mode", "null"], "--disaggregation-mode cannot be passed on to a server: use nothing"),
+        (["--ssl-certfile=cert.pem"], "--ssl-certfile: the server speaks plain HTTP here; use a proxy in front of it"),
+        (["--api-key", "one", "--api-key-file", "two"], "give one of them"),
+        (["--no-such-option"], "--no-such-option"),
+    ],
+)
+def test_what_a_unified_server_has_no_use_for(refusal, options, text):
+    assert text in refusal("--unified", *options)
+
+
+def test_a_port_in_use_of_a_unified_server(refusal, busy_port):
+    assert f"port {busy_port} is in use; choose another with --ports PORT" in refusal(
+        "--unified", "--port", str(busy_port)
+    )
+
+
+def test_too_few_gpus_for_a_unified_server(refusal, monkeypatch):
+    monkeypatch.setattr(machine, "gpu_count", lambda: 1)
+    line = refusal("--unified", "--tp", "2")
+    assert "the unified server needs 2 GPUs and there is 1; give a smaller --tp, or serve with --device cpu" in line
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "127.0.0.1"])
+def test_a_unified_server_listens_where_clients_are_told_to_send_their_requests(host):
+    layout = preflight.prepare(cli.parse(["--unified", "--host", host, "--port", "0"]))
+    assert layout.servers == [("unified", 0)]
+    options = options_of(layout, "unified", 0)
+    assert options["--host"] == host
+    assert layout.url == layout.server_url("unified")
+    assert layout.url.endswith(f":{options['--port']}")
+    assert not [option for option in layout.server_options("unified") if "disaggregation" in option]
+    assert layout.is_single
+
+
+@pytest.mark.parametrize("flowprefill", [True, False])
+def test_a_unified_server_gets_what_a_prefill_server_gets(flowprefill):
+    switch = ["--flowprefill"] if flowprefill else []
+    asked = ["--flowprefill-max-suspended", "3", "--api-key", "secret"]
+    unified = preflight.prepare(cli.parse([*switch, "--unified", "--port", "0", *asked]))
+    pair = preflight.prepare(cli.parse([*switch, "--ports", "0", *asked]))
+    ours, prefill = unified.server_env("unified"), pair.server_env("prefill")
+    for between_servers in ("SGLANG_HOST_IP", "UCX_NET_DEVICES"):
+        prefill.pop(between_servers)
+    assert ours == prefill
+    assert ours.get("FLOWPREFILL") == ("1" if flowprefill else None)
+    assert "FLOWPREFILL_SCHEDULER_CPUS" in ours
+    assert ("tbt_slo" in unified.curl()) == flowprefill
+    assert "tbt_slo" not in pair.curl()
+    assert "secret" not in unified.curl() + repr(unified.server_command("unified"))
+
+
+def test_a_unified_server_has_its_ranks_in_cpus_and_gpus(monkeypatch):
+    layout = preflight.prepare(cli.parse(["--unified", "--port", "0", "--tp", "2"]))
+    assert layout.server_env("unified")["FLOWPREFILL_SCHEDULER_CPUS"].count("|") == 1
+    monkeypatch.setattr(machine, "gpu_count", lambda: 2)
+    layout = preflight.prepare(cli.parse(["--unified", "--port", "0", "--tp", "2"]))
+    assert layout.gpus_needed() == 2
+    assert options_of(layout, "unified", 0)["--base-gpu-id"] == "0"
 
 
 def test_the_device_is_named(monkeypatch):

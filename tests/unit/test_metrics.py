@@ -7,14 +7,16 @@ import numpy as np
 import pytest
 
 from sgl_flowprefill.bench.loadgen.replay import RequestResult
+from sgl_flowprefill.bench.metrics.joint import answered, meets, summarise_joint
 from sgl_flowprefill.bench.metrics.requests import (
     SLO_SCALES,
     attainment,
     read_suspensions,
     summarise,
     summarise_blocking,
+    summarise_steps,
 )
-from sgl_flowprefill.events import EventLog, Start, Suspend
+from sgl_flowprefill.events import EventLog, GiveBack, Start, Step, Suspend
 
 
 def result(ttft_s: float | None, name: str = "text", slo_s: float = 1.0, error: str | None = None) -> RequestResult:
@@ -44,6 +46,45 @@ def test_attainment_counts_failed_requests_as_misses() -> None:
     assert summary.goodput_rps == pytest.approx(0.2)
     assert summary.ttft_p50_s == pytest.approx(1.0)
     assert summary.ttft_p99_s == pytest.approx(np.percentile([0.5, 1.0, 1.5], 99))
+
+
+def test_a_replayed_request_is_judged_by_its_first_token_its_gaps_or_their_mean() -> None:
+    fine = result(0.5)
+    one_late = dataclasses.replace(fine, tbt_s=(0.05,) * 98 + (0.3,))
+    one_late_of_many = dataclasses.replace(fine, tbt_s=(0.05,) * 99 + (0.3,))
+    slow = dataclasses.replace(fine, tbt_s=(0.2,) * 10)
+    late, failed, one_token = result(1.5), result(0.5, error="http 503"), dataclasses.replace(fine, tbt_s=())
+    judged = {
+        judge: [meets(one, judge) for one in (fine, one_late, one_late_of_many, slow, late, failed, one_token)]
+        for judge in ("ttft", "gaps", "mean")
+    }
+    assert judged == {
+        "ttft": [True, True, True, True, False, False, True],
+        "gaps": [True, False, True, False, False, False, True],
+        "mean": [True, True, True, False, False, False, True],
+    }
+    figures = summarise_joint([answered(one) for one in (fine, one_late, slow, late)])
+    assert (figures.joint_attainment, figures.joint_attainment_mean_tpot) == (0.25, 0.5)
+    assert figures.tbt_attainment_of_gaps == pytest.approx(1 - 11 / 113)
+    assert figures.tbt_max_s == 0.3
+
+
+def test_decode_steps_of_a_run_are_counted_within_its_turns(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    log = EventLog(path)
+    log.write(Step, 5.0, 9, 4.9, None)  # before the run
+    log.write(Step, 10.2, 4, 10.0, None)
+    log.write(Step, 10.6, 4, 10.5, 10.4)
+    log.write(GiveBack, 10.7, 1, ["a"], 3)
+    log.write(Step, 30.1, 2, 30.0, 29.998)
+    log.flush()
+    steps = summarise_steps(path, [(10.0, 12.0), (30.0, 32.0)])
+    assert steps is not None
+    assert (steps.decode_steps, steps.give_backs, steps.streams_p50) == (3, 1, 4.0)
+    assert steps.decode_share == pytest.approx((0.2 + 0.1 + 0.1) / 4.0)
+    assert steps.step_lateness_p99_s == pytest.approx(np.percentile([0.1, 0.002], 99))
+    assert summarise_steps(path, [(20.0, 21.0)]) is None
+    assert summarise_steps(tmp_path / "none", [(0.0, 1.0)]) is None
 
 
 def test_classes_are_judged_by_their_own_slo() -> None:

@@ -14,6 +14,7 @@ pytest.importorskip("sglang")
 
 from sglang.srt.arg_groups.overrides import resolving_view
 from sglang.srt.entrypoints.engine import Engine
+from sglang.srt.managers.scheduler import Scheduler
 from sglang.srt.plugins.hook_registry import HookRegistry
 from sglang.srt.server_args import ServerArgs
 
@@ -102,11 +103,10 @@ def test_a_prefill_server_gets_the_options_that_it_needs_whatever_was_asked_for(
     pickle.loads(pickle.dumps(given)).resolve_once()
 
 
-def test_a_decode_server_and_one_without_disaggregation_keep_their_options(started: list[Any]) -> None:
-    for mode in ("decode", "null"):
-        given = SimpleNamespace(disaggregation_mode=mode, **STOCK)
-        options._take_over(given)
-        assert {name: getattr(given, name) for name in STOCK} == STOCK
+def test_a_decode_server_keeps_its_options(started: list[Any]) -> None:
+    given = SimpleNamespace(disaggregation_mode="decode", **STOCK)
+    options._take_over(given)
+    assert {name: getattr(given, name) for name in STOCK} == STOCK
 
 
 def test_a_changed_target_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,7 +131,7 @@ def test_a_scheduler_that_was_started_past_the_seam_ends_its_server(
     def init(_scheduler: Any, *args: Any) -> None:
         made.append(args)
 
-    monkeypatch.setattr(FlowPrefillScheduler.__base__, "__init__", init)
+    monkeypatch.setattr(Scheduler, "__init__", init)
     server_args = SimpleNamespace(**{**WORKS, **given}, _resolved_overrides=[("a hook of SGLang", resolved)])
     with pytest.raises(SystemExit, match=f"^sgl-flowprefill: .*{text}"):
         FlowPrefillScheduler(server_args, "ports")

@@ -1,7 +1,9 @@
 """Replay over real HTTP: against a small server that streams as SGLang and as OpenAI-compatible servers do."""
 
 import asyncio
+import functools
 import json
+import math
 import threading
 import time
 from collections.abc import Iterator
@@ -19,7 +21,8 @@ from sgl_flowprefill.bench.loadgen.calibrate import (
     time_scale,
 )
 from sgl_flowprefill.bench.loadgen.client import APIS, Client, GenerateApi, served_model
-from sgl_flowprefill.bench.loadgen.replay import STOPPED, ReplayRun, replay
+from sgl_flowprefill.bench.loadgen.replay import STOPPED, Enough, ReplayRun, replay
+from sgl_flowprefill.bench.metrics.joint import meets
 from sgl_flowprefill.bench.workloads.prompts import PromptBuilder
 from sgl_flowprefill.bench.workloads.trace import Trace, TraceRequest
 
@@ -151,13 +154,13 @@ def test_a_replay_ends_when_enough_is_known_and_counts_what_is_late_by_then(serv
         return missed >= 5
 
     started_s = time.monotonic()
-    run = replay(trace, Client(server.url, GenerateApi()), PROMPTS, enough=enough)
+    run = replay(trace, Client(server.url, GenerateApi()), PROMPTS, enough=Enough(enough))
     assert time.monotonic() - started_s < 20
     assert run.stopped_early
     assert asked[-1][0] == 2
     assert sum(result.meets_ttft() for result in run.results) == 2
     assert sum(result.error == STOPPED for result in run.results) >= 5
-    whole = replay(trace_of(1, 1), Client(server.url, GenerateApi()), PROMPTS, enough=enough)
+    whole = replay(trace_of(1, 1), Client(server.url, GenerateApi()), PROMPTS, enough=Enough(enough))
     assert not whole.stopped_early
     assert len(whole.results) == 2
 
@@ -172,10 +175,10 @@ def test_a_tighter_slo_is_a_higher_priority_where_the_system_wants_one(server: F
     assert "priority" not in server.bodies[-1]
 
 
-def test_slo_travels_in_the_sampling_parameters_of_generate(server: FakeServer) -> None:
+def test_slos_travel_in_the_sampling_parameters_of_generate(server: FakeServer) -> None:
     replay(trace_of(10), Client(server.url, GenerateApi()), PROMPTS)
     (body,) = server.bodies
-    assert body["sampling_params"]["custom_params"] == {"ttft_slo": 2.0}
+    assert body["sampling_params"]["custom_params"] == {"ttft_slo": 2.0, "tbt_slo": 1.0}
     assert body["sampling_params"]["max_new_tokens"] == 3
     assert body["stream"] is True
     assert body["input_ids"] == PROMPTS.unique(10, 0)
@@ -190,7 +193,25 @@ def test_openai_streams_are_counted_and_carry_the_slo(server: FakeServer, api: s
         assert result.ttft_s >= TTFT_S
         assert result.output_tokens == 3
         assert result.prompt_tokens == 9
-    assert all(body["custom_params"] == {"ttft_slo": 2.0} and body["model"] == "tiny" for body in server.bodies)
+    slos = {"ttft_slo": 2.0, "tbt_slo": 1.0}
+    assert all(body["custom_params"] == slos and body["model"] == "tiny" for body in server.bodies)
+
+
+def test_a_class_without_an_objective_between_tokens_names_none(server: FakeServer) -> None:
+    request = TraceRequest(0.0, 10, 1, "text", 2.0, math.inf)
+    replay(Trace("test", [request]), Client(server.url, GenerateApi()), PROMPTS)
+    assert server.bodies[-1]["sampling_params"]["custom_params"] == {"ttft_slo": 2.0}
+    replay(Trace("test", [request]), Client(server.url, APIS["chat"]("tiny")), PROMPTS)
+    assert server.bodies[-1]["custom_params"] == {"ttft_slo": 2.0}
+
+
+def test_a_replay_may_end_by_what_is_known_of_gaps(server: FakeServer) -> None:
+    late = Trace("test", [TraceRequest(0.02 * n, 10, 20, "text", 2.0, TBT_S / 20) for n in range(60)])
+    enough = Enough(lambda met, missed: missed >= 5, functools.partial(meets, judge="gaps"))
+    run = replay(late, Client(server.url, GenerateApi()), PROMPTS, enough=enough)
+    assert run.stopped_early
+    assert all(result.meets_ttft() for result in run.results)
+    assert not replay(late, Client(server.url, GenerateApi()), PROMPTS, enough=Enough(enough.known)).stopped_early
 
 
 def test_two_replays_send_the_same_prompts(server: FakeServer) -> None:

@@ -94,6 +94,50 @@ def test_report_json_has_every_field(comparison: Comparison, tmp_path: Path) -> 
     assert report["rate_rps"] == pytest.approx(comparison.trace.rate_rps)
 
 
+def with_gaps(comparison: Comparison, *gaps_s: float) -> Comparison:
+    """The comparison, with the last of these gaps in every tenth request of the second system."""
+    trace = comparison.trace
+    run = run_of(trace, 1)
+    results = [dataclasses.replace(one, tbt_s=gaps_s if one.index % 10 == 0 else gaps_s[:-1]) for one in run.results]
+    second = SystemResult.of("sglang", "SGLang", dataclasses.replace(run, results=results), trace)
+    return dataclasses.replace(comparison, systems=[comparison.systems[0], second], judge="gaps")
+
+
+def test_time_between_tokens_is_in_the_report_the_table_and_the_page(comparison: Comparison) -> None:
+    joint = with_gaps(comparison, 0.02, 0.03, 40.0)
+    document = joint.to_dict()
+    ours, second = document["systems"]["flowprefill"], document["systems"]["sglang"]
+    assert document["judge"] == "gaps"
+    assert ours["joint_attainment"] == ours["ttft_attainment"], "no gap of it is late"
+    requests = len(joint.trace.requests)
+    served = [one for one in joint.systems[1].run.results if one.meets_ttft() and one.index % 10]
+    assert second["joint_attainment"] == pytest.approx(len(served) / requests)
+    assert second["joint_attainment_mean_tpot"] == pytest.approx(len(served) / requests), "40 s spoil a mean, too"
+    assert (second["tbt_p50_s"], second["tbt_max_s"]) == (0.03, 40.0)
+    assert second["tokens_per_s"] == pytest.approx(4 * requests / 60.0)
+    assert joint.systems[1].goodput_rps("gaps") == pytest.approx(len(served) / 60.0)
+    console = Console(file=StringIO(), width=120)
+    console.print(comparison_table(joint))
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    for name in ("TTFT met, and 99% of the gaps", "and the mean gap", "TBT p50 / p99 / longest", "40000 ms"):
+        assert name in text
+    page = render_html(joint)
+    assert 'id="plot-tbt"' in page
+    assert "Requests that got their tokens in time" in page
+    assert "Requests that got their first token in time" in render_html(comparison)
+
+
+def test_answers_of_one_token_have_no_time_between_tokens(comparison: Comparison) -> None:
+    trace = comparison.trace
+    run = run_of(trace, 1)
+    short = dataclasses.replace(run, results=[dataclasses.replace(one, tbt_s=()) for one in run.results])
+    alone = dataclasses.replace(comparison, systems=[SystemResult.of("one", "One", short, trace)])
+    assert "plot-tbt" not in render_html(alone)
+    console = Console(file=StringIO(), width=120)
+    console.print(comparison_table(alone))
+    assert "TBT" not in console.file.getvalue()  # type: ignore[attr-defined]
+
+
 def test_html_needs_no_network(comparison: Comparison) -> None:
     page = render_html(comparison)
     assert "Plotly.newPlot" in page

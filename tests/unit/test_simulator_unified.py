@@ -22,16 +22,29 @@ from sgl_flowprefill.bench.simulator.router import RoundRobin
 from sgl_flowprefill.bench.simulator.step_cost import CPU_ENGINE, STEP_COSTS, StepCost, step_cost
 from sgl_flowprefill.bench.simulator.stock_unified import StockUnifiedInstance
 from sgl_flowprefill.bench.simulator.streams import LEAST_RATIO, OutputKv
-from sgl_flowprefill.bench.simulator.systems import Setup, SimulatedFlowPrefill, SimulatedStock, SimulatedUnified, run
+from sgl_flowprefill.bench.simulator.systems import (
+    Setup,
+    Simulated,
+    SimulatedFlowPrefill,
+    SimulatedStock,
+    SimulatedUnified,
+    run,
+)
 from sgl_flowprefill.bench.simulator.unified import UnifiedInstance
-from sgl_flowprefill.bench.systems.unified import HEADLINE, OURS, STOCK, VARIANTS, unified
+from sgl_flowprefill.bench.systems.catalog import UNIFIED_HEADLINE, UNIFIED_STOCK, VARIANTS, find, simulated
 from sgl_flowprefill.bench.workloads.synthetic import mixed, qwen_like
 from sgl_flowprefill.bench.workloads.trace import Trace, TraceRequest
+from sgl_flowprefill.hub.task import PrefillTask
 from sgl_flowprefill.policy import Act, DecodeLimits, Limits, Stream
 
 TOY = CostModel("toy", layers=10, fixed_s=0.0, per_token_s=0.001, per_pair_s=0.0, projection_share=0.5)
 """A token takes a millisecond; a prompt of 1,000 tokens has an operator every 50 ms."""
 STEPS = StepCost(fixed_s=0.01, per_request_s=0.0)
+
+
+def unified(name: str) -> Simulated:
+    """The unified system called ``name``."""
+    return simulated(name, "unified")
 
 
 def trace_of(*requests: tuple[float, int, int, float, float]) -> Trace:
@@ -109,7 +122,7 @@ def test_answers_of_one_token_make_it_a_prefill_server(system: str) -> None:
 
 @pytest.mark.parametrize("kv_tokens", [22_000, 40_000, 414_600])
 @pytest.mark.parametrize(
-    "system", [*HEADLINE, "feasible+ahead", "stock-fcfs", "stock-spf-512-mixed-interval-2", "fcfs/layer"]
+    "system", [*UNIFIED_HEADLINE, "feasible+ahead", "stock-fcfs", "stock-spf-512-mixed-interval-2", "fcfs/layer"]
 )
 def test_every_token_comes_once_and_all_kv_cache_is_free_in_the_end(system: str, kv_tokens: int) -> None:
     setup = Setup(Machine(LLAMA_8B, kv_tokens), step_error=0.05)
@@ -214,16 +227,16 @@ def test_ours_meets_time_between_tokens_where_no_chunk_size_meets_both() -> None
     trace = qwen_like(300, seed=0, rate_rps=4.0)
     setup = Setup(Machine(LLAMA_8B, LLAMA_8B.kv_tokens))
     search = Search([trace], setup)
-    ours = search.attainment(OURS["feasible"], 4.0, "gaps")
+    ours = search.attainment(unified("feasible"), 4.0, "gaps")
     assert ours > 0.95
-    assert max(search.attainment(STOCK[f"stock-spf-{chunk}-mixed"], 4.0, "gaps") for chunk in (512, 768, 1024)) < ours
+    assert max(search.attainment(unified(f"stock-spf-{chunk}-mixed"), 4.0, "gaps") for chunk in (512, 768, 1024)) < ours
 
 
 def test_the_tuned_search_finds_what_a_search_of_all_finds() -> None:
     traces = [qwen_like(200, seed, rate_rps=4.0) for seed in range(2)]
     setup = Setup(Machine(LLAMA_8B, LLAMA_8B.kv_tokens))
     systems = [
-        STOCK[name] for name in ("stock-fcfs-8192", "stock-spf-768-mixed", "stock-spf-512-mixed", "stock-spf-2048")
+        unified(name) for name in ("stock-fcfs-8192", "stock-spf-768-mixed", "stock-spf-512-mixed", "stock-spf-2048")
     ]
     search = Search(traces, setup)
     best, rate_rps = TunedSearch(traces, setup, systems).best(0.7, "gaps")
@@ -234,9 +247,11 @@ def test_the_tuned_search_finds_what_a_search_of_all_finds() -> None:
 
 
 def test_settings_of_stock_are_all_combinations_and_unknown_ones_are_refused() -> None:
-    assert len(STOCK) == 5 * (10 + 9) * 4
-    assert unified("stock-spf-768-mixed-interval-2") == STOCK["stock-spf-768-mixed-interval-2"]
-    assert {f"feasible+{name}" for name in VARIANTS} < set(OURS)
+    assert len(UNIFIED_STOCK) == 5 * (10 + 9) * 4
+    chosen = find("stock-spf-768-mixed-interval-2", "unified")
+    assert chosen is UNIFIED_STOCK["unified-stock-spf-768-mixed-interval-2"] is find(chosen.name)
+    for name in VARIANTS:
+        assert str(unified(f"feasible+{name}")) == f"feasible+{name}"
     for name in ("stock-spf-mixed", "stock-spf-77", "stock-spf-512-interval-3", "feasible+fast", "flowprefill"):
         with pytest.raises(ValueError, match="for example stock-spf-768-mixed"):
             unified(name)
@@ -261,7 +276,8 @@ def test_the_command_searches_the_highest_rates_and_names_the_best_stock_setting
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     names = ("stock-fcfs-8192", "stock-spf-768-mixed")
-    monkeypatch.setattr("sgl_flowprefill.bench.cli.unified.STOCK", {name: STOCK[name] for name in names})
+    settings = {name: UNIFIED_STOCK[f"unified-{name}"] for name in names}
+    monkeypatch.setattr("sgl_flowprefill.bench.cli.unified.UNIFIED_STOCK", settings)
     monkeypatch.setattr("sgl_flowprefill.bench.cli.unified.ATTAINMENTS", (0.7,))
     out = tmp_path / "goodput.json"
     command = ["simulate", "--unified", "--goodput", "--requests", "60", "--seeds", "1", "--out", str(out), "--policy"]
@@ -277,10 +293,21 @@ def test_the_command_searches_the_highest_rates_and_names_the_best_stock_setting
 
 
 def test_the_hub_runs_a_step_when_the_policy_says_so_and_all_ranks_hear_of_it() -> None:
-    instance = OURS["feasible"].new_instance(toy_setup())
+    instance = unified("feasible").new_instance(toy_setup())
     assert isinstance(instance, UnifiedInstance)
     hub, ran = instance._hub, []
-    hub.step = lambda: ran.append(hub.now_s())
+
+    class Steps:
+        def step(self) -> None:
+            ran.append(hub.now_s())
+
+        def missing_tokens(self) -> int:
+            return 0
+
+        def give_back(self, task: PrefillTask) -> None:
+            raise AssertionError("nothing is missing")
+
+    hub.decoder = Steps()
     assert not hub.turn()
     instance.policy.joined([Stream(0.1, 10, 0.0)])
     assert hub.turn()
@@ -289,8 +316,45 @@ def test_the_hub_runs_a_step_when_the_policy_says_so_and_all_ranks_hear_of_it() 
     assert hub.work.from_numbers(hub.work.as_numbers(Act.STEP)) is Act.STEP
 
 
+class StepsWithoutRoom:
+    """Steps that lack KV cache until ``wanted`` tasks have been given back."""
+
+    def __init__(self, instance: UnifiedInstance, wanted: int) -> None:
+        self._policy, self._hub = instance.policy, instance._hub
+        self._wanted = wanted
+        self.given: list[int] = []
+        self.begun_s: list[float] = []
+
+    def step(self) -> None:
+        self.begun_s.append(self._hub.now_s())
+        self._policy.stepped(self._hub.now_s(), self._hub.now_s() + 0.001)
+
+    def missing_tokens(self) -> int:
+        return 1 if len(self.given) < self._wanted else 0
+
+    def give_back(self, task: PrefillTask) -> None:
+        assert task not in self._hub.work.tasks.live
+        self.given.append(task.id)
+
+
+@pytest.mark.parametrize(("wanted", "given"), [(0, []), (1, [0]), (2, [0, 1]), (3, [0, 1])])
+def test_a_step_takes_kv_cache_from_tasks_until_it_has_enough_or_none_is_left(wanted: int, given: list[int]) -> None:
+    instance = unified("feasible").new_instance(toy_setup())
+    assert isinstance(instance, UnifiedInstance)
+    hub = instance._hub
+    for request in prepare(trace_of((0.0, 1000, 1, 9.0, 0.1), (0.0, 900, 1, 0.95, 0.1)), TOY, toy_setup().conditions):
+        instance.submit(request, 0.0)
+    instance.step()
+    assert [task.id for task in hub.work.tasks.live] == [0, 1]
+    hub.decoder = steps = StepsWithoutRoom(instance, wanted)
+    hub._step()
+    assert steps.given == given
+    assert len(steps.begun_s) == 1
+    assert [task.id for task in hub.work.tasks.live] == [number for number in (0, 1) if number not in given]
+
+
 def test_a_task_comes_back_when_a_step_has_to_start() -> None:
-    instance = OURS["feasible"].new_instance(toy_setup())
+    instance = unified("feasible").new_instance(toy_setup())
     assert isinstance(instance, UnifiedInstance)
     hub = instance._hub
     instance.policy.joined([Stream(0.1, 10, 0.0)])

@@ -14,7 +14,7 @@ pytest.importorskip("sglang")
 from sglang.srt.entrypoints.api_contract import generate_contract_error
 
 from sgl_flowprefill.patches import request_slo
-from sgl_flowprefill.slo import SloError, body_error, ttft_slo_s, with_objective
+from sgl_flowprefill.slo import TBT_KEY, SloError, body_error, objective_s, ttft_slo_s, with_objective
 
 
 @pytest.mark.parametrize("custom_params", [None, {}, {"other": 1}, {"ttft_slo": None}, "text"])
@@ -33,6 +33,21 @@ def test_anything_else_is_refused_with_the_value_and_an_example(value: Any) -> N
         ttft_slo_s({"ttft_slo": value}, default_s=3.0)
     assert repr(value) in str(error.value)
     assert "0.5" in str(error.value)
+
+
+def test_the_time_between_tokens_is_an_objective_beside_it() -> None:
+    assert objective_s(TBT_KEY, {"tbt_slo": 0.05}, default_s=3.0) == 0.05
+    assert objective_s(TBT_KEY, {"ttft_slo": 0.05}, default_s=3.0) == 3.0
+    error = body_error({"custom_params": {"ttft_slo": 1, "tbt_slo": -1}})
+    assert error is not None
+    assert 'custom_params["tbt_slo"] must be a positive, finite number' in error
+    assert '{"tbt_slo": 0.1}' in error
+    top = {"ttft_slo": 2, "tbt_slo": 0.2}
+    assert with_objective({"n": 1}, top) == {"n": 1, "custom_params": top}
+    assert with_objective({"custom_params": {"tbt_slo": 0.2}}, {"ttft_slo": 2}) == {"custom_params": top}
+    two = body_error({"custom_params": {"tbt_slo": 0.2}, "sampling_params": {"custom_params": {"tbt_slo": 0.3}}})
+    assert two is not None
+    assert 'custom_params["tbt_slo"] is 0.2 at the top' in two
 
 
 def test_bodies_of_both_apis_are_checked() -> None:

@@ -7,10 +7,10 @@ takes long to import stays out of this folder: ``--help`` shall not wait for it.
 
 from sgl_flowprefill.bench.cli.options.base import AUTO, Command, OptionError
 from sgl_flowprefill.bench.cli.options.breakdown import Breakdown
-from sgl_flowprefill.bench.cli.options.demo import Demo
+from sgl_flowprefill.bench.cli.options.demo import Demo, UnifiedDemo
 from sgl_flowprefill.bench.cli.options.events import Events
 from sgl_flowprefill.bench.cli.options.fetch_trace import FetchTrace, PublishedTrace
-from sgl_flowprefill.bench.cli.options.goodput import Goodput
+from sgl_flowprefill.bench.cli.options.goodput import Goodput, Judge, UnifiedGoodput
 from sgl_flowprefill.bench.cli.options.parser import COMMANDS, parse
 from sgl_flowprefill.bench.cli.options.replay import Api, Replay
 from sgl_flowprefill.bench.cli.options.servers import ServerOptions
@@ -30,6 +30,7 @@ __all__ = [
     "FetchTrace",
     "Format",
     "Goodput",
+    "Judge",
     "OptionError",
     "PublishedTrace",
     "Replay",
@@ -38,6 +39,8 @@ __all__ = [
     "Simulate",
     "TraceOptions",
     "Uncontended",
+    "UnifiedDemo",
+    "UnifiedGoodput",
     "Validate",
     "parse",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from tyro.conf import UseAppendAction, arg
 
@@ -22,8 +22,11 @@ from sgl_flowprefill.bench.cli.options.values import (
     Seconds,
     Seeds,
     Systems,
+    Unified,
     Workload,
 )
+
+Judge = Literal["ttft", "gaps", "mean"]
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,7 @@ class Goodput(Command):
         "--systems flowprefill 'stock-*' --race",
         "--workload mixed --systems flowprefill 'stock-spf-*' --attainment 0.9",
     )
+    unified: Unified = False
     systems: Systems = (
         "flowprefill", "flowprefill-s-edf", "flowprefill-layer",
         "stock-fcfs", "stock-spf-512", "stock-spf-2048", "stock-priority-512", "stock-priority-2048",
@@ -45,6 +49,9 @@ class Goodput(Command):
     workload: Workload = "qwen-like"
     attainment: Annotated[UseAppendAction[tuple[float, ...]], SHARE, arg(metavar="SHARE", help_behavior_hint="")] = ()
     """share of requests that shall meet their TTFT SLO; can be repeated (default: 0.9 and 0.99)"""
+    judge: Judge = "ttft"
+    """a request is served if its first token comes in time (ttft), and at most 1% of its gaps are late (gaps), or its
+    mean gap is in time (mean)"""
     seeds: Seeds = 3
     budget_s: Seconds = math.inf
     """end after about this long; the same command goes on (default: when all is found)"""
@@ -66,3 +73,17 @@ class Goodput(Command):
     out: Folder = Path("out/goodput")
     png: Picture = False
     servers: ServerOptions = ServerOptions()
+
+
+@dataclass(frozen=True)
+class UnifiedGoodput(Goodput):
+    """the highest rate at which each system on one server keeps its SLOs, TTFT and time between tokens"""
+
+    examples = (
+        "--unified --side-by-side --attainment 0.9",
+        "--unified --race --systems unified 'unified-stock-*' --judge mean",
+    )
+    unified: Unified = False
+    systems: Systems = ("unified", "unified-stock-spf-512-interval-1", "unified-stock-spf-1024-mixed", "unified-sglang")
+    judge: Judge = "gaps"
+    out: Folder = Path("out/goodput-unified")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Final, Union
 
 import tyro
@@ -10,10 +10,10 @@ from tyro.conf import DisallowNone, FlagCreatePairsOff, OmitArgPrefixes, subcomm
 
 from sgl_flowprefill.bench.cli.options.base import Command
 from sgl_flowprefill.bench.cli.options.breakdown import Breakdown
-from sgl_flowprefill.bench.cli.options.demo import Demo
+from sgl_flowprefill.bench.cli.options.demo import Demo, UnifiedDemo
 from sgl_flowprefill.bench.cli.options.events import Events
 from sgl_flowprefill.bench.cli.options.fetch_trace import FetchTrace
-from sgl_flowprefill.bench.cli.options.goodput import Goodput
+from sgl_flowprefill.bench.cli.options.goodput import Goodput, UnifiedGoodput
 from sgl_flowprefill.bench.cli.options.replay import Replay
 from sgl_flowprefill.bench.cli.options.simulate import Simulate
 from sgl_flowprefill.bench.cli.options.uncontended import Uncontended
@@ -24,6 +24,8 @@ SUMMARY: Final = "Traces, replay, comparison of systems. `COMMAND --help` shows 
 COMMANDS: Final[tuple[type[Command], ...]] = (
     Demo, Goodput, Uncontended, Breakdown, Replay, Validate, Simulate, Events, FetchTrace,
 )  # fmt: skip
+WITH_UNIFIED: Final[Mapping[type[Command], type[Command]]] = {Demo: UnifiedDemo, Goodput: UnifiedGoodput}
+"""Commands whose defaults are others with --unified."""
 FORMER_NAMES: Final = {"anatomy": Breakdown.name}
 WITH_ARGUMENTS: Final = ("--server-args", "--prefill-args", "--decode-args")
 
@@ -35,6 +37,8 @@ def parse(arguments: Sequence[str]) -> Command:
     first, *rest = [*arguments[:1], *_joined(arguments[1:])] or [""]
     name = FORMER_NAMES.get(first, first)
     kind: Any = next((command for command in COMMANDS if command.name == name), None)
+    if "--unified" in rest:
+        kind = WITH_UNIFIED.get(kind, kind)
     if kind is not None:
         program, about, given = f"{PROGRAM} {name}", _about(kind), rest
     else:  # the list of commands, or that this is none

@@ -18,6 +18,8 @@ class Uncontended(Command):
 
     name = "uncontended"
     examples = ("--tokens 2048 8192 --pairs 13",)
+    unified: bool = False
+    """servers that prefill and decode"""
     tokens: Counts = (512, 2048, 8192, 16384)
     """prompt lengths"""
     pairs: Count = 11

@@ -88,6 +88,14 @@ Endpoints = Annotated[
         help_behavior_hint="",
     ),
 ]
+Unified = Annotated[
+    bool,
+    arg(
+        help="servers that prefill and decode, judged by the first token and the time between tokens together; "
+        "--unified --help shows its defaults",
+        help_behavior_hint="",
+    ),
+]
 Workload = Annotated[str, arg(metavar="NAME|FILE", help=f"{', '.join(WORKLOADS)}, or a trace file")]
 ListSystems = Annotated[bool, arg(help="show every system's settings, and end", help_behavior_hint="")]
 Seeds = Annotated[int, POSITIVE, arg(metavar="K", help="as many runs, with seeds 0 to K-1")]

@@ -4,9 +4,27 @@ from __future__ import annotations
 
 from typing import Final
 
-from sgl_flowprefill.compat import OWN_SETTINGS, READ_SETTINGS, REFUSED_ABOVE_ONE, REFUSED_ENVIRONMENT, REFUSED_WHEN_SET
+from sgl_flowprefill.compat import (
+    OWN_SETTINGS,
+    OWN_SETTINGS_OF_UNIFIED_SERVERS,
+    READ_SETTINGS,
+    REFUSED_ABOVE_ONE,
+    REFUSED_ABOVE_ONE_ON_UNIFIED_SERVERS,
+    REFUSED_ENVIRONMENT,
+    REFUSED_ON_PREFILL_SERVERS,
+    REFUSED_ON_UNIFIED_SERVERS,
+    REFUSED_WHEN_SET,
+)
 from sgl_flowprefill.contract.row import Part, attributes, rows, source
 from sgl_flowprefill.contract.symbols import OPTIONS
+
+REFUSED: Final = {
+    *REFUSED_WHEN_SET,
+    *REFUSED_ON_PREFILL_SERVERS,
+    *REFUSED_ON_UNIFIED_SERVERS,
+    *REFUSED_ABOVE_ONE,
+    *REFUSED_ABOVE_ONE_ON_UNIFIED_SERVERS,
+}
 
 PART: Final = Part(
     "options",
@@ -37,13 +55,13 @@ PART: Final = Part(
         ),
         *attributes(
             OPTIONS,
-            " ".join(OWN_SETTINGS),
+            " ".join([*OWN_SETTINGS, *OWN_SETTINGS_OF_UNIFIED_SERVERS]),
             "is set by FlowPrefill",
             "the server runs with SGLang's own value, which cannot work",
         ),
         *attributes(
             OPTIONS,
-            " ".join([*REFUSED_WHEN_SET, *REFUSED_ABOVE_ONE]),
+            " ".join(sorted(REFUSED)),
             "is refused with a reason",
             "the option is not refused, under whatever name it has now",
         ),

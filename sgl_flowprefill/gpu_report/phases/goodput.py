@@ -68,7 +68,9 @@ class PrefillOnlyApi(GenerateApi):
 
     rooms: Iterator[int] = dataclasses.field(default_factory=lambda: itertools.count(1))
 
-    def body(self, prompt: list[int], output_tokens: int, ttft_slo_s: float | None) -> bytes:
+    def body(
+        self, prompt: list[int], output_tokens: int, ttft_slo_s: float | None, tbt_slo_s: float | None = None
+    ) -> bytes:
         request = orjson.loads(super().body(prompt, 1, ttft_slo_s))
         return orjson.dumps(
             request | {"bootstrap_host": lone_prefill.FAKE_BOOTSTRAP_HOST, "bootstrap_room": next(self.rooms)}

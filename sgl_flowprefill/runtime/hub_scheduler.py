@@ -1,0 +1,116 @@
+"""HubScheduler: SGLang's scheduler with the hub's loop, as far as prefill servers and unified servers are alike."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any, Final
+
+from sglang.srt.arg_groups.overrides import resolving_view
+from sglang.srt.managers import io_struct
+from sglang.srt.managers.scheduler import Scheduler
+
+from sgl_flowprefill.compat import incompatible_option
+from sgl_flowprefill.config import FlowPrefillConfig
+from sgl_flowprefill.hub.loop import Hub
+from sgl_flowprefill.runtime.event_recorder import RecordedStreamer
+from sgl_flowprefill.runtime.setup import end_server
+
+CHANGES_WEIGHTS: Final = (
+    io_struct.BeginWeightUpdateReqInput,
+    io_struct.CheckWeightsReqInput,
+    io_struct.EndWeightUpdateReqInput,
+    io_struct.ReleaseMemoryOccupationReqInput,
+    io_struct.ResumeMemoryOccupationReqInput,
+    io_struct.RpcReqInput,
+    io_struct.UpdateWeightFromDiskReqInput,
+    io_struct.UpdateWeightsFromDistributedReqInput,
+    io_struct.UpdateWeightsFromIPCReqInput,
+    io_struct.UpdateWeightsFromTensorReqInput,
+)
+"""Messages that may put other weights or none where a prefill reads them (a check may overwrite them, a remote call may
+do anything). Others that do are refused with what they belong to (``compat``)."""
+
+
+class HubScheduler(Scheduler):
+    """SGLang's scheduler, whose event loop is the hub's and whose overrides hand on to the role."""
+
+    waiting_queue: list[Any]
+    max_running_requests: int
+    hub: Hub[Any]
+    role: Any = None
+    """The hub's, and there before it. None while SGLang makes its own scheduler, and asks some of what is below."""
+
+    def __init__(self, server_args: Any, *args: Any, **kwargs: Any) -> None:
+        refusal = incompatible_option(resolving_view(server_args))
+        if refusal is not None:  # of a server that was started past patches.options
+            end_server(SystemExit(f"sgl-flowprefill: {refusal}"))
+        super().__init__(server_args, *args, **kwargs)
+        try:
+            # The environment of another node may differ.
+            self.hub = self.build_hub(self.tp_group.broadcast_object(FlowPrefillConfig.from_env()))
+        except SystemExit as impossible:
+            end_server(impossible)
+        feed_watchdogs(self)
+
+    @abstractmethod
+    def build_hub(self, config: FlowPrefillConfig) -> Hub[Any]:
+        """Raises SystemExit with one line for what cannot be served."""
+
+    # ---- requests that come and go --------------------------------------------------------------------------------
+
+    def process_input_requests(self, recv_reqs: list[Any]) -> None:
+        """A request whose grammar is not compiled yet will come with an event of its own. Before the weights change,
+        started tasks run to their end.
+        """
+        if any(isinstance(message, CHANGES_WEIGHTS) for message in recv_reqs):
+            self.hub.finish_started()
+        compiling = len(self.grammar_manager.grammar_queue)
+        super().process_input_requests(recv_reqs)
+        self.role.note_compiling(self.grammar_manager.grammar_queue[compiling:])
+
+    def _add_request_to_queue(self, req: Any, is_retracted: bool = False) -> None:
+        self.role.note_arrival(req)
+        super()._add_request_to_queue(req, is_retracted)
+
+    def abort_request(self, recv_req: Any) -> None:
+        self.role.note_abort(recv_req.rid, recv_req.abort_all)
+        super().abort_request(recv_req)
+
+    def send_abort_output(self, abort_req: Any, req: Any) -> None:
+        """SGLang's other way to end a request, past the output streamer."""
+        super().send_abort_output(abort_req, req)
+        self.role.note_refusal(req, abort_req.finished_reason)
+
+    def pause_generation(self, recv_req: Any) -> None:
+        """Started tasks run to their end first: a pause may be there to change the weights under them."""
+        self.hub.finish_started()
+        super().pause_generation(recv_req)
+
+    # ---- what SGLang asks a scheduler -----------------------------------------------------------------------------
+
+    def get_output_streamer_class(self) -> type[RecordedStreamer]:
+        """SGLang's hook for what its scheduler hands answers to."""
+        return RecordedStreamer
+
+    def is_fully_idle(self, *args: Any, **kwargs: Any) -> bool:
+        return super().is_fully_idle(*args, **kwargs) and not self._in_flight()
+
+    def _collect_inflight_batches(self) -> list[Any]:
+        return [*super()._collect_inflight_batches(), *self._in_flight()]
+
+    def _in_flight(self) -> list[Any]:
+        """The batches that SGLang's own scheduler would not know of."""
+        return [] if self.role is None else list(self.role.in_flight())
+
+    def get_internal_state(self, recv_req: Any) -> Any:
+        """What ``/server_info`` shows, with the state of the TTFT correction."""
+        output = super().get_internal_state(recv_req)
+        output.internal_state["flowprefill_ttft"] = self.hub.work.ttft.state()
+        return output
+
+
+def feed_watchdogs(scheduler: Any) -> None:
+    """SGLang's watchdogs look for forward passes that begin; here, one that gets on is a sign of life too."""
+    for watchdog in (scheduler.watchdog, getattr(scheduler, "soft_watchdog", None)):
+        if watchdog is not None:
+            watchdog.get_counter = lambda: scheduler.forward_ct + scheduler.hub.executor.points

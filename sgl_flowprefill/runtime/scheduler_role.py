@@ -1,0 +1,188 @@
+"""SGLang's scheduler as the hub's role: what prefill servers and unified servers do alike."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from http import HTTPStatus
+from itertools import chain
+from typing import Any, Final, Self
+
+from sglang.srt.disaggregation.utils import is_aborted
+from sglang.srt.managers.schedule_batch import FINISH_ABORT
+
+from sgl_flowprefill.config import FlowPrefillConfig
+from sgl_flowprefill.deadline import received_s, slo_s
+from sgl_flowprefill.hub.device import Device
+from sgl_flowprefill.hub.failure import Failure
+from sgl_flowprefill.hub.parts import Agreement
+from sgl_flowprefill.hub.task import PrefillTask, Tasks
+from sgl_flowprefill.runtime.event_recorder import EventRecorder
+from sgl_flowprefill.runtime.wakeup import Wakeup
+from sgl_flowprefill.ttft import PrefillShape
+
+COMPILES_SINCE: Final = "flowprefill_compiles_since_s"
+"""Attribute of SGLang's Req: when its grammar began to be compiled here."""
+
+
+@dataclass(eq=False)
+class SchedulerRole:
+    """What the hub asks of a server, by SGLang's own methods."""
+
+    scheduler: Any
+    """SGLang's scheduler."""
+    default_slo_s: float
+    tasks: Tasks
+    wakeup: Wakeup
+    device: Device
+    agreement: Agreement
+    recorder: EventRecorder
+
+    @classmethod
+    def make(cls, config: FlowPrefillConfig, scheduler: Any, *parts: Any) -> Self:
+        """The role of ``scheduler``, of the other ``parts`` of a hub, as ``config`` has it."""
+        return cls(scheduler, config.default_ttft_slo, *parts)
+
+    # ---- what the hub asks ----------------------------------------------------------------------------------------
+
+    @property
+    def is_exiting(self) -> bool:
+        return bool(self.scheduler.gracefully_exit)
+
+    @property
+    def is_paused(self) -> bool:
+        return bool(self.scheduler._engine_paused)
+
+    def waiting(self) -> Collection[Any]:
+        queue: list[Any] = self.scheduler.waiting_queue
+        return queue
+
+    def abandoned(self, live: Sequence[PrefillTask]) -> list[PrefillTask]:
+        """A request that leaves a batch in which others stay is computed to the end with it, and freed with the result:
+        its rows are in every tensor that the suspended forward pass holds, and in the plan of its attention. At most
+        ``max_batch_tokens`` are computed in vain.
+        """
+        return [task for task in live if all(map(is_aborted, task.batch.reqs))]
+
+    def match(self, req: Any) -> PrefillShape:
+        # Only to know how much of it is cached: what a start copies of a hybrid model's state takes a slot.
+        req.init_next_round_input(self.scheduler.tree_cache, cow_mamba=False)
+        return PrefillShape(req.seqlen - req.prefix_len, req.prefix_len)
+
+    def make_batch(self, reqs: Sequence[Any]) -> Any | None:
+        """SGLang's own admission (prefix match, KV and slot allocation) for ``reqs`` alone, in their order, and what
+        its loop does with a new batch.
+        """
+        scheduler = self.scheduler
+        chosen = set(reqs)
+        others = [req for req in scheduler.waiting_queue if req not in chosen]
+        scheduler.waiting_queue = list(reqs)
+        # SGLang would wait for grammars that are not compiled yet. The hub has taken those that are.
+        grammars = scheduler.grammar_manager
+        compiling, grammars.grammar_queue = grammars.grammar_queue, []
+        scheduler.running_batch.batch_is_full = False
+        batch = scheduler.get_new_batch_prefill(scheduler.running_batch).batch_to_run
+        grammars.grammar_queue = compiling
+        scheduler.waiting_queue = scheduler.waiting_queue + others
+        return scheduler.ngram_embedding_manager.prepare_for_forward(batch, chunked_req=scheduler.chunked_req)
+
+    def requests(self, batch: Any) -> Sequence[Any]:
+        reqs: list[Any] = batch.reqs
+        return reqs
+
+    def shapes(self, batch: Any) -> list[PrefillShape]:
+        return [PrefillShape(*lengths) for lengths in zip(batch.extend_lens, batch.prefix_lens, strict=True)]
+
+    def switch_to(self, task: PrefillTask) -> None:
+        self.scheduler.cur_batch_for_debug = task.batch
+
+    def forward(self, batch: Any) -> Any:
+        return self.scheduler.run_batch(batch)
+
+    def finish(self, task: PrefillTask) -> None:
+        self.scheduler.process_batch_result(task.batch, task.result)
+
+    def rest(self) -> bool:
+        scheduler = self.scheduler
+        scheduler.cur_batch_for_debug = None
+        scheduler._sched_idled = True
+        scheduler.on_idle()
+        return bool(scheduler.is_fully_idle())
+
+    # ---- what SGLang's scheduler tells ------------------------------------------------------------------------------
+
+    def note_arrival(self, req: Any) -> None:
+        """``req`` has come."""
+        self.recorder.arrived(req, received_s(req), slo_s(req, self.default_slo_s))
+
+    def note_compiling(self, reqs: Sequence[Any]) -> None:
+        """The grammars of ``reqs`` are being compiled: each is an event when it is done."""
+        for req in reqs:
+            setattr(req, COMPILES_SINCE, time.monotonic())
+            if req.grammar is not None:
+                req.grammar.add_done_callback(lambda _: self.wakeup.notify())
+
+    def note_abort(self, rid_prefix: str, abort_all: bool) -> None:
+        """Requests are to be aborted, wherever they are."""
+        reqs = chain(self.held(), self.scheduler.grammar_manager.grammar_queue)
+        self.recorder.abort_asked(req for req in reqs if abort_all or req.rid.startswith(rid_prefix))
+
+    def note_refusal(self, req: Any, reason: dict[str, Any] | None) -> None:
+        """``req`` has ended with ``reason``, past the output streamer."""
+        reason = reason or {}
+        self.recorder.answered(req, str(reason.get("message")), reason.get("status_code"))
+
+    # ---- the rest -------------------------------------------------------------------------------------------------
+
+    def in_flight(self) -> list[Any]:
+        """The batches that SGLang's own scheduler would not know of."""
+        return [task.batch for task in self.tasks]
+
+    def held(self) -> list[Any]:
+        """All requests that have arrived here and whose prefill has not run."""
+        return [*self.scheduler.waiting_queue, *chain.from_iterable(task.batch.reqs for task in self.tasks)]
+
+    def take_messages(self) -> None:
+        """Arrivals, aborts and health checks; compiled grammars."""
+        scheduler = self.scheduler
+        scheduler.ingest_requests()
+        scheduler.maybe_send_health_check_signal()
+        if self.has_compiled_grammars():
+            for req in scheduler.grammar_manager.get_ready_grammar_requests():
+                scheduler._add_request_to_queue(req)
+
+    def has_compiled_grammars(self) -> bool:
+        """Whether SGLang would find something among the grammars: its look waits for those that are not ready.
+
+        It gives a grammar up after so many looks. Here one that has had the time which these take at least, by this
+        rank's clock, is given up; SGLang gives up at all ranks what one of them does.
+        """
+        grammars = self.scheduler.grammar_manager
+        if not grammars.has_waiting_grammars():
+            return False
+        most_looks = grammars.SGLANG_GRAMMAR_MAX_POLL_ITERATIONS
+        too_old_s = time.monotonic() - most_looks * grammars.SGLANG_GRAMMAR_POLL_INTERVAL
+        found = False
+        for req in grammars.grammar_queue:
+            if getattr(req, COMPILES_SINCE) < too_old_s:
+                req.grammar_wait_ct = most_looks
+                found = True
+            found = found or req.finished() or req.grammar is None or req.grammar.done()
+        return bool(self.agreement.agree([found])[0])
+
+
+def fail_unless_aborted(reqs: Sequence[Any], failure: Failure | None) -> None:
+    """Those of ``reqs`` that nobody has aborted end with ``failure``, if there was one."""
+    for req in reqs:
+        if failure is not None and not is_aborted(req):
+            req.to_finish = FINISH_ABORT(failure.message, HTTPStatus.INTERNAL_SERVER_ERROR, "InternalServerError")
+
+
+def input_logprobs(req: Any) -> int:
+    """Of how many tokens of the prompt of SGLang's ``req`` log probabilities are asked for; cached ones are computed
+    again for that.
+    """
+    if not req.return_logprob or req.logprob_start_len < 0:
+        return 0
+    return max(0, len(req.origin_input_ids) - int(req.logprob_start_len))

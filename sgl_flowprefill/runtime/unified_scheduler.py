@@ -1,0 +1,106 @@
+"""UnifiedScheduler: SGLang's scheduler on a server that prefills and decodes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from http import HTTPStatus
+from itertools import chain
+from typing import Any, Final
+
+import torch
+from sglang.srt.managers.schedule_batch import FINISH_ABORT
+from sglang.srt.managers.scheduler import NextBatchPlan
+
+from sgl_flowprefill.config import FlowPrefillConfig
+from sgl_flowprefill.hub.loop import Hub
+from sgl_flowprefill.policy import ColocatedPolicy, DecodeLimits
+from sgl_flowprefill.runtime.hub_scheduler import HubScheduler
+from sgl_flowprefill.runtime.setup import build
+from sgl_flowprefill.runtime.step_profile import load_or_measure_steps
+from sgl_flowprefill.runtime.unified_role import InFlight, ReservingAdder, UnifiedRole
+
+BEAMS: Final = (
+    "FlowPrefill cannot run beam search: its beams take rows that started prefills have been promised. Leave "
+    "beam_width out, or set it to 1."
+)
+
+
+class UnifiedScheduler(HubScheduler):
+    """The scheduler of a server without disaggregation: takes the place of SGLang's there."""
+
+    role: UnifiedRole
+    running_batch: Any
+    last_batch: Any
+
+    def build_hub(self, config: FlowPrefillConfig) -> Hub[UnifiedRole]:
+        hub = build(self, config, UnifiedRole.make, decodes=True)
+        limits = DecodeLimits(max_share=config.max_decode_share)
+        hub.role.policy = ColocatedPolicy(hub.work.policy, load_or_measure_steps(hub.role), limits)
+        hub.work.colocated, hub.decoder = hub.role.policy, hub.role
+        return hub
+
+    @torch.no_grad()
+    def event_loop_normal(self) -> None:
+        self.hub.serve()
+
+    def event_loop_overlap(self) -> None:
+        raise RuntimeError("FlowPrefill needs --disable-overlap-schedule.")
+
+    # ---- requests that come and go --------------------------------------------------------------------------------
+
+    def _add_request_to_queue(self, req: Any, is_retracted: bool = False) -> None:
+        if req.beam_group is not None:
+            req.to_finish = FINISH_ABORT(BEAMS, HTTPStatus.BAD_REQUEST, "BadRequestError")
+            self.retire_unadmitted_request(req)
+            return
+        super()._add_request_to_queue(req, is_retracted)
+        if self.waiting_queue and self.waiting_queue[-1] is req:  # SGLang may have refused it
+            self.role.note_queued(req)
+
+    def pause_generation(self, recv_req: Any) -> None:
+        """Requests that were about to join the running batch are retracted with it, where that is asked for."""
+        self.hub.finish_started()
+        self.last_batch = self.role.join()
+        super().pause_generation(recv_req)
+        if self.last_batch is not None:  # a pause in place leaves all where it is
+            self.role.joining.append(self.last_batch)
+            self.last_batch = None
+
+    # ---- admission: the hub's alone -------------------------------------------------------------------------------
+
+    def get_new_batch_prefill(self, running_batch: Any) -> NextBatchPlan:
+        """A decode step finds no prefill."""
+        if not self.role.is_admitting:
+            return NextBatchPlan(batch_to_run=None, running_batch=running_batch)
+        return super().get_new_batch_prefill(running_batch)
+
+    def get_prefill_adder_class(self) -> Any:
+        """SGLang's hook for its admission, which knows of the running batch alone."""
+        return partial(ReservingAdder, others=self._in_flight_reqs())
+
+    def get_num_allocatable_reqs(self, running_bs: int, *args: Any, **kwargs: Any) -> int:
+        """All that run or will run with the running batch count, and not these alone."""
+        others = len(self._in_flight_reqs())
+        return int(super().get_num_allocatable_reqs(running_bs + others, *args, **kwargs))
+
+    # ---- what SGLang asks a scheduler -----------------------------------------------------------------------------
+
+    def init_invariant_checker(self) -> None:
+        """SGLang's checks take the requests of the last batch into account: here, all that are in flight."""
+        super().init_invariant_checker()
+        self.invariant_checker.get_last_batch = lambda: InFlight(self._in_flight_reqs())
+
+    def init_load_inquirer(self) -> None:
+        """Prefills that have started count as running requests."""
+        super().init_load_inquirer()
+        running = lambda: InFlight([*self.running_batch.reqs, *self._in_flight_reqs()])  # noqa: E731
+        self.load_inquirer = replace(self.load_inquirer, get_running_batch=running)
+
+    def _in_flight_reqs(self) -> list[Any]:
+        return list(chain.from_iterable(batch.reqs for batch in self._in_flight()))
+
+    def get_internal_state(self, recv_req: Any) -> Any:
+        output = super().get_internal_state(recv_req)
+        output.internal_state["flowprefill_decode"] = self.role.state()
+        return output

@@ -1,0 +1,58 @@
+"""Ten thousand interleavings of steps, suspensions, aborts and retractions on a server that prefills and decodes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import closing
+
+import pytest
+
+from sgl_flowprefill.model import embedded_model_path
+from tests.unified_engine import Remote, Stock, StockComparison, StockEngine, UnifiedEngine, asks
+from tests.unified_mutants import MUTANTS
+from tests.unified_rounds import Rounds
+
+pytestmark = [pytest.mark.stress, pytest.mark.timeout(7200)]
+
+ROUNDS = 150
+POOLS = {
+    "ample": ({}, 60_000),
+    "small": ({}, 6000),
+    "barely enough": ({}, 3500),
+    "retracted": ({"SGLANG_TEST_RETRACT": "1"}, 8000),
+}
+
+
+@pytest.fixture(scope="module")
+def stock() -> Iterator[Stock]:
+    with closing(Remote(StockEngine, str(embedded_model_path()))) as remote:
+        yield Stock(remote)
+
+
+@pytest.mark.parametrize("name", POOLS)
+def test_random_interleavings_change_no_answer_and_leave_nothing_behind(stock: Stock, name: str) -> None:
+    environment, pool_tokens = POOLS[name]
+    requests = asks(150, seed=11, longest_tokens=2000, longest_answer_tokens=60)
+    comparison = StockComparison(stock)
+    with closing(
+        Remote(UnifiedEngine, str(embedded_model_path()), environment, max_total_tokens=pool_tokens)
+    ) as remote:
+        rounds = Rounds(remote, comparison, requests)
+        for first in range(0, ROUNDS, 10):
+            rounds.run(10, first)
+            print(f"{name}, round {first + 10} of {ROUNDS}: {rounds}", flush=True)
+    assert rounds.seen["steps inside prefills"] + rounds.seen["suspensions"] >= 10_000
+    assert comparison.counts["aborts"] >= 50
+    assert comparison.counts["answers"] >= 500
+    assert (rounds.seen["retractions"] > 0) >= (name == "retracted")
+    assert (rounds.seen["given back"] > 0) >= (name == "barely enough")
+
+
+@pytest.mark.parametrize("name", ["nothing", *MUTANTS])
+def test_a_planted_defect_is_caught(name: str) -> None:
+    command = [sys.executable, "-m", "tests.unified_mutants", name]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1800)
+    print(done.stdout)
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr[-2000:]}"
