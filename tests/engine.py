@@ -88,6 +88,8 @@ class PrefillEngine:
 
     def __init__(self, model_path: str, **server_args: Any) -> None:
         os.environ["SGLANG_EAGER_INPUT_NO_COPY"] = "1"
+        # What tests do to an engine is nothing that servers should know of it from then on.
+        os.environ.setdefault("FLOWPREFILL_LEARNING", "false")
         torch.set_num_threads(1)
         import sglang.srt.managers.scheduler  # noqa: F401 - what tells the plugin that this process runs one
         from sglang.srt.managers.scheduler_components.output_streamer import SchedulerOutputStreamer
