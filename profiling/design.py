@@ -5,6 +5,8 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from itertools import pairwise
+from math import log
+from operator import itemgetter
 from typing import Final
 
 from sgl_flowprefill.ttft.base import PrefillShape
@@ -18,26 +20,52 @@ BATCH_SIZES: Final = (2, 3, 4, 6, 8, 12, 16)
 MAX_BATCH_TOKENS: Final = 8192
 """Longer batches of several requests are not measured: throughput stops growing well before."""
 LEAST_LONGEST_TOKENS: Final = 1024
+REFERENCE_TOKENS: Final = (256, 1024)
+"""Lengths of the references: short enough to be measured often, long enough for their times to be steady."""
 SEED: Final = 20260216
 
 
 def make_design(longest_tokens: int) -> list[Shape]:
-    """Distinct shapes of up to ``longest_tokens`` per request: single prompts, cached prefixes, and batches."""
+    """Distinct shapes of up to ``longest_tokens`` per request: single prompts, cached prefixes, and batches, in an
+    order in which any beginning has some of each kind, spread over all sizes.
+    """
     rng = random.Random(SEED)
-    shapes: list[Shape] = [(PrefillShape(tokens),) for tokens in _ladder(SHORTEST_TOKENS, longest_tokens, 2**0.5)]
+    prefixes: list[Shape] = []
     for total in _ladder(4 * SHORTEST_TOKENS, longest_tokens, 2.0):
         for share in CACHED_SHARES:
             cached = int(total * share)
-            shapes.append((PrefillShape(total - cached, cached),))
+            prefixes.append((PrefillShape(total - cached, cached),))
+    batches: list[Shape] = []
     for requests in BATCH_SIZES:
         totals = _ladder(2 * requests * SHORTEST_TOKENS, min(longest_tokens, MAX_BATCH_TOKENS), 2.0)
         for index, total in enumerate(totals):
+            if total < requests * SHORTEST_TOKENS:
+                continue
             lengths = _split(total, requests, rng)
             if index % 2:
-                shapes.append(tuple(_with_prefix(tokens, longest_tokens, rng) for tokens in lengths))
+                batches.append(tuple(_with_prefix(tokens, longest_tokens, rng) for tokens in lengths))
             else:
-                shapes.append(tuple(PrefillShape(tokens) for tokens in lengths))
-    return list(dict.fromkeys(shapes))
+                batches.append(tuple(PrefillShape(tokens) for tokens in lengths))
+    kinds = [_spread(shapes) for shapes in (single_prompts(longest_tokens), prefixes, batches)]
+    places = [((index + 0.5) / len(shapes), shape) for shapes in kinds for index, shape in enumerate(shapes)]
+    return list(dict.fromkeys(shape for _, shape in sorted(places, key=itemgetter(0))))
+
+
+def single_prompts(longest_tokens: int) -> list[Shape]:
+    """The design's single prompts with nothing cached, the shortest first."""
+    return [(PrefillShape(tokens),) for tokens in _ladder(SHORTEST_TOKENS, longest_tokens, 2**0.5)]
+
+
+def looked_into(longest_tokens: int) -> list[Shape]:
+    """The single prompts whose operators are timed: every other one, and the longest."""
+    return single_prompts(longest_tokens)[::-2]
+
+
+def references(longest_tokens: int) -> list[Shape]:
+    """The single prompts that are measured again and again, to tell the machine's speed over time."""
+    prompts = single_prompts(longest_tokens)
+    nearest = (min(prompts, key=lambda shape: abs(log(shape[0].new_tokens / tokens))) for tokens in REFERENCE_TOKENS)
+    return list(dict.fromkeys(nearest))
 
 
 def choose_longest(limit_tokens: int, round_s: float, estimate_s: Callable[[Shape], float]) -> int:
@@ -49,6 +77,15 @@ def choose_longest(limit_tokens: int, round_s: float, estimate_s: Callable[[Shap
             break
         chosen = longer
     return chosen
+
+
+def _spread(shapes: list[Shape]) -> list[Shape]:
+    """``shapes``, which go from small to large, so that any beginning of them is spread over all: the reversed bits of
+    an index say its place.
+    """
+    bits = max(1, (len(shapes) - 1).bit_length())
+    order = [int(f"{index:0{bits}b}"[::-1], 2) for index in range(1 << bits)]
+    return [shapes[index] for index in order if index < len(shapes)]
 
 
 def _ladder(first: int, last: int, factor: float) -> list[int]:

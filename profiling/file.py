@@ -9,12 +9,13 @@ time_s         float64: from the start of the forward pass to its sampled tokens
 waited_s       float64: of that, how long the scheduler's thread was ready to run while another process had its CPU
 attention_s    float64: of time_s, inside the attention modules; null in rows that were timed without looking inside
 mlp_s          float64: of time_s, inside the MLP modules; null likewise
-round          int32: the pass over the design to which the measurement belongs
-at_s           float64: when it started, in seconds since the first measurement of its run
+round          int32: the pass over the design to which the measurement belongs; references have a negative number each
+at_s           float64: when it started, in seconds of profiling: a run that goes on with another's counts on from it
 =============  =====================================================================================================
 
 Rows with operator times are synchronised at each operator, so they say nothing about the time of the whole and are left
-out when a model is fitted. A model is fitted to ``time_s - waited_s``, the time of the engine undisturbed.
+out when a model is fitted. A model is fitted to ``time_s - waited_s``, the time of the engine undisturbed, over the
+machine's slowness at that moment, which the references tell (``ttft.speed``).
 
 The schema's metadata has, under ``flowprefill``, a JSON object: ``format``, ``setting`` (model, device, dtype,
 attention_backend, threads, sglang, tp_size), ``longest_tokens`` and ``complete``.
@@ -23,15 +24,18 @@ attention_backend, threads, sglang, tp_size), ``longest_tokens`` and ``complete`
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+import numpy as np
+from pydantic import BaseModel, ConfigDict
 
 from sgl_flowprefill.ttft.base import PrefillShape
+from sgl_flowprefill.ttft.speed import MachineSpeed
 
 FORMAT: Final = 1
 METADATA_KEY: Final = b"flowprefill"
@@ -72,6 +76,11 @@ class Row:
     attention_s: float | None = None
     mlp_s: float | None = None
 
+    @property
+    def undisturbed_s(self) -> float:
+        """The time for which the engine had its CPU."""
+        return self.time_s - self.waited_s
+
 
 @dataclass
 class Profile:
@@ -84,15 +93,29 @@ class Profile:
     complete: bool = False
     """Whether the run came to its end; an interrupted one can be resumed."""
 
-    @property
-    def has_batches(self) -> bool:
-        """Whether it has more than single prompts without a cached prefix."""
-        return any(len(row.shape) > 1 or row.shape[0].cached_tokens for row in self.rows)
-
     def timings(self) -> tuple[list[tuple[PrefillShape, ...]], list[float]]:
-        """Batches and undisturbed seconds of the rows that time whole forward passes."""
-        rows = [row for row in self.rows if row.attention_s is None and row.time_s > row.waited_s]
-        return [row.shape for row in rows], [row.time_s - row.waited_s for row in rows]
+        """Batches of the rows that time whole forward passes, and their undisturbed seconds at the machine's usual
+        speed.
+        """
+        rows = self._whole()
+        slowness = np.exp(self.speed().log_slowness([row.at_s for row in rows]))
+        times_s = [row.undisturbed_s / slower for row, slower in zip(rows, slowness.tolist(), strict=True)]
+        return [row.shape for row in rows], times_s
+
+    def speed(self) -> MachineSpeed:
+        """How fast the machine was while this was measured, by the references."""
+        rows = [row for row in self._whole() if row.round < 0]
+        return MachineSpeed.of(
+            [row.shape for row in rows], [row.undisturbed_s for row in rows], [row.at_s for row in rows]
+        )
+
+    def untreated_timings(self) -> tuple[list[tuple[PrefillShape, ...]], list[float]]:
+        """As ``timings``, with the machine's speed left in."""
+        rows = self._whole()
+        return [row.shape for row in rows], [row.undisturbed_s for row in rows]
+
+    def _whole(self) -> list[Row]:
+        return [row for row in self.rows if row.attention_s is None and row.time_s > row.waited_s]
 
     def operators(self) -> list[tuple[tuple[PrefillShape, ...], float, float, float]]:
         """Batches with their seconds in all, in attention and in MLP modules, of the rows that look inside."""
@@ -138,18 +161,29 @@ def read_profile(path: Path) -> Profile:
             raise ProfileError(f"{path}: a profile of format {meta['format']}, this version reads {FORMAT}")
         setting = Setting.model_validate(meta["setting"])
         rows = [_row(values) for values in table.to_pylist()]
+        if not all(map(_is_possible, rows)):
+            raise ValueError("a forward pass of no shape or no time")
         return Profile(setting, int(meta["longest_tokens"]), rows, bool(meta["complete"]))
     except FileNotFoundError:
         raise ProfileError(f"{path}: no such file; `python launch.py profile` measures a profile") from None
     except OSError as error:
         raise ProfileError(f"{path}: {error.strerror or error}") from None
-    except (pa.ArrowException, KeyError, TypeError, json.JSONDecodeError, ValidationError):
+    except ProfileError:
+        raise
+    except (pa.ArrowException, KeyError, TypeError, ValueError):
         raise ProfileError(f"{path}: not a profile; `python launch.py profile` measures one") from None
 
 
 def _row(values: dict[str, Any]) -> Row:
     lengths = zip(values.pop("new_tokens"), values.pop("cached_tokens"), strict=True)
     return Row(shape=tuple(PrefillShape(new, cached) for new, cached in lengths), **values)
+
+
+def _is_possible(row: Row) -> bool:
+    """Whether ``row`` can have been measured: a damaged file may well be one that can be read."""
+    times_s = (row.time_s, row.waited_s, row.at_s, row.attention_s or 0.0, row.mlp_s or 0.0)
+    shape = all(new > 0 and cached >= 0 for new, cached in row.shape)
+    return bool(row.shape) and shape and row.time_s > 0 and all(0 <= value < math.inf for value in times_s)
 
 
 def _schema() -> Any:

@@ -1,4 +1,6 @@
-"""What a profile says about the model that is fitted to it, on shapes that the model has not seen."""
+"""What a profile says about the model that is fitted to it, on shapes that the model has not seen, and about the
+machine that it was measured on.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,9 @@ from typing import Any, Final
 import numpy as np
 
 from sgl_flowprefill.profiling.file import Profile
+from sgl_flowprefill.profiling.fitted import shapes
 from sgl_flowprefill.ttft import BoostedTTFT, PrefillShape
+from sgl_flowprefill.ttft.boosted import fit_rows
 from sgl_flowprefill.ttft.validation import (
     STRATA,
     Errors,
@@ -37,8 +41,12 @@ class Report:
         self.model_held_out = hold_out(batches, times_s, fit_boosted)
         self.cubic_held_out = hold_out(batches, times_s, fit_cubic)
         self.beyond = {f: extrapolation(batches, times_s, fit_boosted, f) for f in EXTRAPOLATION_FACTORS}
-        self.model = BoostedTTFT.fit(batches, times_s)
+        fitted = fit_rows(*shapes(batches, times_s))
+        self.model, self.trust = fitted.model, fitted.trust
+        self.speed = profile.speed()
         self.repeat_spread = _repeat_spread(batches, times_s)
+        """With the machine's speed taken out."""
+        self.untreated_spread = _repeat_spread(*profile.untreated_timings())
 
     def to_json(self) -> dict[str, Any]:
         """The figures of ``launch.py profile --report --json``; errors are fractions, not percent."""
@@ -58,6 +66,10 @@ class Report:
             "predict_one_us": round(one_us, 3),
             "predict_1000_ms": round(thousand_ms, 4),
             "repeat_spread": self.repeat_spread,
+            "repeat_spread_untreated": self.untreated_spread,
+            "references": len(self.speed.at_s),
+            "speed_range": round(self.speed.range, 4),
+            "trees_trust": round(self.trust, 3),
             "waited_share": round(waited_s / sum(row.time_s for row in self.profile.rows), 4),
             "rows": len(self.profile.rows),
             "longest_tokens": self.profile.longest_tokens,

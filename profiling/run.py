@@ -1,25 +1,42 @@
-"""One profiling run: within its budget, in random order, resumable, and nothing lost when it is interrupted."""
+"""One profiling run, short at a server's first start or long: within its budget, references throughout, resumable, and
+nothing lost when it is interrupted.
+"""
 
 from __future__ import annotations
 
+import math
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
-from itertools import count
 from pathlib import Path
 from typing import Final, NamedTuple, Protocol
 
 import numpy as np
 
-from sgl_flowprefill.profiling.design import SEED, SHORTEST_TOKENS, Shape, choose_longest, make_design
+from sgl_flowprefill.profiling.design import (
+    SEED,
+    SHORTEST_TOKENS,
+    Shape,
+    choose_longest,
+    looked_into,
+    make_design,
+    references,
+)
 from sgl_flowprefill.profiling.file import Profile, Row, Setting, write_profile
 from sgl_flowprefill.ttft.base import PrefillShape
 from sgl_flowprefill.ttft.features import Array, feature_matrix
 from sgl_flowprefill.ttft.physics import non_negative
 
-ROUNDS: Final = 5
+ROUNDS: Final = 1.5
 """How often the budget shall do for the whole design; it decides the longest prompt."""
 MOST_ROUNDS: Final = 20
+LEAST_SHAPES: Final = 12
+"""So many shapes are timed whatever the budget."""
+REFERENCE_SHARE: Final = 0.1
+"""Of the time, the part that references may take."""
+RUNS_APART_S: Final = 3600.0
+"""Between the last measurement of a run and the first of one that goes on with it, as profiles count time: the machine
+may be as fast as it likes."""
 SAVE_S: Final = 5.0
 CACHED_TOKEN_COST: Final = 0.05
 """Cost of a cached token in new tokens, for the first idea of what a shape takes."""
@@ -67,16 +84,18 @@ class Progress(NamedTuple):
 def run_profile(
     engine: Engine,
     setting: Setting,
-    path: Path,
+    path: Path | None,
     budget_s: float,
     resumed: Profile | None = None,
     on_progress: Callable[[Progress], None] = lambda progress: None,
     clock: Callable[[], float] = time.monotonic,
+    most_rounds: int = MOST_ROUNDS,
 ) -> Profile:
-    """Measure for about ``budget_s`` and write the profile to ``path``.
+    """Measure for about ``budget_s``, at most ``most_rounds`` times each shape, and write the profile to ``path`` if
+    there is one.
 
-    What an interrupted run has measured stays beside it (``partial_path``), and so does that of one whose budget did
-    not do. ``resumed`` is such a profile of the same setting: its measurements are kept and its design is continued.
+    What an interrupted run has measured stays beside it (``partial_path``). ``resumed`` is such a profile of the same
+    setting: its measurements are kept and its design is continued.
     """
     started_s = clock()
     estimate_s = _calibrate(engine, budget_s)
@@ -85,27 +104,71 @@ def run_profile(
         profile = Profile(setting, longest)
     else:
         profile = Profile(setting, resumed.longest_tokens, list(resumed.rows))
-    design = make_design(profile.longest_tokens)
+    run = _Run(engine, profile, clock)
     saved_s = clock()
     try:
         engine.cache_prefix(profile.longest_tokens)
-        for index, shape in _order(design, profile):
-            at_s = clock() - started_s
-            if at_s + estimate_s(shape) > budget_s:
+        for index, shape in _order(profile, most_rounds):
+            too_late = clock() - started_s + estimate_s(shape) > budget_s
+            is_needed = index > 0 and run.timed < LEAST_SHAPES
+            if too_late and not is_needed:
                 continue
-            profile.rows.append(_measure(engine, shape, index, at_s))
-            on_progress(Progress(clock() - started_s, len(profile.rows), _describe(shape)))
-            if clock() - saved_s > SAVE_S:
+            for measured in run.with_reference(shape, index):
+                on_progress(Progress(clock() - started_s, len(profile.rows), _describe(measured)))
+            if path is not None and clock() - saved_s > SAVE_S:
                 write_profile(partial_path(path), profile)
                 saved_s = clock()
-        profile.complete = _covers(profile, design)
+        profile.complete = True
     finally:
-        if profile.complete:
+        if path is None:
+            pass
+        elif profile.complete:
             write_profile(path, profile)
             partial_path(path).unlink(missing_ok=True)
         elif profile.rows:
             write_profile(partial_path(path), profile)
     return profile
+
+
+class _Run:
+    """Measures shapes, and a reference whenever others have taken long enough since the last one."""
+
+    def __init__(self, engine: Engine, profile: Profile, clock: Callable[[], float]) -> None:
+        self.timed = 0
+        """Forward passes of the design that were timed as a whole."""
+        self._engine = engine
+        self._profile = profile
+        self._clock = clock
+        self._began_s = clock()
+        self._before_s = max(row.at_s for row in profile.rows) + RUNS_APART_S if profile.rows else 0.0
+        self._references = references(profile.longest_tokens)
+        self._referred = min((row.round for row in profile.rows), default=0)
+        self._next_reference_s = -math.inf
+
+    def with_reference(self, shape: Shape, index: int) -> Iterator[Shape]:
+        """Measure ``shape`` in round ``index``, and a reference if it is time; what was measured, one by one."""
+        if self._clock() >= self._next_reference_s:
+            self._referred = min(0, self._referred) - 1
+            reference = self._references[self._referred % len(self._references)]
+            begin_s = self._clock()
+            self._measure(reference, self._referred)
+            end_s = self._clock()
+            self._next_reference_s = end_s + (end_s - begin_s) * (1 / REFERENCE_SHARE - 1)
+            yield reference
+        self._measure(shape, index)
+        self.timed += index > 0
+        yield shape
+
+    def _measure(self, shape: Shape, index: int) -> None:
+        """Round 0 looks inside single requests, for the times of operators; the others time forward passes."""
+        at_s = self._before_s + self._clock() - self._began_s
+        if index == 0:
+            timing, attention_s, mlp_s = self._engine.time_operators(shape)
+            row = Row(timing.shape, timing.time_s, timing.waited_s, index, at_s, attention_s, mlp_s)
+        else:
+            timing = self._engine.time(shape)
+            row = Row(timing.shape, timing.time_s, timing.waited_s, index, at_s)
+        self._profile.rows.append(row)
 
 
 def partial_path(path: Path) -> Path:
@@ -134,34 +197,22 @@ def _calibrate(engine: Engine, budget_s: float) -> Callable[[Shape], float]:
     return lambda shape: float((costs([shape]) @ weights)[0])
 
 
-def _order(design: list[Shape], profile: Profile) -> Iterator[tuple[int, Shape]]:
-    """Rounds over the design, each in an order of its own, from where ``profile`` stands."""
+def _order(profile: Profile, most_rounds: int) -> Iterator[tuple[int, Shape]]:
+    """Rounds over the design from where ``profile`` stands: the first in the design's order, of which any beginning is
+    of use, the others each in an order of its own. Round 0 looks inside.
+    """
+    design = make_design(profile.longest_tokens)
     done = {(row.round, row.shape) for row in profile.rows}
-    for index in count(min((row.round for row in profile.rows[-1:]), default=0)):
-        if index > MOST_ROUNDS:
-            return
-        shapes = [shape for shape in design if (index, shape) not in done and (index or len(shape) == 1)]
-        random.Random(SEED + index).shuffle(shapes)
+    for index in range(max([0, *(row.round for row in profile.rows[-2:])]), most_rounds + 1):
+        shapes = design if index else looked_into(profile.longest_tokens)
+        if index > 1:
+            shapes = random.Random(SEED + index).sample(shapes, len(shapes))
+        left = [shape for shape in shapes if (index, shape) not in done]
         before = len(profile.rows)
-        for shape in shapes:
+        for shape in left:
             yield index, shape
-        if shapes and len(profile.rows) == before:
+        if index and left and len(profile.rows) == before:
             return
-
-
-def _measure(engine: Engine, shape: Shape, index: int, at_s: float) -> Row:
-    """Round 0 looks inside single requests, for the times of operators; the others time forward passes."""
-    if index == 0:
-        timing, attention_s, mlp_s = engine.time_operators(shape)
-        return Row(timing.shape, timing.time_s, timing.waited_s, index, at_s, attention_s, mlp_s)
-    timing = engine.time(shape)
-    return Row(timing.shape, timing.time_s, timing.waited_s, index, at_s)
-
-
-def _covers(profile: Profile, design: list[Shape]) -> bool:
-    """Whether nearly all of the design was timed (a prefix may match one token more by chance)."""
-    timed = set(profile.timings()[0])
-    return sum(shape in timed for shape in design) >= 0.95 * len(design)
 
 
 def _describe(shape: Shape) -> str:

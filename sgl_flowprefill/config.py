@@ -93,8 +93,13 @@ class FlowPrefillConfig(BaseModel):
     )
     profile: str | None = Field(
         default=None,
-        description="profile of `launch.py profile` to predict TTFT with; without it, the one in the cache, or a short "
-        "one measured at the first start",
+        description="profile of `launch.py profile` to predict TTFT with; without it, the one in the cache, which the "
+        "first start measures in at most 20 s",
+    )
+    learning: bool = Field(
+        default=True,
+        description="refit the TTFT model to the prefills that complete, in a process of low priority; false keeps "
+        "the profile's",
     )
     slack_quantile: float = Field(
         default=0.75,

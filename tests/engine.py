@@ -87,6 +87,8 @@ def keep_freed_memory() -> None:
 def make_scheduler(scheduler: str, model_path: str, **server_args: Any) -> Any:
     """The scheduler of that dotted name, as in a process that SGLang spawns for it."""
     os.environ["SGLANG_EAGER_INPUT_NO_COPY"] = "1"
+    # What tests do to an engine is nothing that servers should know of it from then on.
+    os.environ.setdefault("FLOWPREFILL_LEARNING", "false")
     torch.set_num_threads(1)
     import sglang.srt.managers.scheduler  # noqa: F401 - what tells the plugin that this process runs one
     from sglang.srt.plugins import load_plugins

@@ -83,6 +83,8 @@ def _setup(options: Simulate) -> Setup:
         hub_s=options.hub_us / 1e6,
         instances=options.instances,
         router=options.router,
+        forward_error=options.forward_error,
+        learned=options.learned,
     )
 
 

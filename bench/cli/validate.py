@@ -29,7 +29,6 @@ from sgl_flowprefill.bench.simulator.systems import run as simulate
 from sgl_flowprefill.bench.systems.catalog import select
 from sgl_flowprefill.bench.systems.system import System
 from sgl_flowprefill.bench.workloads.synthetic import workload
-from sgl_flowprefill.profiling import read_profile
 
 
 def run(options: Validate, console: Console) -> int:
@@ -187,9 +186,4 @@ def _publish(rows: Sequence[dict[str, Any]], prober: Prober, folder: Path, conso
         )
     console.print(table)
     console.print(answers.text(trace), highlight=False, soft_wrap=True)
-    if not read_profile(Path(prober.log.facts["engine"]["profile"])).has_batches:
-        console.print(
-            "The TTFT profile has single prompts only, from which chunks can only be guessed: "
-            "`python launch.py profile` measures them."
-        )
     console.print(f"Figures: {folder / 'validate.json'}", highlight=False, soft_wrap=True)

@@ -130,10 +130,9 @@ def fit_published(tokens: Sequence[int], ttft_s: Sequence[float]) -> tuple[float
 
 
 def from_profile(path: Path, layers: int) -> CostModel:
-    """The engine behind a TTFT profile: what ``launch.py profile`` writes or a prefill server caches.
+    """The engine behind a TTFT profile: what ``launch.py profile`` writes and a prefill server caches.
 
-    The first has cached prefixes and batches, which tell what a pair costs from what a longer forward costs per token;
-    single prompts alone do not. Raises ProfileError with a sentence for a file that is none.
+    Raises ProfileError with a sentence for a file that is none.
     """
     profile = read_profile(path)
     fixed_s, per_token_s, per_pair_s = fit(*profile.timings())

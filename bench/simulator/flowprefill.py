@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, Final, cast
 
@@ -10,9 +11,9 @@ from sgl_flowprefill.bench.simulator.checkpoints import Checkpoints, Preemption
 from sgl_flowprefill.bench.simulator.cost import CostModel
 from sgl_flowprefill.bench.simulator.instance import Instance, KvCache, Machine
 from sgl_flowprefill.bench.simulator.requests import SimRequest
-from sgl_flowprefill.hub.device import CpuDevice
+from sgl_flowprefill.hub.device import CpuDevice, HostStamp
 from sgl_flowprefill.hub.loop import Hub
-from sgl_flowprefill.hub.parts import OneRank, Recorder
+from sgl_flowprefill.hub.parts import TTFT, OneRank, Recorder
 from sgl_flowprefill.hub.progress import Progress
 from sgl_flowprefill.hub.role import Arrival
 from sgl_flowprefill.hub.task import PrefillTask, Tasks
@@ -95,13 +96,20 @@ class SimEngine:
     is_paused = False
 
     def __init__(
-        self, machine: Machine, preemption: Preemption, now_s: Callable[[], float], kv: KvCache | None = None
+        self,
+        machine: Machine,
+        preemption: Preemption,
+        now_s: Callable[[], float],
+        kv: KvCache | None = None,
+        forward_error: float = 0.0,
     ) -> None:
+        """``forward_error``: standard deviation of the logarithm of the times of forwards around the cost model's."""
         self.kv = kv or KvCache(machine)
         self.completed: list[SimRequest] = []
         self._cost = machine.cost
         self._preemption = preemption
         self._now_s = now_s
+        self._forward_error = forward_error
         self._waiting: dict[SimRequest, SimShape] = {}
 
     def arrival(self, request: SimRequest) -> Arrival:
@@ -133,6 +141,8 @@ class SimEngine:
             self.kv.send(req, req.shape.cached_tokens, self._now_s())
         shapes = [self._waiting.pop(req) for req in reqs]
         duration_s, attention_share = self._cost.forward(shapes)
+        if self._forward_error:  # by the request, so that all policies meet the same
+            duration_s *= random.Random(reqs[0].index).lognormvariate(0.0, self._forward_error)
         checkpoints = Checkpoints(duration_s, self._cost.layers, attention_share, self._preemption)
         return SimBatch(reqs, shapes, duration_s, checkpoints)
 
@@ -221,13 +231,17 @@ class FlowPrefillInstance(Instance):
         preemption: Preemption,
         hub_s: float = 0.0,
         recorder: Blocking | None = None,
+        ttft: TTFT | None = None,
+        forward_error: float = 0.0,
     ) -> None:
+        """``ttft``: what predicts; the cost model, unless there is another."""
         self._now_s = 0.0
+        self._forward_error = forward_error
         self._engine = self._new_engine(machine, preemption)
         self._recorder = recorder or Blocking()
         checkpoints = Checkpoints(1.0, machine.cost.layers, 0.5, preemption).total
         parts = Unlimited()
-        ttft = SimTTFT(machine.cost)
+        ttft = ttft or SimTTFT(machine.cost)
         self._hub = Hub(
             role=self._engine,
             work=Work(policy, ttft, parts, Progress([False] * checkpoints), Tasks()),
@@ -249,7 +263,7 @@ class FlowPrefillInstance(Instance):
         self.next_s = math.inf
 
     def _new_engine(self, machine: Machine, preemption: Preemption) -> SimEngine:
-        return SimEngine(machine, preemption, lambda: self._now_s)
+        return SimEngine(machine, preemption, lambda: self._now_s, forward_error=self._forward_error)
 
     @property
     def completed(self) -> list[SimRequest]:  # type: ignore[override]
@@ -300,6 +314,7 @@ class FlowPrefillInstance(Instance):
     def _stop(self, task: PrefillTask) -> None:
         """``task`` comes back to the hub."""
         task.has_run = True
+        task.spans = [(HostStamp(0.0), HostStamp(self._stop_elapsed_s))]
         batch: SimBatch = task.batch
         batch.executed_s = self._stop_elapsed_s
         task.done = batch.executed_s >= batch.duration_s

@@ -24,10 +24,9 @@ from sgl_flowprefill.ttft.physics import non_negative
 
 
 def best_profile(model: str) -> Path:
-    """The profile in the cache of the model whose directory is called ``model``: the newest of the fuller ones.
+    """The profile in the cache of the model whose directory is called ``model``: the newest of those with most shapes.
 
-    ``launch.py profile`` measures batches and cached prefixes, too; a server's first start single prompts alone, from
-    which chunks can only be guessed. Raises ValueError.
+    Raises ValueError.
     """
     found = []
     for path in (paths.cache_dir() / "profiles").glob("*.parquet"):
@@ -36,7 +35,7 @@ def best_profile(model: str) -> Path:
         except ProfileError:
             continue
         if profile.complete and profile.setting.model.startswith(model):
-            found.append((profile.has_batches, path.stat().st_mtime, path))
+            found.append((len(set(profile.timings()[0])), path.stat().st_mtime, path))
     if not found:
         raise ValueError(
             f"no TTFT profile of {model} is in {paths.cache_dir() / 'profiles'}: run `python launch.py profile` or "
@@ -72,7 +71,7 @@ def measured_setup(engine: Engine, solo_ttft_s: Mapping[int, float], options: Fl
     cost = dataclasses.replace(cost, fixed_s=cost.fixed_s + engine.between_forwards_s, serving_s=float(serving_s))
     budget_tokens = options.max_batch_tokens
     if budget_tokens is None:
-        model, _ = fit(read_profile(Path(engine.profile)))
+        model = fit(read_profile(Path(engine.profile))).model
         budget_tokens = throughput_budget_tokens(model)
     return Setup(
         Machine(cost, engine.kv_tokens or cost.kv_tokens),

@@ -10,6 +10,7 @@ from sgl_flowprefill.bench.simulator.checkpoints import Preemption
 from sgl_flowprefill.bench.simulator.engine import simulate
 from sgl_flowprefill.bench.simulator.flowprefill import FlowPrefillInstance
 from sgl_flowprefill.bench.simulator.instance import Instance, Machine
+from sgl_flowprefill.bench.simulator.learned import LearnedTTFT
 from sgl_flowprefill.bench.simulator.requests import Conditions, SimRequest, prepare
 from sgl_flowprefill.bench.simulator.router import ROUTERS
 from sgl_flowprefill.bench.simulator.step_cost import StepCost, step_cost
@@ -33,6 +34,10 @@ class Setup:
     hub_s: float = 0.0
     instances: int = 1
     router: str = "least-work"
+    forward_error: float = 0.0
+    """Standard deviation of the logarithm of the times of FlowPrefill's forwards around the cost model's."""
+    learned: bool = False
+    """Whether FlowPrefill predicts as a server does (``simulator.learned``), instead of by the cost model."""
     step_cost: StepCost | None = None
     """Cost of decode steps on unified instances; None: as the machine's cost model has it."""
     step_error: float = 0.0
@@ -66,7 +71,12 @@ class SimulatedFlowPrefill:
     def new_instance(self, setup: Setup) -> Instance:
         preemption = Preemption(self.granularity, setup.max_operator_s, setup.lookahead)
         return FlowPrefillInstance(
-            setup.machine, make_policy(self.policy, setup.limits, setup.max_starvation_s), preemption, setup.hub_s
+            setup.machine,
+            make_policy(self.policy, setup.limits, setup.max_starvation_s),
+            preemption,
+            setup.hub_s,
+            ttft=LearnedTTFT(setup.machine.cost, setup.forward_error) if setup.learned else None,
+            forward_error=setup.forward_error,
         )
 
     def max_batch_tokens(self, setup: Setup) -> int:

@@ -59,7 +59,7 @@ def _profile(arguments: argparse.Namespace, server_args: Sequence[str]) -> int:
     )
     if layout.ranks("prefill") > 1:
         raise StartError(
-            f"a server with --tp {layout.ranks('prefill')} measures a short profile itself at its first start; "
+            f"a server with --tp {layout.ranks('prefill')} measures its profile itself at its first start; "
             "launch.py profile measures one process"
         )
     command = [sys.executable, "-m", "sgl_flowprefill.profiling.process", "--budget-s", str(arguments.budget_s)]
@@ -111,7 +111,7 @@ def _report(arguments: argparse.Namespace) -> int:
         report = Report(profile)
     except ValueError as error:
         raise ProfileError(f"{path}: {error}; `python launch.py profile` measures more") from None
-    figures = {"profile": str(path), **report.to_json()}
+    figures = {"profile": str(path), **report.to_json(), "learned": _learned(path)}
     if arguments.json:
         print(json.dumps(figures, indent=2))
     else:
@@ -120,6 +120,17 @@ def _report(arguments: argparse.Namespace) -> int:
         report.write_plot(arguments.plot)
         print(f"plot: {arguments.plot}", file=sys.stderr)
     return 0
+
+
+def _learned(profile: Path) -> dict[str, Any] | None:
+    """What servers with this profile have learned since; None if nothing."""
+    from sgl_flowprefill.profiling.learned import learned_path, read_learned
+
+    path = learned_path(profile)
+    if not path.exists():
+        return None
+    learned = read_learned(path)
+    return {"rows": len(learned.rows), **learned.history.model_dump()}
 
 
 def _print(figures: dict[str, Any], lines: Sequence[Sequence[str]]) -> None:
@@ -136,13 +147,27 @@ def _print(figures: dict[str, Any], lines: Sequence[Sequence[str]]) -> None:
         f"worst shape: {worst['new_tokens']} new, {worst['cached_tokens']} cached tokens: measured "
         f"{worst['measured_s']:.4f} s, predicted {worst['predicted_s']:.4f} s"
     )
-    console.print(f"a repeat lies {figures['repeat_spread']:.1%} from the median of its shape (median over the shapes)")
+    console.print(
+        f"the machine: {figures['speed_range']:.1%} slower in its slowest tenth than in its fastest, by "
+        f"{figures['references']} references; a repeat lies {figures['repeat_spread']:.1%} from the median of its "
+        f"shape with this taken out, {figures['repeat_spread_untreated']:.1%} as measured"
+    )
+    learned = figures["learned"]
+    if learned is not None:
+        console.print(
+            f"learned while serving: {learned['tasks']} tasks ({learned['refused']} not believed), {learned['rows']} "
+            f"rows, {learned['refits']} refits, {learned['adopted']} adopted; the last, after task "
+            f"{learned['refit_at']}, was "
+            f"{'adopted' if learned['was_adopted'] else 'not adopted'}: {learned['challenger_error']:.1%} off on the "
+            f"{learned['judged']} newest tasks, the model before it {learned['champion_error']:.1%}; the machine took "
+            f"{learned['slowness']:.2f} times the profile's time"
+        )
     console.print(f"one prediction {figures['predict_one_us']:.1f} us, 1,000 {figures['predict_1000_ms']:.2f} ms")
 
 
 def _newest(model: str | None) -> Path:
-    """The newest full profile in the cache; if ``model`` is given, of a model whose directory or id ends so."""
-    found = [path for path in (paths.cache_dir() / "profiles").glob("*.parquet") if _is_full(path)]
+    """The newest profile in the cache; if ``model`` is given, of a model whose directory or id ends so."""
+    found = [path for path in (paths.cache_dir() / "profiles").glob("*.parquet") if _is_whole(path)]
     for path in sorted(found, key=lambda path: path.stat().st_mtime, reverse=True):
         if model is None or _is_of(path, model):
             return path
@@ -159,8 +184,8 @@ def _is_of(path: Path, model: str) -> bool:
     return False
 
 
-def _is_full(path: Path) -> bool:
-    return not path.name.startswith(".") and not path.stem.endswith(("-short", ".partial"))
+def _is_whole(path: Path) -> bool:
+    return not path.name.startswith(".") and not path.stem.endswith(".partial")
 
 
 class _Bar:

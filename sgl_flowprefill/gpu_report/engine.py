@@ -182,7 +182,7 @@ class Engine(Tasks):
         ttft, operators = load_or_measure(self._role, FlowPrefillConfig.from_env())
         layers = find_decoder_layers(model)
         norms = find_norms(model, layers)
-        return plan_tiles(max_blocking_s, len(layers), len(norms), ttft, operators)
+        return plan_tiles(max_blocking_s, len(layers), len(norms), ttft.model, operators)
 
     def _release(self, batch: Any) -> None:
         from sglang.srt.mem_cache.common import release_kv_cache

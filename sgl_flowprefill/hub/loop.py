@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Final, Generic, Literal, TypeVar
 
 from sgl_flowprefill.hub.device import Device
-from sgl_flowprefill.hub.parts import Agreement, Events, Executor, Recorder, Slots, Tiles
+from sgl_flowprefill.hub.parts import Agreement, Events, Executor, Learning, Recorder, Slots, Tiles
 from sgl_flowprefill.hub.role import Decoder, Role
 from sgl_flowprefill.hub.task import NO_TASK, PrefillTask
 from sgl_flowprefill.hub.waiting import WaitingRequest
@@ -51,6 +51,7 @@ class Hub(Generic[RoleT]):
     tiles: Tiles
     now_s: Callable[[], float] = time.monotonic
     stall_check_s: float = STALL_CHECK_S
+    learning: Learning = field(default_factory=Learning)
     decoder: Decoder | None = None
     """The decode steps, on a server that has streams."""
     kv_is_short: bool = field(default=False, init=False)
@@ -274,9 +275,13 @@ class Hub(Generic[RoleT]):
         stalls_due = now_s - self._looked_for_stalls_s >= self.stall_check_s
         arrival = tasks.finishing[0].id if tasks.result_arrived() else NO_TASK
         slowdown_percent = round(100 * self.work.ttft.correction)
-        agreed = self.agreement.agree([stalls_due, arrival, slowdown_percent])
+        has_offer = self.agreement.decides and self.learning.has_offer
+        agreed = self.agreement.agree([stalls_due, arrival, slowdown_percent, has_offer])
         self._agreed_arrival = agreed[1]
         self.tiles.follow(agreed[2] / 100)
+        if agreed[3]:
+            self.learning.adopt()
+            self.work.follow()
         if agreed[0]:
             self._looked_for_stalls_s = now_s
         return bool(agreed[0])

@@ -35,6 +35,18 @@ class TTFT(Protocol):
         """For metrics."""
 
 
+class Learning:
+    """Offers TTFT models that are better than the one in use. Offers none."""
+
+    @property
+    def has_offer(self) -> bool:
+        """Whether there is one. Asked at the rank that decides."""
+        return False
+
+    def adopt(self) -> None:
+        """Predict with it from now on. Called at all ranks, in the same turn."""
+
+
 class Executor(Protocol):
     """Runs forward passes that can be suspended (``runtime.executor``)."""
 

@@ -209,6 +209,10 @@ class Work:
     def computed(self, task: PrefillTask) -> None:
         """The KV of a task that is done can be a cached prefix of others, and the paces are those of today."""
         self.waiting.cached(member.prompt for member in task.members)
+        self.follow()
+
+    def follow(self) -> None:
+        """Predict what has started, and pace what waits, by what the TTFT model knows now."""
         if self.ttft.follow():
             for live in self.tasks.live:
                 live.predicted_s = self.ttft.predict_s(live.shapes)

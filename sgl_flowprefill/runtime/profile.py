@@ -1,4 +1,4 @@
-"""The TTFT model of the running engine: from a profile that was measured for it, or from a short one measured now."""
+"""The TTFT model of the running engine: from a profile that was measured for it, or from one that is measured now."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import hashlib
 import json
 import logging
 import platform
-import random
-import time
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -17,48 +15,55 @@ import torch
 
 from sgl_flowprefill import paths
 from sgl_flowprefill.config import FlowPrefillConfig
-from sgl_flowprefill.profiling import Profile, ProfileError, Row, Setting, read_profile, write_profile
+from sgl_flowprefill.profiling import Profile, ProfileError, Setting, read_profile, write_profile
 from sgl_flowprefill.profiling.fitted import fit
+from sgl_flowprefill.profiling.learned import Learned, begin, learned_path, read_learned
 from sgl_flowprefill.profiling.measure import SchedulerEngine
+from sgl_flowprefill.profiling.ranks import Done, Leader, follow
+from sgl_flowprefill.profiling.run import run_profile
+from sgl_flowprefill.runtime.learner import Learner, LearningTTFT, other_cpus
 from sgl_flowprefill.runtime.scheduler_role import SchedulerRole
-from sgl_flowprefill.ttft import AdaptiveTTFT, OperatorTimes, PrefillShape
+from sgl_flowprefill.ttft import AdaptiveTTFT, OperatorTimes
+from sgl_flowprefill.ttft.boosted import LEAST_SHAPES
 
 logger = logging.getLogger(__name__)
 
-SHORT_LENGTHS_TOKENS: Final = (16, 64, 128, 256, 512, 1024, 1536, 2048, 3072, 4096, 6144, 8192)
-SHORT_REPEATS: Final = 3
-INSIDE_LENGTHS_TOKENS: Final = (512, 2048, 8192)
-"""Lengths at which the short profile looks inside a forward pass, for the times of operators: as many as it takes to
-tell what attention costs a pair of tokens from what it costs a token."""
-SEED: Final = 20260216
+FIRST_START_S: Final = 20.0
+FIRST_START_ON_GPU_S: Final = 5.0
+"""How long a server that finds no profile measures, at most."""
+FIRST_START_ROUNDS: Final = 3
+"""How often it measures each shape, at most."""
 
 
-def load_or_measure(role: SchedulerRole, config: FlowPrefillConfig) -> tuple[AdaptiveTTFT, OperatorTimes | None]:
+def load_or_measure(
+    role: SchedulerRole, config: FlowPrefillConfig
+) -> tuple[AdaptiveTTFT | LearningTTFT, OperatorTimes | None]:
     """TTFT model of the engine behind ``role``, with online correction and the margin of ``config``, and the times
     of its operators where the profile has them.
 
-    It comes from ``--flowprefill-profile``; else from what ``launch.py profile`` left in the cache; else from a short
-    profile of single prompts, which is measured at the first start and cached. Raises SystemExit with one line when
-    the named profile cannot be used.
+    It comes from ``--flowprefill-profile``; else from the cache, where ``launch.py profile`` and earlier starts leave
+    theirs; else it is measured now, and cached. What servers with this profile have learned since is in the cache, too.
+    Raises SystemExit with one line when the named profile cannot be used.
     """
     setting = current_setting(role.scheduler)
-    profile: Profile | None
-    if config.profile is not None:
-        try:
-            profile = _matching(Path(config.profile), setting)
-        except ProfileError as error:
-            raise SystemExit(f"--flowprefill-profile {error}") from None
-    else:
-        profile = _cached(profile_path(setting), setting) or _cached(_short_path(setting), setting)
     # Tile sizes depend on it, so it has to be the same on all tensor-parallel ranks.
     ranks = role.scheduler.tp_group
-    profile = ranks.broadcast_object(profile)
-    if profile is None:
-        profile = ranks.broadcast_object(_measure_short(role, setting, inside=config.granularity != "chunk"))
-        if ranks.rank_in_group == 0:
-            write_profile(_short_path(setting), profile)
-    model, residuals = fit(profile)
-    return AdaptiveTTFT(model, config.slack_quantile, residuals), OperatorTimes.fit(profile.operators())
+    found = ranks.broadcast_object(_find(setting, config) if ranks.rank_in_group == 0 else None)
+    if isinstance(found, SystemExit):
+        raise found
+    profile = _measure(role, setting) if found is None else found
+    known = begin(profile, fit(profile))
+    if not config.learning:
+        ttft = AdaptiveTTFT(
+            known.fitted.model, config.slack_quantile, known.fitted.residuals.tolist(), known.fitted.kinds
+        )
+    else:
+        path = learned_path(profile_path(setting))
+        is_first = ranks.rank_in_group == 0
+        known = ranks.broadcast_object(_learned(path, known) if is_first else None)
+        learner = Learner(path, other_cpus()) if is_first else None
+        ttft = LearningTTFT(known, config.slack_quantile, learner, ranks.broadcast_object)
+    return ttft, OperatorTimes.fit(profile.operators())
 
 
 def profile_path(setting: Setting) -> Path:
@@ -83,54 +88,65 @@ def current_setting(scheduler: Any) -> Setting:
     )
 
 
-def _matching(path: Path, setting: Setting) -> Profile:
-    """The profile at ``path``. Raises ProfileError when it is another setting's, or not complete."""
-    profile = read_profile(path)
-    if profile.setting != setting:
-        raise ProfileError(
-            f"{path}: measured for another server ({profile.setting.difference(setting)}). "
-            "Leave the option out, or run `python launch.py profile` with this server's options."
-        )
-    if not profile.complete:
-        raise ProfileError(
-            f"{path}: its run was interrupted; `python launch.py profile` with the same options resumes it"
-        )
-    return profile
-
-
-def _cached(path: Path, setting: Setting) -> Profile | None:
+def _find(setting: Setting, config: FlowPrefillConfig) -> Profile | SystemExit | None:
+    """The profile that is named or cached, if a model can be fitted to it; why the named one cannot be used."""
+    path = profile_path(setting) if config.profile is None else Path(config.profile)
+    if config.profile is None and not path.exists():
+        return None
     try:
-        return _matching(path, setting) if path.exists() else None
+        profile = read_profile(path)
+        if profile.setting != setting:
+            raise ProfileError(
+                f"{path}: measured for another server ({profile.setting.difference(setting)}). "
+                "Leave the option out, or run `python launch.py profile` with this server's options."
+            )
+        if not profile.complete:
+            raise ProfileError(
+                f"{path}: its run was interrupted; `python launch.py profile` with the same options resumes it"
+            )
+        if len(set(profile.timings()[0])) < LEAST_SHAPES:
+            raise ProfileError(f"{path}: it has too few shapes for a model; `python launch.py profile` measures more")
+        return profile
     except ProfileError as error:
+        if config.profile is not None:
+            return SystemExit(f"--flowprefill-profile {error}")
         logger.warning("FlowPrefill does not use %s", error)
         return None
 
 
-def _short_path(setting: Setting) -> Path:
-    path = profile_path(setting)
-    return path.with_name(f"{path.stem}-short.parquet")
+def _learned(path: Path, known: Learned) -> Learned:
+    """What has been learned since ``known`` was; itself if nothing has, or if that cannot be used."""
+    if not path.exists():
+        return known
+    try:
+        learned = read_learned(path)
+    except ProfileError as error:
+        logger.warning("FlowPrefill begins to learn anew: %s", error)
+        return known
+    if learned.setting != known.setting or learned.profile != known.profile:
+        logger.info("FlowPrefill begins to learn anew: the profile is another one than %s began with", path)
+        return known
+    logger.info("FlowPrefill goes on with what it learned from %d tasks", learned.history.tasks)
+    return learned
 
 
-def _measure_short(role: SchedulerRole, setting: Setting, inside: bool) -> Profile:
+def _measure(role: SchedulerRole, setting: Setting) -> Profile:
+    """A profile measured now, by all ranks together, and kept for the next start."""
+    ranks = role.scheduler.tp_group
     engine = SchedulerEngine(role)
-    scheduler = role.scheduler
-    limit = min(scheduler.model_config.context_len - 1, scheduler.max_total_num_tokens - 1, SHORT_LENGTHS_TOKENS[-1])
-    lengths = sorted({min(length, limit) for length in SHORT_LENGTHS_TOKENS})
-    logger.info("FlowPrefill measures prefill times of %d to %d tokens", lengths[0], lengths[-1])
-    started_s = time.monotonic()
-    order = [length for length in lengths for _ in range(SHORT_REPEATS)]
-    random.Random(SEED).shuffle(order)
-    engine.time((PrefillShape(lengths[len(lengths) // 2]),))  # warm up
-    profile = Profile(setting, lengths[-1], complete=True)
-    for length in order:
-        at_s = time.monotonic() - started_s
-        timing = engine.time((PrefillShape(length),))
-        profile.rows.append(Row(timing.shape, timing.time_s, timing.waited_s, 1, at_s))
-    for length in sorted({min(length, limit) for length in INSIDE_LENGTHS_TOKENS if inside}):
-        at_s = time.monotonic() - started_s
-        timing, attention_s, mlp_s = engine.time_operators((PrefillShape(length),))
-        profile.rows.append(Row(timing.shape, timing.time_s, timing.waited_s, 0, at_s, attention_s, mlp_s))
-    logger.info("FlowPrefill measured %d prefills in %.1f s", len(order), time.monotonic() - started_s)
+    if ranks.rank_in_group > 0:
+        return follow(engine, ranks.broadcast_object)
+    budget_s = FIRST_START_ON_GPU_S if role.scheduler.device == "cuda" else FIRST_START_S
+    logger.info("FlowPrefill measures prefill times for up to %g s", budget_s)
+    leader = engine if ranks.world_size == 1 else Leader(engine, ranks.broadcast_object)
+    profile = run_profile(leader, setting, None, budget_s, most_rounds=FIRST_START_ROUNDS)
+    logger.info("FlowPrefill measured %d prefills of up to %d tokens", len(profile.rows), profile.longest_tokens)
+    if ranks.world_size > 1:
+        ranks.broadcast_object(Done(profile))
+    try:
+        write_profile(profile_path(setting), profile)
+    except OSError as error:
+        logger.warning("FlowPrefill cannot keep the profile for the next start: %s", error)
     return profile
 
 

@@ -18,7 +18,7 @@ from sgl_flowprefill.compat import unchecked_attention_backend
 from sgl_flowprefill.config import FlowPrefillConfig
 from sgl_flowprefill.hub.device import CpuDevice, Device
 from sgl_flowprefill.hub.loop import Hub
-from sgl_flowprefill.hub.parts import OneRank
+from sgl_flowprefill.hub.parts import Learning, OneRank
 from sgl_flowprefill.hub.progress import Progress
 from sgl_flowprefill.hub.task import Tasks
 from sgl_flowprefill.hub.work import Work, half
@@ -28,6 +28,7 @@ from sgl_flowprefill.runtime.checkpoints import find_decoder_layers, install_che
 from sgl_flowprefill.runtime.cuda_device import make_device
 from sgl_flowprefill.runtime.event_recorder import EventRecorder
 from sgl_flowprefill.runtime.executor import Executor
+from sgl_flowprefill.runtime.learner import LearningTTFT
 from sgl_flowprefill.runtime.memory import TaskMemory
 from sgl_flowprefill.runtime.metrics import Metrics
 from sgl_flowprefill.runtime.profile import load_or_measure
@@ -76,19 +77,23 @@ def build(
     if config.granularity == "operator":
         between_tiles = executor.between_tiles
         norms = find_norms(model_runner.model, layers)
-        tiles = TileSizes(plan_tiles(config.max_blocking_ms / 1e3, len(layers), len(norms), ttft, operators))
+        tiles = TileSizes(plan_tiles(config.max_blocking_ms / 1e3, len(layers), len(norms), ttft.model, operators))
         tile_layers(model_runner.model, layers, norms, tiles, between_tiles)
     if config.granularity != "chunk":
         progress = install_checkpoints(model_runner.model, layers, config.granularity, executor.checkpoint)
     slots = AttentionSlots(model_runner, between_tiles, lambda: tiles.now.pairs, with_main=not decodes)
     memory = TaskMemory.plan(model_runner, slots, config.max_suspended, tiles.now.rows)
 
-    batch_tokens = config.max_batch_tokens or throughput_budget_tokens(ttft)
+    batch_tokens = config.max_batch_tokens or throughput_budget_tokens(ttft.model)
     limits = Limits(max_suspended=config.max_suspended, max_batch_tokens=batch_tokens)
     policy = make_policy(config.policy, limits, config.max_starvation_s)
     attention_share = half if operators is None else operators.attention_share
     work = Work(policy, ttft, memory, progress, tasks, attention_share)
-    hub = Hub(role, work, executor, slots, device, agreement, events, recorder, tiles)
+    learning = Learning()
+    if isinstance(ttft, LearningTTFT):
+        learning = ttft
+        ttft.start()
+    hub = Hub(role, work, executor, slots, device, agreement, events, recorder, tiles, learning=learning)
     scheduler.output_streamer.recorder = recorder
     # A full collection of all that has been imported would stop a prefill for half a second.
     gc.collect()

@@ -2,8 +2,7 @@
 
 from sgl_flowprefill.ttft.base import PrefillShape, TTFTModel
 from sgl_flowprefill.ttft.boosted import BoostedTTFT
-from sgl_flowprefill.ttft.cubic import CubicTTFT
 from sgl_flowprefill.ttft.online import AdaptiveTTFT, Prediction
 from sgl_flowprefill.ttft.operators import OperatorTimes
 
-__all__ = ["AdaptiveTTFT", "BoostedTTFT", "CubicTTFT", "OperatorTimes", "Prediction", "PrefillShape", "TTFTModel"]
+__all__ = ["AdaptiveTTFT", "BoostedTTFT", "OperatorTimes", "Prediction", "PrefillShape", "TTFTModel"]

@@ -1,7 +1,11 @@
 """The TTFT model: physics for the course of the curve, gradient-boosted trees (LightGBM) for what physics leaves.
 
 ``seconds = physics(batch) * exp(trees(batch))``. Both factors are non-decreasing in every feature of a batch, so the
-product is; the trees see features clamped to the profiled range, so that beyond it the physics extrapolates alone.
+product is; the trees see features clamped to the measured range, so that beyond it the physics extrapolates alone.
+
+How far the trees are to be believed is measured: each fold of the rows is predicted by physics and trees that have not
+seen it, and the trees count by the share of what physics leaves that they foresee there. With few rows that share is
+small or nothing, and the model is the physics.
 """
 
 from __future__ import annotations
@@ -15,7 +19,8 @@ import numpy as np
 
 from sgl_flowprefill.ttft.base import PrefillShape
 from sgl_flowprefill.ttft.features import COUNT, Array, feature_matrix, features, single_matrix
-from sgl_flowprefill.ttft.physics import Physics
+from sgl_flowprefill.ttft.kinds import kind
+from sgl_flowprefill.ttft.physics import TERMS, Physics
 from sgl_flowprefill.ttft.trees import Trees
 
 Batch = Sequence[PrefillShape]
@@ -23,8 +28,12 @@ Batch = Sequence[PrefillShape]
 BOOSTING_ROUNDS: Final = 40
 OUTLIER_SPREADS: Final = 4.0
 """Deviations from the physics count for no more than this many times their median."""
-LEAST_SHAPES: Final = 12
-"""Fewer distinct shapes do not determine a model."""
+LEAST_SHAPES: Final = 3
+"""Fewer distinct shapes do not determine the physics."""
+LEAST_S: Final = 1e-9
+"""A batch takes no less, also where too few rows leave the physics nothing to say."""
+FOLDS: Final = 5
+"""Parts of the rows, of which each is predicted by a model of the others."""
 PARAMETERS: Final[dict[str, Any]] = {
     "objective": "regression",
     "monotone_constraints": [1] * COUNT,
@@ -50,7 +59,7 @@ class BoostedTTFT:
     trees: Trees
     low: Array
     high: Array
-    """[COUNT] least and greatest profiled value of each feature."""
+    """[COUNT] least and greatest measured value of each feature."""
 
     @classmethod
     def fit(cls, batches: Sequence[Batch], times_s: Sequence[float]) -> BoostedTTFT:
@@ -59,14 +68,32 @@ class BoostedTTFT:
         Raises ValueError with too few distinct shapes.
         """
         shapes = undisturbed(batches, times_s)
-        matrix, seconds = feature_matrix(list(shapes)), np.array(list(shapes.values()))
-        if len(matrix) < LEAST_SHAPES:
-            raise ValueError(f"a TTFT model needs at least {LEAST_SHAPES} different batches, got {len(matrix)}")
-        physics = Physics.fit(matrix, seconds)
-        log_ratios = np.log(seconds / physics.predict_s(matrix))
-        bound = OUTLIER_SPREADS * float(np.median(np.abs(log_ratios)))
-        booster = train(matrix, np.clip(log_ratios, -bound, bound))
-        return cls(physics, Trees.of(booster), matrix.min(axis=0), matrix.max(axis=0))
+        return fit_rows(feature_matrix(list(shapes)), np.array(list(shapes.values()))).model
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Without what the compiled kernels are given: another process compiles its own."""
+        return BoostedTTFT, (self.physics, self.trees, self.low, self.high)
+
+    def is_sound(self) -> bool:
+        """Whether the arrays are of a model that ``fit`` could have made: finite, and non-decreasing in all features.
+
+        What has come from a file or another process is asked this before it is used.
+        """
+        shapes = (self.physics.weights.shape, self.low.shape, self.high.shape)
+        return bool(
+            shapes == ((TERMS,), (COUNT,), (COUNT,))
+            and np.isfinite(np.concatenate([self.physics.weights, self.low, self.high])).all()
+            and (self.physics.weights >= 0).all()
+            and self.physics.weights.any()
+            and self.trees.is_monotone(COUNT)
+        )
+
+    def predict_rows_s(self, matrix: Array) -> Array:
+        """Seconds of the batches whose features are the rows of ``matrix``, without the compiled kernels: for
+        processes that predict seldom.
+        """
+        clamped = np.clip(matrix, self.low, self.high)
+        return np.asarray(self.physics.predict_s(matrix) * np.exp(self.trees.predict(clamped)))
 
     def predict_s(self, batch: Batch) -> float:
         one, _, tables = self._compiled
@@ -94,6 +121,52 @@ class BoostedTTFT:
         predict_one(*features([PrefillShape(1)]), *tables)
         predict_many(single_matrix([PrefillShape(1)]), *tables)
         return predict_one, predict_many, tables
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A model with what it is worth."""
+
+    model: BoostedTTFT
+    residuals: Array
+    """[rows] log of measured over predicted seconds, each predicted by a model that has not seen the row's fold."""
+    kinds: list[int]
+    """[rows] the kind of each (``ttft.kinds``)."""
+    trust: float
+    """From 0 to 1: how far the trees count."""
+
+
+def fit_rows(matrix: Array, seconds: Array) -> Fitted:
+    """Fit ``seconds`` of batches whose features are the rows of ``matrix``.
+
+    Raises ValueError with too few rows.
+    """
+    if len(matrix) < LEAST_SHAPES:
+        raise ValueError(f"a TTFT model needs at least {LEAST_SHAPES} different batches, got {len(matrix)}")
+    # Neighbours in size are in different folds, whatever the order of the rows.
+    fold = np.empty(len(matrix), dtype=np.int64)
+    fold[np.lexsort(matrix.T)] = np.arange(len(matrix)) % FOLDS
+    left, foreseen = np.zeros(len(matrix)), np.zeros(len(matrix))
+    for index in range(min(FOLDS, len(matrix))):
+        unseen = fold == index
+        physics, trees = _fit_parts(matrix[~unseen], seconds[~unseen])
+        left[unseen] = np.log(seconds[unseen] / np.maximum(physics.predict_s(matrix[unseen]), LEAST_S))
+        seen = matrix[~unseen]
+        foreseen[unseen] = trees.predict(np.clip(matrix[unseen], seen.min(axis=0), seen.max(axis=0)))
+    bound = OUTLIER_SPREADS * float(np.median(np.abs(left)))
+    moved = float(foreseen @ foreseen)
+    trust = min(max(float(foreseen @ np.clip(left, -bound, bound)) / moved, 0.0), 1.0) if moved else 0.0
+    physics, trees = _fit_parts(matrix, seconds)
+    model = BoostedTTFT(physics, trees.scaled(trust), matrix.min(axis=0), matrix.max(axis=0))
+    kinds = [kind(*row[:3]) for row in matrix.tolist()]
+    return Fitted(model, left - trust * foreseen, kinds, trust)
+
+
+def _fit_parts(matrix: Array, seconds: Array) -> tuple[Physics, Trees]:
+    physics = Physics.fit(matrix, seconds)
+    log_ratios = np.log(seconds / np.maximum(physics.predict_s(matrix), LEAST_S))
+    bound = OUTLIER_SPREADS * float(np.median(np.abs(log_ratios)))
+    return physics, Trees.of(train(matrix, np.clip(log_ratios, -bound, bound)))
 
 
 def train(matrix: Array, log_ratios: Array, parameters: dict[str, Any] | None = None) -> Any:

@@ -2,7 +2,8 @@
 
 The profile is one machine on one day. The ratio of measured to predicted time is tracked twice, over all tasks and, as
 what that leaves, by size of the task. Both are medians of the last tasks, so that a step change is followed once it is
-the majority and an absurd measurement changes next to nothing.
+the majority and an absurd measurement changes next to nothing. What both leave is kept by kind of batch
+(``ttft.kinds``): the margin of a batch is a quantile over batches like it, and wider for a kind that has not been seen.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Final, NamedTuple
 
 from sgl_flowprefill.pace import Pace
 from sgl_flowprefill.ttft.base import PrefillShape, TTFTModel
+from sgl_flowprefill.ttft.kinds import BANDS_TOKENS, band_of, kind_of
 
 ALL_TASKS: Final = 15
 """Tasks of which the global correction is the median: a step change is followed after half of them."""
@@ -22,9 +24,13 @@ BAND_TASKS: Final = 31
 """Tasks of which a size band's correction is the median: more, so that what the global correction is about to explain
 is not counted twice."""
 RESIDUAL_TASKS: Final = 101
-"""Tasks of which the margin is a quantile."""
-BANDS_TOKENS: Final = (256, 1024, 4096)
-"""New tokens at which size bands begin, after the first."""
+"""Tasks of all kinds of which the margin over all is a quantile. So many are kept for when another model takes over."""
+KIND_TASKS: Final = 41
+"""Tasks of a kind of which its margin is a quantile."""
+LEAST_OF_KIND: Final = 4
+"""Residuals of a profile that say how uncertain a kind is. With fewer it counts as unknown."""
+UNKNOWN: Final = 2.0
+"""Residuals of an unknown kind are taken to be so many times those of all kinds."""
 LEAST_FACTOR: Final = 0.25
 GREATEST_FACTOR: Final = 16.0
 """Bounds of the whole correction: no run of odd measurements makes a prefill free, or endless."""
@@ -46,39 +52,67 @@ class Prediction(NamedTuple):
 class AdaptiveTTFT:
     """``model`` with online correction and a margin. Not thread-safe; one per scheduler."""
 
-    def __init__(self, model: TTFTModel, quantile: float, residuals: Sequence[float] = ()) -> None:
+    def __init__(
+        self,
+        model: TTFTModel,
+        quantile: float,
+        residuals: Sequence[float] = (),
+        kinds: Sequence[int] = (),
+        correction: float = 1.0,
+    ) -> None:
         """``quantile`` in (0, 1) is the share of tasks that shall take no longer than planned; 0.5 is no margin.
 
-        ``residuals``: log ratios of measured to predicted time on held-out shapes, the margin's first estimate.
+        ``residuals``: log ratios of measured to predicted time on held-out shapes, the margin's first estimate, and
+        ``kinds``, those of these shapes. ``correction``: what tasks took over the model's time when this was last seen.
         """
         if not 0.0 < quantile < 1.0:
             raise ValueError(f"a quantile lies between 0 and 1, got {quantile}")
-        self.model = model
         self._quantile = quantile
-        self._all = _Window([0.0] * ALL_TASKS)
+        self._observed = 0
+        self._recent: deque[tuple[Sequence[PrefillShape], float]] = deque(maxlen=RESIDUAL_TASKS)
+        self._paces: dict[int, Pace] = {}
+        self._begin(model, residuals, kinds, correction)
+
+    def _begin(self, model: TTFTModel, residuals: Sequence[float], kinds: Sequence[int], correction: float) -> None:
+        self.model = model
+        self._all = _Window([math.log(correction)] * ALL_TASKS)
         self._bands = [_Window([0.0] * BAND_TASKS) for _ in range(len(BANDS_TOKENS) + 1)]
         self._residuals = _Window(_thinned(residuals, RESIDUAL_TASKS))
-        self._observed = 0
-        self._paces = [Pace(self._factor(band) * self.margin) for band in range(len(self._bands))]
+        self._of_kind: dict[int, list[float]] = {}
+        for kind, residual in zip(kinds, residuals, strict=False):
+            self._of_kind.setdefault(kind, []).append(residual)
+        self._of_unknown = [UNKNOWN * residual for residual in residuals] if kinds else list(residuals)
+        self._margins: dict[int, _Window] = {}
+
+    def replace(self, model: TTFTModel, residuals: Sequence[float] = (), kinds: Sequence[int] = ()) -> None:
+        """Predict with ``model`` from now on, corrected by the last tasks as if it had predicted these, too."""
+        self._begin(model, residuals, kinds, self.correction)
+        for batch, measured_s in list(self._recent):
+            self._learn(batch, measured_s)
 
     def predict(self, batch: Sequence[PrefillShape]) -> Prediction:
         """Times of ``batch`` by the present state of the correction."""
+        kind = kind_of(batch)
         raw_s = self.model.predict_s(batch)
-        expected_s = raw_s * self._factor(_band(batch))
-        return Prediction(raw_s, expected_s, expected_s * self.margin)
+        expected_s = raw_s * self._factor(band_of(kind))
+        return Prediction(raw_s, expected_s, expected_s * self._margin_of(kind))
 
     def predict_s(self, batch: Sequence[PrefillShape]) -> float:
         return self.predict(batch).planned_s
 
     def pace(self, batch: Sequence[PrefillShape]) -> Pace:
-        """What prefills of about the size of ``batch`` have in common: their planned over their profiled time."""
-        return self._paces[_band(batch)]
+        """What prefills of the kind of ``batch`` have in common: their planned over their profiled time."""
+        kind = kind_of(batch)
+        pace = self._paces.get(kind)
+        if pace is None:
+            pace = self._paces[kind] = Pace(self._planned_factor(kind))
+        return pace
 
     def follow(self) -> bool:
         """Bring the paces up to date, but for changes of less than LEAST_CHANGE. Whether any has changed."""
         changed = False
-        for band, pace in enumerate(self._paces):
-            factor = self._factor(band) * self.margin
+        for kind, pace in self._paces.items():
+            factor = self._planned_factor(kind)
             if abs(factor - pace.factor) > LEAST_CHANGE * pace.factor:
                 pace.factor = factor
                 changed = True
@@ -89,15 +123,27 @@ class AdaptiveTTFT:
 
         Nonsense (zero, negative, NaN) is not learned from.
         """
-        prediction = self.predict(batch)
-        if not (0.0 < measured_s < math.inf and prediction.raw_s > 0.0):
-            return prediction
-        band = _band(batch)
-        log_ratio = math.log(measured_s / prediction.raw_s)
-        self._residuals.push(math.log(measured_s / prediction.expected_s))
-        self._all.push(log_ratio)
-        self._bands[band].push(log_ratio - self._all.at(0.5))
+        prediction = self._learn(batch, measured_s)
+        if prediction is None:
+            return self.predict(batch)
+        self._recent.append((batch, measured_s))
         self._observed += 1
+        return prediction
+
+    def _learn(self, batch: Sequence[PrefillShape], measured_s: float) -> Prediction | None:
+        """As ``observe``; None for nonsense."""
+        if not 0.0 < measured_s < math.inf:
+            return None
+        prediction = self.predict(batch)
+        if not prediction.raw_s > 0.0:
+            return None
+        kind = kind_of(batch)
+        log_ratio = math.log(measured_s / prediction.raw_s)
+        residual = math.log(measured_s / prediction.expected_s)
+        self._residuals.push(residual)
+        self._margin_window(kind).push(residual)
+        self._all.push(log_ratio)
+        self._bands[band_of(kind)].push(log_ratio - self._all.at(0.5))
         return prediction
 
     @property
@@ -107,19 +153,42 @@ class AdaptiveTTFT:
 
     @property
     def margin(self) -> float:
-        """Factor from the expected time to the planned one; at least 1 for quantiles of at least 0.5."""
-        log_margin = self._residuals.at(self._quantile)
-        return math.exp(max(0.0, log_margin) if self._quantile >= 0.5 else log_margin)
+        """Factor from the expected time to the planned one over all kinds; at least 1 for quantiles of at least 0.5."""
+        return self._factor_of(self._residuals)
 
     def state(self) -> dict[str, float]:
-        """For metrics: completed tasks, the correction over all and by band (from that many new tokens), the margin."""
+        """For metrics: completed tasks, the correction over all and by band (from that many new tokens), the margin
+        over all kinds, and the widest of a kind that was met.
+        """
         bands = {f"correction_from_{first}": self._factor(i) for i, first in enumerate((0, *BANDS_TOKENS))}
-        values = {"correction": self.correction, **bands, "margin": self.margin}
+        widest = max(map(self._factor_of, self._margins.values()), default=self.margin)
+        values = {"correction": self.correction, **bands, "margin": self.margin, "widest_margin": widest}
         return {"observed": self._observed} | {name: round(value, 4) for name, value in values.items()}
 
     def _factor(self, band: int) -> float:
         factor = math.exp(self._all.at(0.5) + self._bands[band].at(0.5))
         return min(max(factor, LEAST_FACTOR), GREATEST_FACTOR)
+
+    def _planned_factor(self, kind: int) -> float:
+        return self._factor(band_of(kind)) * self._margin_of(kind)
+
+    def _margin_of(self, kind: int) -> float:
+        return self._factor_of(self._margin_window(kind))
+
+    def _factor_of(self, residuals: _Window) -> float:
+        log_margin = residuals.at(self._quantile)
+        return math.exp(max(0.0, log_margin) if self._quantile >= 0.5 else log_margin)
+
+    def _margin_window(self, kind: int) -> _Window:
+        """Residuals of a kind. A kind that is met for the first time has those of its shapes in the profile, or as an
+        unknown one those of all shapes, and wider.
+        """
+        window = self._margins.get(kind)
+        if window is None:
+            own = self._of_kind.get(kind, [])
+            known = own if len(own) >= LEAST_OF_KIND else self._of_unknown
+            window = self._margins[kind] = _Window(_thinned(known, KIND_TASKS))
+        return window
 
 
 class _Window:
@@ -137,14 +206,6 @@ class _Window:
 
     def at(self, quantile: float) -> float:
         return self._sorted[min(int(quantile * len(self._sorted)), len(self._sorted) - 1)]
-
-
-def _band(batch: Sequence[PrefillShape]) -> int:
-    tokens = batch[0].new_tokens if len(batch) == 1 else sum(request.new_tokens for request in batch)
-    band = 0
-    for first in BANDS_TOKENS:
-        band += tokens >= first
-    return band
 
 
 def _thinned(values: Sequence[float], count: int) -> list[float]:

@@ -40,6 +40,49 @@ class Trees:
             _fill(root, 0, 0, depth, feature[tree], threshold[tree], leaf[tree])
         return cls(depth, feature, threshold, leaf)
 
+    def predict(self, matrix: Array) -> Array:
+        """Sum over the trees for each row of ``matrix``, [rows, features]."""
+        trees, splits = self.feature.shape
+        node = np.zeros((len(matrix), trees), dtype=np.int64)
+        every, row = np.arange(trees), np.arange(len(matrix))[:, None]
+        for _ in range(self.depth):
+            right = matrix[row, self.feature[every, node]] > self.threshold[every, node]
+            node = 2 * node + 1 + right
+        return np.asarray(self.leaf[every, node - splits].sum(axis=1))
+
+    def scaled(self, factor: float) -> Trees:
+        """The trees with every leaf multiplied by ``factor``."""
+        return Trees(self.depth, self.feature, self.threshold, factor * self.leaf)
+
+    def is_monotone(self, features: int) -> bool:
+        """Whether these are whole trees over so many ``features``, and no prediction falls where a feature grows.
+
+        A leaf holds where each feature is above its low and at most its high bound. No tree may have a leaf that can
+        be left for a smaller one by growing.
+        """
+        splits = 2**self.depth - 1
+        trees = len(self.leaf)
+        if self.feature.shape != (trees, splits) or self.threshold.shape != (trees, splits):
+            return False
+        if self.leaf.shape != (trees, splits + 1) or not np.isfinite(self.leaf).all():
+            return False
+        if splits and not ((self.feature >= 0) & (self.feature < features)).all():
+            return False
+        low = np.full((trees, 2 * splits + 1, features), -np.inf)
+        high = np.full((trees, 2 * splits + 1, features), np.inf)
+        every = np.arange(trees)
+        for node in range(splits):
+            of, at = self.feature[:, node], self.threshold[:, node]
+            for child in (2 * node + 1, 2 * node + 2):
+                low[:, child], high[:, child] = low[:, node], high[:, node]
+            high[every, 2 * node + 1, of] = np.minimum(high[every, node, of], at)
+            low[every, 2 * node + 2, of] = np.maximum(low[every, node, of], at)
+        low, high = low[:, splits:], high[:, splits:]
+        is_there = (low < high).all(axis=2)
+        grows = (low[:, :, None, :] < high[:, None, :, :]).all(axis=3)  # from a leaf to another
+        falls = self.leaf[:, :, None] > self.leaf[:, None, :] + 1e-12
+        return not (grows & falls & is_there[:, :, None] & is_there[:, None, :]).any()
+
 
 def _depth(node: dict[str, Any]) -> int:
     if "split_feature" not in node:

@@ -91,7 +91,7 @@ def test_a_scheduler_predicts_with_its_own_profile(
     batches, _ = own.timings()
     assert f"FlowPrefill predicts TTFT from {len(batches)} measured batches" in caplog.text
     assert operators is not None
-    expected, _ = fit(own)
+    expected = fit(own).model
     assert [ttft.model.predict_s(batch) for batch in batches] == pytest.approx(
         [expected.predict_s(batch) for batch in batches]
     )

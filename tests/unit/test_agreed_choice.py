@@ -180,3 +180,36 @@ def test_ranks_match_and_start_alike_whatever_arrives(seed: int) -> None:
     logs = run_ranks(arrivals)
     assert logs[0] == logs[1]
     assert sum(len(rids) for kind, rids in logs[0] if kind == "start") == 25
+
+
+class Offers:
+    """Has a better model for each rank when it has started some tasks. Notes what the rank had started by then."""
+
+    def __init__(self, engine: CachingEngine, after: int) -> None:
+        self.adopted_after: list[int] = []
+        self._engine = engine
+        self._after = after
+
+    @property
+    def has_offer(self) -> bool:
+        return self._started >= self._after and not self.adopted_after
+
+    def adopt(self) -> None:
+        self.adopted_after.append(self._started)
+
+    @property
+    def _started(self) -> int:
+        return sum(kind == "start" for kind, _ in self._engine.log)
+
+
+def test_ranks_adopt_a_model_at_the_same_task_when_the_first_one_has_it() -> None:
+    arrivals = {str(number): (0.1 * number, list(range(500 * number, 500 * number + 40)), 1.0) for number in range(9)}
+    meeting = Meeting()
+    ranks = [Rank(meeting, number, arrivals) for number in range(RANKS)]
+    offers = [Offers(rank.engine, after) for rank, after in zip(ranks, (4, 1), strict=True)]
+    for rank, offer in zip(ranks, offers, strict=True):
+        rank.hub.learning = offer
+    with ThreadPoolExecutor(RANKS) as pool:
+        for done in [pool.submit(rank.run) for rank in ranks]:
+            done.result()
+    assert [offer.adopted_after for offer in offers] == [[4], [4]]

@@ -158,7 +158,7 @@ def test_a_shape_that_is_an_outlier_bends_the_curve_little() -> None:
 
 
 def test_too_few_shapes_are_refused() -> None:
-    with pytest.raises(ValueError, match="at least 12 different batches, got 2"):
+    with pytest.raises(ValueError, match="at least 3 different batches, got 2"):
         BoostedTTFT.fit([[PrefillShape(16)], [PrefillShape(64)]], [0.1, 0.2])
 
 

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import os
+import queue
 import random
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from sgl_flowprefill.cluster import profile_command
 from sgl_flowprefill.profiling import Profile, ProfileError, Row, Setting, make_design, read_profile, write_profile
-from sgl_flowprefill.profiling.design import Shape
+from sgl_flowprefill.profiling.design import Shape, references
+from sgl_flowprefill.profiling.ranks import Done, Leader, follow
 from sgl_flowprefill.profiling.report import Report
 from sgl_flowprefill.profiling.run import Progress, Timing, partial_path, run_profile
 from sgl_flowprefill.ttft import PrefillShape
@@ -21,8 +27,15 @@ SETTING = Setting(model="m-1", device="made up", dtype="float32", attention_back
 class MadeUpEngine:
     """Takes the time that a formula says, on a clock of its own; interrupts itself on request."""
 
-    def __init__(self, limit_tokens: int = 20_000, interrupt_after: int | None = None, seed: int = 0) -> None:
+    def __init__(
+        self,
+        limit_tokens: int = 20_000,
+        interrupt_after: int | None = None,
+        seed: int = 0,
+        slowness: Callable[[float], float] = lambda now_s: 1.0,
+    ) -> None:
         self.limit_tokens = limit_tokens
+        self._slowness = slowness
         self.now_s = 0.0
         self.cached_tokens = 0
         self.seen: list[Shape] = []
@@ -41,7 +54,7 @@ class MadeUpEngine:
         assert not self.cached_tokens or max(cached for _, cached in shape) <= self.cached_tokens
         new = sum(request.new_tokens for request in shape)
         pairs = sum(new * (cached + new / 2) for new, cached in shape)
-        time_s = (0.004 + 8e-5 * new + 1.5e-8 * pairs) * self._rng.lognormvariate(0, 0.02)
+        time_s = (0.004 + 8e-5 * new + 1.5e-8 * pairs) * self._rng.lognormvariate(0, 0.02) * self._slowness(self.now_s)
         waited_s = time_s if self._rng.random() < 0.2 else 0.0
         self.now_s += time_s + waited_s
         self.seen.append(shape)
@@ -137,6 +150,110 @@ def test_progress_is_told(tmp_path: Path) -> None:
     profile = run_profile(engine, SETTING, tmp_path / "p.parquet", 60.0, None, told.append, engine.clock)
     assert [now.measured for now in told] == list(range(1, len(profile.rows) + 1))
     assert told[-1].elapsed_s <= 60.0 * 1.05
+
+
+@pytest.mark.parametrize("longest_tokens", [64, 300, 1024, 8192])
+def test_any_beginning_of_the_design_has_all_kinds_of_all_sizes(longest_tokens: int) -> None:
+    design = make_design(longest_tokens)
+    for part in (design[: max(9, len(design) // 4)], design):
+        kinds = [(len(shape) > 1, any(cached for _, cached in shape)) for shape in part]
+        assert {(False, False), (False, True), (True, False)} <= set(kinds)
+        sizes = [sum(new for new, _ in shape) for shape in part]
+        assert min(sizes) <= 32
+        assert max(sizes) >= 0.4 * longest_tokens
+
+
+def test_references_are_measured_all_the_time_and_take_little_of_it(tmp_path: Path) -> None:
+    engine = MadeUpEngine()
+    profile = profiled(tmp_path / "p.parquet", engine)
+    rows = [row for row in profile.rows if row.round < 0]
+    assert {row.shape for row in rows} == set(references(profile.longest_tokens))
+    assert 0.03 < sum(row.time_s for row in rows) / engine.now_s < 0.11
+    at_s = [row.at_s for row in rows]
+    longest_s = max(row.time_s for row in profile.rows)
+    assert max(late - early for early, late in pairwise(at_s)) < 3.0 + 2 * longest_s
+
+
+def other_load(now_s: float) -> float:
+    """Something else runs on the machine for 20 s, and pauses for 20 s."""
+    return 1.6 if int(now_s // 20) % 2 else 1.0
+
+
+@pytest.mark.parametrize("budget_s", [20.0, 180.0])
+def test_a_machine_whose_speed_drifts_is_profiled_as_it_usually_is(tmp_path: Path, budget_s: float) -> None:
+    report = Report(profiled(tmp_path / "p.parquet", MadeUpEngine(slowness=lambda s: other_load(s + 10)), budget_s))
+    figures = report.to_json()
+    assert figures["median_ape"] <= 0.03
+    assert figures["p90_ape"] <= 0.08
+    assert figures["extrapolation"]["4x"]["p90_ape"] <= 0.10
+    assert figures["speed_range"] == pytest.approx(0.6, abs=0.1)
+    if budget_s > 100:
+        assert figures["repeat_spread"] < 0.03
+        assert figures["repeat_spread_untreated"] > 3 * figures["repeat_spread"]
+    for kind in ("batched", "prefix_cached"):
+        assert figures["strata"][kind]["p90_ape"] <= figures["strata"][kind]["cubic"]["p90_ape"] / 2
+
+
+def test_runs_that_go_on_with_each_other_do_not_share_the_machines_speed(tmp_path: Path) -> None:
+    path = tmp_path / "p.parquet"
+    with pytest.raises(KeyboardInterrupt):
+        profiled(path, MadeUpEngine(interrupt_after=150, slowness=lambda now_s: 2.0))
+    resumed = profiled(path, MadeUpEngine(seed=1), resumed=read_profile(partial_path(path)))
+    times_s: dict[Shape, list[float]] = {}
+    for shape, time_s in zip(*resumed.timings(), strict=True):
+        times_s.setdefault(shape, []).append(time_s)
+    assert max(max(of) / min(of) for of in times_s.values()) < 1.5
+
+
+def test_a_server_with_little_time_has_a_model_of_batches_and_prefixes(tmp_path: Path) -> None:
+    engine = MadeUpEngine()
+    profile = run_profile(engine, SETTING, None, 20.0, clock=engine.clock, most_rounds=3)
+    assert engine.now_s < 20 * 1.05
+    assert not list(tmp_path.iterdir())
+    figures = Report(profile).to_json()
+    assert figures["median_ape"] <= 0.03
+    assert figures["p90_ape"] <= 0.08
+    assert figures["extrapolation"]["4x"]["p90_ape"] <= 0.10
+
+
+def test_some_shapes_are_measured_whatever_the_budget(tmp_path: Path) -> None:
+    profile = profiled(tmp_path / "p.parquet", MadeUpEngine(), budget_s=0.1)
+    assert profile.complete
+    shapes = [row.shape for row in profile.rows if row.round > 0]
+    assert len(set(shapes)) == 12
+    assert any(len(shape) > 1 for shape in shapes)
+
+
+def test_ranks_measure_the_same_shapes_and_get_the_first_ones_profile() -> None:
+    engines = [MadeUpEngine(seed=seed) for seed in range(2)]
+    sent: queue.Queue[Any] = queue.Queue()
+
+    def say(value: Any) -> Any:
+        sent.put(value)
+        return value
+
+    with ThreadPoolExecutor() as pool:
+        follower = pool.submit(follow, engines[1], lambda value: sent.get(timeout=10))
+        profile = run_profile(Leader(engines[0], say), SETTING, None, 5.0, clock=engines[0].clock)
+        say(Done(profile))
+        assert follower.result() is profile
+    assert engines[0].seen == engines[1].seen
+    assert engines[0].cached_tokens == engines[1].cached_tokens == profile.longest_tokens
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        Row((PrefillShape(64),), float("nan"), 0.0, 1, 0.0),
+        Row((PrefillShape(64),), -1.0, 0.0, 1, 0.0),
+        Row((PrefillShape(-64),), 1.0, 0.0, 1, 0.0),
+        Row((), 1.0, 0.0, 1, 0.0),
+    ],
+)
+def test_a_profile_that_nobody_can_have_measured_is_refused(tmp_path: Path, row: Row) -> None:
+    write_profile(tmp_path / "p.parquet", Profile(SETTING, 64, [row]))
+    with pytest.raises(ProfileError, match="not a profile"):
+        read_profile(tmp_path / "p.parquet")
 
 
 def test_a_model_is_fitted_to_undisturbed_forward_passes() -> None:

@@ -96,6 +96,10 @@ class Simulate(Command):
     """standard deviation of the logarithm of predictions"""
     prediction_bias: Factor = 1.0
     """factor of all predictions"""
+    forward_error: Annotated[float, arg(metavar="SD")] = 0.0
+    """standard deviation of the logarithm of the times of FlowPrefill's forwards around the predicted ones"""
+    learned: bool = False
+    """predict as a server does: by a profile of its first start, corrected and refitted while it serves"""
     step_ms: Annotated[float | None, POSITIVE, arg(metavar="MS", help_behavior_hint=shown)] = None
     """--unified: fixed time of a decode step (default: the cost model's; 8 for a profile)"""
     step_ms_per_stream: Annotated[float | None, POSITIVE, arg(metavar="MS", help_behavior_hint=shown)] = None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
@@ -13,7 +12,7 @@ from sgl_flowprefill.gpu_report.engine import Engine
 from sgl_flowprefill.gpu_report.phases.base import Outcome, Request
 from sgl_flowprefill.profiling import Profile
 from sgl_flowprefill.profiling.fitted import fit
-from sgl_flowprefill.profiling.run import partial_path, run_profile
+from sgl_flowprefill.profiling.run import run_profile
 from sgl_flowprefill.ttft import OperatorTimes
 from sgl_flowprefill.ttft.budget import throughput_budget_tokens
 
@@ -26,14 +25,12 @@ COLUMNS: Final = ("prompt", "measured", "attention", "MLP", "the rest", "the sim
 def measure(engine: Engine, request: Request) -> Iterator[Outcome]:
     path = request.out / FILE
     profile = run_profile(engine, engine.setting, path, max(LEAST_S, request.budget.left_s))
-    if not profile.complete:
-        shutil.copy(partial_path(path), path)
     yield _outcome(engine, profile, path)
 
 
 def _outcome(engine: Engine, profile: Profile, path: Path) -> Outcome:
     cost = from_profile(path, engine.layers)
-    model, _ = fit(profile)
+    model = fit(profile).model
     operators = OperatorTimes.fit(profile.operators())
     inside = {shape: (whole_s, attention_s, mlp_s) for shape, whole_s, attention_s, mlp_s in profile.operators()}
     rows: list[dict[str, Any]] = []

@@ -1,0 +1,60 @@
+"""Predictions as a server makes them: by a profile of its first start, corrected and refitted while it serves."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+from typing import Final
+
+import numpy as np
+
+from sgl_flowprefill.bench.simulator.cost import CostModel
+from sgl_flowprefill.profiling import make_design
+from sgl_flowprefill.ttft import AdaptiveTTFT, Prediction, PrefillShape
+from sgl_flowprefill.ttft.boosted import fit_rows
+from sgl_flowprefill.ttft.features import feature_matrix
+from sgl_flowprefill.ttft.learning import Journal, Refit, refit
+from sgl_flowprefill.ttft.reservoir import OF_PROFILE, Reservoir
+
+LONGEST_TOKENS: Final = 4096
+"""Longest prompt of the profile, as the first start on a CPU has it."""
+REFIT_TASKS: Final = 50
+LATER: Final = 8
+"""A refit comes no earlier than after this part of all tasks since the last one, which keeps long runs short."""
+
+
+class LearnedTTFT(AdaptiveTTFT):
+    """The model of a simulated server. Refits take no time, and are adopted at once."""
+
+    def __init__(self, cost: CostModel, error: float, quantile: float = 0.75, seed: int = 0) -> None:
+        """The profile's forward passes take what ``cost`` says, off by ``error`` (lognormal)."""
+        rng = random.Random(seed)
+        design = make_design(LONGEST_TOKENS)
+        seconds = np.array([cost.predict_s(shape) * math.exp(rng.gauss(0.0, error)) for shape in design])
+        matrix = feature_matrix(design)
+        fitted = fit_rows(matrix, seconds)
+        super().__init__(fitted.model, quantile, fitted.residuals.tolist(), fitted.kinds)
+        ones = np.ones(len(matrix))
+        self._journal = Journal(Reservoir.of(np.column_stack([matrix, seconds, ones, OF_PROFILE * ones])))
+        self._asked_at = self._trained_through = 0
+        self.refits: list[Refit] = []
+
+    def observe(self, batch: Sequence[PrefillShape], measured_s: float) -> Prediction:
+        prediction = super().observe(batch, measured_s)
+        journal = self._journal
+        journal.completed(batch, measured_s, prediction.raw_s)
+        if journal.number - self._asked_at >= max(REFIT_TASKS, journal.number // LATER):
+            self._asked_at = journal.number
+            self._refit()
+        return prediction
+
+    def _refit(self) -> None:
+        found = refit(self._journal.reservoir.rows, self.model, self._trained_through)  # type: ignore[arg-type]
+        if found is None:
+            return
+        self.refits.append(found)
+        if found.is_better:
+            self._trained_through = found.trained_through
+            self.replace(found.challenger.model, found.challenger.residuals.tolist(), found.challenger.kinds)
+            self._journal.new_model()

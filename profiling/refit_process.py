@@ -1,0 +1,48 @@
+"""The process that refits the TTFT model of a server while it serves: beside it, and after everything else.
+
+It runs at the lowest priority, and on other CPUs than the server's scheduler where there are any. It reads questions
+from its standard input and writes answers to its standard output (``profiling.refit``), and ends with its input. It
+imports neither torch nor SGLang.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Final
+
+from sgl_flowprefill.profiling.refit import answer, read_frame, write_frame
+
+LOWEST_PRIORITY: Final = 19
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="refit")
+    parser.add_argument("--cpus", type=lambda text: {int(cpu) for cpu in text.split(",")})
+    parser.add_argument("--nice", type=int, default=LOWEST_PRIORITY)
+    options = parser.parse_args(argv)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal: the server ends, and with it the questions
+    os.setpriority(os.PRIO_PROCESS, 0, options.nice)
+    if options.cpus:
+        with suppress(OSError):  # not among those that this process may use: it stays where it is
+            os.sched_setaffinity(0, options.cpus)
+    import lightgbm  # noqa: F401 - now, while the server starts, and not when it asks
+    import scipy.optimize  # type: ignore[import-untyped]  # noqa: F401
+
+    import sgl_flowprefill.profiling.learned
+    import sgl_flowprefill.ttft.learning  # noqa: F401
+
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what libraries print belongs to the log
+    with suppress(BrokenPipeError):  # the server has ended
+        while (question := read_frame(sys.stdin.buffer)) is not None:
+            write_frame(answers, answer(question))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

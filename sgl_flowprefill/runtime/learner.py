@@ -1,0 +1,237 @@
+"""Learning while serving: the TTFT model that keeps rows of the tasks that complete, and the process that refits it.
+
+The scheduler's thread hands rows over and takes answers, and waits for neither. A thread of this process talks to the
+refitting process (``profiling.refit_process``); should that end, whatever the cause, the next question starts another.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Final
+
+from sgl_flowprefill.hub.parts import Learning
+from sgl_flowprefill.patches import affinity
+from sgl_flowprefill.profiling.learned import Learned
+from sgl_flowprefill.profiling.refit import Answer, Question, read_frame, write_frame
+from sgl_flowprefill.profiling.refit_process import LOWEST_PRIORITY
+from sgl_flowprefill.ttft import AdaptiveTTFT, Prediction, PrefillShape
+from sgl_flowprefill.ttft.boosted import Fitted
+from sgl_flowprefill.ttft.learning import Journal
+from sgl_flowprefill.ttft.reservoir import Reservoir
+
+logger = logging.getLogger(__name__)
+
+REFIT_TASKS: Final = 50
+"""Tasks from one refit to the next, at least."""
+CPU_SHARE: Final = 0.008
+"""Of one core, what refits may take,"""
+CPU_AHEAD_S: Final = 600.0
+"""and for so many seconds ahead: a server that has just started learns most."""
+
+
+class Learner:
+    """Asks the refitting process, one question at a time."""
+
+    def __init__(self, path: Path | None, cpus: set[int], nice: int = LOWEST_PRIORITY) -> None:
+        """``path``: the file of what is learned. ``cpus``: where the process runs; empty: anywhere."""
+        self.path = path
+        self._nice = nice
+        self._cpus = cpus
+        self.is_busy = False
+        """Whether a question has no answer yet."""
+        self.cpu_s = 0.0
+        """CPU time of the refitting process, and of those before it."""
+        self._answer: Answer | None = None
+        self._questions: queue.SimpleQueue[Question] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+        self.process: subprocess.Popen[bytes] | None = None
+        self._cpu_before_s = 0.0
+        self._said: set[str] = set()
+
+    def start(self) -> None:
+        """Have the process ready for the first question. Returns at once."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._talk, name="flowprefill-learner", daemon=True)
+            self._thread.start()
+
+    def ask(self, question: Question) -> None:
+        """Have ``question`` answered. Returns at once."""
+        self.is_busy = True
+        self.start()
+        self._questions.put(question)
+
+    def take(self) -> Answer | None:
+        """The answer that has come since this was asked last."""
+        answer, self._answer = self._answer, None
+        return answer
+
+    def _talk(self) -> None:
+        if self._cpus:
+            with suppress(OSError):  # of this thread, and of the process that it starts: not if it may not run there
+                os.sched_setaffinity(0, self._cpus)
+        with suppress(OSError):  # the first question will tell
+            self._running()
+        while True:
+            question = self._questions.get()
+            try:
+                answer = self._asked(question)
+            except Exception as error:  # learning is not worth a thread that serving would wait for
+                self._say(f"the process that refits cannot be used ({type(error).__name__}: {error})")
+                self._end()
+                answer = None
+            if answer is not None:
+                self.cpu_s = self._cpu_before_s + answer.cpu_s
+                if answer.error is not None:
+                    self._say(answer.error)
+                self._answer = answer
+            self.is_busy = False
+
+    def _asked(self, question: Question) -> Answer | None:
+        process = self._running()
+        assert process.stdin is not None
+        assert process.stdout is not None
+        write_frame(process.stdin, question)
+        answer: Answer | None = read_frame(process.stdout)
+        if answer is None:
+            self._say(f"the process that refits has ended ({process.wait()}); the next refit starts another")
+            self._cpu_before_s = self.cpu_s
+            self.process = None
+        return answer
+
+    def _end(self) -> None:
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+        self.process = None
+
+    def _running(self) -> subprocess.Popen[bytes]:
+        if self.process is None or self.process.poll() is not None:
+            self._cpu_before_s = self.cpu_s
+            command = [sys.executable, "-m", "sgl_flowprefill.profiling.refit_process", "--nice", str(self._nice)]
+            if self._cpus:
+                command += ["--cpus", ",".join(map(str, sorted(self._cpus)))]
+            env = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+            self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env)
+        return self.process
+
+    def _say(self, problem: str) -> None:
+        """Log ``problem`` once."""
+        if problem not in self._said:
+            self._said.add(problem)
+            logger.warning("FlowPrefill goes on with the TTFT model that it has: %s", problem)
+
+
+class LearningTTFT(AdaptiveTTFT, Learning):
+    """The TTFT model of a server that learns from its tasks."""
+
+    def __init__(
+        self,
+        known: Learned,
+        quantile: float,
+        learner: Learner | None,
+        broadcast: Callable[[Any], Any] = lambda value: value,
+        now_s: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """``known``: what was learned so far. ``learner`` is None at the tensor-parallel ranks that do not decide;
+        ``broadcast`` gives all ranks what rank 0 has.
+        """
+        fitted, history = known.fitted, known.history
+        super().__init__(fitted.model, quantile, fitted.residuals.tolist(), fitted.kinds, history.slowness)
+        self._known = known
+        self._learner = learner
+        self._broadcast = broadcast
+        self._now_s = now_s
+        self._started_s = now_s()
+        self._journal = Journal(Reservoir.of(known.rows), history.tasks)
+        self._journal.refused = history.refused
+        self._asked_at = history.tasks
+        self._offer: Fitted | None = None
+
+    def start(self) -> None:
+        """Called when the server is about to serve."""
+        if self._learner is not None:
+            self._learner.start()
+
+    # ---- what the hub asks ----------------------------------------------------------------------------------------
+
+    def observe(self, batch: Sequence[PrefillShape], measured_s: float) -> Prediction:
+        prediction = super().observe(batch, measured_s)
+        if self._learner is not None:
+            self._journal.completed(batch, measured_s, prediction.raw_s)
+            if self._is_due(self._learner):
+                self._ask(self._learner)
+        return prediction
+
+    @property
+    def has_offer(self) -> bool:
+        answer = self._learner.take() if self._learner is not None else None
+        if answer is not None:
+            self._known = answer.known
+            if answer.refit is not None and answer.refit.is_better:
+                self._offer = answer.known.fitted
+        return self._offer is not None
+
+    def adopt(self) -> None:
+        fitted: Fitted = self._broadcast(self._offer)
+        self._offer = None
+        self.replace(fitted.model, fitted.residuals.tolist(), fitted.kinds)
+        self._journal.new_model()
+        history = self._known.history
+        if self._learner is not None:
+            logger.info(
+                "FlowPrefill predicts with a model of its first %d tasks: %.1f%% off on the %d newest, %.1f%% before",
+                history.trained_through,
+                100 * history.challenger_error,
+                history.judged,
+                100 * history.champion_error,
+            )
+
+    def state(self) -> dict[str, float]:
+        history, state = self._known.history, super().state()
+        if self._learner is None:
+            return state
+        return state | {
+            "tasks": self._journal.number,
+            "rows": len(self._journal.reservoir),
+            "refused": self._journal.refused,
+            "refits": history.refits,
+            "adopted": history.adopted,
+            "refit_at": history.refit_at,
+            "judged": history.judged,
+            "champion_error": round(history.champion_error, 4),
+            "challenger_error": round(history.challenger_error, 4),
+            "was_adopted": int(history.was_adopted),
+            "refit_cpu_s": round(self._learner.cpu_s, 2),
+        }
+
+    # ---- refits -----------------------------------------------------------------------------------------------------
+
+    def _is_due(self, learner: Learner) -> bool:
+        if self._journal.number - self._asked_at < REFIT_TASKS or learner.is_busy or self.has_offer:
+            return False
+        return learner.cpu_s <= CPU_SHARE * (self._now_s() - self._started_s + CPU_AHEAD_S)
+
+    def _ask(self, learner: Learner) -> None:
+        journal = self._journal
+        self._asked_at = journal.number
+        seen = {"tasks": journal.number, "refused": journal.refused}
+        history = self._known.history.model_copy(update=seen)
+        self._known = self._known.model_copy(update={"history": history, "rows": journal.reservoir.rows})
+        learner.ask(Question(self._known, learner.path))
+
+
+def other_cpus() -> set[int]:
+    """The CPUs on which no scheduler of this server runs; empty where there are none, or where none is told its own."""
+    if not affinity.is_enabled():
+        return set()
+    own = set().union(*affinity.parse_ranks(os.environ[affinity.ENV_CPUS]))
+    return set(range(os.cpu_count() or 1)) - own

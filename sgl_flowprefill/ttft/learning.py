@@ -1,0 +1,198 @@
+"""Learning from the tasks that complete: which of them are rows, what is fitted to these, and whether that is better.
+
+A task that has completed is compared with its prediction. What it took more than that has two causes: the machine was
+slower (by the median of the tasks around it), or the model is wrong about its shape, which is what is learned. A
+measurement far from all that its kind of batch has shown is refused: somebody stopped the process, or its clock jumped.
+
+A *challenger* is fitted to the rows but the newest, and judged by these, which neither it nor the *champion*, the model
+in use, has seen. No clock, no file, no process here: ``profiling.refit`` runs ``refit`` in a process of its own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Final
+
+import numpy as np
+
+from sgl_flowprefill.ttft.base import PrefillShape
+from sgl_flowprefill.ttft.boosted import LEAST_SHAPES, BoostedTTFT, Fitted, fit_rows
+from sgl_flowprefill.ttft.features import Array, Features, features
+from sgl_flowprefill.ttft.kinds import kind
+from sgl_flowprefill.ttft.reservoir import (
+    NUMBER,
+    OF_PROFILE,
+    SLOWNESS,
+    Reservoir,
+    Row,
+    cell,
+    features_of,
+    usual_seconds,
+)
+
+AROUND: Final = 7
+"""Tasks before a task, and behind it, that say how slow the machine was."""
+KIND_MEMORY: Final = 5
+"""Last tasks of a kind: a measurement is too far off if it is so from both the prediction and their median."""
+RESIDUALS: Final = 101
+"""Last tasks of which the spread says what is too far off."""
+TOO_FAR: Final = 8.0
+"""So many times the median deviation of the last tasks is too far off,"""
+LEAST_TOO_FAR: Final = 0.4
+"""but no less than this: a factor of 1.5."""
+SUPERSEDED: Final = 8
+"""Rows of a cell that the server has measured itself, from which those of the profile are not needed any more."""
+LEAST_JUDGED: Final = 16
+MOST_JUDGED: Final = 50
+JUDGED_SHARE: Final = 1 / 3
+"""Of the rows that the champion has not seen, those that judge."""
+MOST_PARTS: Final = 5
+"""Challengers that are fitted: to all rows, to the newer half of them, to the newest quarter, and so on."""
+LEAST_PART: Final = 40
+"""Rows of the smallest of these parts, at least."""
+LEAST_ALONE: Final = 60
+"""Rows of the server's own to which a challenger is also fitted without any of the profile, which may be wrong;"""
+HANDICAP: Final = 1.1
+"""it has to be better than the others by this factor, as it knows less of shapes that the server has not met."""
+LEAST_GAIN: Final = 0.02
+"""Part of the champion's error by which a challenger has to be better, at least."""
+SIGNIFICANT: Final = 2.0
+"""Standard errors of the difference between the two by which it has to be better."""
+ABSURD: Final = 1.0
+"""No judging row counts for an error larger than this."""
+
+
+class Journal:
+    """Makes rows of the tasks that complete."""
+
+    def __init__(self, reservoir: Reservoir, number: int = 0) -> None:
+        """``number``: tasks so far, over all starts of the server."""
+        self.reservoir = reservoir
+        self.number = number
+        self.refused = 0
+        """Tasks that were not believed."""
+        self._pending: deque[tuple[Features, float, float, int]] = deque()
+        """Tasks that are not rows yet: features, seconds, the log of their ratio to the prediction, number."""
+        self._around: deque[float] = deque(maxlen=2 * AROUND + 1)
+        """Log ratios of the last tasks."""
+        self._of_kind: dict[int, deque[float]] = {}
+        self._deviations: deque[float] = deque([LEAST_TOO_FAR / TOO_FAR] * (RESIDUALS // 2), maxlen=RESIDUALS)
+
+    def completed(self, batch: Sequence[PrefillShape], measured_s: float, profiled_s: float) -> None:
+        """A task of ``batch`` has taken ``measured_s`` of device time; the model says ``profiled_s``."""
+        self.number += 1
+        if not (0.0 < measured_s < math.inf and profiled_s > 0.0):
+            self.refused += 1
+            return
+        log_ratio = math.log(measured_s / profiled_s)
+        self._pending.append((features(batch), measured_s, log_ratio, self.number))
+        self._around.append(log_ratio)
+        if len(self._around) == 2 * AROUND + 1:
+            log_slowness = median(self._around)
+            while len(self._pending) > AROUND:
+                self._keep(*self._pending.popleft(), log_slowness)
+
+    def new_model(self) -> None:
+        """Another model predicts from now on: how slow the machine is has to be learned anew."""
+        self._pending.clear()
+        self._around.clear()
+
+    def _keep(self, of: Features, seconds: float, log_ratio: float, number: int, log_slowness: float) -> None:
+        residual = log_ratio - log_slowness
+        last = self._of_kind.setdefault(kind(*of[:3]), deque([0.0] * KIND_MEMORY, maxlen=KIND_MEMORY))
+        deviation = min(abs(residual), abs(residual - median(last)))
+        too_far = max(LEAST_TOO_FAR, TOO_FAR * median(self._deviations))
+        last.append(residual)
+        self._deviations.append(deviation)
+        if deviation > too_far:
+            self.refused += 1
+        else:
+            self.reservoir.add(Row(*of, seconds, math.exp(log_slowness), float(number)))
+
+
+@dataclass(frozen=True)
+class Refit:
+    """A challenger, and how it does beside the champion on rows that neither has seen."""
+
+    challenger: Fitted
+    trained_through: int
+    """Number of the last row that it was fitted to."""
+    judged: int
+    """Rows that judged."""
+    champion_error: float
+    challenger_error: float
+    """Mean absolute error of the log of seconds on these, with the median taken out, which the online factor knows."""
+    is_better: bool
+    slowness: float
+    """How many times slower than in the profile the machine was in the median of the judging rows."""
+
+
+def refit(rows: Array, champion: BoostedTTFT, trained_through: int) -> Refit | None:
+    """Fit a challenger of ``champion``, which was fitted to rows of numbers up to ``trained_through``.
+
+    None with too few rows that the champion has not seen.
+    """
+    own = rows[rows[:, NUMBER] > OF_PROFILE]
+    own = own[np.argsort(own[:, NUMBER])]
+    unseen = int((own[:, NUMBER] > trained_through).sum())
+    if unseen < 2 * LEAST_JUDGED:
+        return None
+    count = min(max(LEAST_JUDGED, int(JUDGED_SHARE * unseen)), MOST_JUDGED)
+    known, judging = own[:-count], own[-count:]
+    champion_errors = errors(champion, judging)
+    parts = [known[len(known) - part :] for part in _parts(len(known))]
+    beside = [_fit(needed(rows, part)) for part in parts]
+    alone = [_fit(part) for part in parts if len(part) >= LEAST_ALONE]
+    handicaps = [1.0] * len(beside) + [HANDICAP] * len(alone)
+    challengers = [
+        (handicap * float(errors(fitted.model, judging).mean()), index, fitted)
+        for index, (handicap, fitted) in enumerate(zip(handicaps, beside + alone, strict=True))
+        if fitted is not None and fitted.model.is_sound()
+    ]
+    if not challengers:
+        return None
+    challenger = min(challengers)[-1]
+    challenger_errors = errors(challenger.model, judging)
+    gain = champion_errors - challenger_errors
+    least = max(LEAST_GAIN * champion_errors.mean(), SIGNIFICANT * gain.std() / math.sqrt(count))
+    return Refit(
+        challenger=challenger,
+        trained_through=int(known[-1, NUMBER]),
+        judged=count,
+        champion_error=float(champion_errors.mean()),
+        challenger_error=float(challenger_errors.mean()),
+        is_better=bool(gain.mean() > least),
+        slowness=float(np.median(judging[:, SLOWNESS])),
+    )
+
+
+def _parts(count: int) -> list[int]:
+    """Of ``count`` rows, how many of the newest a challenger may be fitted to: an engine may have become another."""
+    parts = [count]
+    while len(parts) < MOST_PARTS and parts[-1] >= 2 * LEAST_PART:
+        parts.append(parts[-1] // 2)
+    return parts
+
+
+def errors(model: BoostedTTFT, rows: Array) -> Array:
+    """[rows] absolute errors of the log of seconds, with their median taken out."""
+    logs = np.log(usual_seconds(rows) / np.maximum(model.predict_rows_s(features_of(rows)), 1e-9))
+    return np.asarray(np.minimum(np.abs(logs - np.median(logs)), ABSURD))
+
+
+def needed(rows: Array, own: Array) -> Array:
+    """``own`` rows of the server, and those of the profile among ``rows`` that are of cells of which it has few."""
+    count: dict[tuple[int, int, int], int] = {}
+    for row in own[:, :3].tolist():
+        count[cell(*row)] = count.get(cell(*row), 0) + 1
+    of_profile = rows[rows[:, NUMBER] == OF_PROFILE]
+    is_needed = [count.get(cell(*row), 0) < SUPERSEDED for row in of_profile[:, :3].tolist()]
+    return np.concatenate([of_profile[np.array(is_needed, dtype=bool)], own])
+
+
+def _fit(rows: Array) -> Fitted | None:
+    return fit_rows(features_of(rows), usual_seconds(rows)) if len(rows) >= LEAST_SHAPES else None

@@ -1,0 +1,194 @@
+"""A real engine that learns while it serves: from a first start, through a slowdown, and from a profile that is wrong.
+
+``pytest -s -m stress tests/stress/test_learning.py`` prints how far off predictions are, and how soon they recover.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from sgl_flowprefill.bench.workloads.prompts import PromptBuilder
+from sgl_flowprefill.bench.workloads.synthetic import qwen_like
+from sgl_flowprefill.hub.parts import Learning, Recorder
+from sgl_flowprefill.model.embedded import FIRST_WORD_ID, VOCAB_SIZE
+from sgl_flowprefill.profiling.fitted import fit
+from sgl_flowprefill.profiling.learned import Learned, begin, read_learned
+from sgl_flowprefill.profiling.measure import SchedulerEngine
+from sgl_flowprefill.profiling.run import run_profile
+from sgl_flowprefill.runtime.learner import Learner, LearningTTFT
+from sgl_flowprefill.runtime.profile import FIRST_START_ROUNDS, FIRST_START_S, current_setting
+from sgl_flowprefill.ttft import Prediction
+from tests.engine import PrefillEngine
+
+pytestmark = pytest.mark.stress
+QUANTILE = 0.75
+
+
+class Errors(Recorder):
+    """How far off each completed task was predicted."""
+
+    def __init__(self) -> None:
+        self.apes: list[float] = []
+
+    def completed(self, task: Any, prediction: Prediction, ttft: Any, live_tasks: int) -> None:
+        self.apes.append(abs(prediction.expected_s / task.executed_s - 1))
+
+    def of_last(self, count: int) -> tuple[float, float]:
+        """Median and 90th percentile."""
+        last = self.apes[-count:]
+        return float(np.median(last)), float(np.quantile(last, 0.9))
+
+    def settled_after(self, since: int, limit: float) -> int:
+        """Tasks after ``since`` from which on the median error of ten is below ``limit``."""
+        for index in range(since, len(self.apes) - 9):
+            if np.median(self.apes[index : index + 10]) < limit:
+                return index - since
+        raise AssertionError("never")
+
+
+class Server:
+    """The engine, with what it has learned and will learn."""
+
+    def __init__(self, engine: PrefillEngine, learned: Learned, path: Path) -> None:
+        self.engine = engine
+        self.learner = Learner(path, set())
+        self.ttft = LearningTTFT(learned, QUANTILE, self.learner)
+        self.errors = Errors()
+        hub = engine.scheduler.hub
+        hub.work.ttft = hub.learning = self.ttft
+        recorder = hub.recorder
+        hub.recorder = self.errors
+        self._restore = lambda: setattr(hub, "recorder", recorder)
+
+    def serve(self, prompts: Sequence[Sequence[int]]) -> None:
+        """Compute each prompt, one after another, in the order in which it is asked for."""
+        done = len(self.errors.apes)
+        for index, prompt in enumerate(prompts):
+            self.engine.submit(f"{done + index}", prompt)
+            self.engine.run()
+        self.engine.answers.clear()
+
+    def end(self) -> None:
+        self._restore()
+        if self.learner.process is not None:
+            self.learner.process.kill()
+
+
+@pytest.fixture(scope="module")
+def first_start(shared_engine: PrefillEngine) -> Learned:
+    """What a server knows after its first start."""
+    role = shared_engine.scheduler.role
+    began_s = time.monotonic()
+    profile = run_profile(
+        SchedulerEngine(role), current_setting(shared_engine.scheduler), None, FIRST_START_S,
+        most_rounds=FIRST_START_ROUNDS,
+    )  # fmt: skip
+    assert time.monotonic() - began_s < FIRST_START_S + 2
+    print(f"\nfirst start: {len(profile.rows)} forward passes of up to {profile.longest_tokens} tokens")
+    return begin(profile, fit(profile))
+
+
+@pytest.fixture
+def engine(shared_engine: PrefillEngine) -> Iterator[PrefillEngine]:
+    hub = shared_engine.scheduler.hub
+    ttft = hub.work.ttft
+    shared_engine.scheduler.flush_cache()
+    yield shared_engine
+    hub.work.ttft, hub.learning = ttft, Learning()
+    shared_engine.assert_clean()
+
+
+def prompts_of_the_demo(count: int, seed: int) -> list[list[int]]:
+    builder = PromptBuilder(seed, FIRST_WORD_ID, VOCAB_SIZE)
+    trace = qwen_like(count, seed=seed)
+    return [builder.build(request, index) for index, request in enumerate(trace.requests)]
+
+
+def test_the_newest_tasks_of_the_demos_trace_are_predicted_after_300(
+    engine: PrefillEngine, first_start: Learned, tmp_path: Path
+) -> None:
+    server = Server(engine, first_start, tmp_path / "a.npz")
+    try:
+        server.serve(prompts_of_the_demo(500, 1))
+        median, p90 = server.errors.of_last(200)
+        state = server.ttft.state()
+        print(f"newest 200 of 500: median {median:.1%}, p90 {p90:.1%}; {state}")
+        first = server.errors.apes[:100]
+        print(f"first 100: median {np.median(first):.1%}, p90 {np.quantile(first, 0.9):.1%}")
+        assert median < 0.06
+        assert p90 < 0.2
+        assert state["refits"] >= 1
+    finally:
+        server.end()
+
+
+def test_an_engine_that_slows_by_half_is_followed_and_a_killed_learner_changes_nothing(
+    engine: PrefillEngine, first_start: Learned, tmp_path: Path
+) -> None:
+    server = Server(engine, first_start, tmp_path / "b.npz")
+    scheduler = engine.scheduler
+    run_batch = scheduler.run_batch
+
+    def slower(batch: Any, *arguments: Any, **options: Any) -> Any:
+        began_s = time.perf_counter()
+        result = run_batch(batch, *arguments, **options)
+        time.sleep(0.5 * (time.perf_counter() - began_s))
+        return result
+
+    try:
+        server.serve(prompts_of_the_demo(150, 2))
+        scheduler.run_batch = slower
+        if server.learner.process is not None:
+            os.kill(server.learner.process.pid, signal.SIGKILL)
+        server.serve(prompts_of_the_demo(150, 3))
+        settled = server.errors.settled_after(150, 0.1)
+        print(f"slower by half: within 10% after {settled} tasks; {server.ttft.state()}")
+        assert settled <= 20
+        assert server.ttft.correction > 1.3
+    finally:
+        scheduler.run_batch = run_batch
+        server.end()
+
+
+@pytest.mark.parametrize("wrong", ["twice", "half", "long prompts four times"])
+def test_a_profile_that_is_wrong_is_noticed_and_replaced(
+    engine: PrefillEngine, first_start: Learned, tmp_path: Path, wrong: str
+) -> None:
+    model = first_start.fitted.model
+    weights = model.physics.weights.copy()
+    rows = first_start.rows.copy()
+    factor = {"twice": 2.0, "half": 0.5}.get(wrong)
+    if factor is not None:
+        weights *= factor
+        rows[:, 4] *= factor
+    else:
+        weights[4:] = 0.0
+        weights[2] *= 4.0
+        rows[:, 4] = (replace(model.physics, weights=weights)).predict_s(rows[:, :4])
+    fitted = replace(first_start.fitted, model=replace(model, physics=replace(model.physics, weights=weights)))
+    path = tmp_path / "c.npz"
+    server = Server(engine, first_start.model_copy(update={"fitted": fitted, "rows": rows}), path)
+    try:
+        prompts = prompts_of_the_demo(300, 4)
+        random.Random(0).shuffle(prompts)
+        server.serve(prompts)
+        settled = server.errors.settled_after(0, 0.1)
+        median, p90 = server.errors.of_last(100)
+        state = server.ttft.state()
+        print(f"{wrong}: within 10% after {settled} tasks, newest 100: median {median:.1%}, p90 {p90:.1%}; {state}")
+        assert settled <= 200
+        assert median < 0.08
+        if factor is None:
+            assert read_learned(path).history.adopted >= 1
+    finally:
+        server.end()

@@ -1,0 +1,257 @@
+"""The process that refits while a server serves: what it finds is adopted; whatever becomes of it, serving goes on."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import random
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sgl_flowprefill.patches import affinity
+from sgl_flowprefill.profiling import Profile, ProfileError, Row, Setting, make_design
+from sgl_flowprefill.profiling.fitted import fit
+from sgl_flowprefill.profiling.learned import Learned, begin, learned_path, read_learned, write_learned
+from sgl_flowprefill.runtime.learner import REFIT_TASKS, Learner, LearningTTFT, other_cpus
+from sgl_flowprefill.ttft import PrefillShape
+from tests.unit.test_ttft_learning import Cost, cost_s, slow_attention, tasks
+
+SETTING = Setting(model="m-1", device="made up", dtype="float32", attention_backend="none", threads=1, sglang="0")
+WAIT_S = 120.0
+
+
+def known(cost: Cost = slow_attention) -> Learned:
+    """What a server knows at its first start; by default its profile is another machine's."""
+    rng = random.Random(0)
+    rows = [Row(shape, cost(shape) * rng.lognormvariate(0, 0.02), 0.0, 1, 0.0) for shape in make_design(4096)]
+    profile = Profile(SETTING, 4096, rows, complete=True)
+    return begin(profile, fit(profile))
+
+
+KNOWN = known()
+
+
+class Server:
+    """What serves: tasks complete one after another, and an offer is adopted at the next event."""
+
+    def __init__(self, learner: Learner, learned: Learned = KNOWN) -> None:
+        self.learner = learner
+        self.ttft = LearningTTFT(learned, 0.75, learner)
+        self._rng = random.Random(1)
+        self._tasks = iter(tasks(5000, 7))
+
+    def serve(self, count: int) -> float:
+        """The longest time that the scheduler spent on a task that completed."""
+        longest_s = 0.0
+        for _ in range(count):
+            batch = next(self._tasks)
+            measured_s = cost_s(batch) * self._rng.lognormvariate(0, 0.02)
+            begin_s = time.thread_time()
+            self.ttft.observe(batch, measured_s)
+            longest_s = max(longest_s, time.thread_time() - begin_s)
+        return longest_s
+
+    def answered(self) -> None:
+        """Wait until nothing is asked any more."""
+        wait_for(lambda: not self.learner.is_busy)
+
+    def look(self) -> None:
+        """What a hub does at an event."""
+        if self.ttft.has_offer:
+            self.ttft.adopt()
+
+    @property
+    def error(self) -> float:
+        apes = [abs(self.ttft.predict(batch).expected_s / cost_s(batch) - 1) for batch in tasks(200, 99)]
+        return float(np.median(apes))
+
+
+def wait_for(is_so: Callable[[], bool]) -> None:
+    end_s = time.monotonic() + WAIT_S
+    while not is_so():
+        assert time.monotonic() < end_s, "still not so"
+        time.sleep(0.01)
+
+
+@pytest.fixture
+def learner(tmp_path: Path) -> Iterator[Learner]:
+    learner = Learner(tmp_path / "p.learned.npz", set(), nice=os.getpriority(os.PRIO_PROCESS, 0))
+    yield learner
+    if learner.process is not None:
+        learner.process.kill()
+
+
+def test_a_better_model_is_offered_adopted_kept_and_there_after_a_restart(
+    learner: Learner, caplog: pytest.LogCaptureFixture
+) -> None:
+    server = Server(learner)
+    server.serve(2 * REFIT_TASKS)
+    before = server.error
+    server.answered()
+    assert server.ttft.has_offer
+    assert server.error == before, "not before it is adopted"
+    with caplog.at_level(logging.INFO):
+        server.ttft.adopt()
+    assert not server.ttft.has_offer
+    assert server.error < 0.7 * before
+    state = server.ttft.state()
+    assert (state["refits"], state["adopted"], state["was_adopted"]) == (1, 1, 1)
+    assert state["challenger_error"] < state["champion_error"]
+    assert state["rows"] > len(make_design(4096)) + 2 * REFIT_TASKS - 25
+    assert "predicts with a model of its first" in caplog.text
+
+    assert learner.path is not None
+    again = Server(Learner(None, set()), read_learned(learner.path))
+    assert again.ttft.model.predict_s([PrefillShape(900, 900)]) == server.ttft.model.predict_s([PrefillShape(900, 900)])
+    assert again.error < 0.8 * before
+    assert again.ttft.state()["adopted"] == 1
+    assert again.ttft.state()["tasks"] == REFIT_TASKS
+
+
+def test_the_process_ends_with_the_server(learner: Learner) -> None:
+    server = Server(learner)
+    server.serve(REFIT_TASKS)
+    server.answered()
+    assert 0 < learner.cpu_s < 30
+    assert learner.process is not None
+    assert learner.process.stdin is not None
+    learner.process.stdin.close()
+    assert learner.process.wait(60) == 0
+
+
+def test_it_runs_after_everything_else_on_other_cpus_than_the_scheduler(tmp_path: Path) -> None:
+    cpu = max(os.sched_getaffinity(0))
+    learner = Learner(None, {cpu})
+    learner.start()
+    wait_for(lambda: learner.process is not None)
+    process = learner.process
+    assert process is not None
+    wait_for(lambda: os.getpriority(os.PRIO_PROCESS, process.pid) == 19)
+    assert os.sched_getaffinity(process.pid) == {cpu}
+    process.kill()
+
+
+def test_the_other_cpus_are_those_of_no_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(affinity.ENV_CPUS, raising=False)
+    assert other_cpus() == set()
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    monkeypatch.setenv(affinity.ENV_CPUS, "0|2")
+    assert other_cpus() == {1, 3}
+
+
+def test_serving_goes_on_when_the_process_is_killed_and_another_one_learns(
+    learner: Learner, caplog: pytest.LogCaptureFixture
+) -> None:
+    server = Server(learner)
+    server.serve(REFIT_TASKS)
+    server.answered()
+    server.look()
+    first = learner.process
+    assert first is not None
+    os.kill(first.pid, signal.SIGSTOP)  # in the middle of its work, as far as the server can tell
+    server.serve(REFIT_TASKS)
+    assert server.serve(REFIT_TASKS) < 0.2, "nobody waits for it"
+    first.kill()
+    server.answered()
+    server.look()
+    assert "has ended (-9); the next refit starts another" in caplog.text
+    server.serve(REFIT_TASKS)
+    server.answered()
+    assert learner.process is not None
+    assert learner.process is not first
+    server.look()
+    assert server.ttft.state()["refits"] >= 2
+    assert server.error < 0.1
+
+
+def test_serving_goes_on_with_a_full_disk_and_says_so_once(learner: Learner, caplog: pytest.LogCaptureFixture) -> None:
+    server = Server(learner)
+    server.serve(REFIT_TASKS)
+    server.answered()
+    server.look()
+    assert learner.process is not None
+    assert learner.path is not None
+    learner.path.unlink()
+    part = learner.path.with_name(f".{learner.path.name}.{learner.process.pid}")
+    for _ in range(3):
+        part.symlink_to("/dev/full")
+        server.serve(REFIT_TASKS)
+        server.answered()
+        server.look()
+        part.unlink(missing_ok=True)
+    assert caplog.text.count("cannot be written (No space left on device)") == 1
+    assert not learner.path.exists()
+    assert server.ttft.state()["refits"] >= 3
+    assert server.error < 0.1
+
+
+def test_refits_take_little_of_a_core(learner: Learner) -> None:
+    now_s = 0.0
+    server = Server(learner)
+    server.ttft = LearningTTFT(KNOWN, 0.75, learner, now_s=lambda: now_s)
+    asked = 0
+
+    def ask(question: object) -> None:
+        nonlocal asked
+        asked += 1
+        learner.cpu_s += 1.0
+
+    learner.ask = ask  # type: ignore[method-assign]
+    for _ in range(100):
+        now_s += 36.0
+        server.serve(REFIT_TASKS)
+    assert asked == pytest.approx(36 + 4, abs=6)
+    assert asked / now_s <= 0.012
+
+
+def test_what_another_profile_or_setting_began_is_told_apart() -> None:
+    assert known().profile == KNOWN.profile
+    assert known(cost_s).profile != KNOWN.profile
+
+
+@given(st.data())
+def test_a_damaged_file_is_found_out(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+    path = learned_path(tmp_path_factory.mktemp("learned") / "p.parquet")
+    write_learned(path, KNOWN)
+    body = bytearray(path.read_bytes())
+    damage = data.draw(st.sampled_from(["cut", "flip"]))
+    place = data.draw(st.integers(0, len(body) - 1))
+    if damage == "cut":
+        del body[place:]
+    else:
+        body[place] ^= 1 << data.draw(st.integers(0, 7))
+    path.write_bytes(body)
+    with suppress(ProfileError):
+        found = read_learned(path)  # what was damaged is not what is read: a time, say
+        assert found.fitted.model.is_sound()
+        np.testing.assert_array_equal(found.rows, KNOWN.rows)
+
+
+def test_numbers_that_no_server_can_have_learned_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "p.learned.npz"
+    model = KNOWN.fitted.model
+    wrong_rows = KNOWN.rows.copy()
+    wrong_rows[3, 4] = -1.0
+    leaves = np.random.default_rng(0).normal(size=model.trees.leaf.shape)
+    falling = dataclasses.replace(model, trees=dataclasses.replace(model.trees, leaf=leaves))
+    negative = dataclasses.replace(model, physics=dataclasses.replace(model.physics, weights=-model.physics.weights))
+    for learned in (
+        KNOWN.model_copy(update={"rows": wrong_rows}),
+        KNOWN.model_copy(update={"rows": KNOWN.rows[:, :3]}),
+        KNOWN.model_copy(update={"fitted": dataclasses.replace(KNOWN.fitted, model=falling)}),
+        KNOWN.model_copy(update={"fitted": dataclasses.replace(KNOWN.fitted, model=negative)}),
+    ):
+        write_learned(path, learned)
+        with pytest.raises(ProfileError, match="not what a server has learned"):
+            read_learned(path)
+    write_learned(path, KNOWN)
+    assert read_learned(path).fitted.model.predict_s([PrefillShape(500)]) == model.predict_s([PrefillShape(500)])
