@@ -89,9 +89,10 @@ class TestFlowPrefill:
                 live.discard(event.task)
             deepest = max(deepest, len(live))
         suspends = [event for event in events if event.kind == "suspend"]
-        assert len(suspends) >= 5
+        blocking_s = [event.blocking_s for event in suspends if event.blocking_s is not None]  # None: nobody has come
+        assert len(blocking_s) >= 5
         assert deepest >= 4, "not nested three deep"
-        assert all(event.blocking_s >= 0 for event in suspends)
+        assert min(blocking_s) >= 0
         for (prompt_tokens, _), (tokens, logprobs) in zip(MIX, ANSWERS["flowprefill"], strict=True):
             comparison.answer(f"{len(prompt_tokens)} tokens", prompt_tokens, tokens, logprobs)
         comparison.assert_same()
