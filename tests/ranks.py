@@ -46,6 +46,9 @@ class Ranks:
     ``pass_probabilities``: each rank's device is late (``tests.late_device``), and how soon its work is over.
     """
 
+    settings: Mapping[str, Any] = {"disaggregation_mode": "prefill", "disaggregation_transfer_backend": "nixl"}
+    """What kind of server it is."""
+
     def __init__(
         self,
         model_path: str,
@@ -82,8 +85,7 @@ class Ranks:
                 nnodes=nodes,
                 node_rank=node,
                 dist_init_addr=rendezvous,
-                disaggregation_mode="prefill",
-                disaggregation_transfer_backend="nixl",
+                **self.settings,
                 disable_overlap_schedule=True,
                 chunked_prefill_size=-1,
                 max_total_tokens=60_000,
@@ -104,7 +106,7 @@ class Ranks:
             args = node_args[rank * nodes // tp]
             late = self._late[rank] if self._late else None
             work = (args, ports, rank, sender, str(self.event_log), str(self.log), chaos, late, self._prepare)
-            self.processes.append(spawn.Process(target=_run_rank, args=work, daemon=True))
+            self.processes.append(spawn.Process(target=self.run_rank, args=work, daemon=True))
             self.processes[-1].start()
             sender.close()
             pipes.append(receiver)
@@ -125,6 +127,11 @@ class Ranks:
             process.join()
         self._context.destroy(linger=0)
         signal.signal(signal.SIGQUIT, self._sigquit)
+
+    @staticmethod
+    def run_rank(*work: Any) -> None:
+        """The body of a rank's process."""
+        _run_rank(*work)
 
     def submit(self, rid: str, prompt: Sequence[int], ttft_slo_s: float | None = None) -> None:
         self.send(generate_request(rid, prompt, self._sent, ttft_slo_s, logprobs=True))
@@ -232,18 +239,7 @@ def _run_rank(
     late: float | None,
     prepare: Callable[[Any, int], object] | None,
 ) -> None:
-    """The body of a rank's process."""
-    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
-    bind = "|".join(str(cpu) for cpu in sorted(os.sched_getaffinity(0)) * args.tp_size)
-    os.environ |= {
-        "FLOWPREFILL": "1",
-        "FLOWPREFILL_EVENT_LOG": event_log,
-        "FLOWPREFILL_MAX_SUSPENDED": "100",
-        "SGLANG_CPU_OMP_THREADS_BIND": bind,
-    }
-    torch.set_num_threads(1)
+    settle(args, event_log, log)
     from sglang.srt.managers.scheduler import run_scheduler_process
     from sglang.srt.plugins import load_plugins
     from sglang.srt.runtime_context import get_disagg
@@ -272,11 +268,32 @@ def _run_rank(
     run_scheduler_process(args, ports, rank, rank, 0, None, pipe)
 
 
+def settle(args: Any, event_log: str, log: str) -> None:
+    """Let this process be that of a rank: its output, its environment, its one thread."""
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    bind = "|".join(str(cpu) for cpu in sorted(os.sched_getaffinity(0)) * args.tp_size)
+    os.environ |= {
+        "FLOWPREFILL": "1",
+        "FLOWPREFILL_EVENT_LOG": event_log,
+        "FLOWPREFILL_MAX_SUSPENDED": "100",
+        "SGLANG_CPU_OMP_THREADS_BIND": bind,
+    }
+    torch.set_num_threads(1)
+
+
 def _unleash(scheduler: Any, chaos: Chaos) -> None:
-    from sgl_flowprefill.runtime.agreement import Agreement
     from tests.chaos import chaos as unleash
 
     unleash(SimpleNamespace(scheduler=scheduler), chaos.seed, chaos.switch_probability)
+    agree_on_interruptions(scheduler)
+
+
+def agree_on_interruptions(scheduler: Any) -> None:
+    """What interrupts tasks of this rank, the first, by chance now, interrupts those of the others."""
+    from sgl_flowprefill.runtime.agreement import Agreement
+
     agreement, executor = scheduler.hub.agreement, scheduler.hub.executor
     if isinstance(agreement, Agreement):
         switch, pending = executor.interrupted, agreement.side.pending

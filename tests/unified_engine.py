@@ -420,17 +420,12 @@ class StockComparison:
 # ---- chance in place of the policy -----------------------------------------------------------------------------------
 
 
-@contextmanager
-def chance(engine: UnifiedEngine, seed: int, switch_probability: float) -> Iterator[Counter[str]]:
-    """Suspend prefills at random interruption points, and run whatever a coin says: a task, a request, a step."""
+def coin(colocated: Any, rng: random.Random, seen: Counter[str]) -> Callable[..., Any]:
+    """In place of what ``colocated`` decides: a task, a request or a step, by chance."""
     from sgl_flowprefill.policy import Act
     from sgl_flowprefill.policy.colocated import Turn
 
-    rng = random.Random(seed)
-    hub, seen = engine.hub, engine.seen
-    colocated, executor, role = hub.work.colocated, hub.executor, hub.role
-
-    def next_(now_s: float, running: Any, admit: bool = True) -> Any:
+    def decide(now_s: float, running: Any, admit: bool = True) -> Any:
         tasks = sorted(colocated.prefills.started, key=lambda job: job.item.id)
         requests = colocated.prefills.first_waiting(now_s, 1000) if admit else []
         choices: list[Any] = tasks + sorted(requests, key=lambda job: job.item.number)
@@ -448,6 +443,16 @@ def chance(engine: UnifiedEngine, seed: int, switch_probability: float) -> Itera
         seen["deepest"] = max(seen["deepest"], started)
         return Turn(Act.TASK if choice.started else Act.START, choice)
 
+    return decide
+
+
+@contextmanager
+def chance(engine: UnifiedEngine, seed: int, switch_probability: float) -> Iterator[Counter[str]]:
+    """Suspend prefills at random interruption points, and run whatever a coin says: a task, a request, a step."""
+    rng = random.Random(seed)
+    hub, seen = engine.hub, engine.seen
+    colocated, executor, role = hub.work.colocated, hub.executor, hub.role
+
     def interrupted() -> bool:
         from sglang.srt.layers.dp_attention import get_is_extend_in_batch
 
@@ -462,7 +467,7 @@ def chance(engine: UnifiedEngine, seed: int, switch_probability: float) -> Itera
     scheduler, add = engine.scheduler, engine.scheduler._add_request_to_queue
     before = Counter(retractions=role.retractions, given_back=role.given_back)
     was_interrupted, ends_waiting = executor.interrupted, executor.ends_waiting
-    colocated.next, scheduler._add_request_to_queue = next_, retracted
+    colocated.next, scheduler._add_request_to_queue = coin(colocated, rng, seen), retracted
     executor.interrupted = executor.ends_waiting = interrupted
     try:
         yield seen

@@ -100,7 +100,7 @@ class UnifiedRole(SchedulerRole):
         return Arrival(
             req=req,
             shape=self.match(req),
-            prompt=req.origin_input_ids + array("q", req.output_ids) if is_retracted else req.origin_input_ids,
+            prompt=array("q", [*req.origin_input_ids, *req.output_ids]) if is_retracted else req.origin_input_ids,
             received_s=since_s,
             deadline_s=since_s + slo_s(req, self.default_slo_s),
             readable_s=since_s if is_retracted else sent_s(req) or come_s,

@@ -150,12 +150,12 @@ def test_a_frontend_program_with_gen_fork_and_select_runs_straight_at_the_server
 @pytest.mark.parametrize(
     "dataset",
     [
-        ["--dataset-name", "random", "--random-input-len", "600", "--random-output-len", "20",
+        ["--dataset-name", "random-ids", "--random-input-len", "600", "--random-output-len", "20",
          "--random-range-ratio", "0.2"],
         ["--dataset-name", "generated-shared-prefix", "--gsp-num-groups", "3", "--gsp-prompts-per-group", "4",
          "--gsp-system-prompt-len", "300", "--gsp-question-len", "40", "--gsp-output-len", "16"],
     ],
-    ids=["random", "generated-shared-prefix"],
+    ids=["random-ids", "generated-shared-prefix"],
 )  # fmt: skip
 def test_sglangs_own_benchmark_runs_against_it(unified_server: Cluster, dataset: list[str], tmp_path: Path) -> None:
     out = tmp_path / "bench.jsonl"

@@ -8,6 +8,7 @@ import time
 from array import array
 from collections.abc import Callable
 from concurrent.futures import Future
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
@@ -28,7 +29,8 @@ from sgl_flowprefill.hub.role import Arrival
 from sgl_flowprefill.hub.task import Tasks
 from sgl_flowprefill.hub.work import Work
 from sgl_flowprefill.pace import Pace
-from sgl_flowprefill.policy import Limits, make_policy
+from sgl_flowprefill.policy import ColocatedPolicy, DecodeLimits, Limits, Stream, make_policy
+from sgl_flowprefill.profiling.steps import LinearSteps
 from sgl_flowprefill.runtime.event_recorder import EventRecorder
 from sgl_flowprefill.runtime.executor import Executor
 from sgl_flowprefill.runtime.hub_scheduler import feed_watchdogs
@@ -154,6 +156,47 @@ def test_log_probabilities_are_asked_for_from_a_token_of_the_prompt_on() -> None
     assert input_logprobs(req) == 54
     req.return_logprob = False
     assert input_logprobs(req) == 0
+
+
+class Steps:
+    """The decode steps of a hub on the simulated device: 10 ms each."""
+
+    def __init__(self, hub: Any) -> None:
+        self._hub = hub
+        self.begun_s: list[float] = []
+
+    def step(self) -> None:
+        device = self._hub.device
+        self.begun_s.append(device.now_s)
+        device.launch("step", 0.01)
+        device.synchronize()
+        self._hub.work.colocated.stepped(self.begun_s[-1], device.now_s)
+
+    def missing_tokens(self) -> int:
+        return 0
+
+    def give_back(self, task: Any) -> None:
+        raise AssertionError("nothing is missing")
+
+
+def test_streams_get_their_steps_while_started_tasks_run_to_their_ends() -> None:
+    model = Model(100, lambda tokens: 0.01, lambda tokens: 0.01)
+    requests = [SimulatedRequest("r", 0.0, 100, 60.0)]
+    hub = SimulatedServer(SimulatedDevice(0, HostCosts()), model, requests).hub
+    hub.work.colocated = ColocatedPolicy(hub.work.policy, LinearSteps(0.01, 0.0, 0.0), DecodeLimits(margin_s=0.02))
+    hub.decoder = steps = Steps(hub)
+    hub.executor.interrupted = hub.executor.ends_waiting = hub.has_news  # type: ignore[attr-defined]
+    hub.work.colocated.joined([Stream(0.1, 100, 0.0)])
+    assert hub.turn()
+    [task] = hub.work.tasks.live
+    assert 0.06 <= hub.now_s() <= 0.09, "it came back for the step, and ran until then"
+    hub.finish_started()
+    assert task.done
+    assert not hub.work.tasks
+    gaps_s = [later - earlier for earlier, later in pairwise(steps.begun_s)]
+    assert len(gaps_s) >= 20
+    assert max(gaps_s) <= 0.1
+    assert len(task.spans) <= len(steps.begun_s) + 2, "it comes back for a step, and not at each checkpoint"
 
 
 def test_a_task_takes_over_the_number_of_the_request_it_is_started_for() -> None:

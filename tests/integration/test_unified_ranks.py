@@ -1,0 +1,50 @@
+"""Two tensor-parallel ranks that prefill and decode: all decide alike, and answer as transformers does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from sgl_flowprefill.events import read_events
+from sgl_flowprefill.model import embedded_model_path
+from tests.integration.conftest import TWO_HEADS
+from tests.prompts import prompt
+from tests.ranks import Chaos
+from tests.reference import TOKENS, Comparison, Reference
+from tests.unified_engine import Ask
+from tests.unified_ranks import UnifiedRanks
+
+SHARED = prompt(99, 300)
+ASKED = {
+    f"r{i:02}": Ask(tuple(prompt(i, tokens, SHARED if i % 2 else None)), TOKENS, (("ignore_eos", True),))
+    for i, tokens in enumerate([40, 500, 1900, 350, 1300, 310, 7, 2500, 900, 330, 64, 1700])
+}
+
+
+@pytest.fixture
+def comparison(two_heads: Reference) -> Iterator[Comparison]:
+    comparison = Comparison(two_heads)
+    yield comparison
+    print(f"\n{comparison}")
+
+
+def test_two_ranks_with_steps_at_random_points_inside_suspended_prefills_give_the_answers_of_transformers(
+    comparison: Comparison, tmp_path: Path
+) -> None:
+    with UnifiedRanks(str(embedded_model_path(TWO_HEADS)), 2, tmp_path, Chaos(seed=2, switch_probability=0.7)) as ranks:
+        asked = {f"{rid}-{i}": ask for i in range(2) for rid, ask in ASKED.items()}
+        for rid, ask in asked.items():
+            ranks.ask(rid, ask)
+        ranks.finish(list(asked))
+        ranks.compare_answers(comparison, asked)
+        assert comparison.counts["tokens"] == TOKENS * len(asked)
+        assert ranks.preemptions() >= 50
+        events = list(read_events(ranks.event_log))
+        live, inside = 0, 0
+        for event in events:
+            live += (event.kind == "start") - (event.kind == "complete")
+            inside += event.kind == "step" and live > 0
+        print(f"{inside} of {sum(event.kind == 'step' for event in events)} steps inside prefills")
+        assert inside >= 20

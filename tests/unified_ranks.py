@@ -1,0 +1,78 @@
+"""Real scheduler processes of a tensor-parallel server that prefills and decodes: see ``tests.ranks``."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter, defaultdict
+from collections.abc import Mapping
+from typing import Any
+
+from tests.ranks import Chaos, Ranks, agree_on_interruptions, settle
+from tests.reference import Comparison
+from tests.unified_engine import Ask, coin
+
+
+class UnifiedRanks(Ranks):
+    """Ranks that give whole answers."""
+
+    settings: Mapping[str, Any] = {"disaggregation_mode": "null"}
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.answers: dict[str, list[int]] = defaultdict(list)
+        self.all_logprobs: dict[str, list[float]] = defaultdict(list)
+
+    @staticmethod
+    def run_rank(*work: Any) -> None:
+        _run_unified_rank(*work)
+
+    def ask(self, rid: str, ask: Ask) -> None:
+        self.send(ask.message(rid, None))
+
+    def take(self, timeout_s: float) -> bool:
+        from sglang.srt.managers.io_struct import sock_recv
+
+        some = False
+        while self._answers.poll(0 if some else int(timeout_s * 1e3)):
+            output = sock_recv(self._answers)
+            values = output.output_token_logprobs_val or [[] for _ in output.rids]
+            for rid, ids, logprobs, reason in zip(
+                output.rids, output.output_ids, values, output.finished_reasons, strict=True
+            ):
+                self.answers[rid] += ids
+                self.all_logprobs[rid] += map(float, logprobs)
+                if reason is not None:
+                    self.reasons[rid] = reason
+                    self.tokens[rid] = ids[0] if ids else None
+            some = True
+        return some
+
+    def compare_answers(self, comparison: Comparison, asked: Mapping[str, Ask]) -> None:
+        """Compare the tokens of all answers, and their log probabilities."""
+        for rid, ask in asked.items():
+            comparison.answer(rid, ask.prompt, self.answers[rid], self.all_logprobs[rid])
+        comparison.assert_same()
+
+
+def _run_unified_rank(
+    args: Any, ports: Any, rank: int, pipe: Any, event_log: str, log: str, chaos: Chaos | None, *_: Any
+) -> None:
+    settle(args, event_log, log)
+    from sglang.srt.managers.scheduler import run_scheduler_process
+    from sglang.srt.plugins import load_plugins
+
+    load_plugins()
+    from sgl_flowprefill.runtime.unified_scheduler import UnifiedScheduler
+
+    init = UnifiedScheduler.__init__
+
+    def with_chaos(scheduler: Any, *arguments: Any) -> None:
+        init(scheduler, *arguments)
+        if chaos is not None and rank == 0:
+            rng, hub = random.Random(chaos.seed), scheduler.hub
+            hub.work.colocated.next = coin(hub.work.colocated, rng, Counter())
+            hub.executor.interrupted = lambda: rng.random() < chaos.switch_probability
+            agree_on_interruptions(scheduler)
+
+    UnifiedScheduler.__init__ = with_chaos  # type: ignore[method-assign]
+    run_scheduler_process(args, ports, rank, rank, 0, None, pipe)
