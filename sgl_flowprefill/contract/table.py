@@ -13,7 +13,6 @@ from sgl_flowprefill.compat import (
     OWN_SETTINGS_OF_UNIFIED_SERVERS,
     READ_SETTINGS,
     REFUSED_ABOVE_ONE,
-    REFUSED_ABOVE_ONE_ON_UNIFIED_SERVERS,
     REFUSED_ENVIRONMENT,
     REFUSED_ON_PREFILL_SERVERS,
     REFUSED_ON_UNIFIED_SERVERS,
@@ -129,7 +128,6 @@ PARTS: Final = (
                             *REFUSED_ON_PREFILL_SERVERS,
                             *REFUSED_ON_UNIFIED_SERVERS,
                             *REFUSED_ABOVE_ONE,
-                            *REFUSED_ABOVE_ONE_ON_UNIFIED_SERVERS,
                         }
                     )
                 ),
