@@ -119,7 +119,7 @@ def test_a_better_model_is_offered_adopted_kept_and_there_after_a_restart(
     assert again.ttft.model.predict_s(shape) == server.ttft.model.predict_s(shape)
     assert again.error == pytest.approx(server.error, abs=0.02)
     assert again.ttft.state()["adopted"] == state["adopted"]
-    assert again.ttft.state()["tasks"] == 4 * REFIT_TASKS
+    assert 3 * REFIT_TASKS <= again.ttft.state()["tasks"] <= 4 * REFIT_TASKS
 
 
 def test_the_process_ends_with_the_server(learner: Learner) -> None:
