@@ -58,7 +58,7 @@ def single_prompts(longest_tokens: int) -> list[Shape]:
 
 def looked_into(longest_tokens: int) -> list[Shape]:
     """The single prompts whose operators are timed: every other one, and the longest."""
-    return single_prompts(longest_tokens)[::-2]
+    return _spread(single_prompts(longest_tokens)[::-2][::-1])
 
 
 def references(longest_tokens: int) -> list[Shape]:

@@ -98,7 +98,7 @@ class Profile:
         speed.
         """
         rows = self._whole()
-        slowness = np.exp(self.speed().log_slowness([row.at_s for row in rows]))
+        slowness = np.exp(self.speed().log_slowness([row.at_s + row.time_s / 2 for row in rows]))
         times_s = [row.undisturbed_s / slower for row, slower in zip(rows, slowness.tolist(), strict=True)]
         return [row.shape for row in rows], times_s
 
@@ -106,7 +106,9 @@ class Profile:
         """How fast the machine was while this was measured, by the references."""
         rows = [row for row in self._whole() if row.round < 0]
         return MachineSpeed.of(
-            [row.shape for row in rows], [row.undisturbed_s for row in rows], [row.at_s for row in rows]
+            [row.shape for row in rows],
+            [row.undisturbed_s for row in rows],
+            [row.at_s + row.time_s / 2 for row in rows],
         )
 
     def untreated_timings(self) -> tuple[list[tuple[PrefillShape, ...]], list[float]]:

@@ -21,7 +21,12 @@ KNOTS_PAIRS: Final = (32.0**2, 256.0**2, 2048.0**2)
 """Numbers of pairs up to which attention may cost extra, and from which a pair may cost more."""
 ROBUST_ITERATIONS: Final = 5
 OUTLIER_SPREADS: Final = 2.0
-TERMS: Final = 5 + 2 * (len(KNOTS_TOKENS) + len(KNOTS_PAIRS))
+PLAIN_TERMS: Final = 5
+"""A constant, requests, new and cached tokens, pairs; what comes behind them bends the curve at a knot."""
+RIDGE: Final = 0.03
+"""What bends the curve has to explain more than this part of the rows' times, squared: noise would bend it where the
+rows end, and beyond them it would be far off."""
+TERMS: Final = PLAIN_TERMS + 2 * (len(KNOTS_TOKENS) + len(KNOTS_PAIRS))
 
 
 @dataclass(frozen=True)
@@ -37,8 +42,10 @@ class Physics:
         relative = terms(matrix) / seconds[:, None]
         scale = np.maximum(np.linalg.norm(relative, axis=0), 1e-300)
         trust = np.ones(len(seconds))
+        ridge = np.sqrt(RIDGE) * np.eye(TERMS)[PLAIN_TERMS:]
         for _ in range(ROBUST_ITERATIONS):
-            weights = non_negative(relative / scale * trust[:, None], trust)
+            columns = np.concatenate([relative / scale * trust[:, None], ridge])
+            weights = non_negative(columns, np.concatenate([trust, np.zeros(len(ridge))]))
             error = np.abs(np.log(np.maximum(relative @ (weights / scale), 1e-9)))
             # Huber's weights: a batch far off the curve pulls no harder than one a little off it.
             trust = np.sqrt(np.minimum(1.0, OUTLIER_SPREADS * (np.median(error) + 1e-4) / np.maximum(error, 1e-12)))

@@ -53,7 +53,7 @@ class MachineSpeed:
         at = np.asarray(at_s, dtype=np.float64)
         if not self.neighbours:
             return np.zeros(len(at))
-        return np.median(self.log_ratios[self._nearest(at, self.neighbours)], axis=1)
+        return np.asarray(np.median(self.log_ratios[self._nearest(at, self.neighbours)], axis=1))
 
     @property
     def range(self) -> float:

@@ -78,7 +78,7 @@ class Trees:
             high[every, 2 * node + 1, of] = np.minimum(high[every, node, of], at)
             low[every, 2 * node + 2, of] = np.maximum(low[every, node, of], at)
         low, high = low[:, splits:], high[:, splits:]
-        is_there = (low < high).all(axis=2)
+        is_there = np.asarray((low < high).all(axis=2))
         grows = (low[:, :, None, :] < high[:, None, :, :]).all(axis=3)  # from a leaf to another
         falls = self.leaf[:, :, None] > self.leaf[:, None, :] + 1e-12
         return not (grows & falls & is_there[:, :, None] & is_there[:, None, :]).any()

@@ -102,19 +102,24 @@ def test_a_better_model_is_offered_adopted_kept_and_there_after_a_restart(
     with caplog.at_level(logging.INFO):
         server.ttft.adopt()
     assert not server.ttft.has_offer
-    assert server.error < 0.7 * before
-    state = server.ttft.state()
-    assert (state["refits"], state["adopted"], state["was_adopted"]) == (1, 1, 1)
-    assert state["challenger_error"] < state["champion_error"]
-    assert state["rows"] > len(make_design(4096)) + 2 * REFIT_TASKS - 25
     assert "predicts with a model of its first" in caplog.text
+    for _ in range(2):
+        server.serve(REFIT_TASKS)
+        server.answered()
+        server.look()
+    assert server.error < before / 2
+    state = server.ttft.state()
+    assert state["refits"] == 3
+    assert state["adopted"] >= 1
+    assert state["rows"] > len(make_design(4096)) + 4 * REFIT_TASKS - 50
 
     assert learner.path is not None
     again = Server(Learner(None, set()), read_learned(learner.path))
-    assert again.ttft.model.predict_s([PrefillShape(900, 900)]) == server.ttft.model.predict_s([PrefillShape(900, 900)])
-    assert again.error < 0.8 * before
-    assert again.ttft.state()["adopted"] == 1
-    assert again.ttft.state()["tasks"] == REFIT_TASKS
+    shape = [PrefillShape(900, 900)]
+    assert again.ttft.model.predict_s(shape) == server.ttft.model.predict_s(shape)
+    assert again.error == pytest.approx(server.error, abs=0.02)
+    assert again.ttft.state()["adopted"] == state["adopted"]
+    assert 3 * REFIT_TASKS <= again.ttft.state()["tasks"] <= 4 * REFIT_TASKS
 
 
 def test_the_process_ends_with_the_server(learner: Learner) -> None:
