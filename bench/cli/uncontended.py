@@ -8,7 +8,10 @@ that had nothing to do: its TTFT is what an only user waits. The further ones sh
 from __future__ import annotations
 
 import asyncio
-from typing import Any, Final, NamedTuple
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
 
 import numpy as np
 from rich.console import Console
@@ -49,9 +52,7 @@ def run(options: Uncontended, console: Console) -> int:
                         turns[name][tokens].append(turn)
             console.print(f"{tokens} tokens: {options.pairs} pairs done")
     rows = [_row(tokens, *(turns[name][tokens] for name in compared)) for tokens in options.tokens]
-    turns_s = {name: {str(tokens): taken for tokens, taken in found.items()} for name, found in turns.items()}
-    figures = {"rows": rows, "turns_ttft_s_and_took_s": turns_s, "systems": list(compared), "model": servers.model}
-    write_result(options.out / "uncontended.json", result("uncontended", figures))
+    write_figures(options.out / "uncontended.json", rows, turns, servers.model)
     table = Table("prompt tokens", "", "FlowPrefill", "SGLang unchunked", "ratio (median of pairs)", "quartiles")
     for row in rows:
         for label, quantity, digits in (
@@ -71,12 +72,23 @@ def run(options: Uncontended, console: Console) -> int:
     return 0
 
 
-class Isolated(NamedTuple):
+@dataclass(frozen=True)
+class Isolated:
     """One prompt that met no other."""
 
     ttft_s: float
     took_s: float
     """Until its answer of two tokens was complete."""
+
+
+def write_figures(path: Path, rows: Sequence[Mapping[str, Any]], turns: Mapping[str, Turns], model: str) -> None:
+    """Write the figures of both systems, with every turn that they were computed from."""
+    by_text = {name: {str(tokens): taken for tokens, taken in found.items()} for name, found in turns.items()}
+    write_result(path, result("uncontended", {"rows": rows, "turns": by_text, "model": model}))
+
+
+Turns = dict[int, list[list[Isolated]]]
+"""Turns of a system by the length of their prompts in tokens."""
 
 
 def _row(tokens: int, ours: list[list[Isolated]], stock: list[list[Isolated]]) -> dict[str, Any]:

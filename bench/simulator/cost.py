@@ -58,11 +58,14 @@ class CostModel:
         names = ("fixed_s", "per_token_s", "per_pair_s", "floor_s")
         return dataclasses.replace(self, **{name: factor * getattr(self, name) for name in names})
 
-    def attention_share(self, batch: Sequence[PrefillShape]) -> float:
-        """Share of a layer's time that passes before the preemption checkpoint after its attention module."""
-        whole_s = self.predict_s(batch)
-        attention_s = self.per_pair_s * _work(batch)[1]
-        return (attention_s + self.projection_share * (whole_s - attention_s)) / whole_s
+    def forward(self, batch: Sequence[PrefillShape]) -> tuple[float, float]:
+        """Seconds of one forward pass over ``batch``, and the share of a layer's time that passes before the preemption
+        checkpoint after its attention module.
+        """
+        tokens, pairs = _work(batch)
+        attention_s = self.per_pair_s * pairs
+        whole_s = max(self.floor_s, self.fixed_s + self.per_token_s * tokens) + attention_s
+        return whole_s, (attention_s + self.projection_share * (whole_s - attention_s)) / whole_s
 
     def least_s(self, shape: PrefillShape, max_batch_tokens: int) -> float:
         """A lower bound of the machine time that a request takes, in whatever forwards and company it is computed.

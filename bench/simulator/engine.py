@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from heapq import heappop, heappush
 
@@ -40,5 +41,5 @@ def _step(due: list[tuple[float, int]], instances: Sequence[Instance], router: R
     for request in instance.completed:
         router.completed(request, number)
     instance.completed.clear()
-    if instance.next_s < float("inf"):
+    if instance.next_s < math.inf:
         heappush(due, (instance.next_s, number))

@@ -27,11 +27,14 @@ class SimShape(PrefillShape):
     """What a request costs, and what the policy believes that it takes alone."""
 
     predicted_s: float
+    alone_s: float
+    """What it takes alone."""
 
     @classmethod
-    def of(cls, request: SimRequest) -> SimShape:
+    def of(cls, request: SimRequest, cost: CostModel) -> SimShape:
         shape = cls(*request.shape)
         shape.predicted_s = request.predicted_s
+        shape.alone_s = cost.predict_s((shape,))
         return shape
 
 
@@ -63,8 +66,11 @@ class SimTTFT:
         shapes = cast(Sequence[SimShape], batch)
         if len(shapes) == 1:
             return shapes[0].predicted_s
-        off = sum(shape.predicted_s for shape in shapes) / sum(self._cost.predict_s((shape,)) for shape in shapes)
-        return off * self._cost.predict_s(shapes)
+        predicted_s = alone_s = 0.0
+        for shape in shapes:
+            predicted_s += shape.predicted_s
+            alone_s += shape.alone_s
+        return predicted_s / alone_s * self._cost.predict_s(shapes)
 
     def pace(self, batch: Sequence[PrefillShape]) -> Pace:
         return AS_PREDICTED
@@ -100,7 +106,7 @@ class SimEngine:
 
     def arrival(self, request: SimRequest) -> Arrival:
         """``request`` can be started from now on."""
-        shape = self._waiting[request] = SimShape.of(request)
+        shape = self._waiting[request] = SimShape.of(request, self._cost)
         return Arrival(request, (), shape, request.arrival_s, request.deadline_s, request.ready_s)
 
     def take_news(self, stalls_due: bool) -> bool:
@@ -126,8 +132,7 @@ class SimEngine:
         for req in reqs:
             self.kv.send(req, req.shape.cached_tokens, self._now_s())
         shapes = [self._waiting.pop(req) for req in reqs]
-        duration_s = self._cost.predict_s(shapes)
-        attention_share = self._cost.attention_share(shapes)
+        duration_s, attention_share = self._cost.forward(shapes)
         checkpoints = Checkpoints(duration_s, self._cost.layers, attention_share, self._preemption)
         return SimBatch(reqs, shapes, duration_s, checkpoints)
 

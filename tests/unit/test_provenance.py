@@ -16,6 +16,7 @@ import pytest
 from rich.console import Console
 
 from sgl_flowprefill.bench.__main__ import main
+from sgl_flowprefill.bench.cli.uncontended import Isolated, write_figures
 from sgl_flowprefill.bench.metrics import provenance
 from sgl_flowprefill.bench.metrics.provenance import PROVENANCE, SCHEMA, read_result, result, write_result
 from sgl_flowprefill.bench.reports.goodput import rates_table
@@ -64,6 +65,15 @@ def test_every_command_writes_its_json_with_its_provenance() -> None:
                 kinds |= {str(one.value.value) for one in node.keywords if isinstance(one.value, ast.Constant)}
     assert writers - logs - {"cli/fetch_trace.py"} == {"metrics/provenance.py"}
     assert kinds == {"breakdown", "demo", "goodput", "replay", "simulate", "uncontended", "validate"}
+
+
+def test_turns_of_isolated_prompts_are_written_as_they_were(tmp_path: Path) -> None:
+    turns = {"flowprefill": {512: [[Isolated(0.1, 0.2), Isolated(0.3, 0.4)]]}}
+    write_figures(tmp_path / "uncontended.json", [{"tokens": 512}], turns, "embedded Llama")
+    figures = read_result(tmp_path / "uncontended.json").figures
+    assert figures["turns"] == {
+        "flowprefill": {"512": [[{"ttft_s": 0.1, "took_s": 0.2}, {"ttft_s": 0.3, "took_s": 0.4}]]}
+    }
 
 
 def test_a_document_without_its_provenance_is_not_written(tmp_path: Path) -> None:
