@@ -102,10 +102,6 @@ REFUSED_ABOVE_ONE: Final = {
     "tokenizer_worker_num": "the objective of a request is checked by the HTTP server, whose workers load no plugins",
 }
 
-REFUSED_ABOVE_ONE_ON_UNIFIED_SERVERS: Final = {
-    "tp_size": "its ranks have not been shown to agree on decode steps; start as many servers",
-}
-
 REFUSED_ENVIRONMENT: Final = {
     "SGLANG_ENABLE_METRICS_DEVICE_TIMER": "its timer takes one forward pass at a time",
     "SGLANG_ENABLE_GRAPH_POOL_BORROW": "log probabilities of a suspended prefill would lie in memory of graphs "
@@ -163,8 +159,7 @@ def incompatible_option(server_args: Any, env: Mapping[str, str] | None = None) 
         if value(field) and value(field) != "none":
             given = flag(field) if value(field) is True else f"{flag(field)} {value(field)}"
             return f"{given} cannot work with FlowPrefill: {reason}"
-    above_one = REFUSED_ABOVE_ONE | (REFUSED_ABOVE_ONE_ON_UNIFIED_SERVERS if is_unified else {})
-    for field, reason in above_one.items():
+    for field, reason in REFUSED_ABOVE_ONE.items():
         if (value(field) or 1) > 1:
             return f"{flag(field)} {value(field)} cannot work with FlowPrefill: {reason}"
     for name, reason in REFUSED_ENVIRONMENT.items():

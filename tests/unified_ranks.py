@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections import Counter, defaultdict
 from collections.abc import Mapping
+from itertools import count
 from typing import Any
 
 from tests.ranks import Chaos, Ranks, agree_on_interruptions, settle
@@ -68,6 +69,8 @@ def _run_unified_rank(
 
     def with_chaos(scheduler: Any, *arguments: Any) -> None:
         init(scheduler, *arguments)
+        if chaos is not None:
+            _lack_kv_cache_now_and_then(scheduler.role)
         if chaos is not None and rank == 0:
             rng, hub = random.Random(chaos.seed), scheduler.hub
             hub.work.colocated.next = coin(hub.work.colocated, rng, Counter())
@@ -76,3 +79,9 @@ def _run_unified_rank(
 
     UnifiedScheduler.__init__ = with_chaos  # type: ignore[method-assign]
     run_scheduler_process(args, ports, rank, rank, 0, None, pipe)
+
+
+def _lack_kv_cache_now_and_then(role: Any) -> None:
+    """Every fifth time that a step is asked what it lacks, it lacks a token, on each rank."""
+    looks = count(1)
+    role.missing_tokens = lambda: int(next(looks) % 5 == 0)

@@ -44,7 +44,8 @@ def test_two_ranks_with_steps_at_random_points_inside_suspended_prefills_give_th
         events = list(read_events(ranks.event_log))
         live, inside = 0, 0
         for event in events:
-            live += (event.kind == "start") - (event.kind == "complete")
+            live += (event.kind == "start") - (event.kind in ("complete", "give_back"))
             inside += event.kind == "step" and live > 0
         print(f"{inside} of {sum(event.kind == 'step' for event in events)} steps inside prefills")
         assert inside >= 20
+        assert sum(event.kind == "give_back" for event in events) >= 3

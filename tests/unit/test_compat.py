@@ -6,7 +6,6 @@ import pytest
 
 from sgl_flowprefill.compat import (
     REFUSED_ABOVE_ONE,
-    REFUSED_ABOVE_ONE_ON_UNIFIED_SERVERS,
     REFUSED_ENVIRONMENT,
     REFUSED_ON_PREFILL_SERVERS,
     REFUSED_ON_UNIFIED_SERVERS,
@@ -65,12 +64,6 @@ def test_switches(mode, field):
 def test_parallelism(field):
     assert "--" + field.replace("_", "-") + " 2 cannot work" in problem(**{field: 2})
     assert "--" + field.replace("_", "-") + " 2 cannot work" in problem(**UNIFIED, **{field: 2})
-
-
-@pytest.mark.parametrize("field", REFUSED_ABOVE_ONE_ON_UNIFIED_SERVERS)
-def test_parallelism_of_a_server_that_prefills_and_decodes(field):
-    assert "--" + field.replace("_", "-") + " 2 cannot work" in problem(**UNIFIED, **{field: 2})
-    assert problem(**{field: 2}) is None
 
 
 def test_a_server_that_prefills_and_decodes_works_with_what_flowprefill_sets():
