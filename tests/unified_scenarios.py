@@ -354,18 +354,16 @@ def starts_of_all_that_is_admitted(engine: UnifiedEngine) -> Play:
 
 
 def _starts_first(engine: UnifiedEngine) -> Callable[..., Any]:
-    """All is started that is admitted, then steps and prefills take turns."""
+    """All is started that is admitted, then all prefills run, then steps."""
     colocated = engine.hub.work.colocated
-    turns = [0]
 
     def next_(now_s: float, running: Any, admit: bool = True) -> Any:
         waiting = colocated.prefills.first_waiting(now_s, 1000) if admit else []
         if waiting:
             return Turn(Act.START, min(waiting, key=lambda job: job.item.number))
-        turns[0] += 1
         started = sorted(colocated.prefills.started, key=lambda job: job.item.id)
-        if colocated.streams.requests and (turns[0] % 2 or not started):
-            return Turn(Act.STEP)
-        return Turn(Act.TASK, started[0]) if started else Turn(Act.NOTHING)
+        if started:
+            return Turn(Act.TASK, started[0])
+        return Turn(Act.STEP if colocated.streams.requests else Act.NOTHING)
 
     return next_

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
 from itertools import chain
@@ -17,6 +18,7 @@ from sgl_flowprefill.deadline import received_s, slo_s
 from sgl_flowprefill.hub.device import Device
 from sgl_flowprefill.hub.failure import Failure
 from sgl_flowprefill.hub.parts import Agreement
+from sgl_flowprefill.hub.role import Arrival
 from sgl_flowprefill.hub.task import PrefillTask, Tasks
 from sgl_flowprefill.runtime.event_recorder import EventRecorder
 from sgl_flowprefill.runtime.wakeup import Wakeup
@@ -27,7 +29,7 @@ COMPILES_SINCE: Final = "flowprefill_compiles_since_s"
 
 
 @dataclass(eq=False)
-class SchedulerRole:
+class SchedulerRole(ABC):
     """What the hub asks of a server, by SGLang's own methods."""
 
     scheduler: Any
@@ -53,6 +55,15 @@ class SchedulerRole:
     @property
     def is_paused(self) -> bool:
         return bool(self.scheduler._engine_paused)
+
+    @abstractmethod
+    def take_news(self, stalls_due: bool) -> bool: ...
+
+    @abstractmethod
+    def arrived(self) -> Iterator[Arrival]: ...
+
+    @abstractmethod
+    def drop(self, task: PrefillTask) -> None: ...
 
     def waiting(self) -> Collection[Any]:
         queue: list[Any] = self.scheduler.waiting_queue

@@ -65,7 +65,9 @@ class UnifiedRole(SchedulerRole):
 
     @classmethod
     def make(cls, config: FlowPrefillConfig, scheduler: Any, *parts: Any) -> Self:
-        return cls(scheduler, config.default_ttft_slo, *parts, default_tbt_slo_s=config.default_tbt_slo)
+        role = super().make(config, scheduler, *parts)
+        role.default_tbt_slo_s = config.default_tbt_slo
+        return role
 
     # ---- what the hub asks ----------------------------------------------------------------------------------------
 
@@ -183,7 +185,7 @@ class UnifiedRole(SchedulerRole):
     def missing_tokens(self) -> int:
         allocator = self.scheduler.token_to_kv_pool_allocator
         batches = [batch for batch in (self.scheduler.running_batch, *self.joining) if not batch.is_empty()]
-        needed_tokens = sum(batch.new_tokens_required_next_decode() for batch in batches)
+        needed_tokens: int = sum(batch.new_tokens_required_next_decode() for batch in batches)
         if allocator.check_decode_capacity(
             num_tokens=needed_tokens,
             tree_cache=self.scheduler.tree_cache,

@@ -32,6 +32,7 @@ class UnifiedScheduler(HubScheduler):
     role: UnifiedRole
     running_batch: Any
     last_batch: Any
+    load_inquirer: Any
 
     def build_hub(self, config: FlowPrefillConfig) -> Hub[UnifiedRole]:
         hub = build(self, config, UnifiedRole.make, decodes=True)
