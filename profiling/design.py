@@ -80,12 +80,12 @@ def choose_longest(limit_tokens: int, round_s: float, estimate_s: Callable[[Shap
 
 
 def _spread(shapes: list[Shape]) -> list[Shape]:
-    """``shapes``, which go from small to large, so that any beginning of them is spread over all: the reversed bits of
-    an index say its place.
+    """``shapes``, which go from small to large, so that any beginning of them is spread over all: both ends, and then
+    the reversed bits of an index say its place.
     """
     bits = max(1, (len(shapes) - 1).bit_length())
     order = [int(f"{index:0{bits}b}"[::-1], 2) for index in range(1 << bits)]
-    return [shapes[index] for index in order if index < len(shapes)]
+    return [shapes[index] for index in dict.fromkeys((0, len(shapes) - 1, *order)) if index < len(shapes)]
 
 
 def _ladder(first: int, last: int, factor: float) -> list[int]:

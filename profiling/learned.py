@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from sgl_flowprefill.profiling.file import Profile, ProfileError, Setting
 from sgl_flowprefill.profiling.fitted import shapes
@@ -49,7 +49,7 @@ class History(BaseModel):
     """Mean absolute errors of the model in use and of the refitted one on these."""
     was_adopted: bool = False
     """Whether the refitted one took over."""
-    slowness: float = 1.0
+    slowness: float = Field(default=1.0, gt=0)
     """How many times slower than in the profile the machine was then."""
 
 

@@ -97,6 +97,20 @@ def test_a_scheduler_predicts_with_its_own_profile(
     )
 
 
+@pytest.mark.parametrize("learning", [True, False])
+def test_learning_is_an_option(profile: Path, shared_engine: PrefillEngine, learning: bool) -> None:
+    from sgl_flowprefill.runtime.learner import LearningTTFT
+    from sgl_flowprefill.runtime.profile import load_or_measure
+
+    own = read_profile(profile)
+    own.setting = own.setting.model_copy(update={"threads": torch.get_num_threads()})
+    write_profile(profile.parent / "own.parquet", own)
+    config = FlowPrefillConfig(profile=str(profile.parent / "own.parquet"), learning=learning)
+    ttft, _ = load_or_measure(shared_engine.scheduler.role, config)
+    assert isinstance(ttft, LearningTTFT) is learning
+    assert ("refits" in ttft.state()) is learning
+
+
 def test_a_scheduler_refuses_a_profile_of_another_one(profile: Path) -> None:
     directory = profile.parent
     other = read_profile(profile)
