@@ -60,7 +60,7 @@ UNIFIED_CHUNKS: Final = (None, 256, 512, 640, 768, 896, 1024, 2048, 4096, 8192)
 INTERVALS: Final = (0, 1, 2, 4)
 """``--prefill-decode-interval``: decode steps behind each forward of prompts."""
 RIVAL: Final = "unified-stock-spf-512-interval-1"
-"""What FlowPrefill is compared with by default: the winner of a tuning on the engine (docs/benchmarks.md)."""
+"""What FlowPrefill is compared with by default: the winner of a small tuning (docs/benchmarks.md, "One server")."""
 TUNING: Final = (
     "unified-stock-fcfs-1024-mixed",
     "unified-stock-lpm-1024-mixed",
