@@ -510,7 +510,7 @@ def test_a_profile_is_measured_on_one_rank(capsys):
 
     for options in (["--tp", "2"], ["--prefill-args", "--tp=2"]):
         assert profile_command.main(options) == 2
-        assert "with --tp 2 measures a short profile itself" in capsys.readouterr().err
+        assert "with --tp 2 measures its profile itself" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["profile_command", "doctor_command"])
