@@ -519,6 +519,11 @@ def asks(
     return made
 
 
+def without_penalties(requests: Sequence[Ask]) -> list[Ask]:
+    """Those without penalties for tokens that came before: SGLang forgets these tokens when it retracts a stream."""
+    return [ask for ask in requests if not any(name.endswith("penalty") for name, _ in ask.sampling)]
+
+
 @dataclass
 class Play:
     """What became of a round."""

@@ -4,13 +4,24 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from contextlib import closing
 
 import pytest
 
 from sgl_flowprefill.model import embedded_model_path
 from tests import unified_scenarios as scenarios
 from tests.prompts import prompt
-from tests.unified_engine import Ask, Remote, Stock, StockComparison, StockEngine, UnifiedEngine, asks, play_and_flush
+from tests.unified_engine import (
+    Ask,
+    Remote,
+    Stock,
+    StockComparison,
+    StockEngine,
+    UnifiedEngine,
+    asks,
+    play_and_flush,
+    without_penalties,
+)
 from tests.unified_rounds import Rounds
 
 ASKS = asks(60, seed=3)
@@ -115,6 +126,17 @@ def test_rounds_with_barely_enough_kv_cache_give_prefills_back_and_change_no_ans
     rounds.run(6, first=100)
     print(rounds)
     assert comparison.counts["answers"] >= 20
+
+
+def test_streams_that_are_retracted_all_the_time_get_the_same_answers(comparison: StockComparison) -> None:
+    remote = Remote(
+        UnifiedEngine, str(embedded_model_path()), {"SGLANG_TEST_RETRACT": "1"}, max_total_tokens=2 * SMALL_POOL_TOKENS
+    )
+    with closing(remote):
+        rounds = Rounds(remote, comparison, without_penalties(SMALL_ASKS))
+        rounds.run(4, first=200)
+    print(rounds)
+    assert rounds.seen["retractions"] >= 10
 
 
 # ---- decode steps beside prefills ------------------------------------------------------------------------------------
