@@ -142,6 +142,7 @@ def test_a_gateway_alone_is_ready_when_servers_have_joined_and_ends_cleanly(tmp_
         assert process.wait(30) == 128 + signal.SIGTERM
 
 
+@pytest.mark.stress
 def test_a_prefill_server_that_dies_under_load_costs_only_its_own_requests_and_comes_back(fleet, directory, said):
     pid = fleet.processes["prefill-0"]
     with Load(fleet) as load:

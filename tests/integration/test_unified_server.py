@@ -123,7 +123,7 @@ def test_a_wrong_objective_is_refused_with_a_sentence(unified_server: Cluster) -
         assert name in response.text
 
 
-@pytest.mark.parametrize("server", ["unified_server", "stock_unified_server"])
+@pytest.mark.parametrize("server", ["unified_server", pytest.param("stock_unified_server", marks=pytest.mark.stress)])
 def test_a_frontend_program_with_gen_fork_and_select_runs_straight_at_the_server(
     server: str, request: pytest.FixtureRequest
 ) -> None:
