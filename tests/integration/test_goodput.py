@@ -77,6 +77,7 @@ def test_a_search_with_real_servers(prober: Prober) -> None:
     assert (result.figures["flowprefill"].uncontended_tokens_per_s or 0) > 0
 
 
+@pytest.mark.stress
 def test_servers_behind_an_openai_api_take_part_as_an_endpoint_of_another_engine(
     flowprefill_cluster: Cluster, tmp_path: Path
 ) -> None:
