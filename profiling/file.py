@@ -26,7 +26,8 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -128,8 +129,23 @@ class Profile:
         ]
 
 
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A file to write, which then takes the place of ``path``: a reader sees the old file or the new one, never a part.
+
+    Raises OSError, and leaves nothing behind then.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield partial
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def write_profile(path: Path, profile: Profile) -> None:
-    """Replace ``path`` with ``profile``; a reader sees the old file or the new one, never a part."""
+    """Replace ``path`` with ``profile``. Raises OSError."""
     import pyarrow as pa  # type: ignore[import-untyped]
     import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
@@ -145,10 +161,8 @@ def write_profile(path: Path, profile: Profile) -> None:
         "cached_tokens": [[request.cached_tokens for request in row.shape] for row in profile.rows],
         **{name: [getattr(row, name) for row in profile.rows] for name in schema.names[2:]},
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    pq.write_table(pa.table(columns, schema=schema), partial)
-    partial.replace(path)
+    with replacing(path) as partial:
+        pq.write_table(pa.table(columns, schema=schema), partial)
 
 
 def read_profile(path: Path) -> Profile:

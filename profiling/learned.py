@@ -7,7 +7,6 @@ setting, the history and FORMAT. It is replaced as a whole, so a reader sees the
 from __future__ import annotations
 
 import hashlib
-import os
 import zipfile
 import zlib
 from pathlib import Path
@@ -16,12 +15,12 @@ from typing import Any, Final
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
-from sgl_flowprefill.profiling.file import Profile, ProfileError, Setting
+from sgl_flowprefill.profiling.file import Profile, ProfileError, Setting, replacing
 from sgl_flowprefill.profiling.fitted import shapes
 from sgl_flowprefill.ttft.boosted import BoostedTTFT, Fitted
 from sgl_flowprefill.ttft.kinds import KINDS
 from sgl_flowprefill.ttft.physics import Physics
-from sgl_flowprefill.ttft.reservoir import COLUMNS, NUMBER, OF_PROFILE, SECONDS, SLOWNESS
+from sgl_flowprefill.ttft.reservoir import COLUMNS, NUMBER, SECONDS, SLOWNESS, rows_of_profile
 from sgl_flowprefill.ttft.trees import Trees
 
 FORMAT: Final = 1
@@ -35,7 +34,7 @@ class History(BaseModel):
     tasks: int = 0
     """Completed tasks, over all starts."""
     refused: int = 0
-    """Of these, not believed."""
+    """Completed tasks whose measurement was not believed."""
     refits: int = 0
     adopted: int = 0
     trained_through: int = 0
@@ -71,8 +70,7 @@ class Learned(BaseModel):
 def begin(profile: Profile, fitted: Fitted) -> Learned:
     """What a server knows that has run no task: its profile, and the model ``fitted`` to it."""
     matrix, seconds = shapes(*profile.timings())
-    ones = np.ones(len(matrix))
-    rows = np.column_stack([matrix, seconds, ones, OF_PROFILE * ones])
+    rows = rows_of_profile(matrix, seconds)
     digest = hashlib.sha256(rows.tobytes()).hexdigest()[:16]
     return Learned(setting=profile.setting, profile=digest, history=History(), fitted=fitted, rows=rows)
 
@@ -86,27 +84,21 @@ def write_learned(path: Path, learned: Learned) -> None:
     """Replace ``path``. Raises OSError."""
     model = learned.fitted.model
     meta = _Meta(format=FORMAT, setting=learned.setting, profile=learned.profile, history=learned.history)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with partial.open("wb") as file:
-            np.savez(
-                file,
-                meta=np.array(meta.model_dump_json()),
-                rows=learned.rows,
-                weights=model.physics.weights,
-                low=model.low,
-                high=model.high,
-                feature=model.trees.feature,
-                threshold=model.trees.threshold,
-                leaf=model.trees.leaf,
-                residuals=learned.fitted.residuals,
-                kinds=np.array(learned.fitted.kinds, dtype=np.int64),
-                trust=np.array(learned.fitted.trust),
-            )
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with replacing(path) as partial, partial.open("wb") as file:
+        np.savez(
+            file,
+            meta=np.array(meta.model_dump_json()),
+            rows=learned.rows,
+            weights=model.physics.weights,
+            low=model.low,
+            high=model.high,
+            feature=model.trees.feature,
+            threshold=model.trees.threshold,
+            leaf=model.trees.leaf,
+            residuals=learned.fitted.residuals,
+            kinds=np.array(learned.fitted.kinds, dtype=np.int64),
+            trust=np.array(learned.fitted.trust),
+        )
 
 
 def read_learned(path: Path) -> Learned:

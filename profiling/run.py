@@ -31,9 +31,9 @@ ROUNDS: Final = 1.5
 """How often the budget shall do for the whole design; it decides the longest prompt."""
 MOST_ROUNDS: Final = 20
 LEAST_SHAPES: Final = 12
-"""So many shapes are timed whatever the budget."""
+"""Shapes that are timed whatever the budget."""
 REFERENCE_SHARE: Final = 0.1
-"""Of the time, the part that references may take."""
+"""Share of the time that references may take."""
 RUNS_APART_S: Final = 3600.0
 """Between the last measurement of a run and the first of one that goes on with it, as profiles count time: the machine
 may be as fast as it likes."""

@@ -12,7 +12,8 @@ from typing import Final, Self
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from sgl_flowprefill.profiling.file import Setting
+from sgl_flowprefill.profiling.file import Setting, replacing
+from sgl_flowprefill.ttft.physics import non_negative
 
 LEAST_S: Final = 1e-6
 """No step is predicted to take less, whatever was measured."""
@@ -47,10 +48,9 @@ class StepProfile(BaseModel):
         return profile if profile.setting == setting else None
 
     def write(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_name(f"{path.name}.unfinished")
-        unfinished.write_text(self.model_dump_json())
-        unfinished.replace(path)
+        """Replace ``path``. Raises OSError."""
+        with replacing(path) as partial:
+            partial.write_text(self.model_dump_json())
 
 
 class LinearSteps:
@@ -64,11 +64,9 @@ class LinearSteps:
     @classmethod
     def fit(cls, steps: Sequence[Step]) -> LinearSteps:
         """The three times, none of them negative, with the least squares of relative errors over ``steps``."""
-        from scipy.optimize import nnls  # type: ignore[import-untyped]
-
         rows = np.array([[1.0, step.requests, step.context_tokens] for step in steps])
         times_s = np.array([step.time_s for step in steps])
-        found = nnls(rows / times_s[:, None], np.ones(len(steps)))[0]
+        found = non_negative(rows / times_s[:, None], np.ones(len(steps)))
         return cls(*map(float, found))
 
     def predict_s(self, requests: int, context_tokens: int) -> float:

@@ -14,12 +14,11 @@ from sgl_flowprefill.profiling import make_design
 from sgl_flowprefill.ttft import AdaptiveTTFT, Prediction, PrefillShape
 from sgl_flowprefill.ttft.boosted import fit_rows
 from sgl_flowprefill.ttft.features import feature_matrix
-from sgl_flowprefill.ttft.learning import Journal, Refit, refit
-from sgl_flowprefill.ttft.reservoir import OF_PROFILE, Reservoir
+from sgl_flowprefill.ttft.learning import REFIT_TASKS, Journal, Refit, refit
+from sgl_flowprefill.ttft.reservoir import Reservoir, rows_of_profile
 
 LONGEST_TOKENS: Final = 4096
 """Longest prompt of the profile, as the first start on a CPU has it."""
-REFIT_TASKS: Final = 50
 LATER: Final = 8
 """A refit comes no earlier than after this part of all tasks since the last one, which keeps long runs short."""
 
@@ -35,8 +34,7 @@ class LearnedTTFT(AdaptiveTTFT):
         matrix = feature_matrix(design)
         fitted = fit_rows(matrix, seconds)
         super().__init__(fitted.model, quantile, fitted.residuals.tolist(), fitted.kinds)
-        ones = np.ones(len(matrix))
-        self._journal = Journal(Reservoir.of(np.column_stack([matrix, seconds, ones, OF_PROFILE * ones])))
+        self._journal = Journal(Reservoir.of(rows_of_profile(matrix, seconds)))
         self._asked_at = self._trained_through = 0
         self.refits: list[Refit] = []
 

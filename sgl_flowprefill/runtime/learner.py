@@ -25,15 +25,13 @@ from sgl_flowprefill.profiling.refit import Answer, Question, read_frame, write_
 from sgl_flowprefill.profiling.refit_process import LOWEST_PRIORITY
 from sgl_flowprefill.ttft import AdaptiveTTFT, Prediction, PrefillShape
 from sgl_flowprefill.ttft.boosted import Fitted
-from sgl_flowprefill.ttft.learning import Journal
+from sgl_flowprefill.ttft.learning import REFIT_TASKS, Journal
 from sgl_flowprefill.ttft.reservoir import Reservoir
 
 logger = logging.getLogger(__name__)
 
-REFIT_TASKS: Final = 50
-"""Tasks from one refit to the next, at least."""
 CPU_SHARE: Final = 0.008
-"""Of one core, what refits may take,"""
+"""Share of one core that refits may take,"""
 CPU_AHEAD_S: Final = 600.0
 """and for so many seconds ahead: a server that has just started learns most."""
 

@@ -6,7 +6,8 @@ import hashlib
 import json
 import logging
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final
@@ -143,11 +144,18 @@ def _measure(role: SchedulerRole, setting: Setting) -> Profile:
     logger.info("FlowPrefill measured %d prefills of up to %d tokens", len(profile.rows), profile.longest_tokens)
     if ranks.world_size > 1:
         ranks.broadcast_object(Done(profile))
-    try:
+    with kept_for_the_next_start("the profile"):
         write_profile(profile_path(setting), profile)
-    except OSError as error:
-        logger.warning("FlowPrefill cannot keep the profile for the next start: %s", error)
     return profile
+
+
+@contextmanager
+def kept_for_the_next_start(what: str) -> Iterator[None]:
+    """Where ``what`` cannot be written, say so and go on: the next start measures again."""
+    try:
+        yield
+    except OSError as error:
+        logger.warning("FlowPrefill cannot keep %s for the next start: %s", what, error)
 
 
 def _cpu_name() -> str:

@@ -10,7 +10,7 @@ from typing import Final
 
 from sgl_flowprefill.profiling.measure import SchedulerEngine
 from sgl_flowprefill.profiling.steps import LinearSteps, Step, StepProfile
-from sgl_flowprefill.runtime.profile import current_setting, profile_path
+from sgl_flowprefill.runtime.profile import current_setting, kept_for_the_next_start, profile_path
 from sgl_flowprefill.runtime.scheduler_role import SchedulerRole
 
 logger = logging.getLogger(__name__)
@@ -26,11 +26,13 @@ def load_or_measure_steps(role: SchedulerRole) -> LinearSteps:
     setting = current_setting(role.scheduler)
     path = steps_path(profile_path(setting))
     ranks = role.scheduler.tp_group
-    profile = ranks.broadcast_object(StepProfile.read(path, setting))
+    is_first = ranks.rank_in_group == 0
+    profile = ranks.broadcast_object(StepProfile.read(path, setting) if is_first else None)
     if profile is None:
         profile = ranks.broadcast_object(StepProfile(setting=setting, steps=_measure(role)))
-        if ranks.rank_in_group == 0:
-            profile.write(path)
+        if is_first:
+            with kept_for_the_next_start("the times of decode steps"):
+                profile.write(path)
     model = LinearSteps.fit(profile.steps)
     logger.info("FlowPrefill: a decode step takes %s", model)
     return model

@@ -34,6 +34,8 @@ from sgl_flowprefill.ttft.reservoir import (
     usual_seconds,
 )
 
+REFIT_TASKS: Final = 50
+"""Tasks from one refit to the next, at least."""
 AROUND: Final = 7
 """Tasks before a task, and behind it, that say how slow the machine was."""
 KIND_MEMORY: Final = 5
@@ -41,7 +43,7 @@ KIND_MEMORY: Final = 5
 RESIDUALS: Final = 101
 """Last tasks of which the spread says what is too far off."""
 TOO_FAR: Final = 8.0
-"""So many times the median deviation of the last tasks is too far off,"""
+"""A deviation of so many times the median one of the last tasks is too far off,"""
 LEAST_TOO_FAR: Final = 0.4
 """but no less than this: a factor of 1.5."""
 SUPERSEDED: Final = 8
@@ -49,7 +51,7 @@ SUPERSEDED: Final = 8
 LEAST_JUDGED: Final = 16
 MOST_JUDGED: Final = 50
 JUDGED_SHARE: Final = 1 / 3
-"""Of the rows that the champion has not seen, those that judge."""
+"""Share of the rows that the champion has not seen, which judge."""
 MOST_PARTS: Final = 5
 """Challengers that are fitted: to all rows, to the newer half of them, to the newest quarter, and so on."""
 LEAST_PART: Final = 40
@@ -171,7 +173,7 @@ def refit(rows: Array, champion: BoostedTTFT, trained_through: int) -> Refit | N
 
 
 def _parts(count: int) -> list[int]:
-    """Of ``count`` rows, how many of the newest a challenger may be fitted to: an engine may have become another."""
+    """Numbers of newest rows, of ``count``, that a challenger may be fitted to: an engine may have become another."""
     parts = [count]
     while len(parts) < MOST_PARTS and parts[-1] >= 2 * LEAST_PART:
         parts.append(parts[-1] // 2)

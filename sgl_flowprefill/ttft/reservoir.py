@@ -41,6 +41,12 @@ SLOWNESS: Final = Row._fields.index("slowness")
 NUMBER: Final = Row._fields.index("number")
 
 
+def rows_of_profile(matrix: Array, seconds: Array) -> Array:
+    """[batches, COLUMNS] rows of a profile: ``seconds`` of batches with the features in ``matrix``, as usual."""
+    ones = np.ones(len(matrix))
+    return np.column_stack([matrix, seconds, ones, OF_PROFILE * ones])
+
+
 def features_of(rows: Array) -> Array:
     """[rows, COUNT] features of ``rows``, as the models take them."""
     return rows[:, :COUNT]

@@ -21,8 +21,9 @@ from sgl_flowprefill.patches import affinity
 from sgl_flowprefill.profiling import Profile, ProfileError, Row, Setting, make_design
 from sgl_flowprefill.profiling.fitted import fit
 from sgl_flowprefill.profiling.learned import Learned, begin, learned_path, read_learned, write_learned
-from sgl_flowprefill.runtime.learner import REFIT_TASKS, Learner, LearningTTFT, other_cpus
+from sgl_flowprefill.runtime.learner import Learner, LearningTTFT, other_cpus
 from sgl_flowprefill.ttft import PrefillShape
+from sgl_flowprefill.ttft.learning import REFIT_TASKS
 from tests.unit.test_ttft_learning import Cost, cost_s, slow_attention, tasks
 
 SETTING = Setting(model="m-1", device="made up", dtype="float32", attention_backend="none", threads=1, sglang="0")

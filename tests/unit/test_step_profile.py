@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 
 from sgl_flowprefill.profiling import Setting
 from sgl_flowprefill.profiling.steps import LinearSteps, Step, StepProfile
+from sgl_flowprefill.runtime import step_profile
 
 SHAPES = ((1, 64), (2, 128), (8, 512), (32, 2048), (1, 3072), (8, 4096))
 SETTING = Setting(model="m", device="d", dtype="f", attention_backend="a", threads=1, sglang="0")
@@ -46,3 +48,17 @@ def test_steps_are_read_by_the_server_that_they_were_measured_on_and_by_no_other
     assert StepProfile.read(path, SETTING.model_copy(update={"threads": 2})) is None
     path.write_text(path.read_text()[:-20])
     assert StepProfile.read(path, SETTING) is None
+
+
+def test_a_full_disk_costs_the_next_start_a_measurement_and_this_one_a_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    measured = steps_of(LinearSteps(0.01, 1e-3, 1e-6))
+    (tmp_path / "full").write_text("no directory")
+    monkeypatch.setattr(step_profile, "current_setting", lambda scheduler: SETTING)
+    monkeypatch.setattr(step_profile, "profile_path", lambda setting: tmp_path / "full" / "p.parquet")
+    monkeypatch.setattr(step_profile, "_measure", lambda role: tuple(measured))
+    ranks = SimpleNamespace(rank_in_group=0, broadcast_object=lambda value: value)
+    model = step_profile.load_or_measure_steps(SimpleNamespace(scheduler=SimpleNamespace(tp_group=ranks)))  # type: ignore[arg-type]
+    assert model.predict_s(8, 512) == pytest.approx(measured[2].time_s, rel=1e-3)
+    assert [record.message for record in caplog.records if "cannot keep the times of decode steps" in record.message]

@@ -17,7 +17,16 @@ from sgl_flowprefill.ttft import AdaptiveTTFT, PrefillShape
 from sgl_flowprefill.ttft.boosted import BoostedTTFT, Fitted, fit_rows, train
 from sgl_flowprefill.ttft.features import COUNT, Array, feature_matrix, features
 from sgl_flowprefill.ttft.learning import Journal, errors, needed, refit
-from sgl_flowprefill.ttft.reservoir import NUMBER, OF_PROFILE, SLOWNESS, Reservoir, Row, cell, features_of
+from sgl_flowprefill.ttft.reservoir import (
+    NUMBER,
+    OF_PROFILE,
+    SLOWNESS,
+    Reservoir,
+    Row,
+    cell,
+    features_of,
+    rows_of_profile,
+)
 from sgl_flowprefill.ttft.trees import Trees
 
 Batch = tuple[PrefillShape, ...]
@@ -42,8 +51,7 @@ def profiled(cost: Cost, noise: float = 0.02, seed: int = 0) -> tuple[Fitted, Ar
     design = make_design(4096)
     seconds = np.array([cost(shape) * math.exp(rng.gauss(0, noise)) for shape in design])
     matrix = feature_matrix(design)
-    ones = np.ones(len(design))
-    return fit_rows(matrix, seconds), np.column_stack([matrix, seconds, ones, OF_PROFILE * ones])
+    return fit_rows(matrix, seconds), rows_of_profile(matrix, seconds)
 
 
 FITTED, PROFILE = profiled(cost_s)
