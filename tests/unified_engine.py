@@ -97,7 +97,7 @@ class Answer:
     """What it matched, or the error."""
     status: int | None = None
     prompt_tokens: int = 0
-    """Those that were prefilled: SGLang puts another prompt in the place of one that it refuses late."""
+    """Tokens that were prefilled: SGLang puts another prompt in the place of one that it refuses late."""
 
 
 class Unfinished(AssertionError):

@@ -33,11 +33,10 @@ class Metrics:
             [*names, "value"],
             multiprocess_mode="mostrecent",
         )
-
         self._step_s = Counter("flowprefill:decode_step_seconds", "Time in decode steps.", names)
         self._step_lateness_s = Histogram(
             "flowprefill:decode_step_lateness_seconds",
-            "Of decode steps that had to begin, how much later they did.",
+            "How much later decode steps began than they had to.",
             names,
             buckets=BLOCKING_BUCKETS_S,
         )

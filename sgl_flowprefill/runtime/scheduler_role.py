@@ -184,15 +184,15 @@ class SchedulerRole(ABC):
 
 
 def fail_unless_aborted(reqs: Sequence[Any], failure: Failure | None) -> None:
-    """Those of ``reqs`` that nobody has aborted end with ``failure``, if there was one."""
+    """Requests among ``reqs`` that nobody has aborted end with ``failure``, if there was one."""
     for req in reqs:
         if failure is not None and not is_aborted(req):
             req.to_finish = FINISH_ABORT(failure.message, HTTPStatus.INTERNAL_SERVER_ERROR, "InternalServerError")
 
 
 def input_logprobs(req: Any) -> int:
-    """Of how many tokens of the prompt of SGLang's ``req`` log probabilities are asked for; cached ones are computed
-    again for that.
+    """Number of tokens of the prompt of SGLang's ``req`` whose log probabilities are asked for; cached ones are
+    computed again for that.
     """
     if not req.return_logprob or req.logprob_start_len < 0:
         return 0
