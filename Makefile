@@ -9,7 +9,7 @@ demo: $(STAMP)
 	$(BIN)/python -m sgl_flowprefill.bench demo
 
 test: $(STAMP)
-	$(BIN)/python -W ignore::DeprecationWarning -m pytest
+	$(BIN)/python -W ignore::DeprecationWarning -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
