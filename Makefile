@@ -2,6 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
+PYTEST := $(BIN)/python -W ignore::DeprecationWarning -m pytest
+SIDE_BY_SIDE := -n 2 --dist loadgroup --no-loadscope-reorder  # tests/conftest.py says what runs beside what
 
 .PHONY: demo test lint stress bench clean
 
@@ -9,7 +11,7 @@ demo: $(STAMP)
 	$(BIN)/python -m sgl_flowprefill.bench demo
 
 test: $(STAMP)
-	$(BIN)/python -W ignore::DeprecationWarning -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
+	$(PYTEST) $(SIDE_BY_SIDE)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -18,7 +20,8 @@ lint: $(STAMP)
 	$(BIN)/lint-imports --no-logo
 
 stress: $(STAMP)
-	$(BIN)/python -m pytest -s -m stress
+	$(PYTEST) $(SIDE_BY_SIDE) -rP -m "stress and not alone"
+	$(PYTEST) -s -m "stress and alone"
 
 bench: $(STAMP)
 	$(BIN)/python -m sgl_flowprefill.bench uncontended

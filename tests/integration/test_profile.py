@@ -111,14 +111,12 @@ def test_learning_is_an_option(profile: Path, shared_engine: PrefillEngine, lear
     assert ("refits" in ttft.state()) is learning
 
 
-def test_a_scheduler_refuses_a_profile_of_another_one(profile: Path) -> None:
-    directory = profile.parent
+def test_a_scheduler_refuses_a_profile_of_another_one(profile: Path, shared_engine: PrefillEngine) -> None:
+    from sgl_flowprefill.runtime.profile import load_or_measure
+
     other = read_profile(profile)
     other.setting = other.setting.model_copy(update={"device": "another device"})
-    write_profile(directory / "other.parquet", other)
-    arguments = ["-o", str(directory / "again.parquet"), "--log-dir", str(directory / "again"), "--budget-s", "1"]
-    arguments += ["--flowprefill-profile", str(directory / "other.parquet"), *OPTIONS]
-    again = [sys.executable, "launch.py", "profile", *arguments]
-    done = subprocess.run(again, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 1
-    assert "measured for another server (device another device, not" in done.stderr
+    write_profile(profile.parent / "other.parquet", other)
+    config = FlowPrefillConfig(profile=str(profile.parent / "other.parquet"))
+    with pytest.raises(SystemExit, match="measured for another server .device another device, not"):
+        load_or_measure(shared_engine.scheduler.role, config)

@@ -17,6 +17,7 @@ from sgl_flowprefill.cluster import machine
 
 pytestmark = [
     pytest.mark.stress,
+    pytest.mark.alone,
     pytest.mark.skipif(bool(machine.gpu_count()), reason="checks the CPU engine"),
     pytest.mark.timeout(1200),
 ]

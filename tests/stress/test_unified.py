@@ -1,4 +1,4 @@
-"""Ten thousand interleavings of steps, suspensions, aborts and retractions on a server that prefills and decodes."""
+"""Ten thousand interleavings of steps, suspensions, aborts and retractions, in each of four sizes of the KV pool."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.unified_rounds import Rounds
 
 pytestmark = [pytest.mark.stress, pytest.mark.timeout(7200)]
 
-ROUNDS = 150
+ROUNDS = 30
 POOLS = {
     "ample": ({}, 60_000),
     "small": ({}, 6000),
@@ -42,12 +42,12 @@ def test_random_interleavings_change_no_answer_and_leave_nothing_behind(stock: S
         Remote(UnifiedEngine, str(embedded_model_path()), environment, max_total_tokens=pool_tokens)
     ) as remote:
         rounds = Rounds(remote, comparison, requests)
-        for first in range(0, ROUNDS, 10):
-            rounds.run(10, first)
-            print(f"{name}, round {first + 10} of {ROUNDS}: {rounds}", flush=True)
+        for first in range(0, ROUNDS, 5):
+            rounds.run(5, first)
+            print(f"{name}, round {first + 5} of {ROUNDS}: {rounds}", flush=True)
     assert rounds.seen["steps inside prefills"] + rounds.seen["suspensions"] >= 10_000
-    assert comparison.counts["aborts"] >= 50
-    assert comparison.counts["answers"] >= 500
+    assert comparison.counts["aborts"] >= 20
+    assert comparison.counts["answers"] >= 150
     assert (rounds.seen["retractions"] > 0) >= (name == "retracted")
     assert (rounds.seen["given back"] > 0) >= (name == "barely enough")
 
