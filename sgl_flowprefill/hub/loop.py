@@ -275,7 +275,7 @@ class Hub(Generic[RoleT]):
         stalls_due = now_s - self._looked_for_stalls_s >= self.stall_check_s
         arrival = tasks.finishing[0].id if tasks.result_arrived() else NO_TASK
         slowdown_percent = round(100 * self.work.ttft.correction)
-        has_offer = self.agreement.decides and self.learning.has_offer
+        has_offer = self.agreement.decides and self.learning.look_for_offer()
         agreed = self.agreement.agree([stalls_due, arrival, slowdown_percent, has_offer])
         self._agreed_arrival = agreed[1]
         self.tiles.follow(agreed[2] / 100)

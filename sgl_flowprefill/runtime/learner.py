@@ -169,8 +169,7 @@ class LearningTTFT(AdaptiveTTFT, Learning):
                 self._ask(self._learner)
         return prediction
 
-    @property
-    def has_offer(self) -> bool:
+    def look_for_offer(self) -> bool:
         answer = self._learner.take() if self._learner is not None else None
         if answer is not None:
             self._known = answer.known
@@ -214,7 +213,7 @@ class LearningTTFT(AdaptiveTTFT, Learning):
     # ---- refits -----------------------------------------------------------------------------------------------------
 
     def _is_due(self, learner: Learner) -> bool:
-        if self._journal.number - self._asked_at < REFIT_TASKS or learner.is_busy or self.has_offer:
+        if self._journal.number - self._asked_at < REFIT_TASKS or learner.is_busy or self.look_for_offer():
             return False
         return learner.cpu_s <= CPU_SHARE * (self._now_s() - self._started_s + CPU_AHEAD_S)
 
