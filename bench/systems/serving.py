@@ -24,7 +24,7 @@ from sgl_flowprefill.bench.loadgen.client import Client, GenerateApi, get_json
 from sgl_flowprefill.bench.loadgen.decode_rate import measure_decode
 from sgl_flowprefill.bench.loadgen.replay import Enough, OnProgress, ReplayRun, replay
 from sgl_flowprefill.bench.metrics.event_log import summarise_log
-from sgl_flowprefill.bench.metrics.requests import read_suspensions
+from sgl_flowprefill.bench.metrics.requests import blocking_times_s
 from sgl_flowprefill.bench.simulator.measured import Engine, best_profile
 from sgl_flowprefill.bench.systems.endpoint import Reached, Say, connect
 from sgl_flowprefill.bench.systems.system import EndpointSystem, System
@@ -151,11 +151,7 @@ class Served:
 
     def blocking_s(self, run: ReplayRun) -> list[float] | None:
         """Blocking time of each preemption of ``run``, once its servers are at rest; None without preemption."""
-        if self.event_log is None:
-            return None
-        end_s = run.start_monotonic_s + run.duration_s
-        suspensions = read_suspensions(self.event_log, run.start_monotonic_s, end_s)
-        return [one.blocking_s for one in suspensions if one.blocking_s is not None]
+        return None if self.event_log is None else blocking_times_s(self.event_log, run.span_s)
 
     def engine(self, prompts: PromptBuilder) -> Engine:
         """What the simulator needs to know; a burst of requests shows what passes between forwards.
