@@ -113,7 +113,7 @@ def restarting(monkeypatch, tmp_path):
     said = []
     restarting = Cluster(config, said.append)
     restarting._layout = preflight.prepare(config)
-    restarting._gateway = Gateway(restarting.gateway_url)
+    restarting._gateway = Gateway(restarting.url)
     restarting._guard = NoGuard()
     command = [sys.executable, "-c", "import time; time.sleep(600)"]
     servers = [Server(f"prefill-{index}", command, os.environ, tmp_path / f"{index}.log") for index in range(2)]
