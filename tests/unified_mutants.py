@@ -15,7 +15,10 @@ from unittest.mock import patch
 
 from sgl_flowprefill.model import embedded_model_path
 from tests import unified_scenarios as scenarios
-from tests.unified_engine import Remote, Stock, StockComparison, StockEngine, UnifiedEngine, asks
+from tests.remote import Remote
+from tests.unified_asks import asks
+from tests.unified_comparison import Stock, StockComparison
+from tests.unified_engine import StockEngine, UnifiedEngine
 from tests.unified_rounds import Rounds
 
 ROUNDS: Final = 8

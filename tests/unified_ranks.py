@@ -10,7 +10,8 @@ from typing import Any
 
 from tests.ranks import Chaos, Ranks, agree_on_interruptions, settle
 from tests.reference import Comparison
-from tests.unified_engine import Ask, coin
+from tests.unified_asks import Ask
+from tests.unified_rounds import coin
 
 
 class UnifiedRanks(Ranks):

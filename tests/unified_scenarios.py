@@ -16,7 +16,9 @@ from sgl_flowprefill.policy import Act, Limits
 from sgl_flowprefill.policy.colocated import Turn
 from tests.late_device import LateDevice
 from tests.prompts import prompt
-from tests.unified_engine import Ask, Play, UnifiedEngine, state_of
+from tests.unified_asks import Ask
+from tests.unified_engine import UnifiedEngine, state_of
+from tests.unified_rounds import Play
 
 STREAM: Final = Ask(tuple(prompt(501, 60)), 40, (("ignore_eos", True),), tbt_slo_s=5.0)
 """A request that decodes while others are prefilled, which on a slow machine too are done before it."""

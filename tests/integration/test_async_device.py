@@ -52,7 +52,7 @@ def test_late_results_and_early_wakes_change_no_answer_and_no_kv(
     for rid, tokens in prompts.items():
         engine.submit(rid, tokens, logprobs=True)
     while len(engine.answers) < len(prompts):
-        engine.step()
+        engine.turn()
         most = max(most, len(scheduler.hub.work.tasks.finishing))
         assert len(scheduler.hub.work.tasks.finishing) <= 1
         assert not (scheduler.hub.work.tasks.finishing and scheduler.is_fully_idle())
@@ -126,7 +126,7 @@ def test_a_client_that_leaves_while_its_result_is_on_the_way(
     scheduler.hub.executor.interrupted = lambda: False
     monkeypatch.setattr(type(device), "catch_up", lambda self, interrupted: True)
     engine.submit("leaves", prompt(1, 300))
-    engine.step()
+    engine.turn()
     assert [task.rids for task in scheduler.hub.work.tasks.finishing] == [["leaves"]]
     assert not scheduler.is_fully_idle()
     assert scheduler._collect_inflight_batches()
@@ -146,7 +146,7 @@ def test_an_aborted_task_leaves_nothing_queued_that_reads_its_slot(
     engine.use(device)
     scheduler.hub.executor.interrupted = lambda: True
     engine.submit("leaves", prompt(2, 700))
-    engine.step()
+    engine.turn()
     [task] = scheduler.hub.work.tasks.live
     queued = device.recorded
     assert device.passed < queued
@@ -175,7 +175,7 @@ def test_a_suspended_task_holds_the_activations_that_are_accounted_for(engine: P
     engine.submit("only", prompt(3, tokens), ttft_slo_s=100.0)
     held_bytes = []
     while "only" not in engine.answers:
-        engine.step()
+        engine.turn()
         if scheduler.hub.work.tasks.live:
             held_bytes.append(sum(nbytes for pointer, nbytes in rows().items() if pointer not in before))
     accounted = scheduler.hub.work.memory.activations.suspended_bytes(tokens)
