@@ -212,7 +212,7 @@ class Ranks:
             time.sleep(0.1)
 
     def finishes(self, rank: int) -> list[dict[str, Any]]:
-        """Of ``rank`` with a late device, what it finished, in its order (``_note_finishes``)."""
+        """What ``rank`` finished, which has a late device, in its order (``_note_finishes``)."""
         return [json.loads(line) for line in _finishes_path(str(self.log), rank).read_text().splitlines()]
 
     def matches(self, rank: int) -> list[dict[str, Any]]:

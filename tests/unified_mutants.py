@@ -103,7 +103,7 @@ def streams_retracted_before_prefills_are_given_back(engine: UnifiedEngine, stru
 
 
 def prefill_that_joins_a_step_in_flight(engine: UnifiedEngine, struck: Callable[[], None]) -> None:
-    """Of the prefills that are to join a step, the last one joins between its forward pass and its result."""
+    """The last of the prefills that are to join a step joins between the step's forward pass and its result."""
     scheduler, role = engine.scheduler, engine.hub.role
     join, run_batch = role.join, scheduler.run_batch
     late: list[Any] = []

@@ -73,7 +73,7 @@ def test_kv_indices_that_are_queued_again_are_not_read_beside_the_queue(
     rounds: Rounds,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Of prefills of the same prompt at a time, the radix cache keeps the KV of the first and frees that of the others:
+    """The radix cache keeps the KV of the first of several prefills of the same prompt and frees what the others have:
     what could be read beside the queue is their rows as they were before.
     """
     scheduler = engine.scheduler

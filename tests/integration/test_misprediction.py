@@ -46,7 +46,7 @@ class Wrong:
 
     @property
     def correction(self) -> float:
-        """Of the lengths of tiles, which are not what this is about: right."""
+        """What tiles go by, which is right: it is not what this is about."""
         return float(self._right.correction)
 
 

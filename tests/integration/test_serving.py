@@ -24,7 +24,7 @@ from tests.wall_clock import LONG, OFFSETS_S, URGENT, URGENT_SLO_S, WallClock, s
 pytestmark = pytest.mark.server
 
 MAX_IDLE_SHARE = 0.05
-"""Of a core, on a slow machine too; SGLang's own idle prefill server takes most of one."""
+"""Share of a core, on a slow machine too; SGLang's own idle prefill server takes most of one."""
 
 
 SHARED = prompt(1, 400)

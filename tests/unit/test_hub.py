@@ -248,7 +248,7 @@ class Grammars(GrammarManager):
 
 @pytest.fixture
 def scheduler(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Whose input is put into the queue of grammars."""
+    """A scheduler whose input is put into the queue of grammars."""
 
     def process(scheduler: Any, recv_reqs: list[Any]) -> None:
         scheduler.grammar_manager.grammar_queue += recv_reqs
