@@ -239,7 +239,7 @@ def _run_rank(
     late: float | None,
     prepare: Callable[[Any, int], object] | None,
 ) -> None:
-    settle(args, event_log, log)
+    become_rank(args, event_log, log)
     from sglang.srt.managers.scheduler import run_scheduler_process
     from sglang.srt.plugins import load_plugins
     from sglang.srt.runtime_context import get_disagg
@@ -268,7 +268,7 @@ def _run_rank(
     run_scheduler_process(args, ports, rank, rank, 0, None, pipe)
 
 
-def settle(args: Any, event_log: str, log: str) -> None:
+def become_rank(args: Any, event_log: str, log: str) -> None:
     """Let this process be that of a rank: its output, its environment, its one thread."""
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(output, 1)

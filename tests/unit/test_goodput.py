@@ -97,7 +97,7 @@ class SimulatedEndpoint:
     def engine(self, prompts: Any) -> Engine:
         return self.model.engine
 
-    def settle(self) -> None:
+    def come_to_rest(self) -> None:
         pass
 
     def blocking_s(self, run: ReplayRun) -> list[float] | None:
@@ -372,14 +372,14 @@ def test_a_run_that_was_stopped_goes_on_and_makes_no_probe_twice(profile: Path, 
 
 def test_the_time_scale_of_a_run_stays(profile: Path, tmp_path: Path) -> None:
     prober = campaign_of(Model(profile), tmp_path).prober
-    prober.settle_time_scale("auto")
+    prober.fix_time_scale("auto")
     assert "time_scale" not in prober.log.facts
-    prober.settle_time_scale(1.5)
-    prober.settle_time_scale("auto")
-    prober.settle_time_scale(1.5)
+    prober.fix_time_scale(1.5)
+    prober.fix_time_scale("auto")
+    prober.fix_time_scale(1.5)
     assert prober.time_scale == 1.5
     with pytest.raises(ValueError, match=r"time scale 1\.5, not 1\.4: give another --out"):
-        prober.settle_time_scale(1.4)
+        prober.fix_time_scale(1.4)
 
 
 def test_probes_of_other_settings_are_refused(profile: Path, tmp_path: Path) -> None:
