@@ -18,7 +18,7 @@ FLUSH_ROUNDS: Final = 10
 
 
 def chaos(engine: Any, seed: int, switch_probability: float) -> dict[str, int]:
-    """Suspend at random checkpoints and run whatever a coin says; figures of what happened."""
+    """Suspend at random preemption checkpoints and run whatever a coin says; figures of what happened."""
     rng = random.Random(seed)
     scheduler = engine.scheduler
     seen = {"suspensions": 0, "deepest": 0}

@@ -367,8 +367,9 @@ def note_matches(scheduler: Any, rank: int) -> None:
 
 
 def _note_finishes(scheduler: Any, path: Path) -> None:
-    """Write a line for each task whose result is processed: its requests, the checkpoints of the live tasks by then,
-    whether the result had arrived, whether that had to be waited for, and operators queued behind the task.
+    """Write a line for each task whose result is processed: its requests, the preemption checkpoints that live
+    tasks have passed by then, whether the result had arrived, whether that had to be waited for, and operators queued
+    behind the task.
     """
     role, device = scheduler.role, scheduler.hub.device
     finish, wait = role.finish, device.wait

@@ -160,7 +160,7 @@ def test_an_aborted_task_leaves_nothing_queued_that_reads_its_slot(
 
 
 def test_a_suspended_task_holds_the_activations_that_are_accounted_for(engine: PrefillEngine, rounds: Rounds) -> None:
-    """Tensors of as many rows as the prompt has tokens that exist only while it is suspended at a checkpoint."""
+    """Tensors of as many rows as the prompt has tokens that exist only at a preemption checkpoint."""
     scheduler = engine.scheduler
     tokens = 1777
 
@@ -179,7 +179,7 @@ def test_a_suspended_task_holds_the_activations_that_are_accounted_for(engine: P
         if scheduler.hub.work.tasks.live:
             held_bytes.append(sum(nbytes for pointer, nbytes in rows().items() if pointer not in before))
     accounted = scheduler.hub.work.memory.activations.suspended_bytes(tokens)
-    print(f"\nheld at {len(held_bytes)} checkpoints: {max(held_bytes)} bytes, accounted for {accounted}")
+    print(f"\nheld at {len(held_bytes)} preemption checkpoints: {max(held_bytes)} bytes, accounted for {accounted}")
     assert len(held_bytes) >= scheduler.hub.work.progress.checkpoints - 1
     assert accounted / 2 < max(held_bytes) <= accounted
     rounds.compare("only", prompt(3, tokens))
