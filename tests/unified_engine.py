@@ -30,7 +30,7 @@ class AnsweringEngine(Engine):
         self.seen: Counter[str] = Counter()
         self.strikes = 0
         """Times that a planted defect struck."""
-        self._streamed: dict[str, int] = {}
+        self.streamed: dict[str, int] = {}
         """Tokens that each client has."""
         self.sent: list[Any] = []
         """What was sent to the HTTP process past the output streamer."""
@@ -45,20 +45,20 @@ class AnsweringEngine(Engine):
             self.answers[output.rid] = Answer((), (), (), "abort", message, status)
 
     def submit(self, rid: str, ask: Ask) -> None:
-        self._streamed[rid] = 0
+        self.streamed[rid] = 0
         self.receive(ask.message(rid, self.scheduler.tokenizer))
 
     def forget(self) -> None:
         self.answers.clear()
-        self._streamed.clear()
+        self.streamed.clear()
 
     def record_outputs(self, reqs: Sequence[Any]) -> None:
         for req in reqs:
             tokens = len(req.output_ids)
-            had = self._streamed.get(req.rid, 0)
+            had = self.streamed.get(req.rid, 0)
             assert tokens in (had, had + 1), f"{req.rid} has {had} tokens, and gets {tokens - had} more at once"
             assert tokens > had or req.finished(), f"{req.rid} is sent nothing new"
-            self._streamed[req.rid] = tokens
+            self.streamed[req.rid] = tokens
             if req.finished():
                 assert req.rid not in self.answers, f"{req.rid} ends twice"
                 reason = req.finished_reason.to_json()
@@ -154,7 +154,7 @@ class UnifiedEngine(AnsweringEngine):
     def assert_clean(self) -> None:
         super().assert_clean()
         role = self.hub.role
-        assert not any((role.joining, role._streams, role._come, role._held_back)), role
+        assert not any((role.joining, role.streams, role.come, role.held_back)), role
         assert not role.policy.streams.requests
         assert not self.hub.work.tasks
         assert not len(self.hub.work.waiting)
@@ -173,7 +173,7 @@ def state_of(engine: UnifiedEngine, rid: str) -> str:
         return "compiling"
     for req in scheduler.waiting_queue:
         if req.rid == rid:
-            return "given back" if req in role._held_back else "retracted" if req.is_retracted else "waiting"
+            return "given back" if req in role.held_back else "retracted" if req.is_retracted else "waiting"
     for task in tasks.live:
         if rid in task.rids:
             return "running" if task is tasks.running else "suspended" if task.has_run else "started"
