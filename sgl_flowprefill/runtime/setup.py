@@ -91,7 +91,7 @@ def build(
     work = Work(policy, ttft, memory, progress, tasks, attention_share)
     if isinstance(ttft, LearningTTFT):
         ttft.start()
-    learning = ttft if isinstance(ttft, Learning) else Learning()
+    learning: Learning = ttft if isinstance(ttft, Learning) else Learning()
     hub = Hub(role, work, executor, slots, device, agreement, events, recorder, tiles, learning=learning)
     scheduler.output_streamer.recorder = recorder
     # A full collection of all that has been imported would stop a prefill for half a second.
