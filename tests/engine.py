@@ -1,7 +1,8 @@
 """Real schedulers inside the test's process, driven turn by turn: real model, KV pool and radix cache.
 
-``PrefillEngine`` is a prefill server's, which sends its KV nowhere: requests carry SGLang's fake bootstrap host, which completes a handshake and a transfer at once, as SGLang's own warm-up
-and health-check requests do; unlike those, they leave their KV in the radix cache. One process can hold one scheduler.
+``PrefillEngine`` is a prefill server's, which sends its KV nowhere: requests carry SGLang's fake bootstrap host, which
+completes a handshake and a transfer at once, as SGLang's own warm-up and health-check requests do; unlike those, they
+leave their KV in the radix cache. One process can hold one scheduler.
 """
 
 from __future__ import annotations

@@ -35,9 +35,7 @@ def prober(flowprefill_cluster: Cluster, tmp_path: Path) -> Prober:
     def serve(system: System) -> Iterator[Served]:
         event_log = flowprefill_cluster.config.options.event_log
         assert event_log is not None
-        yield Served(
-            system, flowprefill_cluster, Client(flowprefill_cluster.url, GenerateApi()), Path(event_log)
-        )
+        yield Served(system, flowprefill_cluster, Client(flowprefill_cluster.url, GenerateApi()), Path(event_log))
 
     plan = Plan(workload("mixed"), seeds=1, duration_s=4.0, max_output_tokens=2)
     log = ProbeLog(tmp_path / "probes.jsonl", plan.settings())

@@ -215,9 +215,7 @@ class TestFlowPrefill:
         start_s = time.monotonic()
         asyncio.run(leave())
         left_s = time.monotonic()
-        answer = requests.post(
-            flowprefill_cluster.url + "/generate", json=body(prompt(81, 50), 5.0), timeout=60
-        )
+        answer = requests.post(flowprefill_cluster.url + "/generate", json=body(prompt(81, 50), 5.0), timeout=60)
         assert answer.status_code == 200
         logprobs = answer.json()["meta_info"]["output_token_logprobs"]
         comparison.answer("beside", prompt(81, 50), [entry[1] for entry in logprobs], [entry[0] for entry in logprobs])

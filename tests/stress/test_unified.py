@@ -14,8 +14,8 @@ from tests.remote import Remote
 from tests.unified_asks import asks, without_penalties
 from tests.unified_comparison import Stock, StockComparison
 from tests.unified_engine import StockEngine, UnifiedEngine
-from tests.unified_rounds import Rounds
 from tests.unified_mutants import MUTANTS
+from tests.unified_rounds import Rounds
 
 pytestmark = [pytest.mark.stress, pytest.mark.timeout(7200)]
 
