@@ -1,4 +1,4 @@
-"""Answers of a server that prefills and decodes, compared with those of SGLang's own scheduler to each request alone."""
+"""Answers of a server that prefills and decodes, compared with SGLang's own scheduler's to each request alone."""
 
 from __future__ import annotations
 
