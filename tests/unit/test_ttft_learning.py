@@ -18,7 +18,7 @@ from sgl_flowprefill.profiling import make_design
 from sgl_flowprefill.ttft import AdaptiveTTFT, PrefillShape
 from sgl_flowprefill.ttft.boosted import BoostedTTFT, Fitted, fit_rows, train
 from sgl_flowprefill.ttft.features import COUNT, Array, feature_matrix, features
-from sgl_flowprefill.ttft.learning import Journal, RefittedTTFT, errors, needed, refit
+from sgl_flowprefill.ttft.learning import REFIT_TASKS, Journal, RefittedTTFT, errors, needed, refit
 from sgl_flowprefill.ttft.reservoir import (
     NUMBER,
     OF_PROFILE,
@@ -81,6 +81,8 @@ class LearnsAtOnce(RefittedTTFT):
 
     def __init__(self, learns: bool, fitted: Fitted, rows: Array) -> None:
         super().__init__(fitted, 0.75, Reservoir.of(rows))
+        self.asked: list[int] = []
+        """Tasks after which a refit was asked for."""
         self.adopted: list[int] = []
         self._learns = learns
         self._through = 0
@@ -89,6 +91,7 @@ class LearnsAtOnce(RefittedTTFT):
         return self._learns
 
     def ask_for_refit(self) -> None:
+        self.asked.append(self.journal.number)
         found = refit(self.journal.reservoir.rows, self.model, self._through)
         if found is not None and found.is_better:
             assert found.challenger_error < found.champion_error
@@ -317,6 +320,12 @@ def test_after_300_tasks_the_newest_200_are_predicted() -> None:
     server.run(tasks(500), cost_s)
     assert np.median(server.apes[300:]) < 0.03
     assert np.quantile(server.apes[300:], 0.9) < 0.08
+
+
+def test_a_refit_is_asked_for_once_in_so_many_tasks() -> None:
+    server = Server()
+    server.run(tasks(4 * REFIT_TASKS + 7), cost_s)
+    assert server.ttft.asked == [REFIT_TASKS, 2 * REFIT_TASKS, 3 * REFIT_TASKS, 4 * REFIT_TASKS]
 
 
 def test_a_profile_of_another_machine_is_noticed_within_100_tasks_and_right_within_200() -> None:
