@@ -43,7 +43,9 @@ def main(argv: Sequence[str]) -> int:
 
 
 def make_scheduler(server_options: Sequence[str]) -> Any:
-    """A FlowPrefillScheduler for a prefill server's command line; no KV cache is sent anywhere."""
+    """A FlowPrefillScheduler for a prefill server's command line; no KV cache is sent anywhere, nor is a library needed
+    that would send it.
+    """
     # As in a scheduler that SGLang spawns: otherwise a forward pass overwrites the inputs of one that is suspended.
     os.environ["SGLANG_EAGER_INPUT_NO_COPY"] = "1"
     import sglang.srt.managers.scheduler  # noqa: F401 - what tells the plugin that this process runs one
@@ -53,13 +55,13 @@ def make_scheduler(server_options: Sequence[str]) -> Any:
 
     from sgl_flowprefill.patches import affinity, lone_prefill
 
+    os.environ[lone_prefill.ENV_SWITCH] = "1"
     load_plugins()
     if affinity.is_enabled():
         affinity.bind(affinity.parse_ranks(os.environ[affinity.ENV_CPUS])[0])
     server_args = prepare_server_args(list(server_options))
     server_args.resolve_once()
     publish(server_args, role="scheduler", ranks=SpawnRanks(world_rank=0, dp_rank=None, gpu_id=server_args.base_gpu_id))
-    lone_prefill.transfer_nothing()
     from sgl_flowprefill.runtime.scheduler import FlowPrefillScheduler
 
     return FlowPrefillScheduler(server_args, PortArgs.init_new(server_args))

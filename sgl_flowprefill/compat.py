@@ -24,7 +24,7 @@ OWN_SETTINGS_OF_UNIFIED_SERVERS: Final = {
         "decode steps start when the objectives of their streams ask for it (see --flowprefill-default-tbt-slo)",
     ),
 }
-"""The same, only of servers that prefill and decode."""
+"""What FlowPrefill sets besides on servers that prefill and decode, and why."""
 
 READ_SETTINGS: Final = (
     "disaggregation_mode",
@@ -82,7 +82,7 @@ REFUSED_ON_PREFILL_SERVERS: Final = {
     "enable_pd_role_switch": "the server has to stay a prefill server",
     "optimistic_prefill_attempts": "a prefill starts once the decode server has reserved its KV cache",
 }
-"""The same, only of servers that prefill and do not decode."""
+"""What FlowPrefill refuses besides on servers that prefill and do not decode."""
 
 REFUSED_ON_UNIFIED_SERVERS: Final = {
     "enable_mixed_chunk": "decode steps run between the operators of prefills and are no part of their batches",
@@ -91,7 +91,7 @@ REFUSED_ON_UNIFIED_SERVERS: Final = {
     "min_free_slots_delay": "requests are started by their slack, not delayed",
     "enable_hisparse": "its transition from prefill to decode is tied to SGLang's own scheduling of batches",
 }
-"""The same, only of servers that prefill and decode."""
+"""What FlowPrefill refuses besides on servers that prefill and decode."""
 
 REFUSED_ABOVE_ONE: Final = {
     "pp_size": "a pipeline's stages cannot be suspended together",

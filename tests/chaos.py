@@ -18,7 +18,7 @@ FLUSH_ROUNDS: Final = 10
 
 
 def chaos(engine: Any, seed: int, switch_probability: float) -> dict[str, int]:
-    """Suspend at random checkpoints and run whatever a coin says; figures of what happened."""
+    """Suspend at random preemption checkpoints and run whatever a coin says; figures of what happened."""
     rng = random.Random(seed)
     scheduler = engine.scheduler
     seen = {"suspensions": 0, "deepest": 0}
@@ -118,11 +118,11 @@ class Rounds:
             if rid in dropped and rng.random() < 0.3:
                 self._abort(rid, left)
             for _ in range(0 if at_once else rng.randrange(6)):
-                engine.step()
+                engine.turn()
         for rid in sorted(dropped - left):
             self._abort(rid, left)
             for _ in range(rng.randrange(4)):
-                engine.step()
+                engine.turn()
         engine.run()
         self.seen += Counter({"suspensions": chance["suspensions"]})
         self.seen["deepest"] = max(self.seen["deepest"], chance["deepest"])
@@ -137,7 +137,7 @@ class Rounds:
             left.add(rid)
         self.seen["aborts of started tasks"] += any(rid in task.rids for task in scheduler.hub.work.tasks.live)
         self.engine.abort(rid)
-        self.engine.step()
+        self.engine.turn()
         for task in scheduler.hub.work.tasks.live:
             if left.issuperset(task.rids):
                 self.comparison.differences["abort"].append(f"task {task.id} goes on, though all of {task.rids} left")

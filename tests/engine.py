@@ -1,7 +1,8 @@
-"""A real FlowPrefillScheduler inside the test's process: real model, KV pool and radix cache; no KV is sent anywhere.
+"""Real schedulers inside the test's process, driven turn by turn: real model, KV pool and radix cache.
 
-Requests carry SGLang's fake bootstrap host, which completes a handshake and a transfer at once, as SGLang's own warm-up
-and health-check requests do; unlike those, they leave their KV in the radix cache. One process can hold one scheduler.
+``PrefillEngine`` is a prefill server's, which sends its KV nowhere: requests carry SGLang's fake bootstrap host, which
+completes a handshake and a transfer at once, as SGLang's own warm-up and health-check requests do; unlike those, they
+leave their KV in the radix cache. One process can hold one scheduler.
 """
 
 from __future__ import annotations
@@ -10,8 +11,9 @@ import ctypes
 import os
 import pkgutil
 import time
+from abc import ABC, abstractmethod
 from array import array
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -34,6 +36,50 @@ class Answer:
     req: Any = field(repr=False)
 
 
+class Unfinished(AssertionError):
+    """Requests that have no answer."""
+
+
+def tokenized_request(
+    rid: str,
+    prompt: Sequence[int],
+    sampling: Mapping[str, Any],
+    *,
+    logprobs: bool = True,
+    inputs_from: int | None = None,
+    tokenizer: Any = None,
+    **address: Any,
+) -> Any:
+    """What the tokenizer process sends to the scheduler; greedy, if ``sampling`` does not say otherwise.
+
+    ``inputs_from``: log probabilities of the prompt's tokens behind this place are asked for, too.
+    """
+    from sglang.srt.managers.io_struct import TokenizedGenerateReqInput
+    from sglang.srt.observability.req_time_stats import APIServerReqTimeStats
+    from sglang.srt.sampling.sampling_params import SamplingParams
+
+    sampling_params = SamplingParams(**({"temperature": 0.0} | dict(sampling)))
+    sampling_params.normalize(tokenizer)
+    recv = TokenizedGenerateReqInput(
+        rid=rid,
+        input_text="",
+        input_ids=array("q", prompt),
+        input_embeds=None,
+        mm_inputs=None,
+        sampling_params=sampling_params,
+        return_logprob=logprobs or inputs_from is not None,
+        logprob_start_len=-1 if inputs_from is None else inputs_from,
+        top_logprobs_num=0,
+        token_ids_logprob=None,
+        token_type_ids=None,
+        stream=True,
+        **address,
+    )
+    recv.time_stats = APIServerReqTimeStats()
+    recv.time_stats.flowprefill_received_s = recv.time_stats.flowprefill_sent_s = time.monotonic()
+    return recv
+
+
 def generate_request(
     rid: str,
     prompt: Sequence[int],
@@ -42,37 +88,19 @@ def generate_request(
     logprobs: bool = False,
     inputs_from: int | None = None,
 ) -> Any:
-    """What the tokenizer process sends to the scheduler for a greedy request.
-
-    ``inputs_from``: log probabilities of the prompt's tokens behind this place are asked for, too.
-    """
+    """What the tokenizer process of a prefill server sends to its scheduler for a greedy request."""
     from sglang.srt.disaggregation.utils import FAKE_BOOTSTRAP_HOST
-    from sglang.srt.managers.io_struct import TokenizedGenerateReqInput
-    from sglang.srt.observability.req_time_stats import APIServerReqTimeStats
-    from sglang.srt.sampling.sampling_params import SamplingParams
 
     custom_params = None if ttft_slo_s is None else {"ttft_slo": ttft_slo_s}
-    sampling = SamplingParams(temperature=0, max_new_tokens=4, custom_params=custom_params)
-    sampling.normalize(None)
-    recv = TokenizedGenerateReqInput(
-        rid=rid,
-        input_text="",
-        input_ids=array("q", prompt),
-        input_embeds=None,
-        mm_inputs=None,
-        sampling_params=sampling,
-        return_logprob=logprobs or inputs_from is not None,
-        logprob_start_len=-1 if inputs_from is None else inputs_from,
-        top_logprobs_num=0,
-        token_ids_logprob=None,
-        token_type_ids=None,
-        stream=True,
+    return tokenized_request(
+        rid,
+        prompt,
+        {"max_new_tokens": 4, "custom_params": custom_params},
+        logprobs=logprobs,
+        inputs_from=inputs_from,
         bootstrap_host=FAKE_BOOTSTRAP_HOST,
         bootstrap_room=room,
     )
-    recv.time_stats = APIServerReqTimeStats()
-    recv.time_stats.flowprefill_received_s = recv.time_stats.flowprefill_sent_s = time.monotonic()
-    return recv
 
 
 def keep_freed_memory() -> None:
@@ -114,21 +142,87 @@ def make_scheduler(scheduler: str, model_path: str, **server_args: Any) -> Any:
     return pkgutil.resolve_name(scheduler)(args, PortArgs.init_new(args))
 
 
-class PrefillEngine:
-    """Drives the scheduler step by step."""
+class Engine(ABC):
+    """Drives a scheduler turn by turn, in place of its event loop, and takes what it would send to the clients."""
+
+    def __init__(self, scheduler: str, model_path: str, **server_args: Any) -> None:
+        self.scheduler = make_scheduler(scheduler, model_path, **server_args)
+        from sglang.srt.managers.scheduler_components.output_streamer import SchedulerOutputStreamer
+
+        # Other components hold the streamer as well, so it stays the same object; what SGLang's would send comes here.
+        streamer = self.scheduler.output_streamer
+        record = {"stream_output": lambda _, reqs, return_logprob, skip_req=None: self.record_outputs(reqs)}
+        to_here = type("ToHere", (SchedulerOutputStreamer,), record)
+        streamer.__class__ = type("Streamer", (type(streamer), to_here), {})
+
+    @property
+    def hub(self) -> Any:
+        return self.scheduler.hub
+
+    @abstractmethod
+    def record_outputs(self, reqs: Sequence[Any]) -> None:
+        """Called in place of SGLang's ``stream_output``, with ``reqs`` that have got tokens or an end."""
+
+    def abort(self, rid: str) -> None:
+        """What the tokenizer process sends when a client disconnects."""
+        from sglang.srt.managers.io_struct import AbortReq
+
+        self.receive(AbortReq(rid=rid))
+
+    @torch.no_grad()
+    def receive(self, *messages: Any) -> None:
+        """Hand the scheduler what came over its socket."""
+        self.scheduler.process_input_requests(list(messages))
+
+    @torch.no_grad()
+    def turn(self) -> bool:
+        """One round of the event loop, without the sleep. Whether anything could run."""
+        return bool(self.hub.turn())
+
+    def run(self, limit: int = 200_000) -> None:
+        """Go on until nothing is left to do."""
+        for _ in range(limit):
+            if not self.turn() and self.scheduler.is_fully_idle():
+                return
+        raise Unfinished(f"still not idle after {limit} turns")
+
+    def assert_clean(self) -> None:
+        """SGLang's own idle checks pass (KV pool, request rows, radix tree), and everything can be flushed."""
+        scheduler = self.scheduler
+        assert scheduler.is_fully_idle()
+        scheduler.on_idle()
+        assert scheduler.flush_cache()
+        assert scheduler.token_to_kv_pool_allocator.available_size() == scheduler.max_total_num_tokens
+        assert scheduler.req_to_token_pool.available_size() == scheduler.req_to_token_pool.size
+
+
+def raise_assertions(role: Any) -> None:
+    """Let a test's own assertion, raised within a forward pass, end the test: ``role`` drops no task for it."""
+    drop = role.drop
+
+    def drop_or_raise(task: Any) -> None:
+        failure = task.failure
+        assert failure is None or failure.kind != "AssertionError", failure.traceback
+        drop(task)
+
+    role.drop = drop_or_raise
+
+
+class PrefillEngine(Engine):
+    """A prefill server's scheduler, and the first tokens that it computes."""
 
     def __init__(self, model_path: str, **server_args: Any) -> None:
-        self.scheduler = make_scheduler(
+        super().__init__(
             "sgl_flowprefill.runtime.scheduler:FlowPrefillScheduler",
             model_path,
             disaggregation_mode="prefill",
             disaggregation_transfer_backend="nixl",
             **server_args,
         )
-        from sglang.srt.managers.scheduler_components.output_streamer import SchedulerOutputStreamer
-
-        from sgl_flowprefill.runtime.event_recorder import RecordedStreamer
-
+        self.answers: dict[str, Answer] = {}
+        self.batch_sizes: list[int] = []
+        """Requests of every forward pass."""
+        raise_assertions(self.scheduler.role)
         add = self.scheduler._add_request_to_queue
 
         def add_cached(req: Any, *arguments: Any, **options: Any) -> None:
@@ -136,17 +230,6 @@ class PrefillEngine:
             add(req, *arguments, **options)
 
         self.scheduler._add_request_to_queue = add_cached
-        drop = self.scheduler.role.drop
-
-        def drop_or_raise(task: Any) -> None:
-            failure = task.failure  # a test's own assertion, from within a forward pass
-            assert failure is None or failure.kind != "AssertionError", failure.traceback
-            drop(task)
-
-        self.scheduler.role.drop = drop_or_raise  # type: ignore[method-assign]
-        self.answers: dict[str, Answer] = {}
-        self.batch_sizes: list[int] = []
-        """Requests of every forward pass."""
         run_batch = self.scheduler.run_batch
 
         def counted(batch: Any, *arguments: Any, **options: Any) -> Any:
@@ -154,10 +237,6 @@ class PrefillEngine:
             return run_batch(batch, *arguments, **options)
 
         self.scheduler.run_batch = counted
-        # Other components hold the streamer as well, so it stays the same object; what SGLang's would send comes here.
-        record = {"stream_output": lambda _, reqs, return_logprob, skip_req=None: self._record(reqs)}
-        to_here = type("ToHere", (SchedulerOutputStreamer,), record)
-        self.scheduler.output_streamer.__class__ = type("Streamer", (RecordedStreamer, to_here), {})
 
     def submit(
         self,
@@ -170,51 +249,22 @@ class PrefillEngine:
         """Hand a request to the scheduler as the tokenizer process would."""
         self.receive(generate_request(rid, prompt, len(self.answers), ttft_slo_s, logprobs, inputs_from))
 
-    def abort(self, rid: str) -> None:
-        """What the tokenizer process sends when a client disconnects."""
-        from sglang.srt.managers.io_struct import AbortReq
-
-        self.receive(AbortReq(rid=rid))
-
-    @torch.no_grad()
-    def receive(self, message: Any) -> None:
-        """Hand the scheduler what came over its socket."""
-        self.scheduler.process_input_requests([message])
-
-    @torch.no_grad()
-    def step(self) -> bool:
-        """One round of the event loop, without the sleep. Whether anything could run."""
-        return bool(self.scheduler.hub.turn())
-
     def use(self, device: Any) -> None:
         """Let kernels run on ``device`` from now on."""
-        hub = self.scheduler.hub
+        hub = self.hub
         hub.device = hub.executor.device = hub.role.device = device
 
     def record(self, recorder: Any) -> None:
         """Tell ``recorder`` what happens from now on."""
-        hub = self.scheduler.hub
+        hub = self.hub
         hub.recorder = hub.role.recorder = self.scheduler.output_streamer.recorder = recorder
 
-    def run(self, limit: int = 100_000) -> None:
-        """Step until nothing is left to do."""
-        for _ in range(limit):
-            if not self.step() and self.scheduler.is_fully_idle():
-                return
-        raise AssertionError(f"still not idle after {limit} steps")
-
     def assert_clean(self) -> None:
-        """SGLang's own idle checks pass (KV pool, request slots, radix tree), and everything can be flushed."""
-        assert self.scheduler.is_fully_idle()
-        self.scheduler.on_idle()
-        assert self.scheduler.flush_cache()
-        allocator = self.scheduler.token_to_kv_pool_allocator
-        assert allocator.available_size() == self.scheduler.max_total_num_tokens
-        assert self.scheduler.req_to_token_pool.available_size() == self.scheduler.req_to_token_pool.size
+        super().assert_clean()
         metadata = self.scheduler.req_to_metadata_buffer_idx_allocator
         assert metadata.available_size() == metadata.size
 
-    def _record(self, reqs: Sequence[Any]) -> None:
+    def record_outputs(self, reqs: Sequence[Any]) -> None:
         for req in reqs:
             outputs = list(req.output_ids)
             values = req.logprob.output_token_logprobs_val if req.return_logprob else None

@@ -31,7 +31,7 @@ FAULTS: Final[dict[str, Callable[[], Exception]]] = {
 
 def raise_in_marked_prompts(scheduler: Any, fault: str, checkpoint: int, marker: int = MARKER) -> list[Any]:
     """From now on, a batch with a prompt that holds ``marker`` raises ``fault`` within an operator, after
-    ``checkpoint`` checkpoints. Returns the hooks, to be removed.
+    ``checkpoint`` preemption checkpoints. Returns the hooks, to be removed.
     """
     executor = scheduler.hub.executor
 

@@ -184,7 +184,7 @@ def _describe(model: nn.Module, layers: list[DecoderLayer]) -> str:
 
 
 def _run(architecture: str, model: nn.Module, layers: list[DecoderLayer]) -> str:
-    """Run the model with checkpoints and tiles; what the table says about it."""
+    """Run the model with preemption checkpoints and tiles; what the table says about it."""
     if architecture in NO_FORWARD:
         return f"not run: {NO_FORWARD[architecture]}"
     names = [name for layer in layers for name in (*layer.attention, *layer.mlp)]

@@ -212,7 +212,7 @@ class Ranks:
             time.sleep(0.1)
 
     def finishes(self, rank: int) -> list[dict[str, Any]]:
-        """Of ``rank`` with a late device, what it finished, in its order (``_note_finishes``)."""
+        """What ``rank`` finished, which has a late device, in its order (``_note_finishes``)."""
         return [json.loads(line) for line in _finishes_path(str(self.log), rank).read_text().splitlines()]
 
     def matches(self, rank: int) -> list[dict[str, Any]]:
@@ -239,7 +239,7 @@ def _run_rank(
     late: float | None,
     prepare: Callable[[Any, int], object] | None,
 ) -> None:
-    settle(args, event_log, log)
+    become_rank(args, event_log, log)
     from sglang.srt.managers.scheduler import run_scheduler_process
     from sglang.srt.plugins import load_plugins
     from sglang.srt.runtime_context import get_disagg
@@ -268,7 +268,7 @@ def _run_rank(
     run_scheduler_process(args, ports, rank, rank, 0, None, pipe)
 
 
-def settle(args: Any, event_log: str, log: str) -> None:
+def become_rank(args: Any, event_log: str, log: str) -> None:
     """Let this process be that of a rank: its output, its environment, its one thread."""
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(output, 1)
@@ -367,8 +367,9 @@ def note_matches(scheduler: Any, rank: int) -> None:
 
 
 def _note_finishes(scheduler: Any, path: Path) -> None:
-    """Write a line for each task whose result is processed: its requests, the checkpoints of the live tasks by then,
-    whether the result had arrived, whether that had to be waited for, and operators queued behind the task.
+    """Write a line for each task whose result is processed: its requests, the preemption checkpoints that live
+    tasks have passed by then, whether the result had arrived, whether that had to be waited for, and operators queued
+    behind the task.
     """
     role, device = scheduler.role, scheduler.hub.device
     finish, wait = role.finish, device.wait

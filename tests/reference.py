@@ -131,7 +131,7 @@ PARTS: Final = ("keys", "values")
 
 
 def _copy(past: Any) -> Kv:
-    """Of a cache of transformers, which goes on growing."""
+    """The KV in transformers' cache ``past`` now: the cache goes on growing."""
     return Kv(*(torch.stack([getattr(layer, part)[0].transpose(0, 1) for layer in past.layers]) for part in PARTS))
 
 

@@ -86,7 +86,7 @@ class Uses:
     read: dict[str, str] = field(default_factory=dict)
     """Attributes, methods that are called among them."""
     overriding: dict[str, str] = field(default_factory=dict)
-    """Of what is overridden: the project's own, as ``module:Class.name``."""
+    """The project's own symbol that overrides each, as ``module:Class.name``."""
     called: set[str] = field(default_factory=set)
     """Names of all that is called, of whatever it is."""
     words: set[str] = field(default_factory=set)

@@ -175,7 +175,7 @@ class Model:
 
 
 class OnlyBackend:
-    """Of what a switch saves and restores (``ForwardState``), the part that is there without SGLang."""
+    """The part of what a switch saves and restores (``ForwardState``) that is there without SGLang."""
 
     def __init__(self, attn_backend: Any) -> None:
         self._attn_backend = attn_backend

@@ -15,7 +15,10 @@ from unittest.mock import patch
 
 from sgl_flowprefill.model import embedded_model_path
 from tests import unified_scenarios as scenarios
-from tests.unified_engine import Remote, Stock, StockComparison, StockEngine, UnifiedEngine, asks
+from tests.remote import Remote
+from tests.unified_asks import asks
+from tests.unified_comparison import Stock, StockComparison
+from tests.unified_engine import StockEngine, UnifiedEngine
 from tests.unified_rounds import Rounds
 
 ROUNDS: Final = 8
@@ -100,7 +103,7 @@ def streams_retracted_before_prefills_are_given_back(engine: UnifiedEngine, stru
 
 
 def prefill_that_joins_a_step_in_flight(engine: UnifiedEngine, struck: Callable[[], None]) -> None:
-    """Of the prefills that are to join a step, the last one joins between its forward pass and its result."""
+    """The last of the prefills that are to join a step joins between the step's forward pass and its result."""
     scheduler, role = engine.scheduler, engine.hub.role
     join, run_batch = role.join, scheduler.run_batch
     late: list[Any] = []

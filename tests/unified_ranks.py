@@ -8,9 +8,10 @@ from collections.abc import Mapping
 from itertools import count
 from typing import Any
 
-from tests.ranks import Chaos, Ranks, agree_on_interruptions, settle
+from tests.ranks import Chaos, Ranks, agree_on_interruptions, become_rank
 from tests.reference import Comparison
-from tests.unified_engine import Ask, coin
+from tests.unified_asks import Ask
+from tests.unified_rounds import coin
 
 
 class UnifiedRanks(Ranks):
@@ -58,7 +59,7 @@ class UnifiedRanks(Ranks):
 def _run_unified_rank(
     args: Any, ports: Any, rank: int, pipe: Any, event_log: str, log: str, chaos: Chaos | None, *_: Any
 ) -> None:
-    settle(args, event_log, log)
+    become_rank(args, event_log, log)
     from sglang.srt.managers.scheduler import run_scheduler_process
     from sglang.srt.plugins import load_plugins
 

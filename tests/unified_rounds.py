@@ -2,14 +2,130 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
-from tests.unified_engine import Ask, Remote, StockComparison, play_and_flush
+from tests.remote import Remote
+from tests.unified_asks import Answer, Ask
+from tests.unified_comparison import StockComparison
+from tests.unified_engine import UnifiedEngine, state_of
 
 SWITCH_PROBABILITIES = (0.05, 0.3, 0.8)
+
+
+def coin(colocated: Any, rng: random.Random, seen: Counter[str]) -> Callable[..., Any]:
+    """In place of what ``colocated`` decides: a task, a request or a step, by chance."""
+    from sgl_flowprefill.policy import Act
+    from sgl_flowprefill.policy.colocated import Turn
+
+    def decide(now_s: float, running: Any, admit: bool = True) -> Any:
+        tasks = sorted(colocated.prefills.started, key=lambda job: job.item.id)
+        requests = colocated.prefills.first_waiting(now_s, 1000) if admit else []
+        choices: list[Any] = tasks + sorted(requests, key=lambda job: job.item.number)
+        if colocated.streams.requests:
+            choices += [Act.STEP] * max(1, len(choices))
+        if not choices:
+            return Turn(Act.NOTHING)
+        choice = rng.choice(choices)
+        started = sum(1 for job in tasks if job.item.has_run)
+        if choice is Act.STEP:
+            seen["steps"] += 1
+            seen["steps inside prefills"] += started > 0
+            return Turn(Act.STEP)
+        seen["suspensions"] += running is not None and choice is not running
+        seen["deepest"] = max(seen["deepest"], started)
+        return Turn(Act.TASK if choice.started else Act.START, choice)
+
+    return decide
+
+
+@contextmanager
+def chance(engine: UnifiedEngine, seed: int, switch_probability: float) -> Iterator[Counter[str]]:
+    """Suspend prefills at random interruption points, and run whatever a coin says: a task, a request, a step."""
+    rng = random.Random(seed)
+    hub, seen = engine.hub, engine.seen
+    colocated, executor, role = hub.work.colocated, hub.executor, hub.role
+
+    def interrupted() -> bool:
+        from sglang.srt.layers.dp_attention import get_is_extend_in_batch
+
+        assert get_is_extend_in_batch(), "a prefill takes itself for a decode step"
+        return rng.random() < switch_probability
+
+    def retracted(req: Any, is_retracted: bool = False) -> None:
+        if is_retracted and "SGLANG_TEST_RETRACT" not in os.environ:
+            assert not hub.work.tasks.live, f"stream {req.rid} is retracted while prefills hold KV cache"
+        add(req, is_retracted)
+
+    scheduler, add = engine.scheduler, engine.scheduler._add_request_to_queue
+    before = Counter(retractions=role.retractions, given_back=role.given_back)
+    was_interrupted, ends_waiting = executor.interrupted, executor.ends_waiting
+    colocated.next, scheduler._add_request_to_queue = coin(colocated, rng, seen), retracted
+    executor.interrupted = executor.ends_waiting = interrupted
+    try:
+        yield seen
+    finally:
+        del colocated.next, scheduler._add_request_to_queue
+        executor.interrupted, executor.ends_waiting = was_interrupted, ends_waiting
+        seen["retractions"] += role.retractions - before["retractions"]
+        seen["given back"] += role.given_back - before["given_back"]
+
+
+@dataclass
+class Play:
+    """What became of a round."""
+
+    answers: dict[str, Answer]
+    left: set[str]
+    seen: Counter[str]
+
+
+def play(
+    engine: UnifiedEngine,
+    asked: Mapping[str, Ask],
+    dropped: Collection[str],
+    seed: int,
+    switch_probability: float,
+    at_once: bool = False,
+) -> Play:
+    """Submit what is ``asked``, now and then or ``at_once``, abort what is ``dropped`` at some time, and run it all."""
+    rng = random.Random(seed)
+    engine.forget()
+    engine.seen.clear()
+    left: set[str] = set()
+
+    def abort(rid: str) -> None:
+        if rid not in engine.answers:
+            left.add(rid)
+        engine.seen[f"aborts: {state_of(engine, rid)}"] += 1
+        engine.abort(rid)
+        engine.turn()
+
+    with chance(engine, rng.randrange(1 << 30), switch_probability):
+        for rid, ask in asked.items():
+            engine.submit(rid, ask)
+            if rid in dropped and rng.random() < 0.2:
+                abort(rid)
+            for _ in range(0 if at_once else rng.randrange(6)):
+                engine.turn()
+        for rid in sorted(set(dropped) - left):
+            abort(rid)
+            for _ in range(rng.randrange(12)):
+                engine.turn()
+        engine.run()
+    return Play(dict(engine.answers), left, Counter(engine.seen))
+
+
+def play_and_flush(engine: UnifiedEngine, *arguments: Any) -> Play:
+    """``play``, and nothing is left behind."""
+    played = play(engine, *arguments)
+    engine.assert_clean()
+    return played
 
 
 @dataclass

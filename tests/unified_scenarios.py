@@ -16,7 +16,9 @@ from sgl_flowprefill.policy import Act, Limits
 from sgl_flowprefill.policy.colocated import Turn
 from tests.late_device import LateDevice
 from tests.prompts import prompt
-from tests.unified_engine import Ask, Play, UnifiedEngine, state_of
+from tests.unified_asks import Ask
+from tests.unified_engine import UnifiedEngine, state_of
+from tests.unified_rounds import Play
 
 STREAM: Final = Ask(tuple(prompt(501, 60)), 40, (("ignore_eos", True),), tbt_slo_s=5.0)
 """A request that decodes while others are prefilled, which on a slow machine too are done before it."""
@@ -136,7 +138,7 @@ def _retracted(engine: UnifiedEngine) -> None:
 def _given_back(engine: UnifiedEngine) -> None:
     _running(engine)
     [task] = [task for task in engine.hub.work.tasks.live if "goes" in task.rids]
-    engine.hub._give_back(task, engine.hub.role)
+    engine.hub.give_back(task, engine.hub.role)
 
 
 STATES: Final[dict[str, Callable[[UnifiedEngine], None]]] = {
@@ -224,11 +226,11 @@ def pause(engine: UnifiedEngine, mode: str) -> Paused:
     asked = _in_the_middle(engine)
     before = engine.hub.role.retractions
     engine.receive(PauseGenerationReqInput(mode=mode))
-    streamed = dict(engine._streamed)
+    streamed = dict(engine.streamed)
     for _ in range(20):
         engine.turn()
     live = len(engine.hub.work.tasks)
-    answered = sum(engine._streamed[rid] != streamed[rid] for rid in streamed)
+    answered = sum(engine.streamed[rid] != streamed[rid] for rid in streamed)
     unanswered = len(asked) - len(engine.answers)
     engine.receive(ContinueGenerationReqInput())
     return Paused(_played(engine), asked, live, answered, engine.hub.role.retractions - before, unanswered)
@@ -303,11 +305,11 @@ def stream_beside_a_long_prompt(engine: UnifiedEngine, tbt_slo_s: float) -> Gaps
     engine.submit("long", long)
     times, steps = [time.monotonic()], 0
     began_s = times[0]
-    tokens = engine._streamed["stream"]
-    while engine._streamed["long"] == 0:
+    tokens = engine.streamed["stream"]
+    while engine.streamed["long"] == 0:
         engine.turn()
-        if engine._streamed["stream"] != tokens:
-            tokens = engine._streamed["stream"]
+        if engine.streamed["stream"] != tokens:
+            tokens = engine.streamed["stream"]
             times.append(time.monotonic())
             steps += any(task.has_run for task in engine.hub.work.tasks.live)
     prefill_s = time.monotonic() - began_s

@@ -93,7 +93,7 @@ class Campaign:
             pending = [system for system in self.systems if self._is_searching(system)]
             if not pending:
                 if "comparison_rps" not in self.log.facts:
-                    self.log.settle("comparison_rps", self._comparison_rps())
+                    self.log.fix("comparison_rps", self._comparison_rps())
                 pending = [system for system in self.systems if any(self._comparisons(system))]
             if not pending:
                 return
@@ -183,7 +183,7 @@ class Campaign:
             while (rate_rps := search.next_rps(verdicts)) is not None:
                 traces = [self.prober.trace(seed, rate_rps) for seed in range(self.plan.seeds)]
                 verdicts.append((rate_rps, self._simulated(simulated, traces, setup) >= attainment))
-            self.log.settle(fact, bracket(verdicts).rate_rps)
+            self.log.fix(fact, bracket(verdicts).rate_rps)
         return float(self.log.facts[fact])
 
     def simulated_attainment(self, system: System, rate_rps: float, seeds: Sequence[int]) -> float | None:
@@ -196,7 +196,7 @@ class Campaign:
         fact = f"simulated attainment of {system.name} at {rate_rps:g}, seeds {[*seeds]}, {visits} visits"
         if fact not in self.log.facts:
             traces = [self.prober.trace(seed, rate_rps) for seed in seeds]
-            self.log.settle(fact, self._simulated(simulated, traces, self.prober.setup_of(system)))
+            self.log.fix(fact, self._simulated(simulated, traces, self.prober.setup_of(system)))
         return float(self.log.facts[fact])
 
     def _simulated(self, simulated: Simulated, traces: Sequence[Trace], setup: Setup) -> float:

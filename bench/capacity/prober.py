@@ -131,16 +131,16 @@ class Prober:
         self.say(f"[bold]{system.label}[/bold]")
         self.check_settings(system)
         if _settings_fact(system) not in self.log.facts:
-            self.log.settle(_settings_fact(system), system.settings)
+            self.log.fix(_settings_fact(system), system.settings)
         with self._serve(system) as served:
             solo_ttft_s = self.measure_isolated(served, system)
             if "time_scale" not in self.log.facts:
-                self.log.settle("time_scale", time_scale(solo_ttft_s))
+                self.log.fix("time_scale", time_scale(solo_ttft_s))
                 self.say(f"  time scale {self.time_scale:.2f}: arrivals and SLOs are stretched by it")
             if not self.can_simulate and (engine := served.engine(PromptBuilder(0))) is not None:
-                self.log.settle("engine", asdict(engine))
+                self.log.fix("engine", asdict(engine))
             if not self.is_calibrated:
-                self._settle_answers(served, system)
+                self._fix_answers(served, system)
             yield served
 
     def check_settings(self, system: System) -> None:
@@ -162,25 +162,25 @@ class Prober:
         tokens = [request.new_tokens for request in trace.requests]
         return len(tokens) / float(np.interp(tokens, list(times_s), list(times_s.values())).sum())
 
-    def _settle_answers(self, served: Endpoint, system: System) -> None:
+    def _fix_answers(self, served: Endpoint, system: System) -> None:
         """Shorten answers to what the decode server carries where the prefill server hands it as many as it can."""
         decode_tokens_per_s = served.decode_tokens_per_s(PromptBuilder(0))
-        served.settle()
+        served.come_to_rest()
         whole = self.plan.trace(0, self.plan.workload.rate_rps, self.time_scale)
         rate_rps = self.saturation_rps(whole) if self.can_simulate else self.one_by_one_rps(whole, system)
         answers = Answers.carried(whole, rate_rps, decode_tokens_per_s, self.plan.decode_share)
-        self.log.settle("decode_tokens_per_s", decode_tokens_per_s)
-        self.log.settle("answers_scale", answers.scale)
+        self.log.fix("decode_tokens_per_s", decode_tokens_per_s)
+        self.log.fix("answers_scale", answers.scale)
         self.say(f"  {answers.text(answers.of(whole))}; the decode server carries {decode_tokens_per_s:.0f} tokens/s")
 
     def measure_isolated(self, served: Endpoint, system: System) -> dict[int, float]:
         """TTFT (s) of isolated requests by prompt tokens, as the machine is now: its speed changes."""
         solo_ttft_s = served.solo_ttft_s(PromptBuilder(0))
         self.log.add_solo(system.name, solo_ttft_s)
-        served.settle()
+        served.come_to_rest()
         return solo_ttft_s
 
-    def settle_time_scale(self, asked: float | Literal["auto"]) -> None:
+    def fix_time_scale(self, asked: float | Literal["auto"]) -> None:
         """Take ``asked``, unless it is "auto", for the rest of the run. Raises ValueError if the log has another."""
         if asked == "auto":
             return
@@ -190,7 +190,7 @@ class Prober:
                 "--time-scale out"
             )
         if "time_scale" not in self.log.facts:
-            self.log.settle("time_scale", asked)
+            self.log.fix("time_scale", asked)
 
     def trace(self, seed: int, rate_rps: float, slo_scale: float = 1.0) -> Trace:
         """What is replayed at ``rate_rps`` by the wall clock."""
@@ -217,7 +217,7 @@ class Prober:
         label = f"  {rate_rps:.2f} req/s, seed {seed}"
         with ReplayProgress(label, total, trace.requests[-1].arrival_s, self._console) as progress:
             run = served.replay(trace, PromptBuilder(seed), progress.update, enough)
-        served.settle()
+        served.come_to_rest()
         probe = Probe(system.name, rate_rps, seed, total, run, served.blocking_s(run), slo_scale, self.plan.judge)
         self.log.add(probe)
         return probe
@@ -250,7 +250,7 @@ def probing(
     log = ProbeLog(out / "probes.jsonl", settings)
     with serving(servers, out, detail, side_by_side=side_by_side) as serve_system:
         prober = Prober(plan, log, serve_system, console, servers.options)
-        prober.settle_time_scale(asked_time_scale)
+        prober.fix_time_scale(asked_time_scale)
         yield prober
 
 

@@ -73,7 +73,7 @@ class ProbeLog:
         self.solo_ttft_s: dict[str, list[dict[int, float]]] = {}
         """By system: for each start of its servers, the TTFT of isolated requests by prompt tokens."""
         self.facts: dict[str, Any] = {}
-        """What is settled once in a run: the time scale, the rate at which systems are compared."""
+        """What is fixed once in a run: the time scale, the rate at which systems are compared."""
         path.parent.mkdir(parents=True, exist_ok=True)
         rows = list(_rows(path)) if path.exists() else []
         found = {**JUDGED_BEFORE, **(rows[0]["settings"] if rows else settings)}
@@ -105,8 +105,8 @@ class ProbeLog:
         self.solo_ttft_s.setdefault(system, []).append(dict(ttft_s))
         self._append({"kind": "solo", "system": system, "ttft_s": {str(tokens): s for tokens, s in ttft_s.items()}})
 
-    def settle(self, name: str, value: Any) -> None:
-        """Settle a fact for the rest of the run."""
+    def fix(self, name: str, value: Any) -> None:
+        """Keep a fact for the rest of the run."""
         self.facts[name] = value
         self._append({"kind": "fact", "name": name, "value": value})
 

@@ -43,7 +43,7 @@ def mean_bracket(brackets: Iterable[Bracket]) -> Bracket:
 
 def decided(met: int, missed: int, total: int, attainment: float) -> bool | None:
     """Whether ``attainment`` of ``total`` requests is kept, once those that are known to have ``met`` or ``missed``
-    their SLO settle it; None before."""
+    their SLO decide it; None before."""
     needed = attainment * total - ROUNDING
     if met >= needed:
         return True

@@ -75,7 +75,7 @@ def run(options: Breakdown, console: Console) -> int:
 
     with serve(SYSTEMS["flowprefill"], servers, options.out, say) as served:
         sent = asyncio.run(_send_all(served, options, say))
-        served.settle()  # the event log is complete when its server is idle
+        served.come_to_rest()  # the event log is complete when its server is idle
         assert served.event_log is not None
         logs = [served.cluster.config.log_dir / f"{name}.log" for name in ("prefill", "decode")]
         stages = [

@@ -57,7 +57,7 @@ def load_rps(prober: Prober, load: float) -> float:
         own_rps = prober.plan.workload.rate_rps
         traces = [prober.trace(seed, own_rps) for seed in range(prober.plan.seeds)]
         rates_rps = [saturation_rps(trace, prober.setup.machine.cost) for trace in traces]
-        prober.log.settle("saturation_rps", round(float(np.mean(rates_rps)), 4))
+        prober.log.fix("saturation_rps", round(float(np.mean(rates_rps)), 4))
     return round(load * float(prober.log.facts["saturation_rps"]), 4)
 
 

@@ -124,6 +124,11 @@ class ReplayRun:
     stopped_early: bool = False
     """Whether it was known to be enough: ``results`` leaves out what was then neither done nor late."""
 
+    @property
+    def span_s(self) -> tuple[float, float]:
+        """Its begin and its end by ``time.monotonic()``."""
+        return self.start_monotonic_s, self.start_monotonic_s + self.duration_s
+
     def write_jsonl(self, path: Path) -> None:
         """Write one JSON line for each request, in order of arrival."""
         path.parent.mkdir(parents=True, exist_ok=True)

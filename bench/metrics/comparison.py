@@ -17,10 +17,11 @@ from sgl_flowprefill.bench.metrics.requests import (
     StepSummary,
     Suspension,
     attainment,
-    read_suspensions,
+    events_within,
     summarise,
     summarise_blocking,
     summarise_steps,
+    suspensions,
 )
 from sgl_flowprefill.bench.workloads.answers import Answers
 from sgl_flowprefill.bench.workloads.trace import Trace
@@ -68,7 +69,8 @@ class SystemResult:
         """Summarise ``run``, which may be joined from ``turns``; preemptions come from ``event_log`` if the system
         writes one.
         """
-        spans_s = [(part.start_monotonic_s, part.start_monotonic_s + part.duration_s) for part in turns or [run]]
+        parts = turns or [run]
+        events = events_within(event_log, [part.span_s for part in parts]) if event_log else []
         return cls(
             name=name,
             label=label,
@@ -76,10 +78,8 @@ class SystemResult:
             summary=summarise(run.results, run.duration_s, trace.classes),
             joint=summarise_joint([answered(result) for result in run.results]),
             turns=turns,
-            suspensions=[one for span_s in spans_s for one in read_suspensions(event_log, *span_s)]
-            if event_log
-            else None,
-            steps=summarise_steps(event_log, spans_s) if event_log else None,
+            suspensions=suspensions(events) if event_log else None,
+            steps=summarise_steps(events, sum(part.duration_s for part in parts)),
             solo_ttft_s=solo_ttft_s or {},
             decode_tokens_per_s=decode_tokens_per_s,
             settings=settings or {},

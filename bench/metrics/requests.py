@@ -11,7 +11,7 @@ from typing import Final, NamedTuple
 import numpy as np
 
 from sgl_flowprefill.bench.loadgen.replay import RequestResult
-from sgl_flowprefill.events import GiveBack, Step, Suspend, read_events
+from sgl_flowprefill.events import AnyEvent, GiveBack, Step, Suspend, read_events
 
 SLO_SCALES: Final = tuple(round(0.4 + 0.2 * step, 1) for step in range(9))
 """SLO scales of the paper: 0.4 to 2.0 in steps of 0.2."""
@@ -93,38 +93,42 @@ def attainment(results: Sequence[RequestResult], slo_scale: float = 1.0) -> floa
     return sum(result.meets_ttft(slo_scale) for result in results) / max(1, len(results))
 
 
-def read_suspensions(event_log: Path, start_s: float, end_s: float) -> list[Suspension]:
-    """The suspensions between two ``time.monotonic()`` values, in order; none without a log. Raises EventLogError."""
+def events_within(event_log: Path, spans_s: Sequence[tuple[float, float]]) -> list[AnyEvent]:
+    """The events within spans of ``time.monotonic()``, in order; none without a log. Raises EventLogError."""
     events = read_events(event_log) if event_log.exists() else ()
+    return [event for event in events if any(start_s <= event.t_s <= end_s for start_s, end_s in spans_s)]
+
+
+def suspensions(events: Sequence[AnyEvent]) -> list[Suspension]:
+    """The suspensions among ``events``, in order."""
     return [
         # Logs of earlier versions have 0 where nothing was there to be read.
         Suspension(event.blocking_s, max(0.0, event.stopped_s - event.readable_s))
         if event.blocking_s and event.readable_s is not None
         else Suspension(None, None)
         for event in events
-        if isinstance(event, Suspend) and start_s <= event.t_s <= end_s
+        if isinstance(event, Suspend)
     ]
 
 
-def summarise_steps(event_log: Path, spans_s: Sequence[tuple[float, float]]) -> StepSummary | None:
-    """Decode steps within spans of ``time.monotonic()``; None for a log without any. Raises EventLogError."""
-    steps: list[Step] = []
-    give_backs = 0
-    for event in read_events(event_log) if event_log.exists() else ():
-        if any(start_s <= event.t_s <= end_s for start_s, end_s in spans_s):
-            if isinstance(event, Step):
-                steps.append(event)
-            give_backs += isinstance(event, GiveBack)
+def blocking_times_s(event_log: Path, span_s: tuple[float, float]) -> list[float]:
+    """Blocking time of each preemption within a span of ``time.monotonic()``. Raises EventLogError."""
+    switches = suspensions(events_within(event_log, [span_s]))
+    return [one.blocking_s for one in switches if one.blocking_s is not None]
+
+
+def summarise_steps(events: Sequence[AnyEvent], duration_s: float) -> StepSummary | None:
+    """Figures of the decode steps among the ``events`` of a run of ``duration_s``; None without any."""
+    steps = [event for event in events if isinstance(event, Step)]
     if not steps:
         return None
     late_s = [step.begin_s - step.due_s for step in steps if step.due_s is not None]
     return StepSummary(
         decode_steps=len(steps),
-        decode_share=sum(step.t_s - step.begin_s for step in steps)
-        / sum(end_s - start_s for start_s, end_s in spans_s),
+        decode_share=sum(step.t_s - step.begin_s for step in steps) / duration_s,
         streams_p50=float(np.median([step.streams for step in steps])),
         step_lateness_p99_s=float(np.percentile(late_s, 99)) if late_s else None,
-        give_backs=give_backs,
+        give_backs=sum(isinstance(event, GiveBack) for event in events),
     )
 
 

@@ -34,7 +34,7 @@ class Checkpoints:
         self._attention_s = self._layer_s * attention_share
         self._per_layer = {"operator": 2, "layer": 1, "chunk": 0}[preemption.granularity]
         self.total = self._per_layer * layers
-        """Checkpoints of the whole forward pass, by which the runtime tells its progress."""
+        """Preemption checkpoints of the whole forward pass, by which the runtime tells its progress."""
 
     def next_stop_s(self, elapsed_s: float) -> float:
         """The first elapsed time after ``elapsed_s`` at which the forward pass can be suspended, or its end."""
@@ -43,7 +43,7 @@ class Checkpoints:
         return elapsed_s
 
     def passed(self, elapsed_s: float) -> int:
-        """Checkpoints passed after ``elapsed_s``."""
+        """Preemption checkpoints passed after ``elapsed_s``."""
         layers, rest_s = self._place(elapsed_s)
         in_layer = self._per_layer == 2 and rest_s >= self._attention_s * (1 - ROUNDING)
         return min(self.total, self._per_layer * layers + in_layer)

@@ -235,15 +235,15 @@ class FlowPrefillInstance(Instance):
         forward_error: float = 0.0,
     ) -> None:
         """``ttft``: what predicts; the cost model, unless there is another."""
-        self._now_s = 0.0
+        self.now_s = 0.0
         self._forward_error = forward_error
-        self._engine = self._new_engine(machine, preemption)
+        self.engine = self._new_engine(machine, preemption)
         self._recorder = recorder or Blocking()
         checkpoints = Checkpoints(1.0, machine.cost.layers, 0.5, preemption).total
         parts = Unlimited()
         ttft = ttft or SimTTFT(machine.cost)
-        self._hub = Hub(
-            role=self._engine,
+        self.hub = Hub(
+            role=self.engine,
             work=Work(policy, ttft, parts, Progress([False] * checkpoints), Tasks()),
             executor=parts,
             slots=parts,
@@ -252,7 +252,7 @@ class FlowPrefillInstance(Instance):
             events=parts,
             recorder=self._recorder,
             tiles=parts,
-            now_s=lambda: self._now_s,
+            now_s=lambda: self.now_s,
             stall_check_s=math.inf,
         )
         self._hub_s = hub_s
@@ -263,11 +263,11 @@ class FlowPrefillInstance(Instance):
         self.next_s = math.inf
 
     def _new_engine(self, machine: Machine, preemption: Preemption) -> SimEngine:
-        return SimEngine(machine, preemption, lambda: self._now_s, forward_error=self._forward_error)
+        return SimEngine(machine, preemption, lambda: self.now_s, forward_error=self._forward_error)
 
     @property
     def completed(self) -> list[SimRequest]:  # type: ignore[override]
-        return self._engine.completed
+        return self.engine.completed
 
     @property
     def blocking_s(self) -> list[float]:
@@ -275,21 +275,21 @@ class FlowPrefillInstance(Instance):
         return self._recorder.blocking_s
 
     def submit(self, request: SimRequest, now_s: float) -> None:
-        if not self._engine.kv.can_hold(request):
-            self._engine.completed.append(request)
+        if not self.engine.kv.can_hold(request):
+            self.engine.completed.append(request)
             return
-        self._now_s = now_s
-        self._hub.work.add(self._engine.arrival(request))
+        self.now_s = now_s
+        self.hub.work.add(self.engine.arrival(request))
         if self._running is None:
             self._turn()
         else:
             self._stop_soon()
 
     def step(self) -> None:
-        self._now_s = self.next_s
-        if self._engine.kv.release(self._now_s):
-            self._hub.kv_is_short = False
-        if self._running is not None and self._now_s < self._stop_s:
+        self.now_s = self.next_s
+        if self.engine.kv.release(self.now_s):
+            self.hub.kv_is_short = False
+        if self._running is not None and self.now_s < self._stop_s:
             self._stop_soon()
             return
         if self._running is not None:
@@ -298,7 +298,7 @@ class FlowPrefillInstance(Instance):
 
     def _turn(self) -> None:
         """Run what the hub picks."""
-        task = self._hub.next_task()
+        task = self.hub.next_task()
         assert task is not Act.STEP, "a prefill instance has no streams"
         self._run(task)
 
@@ -306,9 +306,9 @@ class FlowPrefillInstance(Instance):
         """``task`` runs, or nothing does."""
         self._running = task
         if task is None:
-            self.next_s = self._engine.kv.next_release_s if self._hub.kv_is_short else math.inf
+            self.next_s = self.engine.kv.next_release_s if self.hub.kv_is_short else math.inf
             return
-        self._recorder.resumed_s = self._now_s + self._hub_s
+        self._recorder.resumed_s = self.now_s + self._hub_s
         self._stop_at(task, task.batch.duration_s)
 
     def _stop(self, task: PrefillTask) -> None:
@@ -320,18 +320,18 @@ class FlowPrefillInstance(Instance):
         task.done = batch.executed_s >= batch.duration_s
         task.checkpoint = batch.checkpoints.total if task.done else batch.checkpoints.passed(batch.executed_s)
         task.result = batch
-        self._hub.stopped(task)
+        self.hub.stopped(task)
 
     def _stop_soon(self) -> None:
         """The running task comes back at its next preemption checkpoint."""
         task = self._running
         assert task is not None
         batch: SimBatch = task.batch
-        elapsed_s = batch.executed_s + max(0.0, self._now_s - self._recorder.resumed_s)
+        elapsed_s = batch.executed_s + max(0.0, self.now_s - self._recorder.resumed_s)
         self._stop_at(task, min(self._stop_elapsed_s, batch.checkpoints.next_stop_s(elapsed_s)))
 
     def _stop_at(self, task: PrefillTask, elapsed_s: float) -> None:
         self._stop_elapsed_s = elapsed_s
         self._stop_s = self._recorder.resumed_s + elapsed_s - task.batch.executed_s
-        kv = self._engine.kv
-        self.next_s = min(self._stop_s, kv.next_release_s) if self._hub.kv_is_short else self._stop_s
+        kv = self.engine.kv
+        self.next_s = min(self._stop_s, kv.next_release_s) if self.hub.kv_is_short else self._stop_s

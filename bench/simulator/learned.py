@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
 from typing import Final
 
 import numpy as np
 
 from sgl_flowprefill.bench.simulator.cost import CostModel
 from sgl_flowprefill.profiling import make_design
-from sgl_flowprefill.ttft import AdaptiveTTFT, Prediction, PrefillShape
 from sgl_flowprefill.ttft.boosted import fit_rows
 from sgl_flowprefill.ttft.features import feature_matrix
-from sgl_flowprefill.ttft.learning import REFIT_TASKS, Journal, Refit, refit
+from sgl_flowprefill.ttft.learning import RefittedTTFT, refit
 from sgl_flowprefill.ttft.reservoir import Reservoir, rows_of_profile
 
 LONGEST_TOKENS: Final = 4096
@@ -23,7 +21,7 @@ LATER: Final = 8
 """A refit comes no earlier than after this part of all tasks since the last one, which keeps long runs short."""
 
 
-class LearnedTTFT(AdaptiveTTFT):
+class LearnedTTFT(RefittedTTFT):
     """The model of a simulated server. Refits take no time, and are adopted at once."""
 
     def __init__(self, cost: CostModel, error: float, quantile: float = 0.75, seed: int = 0) -> None:
@@ -32,27 +30,14 @@ class LearnedTTFT(AdaptiveTTFT):
         design = make_design(LONGEST_TOKENS)
         seconds = np.array([cost.predict_s(shape) * math.exp(rng.gauss(0.0, error)) for shape in design])
         matrix = feature_matrix(design)
-        fitted = fit_rows(matrix, seconds)
-        super().__init__(fitted.model, quantile, fitted.residuals.tolist(), fitted.kinds)
-        self._journal = Journal(Reservoir.of(rows_of_profile(matrix, seconds)))
-        self._asked_at = self._trained_through = 0
-        self.refits: list[Refit] = []
+        super().__init__(fit_rows(matrix, seconds), quantile, Reservoir.of(rows_of_profile(matrix, seconds)))
+        self._trained_through = 0
 
-    def observe(self, batch: Sequence[PrefillShape], measured_s: float) -> Prediction:
-        prediction = super().observe(batch, measured_s)
-        journal = self._journal
-        journal.completed(batch, measured_s, prediction.raw_s)
-        if journal.number - self._asked_at >= max(REFIT_TASKS, journal.number // LATER):
-            self._asked_at = journal.number
-            self._refit()
-        return prediction
+    def may_refit(self, tasks: int) -> bool:
+        return tasks >= self.journal.number // LATER
 
-    def _refit(self) -> None:
-        found = refit(self._journal.reservoir.rows, self.model, self._trained_through)  # type: ignore[arg-type]
-        if found is None:
-            return
-        self.refits.append(found)
-        if found.is_better:
+    def ask_for_refit(self) -> None:
+        found = refit(self.journal.reservoir.rows, self.model, self._trained_through)
+        if found is not None and found.is_better:
             self._trained_through = found.trained_through
-            self.replace(found.challenger.model, found.challenger.residuals.tolist(), found.challenger.kinds)
-            self._journal.new_model()
+            self.take_over(found.challenger)

@@ -47,7 +47,7 @@ class StockInstance(Instance):
 
     def __init__(self, machine: Machine, order: str, chunk_tokens: int | None, kv: KvCache | None = None) -> None:
         self._cost = machine.cost
-        self._kv = kv or KvCache(machine)
+        self.kv = kv or KvCache(machine)
         self._order = order
         self._chunk_tokens = chunk_tokens
         self._computed_tokens = 0
@@ -60,7 +60,7 @@ class StockInstance(Instance):
         self.completed: list[SimRequest] = []
 
     def submit(self, request: SimRequest, now_s: float) -> None:
-        if not self._kv.can_hold(request):
+        if not self.kv.can_hold(request):
             self.completed.append(request)
             return
         self._enqueue(request)
@@ -73,9 +73,9 @@ class StockInstance(Instance):
 
     def step(self) -> None:
         now_s = self.next_s
-        self._kv.release(now_s)
+        self.kv.release(now_s)
         if self._finishing:
-            self._kv.transfer(self._finishing, now_s)
+            self.kv.transfer(self._finishing, now_s)
             self.completed.extend(self._finishing)
             self._finishing = []
         if self._part is not None:
@@ -88,7 +88,7 @@ class StockInstance(Instance):
         if shapes:
             self.next_s = now_s + self._cost.predict_s(shapes)
         else:
-            self.next_s = self._kv.next_release_s if self._waiting else math.inf
+            self.next_s = self.kv.next_release_s if self._waiting else math.inf
 
     def _key(self, request: SimRequest) -> tuple[float, ...]:
         by = "fcfs" if self._order in ("lpm", "hrrn") and len(self._waiting) > SORTED_REQUESTS else self._order
@@ -107,11 +107,11 @@ class StockInstance(Instance):
             request = self._waiting[0][2]
             if self._must_wait(request, budget, alone=not shapes):
                 break
-            if not self._kv.fitting([request]):
+            if not self.kv.fitting([request]):
                 break
             heappop(self._waiting)
             del self._computed_at_arrival[request.index]
-            self._kv.take([request])
+            self.kv.take([request])
             part = _Part(request)
             self._send(part, now_s)
             most = budget if self._chunk_tokens else request.shape.new_tokens
@@ -127,7 +127,7 @@ class StockInstance(Instance):
     def _send(self, part: _Part, now_s: float) -> None:
         """Send the KV that there is: the cached prefix when a prompt starts, then each chunk when it has ended."""
         request = part.request
-        self._kv.send(request, request.shape.cached_tokens + part.done_tokens - request.sent_tokens, now_s)
+        self.kv.send(request, request.shape.cached_tokens + part.done_tokens - request.sent_tokens, now_s)
 
     def _room_for_shorter(self, part: _Part, budget: int) -> int:
         """Tokens of the forward that the prompt under way leaves to shorter ones."""

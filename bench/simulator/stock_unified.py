@@ -19,7 +19,7 @@ class StockUnifiedInstance(StockInstance):
     (``--prefill-decode-interval``). Streams are retracted where KV cache is short for a step.
     """
 
-    _kv: OutputKv
+    kv: OutputKv
 
     def __init__(
         self,
@@ -33,7 +33,7 @@ class StockUnifiedInstance(StockInstance):
         step_error: float = 0.0,
     ) -> None:
         super().__init__(machine, order, chunk_tokens, OutputKv(machine))
-        self.streams = RunningStreams(self._kv)
+        self.streams = RunningStreams(self.kv)
         self.step_times = StepTimes(step_cost, step_error)
         self._step_cost = step_cost
         self._mixed = mixed
@@ -48,7 +48,7 @@ class StockUnifiedInstance(StockInstance):
         if self._decodes:
             self.streams.step(now_s)
         if self._finishing:
-            self._kv.first_tokens(self._finishing, now_s)
+            self.kv.first_tokens(self._finishing, now_s)
             for request in self._finishing:
                 self.streams.join(request, now_s)
             self.completed.extend(request for request in self._finishing if request.came_tokens == 1)
@@ -69,7 +69,7 @@ class StockUnifiedInstance(StockInstance):
             if self._decodes:
                 self.next_s = now_s + self.step_times.draw_s(len(self.streams), self.streams.context_tokens)
             else:
-                self._kv.ratio = FIRST_RATIO
+                self.kv.ratio = FIRST_RATIO
                 shapes = self._next_batch(now_s)  # what the ratio or the interval had kept out
                 self.next_s = now_s + self._forward_s(shapes) if shapes else math.inf
         self._busy = self.next_s < math.inf
@@ -78,8 +78,8 @@ class StockUnifiedInstance(StockInstance):
         if self._steps_to_go and len(self.streams):
             self._steps_to_go -= 1
             return []
-        self._kv.reserved_tokens = len(self.streams) if self._mixed else 0
-        return self._next_batch(now_s, self._kv.reserved_tokens)
+        self.kv.reserved_tokens = len(self.streams) if self._mixed else 0
+        return self._next_batch(now_s, self.kv.reserved_tokens)
 
     def _forward_s(self, shapes: list[PrefillShape]) -> float:
         if not self._decodes:
@@ -90,5 +90,5 @@ class StockUnifiedInstance(StockInstance):
 
     def _retract(self) -> None:
         """Retract streams until the next tokens have KV cache."""
-        while len(self.streams) > self._kv.free_tokens:
+        while len(self.streams) > self.kv.free_tokens:
             self._enqueue(self.streams.retract())

@@ -36,7 +36,7 @@ class OutputKv(KvCache):
         self.ratio = FIRST_RATIO
         self.reserved_tokens = 0
         """Tokens that streams get in the forward that admission is for."""
-        self._to_come_tokens = 0
+        self.to_come_tokens = 0
         """Tokens that the answers of all that have started still lack."""
 
     @property
@@ -47,7 +47,7 @@ class OutputKv(KvCache):
         return sum(request.shape) + min(_to_come(request), CLIPPED_TOKENS) + 1 < self.total_tokens
 
     def fitting(self, requests: Sequence[SimRequest]) -> int:
-        left = self._free_tokens - self.reserved_tokens - self.ratio * self._to_come_tokens
+        left = self._free_tokens - self.reserved_tokens - self.ratio * self.to_come_tokens
         for count, request in enumerate(requests):
             needed = sum(request.shape) + min(_to_come(request), CLIPPED_TOKENS) + 1
             if needed >= left:
@@ -57,7 +57,7 @@ class OutputKv(KvCache):
 
     def take(self, requests: Sequence[SimRequest]) -> None:
         super().take(requests)
-        self._to_come_tokens += sum(map(_to_come, requests))
+        self.to_come_tokens += sum(map(_to_come, requests))
 
     def send(self, request: SimRequest, tokens: int, now_s: float) -> None:
         pass
@@ -68,19 +68,19 @@ class OutputKv(KvCache):
             if request.came_tokens == 0:
                 request.first_token_s = now_s
             request.came_tokens += 1
-        self._to_come_tokens -= len(requests)
+        self.to_come_tokens -= len(requests)
 
     def step(self, requests: int) -> None:
         """Each of ``requests`` streams has a further token."""
         self._free_tokens -= requests
-        self._to_come_tokens -= requests
+        self.to_come_tokens -= requests
         assert self._free_tokens >= 0, "streams are retracted before a step that does not fit"
         self.ratio = max(LEAST_RATIO, self.ratio - (FIRST_RATIO - LEAST_RATIO) / RATIO_STEPS)
 
     def free(self, request: SimRequest, held_tokens: int) -> None:
         """``request`` holds its ``held_tokens`` no longer."""
         self._free_tokens += held_tokens
-        self._to_come_tokens -= _to_come(request)
+        self.to_come_tokens -= _to_come(request)
 
 
 @dataclass(slots=True, eq=False)

@@ -108,7 +108,7 @@ class UnifiedInstance(FlowPrefillInstance):
     A running task comes back at the first preemption checkpoint after a step has to start.
     """
 
-    _engine: UnifiedEngine
+    engine: UnifiedEngine
 
     def __init__(
         self,
@@ -123,7 +123,7 @@ class UnifiedInstance(FlowPrefillInstance):
     ) -> None:
         super().__init__(machine, policy, preemption, hub_s, recorder)
         self.policy: Colocated = ColocatedPolicy(policy, step_cost, limits)
-        self._hub.work.colocated = self._engine.policy = self.policy
+        self.hub.work.colocated = self.engine.policy = self.policy
         self.step_times = StepTimes(step_cost, step_error)
         self.lateness_s: list[float] = []
         """For each step that had to start while a prefill ran, how much later it did."""
@@ -132,25 +132,25 @@ class UnifiedInstance(FlowPrefillInstance):
         self._ask_again_s = math.inf
 
     def _new_engine(self, machine: Machine, preemption: Preemption) -> UnifiedEngine:
-        return UnifiedEngine(machine, preemption, lambda: self._now_s)
+        return UnifiedEngine(machine, preemption, lambda: self.now_s)
 
     @property
     def streams(self) -> RunningStreams:
-        return self._engine.streams
+        return self.engine.streams
 
     @property
     def give_backs(self) -> int:
         """Prefills that were given up for streams."""
-        return self._engine.give_backs
+        return self.engine.give_backs
 
     def submit(self, request: SimRequest, now_s: float) -> None:
         if self._step_begin_s is None:
             super().submit(request, now_s)
-        elif self._engine.kv.can_hold(request):
-            self._now_s = now_s
-            self._hub.work.add(self._engine.arrival(request))
+        elif self.engine.kv.can_hold(request):
+            self.now_s = now_s
+            self.hub.work.add(self.engine.arrival(request))
         else:
-            self._engine.completed.append(request)
+            self.engine.completed.append(request)
 
     def step(self) -> None:
         if self._step_begin_s is None:
@@ -158,29 +158,29 @@ class UnifiedInstance(FlowPrefillInstance):
                 self._ask_again_s = math.inf
             super().step()
             return
-        self._now_s = self.next_s
-        if self._engine.end_step(self._step_begin_s):
-            self._hub.kv_is_short = False
+        self.now_s = self.next_s
+        if self.engine.end_step(self._step_begin_s):
+            self.hub.kv_is_short = False
         self._step_begin_s = None
         self._turn()
 
     def _turn(self) -> None:
-        task = self._hub.next_task()
+        task = self.hub.next_task()
         if task is Act.STEP:
             self._begin_step()
             return
-        self._ask_again_s = self._hub.work.ask_again_s
+        self._ask_again_s = self.hub.work.ask_again_s
         self._run(task)
 
     def _begin_step(self) -> None:
-        streams, load = self._engine.streams, self.policy.load
-        self._engine.free_for_step()
+        streams, load = self.engine.streams, self.policy.load
+        self.engine.free_for_step()
         self._running = None
-        if self._hub.work.tasks.running is not None and self._now_s >= load.start_by_s:
-            self.lateness_s.append(self._now_s - load.start_by_s)
-        self._step_begin_s = self._now_s
-        self.next_s = self._now_s + self._hub_s + self.step_times.draw_s(len(streams), streams.context_tokens)
+        if self.hub.work.tasks.running is not None and self.now_s >= load.start_by_s:
+            self.lateness_s.append(self.now_s - load.start_by_s)
+        self._step_begin_s = self.now_s
+        self.next_s = self.now_s + self._hub_s + self.step_times.draw_s(len(streams), streams.context_tokens)
 
     def _stop_at(self, task: PrefillTask, elapsed_s: float) -> None:
         super()._stop_at(task, elapsed_s)
-        self.next_s = min(self.next_s, max(self._ask_again_s, self._now_s))
+        self.next_s = min(self.next_s, max(self._ask_again_s, self.now_s))

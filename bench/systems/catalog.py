@@ -235,7 +235,7 @@ UNIFIED_BY_POLICY: Final[Mapping[str, System]] = {
         ),
     )
 }
-"""The same on one server, and its VARIANTS."""
+"""Each policy and granularity of FlowPrefill on one server, and its VARIANTS."""
 BY_SETTING: Final[Mapping[str, System]] = {**BY_POLICY, **UNIFIED_BY_POLICY, **UNIFIED_STOCK}
 """Systems that are not listed one by one."""
 
@@ -266,8 +266,8 @@ UNIFIED_HEADLINE: Final = (
     "stock-spf-768-mixed",
     "stock-priority-768-mixed",
 )
-"""The same of unified systems, without the beginning of their names; stock-fcfs-8192 is what SGLang does by itself on
-large GPUs."""
+"""Unified systems that such a comparison runs by default, without the beginning of their names; stock-fcfs-8192 is
+what SGLang does by itself on large GPUs."""
 
 
 def find(name: str, layout: Layout = "pair") -> System:

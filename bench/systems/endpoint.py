@@ -59,7 +59,7 @@ class Endpoint(Protocol):
     ) -> ReplayRun:
         """Replay ``trace``."""
 
-    def settle(self) -> None:
+    def come_to_rest(self) -> None:
         """End what is under way, so that the next run starts as the first one did."""
 
     def blocking_s(self, run: ReplayRun) -> list[float] | None:
@@ -108,8 +108,8 @@ class EndpointError(ClusterError):
 class ForeignEndpoint:
     """Servers of somebody else behind an OpenAI-compatible API, measured by the same client.
 
-    Their caches cannot be emptied. So after each ``settle`` prompts have other tokens, with the same lengths and the
-    same shared prefixes: what an endpoint has cached is what the run itself has sent, as for servers of ours.
+    Their caches cannot be emptied. So after each ``come_to_rest`` prompts have other tokens, with the same lengths and
+    the same shared prefixes: what an endpoint has cached is what the run itself has sent, as for servers of ours.
     """
 
     system: EndpointSystem
@@ -144,7 +144,7 @@ class ForeignEndpoint:
     ) -> ReplayRun:
         return replay(trace, self.client, self._unseen(prompts), on_progress, enough)
 
-    def settle(self) -> None:
+    def come_to_rest(self) -> None:
         """Wait until an isolated request is as fast as it was at first. Raises EndpointError when that takes too long.
 
         Streams that were broken off end with their connections.

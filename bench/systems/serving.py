@@ -24,7 +24,7 @@ from sgl_flowprefill.bench.loadgen.client import Client, GenerateApi, get_json
 from sgl_flowprefill.bench.loadgen.decode_rate import measure_decode
 from sgl_flowprefill.bench.loadgen.replay import Enough, OnProgress, ReplayRun, replay
 from sgl_flowprefill.bench.metrics.event_log import summarise_log
-from sgl_flowprefill.bench.metrics.requests import read_suspensions
+from sgl_flowprefill.bench.metrics.requests import blocking_times_s
 from sgl_flowprefill.bench.simulator.measured import Engine, best_profile
 from sgl_flowprefill.bench.systems.endpoint import Reached, Say, connect
 from sgl_flowprefill.bench.systems.system import EndpointSystem, System
@@ -45,8 +45,8 @@ BURST_REQUESTS: Final = 16
 BURST_TOKENS: Final = 1024
 USUAL_LAYERS: Final = 32
 """Layers of a model whose configuration is not at hand."""
-SETTLE_TIMEOUT_S: Final = 300.0
-SETTLE_POLL_S: Final = 0.2
+REST_TIMEOUT_S: Final = 300.0
+REST_POLL_S: Final = 0.2
 WAKE_S: Final = 0.5
 """What servers that were stopped have to catch up with before they are measured."""
 
@@ -134,28 +134,24 @@ class Served:
 
         return replay(trace, self.client, prompts, watch, enough)
 
-    def settle(self) -> None:
+    def come_to_rest(self) -> None:
         """End what is still under way and forget cached prefixes, so that the next run starts as the first one did.
 
         Raises ClusterError when the servers do not come to rest.
         """
         urls = self.cluster.server_urls
-        give_up_s = time.monotonic() + SETTLE_TIMEOUT_S
+        give_up_s = time.monotonic() + REST_TIMEOUT_S
         while not all(_flushed(url) for url in urls):
             for url in urls:
                 requests.post(f"{url}/abort_request", json={"rid": "", "abort_all": True}, timeout=60)
             self.cluster.check()
             if time.monotonic() > give_up_s:
-                raise ClusterError(f"{self.system.name} still has requests {SETTLE_TIMEOUT_S:.0f} s after its run")
-            time.sleep(SETTLE_POLL_S)
+                raise ClusterError(f"{self.system.name} still has requests {REST_TIMEOUT_S:.0f} s after its run")
+            time.sleep(REST_POLL_S)
 
     def blocking_s(self, run: ReplayRun) -> list[float] | None:
         """Blocking time of each preemption of ``run``, once its servers are at rest; None without preemption."""
-        if self.event_log is None:
-            return None
-        end_s = run.start_monotonic_s + run.duration_s
-        suspensions = read_suspensions(self.event_log, run.start_monotonic_s, end_s)
-        return [one.blocking_s for one in suspensions if one.blocking_s is not None]
+        return None if self.event_log is None else blocking_times_s(self.event_log, run.span_s)
 
     def engine(self, prompts: PromptBuilder) -> Engine:
         """What the simulator needs to know; a burst of requests shows what passes between forwards.
@@ -178,7 +174,7 @@ class Served:
             return 0.0
         burst = TraceRequest(0.0, BURST_TOKENS, 1, "burst", ttft_slo_s=60.0, tbt_slo_s=60.0)
         run = self.replay(Trace("burst", [burst] * BURST_REQUESTS), prompts)
-        self.settle()
+        self.come_to_rest()
         events = (event for event in read_events(self.event_log) if event.t_s >= run.start_monotonic_s)
         return summarise_log(events).between_forwards_p50_s or 0.0
 

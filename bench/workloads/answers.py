@@ -18,7 +18,7 @@ from sgl_flowprefill.bench.workloads.trace import Trace
 DECODE_SHARE: Final = 0.5
 """Share of what the decode server carries that answers may take."""
 UNIFIED_DECODE_SHARE: Final = 0.25
-"""The same of a unified server, which has to prefill as well."""
+"""Share of what a unified server carries, which has to prefill as well, that answers may take."""
 
 
 @dataclass(frozen=True)

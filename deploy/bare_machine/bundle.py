@@ -25,7 +25,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 PROJECT = HERE.parent.parent
 GLIBC_MINORS = (39, 35, 34, 31, 28, 27, 24, 17)
-"""Of the manylinux tags that wheels are looked for by: pip takes none that it is not given."""
+"""Minor versions of glibc in the manylinux tags that wheels are looked for by: pip takes none that it is not given."""
 OLDER_TAGS = ("manylinux2014_x86_64", "manylinux1_x86_64")
 DROPPED = (
     "sglang/benchmark/",
@@ -42,10 +42,10 @@ KEPT_HEADERS = tuple(
     for part in ("include", "cutlass/include", "cccl/libcudacxx/include", "cccl/cub", "cccl/thrust", "spdlog/include")
 )
 SOURCES = "flashinfer/data/csrc/"
-"""Of FlashInfer's kernels: those directly in it are enough for attention."""
+"""Folder of FlashInfer's kernels: the files directly in it are enough for attention."""
 EMPTY: Mapping[str, Mapping[str, str]] = {}
 PLAIN_KERNEL_MODULES = ("scalar_type.py", "utils.py")
-"""Of sglang-kernel: what of it is Python, and imported beside the stand-in."""
+"""Files of sglang-kernel that are Python, and imported beside the stand-in."""
 
 
 def main() -> int:

@@ -110,11 +110,6 @@ class Cluster:
         return self.config.join or self._layout.url
 
     @property
-    def gateway_url(self) -> str:
-        """URL of the gateway of a cluster that has one."""
-        return self.url
-
-    @property
     def server_urls(self) -> list[str]:
         """URLs of all servers here, the first one that prefills first."""
         return [self._layout.server_url(role, index) for role, index in self._layout.servers]

@@ -138,6 +138,12 @@ class Guard:
 
     _process: subprocess.Popen[str] | None = None
 
+    @property
+    def pid(self) -> int:
+        """Process id of the guard's own process."""
+        assert self._process is not None
+        return self._process.pid
+
     def __enter__(self) -> Guard:
         self._servers: list[Server] = []
         self._followed: list[guard.Session] = []

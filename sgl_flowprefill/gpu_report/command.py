@@ -32,7 +32,7 @@ from sgl_flowprefill.gpu_report.phases import BACKENDS, Phase, plan
 from sgl_flowprefill.gpu_report.phases.base import phase_file
 from sgl_flowprefill.gpu_report.shapes import SHAPES, shape_path
 from sgl_flowprefill.gpu_report.tuning import choose
-from sgl_flowprefill.patches import lone_prefill, made_weights
+from sgl_flowprefill.patches import made_weights
 
 EXIT_FAILED: Final = 1
 EXIT_CANNOT_START: Final = 2
@@ -152,7 +152,7 @@ class _Report:
         command += ["--until-s", str(self._started_s + self._budget_s)]
         command += ["--share", str(phase.share / sum(one.share for one in left))]
         command += ["--engine", *layout.server_options("prefill")] if phase.has_engine else self._user_options(phase)
-        env = layout.server_env("prefill") | {lone_prefill.ENV_SWITCH: "1"}
+        env = layout.server_env("prefill")
         if self._makes_weights:
             env[made_weights.ENV_SWITCH] = "1"
         return _Running(phase, guard.follow(command, env, self._log(phase)))

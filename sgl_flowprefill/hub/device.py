@@ -43,7 +43,7 @@ class Device(Protocol):
     """What the runtime asks of the device that the kernels run on."""
 
     def record(self) -> None:
-        """An operator has been queued completely. Called at every checkpoint and between tiles."""
+        """An operator has been queued completely. Called at every preemption checkpoint and between tiles."""
 
     def catch_up(self, interrupted: Callable[[], bool]) -> bool:
         """Wait until another operator may be queued: at most ``lookahead`` of those queued have not run. False, before

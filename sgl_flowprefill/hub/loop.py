@@ -75,7 +75,7 @@ class Hub(Generic[RoleT]):
         """Run what is to run now until something happens. Whether there was anything, or its result is on the way."""
         task = self.next_task()
         if task is Act.STEP:
-            self._step()
+            self.step()
             return True
         if task is not None:
             self.executor.run(task, self.forward)
@@ -132,7 +132,7 @@ class Hub(Generic[RoleT]):
         """Run the tasks that have started to their ends, and process their results. Streams get their steps."""
         while self.work.tasks.live:
             if self.agreement.agree([self._step_is_due()])[0]:
-                self._step()
+                self.step()
                 self.work.plan_step()
                 continue
             task = self.work.tasks.live[0]
@@ -156,17 +156,17 @@ class Hub(Generic[RoleT]):
 
     # ---- decode steps ---------------------------------------------------------------------------------------------
 
-    def _step(self) -> None:
+    def step(self) -> None:
         """Run a decode step. Where it lacks KV cache, tasks give theirs back before a stream loses its own."""
         assert self.decoder is not None, "only a policy with streams asks for a step"
         while self.work.tasks.live and (missing_tokens := self.decoder.missing_tokens()) > 0:
             given = self.work.to_give_back(self.now_s(), missing_tokens) if self.agreement.decides else []
             for number in self.agreement.agree([task.id for task in given]):
-                self._give_back(self.work.tasks.numbered(number), self.decoder)
+                self.give_back(self.work.tasks.numbered(number), self.decoder)
         self.decoder.step()
         self._stopped_s = self.now_s()
 
-    def _give_back(self, task: PrefillTask, decoder: Decoder) -> None:
+    def give_back(self, task: PrefillTask, decoder: Decoder) -> None:
         """Unwind a task whose requests wait again. Its KV cache, not computed, never becomes a cached prefix."""
         self.recorder.given_back(task)
         self._unwind(task)
@@ -275,7 +275,7 @@ class Hub(Generic[RoleT]):
         stalls_due = now_s - self._looked_for_stalls_s >= self.stall_check_s
         arrival = tasks.finishing[0].id if tasks.result_arrived() else NO_TASK
         slowdown_percent = round(100 * self.work.ttft.correction)
-        has_offer = self.agreement.decides and self.learning.has_offer
+        has_offer = self.agreement.decides and self.learning.look_for_offer()
         agreed = self.agreement.agree([stalls_due, arrival, slowdown_percent, has_offer])
         self._agreed_arrival = agreed[1]
         self.tiles.follow(agreed[2] / 100)

@@ -38,13 +38,12 @@ class TTFT(Protocol):
 class Learning:
     """Offers TTFT models that are better than the one in use. Offers none."""
 
-    @property
-    def has_offer(self) -> bool:
-        """Whether there is one. Asked at the rank that decides."""
+    def look_for_offer(self) -> bool:
+        """Take in what has been learned by now. Whether a better model is on offer. Called at the rank that decides."""
         return False
 
     def adopt(self) -> None:
-        """Predict with it from now on. Called at all ranks, in the same turn."""
+        """Predict with the model on offer from now on. Called at all ranks, in the same turn."""
 
 
 class Executor(Protocol):

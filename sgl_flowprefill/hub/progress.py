@@ -10,22 +10,24 @@ class Progress:
     """How much of a forward pass is left behind each of its preemption checkpoints."""
 
     def __init__(self, is_attention: Sequence[bool]) -> None:
-        """``is_attention`` says of every checkpoint, in order, whether it follows attention (else: MLP, or a layer)."""
+        """``is_attention`` says of every preemption checkpoint, in order, whether it follows attention (else: MLP, or a
+        layer).
+        """
         self._pattern = is_attention
         self._attention = [0, *accumulate(is_attention)]
 
     @property
     def checkpoints(self) -> int:
-        """Checkpoints of one forward pass."""
+        """Preemption checkpoints of one forward pass."""
         return len(self._attention) - 1
 
     def passed_all(self, checkpoints: int) -> None:
-        """A forward pass is done and had so many: some models run their layers more than once."""
+        """A forward pass is done and had so many ``checkpoints``: some models run their layers more than once."""
         if checkpoints != self.checkpoints:
             self._attention = [0, *accumulate(islice(cycle(self._pattern), checkpoints))]
 
     def left(self, passed: int, attention_share: float) -> float:
-        """Share of the time that is left after ``passed`` checkpoints, when attention takes ``attention_share``."""
+        """Share of the time that is left behind ``passed`` of them; attention takes ``attention_share`` of all."""
         passed = min(passed, self.checkpoints)
         attention, all_attention = self._attention[passed], self._attention[-1]
         others, all_others = passed - attention, self.checkpoints - all_attention

@@ -107,7 +107,7 @@ class SlackOrder(Generic[T]):
         """Paces of jobs have changed."""
         self._to_reconsider = (math.inf, math.inf)
 
-    def settle(self, now_s: float) -> Sequence[Job[T]]:
+    def reclassify(self, now_s: float) -> Sequence[Job[T]]:
         """Move the jobs that are infeasible or feasible by ``now_s`` and were not before, as many as this event may,
         and return them."""
         if now_s != self._now_s:

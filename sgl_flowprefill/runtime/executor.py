@@ -70,7 +70,7 @@ class Executor:
             self._pass_point(self.running)
 
     def between_tiles(self) -> None:
-        """Called inside a long operator: like a checkpoint, but no progress by which time left could be told."""
+        """Called inside a long operator: like ``checkpoint``, but no progress by which time left could be told."""
         if self.running is not None:
             self._pass_point(self.running)
 

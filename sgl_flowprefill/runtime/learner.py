@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
@@ -23,9 +23,9 @@ from sgl_flowprefill.patches import affinity
 from sgl_flowprefill.profiling.learned import Learned
 from sgl_flowprefill.profiling.refit import Answer, Question, read_frame, write_frame
 from sgl_flowprefill.profiling.refit_process import LOWEST_PRIORITY
-from sgl_flowprefill.ttft import AdaptiveTTFT, Prediction, PrefillShape
+from sgl_flowprefill.ttft import AdaptiveTTFT
 from sgl_flowprefill.ttft.boosted import Fitted
-from sgl_flowprefill.ttft.learning import REFIT_TASKS, Journal
+from sgl_flowprefill.ttft.learning import RefittedTTFT
 from sgl_flowprefill.ttft.reservoir import Reservoir
 
 logger = logging.getLogger(__name__)
@@ -128,50 +128,36 @@ class Learner:
             logger.warning("FlowPrefill goes on with the TTFT model that it has: %s", problem)
 
 
-class LearningTTFT(AdaptiveTTFT, Learning):
-    """The TTFT model of a server that learns from its tasks."""
+class LearningTTFT(RefittedTTFT, Learning):
+    """The TTFT model of a server that learns from its tasks, at the rank that decides."""
 
     def __init__(
         self,
         known: Learned,
         quantile: float,
-        learner: Learner | None,
+        learner: Learner,
         broadcast: Callable[[Any], Any] = lambda value: value,
         now_s: Callable[[], float] = time.monotonic,
     ) -> None:
-        """``known``: what was learned so far. ``learner`` is None at the tensor-parallel ranks that do not decide;
-        ``broadcast`` gives all ranks what rank 0 has.
-        """
-        fitted, history = known.fitted, known.history
-        super().__init__(fitted.model, quantile, fitted.residuals.tolist(), fitted.kinds, history.slowness)
+        """``known``: what was learned so far. ``broadcast`` gives the other ranks what this one has."""
+        history = known.history
+        super().__init__(known.fitted, quantile, Reservoir.of(known.rows), history.tasks, history.slowness)
+        self.journal.refused = history.refused
         self._known = known
         self._learner = learner
         self._broadcast = broadcast
         self._now_s = now_s
         self._started_s = now_s()
-        self._journal = Journal(Reservoir.of(known.rows), history.tasks)
-        self._journal.refused = history.refused
-        self._asked_at = history.tasks
         self._offer: Fitted | None = None
 
     def start(self) -> None:
         """Called when the server is about to serve."""
-        if self._learner is not None:
-            self._learner.start()
+        self._learner.start()
 
     # ---- what the hub asks ----------------------------------------------------------------------------------------
 
-    def observe(self, batch: Sequence[PrefillShape], measured_s: float) -> Prediction:
-        prediction = super().observe(batch, measured_s)
-        if self._learner is not None:
-            self._journal.completed(batch, measured_s, prediction.raw_s)
-            if self._is_due(self._learner):
-                self._ask(self._learner)
-        return prediction
-
-    @property
-    def has_offer(self) -> bool:
-        answer = self._learner.take() if self._learner is not None else None
+    def look_for_offer(self) -> bool:
+        answer = self._learner.take()
         if answer is not None:
             self._known = answer.known
             if answer.refit is not None and answer.refit.is_better:
@@ -179,28 +165,23 @@ class LearningTTFT(AdaptiveTTFT, Learning):
         return self._offer is not None
 
     def adopt(self) -> None:
-        fitted: Fitted = self._broadcast(self._offer)
+        self.take_over(self._broadcast(self._offer))
         self._offer = None
-        self.replace(fitted.model, fitted.residuals.tolist(), fitted.kinds)
-        self._journal.new_model()
         history = self._known.history
-        if self._learner is not None:
-            logger.info(
-                "FlowPrefill predicts with a model of its first %d tasks: %.1f%% off on the %d newest, %.1f%% before",
-                history.trained_through,
-                100 * history.challenger_error,
-                history.judged,
-                100 * history.champion_error,
-            )
+        logger.info(
+            "FlowPrefill predicts with a model of its first %d tasks: %.1f%% off on the %d newest, %.1f%% before",
+            history.trained_through,
+            100 * history.challenger_error,
+            history.judged,
+            100 * history.champion_error,
+        )
 
     def state(self) -> dict[str, float]:
-        history, state = self._known.history, super().state()
-        if self._learner is None:
-            return state
-        return state | {
-            "tasks": self._journal.number,
-            "rows": len(self._journal.reservoir),
-            "refused": self._journal.refused,
+        history = self._known.history
+        return super().state() | {
+            "tasks": self.journal.number,
+            "rows": len(self.journal.reservoir),
+            "refused": self.journal.refused,
             "refits": history.refits,
             "adopted": history.adopted,
             "refit_at": history.refit_at,
@@ -213,18 +194,30 @@ class LearningTTFT(AdaptiveTTFT, Learning):
 
     # ---- refits -----------------------------------------------------------------------------------------------------
 
-    def _is_due(self, learner: Learner) -> bool:
-        if self._journal.number - self._asked_at < REFIT_TASKS or learner.is_busy or self.has_offer:
+    def may_refit(self, tasks: int) -> bool:
+        if self._learner.is_busy or self.look_for_offer():
             return False
-        return learner.cpu_s <= CPU_SHARE * (self._now_s() - self._started_s + CPU_AHEAD_S)
+        return self._learner.cpu_s <= CPU_SHARE * (self._now_s() - self._started_s + CPU_AHEAD_S)
 
-    def _ask(self, learner: Learner) -> None:
-        journal = self._journal
-        self._asked_at = journal.number
-        seen = {"tasks": journal.number, "refused": journal.refused}
+    def ask_for_refit(self) -> None:
+        seen = {"tasks": self.journal.number, "refused": self.journal.refused}
         history = self._known.history.model_copy(update=seen)
-        self._known = self._known.model_copy(update={"history": history, "rows": journal.reservoir.rows})
-        learner.ask(Question(self._known, learner.path))
+        self._known = self._known.model_copy(update={"history": history, "rows": self.journal.reservoir.rows})
+        self._learner.ask(Question(self._known, self._learner.path))
+
+
+class FollowingTTFT(AdaptiveTTFT, Learning):
+    """The TTFT model of a tensor-parallel rank that takes over what the rank that decides has learned."""
+
+    def __init__(self, known: Learned, quantile: float, broadcast: Callable[[Any], Any]) -> None:
+        """``known``: what was learned so far. ``broadcast`` gives this rank what the one that decides has."""
+        fitted = known.fitted
+        super().__init__(fitted.model, quantile, fitted.residuals.tolist(), fitted.kinds, known.history.slowness)
+        self._broadcast = broadcast
+
+    def adopt(self) -> None:
+        fitted: Fitted = self._broadcast(None)
+        self.replace(fitted.model, fitted.residuals.tolist(), fitted.kinds)
 
 
 def other_cpus() -> set[int]:

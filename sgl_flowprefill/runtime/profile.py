@@ -22,7 +22,7 @@ from sgl_flowprefill.profiling.learned import Learned, begin, learned_path, read
 from sgl_flowprefill.profiling.measure import SchedulerEngine
 from sgl_flowprefill.profiling.ranks import Done, Leader, follow
 from sgl_flowprefill.profiling.run import run_profile
-from sgl_flowprefill.runtime.learner import Learner, LearningTTFT, other_cpus
+from sgl_flowprefill.runtime.learner import FollowingTTFT, Learner, LearningTTFT, other_cpus
 from sgl_flowprefill.runtime.scheduler_role import SchedulerRole
 from sgl_flowprefill.ttft import AdaptiveTTFT, OperatorTimes
 from sgl_flowprefill.ttft.boosted import LEAST_SHAPES
@@ -36,9 +36,7 @@ FIRST_START_ROUNDS: Final = 3
 """How often it measures each shape, at most."""
 
 
-def load_or_measure(
-    role: SchedulerRole, config: FlowPrefillConfig
-) -> tuple[AdaptiveTTFT | LearningTTFT, OperatorTimes | None]:
+def load_or_measure(role: SchedulerRole, config: FlowPrefillConfig) -> tuple[AdaptiveTTFT, OperatorTimes | None]:
     """TTFT model of the engine behind ``role``, with online correction and the margin of ``config``, and the times
     of its operators where the profile has them.
 
@@ -54,6 +52,7 @@ def load_or_measure(
         raise found
     profile = _measure(role, setting) if found is None else found
     known = begin(profile, fit(profile))
+    ttft: AdaptiveTTFT
     if not config.learning:
         ttft = AdaptiveTTFT(
             known.fitted.model, config.slack_quantile, known.fitted.residuals.tolist(), known.fitted.kinds
@@ -62,8 +61,10 @@ def load_or_measure(
         path = learned_path(profile_path(setting))
         is_first = ranks.rank_in_group == 0
         known = ranks.broadcast_object(_learned(path, known) if is_first else None)
-        learner = Learner(path, other_cpus()) if is_first else None
-        ttft = LearningTTFT(known, config.slack_quantile, learner, ranks.broadcast_object)
+        if is_first:
+            ttft = LearningTTFT(known, config.slack_quantile, Learner(path, other_cpus()), ranks.broadcast_object)
+        else:
+            ttft = FollowingTTFT(known, config.slack_quantile, ranks.broadcast_object)
     return ttft, OperatorTimes.fit(profile.operators())
 
 

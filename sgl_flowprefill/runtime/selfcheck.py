@@ -164,7 +164,7 @@ class Tasks(SchedulerEngine):
         return found
 
     def checkpoint_s(self) -> float:
-        """Host time of a checkpoint with nothing pending and nothing to wait for."""
+        """Host time of a preemption checkpoint with nothing pending and nothing to wait for."""
         executor = self.executor
         executor.running = SimpleNamespace(checkpoint=0, points=0)  # type: ignore[assignment]
         begin_s = time.perf_counter()
@@ -292,7 +292,7 @@ def _nothing() -> None:
 
 
 def check_cost(tasks: Tasks) -> Finding:
-    """What the checkpoints of a forward pass cost when nobody waits, as the median of pairs in turn."""
+    """What preemption checkpoints cost a forward pass when nobody waits, as the median of pairs in turn."""
     prompt = tasks.prompt(COST_TOKENS)
     ratios = []
     for pair in range(COST_PAIRS + 1):
@@ -302,7 +302,7 @@ def check_cost(tasks: Tasks) -> Finding:
             ratios.append(times_s[True] / times_s[False])
     cost = statistics.median(ratios) - 1
     figures = f"{cost:+.2%} of a prefill of {len(prompt)} tokens, {tasks.checkpoint_s() * 1e6:.1f} us each on the host"
-    return Finding("cost of checkpoints", cost < MAX_COST, figures)
+    return Finding("cost of preemption checkpoints", cost < MAX_COST, figures)
 
 
 def check_blocking(tasks: Tasks) -> Finding:

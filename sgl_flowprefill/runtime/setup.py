@@ -89,10 +89,9 @@ def build(
     policy = make_policy(config.policy, limits, config.max_starvation_s)
     attention_share = half if operators is None else operators.attention_share
     work = Work(policy, ttft, memory, progress, tasks, attention_share)
-    learning = Learning()
     if isinstance(ttft, LearningTTFT):
-        learning = ttft
         ttft.start()
+    learning: Learning = ttft if isinstance(ttft, Learning) else Learning()
     hub = Hub(role, work, executor, slots, device, agreement, events, recorder, tiles, learning=learning)
     scheduler.output_streamer.recorder = recorder
     # A full collection of all that has been imported would stop a prefill for half a second.

@@ -52,11 +52,11 @@ class UnifiedRole(SchedulerRole):
     """Streams that lost their KV cache to others so far."""
     given_back: int = field(default=0, init=False)
     """Tasks that gave theirs back so far."""
-    _streams: dict[Any, Stream] = field(default_factory=dict, init=False)
+    streams: dict[Any, Stream] = field(default_factory=dict, init=False)
     """What the policy knows of each request that is a stream."""
-    _come: list[Any] = field(default_factory=list, init=False)
+    come: list[Any] = field(default_factory=list, init=False)
     """Requests in SGLang's waiting queue that the hub has not been told of."""
-    _held_back: list[Any] = field(default_factory=list, init=False)
+    held_back: list[Any] = field(default_factory=list, init=False)
     """Requests in SGLang's waiting queue whose tasks were given back: they come again when KV cache has been freed by
     something else.
     """
@@ -82,11 +82,11 @@ class UnifiedRole(SchedulerRole):
         return has_freed
 
     def arrived(self) -> Iterator[Arrival]:
-        if self._held_back and not (self.tasks.live or self.tasks.finishing or self._streams):
+        if self.held_back and not (self.tasks.live or self.tasks.finishing or self.streams):
             self._freed()  # nobody is left who could free some
-        if not self._come:
+        if not self.come:
             return
-        come, self._come = self._come, []
+        come, self.come = self.come, []
         waiting = set(self.scheduler.waiting_queue)
         for req in come:
             if req in waiting:  # not aborted meanwhile
@@ -112,9 +112,9 @@ class UnifiedRole(SchedulerRole):
 
     def waiting(self) -> Collection[Any]:
         queue = super().waiting()
-        if not self._come and not self._held_back:
+        if not self.come and not self.held_back:
             return queue
-        untold = {*self._come, *self._held_back}
+        untold = {*self.come, *self.held_back}
         return [req for req in queue if req not in untold]
 
     def make_batch(self, reqs: Sequence[Any]) -> Any | None:
@@ -137,7 +137,7 @@ class UnifiedRole(SchedulerRole):
             now_s = time.monotonic()
             self.joining.append(batch)
             joined = {req: Stream(tbt_slo_s(req, self.default_tbt_slo_s), req.seqlen, now_s) for req in batch.reqs}
-            self._streams |= joined
+            self.streams |= joined
             self.policy.joined(joined.values())
         if len(batch.reqs) < members:
             self._freed()
@@ -163,7 +163,7 @@ class UnifiedRole(SchedulerRole):
             scheduler.process_batch_result(batch, result)
             running_batch.filter_batch()
         going_on = set(running_batch.reqs)
-        ended = [self._streams.pop(req) for req in list(self._streams) if req not in going_on]
+        ended = [self.streams.pop(req) for req in list(self.streams) if req not in going_on]
         if batch is None:
             self.policy.left(ended)
         else:
@@ -212,22 +212,22 @@ class UnifiedRole(SchedulerRole):
                 # Not by _add_request_to_queue: a full queue would refuse what it had let in.
                 scheduler.waiting_queue.append(req)
                 req.time_stats.set_wait_queue_entry_time()
-                self._held_back.append(req)
+                self.held_back.append(req)
         self.given_back += 1
 
     # ---- what SGLang's scheduler tells ------------------------------------------------------------------------------
 
     def note_arrival(self, req: Any) -> None:
         """``req`` has come, or comes back: it was retracted."""
-        if req in self._streams:
+        if req in self.streams:
             self.retractions += 1
-            self.policy.left([self._streams.pop(req)])
+            self.policy.left([self.streams.pop(req)])
         if not req.is_retracted:
             super().note_arrival(req)
 
     def note_queued(self, req: Any) -> None:
         """``req`` is in SGLang's waiting queue."""
-        self._come.append(req)
+        self.come.append(req)
 
     # ---- what SGLang asks -------------------------------------------------------------------------------------------
 
@@ -239,7 +239,7 @@ class UnifiedRole(SchedulerRole):
         return {
             "steps": self.steps,
             "step_s": self.step_s,
-            "streams": len(self._streams),
+            "streams": len(self.streams),
             "retractions": self.retractions,
             "given_back": self.given_back,
             "margin_s": self.policy.margin_s,
@@ -263,8 +263,8 @@ class UnifiedRole(SchedulerRole):
     def _freed(self) -> None:
         """KV cache has been freed, and not by giving a task back."""
         self._has_freed = True
-        self._come += self._held_back
-        self._held_back.clear()
+        self.come += self.held_back
+        self.held_back.clear()
 
 
 class ReservingAdder(PrefillAdder):

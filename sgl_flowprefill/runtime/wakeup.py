@@ -84,7 +84,7 @@ class Wakeup:
 
 
 class EventSource:
-    """The scheduler's sockets and its wakeup, as one thing to test at a checkpoint and to sleep on when idle."""
+    """The scheduler's sockets and its wakeup: one thing to test at a preemption checkpoint and to sleep on."""
 
     def __init__(self, arrivals: zmq.Socket[bytes], others: Sequence[zmq.Socket[bytes]], wakeup: Wakeup) -> None:
         self.wakeup = wakeup

@@ -6,11 +6,13 @@ measurement far from all that its kind of batch has shown is refused: somebody s
 
 A *challenger* is fitted to the rows but the newest, and judged by these, which neither it nor the *champion*, the model
 in use, has seen. No clock, no file, no process here: ``profiling.refit`` runs ``refit`` in a process of its own.
+``RefittedTTFT`` is the round that a server and a simulated one go through: observe, keep the row, refit, take over.
 """
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,6 +25,7 @@ from sgl_flowprefill.ttft.base import PrefillShape
 from sgl_flowprefill.ttft.boosted import LEAST_SHAPES, BoostedTTFT, Fitted, fit_rows
 from sgl_flowprefill.ttft.features import Array, Features, features
 from sgl_flowprefill.ttft.kinds import kind
+from sgl_flowprefill.ttft.online import AdaptiveTTFT, Prediction
 from sgl_flowprefill.ttft.reservoir import (
     NUMBER,
     OF_PROFILE,
@@ -114,6 +117,42 @@ class Journal:
             self.refused += 1
         else:
             self.reservoir.add(Row(*of, seconds, math.exp(log_slowness), float(number)))
+
+
+class RefittedTTFT(AdaptiveTTFT, ABC):
+    """A TTFT model that is refitted to the tasks that complete. A subclass says who refits it."""
+
+    model: BoostedTTFT
+
+    def __init__(
+        self, fitted: Fitted, quantile: float, reservoir: Reservoir, tasks: int = 0, correction: float = 1.0
+    ) -> None:
+        """``tasks``: how many have completed, over all starts of the server. ``correction``: as ``AdaptiveTTFT``."""
+        super().__init__(fitted.model, quantile, fitted.residuals.tolist(), fitted.kinds, correction)
+        self.journal = Journal(reservoir, tasks)
+        self._asked_at = tasks
+
+    def observe(self, batch: Sequence[PrefillShape], measured_s: float) -> Prediction:
+        prediction = super().observe(batch, measured_s)
+        self.journal.completed(batch, measured_s, prediction.raw_s)
+        tasks = self.journal.number - self._asked_at
+        if tasks >= REFIT_TASKS and self.may_refit(tasks):
+            self._asked_at = self.journal.number
+            self.ask_for_refit()
+        return prediction
+
+    def take_over(self, fitted: Fitted) -> None:
+        """Predict with ``fitted`` from now on."""
+        self.replace(fitted.model, fitted.residuals.tolist(), fitted.kinds)
+        self.journal.new_model()
+
+    @abstractmethod
+    def may_refit(self, tasks: int) -> bool:
+        """Whether a refit may be asked for, ``tasks`` after the last one."""
+
+    @abstractmethod
+    def ask_for_refit(self) -> None:
+        """Have a challenger fitted to the rows of ``journal``, now or aside."""
 
 
 @dataclass(frozen=True)

@@ -80,7 +80,7 @@ def flowprefill_cluster(one_cluster: OneCluster) -> Cluster:
 
 @pytest.fixture
 def stock_cluster(one_cluster: OneCluster) -> Cluster:
-    """The same with SGLang's own scheduler, unchunked."""
+    """A cluster with SGLang's own scheduler, unchunked."""
     return one_cluster.get(flowprefill=False)
 
 
@@ -92,7 +92,7 @@ def unified_server(one_cluster: OneCluster) -> Cluster:
 
 @pytest.fixture
 def stock_unified_server(one_cluster: OneCluster) -> Cluster:
-    """The same with SGLang's own scheduler, unchunked."""
+    """One server that prefills and decodes, with SGLang's own scheduler, unchunked."""
     return one_cluster.get(flowprefill=False, unified=True)
 
 

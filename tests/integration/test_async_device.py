@@ -52,7 +52,7 @@ def test_late_results_and_early_wakes_change_no_answer_and_no_kv(
     for rid, tokens in prompts.items():
         engine.submit(rid, tokens, logprobs=True)
     while len(engine.answers) < len(prompts):
-        engine.step()
+        engine.turn()
         most = max(most, len(scheduler.hub.work.tasks.finishing))
         assert len(scheduler.hub.work.tasks.finishing) <= 1
         assert not (scheduler.hub.work.tasks.finishing and scheduler.is_fully_idle())
@@ -73,7 +73,7 @@ def test_kv_indices_that_are_queued_again_are_not_read_beside_the_queue(
     rounds: Rounds,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Of prefills of the same prompt at a time, the radix cache keeps the KV of the first and frees that of the others:
+    """The radix cache keeps the KV of the first of several prefills of the same prompt and frees what the others have:
     what could be read beside the queue is their rows as they were before.
     """
     scheduler = engine.scheduler
@@ -126,7 +126,7 @@ def test_a_client_that_leaves_while_its_result_is_on_the_way(
     scheduler.hub.executor.interrupted = lambda: False
     monkeypatch.setattr(type(device), "catch_up", lambda self, interrupted: True)
     engine.submit("leaves", prompt(1, 300))
-    engine.step()
+    engine.turn()
     assert [task.rids for task in scheduler.hub.work.tasks.finishing] == [["leaves"]]
     assert not scheduler.is_fully_idle()
     assert scheduler._collect_inflight_batches()
@@ -146,7 +146,7 @@ def test_an_aborted_task_leaves_nothing_queued_that_reads_its_slot(
     engine.use(device)
     scheduler.hub.executor.interrupted = lambda: True
     engine.submit("leaves", prompt(2, 700))
-    engine.step()
+    engine.turn()
     [task] = scheduler.hub.work.tasks.live
     queued = device.recorded
     assert device.passed < queued
@@ -160,7 +160,7 @@ def test_an_aborted_task_leaves_nothing_queued_that_reads_its_slot(
 
 
 def test_a_suspended_task_holds_the_activations_that_are_accounted_for(engine: PrefillEngine, rounds: Rounds) -> None:
-    """Tensors of as many rows as the prompt has tokens that exist only while it is suspended at a checkpoint."""
+    """Tensors of as many rows as the prompt has tokens that exist only at a preemption checkpoint."""
     scheduler = engine.scheduler
     tokens = 1777
 
@@ -175,11 +175,11 @@ def test_a_suspended_task_holds_the_activations_that_are_accounted_for(engine: P
     engine.submit("only", prompt(3, tokens), ttft_slo_s=100.0)
     held_bytes = []
     while "only" not in engine.answers:
-        engine.step()
+        engine.turn()
         if scheduler.hub.work.tasks.live:
             held_bytes.append(sum(nbytes for pointer, nbytes in rows().items() if pointer not in before))
     accounted = scheduler.hub.work.memory.activations.suspended_bytes(tokens)
-    print(f"\nheld at {len(held_bytes)} checkpoints: {max(held_bytes)} bytes, accounted for {accounted}")
+    print(f"\nheld at {len(held_bytes)} preemption checkpoints: {max(held_bytes)} bytes, accounted for {accounted}")
     assert len(held_bytes) >= scheduler.hub.work.progress.checkpoints - 1
     assert accounted / 2 < max(held_bytes) <= accounted
     rounds.compare("only", prompt(3, tokens))

@@ -54,7 +54,7 @@ def compare(cluster: Cluster, comparison: Comparison, count: int, seed: int) -> 
     """Ask for ``count`` prompts and compare the answers; figures of what happened meanwhile."""
     prompts = population(count, seed)
     start_s = time.monotonic()
-    answers = asyncio.run(ask(cluster.gateway_url, prompts, seed))
+    answers = asyncio.run(ask(cluster.url, prompts, seed))
     time.sleep(0.5)  # the log reaches the file when the scheduler turns idle
     log = cluster.config.options.event_log
     assert log is not None

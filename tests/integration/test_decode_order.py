@@ -48,6 +48,6 @@ def test_an_urgent_request_gets_the_next_place(no_cluster: None, tmp_path: Path)
         log_dir=tmp_path,
     )
     with Cluster(config, on_progress=print) as cluster:
-        times = asyncio.run(finished_s(cluster.gateway_url))
+        times = asyncio.run(finished_s(cluster.url))
     before_urgent = sum(time_s < times["urgent"] for name, time_s in times.items() if name != "urgent")
     assert before_urgent <= RELAXED - 4, times

@@ -104,7 +104,7 @@ def test_requests_that_are_refused_at_the_door_fail_with_the_reason(
 def test_a_bootstrap_that_fails_and_one_that_is_aborted_end_differently(logged: LoggedEngine) -> None:
     logged.queued("fails", KVPoll.Failed)
     logged.queued("is aborted")
-    logged.engine.step()
+    logged.engine.turn()
     logged.engine.abort("is aborted")
     logged.engine.run()
     assert logged.ends() == {"fails": "fail", "is aborted": "abort"}
@@ -136,10 +136,10 @@ def test_a_task_that_is_dropped_and_a_member_that_leaves_a_batch_end_as_aborted(
     scheduler.hub.work.policy.limits = Limits(max_suspended=16, max_batch_tokens=500)
     scheduler.hub.executor.interrupted = lambda: True
     logged.engine.submit("is dropped", prompt(1, 600), ttft_slo_s=5.0)
-    logged.engine.step()
+    logged.engine.turn()
     for rid in ("stays", "leaves"):
         logged.engine.submit(rid, prompt(2, 100), ttft_slo_s=1.0)
-    logged.engine.step()
+    logged.engine.turn()
     assert [task.rids for task in scheduler.hub.work.tasks.live] == [["is dropped"], ["stays", "leaves"]]
     logged.engine.abort("leaves")
     logged.engine.abort("is dropped")
@@ -151,7 +151,7 @@ def test_a_request_that_fails_while_its_prefill_runs_ends_once(logged: LoggedEng
     scheduler = logged.scheduler
     scheduler.hub.executor.interrupted = lambda: True
     logged.engine.submit("fails", prompt(1, 600))
-    logged.engine.step()
+    logged.engine.turn()
     [task] = scheduler.hub.work.tasks.live
     scheduler.handle_bootstrap_failure(task.batch.reqs[0])
     logged.engine.run()
@@ -165,7 +165,7 @@ def test_a_forward_pass_that_raises_ends_its_requests_but_those_that_have_left(l
         scheduler.hub.executor.interrupted = lambda: True
         for rid in ("raises", "leaves"):
             engine.submit(rid, [*prompt(1, 60), MARKER], ttft_slo_s=100.0)
-        engine.step()
+        engine.turn()
         [task] = scheduler.hub.work.tasks.live
         engine.abort("leaves")
         engine.run()

@@ -94,7 +94,7 @@ def test_all_requests_of_a_batch_that_fails_are_answered_but_those_that_have_lef
     scheduler.hub.executor.interrupted = lambda: True
     for i in range(3):
         engine.submit(f"m{i}", [*prompt(400 + i, 60), MARKER], ttft_slo_s=100.0)
-    engine.step()
+    engine.turn()
     [task] = scheduler.hub.work.tasks.live
     assert len(task.batch.reqs) == 3
     engine.abort("m1")
@@ -141,7 +141,7 @@ def test_what_fails_before_the_model_runs_fails_its_task_alone(
     monkeypatch.setattr(backend, "init_forward_metadata", plan_or_fail)
     engine.scheduler.hub.executor.interrupted = lambda: True
     engine.submit("good", prompt(1, 900), ttft_slo_s=50.0)
-    engine.step()
+    engine.turn()
     engine.submit("bad", prompt(2, 123), ttft_slo_s=0.5)
     engine.run()
     assert engine.answers["bad"].aborted
@@ -156,7 +156,7 @@ def test_a_pause_outlives_a_started_prefill_that_fails(engine: PrefillEngine, ho
     hooks += raise_in_marked_prompts(scheduler, "error", 4)
     scheduler.hub.executor.interrupted = lambda: True
     engine.submit("bad", [*prompt(1, 500), MARKER])
-    engine.step()
+    engine.turn()
     assert len(scheduler.hub.work.tasks.live) == 1
     engine.receive(PauseGenerationReqInput(mode="in_place"))
     assert engine.answers["bad"].aborted
@@ -181,7 +181,7 @@ def test_errors_that_no_prefill_can_be_blamed_for_end_the_server(
         engine.run()
     scheduler.hub.executor.interrupted = scheduler.hub.events.pending
     engine.abort("first")
-    engine.step()
+    engine.turn()
     hooks += raise_in_marked_prompts(scheduler, "poison", 3)
     engine.submit("bad", [*prompt(2, 500), MARKER])
     with pytest.raises(torch.AcceleratorError, match="illegal memory access"):

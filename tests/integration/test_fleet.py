@@ -73,7 +73,7 @@ class Load:
     def __init__(self, cluster):
         self.answers = []
         self.pause_s = 0.0
-        self._url = cluster.gateway_url
+        self._url = cluster.url
         self._stop = threading.Event()
         self._threads = [threading.Thread(target=self._client) for _ in range(CLIENTS)]
 
@@ -172,9 +172,9 @@ def test_a_prefill_server_that_dies_under_load_costs_only_its_own_requests_and_c
 
 
 def test_a_server_joins_takes_requests_and_leaves_without_losing_one(fleet, directory, tmp_path):
-    gateway = Gateway(fleet.gateway_url)
+    gateway = Gateway(fleet.url)
     output = tmp_path / "output"
-    command = [sys.executable, "launch.py", "--flowprefill", "--role", "prefill", "--join", fleet.gateway_url]
+    command = [sys.executable, "launch.py", "--flowprefill", "--role", "prefill", "--join", fleet.url]
     command += ["--log-dir", str(tmp_path), "--flowprefill-event-log", str(directory / "events-joined.jsonl")]
     with open(output, "w") as file:
         process = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)

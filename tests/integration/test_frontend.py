@@ -45,7 +45,7 @@ def forked(s: Any) -> None:
 
 @pytest.fixture
 def endpoint(flowprefill_cluster: Cluster) -> Endpoint:
-    return Endpoint(flowprefill_cluster.gateway_url, ttft_slo=3.25)
+    return Endpoint(flowprefill_cluster.url, ttft_slo=3.25)
 
 
 def objectives_since(cluster: Cluster, start_s: float) -> list[float]:
@@ -144,7 +144,7 @@ def reference_logprobs(text: str, from_token: int = 0) -> tuple[list[int], list[
 
 def test_the_example_runs_as_it_is(flowprefill_cluster: Cluster) -> None:
     start_s = time.monotonic()
-    command = [sys.executable, str(EXAMPLE), flowprefill_cluster.gateway_url]
+    command = [sys.executable, str(EXAMPLE), flowprefill_cluster.url]
     run = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert run.returncode == 0, run.stderr
     assert len(run.stdout.splitlines()) == 3

@@ -35,9 +35,7 @@ def prober(flowprefill_cluster: Cluster, tmp_path: Path) -> Prober:
     def serve(system: System) -> Iterator[Served]:
         event_log = flowprefill_cluster.config.options.event_log
         assert event_log is not None
-        yield Served(
-            system, flowprefill_cluster, Client(flowprefill_cluster.gateway_url, GenerateApi()), Path(event_log)
-        )
+        yield Served(system, flowprefill_cluster, Client(flowprefill_cluster.url, GenerateApi()), Path(event_log))
 
     plan = Plan(workload("mixed"), seeds=1, duration_s=4.0, max_output_tokens=2)
     log = ProbeLog(tmp_path / "probes.jsonl", plan.settings())
@@ -81,14 +79,14 @@ def test_a_search_with_real_servers(prober: Prober) -> None:
 def test_servers_behind_an_openai_api_take_part_as_an_endpoint_of_another_engine(
     flowprefill_cluster: Cluster, tmp_path: Path
 ) -> None:
-    system = endpoint(f"other={flowprefill_cluster.gateway_url}/v1")
+    system = endpoint(f"other={flowprefill_cluster.url}/v1")
     said: list[str] = []
     log = ProbeLog(tmp_path / "probes.jsonl", {})
     plan = Plan(workload("mixed"), seeds=1, duration_s=4.0, max_output_tokens=2)
     with serving(Servers(), tmp_path, said.append, side_by_side=False) as serve:
         prober = Prober(plan, log, serve, Console(file=StringIO()), FlowPrefillConfig())
         with prober.serving(system) as served:
-            assert any(f"{flowprefill_cluster.gateway_url} serves" in line for line in said), said
+            assert any(f"{flowprefill_cluster.url} serves" in line for line in said), said
             assert set(log.solo_ttft_s["other"][0]) == set(REFERENCE_TTFT_S)
             overloaded = prober.probe(served, system, seed=0, rate_rps=100.0, attainment=0.9)
             assert overloaded.run.stopped_early

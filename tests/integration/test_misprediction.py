@@ -46,7 +46,7 @@ class Wrong:
 
     @property
     def correction(self) -> float:
-        """Of the lengths of tiles, which are not what this is about: right."""
+        """What tiles go by, which is right: it is not what this is about."""
         return float(self._right.correction)
 
 
@@ -93,7 +93,7 @@ def replay(engine: PrefillEngine, trace: Trace, prompts: Sequence[Sequence[int]]
         while arrived():
             index, request = due.pop(0)
             engine.submit(f"{index:03d}", prompts[index], ttft_slo_s=request.ttft_slo_s)
-        if not engine.step():
+        if not engine.turn():
             time.sleep(0.001)
         now_s = time.monotonic() - begin_s
         assert now_s < 60 + 3 * trace.requests[-1].arrival_s, f"{REQUESTS - len(ttft_s)} requests have no answer"

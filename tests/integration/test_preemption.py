@@ -71,7 +71,7 @@ def test_log_probabilities_of_a_long_prompt_are_computed_in_the_chunks_that_its_
     tokens = prompt(88, 5000)
     scheduler.hub.executor.interrupted = lambda: True
     engine.submit("long", tokens, inputs_from=0)
-    engine.step()
+    engine.turn()
     assert scheduler.hub.work.tasks.live[0].logprob_rows == 5000
     engine.run()
     assert max(rows) == scheduler.hub.work.memory.activations.logits_chunk_tokens == 2048
@@ -139,7 +139,7 @@ def test_a_grammar_that_is_compiled_during_a_prefill_interrupts_it(
     engine.submit("long", long, ttft_slo_s=100.0)
     threading.Timer(0.1, may_end.set).start()
     while not may_end.is_set() or scheduler.grammar_manager.has_waiting_grammars():
-        assert engine.step()
+        assert engine.turn()
         assert "long" not in engine.answers
     engine.run()
     assert list(engine.answers) == ["constrained", "long"]
@@ -168,7 +168,7 @@ def test_a_start_does_not_wait_for_grammars_that_are_being_compiled(
     engine.submit("urgent", prompt(1, 20), ttft_slo_s=1.0)
     started_s = time.monotonic()
     while "urgent" not in engine.answers:
-        engine.step()
+        engine.turn()
     assert time.monotonic() - started_s < 4.0
     assert [req.rid for req in grammars.grammar_queue] == ["constrained"]
     may_end.set()
@@ -190,7 +190,7 @@ def test_the_policy_sees_all_requests_however_many_and_the_urgent_one_that_comes
     waiting = {job.item.req.rid for job in scheduler.hub.work.policy.first_waiting(time.monotonic(), count + 1)}
     assert len(waiting) == count + 1
     scheduler.hub.work.policy.limits = Limits(max_suspended=100, max_batch_tokens=1)
-    engine.step()
+    engine.turn()
     assert scheduler.hub.work.tasks.started
     assert "urgent" not in {req.rid for req in scheduler.waiting_queue}
     assert len(scheduler.waiting_queue) == count
@@ -213,9 +213,9 @@ def test_other_weights_do_not_meet_a_prefill_that_has_started(
     scheduler.hub.executor.interrupted = lambda: True
     scheduler.hub.work.policy.limits = Limits(max_suspended=100, max_batch_tokens=1)
     engine.submit("suspended", tokens, ttft_slo_s=50.0)
-    engine.step()
+    engine.turn()
     engine.submit("running", prompt(42, 500), ttft_slo_s=5.0)
-    engine.step()
+    engine.turn()
     model = scheduler.tp_worker.model_runner.model
     live: list[int] = []
 
@@ -253,19 +253,19 @@ def test_a_client_that_leaves_frees_its_work_at_the_next_checkpoint(engine: Pref
     scheduler = engine.scheduler
     scheduler.hub.executor.interrupted = lambda: True
     engine.submit("suspended", prompt(1, 2000), ttft_slo_s=50.0)
-    engine.step()
+    engine.turn()
     engine.submit("running", prompt(2, 1000), ttft_slo_s=5.0)
-    engine.step()
+    engine.turn()
     engine.submit("waiting", prompt(3, 3000), ttft_slo_s=60.0)
     engine.submit("other", prompt(4, 300), ttft_slo_s=100.0)
-    engine.step()
+    engine.turn()
     states = {task.rids[0]: task.checkpoint for task in scheduler.hub.work.tasks.live}
     assert set(states) == {"suspended", "running"}
     assert scheduler.hub.work.tasks.running.rids == ["running"]
     before = scheduler.token_to_kv_pool_allocator.available_size()
     for rid in ("waiting", "suspended", "running"):
         engine.abort(rid)
-    engine.step()
+    engine.turn()
     assert scheduler.token_to_kv_pool_allocator.available_size() >= before + 3000 - 300
     assert {task.rids[0] for task in scheduler.hub.work.tasks.live} <= {"other"}
     engine.run()
@@ -285,13 +285,13 @@ def test_who_leaves_a_batch_in_which_another_stays_is_freed_with_its_result(
     prompts = {f"m{i}": prompt(71 + i, 160 + 20 * i, shared) for i in range(4)}
     for rid, tokens in prompts.items():
         engine.submit(rid, tokens, ttft_slo_s=100.0, logprobs=True)
-    engine.step()
+    engine.turn()
     [task] = scheduler.hub.work.tasks.live
     assert len(task.batch.reqs) == 4
     held = scheduler.token_to_kv_pool_allocator.available_size()
     for rid in ("m0", "m1", "m3"):
         engine.abort(rid)
-    engine.step()
+    engine.turn()
     assert scheduler.hub.work.tasks.live == [task]
     assert scheduler.token_to_kv_pool_allocator.available_size() == held
     engine.run()
@@ -310,7 +310,7 @@ def test_what_an_aborted_prefill_was_shown_is_released(engine: PrefillEngine) ->
     scheduler = engine.scheduler
     scheduler.hub.executor.interrupted = lambda: True
     engine.submit("leaves", prompt(1, 900))
-    engine.step()
+    engine.turn()
     [task] = scheduler.hub.work.tasks.live
     released: list[str] = []
     [req] = task.batch.reqs
@@ -387,11 +387,11 @@ def test_a_pause_lets_started_prefills_finish_and_the_others_wait(engine: Prefil
     prompts = {"suspended": prompt(1, 900), "running": prompt(2, 500), "waiting": prompt(3, 300)}
     for (rid, tokens), slo_s in zip(prompts.items(), (50.0, 5.0, 100.0), strict=True):
         if rid != "suspended":
-            engine.step()
+            engine.turn()
         engine.submit(rid, tokens, ttft_slo_s=slo_s)
-    engine.step()
+    engine.turn()
     engine.receive(PauseGenerationReqInput(mode="in_place"))
-    assert not engine.step()
+    assert not engine.turn()
     assert {"suspended", "running"} <= set(engine.answers)
     assert "waiting" not in engine.answers
     engine.receive(ContinueGenerationReqInput())
@@ -413,7 +413,7 @@ def test_a_prefix_that_is_cached_meanwhile_makes_the_requests_that_wait_cheaper(
     before_s = {job.item.req.rid: job.remaining_s for job in scheduler.hub.work.policy.first_waiting(0.0, 9)}
     assert len(before_s) == 5
     while not engine.answers:
-        engine.step()
+        engine.turn()
     for _ in range(3):
         scheduler.hub.look()  # as many as wait behind the first, one at each event
     jobs = scheduler.hub.work.policy.first_waiting(0.0, 9)
@@ -438,7 +438,7 @@ def test_a_request_about_to_start_is_matched_before_it_is_judged(engine: Prefill
         engine.submit(f"{number}", [*shared, *prompt(70 + number, 100)], ttft_slo_s=20.0 + number)
     scheduler.hub.look()
     while not engine.answers:
-        engine.step()
+        engine.turn()
     jobs = scheduler.hub.work.policy.first_waiting(0.0, 9)
     assert all(job.item.shape.cached_tokens == 0 for job in jobs)
     chosen = scheduler.hub.choose()

@@ -25,8 +25,8 @@ FAILED_WAIT_S = 10.0
 
 
 def fail(scheduler: Any, rank: int, checkpoints: Mapping[int, Mapping[int, int]]) -> None:
-    """In each rank's process: a task for each request, and prompts with a marker fail after so many checkpoints at the
-    ranks that ``checkpoints`` has for it.
+    """In each rank's process: a task for each request, and prompts with a marker fail after so many preemption
+    checkpoints at the ranks that ``checkpoints`` has for it.
     """
     agreement.FAILED_WAIT_S = FAILED_WAIT_S  # type: ignore[misc]
     scheduler.hub.work.policy.limits = Limits(max_suspended=100, max_batch_tokens=1)

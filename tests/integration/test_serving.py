@@ -24,7 +24,7 @@ from tests.wall_clock import LONG, OFFSETS_S, URGENT, URGENT_SLO_S, WallClock, s
 pytestmark = pytest.mark.server
 
 MAX_IDLE_SHARE = 0.05
-"""Of a core, on a slow machine too; SGLang's own idle prefill server takes most of one."""
+"""Share of a core, on a slow machine too; SGLang's own idle prefill server takes most of one."""
 
 
 SHARED = prompt(1, 400)
@@ -46,7 +46,7 @@ async def replay_mix(cluster: Cluster) -> list[tuple[list[int], list[float]]]:
 
     async def one(session: aiohttp.ClientSession, delay_s: float, tokens: list[int], slo_s: float) -> Any:
         await asyncio.sleep(delay_s)
-        async with session.post(cluster.gateway_url + "/generate", json=body(tokens, slo_s)) as response:
+        async with session.post(cluster.url + "/generate", json=body(tokens, slo_s)) as response:
             assert response.status == 200, await response.text()
             answer = await response.json()
         logprobs = answer["meta_info"]["output_token_logprobs"]
@@ -124,7 +124,7 @@ class TestFlowPrefill:
         if value != math.inf:
             assert "positive, finite number of seconds" in response.text
             through = requests.post(
-                flowprefill_cluster.gateway_url + path,
+                flowprefill_cluster.url + path,
                 data=text,
                 headers={"Content-Type": "application/json"},
                 timeout=60,
@@ -161,7 +161,7 @@ class TestFlowPrefill:
         top, inside = {"custom_params": {"ttft_slo": 1.25}}, {"custom_params": {"ttft_slo": 2.5}}
         sampling = {"max_new_tokens": 2, "temperature": 0}
         bodies = [top | {"sampling_params": sampling}, {"sampling_params": sampling | inside}, {}]
-        url = flowprefill_cluster.gateway_url + "/generate"
+        url = flowprefill_cluster.url + "/generate"
         for body_ in bodies:
             answer = requests.post(url, json={"text": " bake lomi", "sampling_params": sampling} | body_, timeout=60)
             assert answer.status_code == 200, answer.text
@@ -179,7 +179,7 @@ class TestFlowPrefill:
 
                 async def long_prompt() -> float:
                     started_s = time.monotonic()
-                    url = flowprefill_cluster.gateway_url + "/generate"
+                    url = flowprefill_cluster.url + "/generate"
                     async with session.post(url, json=body(prompt(70, 16_000), 60.0, 1)) as response:
                         assert response.status == 200
                     return time.monotonic() - started_s
@@ -209,15 +209,13 @@ class TestFlowPrefill:
             async with aiohttp.ClientSession(timeout=timeout) as session:
                 request = body(prompt(80, 30_000), 100.0, 1) | {"stream": True}
                 with pytest.raises((asyncio.TimeoutError, aiohttp.ClientError)):
-                    async with session.post(flowprefill_cluster.gateway_url + "/generate", json=request) as response:
+                    async with session.post(flowprefill_cluster.url + "/generate", json=request) as response:
                         await response.read()
 
         start_s = time.monotonic()
         asyncio.run(leave())
         left_s = time.monotonic()
-        answer = requests.post(
-            flowprefill_cluster.gateway_url + "/generate", json=body(prompt(81, 50), 5.0), timeout=60
-        )
+        answer = requests.post(flowprefill_cluster.url + "/generate", json=body(prompt(81, 50), 5.0), timeout=60)
         assert answer.status_code == 200
         logprobs = answer.json()["meta_info"]["output_token_logprobs"]
         comparison.answer("beside", prompt(81, 50), [entry[1] for entry in logprobs], [entry[0] for entry in logprobs])
@@ -242,9 +240,9 @@ class TestFlowPrefill:
             s += " bake"
             s += sgl.gen("second", max_tokens=5, temperature=0)
 
-        state = program.run(backend=sgl.RuntimeEndpoint(flowprefill_cluster.gateway_url))
+        state = program.run(backend=sgl.RuntimeEndpoint(flowprefill_cluster.url))
         whole = requests.post(
-            flowprefill_cluster.gateway_url + "/generate",
+            flowprefill_cluster.url + "/generate",
             json={"text": " bake lomi tura", "sampling_params": {"max_new_tokens": 5, "temperature": 0}},
             timeout=60,
         ).json()
@@ -275,7 +273,7 @@ def stepping(wall_clock: WallClock) -> Iterator[WallClock]:
 class TestFlowPrefillWhileTheWallClockIsSet:
     def test_no_deadline_changes_and_no_grammar_fails(self, flowprefill_cluster: Cluster, stepping: WallClock) -> None:
         start_s = time.monotonic()
-        ttfts_s = asyncio.run(serve_while_it_is_set(flowprefill_cluster.gateway_url, stepping))
+        ttfts_s = asyncio.run(serve_while_it_is_set(flowprefill_cluster.url, stepping))
         in_time = [sum(ttft_s <= URGENT_SLO_S for ttft_s in segment) for segment in ttfts_s]
         for offset_s, count, segment in zip(OFFSETS_S, in_time, ttfts_s, strict=True):
             print(f"wall clock {offset_s:+g} s: {count} of {URGENT} in time, slowest {max(segment):.2f} s")

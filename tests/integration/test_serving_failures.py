@@ -24,7 +24,7 @@ LONG, FAILING = prompt(61, 9000), prompt(62, 700)
 def generate(cluster: Cluster, tokens: list[int], slo_s: float, **custom_params: Any) -> requests.Response:
     sampling = {"max_new_tokens": 4, "temperature": 0, "custom_params": {"ttft_slo": slo_s, **custom_params}}
     return requests.post(
-        cluster.gateway_url + "/generate", json={"input_ids": tokens, "sampling_params": sampling}, timeout=120
+        cluster.url + "/generate", json={"input_ids": tokens, "sampling_params": sampling}, timeout=120
     )
 
 

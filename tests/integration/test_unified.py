@@ -11,18 +11,11 @@ import pytest
 from sgl_flowprefill.model import embedded_model_path
 from tests import unified_scenarios as scenarios
 from tests.prompts import prompt
-from tests.unified_engine import (
-    Ask,
-    Remote,
-    Stock,
-    StockComparison,
-    StockEngine,
-    UnifiedEngine,
-    asks,
-    play_and_flush,
-    without_penalties,
-)
-from tests.unified_rounds import Rounds
+from tests.remote import Remote
+from tests.unified_asks import Ask, asks, without_penalties
+from tests.unified_comparison import Stock, StockComparison
+from tests.unified_engine import StockEngine, UnifiedEngine
+from tests.unified_rounds import Rounds, play_and_flush
 
 ASKS = asks(60, seed=3)
 SMALL_POOL_TOKENS = 4000

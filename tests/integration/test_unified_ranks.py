@@ -13,7 +13,7 @@ from tests.integration.conftest import TWO_HEADS
 from tests.prompts import prompt
 from tests.ranks import Chaos
 from tests.reference import TOKENS, Comparison, Reference
-from tests.unified_engine import Ask
+from tests.unified_asks import Ask
 from tests.unified_ranks import UnifiedRanks
 
 SHARED = prompt(99, 300)

@@ -29,7 +29,7 @@ pytestmark = [pytest.mark.server, pytest.mark.usefixtures("no_cluster")]
 
 START_S = 180.0
 MAX_IDLE_SHARE = 0.05
-"""Of a core, on a slow machine too."""
+"""Share of a core, on a slow machine too."""
 
 
 @dataclass

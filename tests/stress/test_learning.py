@@ -48,7 +48,7 @@ class Errors(Recorder):
         last = self.apes[-count:]
         return float(np.median(last)), float(np.quantile(last, 0.9))
 
-    def settled_after(self, since: int, limit: float) -> int:
+    def recovered_after(self, since: int, limit: float) -> int:
         """Tasks after ``since`` from which on the median error of ten is below ``limit``."""
         for index in range(since, len(self.apes) - 9):
             if np.median(self.apes[index : index + 10]) < limit:
@@ -151,9 +151,9 @@ def test_an_engine_that_slows_by_half_is_followed_and_a_killed_learner_changes_n
         if server.learner.process is not None:
             os.kill(server.learner.process.pid, signal.SIGKILL)
         server.serve(prompts_of_the_demo(150, 3))
-        settled = server.errors.settled_after(150, 0.1)
-        print(f"slower by half: within 10% after {settled} tasks; {server.ttft.state()}")
-        assert settled <= 20
+        recovered = server.errors.recovered_after(150, 0.1)
+        print(f"slower by half: within 10% after {recovered} tasks; {server.ttft.state()}")
+        assert recovered <= 20
         assert server.ttft.correction > 1.3
     finally:
         scheduler.run_batch = run_batch
@@ -182,11 +182,11 @@ def test_a_profile_that_is_wrong_is_noticed_and_replaced(
         prompts = prompts_of_the_demo(300, 4)
         random.Random(0).shuffle(prompts)
         server.serve(prompts)
-        settled = server.errors.settled_after(0, 0.1)
+        recovered = server.errors.recovered_after(0, 0.1)
         median, p90 = server.errors.of_last(100)
         state = server.ttft.state()
-        print(f"{wrong}: within 10% after {settled} tasks, newest 100: median {median:.1%}, p90 {p90:.1%}; {state}")
-        assert settled <= 200
+        print(f"{wrong}: within 10% after {recovered} tasks, newest 100: median {median:.1%}, p90 {p90:.1%}; {state}")
+        assert recovered <= 200
         assert median < 0.08
         if factor is None:
             assert read_learned(path).history.adopted >= 1

@@ -10,7 +10,10 @@ from contextlib import closing
 import pytest
 
 from sgl_flowprefill.model import embedded_model_path
-from tests.unified_engine import Remote, Stock, StockComparison, StockEngine, UnifiedEngine, asks, without_penalties
+from tests.remote import Remote
+from tests.unified_asks import asks, without_penalties
+from tests.unified_comparison import Stock, StockComparison
+from tests.unified_engine import StockEngine, UnifiedEngine
 from tests.unified_mutants import MUTANTS
 from tests.unified_rounds import Rounds
 

@@ -190,8 +190,7 @@ class Offers:
         self._engine = engine
         self._after = after
 
-    @property
-    def has_offer(self) -> bool:
+    def look_for_offer(self) -> bool:
         return self._started >= self._after and not self.adopted_after
 
     def adopt(self) -> None:

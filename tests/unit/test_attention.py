@@ -248,7 +248,7 @@ def test_a_stream_in_a_mixed_batch_gathers_no_more_of_its_cache_than_in_a_decode
     output, expected = engine.run(mixed, ForwardMode.EXTEND, 2)
     assert (output.double() - expected).abs().max() < 2e-6
     assert gathered == [0, 0], "keys and values of the prompt alone"
-    assert len(tiles) == 2 + 1 + 1, "a checkpoint behind each tile of 7 rows, and behind each stream"
+    assert len(tiles) == 2 + 1 + 1, "a preemption checkpoint behind each tile of 7 rows, and behind each stream"
 
 
 def test_instances_keep_their_own_batch() -> None:

@@ -113,7 +113,7 @@ def restarting(monkeypatch, tmp_path):
     said = []
     restarting = Cluster(config, said.append)
     restarting._layout = preflight.prepare(config)
-    restarting._gateway = Gateway(restarting.gateway_url)
+    restarting._gateway = Gateway(restarting.url)
     restarting._guard = NoGuard()
     command = [sys.executable, "-c", "import time; time.sleep(600)"]
     servers = [Server(f"prefill-{index}", command, os.environ, tmp_path / f"{index}.log") for index in range(2)]
@@ -270,7 +270,7 @@ Multi-thread loading shards:   0% Completed | 0/1 [00:00<?, ?it/s]
 [2026-11-28 16:10:56] INFO:     Uvicorn running on http://127.0.0.1:24792 (Press CTRL+C to quit)
 [2026-11-28 16:10:57] The server is fired up and ready to roll!
 """
-"""Of a prefill server on the CPU, shortened."""
+"""Log of a prefill server on the CPU, shortened."""
 
 
 def test_the_log_says_what_a_server_does(tmp_path):

@@ -74,7 +74,7 @@ def test_all_that_is_in_the_table_the_code_uses() -> None:
 
 
 def test_a_row_that_is_taken_out_is_missed() -> None:
-    """Of each symbol that the code imports, names, overrides or reads."""
+    """The row of each symbol that the code imports, names, overrides or reads."""
     found = uses()
     by_name: dict[str, list[Row]] = {}
     for row in ROWS:

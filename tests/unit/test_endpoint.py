@@ -167,7 +167,7 @@ def test_a_run_meets_no_prefix_that_the_run_before_left_in_the_cache(server: Ope
     found = reached(server)
     for _ in range(2):
         found.replay(trace, PROMPTS)
-    found.settle()
+    found.come_to_rest()
     found.replay(trace, PROMPTS)
     prompts = [body["prompt"] for body in server.bodies[-6:]]
     first, second, after = (sorted(prompts[place : place + 2]) for place in (0, 2, 4))
@@ -187,12 +187,12 @@ def test_it_is_at_rest_when_an_isolated_request_is_as_fast_as_at_first(
     slow = iter([1.0, 0.8])
     before = len(server.bodies)
     server.delay_s = lambda tokens: next(slow, 0.05)
-    found.settle()
+    found.come_to_rest()
     assert len(server.bodies) - before == 3
     server.delay_s = lambda tokens: 0.5
     monkeypatch.setattr(endpoint_module, "REST_TIMEOUT_S", 0.0)
     with pytest.raises(EndpointError, match=rf"{server.url} does not come to rest.*let nobody else use the endpoint"):
-        found.settle()
+        found.come_to_rest()
 
 
 @pytest.mark.parametrize(

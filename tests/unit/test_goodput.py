@@ -97,7 +97,7 @@ class SimulatedEndpoint:
     def engine(self, prompts: Any) -> Engine:
         return self.model.engine
 
-    def settle(self) -> None:
+    def come_to_rest(self) -> None:
         pass
 
     def blocking_s(self, run: ReplayRun) -> list[float] | None:
@@ -311,7 +311,7 @@ def test_systems_that_order_by_slos_are_told_tighter_ones(profile: Path, tmp_pat
 
 @pytest.fixture(scope="module")
 def compared_probe(profile: Path, tmp_path_factory: pytest.TempPathFactory) -> Probe:
-    """Of FlowPrefill, to the end at the rate at which systems are compared."""
+    """FlowPrefill's probe at the rate at which systems are compared, replayed to its end."""
     names = ("flowprefill", "stock-fcfs")
     campaign = campaign_of(Model(profile), tmp_path_factory.mktemp("run"), names, attainments=(0.9,), seeds=1)
     campaign.run()
@@ -372,14 +372,14 @@ def test_a_run_that_was_stopped_goes_on_and_makes_no_probe_twice(profile: Path, 
 
 def test_the_time_scale_of_a_run_stays(profile: Path, tmp_path: Path) -> None:
     prober = campaign_of(Model(profile), tmp_path).prober
-    prober.settle_time_scale("auto")
+    prober.fix_time_scale("auto")
     assert "time_scale" not in prober.log.facts
-    prober.settle_time_scale(1.5)
-    prober.settle_time_scale("auto")
-    prober.settle_time_scale(1.5)
+    prober.fix_time_scale(1.5)
+    prober.fix_time_scale("auto")
+    prober.fix_time_scale(1.5)
     assert prober.time_scale == 1.5
     with pytest.raises(ValueError, match=r"time scale 1\.5, not 1\.4: give another --out"):
-        prober.settle_time_scale(1.4)
+        prober.fix_time_scale(1.4)
 
 
 def test_probes_of_other_settings_are_refused(profile: Path, tmp_path: Path) -> None:
@@ -463,7 +463,7 @@ def test_a_race_finds_the_best_stock_with_fewer_probes(profile: Path, tmp_path: 
 
 
 def test_a_race_is_decided_by_the_mean_over_seeds(profile: Path, tmp_path: Path) -> None:
-    """Of two systems that each win on one seed, neither is out before the mean is known."""
+    """Neither of two systems that each win on one seed is out before the mean is known."""
     one, other = "stock-spf-512", "stock-spf-1024"
     campaign = campaign_of(Model(profile), tmp_path, ("stock-fcfs", one, other), race=True, attainments=(0.9,))
     campaign.run(budget_s=0.0)

@@ -345,6 +345,17 @@ def test_a_scheduler_that_measures_copies_no_inputs_as_one_that_serves(monkeypat
     assert process.os.environ["SGLANG_EAGER_INPUT_NO_COPY"] == "1"
 
 
+def test_a_scheduler_that_measures_needs_no_library_for_kv_transfers(monkeypatch: pytest.MonkeyPatch) -> None:
+    def begin() -> None:
+        assert lone_prefill.is_enabled()
+        raise Begun
+
+    monkeypatch.setenv(lone_prefill.ENV_SWITCH, "0")
+    monkeypatch.setattr("sglang.srt.plugins.load_plugins", begin)
+    with pytest.raises(Begun):
+        process.make_scheduler([])
+
+
 # ---- bundle ----------------------------------------------------------------------------------------------------------
 
 

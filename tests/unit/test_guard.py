@@ -89,7 +89,7 @@ def test_servers_end_without_the_guard(tmp_path):
     with Guard() as guard:
         server, child, left = start(guard, tmp_path)
         assert guard.ended() is None
-        guard._process.kill()
+        os.kill(guard.pid, signal.SIGKILL)
         wait_until(lambda: guard.ended() == "the launcher's guard has ended (killed by signal 9)")
         another, _, more = start(guard, tmp_path)
         begin_s = time.monotonic()
@@ -127,7 +127,7 @@ def test_a_process_that_reports_ends_with_all_that_it_left(tmp_path, guarded):
         child, *left = process.stdout.readline().split()
         assert [path for path in left if not Path(path).exists()] == []
         if not guarded:
-            guard._process.kill()
+            os.kill(guard.pid, signal.SIGKILL)
     wait_until(lambda: gone(process.pid))
     assert gone(int(child))
     assert [path for path in left if Path(path).exists()] == []
@@ -135,9 +135,9 @@ def test_a_process_that_reports_ends_with_all_that_it_left(tmp_path, guarded):
 
 def test_what_a_server_made_before_the_guard_has_started_is_removed(tmp_path):
     with Guard() as guard:
-        guard._process.send_signal(signal.SIGSTOP)
+        os.kill(guard.pid, signal.SIGSTOP)
         _, _, left = start(guard, tmp_path)
-        guard._process.send_signal(signal.SIGCONT)
+        os.kill(guard.pid, signal.SIGCONT)
     assert [path for path in left if path.exists()] == []
 
 

@@ -196,7 +196,7 @@ def test_streams_get_their_steps_while_started_tasks_run_to_their_ends() -> None
     gaps_s = [later - earlier for earlier, later in pairwise(steps.begun_s)]
     assert len(gaps_s) >= 20
     assert max(gaps_s) <= 0.1
-    assert len(task.spans) <= len(steps.begun_s) + 2, "it comes back for a step, and not at each checkpoint"
+    assert len(task.spans) <= len(steps.begun_s) + 2, "it comes back for a step, and not at each preemption checkpoint"
 
 
 def test_a_task_takes_over_the_number_of_the_request_it_is_started_for() -> None:
@@ -248,7 +248,7 @@ class Grammars(GrammarManager):
 
 @pytest.fixture
 def scheduler(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Whose input is put into the queue of grammars."""
+    """A scheduler whose input is put into the queue of grammars."""
 
     def process(scheduler: Any, recv_reqs: list[Any]) -> None:
         scheduler.grammar_manager.grammar_queue += recv_reqs

@@ -67,7 +67,7 @@ class Server:
 
     def look(self) -> None:
         """What a hub does at an event."""
-        if self.ttft.has_offer:
+        if self.ttft.look_for_offer():
             self.ttft.adopt()
 
     @property
@@ -98,11 +98,11 @@ def test_a_better_model_is_offered_adopted_kept_and_there_after_a_restart(
     server.serve(2 * REFIT_TASKS)
     before = server.error
     server.answered()
-    assert server.ttft.has_offer
+    assert server.ttft.look_for_offer()
     assert server.error == before, "not before it is adopted"
     with caplog.at_level(logging.INFO):
         server.ttft.adopt()
-    assert not server.ttft.has_offer
+    assert not server.ttft.look_for_offer()
     assert "predicts with a model of its first" in caplog.text
     for _ in range(2):
         server.serve(REFIT_TASKS)

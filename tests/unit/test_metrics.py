@@ -11,10 +11,12 @@ from sgl_flowprefill.bench.metrics.joint import answered, meets, summarise_joint
 from sgl_flowprefill.bench.metrics.requests import (
     SLO_SCALES,
     attainment,
-    read_suspensions,
+    blocking_times_s,
+    events_within,
     summarise,
     summarise_blocking,
     summarise_steps,
+    suspensions,
 )
 from sgl_flowprefill.events import EventLog, GiveBack, Start, Step, Suspend
 
@@ -78,13 +80,13 @@ def test_decode_steps_of_a_run_are_counted_within_its_turns(tmp_path: Path) -> N
     log.write(GiveBack, 10.7, 1, ["a"], 3)
     log.write(Step, 30.1, 2, 30.0, 29.998)
     log.flush()
-    steps = summarise_steps(path, [(10.0, 12.0), (30.0, 32.0)])
+    steps = summarise_steps(events_within(path, [(10.0, 12.0), (30.0, 32.0)]), 4.0)
     assert steps is not None
     assert (steps.decode_steps, steps.give_backs, steps.streams_p50) == (3, 1, 4.0)
     assert steps.decode_share == pytest.approx((0.2 + 0.1 + 0.1) / 4.0)
     assert steps.step_lateness_p99_s == pytest.approx(np.percentile([0.1, 0.002], 99))
-    assert summarise_steps(path, [(20.0, 21.0)]) is None
-    assert summarise_steps(tmp_path / "none", [(0.0, 1.0)]) is None
+    assert summarise_steps(events_within(path, [(20.0, 21.0)]), 1.0) is None
+    assert summarise_steps(events_within(tmp_path / "none", [(0.0, 1.0)]), 1.0) is None
 
 
 def test_classes_are_judged_by_their_own_slo() -> None:
@@ -135,11 +137,12 @@ def test_blocking_comes_from_the_suspensions_of_the_run_only(tmp_path: Path) -> 
     log.flush()
     with path.open("a") as file:
         file.write('{"event": "susp')
-    suspensions = read_suspensions(path, 10.0, 20.0)
-    assert [one.blocking_s for one in suspensions] == [0.002, 0.004, None, None], "nobody waited for the last two"
-    blocking_s = [one.blocking_s for one in suspensions if one.blocking_s is not None]
-    assert [one.stop_wait_s for one in suspensions[:2]] == pytest.approx([0.0015, 0.0])
-    assert [one.stop_wait_s for one in suspensions[2:]] == [None, None]
+    switches = suspensions(events_within(path, [(10.0, 20.0)]))
+    assert [one.blocking_s for one in switches] == [0.002, 0.004, None, None], "nobody waited for the last two"
+    blocking_s = [one.blocking_s for one in switches if one.blocking_s is not None]
+    assert blocking_times_s(path, (10.0, 20.0)) == blocking_s
+    assert [one.stop_wait_s for one in switches[:2]] == pytest.approx([0.0015, 0.0])
+    assert [one.stop_wait_s for one in switches[2:]] == [None, None]
     summary = summarise_blocking(blocking_s)
     assert summary.preemptions == 2
     assert summary.blocking_p50_s == pytest.approx(0.003)
@@ -148,6 +151,6 @@ def test_blocking_comes_from_the_suspensions_of_the_run_only(tmp_path: Path) -> 
 
 
 def test_no_preemption_has_no_blocking_time(tmp_path: Path) -> None:
-    assert read_suspensions(tmp_path / "absent.jsonl", 0, 1) == []
+    assert events_within(tmp_path / "absent.jsonl", [(0, 1)]) == []
     assert summarise_blocking([]).preemptions == 0
     assert summarise_blocking([]).blocking_p99_s is None

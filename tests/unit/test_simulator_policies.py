@@ -115,7 +115,7 @@ def missing_in_plan(drawn: Sequence[tuple[int, int, int]]) -> Iterator[int]:
 
 
 def test_the_plan_that_is_kept_up_to_date_is_hardly_ever_smaller_than_a_new_one() -> None:
-    """It can be: the job that is let go for a new one may leave room for a shorter one that was let go before."""
+    """A plan can be smaller: the job that is let go for a new one may leave room for a shorter one let go before."""
     random = Random(0)
     scripts = [
         [(random.randint(1, 30), random.randint(1, 9), random.randint(0, 6)) for _ in range(random.randint(1, 30))]
@@ -404,7 +404,7 @@ RECORDED = {
     ("mixed", "edf"): (151, 21, 19959.372723),
     ("mixed", "fcfs"): (144, 0, 19804.886746),
 }
-"""Of a thousand requests at 15 req/s, more than can be met: those in time, preemptions, and the sum of their TTFTs."""
+"""A thousand requests at 15 req/s, more than can be met: how many are in time, preemptions, the sum of their TTFTs."""
 
 
 @pytest.mark.parametrize(("workload", "policy"), RECORDED)

@@ -133,8 +133,8 @@ def test_every_token_comes_once_and_all_kv_cache_is_free_in_the_end(system: str,
         assert request.ready_s < request.first_token_s < math.inf
         assert request.came_tokens == request.output_tokens == len(request.tbt_s) + 1
         assert (request.tbt_s > 0).all()
-    kv = instance._engine.kv if isinstance(instance, UnifiedInstance) else instance._kv  # type: ignore[attr-defined]
-    assert (kv.free_tokens, kv._to_come_tokens) == (kv_tokens, 0)
+    kv = instance.engine.kv if isinstance(instance, UnifiedInstance) else instance.kv  # type: ignore[attr-defined]
+    assert (kv.free_tokens, kv.to_come_tokens) == (kv_tokens, 0)
     assert (len(instance.streams), instance.streams.context_tokens) == (0, 0)  # type: ignore[attr-defined]
     if isinstance(instance, UnifiedInstance):
         assert (instance.policy.streams.requests, instance.policy.streams.context_tokens) == (0, 0)
@@ -145,7 +145,7 @@ def full(system: str, trace: Trace, kv_tokens: int) -> tuple[list[SimRequest], U
     setup = toy_setup(kv_tokens)
     instance = unified(system).new_instance(setup)
     assert isinstance(instance, UnifiedInstance | StockUnifiedInstance)
-    kv = instance._engine.kv if isinstance(instance, UnifiedInstance) else instance._kv
+    kv = instance.engine.kv if isinstance(instance, UnifiedInstance) else instance.kv
     kv.ratio = 0.0
     requests = prepare(trace, TOY, setup.conditions)
     simulate(requests, [instance], RoundRobin(1))
@@ -295,7 +295,7 @@ def test_the_command_searches_the_highest_rates_and_names_the_best_stock_setting
 def test_the_hub_runs_a_step_when_the_policy_says_so_and_all_ranks_hear_of_it() -> None:
     instance = unified("feasible").new_instance(toy_setup())
     assert isinstance(instance, UnifiedInstance)
-    hub, ran = instance._hub, []
+    hub, ran = instance.hub, []
 
     class Steps:
         def step(self) -> None:
@@ -320,7 +320,7 @@ class StepsWithoutRoom:
     """Steps that lack KV cache until ``wanted`` tasks have been given back."""
 
     def __init__(self, instance: UnifiedInstance, wanted: int) -> None:
-        self._policy, self._hub = instance.policy, instance._hub
+        self._policy, self._hub = instance.policy, instance.hub
         self._wanted = wanted
         self.given: list[int] = []
         self.begun_s: list[float] = []
@@ -341,13 +341,13 @@ class StepsWithoutRoom:
 def test_a_step_takes_kv_cache_from_tasks_until_it_has_enough_or_none_is_left(wanted: int, given: list[int]) -> None:
     instance = unified("feasible").new_instance(toy_setup())
     assert isinstance(instance, UnifiedInstance)
-    hub = instance._hub
+    hub = instance.hub
     for request in prepare(trace_of((0.0, 1000, 1, 9.0, 0.1), (0.0, 900, 1, 0.95, 0.1)), TOY, toy_setup().conditions):
         instance.submit(request, 0.0)
     instance.step()
     assert [task.id for task in hub.work.tasks.live] == [0, 1]
     hub.decoder = steps = StepsWithoutRoom(instance, wanted)
-    hub._step()
+    hub.step()
     assert steps.given == given
     assert len(steps.begun_s) == 1
     assert [task.id for task in hub.work.tasks.live] == [number for number in (0, 1) if number not in given]
@@ -356,14 +356,14 @@ def test_a_step_takes_kv_cache_from_tasks_until_it_has_enough_or_none_is_left(wa
 def test_a_task_comes_back_when_a_step_has_to_start() -> None:
     instance = unified("feasible").new_instance(toy_setup())
     assert isinstance(instance, UnifiedInstance)
-    hub = instance._hub
+    hub = instance.hub
     instance.policy.joined([Stream(0.1, 10, 0.0)])
     [request] = prepare(trace_of((0.0, 1000, 1, 9.0, 0.1)), TOY, toy_setup().conditions)
     instance.submit(request, 0.0)
     assert hub.work.tasks.running is not None
-    instance._now_s = instance.policy.load.start_by_s - 0.001
+    instance.now_s = instance.policy.load.start_by_s - 0.001
     assert not hub.has_news()
-    instance._now_s = instance.policy.load.start_by_s
+    instance.now_s = instance.policy.load.start_by_s
     assert hub.has_news()
 
 

@@ -315,7 +315,7 @@ batches = st.lists(st.tuples(st.integers(1, 100), st.integers(0, 100)), min_size
 
 
 def least_pairs(lengths: list[tuple[int, int]]) -> int:
-    """Of the largest tile that has no more rows than it must have."""
+    """Pairs of the largest tile that has no more rows than it must have."""
     return max(UNIT_ROWS * (n + b) for n, b in lengths)
 
 

@@ -12,11 +12,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sgl_flowprefill.bench.simulator.cost import CostModel
+from sgl_flowprefill.bench.simulator.learned import LearnedTTFT
 from sgl_flowprefill.profiling import make_design
 from sgl_flowprefill.ttft import AdaptiveTTFT, PrefillShape
 from sgl_flowprefill.ttft.boosted import BoostedTTFT, Fitted, fit_rows, train
 from sgl_flowprefill.ttft.features import COUNT, Array, feature_matrix, features
-from sgl_flowprefill.ttft.learning import Journal, errors, needed, refit
+from sgl_flowprefill.ttft.learning import REFIT_TASKS, Journal, RefittedTTFT, errors, needed, refit
 from sgl_flowprefill.ttft.reservoir import (
     NUMBER,
     OF_PROFILE,
@@ -74,17 +76,41 @@ def tasks(count: int, seed: int = 0) -> list[Batch]:
     return found
 
 
-class Server:
-    """A server that learns; refits take no time. ``Server(False)`` keeps the profile's model."""
+class LearnsAtOnce(RefittedTTFT):
+    """The TTFT model of a server whose refits take no time; of one that keeps the profile's, if it never ``learns``."""
 
-    def __init__(self, learns: bool = True, fitted: Fitted = FITTED, rows: Array = PROFILE) -> None:
-        self.ttft = AdaptiveTTFT(fitted.model, 0.75, fitted.residuals.tolist(), fitted.kinds)
-        self.model = fitted.model
-        self.journal = Journal(Reservoir.of(rows))
+    def __init__(self, learns: bool, fitted: Fitted, rows: Array) -> None:
+        super().__init__(fitted, 0.75, Reservoir.of(rows))
+        self.asked: list[int] = []
+        """Tasks after which a refit was asked for."""
         self.adopted: list[int] = []
-        self.apes: list[float] = []
         self._learns = learns
         self._through = 0
+
+    def may_refit(self, tasks: int) -> bool:
+        return self._learns
+
+    def ask_for_refit(self) -> None:
+        self.asked.append(self.journal.number)
+        found = refit(self.journal.reservoir.rows, self.model, self._through)
+        if found is not None and found.is_better:
+            assert found.challenger_error < found.champion_error
+            self.adopted.append(self.journal.number)
+            self._through = found.trained_through
+            self.take_over(found.challenger)
+
+
+class Server:
+    """A server that learns. ``Server(False)`` keeps the profile's model."""
+
+    def __init__(self, learns: bool = True, fitted: Fitted = FITTED, rows: Array = PROFILE) -> None:
+        self.ttft = LearnsAtOnce(learns, fitted, rows)
+        self.apes: list[float] = []
+
+    @property
+    def adopted(self) -> list[int]:
+        """Tasks after which a model was adopted."""
+        return self.ttft.adopted
 
     def run(self, batches: Sequence[Batch], cost: Cost, noise: float = 0.02, seed: int = 0) -> None:
         rng = random.Random(seed)
@@ -92,18 +118,6 @@ class Server:
             measured_s = cost(batch) * math.exp(rng.gauss(0, noise))
             prediction = self.ttft.observe(batch, measured_s)
             self.apes.append(abs(prediction.expected_s / measured_s - 1))
-            self.journal.completed(batch, measured_s, prediction.raw_s)
-            if self._learns and self.journal.number % 50 == 0:
-                self._refit()
-
-    def _refit(self) -> None:
-        found = refit(self.journal.reservoir.rows, self.model, self._through)
-        if found is not None and found.is_better:
-            assert found.challenger_error < found.champion_error
-            self.adopted.append(self.journal.number)
-            self._through, self.model = found.trained_through, found.challenger.model
-            self.ttft.replace(self.model, found.challenger.residuals.tolist(), found.challenger.kinds)
-            self.journal.new_model()
 
 
 # ---- the reservoir --------------------------------------------------------------------------------------------------
@@ -308,6 +322,12 @@ def test_after_300_tasks_the_newest_200_are_predicted() -> None:
     assert np.quantile(server.apes[300:], 0.9) < 0.08
 
 
+def test_a_refit_is_asked_for_once_in_so_many_tasks() -> None:
+    server = Server()
+    server.run(tasks(4 * REFIT_TASKS + 7), cost_s)
+    assert server.ttft.asked == [REFIT_TASKS, 2 * REFIT_TASKS, 3 * REFIT_TASKS, 4 * REFIT_TASKS]
+
+
 def test_a_profile_of_another_machine_is_noticed_within_100_tasks_and_right_within_200() -> None:
     wrong, rows = profiled(slow_attention)
     learning, still = Server(True, wrong, rows), Server(False, wrong, rows)
@@ -338,12 +358,27 @@ def test_an_engine_that_slows_by_half_in_the_middle_is_followed_at_once_and_chan
     assert server.ttft.correction == pytest.approx(1.5, rel=0.05)
 
 
+def test_a_simulated_server_learns_what_its_machine_takes() -> None:
+    cost = CostModel("made up", layers=8, fixed_s=0.004, per_token_s=9e-5, per_pair_s=0.9e-8)
+    machine = dataclasses.replace(cost, per_pair_s=4 * cost.per_pair_s)
+    ttft = LearnedTTFT(cost, error=0.02)
+    profiled_model = ttft.model
+    for batch in tasks(400):
+        ttft.observe(batch, machine.predict_s(batch))
+    assert ttft.model is not profiled_model
+    for tokens in (800, 8000):
+        batch = [PrefillShape(tokens)]
+        assert ttft.predict(batch).expected_s == pytest.approx(machine.predict_s(batch), rel=0.06)
+        assert profiled_model.predict_s(batch) < 0.9 * machine.predict_s(batch)
+
+
 def test_poisoned_tasks_leave_the_model_as_it_is() -> None:
     clean, poisoned = Server(), Server()
     clean.run(tasks(500), cost_s)
     rng = random.Random(5)
     poisoned.run(tasks(500), lambda batch: cost_s(batch) * (rng.choice([1e-6, 50.0]) if rng.random() < 0.05 else 1.0))
-    ratios = poisoned.model.predict_rows_s(PROFILE[:, :COUNT]) / clean.model.predict_rows_s(PROFILE[:, :COUNT])
+    ratios = poisoned.ttft.model.predict_rows_s(PROFILE[:, :COUNT])
+    ratios /= clean.ttft.model.predict_rows_s(PROFILE[:, :COUNT])
     assert np.quantile(np.abs(np.log(ratios)), 0.9) < 0.08
 
 

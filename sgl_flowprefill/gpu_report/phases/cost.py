@@ -15,7 +15,7 @@ MOST_ROUNDS: Final = 40
 MAX_COST: Final = 0.02
 """At lengths from LIMITED_TOKENS on; below it a prefill is so short that the host sets its time."""
 LIMITED_TOKENS: Final = 2048
-COLUMNS: Final = ("prompt", "without", "with checkpoints", "quartiles", "and tiles", "quartiles", "rounds")
+COLUMNS: Final = ("prompt", "without", "with preemption checkpoints", "quartiles", "and tiles", "quartiles", "rounds")
 
 
 def measure(engine: Engine, request: Request) -> Iterator[Outcome]:
@@ -84,7 +84,7 @@ def _outcome(rows: list[dict[str, Any]], engine: Engine, left_out: list[int]) ->
     costs = ", ".join(f"{row['checkpoints_cost']:+.2%} at {row['tokens']:,}" for row in rows)
     each_s = engine.checkpoint_s()
     figures = {"rows": list(rows), "checkpoint_s": each_s, "max_cost": MAX_COST, "left_out_tokens": left_out}
-    line = f"checkpoints cost {costs} tokens ({each_s * 1e6:.1f} us each on the host)"
+    line = f"preemption checkpoints cost {costs} tokens ({each_s * 1e6:.1f} us each on the host)"
     if left_out:
         line += f"; no time for {', '.join(f'{tokens:,}' for tokens in left_out)}"
     return Outcome(verdict(all(row["checkpoints_cost"] < MAX_COST for row in limited)), line, COLUMNS, table, figures)

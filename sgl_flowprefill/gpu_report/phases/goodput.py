@@ -25,7 +25,7 @@ import requests
 from sgl_flowprefill.bench.loadgen.calibrate import measure_isolated_ttft, time_scale
 from sgl_flowprefill.bench.loadgen.client import Client, GenerateApi
 from sgl_flowprefill.bench.loadgen.replay import replay
-from sgl_flowprefill.bench.metrics.requests import attainment, read_suspensions
+from sgl_flowprefill.bench.metrics.requests import attainment, blocking_times_s
 from sgl_flowprefill.bench.simulator.measured import Engine, measured_setup
 from sgl_flowprefill.bench.simulator.search import highest, mean_attainment
 from sgl_flowprefill.bench.simulator.systems import Simulated
@@ -237,8 +237,7 @@ def _trace(rate_rps: float, scale: float, duration_s: float) -> Trace:
 
 def _replayed(lone: Lone, trace: Trace, prompts: PromptBuilder, setup_says: float) -> dict[str, Any]:
     run = replay(trace, lone.client, prompts)
-    suspensions = read_suspensions(lone.event_log, run.start_monotonic_s, run.start_monotonic_s + run.duration_s)
-    blocking_s = [one.blocking_s for one in suspensions if one.blocking_s is not None]
+    blocking_s = blocking_times_s(lone.event_log, run.span_s)
     answered_s = [one.ttft_s for one in run.results if one.completed and one.ttft_s is not None]
     return {
         "system": lone.system.name,

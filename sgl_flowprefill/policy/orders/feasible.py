@@ -252,12 +252,12 @@ class FeasibleSet(Policy[R, K]):
         return self._plan.kept
 
     def in_order(self, now_s: float) -> Iterator[Job[R]]:
-        self._settle(now_s)
+        self._reclassify(now_s)
         kept = [job for job in self._plan.kept if not job.started]
         return self._waiting.behind((*self._waiting.starved(now_s), *kept, self._waiting.first_feasible(now_s)))
 
     def _best_waiting(self, now_s: float) -> Candidate[R] | None:
-        self._settle(now_s)
+        self._reclassify(now_s)
         if (starved := self._waiting.first_starved(now_s)) is not None:
             return Candidate(STARVED, starved.arrival_s, starved)
         for kept in self._plan.kept:
@@ -298,8 +298,8 @@ class FeasibleSet(Policy[R, K]):
         oldest = min(starved, key=attrgetter("arrival_s", "number"))
         return oldest if self._turns.is_turn_of(oldest, now_s) else None
 
-    def _settle(self, now_s: float) -> None:
-        for job in self._waiting.settle(now_s):
+    def _reclassify(self, now_s: float) -> None:
+        for job in self._waiting.reclassify(now_s):
             if is_infeasible(job):
                 self._plan.remove(job)
             else:

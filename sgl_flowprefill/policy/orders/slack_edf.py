@@ -56,7 +56,7 @@ class SlackEdf(Policy[R, K]):
 
     def in_order(self, now_s: float) -> Iterator[Job[R]]:
         jobs = self._waiting
-        jobs.settle(now_s)
+        jobs.reclassify(now_s)
         return jobs.behind((*jobs.starved(now_s), jobs.first_feasible(now_s)))
 
     def _best_waiting(self, now_s: float) -> Candidate[R] | None:
@@ -77,7 +77,7 @@ class PublishedSlackEdf(SlackEdf[R, K]):
 
 
 def _best(jobs: SlackOrder[T], now_s: float) -> Candidate[T] | None:
-    jobs.settle(now_s)
+    jobs.reclassify(now_s)
     if (starved := jobs.first_starved(now_s)) is not None:
         return Candidate(STARVED, jobs.infeasible_order(starved), starved)
     if (feasible := jobs.first_feasible(now_s)) is not None:
