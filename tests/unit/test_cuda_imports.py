@@ -36,6 +36,7 @@ MODULES = (
     "sgl_flowprefill.runtime.selfcheck",
     "sgl_flowprefill.gpu_report.engine",
     "sgl_flowprefill.gpu_report.phases.goodput",
+    "sgl_flowprefill.gpu_report.phases.steps",
 )
 
 
