@@ -25,6 +25,7 @@ MODULES = (
     "sglang.srt.entrypoints.http_server",
     "sglang.srt.models.llama",
     "sglang.srt.model_executor.model_runner",
+    "sglang.srt.model_executor.runner.decode_cuda_graph_runner",
     f"{ATTENTION}.flashinfer_backend",
     f"{ATTENTION}.triton_backend",
     f"{ATTENTION}.flashattention_backend",

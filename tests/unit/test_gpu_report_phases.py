@@ -441,6 +441,7 @@ def test_unified_servers_are_judged_by_the_gaps_between_tokens_too(
         *_, found = goodput._compare(request, [ours, stock], {"kv_tokens": 100_000}, profile, STEP_COSTS)
         trace = goodput._trace(found.figures["rate_rps"], found.figures["time_scale"], 3.0, 500.0)
         strict = replace(trace, requests=[replace(one, tbt_slo_s=0.0) for one in trace.requests])
+        ours.server.resume()
         late = goodput._replayed(ours, strict, PromptBuilder(0), "gaps")
         first_tokens = goodput._replayed(ours, strict, PromptBuilder(1), "ttft")
     assert found.state == "measured"

@@ -23,7 +23,7 @@ STREAM_TOKENS: Final = {"cuda": 512, "cpu": 128}
 CHECKED_TOKENS: Final = 64
 """Tokens of each stream's answer while steps come at random."""
 CHECKED_BESIDE: Final = {"cuda": 8192, "cpu": 2048}
-STEP_PROBABILITY: Final = 0.5
+STEP_PROBABILITY: Final = 0.1
 """At an interruption point."""
 BESIDE: Final = {"cuda": 32_768, "cpu": 4096}
 """Tokens of the prompts that are prefilled while steps are due."""
@@ -65,8 +65,9 @@ def _checked(engine: Engine, prompts: Sequence[Sequence[int]], alone: Decoded, t
     """Whether streams and prefill find the same, with steps at random operators of the prefill."""
     rng = random.Random(1)
     beside = engine.prompt(tokens)
-    first = engine.alone(beside)
-    rounding = max(LEAST_ROUNDING, first.difference(engine.together([beside, engine.prompt(tokens // 8)])[0]))
+    with engine.whole():
+        first = engine.alone(beside)
+        rounding = max(LEAST_ROUNDING, first.difference(engine.together([beside, engine.prompt(tokens // 8)])[0]))
     found = engine.decode(prompts, CHECKED_TOKENS, beside, lambda: rng.random() < STEP_PROBABILITY)
     pairs = [pair for answers in zip(alone.answers, found.answers, strict=True) for pair in zip(*answers, strict=True)]
     difference = max(first.difference(one) for one in found.firsts)
