@@ -443,7 +443,6 @@ def test_unified_servers_are_judged_by_the_gaps_between_tokens_too(
     monkeypatch.setattr(goodput, "SHORTEST_REPLAY_S", 2.0)
     monkeypatch.setattr(goodput, "SIMULATED_REQUESTS", 100)
     monkeypatch.setattr(goodput, "WAKE_S", 0.0)
-    monkeypatch.setattr(goodput, "measure_decode", lambda client, prompts: 500.0)
     monkeypatch.setattr(Turns, "stopped", set())
     profile = written_profile(tmp_path)
     request = Request(UNIFIED_GOODPUT, tmp_path, Budget(0.0), ())

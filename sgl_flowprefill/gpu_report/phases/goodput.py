@@ -27,7 +27,6 @@ import requests
 
 from sgl_flowprefill.bench.loadgen.calibrate import measure_isolated_ttft, time_scale
 from sgl_flowprefill.bench.loadgen.client import Client, GenerateApi
-from sgl_flowprefill.bench.loadgen.decode_rate import measure_decode
 from sgl_flowprefill.bench.loadgen.replay import RequestResult, replay
 from sgl_flowprefill.bench.metrics.joint import Judge, meets, share
 from sgl_flowprefill.bench.metrics.requests import read_suspensions, summarise_steps
@@ -61,6 +60,9 @@ SIMULATED_REQUESTS: Final = 500
 SEED: Final = 0
 LONGEST_REPLAY_S: Final = 60.0
 SHORTEST_REPLAY_S: Final = 10.0
+STREAMS: Final = 16
+STREAM_TOKENS: Final = 1024
+"""Streams, and their tokens, by whose decode steps it is judged what a unified server carries."""
 START_S: Final = 600.0
 WAKE_S: Final = 0.5
 CARD_SHARE: Final = 0.85
@@ -215,7 +217,7 @@ def _compare(
         assert steps is not None
         cost = StepCost(steps["fixed_s"], steps["per_request_s"], steps["per_token_s"], "measured on this machine")
         setup, judge = dataclasses.replace(setup, step_cost=cost), "gaps"
-        decode_tokens_per_s = measure_decode(ours.client, prompts)
+        decode_tokens_per_s = STREAMS / cost.predict_s(STREAMS, STREAMS * STREAM_TOKENS)
     duration_s = min(LONGEST_REPLAY_S, max(SHORTEST_REPLAY_S, 0.8 * request.budget.left_s / len(servers)))
 
     def kept(rate_rps: float) -> bool:
