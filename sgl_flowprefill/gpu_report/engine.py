@@ -205,7 +205,7 @@ class Engine(Tasks):
 
     def step_is_due(self) -> bool:
         """Whether the next decode step has to begin."""
-        return bool(time.monotonic() >= self._role.policy.load.start_by_s)
+        return bool(time.monotonic() >= self.hub.role.policy.load.start_by_s)
 
     def step_costs(self) -> dict[str, float]:
         """What a server takes decode steps to cost, from steps that were measured when it started."""
