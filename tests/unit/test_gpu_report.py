@@ -109,6 +109,7 @@ def test_decode_steps_are_measured_on_the_engine_of_a_unified_server(asked: list
     assert [phase.name for phase in report._phases if phase.role == "unified"] == ["steps"]
     assert list(phases)[-1] == ("goodput:unified" if asked else "goodput")
     steps, tokens = report._layout(phases["steps"]), report._layout(phases["tokens"])
+    assert (steps.servers, tokens.servers) == ([("unified", 0)], [("prefill", 0)])
     assert "--disaggregation-mode" not in steps.server_options("unified")
     assert "--disaggregation-mode" in tokens.server_options("prefill")
     assert steps.server_env("unified")["FLOWPREFILL"] == "1"
