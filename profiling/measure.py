@@ -19,6 +19,7 @@ from sgl_flowprefill.profiling.design import SEED, Shape
 from sgl_flowprefill.profiling.run import Timing
 from sgl_flowprefill.runtime.checkpoints import find_decoder_layers
 from sgl_flowprefill.runtime.scheduler_role import SchedulerRole
+from sgl_flowprefill.slo import TBT_KEY
 from sgl_flowprefill.ttft.base import PrefillShape
 
 SCHEDSTAT: Final = Path("/proc/thread-self/schedstat")
@@ -104,8 +105,16 @@ class SchedulerEngine:
         self.scheduler.waiting_queue = []
         return batch
 
-    def _req(self, index: int, prompt: list[int]) -> Any:
-        sampling = SamplingParams(temperature=0, max_new_tokens=1)
+    def _req(self, index: int, prompt: list[int], answer_tokens: int = 1, tbt_slo_s: float | None = None) -> Any:
+        """SGLang's request for ``prompt`` and an answer of exactly so many tokens, with an objective between two of
+        them or the server's default.
+        """
+        sampling = SamplingParams(
+            temperature=0,
+            max_new_tokens=answer_tokens,
+            ignore_eos=True,
+            custom_params=None if tbt_slo_s is None else {TBT_KEY: tbt_slo_s},
+        )
         sampling.normalize(None)
         vocabulary = self.scheduler.model_config.vocab_size
         req = Req(f"flowprefill-profile-{index}", "", array("q", prompt), sampling, vocab_size=vocabulary)

@@ -43,8 +43,8 @@ def main(argv: Sequence[str]) -> int:
 
 
 def make_scheduler(server_options: Sequence[str]) -> Any:
-    """A FlowPrefillScheduler for a prefill server's command line; no KV cache is sent anywhere, nor is a library needed
-    that would send it.
+    """The scheduler of a prefill server or of a unified server, by its command line; no KV cache is sent anywhere, nor is a
+    library needed that would send it.
     """
     # As in a scheduler that SGLang spawns: otherwise a forward pass overwrites the inputs of one that is suspended.
     os.environ["SGLANG_EAGER_INPUT_NO_COPY"] = "1"
@@ -62,9 +62,14 @@ def make_scheduler(server_options: Sequence[str]) -> Any:
     server_args = prepare_server_args(list(server_options))
     server_args.resolve_once()
     publish(server_args, role="scheduler", ranks=SpawnRanks(world_rank=0, dp_rank=None, gpu_id=server_args.base_gpu_id))
+    ports = PortArgs.init_new(server_args)
+    if server_args.disaggregation_mode == "null":
+        from sgl_flowprefill.runtime.unified_scheduler import UnifiedScheduler
+
+        return UnifiedScheduler(server_args, ports)
     from sgl_flowprefill.runtime.scheduler import FlowPrefillScheduler
 
-    return FlowPrefillScheduler(server_args, PortArgs.init_new(server_args))
+    return FlowPrefillScheduler(server_args, ports)
 
 
 def serving_stream(scheduler: Any) -> AbstractContextManager[Any]:

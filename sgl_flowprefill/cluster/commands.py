@@ -132,6 +132,9 @@ class Layout:
         """Environment variables of a server."""
         env = self.gateway_env()
         env[ENV_PREFIX + "DECODE_SLEEP"] = "1"
+        # SGLang's first process sets these for its scheduler. A scheduler that measures has no such process.
+        env["CUDA_DEVICE_MAX_CONNECTIONS"] = "8"
+        env.setdefault("TRTLLM_ENABLE_PDL", "1")
         if self.config.join is None and role != "unified":
             env["SGLANG_HOST_IP"] = LOOPBACK  # where prefill and decode servers listen for each other
             if self.cpus is not None:  # between GPUs, the KV cache may need other devices

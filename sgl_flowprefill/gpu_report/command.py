@@ -89,7 +89,7 @@ class _Report:
         self._started_s = time.monotonic()
         asked = last_value(server_args, BACKEND_OPTION)
         backends = dict.fromkeys(([asked] if asked else []) + list(BACKENDS)) if self._on_card else (None,)
-        self._phases = plan(tuple(backends))
+        self._phases = plan(tuple(backends), arguments.unified)
         _clear(arguments.out)
         self._log_dir: Path = arguments.out / "logs"
         self._log_dir.mkdir(parents=True)
@@ -151,8 +151,8 @@ class _Report:
         command += ["--out", str(self._document.out), "--lock", str(lock)]
         command += ["--until-s", str(self._started_s + self._budget_s)]
         command += ["--share", str(phase.share / sum(one.share for one in left))]
-        command += ["--engine", *layout.server_options("prefill")] if phase.has_engine else self._user_options(phase)
-        env = layout.server_env("prefill")
+        command += ["--engine", *layout.server_options(phase.role)] if phase.has_engine else self._user_options(phase)
+        env = layout.server_env(phase.role)
         if self._makes_weights:
             env[made_weights.ENV_SWITCH] = "1"
         return _Running(phase, guard.follow(command, env, self._log(phase)))
@@ -209,13 +209,17 @@ class _Report:
     # ---- what is started --------------------------------------------------------------------------------------------
 
     def _layout(self, phase: Phase | None) -> Layout:
+        """One server, whose engine ``phase`` measures: its options and its environment."""
+        is_unified = phase is not None and phase.role == "unified"
         return preflight.prepare(
             ClusterConfig(
                 flowprefill=True,
                 model_path=self._model_path,
                 ports=Ports(),
+                prefill=int(not is_unified),
+                decode=0,
+                unified=int(is_unified),
                 server_args=self._args(phase),
-                decode_args=("--base-gpu-id", "0"),  # no decode server is started, so it needs no GPU
                 options=FlowPrefillConfig(),
             )
         )
@@ -285,8 +289,8 @@ def _print(document: Document) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="launch.py gpu-report",
-        usage="launch.py gpu-report [--shape NAME | --model-path MODEL] [--budget-s S] [--out DIR] [SGLang server "
-        "options]",
+        usage="launch.py gpu-report [--shape NAME | --model-path MODEL] [--unified] [--budget-s S] [--out DIR] "
+        "[SGLang server options]",
         description="Measure on one card what FlowPrefill promises: the same tokens and logits under preemption, the "
         "cost of preemption checkpoints, blocking, look-ahead, operator times, and requests in time against SGLang's "
         "own scheduler. Options that are not listed here are SGLang's, as for the prefill server.",
@@ -296,6 +300,8 @@ def _parser() -> argparse.ArgumentParser:
     model.add_argument("--shape", choices=list(SHAPES), help="a model of this shape, with weights made on the device "
                        f"(default on a card: {DEFAULT_SHAPE}; on the CPU engine: the embedded model)")  # fmt: skip
     model.add_argument("--model-path", metavar="MODEL", help="model directory or Hugging Face model id")
+    parser.add_argument("--unified", action="store_true", help="compare servers that prefill and decode, in place of "
+                        "prefill servers by themselves")  # fmt: skip
     parser.add_argument("--budget-s", metavar="S", type=seconds, default=300.0, help="seconds for all phases, about; "
                         "what does not fit is left out (default %(default)g)")  # fmt: skip
     parser.add_argument("--out", metavar="DIR", type=Path, default=Path("out/gpu-report"), help="directory of the "

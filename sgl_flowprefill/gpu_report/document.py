@@ -15,13 +15,8 @@ from sgl_flowprefill.gpu_report.phases import Phase
 from sgl_flowprefill.gpu_report.phases.base import phase_file
 from sgl_flowprefill.gpu_report.tuning import Choice
 
-FORMAT: Final = 2
+FORMAT: Final = 3
 PACKAGES: Final = ("flashinfer-python", "sglang-kernel", "triton", "transformers", "apache-tvm-ffi")
-NOT_YET: Final = {
-    "decode-steps": "Decode steps between the operators of a suspended prefill are not measured: this version "
-    "schedules prefill servers only. The phase comes with a mode in which one server prefills and decodes.",
-}
-"""What a reader may expect of the report and does not find, and why."""
 
 
 @dataclass
@@ -69,7 +64,6 @@ class Document:
             "machine": machine(),
             "versions": versions(*PACKAGES),
             "phases": self.phases,
-            "not_yet": NOT_YET,
             "choices": [asdict(choice) | {"flag": choice.flag} for choice in self.choices],
         }
 

@@ -1,4 +1,5 @@
-"""What the phases ask of a prefill server's engine: forward passes alone, in company and suspended, and their times.
+"""What the phases ask of a server's engine: forward passes alone, in company and suspended, decode steps between their
+operators, and the times of all these.
 
 All that asks the hub and its scheduler is here and in ``runtime.selfcheck.Tasks``.
 """
@@ -6,9 +7,10 @@ All that asks the hub and its scheduler is here and in ``runtime.selfcheck.Tasks
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,6 +22,7 @@ from sgl_flowprefill.profiling.file import Setting
 from sgl_flowprefill.runtime.checkpoints import find_decoder_layers
 from sgl_flowprefill.runtime.profile import current_setting, load_or_measure
 from sgl_flowprefill.runtime.selfcheck import Finding, Tasks, checks
+from sgl_flowprefill.runtime.step_profile import load_or_measure_steps
 from sgl_flowprefill.runtime.tiles import WHOLE, Tiles, TileSizes, find_norms, plan_tiles
 
 
@@ -40,6 +43,31 @@ class First:
     def difference(self, other: First) -> float:
         """Largest difference of a logit, over the standard deviation of all of them."""
         return float((self.logits - other.logits).abs().max() / self.logits.std())
+
+
+@dataclass(frozen=True)
+class Step:
+    """A decode step; times by the monotonic clock."""
+
+    due_s: float
+    """When it had to begin."""
+    begin_s: float
+    end_s: float
+
+    @property
+    def time_s(self) -> float:
+        return self.end_s - self.begin_s
+
+
+@dataclass
+class Decoded:
+    """Streams from their first tokens to their last."""
+
+    answers: list[list[int]] = field(default_factory=list)
+    """Tokens of each stream."""
+    steps: list[Step] = field(default_factory=list)
+    firsts: list[First] = field(default_factory=list)
+    """What each prefill beside them has found."""
 
 
 class Engine(Tasks):
@@ -137,6 +165,81 @@ class Engine(Tasks):
             self.resume(task)
             self.finish(task)
         return int(task.points)
+
+    # ---- decode steps, on a server that has them --------------------------------------------------------------------
+
+    @torch.no_grad()
+    def decode(
+        self,
+        prompts: Sequence[Sequence[int]],
+        answer_tokens: int,
+        beside: Sequence[int] = (),
+        interrupted: Callable[[], bool] = lambda: False,
+        tbt_slo_s: float | None = None,
+    ) -> Decoded:
+        """``prompts`` become streams and get answers of so many tokens, by the hub's own decode steps.
+
+        With a prompt ``beside`` them, that is prefilled again and again meanwhile, and a step runs whenever it is
+        ``interrupted``; without one, step follows step.
+        """
+        found = Decoded()
+        reqs = [self._join(prompt, answer_tokens, tbt_slo_s) for prompt in prompts]
+        task = None
+        with self._steps_noted_in(found.steps), self.interrupted_by(interrupted):
+            while not all(req.finished() for req in reqs):
+                if beside:
+                    task = task or self.start(list(beside))
+                    self.resume(task)
+                    if task.done:
+                        found.firsts.append(self.first(task))
+                        task = None
+                        continue
+                self.hub.turn()
+        if task is not None:
+            with self.interrupted_by(lambda: False):
+                self.resume(task)
+            found.firsts.append(self.first(task))
+        found.answers = [list(req.output_ids) for req in reqs]
+        self.scheduler.flush_cache()  # the same prompts shall be computed again
+        return found
+
+    def step_is_due(self) -> bool:
+        """Whether the next decode step has to begin."""
+        return bool(time.monotonic() >= self.hub.role.policy.load.start_by_s)
+
+    def step_costs(self) -> dict[str, float]:
+        """What a server takes decode steps to cost, from steps that were measured when it started."""
+        steps = load_or_measure_steps(self._role)
+        return {"fixed_s": steps.fixed_s, "per_request_s": steps.per_request_s, "per_token_s": steps.per_token_s}
+
+    @property
+    def has_decode_graphs(self) -> bool:
+        """Whether decode steps run as CUDA graphs."""
+        runner = self.scheduler.tp_worker.model_runner
+        return runner.decode_cuda_graph_runner not in (None, runner.eager_runner)
+
+    def _join(self, prompt: Sequence[int], answer_tokens: int, tbt_slo_s: float | None) -> Any:
+        """Prefill ``prompt``; its request is a stream from now on."""
+        with self.interrupted_by(lambda: False):
+            task = self.start(list(prompt), answer_tokens, tbt_slo_s)
+            self.resume(task)
+        self.hub.slots.give_back(task.attn_backend)
+        self._role.finish(task)
+        return task.batch.reqs[0]
+
+    @contextmanager
+    def _steps_noted_in(self, steps: list[Step]) -> Iterator[None]:
+        """Let ``steps`` have what the event recorder is told of each."""
+
+        def note(streams: int, begin_s: float, end_s: float, due_s: float) -> None:
+            steps.append(Step(due_s, begin_s, end_s))
+
+        recorder = self._role.recorder
+        usual, recorder.stepped = recorder.stepped, note  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            recorder.stepped = usual  # type: ignore[method-assign]
 
     # ---- settings ---------------------------------------------------------------------------------------------------
 

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from types import SimpleNamespace
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import torch
 from sglang.srt.mem_cache.common import release_kv_cache
@@ -79,16 +79,16 @@ class Blocking(NamedTuple):
 class Tasks(SchedulerEngine):
     """Starts and suspends prefills on an idle scheduler, below the hub."""
 
-    def __init__(self, hub: Hub[PrefillRole]) -> None:
+    def __init__(self, hub: Hub[Any]) -> None:
         super().__init__(hub.role)
         self.hub = hub
         assert isinstance(hub.executor, Executor)
         self.executor = hub.executor
         self._started = 0
 
-    def start(self, prompt: list[int]) -> PrefillTask:
+    def start(self, prompt: list[int], answer_tokens: int = 1, tbt_slo_s: float | None = None) -> PrefillTask:
         self._started += 1
-        batch = self._role.make_batch([self._req(self._started, prompt)])
+        batch = self._role.make_batch([self._req(self._started, prompt, answer_tokens, tbt_slo_s)])
         return PrefillTask(
             id=self._started,
             batch=batch,

@@ -14,6 +14,10 @@ from typing import Any
 import pytest
 
 from sgl_flowprefill.cluster import machine
+from sgl_flowprefill.cluster.cli import main as launch
+from sgl_flowprefill.gpu_report import command
+from sgl_flowprefill.gpu_report.phases import UNIFIED_GOODPUT, plan
+from sgl_flowprefill.gpu_report.phases.goodput import COMPARED_UNIFIED
 
 pytestmark = [
     pytest.mark.stress,
@@ -92,6 +96,20 @@ def test_it_runs_whole_on_the_cpu_engine_and_its_figures_are_plausible(tmp_path:
     assert tiles[2.0]["points"] > tiles[5.0]["points"] > tiles[20.0]["points"] >= 16
     assert tiles[2.0]["tiles"]["rows"] < tiles[20.0]["tiles"]["rows"]
 
+    steps = figures["steps"]
+    assert steps["same"] == steps["compared"] == 4 * 64
+    assert steps["steps_at_random"] == 63
+    assert steps["prefills_at_random"] >= 1
+    assert 0 <= steps["difference"] <= steps["rounding"] < 1e-3
+    assert not steps["decode_graphs"]
+    alone, *due = steps["rows"]
+    assert [row["objective_ms"] for row in due] == [200.0, 100.0]
+    for row in due:
+        assert row["prefills"] >= 1
+        assert row["steps"] >= 19
+        assert alone["step"]["p50_ms"] / 2 < row["step"]["p50_ms"] < row["objective_ms"]
+        assert row["objective_ms"] / 2 < row["gaps"]["p50_ms"] < 2 * row["objective_ms"]
+
     goodput = figures["goodput"]
     assert [row["system"] for row in goodput["rows"]] == ["flowprefill", "stock-spf-2048", "sglang"]
     for row in goodput["rows"]:
@@ -137,3 +155,29 @@ def test_a_shape_is_served_with_weights_that_tell_prompts_apart(tmp_path: Path) 
     assert found["engine"]["model"].startswith("llama-small")
     checks = {one["check"]: one for one in found["findings"]}
     assert checks["tokens under preemption"]["passed"], checks["tokens under preemption"]["figures"]
+
+
+def test_servers_that_decode_are_compared_where_that_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = ("operators", "steps", UNIFIED_GOODPUT)
+    phases = [phase for phase in plan((None,), unified=True) if phase.name in wanted]
+    monkeypatch.setattr(command, "plan", lambda backends, unified: phases if unified else [])
+    out = tmp_path / "report"
+    assert launch(["gpu-report", "--unified", "--out", str(out), "--budget-s", "200"]) in (0, command.EXIT_FAILED)
+    document = read(out)
+    print(*(f"{found['title']}: {found['line']}" for found in document["phases"].values()), sep="\n")
+    goodput = document["phases"][UNIFIED_GOODPUT]
+    assert goodput["state"] == "measured", goodput
+    figures = goodput["figures"]
+    assert figures["judge"] == "gaps"
+    assert figures["answer_tokens"] > 2
+    assert [row["system"] for row in figures["rows"]] == list(COMPARED_UNIFIED)
+    for row in figures["rows"]:
+        assert row["failed"] == 0, row["errors"]
+        assert row["requests"] == figures["requests"] > 10
+        assert 0 < row["attainment"] <= 1
+        assert 0 < row["gaps"]["p50_ms"] <= row["gaps"]["p99_ms"]
+    ours, *stock = figures["rows"]
+    assert ours["steps"]["decode_steps"] > figures["requests"]
+    assert all(row["steps"] is None for row in stock)

@@ -25,6 +25,7 @@ MODULES = (
     "sglang.srt.entrypoints.http_server",
     "sglang.srt.models.llama",
     "sglang.srt.model_executor.model_runner",
+    "sglang.srt.model_executor.runner.decode_cuda_graph_runner",
     f"{ATTENTION}.flashinfer_backend",
     f"{ATTENTION}.triton_backend",
     f"{ATTENTION}.flashattention_backend",
@@ -36,6 +37,7 @@ MODULES = (
     "sgl_flowprefill.runtime.selfcheck",
     "sgl_flowprefill.gpu_report.engine",
     "sgl_flowprefill.gpu_report.phases.goodput",
+    "sgl_flowprefill.gpu_report.phases.steps",
 )
 
 

@@ -27,13 +27,14 @@ from torch import nn
 pytest.importorskip("sglang")
 
 from sgl_flowprefill.bench.metrics import provenance
+from sgl_flowprefill.cluster import ClusterConfig, preflight
 from sgl_flowprefill.cluster.cli import main as launch
 from sgl_flowprefill.gpu_report import command
-from sgl_flowprefill.gpu_report.document import NOT_YET, Document
+from sgl_flowprefill.gpu_report.document import Document
 from sgl_flowprefill.gpu_report.page import render_page
 from sgl_flowprefill.gpu_report.phases import Phase, plan
 from sgl_flowprefill.gpu_report.phases.base import Budget, Request
-from sgl_flowprefill.gpu_report.phases.goodput import PrefillOnlyApi, _that_fit
+from sgl_flowprefill.gpu_report.phases.goodput import COMPARED_UNIFIED, PrefillOnlyApi, _that_fit
 from sgl_flowprefill.gpu_report.shapes import SHAPES, shape_path
 from sgl_flowprefill.gpu_report.tuning import choose
 from sgl_flowprefill.patches import lone_prefill, made_weights
@@ -101,6 +102,20 @@ def test_what_a_card_alone_can_show_is_named_on_the_cpu_engine() -> None:
     assert [phase.is_optional for phase in plan(("flashinfer", "triton"))][1:3] == [False, True]
 
 
+@pytest.mark.parametrize("asked", [[], ["--unified"]])
+def test_decode_steps_are_measured_on_the_engine_of_a_unified_server(asked: list[str], tmp_path: Path) -> None:
+    report = command._Report(command._parser().parse_args(["--out", str(tmp_path / "report"), *asked]), [])
+    phases = {phase.name: phase for phase in report._phases}
+    assert [phase.name for phase in report._phases if phase.role == "unified"] == ["steps"]
+    assert list(phases)[-1] == ("goodput:unified" if asked else "goodput")
+    steps, tokens = report._layout(phases["steps"]), report._layout(phases["tokens"])
+    assert (steps.servers, tokens.servers) == ([("unified", 0)], [("prefill", 0)])
+    assert "--disaggregation-mode" not in steps.server_options("unified")
+    assert "--disaggregation-mode" in tokens.server_options("prefill")
+    assert steps.server_env("unified")["FLOWPREFILL"] == "1"
+    assert steps.gpus_needed() == tokens.gpus_needed() == 1
+
+
 @pytest.mark.parametrize("limits_s", [(0.2,), (60.0, 0.2)])
 def test_a_phase_that_hangs_is_ended_with_all_that_it_has_started(limits_s: tuple[float, ...]) -> None:
     hangs = [sys.executable, "-c", "import subprocess; subprocess.run(['sleep', '60'])"]
@@ -148,7 +163,7 @@ def broken(name: str = "operators", is_optional: bool = False) -> Phase:
 
 def test_a_phase_that_fails_says_so_and_the_next_one_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     phases = [broken(), broken("operators:again", is_optional=True), plan((None,))[0]]
-    monkeypatch.setattr(command, "plan", lambda backends: phases)
+    monkeypatch.setattr(command, "plan", lambda backends, unified: phases)
     out = tmp_path / "report"
     assert launch(["gpu-report", "--out", str(out), "--budget-s", "1000"]) == command.EXIT_FAILED
     document = json.loads((out / "report.json").read_text())
@@ -163,7 +178,7 @@ def test_a_phase_that_fails_says_so_and_the_next_one_goes_on(tmp_path: Path, mon
 
 
 def test_what_does_not_fit_into_the_budget_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(command, "plan", lambda backends: [plan((None,))[0], broken(), broken("operators:2")])
+    monkeypatch.setattr(command, "plan", lambda backends, unified: [plan((None,))[0], broken(), broken("operators:2")])
     assert launch(["gpu-report", "--out", str(tmp_path / "report"), "--budget-s", "0.1"]) == 0
     found = json.loads((tmp_path / "report" / "report.json").read_text())["phases"]
     assert [one["state"] for one in found.values()] == ["measured", "left out", "left out"]
@@ -194,14 +209,14 @@ def test_a_directory_that_is_no_reports_is_left_alone(tmp_path: Path, capsys: py
 # ---- report ----------------------------------------------------------------------------------------------------------
 
 
-def test_the_page_shows_what_was_found_what_failed_and_what_is_not_measured_at_all(tmp_path: Path) -> None:
+def test_the_page_shows_what_was_found_and_what_failed(tmp_path: Path) -> None:
     document = Document(tmp_path, "launch.py gpu-report", "a model", "a card", 300.0, ended="interrupted")
     first, second, *_ = plan((None,))
     rows = [["attention slots", "pass", "0.1 <MiB>"]]
     document.note(first, {"state": "FAILED", "line": "RuntimeError: out & about", "log": "the end of the log"}, 1.0)
     document.note(second, {"state": "passed", "line": "all", "columns": ["check", "", ""], "rows": rows}, 2.0)
     page = render_page(json.loads(document.path.read_text()))
-    for text in ("out &amp; about", "the end of the log", "0.1 &lt;MiB&gt;", "was interrupted", *NOT_YET.values()):
+    for text in ("out &amp; about", "the end of the log", "0.1 &lt;MiB&gt;", "was interrupted"):
         assert text in page
     origin = json.loads(document.path.read_text())
     assert origin["commit"] == provenance.commit()
@@ -278,6 +293,8 @@ def test_as_many_servers_are_compared_as_fit_on_the_card() -> None:
     with pytest.raises(ValueError, match="no two servers"):
         _that_fit(model | {"free_bytes": 24e9})
     assert _that_fit(model) == (large, None)
+    unified, _ = _that_fit(model | {"free_bytes": 80e9}, COMPARED_UNIFIED)
+    assert [system.name for system in unified] == ["unified", "unified-stock-spf-512-interval-1"]
 
 
 # ---- as serving does it ----------------------------------------------------------------------------------------------
@@ -354,6 +371,20 @@ def test_a_scheduler_that_measures_needs_no_library_for_kv_transfers(monkeypatch
     monkeypatch.setattr("sglang.srt.plugins.load_plugins", begin)
     with pytest.raises(Begun):
         process.make_scheduler([])
+
+
+@pytest.mark.parametrize("given", [None, "0"])
+def test_a_scheduler_that_measures_has_what_a_servers_first_process_sets(
+    given: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    if given is None:
+        monkeypatch.delenv("TRTLLM_ENABLE_PDL", raising=False)
+    else:
+        monkeypatch.setenv("TRTLLM_ENABLE_PDL", given)
+    measures = preflight.prepare(ClusterConfig(flowprefill=True)).server_env("prefill")
+    assert measures["CUDA_DEVICE_MAX_CONNECTIONS"] == "8"
+    assert measures["TRTLLM_ENABLE_PDL"] == (given or "1")
 
 
 # ---- bundle ----------------------------------------------------------------------------------------------------------

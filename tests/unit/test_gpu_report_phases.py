@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,11 +19,22 @@ import torch
 
 pytest.importorskip("sglang")
 
-from sgl_flowprefill.bench.loadgen.client import Client
+from sgl_flowprefill.bench.loadgen.client import Client, GenerateApi
 from sgl_flowprefill.bench.systems.catalog import SYSTEMS
+from sgl_flowprefill.bench.workloads.prompts import PromptBuilder
 from sgl_flowprefill.config import FlowPrefillConfig
-from sgl_flowprefill.gpu_report.engine import First
-from sgl_flowprefill.gpu_report.phases import blocking, checks, cost, goodput, lookahead, tiles, tokens
+from sgl_flowprefill.gpu_report.engine import Decoded, First, Step
+from sgl_flowprefill.gpu_report.phases import (
+    UNIFIED_GOODPUT,
+    blocking,
+    checks,
+    cost,
+    goodput,
+    lookahead,
+    steps,
+    tiles,
+    tokens,
+)
 from sgl_flowprefill.gpu_report.phases.base import Budget, Outcome, Request
 from sgl_flowprefill.profiling import Profile, Row, Setting, write_profile
 from sgl_flowprefill.runtime.selfcheck import Finding, Tasks
@@ -32,6 +44,8 @@ from tests.http_server import answering
 
 OPERATOR_S = 2e-3
 OPERATORS = 6
+STEP_S = 4e-3
+STEP_COSTS = {"fixed_s": 4e-3, "per_request_s": 1e-4, "per_token_s": 1e-8}
 
 
 class KnownEngine:
@@ -48,7 +62,14 @@ class KnownEngine:
         self.tiles = Tiles(64, 64, 64, 1e6)
         self.ahead = self.default_lookahead
         self.times_s: Callable[[KnownEngine, int, bool], float] = lambda engine, tokens, checkpoints: 0.01
-        self.wrong_under_preemption = self.wrong_in_tiles = 0.0
+        self.wrong_under_preemption = self.wrong_in_tiles = self.wrong_under_steps = 0.0
+        self.wrong_tokens = 0
+        """Tokens of streams that prefills beside them change."""
+        self.step_late_s = 0.0
+        """By how much later a step begins for a prefill beside it."""
+        self.step_spread_s = 0.0
+        """By how much longer some steps take with nothing beside them."""
+        self.decoded: list[tuple[int, int, int, float | None]] = []
         self._interrupted: Callable[[], bool] = lambda: False
 
     def describe(self) -> dict[str, Any]:
@@ -90,6 +111,37 @@ class KnownEngine:
         yield Finding("attention slots", True, "0 MiB")
         yield Finding("tokens under preemption", False, "7 of 8 the same")
         yield Finding("blocking", True, "1 ms")
+
+    # ---- decode steps ----
+
+    has_decode_graphs = True
+
+    def step_costs(self) -> dict[str, float]:
+        return STEP_COSTS
+
+    def step_is_due(self) -> bool:
+        return True
+
+    def decode(
+        self,
+        prompts: Sequence[Sequence[int]],
+        answer_tokens: int,
+        beside: Sequence[int] = (),
+        interrupted: Callable[[], bool] = lambda: False,
+        tbt_slo_s: float | None = None,
+    ) -> Decoded:
+        self.decoded.append((len(prompts), answer_tokens, len(beside), tbt_slo_s))
+        found = Decoded([[stream + place for place in range(answer_tokens)] for stream in range(len(prompts))])
+        if beside:
+            found.firsts.append(self._first(beside, self.wrong_under_steps))
+            for place in range(self.wrong_tokens):
+                found.answers[0][-1 - place] = -1
+        for number in range(1, answer_tokens):
+            due_s = number * (tbt_slo_s or STEP_S) - STEP_S
+            begin_s = due_s + (self.step_late_s if beside and number % 2 else 0.0)
+            spread_s = self.step_spread_s if not beside and number % 10 == 0 else 0.0
+            found.steps.append(Step(due_s, begin_s, begin_s + STEP_S + spread_s))
+        return found
 
     # ---- tasks that run ----
 
@@ -250,6 +302,51 @@ def test_shorter_tiles_are_weighed_against_their_cost(engine: KnownEngine, tmp_p
     assert costs == pytest.approx({2.0: 0.025, 5.0: 0.01, 10.0: 0.005, 20.0: 0.0025})
 
 
+def test_steps_that_change_nothing_and_end_in_time_pass(engine: KnownEngine, tmp_path: Path) -> None:
+    engine.limit_tokens = 100_000
+    engine.step_late_s = 3e-3
+    found = last(steps.measure, engine, tmp_path, budget_s=30.0)
+    assert found.state == "passed"
+    assert found.figures["same"] == found.figures["compared"] == 16 * steps.CHECKED_TOKENS
+    assert found.figures["step_costs"] == STEP_COSTS
+    assert "CUDA graphs" in found.line
+    alone, *timed = found.figures["rows"]
+    assert alone["step"]["p50_ms"] == pytest.approx(1e3 * STEP_S)
+    assert [row["objective_ms"] for row in timed] == pytest.approx([100.0, 50.0, 20.0])
+    for row in timed:
+        assert row["late"]["p99_ms"] == pytest.approx(3.0)
+        assert row["gaps"]["p99_ms"] == pytest.approx(row["objective_ms"] + 3.0)
+        assert 0.4 < row["in_time"] < 0.6  # every other step is late, and the next one early
+    assert engine.decoded[0] == (16, steps.CHECKED_TOKENS, 0, None)
+    assert [(beside, tbt_slo_s) for _, _, beside, tbt_slo_s in engine.decoded[2:]] == [
+        (32_768, 0.1), (32_768, 0.05), (32_768, 0.02),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("what", "value"), [("wrong_tokens", 1), ("wrong_under_steps", 0.02), ("step_late_s", 17e-3)])
+def test_steps_that_change_a_token_or_a_logit_or_end_late_fail(
+    what: str, value: float, engine: KnownEngine, tmp_path: Path
+) -> None:
+    setattr(engine, what, value)
+    assert last(steps.measure, engine, tmp_path).state == "FAILED"
+
+
+def test_what_steps_differ_by_themselves_is_not_the_prefills_fault(engine: KnownEngine, tmp_path: Path) -> None:
+    engine.step_late_s, engine.step_spread_s = 17e-3, 2e-3
+    found = last(steps.measure, engine, tmp_path)
+    assert found.figures["limit_ms"] == pytest.approx(18.0)
+    assert found.state == "passed"
+
+
+def test_there_are_as_many_streams_as_have_kv_cache_and_their_answers_fit_into_the_budget(
+    engine: KnownEngine, tmp_path: Path
+) -> None:
+    engine.limit_tokens = 3 * (512 + steps.MOST_TOKENS)
+    last(steps.measure, engine, tmp_path)
+    assert [streams for streams, *_ in engine.decoded] == 5 * [3]
+    assert [answer_tokens for _, answer_tokens, *_ in engine.decoded[2:]] == 3 * [steps.LEAST_TOKENS]
+
+
 def test_one_check_that_fails_fails_the_phase_and_its_figures_are_shown(engine: KnownEngine, tmp_path: Path) -> None:
     found = last(checks.measure, engine, tmp_path, budget_s=10.0)
     assert (found.state, found.line) == ("FAILED", "known: 2 of 3 checks passed")
@@ -294,12 +391,13 @@ def lone(name: str, broken: bool = False) -> Iterator[goodput.Lone]:
             time.sleep(TOKEN_S * int(headers["Content-Length"]) / TOKEN_BYTES)
         if broken and next(answered) > 2:
             return 500, "out of memory"
-        event = {"text": "a", "meta_info": {"completion_tokens": 1, "finish_reason": {"type": "length"}}}
-        return 200, f"data: {json.dumps(event)}\n\ndata: [DONE]\n\n"
+        tokens = (1, 5) if system.is_unified else (1,)
+        events = [{"text": "a", "meta_info": {"completion_tokens": count}} for count in tokens]
+        return 200, "".join(f"data: {json.dumps(event)}\n\n" for event in events) + "data: [DONE]\n\n"
 
     system = SYSTEMS[name]
     with answering(answer) as url:
-        client = Client(url, goodput.PrefillOnlyApi())
+        client = Client(url, GenerateApi() if system.is_unified else goodput.PrefillOnlyApi())
         yield goodput.Lone(system, FlowPrefillConfig(), Turns(name), client, Path("/nowhere"))  # type: ignore[arg-type]
 
 
@@ -337,3 +435,39 @@ def test_systems_take_turns_on_the_same_requests(broken: bool, tmp_path: Path, m
     else:
         assert found.state == "measured"
         assert second["failed"] == 0
+
+
+def test_unified_servers_are_judged_by_the_gaps_between_tokens_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(goodput, "SHORTEST_REPLAY_S", 2.0)
+    monkeypatch.setattr(goodput, "SIMULATED_REQUESTS", 100)
+    monkeypatch.setattr(goodput, "WAKE_S", 0.0)
+    monkeypatch.setattr(Turns, "stopped", set())
+    profile = written_profile(tmp_path)
+    request = Request(UNIFIED_GOODPUT, tmp_path, Budget(0.0), ())
+    with lone("unified") as ours, lone("unified-sglang") as stock:
+        *_, found = goodput._compare(request, [ours, stock], {"kv_tokens": 100_000}, profile, STEP_COSTS)
+        trace = goodput._trace(found.figures["rate_rps"], found.figures["time_scale"], 1.0, 500.0)
+        strict = replace(trace, requests=[replace(one, tbt_slo_s=0.0) for one in trace.requests])
+        ours.server.resume()
+        late = goodput._replayed(ours, strict, PromptBuilder(0), "gaps")
+    assert found.state == "measured"
+    assert all(len(row) == len(found.columns) for row in found.rows)
+    assert found.figures["judge"] == "gaps"
+    assert [row["system"] for row in found.figures["rows"]] == ["unified", "unified-sglang"]
+    assert found.figures["answer_tokens"] > 1
+    for row in found.figures["rows"]:
+        assert row["failed"] == 0
+        assert 0 < row["attainment"] <= 1
+        assert 0 < row["simulated_attainment"] <= 1
+        assert row["gaps"]["max_ms"] > 0
+    assert late["attainment"] == 0 == late["failed"]
+
+
+def test_without_times_of_decode_steps_unified_servers_are_not_compared(tmp_path: Path) -> None:
+    written = {"figures": {**written_profile(tmp_path), "engine": {}}}
+    (tmp_path / "phases").mkdir()
+    (tmp_path / "phases" / "operators.json").write_text(json.dumps(written))
+    [found] = goodput.measure(Request(UNIFIED_GOODPUT, tmp_path, Budget(0.0), ()))
+    assert (found.state, found.line) == ("left out", "there are no times of decode steps to choose a rate by")

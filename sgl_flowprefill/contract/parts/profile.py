@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Final
 
-from sgl_flowprefill.contract.row import Part, attributes, rows
-from sgl_flowprefill.contract.symbols import CONTEXT, OPTIONS, REQ, SCHEDULER
+from sgl_flowprefill.contract.row import Part, attributes, rows, source
+from sgl_flowprefill.contract.symbols import CONTEXT, MODEL_RUNNER, OPTIONS, REQ, SCHEDULER
 
 PART: Final = Part(
     "profile",
@@ -67,7 +67,7 @@ PART: Final = Part(
         ),
         *attributes(
             "sglang.srt.sampling.sampling_params:SamplingParams",
-            "temperature max_new_tokens",
+            "temperature max_new_tokens ignore_eos custom_params",
             "is how a prompt is answered",
             "nothing can be measured",
         ),
@@ -90,6 +90,19 @@ PART: Final = Part(
             "device_module schedule_stream token_to_kv_pool_allocator",
             "is what a server runs on, and holds its KV cache",
             "`launch.py gpu-report`, `profile` and `doctor` measure nothing",
+        ),
+        *attributes(
+            MODEL_RUNNER,
+            "decode_cuda_graph_runner eager_runner",
+            "tells whether decode steps run as CUDA graphs",
+            "`launch.py gpu-report` does not measure decode steps",
+        ),
+        source(
+            "assumes",
+            "sglang.srt.entrypoints.engine:_set_envs_and_config",
+            ['os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "8"', 'os.environ["TRTLLM_ENABLE_PDL"] = "1"'],
+            "is what a server's first process sets for its scheduler, and a scheduler that measures has it, too",
+            "`launch.py gpu-report`, `profile` and `doctor` measure under other settings than a server runs with",
         ),
         *attributes(
             "sglang.srt.configs.model_config:ModelConfig",

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
+from sgl_flowprefill.cluster.commands import Role
+
 
 @dataclass(frozen=True)
 class Phase:
@@ -17,6 +19,8 @@ class Phase:
     """Share of the budget, relative to the shares of the other phases."""
     has_engine: bool = True
     """Whether ``measure`` is given an engine, or starts what it needs."""
+    role: Role = "prefill"
+    """Which server's engine that is."""
     needs_card: str = ""
     """Why it says nothing on the CPU engine."""
     backend: str | None = None
@@ -29,13 +33,16 @@ class Phase:
         return self.name.partition(":")[0]
 
 
+UNIFIED_GOODPUT: Final = "goodput:unified"
 BACKENDS: Final = ("flashinfer", "triton", "fa3")
 """SGLang's attention backends for a GPU that FlowPrefill was written against; later phases run on the first that passes
 its checks."""
 
 
-def plan(backends: tuple[str | None, ...]) -> list[Phase]:
-    """All phases; ``backends`` are checked one by one, None being the engine's own."""
+def plan(backends: tuple[str | None, ...], unified: bool = False) -> list[Phase]:
+    """All phases; ``backends`` are checked one by one, None being the engine's own. ``unified``: whether the servers
+    that are compared at the end decode, too.
+    """
     checks = [
         Phase(
             f"checks:{backend or 'engine'}",
@@ -55,5 +62,11 @@ def plan(backends: tuple[str | None, ...]) -> list[Phase]:
         Phase("operators", "Operator times", 4.0),
         Phase("lookahead", "Look-ahead", 3.0, needs_card="the CPU engine queues nothing, so it has no look-ahead"),
         Phase("tiles", "Lengths of tiles", 3.0),
-        Phase("goodput", "Requests in time, against SGLang's own scheduler", 9.0, has_engine=False),
+        Phase("steps", "Decode steps inside prefills", 4.0, role="unified"),
+        Phase(
+            UNIFIED_GOODPUT if unified else "goodput",
+            "Requests in time, against SGLang's own scheduler",
+            9.0,
+            has_engine=False,
+        ),
     ]
