@@ -43,8 +43,9 @@ def main(argv: Sequence[str]) -> int:
 
 
 def make_scheduler(server_options: Sequence[str]) -> Any:
-    """The scheduler of a prefill server or of a unified server, by its command line; no KV cache is sent anywhere, nor is a
-    library needed that would send it.
+    """The scheduler of a prefill server or of a unified server, by its command line.
+
+    No KV cache is sent anywhere, nor is a library needed that would send it.
     """
     # As in a scheduler that SGLang spawns: otherwise a forward pass overwrites the inputs of one that is suspended.
     os.environ["SGLANG_EAGER_INPUT_NO_COPY"] = "1"
