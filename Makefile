@@ -2,8 +2,6 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
-PYTEST := $(BIN)/python -W ignore::DeprecationWarning -m pytest
-SIDE_BY_SIDE := -n 2 --dist loadgroup --no-loadscope-reorder  # tests/conftest.py says what runs beside what
 
 .PHONY: demo test lint stress bench clean
 
@@ -11,7 +9,7 @@ demo: $(STAMP)
 	$(BIN)/python -m sgl_flowprefill.bench demo
 
 test: $(STAMP)
-	$(PYTEST) $(SIDE_BY_SIDE)
+	$(BIN)/python -W ignore::DeprecationWarning -m pytest
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -20,8 +18,7 @@ lint: $(STAMP)
 	$(BIN)/lint-imports --no-logo
 
 stress: $(STAMP)
-	$(PYTEST) $(SIDE_BY_SIDE) -rP -m "stress and not alone"
-	$(PYTEST) -s -m "stress and alone"
+	$(BIN)/python -m pytest -s -m stress
 
 bench: $(STAMP)
 	$(BIN)/python -m sgl_flowprefill.bench uncontended

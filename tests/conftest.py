@@ -1,8 +1,4 @@
-"""Order of the tests: what needs the same servers runs together. What a process has one of: an engine, a reference.
-
-``make test`` runs two processes side by side (pytest-xdist): all tests with servers in one, files without in the other,
-and what is left of them in whichever is done first.
-"""
+"""Order of the tests: what needs the same servers runs together. What a process has one of: an engine, a reference."""
 
 from __future__ import annotations
 
@@ -22,20 +18,15 @@ if TYPE_CHECKING:  # they import torch, which most unit tests do without
 settings.register_profile("busy machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("busy machine")
 
-CLUSTERS = ("stock_unified_server", "unified_server", "flowprefill_cluster", "stock_cluster", "no_cluster")
+ORDER = ("flowprefill_cluster", "stock_cluster", "no_cluster")
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    def place(item: pytest.Item) -> tuple[bool, int, bool]:
+    def place(item: pytest.Item) -> int:
         names = getattr(item, "fixturenames", ())
-        cluster = next((i for i, name in enumerate(CLUSTERS) if name in names), -1)
-        return not item.get_closest_marker("server"), cluster, "integration" not in item.path.parts
+        return next((i for i, name in enumerate(ORDER, start=1) if name in names), 0)
 
     items.sort(key=place)
-    for item in items:
-        group = "servers" if item.get_closest_marker("server") else item.path.stem
-        item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.fixture(scope="session")

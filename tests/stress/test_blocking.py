@@ -26,7 +26,7 @@ from sgl_flowprefill.ttft.online import ALL_TASKS
 from tests.engine import PrefillEngine, keep_freed_memory
 from tests.prompts import prompt
 
-pytestmark = [pytest.mark.stress, pytest.mark.alone]
+pytestmark = pytest.mark.stress
 
 LENGTHS_TOKENS = (512, 2048, 8192, 32_000)
 COST_RUNS = {512: 24, 2048: 24, 8192: 8, 32_000: 8}

@@ -21,7 +21,6 @@ from sgl_flowprefill.gpu_report.phases.goodput import COMPARED_UNIFIED
 
 pytestmark = [
     pytest.mark.stress,
-    pytest.mark.alone,
     pytest.mark.skipif(bool(machine.gpu_count()), reason="checks the CPU engine"),
     pytest.mark.timeout(1200),
 ]

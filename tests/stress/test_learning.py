@@ -30,7 +30,7 @@ from sgl_flowprefill.runtime.profile import FIRST_START_ROUNDS, FIRST_START_S, c
 from sgl_flowprefill.ttft import Prediction
 from tests.engine import PrefillEngine
 
-pytestmark = [pytest.mark.stress, pytest.mark.alone]
+pytestmark = pytest.mark.stress
 QUANTILE = 0.75
 
 
