@@ -111,10 +111,9 @@ def suspensions(events: Sequence[AnyEvent]) -> list[Suspension]:
     ]
 
 
-def blocking_times_s(event_log: Path, span_s: tuple[float, float]) -> list[float]:
-    """Blocking time of each preemption within a span of ``time.monotonic()``. Raises EventLogError."""
-    switches = suspensions(events_within(event_log, [span_s]))
-    return [one.blocking_s for one in switches if one.blocking_s is not None]
+def blocking_times_s(events: Sequence[AnyEvent]) -> list[float]:
+    """Blocking time of each preemption among ``events``, in order."""
+    return [one.blocking_s for one in suspensions(events) if one.blocking_s is not None]
 
 
 def summarise_steps(events: Sequence[AnyEvent], duration_s: float) -> StepSummary | None:

@@ -24,7 +24,7 @@ from sgl_flowprefill.bench.loadgen.client import Client, GenerateApi, get_json
 from sgl_flowprefill.bench.loadgen.decode_rate import measure_decode
 from sgl_flowprefill.bench.loadgen.replay import Enough, OnProgress, ReplayRun, replay
 from sgl_flowprefill.bench.metrics.event_log import summarise_log
-from sgl_flowprefill.bench.metrics.requests import blocking_times_s
+from sgl_flowprefill.bench.metrics.requests import blocking_times_s, events_within
 from sgl_flowprefill.bench.simulator.measured import Engine, best_profile
 from sgl_flowprefill.bench.systems.endpoint import Reached, Say, connect
 from sgl_flowprefill.bench.systems.system import EndpointSystem, System
@@ -151,7 +151,7 @@ class Served:
 
     def blocking_s(self, run: ReplayRun) -> list[float] | None:
         """Blocking time of each preemption of ``run``, once its servers are at rest; None without preemption."""
-        return None if self.event_log is None else blocking_times_s(self.event_log, run.span_s)
+        return None if self.event_log is None else blocking_times_s(events_within(self.event_log, [run.span_s]))
 
     def engine(self, prompts: PromptBuilder) -> Engine:
         """What the simulator needs to know; a burst of requests shows what passes between forwards.

@@ -140,7 +140,7 @@ def test_blocking_comes_from_the_suspensions_of_the_run_only(tmp_path: Path) -> 
     switches = suspensions(events_within(path, [(10.0, 20.0)]))
     assert [one.blocking_s for one in switches] == [0.002, 0.004, None, None], "nobody waited for the last two"
     blocking_s = [one.blocking_s for one in switches if one.blocking_s is not None]
-    assert blocking_times_s(path, (10.0, 20.0)) == blocking_s
+    assert blocking_times_s(events_within(path, [(10.0, 20.0)])) == blocking_s
     assert [one.stop_wait_s for one in switches[:2]] == pytest.approx([0.0015, 0.0])
     assert [one.stop_wait_s for one in switches[2:]] == [None, None]
     summary = summarise_blocking(blocking_s)

@@ -29,7 +29,7 @@ from sgl_flowprefill.bench.loadgen.calibrate import measure_isolated_ttft, time_
 from sgl_flowprefill.bench.loadgen.client import Client, GenerateApi
 from sgl_flowprefill.bench.loadgen.replay import RequestResult, replay
 from sgl_flowprefill.bench.metrics.joint import Judge, meets, share
-from sgl_flowprefill.bench.metrics.requests import events_within, summarise_steps, suspensions
+from sgl_flowprefill.bench.metrics.requests import blocking_times_s, events_within, summarise_steps
 from sgl_flowprefill.bench.simulator.joint import attainments
 from sgl_flowprefill.bench.simulator.measured import Engine, measured_setup
 from sgl_flowprefill.bench.simulator.search import highest
@@ -274,7 +274,7 @@ def _trace(rate_rps: float, scale: float, duration_s: float, decode_tokens_per_s
 def _replayed(lone: Lone, trace: Trace, prompts: PromptBuilder, judge: Judge) -> dict[str, Any]:
     run = replay(trace, lone.client, prompts)
     events = events_within(lone.event_log, [run.span_s])
-    blocking_s = [one.blocking_s for one in suspensions(events) if one.blocking_s is not None]
+    blocking_s = blocking_times_s(events)
     steps = summarise_steps(events, run.duration_s)
     answered = [one for one in run.results if one.completed and one.ttft_s is not None]
     gaps_s = [gap_s for one in answered for gap_s in one.tbt_s]
