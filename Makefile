@@ -2,14 +2,15 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
+PYTEST := $(BIN)/python -W ignore::DeprecationWarning -m pytest
 
-.PHONY: demo test lint stress bench clean
+.PHONY: demo test lint docs stress bench clean
 
 demo: $(STAMP)
 	$(BIN)/python -m sgl_flowprefill.bench demo
 
 test: $(STAMP)
-	$(BIN)/python -W ignore::DeprecationWarning -m pytest
+	$(PYTEST) -n 2  # tests/conftest.py says what runs beside what
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -17,8 +18,12 @@ lint: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build  # into out/docs; strict, as mkdocs.yml says
+
 stress: $(STAMP)
-	$(BIN)/python -m pytest -s -m stress
+	$(PYTEST) -n 2 -rP -m "stress and not alone"
+	$(PYTEST) -s -m "stress and alone"
 
 bench: $(STAMP)
 	$(BIN)/python -m sgl_flowprefill.bench uncontended

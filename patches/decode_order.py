@@ -13,11 +13,15 @@ queue, which is where the broadcast of requests put them.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Final
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Final
 
 from sgl_flowprefill.config import FlowPrefillConfig
 from sgl_flowprefill.patches.base import expect
 from sgl_flowprefill.policy.places import DueTimes, PlaceOrder
+
+if TYPE_CHECKING:
+    from sgl_flowprefill.slo.resolve import Resolver
 
 SEAM: Final = "decode_order"
 TARGET: Final = "sglang.srt.disaggregation.decode.DecodePreallocQueue.pop_preallocated"
@@ -48,7 +52,7 @@ class QueueOrder:
     """
 
     def __init__(self, config: FlowPrefillConfig) -> None:
-        self._default_slo_s = config.default_ttft_slo
+        self._config = config
         self._order: PlaceOrder[Any] = PlaceOrder(config.max_starvation_s)
         self._left: list[Any] = []
         """SGLang's list, and the first and the last request in it, as the last step left them."""
@@ -84,11 +88,17 @@ class QueueOrder:
             return False
         return known == 0 or (queue[0] is self._ends[0] and queue[known - 1] is self._ends[1])
 
+    @cached_property
+    def _resolver(self) -> Resolver:
+        from sgl_flowprefill.deadline import resolver
+
+        return resolver(self._config)
+
     def _due_times(self, decode_req: Any) -> DueTimes:
         """Without a time from the HTTP server, requests count as late and keep SGLang's order."""
-        from sgl_flowprefill.deadline import received_by_http_s, slo_s
+        from sgl_flowprefill.deadline import objective, received_by_http_s
 
         arrival_s = received_by_http_s(decode_req.req)
         if not arrival_s:
             return DueTimes(0.0, 0.0)
-        return DueTimes(arrival_s, arrival_s + slo_s(decode_req.req, self._default_slo_s))
+        return DueTimes(arrival_s, arrival_s + objective(decode_req.req, self._resolver).ttft_s)

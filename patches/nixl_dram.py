@@ -21,9 +21,10 @@ def apply() -> None:
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
     expect(SEAM)
-    HookRegistry.register(TARGET, _name_host_memory, HookType.BEFORE)
+    HookRegistry.register(TARGET, name_host_memory, HookType.BEFORE)
 
 
-def _name_host_memory(manager: Any) -> None:
+def name_host_memory(manager: Any) -> None:
+    """The hook: what NIXL takes for device memory is host memory."""
     kinds = manager.agent.nixl_mems
     kinds["VRAM"] = kinds["DRAM"]

@@ -1,19 +1,21 @@
 """A server that prefills gets the options that FlowPrefill works with, and one that it cannot work with is refused.
 
-Targets: ``sglang.srt.server_args.ServerArgs.resolve_once``, before which a record holds what the user
-has asked for and may be changed, and ``sglang.srt.entrypoints.engine.Engine._launch_subprocesses``, where the options
-arrive of HTTP servers, with Ray too, and of engines without one. Without the first, users would have to set these
-options themselves; without the second, a server would be refused in its scheduler process (``runtime.scheduler``), as
-one that is started elsewhere is (gRPC), or, with Ray, run without FlowPrefill.
+Targets: ``sglang.srt.server_args.ServerArgs.resolve_once``, before which a record holds what the user has asked for
+and may be changed, so that what SGLang derives from it is as if the user had given the right options; and
+``sglang.srt.entrypoints.engine.Engine._launch_subprocesses``, where the options arrive of HTTP servers, with Ray too,
+and of engines without one. Without the first, users would have to set these options themselves; without the second, a
+server would be refused in its scheduler process (``runtime.scheduler``), as one that is started elsewhere is (gRPC),
+or, with Ray, run without FlowPrefill.
 """
 
 from __future__ import annotations
 
 import logging
 import sys
-from typing import Any, Final
+from collections.abc import Callable
+from typing import Any, Final, NoReturn
 
-from sgl_flowprefill.compat import incompatible_option, take_over
+from sgl_flowprefill.compat import incompatible_option, refusals, take_over
 from sgl_flowprefill.patches.base import expect
 
 logger = logging.getLogger(__name__)
@@ -27,17 +29,31 @@ def apply() -> None:
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
     expect("options")
-    HookRegistry.register(RESOLVE, _take_over, HookType.BEFORE)
+    HookRegistry.register(RESOLVE, resolve, HookType.AROUND)
     HookRegistry.register(LAUNCH, _check, HookType.BEFORE)
 
 
-def _take_over(server_args: Any) -> None:
+def resolve(original: Callable[[Any], None], server_args: Any) -> None:
+    """The hook: options of a server that prefills become those that FlowPrefill needs, before SGLang resolves them.
+
+    Where SGLang refuses them then and an option is there that FlowPrefill refuses as well, the process ends with
+    FlowPrefill's reason: SGLang's may be what FlowPrefill has set.
+    """
     is_resolved = getattr(server_args, "_resolution_finished", False) or getattr(
         server_args, "_resolution_failed", False
     )
-    if server_args.disaggregation_mode != "decode" and not is_resolved:
-        for line in take_over(server_args):
-            logger.info("FlowPrefill: %s", line)
+    if server_args.disaggregation_mode == "decode" or is_resolved:
+        original(server_args)
+        return
+    refusal = next(refusals(server_args), None)
+    for change in take_over(server_args):
+        logger.log(logging.WARNING if change.asked else logging.INFO, "FlowPrefill: %s", change)
+    try:
+        original(server_args)
+    except Exception:
+        if refusal is None:
+            raise
+        _end(refusal.sentence)
 
 
 def _check(_engine: Any, server_args: Any, *args: Any, **kwargs: Any) -> None:
@@ -45,7 +61,12 @@ def _check(_engine: Any, server_args: Any, *args: Any, **kwargs: Any) -> None:
 
     if server_args.disaggregation_mode == "decode":  # only its HTTP server takes part
         return
+    server_args.resolve_once()  # an engine in Python comes here with what its user has given
     refusal = incompatible_option(resolving_view(server_args))
     if refusal is not None:
-        print(f"sgl-flowprefill: {refusal}", file=sys.stderr, flush=True)
-        raise SystemExit(2)
+        _end(refusal)
+
+
+def _end(sentence: str) -> NoReturn:
+    print(f"sgl-flowprefill: {sentence}", file=sys.stderr, flush=True)
+    raise SystemExit(2)

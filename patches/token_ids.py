@@ -21,9 +21,9 @@ def apply() -> None:
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
     expect(SEAM)
-    HookRegistry.register(TARGET, _decode, HookType.AROUND)
+    HookRegistry.register(TARGET, decode, HookType.AROUND)
 
 
-def _decode(one_by_one: Callable[[Any], list[int]], value: Any) -> list[int]:
+def decode(one_by_one: Callable[[Any], list[int]], value: Any) -> list[int]:
     """What SGLang's own function returns for plain integers; that says what is wrong with anything else."""
     return list(value) if type(value) is list and set(map(type, value)) <= {int} else one_by_one(value)

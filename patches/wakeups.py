@@ -20,7 +20,8 @@ TARGET: Final = "sglang.srt.disaggregation.common.conn.CommonKVManager.update_st
 Listener = Callable[[int, Any], None]
 """Gets a bootstrap room and the ``KVPoll`` status that was reported for it, on the thread that reported it."""
 
-_listeners: list[Listener] = []
+listeners: list[Listener] = []
+"""Listeners of this process; ``subscribe`` adds one."""
 
 
 def apply() -> None:
@@ -28,12 +29,12 @@ def apply() -> None:
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
     expect("wakeups")
-    HookRegistry.register(TARGET, _announce, HookType.AFTER)
+    HookRegistry.register(TARGET, announce, HookType.AFTER)
 
 
 def subscribe(listener: Listener) -> None:
     """Call ``listener`` after each status change in this process."""
-    _listeners.append(listener)
+    listeners.append(listener)
 
 
 def expect_applied() -> None:
@@ -42,8 +43,9 @@ def expect_applied() -> None:
         raise SeamError(f"wakeups: {TARGET} is not hooked; SGLang's log says why its hook registry did not do it.")
 
 
-def _announce(_result: None, _manager: Any, bootstrap_room: int, status: Any) -> None:
-    for listener in _listeners:
+def announce(_result: None, _manager: Any, bootstrap_room: int, status: Any) -> None:
+    """The hook: tell all listeners."""
+    for listener in listeners:
         try:
             listener(bootstrap_room, status)
         except Exception:  # SGLang's thread serves all requests, and would end

@@ -32,9 +32,9 @@ class History(BaseModel):
     model_config = ConfigDict(frozen=True, allow_inf_nan=False)
 
     tasks: int = 0
-    """Completed tasks, over all starts."""
+    """Completed tasks, and shapes that were explored, over all starts."""
     refused: int = 0
-    """Completed tasks whose measurement was not believed."""
+    """Measurements that were not believed."""
     refits: int = 0
     adopted: int = 0
     trained_through: int = 0

@@ -47,10 +47,7 @@ class SchedulerEngine:
 
     def time(self, shape: Shape) -> Timing:
         """Run one batch of ``shape``."""
-        prompts = [
-            self.cached_prompt[: request.cached_tokens] + self._random_ids(request.new_tokens) for request in shape
-        ]
-        return self._forward(prompts)
+        return self._forward(self._prompts(shape))
 
     def time_operators(self, shape: Shape) -> tuple[Timing, float, float]:
         """Like ``time``, and the seconds spent in all attention and in all MLP modules."""
@@ -77,31 +74,74 @@ class SchedulerEngine:
                 batch.prepare_for_decode()
                 found = self.scheduler.run_batch(batch).next_token_ids.tolist()
                 times_s.append(time.perf_counter() - started_s)
-        for req in batch.reqs:
-            release_kv_cache(req, self.scheduler.tree_cache, checkpoint=False)
+        self.free(batch)
         return len(batch.reqs), times_s
+
+    # ---- batches that others run ------------------------------------------------------------------------------------
+
+    def can_run(self) -> bool:
+        """Whether the server is not paused, and has its weights and KV cache in memory."""
+        return not self._role.is_paused and not self.scheduler.weight_updater.offload_tags
+
+    def find_prefix(self) -> int:
+        """Begin prompts with the prompt of a recent task from now on, with that of which most is cached; how many of
+        its tokens are.
+        """
+        self.cached_prompt, cached_tokens = [], 0
+        for prompt in map(list, self._role.recent_prompts):
+            found_tokens = self._role.match(self._req(0, prompt)).cached_tokens
+            if found_tokens > cached_tokens:
+                self.cached_prompt, cached_tokens = prompt[:found_tokens], found_tokens
+        return cached_tokens
+
+    def has_room(self, requests: int, new_tokens: int) -> bool:
+        """Whether there is free KV cache for so many requests with so many ``new_tokens``, without any eviction."""
+        scheduler = self.scheduler
+        free_tokens = int(scheduler.token_to_kv_pool_allocator.available_size())
+        ends_tokens = requests * (1 + int(scheduler.page_size))  # the answer's, and what is left of a page
+        return new_tokens + ends_tokens <= free_tokens and requests <= scheduler.req_to_token_pool.available_size()
+
+    def make_batch(self, shape: Shape) -> Any | None:
+        """SGLang's batch of ``shape``, of as many of its requests as one prefill takes; None if there is none."""
+        return self._admit(self._prompts(shape))
+
+    def shapes(self, batch: Any) -> list[PrefillShape]:
+        """What ``batch`` computes: SGLang may have admitted fewer requests, and found another cached prefix."""
+        return self._role.shapes(batch)
+
+    def free(self, batch: Any, keep: bool = False) -> None:
+        """Free what ``batch`` holds, or leave what has been computed in the radix cache."""
+        for req in batch.reqs:
+            release_kv_cache(req, self.scheduler.tree_cache, checkpoint=keep)
+
+    # ---- the rest ---------------------------------------------------------------------------------------------------
 
     def _random_ids(self, tokens: int) -> list[int]:
         return self._rng.choices(range(self.scheduler.model_config.vocab_size), k=tokens)
 
+    def _prompts(self, shape: Shape) -> list[list[int]]:
+        return [self.cached_prompt[: request.cached_tokens] + self._random_ids(request.new_tokens) for request in shape]
+
     def _forward(self, prompts: Sequence[list[int]], keep: bool = False) -> Timing:
-        scheduler = self.scheduler
         batch = self._batch(prompts)
-        shape = tuple(PrefillShape(len(req.origin_input_ids) - req.prefix_len, req.prefix_len) for req in batch.reqs)
+        shape = tuple(self.shapes(batch))
         self.synchronize()
         waited_s, started_s = _waited_s(), time.perf_counter()
         with torch.no_grad():
-            result = scheduler.run_batch(batch)
+            result = self.scheduler.run_batch(batch)
             result.next_token_ids.tolist()
         elapsed_s, waited_s = time.perf_counter() - started_s, _waited_s() - waited_s
-        for req in batch.reqs:
-            release_kv_cache(req, scheduler.tree_cache, checkpoint=keep)
+        self.free(batch, keep)
         return Timing(shape, elapsed_s, min(waited_s, elapsed_s))
 
     def _batch(self, prompts: Sequence[list[int]]) -> Any:
         """SGLang's batch of ``prompts``, of as many of them as one prefill takes."""
-        batch = self._role.make_batch([self._req(index, prompt) for index, prompt in enumerate(prompts)])
+        batch = self._admit(prompts)
         assert batch is not None, "an idle server has KV cache for what is measured"
+        return batch
+
+    def _admit(self, prompts: Sequence[list[int]]) -> Any | None:
+        batch = self._role.make_batch([self._req(index, prompt) for index, prompt in enumerate(prompts)])
         self.scheduler.waiting_queue = []
         return batch
 

@@ -11,16 +11,23 @@ import argparse
 import difflib
 import os
 from collections.abc import Mapping, MutableMapping
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
 from sgl_flowprefill.policy.registry import POLICIES, described
+from sgl_flowprefill.slo import PriorityClasses
 
 ENV_PREFIX: Final = "FLOWPREFILL_"
 ENV_SWITCH: Final = "FLOWPREFILL"
 FLAG_PREFIX: Final = "--flowprefill-"
+Granularity = Literal["operator", "layer", "chunk"]
+Overload = Literal["serve", "demote", "shed"]
+SERVES_ALL: Final = "edf"
+"""The policy that puts no request behind others because it cannot be met."""
+GRANULARITIES: Final[tuple[Granularity, ...]] = get_args(Granularity)
+"""How finely a prefill can be suspended, finest first."""
 
 
 class ConfigError(ValueError):
@@ -34,6 +41,16 @@ class FlowPrefillConfig(BaseModel):
 
     default_ttft_slo: float = Field(
         default=5.0, gt=0, description="TTFT objective in seconds of a request that names none"
+    )
+    priority_ttft_slo: str | None = Field(
+        default=None,
+        description="TTFT objectives that priorities of requests stand for, such as 10:0.5,0:2,-10:30 (0.5 s from "
+        "priority 10 on); a request's own objective counts before",
+    )
+    slo_policy: str | None = Field(
+        default=None,
+        description="YAML file of classes of objectives, and of the requests that belong to them; read again when it "
+        "changes and on SIGHUP (docs/clients.md)",
     )
     default_tbt_slo: float = Field(
         default=0.1,
@@ -73,13 +90,24 @@ class FlowPrefillConfig(BaseModel):
         description="requests that can no longer meet their objective and have waited this many seconds take turns "
         "before all others, in a fiftieth of the time; only with the policies feasible and s-edf",
     )
-    granularity: Literal["operator", "layer", "chunk"] = Field(
+    granularity: Granularity = Field(
         default="operator",
         description="where a running prefill can be suspended: after each attention and MLP (operator), after each "
         "layer (layer), or only between forwards (chunk)",
     )
     policy: str = Field(
         default="feasible", description=f"order of requests: {described()}; docs/simulator.md compares them"
+    )
+    overload: Overload = Field(
+        default="demote",
+        description="what happens to requests that cannot be met: they run behind those that can (demote), by deadline "
+        "like all others (serve), or, where class or body says sheddable, they are refused with 429 before any of "
+        "their prefill runs (shed; only on servers that prefill and decode); docs/overload.md",
+    )
+    max_queued_tokens: str | None = Field(
+        default=None,
+        description="most new tokens of prompts that wait, by class, such as default:100000,batch:20000; a request "
+        "beyond gets 429 (only on servers that prefill and decode)",
     )
     max_blocking_ms: float = Field(
         default=5.0,
@@ -91,6 +119,22 @@ class FlowPrefillConfig(BaseModel):
         default=None,
         description="file that receives every scheduling event as a JSON line: about 1 kB a request, never rotated",
     )
+    timeline: str | None = Field(
+        default=None,
+        description="file that receives a timeline for Perfetto when the server ends, or the launcher; its events are "
+        "written to a file beside it, which ends in .jsonl, if --flowprefill-event-log names none",
+    )
+    recent_events: int = Field(
+        default=20_000,
+        ge=0,
+        description="last scheduling events that a server keeps in memory, about 200 bytes each, for /flowprefill; 0 "
+        "turns that off",
+    )
+    answer_report: bool = Field(
+        default=True,
+        description="answers say what happened to their request: objective, whether it was met, and why not "
+        "(docs/answers.md); false leaves SGLang's answers as they are",
+    )
     profile: str | None = Field(
         default=None,
         description="profile of `launch.py profile` to predict TTFT with; without it, the one in the cache, which the "
@@ -98,8 +142,15 @@ class FlowPrefillConfig(BaseModel):
     )
     learning: bool = Field(
         default=True,
-        description="refit the TTFT model to the prefills that complete, in a process of low priority; false keeps "
-        "the profile's",
+        description="refit the TTFT model to the prefills that complete, in a process of low priority, and the model "
+        "of decode steps to those that run; false keeps the profile's",
+    )
+    exploration_share: float = Field(
+        default=0.003,
+        ge=0,
+        le=0.5,
+        description="share of the time in which a server that has nothing to do runs prefills whose times are least "
+        "known; 0 turns it off",
     )
     slack_quantile: float = Field(
         default=0.75,
@@ -108,12 +159,75 @@ class FlowPrefillConfig(BaseModel):
         description="slack is computed with a time that this share of prefills stays within; 0.5 is no margin",
     )
 
+    @property
+    def events_file(self) -> str | None:
+        """File that receives every scheduling event; None where nobody has asked for one."""
+        return self.event_log or (None if self.timeline is None else f"{self.timeline}.jsonl")
+
     @field_validator("policy")
     @classmethod
     def _is_registered(cls, name: str) -> str:
         if name not in POLICIES:
             raise PydanticCustomError("policy", "input should be one of {names}", {"names": ", ".join(POLICIES)})
         return name
+
+    @field_validator("priority_ttft_slo")
+    @classmethod
+    def _has_classes(cls, text: str | None) -> str | None:
+        try:
+            if text is not None:
+                PriorityClasses.parse(text)
+        except ValueError as error:
+            raise PydanticCustomError("classes", "{reason}", {"reason": str(error)}) from None
+        return text
+
+    @field_validator("slo_policy")
+    @classmethod
+    def _is_policy(cls, path: str | None, info: ValidationInfo) -> str | None:
+        if path is None:
+            return None
+        from sgl_flowprefill.slo.policy import PolicyError
+        from sgl_flowprefill.slo.policy_file import read_policy
+
+        try:
+            read_policy(path, info.data.get("priority_ttft_slo") is not None)
+        except PolicyError as error:
+            raise PydanticCustomError("policy", "{reason}", {"reason": str(error)}) from None
+        return os.path.abspath(path)
+
+    @field_validator("overload")
+    @classmethod
+    def _goes_with_policy(cls, overload: Overload, info: ValidationInfo) -> Overload:
+        policy = info.data.get("policy", SERVES_ALL)
+        if overload == "serve" and policy not in (SERVES_ALL, cls.model_fields["policy"].default):
+            message = "serve is the policy {edf}: leave the option out with --flowprefill-policy {policy}"
+            raise PydanticCustomError("overload", message, {"edf": SERVES_ALL, "policy": policy})
+        return overload
+
+    @property
+    def order(self) -> str:
+        """The policy that orders requests."""
+        return SERVES_ALL if self.overload == "serve" else self.policy
+
+    @field_validator("max_queued_tokens")
+    @classmethod
+    def _has_limits(cls, text: str | None) -> str | None:
+        try:
+            if text is not None:
+                parse_limits(text)
+        except ValueError as error:
+            raise PydanticCustomError("limits", "{reason}", {"reason": str(error)}) from None
+        return text
+
+    @property
+    def queue_limits(self) -> dict[str, int]:
+        """``max_queued_tokens`` by class."""
+        return {} if self.max_queued_tokens is None else parse_limits(self.max_queued_tokens)
+
+    @property
+    def refuses(self) -> bool:
+        """Whether the server refuses requests when it is overloaded."""
+        return self.overload == "shed" or self.max_queued_tokens is not None
 
     @classmethod
     def from_env(cls, env: Mapping[str, str] | None = None) -> FlowPrefillConfig:
@@ -169,6 +283,17 @@ class FlowPrefillConfig(BaseModel):
         if env is not None:
             env.update(values)
         return values
+
+
+def parse_limits(text: str) -> dict[str, int]:
+    """Of ``default:100000,batch:20000``. Raises ValueError with what is expected."""
+    limits = {}
+    for item in text.split(","):
+        name, _, tokens = item.strip().partition(":")
+        if not name or name in limits or not tokens.isascii() or not tokens.isdecimal():
+            raise ValueError("expected CLASS:TOKENS,CLASS:TOKENS,… such as default:100000,batch:20000, each class once")
+        limits[name] = int(tokens)
+    return limits
 
 
 def command_line(values: Mapping[str, Any]) -> str:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import logging
+import sys
 from typing import Any, Final
 
 from sglang.srt.managers.utils import is_health_check_generate_req
 
-from sgl_flowprefill.slo import SLO_KEY, TBT_KEY, SloError, objective_s
+from sgl_flowprefill.config import FlowPrefillConfig
+from sgl_flowprefill.slo import Objective, PriorityClasses, SloError
+from sgl_flowprefill.slo.asked import body_ask
+from sgl_flowprefill.slo.resolve import Request, Resolver
 
 logger = logging.getLogger(__name__)
 
@@ -17,29 +21,34 @@ SENT: Final = "flowprefill_sent_s"
 HTTP server."""
 HEALTH_CHECK_SLO_S: Final = 0.5
 """Objective of SGLang's health-check request, which runs as a one-token prefill when the server is idle."""
+NO_PRIORITY: Final = (None, sys.maxsize, -sys.maxsize - 1)
+"""What SGLang has as the priority of a request without one: nothing first, then the least urgent number."""
 
 
-def slo_s(req: Any, default_s: float) -> float:
-    """TTFT objective in seconds of SGLang's ``req``; ``default_s`` where it names none.
+def resolver(config: FlowPrefillConfig) -> Resolver:
+    """What chooses objectives as ``config`` has it, without a policy file, which only the HTTP process reads."""
+    text = config.priority_ttft_slo
+    classes = None if text is None else PriorityClasses.parse(text)
+    return Resolver(config.default_ttft_slo, config.default_tbt_slo, classes)
 
-    HTTP servers refuse an invalid objective; one that came another way counts as none.
+
+def objective(req: Any, resolver: Resolver) -> Objective:
+    """The objective of SGLang's ``req``: as the HTTP process has resolved it, or ``resolver``'s for a request that came
+    another way. An invalid one counts as none there.
     """
     if is_health_check_generate_req(req):
-        return HEALTH_CHECK_SLO_S
-    return _objective_s(SLO_KEY, req, default_s)
-
-
-def tbt_slo_s(req: Any, default_s: float) -> float:
-    """Objective in seconds for the time between two tokens of SGLang's ``req``; ``default_s`` where it names none."""
-    return _objective_s(TBT_KEY, req, default_s)
-
-
-def _objective_s(key: str, req: Any, default_s: float) -> float:
+        return Objective(HEALTH_CHECK_SLO_S, resolver.default_tbt_s)
+    custom_params = req.sampling_params.custom_params
+    resolved = Objective.resolved(custom_params)
+    if resolved is not None:
+        return resolved
+    priority = None if resolver.priorities is None or req.priority in NO_PRIORITY else req.priority
     try:
-        return objective_s(key, req.sampling_params.custom_params, default_s)
+        asks = [body_ask(custom_params)]
     except SloError as error:
-        logger.warning("request %s: %s It gets the default, %g s.", req.rid, error, default_s)
-        return default_s
+        logger.warning("request %s: %s It gets the default.", req.rid, error)
+        asks = []
+    return resolver.resolve(Request(asks, priority), now_s=0.0)
 
 
 def received_s(req: Any) -> float:

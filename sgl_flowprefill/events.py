@@ -3,9 +3,9 @@
 An event is an object of one of the types below; its line has the type's tag as ``event``. Times are seconds of
 ``time.monotonic()``, which all processes of one machine share and which goes on whatever the wall clock is set to.
 
-Every arrival has one end: its rid is in one ``complete`` (its prefill has run), ``abort`` or ``fail``. What becomes of
-a request after ``complete``, while its KV is sent or its tokens come, is not logged. SGLang's health checks have no
-arrival.
+Every arrival has one end: its rid is in one ``complete`` (its prefill has run), ``abort`` or ``fail``. After a
+``complete`` it has one ``leave``, when its KV cache has been sent or its answer is over. SGLang's health checks have
+neither arrival nor ``leave``.
 
 ``python -m sgl_flowprefill.events`` prints the table of docs/operations.md.
 """
@@ -48,6 +48,20 @@ class Arrival(Event, tag="arrival"):
     ttft_slo_s: float
     deadline_s: float
     received_s: Annotated[float, Meta(description="when the HTTP server's process had it")]
+    slo_class: Annotated[str, Meta(description="absent for `default`")] = "default"
+    slo_source: Annotated[str, Meta(description="where `ttft_slo_s` came from; absent for `default`")] = "default"
+
+
+class Ready(Event, tag="ready"):
+    """a request that has arrived can be run: its decode server has reserved KV cache for it. On a server that decodes,
+    at once; again when its task was given back
+    """
+
+    rid: str
+    readable_s: Annotated[float, Meta(description="when the scheduler process could first have read so")]
+    new_tokens: int
+    cached_tokens: int
+    predicted_s: Annotated[float, Meta(description="by itself, with margin")]
 
 
 class Start(Event, tag="start"):
@@ -104,6 +118,15 @@ class Complete(Event, tag="complete"):
     profiled_s: Annotated[float, Meta(description="without online correction either")]
 
 
+class Leave(Event, tag="leave"):
+    """the server is done with a request whose prefill has run: its KV cache has reached the decode server, or, on a
+    server that decodes, its answer is over
+    """
+
+    rid: str
+    reason: Annotated[str | UnsetType, Meta(description="what went wrong; absent where nothing did")] = UNSET
+
+
 class Abort(Event, tag="abort"):
     """somebody asked for it: a client that has gone, `/abort_request`, a timeout. `task` and `checkpoint` are absent
     when no task was running the request
@@ -135,8 +158,19 @@ class GiveBack(Event, tag="give_back"):
     checkpoint: int
 
 
+class Shed(Event, tag="shed"):
+    """a request that may be refused is about to be, as there is no time for it: a `fail` with status 429 follows"""
+
+    rid: str
+    predicted_s: Annotated[float, Meta(description="by itself, with margin")]
+    backlog_s: Annotated[float, Meta(description="predicted prefills that are waiting or under way, without it")]
+    retry_after_s: int
+
+
 class Step(Event, tag="step"):
-    """a decode step is over: every stream has its next token"""
+    """a decode step is over: every stream has its next token; on a GPU, from `begin_s` on it waits for the operators
+    that are queued before it
+    """
 
     streams: int
     begin_s: float
@@ -147,7 +181,31 @@ class Step(Event, tag="step"):
 
 
 Fields = ParamSpec("Fields")
-AnyEvent = Arrival | Start | Suspend | Resume | Complete | Abort | Fail | GiveBack | Step
+AnyEvent = Arrival | Ready | Start | Suspend | Resume | Complete | Leave | Abort | Fail | Shed | GiveBack | Step
+
+
+class RecentEvents:
+    """The last lines of an event log, in memory: as bytes, which Python's garbage collector does not look at."""
+
+    def __init__(self, most: int) -> None:
+        """``most``: lines that are kept at a time, at least 1."""
+        self._lines: list[bytes] = [b""] * most
+        self.written = 0
+        """Lines so far: the number of the next one."""
+
+    def add(self, line: bytes) -> None:
+        self._lines[self.written % len(self._lines)] = line
+        self.written += 1
+
+    def since(self, number: int, most: int) -> tuple[int, int, bytes]:
+        """The lines from ``number`` on, ``most`` of them at most: the numbers of the first and of the line that follows
+        the last, and the lines. Where those from ``number`` on are not kept any more, they begin with the oldest kept;
+        a ``number`` that no line has had yet, such as one of a server that was started again, stands for 0.
+        """
+        kept = len(self._lines)
+        begin = max(0 if number > self.written else number, self.written - kept)
+        end = min(begin + most, self.written)
+        return begin, end, b"".join([self._lines[at % kept] for at in range(begin, end)])
 
 
 class EventLogError(ValueError):
@@ -155,11 +213,15 @@ class EventLogError(ValueError):
 
 
 class EventLog:
-    """Appends events to a file, or drops them when there is none. Lines reach the file at ``flush`` at the latest. A
-    file that cannot be written any more, such as on a full disk, is given up: serving goes on.
+    """Appends events to a file, keeps the last ones in memory, and hands them to listeners, or drops them where nobody
+    hears of them. Lines reach the file at ``flush`` at the latest. A file that cannot be written any more, such as on a
+    full disk, is given up: serving goes on.
     """
 
-    def __init__(self, path: str | Path | None) -> None:
+    def __init__(self, path: str | Path | None, recent: RecentEvents | None = None) -> None:
+        """``recent``: where the last events are kept."""
+        self.recent = recent
+        self._listeners: list[Callable[[AnyEvent], object]] = []
         self._file: IO[bytes] | None = None
         if path is not None:
             Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -168,13 +230,27 @@ class EventLog:
     @property
     def is_written(self) -> bool:
         """Whether events go anywhere."""
-        return self._file is not None
+        return self._file is not None or self.recent is not None or bool(self._listeners)
+
+    def listen(self, listener: Callable[[AnyEvent], object]) -> None:
+        """``listener(event)`` is called for each event from now on."""
+        self._listeners.append(listener)
 
     def write(self, kind: Callable[Fields, AnyEvent], *args: Fields.args, **kwargs: Fields.kwargs) -> None:
-        """Append an event of this kind; where there is no file, none is made."""
+        """Append an event of this kind; where nobody hears of it, none is made."""
+        if not self.is_written:
+            return
+        event = kind(*args, **kwargs)
+        for listener in self._listeners:
+            listener(event)
+        if self._file is None and self.recent is None:
+            return
+        line = _line(event)
+        if self.recent is not None:
+            self.recent.add(line)
         if self._file is not None:
             try:
-                self._file.write(_line(kind(*args, **kwargs)))
+                self._file.write(line)
             except OSError as error:
                 self._give_up(self._file, error)
 
@@ -196,7 +272,7 @@ def read_events(path: str | Path) -> Iterator[AnyEvent]:
     """Events of a log, in order. A last line that was cut off by a killed process is left out. Raises EventLogError
     for a line that is no event, OSError.
     """
-    decode = msgspec.json.Decoder(AnyEvent).decode
+    decode = _decoder.decode
     with open(path, "rb") as lines:
         for number, line in enumerate(lines, start=1):
             if line.endswith(b"\n"):
@@ -228,6 +304,12 @@ def _plain(value: Any) -> Any:
     return value.item()
 
 
+def decode_events(lines: bytes) -> list[AnyEvent]:
+    """Events of whole lines of an event log, in order. Raises msgspec.DecodeError for a line that is no event."""
+    return _decoder.decode_lines(lines)
+
+
+_decoder: Final[msgspec.json.Decoder[AnyEvent]] = msgspec.json.Decoder(AnyEvent)
 _encode: Final = msgspec.json.Encoder(enc_hook=_plain).encode
 
 

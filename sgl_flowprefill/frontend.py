@@ -1,4 +1,15 @@
-"""SGLang frontend programs on a FlowPrefill cluster: an endpoint whose requests carry a TTFT objective."""
+"""SGLang frontend programs whose requests say when they need their first token.
+
+    endpoint = SLORuntimeEndpoint("http://127.0.0.1:30000")
+    with ttft_slo(0.3, tbt=0.05):
+        state = program.run(question="…", backend=endpoint)
+
+An objective holds for what is started inside its ``with``: ``run``, ``run_batch``, and in a program the branches of a
+``fork``. SGLang executes a program in threads of its own, some of which know nothing of the context in which the
+program was started. So the objective is bound when ``run`` or ``run_batch`` asks the backend for its ``endpoint``,
+which they do in the caller's thread. A branch has a copy of the context of the thread that forked, and what was
+chosen there comes first.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +17,11 @@ import copy
 import dataclasses
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import partial
 from types import SimpleNamespace
-from typing import Any, Self
+from typing import Any, Final, Self
 
 from sglang.lang.backend.runtime_endpoint import RuntimeEndpoint
 from sglang.lang.choices import ChoicesDecision, ChoicesSamplingMethod
@@ -16,8 +29,48 @@ from sglang.lang.ir import SglSamplingParams
 
 from sgl_flowprefill.slo import SLO_KEY, TBT_KEY, objective_s
 
-NO_IMAGES = SimpleNamespace(images_=[])
+PREFIX_TTFT_SLO_S: Final = 60.0
+"""Objective of requests without output, which have a prefix computed that requests with output will begin with."""
+NO_IMAGES: Final = SimpleNamespace(images_=[])
 """In place of a program's state, where there is none."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Objective:
+    """Seconds; None: the server's default."""
+
+    ttft_s: float | None = None
+    tbt_s: float | None = None
+
+    def __post_init__(self) -> None:
+        for key, value in self._values().items():
+            objective_s(key, {key: value}, default_s=0.0)
+
+    def custom_params(self) -> dict[str, float] | None:
+        """What a request with this objective carries."""
+        return {key: value for key, value in self._values().items() if value is not None} or None
+
+    def _values(self) -> dict[str, float | None]:
+        return {SLO_KEY: self.ttft_s, TBT_KEY: self.tbt_s}
+
+
+_chosen: ContextVar[_Objective | None] = ContextVar("objective of SGLang programs", default=None)
+
+
+@contextmanager
+def ttft_slo(ttft: float | None, tbt: float | None = None) -> Iterator[None]:
+    """Give the programs that are started inside, and the branches that a program forks inside, an objective.
+
+    Each of their requests wants its first token within ``ttft`` seconds, and each token after that within ``tbt``
+    seconds of the one before, which only a unified server reads. None leaves either to the server's default. Threads
+    and asyncio tasks have one each, so programs that run side by side do not see the objective of another. Raises
+    SloError for an objective that is no positive number.
+    """
+    token = _chosen.set(_Objective(ttft, tbt))
+    try:
+        yield
+    finally:
+        _chosen.reset(token)
 
 
 @dataclasses.dataclass
@@ -56,9 +109,11 @@ class _OfChoices(ChoicesSamplingMethod):
         return unscored + (len(entries) > unscored + 1 and self._prompt.endswith(entries[unscored][-1]))
 
 
-class Endpoint(RuntimeEndpoint):
-    """``sgl.RuntimeEndpoint`` for a unified server or the gateway, which takes one prompt a request: ``sgl.select``
-    sends its choices side by side.
+class SLORuntimeEndpoint(RuntimeEndpoint):
+    """``sgl.RuntimeEndpoint`` whose requests carry the objective of the ``with ttft_slo(…)`` that they are made in.
+
+    For a unified server, or the gateway, which takes one prompt a request: ``sgl.select`` sends one for each of its
+    choices, side by side.
     """
 
     def __init__(
@@ -67,20 +122,26 @@ class Endpoint(RuntimeEndpoint):
         *args: Any,
         ttft_slo: float | None = None,
         tbt_slo: float | None = None,
+        prefix_ttft_slo: float = PREFIX_TTFT_SLO_S,
         **kwargs: Any,
     ) -> None:
-        """``ttft_slo`` is the objective in seconds of every request for its first token, ``tbt_slo`` for each token
-        after the one before, which only a unified server reads; without one the server's default holds. The rest is as
-        for ``sgl.RuntimeEndpoint``. Raises SloError for an objective that is no positive number.
+        """``ttft_slo`` and ``tbt_slo`` are the objectives in seconds of programs outside of any ``with ttft_slo(…)``;
+        without them, the server's defaults hold. ``prefix_ttft_slo`` is that of the requests without output with which
+        SGLang has a prefix cached before a fork or a batch, unless the program's own is laxer. The rest is as for
+        ``sgl.RuntimeEndpoint``. Raises SloError for an objective that is no positive number.
         """
-        self._ttft_slo = _checked(SLO_KEY, ttft_slo)
-        self._tbt_slo = _checked(TBT_KEY, tbt_slo)
+        self._bound = _Objective(ttft_slo, tbt_slo)
+        self._prefix = _Objective(prefix_ttft_slo)
         super().__init__(base_url, *args, **kwargs)
 
-    def with_ttft_slo(self, ttft_slo: float | None) -> Self:
-        """The same endpoint with another objective, as the ``backend`` of one ``run`` or ``run_batch``."""
+    @property
+    def endpoint(self) -> Self:
+        """This endpoint with the objective of the caller's context, for the threads that do not have that context.
+
+        Called by SGLang when ``run`` or ``run_batch`` begins.
+        """
         other = copy.copy(self)
-        other._ttft_slo = _checked(SLO_KEY, ttft_slo)
+        other._bound = self._objective
         return other
 
     def generate(self, s: Any, sampling_params: SglSamplingParams) -> tuple[str, dict[str, Any]]:
@@ -96,17 +157,26 @@ class Endpoint(RuntimeEndpoint):
         return super().select(s, choices, temperature, _OfChoices(choices_method, s.text_))
 
     def cache_prefix(self, prefix_str: str) -> None:
-        self._generate_http_request(NO_IMAGES, _prefill_only(prefix_str))
+        self._cache(NO_IMAGES, prefix_str)
 
     def commit_lazy_operations(self, s: Any) -> None:
-        self._generate_http_request(s, _prefill_only(s.text_))
+        self._cache(s, s.text_)
 
     def fill_image(self, s: Any) -> None:
-        self._generate_http_request(s, _prefill_only(s.text_))
+        self._cache(s, s.text_)
+
+    def _cache(self, s: Any, text: str) -> None:
+        """Have a prefix computed. Nobody reads a first token of it."""
+        laxer = max(self._prefix, self._objective, key=lambda objective: objective.ttft_s or 0.0)
+        params = {"max_new_tokens": 0, "custom_params": _Objective(laxer.ttft_s).custom_params()}
+        super()._generate_http_request(s, {"text": text, "sampling_params": params})
 
     def _generate_http_request(self, s: Any, data: dict[str, Any]) -> Any:
-        """What ``select`` sends: one body, or one with a list of prompts, for which the answers are a list."""
-        data["sampling_params"]["custom_params"] = self._custom_params
+        """What ``select`` sends: one body, or one with a list of prompts, for which the answers are a list.
+
+        All of it is what the program waits for, the prompt without its choices too.
+        """
+        data["sampling_params"]["custom_params"] = self._objective.custom_params()
         if data.get("return_logprob"):
             data.setdefault("logprob_start_len", 0)  # ``select`` wants all of a prompt's, and servers send none
         request = partial(super()._generate_http_request, s)
@@ -118,17 +188,8 @@ class Endpoint(RuntimeEndpoint):
             return list(pool.map(request, [{**data, name: prompt} for prompt in prompts]))
 
     def _with_objective(self, sampling_params: SglSamplingParams) -> _SamplingParams:
-        return _SamplingParams(**vars(sampling_params), custom_params=self._custom_params)
+        return _SamplingParams(**vars(sampling_params), custom_params=self._objective.custom_params())
 
     @property
-    def _custom_params(self) -> dict[str, Any] | None:
-        objectives = {SLO_KEY: self._ttft_slo, TBT_KEY: self._tbt_slo}
-        return {key: value for key, value in objectives.items() if value is not None} or None
-
-
-def _prefill_only(text: str) -> dict[str, Any]:
-    return {"text": text, "sampling_params": {"max_new_tokens": 0}}
-
-
-def _checked(key: str, slo: float | None) -> float | None:
-    return None if slo is None else objective_s(key, {key: slo}, default_s=slo)
+    def _objective(self) -> _Objective:
+        return _chosen.get() or self._bound

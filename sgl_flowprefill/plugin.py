@@ -24,6 +24,7 @@ SCHEDULER_PARTS: Final = (
     "requests",
     "disaggregation",
     "caches",
+    "host_cache",
     "forward_state",
     "model",
     "profile",
@@ -52,30 +53,35 @@ def _load() -> None:
 
         before_0_5_23.apply()
     if multiprocessing.parent_process() is None:
-        _take_http_seams()
+        _take_http_seams(config)
     elif "sglang.srt.managers.scheduler" in sys.modules:
-        _take_scheduler_seams(config)
+        take_scheduler_seams(config)
 
 
-def _take_http_seams() -> None:
+def _take_http_seams(config: FlowPrefillConfig) -> None:
     """Requests and health checks enter in the process that SGLang was started as."""
-    from sgl_flowprefill.patches import health, options, request_slo, request_times
+    from sgl_flowprefill.patches import answer_report, health, live, options, overload, request_slo, request_times
 
     expect("hooks")
     if not is_supported(installed()):
         logger.warning(
-            "SGLang %s is outside of %s, the versions that this release of sgl-flowprefill was tested with; what it "
-            "works with is as expected",
+            "SGLang %s is outside of %s, the versions that this release of sgl-flowprefill supports; what it works "
+            "with is as expected",
             installed(),
             supported(),
         )
     options.apply()
     request_times.apply()
-    request_slo.apply()
+    request_slo.apply(config)
     health.apply()
+    live.apply(config)
+    if config.answer_report:
+        answer_report.apply()
+    if config.refuses:
+        overload.apply()
 
 
-def _take_scheduler_seams(config: FlowPrefillConfig) -> None:
+def take_scheduler_seams(config: FlowPrefillConfig) -> None:
     """Processes that run a scheduler have imported SGLang's before they load plugins, in which this is called."""
     # SGLang's eager runner copies a batch's inputs into buffers that the next forward overwrites, unless told not to.
     os.environ["SGLANG_EAGER_INPUT_NO_COPY"] = "1"
@@ -92,7 +98,9 @@ def _take_scheduler_seams(config: FlowPrefillConfig) -> None:
 
 
 def _choose_scheduler(server_args: Any, *_args: Any, **_kwargs: Any) -> None:
-    """A prefill server and one without disaggregation get our schedulers, and a decode server SGLang's own."""
+    """A prefill server and one without disaggregation get our schedulers, and a decode server SGLang's own, whose
+    answers may have reports.
+    """
     from sglang.srt.managers import scheduler as scheduler_module
 
     if server_args.disaggregation_mode == "prefill":
@@ -103,6 +111,10 @@ def _choose_scheduler(server_args: Any, *_args: Any, **_kwargs: Any) -> None:
         from sgl_flowprefill.runtime.unified_scheduler import UnifiedScheduler
 
         scheduler_module.Scheduler = UnifiedScheduler
+    elif FlowPrefillConfig.from_env().answer_report:
+        from sgl_flowprefill.runtime.decode_scheduler import DecodeScheduler
+
+        scheduler_module.Scheduler = DecodeScheduler
 
 
 def _take_platform_seams() -> None:
@@ -123,10 +135,11 @@ def _take_platform_seams() -> None:
             token_ids.apply()
     if "sglang.srt.managers.scheduler" in sys.modules:
         if platforms.is_active():
-            from sgl_flowprefill.patches import cpu_tp
+            from sgl_flowprefill.patches import cpu_tp, hicache_cpu
 
             expect("cpu_attention")
             cpu_tp.apply()
+            hicache_cpu.apply()
         from sgl_flowprefill.patches import affinity, decode_idle, wakeups
 
         wakeups.apply()

@@ -11,7 +11,8 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Final, NamedTuple, NoReturn
@@ -22,6 +23,7 @@ from sgl_flowprefill.cluster.base import (
     KEY_VARIABLE,
     LOOPBACK,
     MAX_PORT,
+    UNIFIED_PORTS,
     ClusterConfig,
     ClusterError,
     Ports,
@@ -29,8 +31,11 @@ from sgl_flowprefill.cluster.base import (
 )
 from sgl_flowprefill.cluster.cluster import Cluster
 from sgl_flowprefill.cluster.commands import join_values
-from sgl_flowprefill.cluster.parsing import Parser, seconds
+from sgl_flowprefill.cluster.parsing import Parser, seconds, text_of_key_file
 from sgl_flowprefill.config import ConfigError, FlowPrefillConfig, is_enabled
+from sgl_flowprefill.events import EventLogError
+from sgl_flowprefill.live import PAGE
+from sgl_flowprefill.timeline import write_timeline
 
 EXIT_DIED: Final = 1
 EXIT_CANNOT_START: Final = 2
@@ -39,15 +44,12 @@ FOREIGN_TO_UNIFIED: Final = {
     "decode": "leave one of the two out",
     "prefill_args": "give SGLang's options as they are",
     "decode_args": "give SGLang's options as they are",
-    "gateway_args": "it has no gateway",
-    "role": "it is not part of a cluster",
-    "join": "it is not part of a cluster",
 }
-"""Options of a cluster: what to do about one that is given with --unified."""
+"""Options of prefill and decode servers: what to do about one that is given with --unified."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Serve until interrupted, or ``profile``, ``doctor`` or ``gpu-report``; returns the exit code."""
+    """Serve until interrupted, or ``profile``, ``doctor``, ``timeline``, ``top``, ``gpu-report``: the exit code."""
     argv = sys.argv[1:] if argv is None else argv
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job of a shell starts with it ignored
     signal.signal(signal.SIGTERM, _end)
@@ -61,12 +63,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         if argv and argv[0] == "doctor":
             from sgl_flowprefill.cluster import doctor_command
 
-            return doctor_command.main(argv[1:])
+            return doctor_command.main(argv[1:], parse)
+        if argv and argv[0] == "timeline":
+            from sgl_flowprefill.cluster import timeline_command
+
+            return timeline_command.main(argv[1:])
+        if argv and argv[0] == "top":
+            from sgl_flowprefill.cluster import top_command
+
+            return top_command.main(argv[1:])
         if argv and argv[0] == "gpu-report":
             from sgl_flowprefill.gpu_report import command
 
             return command.main(argv[1:])
-        _serve(parse(argv))
+        serve(parse(argv))
     except StartError as error:
         print(f"launch.py: {error}", file=sys.stderr)
         return EXIT_CANNOT_START
@@ -79,22 +89,52 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _serve(config: ClusterConfig) -> None:
+def serve(config: ClusterConfig) -> None:
     """Run a cluster, or one machine's part of it, until it cannot go on or a signal ends it."""
     begin_s = time.monotonic()
 
     def say(line: str) -> None:
         print(f"[{time.monotonic() - begin_s:5.1f} s] {line}", flush=True)
 
-    with Cluster(config, on_progress=say) as cluster:
+    with ExitStack() as afterwards, Cluster(config, on_progress=say) as cluster, _live_page(cluster, config, say):
+        if config.flowprefill and config.options.timeline is not None:
+            afterwards.callback(_write_timeline, cluster.event_logs, Path(config.options.timeline), say)
         if cluster.answers:
             system = "FlowPrefill" if config.flowprefill else "SGLang's own scheduler"
-            where = "on one server at" if config.unified else "at"
+            where = {0: "at", 1: "on one server at"}.get(config.unified, f"on {config.unified} unified servers at")
             print(f"\nServing {cluster.model_path} with {system} {where} {cluster.url}; Ctrl-C ends it. Try:\n")
             print(f"{cluster.curl()}\n", flush=True)
             cluster.wait()
         else:
             _take_part(cluster, config, say)
+
+
+def _write_timeline(event_logs: Sequence[Path], file: Path, say: Callable[[str], None]) -> None:
+    """Write what servers did, which have ended and whose ``event_logs`` are on this machine."""
+    logs = [log for log in event_logs if log.exists()]
+    if not logs:
+        return
+    try:
+        write_timeline(logs, file)
+    except (OSError, EventLogError) as error:
+        say(f"no timeline in {file}: {error}; its events are in {', '.join(map(str, logs))}")
+    else:
+        say(f"a timeline is in {file}: open it at https://ui.perfetto.dev")
+
+
+@contextmanager
+def _live_page(cluster: Cluster, config: ClusterConfig, say: Callable[[str], None]) -> Iterator[None]:
+    """A context in which the cluster can be watched, and its URL is said."""
+    if config.has_live_page:
+        from sgl_flowprefill.cluster.live import page
+
+        with page(cluster.prefilling_urls, config.host, config.live_port, config.api_key) as url:
+            say(f"watch it at {url}, or with launch.py top --url {url}")
+            yield
+        return
+    if config.flowprefill and config.is_one_server and config.options.recent_events:
+        say(f"watch it at {cluster.url}{PAGE}, or with launch.py top --url {cluster.url}")
+    yield
 
 
 def _take_part(cluster: Cluster, config: ClusterConfig, say: Callable[[str], None]) -> None:
@@ -118,7 +158,7 @@ def parse(argv: Sequence[str]) -> ClusterConfig:
         options = FlowPrefillConfig.from_namespace(arguments)
     except ConfigError as error:
         raise StartError(str(error)) from None
-    part = _unified(arguments) if arguments.unified else _part(arguments, server_args)
+    part = _part(arguments, server_args)
     key, key_in_shell = _key(arguments)
     return ClusterConfig(
         flowprefill=arguments.flowprefill,
@@ -128,6 +168,7 @@ def parse(argv: Sequence[str]) -> ClusterConfig:
         prefill=part.prefill,
         decode=part.decode,
         unified=part.unified,
+        unified_elsewhere=bool(arguments.unified) and not part.unified,
         join=part.join,
         server_args=server_args,
         prefill_args=shlex.split(arguments.prefill_args),
@@ -135,6 +176,7 @@ def parse(argv: Sequence[str]) -> ClusterConfig:
         gateway_args=shlex.split(arguments.gateway_args),
         api_key=key,
         api_key_in_shell=key_in_shell,
+        live_port=_live_port(arguments, part),
         log_dir=arguments.log_dir,
         options=options,
         startup_timeout_s=arguments.startup_timeout_s,
@@ -151,11 +193,14 @@ class Part(NamedTuple):
 
 
 def _unified(arguments: argparse.Namespace) -> Part:
-    """Raises StartError for options of a cluster that a single server has no use for."""
-    for option, remedy in FOREIGN_TO_UNIFIED.items():
+    """Raises StartError for options that unified servers, or a single one of them, have no use for."""
+    servers = arguments.unified
+    what = "--unified starts one server" if servers == 1 else f"--unified {servers} starts unified servers"
+    foreign = FOREIGN_TO_UNIFIED | ({"gateway_args": "it has no gateway"} if servers == 1 else {})
+    for option, remedy in foreign.items():
         if getattr(arguments, option):
-            raise StartError(f"--unified starts one server and takes no --{option.replace('_', '-')}: {remedy}")
-    return Part(unified=1)
+            raise StartError(f"{what} and takes no --{option.replace('_', '-')}: {remedy}")
+    return Part(unified=servers)
 
 
 def _part(arguments: argparse.Namespace, server_args: Sequence[str]) -> Part:
@@ -163,33 +208,39 @@ def _part(arguments: argparse.Namespace, server_args: Sequence[str]) -> Part:
     role = arguments.role
     useless = {
         None: ("join",),
-        "prefill": ("decode", "decode_args", "gateway_args"),
-        "decode": ("prefill", "prefill_args", "gateway_args"),
+        "prefill": ("decode", "unified", "decode_args", "gateway_args"),
+        "decode": ("prefill", "unified", "prefill_args", "gateway_args"),
+        "unified": ("prefill", "decode", "prefill_args", "decode_args", "gateway_args"),
         "gateway": ("join", "model_path", "prefill", "decode", "prefill_args", "decode_args"),
     }
     for option in useless[role]:
         if getattr(arguments, option):
             flag = "--" + option.replace("_", "-")
             raise StartError(
-                f"{flag} needs --role prefill or decode" if role is None else f"--role {role} takes no {flag}"
+                f"{flag} needs --role prefill, decode or unified" if role is None else f"--role {role} takes no {flag}"
             )
     if role == "gateway":
         if server_args:
             raise StartError(f"--role gateway starts no SGLang server, got {shlex.join(server_args)}")
+        if arguments.unified and arguments.unified > 1:
+            raise StartError(
+                f"--unified {arguments.unified}: --role gateway starts no server; --unified without a number says that "
+                "unified servers join it"
+            )
         return Part()
     if role is None:
-        return Part(arguments.prefill or 1, arguments.decode or 1)
+        return _unified(arguments) if arguments.unified else Part(arguments.prefill or 1, arguments.decode or 1)
     if not arguments.join:
-        raise StartError(f"--role {role} needs --join URL, the gateway's (python launch.py --role gateway starts one)")
+        starts_one = "python launch.py --role gateway" + (" --unified" if role == "unified" else "")
+        raise StartError(f"--role {role} needs --join URL, the gateway's ({starts_one} starts one)")
     join = preflight.check_gateway_url(arguments.join)
-    prefill, decode = (arguments.prefill or 1, 0) if role == "prefill" else (0, arguments.decode or 1)
-    return Part(prefill, decode, join=join)
+    return Part(**{role: getattr(arguments, role) or 1}, join=join)
 
 
 def _ports(arguments: argparse.Namespace) -> Ports:
     """Raises StartError."""
-    if arguments.unified:
-        return Ports(gateway=_port(arguments))
+    if arguments.unified and arguments.role is None:
+        return _unified_ports(arguments)
     if arguments.port is not None:
         raise StartError("--port cannot be passed on to a server: use --ports")
     text = arguments.ports
@@ -201,16 +252,33 @@ def _ports(arguments: argparse.Namespace) -> Ports:
     return Ports(**{arguments.role: ports.gateway})
 
 
-def _port(arguments: argparse.Namespace) -> int:
-    """Port of the unified server. Raises StartError."""
+def _live_port(arguments: argparse.Namespace, part: Part) -> int:
+    """Raises StartError."""
+    text = arguments.live_port
+    if text is None:
+        return 0
+    if not text.isdigit() or int(text) > MAX_PORT:
+        raise StartError(f"--live-port {text}: expected a port number, at most {MAX_PORT} (0: any free one)")
+    if not (part.prefill or part.unified) or (part.unified == 1 and part.join is None):
+        raise StartError(
+            f"--live-port {text}: there a launcher shows servers that prefill behind a gateway; a single unified "
+            f"server shows itself on its own port, at {PAGE}"
+        )
+    return int(text)
+
+
+def _unified_ports(arguments: argparse.Namespace) -> Ports:
+    """Port of the single unified server, or of the gateway and of the servers behind it. Raises StartError."""
     given = {name: text for name in ("port", "ports") if (text := getattr(arguments, name)) is not None}
     if len(given) > 1:
         raise StartError(f"--port {arguments.port} and --ports {arguments.ports}: give one of them")
     for name, text in given.items():
+        if name == "ports" and arguments.unified > 1:
+            return Ports.parse(text, UNIFIED_PORTS)
         if not text.isdigit() or int(text) > MAX_PORT:
             raise StartError(f"--{name} {text}: --unified takes one port number, at most {MAX_PORT} (0: any free one)")
-        return int(text)
-    return GATEWAY_PORT
+        return Ports(gateway=int(text))
+    return Ports(gateway=GATEWAY_PORT)
 
 
 def _key(arguments: argparse.Namespace) -> tuple[str | None, str]:
@@ -224,11 +292,7 @@ def _key(arguments: argparse.Namespace) -> tuple[str | None, str]:
     if file is None:
         given = os.environ.get(KEY_VARIABLE)
         return (None if given is None else _checked(KEY_VARIABLE, given)), shell
-    try:
-        given = file.read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise StartError(f"--api-key-file {file}: {getattr(error, 'strerror', None) or 'no text'}") from None
-    return _checked(f"--api-key-file {file}", given), f"$(cat {shlex.quote(str(file.absolute()))})"
+    return _checked(f"--api-key-file {file}", text_of_key_file(file)), f"$(cat {shlex.quote(str(file.absolute()))})"
 
 
 def _checked(source: str, text: str) -> str:
@@ -251,12 +315,13 @@ def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="launch.py",
         usage="launch.py [--flowprefill] [--model-path MODEL] [--prefill N] [--decode M] [options] [SGLang options]\n"
-        "       launch.py [--flowprefill] [--model-path MODEL] --unified [--port PORT] [options] [SGLang options]\n"
-        "       launch.py --role gateway --host 0.0.0.0 [--ports PORT]\n"
-        "       launch.py --role prefill|decode --join http://GATEWAY:PORT [--flowprefill] [options] [SGLang options]",
-        description="Start SGLang prefill servers, decode servers and gateway, or one unified server, which prefills "
-        "and decodes, and keep them running. Options that are not listed here are SGLang's (`sglang serve --help`) and "
-        "go to every server.",
+        "       launch.py [--flowprefill] [--model-path MODEL] --unified [N] [--port PORT] [options] [SGLang options]\n"
+        "       launch.py --role gateway [--unified] --host 0.0.0.0 [--ports PORT]\n"
+        "       launch.py --role prefill|decode|unified --join http://GATEWAY:PORT [--flowprefill] [options] "
+        "[SGLang options]",
+        description="Start SGLang prefill servers, decode servers and gateway, or unified servers, which prefill and "
+        "decode, and keep them running. Options that are not listed here are SGLang's (`sglang serve --help`) and go "
+        "to every server.",
         allow_abbrev=False,
     )
     parser.add_argument("--flowprefill", action="store_true", default=is_enabled(), help="schedule prefills with "
@@ -264,25 +329,29 @@ def _parser() -> argparse.ArgumentParser:
                         "scheduler")  # fmt: skip
     parser.add_argument("--model-path", metavar="MODEL", help="model directory or Hugging Face model id (default: "
                         "the embedded model)")  # fmt: skip
-    parser.add_argument("--unified", action="store_true", help="start one server that prefills and decodes, without a "
-                        "gateway: the port is the server's own. Not with --prefill, --decode, --prefill-args, "
-                        "--decode-args, --gateway-args, --role or --join")  # fmt: skip
+    parser.add_argument("--unified", metavar="N", type=_count, nargs="?", const=1, help="start N servers that prefill "
+                        "and decode, behind a gateway; one (the default) has none, and the port is its own. With "
+                        "--role gateway, without a number: unified servers join it. Not with --prefill, --decode, "
+                        "--prefill-args or --decode-args")  # fmt: skip
     parser.add_argument("--prefill", metavar="N", type=_count, help="number of prefill servers (default 1)")
     parser.add_argument("--decode", metavar="M", type=_count, help="number of decode servers (default 1)")
-    parser.add_argument("--role", choices=("prefill", "decode", "gateway"), help="start only these here, as one of "
-                        "several machines")  # fmt: skip
-    parser.add_argument("--join", metavar="URL", help="gateway that the servers of --role prefill or decode join")
+    parser.add_argument("--role", choices=("prefill", "decode", "unified", "gateway"), help="start only these here, as "
+                        "one of several machines")  # fmt: skip
+    parser.add_argument("--join", metavar="URL", help="gateway that the servers of --role prefill, decode or unified "
+                        "join")  # fmt: skip
     parser.add_argument("--prefill-args", metavar="ARGS", default="", help="SGLang options of the prefill server only, "
                         "in one string")  # fmt: skip
     parser.add_argument("--decode-args", metavar="ARGS", default="", help="SGLang options of the decode server only")
     parser.add_argument("--gateway-args", metavar="ARGS", default="", help="options of the gateway (`smg launch "
-                        "--help`), such as '--prefill-policy cache_aware'")  # fmt: skip
+                        "--help`), such as '--policy cache_aware'")  # fmt: skip
     parser.add_argument("--host", help="address to listen on (default 127.0.0.1; with --join, this machine's address "
                         "on the way to the gateway)")  # fmt: skip
     parser.add_argument("--ports", metavar="GATEWAY,PREFILL,DECODE,BOOTSTRAP", help="ports to listen on; 0 or none for "
                         f"any free one (default {GATEWAY_PORT}); several servers of a kind count up from theirs. With "
-                        "--role and --unified, one port")  # fmt: skip
-    parser.add_argument("--port", metavar="PORT", help="with --unified, what --ports is")
+                        "--role and --unified, one port; with --unified N, GATEWAY,UNIFIED")  # fmt: skip
+    parser.add_argument("--port", metavar="PORT", help="with --unified, where clients send their requests")
+    parser.add_argument("--live-port", metavar="PORT", help="where the launcher shows what a cluster's servers do now "
+                        "(default: any free port, which it prints)")  # fmt: skip
     parser.add_argument("--api-key-file", metavar="FILE", type=Path, help="file with the key that servers and gateway "
                         "ask of their clients as a bearer token; the same on each machine of a cluster (default: the "
                         f"environment variable {KEY_VARIABLE}, or no key)")  # fmt: skip

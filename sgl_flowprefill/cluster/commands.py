@@ -87,7 +87,7 @@ class Layout:
     def is_single(self) -> bool:
         """Whether this is a whole cluster in which no server can take another one's place."""
         is_pair = self.config.prefill == self.config.decode == 1
-        return self.config.join is None and (is_pair or self.config.unified == 1)
+        return self.config.is_one_server or (self.config.join is None and is_pair)
 
     def in_words(self) -> str:
         """Names of the servers, as a list in a sentence."""
@@ -98,14 +98,21 @@ class Layout:
         """Name of a server in messages and of its log: with its number where there are several."""
         return role if self.count(role) == 1 else f"{role}-{index}"
 
+    def event_log(self, role: Role, index: int = 0) -> Path | None:
+        """Event log of a server, if there is one."""
+        file, name = self.config.options.events_file, self.name(role, index)
+        if file is None or name == role:
+            return None if file is None else Path(file)
+        path = Path(file)
+        return path.with_stem(f"{path.stem}-{name}")
+
     @property
     def url(self) -> str:
-        """Where clients send their requests: to the gateway, or straight to the unified server."""
+        """Where clients send their requests: to the gateway, or straight to a single unified server."""
         return _url(self.host, self.ports.gateway)
 
     def server_url(self, role: Role, index: int = 0) -> str:
-        host = self.host if self.config.join is not None or role == "unified" else LOOPBACK
-        return _url(host, self._port(role, index))
+        return _url(LOOPBACK if self.config.has_gateway else self.host, self._port(role, index))
 
     def server_options(self, role: Role, index: int = 0, bootstrap: int | None = None) -> list[str]:
         """SGLang options of a server. Options of the user come last and win. ``bootstrap`` is the port of a prefill
@@ -177,13 +184,9 @@ class Layout:
         server can take the request of one that has died. The circuit breaker stays off, because smg counts the death
         of a prefill server against the decode server that it was paired with, too.
         """
-        workers: list[str] = []
-        for role, index in self.servers:
-            bootstrap = [str(self.ports.bootstrap + index)] if role == "prefill" else []
-            workers += [f"--{role}", self.server_url(role, index), *bootstrap]
         retries = ("--disable-retries",) if self.is_single else GATEWAY_RETRIES
         return [
-            *(*RUN, "smg.launch_router", "--pd-disaggregation", *workers),
+            *(*RUN, "smg.launch_router", *self._workers()),
             *("--host", self.config.host, "--port", str(self.ports.gateway)),
             *("--prometheus-host", "127.0.0.1", "--prometheus-port", str(metrics_port)),
             *("--policy", "round_robin", *retries, "--disable-circuit-breaker"),
@@ -194,6 +197,17 @@ class Layout:
             *("--queue-size", "10000", "--queue-timeout-secs", str(GATEWAY_TIMEOUT_S), "--log-level", "warn"),
             *self.config.gateway_args,
         ]
+
+    def _workers(self) -> list[str]:
+        """smg's mode, and the servers of this machine in it."""
+        if self.config.unified or self.config.unified_elsewhere:
+            urls = [self.server_url(role, index) for role, index in self.servers]
+            return ["--worker-urls", *urls] if urls else []
+        workers = ["--pd-disaggregation"]
+        for role, index in self.servers:
+            bootstrap = [str(self.ports.bootstrap + index)] if role == "prefill" else []
+            workers += [f"--{role}", self.server_url(role, index), *bootstrap]
+        return workers
 
     def gateway_env(self) -> dict[str, str]:
         """Environment variables of the gateway."""
@@ -216,7 +230,9 @@ class Layout:
         return own.get(role, ())
 
     def _port(self, role: Role, index: int) -> int:
-        first = {"prefill": self.ports.prefill, "decode": self.ports.decode, "unified": self.ports.gateway}
+        if self.config.is_one_server:
+            return self.ports.gateway
+        first = {"prefill": self.ports.prefill, "decode": self.ports.decode, "unified": self.ports.unified}
         return first[role] + index
 
     def _first_gpu(self, role: Role, index: int) -> int:
@@ -231,11 +247,10 @@ class Layout:
 
     def _options(self, role: Role, index: int) -> FlowPrefillConfig:
         """FlowPrefill's options of a server: each of several servers has an event log of its own."""
-        options, name = self.config.options, self.name(role, index)
-        if options.event_log is None or name == role:
-            return options
-        path = Path(options.event_log)
-        return options.model_copy(update={"event_log": str(path.with_stem(f"{path.stem}-{name}"))})
+        log = self.event_log(role, index)
+        # The launcher writes one timeline of all servers.
+        changes = {"event_log": None if log is None else str(log), "timeline": None}
+        return self.config.options.model_copy(update=changes)
 
     @property
     def served_name(self) -> str:

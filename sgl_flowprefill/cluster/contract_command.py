@@ -49,7 +49,7 @@ def check(sources: Path | None) -> bool:
 
 def _range(version: str) -> str:
     inside = "" if contract.is_supported(version) else " not"
-    return f"This release was tested with sglang{contract.supported()}, and {version} is{inside} one of these."
+    return f"This release supports sglang{contract.supported()}, and {version} is{inside} one of these."
 
 
 def _version_in(folder: Path) -> str:

@@ -13,7 +13,7 @@ from typing import Any, Final
 from rich.console import Console
 from rich.table import Table
 
-from sgl_flowprefill.cluster import contract_command, machine, preflight
+from sgl_flowprefill.cluster import contract_command, explain_command, machine, preflight
 from sgl_flowprefill.cluster.base import ClusterConfig, Ports, StartError
 from sgl_flowprefill.cluster.parsing import Parser
 from sgl_flowprefill.cluster.process import Guard
@@ -28,14 +28,20 @@ GPU_MODEL: Final = EmbeddedModel(hidden_size=1024, intermediate_size=4096, heads
 """GPU attention kernels serve no heads as small as the embedded model's."""
 
 
-def main(argv: Sequence[str]) -> int:
-    """Run the checks and print what they found; returns the exit code."""
+def main(argv: Sequence[str], read_launcher: explain_command.ReadLauncher) -> int:
+    """Run the checks and print what they found; returns the exit code. ``read_launcher`` reads the command lines of
+    launch.py.
+    """
     try:
         arguments, server_args = _parser().parse_known_args(argv)
         if arguments.contract:
             if server_args:
                 raise StartError(f"--contract takes no options of SGLang: {shlex.join(server_args)}")
             return 0 if contract_command.check(arguments.sources) else EXIT_FAILED
+        if arguments.explain is not None:
+            if server_args:
+                raise StartError(f"--explain takes the command in quotes; beside it there is {shlex.join(server_args)}")
+            return 0 if explain_command.run(arguments.explain, read_launcher) else EXIT_FAILED
         if arguments.sources is not None:
             raise StartError("--sources is where --contract looks: give that too")
         if arguments.gpu and not machine.gpu_count():
@@ -70,7 +76,7 @@ def _check(arguments: argparse.Namespace, server_args: Sequence[str]) -> int:
         for line in process.stdout:
             findings.append(json.loads(line))
             print(f"{'pass' if findings[-1]['passed'] else 'FAIL'}  {findings[-1]['check']}", file=sys.stderr)
-        process.wait()
+        guard.wait(process)
     if process.returncode or not findings:
         end = "\n".join(log.read_text(errors="replace").splitlines()[-LOG_LINES:])
         print(f"launch.py doctor: the engine did not get through; {log} ends with:\n{end}", file=sys.stderr)
@@ -92,7 +98,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="launch.py doctor",
         usage="launch.py doctor [--gpu] [--model-path MODEL] [SGLang server options]\n"
-        "       launch.py doctor --contract [--sources DIR]",
+        "       launch.py doctor --contract [--sources DIR]\n"
+        "       launch.py doctor --explain 'COMMAND'",
         description="Check what FlowPrefill assumes of the device: events, attention state, tokens under preemption, "
         "tiled attention, the cost of preemption checkpoints, blocking. Options that are not listed here are SGLang's, "
         "as for the prefill server.",
@@ -105,6 +112,8 @@ def _parser() -> argparse.ArgumentParser:
                         "installed SGLang, symbol by symbol")  # fmt: skip
     parser.add_argument("--sources", metavar="DIR", type=Path, help="with --contract: check the SGLang in this "
                         "directory (an unpacked wheel), without importing it")  # fmt: skip
+    parser.add_argument("--explain", metavar="COMMAND", help="print instead what FlowPrefill does about each option of "
+                        "a command line of SGLang or launch.py; exit with 1 if it is refused")  # fmt: skip
     parser.add_argument("--log-dir", metavar="DIR", type=Path, default=Path("out/logs"), help="directory of the log "
                         "file (default %(default)s)")  # fmt: skip
     FlowPrefillConfig.add_cli_args(parser)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import requests
 
+from sgl_flowprefill.cluster.asked import Asked
 from sgl_flowprefill.cluster.commands import Role
 
 TIMEOUT_S: Final = 10
@@ -19,7 +23,12 @@ class Worker:
     role: Role
     url: str
     bootstrap: int | None
-    """Port of a prefill server's bootstrap service; None for a decode server."""
+    """Port of a prefill server's bootstrap service; None for other servers."""
+
+    @property
+    def worker_type(self) -> Literal["prefill", "decode", "regular"]:
+        """smg's name of the role."""
+        return "regular" if self.role == "unified" else self.role
 
 
 class Gateway:
@@ -43,7 +52,7 @@ class Gateway:
         from time to time after that: a gateway that was started again knows nobody."""
         listed = self._find(worker.url)
         if listed is None:
-            spec = {"url": worker.url, "worker_type": worker.role, "bootstrap_port": worker.bootstrap}
+            spec = {"url": worker.url, "worker_type": worker.worker_type, "bootstrap_port": worker.bootstrap}
             spec |= {"runtime_type": "sglang", "connection_mode": "http"}
             spec |= {"api_key": self._api_key} if self._api_key else {}
             response = requests.post(f"{self.url}/workers", json=spec, headers=self._headers, timeout=TIMEOUT_S)
@@ -53,7 +62,11 @@ class Gateway:
         if listed.get("bootstrap_port") != worker.bootstrap:  # what listened there before
             self._delete(listed)
             return False
-        return bool(listed.get("is_healthy"))
+        if not listed.get("is_healthy"):
+            return False
+        if worker.role == "unified":  # a gateway of prefill and decode servers lists it, too, and is not ready
+            requests.get(f"{self.url}/readiness", headers=self._headers, timeout=TIMEOUT_S).raise_for_status()
+        return True
 
     def remove(self, url: str) -> None:
         """Send no more requests to the server at ``url``."""
@@ -68,6 +81,53 @@ class Gateway:
         response = requests.delete(f"{self.url}/workers/{listed['id']}", headers=self._headers, timeout=TIMEOUT_S)
         if response.status_code != requests.codes.not_found:  # gone since it was listed
             response.raise_for_status()
+
+
+class Routing:
+    """The way of a gateway that starts to where it routes to so many ``servers``."""
+
+    def __init__(self, gateway: Gateway, servers: int) -> None:
+        self._gateway, self._servers = gateway, servers
+        self._healthy: int | None = None
+        """Servers that the gateway has found healthy; None before its first answer."""
+
+    def is_complete(self) -> bool:
+        """Whether requests go to all servers. Raises ``requests.RequestException`` while the gateway is silent."""
+        workers = self._gateway.workers()
+        self._healthy = sum(bool(worker.get("is_healthy")) for worker in workers)
+        return len(workers) == self._healthy == self._servers
+
+    def phase(self) -> str:
+        """What the gateway does until then."""
+        if self._healthy is None:
+            return "starting"
+        return f"it has found {self._healthy} of {self._servers} servers healthy"
+
+
+class Errands:
+    """What is to be done at a gateway, one after the other. Nobody waits for it; what a gateway does not answer is
+    dropped."""
+
+    def __init__(self) -> None:
+        self._waiting: deque[Callable[[], object]] = deque()
+        self._under_way: Asked[object] | None = None
+
+    @property
+    def are_begun(self) -> bool:
+        """Whether none waits for its turn."""
+        return not self._waiting
+
+    def add(self, errand: Callable[[], object]) -> None:
+        self._waiting.append(errand)
+
+    def go_on(self) -> None:
+        """Begin the next errand, if none is under way."""
+        if self._under_way is not None and self._under_way.is_answered:
+            with suppress(requests.RequestException):
+                self._under_way.answer()
+            self._under_way = None
+        if self._under_way is None and self._waiting:
+            self._under_way = Asked(self._waiting.popleft())
 
 
 def bearer(api_key: str | None) -> dict[str, str]:

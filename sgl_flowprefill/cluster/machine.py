@@ -16,13 +16,14 @@ CGROUP: Final = Path("/sys/fs/cgroup")
 
 @dataclass(frozen=True)
 class CpuPlan:
-    """Which CPUs run the prefill schedulers, and which run everything else (HTTP servers, decode, gateway, clients)."""
+    """Which CPUs run the schedulers that prefill, and which run everything else (HTTP servers, decode servers, gateway,
+    clients)."""
 
     scheduler: tuple[int, ...]
     others: tuple[int, ...]
 
     def scheduler_of(self, index: int, servers: int) -> tuple[int, ...]:
-        """CPUs of one of ``servers`` prefill schedulers: an equal share, or one that several have to share."""
+        """CPUs of one of ``servers`` schedulers: an equal share, or one that several have to share."""
         return shares(self.scheduler, servers)[index]
 
     def decode_threads(self, servers: int) -> int:
@@ -39,12 +40,16 @@ def shares(cpus: Sequence[int], parts: int) -> list[tuple[int, ...]]:
     return [tuple(cpus[part * each : (part + 1) * each]) for part in range(parts)]
 
 
-def plan_cpus(cpus: Sequence[int], ranks: int = 1) -> CpuPlan:
+def plan_cpus(cpus: Sequence[int], ranks: int = 1, unified: int = 0) -> CpuPlan:
     """Half of the CPUs (rounded down, at least one for each tensor-parallel rank) for prefill alone, and none with 0
-    ranks, where there is no prefill server. The other CPUs run everything else; where none is left, all share all."""
+    ranks, where no server prefills. Several ``unified`` servers, beside which there is no decode server, have more than
+    half, as long as one is left, until each of their ranks has one of its own. The other CPUs run everything else;
+    where none is left, all share all."""
     if not ranks:
         return CpuPlan((), tuple(cpus))
-    scheduler = max(len(cpus) // 2, min(ranks, len(cpus)))
+    scheduler = max(len(cpus) // 2, min(ranks, len(cpus)), min(ranks * unified, len(cpus) - 1))
+    if scheduler > unified > 1:
+        scheduler -= scheduler % unified  # what equal shares leave over
     return CpuPlan(tuple(cpus[:scheduler]), tuple(cpus[scheduler:] or cpus))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import NoReturn
 
 from sgl_flowprefill.cluster.base import StartError
@@ -24,3 +25,11 @@ def seconds(text: str) -> float:
     if not 0.0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"expected seconds above 0, got {text}")
     return value
+
+
+def text_of_key_file(file: Path) -> str:
+    """What is in the file that --api-key-file names. Raises StartError."""
+    try:
+        return file.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise StartError(f"--api-key-file {file}: {getattr(error, 'strerror', None) or 'no text'}") from None

@@ -20,6 +20,9 @@ PHASES: Final = (
     ("The server is fired up", "ready"),
 )
 """Marker in the log, and what the server does from that line on."""
+NO_PORT: Final = "cannot listen"
+NO_PORT_MARKER: Final = "error while attempting to bind on address"
+"""What uvicorn writes when it cannot listen. SGLang's processes stay."""
 
 
 def importing(module: str) -> str:
@@ -28,12 +31,14 @@ def importing(module: str) -> str:
 
 
 def phase(log: Path, start: int) -> str | None:
-    """What the server does that writes to ``log``, by the lines from byte ``start`` on; None when no line says."""
+    """What the server does that writes to ``log``, by the lines from byte ``start`` on: one of PHASES, or NO_PORT; None
+    when no line says.
+    """
     try:
         with open(log, "rb") as file:
             file.seek(start)
             text = file.read().decode(errors="replace")
     except OSError:
         return None
-    at, name = max((text.rfind(marker), name) for marker, name in PHASES)
+    at, name = max((text.rfind(marker), name) for marker, name in (*PHASES, (NO_PORT_MARKER, NO_PORT)))
     return name if at >= 0 else None

@@ -16,7 +16,7 @@ import socket
 import warnings
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Final, NoReturn
+from typing import Final, Literal, NoReturn
 from urllib.parse import urlsplit
 
 import requests
@@ -35,13 +35,15 @@ OWN_OPTIONS: Final = {
     "--port": "--ports",
     "--api-key": "--api-key of the launcher",
     "--disaggregation-bootstrap-port": "--ports",
-    "--disaggregation-mode": "nothing: the launcher starts one server of each mode, or with --unified one of none",
+    "--disaggregation-mode": "nothing: the launcher starts servers of each mode, or with --unified servers of none",
 }
 """SGLang options that the launcher sets itself, and what to use instead."""
 TLS_OPTIONS: Final = ("--ssl-", "--enable-ssl-", "--tls-")
 """How options of SGLang and smg begin that make them speak TLS."""
 FREE_PORTS: Final = range(20000, 30000)
 """Below the kernel's range for outgoing connections, which would otherwise take a port between check and use."""
+FOREIGN_WORKERS: Final = {"pair": {"regular": "unified"}, "unified": {"prefill": "prefill", "decode": "decode"}}
+"""Servers beside which those of a kind get no requests, by smg's names of them."""
 SERVER_BYTES: Final = 3_000_000_000
 """Memory that an SGLang server's processes take without weights and KV cache."""
 
@@ -50,14 +52,21 @@ def prepare(config: ClusterConfig) -> Layout:
     """Check everything; returns what to start."""
     host = _reachable_host(config)
     if config.join is not None:
-        _check_gateway(Gateway(config.join, config.api_key))
+        _check_gateway(Gateway(config.join, config.api_key), "unified" if config.unified else "pair")
     on_cpu = _runs_on_cpu(config)
     servers = config.prefill + config.decode + config.unified
     model_path = _find_model(config.model_path) if servers else ""
     layout = Layout(
         config=config,
         model_path=model_path,
-        ports=choose_ports(config.host, config.ports, config.prefill, config.decode, config.worker_host),
+        ports=choose_ports(
+            config.host,
+            config.ports,
+            config.prefill,
+            config.decode,
+            config.worker_host,
+            unified=0 if config.is_one_server else config.unified,
+        ),
         cpus=None,
         host=host,
     )
@@ -65,18 +74,21 @@ def prepare(config: ClusterConfig) -> Layout:
         _check_gpus(layout)
     elif servers:
         ranks = layout.ranks("unified" if config.unified else "prefill") if layout.prefilling else 0
-        layout = dataclasses.replace(layout, cpus=machine.plan_cpus(machine.usable_cpus(), ranks))
+        layout = dataclasses.replace(layout, cpus=machine.plan_cpus(machine.usable_cpus(), ranks, config.unified))
         if Path(model_path).is_dir():
             _check_memory(layout)
     _check_options(layout)
     return layout
 
 
-def choose_ports(host: str, ports: Ports, prefill: int = 1, decode: int = 1, worker_host: str = LOOPBACK) -> Ports:
+def choose_ports(
+    host: str, ports: Ports, prefill: int = 1, decode: int = 1, worker_host: str = LOOPBACK, *, unified: int = 0
+) -> Ports:
     """Check the given ports and replace each 0 by a free port, or by the first of as many as there are servers. What
-    clients send their requests to listens on ``host``, all servers behind a gateway on ``worker_host``."""
-    counts = {"gateway": 1, "prefill": prefill, "decode": decode, "bootstrap": prefill}
-    is_one = not prefill and not decode
+    clients send their requests to listens on ``host``, all servers behind a gateway on ``worker_host``; ``unified`` are
+    those behind one."""
+    counts = {"gateway": 1, "prefill": prefill, "decode": decode, "unified": unified, "bootstrap": prefill}
+    is_one = not prefill and not decode and not unified
     chosen: dict[str, int] = {}
     taken: set[int] = set()
     for name, count in counts.items():
@@ -89,7 +101,8 @@ def choose_ports(host: str, ports: Ports, prefill: int = 1, decode: int = 1, wor
                     f"port {port} ({name}): {count} servers count up from {first}; choose ports further apart"
                 )
             if not is_free(address, port):
-                whose, others = ("", "PORT") if is_one else (f" ({name})", "GATEWAY,PREFILL,…")
+                several = "GATEWAY,UNIFIED" if unified else "GATEWAY,PREFILL,…"
+                whose, others = ("", "PORT") if is_one else (f" ({name})", several)
                 raise StartError(f"port {port}{whose} is in use; choose another with --ports {others}")
         taken.update(range(first, first + count))
         chosen[name] = first
@@ -97,8 +110,10 @@ def choose_ports(host: str, ports: Ports, prefill: int = 1, decode: int = 1, wor
 
 
 def free_port(host: str, taken: Collection[int] = (), count: int = 1) -> int:
-    """The first of ``count`` consecutive ports that nothing listens on."""
-    for first in random.sample(FREE_PORTS, len(FREE_PORTS)):
+    """The first of ``count`` consecutive ports that nothing listens on. Chosen by a generator of its own: processes
+    that are seeded alike would choose alike.
+    """
+    for first in random.Random().sample(FREE_PORTS, len(FREE_PORTS)):
         if all(port not in taken and is_free(host, port) for port in range(first, first + count)):
             return first
     raise StartError(f"no port from {FREE_PORTS.start} to {FREE_PORTS.stop - 1} is free on {host}")
@@ -120,6 +135,20 @@ def is_free(host: str, port: int) -> bool:
                 raise StartError(f"--host {host}: this machine does not have that address") from None
             return False
     return True
+
+
+def read_options(options: Sequence[str]) -> argparse.Namespace:
+    """Read options the way that SGLang's command line does. Raises StartError."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from sglang.srt.server_args import ServerArgs
+        from sglang.srt.utils.server_args_config_parser import ConfigArgumentMerger
+
+    parser = SGLangParser(prog="SGLang", add_help=False)
+    ServerArgs.add_cli_args(parser)
+    if "--config" in options:
+        options = ConfigArgumentMerger(parser).merge_config_with_args(list(options))
+    return parser.parse_args(options)
 
 
 def _runs_on_cpu(config: ClusterConfig) -> bool:
@@ -180,9 +209,10 @@ def check_gateway_url(url: str) -> str:
     return f"http://{parts.netloc}"
 
 
-def _check_gateway(gateway: Gateway) -> None:
+def _check_gateway(gateway: Gateway, kind: Literal["pair", "unified"]) -> None:
+    """Raises StartError for what is no gateway, and for one that has servers of another kind."""
     try:
-        gateway.workers()
+        types = {worker["worker_type"] for worker in gateway.workers()}
     except (requests.HTTPError, requests.JSONDecodeError, LookupError, TypeError) as error:
         if isinstance(error, requests.HTTPError) and error.response is not None and error.response.status_code == 401:
             raise StartError(f"--join {gateway.url}: the gateway asks for the --api-key it was started with") from None
@@ -191,6 +221,13 @@ def _check_gateway(gateway: Gateway) -> None:
         ) from None
     except requests.RequestException:
         return  # it may be started later
+    foreign = sorted(role for worker_type, role in FOREIGN_WORKERS[kind].items() if worker_type in types)
+    if foreign:
+        flag = " --unified" if kind == "unified" else ""
+        raise StartError(
+            f"--join {gateway.url}: the gateway has {' and '.join(foreign)} servers and would send no request "
+            f"here; join one that was started with --role gateway{flag}"
+        )
 
 
 def _reachable_host(config: ClusterConfig) -> str:
@@ -212,9 +249,15 @@ def _is_loopback(host: str) -> bool:
 
 def _check_gpus(layout: Layout) -> None:
     config, gpus, needed = layout.config, machine.gpu_count(), layout.gpus_needed()
-    placed = any(last_value(args, "--base-gpu-id") for args in (config.prefill_args, config.decode_args))
-    if gpus >= needed or placed:
+    placing = (config.prefill_args, config.decode_args, config.server_args if config.unified > 1 else ())
+    if gpus >= needed or any(last_value(args, "--base-gpu-id") for args in placing):
         return
+    if config.unified > 1:
+        raise StartError(
+            f"{layout.in_words()} need {needed} GPUs and there {'is' if gpus == 1 else 'are'} {gpus}; start fewer "
+            f"(--unified {max(1, gpus * config.unified // needed)}), let them share with --base-gpu-id 0 "
+            "--mem-fraction-static 0.4, or serve with --device cpu"
+        )
     if config.unified:
         raise StartError(
             f"the unified server needs {needed} GPU{'s' if needed > 1 else ''} and there {'is' if gpus == 1 else 'are'}"
@@ -258,7 +301,9 @@ def _check_options(layout: Layout) -> None:
         raise StartError(f"--api-key cannot be passed on to the gateway: use {OWN_OPTIONS['--api-key']}")
     for option in (*config.server_args, *config.prefill_args, *config.decode_args, *config.gateway_args):
         if option.startswith(TLS_OPTIONS):
-            who, front = ("the server speaks", "it") if config.unified else ("servers and gateway speak", "the gateway")
+            who, front = "servers and gateway speak", "the gateway"
+            if config.is_one_server:
+                who, front = "the server speaks", "it"
             raise StartError(
                 f"{option.partition('=')[0]}: {who} plain HTTP here; use a proxy in front of {front} for TLS"
             )
@@ -266,33 +311,21 @@ def _check_options(layout: Layout) -> None:
         return  # SGLang's parser takes seconds to import
     for role in ROLES:
         if layout.count(role):
-            options = _parse(layout.server_options(role))
+            options = read_options(layout.server_options(role))
             if options.api_key or options.ssl_certfile:
                 raise StartError(
                     f"the {role} server's --config sets api-key or ssl-certfile: use --api-key of the launcher, and a "
-                    f"proxy in front of the {'server' if config.unified else 'gateway'} for TLS"
+                    f"proxy in front of the {'server' if config.is_one_server else 'gateway'} for TLS"
                 )
             if role != "decode" and config.flowprefill:
-                take_over(options)
+                take_over(options, dict(os.environ))
                 problem = incompatible_option(options)
                 if problem:
                     raise StartError(problem)
 
 
-def _parse(options: Sequence[str]) -> argparse.Namespace:
-    """Read options the way that SGLang's command line does."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        from sglang.srt.server_args import ServerArgs
-        from sglang.srt.utils.server_args_config_parser import ConfigArgumentMerger
+class SGLangParser(argparse.ArgumentParser):
+    """Raises StartError for options that SGLang does not take, where argparse would end the process."""
 
-    parser = _Parser(prog="SGLang", add_help=False)
-    ServerArgs.add_cli_args(parser)
-    if "--config" in options:
-        options = ConfigArgumentMerger(parser).merge_config_with_args(list(options))
-    return parser.parse_args(options)
-
-
-class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise StartError(f"SGLang option: {message}")

@@ -7,7 +7,6 @@ import secrets
 import shutil
 import subprocess
 import sys
-import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -18,9 +17,9 @@ from typing import Final
 import psutil
 
 from sgl_flowprefill.cluster import guard
+from sgl_flowprefill.cluster.base import ClusterError
 
 LAST_LINES: Final = 25
-POLL_S: Final = 0.05
 SGLANG_TITLE: Final = "sglang::"
 """How the names of SGLang's own processes begin: schedulers, detokenizers and what distributes requests to them."""
 GUARD_S: Final = guard.PATIENCE_S + guard.TRACKER_S
@@ -113,16 +112,19 @@ class Server:
         self._children = []
         self._process.terminate()
 
-    def wait(self, timeout_s: float) -> None:
-        """Wait until the server has ended, for at most ``timeout_s``."""
-        give_up_s = time.monotonic() + timeout_s
-        while self._how_it_ended() is None and time.monotonic() < give_up_s:
-            time.sleep(POLL_S)
-
     def last_lines(self) -> str:
         """The last lines of the server's log."""
         with open(self.log, errors="replace") as file:
             return "".join(deque(file, LAST_LINES)).strip()
+
+    def last_words(self, how: str) -> str:
+        """How the server has ended, with the last lines of its log."""
+        return f"{how}. The last lines of {self.log}:\n{self.last_lines()}"
+
+    def check(self) -> None:
+        """Raises ClusterError if the server has ended."""
+        if how := self.ended():
+            raise ClusterError(self.last_words(how))
 
     def reap(self) -> None:
         """Collect the exit status after the server's session has ended. Another process may get its number then."""
@@ -169,7 +171,8 @@ class Guard:
         return server
 
     def follow(self, command: Sequence[str], env: Mapping[str, str], log: Path) -> subprocess.Popen[str]:
-        """Start a process that reports on its standard output and writes its log to standard error."""
+        """Start a process that reports on its standard output and writes its log to standard error. ``wait`` for it
+        rather than poll it, so that its number stays its own until the guard knows that it has ended."""
         with open(log, "wb") as errors:
             process = subprocess.Popen(
                 command,
@@ -185,6 +188,15 @@ class Guard:
         self._followed.append(session)
         self._tell(f"session {process.pid}")
         return process
+
+    def wait(self, process: subprocess.Popen[str]) -> None:
+        """Wait until a process that is followed has ended, and end what is left of its session."""
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        session = next(session for session in self._followed if session.pid == process.pid)
+        guard.end([session], self._segments_before)
+        self._tell(f"ended {process.pid}")  # before its number can be another process's
+        self._followed.remove(session)
+        process.wait()
 
     def end(self, server: Server) -> None:
         """End what is left of one server, and only that."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shlex
 import signal
 import subprocess
@@ -25,6 +26,7 @@ from sgl_flowprefill.cluster.parsing import Parser
 from sgl_flowprefill.cluster.process import Guard
 from sgl_flowprefill.config import ConfigError, FlowPrefillConfig
 from sgl_flowprefill.profiling import ProfileError, read_profile
+from sgl_flowprefill.provenance import result
 
 EXIT_FAILED: Final = 1
 EXIT_CANNOT_START: Final = 2
@@ -38,7 +40,7 @@ def main(argv: Sequence[str]) -> int:
         if arguments.report:
             if server_args:
                 raise StartError(f"--report reads a file and takes no server options, got {shlex.join(server_args)}")
-            return _report(arguments)
+            return _report(arguments, argv)
         return _profile(arguments, server_args)
     except (StartError, ConfigError, ProfileError) as error:
         print(f"launch.py profile: {error}", file=sys.stderr)
@@ -69,7 +71,7 @@ def _profile(arguments: argparse.Namespace, server_args: Sequence[str]) -> int:
     log.parent.mkdir(parents=True, exist_ok=True)
     with Guard() as guard:
         process = guard.follow([*command, *layout.server_options("prefill")], layout.server_env("prefill"), log)
-        end = _measure(process, arguments.budget_s)
+        end = _measure(guard, process, arguments.budget_s)
     if "path" not in end:
         reason = end.get("error") or "\n".join(log.read_text(errors="replace").splitlines()[-LOG_LINES:])
         print(f"launch.py profile: nothing was measured; {log} ends with:\n{reason}", file=sys.stderr)
@@ -83,27 +85,32 @@ def _profile(arguments: argparse.Namespace, server_args: Sequence[str]) -> int:
     return 0
 
 
-def _measure(process: subprocess.Popen[str], budget_s: float) -> dict[str, Any]:
+def _measure(guard: Guard, process: subprocess.Popen[str], budget_s: float) -> dict[str, Any]:
     """Show progress until the measuring process ends, which a signal to this one asks it to; its last words."""
     assert process.stdout is not None
+
+    def interrupt() -> None:
+        if process.returncode is None:  # nobody has waited for it yet
+            os.kill(process.pid, signal.SIGINT)
+
     ends = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) != signal.SIG_IGN]
-    before = [signal.signal(number, lambda number, frame: process.send_signal(signal.SIGINT)) for number in ends]
+    before = [signal.signal(number, lambda number, frame: interrupt()) for number in ends]
     try:
         with _Bar(budget_s) as show:
             try:
                 end = _follow(process.stdout, show)
             except KeyboardInterrupt:
-                process.send_signal(signal.SIGINT)
+                interrupt()
                 end = _follow(process.stdout, show)
-        process.wait()
+        guard.wait(process)
         return end
     finally:
         for number, handler in zip(ends, before, strict=True):
             signal.signal(number, handler)
 
 
-def _report(arguments: argparse.Namespace) -> int:
-    path = arguments.output or _newest(arguments.model_path)
+def _report(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
+    path = arguments.output or newest_profile(arguments.model_path)
     profile = read_profile(path)
     try:
         from sgl_flowprefill.profiling.report import Report
@@ -113,7 +120,7 @@ def _report(arguments: argparse.Namespace) -> int:
         raise ProfileError(f"{path}: {error}; `python launch.py profile` measures more") from None
     figures = {"profile": str(path), **report.to_json(), "learned": _learned(path)}
     if arguments.json:
-        print(json.dumps(figures, indent=2))
+        print(json.dumps(result("profile", figures, ["launch.py", "profile", *argv]), indent=2))
     else:
         _print(figures, report.lines())
     if arguments.plot is not None:
@@ -165,7 +172,7 @@ def _print(figures: dict[str, Any], lines: Sequence[Sequence[str]]) -> None:
     console.print(f"one prediction {figures['predict_one_us']:.1f} us, 1,000 {figures['predict_1000_ms']:.2f} ms")
 
 
-def _newest(model: str | None) -> Path:
+def newest_profile(model: str | None) -> Path:
     """The newest profile in the cache; if ``model`` is given, of a model whose directory or id ends so."""
     found = [path for path in (paths.cache_dir() / "profiles").glob("*.parquet") if _is_whole(path)]
     for path in sorted(found, key=lambda path: path.stat().st_mtime, reverse=True):

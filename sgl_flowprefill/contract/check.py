@@ -22,7 +22,7 @@ def expect(*names: str) -> None:
     parts = {part.name: part for part in PARTS}
     wrong = [
         (part, verdict)
-        for part, verdict in verdicts(_installed(), map(parts.__getitem__, names))
+        for part, verdict in verdicts(installed_sources(), map(parts.__getitem__, names))
         if verdict.state != "ok"
     ]
     if wrong:
@@ -38,7 +38,8 @@ def verdicts(tree: Tree, parts: Iterable[Part] = PARTS) -> Iterator[tuple[Part, 
 
 
 @cache
-def _installed() -> Tree:
+def installed_sources() -> Tree:
+    """The sources that a server's check reads: those of the installed SGLang."""
     return Tree()
 
 
@@ -47,6 +48,6 @@ def _refusal(part: Part, verdict: Verdict, more: int) -> str:
     return (
         f"{part.name}: {row.target.rstrip(':').replace(':', '.')} of SGLang {installed()} is not what this release of "
         f"sgl-flowprefill needs: {verdict.reason}{others}. It {row.why}; without it: {row.breaks}. Install "
-        f"sglang{supported()}, for which this release was tested, or a newer sgl-flowprefill; `sgl-flowprefill doctor "
+        f"sglang{supported()}, which this release supports, or a newer sgl-flowprefill; `sgl-flowprefill doctor "
         "--contract` shows all that differs."
     )

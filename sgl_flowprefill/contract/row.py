@@ -96,14 +96,15 @@ def _difference(row: Row, found: Found) -> str | None:
             parameters = found.parameters
         except ValueError as error:
             return str(error)
-        reason = _other_parameters(row, parameters)
+        reason = other_parameters(row, parameters)
         if reason is not None:
             return reason
     missing = next((fragment for fragment in row.holds if fragment not in found.text), None)
     return None if missing is None else f"its source no longer holds {missing!r}"
 
 
-def _other_parameters(row: Row, found: Parameters) -> str | None:
+def other_parameters(row: Row, found: Parameters) -> str | None:
+    """Why the parameters that were found are not those of the row; None if they are."""
     expected, has_others = row.parameters
     first = found.names[: len(expected)]
     added = found.names[len(expected) :]

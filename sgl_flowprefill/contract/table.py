@@ -10,6 +10,7 @@ from typing import Final
 
 from sgl_flowprefill.contract.parts import (
     affinity,
+    answer_report,
     attention,
     before_0_5_23,
     caches,
@@ -21,8 +22,11 @@ from sgl_flowprefill.contract.parts import (
     forward_state,
     frontend,
     health,
+    hicache_cpu,
     hooks,
+    host_cache,
     launcher,
+    live,
     lone_prefill,
     loop,
     made_weights,
@@ -30,6 +34,7 @@ from sgl_flowprefill.contract.parts import (
     nixl_dram,
     nixl_sleep,
     options,
+    overload,
     platform,
     profile,
     request_slo,
@@ -47,7 +52,10 @@ PARTS: Final[tuple[Part, ...]] = (
     # the HTTP server
     options.PART,
     request_slo.PART,
+    answer_report.PART,
+    overload.PART,
     health.PART,
+    live.PART,
     request_times.PART,
     token_ids.PART,
     # the scheduler process
@@ -58,6 +66,7 @@ PARTS: Final[tuple[Part, ...]] = (
     disaggregation.PART,
     wakeups.PART,
     caches.PART,
+    host_cache.PART,
     forward_state.PART,
     model.PART,
     attention.PART,
@@ -69,6 +78,7 @@ PARTS: Final[tuple[Part, ...]] = (
     platform.PART,
     cpu_attention.PART,
     cpu_tp.PART,
+    hicache_cpu.PART,
     nixl_dram.PART,
     nixl_sleep.PART,
     # without a server

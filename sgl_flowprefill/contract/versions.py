@@ -1,4 +1,4 @@
-"""Which versions of SGLang this release was tested with: the range in pyproject.toml, by the installed metadata."""
+"""Which versions of SGLang this release supports: the range in pyproject.toml, by the installed metadata."""
 
 from __future__ import annotations
 

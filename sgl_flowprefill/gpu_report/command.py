@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
+import math
 import os
-import shlex
 import shutil
 import signal
 import subprocess
@@ -50,8 +51,8 @@ LOG_LINES: Final = 15
 def main(argv: Sequence[str]) -> int:
     """Measure and report; returns the exit code."""
     try:
-        arguments, server_args = _parser().parse_known_args(argv)
-        report = _Report(arguments, server_args)
+        arguments, server_args = make_parser().parse_known_args(argv)
+        report = Report(arguments, server_args)
     except StartError as error:
         print(f"launch.py gpu-report: {error}", file=sys.stderr)
         return EXIT_CANNOT_START
@@ -63,14 +64,16 @@ def main(argv: Sequence[str]) -> int:
 
 
 @dataclass
-class _Running:
-    """A phase whose process has started."""
+class Running:
+    """A phase whose process has started. It waits for its turn: until the lock is given up, or this process ends."""
 
     phase: Phase
     process: subprocess.Popen[str]
+    lock: int
+    """Descriptor of the file that is locked."""
 
 
-class _Report:
+class Report:
     """One run."""
 
     def __init__(self, arguments: argparse.Namespace, server_args: Sequence[str]) -> None:
@@ -86,18 +89,20 @@ class _Report:
             if self._on_card and last_value(server_args, "--mem-fraction-static") is None:
                 self._server_args += ["--mem-fraction-static", MEM_FRACTION_STATIC]
         self._budget_s: float = arguments.budget_s
-        self._started_s = time.monotonic()
+        self.started_s = time.monotonic()
+        self._engine_start_s = math.inf
+        """The shortest start of an engine so far: the first may have had to compile kernels."""
         asked = last_value(server_args, BACKEND_OPTION)
         backends = dict.fromkeys(([asked] if asked else []) + list(BACKENDS)) if self._on_card else (None,)
-        self._phases = plan(tuple(backends), arguments.unified)
+        self.phases = plan(tuple(backends), arguments.unified)
         _clear(arguments.out)
         self._log_dir: Path = arguments.out / "logs"
         self._log_dir.mkdir(parents=True)
         self._document = Document(
             out=arguments.out.absolute(),
-            command=shlex.join(["launch.py", "gpu-report", *sys.argv[2:]]),
+            command=["launch.py", "gpu-report", *sys.argv[2:]],
             model=f"shape {shape}, weights made on the device" if shape else arguments.model_path or "embedded Llama",
-            device=self._layout(None).device(),
+            device=self.layout(None).device(),
             budget_s=self._budget_s,
         )
 
@@ -110,17 +115,16 @@ class _Report:
         """All phases. What they have found is on disk when this is interrupted."""
         self._document.write()
         with Guard() as guard:
-            lock = guard.directory / "device.lock"
-            to_run = [phase for phase in self._phases if self._on_card or not phase.needs_card]
-            ahead: _Running | None = None
-            for phase in self._phases:
+            to_run = [phase for phase in self.phases if self._on_card or not phase.needs_card]
+            ahead: Running | None = None
+            for phase in self.phases:
                 if phase not in to_run:
                     self._note(phase, "not here", f"this phase needs a card: {phase.needs_card}")
                 elif phase is not to_run[0] and ahead is None and self._is_over:
                     self._note(phase, "left out", "the budget was used up")
                 else:
                     left = to_run[to_run.index(phase) :]
-                    ahead = self._follow(ahead or self._start(guard, lock, phase, left), guard, lock, left[1:])
+                    ahead = self.follow(ahead or self.start(guard, phase, left), guard, left[1:])
         self._document.ended = "finished"
 
     def finish(self) -> None:
@@ -128,7 +132,7 @@ class _Report:
         document = self._document
         if document.ended != "finished":
             document.ended = "interrupted"
-        document.elapsed_s = time.monotonic() - self._started_s
+        document.elapsed_s = time.monotonic() - self.started_s
         document.choices = choose(document.figures)
         document.write()
         _print(document)
@@ -142,47 +146,57 @@ class _Report:
 
     @property
     def _is_over(self) -> bool:
-        return time.monotonic() >= self._started_s + self._budget_s
+        return time.monotonic() >= self.started_s + self._budget_s
 
-    def _start(self, guard: Guard, lock: Path, phase: Phase, left: Sequence[Phase]) -> _Running:
-        """Start the process of ``phase``; it waits for the device. ``left``: it and those behind it."""
-        layout = self._layout(phase)
+    def start(self, guard: Guard, phase: Phase, left: Sequence[Phase]) -> Running:
+        """Start the process of ``phase``; it waits for its turn. ``left``: it and those behind it, whose engines have
+        to start within the budget, too.
+        """
+        starts_s = 0.0 if math.isinf(self._engine_start_s) else self._engine_start_s * (len(left) - 1)
+        layout = self.layout(phase)
+        lock_file = guard.directory / f"{phase_file(self._document.out, phase.name).stem}.lock"
+        lock = os.open(lock_file, os.O_CREAT | os.O_WRONLY)
+        fcntl.flock(lock, fcntl.LOCK_EX)
         command = [sys.executable, "-m", "sgl_flowprefill.gpu_report.worker", "--phase", phase.name]
-        command += ["--out", str(self._document.out), "--lock", str(lock)]
-        command += ["--until-s", str(self._started_s + self._budget_s)]
+        command += ["--out", str(self._document.out), "--lock", str(lock_file)]
+        command += ["--until-s", str(self.started_s + self._budget_s - starts_s)]
         command += ["--share", str(phase.share / sum(one.share for one in left))]
         command += ["--engine", *layout.server_options(phase.role)] if phase.has_engine else self._user_options(phase)
         env = layout.server_env(phase.role)
         if self._makes_weights:
             env[made_weights.ENV_SWITCH] = "1"
-        return _Running(phase, guard.follow(command, env, self._log(phase)))
+        return Running(phase, guard.follow(command, env, self._log(phase)), lock)
 
-    def _follow(self, running: _Running, guard: Guard, lock: Path, following: Sequence[Phase]) -> _Running | None:
-        """Keep what a phase finds until its process ends; the next phase's, if it was started meanwhile."""
+    def follow(self, running: Running, guard: Guard, following: Sequence[Phase]) -> Running | None:
+        """Let it be a phase's turn, and keep what it finds until its process ends; the next phase's, if it was started
+        meanwhile.
+        """
         phase, process = running.phase, running.process
+        os.close(running.lock)
         began_s = time.monotonic()
-        ahead: _Running | None = None
+        ahead: Running | None = None
         found: dict[str, Any] = {}
         error = "its process ended without a word"
         print(f"{phase.title} …", file=sys.stderr, flush=True)
-        with _killed_after(process) as limit:
+        with killed_after(process) as limit:
             assert process.stdout is not None
             for line in process.stdout:
                 message = json.loads(line)
                 if "measures_for_s" in message:
+                    self._engine_start_s = min(self._engine_start_s, time.monotonic() - began_s)
                     limit(message["measures_for_s"] + PATIENCE_S)
                 elif "starts_for_s" in message:
                     began_s = time.monotonic()
                     limit(message["starts_for_s"] + START_S)
                     error = "its process was ended"
                     if following and not self._is_over:
-                        ahead = self._start(guard, lock, following[0], following)
+                        ahead = self.start(guard, following[0], following)
                 elif "outcome" in message:
                     found, error = message["outcome"], ""
                     self._document.note(phase, found, time.monotonic() - began_s)
                 else:
                     error = message["error"]
-            process.wait()
+            guard.wait(process)
         took_s = time.monotonic() - began_s
         if process.returncode != 0:
             error = f"its process was ended after {took_s:.0f} s" if process.returncode < 0 else error
@@ -208,7 +222,7 @@ class _Report:
 
     # ---- what is started --------------------------------------------------------------------------------------------
 
-    def _layout(self, phase: Phase | None) -> Layout:
+    def layout(self, phase: Phase | None) -> Layout:
         """One server, whose engine ``phase`` measures: its options and its environment."""
         is_unified = phase is not None and phase.role == "unified"
         return preflight.prepare(
@@ -235,7 +249,7 @@ class _Report:
 
     def _backend(self) -> str | None:
         """The first that has passed its checks; the first of all if none has."""
-        checked = [phase for phase in self._phases if phase.module == "checks"]
+        checked = [phase for phase in self.phases if phase.module == "checks"]
         passed = [one for one in checked if self._document.phases.get(one.name, {}).get("state") == "passed"]
         return next((phase.backend for phase in passed or checked), None)
 
@@ -244,7 +258,7 @@ class _Report:
 
 
 @contextmanager
-def _killed_after(process: subprocess.Popen[str]) -> Iterator[Any]:
+def killed_after(process: subprocess.Popen[str]) -> Iterator[Any]:
     """A function that ends ``process`` and its session after so many seconds, unless it has ended by itself."""
     timers: list[threading.Timer] = []
 
@@ -286,7 +300,7 @@ def _print(document: Document) -> None:
     Console(width=None if sys.stdout.isatty() else 160).print(table)
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="launch.py gpu-report",
         usage="launch.py gpu-report [--shape NAME | --model-path MODEL] [--unified] [--budget-s S] [--out DIR] "

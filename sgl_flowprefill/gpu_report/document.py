@@ -10,10 +10,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
-from sgl_flowprefill.bench.metrics.provenance import commit, machine, versions
 from sgl_flowprefill.gpu_report.phases import Phase
 from sgl_flowprefill.gpu_report.phases.base import phase_file
 from sgl_flowprefill.gpu_report.tuning import Choice
+from sgl_flowprefill.provenance import result
 
 FORMAT: Final = 3
 PACKAGES: Final = ("flashinfer-python", "sglang-kernel", "triton", "transformers", "apache-tvm-ffi")
@@ -24,7 +24,7 @@ class Document:
     """A report in the making; written anew whenever a phase has found something."""
 
     out: Path
-    command: str
+    command: Sequence[str]
     model: str
     device: str
     budget_s: float
@@ -51,21 +51,18 @@ class Document:
         return figures
 
     def to_dict(self) -> dict[str, Any]:
-        return {
+        figures = {
             "format": FORMAT,
-            "command": self.command,
             "started": self.started,
-            "commit": commit(),
             "model": self.model,
             "device": self.device,
             "budget_s": self.budget_s,
             "elapsed_s": round(self.elapsed_s, 1),
             "ended": self.ended,
-            "machine": machine(),
-            "versions": versions(*PACKAGES),
             "phases": self.phases,
             "choices": [asdict(choice) | {"flag": choice.flag} for choice in self.choices],
         }
+        return result("gpu-report", figures, self.command, PACKAGES)
 
     def write(self) -> None:
         _write(self.path, self.to_dict())

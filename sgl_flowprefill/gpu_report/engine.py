@@ -23,7 +23,7 @@ from sgl_flowprefill.runtime.checkpoints import find_decoder_layers
 from sgl_flowprefill.runtime.profile import current_setting, load_or_measure
 from sgl_flowprefill.runtime.selfcheck import Finding, Tasks, checks
 from sgl_flowprefill.runtime.step_profile import load_or_measure_steps
-from sgl_flowprefill.runtime.tiles import WHOLE, Tiles, TileSizes, find_norms, plan_tiles
+from sgl_flowprefill.runtime.tiles import WHOLE, Tiles, TileSizes, find_norms, tiles_of
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,7 @@ class Engine(Tasks):
             task = self.start(list(prompt))
             self.resume(task)
             self.finish(task)
-        return int(task.points)
+        return int(task.points_passed)
 
     # ---- decode steps, on a server that has them --------------------------------------------------------------------
 
@@ -179,8 +179,8 @@ class Engine(Tasks):
     ) -> Decoded:
         """``prompts`` become streams and get answers of so many tokens, by the hub's own decode steps.
 
-        With a prompt ``beside`` them, that is prefilled again and again meanwhile, and a step runs whenever it is
-        ``interrupted``; without one, step follows step.
+        With a prompt ``beside`` them, that is prefilled again and again meanwhile. Whenever it is ``interrupted`` a
+        step is queued, or the one that is in flight is waited for; without a prompt, step follows step.
         """
         found = Decoded()
         reqs = [self._join(prompt, answer_tokens, tbt_slo_s) for prompt in prompts]
@@ -194,7 +194,10 @@ class Engine(Tasks):
                         found.firsts.append(self.first(task))
                         task = None
                         continue
-                self.hub.turn()
+                if self.hub.work.tasks.finishing:
+                    self.hub.finish_done()
+                else:
+                    self.hub.turn()
         if task is not None:
             with self.interrupted_by(lambda: False):
                 self.resume(task)
@@ -204,12 +207,12 @@ class Engine(Tasks):
         return found
 
     def step_is_due(self) -> bool:
-        """Whether the next decode step has to begin."""
-        return bool(time.monotonic() >= self.hub.role.policy.load.start_by_s)
+        """Whether the next decode step has to begin, or the tokens of one have come."""
+        return bool(self.hub.work.tasks.result_arrived() or time.monotonic() >= self.hub.role.policy.step_by_s)
 
     def step_costs(self) -> dict[str, float]:
         """What a server takes decode steps to cost, from steps that were measured when it started."""
-        steps = load_or_measure_steps(self._role)
+        steps = load_or_measure_steps(self._role).model
         return {"fixed_s": steps.fixed_s, "per_request_s": steps.per_request_s, "per_token_s": steps.per_token_s}
 
     @property
@@ -231,7 +234,9 @@ class Engine(Tasks):
     def _steps_noted_in(self, steps: list[Step]) -> Iterator[None]:
         """Let ``steps`` have what the event recorder is told of each."""
 
-        def note(streams: int, begin_s: float, end_s: float, due_s: float) -> None:
+        def note(
+            streams: int, begin_s: float, end_s: float, due_s: float, took_s: float, tokens: int, late_tokens: int
+        ) -> None:
             steps.append(Step(due_s, begin_s, end_s))
 
         recorder = self._role.recorder
@@ -284,8 +289,7 @@ class Engine(Tasks):
         model = self.scheduler.tp_worker.model_runner.model
         ttft, operators = load_or_measure(self._role, FlowPrefillConfig.from_env())
         layers = find_decoder_layers(model)
-        norms = find_norms(model, layers)
-        return plan_tiles(max_blocking_s, len(layers), len(norms), ttft.model, operators)
+        return tiles_of(model, layers, find_norms(model, layers), max_blocking_s, ttft.model, operators)
 
     def _release(self, batch: Any) -> None:
         from sglang.srt.mem_cache.common import release_kv_cache

@@ -1,8 +1,8 @@
-"""One phase's process. Writes a JSON object a line to its standard output: when it has the device (``starts_for_s``:
+"""One phase's process. Writes a JSON object a line to its standard output: when it is its turn (``starts_for_s``:
 the budget that is its share), when its engine is up (``measures_for_s``), what it has found so far, and how it failed.
 
-It imports all that it needs while the phase before it still measures, and then waits for the device: a lock on a file,
-which the kernel releases with the process that holds it, however that ends.
+It imports all that it needs while the phase before it still measures, and then waits for its turn: a lock on a file,
+which ``command`` holds until that phase's process has ended and what it has found is kept.
 """
 
 from __future__ import annotations

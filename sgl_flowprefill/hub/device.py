@@ -43,7 +43,7 @@ class Device(Protocol):
     """What the runtime asks of the device that the kernels run on."""
 
     def record(self) -> None:
-        """An operator has been queued completely. Called at every preemption checkpoint and between tiles."""
+        """An operator, or a tile of one, has been queued completely. Called at every interruption point."""
 
     def catch_up(self, interrupted: Callable[[], bool]) -> bool:
         """Wait until another operator may be queued: at most ``lookahead`` of those queued have not run. False, before
@@ -65,7 +65,7 @@ class Device(Protocol):
         """The end of the queue as it is now."""
 
     def beside_the_queue(self) -> AbstractContextManager[Any]:
-        """In it, what is read back from the device does not wait for what is queued, so it must have run before."""
+        """A context in which reads from the device do not wait for its queue; only what has run may be read."""
 
 
 @dataclass(frozen=True, slots=True)

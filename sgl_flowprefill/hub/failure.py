@@ -1,4 +1,4 @@
-"""A forward pass that raised: where it was, on which ranks have to agree, and what its requests are told."""
+"""A forward pass that raised: what its requests are told, and the place of the error, on which all ranks must agree."""
 
 from __future__ import annotations
 
@@ -21,12 +21,13 @@ class Failure:
     traceback: str
 
     @classmethod
-    def of(cls, error: Exception, points: int, rids: Sequence[str]) -> Failure:
-        """``points``: interruption points that the task had passed. ``rids``: its requests."""
+    def of(cls, error: Exception, points_passed: int, rids: Sequence[str]) -> Failure:
+        """``points_passed``: interruption points that the task had passed. ``rids``: its requests."""
         kind = type(error).__name__
         frames = traceback.walk_tb(error.__traceback__)
         steps = [f"{frame.f_code.co_qualname}:{line}" for frame, line in frames]
-        place = int.from_bytes(hashlib.blake2b(repr((kind, points, steps)).encode(), digest_size=8).digest()) >> 2
+        where = repr((kind, points_passed, steps)).encode()
+        place = int.from_bytes(hashlib.blake2b(where, digest_size=8).digest()) >> 2
         identifier = hashlib.blake2b(repr((place, *rids)).encode(), digest_size=6).hexdigest()
         return cls(kind, place or 1, identifier, "".join(traceback.format_exception(error)).rstrip())
 

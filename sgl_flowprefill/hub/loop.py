@@ -10,14 +10,14 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Final, Generic, Literal, TypeVar
+from typing import Any, Final, Generic, Literal, NamedTuple, TypeVar
 
 from sgl_flowprefill.hub.device import Device
-from sgl_flowprefill.hub.parts import Agreement, Events, Executor, Learning, Recorder, Slots, Tiles
-from sgl_flowprefill.hub.role import Decoder, Role
-from sgl_flowprefill.hub.task import NO_TASK, PrefillTask
+from sgl_flowprefill.hub.parts import Agreement, Events, Executor, Exploration, Learning, Recorder, Slots, Tiles
+from sgl_flowprefill.hub.role import Decoder, NoStreams, Role
+from sgl_flowprefill.hub.task import NO_TASK, DecodeStep, PrefillTask
 from sgl_flowprefill.hub.waiting import WaitingRequest
 from sgl_flowprefill.hub.work import Choice, Work
 from sgl_flowprefill.policy import Act, Job
@@ -31,9 +31,26 @@ IDLE_CHECK_S: Final = 5.0
 STALL_CHECK_S: Final = 1.0
 """How often a server that only waits for others looks for what sends no wake-up (a dead decode server)."""
 MATCHES: Final = 1
-"""Waiting requests of whose prompts more has been cached that a turn matches again, besides those about to start."""
+"""Waiting requests with an outdated prefix match that a turn matches again, besides those about to start."""
 MATCH_ROUNDS: Final = 3
 """Choices that a turn makes at most because requests about to start were matched again."""
+
+
+def refuse_nothing(reasons: Mapping[Any, str], retry_after_s: int) -> None:
+    raise NotImplementedError("a hub that sheds was not told how its requests are refused")
+
+
+class News(NamedTuple):
+    """What a rank says when all meet at the beginning of a turn. What the rank that decides says counts."""
+
+    stalls_due: int
+    """Whether it is time to look for stalls."""
+    arrival: int
+    """Id of what finishes next, if its result is on the host; NO_TASK otherwise."""
+    slowdown_percent: int
+    """Measured over profiled time of the last tasks."""
+    has_offer: int
+    """Whether there is a better TTFT model."""
 
 
 @dataclass(eq=False)
@@ -52,15 +69,20 @@ class Hub(Generic[RoleT]):
     now_s: Callable[[], float] = time.monotonic
     stall_check_s: float = STALL_CHECK_S
     learning: Learning = field(default_factory=Learning)
-    decoder: Decoder | None = None
+    exploration: Exploration = field(default_factory=Exploration)
+    decoder: Decoder = field(default_factory=NoStreams)
     """The decode steps, on a server that has streams."""
+    refuse: Callable[[Mapping[Any, str], int], None] = refuse_nothing
+    """Refuses requests that wait, each with its reason. Clients may come back after so many seconds."""
     kv_is_short: bool = field(default=False, init=False)
     """Whether KV for a new task was asked for in vain, and none has been freed since."""
     _stopped_s: float = field(default=0.0, init=False)
     """When a task was last done or interrupted."""
     _looked_for_stalls_s: float = field(default=-math.inf, init=False)
     _agreed_arrival: int = field(default=NO_TASK, init=False)
-    """Id of the task that finishes next, if the rank that decides had its result when the ranks last met."""
+    """Id of what finishes next, if the rank that decides had its result when the ranks last met; then NO_TASK."""
+    _has_finished: bool = field(default=False, init=False)
+    """Whether results have been processed since the last look: more may be possible now."""
 
     # ---- the loop -------------------------------------------------------------------------------------------------
 
@@ -85,20 +107,26 @@ class Hub(Generic[RoleT]):
 
     def next_task(self) -> PrefillTask | Literal[Act.STEP] | None:
         """Take what has happened, and pick what runs now. A decode step leaves the task that ran where it is."""
-        while True:
+        self.work.ask_again_s = math.inf  # the choice that is made now says when
+        cost_s, since_s, has_room = 0.0, self.now_s(), False
+        while not has_room:
             self.look()
             self.finish_arrived()
+            cost_s += self.now_s() - since_s
             # Picking late, when the device has room for another operator, is picking with all that is known by then.
-            if self.device.catch_up(self.agreement.ends_waiting):
-                break
+            has_room = self.device.catch_up(self.agreement.ends_waiting)
+            since_s = self.now_s()
         task = None if self.role.is_paused else self._pick()
         if task is not None and task is not Act.STEP:
             self._switch_to(task)
+        if task is not None:
+            now_s = self.now_s()
+            self.recorder.decided(cost_s + now_s - since_s, now_s)
         return task
 
     def look(self) -> None:
         """Take what has happened: arrivals, tasks that nobody waits for any more, KV cache that has been freed."""
-        now_s = self.now_s()
+        now_s, self._has_finished = self.now_s(), False
         stalls_due = self._agree_on_news(now_s)
         self.events.clear()
         self.work.waiting.forget_news()
@@ -109,8 +137,22 @@ class Hub(Generic[RoleT]):
             self.recorder.dropped(task)
             self._drop(task)
         for arrival in self.role.arrived():
-            self.work.add(arrival)
+            self.recorder.ready(self.work.add(arrival))
         self._match_again(self.work.waiting.outdated(MATCHES))
+        if self.work.shedding is not None:
+            self.shed()
+
+    def shed(self) -> None:
+        """Refuse the requests that may be refused and for which there is no time or room, at all ranks the same."""
+        refused = self.work.refused(self.now_s()) if self.agreement.decides else []
+        reasons = {one.job.item.number: one.why for one in refused}
+        jobs = self.work.waiting.numbered(self.agreement.agree(list(reasons)))
+        if jobs:
+            backlog_s, retry_after_s = self.work.retry_after_s(without=jobs)
+            self.recorder.shed(jobs, backlog_s, retry_after_s)
+            # Only the rank that decides knows the reasons, and it alone answers.
+            self.refuse({job.item.req: reasons.get(job.item.number, "") for job in jobs}, retry_after_s)
+            self.work.forget_all_but(self.role.waiting())
 
     def stopped(self, task: PrefillTask) -> None:
         """``task``, which ran, is interrupted, or it is over: its result is on its way then, or it has failed."""
@@ -124,24 +166,28 @@ class Hub(Generic[RoleT]):
             self.finish_arrived()
 
     def finish_arrived(self) -> None:
-        """Finish the tasks whose results are on the host."""
-        for task in self.work.tasks.take_arrived(self._agreed_arrival, self.device):
-            self._finish(task)
+        """Process the results that are on the host."""
+        arrival, self._agreed_arrival = self._agreed_arrival, NO_TASK
+        for done in self.work.tasks.take_arrived(arrival, self.device):
+            self._finish(done)
 
     def finish_started(self) -> None:
-        """Run the tasks that have started to their ends, and process their results. Streams get their steps."""
+        """Run the tasks that have started to their ends, and process all results. Streams get their steps."""
         while self.work.tasks.live:
-            if self.agreement.agree([self._step_is_due()])[0]:
+            self.work.plan_step()
+            step_is_due, self._agreed_arrival = self.agreement.agree([self._step_is_due(), self.work.tasks.arrival])
+            if self._agreed_arrival != NO_TASK:
+                self.finish_arrived()
+            elif step_is_due:
                 self.step()
-                self.work.plan_step()
-                continue
-            task = self.work.tasks.live[0]
-            self.executor.run(task, self.forward)
-            self.stopped(task)
+            else:
+                task = self.work.tasks.live[0]
+                self.executor.run(task, self.forward)
+                self.stopped(task)
         self.finish_done()
 
     def finish_done(self) -> None:
-        """Process the results of all tasks that are done, which waits for results that have not arrived."""
+        """Process the results of all that is done or queued, which waits for results that have not arrived."""
         while self.work.tasks.finishing:
             self._finish(self.work.tasks.finishing.popleft())
 
@@ -157,20 +203,26 @@ class Hub(Generic[RoleT]):
     # ---- decode steps ---------------------------------------------------------------------------------------------
 
     def step(self) -> None:
-        """Run a decode step. Where it lacks KV cache, tasks give theirs back before a stream loses its own."""
-        assert self.decoder is not None, "only a policy with streams asks for a step"
+        """Queue a decode step. What runs next is queued behind it, while its tokens are on their way to the host."""
+        self.make_room_for_step()
+        step = self.decoder.step()
+        if step is not None:
+            self.work.tasks.finishing.append(step)
+            self.finish_arrived()
+        self._stopped_s = self.now_s()
+
+    def make_room_for_step(self) -> None:
+        """Where the next step lacks KV cache, tasks give theirs back before a stream loses its own."""
         while self.work.tasks.live and (missing_tokens := self.decoder.missing_tokens()) > 0:
             given = self.work.to_give_back(self.now_s(), missing_tokens) if self.agreement.decides else []
             for number in self.agreement.agree([task.id for task in given]):
-                self.give_back(self.work.tasks.numbered(number), self.decoder)
-        self.decoder.step()
-        self._stopped_s = self.now_s()
+                self.give_back(self.work.tasks.numbered(number))
 
-    def give_back(self, task: PrefillTask, decoder: Decoder) -> None:
+    def give_back(self, task: PrefillTask) -> None:
         """Unwind a task whose requests wait again. Its KV cache, not computed, never becomes a cached prefix."""
         self.recorder.given_back(task)
         self._unwind(task)
-        decoder.give_back(task)
+        self.decoder.give_back(task)
 
     # ---- picking --------------------------------------------------------------------------------------------------
 
@@ -232,11 +284,19 @@ class Hub(Generic[RoleT]):
         self.device.fetch(batch, result)
         return result
 
-    def _finish(self, task: PrefillTask) -> None:
+    def _finish(self, done: PrefillTask | DecodeStep) -> None:
+        """Process a result that is on the host."""
+        self._has_finished = True
+        if isinstance(done, DecodeStep):
+            self.decoder.finish_step(done)
+        else:
+            self._finish_task(done)
+
+    def _finish_task(self, task: PrefillTask) -> None:
         """Hand over the KV of a task that is done, and answer its requests."""
         self.slots.give_back(task.attn_backend)
         prediction = self.work.observe(task)
-        self.recorder.completed(task, prediction, self.work.ttft, len(self.work.tasks.live))
+        self.recorder.completed(task, prediction)
         self.role.finish(task)
         self.work.computed(task)
 
@@ -273,27 +333,30 @@ class Hub(Generic[RoleT]):
         """Meet the other ranks, which wait here while the first one sleeps. Whether it is time to look for stalls."""
         tasks = self.work.tasks
         stalls_due = now_s - self._looked_for_stalls_s >= self.stall_check_s
-        arrival = tasks.finishing[0].id if tasks.result_arrived() else NO_TASK
         slowdown_percent = round(100 * self.work.ttft.correction)
         has_offer = self.agreement.decides and self.learning.look_for_offer()
-        agreed = self.agreement.agree([stalls_due, arrival, slowdown_percent, has_offer])
-        self._agreed_arrival = agreed[1]
-        self.tiles.follow(agreed[2] / 100)
-        if agreed[3]:
+        agreed = News(*self.agreement.agree(News(stalls_due, tasks.arrival, slowdown_percent, has_offer)))
+        self._agreed_arrival = agreed.arrival
+        self.tiles.follow(agreed.slowdown_percent / 100)
+        if agreed.has_offer:
             self.learning.adopt()
             self.work.follow()
-        if agreed[0]:
+        if agreed.stalls_due:
             self._looked_for_stalls_s = now_s
-        return bool(agreed[0])
+        return bool(agreed.stalls_due)
 
     def _wait_for_result(self) -> bool:
-        """Nothing can run: wait for the result that is on its way, or an event. Whether there is one."""
+        """Nothing can run: wait for the result that is on its way, or an event. Whether there is a result, or was one
+        since the last look, which may have freed KV cache.
+        """
         finishing = self.work.tasks.finishing
         if finishing and self.agreement.decides:  # the other ranks wait for what the first one decides next
             self.device.wait(finishing[0].result.copy_done, self.events.pending)
-        return bool(finishing)
+        return bool(finishing) or self._has_finished
 
     def _sleep(self) -> None:
-        """Nothing can run until something happens: housekeeping once, then sleep."""
+        """Nothing can run until something happens: housekeeping once, then explore, or sleep."""
         self.recorder.flush()
-        self.events.sleep(IDLE_CHECK_S if self.role.rest() else self.stall_check_s)
+        is_idle = self.role.rest()
+        if not (is_idle and self.exploration.explore(self._stopped_s, self.forward)):
+            self.events.sleep(IDLE_CHECK_S if is_idle else self.stall_check_s)

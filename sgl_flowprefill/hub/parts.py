@@ -8,7 +8,9 @@ from typing import Any, Protocol
 
 from sgl_flowprefill.hub.failure import Failure
 from sgl_flowprefill.hub.task import PrefillTask
+from sgl_flowprefill.hub.waiting import WaitingRequest
 from sgl_flowprefill.pace import Pace
+from sgl_flowprefill.policy import Job
 from sgl_flowprefill.ttft import Prediction, PrefillShape
 
 
@@ -46,10 +48,24 @@ class Learning:
         """Predict with the model on offer from now on. Called at all ranks, in the same turn."""
 
 
+class Exploration:
+    """Runs what nobody asked for, while there is nothing to do. Runs nothing."""
+
+    def explore(self, idle_since_s: float, forward: Callable[[Any], Any]) -> bool:
+        """Nothing can run, and no task has run since ``idle_since_s``. Run something with ``forward(batch)``, until
+        something happens. Whether something was run.
+        """
+        return False
+
+    def state(self) -> Mapping[str, float]:
+        """What it has cost."""
+        return {"share": 0.0}
+
+
 class Executor(Protocol):
     """Runs forward passes that can be suspended (``runtime.executor``)."""
 
-    points: int
+    points_passed: int
     """Interruption points that tasks have passed."""
 
     def run(self, task: PrefillTask, forward: Callable[[Any], Any]) -> None:
@@ -117,6 +133,12 @@ class Agreement(Protocol):
 class Recorder:
     """Is told what happens. Does nothing with it."""
 
+    def ready(self, job: Job[WaitingRequest]) -> None:
+        """A request could be started from now on."""
+
+    def shed(self, jobs: Sequence[Job[WaitingRequest]], backlog_s: float, retry_after_s: int) -> None:
+        """The requests of ``jobs`` are about to be refused, with ``backlog_s`` of predicted prefills on the server."""
+
     def suspended(
         self, task: PrefillTask, winner: PrefillTask, stopped_s: float, now_s: float, news_readable_s: float
     ) -> None:
@@ -127,8 +149,8 @@ class Recorder:
     def resumed(self, task: PrefillTask, now_s: float) -> None:
         """``task`` runs, for the first time or again."""
 
-    def completed(self, task: PrefillTask, prediction: Prediction, ttft: TTFT, live_tasks: int) -> None:
-        """``task`` is done. ``prediction`` is what ``ttft`` says of it now that it has run."""
+    def completed(self, task: PrefillTask, prediction: Prediction) -> None:
+        """``task`` is done. ``prediction`` is what the TTFT model says of it now that it has run."""
 
     def dropped(self, task: PrefillTask) -> None:
         """``task`` is unwound: nobody waits for it any more."""
@@ -138,6 +160,12 @@ class Recorder:
 
     def failed(self, task: PrefillTask, failure: Failure) -> None:
         """The forward pass of ``task`` has raised."""
+
+    def decided(self, cost_s: float, now_s: float) -> None:
+        """By ``now_s``, what has happened was taken and what runs next was chosen, in ``cost_s``."""
+
+    def explored(self, time_s: float) -> None:
+        """So long, the server has run what nobody asked for."""
 
     def flush(self) -> None:
         """Nothing runs: there is time to write."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any, NamedTuple, Protocol
 
-from sgl_flowprefill.hub.task import PrefillTask
+from sgl_flowprefill.hub.task import DecodeStep, PrefillTask
+from sgl_flowprefill.slo import Objective
 from sgl_flowprefill.ttft import PrefillShape
 
 
@@ -25,6 +26,15 @@ class Arrival(NamedTuple):
     """Tokens of its prompt whose log probabilities are asked for."""
     retracted: bool = False
     """Whether it was a stream and has part of its answer: it starts before all other requests."""
+    objective: Objective | None = None
+    """What the request is promised, of an engine that says so."""
+    has_run: bool = False
+    """Whether a prefill of it has begun before, which was given back."""
+
+    @property
+    def is_fresh(self) -> bool:
+        """Whether nothing has been computed for the request."""
+        return not (self.retracted or self.has_run)
 
 
 class Role(Protocol):
@@ -48,7 +58,11 @@ class Role(Protocol):
         """The requests that can be started since the last turn. Asked when abandoned tasks have been dropped."""
 
     def waiting(self) -> Collection[Any]:
-        """All requests that can be started; the hub forgets all other requests."""
+        """The requests that ``arrived`` has told of and that can still be started; the hub forgets all other requests.
+
+        A request is not among them before ``arrived`` has told of it: where they are as many as the hub knows, the hub
+        takes them for the same.
+        """
 
     def abandoned(self, live: Sequence[PrefillTask]) -> Sequence[PrefillTask]:
         """The ``live`` tasks that nobody waits for any more."""
@@ -88,11 +102,34 @@ class Role(Protocol):
 class Decoder(Protocol):
     """The decode steps of an engine that has streams."""
 
-    def step(self) -> None:
-        """Give every stream its next token: one forward pass, and its result. Tasks that are done join before it."""
+    def step(self) -> DecodeStep | None:
+        """Queue one forward pass that gives every stream its next token. Tasks that have finished join before it. None
+        if no stream is left.
+
+        Until it has ended the hub asks for no other, and the streams that it computes stay as they are.
+        """
+
+    def finish_step(self, step: DecodeStep) -> None:
+        """Process the result of ``step``, which is on the host: answer, and end the streams that are over."""
 
     def missing_tokens(self) -> int:
         """Tokens of KV cache that the next step lacks; zero or less where it has them."""
 
     def give_back(self, task: PrefillTask) -> None:
         """Free what ``task`` holds, whose forward pass has been unwound: its requests wait again."""
+
+
+class NoStreams(Decoder):
+    """The decode steps of an engine without streams: a policy that knows of none asks for no step."""
+
+    def step(self) -> DecodeStep | None:
+        raise NotImplementedError("an engine without streams was asked for a decode step: give its hub a decoder")
+
+    def finish_step(self, step: DecodeStep) -> None:
+        raise NotImplementedError("an engine without streams has run a decode step: give its hub a decoder")
+
+    def missing_tokens(self) -> int:
+        return 0
+
+    def give_back(self, task: PrefillTask) -> None:
+        raise NotImplementedError("an engine without streams was asked for KV cache: give its hub a decoder")

@@ -1,11 +1,11 @@
-"""A prefill task, one forward pass over a batch, and the tasks of a hub."""
+"""A prefill task, one forward pass over a batch; a decode step whose tokens are on their way; the tasks of a hub."""
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 from sgl_flowprefill.hub.device import Device, Stamp
 from sgl_flowprefill.hub.failure import Failure
@@ -16,6 +16,8 @@ from sgl_flowprefill.ttft import PrefillShape
 
 NO_TASK: Final = -1
 """In place of a task's id."""
+STEP: Final = NO_TASK - 1
+"""In place of a task's id: a decode step. There is one at a time."""
 
 
 @dataclass(eq=False, slots=True)
@@ -40,12 +42,14 @@ class PrefillTask:
     readable_s: float = 0.0
     """When the scheduler process could first have read that the request it was started for can be run."""
     attn_backend: Any = None
+    weight: float = 1.0
+    """How much it counts to meet one of its requests, on average."""
     job: Job[PrefillTask] = field(init=False)
     """What the policy sees of it."""
-    checkpoint: int = 0
-    """Preemption checkpoints passed so far."""
-    points: int = 0
-    """Interruption points passed so far: preemption checkpoints behind operators and between tiles."""
+    operators_passed: int = 0
+    """Preemption checkpoints passed so far: one behind each operator, or behind each layer."""
+    points_passed: int = 0
+    """Interruption points passed so far: preemption checkpoints, and those of tiles."""
     spans: list[tuple[Stamp, Stamp]] = field(default_factory=list, repr=False)
     """Where it ran in the device's queue, from each start or resume to the suspension or end that followed."""
     has_run: bool = False
@@ -60,7 +64,9 @@ class PrefillTask:
 
     def __post_init__(self) -> None:
         work_s, requests = self.predicted_s / self.pace.factor, len(self.shapes)
-        self.job = Job(self, self.arrival_s, self.deadline_s, work_s, requests, self.number, self.pace, started=True)
+        self.job = Job(
+            self, self.arrival_s, self.deadline_s, work_s, requests, self.number, self.pace, True, self.weight
+        )
 
     @property
     def executed_s(self) -> float:
@@ -86,22 +92,41 @@ class PrefillTask:
         return sum(member.logprob_rows for member in self.members)
 
 
+@dataclass(eq=False, slots=True)
+class DecodeStep:
+    """A decode step that has been queued. It ends when its result is processed."""
+
+    id: ClassVar[int] = STEP
+    result: Any
+    """What the forward pass returned."""
+    batch: Any = None
+    """The role's own: SGLang's running batch."""
+    spans: Sequence[tuple[Stamp, Stamp]] = ()
+    """Where it runs in the device's queue."""
+
+    @property
+    def executed_s(self) -> float:
+        """Device time of it, without that of what was queued before. Known once that has passed."""
+        return sum(begin.seconds_until(end) for begin, end in self.spans)
+
+
 class Tasks:
-    """The tasks of a hub that are not finished."""
+    """The tasks of a hub that are not finished, and the decode step."""
 
     def __init__(self) -> None:
         self.started = 0
         """Tasks so far: the id of the next one."""
         self.live: list[PrefillTask] = []
         """Tasks that have started and are not done, in the order of their start, which is the same on all ranks."""
-        self.finishing: deque[PrefillTask] = deque()
-        """Tasks that are done, whose results are on their way from the device."""
+        self.finishing: deque[PrefillTask | DecodeStep] = deque()
+        """Tasks that are done, and the decode step: their results are on their way from the device, in its order."""
         self.running: PrefillTask | None = None
         """The live task that ran last, and has not been suspended for another."""
 
-    def __iter__(self) -> Iterator[PrefillTask]:
-        yield from self.live
-        yield from self.finishing
+    @property
+    def prefills(self) -> list[PrefillTask]:
+        """All but the decode step."""
+        return [*self.live, *(done for done in self.finishing if isinstance(done, PrefillTask))]
 
     def __len__(self) -> int:
         return len(self.live) + len(self.finishing)
@@ -121,20 +146,25 @@ class Tasks:
             self.running = None
 
     def result_arrived(self) -> bool:
-        """Whether the task that finishes next has its result on the host."""
+        """Whether what finishes next has its result on the host."""
         return bool(self.finishing) and bool(self.finishing[0].result.copy_done.query())
 
-    def take_arrived(self, agreed_arrival: int, device: Device) -> Iterator[PrefillTask]:
-        """The tasks that finish now, in the order in which they were done. One may wait for its result while the device
-        runs the next.
+    @property
+    def arrival(self) -> int:
+        """The id of what finishes next, if its result is on the host; NO_TASK otherwise."""
+        return self.finishing[0].id if self.result_arrived() else NO_TASK
 
-        Of several ranks, the first decides: what it has, the task ``agreed_arrival`` or NO_TASK, is on its way at all
-        of them, behind the same kernels.
+    def take_arrived(self, agreed_arrival: int, device: Device) -> Iterator[PrefillTask | DecodeStep]:
+        """What finishes now, in the order in which it was queued. One may wait for its result while the device runs the
+        next.
+
+        Of several ranks, the first decides: what it has, the id ``agreed_arrival`` or NO_TASK, is on its way at all of
+        them, behind the same kernels.
         """
         while self.finishing:
-            task = self.finishing[0]
-            if task.result.copy_done is not None:
-                if task.id != agreed_arrival and len(self.finishing) == 1:
+            first = self.finishing[0]
+            if first.result.copy_done is not None:
+                if first.id != agreed_arrival and len(self.finishing) == 1:
                     return
-                device.wait(task.result.copy_done, lambda: False)
+                device.wait(first.result.copy_done, lambda: False)
             yield self.finishing.popleft()

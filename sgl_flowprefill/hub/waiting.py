@@ -1,5 +1,6 @@
-"""The requests that could be started now: the job of each, its number, since when it could have been read, and whose
-prefix has been cached while it waits."""
+"""The requests that could be started now: the job of each, its number, since when it could have been read, and which
+have an outdated prefix match: more of their prompts has been cached since.
+"""
 
 from __future__ import annotations
 
@@ -48,10 +49,14 @@ class WaitingRequests:
         self._watched: dict[int, dict[Any, None]] = {}
         """By the hash of a prompt's beginning, up to the first block that is not cached: the requests that begin so."""
         self._outdated: dict[Any, None] = {}
-        """Requests of whose prompts more has been cached since they were matched, in the order in which it was."""
+        """Requests with an outdated prefix match, in the order in which more of their prompts was cached."""
 
     def __len__(self) -> int:
         return len(self._jobs)
+
+    def holds(self, job: Job[WaitingRequest]) -> bool:
+        """Whether the request of ``job`` waits."""
+        return self._by_number.get(job.item.number) is job
 
     def next_number(self) -> int:
         """The number of the request that is added next."""
@@ -80,9 +85,7 @@ class WaitingRequests:
                 self._outdated |= self._watched.pop(beginning, {})
 
     def outdated(self, most: int | None = None) -> list[Job[WaitingRequest]]:
-        """The requests of whose prompts more has been cached since they were matched, in the order in which it was;
-        ``most`` of them at most.
-        """
+        """Requests with an outdated prefix match, ``most`` of them at most, in the order in which more was cached."""
         return [self._jobs[req] for req in islice(self._outdated, most)] if self._outdated else []
 
     @property
@@ -114,7 +117,7 @@ class WaitingRequests:
         return jobs
 
     def take_all_but(self, reqs: Collection[Any]) -> list[Job[WaitingRequest]]:
-        """The jobs of all requests but ``reqs``, which the role lets wait on."""
+        """The jobs of all requests but ``reqs``, which the role lets wait on; none is new here (``Role``)."""
         if len(self._jobs) == len(reqs):
             return []
         waiting = set(reqs)

@@ -5,20 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, Literal
+from typing import Any, Literal
 
 from sgl_flowprefill.hub.parts import TTFT, Memory
 from sgl_flowprefill.hub.progress import Progress
 from sgl_flowprefill.hub.role import Arrival
-from sgl_flowprefill.hub.task import NO_TASK, PrefillTask, Tasks
+from sgl_flowprefill.hub.shedding import Backlog, Refusal, Shedding, retry_after_s
+from sgl_flowprefill.hub.task import NO_TASK, STEP, PrefillTask, Tasks
 from sgl_flowprefill.hub.waiting import WaitingRequest, WaitingRequests
 from sgl_flowprefill.policy import Act, ColocatedPolicy, Job, Policy
 from sgl_flowprefill.ttft import Prediction, PrefillShape
 
 Choice = PrefillTask | list[Job[WaitingRequest]] | Literal[Act.STEP] | None
 """What runs next: a task that has started, the requests for a new one in order of priority, or a decode step."""
-STEP: Final = NO_TASK - 1
-"""In place of a task's id: a decode step."""
 
 
 def half(shapes: Sequence[PrefillShape]) -> float:
@@ -30,7 +29,8 @@ def half(shapes: Sequence[PrefillShape]) -> float:
 class Work:
     """Keeps the jobs up to date, and has the policy choose among them."""
 
-    policy: Policy[WaitingRequest, PrefillTask]
+    colocated: ColocatedPolicy[WaitingRequest, PrefillTask]
+    """Decides what runs: a prefill policy beside the decode steps of streams, where there are any."""
     ttft: TTFT
     memory: Memory
     progress: Progress
@@ -38,15 +38,21 @@ class Work:
     attention_share: Callable[[Sequence[PrefillShape]], float] = half
     """Share of the time of a batch that attention takes."""
     waiting: WaitingRequests = field(default_factory=WaitingRequests)
-    colocated: ColocatedPolicy[WaitingRequest, PrefillTask] | None = None
-    """``policy`` beside the decode steps of streams, on a server that has streams."""
+    shedding: Shedding | None = None
+    """The requests that may be refused, on a server that refuses any."""
+    backlog: Backlog = field(default_factory=Backlog, init=False)
     ask_again_s: float = field(default=math.inf, init=False)
     """When to choose anew if nothing has happened until then: a decode step has to start."""
 
+    @property
+    def policy(self) -> Policy[WaitingRequest, PrefillTask]:
+        """The prefill policy, which has all jobs."""
+        return self.colocated.prefills
+
     # ---- requests that come and go --------------------------------------------------------------------------------
 
-    def add(self, arrival: Arrival) -> None:
-        """A request waits for its turn."""
+    def add(self, arrival: Arrival) -> Job[WaitingRequest]:
+        """A request waits for its turn: its job."""
         waiting = WaitingRequest(
             arrival.req,
             self.waiting.next_number(),
@@ -58,27 +64,54 @@ class Work:
         shapes = (arrival.shape,)
         pace = self.ttft.pace(shapes)
         work_s = self.ttft.predict_s(shapes) / pace.factor
-        job = Job(waiting, arrival.received_s, arrival.deadline_s, work_s, pace=pace)
+        weight = 1.0 if arrival.objective is None else arrival.objective.weight
+        job = Job(waiting, arrival.received_s, arrival.deadline_s, work_s, pace=pace, weight=weight)
         self.waiting.add(job)
-        self.policy.add(job)
-        if arrival.retracted and self.colocated is not None:
+        self._put(job)
+        promised = arrival.objective
+        if self.shedding is not None and promised is not None and arrival.is_fresh:
+            self.shedding.add(job, promised.slo_class, promised.sheddable)
+        if arrival.retracted:
             self.colocated.returned(job)
+        return job
 
     def forget_all_but(self, reqs: Collection[Any]) -> None:
         """Drop the jobs of requests that wait no longer: their client has left, or their decode server is gone."""
         for job in self.waiting.take_all_but(reqs):
-            self.policy.remove(job)
+            self._take(job)
+            self.policy.withdrawn(job)
+            if self.shedding is not None:
+                self.shedding.remove(job)
+
+    def refused(self, now_s: float) -> list[Refusal]:
+        """The requests that are to be refused now, all of which wait."""
+        if self.shedding is None:
+            return []
+        return [one for one in self.shedding.refused(self.policy, now_s) if self.waiting.holds(one.job)]
+
+    def retry_after_s(self, without: Iterable[Job[WaitingRequest]]) -> tuple[float, int]:
+        """The predicted work of all jobs ``without`` some, and whole seconds until it has run."""
+        backlog_s = max(0.0, self.backlog.work_s - sum(job.remaining_s for job in without))
+        return backlog_s, retry_after_s(backlog_s, self.colocated.load)
+
+    def _put(self, job: Job[Any]) -> None:
+        self.policy.add(job)
+        self.backlog.add(job)
+
+    def _take(self, job: Job[Any]) -> None:
+        self.policy.remove(job)
+        self.backlog.remove(job)
 
     def match_again(self, jobs: Iterable[Job[WaitingRequest]], match: Callable[[Any], PrefillShape]) -> bool:
-        """Match the ``jobs`` again of whose prompts more has been cached since. Whether there were any."""
+        """Match again those of ``jobs`` that have an outdated prefix match. Whether there were any."""
         outdated = list(filter(self.waiting.is_outdated, jobs)) if self.waiting.any_outdated else []
         for job in outdated:
-            self.policy.remove(job)
+            self._take(job)
             shape = match(job.item.req)
             self.waiting.matched(job, shape)
             job.pace = self.ttft.pace([shape])
             job.remaining_s = self.ttft.predict_s([shape])
-            self.policy.add(job)
+            self._put(job)
         return bool(outdated)
 
     # ---- choosing -------------------------------------------------------------------------------------------------
@@ -88,14 +121,11 @@ class Work:
         matched again before the choice is made anew: not so if it is the ``last``.
         """
         running = self.tasks.running.job if self.tasks.running else None
-        if self.colocated is None:
-            job = self.policy.pick(now_s, running, admit)
-        else:
-            turn = self.colocated.next(now_s, running, admit)
-            self.ask_again_s = turn.ask_again_s
-            if turn.act is Act.STEP:
-                return Act.STEP
-            job = turn.job
+        turn = self.colocated.next(now_s, running, admit)
+        self.ask_again_s = turn.ask_again_s
+        if turn.act is Act.STEP:
+            return Act.STEP
+        job = turn.job
         if job is None or isinstance(job.item, PrefillTask):
             return None if job is None else job.item
         jobs = self.policy.batch(job, now_s, _new_tokens, self._predict_s)
@@ -108,18 +138,16 @@ class Work:
 
     def plan_step(self) -> None:
         """The next step starts when the streams of now need it, whatever else is chosen."""
-        assert self.colocated is not None
-        self.ask_again_s = self.colocated.load.start_by_s
+        self.ask_again_s = self.colocated.step_by_s
 
     def to_give_back(self, now_s: float, tokens: int) -> list[PrefillTask]:
         """The tasks that are given up so that ``tokens`` of KV cache get free for streams."""
-        assert self.colocated is not None
 
         def held_tokens(task: PrefillTask) -> int:
             return sum(map(sum, task.shapes))
 
         def executed_s(task: PrefillTask) -> float:
-            return task.predicted_s - self._remaining_s(task)
+            return task.predicted_s - self.remaining_s(task)
 
         return [job.item for job in self.colocated.give_back(now_s, tokens, held_tokens, executed_s)]
 
@@ -150,10 +178,9 @@ class Work:
         streams.
         """
         live = self.tasks.live
-        if self.colocated is not None:
-            shapes = [shape for task in live for shape in task.shapes] + [job.item.shape for job in jobs]
-            if not self.colocated.may_join(len(shapes), sum(map(sum, shapes))):
-                return False
+        shapes = [shape for task in live for shape in task.shapes] + [job.item.shape for job in jobs]
+        if not self.colocated.may_join(len(shapes), sum(map(sum, shapes))):
+            return False
         return not live or self.memory.admits(
             [task.new_tokens for task in live],
             sum(job.item.shape.new_tokens for job in jobs),
@@ -171,7 +198,9 @@ class Work:
         """The task of ``batch``, which was made of ``reqs`` for ``winner`` and computes ``shapes``."""
         members = self.waiting.take(reqs)
         for member in members:
-            self.policy.remove(member)
+            self._take(member)
+            if self.shedding is not None:
+                self.shedding.remove(member)
         task = PrefillTask(
             id=self.tasks.started,
             batch=batch,
@@ -185,25 +214,26 @@ class Work:
             pace=self.ttft.pace(shapes),
             readable_s=winner.item.readable_s,
             attn_backend=slot,
+            weight=sum(member.weight for member in members) / len(members),
         )
         self.tasks.start(task)
-        self.policy.add(task.job)
+        self._put(task.job)
         return task
 
     def update(self, task: PrefillTask) -> None:
         """Tell the policy how much of a task that has run is left."""
-        self.policy.remove(task.job)
-        task.job.remaining_s = self._remaining_s(task)
-        self.policy.add(task.job)
+        self._take(task.job)
+        task.job.remaining_s = self.remaining_s(task)
+        self._put(task.job)
 
     def end(self, task: PrefillTask) -> None:
         """Forget a task that is done or dropped."""
-        self.policy.remove(task.job)
+        self._take(task.job)
         self.tasks.end(task)
 
     def observe(self, task: PrefillTask) -> Prediction:
         """Learn from a task that is done; what was predicted before this was known."""
-        self.progress.passed_all(task.checkpoint)
+        self.progress.passed_all(task.operators_passed)
         return self.ttft.observe(task.shapes, task.executed_s)
 
     def computed(self, task: PrefillTask) -> None:
@@ -218,11 +248,11 @@ class Work:
                 live.predicted_s = self.ttft.predict_s(live.shapes)
             self.policy.repaced()
 
-    def _remaining_s(self, task: PrefillTask) -> float:
+    def remaining_s(self, task: PrefillTask) -> float:
         """Predicted time left, from the preemption checkpoints that the task has passed, not from wall time."""
         if not self.progress.checkpoints:
             return max(0.0, task.predicted_s - task.executed_s)
-        return task.predicted_s * self.progress.left(task.checkpoint, task.attention_share)
+        return task.predicted_s * self.progress.left(task.operators_passed, task.attention_share)
 
 
 def _new_tokens(request: WaitingRequest) -> int:

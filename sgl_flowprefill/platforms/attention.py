@@ -32,7 +32,7 @@ QUERY_TILE_TOKENS: Final = 256
 _LEAST_TILE_TOKENS: Final = 32
 """Query rows that the fused kernel computes at a time anyway: fewer would take as long."""
 
-_MAX_SCORES_BYTES: Final = 64 << 20
+MAX_SCORES_BYTES: Final = 64 << 20
 """Bound on the score matrix of layers that the fused kernel cannot serve (sliding window, logit cap)."""
 
 _MIN_RUN_TOKENS: Final = 64
@@ -133,8 +133,8 @@ class PortableCpuAttention(AttentionBackend):
                 self.between_tiles()
                 continue
             rows = slice(sequence.query_start, sequence.query_start + sequence.query_tokens)
-            sequence_keys = _read(keys, sequence, q.dtype)
-            sequence_values = _read(values, sequence, q.dtype)
+            sequence_keys = gather(keys, sequence, q.dtype)
+            sequence_values = gather(values, sequence, q.dtype)
             if fused:
                 attend_causal(
                     queries[rows],
@@ -256,7 +256,7 @@ def attend_causal(
     """
     kv_heads = keys.shape[1]
     prefix = len(keys) - len(queries)
-    for start, rows in _tiles(len(queries), prefix, len(keys), tile_tokens, tile_pairs):
+    for start, rows in query_tiles(len(queries), prefix, len(keys), tile_tokens, tile_pairs):
         tile = queries[start : start + rows]
         before = prefix + start
         own = slice(before, before + len(tile))
@@ -293,8 +293,8 @@ def attend_windowed(
     heads, kv_heads = queries.shape[1], keys.shape[1]
     prefix = len(keys) - len(queries)
     span = len(keys) if window_tokens is None else min(len(keys), window_tokens + tile_tokens)
-    most_rows = max(1, min(tile_tokens, _MAX_SCORES_BYTES // (heads * span * 4)))
-    for start, rows in _tiles(len(queries), prefix, span, most_rows, tile_pairs):
+    most_rows = max(1, min(tile_tokens, MAX_SCORES_BYTES // (heads * span * 4)))
+    for start, rows in query_tiles(len(queries), prefix, span, most_rows, tile_pairs):
         tile = queries[start : start + rows]
         first = prefix + start
         end = first + len(tile)
@@ -318,7 +318,9 @@ def attend_windowed(
         between_tiles()
 
 
-def _tiles(queries: int, prefix: int, most_keys: int, most_rows: int, most_pairs: float) -> Iterator[tuple[int, int]]:
+def query_tiles(
+    queries: int, prefix: int, most_keys: int, most_rows: int, most_pairs: float
+) -> Iterator[tuple[int, int]]:
     """First row and rows of each query tile: fewer, the more keys they see."""
     start = 0
     while start < queries:
@@ -376,7 +378,7 @@ def _unfold(out: torch.Tensor, rows: int) -> torch.Tensor:
     return out.reshape(kv_heads, -1, rows, dim).permute(2, 0, 1, 3).flatten(1, 2)
 
 
-def _read(buffer: torch.Tensor, sequence: Sequence, dtype: torch.dtype) -> torch.Tensor:
+def gather(buffer: torch.Tensor, sequence: Sequence, dtype: torch.dtype) -> torch.Tensor:
     """[kv_tokens, kv_heads, dim] of one sequence; a view of the pool where its slots are adjacent."""
     if sequence.run_tokens == len(sequence.slots):
         first = int(sequence.slots[0])

@@ -41,6 +41,8 @@ class PortableCpuPlatform(CpuDeviceMixin, SRTPlatform):
         server_args.disable_hybrid_swa_memory = True
         server_args.disable_cuda_graph = True
         server_args.disable_custom_all_reduce = True
+        server_args.hicache_io_backend = "direct"
+        server_args.hicache_mem_layout = "layer_first"
         if server_args.dtype == "auto":
             server_args.dtype = "float32"
         if server_args.mem_fraction_static is None:  # of the memory that all tensor-parallel ranks share

@@ -1,7 +1,7 @@
 """Scheduling policy, free of torch and SGLang: the runtime, the simulator and the tests drive the same objects."""
 
 from sgl_flowprefill.policy import orders
-from sgl_flowprefill.policy.base import Job, Limits, Policy
+from sgl_flowprefill.policy.base import Job, Limits, Policy, Standing
 from sgl_flowprefill.policy.colocated import Act, ColocatedPolicy, Turn
 from sgl_flowprefill.policy.decode import DecodeLimits, Stream
 from sgl_flowprefill.policy.registry import POLICIES, discover, make_policy, register
@@ -16,6 +16,7 @@ __all__ = [
     "Job",
     "Limits",
     "Policy",
+    "Standing",
     "Stream",
     "Turn",
     "make_policy",

@@ -7,8 +7,9 @@ from abc import ABC, abstractmethod
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from enum import StrEnum
 from itertools import count, islice
-from typing import Final, Generic, Protocol, TypeVar
+from typing import Any, Final, Generic, Protocol, TypeVar
 
 from sgl_flowprefill.pace import AS_PREDICTED, Pace
 from sgl_flowprefill.policy.decode import DecodeLoad
@@ -45,8 +46,12 @@ class Job(Generic[T]):
     pace: Pace = AS_PREDICTED
     started: bool = False
     """Whether the job is a task that has started."""
+    weight: float = 1.0
+    """How much it counts to meet one of the requests, beside those of other jobs: the mean of a batch."""
     turns_infeasible_s: float = field(default=math.nan, init=False, repr=False)
     """The policy's own note: ``latest_start_s`` as it was when the job came, or -inf for an infeasible job."""
+    counted: Any = field(default=None, init=False, repr=False)
+    """The policy's own note: as what the job counts among what arrives, if it does."""
 
     @property
     def remaining_s(self) -> float:
@@ -87,6 +92,23 @@ class Candidate(Generic[T]):
     key: float
     """Orders the jobs of one tier."""
     job: Job[T]
+
+
+class Standing(StrEnum):
+    """Why a job has its place in the order."""
+
+    STARVED = "starved"
+    """It is too late for its deadline, and has waited so long that it is its turn."""
+    KEPT = "kept"
+    """It belongs to the jobs that can all meet their deadlines, which run by deadline."""
+    LEFT_OUT = "left out"
+    """It could meet its deadline by itself, but not beside the jobs that are kept."""
+    FEASIBLE = "feasible"
+    """It can meet its deadline by itself: jobs that can run by deadline."""
+    INFEASIBLE = "infeasible"
+    """It misses its deadline even if it runs now: it waits for all jobs that need not."""
+    IN_LINE = "in line"
+    """The order does not ask whether a deadline can be met."""
 
 
 class Jobs(Protocol[T_co]):
@@ -151,12 +173,34 @@ class Policy(ABC, Generic[R, K]):
 
     # ---- what an order may say ---------------------------------------------------------------------------------------
 
+    def withdrawn(self, job: Job[R]) -> None:
+        """``job``, which waited and was taken out, is not wanted any more: for orders that judge what will arrive by
+        what has.
+        """
+
     def charge(self, load: DecodeLoad) -> None:
         """Decode steps take ``load`` from the time of prefills from now on: for orders that plan ahead."""
+
+    @property
+    def infeasible_waiting(self) -> int | None:
+        """How many of the waiting requests cannot meet their deadlines even by themselves, as of the last event; None
+        for orders that do not ask.
+        """
+        return None
+
+    def standings(self, jobs: Sequence[Job[Any]], now_s: float) -> list[Standing]:
+        """Why each of ``jobs``, which are in the policy, has its place at ``now_s``: for people who watch."""
+        return [Standing.IN_LINE] * len(jobs)
 
     def keeps(self, job: Job[K], now_s: float) -> bool:
         """Whether the started ``job`` is to meet its deadline: jobs that are not are given up first."""
         return job.latest_start_s >= now_s
+
+    def is_late(self, job: Job[R], now_s: float) -> bool:
+        """Whether the waiting ``job`` misses its deadline even if it runs right behind those jobs that go before it and
+        are to meet theirs.
+        """
+        return job.latest_start_s < now_s
 
     # ---- what is made of it -----------------------------------------------------------------------------------------
 

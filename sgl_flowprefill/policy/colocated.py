@@ -16,6 +16,7 @@ from sgl_flowprefill.policy.decode import (
     DecodeLimits,
     DecodeLoad,
     Margin,
+    NoSteps,
     StepModel,
     Stream,
     Streams,
@@ -49,6 +50,16 @@ class Turn(Generic[R, K]):
     ask_again_s: float = math.inf
 
 
+@dataclass(frozen=True, slots=True)
+class RunningStep:
+    """A decode step that has begun, and what was known then."""
+
+    begin_s: float
+    requests: int
+    context_tokens: int
+    load: DecodeLoad
+
+
 class ColocatedPolicy(Generic[R, K]):
     """A prefill policy beside the decode steps of streams. Without streams it is that policy.
 
@@ -66,13 +77,18 @@ class ColocatedPolicy(Generic[R, K]):
     after the one before it.
     """
 
-    def __init__(self, prefills: Policy[R, K], model: StepModel, limits: DecodeLimits | None = None) -> None:
+    def __init__(
+        self, prefills: Policy[R, K], model: StepModel | None = None, limits: DecodeLimits | None = None
+    ) -> None:
+        """``model``: how long steps take; left out on a server that has no streams."""
         self.prefills = prefills
         self.limits = limits or DecodeLimits()
         self.streams = Streams()
         self.load: DecodeLoad = NO_LOAD
+        self.step: RunningStep | None = None
+        """The step that has begun and not ended: until it has, no other is asked for."""
         self.margin = Margin()
-        self._model = CorrectedSteps(model)
+        self._model = CorrectedSteps(model or NoSteps())
         self._returning: list[Job[R]] = []
         """Waiting requests that have part of their answers, in the order in which they were retracted."""
 
@@ -94,16 +110,33 @@ class ColocatedPolicy(Generic[R, K]):
         """``job``, which waits among the prefills, was a stream and has been retracted: it starts before all others."""
         self._returning.append(job)
 
-    def stepped(self, begin_s: float, end_s: float, ended: Iterable[Stream] = (), delivery_s: float = 0.0) -> None:
-        """A step ran from ``begin_s`` to ``end_s``; ``ended`` are the streams that have their last tokens.
+    def began(self, begin_s: float) -> None:
+        """A step over the streams of now begins. Streams that join before it has ended take part in the next one."""
+        assert self.step is None, "one step at a time"
+        self.step = RunningStep(begin_s, self.streams.requests, self.streams.context_tokens, self.load)
+        self.streams.begin_step()
 
-        ``delivery_s``: what passed after that until the tokens had left the server.
+    def stepped(self, end_s: float, ended: Iterable[Stream] = (), took_s: float | None = None) -> None:
+        """The step that began has ended at ``end_s``, when the scheduler had handed out its tokens; ``ended`` are the
+        streams that have their last ones. ``took_s``: its own time, where the device had other work to do first.
         """
-        if begin_s >= self.load.start_by_s:  # one that ran early, for want of prefills, shows no lateness
-            self.margin.observe(end_s + delivery_s - self.load.start_by_s - self.load.step_s)
-        self._model.observe(self.streams.requests, self.streams.context_tokens, end_s - begin_s)
+        step, self.step = self.step, None
+        assert step is not None, "a step that ends has begun"
+        if step.begin_s >= step.load.start_by_s:  # one that ran early, for want of prefills, shows no lateness
+            self.margin.observe(end_s - step.load.start_by_s - step.load.step_s)
+        self._model.observe(step.requests, step.context_tokens, end_s - step.begin_s if took_s is None else took_s)
         self.streams.stepped(end_s)
         self.left(ended)
+
+    @property
+    def step_by_s(self) -> float:
+        """When the next step has to start; infinity while one runs."""
+        return self.load.start_by_s if self.step is None else math.inf
+
+    @property
+    def may_step(self) -> bool:
+        """Whether there are streams, and no step runs."""
+        return self.streams.requests > 0 and self.step is None
 
     @property
     def margin_s(self) -> float:
@@ -121,12 +154,12 @@ class ColocatedPolicy(Generic[R, K]):
 
     def next(self, now_s: float, running: Job[K] | None, admit: bool = True) -> Turn[R, K]:
         """What runs at ``now_s``. ``running`` and ``admit`` are the prefill policy's: see ``Policy.pick``."""
-        if now_s >= self.load.start_by_s or (not admit and self._decodes_ahead(now_s, running)):
+        if now_s >= self.step_by_s or (not admit and self._decodes_ahead(now_s, running)):
             return Turn(Act.STEP)
         job = self._first_returning(running, admit) or self.prefills.pick(now_s, running, admit)
         if job is None:
-            return Turn(Act.STEP if self.streams.requests else Act.NOTHING)
-        return Turn(Act.TASK if job.started else Act.START, job, self.load.start_by_s)
+            return Turn(Act.STEP if self.may_step else Act.NOTHING)
+        return Turn(Act.TASK if job.started else Act.START, job, self.step_by_s)
 
     def may_join(self, requests: int, tokens: int) -> bool:
         """Whether a task may start after which ``requests`` with ``tokens``, those of live tasks among them, join the
@@ -175,7 +208,7 @@ class ColocatedPolicy(Generic[R, K]):
 
     def _decodes_ahead(self, now_s: float, running: Job[K] | None) -> bool:
         """Whether a step goes first because KV cache is short for the request that would win, and steps free some."""
-        if not self.limits.ahead or not self.streams.requests:
+        if not self.limits.ahead or not self.may_step:
             return False
         rest_s = self.load.step_s * (1 / self.limits.max_share - 1)
         if now_s < self.streams.last_step_s + rest_s:

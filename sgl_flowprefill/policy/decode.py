@@ -11,7 +11,7 @@ import math
 from bisect import bisect_left, insort
 from collections import Counter, deque
 from dataclasses import dataclass, field
-from typing import Final, Protocol
+from typing import Final, Protocol, runtime_checkable
 
 MARGIN_QUANTILE: Final = 0.998
 """Share of steps that shall end in time: an answer of 300 tokens may have three late ones."""
@@ -39,7 +39,7 @@ class Stream:
     joined_s: float
     """When its last token before it joined had come."""
     joined_at: int = field(default=0, init=False)
-    """Steps that there had been when it joined."""
+    """Steps that had begun when it joined."""
 
 
 class StepModel(Protocol):
@@ -47,6 +47,21 @@ class StepModel(Protocol):
 
     def predict_s(self, requests: int, context_tokens: int) -> float:
         """Seconds of a step over ``requests`` streams that have ``context_tokens`` together."""
+
+
+@runtime_checkable
+class LearningStepModel(StepModel, Protocol):
+    """A step model that learns from the steps that run."""
+
+    def observe(self, requests: int, context_tokens: int, measured_s: float) -> None:
+        """A step over ``requests`` streams that have ``context_tokens`` together has taken ``measured_s``."""
+
+
+class NoSteps:
+    """The step model of a server without streams."""
+
+    def predict_s(self, requests: int, context_tokens: int) -> float:
+        return 0.0
 
 
 @dataclass(frozen=True)
@@ -99,15 +114,18 @@ class Streams:
         self.context_tokens = 0
         self.last_step_s = -math.inf
         """When the last step ended."""
-        self._steps = 0
+        self._begun = 0
+        """Steps that have begun."""
+        self._ended = 0
+        """Steps that have ended: all that have begun, but for one that runs."""
         self._stepped: Counter[float] = Counter()
         """Objectives of the streams that the last step served, with how many have each."""
         self._joined: list[Stream] = []
-        """Streams that no step has served."""
+        """Streams that no step has served yet."""
 
     def join(self, stream: Stream) -> None:
-        """``stream`` takes part in the next step."""
-        stream.joined_at = self._steps
+        """``stream`` takes part in the next step that begins."""
+        stream.joined_at = self._begun
         self.requests += 1
         self.context_tokens += stream.context_tokens
         self._joined.append(stream)
@@ -116,24 +134,39 @@ class Streams:
         """``stream`` is over, or is retracted."""
         self.requests -= 1
         self.context_tokens -= self.context_of(stream)
-        if stream.joined_at == self._steps:
+        if stream.joined_at >= self._ended:
             self._joined.remove(stream)
         else:
             self._stepped[stream.tbt_s] -= 1
             if not self._stepped[stream.tbt_s]:
                 del self._stepped[stream.tbt_s]
 
+    def begin_step(self) -> None:
+        """A step over the streams of now begins."""
+        self._begun += 1
+
+    def late_tokens(self, end_s: float) -> tuple[int, int]:
+        """How many tokens the step that runs computes, and how many of them are later than their objectives say if it
+        ends at ``end_s``.
+        """
+        joined = [stream for stream in self._joined if stream.joined_at < self._begun]
+        gap_s = end_s - self.last_step_s
+        late = sum(count for tbt_s, count in self._stepped.items() if gap_s > tbt_s)
+        late += sum(end_s - stream.joined_s > stream.tbt_s for stream in joined)
+        return self._stepped.total() + len(joined), late
+
     def stepped(self, end_s: float) -> None:
-        """All streams have got a token at ``end_s``."""
-        self._steps += 1
+        """The step that runs has ended: the streams with which it began have got a token at ``end_s``."""
+        self._ended = self._begun
         self.last_step_s = end_s
-        self.context_tokens += self.requests
-        self._stepped.update(stream.tbt_s for stream in self._joined)
-        self._joined.clear()
+        late = [stream for stream in self._joined if stream.joined_at == self._begun]
+        self.context_tokens += self.requests - len(late)
+        self._stepped.update(stream.tbt_s for stream in self._joined if stream.joined_at < self._begun)
+        self._joined = late
 
     def context_of(self, stream: Stream) -> int:
         """Tokens of its prompt and its answer by now."""
-        return stream.context_tokens + self._steps - stream.joined_at
+        return stream.context_tokens + max(0, self._ended - stream.joined_at)
 
     @property
     def due_s(self) -> float:
@@ -150,8 +183,8 @@ class Streams:
 class Margin:
     """How much earlier than needed a step has to start, so that MARGIN_QUANTILE of them end in time.
 
-    A step ends late by the sum of what held up its start, what it took more than predicted, and what handing out its
-    tokens took. The margin is a high quantile of that sum, not the sum of three quantiles.
+    A step ends late by the sum of what held up its start and what it took more than predicted. The margin is a high
+    quantile of that sum, not the sum of two quantiles.
     """
 
     def __init__(self, first_s: float = FIRST_MARGIN_S) -> None:
@@ -159,7 +192,7 @@ class Margin:
         self._sorted_s = [first_s]
 
     def observe(self, overrun_s: float) -> None:
-        """A step ended ``overrun_s`` later than it would have if it had started, run and been handed out as planned."""
+        """A step ended ``overrun_s`` later than it would have if it had started and run as planned."""
         self._last_s.append(overrun_s)
         insort(self._sorted_s, overrun_s)
         if len(self._last_s) > MARGIN_STEPS:
@@ -176,6 +209,7 @@ class CorrectedSteps:
 
     def __init__(self, model: StepModel) -> None:
         self._model = model
+        self._learning = model if isinstance(model, LearningStepModel) else None
         self.slowdown = 1.0
 
     def predict_s(self, requests: int, context_tokens: int) -> float:
@@ -183,8 +217,12 @@ class CorrectedSteps:
 
     def observe(self, requests: int, context_tokens: int, measured_s: float) -> None:
         """A step over ``requests`` streams has taken ``measured_s``."""
-        ratio = measured_s / self._model.predict_s(requests, context_tokens)
-        self.slowdown += (ratio - self.slowdown) / CORRECTED_BY
+        predicted_s = self._model.predict_s(requests, context_tokens)
+        self.slowdown += (measured_s / predicted_s - self.slowdown) / CORRECTED_BY
+        if self._learning is not None:
+            self._learning.observe(requests, context_tokens, measured_s)
+            # Whatever it has learned, steps like this one are predicted as they were.
+            self.slowdown *= predicted_s / self._model.predict_s(requests, context_tokens)
 
 
 def decode_load(streams: Streams, model: StepModel, limits: DecodeLimits, margin_s: float) -> DecodeLoad:

@@ -154,6 +154,11 @@ class SlackOrder(Generic[T]):
         """The first job where no job is feasible."""
         return self.feasible.first() or self._infeasible.first()
 
+    @property
+    def infeasible(self) -> int:
+        """How many jobs are infeasible, as of the last event."""
+        return len(self._infeasible)
+
     def behind(self, ahead: Iterable[Job[T] | None]) -> Iterator[Job[T]]:
         """The jobs of ``ahead``, each once, and then all other jobs."""
         first = dict.fromkeys(job for job in ahead if job is not None)

@@ -1,7 +1,7 @@
 """Tensor-parallel ranks agree on what runs and where it stops: rank 0 decides, the others follow.
 
 Collectives pair up between ranks by their order, so every rank has to run the same tasks and leave each of them at the
-same interruption point (a preemption checkpoint behind an operator or between two tiles). Two things are shared:
+same interruption point (a preemption checkpoint behind an operator, or the end of a tile). Two things are shared:
 
 * ``Agreement.agree``, in the hub: what rank 0 has decided, in one all-reduce of the CPU process group. It ends when all
   ranks are there, and begins a *round*: the time until the next one, in which a task runs for a while.
@@ -69,7 +69,11 @@ class Patience:
         self._looked_s = time.monotonic()
 
     def is_over(self) -> bool:
-        """Asked again and again during a wait, at least every ``SLICE_S``."""
+        """Asked again and again during a wait, at least every ``SLICE_S``.
+
+        Not during a wait for a message of the word between nodes: gloo closes the connections of a process whose wait
+        for a message ends early, so that wait is one piece, and time for which all ranks are stopped counts there.
+        """
         now_s = time.monotonic()
         self._left_s -= min(now_s - self._looked_s, SLICE_S)
         self._looked_s = now_s

@@ -11,13 +11,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import wraps
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 from torch import nn
 
+from sgl_flowprefill.config import Granularity
 from sgl_flowprefill.hub.progress import Progress
-
-Granularity = Literal["operator", "layer"]
 
 _ATTENTION: Final = frozenset(
     {

@@ -4,19 +4,44 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any, Final
 
+from msgspec import UNSET
 from sglang.srt.managers.scheduler_components.output_streamer import SchedulerOutputStreamer
 from sglang.srt.managers.utils import is_health_check_generate_req
 
-from sgl_flowprefill.events import Abort, Arrival, Complete, EventLog, Fail, GiveBack, Resume, Start, Step, Suspend
+from sgl_flowprefill.answers import REPORT_KEY, report
+from sgl_flowprefill.events import (
+    Abort,
+    AnyEvent,
+    Arrival,
+    Complete,
+    EventLog,
+    Fail,
+    GiveBack,
+    Leave,
+    Ready,
+    RecentEvents,
+    Resume,
+    Shed,
+    Start,
+    Step,
+    Suspend,
+)
 from sgl_flowprefill.hub.failure import Failure
-from sgl_flowprefill.hub.parts import TTFT, Recorder
+from sgl_flowprefill.hub.parts import Recorder
 from sgl_flowprefill.hub.task import PrefillTask
-from sgl_flowprefill.runtime.metrics import Metrics
+from sgl_flowprefill.hub.waiting import WaitingRequest
+from sgl_flowprefill.hub.work import Work
+from sgl_flowprefill.metrics import table
+from sgl_flowprefill.outcomes import Outcome, Outcomes
+from sgl_flowprefill.policy import Job
+from sgl_flowprefill.runtime.metrics import Metrics, Situation
+from sgl_flowprefill.slo import Objective
 from sgl_flowprefill.ttft import Prediction
 
 REASON_CHARS: Final = 200
@@ -27,15 +52,44 @@ class EventRecorder(EventLog, Recorder):
     has arrived ends once.
     """
 
-    def __init__(self, path: str | Path | None, metrics: Metrics | None = None) -> None:
-        super().__init__(path)
+    def __init__(
+        self,
+        path: str | Path | None,
+        metrics: Metrics | None = None,
+        decodes: bool = False,
+        recent: RecentEvents | None = None,
+    ) -> None:
+        """``decodes``: the server decodes as well as it prefills."""
+        super().__init__(path, recent)
         self._metrics = metrics
+        self._outcomes = Outcomes(decodes)
+        self._outcome_listeners: list[Callable[[Outcome], object]] = []
+        self._suspended: dict[int, tuple[PrefillTask, float]] = {}
+        """By id the tasks that are suspended and since when, in that order."""
         self._open: set[Any] = set()
         """The requests (SGLang's Req) that have arrived and not ended."""
+        self._ready: set[Any] = set()
+        """The requests among them that can be run, or are."""
+        self._computed: set[Any] = set()
+        """The requests whose prefill has run and which have not left."""
         self._abort_asked: set[Any] = set()
         """The requests that somebody wants aborted; some have still to arrive."""
+        if metrics is not None:
+            self.listen(metrics.read)
+            self.on_outcome(metrics.ended)
 
-    def arrived(self, req: Any, received_s: float, slo_s: float) -> None:
+    def on_outcome(self, listener: Callable[[Outcome], object]) -> None:
+        """``listener(outcome)`` is called for each request, from now on, once it is known what became of it."""
+        if not self._outcome_listeners:
+            self.listen(self._read)
+        self._outcome_listeners.append(listener)
+
+    def _read(self, event: AnyEvent) -> None:
+        for outcome in self._outcomes.read(event):
+            for listener in self._outcome_listeners:
+                listener(outcome)
+
+    def arrived(self, req: Any, received_s: float, objective: Objective) -> None:
         if not self.is_written or req in self._open or is_health_check_generate_req(req):
             return
         self._open.add(req)
@@ -45,10 +99,38 @@ class EventRecorder(EventLog, Recorder):
             rid=req.rid,
             # SGLang replaces the prompt of one that it refuses.
             prompt_tokens=max(len(req.origin_input_ids), len(req.origin_input_ids_unpadded)),
-            ttft_slo_s=slo_s,
-            deadline_s=round(received_s + slo_s, 6),
+            ttft_slo_s=objective.ttft_s,
+            deadline_s=round(received_s + objective.ttft_s, 6),
             received_s=round(received_s, 6),
+            slo_class=objective.slo_class,
+            slo_source=objective.slo_source,
         )
+
+    def ready(self, job: Job[WaitingRequest]) -> None:
+        """A request could be started from now on."""
+        waiting = job.item
+        if waiting.req in self._open:
+            self._ready.add(waiting.req)
+            self.write(
+                Ready,
+                time.monotonic(),
+                rid=waiting.req.rid,
+                readable_s=round(waiting.readable_s, 6),
+                new_tokens=waiting.shape.new_tokens,
+                cached_tokens=waiting.shape.cached_tokens,
+                predicted_s=round(job.remaining_s, 6),
+            )
+
+    def shed(self, jobs: Sequence[Job[WaitingRequest]], backlog_s: float, retry_after_s: int) -> None:
+        for job in jobs:
+            self.write(
+                Shed,
+                time.monotonic(),
+                rid=job.item.req.rid,
+                predicted_s=round(job.remaining_s, 6),
+                backlog_s=round(backlog_s, 6),
+                retry_after_s=retry_after_s,
+            )
 
     def suspended(
         self, task: PrefillTask, winner: PrefillTask, stopped_s: float, now_s: float, news_readable_s: float
@@ -59,14 +141,15 @@ class EventRecorder(EventLog, Recorder):
         # A winner that lost an earlier decision wins because of what has happened since, and waits for it from then on.
         readable_s = min(now_s, max(winner.readable_s, news_readable_s)) if news_readable_s < math.inf else None
         blocking_s = None if readable_s is None else now_s - readable_s
-        if self._metrics is not None:
-            self._metrics.preempted(blocking_s)
+        self._suspended[task.id] = (task, stopped_s)
+        if self._metrics is not None and readable_s is not None:
+            self._metrics.preempted(now_s - readable_s, max(0.0, stopped_s - readable_s))
         self.write(
             Suspend,
             now_s,
             task=task.id,
             rids=task.rids,
-            checkpoint=task.checkpoint,
+            checkpoint=task.operators_passed,
             for_rids=winner.rids,
             readable_s=readable_s and round(readable_s, 6),
             stopped_s=round(stopped_s, 6),
@@ -75,8 +158,11 @@ class EventRecorder(EventLog, Recorder):
 
     def resumed(self, task: PrefillTask, now_s: float) -> None:
         """``task`` runs, for the first time or again."""
+        _, suspended_s = self._suspended.pop(task.id, (task, None))
+        if self._metrics is not None and suspended_s is not None:
+            self._metrics.resumed(now_s - suspended_s)
         if task.has_run:
-            self.write(Resume, now_s, task=task.id, rids=task.rids, checkpoint=task.checkpoint)
+            self.write(Resume, now_s, task=task.id, rids=task.rids, checkpoint=task.operators_passed)
             return
         self.write(
             Start,
@@ -88,58 +174,104 @@ class EventRecorder(EventLog, Recorder):
             predicted_s=round(task.predicted_s, 6),
         )
 
-    def completed(self, task: PrefillTask, prediction: Prediction, ttft: TTFT, live_tasks: int) -> None:
-        """``prediction`` is what ``ttft`` says of it now that it has run. Members whose abort was asked for end as
-        aborted, when SGLang drops them.
+    def completed(self, task: PrefillTask, prediction: Prediction) -> None:
+        """``prediction`` is what the TTFT model says of ``task`` now that it has run. Members whose abort was asked for
+        end as aborted, when SGLang drops them.
         """
+        self._suspended.pop(task.id, None)
         ended = [
             req
             for req in task.reqs
             if is_health_check_generate_req(req) or (req in self._open and req not in self._abort_asked)
         ]
+        self._computed.update(self._open.intersection(ended))
         self.write(
             Complete,
             time.monotonic(),
             task=task.id,
             rids=self._close(ended),
-            checkpoint=task.checkpoint,
+            checkpoint=task.operators_passed,
             forward_s=round(task.executed_s, 6),
             predicted_s=round(task.predicted_s, 6),
             expected_s=round(prediction.expected_s, 6),
             profiled_s=round(prediction.raw_s, 6),
         )
         if self._metrics is not None:
-            self._metrics.completed(ttft.state(), live_tasks)
+            self._metrics.completed(task.executed_s, prediction.expected_s)
 
     def dropped(self, task: PrefillTask) -> None:
         """``task`` is unwound: nobody waits for it any more. Members that have ended already are not named."""
+        self._suspended.pop(task.id, None)
         rids = self._close([req for req in task.reqs if req in self._open])
-        self.write(Abort, time.monotonic(), rids=rids, task=task.id, checkpoint=task.checkpoint)
+        self.write(Abort, time.monotonic(), rids=rids, task=task.id, checkpoint=task.operators_passed)
 
     def given_back(self, task: PrefillTask) -> None:
         """``task`` is unwound, because streams need its KV cache."""
-        self.write(GiveBack, time.monotonic(), task=task.id, rids=task.rids, checkpoint=task.checkpoint)
+        self._suspended.pop(task.id, None)
+        self.write(GiveBack, time.monotonic(), task=task.id, rids=task.rids, checkpoint=task.operators_passed)
         if self._metrics is not None:
             self._metrics.given_back()
 
-    def stepped(self, streams: int, begin_s: float, end_s: float, due_s: float) -> None:
-        """A decode step over so many ``streams`` has run. It had to begin at ``due_s``."""
+    def decided(self, cost_s: float, now_s: float) -> None:
+        if self._metrics is not None:
+            self._metrics.decided(cost_s, now_s)
+
+    def flush(self) -> None:
+        super().flush()
+        if self._metrics is not None:
+            self._metrics.rest(time.monotonic())
+
+    def watch(self, work: Work, token_bytes: float) -> None:
+        """Metrics show what waits and has started of ``work``; ``token_bytes`` is what a suspended task holds for each
+        of its new tokens.
+        """
+        if self._metrics is not None:
+            self._metrics.watch(partial(self._situation, work, token_bytes), work.ttft.state)
+
+    def _situation(self, work: Work, token_bytes: float, now_s: float) -> Situation:
+        waiting, infeasible = len(work.waiting), work.policy.infeasible_waiting
+        queue = {table.NOT_READY: len(self._open) - len(self._ready)}
+        if infeasible is None:
+            queue[table.NOT_JUDGED] = waiting
+        else:
+            queue |= {table.FEASIBLE: waiting - infeasible, table.INFEASIBLE: infeasible}
+        suspended = list(self._suspended.values())
+        return Situation(
+            queue,
+            live_tasks=len(work.tasks.live),
+            suspended_tasks=len(suspended),
+            suspended_bytes=round(token_bytes * sum(task.new_tokens for task, _ in suspended)),
+            oldest_suspended_s=now_s - suspended[0][1] if suspended else 0.0,
+        )
+
+    def explored(self, time_s: float) -> None:
+        """The event log is of requests: metrics alone hear of it."""
+        if self._metrics is not None:
+            self._metrics.explored(time_s)
+
+    def stepped(
+        self, streams: int, begin_s: float, end_s: float, due_s: float, took_s: float, tokens: int, late_tokens: int
+    ) -> None:
+        """A decode step over so many ``streams`` has run. It had to begin at ``due_s``, and took ``took_s``, what the
+        device had to run before it left out.
+        """
         was_due = begin_s >= due_s
         self.write(Step, end_s, streams=streams, begin_s=round(begin_s, 6), due_s=round(due_s, 6) if was_due else None)
         if self._metrics is not None:
-            self._metrics.stepped(end_s - begin_s, begin_s - due_s if was_due else None)
+            self._metrics.stepped(took_s, begin_s - due_s if was_due else None, tokens, late_tokens)
 
     def failed(self, task: PrefillTask, failure: Failure) -> None:
         """The forward pass of ``task`` has raised. Members whose abort was asked for end as aborted, when SGLang drops
         them.
         """
+        self._suspended.pop(task.id, None)
         rids = self._close([req for req in task.reqs if req in self._open and req not in self._abort_asked])
         self.write(
             Fail,
             time.monotonic(),
             rids=rids,
             task=task.id,
-            checkpoint=task.checkpoint,
+            checkpoint=task.operators_passed,
             http_status=int(HTTPStatus.INTERNAL_SERVER_ERROR),
             reason=failure.message[:REASON_CHARS],
         )
@@ -149,16 +281,21 @@ class EventRecorder(EventLog, Recorder):
         if self.is_written:
             self._abort_asked.update(reqs)
 
-    def answered(self, req: Any, reason: str, http_status: int | None) -> None:
-        """The client has heard the last of ``req``: an answer, or a ``reason`` why it gets none."""
-        if req not in self._open:
-            return
+    def answered(self, req: Any, reason: str | None, http_status: int | None) -> None:
+        """The client hears the last of ``req`` from this server: an answer, its KV cache being with the decode server,
+        or a ``reason`` why it gets none.
+        """
         now_s, asked = time.monotonic(), req in self._abort_asked
-        rids = self._close([req])
-        if asked:
-            self.write(Abort, now_s, rids=rids)
-        else:
-            self.write(Fail, now_s, rids=rids, http_status=http_status, reason=reason[:REASON_CHARS])
+        if req in self._computed:
+            self._computed.remove(req)
+            self._abort_asked.discard(req)
+            self.write(Leave, now_s, rid=req.rid, reason=UNSET if reason is None else reason[:REASON_CHARS])
+        elif req in self._open:
+            rids = self._close([req])
+            if asked:
+                self.write(Abort, now_s, rids=rids)
+            else:
+                self.write(Fail, now_s, rids=rids, http_status=http_status, reason=str(reason)[:REASON_CHARS])
 
     def close_lost(self, held: Iterable[Any]) -> None:
         """End the requests that are not among ``held``, the scheduler's: they left it on a way that nothing else here
@@ -170,20 +307,74 @@ class EventRecorder(EventLog, Recorder):
     def _close(self, reqs: Sequence[Any]) -> list[str]:
         """Ids of ``reqs``, which have ended."""
         self._open.difference_update(reqs)
+        self._ready.difference_update(reqs)
         self._abort_asked.difference_update(reqs)
         return [req.rid for req in reqs]
 
 
+class AnswerReports:
+    """What answers say of their requests: outcomes, until the last events of the answers have been sent."""
+
+    def __init__(self, recorder: EventRecorder) -> None:
+        self._outcomes: dict[str, Outcome] = {}
+        self._over: list[str] = []
+        """Requests whose last event is being sent."""
+        recorder.on_outcome(self._note)
+        recorder.listen(self._look_for_end)
+
+    def __len__(self) -> int:
+        """Requests whose outcome is known, and whose answer is not over."""
+        return len(self._outcomes)
+
+    def of(self, req: Any) -> list[dict[str, Any]]:
+        """The report that goes with what is sent of SGLang's ``req`` now: one with its last event, none before."""
+        outcome = self._outcomes.get(req.rid) if req.finished() else None
+        return [] if outcome is None else [report(outcome)]
+
+    def forget_sent(self) -> None:
+        """The last events have been sent."""
+        for rid in self._over:
+            self._outcomes.pop(rid, None)
+        self._over.clear()
+
+    def _note(self, outcome: Outcome) -> None:
+        self._outcomes[outcome.rid] = outcome
+        if outcome.course.first_token_s is None:
+            self._over.append(outcome.rid)
+
+    def _look_for_end(self, event: AnyEvent) -> None:
+        if isinstance(event, Leave):
+            self._over.append(event.rid)
+
+
 class RecordedStreamer(SchedulerOutputStreamer):
-    """SGLang's way of answers to the client, which tells the event recorder of each last one."""
+    """SGLang's way of answers to the client, which tells the event recorder of each last one, and adds its report."""
 
     recorder: EventRecorder | None = None
     """Set on the instance, when the scheduler is ready to serve."""
+    reports: AnswerReports | None = None
+    """Likewise, where answers have reports."""
+
+    @property
+    def has_additional_customized_info(self) -> bool:
+        return self.reports is not None and self.rust_server is None  # whose way of answers has none
+
+    def is_request_level_customized_info_key(self, key: str) -> bool:
+        return key == REPORT_KEY or bool(super().is_request_level_customized_info_key(key))
+
+    def build_additional_customized_info(self, reqs: Sequence[Any]) -> dict[str, list[Any]]:
+        """SGLang's hook for what goes with the tokens of ``reqs``."""
+        found = dict(super().build_additional_customized_info(reqs))
+        if self.reports is not None and any(of_reqs := [self.reports.of(req) for req in reqs]):
+            found[REPORT_KEY] = of_reqs
+        return found
 
     def stream_output(self, reqs: Sequence[Any], return_logprob: bool, skip_req: Any = None) -> None:
-        super().stream_output(reqs, return_logprob, skip_req)
         if self.recorder is not None:
             for req in reqs:
                 if req.finished():
                     reason = req.finished_reason.to_json()
-                    self.recorder.answered(req, str(reason.get("message")), reason.get("status_code"))
+                    self.recorder.answered(req, reason.get("message"), reason.get("status_code"))
+        super().stream_output(reqs, return_logprob, skip_req)
+        if self.reports is not None:
+            self.reports.forget_sent()

@@ -60,13 +60,13 @@ class Executor:
         self.running: PrefillTask | None = None
         self._own_error: Exception | None = None
         """What was raised at an interruption point, and not by the model."""
-        self.points = 0
+        self.points_passed = 0
         """Interruption points that tasks have passed."""
 
     def checkpoint(self) -> None:
         """Called by the model after each operator; may not return before much later."""
         if self.running is not None:  # no task: a forward outside any, such as the profile's
-            self.running.checkpoint += 1
+            self.running.operators_passed += 1
             self._pass_point(self.running)
 
     def between_tiles(self) -> None:
@@ -75,8 +75,8 @@ class Executor:
             self._pass_point(self.running)
 
     def _pass_point(self, task: PrefillTask) -> None:
-        self.points += 1
-        task.points += 1
+        self.points_passed += 1
+        task.points_passed += 1
         try:
             self.device.record()
             stops = self.interrupted() or not self.device.catch_up(self.ends_waiting)
@@ -131,7 +131,7 @@ class Executor:
             except Exception as error:
                 if self._own_error is not None or ends_server(error):
                     raise
-                task.failure = Failure.of(error, task.points, task.rids)
+                task.failure = Failure.of(error, task.points_passed, task.rids)
 
         new = greenlet(body)
         new.gr_context = contextvars.copy_context()

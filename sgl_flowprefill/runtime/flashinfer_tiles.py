@@ -176,8 +176,8 @@ class _TiledWrapper:
         self._planned_lengths = new, keys = self.lengths
         if not self._ragged:
             kv_indices, _, *rest = args
-            args = (kv_indices, _host([1] * len(new)), *rest)
-        begin(self._wrapper, _host(_starts(new)), _host(_starts(keys)), *args, **named)
+            args = (kv_indices, on_host([1] * len(new)), *rest)
+        begin(self._wrapper, on_host(_starts(new)), on_host(_starts(keys)), *args, **named)
         self._plan = (args, named)
 
     def forward(self, q: torch.Tensor, *keys_and_values: Any, **options: Any) -> torch.Tensor:
@@ -247,7 +247,7 @@ class _TiledWrapper:
             kv_indices, last_page_len, *rest = args
             first = tile.tile[0].request
             args = (kv_indices[tile.keys], last_page_len[first : first + len(tile.tile)], *rest)
-        rows, keys = (_host(starts) for starts in tile.indptr)
+        rows, keys = (on_host(starts) for starts in tile.indptr)
         wrapper.begin_forward(rows, keys, *args, **named)
         return wrapper
 
@@ -256,6 +256,6 @@ def _starts(lengths: Sequence[int]) -> list[int]:
     return [0, *accumulate(lengths)]
 
 
-def _host(values: Sequence[int]) -> torch.Tensor:
+def on_host(values: Sequence[int]) -> torch.Tensor:
     """On the host, from where it can be copied to the device without waiting for it."""
     return torch.tensor(values, dtype=torch.int32, pin_memory=torch.cuda.is_available())

@@ -26,10 +26,16 @@ class ForwardState:
     """``get_model().shared_experts``, overridden around every forward; overrides undo in the order of their exits."""
     attn_backend: Any
     """``ModelRunner.attn_backend``, which plans each batch's metadata and must be the task's own."""
+    loads: Any = None
+    """The ``LayerDoneCounter`` of a hierarchical cache, if there is one."""
+    awaited_load: int = -1
+    """The load that the layers wait for, by its number in ``loads``; -1: none."""
 
     @classmethod
-    def capture(cls, model_runner: Any) -> ForwardState:
+    def capture(cls, model_runner: Any, loads: Any = None) -> ForwardState:
         return cls(
+            loads=loads,
+            awaited_load=-1 if loads is None else loads.consumer_index,
             context=forward_context._current,
             flags=dict(get_forward()._plain),
             shared_experts=get_model().shared_experts,
@@ -41,6 +47,8 @@ class ForwardState:
         get_forward()._plain.update(self.flags)
         get_model()._set("shared_experts", self.shared_experts)
         model_runner.attn_backend = self.attn_backend
+        if self.loads is not None:
+            self.loads.set_consumer(self.awaited_load)
 
     def with_backend(self, attn_backend: Any) -> ForwardState:
         return replace(self, attn_backend=attn_backend)

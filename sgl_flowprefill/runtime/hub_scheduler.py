@@ -9,11 +9,14 @@ from sglang.srt.arg_groups.overrides import resolving_view
 from sglang.srt.managers import io_struct
 from sglang.srt.managers.scheduler import Scheduler
 
-from sgl_flowprefill.compat import incompatible_option
+from sgl_flowprefill.compat import PREFETCHES, incompatible_option
 from sgl_flowprefill.config import FlowPrefillConfig
 from sgl_flowprefill.hub.loop import Hub
+from sgl_flowprefill.live.ask import KEY, MOST_EVENTS, Ask
+from sgl_flowprefill.live.state import Answer, encode_answer
 from sgl_flowprefill.runtime.event_recorder import RecordedStreamer
 from sgl_flowprefill.runtime.setup import end_server
+from sgl_flowprefill.shadow import Shadows
 
 CHANGES_WEIGHTS: Final = (
     io_struct.BeginWeightUpdateReqInput,
@@ -37,6 +40,8 @@ class HubScheduler(Scheduler):
     waiting_queue: list[Any]
     max_running_requests: int
     hub: Hub[Any]
+    shadows: Shadows | None = None
+    """What would have become of shed requests, on a server that sheds."""
     role: Any = None
     """The hub's, and there before it. None while SGLang makes its own scheduler, and asks some of what is below."""
 
@@ -51,6 +56,11 @@ class HubScheduler(Scheduler):
         except SystemExit as impossible:
             end_server(impossible)
         feed_watchdogs(self)
+
+    def init_schedule_policy(self) -> None:
+        """The requests of a batch keep the hub's order; SGLang's policy would sort them by priority."""
+        super().init_schedule_policy()
+        self.policy.enable_priority_scheduling = False
 
     @abstractmethod
     def build_hub(self, config: FlowPrefillConfig) -> Hub[Any]:
@@ -86,6 +96,11 @@ class HubScheduler(Scheduler):
         self.hub.finish_started()
         super().pause_generation(recv_req)
 
+    def attach_hicache_storage_wrapped(self, recv_req: Any) -> Any:
+        """What ``--hicache-storage-backend`` is refused for is refused of a running server, too."""
+        message = f"a storage backend cannot work with FlowPrefill: {PREFETCHES}"
+        return io_struct.AttachHiCacheStorageReqOutput(success=False, message=message)
+
     # ---- what SGLang asks a scheduler -----------------------------------------------------------------------------
 
     def get_output_streamer_class(self) -> type[RecordedStreamer]:
@@ -103,14 +118,32 @@ class HubScheduler(Scheduler):
         return [] if self.role is None else list(self.role.in_flight())
 
     def get_internal_state(self, recv_req: Any) -> Any:
-        """What ``/server_info`` shows, with the state of the TTFT correction."""
+        """What ``/server_info`` shows, with the state of the TTFT model and of exploration; or, to those who watch,
+        what they ask for and nothing else.
+        """
+        ask = Ask.from_rid(recv_req.rid)
+        if ask is not None:
+            return io_struct.GetInternalStateReqOutput(internal_state={KEY: encode_answer(self._answer(ask))})
         output = super().get_internal_state(recv_req)
         output.internal_state["flowprefill_ttft"] = self.hub.work.ttft.state()
+        output.internal_state["flowprefill_exploration"] = self.hub.exploration.state()
+        if self.shadows is not None:
+            output.internal_state["flowprefill_overload"] = self.shadows.state()
         return output
+
+    def _answer(self, ask: Ask) -> Answer:
+        """What has happened since the last answer and is kept, and what runs and waits now."""
+        hub, recent = self.hub, self.role.recorder.recent
+        now_s = hub.now_s()
+        state = self.role.snapshot(hub.work, now_s, hub.kv_is_short) if ask.with_state and recent is not None else None
+        if recent is None:  # a rank that does not decide, whose answer nobody reads, or a server that keeps no events
+            return Answer(now_s, 0, 0, 0, b"", state)
+        first, following, lines = recent.since(ask.since, MOST_EVENTS)
+        return Answer(now_s, first, following, recent.written, lines, state)
 
 
 def feed_watchdogs(scheduler: Any) -> None:
     """SGLang's watchdogs look for forward passes that begin; here, one that gets on is a sign of life too."""
     for watchdog in (scheduler.watchdog, getattr(scheduler, "soft_watchdog", None)):
         if watchdog is not None:
-            watchdog.get_counter = lambda: scheduler.forward_ct + scheduler.hub.executor.points
+            watchdog.get_counter = lambda: scheduler.forward_ct + scheduler.hub.executor.points_passed

@@ -31,9 +31,9 @@ from sgl_flowprefill.ttft.reservoir import Reservoir
 logger = logging.getLogger(__name__)
 
 CPU_SHARE: Final = 0.008
-"""Share of one core that refits may take,"""
+"""Share of one core that refits may take in the long run."""
 CPU_AHEAD_S: Final = 600.0
-"""and for so many seconds ahead: a server that has just started learns most."""
+"""Seconds of that share that refits may take in advance: a server that has just started learns most."""
 
 
 class Learner:
@@ -182,6 +182,7 @@ class LearningTTFT(RefittedTTFT, Learning):
             "tasks": self.journal.number,
             "rows": len(self.journal.reservoir),
             "refused": self.journal.refused,
+            "explored": self.journal.explored_rows,
             "refits": history.refits,
             "adopted": history.adopted,
             "refit_at": history.refit_at,

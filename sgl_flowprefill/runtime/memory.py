@@ -43,7 +43,7 @@ class Activations:
 
     @classmethod
     def of(cls, model_config: Any, dtype_bytes: int, mlp_tile_tokens: int | None) -> Activations:
-        """For one rank that holds the whole model, an upper bound for one that holds a share of it."""
+        """Activations of a rank that holds the whole model; a rank that holds a share of it needs no more."""
         text = model_config.hf_text_config
         heads, kv_heads = model_config.num_attention_heads, model_config.get_total_num_kv_heads()
         dense = int(getattr(text, "intermediate_size", None) or 4 * model_config.hidden_size)
@@ -100,7 +100,7 @@ class TaskMemory:
         slots_bytes = slot_bytes * (tasks - 2)  # the first one is there, and the one just measured
         longest_tokens = min(config.context_len, model_runner.max_total_num_tokens)
         budget_bytes = budget(
-            free_bytes=_free_bytes(),
+            free_bytes=free_device_bytes(),
             slots_bytes=slots_bytes,
             longest_bytes=activations.running_bytes(longest_tokens),
             tasks=tasks,
@@ -141,7 +141,7 @@ def budget(free_bytes: int, slots_bytes: int, longest_bytes: int, tasks: int) ->
     return left_bytes
 
 
-def _free_bytes() -> int:
+def free_device_bytes() -> int:
     """What PyTorch can still get from the device, and what it has got and not handed out."""
     free_bytes, _ = torch.cuda.mem_get_info()
     return int(free_bytes + torch.cuda.memory_reserved() - torch.cuda.memory_allocated())

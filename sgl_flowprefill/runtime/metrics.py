@@ -1,67 +1,217 @@
-"""Prometheus metrics of the scheduler, on SGLang's ``/metrics`` with ``--enable-metrics``."""
+"""Prometheus metrics of the scheduler, on SGLang's ``/metrics`` with ``--enable-metrics``.
+
+``metrics/table.py`` says what there is. What is counted is written at once, at one to two microseconds of CPU time a
+value; gauges, which only the next scrape reads, are written from time to time, a few at each event.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Final
+import math
+from collections.abc import Callable, Iterator, Mapping
+from http import HTTPStatus
+from itertools import islice, product
+from typing import Any, Final, NamedTuple
 
-BLOCKING_BUCKETS_S: Final = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+from sgl_flowprefill.events import AnyEvent, Arrival, Fail
+from sgl_flowprefill.metrics import table
+from sgl_flowprefill.metrics.table import CAUSES, CLASS, MOST_CLASSES, OTHER, TABLE, Kind, Metric
+from sgl_flowprefill.outcomes import Outcome
+from sgl_flowprefill.slo import DEFAULT
+
+WRITTEN_EVERY_S: Final = 0.5
+"""How often gauges are written, at most. Where events are rare, it takes some of them to write the TTFT model's."""
+OVERLOADED: Final = (HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE)
+"""What a request is refused with because there is too much to do."""
+VALUES_AT_ONCE: Final = 4
+"""Values of the TTFT model's state that an event writes."""
+
+
+class Situation(NamedTuple):
+    """What waits and what has started, for the gauges."""
+
+    queue: Mapping[str, int]
+    """Requests by ``state``."""
+    live_tasks: int
+    suspended_tasks: int
+    suspended_bytes: int
+    oldest_suspended_s: float
+
+
+NOTHING: Final = Situation({}, 0, 0, 0, 0.0)
 
 
 class Metrics:
     """What operators of a server watch. One per process."""
 
-    def __init__(self, labels: Mapping[str, str]) -> None:
-        """``labels`` are the labels of SGLang's own metrics (``SchedulerMetricsCollector.labels``)."""
-        from prometheus_client import Counter, Gauge, Histogram  # after SGLang has chosen where they are kept
+    def __init__(
+        self,
+        labels: Mapping[str, str],
+        decodes: bool = False,
+        registry: Any = None,
+    ) -> None:
+        """``labels`` are the labels of SGLang's own metrics (``SchedulerMetricsCollector.labels``). ``decodes``:
+        whether the server prefills and decodes. ``registry``: Prometheus' own if None.
+        """
+        from prometheus_client import REGISTRY, Counter, Gauge, Histogram  # after SGLang has chosen where they are kept
 
-        names = list(labels)
-        self._labels = dict(labels)
-        self._preemptions = Counter("flowprefill:preemptions", "Running prefills suspended for others.", names)
-        self._blocking_s = Histogram(
-            "flowprefill:blocking_seconds",
-            "From when a request that wins could be read, to when it takes the place of the running prefill.",
-            names,
-            buckets=BLOCKING_BUCKETS_S,
-        )
-        self._live_tasks = Gauge(
-            "flowprefill:live_tasks", "Prefills that run or are suspended.", names, multiprocess_mode="mostrecent"
-        )
-        self._ttft = Gauge(
-            "flowprefill:ttft_model",
-            "State of the TTFT model's online correction: factors by new tokens, margin, completed tasks.",
-            [*names, "value"],
-            multiprocess_mode="mostrecent",
-        )
-        self._step_s = Counter("flowprefill:decode_step_seconds", "Time in decode steps.", names)
-        self._step_lateness_s = Histogram(
-            "flowprefill:decode_step_lateness_seconds",
-            "How much later decode steps began than they had to.",
-            names,
-            buckets=BLOCKING_BUCKETS_S,
-        )
-        self._given_back = Counter(
-            "flowprefill:given_back", "Started prefills given up because streams needed their KV cache.", names
-        )
+        registry = REGISTRY if registry is None else registry
+        self._labels = tuple(labels.values())
+        self._classes: set[str] = set()
+        self._shed: set[str] = set()
+        """Requests that were refused and whose outcome is about to be told."""
+        self._families: dict[Metric, Any] = {}
+        self._of: dict[Metric, dict[tuple[str, ...], Any]] = {}
+        self._situation: Callable[[float], Situation] = lambda now_s: NOTHING
+        self._ttft_state: Callable[[], Mapping[str, float]] = dict
+        self._writing: Iterator[None] = iter(())
+        """The gauges, as far as they are still to be written."""
+        self._written_s = -math.inf
+        for metric in TABLE:
+            if metric.unified and not decodes:
+                continue
+            names = [*labels, *(label.name for label in metric.labels)]
+            family: Any
+            if metric.kind is Kind.COUNTER:
+                family = Counter(metric.full_name, metric.help, names, registry=registry)
+            elif metric.kind is Kind.GAUGE:
+                family = Gauge(metric.full_name, metric.help, names, registry=registry, multiprocess_mode="mostrecent")
+            else:
+                family = Histogram(metric.full_name, metric.help, names, registry=registry, buckets=metric.buckets)
+            self._families[metric], self._of[metric] = family, {}
+            if CLASS not in metric.labels:
+                self._begin(metric)
+        for slo_class in (DEFAULT, OTHER):
+            self._meet(slo_class)
 
-    def stepped(self, step_s: float, lateness_s: float | None) -> None:
-        """A decode step took ``step_s``; ``lateness_s`` is None where it began before it had to."""
-        self._step_s.labels(**self._labels).inc(step_s)
-        if lateness_s is not None:
-            self._step_lateness_s.labels(**self._labels).observe(lateness_s)
+    def _meet(self, slo_class: str) -> None:
+        """Tell the requests of this class from those of others from now on."""
+        self._classes.add(slo_class)
+        for metric in self._of:
+            if CLASS in metric.labels:
+                self._begin(metric, slo_class)
+
+    def _begin(self, metric: Metric, slo_class: str = DEFAULT) -> None:
+        """Series of ``metric`` that are there before something happens: one that appears with its first event has no
+        rate of it.
+        """
+        for own in product(*((slo_class,) if label is CLASS else label.values or () for label in metric.labels)):
+            self._of[metric][own] = self._families[metric].labels(*self._labels, *own)
+
+    def watch(self, situation: Callable[[float], Situation], ttft_state: Callable[[], Mapping[str, float]]) -> None:
+        """Where gauges come from: ``situation(now_s)``, and ``ttft_state`` as ``AdaptiveTTFT.state`` gives it."""
+        self._situation, self._ttft_state = situation, ttft_state
+
+    # ---- requests ---------------------------------------------------------------------------------------------------
+
+    def read(self, event: AnyEvent) -> None:
+        """An event has been recorded; the outcome of the requests that it ends is told after it."""
+        if isinstance(event, Arrival):
+            if event.slo_class not in self._classes and len(self._classes - {OTHER}) < MOST_CLASSES:
+                self._meet(event.slo_class)
+        elif isinstance(event, Fail) and event.http_status in OVERLOADED:
+            self._shed.update(event.rids)
+
+    def ended(self, outcome: Outcome) -> None:
+        """It is known what became of a request."""
+        of_class = outcome.arrival.slo_class if outcome.arrival.slo_class in self._classes else OTHER
+        if self._shed and outcome.rid in self._shed:
+            self._shed.remove(outcome.rid)
+            self._of[table.SHED][of_class,].inc()
+        if outcome.met is None:
+            self._of[table.ABORTED][of_class,].inc()
+        elif outcome.met:
+            self._of[table.TTFT_MET][of_class,].inc()
+        else:
+            assert outcome.cause is not None, "a miss has a cause"
+            self._of[table.TTFT_MISSED][of_class, CAUSES[outcome.cause]].inc()
+        if outcome.ttft_s is not None:
+            self._of[table.TTFT][of_class,].observe(outcome.ttft_s)
+        if outcome.slack_at_admission_s is not None:
+            self._of[table.SLACK][of_class,].observe(outcome.slack_at_admission_s)
+
+    # ---- tasks ------------------------------------------------------------------------------------------------------
+
+    def preempted(self, blocking_s: float, stop_wait_s: float) -> None:
+        """A running prefill is suspended for a request, which was blocked for ``blocking_s``; for ``stop_wait_s`` of
+        that, the prefill ran on.
+        """
+        self._one(table.PREEMPTIONS).inc()
+        self._one(table.BLOCKING).observe(blocking_s)
+        self._one(table.STOP_WAIT).observe(stop_wait_s)
+
+    def resumed(self, suspended_s: float) -> None:
+        """A prefill goes on that was suspended for ``suspended_s``."""
+        self._one(table.SUSPENSION).observe(suspended_s)
+
+    def completed(self, forward_s: float, expected_s: float) -> None:
+        """A prefill has run for ``forward_s``, and was expected to run for ``expected_s``."""
+        self._one(table.FORWARD).inc(forward_s)
+        if expected_s > 0:
+            self._one(table.PREDICTION_ERROR).observe(forward_s / expected_s)
+
+    def explored(self, time_s: float) -> None:
+        """Prefills that nobody asked for took ``time_s``."""
+        self._one(table.EXPLORATION).inc(time_s)
 
     def given_back(self) -> None:
         """A task was given up for streams."""
-        self._given_back.labels(**self._labels).inc()
+        self._one(table.GIVEN_BACK).inc()
 
-    def preempted(self, blocking_s: float | None) -> None:
-        """``blocking_s`` is None where nobody was blocked."""
-        self._preemptions.labels(**self._labels).inc()
-        if blocking_s is not None:
-            self._blocking_s.labels(**self._labels).observe(blocking_s)
+    # ---- decode steps -----------------------------------------------------------------------------------------------
 
-    def completed(self, ttft_state: Mapping[str, float], live_tasks: int) -> None:
-        """``ttft_state`` as ``AdaptiveTTFT.state`` gives it."""
-        self._live_tasks.labels(**self._labels).set(live_tasks)
-        for name, value in ttft_state.items():
-            self._ttft.labels(**self._labels, value=name).set(value)
+    def stepped(self, step_s: float, lateness_s: float | None, tokens: int, late_tokens: int) -> None:
+        """A decode step took ``step_s``; ``lateness_s`` is None where it began before it had to. Of its ``tokens``,
+        ``late_tokens`` came later after the ones before them than their requests' objectives say.
+        """
+        self._one(table.STEP).inc(step_s)
+        if lateness_s is not None:
+            self._one(table.STEP_LATENESS).observe(lateness_s)
+        self._one(table.TBT_MET).inc(tokens - late_tokens)
+        self._one(table.TBT_MISSED).inc(late_tokens)
+
+    # ---- gauges -----------------------------------------------------------------------------------------------------
+
+    def decided(self, cost_s: float, now_s: float) -> None:
+        """Something has happened, and what runs next was chosen, all in ``cost_s``. Goes on with the gauges."""
+        self._one(table.EVENT_COST).observe(cost_s)
+        if self._is_due(now_s):
+            self._writing = self._write(now_s)
+        next(self._writing, None)
+
+    def rest(self, now_s: float) -> None:
+        """Nothing can run: there is time for all gauges."""
+        if self._is_due(now_s):
+            for _ in self._write(now_s):
+                pass
+
+    def _is_due(self, now_s: float) -> bool:
+        if now_s - self._written_s < WRITTEN_EVERY_S:
+            return False
+        self._written_s = now_s
+        return True
+
+    def _write(self, now_s: float) -> Iterator[None]:
+        """Write the gauges, in steps of which an event makes one."""
+        situation = self._situation(now_s)
+        for (state,), gauge in self._of[table.QUEUE].items():
+            gauge.set(situation.queue.get(state, 0))
+        self._one(table.LIVE_TASKS).set(situation.live_tasks)
+        self._one(table.SUSPENDED_TASKS).set(situation.suspended_tasks)
+        self._one(table.SUSPENDED_BYTES).set(situation.suspended_bytes)
+        self._one(table.OLDEST_SUSPENDED).set(situation.oldest_suspended_s)
+        yield
+        values = iter(self._ttft_state().items())
+        while part := list(islice(values, VALUES_AT_ONCE)):
+            yield
+            for name, value in part:
+                self._value_of_model(name).set(value)
+
+    def _value_of_model(self, name: str) -> Any:
+        of_model = self._of[table.TTFT_MODEL]
+        if (name,) not in of_model:
+            of_model[name,] = self._families[table.TTFT_MODEL].labels(*self._labels, name)
+        return of_model[name,]
+
+    def _one(self, metric: Metric) -> Any:
+        """The series of a metric that has no labels of its own."""
+        return self._of[metric][()]

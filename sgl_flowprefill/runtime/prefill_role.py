@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from sglang.srt.disaggregation.base import KVPoll
 
-from sgl_flowprefill.deadline import received_s, sent_s, slo_s
+from sgl_flowprefill.deadline import objective, received_s, sent_s
 from sgl_flowprefill.hub.role import Arrival
 from sgl_flowprefill.hub.task import PrefillTask
 from sgl_flowprefill.runtime.scheduler_role import SchedulerRole, fail_unless_aborted, input_logprobs
@@ -32,27 +32,28 @@ class PrefillRole(SchedulerRole):
 
     def take_news(self, stalls_due: bool) -> bool:
         """Messages, and KV transfers that ended."""
-        self.take_messages()
+        has_transferred = self.take_messages()
         # What has ended gives back its metadata buffer, before those that need one are looked at.
         has_sent = bool(self.scheduler.process_disagg_prefill_inflight_queue())
         if stalls_due:
             self.drop_stalled()
             self.recorder.close_lost(self.held())
-        return has_sent
+        return has_sent or has_transferred
 
     def arrived(self) -> Iterator[Arrival]:
         """Requests that have bootstrapped."""
         for req in self.scheduler.disagg_prefill_bootstrap_queue.pop_bootstrapped():
             self.scheduler.waiting_queue.append(req)
-            arrival_s = received_s(req)
+            arrival_s, promised = received_s(req), objective(req, self.resolver)
             yield Arrival(
                 req=req,
                 shape=self.match(req),
                 prompt=req.origin_input_ids,
                 received_s=arrival_s,
-                deadline_s=arrival_s + slo_s(req, self.default_slo_s),
+                deadline_s=arrival_s + promised.ttft_s,
                 readable_s=max(sent_s(req), self._bootstrapped_s.pop(req.bootstrap_room, 0.0)),
                 logprob_rows=input_logprobs(req),
+                objective=promised,
             )
 
     def make_batch(self, reqs: Sequence[Any]) -> Any | None:
@@ -82,8 +83,9 @@ class PrefillRole(SchedulerRole):
 
     @contextmanager
     def noticing_new_indices(self, req: Any) -> Iterator[None]:
-        """In it, SGLang gives the KV of ``req``, whose prefill has run, to the radix cache. What another has put there
-        since ``req`` started takes the place of its own: SGLang frees that, and queues the new KV indices.
+        """A context in which SGLang gives the KV cache of ``req``, whose prefill has run, to the radix cache. The role
+        notes whether ``req`` gets new KV indices there: where another request has cached the same prefix since ``req``
+        started, SGLang frees the slots of ``req`` and queues a write of the other request's indices.
         """
         others = self._cached_tokens() - req.kv.cache_protected_len
         yield
@@ -105,6 +107,10 @@ class PrefillRole(SchedulerRole):
         scheduler.waiting_queue = scheduler.waiting_queue[:STALL_CHECK_REQUESTS]
         scheduler.resolve_waiting_queue_bootstrap()
         scheduler.waiting_queue = later + scheduler.waiting_queue
+
+    @property
+    def not_ready(self) -> int:
+        return len(self.scheduler.disagg_prefill_bootstrap_queue.queue)
 
     def held(self) -> list[Any]:
         return [*self.scheduler.disagg_prefill_bootstrap_queue.queue, *super().held()]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from http import HTTPStatus
 from itertools import chain
 from typing import Any, Final, Self
@@ -14,16 +15,24 @@ from sglang.srt.disaggregation.utils import is_aborted
 from sglang.srt.managers.schedule_batch import FINISH_ABORT
 
 from sgl_flowprefill.config import FlowPrefillConfig
-from sgl_flowprefill.deadline import received_s, slo_s
+from sgl_flowprefill.deadline import objective, received_s, resolver
 from sgl_flowprefill.hub.device import Device
 from sgl_flowprefill.hub.failure import Failure
 from sgl_flowprefill.hub.parts import Agreement
-from sgl_flowprefill.hub.role import Arrival
+from sgl_flowprefill.hub.role import Arrival, Decoder, NoStreams
+from sgl_flowprefill.hub.snapshot import snapshot
 from sgl_flowprefill.hub.task import PrefillTask, Tasks
+from sgl_flowprefill.hub.waiting import BLOCK_TOKENS, WaitingRequest
+from sgl_flowprefill.hub.work import Work
+from sgl_flowprefill.live.state import State
+from sgl_flowprefill.policy import ColocatedPolicy, Policy
 from sgl_flowprefill.runtime.event_recorder import EventRecorder
+from sgl_flowprefill.runtime.host_cache import HostCache, host_cache
 from sgl_flowprefill.runtime.wakeup import Wakeup
+from sgl_flowprefill.slo.resolve import Resolver
 from sgl_flowprefill.ttft import PrefillShape
 
+RECENT_PROMPTS: Final = 16
 COMPILES_SINCE: Final = "flowprefill_compiles_since_s"
 """Attribute of SGLang's Req: when its grammar began to be compiled here."""
 
@@ -34,17 +43,41 @@ class SchedulerRole(ABC):
 
     scheduler: Any
     """SGLang's scheduler."""
-    default_slo_s: float
+    resolver: Resolver
     tasks: Tasks
     wakeup: Wakeup
     device: Device
     agreement: Agreement
     recorder: EventRecorder
+    policy_name: str = field(default="", init=False)
+    """The policy that orders requests."""
+    recent_prompts: deque[Sequence[int]] = field(default_factory=lambda: deque(maxlen=RECENT_PROMPTS), init=False)
+    """Prompts of the last tasks: prefixes that are probably cached."""
+    host_cache: HostCache = field(init=False)
+    """Prefixes that the device had no room for."""
+
+    def __post_init__(self) -> None:
+        self.host_cache = host_cache(self.scheduler, self.wakeup.notify)
 
     @classmethod
     def make(cls, config: FlowPrefillConfig, scheduler: Any, *parts: Any) -> Self:
         """The role of ``scheduler``, of the other ``parts`` of a hub, as ``config`` has it."""
-        return cls(scheduler, config.default_ttft_slo, *parts)
+        role = cls(scheduler, resolver(config), *parts)
+        role.policy_name = config.order
+        return role
+
+    # ---- what its hub is made of ------------------------------------------------------------------------------------
+
+    def decide(
+        self, prefills: Policy[WaitingRequest, PrefillTask], config: FlowPrefillConfig
+    ) -> ColocatedPolicy[WaitingRequest, PrefillTask]:
+        """What decides here: ``prefills``, and beside it the steps of streams on a server that has some."""
+        return ColocatedPolicy(prefills)
+
+    @property
+    def decoder(self) -> Decoder:
+        """Who runs the steps."""
+        return NoStreams()
 
     # ---- what the hub asks ----------------------------------------------------------------------------------------
 
@@ -79,7 +112,8 @@ class SchedulerRole(ABC):
     def match(self, req: Any) -> PrefillShape:
         # Only to know how much of it is cached: what a start copies of a hybrid model's state takes a slot.
         req.init_next_round_input(self.scheduler.tree_cache, cow_mamba=False)
-        return PrefillShape(req.seqlen - req.prefix_len, req.prefix_len)
+        cached_tokens = req.prefix_len + req.host_hit_length
+        return PrefillShape(req.seqlen - cached_tokens, cached_tokens)
 
     def make_batch(self, reqs: Sequence[Any]) -> Any | None:
         """SGLang's own admission (prefix match, KV and slot allocation) for ``reqs`` alone, in their order, and what
@@ -93,9 +127,11 @@ class SchedulerRole(ABC):
         grammars = scheduler.grammar_manager
         compiling, grammars.grammar_queue = grammars.grammar_queue, []
         scheduler.running_batch.batch_is_full = False
+        self.host_cache.before_batch()
         batch = scheduler.get_new_batch_prefill(scheduler.running_batch).batch_to_run
         grammars.grammar_queue = compiling
         scheduler.waiting_queue = scheduler.waiting_queue + others
+        self.host_cache.after_batch(batch)
         return scheduler.ngram_embedding_manager.prepare_for_forward(batch, chunked_req=scheduler.chunked_req)
 
     def requests(self, batch: Any) -> Sequence[Any]:
@@ -112,20 +148,26 @@ class SchedulerRole(ABC):
         return self.scheduler.run_batch(batch)
 
     def finish(self, task: PrefillTask) -> None:
+        self.recent_prompts.extend(member.prompt for member in task.members if len(member.prompt) >= BLOCK_TOKENS)
         self.scheduler.process_batch_result(task.batch, task.result)
+
+    def shed(self, reasons: Mapping[Any, str], retry_after_s: int) -> None:
+        """Refuse requests that wait, as the hub asks for where it sheds: ``Hub.refuse``."""
+        raise NotImplementedError("this kind of server does not refuse requests that wait")
 
     def rest(self) -> bool:
         scheduler = self.scheduler
         scheduler.cur_batch_for_debug = None
         scheduler._sched_idled = True
         scheduler.on_idle()
+        self.host_cache.wake_when_done()
         return bool(scheduler.is_fully_idle())
 
     # ---- what SGLang's scheduler tells ------------------------------------------------------------------------------
 
     def note_arrival(self, req: Any) -> None:
         """``req`` has come."""
-        self.recorder.arrived(req, received_s(req), slo_s(req, self.default_slo_s))
+        self.recorder.arrived(req, received_s(req), objective(req, self.resolver))
 
     def note_compiling(self, reqs: Sequence[Any]) -> None:
         """The grammars of ``reqs`` are being compiled: each is an event when it is done."""
@@ -142,26 +184,47 @@ class SchedulerRole(ABC):
     def note_refusal(self, req: Any, reason: dict[str, Any] | None) -> None:
         """``req`` has ended with ``reason``, past the output streamer."""
         reason = reason or {}
-        self.recorder.answered(req, str(reason.get("message")), reason.get("status_code"))
+        self.recorder.answered(req, reason.get("message"), reason.get("status_code"))
 
     # ---- the rest -------------------------------------------------------------------------------------------------
 
+    @property
+    def not_ready(self) -> int:
+        """Requests that have arrived and that the hub cannot start yet."""
+        return 0
+
+    def snapshot(self, work: Work, now_s: float, kv_is_short: bool) -> State:
+        """What those are told who watch: what runs and waits at ``now_s``."""
+        return snapshot(
+            work,
+            self.policy_name,
+            now_s,
+            decodes=not isinstance(self.decoder, NoStreams),
+            is_paused=self.is_paused,
+            kv_is_short=kv_is_short,
+            not_ready=self.not_ready,
+        )
+
     def in_flight(self) -> list[Any]:
         """The batches that SGLang's own scheduler would not know of."""
-        return [task.batch for task in self.tasks]
+        return [task.batch for task in self.tasks.prefills]
 
     def held(self) -> list[Any]:
         """All requests that have arrived here and whose prefill has not run."""
-        return [*self.scheduler.waiting_queue, *chain.from_iterable(task.batch.reqs for task in self.tasks)]
+        return [*self.scheduler.waiting_queue, *chain.from_iterable(task.batch.reqs for task in self.tasks.prefills)]
 
-    def take_messages(self) -> None:
-        """Arrivals, aborts and health checks; compiled grammars."""
+    def take_messages(self) -> bool:
+        """Arrivals, aborts and health checks; compiled grammars; transfers of the cache in host memory. Whether there
+        were some of the latter that have ended.
+        """
         scheduler = self.scheduler
+        has_transferred = self.host_cache.take_news()  # before a message that asks for a server without any
         scheduler.ingest_requests()
         scheduler.maybe_send_health_check_signal()
         if self.has_compiled_grammars():
             for req in scheduler.grammar_manager.get_ready_grammar_requests():
                 scheduler._add_request_to_queue(req)
+        return has_transferred
 
     def has_compiled_grammars(self) -> bool:
         """Whether SGLang would find something among the grammars: its look waits for those that are not ready.

@@ -166,7 +166,7 @@ class Tasks(SchedulerEngine):
     def checkpoint_s(self) -> float:
         """Host time of a preemption checkpoint with nothing pending and nothing to wait for."""
         executor = self.executor
-        executor.running = SimpleNamespace(checkpoint=0, points=0)  # type: ignore[assignment]
+        executor.running = SimpleNamespace(operators_passed=0, points_passed=0)  # type: ignore[assignment]
         begin_s = time.perf_counter()
         for _ in range(CHECKPOINT_CALLS):
             executor.checkpoint()

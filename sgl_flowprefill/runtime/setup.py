@@ -9,38 +9,58 @@ import os
 import signal
 import sys
 from collections.abc import Callable
-from typing import Any, NoReturn, TypeVar
+from functools import partial
+from typing import Any, Final, NoReturn, TypeVar
 
 from sglang.srt.runtime_context import get_parallel
 from sglang.srt.utils.network import get_local_ip_auto
 
 from sgl_flowprefill.compat import unchecked_attention_backend
 from sgl_flowprefill.config import FlowPrefillConfig
+from sgl_flowprefill.events import RecentEvents
 from sgl_flowprefill.hub.device import CpuDevice, Device
 from sgl_flowprefill.hub.loop import Hub
-from sgl_flowprefill.hub.parts import Learning, OneRank
+from sgl_flowprefill.hub.parts import Exploration, Learning, OneRank
 from sgl_flowprefill.hub.progress import Progress
+from sgl_flowprefill.hub.shedding import Shedding
 from sgl_flowprefill.hub.task import Tasks
 from sgl_flowprefill.hub.work import Work, half
 from sgl_flowprefill.policy import Limits, make_policy
+from sgl_flowprefill.profiling.measure import SchedulerEngine
 from sgl_flowprefill.runtime.agreement import Agreement
 from sgl_flowprefill.runtime.checkpoints import find_decoder_layers, install_checkpoints
 from sgl_flowprefill.runtime.cuda_device import make_device
-from sgl_flowprefill.runtime.event_recorder import EventRecorder
+from sgl_flowprefill.runtime.event_recorder import AnswerReports, EventRecorder
 from sgl_flowprefill.runtime.executor import Executor
+from sgl_flowprefill.runtime.exploration import Explorer
+from sgl_flowprefill.runtime.forward_state import ForwardState
 from sgl_flowprefill.runtime.learner import LearningTTFT
 from sgl_flowprefill.runtime.memory import TaskMemory
 from sgl_flowprefill.runtime.metrics import Metrics
 from sgl_flowprefill.runtime.profile import load_or_measure
 from sgl_flowprefill.runtime.scheduler_role import SchedulerRole
 from sgl_flowprefill.runtime.slots import AttentionSlots
-from sgl_flowprefill.runtime.tiles import WHOLE, TileSizes, find_norms, plan_tiles, tile_layers
+from sgl_flowprefill.runtime.tiles import WHOLE, TileSizes, find_norms, tile_layers, tiles_of
 from sgl_flowprefill.runtime.wakeup import Wakeup, Woken, scheduler_events
+from sgl_flowprefill.shadow import Shadows
 from sgl_flowprefill.ttft.budget import throughput_budget_tokens
 
 logger = logging.getLogger(__name__)
 
 RoleT = TypeVar("RoleT", bound=SchedulerRole)
+
+GIB: Final = 1 << 30
+UNUSED_PRIORITIES: Final = (
+    "FlowPrefill: --enable-priority-scheduling does not change the order of prefills while "
+    "neither --flowprefill-slo-policy nor --flowprefill-priority-ttft-slo says which objectives priorities stand for"
+)
+
+
+NO_SHEDDING: Final = (
+    "sgl-flowprefill: --flowprefill-overload shed and --flowprefill-max-queued-tokens are for servers that prefill and "
+    "decode (--unified): the clients of this prefill server are answered by a decode server, which would say 500; "
+    "leave the options out"
+)
 
 
 def build(
@@ -57,6 +77,10 @@ def build(
     unchecked = unchecked_attention_backend(model_runner.prefill_attention_backend_str)
     if unchecked is not None:
         raise SystemExit(f"sgl-flowprefill: {unchecked}")
+    if config.refuses and not decodes:
+        raise SystemExit(NO_SHEDDING)
+    if scheduler.enable_priority_scheduling and config.priority_ttft_slo is None and config.slo_policy is None:
+        logger.warning(UNUSED_PRIORITIES)
     wakeup = Wakeup()
     device = make_device(scheduler.device, config.lookahead)
     events = scheduler_events(scheduler, wakeup) if scheduler.tp_group.rank_in_group == 0 else Woken(wakeup)
@@ -67,9 +91,10 @@ def build(
     else:
         news = lambda: events.pending() or tasks.result_arrived()  # noqa: E731
     agreement = _meet_ranks(scheduler, config, wakeup, device, news)
-    recorder = _recorder(scheduler, config, agreement.decides)
+    recorder = _recorder(scheduler, config, agreement.decides, decodes)
     role = scheduler.role = make_role(config, scheduler, tasks, wakeup, device, agreement, recorder)
-    executor = Executor(model_runner, agreement.interrupted, device, agreement.ends_waiting)
+    capture = partial(ForwardState.capture, loads=scheduler.tp_worker.hicache_layer_transfer_counter)
+    executor = Executor(model_runner, agreement.interrupted, device, agreement.ends_waiting, capture)
 
     layers = [] if config.granularity == "chunk" else find_decoder_layers(model_runner.model)
     ttft, operators = load_or_measure(role, config)
@@ -77,7 +102,8 @@ def build(
     if config.granularity == "operator":
         between_tiles = executor.between_tiles
         norms = find_norms(model_runner.model, layers)
-        tiles = TileSizes(plan_tiles(config.max_blocking_ms / 1e3, len(layers), len(norms), ttft.model, operators))
+        max_blocking_s = config.max_blocking_ms / 1e3
+        tiles = TileSizes(tiles_of(model_runner.model, layers, norms, max_blocking_s, ttft.model, operators))
         tile_layers(model_runner.model, layers, norms, tiles, between_tiles)
     if config.granularity != "chunk":
         progress = install_checkpoints(model_runner.model, layers, config.granularity, executor.checkpoint)
@@ -86,21 +112,47 @@ def build(
 
     batch_tokens = config.max_batch_tokens or throughput_budget_tokens(ttft.model)
     limits = Limits(max_suspended=config.max_suspended, max_batch_tokens=batch_tokens)
-    policy = make_policy(config.policy, limits, config.max_starvation_s)
+    policy = make_policy(config.order, limits, config.max_starvation_s)
     attention_share = half if operators is None else operators.attention_share
-    work = Work(policy, ttft, memory, progress, tasks, attention_share)
+    shedding = Shedding(config.overload == "shed", config.queue_limits) if config.refuses else None
+    work = Work(role.decide(policy, config), ttft, memory, progress, tasks, attention_share, shedding=shedding)
+    recorder.watch(work, _kv_token_bytes(model_runner) + memory.activations.suspended_bytes(1))
+    exploration = Exploration()
     if isinstance(ttft, LearningTTFT):
         ttft.start()
-    learning: Learning = ttft if isinstance(ttft, Learning) else Learning()
-    hub = Hub(role, work, executor, slots, device, agreement, events, recorder, tiles, learning=learning)
+        if scheduler.tp_size > 1:
+            logger.info("FlowPrefill does not explore: the tensor-parallel ranks would have to meet for it")
+        elif config.exploration_share:
+            engine = SchedulerEngine(role)
+            exploration = Explorer(engine, executor, slots, device, ttft, recorder, config.exploration_share)
+    if shedding is not None and agreement.decides:
+        scheduler.shadows = Shadows()
+        recorder.listen(scheduler.shadows.read)
+    hub = Hub(
+        role,
+        work,
+        executor,
+        slots,
+        device,
+        agreement,
+        events,
+        recorder,
+        tiles,
+        learning=ttft if isinstance(ttft, Learning) else Learning(),
+        exploration=exploration,
+        decoder=role.decoder,
+        refuse=role.shed,
+    )
     scheduler.output_streamer.recorder = recorder
+    if config.answer_report and agreement.decides:
+        scheduler.output_streamer.reports = AnswerReports(recorder)
     # A full collection of all that has been imported would stop a prefill for half a second.
     gc.collect()
     gc.freeze()
     logger.info(
         "FlowPrefill is on: policy %s, %d preemption checkpoints in a forward pass, at most %d suspended tasks, "
         "batches of up to %d tokens",
-        config.policy,
+        config.order,
         progress.checkpoints,
         config.max_suspended,
         batch_tokens,
@@ -122,10 +174,17 @@ def _meet_ranks(
     return Agreement(scheduler.tp_cpu_group, wakeup, first_news, lookahead=lookahead, nodes=nodes, host=host)
 
 
-def _recorder(scheduler: Any, config: FlowPrefillConfig, is_first: bool) -> EventRecorder:
+def _recorder(scheduler: Any, config: FlowPrefillConfig, is_first: bool, decodes: bool) -> EventRecorder:
     with_metrics = is_first and scheduler.metrics_collector_context.enable_metrics
-    metrics = Metrics(scheduler.metrics_collector.labels) if with_metrics else None
-    return EventRecorder(config.event_log if is_first else None, metrics)
+    metrics = Metrics(scheduler.metrics_collector.labels, decodes=decodes) if with_metrics else None
+    recent = RecentEvents(config.recent_events) if is_first and config.recent_events else None
+    return EventRecorder(config.events_file if is_first else None, metrics, decodes, recent)
+
+
+def _kv_token_bytes(model_runner: Any) -> float:
+    """What a token takes in SGLang's KV pool."""
+    token_to_kv_pool = model_runner.token_to_kv_pool
+    return float(token_to_kv_pool.mem_usage * GIB / token_to_kv_pool.size)
 
 
 def end_server(refusal: SystemExit) -> NoReturn:

@@ -8,8 +8,9 @@ import time
 from pathlib import Path
 from typing import Final
 
+from sgl_flowprefill.profiling import Setting
 from sgl_flowprefill.profiling.measure import SchedulerEngine
-from sgl_flowprefill.profiling.steps import LinearSteps, Step, StepProfile
+from sgl_flowprefill.profiling.steps import LearnedSteps, Step, StepProfile
 from sgl_flowprefill.runtime.profile import current_setting, kept_for_the_next_start, profile_path
 from sgl_flowprefill.runtime.scheduler_role import SchedulerRole
 
@@ -21,21 +22,41 @@ REPEATS: Final = 7
 """Steps that are measured of each shape; their median counts."""
 
 
-def load_or_measure_steps(role: SchedulerRole) -> LinearSteps:
-    """The model of the steps of ``role``'s engine. They are measured at the first start, and cached."""
+def load_or_measure_steps(role: SchedulerRole, learns: bool = False) -> LearnedSteps:
+    """The model of the steps of ``role``'s engine. They are measured at the first start, and cached; what is learned
+    from those that run takes their place there.
+    """
     setting = current_setting(role.scheduler)
     path = steps_path(profile_path(setting))
     ranks = role.scheduler.tp_group
     is_first = ranks.rank_in_group == 0
     profile = ranks.broadcast_object(StepProfile.read(path, setting) if is_first else None)
-    if profile is None:
-        profile = ranks.broadcast_object(StepProfile(setting=setting, steps=_measure(role)))
-        if is_first:
-            with kept_for_the_next_start("the times of decode steps"):
-                profile.write(path)
-    model = LinearSteps.fit(profile.steps)
-    logger.info("FlowPrefill: a decode step takes %s", model)
+    is_new = profile is None
+    if is_new:
+        profile = ranks.broadcast_object(StepProfile(setting=setting, steps=measure(role)))
+    kept = Kept(path, setting)
+    if is_new and is_first:
+        kept.write(profile.steps)
+    model = LearnedSteps(profile.steps, learns and is_first, kept.write)  # the first rank alone predicts
+    logger.info("FlowPrefill: a decode step takes %s", model.model)
     return model
+
+
+class Kept:
+    """The file for the next start."""
+
+    def __init__(self, path: Path, setting: Setting) -> None:
+        self._path = path
+        self._setting = setting
+        self._can_write = True
+
+    def write(self, steps: tuple[Step, ...]) -> None:
+        """Replace it, unless that was in vain before."""
+        if self._can_write:
+            self._can_write = False
+            with kept_for_the_next_start("the times of decode steps"):
+                StepProfile(setting=self._setting, steps=steps).write(self._path)
+                self._can_write = True
 
 
 def steps_path(profile: Path) -> Path:
@@ -43,7 +64,8 @@ def steps_path(profile: Path) -> Path:
     return profile.with_name(f"{profile.stem}-steps.json")
 
 
-def _measure(role: SchedulerRole) -> tuple[Step, ...]:
+def measure(role: SchedulerRole) -> tuple[Step, ...]:
+    """Times of decode steps on the server's own engine."""
     engine = SchedulerEngine(role)
     started_s, steps = time.monotonic(), []
     for requests, tokens in SHAPES:

@@ -2,8 +2,9 @@
 
 MLPs, norms and linear layers work row by row, so their tiles compute what the whole would. That holds for quantised
 ones too where a row has a scale of its own or a constant one, as in SGLang on CUDA (tests/unit/test_gpu_contracts.py);
-with one scale of the whole batch (per tensor and dynamic, on AMD) it would not. Attention is tiled by query
-(``tiled_attention``). Paper, section 6, names one operator on an extremely long input as what still blocks.
+with one scale of the whole batch (per tensor and dynamic, on AMD) it would not, so on AMD quantised layers run whole.
+Attention is tiled by query (``tiled_attention``). Paper, section 6, names one operator on an extremely long input as
+what still blocks.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any, Final
 
 import torch
@@ -76,11 +76,17 @@ class TileSizes:
 
 
 def plan_tiles(
-    max_blocking_s: float, layers: int, norms: int, ttft: TTFTModel, operators: OperatorTimes | None
+    max_blocking_s: float,
+    layers: int,
+    norms: int,
+    ttft: TTFTModel,
+    operators: OperatorTimes | None,
+    mlp_piece: float = 1.0,
 ) -> Tiles:
-    """Tiles that take about ``max_blocking_s``, by the profile's times of operators. A linear layer inside attention is
-    planned by the time per token of all of them in its layer, a norm by that of all that is neither attention nor MLP,
-    over the number of ``norms``: both bound theirs.
+    """Tiles with interruption points about ``max_blocking_s`` apart, by the profile's times of operators.
+    ``mlp_piece`` is the longest stretch of an MLP's tile without one (``longest_mlp_piece``). A linear layer inside
+    attention is planned by the time per token of all of them in its layer, a norm by that of all that is neither
+    attention nor MLP, over the number of ``norms``: both bound theirs.
 
     Where the profile has no such times, all are planned by the time of a whole layer, and attention is not bounded.
     """
@@ -91,11 +97,23 @@ def plan_tiles(
     mlp_s = operators.mlp_s_per_token / layers or layer_s
     pair_s = operators.attention_s_per_pair / layers
     return Tiles(
-        rows=_steps(max_blocking_s / mlp_s),
+        rows=_steps(max_blocking_s / mlp_s / mlp_piece),
         attention_rows=_steps(max_blocking_s / max(operators.attention_s_per_token / layers, mlp_s / LIGHTEST)),
         norm_rows=_steps(max_blocking_s / max(operators.rest_s_per_token / max(1, norms), mlp_s / LIGHTEST)),
         pairs=max_blocking_s / pair_s if pair_s else math.inf,
     )
+
+
+def tiles_of(
+    model: nn.Module,
+    layers: Sequence[DecoderLayer],
+    norms: Sequence[nn.Module],
+    max_blocking_s: float,
+    ttft: TTFTModel,
+    operators: OperatorTimes | None,
+) -> Tiles:
+    """``plan_tiles`` for ``model``, its decoder ``layers`` and ``norms``."""
+    return plan_tiles(max_blocking_s, len(layers), len(norms), ttft, operators, longest_mlp_piece(model, layers))
 
 
 def tile_layers(
@@ -106,13 +124,13 @@ def tile_layers(
     between_tiles: Callable[[], None],
 ) -> None:
     """Run MLPs, ``norms``, and the linear layers and norms inside attention in tiles."""
-    count = tile_mlps(model, chain(*(layer.mlp for layer in layers)), lambda: sizes.now.rows, between_tiles)
+    count = tile_mlps(model, [name for layer in layers for name in layer.mlp], lambda: sizes.now.rows, between_tiles)
     inside = [
         module
         for layer in layers
         for name in layer.attention
         for module in model.get_submodule(name).modules()
-        if type(module).__name__.endswith(("Linear", "Norm"))
+        if type(module).__name__.endswith(("Linear", "Norm")) and _is_exact_in_tiles(module)
     ]
     for module in inside:
         module.forward = in_tiles(module.forward, lambda: sizes.now.attention_rows, between_tiles)
@@ -142,16 +160,71 @@ def find_norms(model: nn.Module, layers: Sequence[DecoderLayer]) -> list[nn.Modu
 def tile_mlps(
     model: nn.Module, names: Iterable[str], rows: Callable[[], int], between_tiles: Callable[[], None]
 ) -> int:
-    """Run the dense MLPs called ``names`` in tiles of ``rows()`` tokens; how many are. Mixtures of experts are not:
-    how their kernels group tokens depends on all of them. Nor are single matrices of layers without an MLP.
+    """Run the dense MLPs called ``names`` in tiles of ``rows()`` tokens; how many are. A tile can be suspended between
+    two linear layers as well, so that it may be longer: the weights of a matrix product are prepared for each tile.
     """
-    count = 0
-    for name in names:
-        mlp = model.get_submodule(name)
-        if any(True for _ in mlp.children()) and not _is_mixture(mlp):
-            mlp.forward = in_tiles(mlp.forward, rows, between_tiles)
-            count += 1
-    return count
+    mlps = _dense_mlps(model, names)
+    for mlp in mlps:
+        mlp.forward = in_tiles(mlp.forward, rows, between_tiles)
+        for linear in _linear_layers(mlp)[:-1]:
+            linear.forward = _interruptible_after(linear.forward, rows, between_tiles)
+    return len(mlps)
+
+
+def longest_mlp_piece(model: nn.Module, layers: Iterable[DecoderLayer]) -> float:
+    """Share of an MLP's time that passes between two interruption points of a tile, at most: that of its largest
+    linear layer, by weights.
+    """
+    shares = []
+    for mlp in _dense_mlps(model, [name for layer in layers for name in layer.mlp]):
+        weights = [sum(weight.numel() for weight in linear.parameters()) for linear in _linear_layers(mlp)]
+        shares.append(max(weights) / sum(weights) if any(weights) else 1.0)
+    return max(shares, default=1.0)
+
+
+def _dense_mlps(model: nn.Module, names: Iterable[str]) -> list[nn.Module]:
+    """Not mixtures of experts: how their kernels group tokens depends on all of them. Nor single matrices of layers
+    without an MLP.
+    """
+    modules = map(model.get_submodule, names)
+    return [
+        module
+        for module in modules
+        if any(True for _ in module.children()) and not _is_mixture(module) and _is_exact_in_tiles(module)
+    ]
+
+
+def _is_exact_in_tiles(module: nn.Module) -> bool:
+    return torch.version.hip is None or not any(map(_is_quantised, module.modules()))
+
+
+def _is_quantised(module: nn.Module) -> bool:
+    method = getattr(module, "quant_method", None)  # of SGLang's linear layers
+    return method is not None and not type(method).__name__.startswith("Unquantized")
+
+
+def _linear_layers(mlp: nn.Module) -> list[nn.Module]:
+    return [child for child in mlp.children() if type(child).__name__.endswith("Linear")]
+
+
+def _interruptible_after(
+    forward: Callable[..., Any], rows: Callable[[], int], between_tiles: Callable[[], None]
+) -> Callable[..., Any]:
+    """``forward``, with an interruption point behind it unless it is SHORT."""
+
+    def interruptible(*args: Any, **kwargs: Any) -> Any:
+        output = forward(*args, **kwargs)
+        if _tokens(args, kwargs) > SHORT * rows():
+            between_tiles()
+        return output
+
+    return interruptible
+
+
+def _tokens(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """Rows of the first tensor."""
+    values = (value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor) and value.dim())
+    return next(map(len, values), 0)
 
 
 def in_tiles(
@@ -165,10 +238,8 @@ def in_tiles(
     """
 
     def tiled(*args: Any, **kwargs: Any) -> Any:
-        values = (value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor) and value.dim())
-        tokens = next(map(len, values), 0)
-        most = rows()
-        tiles = list(_row_tiles(tokens, most))
+        tokens, most = _tokens(args, kwargs), rows()
+        tiles = list(row_tiles(tokens, most))
         output: Any = None
         if len(tiles) <= 1:
             output = forward(*args, **kwargs)
@@ -191,7 +262,7 @@ def in_tiles(
     return tiled
 
 
-def _row_tiles(tokens: int, most: int) -> Iterator[slice]:
+def row_tiles(tokens: int, most: int) -> Iterator[slice]:
     """Rows of each tile: ``most``, and in the last one what is left. What would be a SHORT one is part of that before
     it: a matrix product of few rows takes nearly as long as one of many, as all weights are read for it."""
     start = 0

@@ -1,29 +1,40 @@
 """SGLang's scheduler as a server that prefills and decodes: prefills become streams, which get their tokens in steps.
 
 A stream is a request whose prefill has run. The requests of a batch whose prefill has run are *joining* until the next
-step, in which SGLang's own code merges them into its running batch: between two steps, nothing touches that.
+step, in which SGLang's own code merges them into its running batch: from the begin of a step until its result has been
+processed, and between two steps, nothing else touches that.
 """
 
 from __future__ import annotations
 
 import time
 from array import array
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Self
+from http import HTTPStatus
+from itertools import chain
+from typing import Any, Final
 
 from sglang.srt.environ import envs
+from sglang.srt.managers.io_struct import AbortReq
 from sglang.srt.managers.schedule_batch import release_req
 from sglang.srt.managers.schedule_policy import PrefillAdder
 from sglang.srt.mem_cache.common import release_kv_cache
 
 from sgl_flowprefill.config import FlowPrefillConfig
-from sgl_flowprefill.deadline import received_s, sent_s, slo_s, tbt_slo_s
-from sgl_flowprefill.hub.role import Arrival
-from sgl_flowprefill.hub.task import PrefillTask
+from sgl_flowprefill.deadline import objective, received_s, sent_s
+from sgl_flowprefill.hub.role import Arrival, Decoder
+from sgl_flowprefill.hub.task import DecodeStep, PrefillTask
 from sgl_flowprefill.hub.waiting import WaitingRequest
-from sgl_flowprefill.policy import ColocatedPolicy, Stream
+from sgl_flowprefill.patches.overload import RETRY_AFTER
+from sgl_flowprefill.policy import ColocatedPolicy, DecodeLimits, Policy, Stream
+from sgl_flowprefill.profiling.steps import LearnedSteps
 from sgl_flowprefill.runtime.scheduler_role import SchedulerRole, fail_unless_aborted, input_logprobs
+from sgl_flowprefill.runtime.step_profile import load_or_measure_steps
+
+HAS_RUN: Final = "flowprefill_has_run"
+"""Attribute of SGLang's Req: a prefill of it has begun, and was given back."""
+SHED: Final = "The server is overloaded: {why}. Try again after {retry_after_s} s."
 
 
 @dataclass
@@ -37,9 +48,9 @@ class InFlight:
 class UnifiedRole(SchedulerRole):
     """What the hub asks of a server that prefills and decodes."""
 
-    default_tbt_slo_s: float = 0.1
     policy: ColocatedPolicy[WaitingRequest, PrefillTask] = field(init=False)
-    """Set when it is made: it knows how long steps take, which is measured with this role."""
+    """There from ``decide`` on: it knows how long steps take, which is measured with this role."""
+    step_model: LearnedSteps = field(init=False)
     joining: list[Any] = field(default_factory=list, init=False)
     """Batches whose prefills have run, of which at least one request has not ended, in that order."""
     is_admitting: bool = field(default=False, init=False)
@@ -47,14 +58,14 @@ class UnifiedRole(SchedulerRole):
     steps: int = field(default=0, init=False)
     """Decode steps so far."""
     step_s: float = field(default=0.0, init=False)
-    """Time in them."""
+    """Time that they took."""
     retractions: int = field(default=0, init=False)
     """Streams that lost their KV cache to others so far."""
     given_back: int = field(default=0, init=False)
     """Tasks that gave theirs back so far."""
     streams: dict[Any, Stream] = field(default_factory=dict, init=False)
     """What the policy knows of each request that is a stream."""
-    come: list[Any] = field(default_factory=list, init=False)
+    not_told: list[Any] = field(default_factory=list, init=False)
     """Requests in SGLang's waiting queue that the hub has not been told of."""
     held_back: list[Any] = field(default_factory=list, init=False)
     """Requests in SGLang's waiting queue whose tasks were given back: they come again when KV cache has been freed by
@@ -63,11 +74,19 @@ class UnifiedRole(SchedulerRole):
     _has_freed: bool = field(default=False, init=False)
     """Whether KV cache has been freed since the last look."""
 
-    @classmethod
-    def make(cls, config: FlowPrefillConfig, scheduler: Any, *parts: Any) -> Self:
-        role = super().make(config, scheduler, *parts)
-        role.default_tbt_slo_s = config.default_tbt_slo
-        return role
+    # ---- what its hub is made of ------------------------------------------------------------------------------------
+
+    def decide(
+        self, prefills: Policy[WaitingRequest, PrefillTask], config: FlowPrefillConfig
+    ) -> ColocatedPolicy[WaitingRequest, PrefillTask]:
+        limits = DecodeLimits(max_share=config.max_decode_share)
+        self.step_model = load_or_measure_steps(self, config.learning)
+        self.policy = ColocatedPolicy(prefills, self.step_model, limits)
+        return self.policy
+
+    @property
+    def decoder(self) -> Decoder:
+        return self
 
     # ---- what the hub asks ----------------------------------------------------------------------------------------
 
@@ -75,7 +94,8 @@ class UnifiedRole(SchedulerRole):
         """Messages. KV cache is freed by what happens between two looks."""
         if envs.SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY.get():
             self.scheduler.invariant_checker.self_check_during_busy()
-        self.take_messages()
+        if self.take_messages():
+            self._freed()
         if stalls_due:
             self.recorder.close_lost(self.held())
         has_freed, self._has_freed = self._has_freed, False
@@ -84,38 +104,40 @@ class UnifiedRole(SchedulerRole):
     def arrived(self) -> Iterator[Arrival]:
         if self.held_back and not (self.tasks.live or self.tasks.finishing or self.streams):
             self._freed()  # nobody is left who could free some
-        if not self.come:
+        if not self.not_told:
             return
-        come, self.come = self.come, []
+        queued, self.not_told = self.not_told, []
         waiting = set(self.scheduler.waiting_queue)
-        for req in come:
+        for req in queued:
             if req in waiting:  # not aborted meanwhile
                 yield self._arrival(req)
 
     def _arrival(self, req: Any) -> Arrival:
         """A request that was a stream before has part of its answer, and is due one objective from now on: its old
-        deadline would make it hopeless.
+        deadline would make it infeasible.
         """
         is_retracted = len(req.output_ids) > 0
-        come_s = received_s(req)
-        since_s = time.monotonic() if is_retracted else come_s
+        arrived_s, promised = received_s(req), objective(req, self.resolver)
+        since_s = time.monotonic() if is_retracted else arrived_s
         return Arrival(
             req=req,
             shape=self.match(req),
             prompt=array("q", [*req.origin_input_ids, *req.output_ids]) if is_retracted else req.origin_input_ids,
             received_s=since_s,
-            deadline_s=since_s + slo_s(req, self.default_slo_s),
-            readable_s=since_s if is_retracted else sent_s(req) or come_s,
+            deadline_s=since_s + promised.ttft_s,
+            readable_s=since_s if is_retracted else sent_s(req) or arrived_s,
             logprob_rows=input_logprobs(req),
             retracted=is_retracted,
+            objective=promised,
+            has_run=getattr(req, HAS_RUN, False),
         )
 
     def waiting(self) -> Collection[Any]:
         queue = super().waiting()
-        if not self.come and not self.held_back:
+        if not self.not_told and not self.held_back:
             return queue
-        untold = {*self.come, *self.held_back}
-        return [req for req in queue if req not in untold]
+        unknown_to_hub = {*self.not_told, *self.held_back}
+        return [req for req in queue if req not in unknown_to_hub]
 
     def make_batch(self, reqs: Sequence[Any]) -> Any | None:
         self.is_admitting = True
@@ -136,7 +158,7 @@ class UnifiedRole(SchedulerRole):
         if not batch.is_empty():
             now_s = time.monotonic()
             self.joining.append(batch)
-            joined = {req: Stream(tbt_slo_s(req, self.default_tbt_slo_s), req.seqlen, now_s) for req in batch.reqs}
+            joined = {req: Stream(objective(req, self.resolver).tbt_s, req.seqlen, now_s) for req in batch.reqs}
             self.streams |= joined
             self.policy.joined(joined.values())
         if len(batch.reqs) < members:
@@ -150,30 +172,41 @@ class UnifiedRole(SchedulerRole):
 
     # ---- decode steps -----------------------------------------------------------------------------------------------
 
-    def step(self) -> None:
-        scheduler, begin_s = self.scheduler, time.monotonic()
+    def step(self) -> DecodeStep | None:
+        scheduler, begin_s, begin = self.scheduler, time.monotonic(), self.device.stamp()
         plan = scheduler.get_next_batch_to_run(scheduler.running_batch, self.join())
-        running_batch = scheduler.running_batch = plan.running_batch
-        batch = plan.batch_to_run
-        if batch is not None:
-            scheduler.cur_batch_for_debug = batch
-            result = scheduler.run_batch(batch)
-            # SGLang learns what decoding costs from launch to launch of steps between which nothing else ran.
-            batch.after_idle_gap = batch.after_idle_gap or bool(self.tasks.live)
-            scheduler.process_batch_result(batch, result)
-            running_batch.filter_batch()
-        going_on = set(running_batch.reqs)
-        ended = [self.streams.pop(req) for req in list(self.streams) if req not in going_on]
+        scheduler.running_batch, batch = plan.running_batch, plan.batch_to_run
         if batch is None:
-            self.policy.left(ended)
-        else:
-            end_s, load = time.monotonic(), self.policy.load
-            self.recorder.stepped(self.policy.streams.requests, begin_s, end_s, load.start_by_s)
-            self.policy.stepped(begin_s, end_s, ended)
-            self.steps += 1
-            self.step_s += end_s - begin_s
+            self.policy.left(self._take_ended())
+            return None
+        self.policy.began(begin_s)
+        scheduler.cur_batch_for_debug = batch
+        result = scheduler.run_batch(batch)
+        self.device.fetch(batch, result)
+        # SGLang learns what decoding costs from launch to launch of steps between which nothing else ran.
+        batch.after_idle_gap = batch.after_idle_gap or bool(self.tasks.live)
+        return DecodeStep(result, batch, [(begin, self.device.stamp())])
+
+    def finish_step(self, step: DecodeStep) -> None:
+        arrived_s, begun = time.monotonic(), self.policy.step
+        assert begun is not None, "a step that ends has begun"
+        self.scheduler.process_batch_result(step.batch, step.result)
+        self.scheduler.running_batch.filter_batch()
+        end_s = time.monotonic()
+        took_s = step.executed_s + end_s - arrived_s
+        tokens, late = self.policy.streams.late_tokens(end_s)
+        self.recorder.stepped(begun.requests, begun.begin_s, end_s, begun.load.start_by_s, took_s, tokens, late)
+        self.policy.stepped(end_s, self._take_ended(), took_s=took_s)
+        self.steps += 1
+        self.step_s += took_s
+
+    def _take_ended(self) -> list[Stream]:
+        """The streams that are over, with the KV cache that they held."""
+        going_on = set(chain.from_iterable(batch.reqs for batch in (self.scheduler.running_batch, *self.joining)))
+        ended = [self.streams.pop(req) for req in list(self.streams) if req not in going_on]
         if ended:
             self._freed()
+        return ended
 
     def join(self) -> Any | None:
         """The joining batches as one, for SGLang to merge into its running batch."""
@@ -209,11 +242,27 @@ class UnifiedRole(SchedulerRole):
                     hisparse_coordinator=None,
                     offload_kv=False,
                 )
+                req.retraction_count -= 1  # clients are told of streams that were retracted: this is none
                 # Not by _add_request_to_queue: a full queue would refuse what it had let in.
                 scheduler.waiting_queue.append(req)
                 req.time_stats.set_wait_queue_entry_time()
                 self.held_back.append(req)
+                setattr(req, HAS_RUN, True)
         self.given_back += 1
+
+    def shed(self, reasons: Mapping[Any, str], retry_after_s: int) -> None:
+        scheduler = self.scheduler
+        scheduler.waiting_queue = [req for req in scheduler.waiting_queue if req not in reasons]
+        for req, why in reasons.items():
+            reason = {
+                "type": "abort",
+                "status_code": HTTPStatus.TOO_MANY_REQUESTS,
+                "message": SHED.format(why=why, retry_after_s=retry_after_s),
+                RETRY_AFTER: retry_after_s,
+            }
+            scheduler._release_aborted_request(req)
+            scheduler.send_abort_output(AbortReq(rid=req.rid, finished_reason=reason), req)
+            req.time_stats.trace_ctx.abort(abort_info={"reason": reason["message"]})
 
     # ---- what SGLang's scheduler tells ------------------------------------------------------------------------------
 
@@ -227,7 +276,7 @@ class UnifiedRole(SchedulerRole):
 
     def note_queued(self, req: Any) -> None:
         """``req`` is in SGLang's waiting queue."""
-        self.come.append(req)
+        self.not_told.append(req)
 
     # ---- what SGLang asks -------------------------------------------------------------------------------------------
 
@@ -243,9 +292,14 @@ class UnifiedRole(SchedulerRole):
             "retractions": self.retractions,
             "given_back": self.given_back,
             "margin_s": self.policy.margin_s,
+            **self.step_model.state(),
         }
 
     # ---- the rest ---------------------------------------------------------------------------------------------------
+
+    @property
+    def not_ready(self) -> int:
+        return len(self.held_back)
 
     def _end(self, reqs: Sequence[Any]) -> None:
         """Answer ``reqs``, which are to end although their prefill has not run, and free what they hold. Their KV cache
@@ -263,7 +317,7 @@ class UnifiedRole(SchedulerRole):
     def _freed(self) -> None:
         """KV cache has been freed, and not by giving a task back."""
         self._has_freed = True
-        self.come += self.held_back
+        self.not_told += self.held_back
         self.held_back.clear()
 
 

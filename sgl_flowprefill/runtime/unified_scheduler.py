@@ -9,15 +9,14 @@ from itertools import chain
 from typing import Any, Final
 
 import torch
+from sglang.srt.disaggregation.utils import is_aborted
 from sglang.srt.managers.schedule_batch import FINISH_ABORT
 from sglang.srt.managers.scheduler import NextBatchPlan
 
 from sgl_flowprefill.config import FlowPrefillConfig
 from sgl_flowprefill.hub.loop import Hub
-from sgl_flowprefill.policy import ColocatedPolicy, DecodeLimits
 from sgl_flowprefill.runtime.hub_scheduler import HubScheduler
 from sgl_flowprefill.runtime.setup import build
-from sgl_flowprefill.runtime.step_profile import load_or_measure_steps
 from sgl_flowprefill.runtime.unified_role import InFlight, ReservingAdder, UnifiedRole
 
 BEAMS: Final = (
@@ -35,11 +34,7 @@ class UnifiedScheduler(HubScheduler):
     load_inquirer: Any
 
     def build_hub(self, config: FlowPrefillConfig) -> Hub[UnifiedRole]:
-        hub = build(self, config, UnifiedRole.make, decodes=True)
-        limits = DecodeLimits(max_share=config.max_decode_share)
-        hub.role.policy = ColocatedPolicy(hub.work.policy, load_or_measure_steps(hub.role), limits)
-        hub.work.colocated, hub.decoder = hub.role.policy, hub.role
-        return hub
+        return build(self, config, UnifiedRole.make, decodes=True)
 
     @torch.no_grad()
     def event_loop_normal(self) -> None:
@@ -51,8 +46,11 @@ class UnifiedScheduler(HubScheduler):
     # ---- requests that come and go --------------------------------------------------------------------------------
 
     def _add_request_to_queue(self, req: Any, is_retracted: bool = False) -> None:
+        """A request that was refused ends here, as on a prefill server: SGLang would prefill a token first."""
         if req.beam_group is not None:
             req.to_finish = FINISH_ABORT(BEAMS, HTTPStatus.BAD_REQUEST, "BadRequestError")
+        if is_aborted(req) and not is_retracted:
+            self.role.note_arrival(req)
             self.retire_unadmitted_request(req)
             return
         super()._add_request_to_queue(req, is_retracted)
@@ -78,11 +76,11 @@ class UnifiedScheduler(HubScheduler):
 
     def get_prefill_adder_class(self) -> Any:
         """SGLang's hook for its admission, which knows of the running batch alone."""
-        return partial(ReservingAdder, others=self._in_flight_reqs())
+        return partial(ReservingAdder, others=self.in_flight_reqs())
 
     def get_num_allocatable_reqs(self, running_bs: int, *args: Any, **kwargs: Any) -> int:
         """All that run or will run with the running batch count, and not these alone."""
-        others = len(self._in_flight_reqs())
+        others = len(self.in_flight_reqs())
         return int(super().get_num_allocatable_reqs(running_bs + others, *args, **kwargs))
 
     # ---- what SGLang asks a scheduler -----------------------------------------------------------------------------
@@ -90,15 +88,16 @@ class UnifiedScheduler(HubScheduler):
     def init_invariant_checker(self) -> None:
         """SGLang's checks take the requests of the last batch into account: here, all that are in flight."""
         super().init_invariant_checker()
-        self.invariant_checker.get_last_batch = lambda: InFlight(self._in_flight_reqs())
+        self.invariant_checker.get_last_batch = lambda: InFlight(self.in_flight_reqs())
 
     def init_load_inquirer(self) -> None:
         """Prefills that have started count as running requests."""
         super().init_load_inquirer()
-        running = lambda: InFlight([*self.running_batch.reqs, *self._in_flight_reqs()])  # noqa: E731
+        running = lambda: InFlight([*self.running_batch.reqs, *self.in_flight_reqs()])  # noqa: E731
         self.load_inquirer = replace(self.load_inquirer, get_running_batch=running)
 
-    def _in_flight_reqs(self) -> list[Any]:
+    def in_flight_reqs(self) -> list[Any]:
+        """Requests of the prefills that have been started."""
         return list(chain.from_iterable(batch.reqs for batch in self._in_flight()))
 
     def get_internal_state(self, recv_req: Any) -> Any:

@@ -101,13 +101,14 @@ class BoostedTTFT:
 
     def predict_each_s(self, requests: Sequence[PrefillShape]) -> Array:
         """Seconds of each of ``requests`` when it runs alone."""
-        return self._predict_many(single_matrix(requests))
+        return self.predict_matrix_s(single_matrix(requests))
 
     def predict_all_s(self, batches: Sequence[Batch]) -> Array:
         """Seconds of each of ``batches``."""
-        return self._predict_many(feature_matrix(batches))
+        return self.predict_matrix_s(feature_matrix(batches))
 
-    def _predict_many(self, matrix: Array) -> Array:
+    def predict_matrix_s(self, matrix: Array) -> Array:
+        """What ``predict_rows_s`` returns, by the compiled kernels."""
         _, many, tables = self._compiled
         return np.asarray(many(matrix, *tables))
 

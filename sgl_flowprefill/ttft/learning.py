@@ -46,9 +46,9 @@ KIND_MEMORY: Final = 5
 RESIDUALS: Final = 101
 """Last tasks of which the spread says what is too far off."""
 TOO_FAR: Final = 8.0
-"""A deviation of so many times the median one of the last tasks is too far off,"""
+"""A measurement is too far off if it deviates by so many times the median deviation of the last tasks."""
 LEAST_TOO_FAR: Final = 0.4
-"""but no less than this: a factor of 1.5."""
+"""No smaller deviation is too far off, whatever the median is (natural logarithm: a factor of 1.5)."""
 SUPERSEDED: Final = 8
 """Rows of a cell that the server has measured itself, from which those of the profile are not needed any more."""
 LEAST_JUDGED: Final = 16
@@ -60,9 +60,11 @@ MOST_PARTS: Final = 5
 LEAST_PART: Final = 40
 """Rows of the smallest of these parts, at least."""
 LEAST_ALONE: Final = 60
-"""Rows of the server's own to which a challenger is also fitted without any of the profile, which may be wrong;"""
+"""From so many rows of the server's own on, a challenger is also fitted to these alone: the profile may be wrong."""
 HANDICAP: Final = 1.1
-"""it has to be better than the others by this factor, as it knows less of shapes that the server has not met."""
+"""A challenger without the profile has to be better than the others by this factor, as it knows less of shapes that
+the server has not met.
+"""
 LEAST_GAIN: Final = 0.02
 """Part of the champion's error by which a challenger has to be better, at least."""
 SIGNIFICANT: Final = 2.0
@@ -80,6 +82,8 @@ class Journal:
         self.number = number
         self.refused = 0
         """Tasks that were not believed."""
+        self.explored_rows = 0
+        """Rows of batches that were run for their times alone, since the start."""
         self._pending: deque[tuple[Features, float, float, int]] = deque()
         """Tasks that are not rows yet: features, seconds, the log of their ratio to the prediction, number."""
         self._around: deque[float] = deque(maxlen=2 * AROUND + 1)
@@ -101,22 +105,32 @@ class Journal:
             while len(self._pending) > AROUND:
                 self._keep(*self._pending.popleft(), log_slowness)
 
+    def explored(self, batch: Sequence[PrefillShape], measured_s: float, profiled_s: float, slowness: float) -> None:
+        """``batch`` was run for its time alone; how slow the machine was then has been measured beside it."""
+        self.number += 1
+        self.explored_rows += self._keep(
+            features(batch), measured_s, math.log(measured_s / profiled_s), self.number, math.log(slowness)
+        )
+
     def new_model(self) -> None:
         """Another model predicts from now on: how slow the machine is has to be learned anew."""
         self._pending.clear()
         self._around.clear()
 
-    def _keep(self, of: Features, seconds: float, log_ratio: float, number: int, log_slowness: float) -> None:
+    def _keep(self, of: Features, seconds: float, log_ratio: float, number: int, log_slowness: float) -> bool:
+        """Whether the measurement is believed, and a row now."""
         residual = log_ratio - log_slowness
         last = self._of_kind.setdefault(kind(*of[:3]), deque([0.0] * KIND_MEMORY, maxlen=KIND_MEMORY))
         deviation = min(abs(residual), abs(residual - median(last)))
         too_far = max(LEAST_TOO_FAR, TOO_FAR * median(self._deviations))
         last.append(residual)
         self._deviations.append(deviation)
-        if deviation > too_far:
-            self.refused += 1
-        else:
+        is_believed = deviation <= too_far
+        if is_believed:
             self.reservoir.add(Row(*of, seconds, math.exp(log_slowness), float(number)))
+        else:
+            self.refused += 1
+        return is_believed
 
 
 class RefittedTTFT(AdaptiveTTFT, ABC):
@@ -135,11 +149,19 @@ class RefittedTTFT(AdaptiveTTFT, ABC):
     def observe(self, batch: Sequence[PrefillShape], measured_s: float) -> Prediction:
         prediction = super().observe(batch, measured_s)
         self.journal.completed(batch, measured_s, prediction.raw_s)
+        self._refit_if_due()
+        return prediction
+
+    def explored(self, batch: Sequence[PrefillShape], measured_s: float, slowness: float) -> None:
+        super().explored(batch, measured_s, slowness)
+        self.journal.explored(batch, measured_s, self.model.predict_s(batch), slowness)
+        self._refit_if_due()
+
+    def _refit_if_due(self) -> None:
         tasks = self.journal.number - self._asked_at
         if tasks >= REFIT_TASKS and self.may_refit(tasks):
             self._asked_at = self.journal.number
             self.ask_for_refit()
-        return prediction
 
     def take_over(self, fitted: Fitted) -> None:
         """Predict with ``fitted`` from now on."""

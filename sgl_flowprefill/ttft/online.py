@@ -130,6 +130,27 @@ class AdaptiveTTFT:
         self._observed += 1
         return prediction
 
+    def explored(self, batch: Sequence[PrefillShape], measured_s: float, slowness: float) -> None:
+        """``batch`` was run for its time alone and took ``measured_s``, on a machine that was ``slowness`` times slower
+        than in the profile. This says how far predictions of such batches are off, and nothing of the machine.
+        """
+        kind = kind_of(batch)
+        log_ratio = math.log(measured_s / (self.model.predict_s(batch) * slowness))
+        band = self._bands[band_of(kind)]
+        self._margin_window(kind).push(log_ratio - band.at(0.5))
+        band.push(log_ratio)
+
+    def slowness(self, batch: Sequence[PrefillShape], measured_s: float) -> float:
+        """How many times slower than in the profile the machine was when ``batch`` took ``measured_s``."""
+        usual_s = self.model.predict_s(batch) * math.exp(self._bands[band_of(kind_of(batch))].at(0.5))
+        return measured_s / usual_s
+
+    def uncertainty(self, batch: Sequence[PrefillShape]) -> float:
+        """How far predictions of batches like ``batch`` are off: the mean of the quartiles of their residuals."""
+        kind = kind_of(batch)
+        residuals = self._margins.get(kind) or self._profiled_window(kind)
+        return (abs(residuals.at(0.25)) + abs(residuals.at(0.75))) / 2
+
     def _learn(self, batch: Sequence[PrefillShape], measured_s: float) -> Prediction | None:
         """As ``observe``; None for nonsense."""
         if not 0.0 < measured_s < math.inf:
@@ -180,15 +201,18 @@ class AdaptiveTTFT:
         return math.exp(max(0.0, log_margin) if self._quantile >= 0.5 else log_margin)
 
     def _margin_window(self, kind: int) -> _Window:
-        """Residuals of a kind. A kind that is met for the first time has those of its shapes in the profile, or as an
-        unknown one those of all shapes, and wider.
-        """
+        """Residuals of a kind, which has been met from now on."""
         window = self._margins.get(kind)
         if window is None:
-            own = self._of_kind.get(kind, [])
-            known = own if len(own) >= LEAST_OF_KIND else self._of_unknown
-            window = self._margins[kind] = _Window(_thinned(known, KIND_TASKS))
+            window = self._margins[kind] = self._profiled_window(kind)
         return window
+
+    def _profiled_window(self, kind: int) -> _Window:
+        """Residuals of a kind that has not been met: those of its shapes in the profile, or as an unknown one those of
+        all shapes, and wider.
+        """
+        own = self._of_kind.get(kind, [])
+        return _Window(_thinned(own if len(own) >= LEAST_OF_KIND else self._of_unknown, KIND_TASKS))
 
 
 class _Window:

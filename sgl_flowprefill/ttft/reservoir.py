@@ -83,6 +83,10 @@ class Reservoir:
     def __len__(self) -> int:
         return self._size
 
+    def alike(self, requests: float, new_tokens: float, cached_tokens: float) -> int:
+        """Rows that are kept with a batch of these features."""
+        return len(self._cells.get(cell(requests, new_tokens, cached_tokens), ()))
+
     def add(self, row: Row) -> None:
         """Keep ``row``, in place of another where there is no room."""
         own = self._cells.setdefault(cell(*row[:3]), deque())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from sgl_flowprefill.contract.row import Part, rows
+from sgl_flowprefill.contract.row import Part, rows, source
 
 ENDPOINT: Final = "sglang.lang.backend.runtime_endpoint:RuntimeEndpoint"
 
@@ -29,6 +29,23 @@ PART: Final = Part(
             "RuntimeEndpoint",
             "is what the endpoint is a subclass of",
             "frontend programs cannot name objectives",
+        ),
+        *(
+            source(
+                "assumes",
+                f"sglang.lang.interpreter:{function}",
+                ["backend = backend.endpoint"],
+                "asks for the endpoint of a backend in the thread that calls `run` or `run_batch`",
+                "programs in other threads have the server's default objective",
+            )
+            for function in ("run_program", "run_program_batch")
+        ),
+        source(
+            "assumes",
+            "sglang.lang.interpreter:StreamExecutor.__init__",
+            ["contextvars.copy_context().run"],
+            "executes a branch in the context of the thread that forked it",
+            "branches do not have the objective of a `with` in the program",
         ),
         *rows(
             "overrides",

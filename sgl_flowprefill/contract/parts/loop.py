@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 from sgl_flowprefill.contract.parts.before_0_5_23 import INIT_IPC_CHANNELS
-from sgl_flowprefill.contract.row import Part, rows, source
+from sgl_flowprefill.contract.row import Part, attributes, rows, source
 from sgl_flowprefill.contract.symbols import SCHEDULER
 
 LOOP_CALLS: Final = (
@@ -69,6 +69,39 @@ PART: Final = Part(
             "get_output_streamer_class(self)",
             "chooses what answers are handed to, of which the event log hears",
             "requests do not end in the event log",
+        ),
+        *rows(
+            "overrides",
+            SCHEDULER,
+            "attach_hicache_storage_wrapped(self, recv_req)",
+            "attaches a storage to the cache in host memory of a running server",
+            "requests wait for prefetches that wake nobody",
+        ),
+        *rows(
+            "calls",
+            "sglang.srt.managers.io_struct:",
+            "AttachHiCacheStorageReqOutput",
+            "refuses that",
+            "a server ends when somebody tries",
+        ),
+        *rows(
+            "overrides",
+            SCHEDULER,
+            "init_schedule_policy(self)",
+            "makes what orders the requests of a batch",
+            "the requests of a batch are sorted by their priorities, and a batch without priorities cannot be made",
+        ),
+        *attributes(
+            SCHEDULER,
+            "policy",
+            "orders the requests of a batch",
+            "the requests of a batch are sorted by their priorities, and a batch without priorities cannot be made",
+        ),
+        *attributes(
+            "sglang.srt.managers.schedule_policy:SchedulePolicy",
+            "enable_priority_scheduling",
+            "says whether requests are sorted by their priorities",
+            "the requests of a batch are sorted by their priorities, and a batch without priorities cannot be made",
         ),
         *rows(
             "overrides",

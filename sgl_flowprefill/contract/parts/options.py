@@ -4,25 +4,12 @@ from __future__ import annotations
 
 from typing import Final
 
-from sgl_flowprefill.compat import (
-    OWN_SETTINGS,
-    OWN_SETTINGS_OF_UNIFIED_SERVERS,
-    READ_SETTINGS,
-    REFUSED_ABOVE_ONE,
-    REFUSED_ENVIRONMENT,
-    REFUSED_ON_PREFILL_SERVERS,
-    REFUSED_ON_UNIFIED_SERVERS,
-    REFUSED_WHEN_SET,
-)
+from sgl_flowprefill.compat import READ_OPTIONS, REFUSED_ENVIRONMENT, ROWS, UNSET_ENVIRONMENT
 from sgl_flowprefill.contract.row import Part, attributes, rows, source
 from sgl_flowprefill.contract.symbols import OPTIONS
 
-REFUSED: Final = {
-    *REFUSED_WHEN_SET,
-    *REFUSED_ON_PREFILL_SERVERS,
-    *REFUSED_ON_UNIFIED_SERVERS,
-    *REFUSED_ABOVE_ONE,
-}
+SET: Final = sorted({option for row in ROWS if row.treatment == "set" for option in row.options})
+REFUSED: Final = sorted({option for row in ROWS if row.treatment == "refused" for option in row.options} - {*SET})
 
 PART: Final = Part(
     "options",
@@ -53,26 +40,26 @@ PART: Final = Part(
         ),
         *attributes(
             OPTIONS,
-            " ".join([*OWN_SETTINGS, *OWN_SETTINGS_OF_UNIFIED_SERVERS]),
+            " ".join(SET),
             "is set by FlowPrefill",
             "the server runs with SGLang's own value, which cannot work",
         ),
         *attributes(
             OPTIONS,
-            " ".join(sorted(REFUSED)),
+            " ".join(REFUSED),
             "is refused with a reason",
             "the option is not refused, under whatever name it has now",
         ),
         *attributes(
             OPTIONS,
-            " ".join(READ_SETTINGS),
+            " ".join(READ_OPTIONS),
             "says what kind of server this is, and whether FlowPrefill can work with it",
             "a server that cannot work is not refused",
         ),
         *attributes(
             "sglang.srt.environ:Envs",
-            " ".join(REFUSED_ENVIRONMENT),
-            "is refused with a reason",
+            " ".join([*REFUSED_ENVIRONMENT, *UNSET_ENVIRONMENT]),
+            "is refused with a reason, or unset",
             "the variable is not refused, under whatever name it has now",
         ),
     ),

@@ -25,7 +25,7 @@ PART: Final = Part(
         *attributes(
             REQ,
             "rid origin_input_ids origin_input_ids_unpadded prefix_len return_logprob logprob_start_len "
-            "sampling_params bootstrap_room",
+            "sampling_params bootstrap_room priority",
             "says how much a request computes, and what it asks for",
             "prefill times and deadlines cannot be told",
         ),
@@ -67,12 +67,25 @@ PART: Final = Part(
             "says why a request has ended",
             "requests do not end in the event log",
         ),
+        *attributes(
+            f"{TIMES}SchedulerReqTimeStats",
+            "trace_ctx",
+            "is a request's trace, which ends when the request is refused",
+            "an overloaded server cannot shed",
+        ),
         *rows(
             "calls",
             f"{TIMES}SchedulerReqTimeStats",
             "set_completion_time(self, ...)",
             "is what SGLang expects of a request that ends",
             "an aborted request cannot be answered",
+        ),
+        *rows(
+            "calls",
+            f"{TIMES}SchedulerReqTimeStats",
+            "set_wait_queue_entry_time(self, ...)",
+            "is what SGLang expects of a request that waits again",
+            "a started prefill cannot be given back, so streams are retracted or aborted in its place",
         ),
         *attributes(
             "sglang.srt.sampling.sampling_params:SamplingParams",

@@ -74,6 +74,44 @@ PART: Final = Part(
         ),
         *attributes(
             SCHEDULER,
+            "enable_priority_scheduling",
+            "says whether priorities of requests are asked for",
+            "nobody is told that priorities stand for nothing",
+        ),
+        *attributes(
+            SCHEDULER,
+            "weight_updater",
+            "tells whether weights and KV cache are in memory",
+            "exploration runs without them",
+        ),
+        *attributes(
+            "sglang.srt.managers.scheduler_components.weight_updater:SchedulerWeightUpdaterManager",
+            "offload_tags",
+            "tells whether weights and KV cache are in memory",
+            "exploration runs without them",
+        ),
+        *attributes(
+            SCHEDULER,
+            "page_size req_to_token_pool token_to_kv_pool_allocator",
+            "tells how much KV cache is free",
+            "exploration evicts cached prefixes",
+        ),
+        *rows(
+            "calls",
+            "sglang.srt.mem_cache.allocator.base:",
+            "BaseTokenToKVPoolAllocator.available_size(self)",
+            "tells how much KV cache is free",
+            "exploration evicts cached prefixes",
+        ),
+        *rows(
+            "calls",
+            "sglang.srt.mem_cache.memory_pool:",
+            "ReqToTokenPool.available_size(self)",
+            "tells how many requests have room",
+            "exploration evicts cached prefixes",
+        ),
+        *attributes(
+            SCHEDULER,
             "tp_worker tp_group tp_cpu_group",
             "holds the model and the group of ranks",
             "the server does not start",
@@ -122,6 +160,12 @@ PART: Final = Part(
             "the server has no metrics of FlowPrefill",
         ),
         *attributes(
+            "sglang.srt.mem_cache.memory_pool:KVCache",
+            "mem_usage size",
+            "tells what a token takes in the KV pool",
+            "metrics do not tell what suspended prefills hold",
+        ),
+        *attributes(
             "sglang.srt.observability.metrics_collector:SchedulerMetricsCollector",
             "labels",
             "labels metrics",
@@ -159,6 +203,27 @@ PART: Final = Part(
             "SchedulerOutputStreamer.stream_output(self, reqs, return_logprob, skip_req)",
             "hands answers to the client",
             "requests do not end in the event log",
+        ),
+        *rows(
+            "overrides",
+            "sglang.srt.managers.scheduler_components.output_streamer:SchedulerOutputStreamer",
+            "build_additional_customized_info(self, reqs) is_request_level_customized_info_key(self, key) "
+            "has_additional_customized_info",
+            "adds what answers say of their requests",
+            "answers say nothing of what happened to their requests",
+        ),
+        *attributes(
+            "sglang.srt.managers.scheduler_components.output_streamer:SchedulerOutputStreamer",
+            "rust_server",
+            "is SGLang's other way of answers, which has none",
+            "a server with that way of answers does not start",
+        ),
+        *rows(
+            "calls",
+            "sglang.srt.managers.io_struct:",
+            "AbortReq",
+            "refuses a request that waits",
+            "an overloaded server cannot shed",
         ),
         *rows(
             "calls",

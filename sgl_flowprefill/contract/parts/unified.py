@@ -146,6 +146,12 @@ PART: Final = Part(
             "is what a request has got so far",
             "retracted requests start anew, or get wrong answers",
         ),
+        *attributes(
+            REQ,
+            "retraction_count",
+            "is how often a stream was retracted, which clients are told",
+            "clients take a prefill that was given back for a stream that was retracted",
+        ),
         *rows("calls", REQ, "update_finish_state(self, ...)", "ends an aborted request", "aborted requests do not end"),
         *rows(
             "calls",

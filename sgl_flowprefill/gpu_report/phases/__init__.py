@@ -37,11 +37,13 @@ UNIFIED_GOODPUT: Final = "goodput:unified"
 BACKENDS: Final = ("flashinfer", "triton", "fa3")
 """SGLang's attention backends for a GPU that FlowPrefill was written against; later phases run on the first that passes
 its checks."""
+OPTIONAL_BACKEND: Final = "fa3"
+"""The one whose kernels are sglang-kernel's, for some cards and one PyTorch; others are compiled where they run."""
 
 
 def plan(backends: tuple[str | None, ...], unified: bool = False) -> list[Phase]:
-    """All phases; ``backends`` are checked one by one, None being the engine's own. ``unified``: whether the servers
-    that are compared at the end decode, too.
+    """All phases; ``backends`` are checked one by one, None being the engine's own, and the first is the one that was
+    asked for. ``unified``: whether the servers that are compared at the end decode, too.
     """
     checks = [
         Phase(
@@ -49,7 +51,7 @@ def plan(backends: tuple[str | None, ...], unified: bool = False) -> list[Phase]
             f"The doctor's checks, {backend or 'its own attention'}",
             3.0 if index == 0 else 2.0,
             backend=backend,
-            is_optional=index > 0,
+            is_optional=backend == OPTIONAL_BACKEND and index > 0,
         )
         for index, backend in enumerate(backends)
     ]

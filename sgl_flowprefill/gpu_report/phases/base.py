@@ -34,6 +34,37 @@ class Budget:
         return Budget(share * self.left_s, self._clock)
 
 
+class Lengths:
+    """The lengths of prompts that a phase measures on an engine, and those that it leaves out."""
+
+    def __init__(self, wanted_tokens: Sequence[int], limit_tokens: int) -> None:
+        self._limit_tokens = limit_tokens
+        self.tokens = [tokens for tokens in wanted_tokens if tokens <= limit_tokens]
+        """What the engine has context and KV cache for; the phase measures them in this order."""
+        self._too_long = [tokens for tokens in wanted_tokens if tokens > limit_tokens]
+        self._no_time: list[int] = []
+
+    @property
+    def left_out_tokens(self) -> list[int]:
+        return self._no_time + self._too_long
+
+    def leave_out_from(self, index: int) -> None:
+        """The budget does not do for the lengths from ``index`` on."""
+        self._no_time = self.tokens[index:]
+
+    def why(self) -> str:
+        """The end of a phase's line: what it leaves out; empty where that is nothing."""
+        reasons = (
+            ("no time for", self._no_time),
+            (f"this engine has context and KV cache for {self._limit_tokens:,} tokens, so without", self._too_long),
+        )
+        return "".join(f"; {why} {', '.join(f'{one:,}' for one in lengths)}" for why, lengths in reasons if lengths)
+
+    def none_fits(self) -> Outcome:
+        """What a phase has found that has measured nothing."""
+        return Outcome("left out", self.why().removeprefix("; "), figures={"left_out_tokens": self.left_out_tokens})
+
+
 @dataclass(frozen=True)
 class Outcome:
     """What a phase has found, or has found so far."""

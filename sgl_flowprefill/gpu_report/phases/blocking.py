@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any, Final
 
 from sgl_flowprefill.gpu_report.engine import Engine
-from sgl_flowprefill.gpu_report.phases.base import Budget, Outcome, Request, quantiles_ms, verdict
+from sgl_flowprefill.gpu_report.phases.base import Budget, Lengths, Outcome, Request, quantiles_ms, verdict
 from sgl_flowprefill.runtime.selfcheck import ARRIVALS
 
 TOKENS: Final = (2048, 8192, 32_768, 131_071)
@@ -18,23 +18,23 @@ COLUMNS: Final = ("prompt", "operators", "prefill", "arrivals", "p50", "p99", "l
 
 def measure(engine: Engine, request: Request) -> Iterator[Outcome]:
     rows: list[dict[str, Any]] = []
-    left_out: list[int] = []
-    lengths = [tokens for tokens in TOKENS if tokens <= engine.limit_tokens]
+    lengths = Lengths(TOKENS, engine.limit_tokens)
+    if not lengths.tokens:
+        yield lengths.none_fits()
     forward_s = 0.0
-    for index, tokens in enumerate(lengths):
+    for index, tokens in enumerate(lengths.tokens):
         # Two ways of so many prefills as it takes for the least samples, each longer by at least the ratio of lengths.
-        expected_s = forward_s * tokens / lengths[max(0, index - 1)]
+        expected_s = forward_s * tokens / lengths.tokens[max(0, index - 1)]
         if rows and 2 * (2 + LEAST_SAMPLES / ARRIVALS) * expected_s > request.budget.left_s:
-            left_out = lengths[index:]
-            break
-        part = request.budget.part(1 / (len(lengths) - index))
+            lengths.leave_out_from(index)
+            yield _outcome(rows, lengths, engine)
+            return
+        part = request.budget.part(1 / (len(lengths.tokens) - index))
         for tiled in (False, True):
             row = _row(engine, tokens, tiled, part.part(1.0 if tiled else 0.5))
             forward_s = row["forward_s"]
             rows.append(row)
-            yield _outcome(rows, left_out, engine)
-    if left_out:
-        yield _outcome(rows, left_out, engine)
+            yield _outcome(rows, lengths, engine)
 
 
 def _row(engine: Engine, tokens: int, tiled: bool, budget: Budget) -> dict[str, Any]:
@@ -53,7 +53,7 @@ def _row(engine: Engine, tokens: int, tiled: bool, budget: Budget) -> dict[str, 
     }
 
 
-def _outcome(rows: list[dict[str, Any]], left_out: list[int], engine: Engine) -> Outcome:
+def _outcome(rows: list[dict[str, Any]], lengths: Lengths, engine: Engine) -> Outcome:
     ahead = engine.default_lookahead if engine.on_card else 0
     limit_ms = 1e3 * ((ahead + 1) * engine.max_blocking_s + HOST_S)
     table = [
@@ -70,9 +70,7 @@ def _outcome(rows: list[dict[str, Any]], left_out: list[int], engine: Engine) ->
     worst = max(tiled or rows, key=lambda row: float(row["p99_ms"]))
     line = (
         f"in tiles, p99 {worst['p99_ms']:.1f} ms at {worst['tokens']:,} tokens, the worst of {len(tiled)} lengths "
-        f"(limit {limit_ms:.0f} ms)"
+        f"(limit {limit_ms:.0f} ms){lengths.why()}"
     )
-    if left_out:
-        line += f"; no time for {', '.join(f'{tokens:,}' for tokens in left_out)}"
-    figures = {"rows": list(rows), "limit_ms": limit_ms, "left_out_tokens": left_out}
+    figures = {"rows": list(rows), "limit_ms": limit_ms, "left_out_tokens": lengths.left_out_tokens}
     return Outcome(verdict(all(row["p99_ms"] <= limit_ms for row in tiled)), line, COLUMNS, table, figures)

@@ -7,7 +7,7 @@ from statistics import median, quantiles
 from typing import Any, Final
 
 from sgl_flowprefill.gpu_report.engine import Engine
-from sgl_flowprefill.gpu_report.phases.base import Outcome, Request, verdict
+from sgl_flowprefill.gpu_report.phases.base import Lengths, Outcome, Request, verdict
 
 TOKENS: Final = (512, 2048, 8192)
 LEAST_ROUNDS: Final = 3
@@ -20,15 +20,18 @@ COLUMNS: Final = ("prompt", "without", "with preemption checkpoints", "quartiles
 
 def measure(engine: Engine, request: Request) -> Iterator[Outcome]:
     rows: list[dict[str, Any]] = []
-    lengths = [tokens for tokens in TOKENS if tokens <= engine.limit_tokens]
-    for index, tokens in enumerate(lengths):
+    lengths = Lengths(TOKENS, engine.limit_tokens)
+    if not lengths.tokens:
+        yield lengths.none_fits()
+    for index, tokens in enumerate(lengths.tokens):
         # A prefill is longer by at least the ratio of lengths; all three ways, and once more to warm up.
         expected_s = rows[-1]["without_s"] * tokens / rows[-1]["tokens"] if rows else 0.0
         if tokens > LIMITED_TOKENS and 3 * (LEAST_ROUNDS + 1) * expected_s > request.budget.left_s:
-            yield _outcome(rows, engine, lengths[index:])
+            lengths.leave_out_from(index)
+            yield _outcome(rows, engine, lengths)
             return
-        rows.append(_row(engine, tokens, request.budget.part(1 / (len(lengths) - index)).left_s))
-        yield _outcome(rows, engine, [])
+        rows.append(_row(engine, tokens, request.budget.part(1 / (len(lengths.tokens) - index)).left_s))
+        yield _outcome(rows, engine, lengths)
 
 
 def _row(engine: Engine, tokens: int, seconds: float) -> dict[str, Any]:
@@ -63,7 +66,7 @@ def _row(engine: Engine, tokens: int, seconds: float) -> dict[str, Any]:
     }
 
 
-def _outcome(rows: list[dict[str, Any]], engine: Engine, left_out: list[int]) -> Outcome:
+def _outcome(rows: list[dict[str, Any]], engine: Engine, lengths: Lengths) -> Outcome:
     limited = [row for row in rows if row["tokens"] >= LIMITED_TOKENS]
     table = [
         (
@@ -83,8 +86,7 @@ def _outcome(rows: list[dict[str, Any]], engine: Engine, left_out: list[int]) ->
     ]
     costs = ", ".join(f"{row['checkpoints_cost']:+.2%} at {row['tokens']:,}" for row in rows)
     each_s = engine.checkpoint_s()
+    left_out = lengths.left_out_tokens
     figures = {"rows": list(rows), "checkpoint_s": each_s, "max_cost": MAX_COST, "left_out_tokens": left_out}
-    line = f"preemption checkpoints cost {costs} tokens ({each_s * 1e6:.1f} us each on the host)"
-    if left_out:
-        line += f"; no time for {', '.join(f'{tokens:,}' for tokens in left_out)}"
+    line = f"preemption checkpoints cost {costs} tokens ({each_s * 1e6:.1f} us each on the host){lengths.why()}"
     return Outcome(verdict(all(row["checkpoints_cost"] < MAX_COST for row in limited)), line, COLUMNS, table, figures)

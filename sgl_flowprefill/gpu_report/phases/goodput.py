@@ -56,7 +56,7 @@ COMPARED: Final = ("flowprefill", "stock-spf-2048", "sglang")
 COMPARED_UNIFIED: Final = (UNIFIED, RIVAL, "unified-sglang")
 ATTAINMENT: Final = 0.95
 SIMULATED_REQUESTS: Final = 500
-"""To choose the rate by: so few as are replayed would say little of it."""
+"""Requests of the simulated trace that the rate is chosen by; the replayed ones are too few to choose it by."""
 SEED: Final = 0
 LONGEST_REPLAY_S: Final = 60.0
 SHORTEST_REPLAY_S: Final = 10.0
@@ -92,8 +92,8 @@ class PrefillOnlyApi(GenerateApi):
 
 
 @dataclass(frozen=True)
-class Lone:
-    """A server by itself."""
+class MeasuredServer:
+    """A system's server, which has the card to itself while it is measured."""
 
     system: System
     options: FlowPrefillConfig
@@ -103,7 +103,7 @@ class Lone:
 
 
 def measure(request: Request) -> Iterator[Outcome]:
-    """Without one of SGLang's servers, which may not start on a machine, the others are compared."""
+    """Replay a trace on each system. A server of SGLang's that does not start is named, and the rest is compared."""
     profile = request.earlier("operators")
     if not profile:
         yield Outcome("left out", "there are no operator times to choose a rate by")
@@ -117,7 +117,7 @@ def measure(request: Request) -> Iterator[Outcome]:
     with ExitStack() as stack:
         guard = stack.enter_context(Guard())
         names = COMPARED_UNIFIED if request.phase == UNIFIED_GOODPUT else COMPARED
-        systems, kv_tokens = _that_fit(engine, names)
+        systems, kv_tokens = systems_that_fit(engine, names)
         servers = [_start(guard, request, system, tuned, profile, kv_tokens) for system in systems]
         for server in servers:
             stack.callback(server.server.resume)  # what is stopped does not end
@@ -129,14 +129,14 @@ def measure(request: Request) -> Iterator[Outcome]:
             except RuntimeError as error:
                 lost[server.system.label] = str(error)
         up = [server for server in servers if server.system.label not in lost]
-        for outcome in _compare(request, up, engine, profile, steps):
+        for outcome in compare(request, up, engine, profile, steps):
             if lost:
                 line = f"{outcome.line}; not up: {', '.join(lost)}"
                 outcome = dataclasses.replace(outcome, line=line, figures=outcome.figures | {"not_up": lost})
             yield outcome
 
 
-def _that_fit(engine: Mapping[str, Any], names: Sequence[str] = COMPARED) -> tuple[list[System], int | None]:
+def systems_that_fit(engine: Mapping[str, Any], names: Sequence[str] = COMPARED) -> tuple[list[System], int | None]:
     """The systems whose servers fit on the card side by side, and how much KV cache each may have there."""
     systems = [SYSTEMS[name] for name in names]
     if "free_bytes" not in engine:
@@ -156,7 +156,7 @@ def _start(
     tuned: Mapping[str, float],
     profile: Mapping[str, Any],
     kv_tokens: int | None,
-) -> Lone:
+) -> MeasuredServer:
     log_dir = request.out / "logs"
     event_log = log_dir / f"{system.name}-events.jsonl"
     event_log.unlink(missing_ok=True)
@@ -173,14 +173,14 @@ def _start(
     env = layout.server_env(role) | {lone_prefill.ENV_SWITCH: "1"} | _weights(server_args)
     server = guard.start(system.name, layout.server_command(role), env, log_dir / f"{system.name}.log")
     api = GenerateApi() if system.is_unified else PrefillOnlyApi()
-    return Lone(system, config.options, server, Client(layout.server_url(role), api), event_log)
+    return MeasuredServer(system, config.options, server, Client(layout.server_url(role), api), event_log)
 
 
 def _weights(server_args: Sequence[str]) -> dict[str, str]:
     return {made_weights.ENV_SWITCH: "1"} if "dummy" in server_args else {}
 
 
-def _wait(lone: Lone) -> None:
+def _wait(lone: MeasuredServer) -> None:
     """Until the server answers. Raises RuntimeError with the end of its log if it does not come up."""
     give_up_s = time.monotonic() + START_S
     while time.monotonic() < give_up_s:
@@ -195,9 +195,9 @@ def _wait(lone: Lone) -> None:
     raise RuntimeError(f"the server of {lone.system.name} is not up after {START_S:.0f} s")
 
 
-def _compare(
+def compare(
     request: Request,
-    servers: Sequence[Lone],
+    servers: Sequence[MeasuredServer],
     engine: Mapping[str, Any],
     profile: Mapping[str, Any],
     steps: Mapping[str, float] | None = None,
@@ -221,11 +221,11 @@ def _compare(
     duration_s = min(LONGEST_REPLAY_S, max(SHORTEST_REPLAY_S, 0.8 * request.budget.left_s / len(servers)))
 
     def kept(rate_rps: float) -> bool:
-        long = _trace(rate_rps, scale, SIMULATED_REQUESTS / rate_rps, decode_tokens_per_s)
+        long = trace_at(rate_rps, scale, SIMULATED_REQUESTS / rate_rps, decode_tokens_per_s)
         return _simulated(ours, long, setup, judge) >= ATTAINMENT
 
     rate_rps = highest(kept, QWEN_RATE_RPS / scale)
-    trace = _trace(rate_rps, scale, duration_s, decode_tokens_per_s)
+    trace = trace_at(rate_rps, scale, duration_s, decode_tokens_per_s)
     figures = {
         "trace": trace.name,
         "seed": SEED,
@@ -246,18 +246,18 @@ def _compare(
         lone.server.resume()
         time.sleep(WAKE_S)
         simulated = _simulated(lone, trace, setup, judge)
-        rows.append(_replayed(lone, trace, prompts, judge) | {"simulated_attainment": simulated})
+        rows.append(replayed(lone, trace, prompts, judge) | {"simulated_attainment": simulated})
         yield _outcome(rows, figures)
 
 
-def _simulated(lone: Lone, trace: Trace, setup: Setup, judge: Judge) -> float:
+def _simulated(lone: MeasuredServer, trace: Trace, setup: Setup, judge: Judge) -> float:
     """What the simulator takes the attainment to be."""
     how: Simulated | None = lone.system.simulated(lone.options)
     assert how is not None, "only endpoints cannot be simulated"
     return attainments(how, [trace], setup)[judge]
 
 
-def _trace(rate_rps: float, scale: float, duration_s: float, decode_tokens_per_s: float | None) -> Trace:
+def trace_at(rate_rps: float, scale: float, duration_s: float, decode_tokens_per_s: float | None) -> Trace:
     """The trace at a rate; its answers are a token each, or what the server carries of them beside its prefills."""
     count = 1 << math.ceil(math.log2(1.5 * rate_rps * duration_s + 50))
     drawn = qwen_like(count, SEED).scaled(rate_scale=rate_rps * scale / QWEN_RATE_RPS, time_scale=scale)
@@ -271,7 +271,8 @@ def _trace(rate_rps: float, scale: float, duration_s: float, decode_tokens_per_s
     return Answers.carried(trace, rate_rps, decode_tokens_per_s, UNIFIED_DECODE_SHARE).of(trace)
 
 
-def _replayed(lone: Lone, trace: Trace, prompts: PromptBuilder, judge: Judge) -> dict[str, Any]:
+def replayed(lone: MeasuredServer, trace: Trace, prompts: PromptBuilder, judge: Judge) -> dict[str, Any]:
+    """A row of the report: what one server makes of the trace."""
     run = replay(trace, lone.client, prompts)
     events = events_within(lone.event_log, [run.span_s])
     blocking_s = blocking_times_s(events)

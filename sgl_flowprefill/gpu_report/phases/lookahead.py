@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from statistics import median
 from typing import TYPE_CHECKING, Any, Final
 
-from sgl_flowprefill.gpu_report.phases.base import Outcome, Request, verdict
+from sgl_flowprefill.gpu_report.phases.base import Lengths, Outcome, Request, verdict
 from sgl_flowprefill.gpu_report.tuning import MAX_IDLE
 
 if TYPE_CHECKING:
@@ -22,11 +22,13 @@ COLUMNS: Final = ("prompt", "free-running", *(f"look-ahead {ahead}" for ahead in
 
 
 def measure(engine: Engine, request: Request) -> Iterator[Outcome]:
-    lengths = [tokens for tokens in TOKENS if tokens <= engine.limit_tokens]
+    lengths = Lengths(TOKENS, engine.limit_tokens)
+    if not lengths.tokens:
+        yield lengths.none_fits()
     rows: list[dict[str, Any]] = []
-    for index, tokens in enumerate(lengths):
-        rows.append(_row(engine, tokens, request.budget.part(1 / (len(lengths) - index)).left_s))
-        yield _outcome(rows, engine.default_lookahead)
+    for index, tokens in enumerate(lengths.tokens):
+        rows.append(_row(engine, tokens, request.budget.part(1 / (len(lengths.tokens) - index)).left_s))
+        yield _outcome(rows, lengths, engine.default_lookahead)
 
 
 def _row(engine: Engine, tokens: int, seconds: float) -> dict[str, Any]:
@@ -59,13 +61,13 @@ def _row(engine: Engine, tokens: int, seconds: float) -> dict[str, Any]:
     }
 
 
-def _outcome(rows: list[dict[str, Any]], default: int) -> Outcome:
+def _outcome(rows: list[dict[str, Any]], lengths: Lengths, default: int) -> Outcome:
     table = [
         (f"{row['tokens']:,}", f"{row['free_s'] * 1e3:.2f} ms", *(f"{idle:.2%} idle" for idle in row["idle"].values()))
         for row in rows
     ]
     idle = [row["idle"][str(default)] for row in rows]
     shares = ", ".join(f"{share:.2%} at {row['tokens']:,}" for share, row in zip(idle, rows, strict=True))
-    line = f"look-ahead {default}: of the time of a prefill the device idles {shares} tokens"
-    figures = {"rows": list(rows), "max_idle": MAX_IDLE}
+    line = f"look-ahead {default}: of the time of a prefill the device idles {shares} tokens{lengths.why()}"
+    figures = {"rows": list(rows), "max_idle": MAX_IDLE, "left_out_tokens": lengths.left_out_tokens}
     return Outcome(verdict(all(share < MAX_IDLE for share in idle)), line, COLUMNS, table, figures)

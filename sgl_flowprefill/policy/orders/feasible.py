@@ -5,13 +5,13 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from heapq import heappop, heappush
 from itertools import islice
 from operator import attrgetter
 from typing import Any, Final, NamedTuple, Protocol, TypeVar
 
-from sgl_flowprefill.policy.base import Candidate, Job, Jobs, Limits, Policy
+from sgl_flowprefill.policy.base import Candidate, Job, Jobs, Limits, Policy, Standing
 from sgl_flowprefill.policy.decode import NO_LOAD, DecodeLoad
 from sgl_flowprefill.policy.forecast import Forecast
 from sgl_flowprefill.policy.registry import register
@@ -55,18 +55,55 @@ class Charged(NamedTuple):
         return min(within_s, self.forecast.room_s(within_s) + self.load.taken_s(self.since_s, within_s))
 
 
-def largest_feasible(by_deadline: Iterable[Job[Any]], now_s: float, expected: Expected) -> Feasible:
+def largest_feasible(by_deadline: Sequence[Job[Any]], now_s: float, expected: Expected) -> Feasible:
     """What to keep of ``by_deadline``.
 
     In order of deadlines, jobs are taken on until one would be late; then the job that takes longest per request is let
     go. What is ``expected`` before a job's deadline is taken off the time until then. Without batches and arrivals, a
     largest set of jobs that all finish in time beside the decode steps is kept (Moore 1968: steps leave the more time
     until a deadline the later it is, so that time can stand for the deadline).
+
+    Where weights differ, the most weight that can be met is hard to find (a knapsack). The set is the heavier one of
+    two, each from the jobs that could be met alone: in the first, the job is let go that takes longest per weight, in
+    the second the lightest one.
     """
+    if len({job.weight for job in by_deadline}) <= 1:
+        return _feasible(by_deadline, now_s, expected, _longest_per_weight)
+
+    def could_be_met_alone(job: Job[Any]) -> bool:
+        return job.latest_start_s - expected.room_s(job.deadline_s - now_s) >= now_s
+
+    alone = [job for job in by_deadline if could_be_met_alone(job)]
+    found = _feasible(alone, now_s, expected, _longest_per_weight)
+    if len(found.jobs) == len(alone):
+        return found
+    other = _feasible(alone, now_s, expected, _lightest)
+    return other if _weight(other.jobs) > _weight(found.jobs) else found
+
+
+def _longest_per_weight(job: Job[Any], remaining_s: float) -> tuple[float, float]:
+    return -remaining_s / (job.requests * job.weight), 0.0
+
+
+def _lightest(job: Job[Any], remaining_s: float) -> tuple[float, float]:
+    return job.requests * job.weight, -remaining_s
+
+
+def _weight(jobs: Iterable[Job[Any]]) -> float:
+    return sum(job.requests * job.weight for job in jobs)
+
+
+def _feasible(
+    by_deadline: Iterable[Job[Any]],
+    now_s: float,
+    expected: Expected,
+    worth: Callable[[Job[Any], float], tuple[float, float]],
+) -> Feasible:
+    """Jobs that can all be met; those of the least ``worth``, by job and remaining time, are let go."""
     taken: list[Job[Any]] = []
-    longest: list[tuple[float, int, float]] = []
+    by_worth: list[tuple[tuple[float, float], int, float]] = []
     in_heap = 0
-    """How many of ``taken`` are in ``longest``. The rest follow when one has to be let go."""
+    """How many of ``taken`` are in ``by_worth``. The rest follow when one has to be let go."""
     let_go: set[int] = set()
     end_s, spare_s = now_s, math.inf
     for job in by_deadline:
@@ -77,10 +114,10 @@ def largest_feasible(by_deadline: Iterable[Job[Any]], now_s: float, expected: Ex
         if end_s > free_until_s:
             for other in taken[in_heap:]:
                 remaining_s = other.work_s * other.pace.factor
-                heappush(longest, (-remaining_s / other.requests, other.number, remaining_s))
+                heappush(by_worth, (worth(other, remaining_s), other.number, remaining_s))
             in_heap = len(taken)
-            while longest and end_s > free_until_s:
-                _, worst, remaining_s = heappop(longest)
+            while by_worth and end_s > free_until_s:
+                _, worst, remaining_s = heappop(by_worth)
                 let_go.add(worst)
                 end_s -= remaining_s
         if free_until_s - end_s < spare_s and len(taken) > len(let_go):
@@ -128,11 +165,21 @@ class Plan:
         """``job`` waits: count it among what arrives, unless nobody could have met its deadline, or it is put back."""
         if job.number > self._last_arrived and job.latest_start_s >= job.arrival_s:
             self._last_arrived = job.number
-            changed = self._forecast.arrived(job.arrival_s, job.remaining_s, job.deadline_s - job.arrival_s)
+            slo_s = job.deadline_s - job.arrival_s
+            changed = self._forecast.arrived(job.arrival_s, job.work_s, slo_s, job.pace)
             self._is_old = self._is_old or changed
+            job.counted = self._forecast.counted(job.work_s, slo_s, job.pace)
+
+    def withdrawn(self, job: Job[Any]) -> None:
+        """``job`` is not wanted any more and has taken no time: it counts no more among what arrives. Clients that open
+        long requests and leave at once would take the machine from the others.
+        """
+        if job.counted is not None:
+            self._forecast.withdrawn(job.counted)
 
     def repaced(self) -> None:
         """Paces of jobs have changed."""
+        self._forecast.repaced()
         self._is_old = True
 
     def charge(self, load: DecodeLoad) -> None:
@@ -169,6 +216,17 @@ class Plan:
             self._latest_start_s = math.inf
         elif place == 0:
             self._latest_start_s += job.remaining_s
+
+    def is_late(self, job: Job[Any], now_s: float) -> bool:
+        """Whether ``job`` misses its deadline behind the kept jobs that are due before it, and the decode steps until
+        then. What will arrive is not counted: it may not.
+        """
+        place = self._place(job)
+        if place < len(self.kept) and self.kept[place] is job:
+            return False
+        ahead_s = sum(before.remaining_s for before in self.kept[:place])
+        steps_s = self._load.taken_s(now_s, max(0.0, job.deadline_s - now_s))
+        return now_s + ahead_s + job.remaining_s + steps_s > job.deadline_s
 
     def holds(self, now_s: float) -> bool:
         """Whether the plan need not be made anew at ``now_s``: it can be met, and no other job might fit."""
@@ -231,12 +289,32 @@ class FeasibleSet(Policy[R, K]):
         self._waiting.repaced()
         self._plan.repaced()
 
+    def withdrawn(self, job: Job[R]) -> None:
+        self._plan.withdrawn(job)
+
     def charge(self, load: DecodeLoad) -> None:
         self._plan.charge(load)
 
     def keeps(self, job: Job[K], now_s: float) -> bool:
         self._update(now_s)
         return any(kept is job for kept in self._plan.kept)
+
+    def standings(self, jobs: Sequence[Job[Any]], now_s: float) -> list[Standing]:
+        self._reclassify(now_s)
+        starved, kept = self._waiting.first_starved(now_s), set(map(id, self._plan.kept))
+
+        def standing(job: Job[Any]) -> Standing:
+            if job is starved:
+                return Standing.STARVED
+            if id(job) in kept:
+                return Standing.KEPT
+            return Standing.LEFT_OUT if job.latest_start_s >= now_s else Standing.INFEASIBLE
+
+        return list(map(standing, jobs))
+
+    def is_late(self, job: Job[R], now_s: float) -> bool:
+        self._update(now_s)
+        return self._plan.is_late(job, now_s)
 
     @property
     def waiting(self) -> Jobs[Job[R]]:
@@ -250,6 +328,10 @@ class FeasibleSet(Policy[R, K]):
     def kept(self) -> list[Job[R] | Job[K]]:
         """The jobs that can all be met, by deadline."""
         return self._plan.kept
+
+    @property
+    def infeasible_waiting(self) -> int:
+        return self._waiting.infeasible
 
     def in_order(self, now_s: float) -> Iterator[Job[R]]:
         self._reclassify(now_s)

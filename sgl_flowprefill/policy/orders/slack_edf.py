@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from operator import attrgetter
 from typing import Any, TypeVar
 
-from sgl_flowprefill.policy.base import Candidate, Job, Jobs, Limits, Policy
+from sgl_flowprefill.policy.base import Candidate, Job, Jobs, Limits, Policy, Standing
 from sgl_flowprefill.policy.registry import register
 from sgl_flowprefill.policy.slack import STARVED_SHARE, SlackOrder, StarvationTurns
 
@@ -54,10 +54,25 @@ class SlackEdf(Policy[R, K]):
     def started(self) -> Jobs[Job[K]]:
         return self._started
 
+    @property
+    def infeasible_waiting(self) -> int:
+        return self._waiting.infeasible
+
     def in_order(self, now_s: float) -> Iterator[Job[R]]:
         jobs = self._waiting
         jobs.reclassify(now_s)
         return jobs.behind((*jobs.starved(now_s), jobs.first_feasible(now_s)))
+
+    def standings(self, jobs: Sequence[Job[Any]], now_s: float) -> list[Standing]:
+        self._waiting.reclassify(now_s)
+        starved = set(map(id, self._waiting.starved(now_s)))
+
+        def standing(job: Job[Any]) -> Standing:
+            if id(job) in starved:
+                return Standing.STARVED
+            return Standing.FEASIBLE if job.latest_start_s >= now_s else Standing.INFEASIBLE
+
+        return list(map(standing, jobs))
 
     def _best_waiting(self, now_s: float) -> Candidate[R] | None:
         return _best(self._waiting, now_s)

@@ -1,0 +1,87 @@
+"""Answers say what happened to their requests, at the HTTP server: the scheduler's report of each (``answers.py``)
+reaches the client.
+
+Targets: ``TokenizerManager.update_request_meta_info``, where what the scheduler sends beside tokens (SGLang's
+``customized_info``) goes into ``meta_info``; ``build_endpoint_weight_version_metadata``, which makes the ``metadata``
+of answers of /v1/completions and /v1/chat/completions; ``_generate_completion_stream`` and ``_generate_chat_stream`` of
+their handlers, which make the events of streams. Without them ``meta_info`` would have a list of reports, which streams
+with ``--incremental-streaming-output`` cut off, and the OpenAI endpoints would have none.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncGenerator, Callable, Mapping
+from typing import Any, Final
+
+from sgl_flowprefill.answers import REPORT_KEY
+from sgl_flowprefill.patches.base import expect
+
+META_INFO: Final = "sglang.srt.managers.tokenizer_manager.TokenizerManager.update_request_meta_info"
+METADATA: Final = (
+    "sglang.srt.entrypoints.openai.serving_completions.build_endpoint_weight_version_metadata",
+    "sglang.srt.entrypoints.openai.serving_chat.build_endpoint_weight_version_metadata",
+)
+STREAMS: Final = (
+    "sglang.srt.entrypoints.openai.serving_completions.OpenAIServingCompletion._generate_completion_stream",
+    "sglang.srt.entrypoints.openai.serving_chat.OpenAIServingChat._generate_chat_stream",
+)
+REPORT: Final = "flowprefill_report"
+"""Attribute of SGLang's request object: what the last event of its answer says."""
+IN_LAST_EVENT: Final = '"finish_reason":"'
+"""What only the last event of a choice has: within text, quotes are escaped."""
+EVENT: Final = "data: {"
+
+
+def apply() -> None:
+    """Register the hooks. Raises SeamError when a target has changed."""
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    expect("answer_report")
+    HookRegistry.register(META_INFO, add_report, HookType.AROUND)
+    for target in METADATA:
+        HookRegistry.register(target, _add_metadata, HookType.AFTER)
+    for target in STREAMS:
+        HookRegistry.register(target, report_in_stream, HookType.AROUND)
+
+
+def add_report(
+    original: Callable[..., None],
+    manager: Any,
+    meta_info: dict[str, Any],
+    state: Any,
+    customized_info: Mapping[str, Any],
+    index: int,
+    finish_reason: Mapping[str, Any] | None,
+) -> None:
+    """The hook where ``meta_info`` is made: a report is one object, and the last event's alone."""
+    reports = customized_info.get(REPORT_KEY)
+    if reports is None:
+        original(manager, meta_info, state, customized_info, index, finish_reason)
+        return
+    others = {key: values for key, values in customized_info.items() if key != REPORT_KEY}
+    if others:
+        original(manager, meta_info, state, others, index, finish_reason)
+    if reports[index]:
+        meta_info[REPORT_KEY] = reports[index][0]
+        setattr(state.obj, REPORT, reports[index][0])
+
+
+def _add_metadata(metadata: dict[str, Any], meta_info: Mapping[str, Any]) -> dict[str, Any]:
+    told = meta_info.get(REPORT_KEY)
+    return metadata if told is None else metadata | {REPORT_KEY: told}
+
+
+async def report_in_stream(
+    original: Callable[..., AsyncGenerator[str, None]], handler: Any, adapted_request: Any, *args: Any, **kwargs: Any
+) -> AsyncGenerator[str, None]:
+    async for event in original(handler, adapted_request, *args, **kwargs):
+        told = getattr(adapted_request, REPORT, None)
+        yield event if told is None else with_metadata(event, told)
+
+
+def with_metadata(event: str, told: Mapping[str, Any]) -> str:
+    """The ``event`` of a stream, with what is ``told`` of its request if it is the last one with a choice."""
+    if IN_LAST_EVENT not in event or not event.startswith(EVENT):
+        return event
+    return f'{EVENT}"metadata":{json.dumps({REPORT_KEY: told})},{event.removeprefix(EVENT)}'

@@ -1,0 +1,226 @@
+"""The servers of a cluster through all their restarts: started, looked after, and known to their gateway."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from functools import partial
+from typing import Final
+
+import requests
+
+from sgl_flowprefill.cluster import phases, preflight
+from sgl_flowprefill.cluster.asked import Asked
+from sgl_flowprefill.cluster.base import ClusterError
+from sgl_flowprefill.cluster.commands import Layout, Role
+from sgl_flowprefill.cluster.gateway import Errands, Gateway, Worker
+from sgl_flowprefill.cluster.process import Guard, Server
+from sgl_flowprefill.cluster.waiting import POLL_S, in_short, too_late
+
+LONGEST_BACK_OFF_S: Final = 60.0
+"""Longest pause before a server is started again; one that has run for as long starts over with a short one."""
+ENSURE_S: Final = 5.0
+"""How often a gateway on another machine is asked whether it still knows the servers here."""
+LEAVE_S: Final = 3.0
+"""How long a gateway on another machine may take to hear that servers end."""
+DRAIN_S: Final = 120.0
+"""How long the requests on a server have to end, once it gets no more of them."""
+
+
+class Member:
+    """A prefill, decode or unified server, through all its restarts."""
+
+    def __init__(self, layout: Layout, role: Role, index: int) -> None:
+        self.name = layout.name(role, index)
+        self.role, self.index = role, index
+        self.url = layout.server_url(role, index)
+        self.bootstrap = layout.ports.bootstrap + index
+        self.server: Server | None = None
+        """None while the server waits for its next start."""
+        self.up_since_s: float | None = None
+        """When the server was last found healthy after a start; None before that."""
+        self.start_at_s = 0.0
+        self.back_off_s = 1.0
+        self.health: Asked[bool] | None = None
+        """The question whether a server that was started again is healthy, until it is answered."""
+        self.seen: str | None = None
+        """What the last question whether the server is healthy got instead of an answer."""
+
+    @property
+    def worker(self) -> Worker:
+        return Worker(self.role, self.url, self.bootstrap if self.role == "prefill" else None)
+
+    def is_healthy(self) -> bool:
+        """Raises ``requests.RequestException`` while the server is not."""
+        requests.get(f"{self.url}/health", timeout=30).raise_for_status()
+        return True
+
+    def phase(self) -> str:
+        """What the server does while it starts, by its log. Raises ClusterError for one that cannot listen: it would
+        not end by itself.
+        """
+        server = self.server
+        assert server is not None
+        phase = phases.phase(server.log, server.log_start)
+        if phase == phases.NO_PORT:
+            taken = (
+                f"the {self.name} server cannot listen at {self.url}: its port was taken while it started; try again"
+            )
+            raise ClusterError(server.last_words(taken))
+        return phase or f"its log is {server.log}"
+
+
+class Members:
+    """The servers of ``layout``, as processes of ``guard``, and what ``gateway`` knows of them. ``say`` gets a line
+    whenever one is lost or back; ``clock`` gives seconds."""
+
+    def __init__(
+        self,
+        layout: Layout,
+        gateway: Gateway,
+        guard: Guard,
+        say: Callable[[str], None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._layout, self._config = layout, layout.config
+        self._gateway, self._guard = gateway, guard
+        self._say, self._clock = say, clock
+        self._members = [Member(layout, role, index) for role, index in layout.servers]
+        self._ensured_s = 0.0
+        self._errands = Errands()
+
+    def __iter__(self) -> Iterator[Member]:
+        return iter(self._members)
+
+    def __len__(self) -> int:
+        return len(self._members)
+
+    @property
+    def servers(self) -> list[Server]:
+        """The members' processes, without those of members that wait for their next start."""
+        return [member.server for member in self._members if member.server is not None]
+
+    def launch(self) -> None:
+        """Start all servers."""
+        for member in self._members:
+            if self._config.join:
+                self.leave(member)  # what listened there before
+            self._launch(member)
+
+    def is_up(self, member: Member) -> None:
+        """From now on, count on a server that was found healthy."""
+        assert member.server is not None
+        member.server.watch_children()
+        member.up_since_s = self._clock()
+
+    def phases(self, member: Member) -> str:
+        """What a server does while it starts, and what the other servers do that start at the same time."""
+        others = [other for other in self._members if other is not member and other.up_since_s is None]
+        return "; ".join([member.phase(), *(f"{other.name}: {other.phase()}" for other in others)])
+
+    def check(self) -> None:
+        """See to servers that have ended, or do not come back up in time. While another server of its role is up, a
+        server is started again, after a pause; otherwise ClusterError is raised with the last lines of its log.
+        Returns at once: a server or gateway that does not answer is waited for aside."""
+        for member in self._members:
+            if member.server is None:
+                if self._clock() >= member.start_at_s:
+                    self._start_again(member)
+            elif how := member.server.ended():
+                self._lose(member, member.server, how)
+            elif member.up_since_s is None:
+                self._look_after(member, member.server)
+        if (self._config.join or not self._layout.is_single) and self._clock() - self._ensured_s >= ENSURE_S:
+            self._ensured_s = self._clock()
+            if self._errands.are_begun:
+                self._errands.add(self.are_routed_to)
+        self._errands.go_on()
+
+    def are_routed_to(self) -> bool:
+        """Whether requests go to every server here that is up. Tells the gateway about servers unknown to it."""
+        routed = [self._gateway.ensure(member.worker) for member in self._members if member.up_since_s is not None]
+        return all(routed)
+
+    def leave(self, member: Member) -> None:
+        """Take a server off its gateway, if that can be asked."""
+        with suppress(requests.RequestException):
+            self._gateway.remove(member.url)
+
+    def leave_all(self) -> None:
+        """Take all servers off their gateway. They end after ``LEAVE_S``, whether it has answered or not."""
+        give_up_s = time.monotonic() + LEAVE_S
+        for asked in self._asked_to_leave():
+            asked.wait(give_up_s - time.monotonic())
+
+    def drain(self, servers: Sequence[Server], check: Callable[[], None]) -> None:
+        """Take all off their gateway, and tell ``servers`` to end when idle; ``check`` is called meanwhile."""
+        give_up_s = time.monotonic() + DRAIN_S
+
+        def wait_until(done: Callable[[], bool]) -> None:
+            while not done() and time.monotonic() < give_up_s:
+                check()
+                time.sleep(POLL_S)
+
+        leaving = self._asked_to_leave()
+        wait_until(lambda: all(asked.is_answered for asked in leaving))
+        for server in servers:
+            server.terminate()
+        wait_until(lambda: all(server.ended() for server in servers))
+
+    def _asked_to_leave(self) -> list[Asked[None]]:
+        return [Asked(partial(self.leave, member)) for member in self._members]
+
+    def _launch(self, member: Member) -> None:
+        layout, role, index = self._layout, member.role, member.index
+        command = layout.server_command(role, index, member.bootstrap)
+        log = self._config.log_dir / f"{member.name}.log"
+        member.server = self._guard.start(member.name, command, layout.server_env(role, index), log)
+        member.up_since_s = member.health = member.seen = None
+
+    def _start_again(self, member: Member) -> None:
+        """Start a server at its old address, but with another bootstrap port. A decode server that has not noticed the
+        end of a prefill server would go on to use what it had learned there: rank addresses that are gone."""
+        member.bootstrap = preflight.free_port(self._config.worker_host)
+        self._launch(member)
+
+    def _look_after(self, member: Member, server: Server) -> None:
+        """See whether a server that was started again is up."""
+        if member.health is None:
+            member.health = Asked(member.is_healthy)
+        if member.health.is_answered:
+            try:
+                member.health.answer()
+            except requests.RequestException as error:
+                member.health, member.seen = None, in_short(error)
+            else:
+                self.is_up(member)
+                bind(server, self._layout)
+                self._say(f"the {member.name} server is back")
+                self._ensured_s = 0.0
+                return
+        if self._clock() - member.start_at_s > self._config.startup_timeout_s:
+            self._lose(member, server, too_late(self._config, f"the {member.name} server", member.seen))
+
+    def _lose(self, member: Member, server: Server, how: str) -> None:
+        """Start a server that has ended again after a pause. Raises ClusterError if it was the last of its role."""
+        others = [other for other in self._members if other.role == member.role and other is not member]
+        ended = server.last_words(how)
+        if not any(other.up_since_s is not None for other in others):
+            raise ClusterError(ended)
+        now_s = self._clock()
+        if member.up_since_s is not None and now_s - member.up_since_s > LONGEST_BACK_OFF_S:
+            member.back_off_s = 1.0
+        member.server, member.up_since_s, member.start_at_s = None, None, now_s + member.back_off_s
+        self._errands.add(partial(self.leave, member))
+        self._guard.end(server)
+        self._say(f"{ended}\nIt is started again in {member.back_off_s:.0f} s; the others go on")
+        member.back_off_s = min(2 * member.back_off_s, LONGEST_BACK_OFF_S)
+
+
+def bind(server: Server, layout: Layout) -> None:
+    """Keep a server off the CPUs of the schedulers that prefill. Nothing to do on a machine with GPUs."""
+    if layout.cpus:
+        count = layout.prefilling
+        schedulers = [layout.cpus.scheduler_of(index, count) for index in range(count)]
+        server.bind(layout.cpus.others, except_on=schedulers)

@@ -1,0 +1,51 @@
+"""SGLang's options on a server that prefills: which FlowPrefill leaves, sets or refuses, and why."""
+
+from sgl_flowprefill.compat.check import (
+    Change,
+    Finding,
+    Refusal,
+    explain,
+    incompatible_option,
+    refusals,
+    server_of,
+    take_over,
+    unchecked_attention_backend,
+)
+from sgl_flowprefill.compat.page import EXAMPLES, compatibility_page
+from sgl_flowprefill.compat.row import MODE, SERVERS, Group, Row, Server, flag
+from sgl_flowprefill.compat.table import (
+    CHECKED_ATTENTION_BACKENDS,
+    PREFETCHES,
+    READ_OPTIONS,
+    REFUSED_ENVIRONMENT,
+    ROWS,
+    TABLE,
+    UNSET_ENVIRONMENT,
+)
+
+__all__ = [
+    "CHECKED_ATTENTION_BACKENDS",
+    "EXAMPLES",
+    "MODE",
+    "PREFETCHES",
+    "READ_OPTIONS",
+    "REFUSED_ENVIRONMENT",
+    "ROWS",
+    "SERVERS",
+    "TABLE",
+    "UNSET_ENVIRONMENT",
+    "Change",
+    "Finding",
+    "Group",
+    "Refusal",
+    "Row",
+    "Server",
+    "compatibility_page",
+    "explain",
+    "flag",
+    "incompatible_option",
+    "refusals",
+    "server_of",
+    "take_over",
+    "unchecked_attention_backend",
+]

@@ -1,0 +1,59 @@
+"""Rows of the contract: reports in answers."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from sgl_flowprefill.contract.row import Part, attributes, rows
+
+COMPLETIONS: Final = "sglang.srt.entrypoints.openai.serving_completions:"
+CHAT: Final = "sglang.srt.entrypoints.openai.serving_chat:"
+
+PART: Final = Part(
+    "answer_report",
+    "Reports in answers",
+    ("HTTP server",),
+    (
+        *rows(
+            "hooks",
+            "sglang.srt.managers.tokenizer_manager:",
+            "TokenizerManager.update_request_meta_info(self, meta_info, state, customized_info, index, finish_reason)",
+            "is where what the scheduler sends beside tokens goes into meta_info",
+            "answers say nothing of what happened to their requests",
+        ),
+        *attributes(
+            "sglang.srt.managers.tokenizer_manager:ReqState",
+            "obj",
+            "is the request of an answer",
+            "streams of the OpenAI endpoints say nothing of what happened to their requests",
+        ),
+        *rows(
+            "hooks",
+            COMPLETIONS,
+            "build_endpoint_weight_version_metadata(meta_info)",
+            "makes the metadata of an answer",
+            "answers of /v1/completions say nothing of what happened to their requests",
+        ),
+        *rows(
+            "hooks",
+            CHAT,
+            "build_endpoint_weight_version_metadata(meta_info)",
+            "makes the metadata of an answer",
+            "answers of /v1/chat/completions say nothing of what happened to their requests",
+        ),
+        *rows(
+            "hooks",
+            COMPLETIONS,
+            "OpenAIServingCompletion._generate_completion_stream(self, adapted_request, request, raw_request)",
+            "makes the events of a stream",
+            "streams of /v1/completions say nothing of what happened to their requests",
+        ),
+        *rows(
+            "hooks",
+            CHAT,
+            "OpenAIServingChat._generate_chat_stream(self, adapted_request, request, raw_request)",
+            "makes the events of a stream",
+            "streams of /v1/chat/completions say nothing of what happened to their requests",
+        ),
+    ),
+)

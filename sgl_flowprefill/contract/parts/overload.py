@@ -1,0 +1,39 @@
+"""Rows of the contract: refusals of an overloaded server."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from sgl_flowprefill.contract.row import Part, rows
+
+OPENAI: Final = "sglang.srt.entrypoints.openai.serving_base:OpenAIServingBase"
+
+PART: Final = Part(
+    "overload",
+    "Refusals of an overloaded server",
+    ("HTTP server",),
+    (
+        *rows(
+            "hooks",
+            "sglang.srt.managers.tokenizer_manager:",
+            "TokenizerManager._handle_abort_finish_reason(self, out, state, is_stream)",
+            "makes an exception of a refusal by the scheduler",
+            "requests that are shed are not told when to come back",
+        ),
+        *rows(
+            "hooks",
+            "sglang.srt.entrypoints.http_server:",
+            "serve_generate_request(obj, request)",
+            "is where that exception leaves /generate",
+            "requests that are shed are not told when to come back",
+        ),
+        *rows(
+            "hooks",
+            OPENAI,
+            "handle_request(self, request, raw_request) "
+            "create_error_response(self, message, err_type, status_code, ...)",
+            "is where that exception leaves the OpenAI endpoints",
+            "requests that are shed are not told when to come back",
+        ),
+    ),
+)

@@ -1,0 +1,63 @@
+"""A decode server's scheduler: SGLang's own, whose answers say what it knows of their requests.
+
+The prefill server knows the rest: what it predicted, how long it suspended the prefill, why the first token is late.
+SGLang's transfer brings tokens, log probabilities and cached tokens from there, and has no place for more.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any, Final
+
+from sglang.srt.managers.scheduler import Scheduler
+from sglang.srt.managers.scheduler_components.output_streamer import SchedulerOutputStreamer
+from sglang.srt.managers.utils import is_health_check_generate_req
+
+from sgl_flowprefill.answers import REPORT_KEY, report_of_first_token
+from sgl_flowprefill.config import FlowPrefillConfig
+from sgl_flowprefill.deadline import objective, received_by_http_s, resolver
+
+FIRST_TOKEN: Final = "flowprefill_first_token_s"
+"""Attribute of SGLang's Req: when its first token was sent to the client."""
+
+
+class DecodeStreamer(SchedulerOutputStreamer):
+    """SGLang's way of answers to the client, with a report in the last event of each."""
+
+    @property
+    def has_additional_customized_info(self) -> bool:
+        return self.rust_server is None  # whose way of answers has none
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._resolver = resolver(FlowPrefillConfig.from_env())
+
+    def is_request_level_customized_info_key(self, key: str) -> bool:
+        return key == REPORT_KEY or bool(super().is_request_level_customized_info_key(key))
+
+    def build_additional_customized_info(self, reqs: Sequence[Any]) -> dict[str, list[Any]]:
+        """SGLang's hook for what goes with the tokens of ``reqs``."""
+        found = dict(super().build_additional_customized_info(reqs))
+        if any(of_reqs := [self._report(req) for req in reqs]):
+            found[REPORT_KEY] = of_reqs
+        return found
+
+    def _report(self, req: Any) -> list[dict[str, Any]]:
+        if req.output_ids and not hasattr(req, FIRST_TOKEN):
+            setattr(req, FIRST_TOKEN, time.monotonic())
+        if not req.finished() or is_health_check_generate_req(req):
+            return []
+        received_s, first_token_s = received_by_http_s(req), getattr(req, FIRST_TOKEN, None)
+        if not received_s:
+            return []  # it came another way than by the HTTP server
+        ttft_s = None if first_token_s is None else first_token_s - received_s
+        return [report_of_first_token(objective(req, self._resolver), ttft_s)]
+
+
+class DecodeScheduler(Scheduler):
+    """SGLang's scheduler, but for its answers."""
+
+    def get_output_streamer_class(self) -> type[DecodeStreamer]:
+        """SGLang's hook for what its scheduler hands answers to."""
+        return DecodeStreamer

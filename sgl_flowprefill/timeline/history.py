@@ -1,0 +1,373 @@
+"""What happened on a server, put together from its event log: the course of each request and of each task."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import Final, NamedTuple
+
+from msgspec import UNSET
+
+from sgl_flowprefill.events import (
+    Abort,
+    AnyEvent,
+    Arrival,
+    Complete,
+    Fail,
+    GiveBack,
+    Leave,
+    Ready,
+    Resume,
+    Shed,
+    Start,
+    Step,
+    Suspend,
+)
+from sgl_flowprefill.misses import Course, Verdict, judge
+from sgl_flowprefill.outcomes import Outcomes
+
+RUNNING: Final = "running"
+SUSPENDED: Final = "suspended"
+BESIDE_STEP: Final = "decode step"
+"""What a task does: a decode step leaves it where it is."""
+
+ON_THE_WAY: Final = "on the way to the scheduler"
+WITHOUT_PLACE: Final = "waiting for the decode server"
+WAITING: Final = "waiting"
+SENDING: Final = "KV cache is sent"
+DECODING: Final = "decoding"
+"""What a request does, besides what its task does."""
+
+
+class Part(NamedTuple):
+    """A stretch of time of a task or of a request."""
+
+    what: str
+    begin_s: float
+    end_s: float
+    event: Suspend | None = None
+    """What began it, for a suspension."""
+
+
+@dataclass(eq=False)
+class Task:
+    """A prefill of one request or of several."""
+
+    start: Start
+    parts: list[Part] = field(default_factory=list)
+    """In order; where two do not touch, its result was on the way from the device."""
+    end: Complete | Abort | Fail | GiveBack | None = None
+    """None for one that was under way when the log ended, or its server."""
+    end_s: float = 0.0
+
+    @property
+    def ran_s(self) -> float:
+        return sum(part.end_s - part.begin_s for part in self.parts if part.what == RUNNING)
+
+    @property
+    def suspensions(self) -> int:
+        return sum(part.what == SUSPENDED for part in self.parts)
+
+
+@dataclass(eq=False)
+class Request:
+    """A request, from its arrival to its end."""
+
+    arrival: Arrival
+    ready: Ready | None = None
+    tasks: list[Task] = field(default_factory=list)
+    """Several where the first ones gave back their KV cache."""
+    computed_s: float | None = None
+    """When its prefill was over."""
+    leave: Leave | None = None
+    end: Abort | Fail | None = None
+    course: Course = field(init=False)
+    """When what happened to it, by the end of the log."""
+    verdict: Verdict = field(default=Verdict(None))
+    others_s: float = 0.0
+    """How long other prefills ran between the time when it could be run and its end."""
+    steps_s: float = 0.0
+    """How long decode steps ran in this time."""
+    parts: list[Part] = field(default_factory=list)
+    """What it did, in order."""
+    first_token_s: float | None = None
+    """When its first token was where the client is answered from."""
+    lost_s: float | None = None
+    """When its server was started again, without it."""
+
+    @property
+    def rid(self) -> str:
+        return self.arrival.rid
+
+    @property
+    def end_s(self) -> float:
+        """Until when something is known of it."""
+        return self.parts[-1].end_s if self.parts else self.arrival.t_s
+
+    @property
+    def late_s(self) -> float | None:
+        """How long after its deadline its first token came; negative for one that was in time."""
+        return None if self.first_token_s is None else self.first_token_s - self.arrival.deadline_s
+
+
+@dataclass(eq=False)
+class Preemption:
+    """A running task waits for another, because of news."""
+
+    suspend: Suspend
+    loser: Task
+    winner: Request | None
+    """The request that wins: of a batch, the one that could be run last. None for a health check."""
+    winner_task: Task | None = None
+
+
+@dataclass(frozen=True)
+class History:
+    """What happened on a server."""
+
+    requests: Sequence[Request]
+    """In the order of their arrivals."""
+    tasks: Sequence[Task]
+    """In the order of their starts."""
+    steps: Sequence[Step]
+    preemptions: Sequence[Preemption]
+    end_s: float
+    """The last event of the log."""
+
+    @classmethod
+    def of(cls, events: Iterable[AnyEvent]) -> History:
+        """The history that a log tells, whose ``events`` are in order. Logs of earlier versions have neither ``ready``
+        nor ``leave``: their requests could be run at once, and what came after their prefills is not known.
+        """
+        told = list(events)
+        kinds = {type(event) for event in told}
+        reader = _Reader(decodes=Step in kinds, knows_ready=Ready in kinds, knows_leaves=Leave in kinds)
+        for event in told:
+            reader.read(event)
+        return reader.history()
+
+    def since(self, time_s: float) -> History:
+        """What was under way at ``time_s`` or came later, each request and task as a whole."""
+        return History(
+            [request for request in self.requests if request.end_s >= time_s],
+            [task for task in self.tasks if task.end_s >= time_s],
+            [step for step in self.steps if step.t_s >= time_s],
+            [preemption for preemption in self.preemptions if preemption.suspend.t_s >= time_s],
+            self.end_s,
+        )
+
+
+class _Reader:
+    """Follows a log event by event."""
+
+    def __init__(self, decodes: bool, knows_ready: bool, knows_leaves: bool) -> None:
+        """Whether the log's server ``decodes``, and what its version writes."""
+        self._decodes, self._knows_ready, self._knows_leaves = decodes, knows_ready, knows_leaves
+        self._outcomes = Outcomes(decodes or not knows_leaves, ready_on_arrival=not knows_ready)
+        self._courses: dict[Request, Course] = {}
+        """The courses that are known by now."""
+        self._requests: list[Request] = []
+        self._tasks: list[Task] = []
+        self._steps: list[Step] = []
+        self._preemptions: list[Preemption] = []
+        self._open: dict[str, Request] = {}
+        """The requests that have not left, by rid."""
+        self._live: dict[int, Task] = {}
+        self._running: Task | None = None
+        self._doing: dict[Task, tuple[str, float, Suspend | None]] = {}
+        """What each live task does, since when, and what began it."""
+        self._now_s = 0.0
+
+    def read(self, event: AnyEvent) -> None:
+        self._now_s = event.t_s
+        if isinstance(event, Arrival) and (before := self._open.get(event.rid)) is not None:
+            self._note_course(before)
+        for outcome in self._outcomes.read(event):
+            if (ended := self._open.get(outcome.rid)) is not None:
+                self._courses[ended] = outcome.course
+        if isinstance(event, Arrival):
+            self._requests.append(Request(event))
+            self._open[event.rid] = self._requests[-1]
+        elif isinstance(event, Ready):
+            if (request := self._open.get(event.rid)) and request.ready is None:
+                request.ready = event
+        elif isinstance(event, Start):
+            self._start(event)
+        elif isinstance(event, Suspend):
+            self._suspend(event)
+        elif isinstance(event, Resume):
+            self._run(event.task)
+        elif isinstance(event, Step):
+            self._step(event)
+        elif isinstance(event, Leave):
+            if event.rid in self._open:
+                self._open.pop(event.rid).leave = event
+        elif not isinstance(event, Shed):  # its end follows
+            self._end(event)
+
+    def history(self) -> History:
+        """What the events tell that were read so far."""
+        for task in list(self._live.values()):
+            self._close(task, None)
+        self._judge()
+        return History(self._requests, self._tasks, self._steps, self._preemptions, self._now_s)
+
+    # ---- tasks ----------------------------------------------------------------------------------------------------
+
+    def _start(self, event: Start) -> None:
+        if self._tasks and event.task <= self._tasks[-1].start.task:
+            # Tasks are counted up: the server was started again, and nothing of before is left.
+            for task in list(self._live.values()):
+                self._close(task, None)
+            self._lose(event)
+        task = self._live[event.task] = Task(event)
+        self._tasks.append(task)
+        for rid in event.rids:
+            if request := self._open.get(rid):
+                request.tasks.append(task)
+        self._run(event.task)
+
+    def _lose(self, first: Start) -> None:
+        """Requests that had not left are lost, but for those of the server that was started again, of which ``first``
+        is the first task.
+        """
+        arrivals_s = [self._open[rid].arrival.t_s for rid in first.rids if rid in self._open]
+        for rid, request in list(self._open.items()):
+            if request.tasks or (arrivals_s and request.arrival.t_s < min(arrivals_s)):
+                request.lost_s = self._now_s
+                self._note_course(request)
+                del self._open[rid]
+
+    def _run(self, number: int) -> None:
+        """The task runs from now on. One that ran until now without being suspended is done: its result is on its way
+        from the device."""
+        if self._running is not None and self._running is not self._live.get(number):
+            self._cut(self._running, self._now_s)
+        self._turn(number, RUNNING, self._now_s)
+        self._running = self._live.get(number)
+        if self._preemptions and self._preemptions[-1].suspend.t_s == self._now_s:
+            self._preemptions[-1].winner_task = self._running
+
+    def _suspend(self, event: Suspend) -> None:
+        self._turn(event.task, SUSPENDED, min(event.stopped_s, event.t_s), event)
+        self._running = None
+        loser = self._live.get(event.task)
+        if loser is not None and event.readable_s is not None:
+            winners = [self._open[rid] for rid in event.for_rids if rid in self._open]
+            winner = max(winners, key=lambda one: one.ready.readable_s if one.ready else one.arrival.t_s, default=None)
+            self._preemptions.append(Preemption(event, loser, winner))
+
+    def _turn(self, number: int, what: str, at_s: float, event: Suspend | None = None) -> None:
+        task = self._live.get(number)
+        if task is not None:
+            self._cut(task, at_s)
+            self._doing[task] = what, at_s, event
+
+    def _cut(self, task: Task, at_s: float) -> None:
+        """What the task does ends."""
+        if task in self._doing:
+            what, since_s, event = self._doing.pop(task)
+            if at_s > since_s:
+                task.parts.append(Part(what, since_s, at_s, event))
+
+    def _step(self, event: Step) -> None:
+        self._steps.append(event)
+        task = self._running
+        if task is not None and task in self._doing:
+            begin_s = max(event.begin_s, self._doing[task][1])
+            self._cut(task, begin_s)
+            if event.t_s > begin_s:
+                task.parts.append(Part(BESIDE_STEP, begin_s, event.t_s))
+            self._doing[task] = RUNNING, event.t_s, None
+
+    def _close(self, task: Task, end: Complete | Abort | Fail | GiveBack | None) -> None:
+        self._cut(task, self._now_s)
+        task.end, task.end_s = end, self._now_s
+        del self._live[task.start.task]
+        if self._running is task:
+            self._running = None
+
+    # ---- requests -------------------------------------------------------------------------------------------------
+
+    def _end(self, event: Complete | Abort | Fail | GiveBack) -> None:
+        task = None if event.task is UNSET else self._live.get(event.task)
+        if task is not None:
+            self._close(task, event)
+        if isinstance(event, GiveBack):
+            return
+        for rid in event.rids:
+            if request := self._open.get(rid):
+                if isinstance(event, Complete):
+                    request.computed_s = event.t_s
+                else:
+                    request.end = event
+                    del self._open[rid]
+
+    def _judge(self) -> None:
+        """Say of each request what it did, and whether it met its objective."""
+        ran = _Busy((part.begin_s, part.end_s) for task in self._tasks for part in task.parts if part.what == RUNNING)
+        stepped = _Busy((step.begin_s, step.t_s) for step in self._steps)
+        for request in self._requests:
+            self._note_course(request)
+            course, leave = self._courses[request], request.leave
+            request.course = course
+            ready_s, computed_s = course.ready_s, course.computed_s
+            request.first_token_s = course.first_token_s
+            request.verdict = judge(course, self._now_s)
+            if ready_s is not None:
+                until_s = _first(computed_s, course.ended_s, self._now_s)
+                request.others_s = max(0.0, ran.between(ready_s, until_s) - sum(task.ran_s for task in request.tasks))
+                request.steps_s = stepped.between(ready_s, until_s)
+            request.parts = list(_parts(request, ready_s, self._now_s))
+            if self._knows_leaves and computed_s is not None:
+                left_s = self._now_s if leave is None else leave.t_s
+                request.parts += _stretch(DECODING if self._decodes else SENDING, computed_s, left_s)
+
+    def _note_course(self, request: Request) -> None:
+        """The course of ``request`` is what is known by now, where its outcome is not."""
+        if request not in self._courses and (course := self._outcomes.course(request.rid, self._now_s)) is not None:
+            self._courses[request] = course
+
+
+class _Busy:
+    """The time that went by in stretches that do not overlap."""
+
+    def __init__(self, stretches_s: Iterable[tuple[float, float]]) -> None:
+        ordered = sorted(stretches_s)
+        self._begins_s = [begin_s for begin_s, _ in ordered]
+        self._ends_s = [end_s for _, end_s in ordered]
+        self._sums_s = [0.0, *accumulate(end_s - begin_s for begin_s, end_s in ordered)]
+
+    def between(self, begin_s: float, end_s: float) -> float:
+        return self._until(end_s) - self._until(begin_s)
+
+    def _until(self, time_s: float) -> float:
+        begun = bisect_right(self._begins_s, time_s)
+        return self._sums_s[begun] - (max(0.0, self._ends_s[begun - 1] - time_s) if begun else 0.0)
+
+
+def _parts(request: Request, ready_s: float | None, last_s: float) -> Iterator[Part]:
+    """What a request did until its prefill was over."""
+    arrived_s = request.arrival.t_s
+    end_s = _first(request.computed_s, None if request.end is None else request.end.t_s, request.lost_s, last_s)
+    yield from _stretch(ON_THE_WAY, request.arrival.received_s, arrived_s)
+    since_s = end_s if ready_s is None else min(end_s, max(arrived_s, ready_s))
+    yield from _stretch(WITHOUT_PLACE, arrived_s, since_s)
+    for task in request.tasks:
+        yield from _stretch(WAITING, since_s, min(end_s, task.start.t_s))
+        for part in task.parts:
+            yield from _stretch(part.what, part.begin_s, min(end_s, part.end_s))
+        since_s = min(end_s, task.end_s)
+    yield from _stretch(WAITING, since_s, end_s)
+
+
+def _stretch(what: str, begin_s: float, end_s: float) -> Iterator[Part]:
+    if end_s > begin_s:
+        yield Part(what, begin_s, end_s)
+
+
+def _first(*times_s: float | None) -> float:
+    """The first time that is known."""
+    return next(time_s for time_s in times_s if time_s is not None)

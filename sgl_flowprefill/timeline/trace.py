@@ -1,0 +1,375 @@
+"""Histories of servers as a trace in Perfetto's format (protobuf), for ui.perfetto.dev and its trace processor.
+
+A server is a process of the trace. Its tracks: what runs; how many wait and run, and the least slack, as counters; a
+track a task; a track a request, with its deadline as a mark. Perfetto puts tracks of one name into one row where they
+do not overlap. Arrows go from an arrival to the task that is suspended for it, and on to the task that runs instead.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from heapq import heappop, heappush
+from itertools import chain, count, groupby
+from pathlib import Path
+from typing import IO, Final
+
+from msgspec import UNSET
+from perfetto.protos.perfetto.trace.perfetto_trace_pb2 import (
+    CounterDescriptor,
+    TracePacket,
+    TrackDescriptor,
+    TrackEvent,
+)
+from perfetto.trace_builder.proto_builder import StreamingTraceProtoBuilder
+
+from sgl_flowprefill.events import Complete, Fail, read_events
+from sgl_flowprefill.timeline.history import (
+    BESIDE_STEP,
+    DECODING,
+    RUNNING,
+    WAITING,
+    WITHOUT_PLACE,
+    History,
+    Part,
+    Request,
+    Task,
+)
+
+Value = bool | int | float | str | None
+Args = Mapping[str, Value]
+
+SEQUENCE: Final = 1
+"""One writer writes all packets."""
+ARRIVAL: Final = "arrival"
+DEADLINE: Final = "deadline"
+MISSED, IN_TIME, OTHERS = "requests that missed their objective", "requests in time", "other requests"
+
+
+def write_timeline(logs: Sequence[Path], output: Path) -> list[History]:
+    """Write the timeline of servers of one machine, whose event logs are ``logs``. Returns what it shows. Raises
+    OSError, EventLogError.
+    """
+    histories = [History.of(read_events(log)) for log in logs]
+    stems = Counter(log.stem for log in logs)
+    names = [log.stem if stems[log.stem] == 1 else str(log) for log in logs]
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with open(output, "wb") as file:
+        write_trace(list(zip(names, histories, strict=True)), file)
+    return histories
+
+
+def write_trace(servers: Sequence[tuple[str, History]], file: IO[bytes]) -> None:
+    """Write the histories of servers, each with its name. A request that is in several is joined by an arrow."""
+    writer = _Writer(file)
+    homes = Counter(chain.from_iterable({request.rid for request in history.requests} for _, history in servers))
+    joins = {rid: writer.new_flow() for rid, servers_of_it in homes.items() if servers_of_it > 1}
+    for number, (name, history) in enumerate(servers, start=1):
+        _Server(writer, writer.process(number, name), history, joins).write()
+
+
+class _Server:
+    """Writes the tracks of a server."""
+
+    def __init__(self, writer: _Writer, process: int, history: History, joins: Mapping[str, int]) -> None:
+        self._writer = writer
+        self._process = process
+        self._history = history
+        self._joins = joins
+        self._from_arrival: defaultdict[Request, list[int]] = defaultdict(list)
+        """Arrows that begin at its arrival."""
+        self._through: dict[int, int] = {}
+        """The arrow that passes a suspension, by the event's id()."""
+        self._to_start: dict[tuple[Task, float], int] = {}
+        """The arrow that ends where the task begins to run."""
+        for preemption in history.preemptions:
+            flow = writer.new_flow()
+            self._through[id(preemption.suspend)] = flow
+            if preemption.winner is not None:
+                self._from_arrival[preemption.winner].append(flow)
+            if preemption.winner_task is not None:
+                self._to_start[preemption.winner_task, preemption.suspend.t_s] = flow
+
+    def write(self) -> None:
+        ranks = count()
+        self._engine(next(ranks))
+        requests = self._history.requests
+        waiting = [(part, request) for request in requests for part in request.parts if part.what == WAITING]
+        for name, spans in (
+            ("requests without a place at a decode server", _spans(requests, WITHOUT_PLACE)),
+            ("requests that wait", [(part.begin_s, part.end_s) for part, _ in waiting]),
+            ("tasks that run or are suspended", [(task.start.t_s, task.end_s) for task in self._history.tasks]),
+            ("streams", _spans(requests, DECODING)),
+        ):
+            if spans:
+                self._counter(name, next(ranks), depths(spans))
+        if waiting:
+            latest = [(part.begin_s, part.end_s, _latest_start_s(request)) for part, request in waiting]
+            self._counter("least slack of those that wait", next(ranks), least_slacks(latest), "s")
+        self._tasks(next(ranks))
+        for name in (MISSED, IN_TIME, OTHERS):
+            members = [request for request in requests if _group(request) == name]
+            if members:
+                parent = self._writer.track(name, self._process, next(ranks))
+                for request in members:
+                    self._request(request, parent)
+
+    def _engine(self, rank: int) -> None:
+        """What ran when: at most one thing at a time."""
+        track = self._writer.track("what runs", self._process, rank)
+        runs: list[tuple[float, float, str, Args]] = [
+            (part.begin_s, part.end_s, _name(task), {"task": task.start.task, "rids": _joined(task.start.rids)})
+            for task in self._history.tasks
+            for part in task.parts
+            if part.what == RUNNING
+        ]
+        runs += [(step.begin_s, step.t_s, BESIDE_STEP, {"streams": step.streams}) for step in self._history.steps]
+        for begin_s, end_s, name, args in sorted(runs, key=lambda run: run[:2]):
+            self._writer.begin(track, begin_s, name, args)
+            self._writer.end(track, end_s)
+
+    def _counter(self, name: str, rank: int, values: Iterable[tuple[float, float]], unit: str | None = None) -> None:
+        track = self._writer.track(name, self._process, rank, counter=True, unit=unit)
+        for time_s, value in values:
+            self._writer.value(track, time_s, value)
+
+    def _tasks(self, rank: int) -> None:
+        parent = self._writer.track("tasks", self._process, rank)
+        for task in self._history.tasks:
+            start, end = task.start, task.end
+            track = self._writer.track("task", parent)
+            args: dict[str, Value] = {
+                "task": start.task,
+                "rids": _joined(start.rids),
+                "requests": len(start.rids),
+                "new_tokens": start.new_tokens,
+                "cached_tokens": start.cached_tokens,
+                "predicted_s": start.predicted_s,
+                "ran_s": round(task.ran_s, 6),
+                "suspensions": task.suspensions,
+                "end": "under way" if end is None else end.kind,
+            }
+            if isinstance(end, Complete):
+                args |= {"forward_s": end.forward_s, "expected_s": end.expected_s}
+            if end is not None and end.checkpoint is not UNSET:
+                args["checkpoint"] = end.checkpoint
+            self._writer.begin(track, start.t_s, f"task {start.task}", args)
+            for part in task.parts:
+                self._part_of_task(track, task, part)
+            self._writer.end(track, task.end_s)
+
+    def _part_of_task(self, track: int, task: Task, part: Part) -> None:
+        args: dict[str, Value] = {}
+        arrives = self._to_start.get((task, part.begin_s)) if part.what == RUNNING else None
+        passes = None
+        if part.event is not None:
+            suspend, passes = part.event, self._through.get(id(part.event))
+            args = {
+                "checkpoint": suspend.checkpoint,
+                "for_rids": _joined(suspend.for_rids),
+                "blocking_s": suspend.blocking_s,
+                "stop_s": None if suspend.readable_s is None else max(0.0, suspend.stopped_s - suspend.readable_s),
+            }
+        self._writer.begin(track, part.begin_s, part.what, args, _present(passes), _present(arrives))
+        self._writer.end(track, part.end_s)
+
+    def _request(self, request: Request, parent: int) -> None:
+        writer, arrival, rid = self._writer, request.arrival, {"rid": request.rid}
+        track = writer.track("request", parent)
+        joins = _present(self._joins.get(request.rid))
+        writer.begin(track, arrival.received_s, _title(request), _args(request), joins, rid=request.rid)
+        for part in request.parts:
+            writer.begin(track, part.begin_s, part.what)
+            writer.end(track, part.end_s)
+        writer.end(track, request.parts[-1].end_s if request.parts else arrival.t_s)
+        writer.mark(track, arrival.t_s, ARRIVAL, rid, self._from_arrival[request])
+        writer.mark(track, arrival.deadline_s, DEADLINE, rid)
+
+
+class _Writer:
+    """Writes tracks and what is on them. Of what has the same time on a track, the first written comes first."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._builder = StreamingTraceProtoBuilder(file)
+        self._tracks, self._flows = count(1), count(1)
+
+    def new_flow(self) -> int:
+        """An arrow."""
+        return next(self._flows)
+
+    def process(self, number: int, name: str) -> int:
+        packet, uuid = self._descriptor(name)
+        packet.track_descriptor.process.pid = number
+        packet.track_descriptor.process.process_name = name
+        packet.track_descriptor.child_ordering = TrackDescriptor.EXPLICIT
+        self._write(packet)
+        return uuid
+
+    def track(self, name: str, parent: int, rank: int = 0, counter: bool = False, unit: str | None = None) -> int:
+        packet, uuid = self._descriptor(name)
+        packet.track_descriptor.parent_uuid = parent
+        packet.track_descriptor.sibling_order_rank = rank
+        packet.track_descriptor.child_ordering = TrackDescriptor.CHRONOLOGICAL
+        if counter:
+            packet.track_descriptor.counter.unit = CounterDescriptor.UNIT_COUNT
+            if unit is not None:
+                packet.track_descriptor.counter.unit_name = unit
+        self._write(packet)
+        return uuid
+
+    def begin(
+        self,
+        track: int,
+        at_s: float,
+        name: str,
+        args: Args | None = None,
+        flows: Sequence[int] = (),
+        ends: Sequence[int] = (),
+        rid: str | None = None,
+    ) -> None:
+        """A slice begins, through which the arrows ``flows`` go and at which the arrows ``ends`` end."""
+        packet = self._event(track, at_s, TrackEvent.TYPE_SLICE_BEGIN)
+        packet.track_event.name = name
+        packet.track_event.flow_ids.extend(flows)
+        packet.track_event.terminating_flow_ids.extend(ends)
+        if rid is not None:
+            packet.track_event.correlation_id_str = rid
+        self._write(packet, args)
+
+    def end(self, track: int, at_s: float) -> None:
+        """The innermost slice ends."""
+        self._write(self._event(track, at_s, TrackEvent.TYPE_SLICE_END))
+
+    def mark(self, track: int, at_s: float, name: str, args: Args, flows: Sequence[int] = ()) -> None:
+        packet = self._event(track, at_s, TrackEvent.TYPE_INSTANT)
+        packet.track_event.name = name
+        packet.track_event.flow_ids.extend(flows)
+        self._write(packet, args)
+
+    def value(self, track: int, at_s: float, value: float) -> None:
+        packet = self._event(track, at_s, TrackEvent.TYPE_COUNTER)
+        packet.track_event.double_counter_value = value
+        self._write(packet)
+
+    def _descriptor(self, name: str) -> tuple[TracePacket, int]:
+        packet, uuid = self._builder.create_packet(), next(self._tracks)
+        packet.track_descriptor.uuid = uuid
+        packet.track_descriptor.name = name
+        return packet, uuid
+
+    def _event(self, track: int, at_s: float, kind: TrackEvent.Type) -> TracePacket:
+        packet = self._builder.create_packet()
+        packet.timestamp = round(at_s * 1e9)
+        packet.track_event.type = kind
+        packet.track_event.track_uuid = track
+        return packet
+
+    def _write(self, packet: TracePacket, args: Args | None = None) -> None:
+        packet.trusted_packet_sequence_id = SEQUENCE
+        for name, value in (args or {}).items():
+            if value is None:
+                continue
+            annotation = packet.track_event.debug_annotations.add()
+            annotation.name = name
+            if isinstance(value, bool):
+                annotation.bool_value = value
+            elif isinstance(value, int):
+                annotation.int_value = value
+            elif isinstance(value, float):
+                annotation.double_value = value
+            else:
+                annotation.string_value = value
+        self._builder.write_packet(packet)
+
+
+def depths(spans: Iterable[tuple[float, float]]) -> Iterator[tuple[float, int]]:
+    """How many of ``spans`` there are, whenever the number changes."""
+    changes = sorted(chain.from_iterable(((begin_s, 1), (end_s, -1)) for begin_s, end_s in spans))
+    depth = 0
+    for time_s, at_once in groupby(changes, key=lambda change: change[0]):
+        before, depth = depth, depth + sum(change for _, change in at_once)
+        if depth != before:
+            yield time_s, depth
+
+
+def least_slacks(waits: Sequence[tuple[float, float, float]]) -> Iterator[tuple[float, float]]:
+    """The least slack of requests that wait from the first to the second of three times and have to run at the third to
+    be in time, whenever one comes or goes; 0 where none is left.
+    """
+    times_s = sorted({time_s for begin_s, end_s, _ in waits for time_s in (begin_s, end_s)})
+    coming = sorted(waits, reverse=True)
+    waiting: list[tuple[float, float]] = []
+    for time_s in times_s:
+        while coming and coming[-1][0] <= time_s:
+            _, end_s, latest_s = coming.pop()
+            heappush(waiting, (latest_s, end_s))
+        while waiting and waiting[0][1] <= time_s:
+            heappop(waiting)
+        yield time_s, waiting[0][0] - time_s if waiting else 0.0
+
+
+def _group(request: Request) -> str:
+    return {True: IN_TIME, False: MISSED, None: OTHERS}[request.verdict.met]
+
+
+def _title(request: Request) -> str:
+    """What the picture says of a request; slices with the same words have the same colour."""
+    met, cause = request.verdict
+    if met:
+        return "in time"
+    if cause is None:
+        return "under way"
+    return f"missed: {cause}" if met is False else str(cause)
+
+
+def _args(request: Request) -> Args:
+    """What Perfetto shows of a request that is clicked on."""
+    arrival, ready, end, leave = request.arrival, request.ready, request.end, request.leave
+    reason = end.reason if isinstance(end, Fail) else None if leave is None or leave.reason is UNSET else leave.reason
+    return {
+        "rid": request.rid,
+        "prompt_tokens": arrival.prompt_tokens,
+        "new_tokens": None if ready is None else ready.new_tokens,
+        "cached_tokens": None if ready is None else ready.cached_tokens,
+        "ttft_slo_s": arrival.ttft_slo_s,
+        "deadline_s": arrival.deadline_s,
+        "met": request.verdict.met,
+        "cause": None if request.verdict.cause is None else str(request.verdict.cause),
+        "late_s": _rounded(request.late_s),
+        "alone_s": None if ready is None else ready.predicted_s,
+        "others_s": _rounded(request.others_s),
+        "steps_s": _rounded(request.steps_s),
+        "overrun_s": _rounded(request.course.overrun_s),
+        "tasks": ", ".join(str(task.start.task) for task in request.tasks) or None,
+        "suspensions": sum(task.suspensions for task in request.tasks),
+        "end": None if end is None else end.kind,
+        "http_status": end.http_status if isinstance(end, Fail) else None,
+        "reason": reason,
+    }
+
+
+def _latest_start_s(request: Request) -> float:
+    """When it has to run to be in time; its deadline where no prediction is known."""
+    return request.arrival.deadline_s - (request.course.alone_s or 0.0)
+
+
+def _spans(requests: Iterable[Request], what: str) -> list[tuple[float, float]]:
+    return [(part.begin_s, part.end_s) for request in requests for part in request.parts if part.what == what]
+
+
+def _name(task: Task) -> str:
+    """A task by the request that it was started for."""
+    first, *others = task.start.rids
+    return f"{first} and {len(others)} more" if others else first
+
+
+def _joined(rids: Sequence[str]) -> str:
+    return ", ".join(rids)
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 6)
+
+
+def _present(flow: int | None) -> Sequence[int]:
+    return () if flow is None else (flow,)
