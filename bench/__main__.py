@@ -21,10 +21,11 @@ def main(argv: list[str] | None = None) -> int:
         options = parse(sys.argv[1:] if argv is None else argv)
     except OptionError as error:
         return _refused(error)
-    return _run(options)
+    return run(options)
 
 
-def _run(options: Command) -> int:
+def run(options: Command) -> int:
+    """Run the command that the options belong to; its exit code."""
     # Only now: whoever asks for help, or has made a mistake, shall not wait for these.
     from sgl_flowprefill.bench.loadgen.calibrate import CalibrationError
     from sgl_flowprefill.bench.systems.catalog import systems_table

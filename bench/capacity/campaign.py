@@ -64,7 +64,7 @@ class Goal:
 
 
 class Campaign:
-    """A capacity search: what is known, what is left, and the making of it."""
+    """A capacity search: makes the probes that are left, and says what is known from those made."""
 
     def __init__(
         self, prober: Prober, systems: Sequence[System], goal: Goal, only_compared: Sequence[System] = ()
@@ -213,7 +213,7 @@ class Campaign:
             self._search(system, seed, attainment).probes_left(self.log.verdicts(system.name, seed, attainment))
             for system in self.systems
             for seed, attainment in self._searches
-            if self._next_rps(system, seed, attainment) is not None
+            if self.next_rps(system, seed, attainment) is not None
         )
         if "comparison_rps" in self.log.facts:
             return searched + sum(len(list(self._comparisons(system))) for system in self.systems)
@@ -256,7 +256,7 @@ class Campaign:
             return self._least_rps
         return self.prober.one_by_one_rps(self.prober.trace(0, self.plan.workload.rate_rps), system)
 
-    def _next_rps(self, system: System, seed: int, attainment: float) -> float | None:
+    def next_rps(self, system: System, seed: int, attainment: float) -> float | None:
         """The rate that a search wants next; None when it has ended."""
         if self._is_given_up(system, seed) or system in self.only_compared or self.is_beaten(system, attainment):
             return None
@@ -271,7 +271,7 @@ class Campaign:
         return None if rate_rps is None else round(rate_rps, 4)
 
     def _is_searching(self, system: System) -> bool:
-        return any(self._next_rps(system, *search) is not None for search in self._searches)
+        return any(self.next_rps(system, *search) is not None for search in self._searches)
 
     def _told_scales(self, system: System) -> Sequence[float]:
         is_told = system.orders_by_slo and system not in self.only_compared and self.plan.judge == "ttft"
@@ -306,7 +306,7 @@ class Campaign:
             self._start_s = time.monotonic() - started_s
             if self._is_searching(system):
                 for seed, attainment in self._searches:
-                    rate_rps = self._next_rps(system, seed, attainment)
+                    rate_rps = self.next_rps(system, seed, attainment)
                     if rate_rps is not None and not self._is_over():
                         self._probe(served, system, seed, rate_rps, attainment)
             else:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +20,6 @@ from sgl_flowprefill.bench.loadgen.calibrate import median_of, time_scale
 from sgl_flowprefill.bench.loadgen.progress import ReplayProgress
 from sgl_flowprefill.bench.loadgen.replay import Enough
 from sgl_flowprefill.bench.metrics.joint import Judge, meets
-from sgl_flowprefill.bench.metrics.provenance import machine, versions
 from sgl_flowprefill.bench.simulator.measured import Engine, measured_setup, saturation_rps
 from sgl_flowprefill.bench.simulator.systems import Setup
 from sgl_flowprefill.bench.systems.endpoint import Endpoint
@@ -30,6 +30,8 @@ from sgl_flowprefill.bench.workloads.prompts import PromptBuilder
 from sgl_flowprefill.bench.workloads.synthetic import Workload
 from sgl_flowprefill.bench.workloads.trace import Trace
 from sgl_flowprefill.config import FlowPrefillConfig
+from sgl_flowprefill.profiling.steps import Step
+from sgl_flowprefill.provenance import machine, versions
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,8 @@ class Plan:
     """How attainment is judged."""
     decode_share: float = DECODE_SHARE
     """Share of what the servers carry that answers take at saturation."""
+    slower: float = 0.0
+    """Share by which the machine becomes slower for the servers, in the middle of each replay."""
 
     def settings(self) -> dict[str, Any]:
         """What all probes have in common; there may be more seeds when a run is resumed."""
@@ -54,6 +58,7 @@ class Plan:
             "duration_s": self.duration_s,
             "max_output_tokens": self.max_output_tokens,
             "judge": self.judge,
+            "slower": self.slower,
         }
 
     def trace(self, seed: int, rate_rps: float, scale: float, slo_scale: float = 1.0) -> Trace:
@@ -116,14 +121,16 @@ class Prober:
     @functools.cached_property
     def setup(self) -> Setup:
         """The simulator as this machine, once calibrated."""
-        return self._setup(next(iter(self.log.solo_ttft_s.values()))[0])
+        first, solo_ttft_s = next(iter(self.log.solo_ttft_s.items()))
+        return self._setup(solo_ttft_s[0], self.log.steps.get(first, ()))
 
     def setup_of(self, system: System) -> Setup:
-        """The simulator as this machine was while ``system`` was up, by all its isolated requests."""
-        return self._setup(median_of(self.log.solo_ttft_s[system.name]))
+        """The simulator as this machine was while ``system`` was up, by all its isolated requests and decode steps."""
+        return self._setup(median_of(self.log.solo_ttft_s[system.name]), self.log.steps.get(system.name, ()))
 
-    def _setup(self, solo_ttft_s: Mapping[int, float]) -> Setup:
-        return measured_setup(Engine(**self.log.facts["engine"]), solo_ttft_s, self.options)
+    def _setup(self, solo_ttft_s: Mapping[int, float], steps: Sequence[Step]) -> Setup:
+        setup = measured_setup(Engine(**self.log.facts["engine"]), solo_ttft_s, self.options, steps)
+        return dataclasses.replace(setup, slower=self.plan.slower, learned=self.plan.slower > 0)
 
     @contextmanager
     def serving(self, system: System) -> Iterator[Endpoint]:
@@ -138,7 +145,7 @@ class Prober:
                 self.log.fix("time_scale", time_scale(solo_ttft_s))
                 self.say(f"  time scale {self.time_scale:.2f}: arrivals and SLOs are stretched by it")
             if not self.can_simulate and (engine := served.engine(PromptBuilder(0))) is not None:
-                self.log.fix("engine", asdict(engine))
+                self.log.fix("engine", dataclasses.asdict(engine))
             if not self.is_calibrated:
                 self._fix_answers(served, system)
             yield served
@@ -174,9 +181,13 @@ class Prober:
         self.say(f"  {answers.text(answers.of(whole))}; the decode server carries {decode_tokens_per_s:.0f} tokens/s")
 
     def measure_isolated(self, served: Endpoint, system: System) -> dict[int, float]:
-        """TTFT (s) of isolated requests by prompt tokens, as the machine is now: its speed changes."""
+        """TTFT (s) of isolated requests by prompt tokens, as the machine is now: its speed changes. On a server that
+        decodes as well, decode steps are measured beside them.
+        """
         solo_ttft_s = served.solo_ttft_s(PromptBuilder(0))
         self.log.add_solo(system.name, solo_ttft_s)
+        if system.is_unified:
+            self.log.add_steps(system.name, served.decode_steps(PromptBuilder(0)))
         served.come_to_rest()
         return solo_ttft_s
 
@@ -216,7 +227,7 @@ class Prober:
 
         label = f"  {rate_rps:.2f} req/s, seed {seed}"
         with ReplayProgress(label, total, trace.requests[-1].arrival_s, self._console) as progress:
-            run = served.replay(trace, PromptBuilder(seed), progress.update, enough)
+            run = served.replay(trace, PromptBuilder(seed), progress.update, enough, self.plan.slower)
         served.come_to_rest()
         probe = Probe(system.name, rate_rps, seed, total, run, served.blocking_s(run), slo_scale, self.plan.judge)
         self.log.add(probe)

@@ -17,8 +17,9 @@ import orjson
 from sgl_flowprefill.bench.capacity.rate_search import Verdict, decided
 from sgl_flowprefill.bench.loadgen.replay import ClientReport, ReplayRun, RequestResult
 from sgl_flowprefill.bench.metrics.joint import Judge, meets
+from sgl_flowprefill.profiling.steps import Step
 
-JUDGED_BEFORE: Final[Mapping[str, Any]] = {"judge": "ttft"}
+BEFORE: Final[Mapping[str, Any]] = {"judge": "ttft", "slower": 0.0}
 """What files say that say nothing of it."""
 
 
@@ -48,7 +49,7 @@ class Probe:
 
     @property
     def attainment_bounds(self) -> tuple[float, float]:
-        """Between what and what its attainment lies; equal unless it was stopped early."""
+        """Lower and upper bound of the attainment; equal unless the replay was stopped early."""
         return self.met / self.total, 1 - self.missed / self.total
 
     @property
@@ -72,11 +73,13 @@ class ProbeLog:
         self.probes: list[Probe] = []
         self.solo_ttft_s: dict[str, list[dict[int, float]]] = {}
         """By system: for each start of its servers, the TTFT of isolated requests by prompt tokens."""
+        self.steps: dict[str, list[Step]] = {}
+        """By system: decode steps of all starts of its servers, where they were measured."""
         self.facts: dict[str, Any] = {}
         """What is fixed once in a run: the time scale, the rate at which systems are compared."""
         path.parent.mkdir(parents=True, exist_ok=True)
         rows = list(_rows(path)) if path.exists() else []
-        found = {**JUDGED_BEFORE, **(rows[0]["settings"] if rows else settings)}
+        found = {**BEFORE, **(rows[0]["settings"] if rows else settings)}
         if different := [name for name in settings if found.get(name) != settings[name]]:
             described = "; ".join(f"{name} {found.get(name)}, not {settings[name]}" for name in different)
             raise ValueError(f"{path} has probes of other settings ({described}): give another --out, or delete it")
@@ -88,6 +91,8 @@ class ProbeLog:
             elif row["kind"] == "solo":
                 times_s = {int(tokens): time_s for tokens, time_s in row["ttft_s"].items()}
                 self.solo_ttft_s.setdefault(row["system"], []).append(times_s)
+            elif row["kind"] == "steps":
+                self.steps.setdefault(row["system"], []).extend(Step(**step) for step in row["steps"])
             else:
                 self.facts[row["name"]] = row["value"]
 
@@ -104,6 +109,11 @@ class ProbeLog:
         """Keep TTFTs of isolated requests."""
         self.solo_ttft_s.setdefault(system, []).append(dict(ttft_s))
         self._append({"kind": "solo", "system": system, "ttft_s": {str(tokens): s for tokens, s in ttft_s.items()}})
+
+    def add_steps(self, system: str, steps: Sequence[Step]) -> None:
+        """Keep measured decode steps."""
+        self.steps.setdefault(system, []).extend(steps)
+        self._append({"kind": "steps", "system": system, "steps": [step.model_dump() for step in steps]})
 
     def fix(self, name: str, value: Any) -> None:
         """Keep a fact for the rest of the run."""

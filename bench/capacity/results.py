@@ -25,12 +25,12 @@ from sgl_flowprefill.bench.capacity.probes import Probe, ProbeLog
 from sgl_flowprefill.bench.capacity.rate_search import Bracket, bracket, mean_bracket
 from sgl_flowprefill.bench.loadgen.replay import RequestResult
 from sgl_flowprefill.bench.metrics.joint import answered, summarise_joint
-from sgl_flowprefill.bench.metrics.provenance import result
-from sgl_flowprefill.bench.metrics.requests import SLO_SCALES, attainment
+from sgl_flowprefill.bench.metrics.requests import SLO_SCALES, attainment, retractions, tokens_per_s
 from sgl_flowprefill.bench.systems.catalog import UNCHUNKED_FCFS, UNIFIED
 from sgl_flowprefill.bench.systems.system import EndpointSystem, System
 from sgl_flowprefill.bench.workloads.answers import Answers
 from sgl_flowprefill.bench.workloads.trace import Trace
+from sgl_flowprefill.provenance import result
 
 OURS: Final = "flowprefill"
 BY_LAYER: Final = "flowprefill-layer"
@@ -218,7 +218,13 @@ class SystemFigures:
         """Figures of the time between tokens at the rate at which systems are compared, where it was judged."""
         if not any(probe.judge != "ttft" for probe in self.compared.values()):
             return None
-        return dataclasses.asdict(summarise_joint([answered(result) for result in self.results()]))
+        found = self.results()
+        duration_s = sum(probe.run.duration_s for probe in self.compared.values())
+        return {
+            **dataclasses.asdict(summarise_joint([answered(result) for result in found])),
+            "tokens_per_s": tokens_per_s(found, duration_s),
+            "retractions": retractions(found),
+        }
 
     def _ttft_by_class(self) -> dict[str, Any]:
         """Distribution of TTFT by class, tightest SLO first; requests that failed never had a first token."""

@@ -26,12 +26,12 @@ from rich.table import Table
 from sgl_flowprefill.bench.cli.options import Breakdown
 from sgl_flowprefill.bench.cli.requested import requested_servers
 from sgl_flowprefill.bench.loadgen.client import JSON_HEADERS, Outcome, get_json
-from sgl_flowprefill.bench.metrics.provenance import result, write_result
 from sgl_flowprefill.bench.systems.catalog import SYSTEMS
 from sgl_flowprefill.bench.systems.serving import Served, serve
 from sgl_flowprefill.bench.workloads.prompts import PromptBuilder
 from sgl_flowprefill.cluster import ClusterError
 from sgl_flowprefill.events import AnyEvent, Arrival, Complete, read_events
+from sgl_flowprefill.provenance import result, write_result
 
 LOG_OPTION: Final = "--enable-request-time-stats-logging"
 OUTPUT_TOKENS: Final = 2

@@ -30,6 +30,7 @@ from sgl_flowprefill.bench.systems.system import System
 from sgl_flowprefill.bench.workloads.answers import DECODE_SHARE, UNIFIED_DECODE_SHARE, Answers
 from sgl_flowprefill.bench.workloads.prompts import PromptBuilder
 from sgl_flowprefill.bench.workloads.trace import Trace
+from sgl_flowprefill.timeline import SUFFIX, write_timeline
 
 ROUNDS: Final = 2
 """Turns of each system with isolated requests, and with parts of the trace."""
@@ -49,16 +50,18 @@ def run(options: Demo, console: Console) -> int:
         console.print(f"  {line}", highlight=False, soft_wrap=True)
 
     with serving(servers, options.out, say, side_by_side=True) as serve:
-        comparison = _Demo(options, [*select(options.systems), *map(endpoint, options.endpoint)], serve, console).run(
-            servers
-        )
+        systems = [*select(options.systems), *map(endpoint, options.endpoint)]
+        turns = ComparedInTurns(options, systems, serve, console)
+        comparison = turns.run(servers)
     code = publish(comparison, options.out, console)
+    for timeline in turns.write_timelines():
+        say(f"Timeline, for https://ui.perfetto.dev: {timeline}")
     if options.png:
         say(f"Picture: {take_picture(options.out / 'report.html')}")
     return code
 
 
-class _Demo:
+class ComparedInTurns:
     """The systems, up side by side, taking turns."""
 
     def __init__(self, options: Demo, systems: Sequence[System], serve: Serve, console: Console) -> None:
@@ -99,6 +102,15 @@ class _Demo:
             settings=servers.settings(),
             judge="gaps" if self._options.unified else "ttft",
         )
+
+    def write_timelines(self) -> list[Path]:
+        """Write the timeline of each system that has an event log, beside the reports."""
+        written = []
+        for name, log in self._event_logs.items():
+            if log is not None and log.exists():
+                written.append(self._options.out / f"{name}{SUFFIX}")
+                write_timeline([log], written[-1])
+        return written
 
     def _in_turns(self, rounds: int) -> Iterator[tuple[int, System]]:
         """(round, system), each round in the order opposite to the one before."""

@@ -11,13 +11,22 @@ from rich.table import Table
 
 from sgl_flowprefill.bench.cli.options import Events
 from sgl_flowprefill.bench.metrics.event_log import LogSummary, summarise_log
+from sgl_flowprefill.bench.reports.page import browser, take_picture
 from sgl_flowprefill.bench.reports.table import MISSING, milliseconds, percent, preemptions
+from sgl_flowprefill.bench.reports.timeline import write_page
 from sgl_flowprefill.events import read_events
+from sgl_flowprefill.timeline import History
 
 
 def run(options: Events, console: Console) -> int:
     """Print the figures. Raises OSError for a file that cannot be read, EventLogError for one that is no event log."""
+    if options.png:
+        browser()
     summary = summarise_log(read_events(options.file))
+    if options.page is not None:
+        height_px = write_page(History.of(read_events(options.file)), options.file, options.seconds, options.page)
+        if options.png:
+            take_picture(options.page, height_px)
     if options.json:
         console.print_json(json.dumps(asdict(summary)))
         return 0

@@ -11,9 +11,8 @@ from typing import Any, Final
 from rich.console import Console
 from rich.table import Table
 
-from sgl_flowprefill.bench.cli import unified
+from sgl_flowprefill.bench.cli import slower, unified
 from sgl_flowprefill.bench.cli.options import Simulate
-from sgl_flowprefill.bench.metrics.provenance import result, write_result
 from sgl_flowprefill.bench.metrics.requests import summarise, summarise_blocking
 from sgl_flowprefill.bench.reports.table import milliseconds, percent, seconds
 from sgl_flowprefill.bench.simulator.cost import cost_model
@@ -29,6 +28,7 @@ from sgl_flowprefill.bench.workloads.formats import load_trace
 from sgl_flowprefill.bench.workloads.synthetic import WORKLOADS
 from sgl_flowprefill.bench.workloads.trace import Trace
 from sgl_flowprefill.policy import POLICIES, Limits, make_policy
+from sgl_flowprefill.provenance import result, write_result
 
 ATTAINMENTS: Final = (0.9, 0.99)
 POOL: Final = 20_000
@@ -43,6 +43,8 @@ def run(options: Simulate, console: Console) -> int:
         raise ValueError(
             "--unified compares at one rate, or with --goodput; --plan and --speed are of prefill instances"
         )
+    if options.slower and (options.goodput or options.plan or options.speed):
+        raise ValueError(f"--slower {options.slower:g} compares at one rate: leave out --goodput, --plan and --speed")
     options = dataclasses.replace(options, policy=options.policy or (UNIFIED_HEADLINE if options.unified else HEADLINE))
     setup = _setup(options)
     for name in options.policy:
@@ -61,6 +63,8 @@ def run(options: Simulate, console: Console) -> int:
             action = unified.goodput if options.goodput else unified.compare
             setup = unified.with_steps(setup, options)
             report["step_cost"] = dataclasses.asdict(setup.steps())
+        if options.slower:
+            action = slower.compare
         for name in options.trace:
             traces = [_trace(name, options, seed) for seed in range(options.seeds if name in WORKLOADS else 1)]
             report["traces"][name] = action(name, traces, options, setup, console)
@@ -84,7 +88,8 @@ def _setup(options: Simulate) -> Setup:
         instances=options.instances,
         router=options.router,
         forward_error=options.forward_error,
-        learned=options.learned,
+        learned=options.learned or options.slower > 0,
+        slower=options.slower,
     )
 
 

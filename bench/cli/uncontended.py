@@ -18,12 +18,12 @@ from rich.console import Console
 from rich.table import Table
 
 from sgl_flowprefill.bench.cli.options import Uncontended
-from sgl_flowprefill.bench.metrics.provenance import result, write_result
 from sgl_flowprefill.bench.systems.catalog import UNCHUNKED_FCFS, UNIFIED, find
 from sgl_flowprefill.bench.systems.endpoint import Reached
 from sgl_flowprefill.bench.systems.serving import Servers, serving
 from sgl_flowprefill.bench.workloads.prompts import PromptBuilder
 from sgl_flowprefill.cluster import ClusterError
+from sgl_flowprefill.provenance import result, write_result
 from sgl_flowprefill.ttft.features import Array
 
 PAIR: Final = ("flowprefill", UNCHUNKED_FCFS)

@@ -45,16 +45,16 @@ def compare(name: str, traces: Sequence[Trace], options: Simulate, setup: Setup,
         "given back", "step late p99",
     ):  # fmt: skip
         table.add_column(column, justify="left" if column == "system" else "right")
-    figures: dict[str, Any] = {}
+    found: dict[str, Any] = {}
     for system in options.policy:
         runs = [run(simulated(system, "unified"), trace, setup) for trace in traces]
-        entry = figures[system] = _figures(runs)
+        entry = found[system] = figures(runs)
         table.add_row(
             system,
             percent(entry["joint_attainment"]),
             percent(entry["joint_attainment_mean_tpot"]),
             percent(entry["ttft_attainment"]),
-            percent(entry["tbt_attainment_of_gaps"]),
+            percent(entry["tbt_attainment"]),
             seconds(entry["ttft_p99_s"]),
             milliseconds(entry["tbt_p50_s"]),
             milliseconds(entry["tbt_p99_s"]),
@@ -65,7 +65,7 @@ def compare(name: str, traces: Sequence[Trace], options: Simulate, setup: Setup,
             milliseconds(entry["step_lateness_p99_s"]),
         )
     console.print(table)
-    return {"rate_rps": traces[0].rate_rps, "systems": figures}
+    return {"rate_rps": traces[0].rate_rps, "systems": found}
 
 
 def goodput(name: str, traces: Sequence[Trace], options: Simulate, setup: Setup, console: Console) -> dict[str, Any]:
@@ -103,23 +103,24 @@ def goodput(name: str, traces: Sequence[Trace], options: Simulate, setup: Setup,
     return {"max_rate_rps": found, "best_stock": best, "stock_settings": len(settings)}
 
 
-def _figures(runs: Sequence[Run]) -> dict[str, Any]:
+def figures(runs: Sequence[Run]) -> dict[str, Any]:
+    """What came of all ``runs`` of a system together."""
     requests = [request for one in runs for request in one.requests]
     ttft_s = [request.first_token_s - request.arrival_s for request in requests]
     streams = [one.streams for one in runs if one.streams is not None]
-    lateness_s = [late_s for figures in streams for late_s in figures.lateness_s]
+    lateness_s = [late_s for one in streams for late_s in one.lateness_s]
     duration_s = sum(max(request.last_token_s for request in one.requests) for one in runs)
     return {
         **dataclasses.asdict(summarise_joint([answered(request) for request in requests])),
         "ttft_attainment": share(request.met for request in requests),
         "ttft_p50_s": float(np.percentile(ttft_s, 50)),
         "ttft_p99_s": float(np.percentile(ttft_s, 99)),
-        "steps": sum(figures.steps for figures in streams),
-        "decode_share": sum(figures.step_s for figures in streams) / duration_s,
-        "retractions": sum(figures.retractions for figures in streams),
-        "give_backs": sum(figures.give_backs for figures in streams),
+        "steps": sum(one.steps for one in streams),
+        "decode_share": sum(one.step_s for one in streams) / duration_s,
+        "retractions": sum(one.retractions for one in streams),
+        "give_backs": sum(one.give_backs for one in streams),
         "step_lateness_p99_s": float(np.percentile(lateness_s, 99)) if lateness_s else None,
-        "margin_s": max(figures.margin_s for figures in streams),
+        "margin_s": max(one.margin_s for one in streams),
     }
 
 

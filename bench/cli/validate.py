@@ -3,13 +3,14 @@
 Rates are multiples of saturation, the rate at which the forwards of the trace, each alone, fill the machine. What a
 request spends outside forwards (HTTP, tokenizer, handshake, KV transfer, first answer) and how fast the machine is are
 measured by isolated requests before and after each replay, what passes between forwards once by a burst; the
-simulator is given these.
+simulator is given these. Of servers that prefill and decode, decode steps are measured as well, and both sides are
+judged by the times between tokens, too.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,13 +23,17 @@ from sgl_flowprefill.bench.capacity.prober import Plan, Prober, outcome, probing
 from sgl_flowprefill.bench.cli.options import Validate
 from sgl_flowprefill.bench.cli.requested import requested_servers
 from sgl_flowprefill.bench.loadgen.replay import RequestResult
-from sgl_flowprefill.bench.metrics.provenance import result, write_result
+from sgl_flowprefill.bench.metrics.joint import answered, meets, summarise_joint
+from sgl_flowprefill.bench.reports.table import milliseconds
+from sgl_flowprefill.bench.simulator import joint
 from sgl_flowprefill.bench.simulator.measured import saturation_rps
 from sgl_flowprefill.bench.simulator.requests import SimRequest
 from sgl_flowprefill.bench.simulator.systems import run as simulate
 from sgl_flowprefill.bench.systems.catalog import select
-from sgl_flowprefill.bench.systems.system import System
+from sgl_flowprefill.bench.systems.system import UNIFIED_OPTION, System
+from sgl_flowprefill.bench.workloads.answers import DECODE_SHARE, UNIFIED_DECODE_SHARE
 from sgl_flowprefill.bench.workloads.synthetic import workload
+from sgl_flowprefill.provenance import result, write_result
 
 
 def run(options: Validate, console: Console) -> int:
@@ -38,8 +43,20 @@ def run(options: Validate, console: Console) -> int:
     ValueError with a sentence for the user.
     """
     servers = requested_servers(options.servers)
-    plan = Plan(workload(options.workload), options.seeds, options.duration, options.max_output_tokens)
     systems = select(options.systems)
+    for system in systems:
+        if system.is_unified != options.unified:
+            kind, remedy = ("one server", "give") if system.is_unified else ("two servers", "leave out")
+            raise ValueError(f"{system.name} is {kind}, and a run validates one kind: {remedy} {UNIFIED_OPTION}")
+    plan = Plan(
+        workload(options.workload),
+        options.seeds,
+        options.duration,
+        options.max_output_tokens,
+        "gaps" if options.unified else "ttft",
+        UNIFIED_DECODE_SHARE if options.unified else DECODE_SHARE,
+        options.slower,
+    )
     with probing(servers, plan, options.out, options.time_scale, console) as prober:
         try:
             for system in systems:
@@ -69,6 +86,16 @@ class Pair(NamedTuple):
     simulated: SimRequest
 
     @property
+    def met(self) -> tuple[bool, bool]:
+        """Whether its first token came in time, on both sides."""
+        return self.measured.meets_ttft(), self.simulated.met
+
+    @property
+    def met_both(self) -> tuple[bool, bool]:
+        """Whether its gaps did, too."""
+        return meets(self.measured, "gaps"), joint.answered(self.simulated).meets_both
+
+    @property
     def simulated_ttft_s(self) -> float:
         """Infinite for a request that never ran."""
         return self.simulated.first_token_s - self.simulated.arrival_s
@@ -96,38 +123,63 @@ def compared(prober: Prober, system: System, load: float) -> dict[str, Any] | No
     found = pairs(prober, system, load)
     if not found:
         return None
+    figures = _joint_figures if prober.plan.judge == "gaps" else _figures
     classes = sorted({pair.measured.request_class for pair in found})
     return {
         "system": system.name,
         "load": load,
         "rate_rps": load_rps(prober, load),
-        **_figures(found),
-        "classes": {name: _figures([p for p in found if p.measured.request_class == name]) for name in classes},
+        **figures(found),
+        "classes": {name: figures([p for p in found if p.measured.request_class == name]) for name in classes},
     }
 
 
 def _figures(found: Sequence[Pair]) -> dict[str, Any]:
-    """Both sides of ``found``: what is simulated may be right on the whole and wrong for each request."""
-    met = np.array([(pair.measured.meets_ttft(), pair.simulated.met) for pair in found])
+    """Both sides of ``found``, by their first tokens."""
     ttft_s = [
         (pair.measured.ttft_s, pair.simulated_ttft_s)
         for pair in found
         if pair.measured.ttft_s is not None and math.isfinite(pair.simulated_ttft_s)
     ]
     measured_s, simulated_s = np.array(ttft_s or [(math.nan, math.nan)]).T
-    measured, simulated = met.mean(axis=0).tolist()
-    differing = int((met[:, 0] != met[:, 1]).sum())
     return {
         "requests": len(found),
-        "measured": measured,
-        "simulated": simulated,
-        "difference_points": 100 * (simulated - measured),
-        "differing": differing,
-        "chance_points": 100 * math.sqrt(differing) / len(found),
+        **_attainments([pair.met for pair in found]),
         "measured_ttft_p50_s": float(np.median(measured_s)),
         "simulated_ttft_p50_s": float(np.median(simulated_s)),
         "ttft_difference_s": np.percentile(simulated_s - measured_s, [10, 50, 90]).tolist(),
     }
+
+
+def _joint_figures(found: Sequence[Pair]) -> dict[str, Any]:
+    """Both sides of ``found``, by their first tokens, and as ``joint`` by these and the times between tokens."""
+    measured = summarise_joint([answered(pair.measured) for pair in found])
+    simulated = summarise_joint([joint.answered(pair.simulated) for pair in found])
+    gaps = {
+        f"{side}_{name}": getattr(figures, name)
+        for side, figures in (("measured", measured), ("simulated", simulated))
+        for name in ("tbt_attainment", "tbt_p50_s", "tbt_p99_s", "tbt_max_s")
+    }
+    return {**_figures(found), "joint": _attainments([pair.met_both for pair in found]) | gaps}
+
+
+def _attainments(met: Sequence[tuple[bool, bool]]) -> dict[str, Any]:
+    """Attainment of both sides: what is simulated may be right on the whole and wrong for each request."""
+    measured, simulated = np.array(met).mean(axis=0).tolist()
+    differing = sum(one != other for one, other in met)
+    return {
+        "measured": measured,
+        "simulated": simulated,
+        "difference_points": 100 * (simulated - measured),
+        "differing": differing,
+        "chance_points": 100 * math.sqrt(differing) / len(met),
+    }
+
+
+def worst_points(rows: Sequence[Mapping[str, Any]]) -> float:
+    """The largest difference of any row, by first tokens or jointly."""
+    judged = [figures for row in rows for figures in (row, row.get("joint")) if figures]
+    return max(abs(float(figures["difference_points"])) for figures in judged)
 
 
 def _replay_all(prober: Prober, system: System, loads: Sequence[float]) -> None:
@@ -158,7 +210,9 @@ def _publish(rows: Sequence[dict[str, Any]], prober: Prober, folder: Path, conso
     answers, trace = prober.answers, prober.trace(0, prober.plan.workload.rate_rps)
     figures = {
         "rows": rows,
-        "worst_points": max(abs(row["difference_points"]) for row in rows),
+        "worst_points": worst_points(rows),
+        "judge": prober.plan.judge,
+        "slower": prober.plan.slower,
         "workload": prober.plan.workload.name,
         "seeds": prober.plan.seeds,
         "duration_s": prober.plan.duration_s,
@@ -168,22 +222,32 @@ def _publish(rows: Sequence[dict[str, Any]], prober: Prober, folder: Path, conso
         "overhead_s": prober.setup.machine.cost.serving_s,
     }
     write_result(folder / "validate.json", result("validate", figures))
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("system")
-    for column in ("x saturation", "req/s", "requests", "measured", "simulated", "points", "by chance", "TTFT p50 (s)"):
-        table.add_column(column, justify="right")
-    for row in rows:
-        table.add_row(
-            row["system"],
-            f"{row['load']:.1f}",
-            f"{row['rate_rps']:.2f}",
-            str(row["requests"]),
-            f"{row['measured']:.1%}",
-            f"{row['simulated']:.1%}",
-            f"{row['difference_points']:+.1f}",
-            f"{row['chance_points']:.1f}",
-            f"{row['measured_ttft_p50_s']:.3f} / {row['simulated_ttft_p50_s']:.3f}",
-        )
-    console.print(table)
+    console.print(rows_table(rows))
     console.print(answers.text(trace), highlight=False, soft_wrap=True)
     console.print(f"Figures: {folder / 'validate.json'}", highlight=False, soft_wrap=True)
+
+
+def rows_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """A row for each system and load; servers that decode as well have one more, by both objectives."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("system")
+    for column in ("x saturation", "req/s", "requests", "judged by", "measured", "simulated", "points", "by chance"):
+        table.add_column(column, justify="right")
+    table.add_column("measured / simulated", justify="right")
+    for row in rows:
+        ttft_s = f"TTFT p50 {row['measured_ttft_p50_s']:.3f} / {row['simulated_ttft_p50_s']:.3f} s"
+        shape = f"{row['load']:.1f}", f"{row['rate_rps']:.2f}", str(row["requests"])
+        table.add_row(row["system"], *shape, "TTFT", *_cells(row), ttft_s)
+        if both := row.get("joint"):
+            tbt = " / ".join(milliseconds(both[f"{side}_tbt_p99_s"]) for side in ("measured", "simulated"))
+            table.add_row("", "", "", "", "and TBT", *_cells(both), f"TBT p99 {tbt}")
+    return table
+
+
+def _cells(figures: Mapping[str, Any]) -> tuple[str, ...]:
+    return (
+        f"{figures['measured']:.1%}",
+        f"{figures['simulated']:.1%}",
+        f"{figures['difference_points']:+.1f}",
+        f"{figures['chance_points']:.1f}",
+    )

@@ -35,6 +35,8 @@ class Outcome:
     prompt_tokens: int | None = None
     """Prompt tokens as the server counted them, if it said so."""
     cached_tokens: int | None = None
+    retractions: int | None = None
+    """How often the answer lost its KV cache to others, if the server said so."""
     error: str | None = None
 
     def saw_tokens(self, now_s: float, total_tokens: int) -> None:
@@ -94,6 +96,7 @@ class GenerateApi:
             return
         outcome.prompt_tokens = meta.get("prompt_tokens", outcome.prompt_tokens)
         outcome.cached_tokens = meta.get("cached_tokens", outcome.cached_tokens)
+        outcome.retractions = meta.get("num_retractions", outcome.retractions)
         outcome.saw_tokens(now_s, meta.get("completion_tokens", outcome.tokens + 1))
 
 

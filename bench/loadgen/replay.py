@@ -47,6 +47,8 @@ STOPPED: Final = "late when the run was stopped"
 
 OnProgress = Callable[[int, int, int], None]
 """Called as (done, failed, in flight) while a replay runs."""
+OnStart = Callable[[float], None]
+"""Called with the ``time.monotonic()`` of the trace's time zero, shortly before."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,8 @@ class RequestResult:
     tbt_s: tuple[float, ...]
     cached_tokens: int | None
     error: str | None
+    retractions: int | None = None
+    """How often its answer lost its KV cache to others, by the last event that came; None if no event says."""
 
     @property
     def completed(self) -> bool:
@@ -167,6 +171,7 @@ def replay(
     prompts: PromptBuilder,
     on_progress: OnProgress | None = None,
     enough: Enough | None = None,
+    on_start: OnStart | None = None,
 ) -> ReplayRun:
     """Replay ``trace`` (already scaled) against ``client`` and wait for every answer, or until it is ``enough``.
 
@@ -179,7 +184,8 @@ def replay(
     ]
     on_progress = on_progress or (lambda done, failed, in_flight: None)
     enough = enough or Enough(lambda met, missed: False)
-    return asyncio.run(_Replay(trace, client, bodies, on_progress, enough).run())
+    on_start = on_start or (lambda zero_s: None)
+    return asyncio.run(_Replay(trace, client, bodies, on_progress, enough, on_start).run())
 
 
 class _Known(Exception):
@@ -190,13 +196,20 @@ class _Replay:
     """The state of one run."""
 
     def __init__(
-        self, trace: Trace, client: Client, bodies: Sequence[bytes], on_progress: OnProgress, enough: Enough
+        self,
+        trace: Trace,
+        client: Client,
+        bodies: Sequence[bytes],
+        on_progress: OnProgress,
+        enough: Enough,
+        on_start: OnStart,
     ) -> None:
         self._requests = trace.requests
         self._client = client
         self._bodies = bodies
         self._on_progress = on_progress
         self._enough = enough
+        self._on_start = on_start
         self._results: list[RequestResult | None] = [None] * len(trace.requests)
         self._outcomes: dict[int, Outcome] = {}
         self._done = self._failed = self._met = 0
@@ -208,6 +221,7 @@ class _Replay:
         cpu_s = time.process_time()
         stopped = False
         self._zero_s = time.monotonic() + LEAD_S
+        self._on_start(self._zero_s)
         try:
             async with self._client.session() as session, asyncio.TaskGroup() as group:
                 ticker = group.create_task(self._tick())
@@ -285,6 +299,7 @@ def _result(index: int, request: TraceRequest, outcome: Outcome, zero_s: float) 
         tbt_s=tuple(outcome.tbt_s),
         cached_tokens=outcome.cached_tokens,
         error=outcome.error,
+        retractions=outcome.retractions,
     )
 
 

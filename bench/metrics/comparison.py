@@ -10,7 +10,6 @@ from typing import Any, Final
 
 from sgl_flowprefill.bench.loadgen.replay import ReplayRun
 from sgl_flowprefill.bench.metrics.joint import JointSummary, Judge, answered, meets, share, summarise_joint
-from sgl_flowprefill.bench.metrics.provenance import result, write_result
 from sgl_flowprefill.bench.metrics.requests import (
     PreemptionSummary,
     RunSummary,
@@ -18,16 +17,21 @@ from sgl_flowprefill.bench.metrics.requests import (
     Suspension,
     attainment,
     events_within,
+    retractions,
     summarise,
     summarise_blocking,
     summarise_steps,
     suspensions,
+    tokens_per_s,
 )
 from sgl_flowprefill.bench.workloads.answers import Answers
 from sgl_flowprefill.bench.workloads.trace import Trace
+from sgl_flowprefill.provenance import result, write_result
 
 MAX_ISOLATED_DIFFERENCE: Final = 1.1
 """Factor between isolated requests of the same length above which a comparison doubts that the machine was steady."""
+STEP_FIGURES: Final = tuple(field.name for field in dataclasses.fields(StepSummary))
+"""Null in the report of a system that does not log its decode steps."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +104,12 @@ class SystemResult:
     @property
     def tokens_per_s(self) -> float:
         """Tokens of answers per second of the run."""
-        return sum(result.output_tokens for result in self.run.results) / self.run.duration_s
+        return tokens_per_s(self.run.results, self.run.duration_s)
+
+    @property
+    def retractions(self) -> int | None:
+        """Streams that lost their KV cache to others; None for a server that does not say."""
+        return retractions(self.run.results)
 
     @property
     def blocking_s(self) -> list[float]:
@@ -133,8 +142,9 @@ class SystemResult:
             **dataclasses.asdict(self.summary),
             **dataclasses.asdict(self.joint),
             "tokens_per_s": self.tokens_per_s,
+            "retractions": self.retractions,
             **preemption,
-            **(dataclasses.asdict(self.steps) if self.steps else {}),
+            **(dataclasses.asdict(self.steps) if self.steps else dict.fromkeys(STEP_FIGURES)),
             "duration_s": self.run.duration_s,
             "solo_ttft_s": {str(tokens): ttft_s for tokens, ttft_s in self.solo_ttft_s.items()},
             "decode_only_tokens_per_s": list(self.decode_tokens_per_s),

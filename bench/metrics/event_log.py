@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from sgl_flowprefill.bench.metrics.requests import PreemptionSummary, summarise_blocking
-from sgl_flowprefill.events import Abort, AnyEvent, Arrival, Complete, Fail, Start, Suspend
+from sgl_flowprefill.events import Abort, AnyEvent, Arrival, Complete, Fail, Leave, Ready, Start, Suspend
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,8 @@ def summarise_log(events: Iterable[AnyEvent]) -> LogSummary:
             if number not in lost:
                 deadlines_s[event.rid] = event.deadline_s
             arrived += 1
+            continue
+        if isinstance(event, Ready | Leave):
             continue
         if isinstance(event, Start):
             tokens_of_task[event.task] = event.new_tokens

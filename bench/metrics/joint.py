@@ -65,7 +65,7 @@ class JointSummary:
 
     joint_attainment: float
     joint_attainment_mean_tpot: float
-    tbt_attainment_of_gaps: float
+    tbt_attainment: float
     """Share of all gaps within their objectives."""
     tbt_p50_s: float | None
     tbt_p99_s: float | None
@@ -81,7 +81,7 @@ def summarise_joint(answers: Sequence[Answered]) -> JointSummary:
     return JointSummary(
         joint_attainment=share(answer.meets_both for answer in answers),
         joint_attainment_mean_tpot=share(answer.meets_both_by_mean for answer in answers),
-        tbt_attainment_of_gaps=1 - sum(answer.late_gaps for answer in answers) / max(1, len(gaps_s)),
+        tbt_attainment=1 - sum(answer.late_gaps for answer in answers) / max(1, len(gaps_s)),
         tbt_p50_s=p50_s,
         tbt_p99_s=p99_s,
         tbt_max_s=max_s,

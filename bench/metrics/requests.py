@@ -24,7 +24,8 @@ class ClassSummary:
     requests: int
     completed: int
     ttft_attainment: float
-    tbt_attainment: float
+    tbt_attainment_of_requests: float
+    """Share of requests that had every token in time."""
     goodput_rps: float
     """Requests within their TTFT SLO, over the run's duration."""
     ttft_p50_s: float | None
@@ -93,6 +94,18 @@ def attainment(results: Sequence[RequestResult], slo_scale: float = 1.0) -> floa
     return sum(result.meets_ttft(slo_scale) for result in results) / max(1, len(results))
 
 
+def retractions(results: Sequence[RequestResult]) -> int | None:
+    """How often answers lost their KV cache to others and were computed again; None where a server does not say."""
+    streamed = [result for result in results if result.ttft_s is not None]
+    told = [result.retractions for result in streamed if result.retractions is not None]
+    return sum(told) if len(told) == len(streamed) else None
+
+
+def tokens_per_s(results: Sequence[RequestResult], duration_s: float) -> float:
+    """Tokens of answers per second of runs that took ``duration_s`` together."""
+    return sum(result.output_tokens for result in results) / duration_s
+
+
 def events_within(event_log: Path, spans_s: Sequence[tuple[float, float]]) -> list[AnyEvent]:
     """The events within spans of ``time.monotonic()``, in order; none without a log. Raises EventLogError."""
     events = read_events(event_log) if event_log.exists() else ()
@@ -147,7 +160,7 @@ def _figures(results: Sequence[RequestResult], duration_s: float) -> ClassSummar
         requests=len(results),
         completed=sum(result.completed for result in results),
         ttft_attainment=attainment(results),
-        tbt_attainment=sum(result.meets_tbt() for result in results) / max(1, len(results)),
+        tbt_attainment_of_requests=sum(result.meets_tbt() for result in results) / max(1, len(results)),
         goodput_rps=sum(result.meets_ttft() for result in results) / duration_s,
         ttft_p50_s=p50_s,
         ttft_p99_s=p99_s,

@@ -12,7 +12,7 @@ from rich import box
 from rich.table import Table
 
 from sgl_flowprefill.bench.reports.page import COLOURS, LOG_TICKS, MUTED, SLO_LINE, render, styled
-from sgl_flowprefill.bench.reports.table import MISSING, milliseconds, percent
+from sgl_flowprefill.bench.reports.table import MISSING, counted, milliseconds, percent
 
 Document = Mapping[str, Any]
 RATIOS: Final = {
@@ -184,7 +184,7 @@ def rates_table(document: Document) -> Table:
 
 def columns(document: Document) -> list[str]:
     """Heads of ``cells``."""
-    tbt = ["at one rate: in time", "by mean gap", "TBT p50 / p99 / longest"] if _is_joint(document) else []
+    tbt = ["at one rate: in time", "by mean gap", "TBT p50 / p99 / longest", "retracted"] if _is_joint(document) else []
     return [*(f"req/s at {share}%" for share in shares(document)), *tbt, "isolated prompts", "blocking"]
 
 
@@ -207,9 +207,10 @@ def _is_joint(document: Document) -> bool:
 def _joint(joint: Document | None) -> list[str]:
     """What came of the time between tokens at the rate at which systems are compared."""
     if joint is None:
-        return [MISSING] * 3
+        return [MISSING] * 4
     times = " / ".join(milliseconds(joint[name]) for name in ("tbt_p50_s", "tbt_p99_s", "tbt_max_s"))
-    return [percent(joint["joint_attainment"]), percent(joint["joint_attainment_mean_tpot"]), times]
+    retracted = counted(joint.get("retractions"))
+    return [percent(joint["joint_attainment"]), percent(joint["joint_attainment_mean_tpot"]), times, retracted]
 
 
 def show(value: float | None, ci95: Sequence[float] | None) -> str:

@@ -45,7 +45,7 @@ def browser() -> str:
     return found
 
 
-def take_picture(page: Path) -> Path:
+def take_picture(page: Path, height_px: int = PICTURE_PX[1]) -> Path:
     """The top of an HTML page as a PNG beside it. Raises ValueError with what the browser said where it takes none."""
     picture = page.with_suffix(".png").resolve()
     picture.unlink(missing_ok=True)
@@ -54,7 +54,7 @@ def take_picture(page: Path) -> Path:
         "--headless",
         "--hide-scrollbars",
         "--virtual-time-budget=10000",  # ms that the page's script may believe to have passed
-        f"--window-size={','.join(map(str, PICTURE_PX))}",
+        f"--window-size={PICTURE_PX[0]},{height_px}",
         f"--screenshot={picture}",
         *(["--no-sandbox"] if os.geteuid() == 0 else []),
         page.resolve().as_uri(),

@@ -71,11 +71,13 @@ def table_rows(comparison: Comparison) -> Iterator[tuple[str, str, list[str]]]:
     if any(system.joint.tbt_p50_s is not None for system in systems):
         yield row("tbt", "TTFT met, and 99% of the gaps", lambda system: percent(system.joint.joint_attainment))
         yield row("tbt", "  and the mean gap", lambda system: percent(system.joint.joint_attainment_mean_tpot))
-        yield row("tbt", "gaps in time", lambda system: percent(system.joint.tbt_attainment_of_gaps))
+        yield row("tbt", "gaps in time", lambda system: percent(system.joint.tbt_attainment))
         yield row("tbt", "TBT p50 / p99 / longest", lambda system: _tbt(system.joint))
         yield row("tbt", "tokens of answers", lambda system: f"{system.tokens_per_s:.0f} per second")
+        yield row("tbt", "streams retracted", lambda system: counted(system.retractions))
     if any(system.steps for system in systems):
         yield row("tbt", "decode steps, their share of the time", lambda system: _steps(system.steps))
+        yield row("tbt", "prefills given back for streams", lambda system: _give_backs(system.steps))
     yield row(
         "preemption", "preemptions", lambda system: preemptions(system.preemption) if system.preemption else MISSING
     )
@@ -115,6 +117,11 @@ def percent(share: float) -> str:
     return f"{share:.1%}"
 
 
+def counted(value: int | None) -> str:
+    """A count, where it is known."""
+    return MISSING if value is None else str(value)
+
+
 def seconds(value_s: float | None) -> str:
     """Seconds with three significant digits."""
     return MISSING if value_s is None else f"{value_s:.2f} s" if value_s >= 0.1 else milliseconds(value_s)
@@ -129,6 +136,10 @@ def milliseconds(value_s: float | None) -> str:
 
 def _steps(steps: StepSummary | None) -> str:
     return f"{steps.decode_steps}, {percent(steps.decode_share)}" if steps else MISSING
+
+
+def _give_backs(steps: StepSummary | None) -> str:
+    return counted(steps.give_backs if steps else None)
 
 
 def _tbt(joint: JointSummary) -> str:

@@ -6,7 +6,6 @@ import math
 from dataclasses import dataclass
 from typing import Final
 
-GRANULARITIES: Final = ("operator", "layer", "chunk")
 ROUNDING: Final = 1e-9
 """Share of a step by which a time may miss a boundary that it stands for."""
 

@@ -48,10 +48,13 @@ class CostModel:
         tokens, pairs = _work(batch)
         return max(self.floor_s, self.fixed_s + self.per_token_s * tokens) + self.per_pair_s * pairs
 
-    def mixed_s(self, batch: Sequence[PrefillShape], streams: int) -> float:
-        """Seconds of a forward pass over ``batch`` and one token of each of ``streams``, without their contexts."""
+    def mixed_s(self, batch: Sequence[PrefillShape], streams: int, per_stream_s: float) -> float:
+        """Seconds of a forward pass over ``batch`` and one token of each of ``streams``, without their contexts. A
+        stream is one more token, or takes the ``per_stream_s`` of a decode step where that is more.
+        """
         tokens, pairs = _work(batch)
-        return max(self.floor_s, self.fixed_s + self.per_token_s * (tokens + streams)) + self.per_pair_s * pairs
+        streams_s = max(self.per_token_s, per_stream_s) * streams
+        return max(self.floor_s, self.fixed_s + self.per_token_s * tokens + streams_s) + self.per_pair_s * pairs
 
     def slower(self, factor: float) -> CostModel:
         """The cost model of a machine whose forward passes take ``factor`` times as long."""

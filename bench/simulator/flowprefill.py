@@ -5,22 +5,22 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Collection, Sequence
-from typing import Any, Final, cast
+from typing import Any, Final, Generic, TypeVar, cast
 
 from sgl_flowprefill.bench.simulator.checkpoints import Checkpoints, Preemption
 from sgl_flowprefill.bench.simulator.cost import CostModel
-from sgl_flowprefill.bench.simulator.instance import Instance, KvCache, Machine
+from sgl_flowprefill.bench.simulator.instance import STEADY, Instance, KvCache, Machine, Slowdown
 from sgl_flowprefill.bench.simulator.requests import SimRequest
 from sgl_flowprefill.hub.device import CpuDevice, HostStamp
 from sgl_flowprefill.hub.loop import Hub
 from sgl_flowprefill.hub.parts import TTFT, OneRank, Recorder
 from sgl_flowprefill.hub.progress import Progress
-from sgl_flowprefill.hub.role import Arrival
+from sgl_flowprefill.hub.role import Arrival, Decoder, NoStreams
 from sgl_flowprefill.hub.task import PrefillTask, Tasks
 from sgl_flowprefill.hub.waiting import WaitingRequest
 from sgl_flowprefill.hub.work import Work
 from sgl_flowprefill.pace import AS_PREDICTED, Pace
-from sgl_flowprefill.policy import Act, Policy
+from sgl_flowprefill.policy import Act, ColocatedPolicy, Policy
 from sgl_flowprefill.ttft import Prediction, PrefillShape
 
 
@@ -43,7 +43,7 @@ class SimBatch:
     """Requests that are computed together in one forward pass, whose result is on the host at its end."""
 
     copy_done = None
-    __slots__ = ("checkpoints", "duration_s", "executed_s", "requests", "shapes")
+    __slots__ = ("checkpoints", "duration_s", "executed_s", "lost_s", "requests", "shapes")
 
     def __init__(
         self, requests: Sequence[SimRequest], shapes: Sequence[SimShape], duration_s: float, checkpoints: Checkpoints
@@ -53,6 +53,9 @@ class SimBatch:
         self.duration_s = duration_s
         self.checkpoints = checkpoints
         self.executed_s = 0.0
+        """What has been computed of ``duration_s``, by the machine as fast as at first."""
+        self.lost_s = 0.0
+        """What that took more than ``executed_s``, because the machine has become slower."""
 
 
 class SimTTFT:
@@ -99,29 +102,33 @@ class SimEngine:
         self,
         machine: Machine,
         preemption: Preemption,
-        now_s: Callable[[], float],
         kv: KvCache | None = None,
         forward_error: float = 0.0,
     ) -> None:
         """``forward_error``: standard deviation of the logarithm of the times of forwards around the cost model's."""
+        self.now_s = 0.0
         self.kv = kv or KvCache(machine)
         self.completed: list[SimRequest] = []
         self._cost = machine.cost
         self._preemption = preemption
-        self._now_s = now_s
         self._forward_error = forward_error
+        self._come: list[Arrival] = []
+        """Requests that the hub has not been told of."""
         self._waiting: dict[SimRequest, SimShape] = {}
 
-    def arrival(self, request: SimRequest) -> Arrival:
+    def come(self, request: SimRequest) -> None:
         """``request`` can be started from now on."""
-        shape = self._waiting[request] = SimShape.of(request, self._cost)
-        return Arrival(request, (), shape, request.arrival_s, request.deadline_s, request.ready_s)
+        shape = SimShape.of(request, self._cost)
+        self._come.append(Arrival(request, (), shape, request.arrival_s, request.deadline_s, request.ready_s))
 
     def take_news(self, stalls_due: bool) -> bool:
-        return self.kv.release(self._now_s())
+        return self.kv.release(self.now_s)
 
     def arrived(self) -> Sequence[Arrival]:
-        return ()
+        come, self._come = self._come, []
+        for arrival in come:
+            self._waiting[arrival.req] = cast(SimShape, arrival.shape)
+        return come
 
     def waiting(self) -> Collection[SimRequest]:
         return self._waiting
@@ -132,13 +139,18 @@ class SimEngine:
     def match(self, req: SimRequest) -> PrefillShape:
         return self._waiting[req]
 
+    @property
+    def checkpoints(self) -> int:
+        """Preemption checkpoints of a forward pass."""
+        return Checkpoints(1.0, self._cost.layers, 0.5, self._preemption).total
+
     def make_batch(self, reqs: Sequence[SimRequest]) -> SimBatch | None:
         reqs = reqs[: self.kv.fitting(reqs)]
         if not reqs:
             return None
         self.kv.take(reqs)
         for req in reqs:
-            self.kv.send(req, req.shape.cached_tokens, self._now_s())
+            self.kv.send(req, req.shape.cached_tokens, self.now_s)
         shapes = [self._waiting.pop(req) for req in reqs]
         duration_s, attention_share = self._cost.forward(shapes)
         if self._forward_error:  # by the request, so that all policies meet the same
@@ -159,7 +171,7 @@ class SimEngine:
         raise NotImplementedError("the instance lets time pass instead")
 
     def finish(self, task: PrefillTask) -> None:
-        self.kv.transfer(task.batch.requests, self._now_s())
+        self.kv.transfer(task.batch.requests, self.now_s)
         self.completed.extend(task.batch.requests)
 
     def drop(self, task: PrefillTask) -> None:
@@ -172,7 +184,7 @@ class SimEngine:
 class Unlimited:
     """Parts of a hub that an instance has none of: executor, attention state, activations, tiles, sockets."""
 
-    points = 0
+    points_passed = 0
 
     def run(self, task: PrefillTask, forward: Callable[[Any], Any]) -> None:
         raise NotImplementedError("the instance lets time pass instead")
@@ -219,32 +231,32 @@ class Blocking(Recorder):
         self.blocking_s.append(now_s - max(winner.readable_s, self.resumed_s) if blocked else 0.0)
 
 
-class FlowPrefillInstance(Instance):
+EngineT = TypeVar("EngineT", bound=SimEngine)
+
+
+class HubInstance(Instance, Generic[EngineT]):
     """Lets time pass between the turns of a hub: the task that it picks runs to its end, or to the first preemption
     checkpoint after something has happened.
     """
 
     def __init__(
         self,
-        machine: Machine,
-        policy: Policy[WaitingRequest, PrefillTask],
-        preemption: Preemption,
-        hub_s: float = 0.0,
-        recorder: Blocking | None = None,
-        ttft: TTFT | None = None,
-        forward_error: float = 0.0,
+        engine: EngineT,
+        policy: ColocatedPolicy[WaitingRequest, PrefillTask],
+        ttft: TTFT,
+        hub_s: float,
+        recorder: Blocking | None,
+        decoder: Decoder | None = None,
+        slowdown: Slowdown = STEADY,
     ) -> None:
-        """``ttft``: what predicts; the cost model, unless there is another."""
-        self.now_s = 0.0
-        self._forward_error = forward_error
-        self.engine = self._new_engine(machine, preemption)
+        """``decoder``: the engine, where it has streams."""
+        self.engine = engine
+        self.policy = policy
         self._recorder = recorder or Blocking()
-        checkpoints = Checkpoints(1.0, machine.cost.layers, 0.5, preemption).total
         parts = Unlimited()
-        ttft = ttft or SimTTFT(machine.cost)
         self.hub = Hub(
-            role=self.engine,
-            work=Work(policy, ttft, parts, Progress([False] * checkpoints), Tasks()),
+            role=engine,
+            work=Work(policy, ttft, parts, Progress([False] * engine.checkpoints), Tasks()),
             executor=parts,
             slots=parts,
             device=CpuDevice(),
@@ -252,18 +264,25 @@ class FlowPrefillInstance(Instance):
             events=parts,
             recorder=self._recorder,
             tiles=parts,
-            now_s=lambda: self.now_s,
+            now_s=lambda: engine.now_s,
             stall_check_s=math.inf,
+            decoder=decoder or NoStreams(),
         )
         self._hub_s = hub_s
+        self._slowdown = slowdown
         self._running: PrefillTask | None = None
         self._stop_elapsed_s = 0.0
         self._stop_s = math.inf
         """When ``_running`` comes back to the hub next, after running for ``_stop_elapsed_s`` in all."""
         self.next_s = math.inf
 
-    def _new_engine(self, machine: Machine, preemption: Preemption) -> SimEngine:
-        return SimEngine(machine, preemption, lambda: self.now_s, forward_error=self._forward_error)
+    @property
+    def now_s(self) -> float:
+        return self.engine.now_s
+
+    @now_s.setter
+    def now_s(self, now_s: float) -> None:
+        self.engine.now_s = now_s
 
     @property
     def completed(self) -> list[SimRequest]:  # type: ignore[override]
@@ -279,59 +298,85 @@ class FlowPrefillInstance(Instance):
             self.engine.completed.append(request)
             return
         self.now_s = now_s
-        self.hub.work.add(self.engine.arrival(request))
-        if self._running is None:
-            self._turn()
-        else:
-            self._stop_soon()
+        self.engine.come(request)
+        self._look_soon()
 
     def step(self) -> None:
         self.now_s = self.next_s
-        if self.engine.kv.release(self.now_s):
-            self.hub.kv_is_short = False
         if self._running is not None and self.now_s < self._stop_s:
-            self._stop_soon()
+            self._look_soon()
             return
         if self._running is not None:
             self._stop(self._running)
         self._turn()
 
+    def _look_soon(self) -> None:
+        """Something has happened: the hub takes its next turn now, or when the task that runs has stopped."""
+        if self._running is None:
+            self._turn()
+        else:
+            self._stop_soon(self._running)
+
     def _turn(self) -> None:
         """Run what the hub picks."""
         task = self.hub.next_task()
-        assert task is not Act.STEP, "a prefill instance has no streams"
-        self._run(task)
+        if task is Act.STEP:
+            self._begin_step()
+        else:
+            self._run(task)
+
+    def _begin_step(self) -> None:
+        raise NotImplementedError("a prefill instance has no streams")
 
     def _run(self, task: PrefillTask | None) -> None:
         """``task`` runs, or nothing does."""
         self._running = task
-        if task is None:
-            self.next_s = self.engine.kv.next_release_s if self.hub.kv_is_short else math.inf
-            return
-        self._recorder.resumed_s = self.now_s + self._hub_s
-        self._stop_at(task, task.batch.duration_s)
+        self.next_s = self.engine.kv.next_release_s if self.hub.kv_is_short else math.inf
+        if task is not None:
+            self._recorder.resumed_s = self.now_s + self._hub_s
+            self._stop_at(task, task.batch.duration_s)
+            self.next_s = min(self.next_s, self._stop_s, max(self.hub.work.ask_again_s, self.now_s))
 
     def _stop(self, task: PrefillTask) -> None:
         """``task`` comes back to the hub."""
         task.has_run = True
-        task.spans = [(HostStamp(0.0), HostStamp(self._stop_elapsed_s))]
         batch: SimBatch = task.batch
+        if self._stop_s > self._slowdown.from_s:
+            batch.lost_s += self._stop_s - self._recorder.resumed_s - (self._stop_elapsed_s - batch.executed_s)
         batch.executed_s = self._stop_elapsed_s
+        task.spans = [(HostStamp(0.0), HostStamp(batch.executed_s + batch.lost_s))]
         task.done = batch.executed_s >= batch.duration_s
-        task.checkpoint = batch.checkpoints.total if task.done else batch.checkpoints.passed(batch.executed_s)
+        task.operators_passed = batch.checkpoints.total if task.done else batch.checkpoints.passed(batch.executed_s)
         task.result = batch
         self.hub.stopped(task)
 
-    def _stop_soon(self) -> None:
-        """The running task comes back at its next preemption checkpoint."""
-        task = self._running
-        assert task is not None
+    def _stop_soon(self, task: PrefillTask) -> None:
+        """``task``, which runs, comes back at its next preemption checkpoint."""
         batch: SimBatch = task.batch
-        elapsed_s = batch.executed_s + max(0.0, self.now_s - self._recorder.resumed_s)
+        work_s = self._slowdown.work_s
+        elapsed_s = batch.executed_s + max(0.0, work_s(self.now_s) - work_s(self._recorder.resumed_s))
         self._stop_at(task, min(self._stop_elapsed_s, batch.checkpoints.next_stop_s(elapsed_s)))
+        self.next_s = self._stop_s
 
     def _stop_at(self, task: PrefillTask, elapsed_s: float) -> None:
         self._stop_elapsed_s = elapsed_s
-        self._stop_s = self._recorder.resumed_s + elapsed_s - task.batch.executed_s
-        kv = self.engine.kv
-        self.next_s = min(self._stop_s, kv.next_release_s) if self.hub.kv_is_short else self._stop_s
+        self._stop_s = self._slowdown.end_s(self._recorder.resumed_s, elapsed_s - task.batch.executed_s)
+
+
+class FlowPrefillInstance(HubInstance[SimEngine]):
+    """A prefill instance."""
+
+    def __init__(
+        self,
+        machine: Machine,
+        policy: Policy[WaitingRequest, PrefillTask],
+        preemption: Preemption,
+        hub_s: float = 0.0,
+        recorder: Blocking | None = None,
+        ttft: TTFT | None = None,
+        forward_error: float = 0.0,
+    ) -> None:
+        """``ttft``: what predicts; the cost model, unless there is another."""
+        engine = SimEngine(machine, preemption, forward_error=forward_error)
+        ttft = ttft or SimTTFT(machine.cost)
+        super().__init__(engine, ColocatedPolicy(policy), ttft, hub_s, recorder, slowdown=machine.slowdown)

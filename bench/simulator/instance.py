@@ -6,7 +6,7 @@ import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Final, Protocol
 
 from sgl_flowprefill.bench.simulator.cost import CostModel
 from sgl_flowprefill.bench.simulator.requests import SimRequest
@@ -30,6 +30,28 @@ class Instance(Protocol):
 
 
 @dataclass(frozen=True)
+class Slowdown:
+    """From ``from_s`` on, what a machine computes takes ``factor`` times as long."""
+
+    factor: float = 1.0
+    from_s: float = math.inf
+
+    def work_s(self, now_s: float) -> float:
+        """How much would be computed by ``now_s`` on a machine that computes all the time; as fast as at first, a
+        second's work is done in a second.
+        """
+        return now_s if now_s <= self.from_s else self.from_s + (now_s - self.from_s) / self.factor
+
+    def end_s(self, begin_s: float, work_s: float) -> float:
+        """When ``work_s`` seconds' work that is begun at ``begin_s`` ends."""
+        end_s = self.work_s(begin_s) + work_s
+        return end_s if end_s <= self.from_s else self.from_s + (end_s - self.from_s) * self.factor
+
+
+STEADY: Final = Slowdown()
+
+
+@dataclass(frozen=True)
 class Machine:
     """An instance's hardware: its times, its KV cache, and the link to the decode instance."""
 
@@ -37,6 +59,7 @@ class Machine:
     kv_tokens: int
     link_bytes_per_s: float = math.inf
     """KV transfers of an instance follow one another over a link of this bandwidth."""
+    slowdown: Slowdown = STEADY
 
 
 class KvCache:

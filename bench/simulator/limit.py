@@ -1,20 +1,24 @@
 """The limit: how many requests of a trace any scheduler could serve in time, knowing all arrivals in advance.
 
 An upper bound, not an achievable value: preemption is free, parts of requests count, batches are always full, and
-several instances are one that is as fast as all of them. ``docs/simulator.md`` proves it.
+several instances are one that is as fast as all of them. ``docs/simulator.md`` proves it. Where a machine becomes
+slower, the time at which it does is known in advance, too.
 """
 
 from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Final, NamedTuple
 
 import numpy as np
 
+from sgl_flowprefill.bench.metrics.joint import LATE_SHARE
 from sgl_flowprefill.bench.simulator.cost import CostModel
+from sgl_flowprefill.bench.simulator.instance import STEADY, Slowdown
 from sgl_flowprefill.bench.simulator.requests import SimRequest
+from sgl_flowprefill.bench.simulator.step_cost import StepCost
 
 ROUNDING_S: Final = 1e-9
 MAX_GROUP: Final = 1500
@@ -30,15 +34,67 @@ class Work(NamedTuple):
 
 
 def attainment_limit(
-    requests: Sequence[SimRequest], cost: CostModel, max_batch_tokens: int, instances: int = 1
+    requests: Sequence[SimRequest],
+    cost: CostModel,
+    max_batch_tokens: int,
+    instances: int = 1,
+    slowdown: Slowdown = STEADY,
 ) -> float:
     """Upper bound of the attainment on ``instances`` instances whose forwards have at most ``max_batch_tokens`` new
     tokens or one request alone. It ignores KV cache, transfers and routing, which only cost time."""
+
+    def work(request: SimRequest) -> Work:
+        return Work(request.ready_s, request.deadline_s, cost.least_s(request.shape, max_batch_tokens))
+
+    return _limit(requests, cost, instances, slowdown, work)
+
+
+def joint_limit(
+    requests: Sequence[SimRequest],
+    cost: CostModel,
+    steps: StepCost,
+    max_batch_tokens: int,
+    instances: int = 1,
+    slowdown: Slowdown = STEADY,
+) -> float:
+    """Upper bound of the joint attainment of servers that prefill and decode: first tokens in time, and at most
+    LATE_SHARE of the gaps late.
+
+    It is the lower one of two bounds, of which ``attainment_limit`` is one. For the other, an answer that may have no
+    late gap has ended by its TTFT objective and all its gaps, and until then its prompt and its tokens take their time.
+    A token is charged what a step takes for a stream and for its context, and nothing of a step's fixed time. An answer
+    of 100 gaps and more may have a late one of any length, and is charged for its prompt alone.
+    """
+    is_charged = cost.floor_s <= cost.fixed_s + cost.per_token_s * max_batch_tokens  # else tokens may come for nothing
+
+    def work(request: SimRequest) -> Work:
+        work_s, gaps = cost.least_s(request.shape, max_batch_tokens), request.output_tokens - 1
+        if not gaps or gaps * LATE_SHARE >= 1 or not is_charged:
+            return Work(request.ready_s, request.deadline_s, work_s)
+        context_tokens = gaps * sum(request.shape) + gaps * (gaps - 1) // 2
+        answer_s = steps.per_request_s * gaps + steps.per_context_s * context_tokens
+        return Work(request.ready_s, request.deadline_s + gaps * request.tbt_slo_s, work_s + answer_s)
+
+    by_first_token = attainment_limit(requests, cost, max_batch_tokens, instances, slowdown)
+    return min(by_first_token, _limit(requests, cost, instances, slowdown, work))
+
+
+def _limit(
+    requests: Sequence[SimRequest],
+    cost: CostModel,
+    instances: int,
+    slowdown: Slowdown,
+    work: Callable[[SimRequest], Work],
+) -> float:
+    """Share of ``requests`` whose ``work`` one machine does in time, as fast as all ``instances``; requests whose first
+    tokens are late even alone do not count. Time is counted by what a machine computes in it.
+    """
     jobs = []
     for request in requests:
-        if request.ready_s + cost.predict_s((request.shape,)) <= request.deadline_s + ROUNDING_S:
-            work_s = cost.least_s(request.shape, max_batch_tokens) / instances
-            jobs.append(Work(request.ready_s, request.deadline_s, work_s))
+        alone_s = slowdown.end_s(request.ready_s, cost.predict_s((request.shape,)))
+        if alone_s <= request.deadline_s + ROUNDING_S:
+            release_s, deadline_s, work_s = work(request)
+            jobs.append(Work(slowdown.work_s(release_s), slowdown.work_s(deadline_s), work_s / instances))
     return most_on_time(jobs) / max(1, len(requests))
 
 
@@ -69,10 +125,10 @@ def _groups(jobs: list[Work]) -> Iterator[list[Work]]:
 
 
 def _bound(jobs: list[Work]) -> int:
-    return len(jobs) if _edf_meets_all(jobs) else math.floor(fractional_optimum(jobs) + 1e-6)
+    return len(jobs) if edf_meets_all(jobs) else math.floor(fractional_optimum(jobs) + 1e-6)
 
 
-def _edf_meets_all(jobs: list[Work]) -> bool:
+def edf_meets_all(jobs: list[Work]) -> bool:
     """Whether preemptive earliest deadline first, which meets all deadlines if anything does, meets them."""
     ready: list[list[float]] = []  # [deadline, work left]
     now_s = -math.inf

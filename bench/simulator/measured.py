@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,12 +12,14 @@ import numpy as np
 from sgl_flowprefill import paths
 from sgl_flowprefill.bench.simulator.cost import CostModel, from_profile
 from sgl_flowprefill.bench.simulator.instance import Machine
+from sgl_flowprefill.bench.simulator.step_cost import measured_steps
 from sgl_flowprefill.bench.simulator.systems import Setup
 from sgl_flowprefill.bench.workloads.trace import Trace
 from sgl_flowprefill.config import FlowPrefillConfig
 from sgl_flowprefill.policy import Limits
 from sgl_flowprefill.profiling import ProfileError, read_profile
 from sgl_flowprefill.profiling.fitted import fit
+from sgl_flowprefill.profiling.steps import Step
 from sgl_flowprefill.ttft import PrefillShape
 from sgl_flowprefill.ttft.budget import throughput_budget_tokens
 from sgl_flowprefill.ttft.physics import non_negative
@@ -56,11 +58,14 @@ class Engine:
     """From the end of a forward to the start of the next while requests wait: what a profile does not see."""
 
 
-def measured_setup(engine: Engine, solo_ttft_s: Mapping[int, float], options: FlowPrefillConfig) -> Setup:
+def measured_setup(
+    engine: Engine, solo_ttft_s: Mapping[int, float], options: FlowPrefillConfig, steps: Sequence[Step] = ()
+) -> Setup:
     """The simulator as ``engine``, FlowPrefill run with ``options``.
 
     Isolated requests say how much slower than in its profile the engine is by now, and what a request takes beside its
     forward, which is charged before its start: two figures for all lengths, by least squares of relative errors.
+    ``steps`` are decode steps, measured on a server that decodes as well.
     """
     cost = from_profile(Path(engine.profile), engine.layers)
     forward_s = np.array([cost.predict_s([PrefillShape(tokens)]) for tokens in solo_ttft_s])
@@ -78,6 +83,7 @@ def measured_setup(engine: Engine, solo_ttft_s: Mapping[int, float], options: Fl
         limits=Limits(max_suspended=options.max_suspended, max_batch_tokens=budget_tokens),
         max_starvation_s=options.max_starvation_s,
         max_operator_s=options.max_blocking_ms / 1e3,
+        step_cost=measured_steps(steps) if steps else None,
     )
 
 

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Final
 
-from sgl_flowprefill.bench.simulator.limit import attainment_limit
+from sgl_flowprefill.bench.simulator.limit import attainment_limit, joint_limit
 from sgl_flowprefill.bench.simulator.requests import prepare
 from sgl_flowprefill.bench.simulator.systems import Setup, Simulated, run
 from sgl_flowprefill.bench.workloads.trace import Trace
@@ -24,14 +24,21 @@ def mean_attainment(system: Simulated, traces: Sequence[Trace], setup: Setup) ->
     return sum(request.met for result in runs for request in result.requests) / sum(len(r.requests) for r in runs)
 
 
-def mean_limit(traces: Sequence[Trace], setup: Setup, max_batch_tokens: int) -> float:
-    """Upper bound of the attainment over all requests of ``traces``, of any scheduler with such batches."""
-    cost = setup.machine.cost
-    met = sum(
-        len(trace.requests)
-        * attainment_limit(prepare(trace, cost, setup.conditions), cost, max_batch_tokens, setup.instances)
-        for trace in traces
-    )
+def mean_limit(traces: Sequence[Trace], setup: Setup, max_batch_tokens: int, *, joint: bool = False) -> float:
+    """Upper bound of the attainment over all requests of ``traces``, of any scheduler with such batches; ``joint``: of
+    servers that decode as well, by gaps too.
+    """
+    met = 0.0
+    for trace in traces:
+        machine = setup.met_by(trace).machine
+        requests = prepare(trace, machine.cost, setup.conditions)
+        rest = max_batch_tokens, setup.instances, machine.slowdown
+        limit = (
+            joint_limit(requests, machine.cost, setup.steps(), *rest)
+            if joint
+            else attainment_limit(requests, machine.cost, *rest)
+        )
+        met += len(requests) * limit
     return met / sum(len(trace.requests) for trace in traces)
 
 

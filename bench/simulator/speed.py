@@ -10,10 +10,16 @@ from random import Random
 from typing import Any, Final, NamedTuple
 
 from sgl_flowprefill.bench.simulator.requests import SimRequest
+from sgl_flowprefill.pace import Pace
 from sgl_flowprefill.policy import Job, Policy
 
 WARM_UP: Final = 100
 """Events that are not measured."""
+PACES: Final = 16
+"""Kinds of requests, each with a pace of its own."""
+PACE_CHANGE: Final = 0.03
+"""Standard deviation of the logarithm of what a pace changes by when a task of its kind ends: on a server, smaller
+changes than that (``ttft.online.LEAST_CHANGE``) are none."""
 
 NewPolicy = Callable[[], Policy[Any, Any]]
 
@@ -155,18 +161,21 @@ def event_cost(new_policy: NewPolicy, kinds: Sequence[Waiting], waiting: int, ev
 
     A request arrives (as soon as less than ``waiting`` wait) or the running task ends; the running task is put back
     with what is left of it; the policy picks; where a request wins, its batch is made, leaves the queue and starts as a
-    task. Predictions of batches and Python's garbage collector count as they come; it has been over the waiting
-    requests once, and leaves what is older alone.
+    task. Each task that ends changes the pace of its kind: the machine is never as fast as it was. Predictions of
+    batches and Python's garbage collector count as they come; it has been over the waiting requests once, and leaves
+    what is older alone.
     """
     gc.freeze()
     policy, random, now_s = new_policy(), Random(0), 0.0
     running: Job[Any] | None = None
     resumed_s, clock = now_s, EventClock()
+    paces = [Pace() for _ in range(PACES)]
 
     def new_job() -> Job[Any]:
         kind, tokens = random.choice(kinds), random.randint(16, 1024)
         arrival_s = now_s - random.uniform(*kind.ages_s)
-        return Job(tokens, arrival_s, arrival_s + random.uniform(*kind.slos_s), WORK_S * tokens / 512)
+        deadline_s = arrival_s + random.uniform(*kind.slos_s)
+        return Job(tokens, arrival_s, deadline_s, WORK_S * tokens / 512, pace=paces[tokens % PACES])
 
     policy.pick(now_s, None)
     for _ in range(waiting):
@@ -179,6 +188,7 @@ def event_cost(new_policy: NewPolicy, kinds: Sequence[Waiting], waiting: int, ev
         else:
             now_s += WORK_S / 10 * random.random()
             arriving = new_job()
+        change = random.lognormvariate(0, PACE_CHANGE)
         clock.start()
         if running is not None:
             policy.remove(running)
@@ -186,6 +196,8 @@ def event_cost(new_policy: NewPolicy, kinds: Sequence[Waiting], waiting: int, ev
             if arriving is not None:
                 policy.add(running)
             else:
+                running.pace.factor = min(2.0, max(0.5, running.pace.factor * change))
+                policy.repaced()
                 running = None
         if arriving is not None:
             policy.add(arriving)
@@ -197,7 +209,14 @@ def event_cost(new_policy: NewPolicy, kinds: Sequence[Waiting], waiting: int, ev
                 policy.remove(member)
             work_s = sum(member.remaining_s for member in members)
             winner = Job(
-                members, winner.arrival_s, winner.deadline_s, work_s, len(members), winner.number, started=True
+                members,
+                winner.arrival_s,
+                winner.deadline_s,
+                work_s,
+                len(members),
+                winner.number,
+                winner.pace,
+                started=True,
             )
             policy.add(winner)
         running, resumed_s = winner, now_s

@@ -5,11 +5,12 @@ step(streams, context) = fixed + per_request * streams + per_context * context t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 from sgl_flowprefill.bench.simulator.cost import A800_BYTES_PER_S, MODELS, CostModel
+from sgl_flowprefill.profiling.steps import LinearSteps, Step
 
 BANDWIDTH_EFFICIENCY: Final = 0.80
 """Share of the data sheet's memory bandwidth that a decode step reaches (assumed)."""
@@ -27,6 +28,12 @@ class StepCost:
     def predict_s(self, requests: int, context_tokens: int) -> float:
         """Seconds of a step over ``requests`` streams with ``context_tokens`` together."""
         return self.fixed_s + self.per_request_s * requests + self.per_context_s * context_tokens
+
+
+def measured_steps(steps: Sequence[Step]) -> StepCost:
+    """The cost of steps that were measured through an endpoint."""
+    model = LinearSteps.fit(steps)
+    return StepCost(model.fixed_s, model.per_request_s, model.per_token_s, f"{len(steps)} measured steps")
 
 
 def roofline(cost: CostModel, weight_bytes: float, gpus: int) -> StepCost:

@@ -47,6 +47,7 @@ class StockInstance(Instance):
 
     def __init__(self, machine: Machine, order: str, chunk_tokens: int | None, kv: KvCache | None = None) -> None:
         self._cost = machine.cost
+        self._slowdown = machine.slowdown
         self.kv = kv or KvCache(machine)
         self._order = order
         self._chunk_tokens = chunk_tokens
@@ -86,7 +87,7 @@ class StockInstance(Instance):
         shapes = self._next_batch(now_s)
         self._busy = bool(shapes)
         if shapes:
-            self.next_s = now_s + self._cost.predict_s(shapes)
+            self.next_s = self._slowdown.end_s(now_s, self._cost.predict_s(shapes))
         else:
             self.next_s = self.kv.next_release_s if self._waiting else math.inf
 

@@ -34,7 +34,7 @@ class StockUnifiedInstance(StockInstance):
     ) -> None:
         super().__init__(machine, order, chunk_tokens, OutputKv(machine))
         self.streams = RunningStreams(self.kv)
-        self.step_times = StepTimes(step_cost, step_error)
+        self.step_times = StepTimes(step_cost, step_error, machine.slowdown)
         self._step_cost = step_cost
         self._mixed = mixed
         self._interval = interval
@@ -62,16 +62,16 @@ class StockUnifiedInstance(StockInstance):
         if shapes:
             self._steps_to_go = self._interval
             self._decodes = self._mixed and len(self.streams) > 0
-            self.next_s = now_s + self._forward_s(shapes)
+            self.next_s = self._slowdown.end_s(now_s, self._forward_s(shapes))
         else:
             self._retract()
             self._decodes = len(self.streams) > 0
             if self._decodes:
-                self.next_s = now_s + self.step_times.draw_s(len(self.streams), self.streams.context_tokens)
+                self.next_s = self.step_times.end_s(now_s, len(self.streams), self.streams.context_tokens)
             else:
                 self.kv.ratio = FIRST_RATIO
                 shapes = self._next_batch(now_s)  # what the ratio or the interval had kept out
-                self.next_s = now_s + self._forward_s(shapes) if shapes else math.inf
+                self.next_s = self._slowdown.end_s(now_s, self._forward_s(shapes)) if shapes else math.inf
         self._busy = self.next_s < math.inf
 
     def _prompts(self, now_s: float) -> list[PrefillShape]:
@@ -84,9 +84,9 @@ class StockUnifiedInstance(StockInstance):
     def _forward_s(self, shapes: list[PrefillShape]) -> float:
         if not self._decodes:
             return self._cost.predict_s(shapes)
-        # A stream is one more token of the forward, and reads its context.
-        context_s = self._step_cost.per_context_s * self.streams.context_tokens
-        return self._cost.mixed_s(shapes, len(self.streams)) + context_s
+        steps = self._step_cost
+        context_s = steps.per_context_s * self.streams.context_tokens
+        return self._cost.mixed_s(shapes, len(self.streams), steps.per_request_s) + context_s
 
     def _retract(self) -> None:
         """Retract streams until the next tokens have KV cache."""

@@ -9,7 +9,7 @@ from typing import Final
 
 import numpy as np
 
-from sgl_flowprefill.bench.simulator.instance import KvCache, Machine
+from sgl_flowprefill.bench.simulator.instance import STEADY, KvCache, Machine, Slowdown
 from sgl_flowprefill.bench.simulator.requests import SimRequest
 from sgl_flowprefill.bench.simulator.step_cost import StepCost
 from sgl_flowprefill.ttft import PrefillShape
@@ -180,22 +180,23 @@ class RunningStreams:
 
 
 class StepTimes:
-    """How long steps take: the model's time, off by a random factor."""
+    """How long steps take: the model's time, off by a random factor, on a machine that may become slower."""
 
-    def __init__(self, model: StepCost, error: float, seed: int = 0) -> None:
+    def __init__(self, model: StepCost, error: float, slowdown: Slowdown = STEADY, seed: int = 0) -> None:
         self._model = model
         self._error = error
+        self._slowdown = slowdown
         self._random = np.random.default_rng(seed)
         self.total_s = 0.0
         self.steps = 0
 
-    def draw_s(self, requests: int, context_tokens: int) -> float:
-        """Time of the next step."""
+    def end_s(self, begin_s: float, requests: int, context_tokens: int) -> float:
+        """When the step that begins at ``begin_s`` ends."""
         factor = float(np.exp(self._error * self._random.standard_normal())) if self._error else 1.0
-        step_s = factor * self._model.predict_s(requests, context_tokens)
-        self.total_s += step_s
+        end_s = self._slowdown.end_s(begin_s, factor * self._model.predict_s(requests, context_tokens))
+        self.total_s += end_s - begin_s
         self.steps += 1
-        return step_s
+        return end_s
 
 
 def _to_come(request: SimRequest) -> int:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from sgl_flowprefill.bench.simulator.checkpoints import Preemption
 from sgl_flowprefill.bench.simulator.engine import simulate
-from sgl_flowprefill.bench.simulator.flowprefill import FlowPrefillInstance
-from sgl_flowprefill.bench.simulator.instance import Instance, Machine
+from sgl_flowprefill.bench.simulator.flowprefill import FlowPrefillInstance, HubInstance
+from sgl_flowprefill.bench.simulator.instance import Instance, Machine, Slowdown
 from sgl_flowprefill.bench.simulator.learned import LearnedTTFT
 from sgl_flowprefill.bench.simulator.requests import Conditions, SimRequest, prepare
 from sgl_flowprefill.bench.simulator.router import ROUTERS
@@ -37,11 +38,21 @@ class Setup:
     forward_error: float = 0.0
     """Standard deviation of the logarithm of the times of FlowPrefill's forwards around the cost model's."""
     learned: bool = False
-    """Whether FlowPrefill predicts as a server does (``simulator.learned``), instead of by the cost model."""
+    """Whether FlowPrefill predicts as a server does (``simulator.learned``), instead of by the cost model. Steps are
+    always corrected by those that ran."""
     step_cost: StepCost | None = None
     """Cost of decode steps on unified instances; None: as the machine's cost model has it."""
     step_error: float = 0.0
     """Standard deviation of the logarithm of the times of steps around the predicted ones."""
+    slower: float = 0.0
+    """Share by which the machine becomes slower in the middle of a trace. Nothing tells the policy."""
+
+    def met_by(self, trace: Trace) -> Setup:
+        """With the machine that ``trace`` meets."""
+        if not self.slower:
+            return self
+        slowdown = Slowdown(1 + self.slower, trace.middle_s)
+        return dataclasses.replace(self, machine=dataclasses.replace(self.machine, slowdown=slowdown))
 
     def steps(self) -> StepCost:
         """What decode steps cost."""
@@ -56,6 +67,10 @@ class Simulated(Protocol):
 
     def max_batch_tokens(self, setup: Setup) -> int:
         """Most new tokens of a forward of several requests."""
+
+
+def _learned(setup: Setup) -> LearnedTTFT | None:
+    return LearnedTTFT(setup.machine.cost, setup.forward_error) if setup.learned else None
 
 
 @dataclass(frozen=True)
@@ -75,7 +90,7 @@ class SimulatedFlowPrefill:
             make_policy(self.policy, setup.limits, setup.max_starvation_s),
             preemption,
             setup.hub_s,
-            ttft=LearnedTTFT(setup.machine.cost, setup.forward_error) if setup.learned else None,
+            ttft=_learned(setup),
             forward_error=setup.forward_error,
         )
 
@@ -124,6 +139,8 @@ class SimulatedUnified:
             self.limits,
             setup.hub_s,
             setup.step_error,
+            ttft=_learned(setup),
+            forward_error=setup.forward_error,
         )
 
     def max_batch_tokens(self, setup: Setup) -> int:
@@ -199,9 +216,10 @@ class Run:
 def run(system: Simulated, trace: Trace, setup: Setup) -> Run:
     """Simulate ``trace`` on ``setup.instances`` instances of ``system``."""
     requests = prepare(trace, setup.machine.cost, setup.conditions)
+    setup = setup.met_by(trace)
     instances = [system.new_instance(setup) for _ in range(setup.instances)]
     simulate(requests, instances, ROUTERS[setup.router](setup.instances))
-    preempting = [instance for instance in instances if isinstance(instance, FlowPrefillInstance)]
+    preempting = [instance for instance in instances if isinstance(instance, HubInstance)]
     blocking_s = [value_s for instance in preempting for value_s in instance.blocking_s] if preempting else None
     return Run(requests, blocking_s, _stream_figures(instances))
 

@@ -2,113 +2,112 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from sgl_flowprefill.bench.simulator.checkpoints import Preemption
-from sgl_flowprefill.bench.simulator.flowprefill import Blocking, FlowPrefillInstance, SimBatch, SimEngine
+from sgl_flowprefill.bench.simulator.flowprefill import Blocking, HubInstance, SimBatch, SimEngine, SimShape, SimTTFT
 from sgl_flowprefill.bench.simulator.instance import Machine
 from sgl_flowprefill.bench.simulator.requests import SimRequest
 from sgl_flowprefill.bench.simulator.step_cost import StepCost
 from sgl_flowprefill.bench.simulator.streams import OutputKv, RunningStreams, StepTimes
-from sgl_flowprefill.hub.role import Arrival
-from sgl_flowprefill.hub.task import PrefillTask
+from sgl_flowprefill.hub.parts import TTFT
+from sgl_flowprefill.hub.role import Arrival, Decoder
+from sgl_flowprefill.hub.task import DecodeStep, PrefillTask
 from sgl_flowprefill.hub.waiting import WaitingRequest
-from sgl_flowprefill.policy import Act, ColocatedPolicy, DecodeLimits, Policy, Stream
+from sgl_flowprefill.policy import ColocatedPolicy, DecodeLimits, Policy, Stream
 
 Colocated = ColocatedPolicy[WaitingRequest, PrefillTask]
 
 
-class UnifiedEngine(SimEngine):
+class SimStep:
+    """A decode step, whose result is on the host at its end."""
+
+    copy_done = None
+
+
+class UnifiedEngine(SimEngine, Decoder):
     """The engine that the hub of a unified instance drives: prefills, and the streams that they become."""
 
     kv: OutputKv
 
-    def __init__(self, machine: Machine, preemption: Preemption, now_s: Callable[[], float]) -> None:
-        super().__init__(machine, preemption, now_s, OutputKv(machine))
+    def __init__(self, machine: Machine, preemption: Preemption, policy: Colocated, forward_error: float = 0.0) -> None:
+        super().__init__(machine, preemption, OutputKv(machine), forward_error)
+        self.policy = policy
         self.streams = RunningStreams(self.kv)
-        self.policy: Colocated
         self.give_backs = 0
         self._streams: dict[SimRequest, Stream] = {}
         """What the policy knows of each."""
-        self._back: list[Arrival] = []
-        """Requests that wait again: their tasks were given back, or they were retracted."""
         self._is_short = False
         """Whether tasks were given back, and no KV cache has been freed by something else since."""
+        self._has_freed = False
+        """Whether KV cache has been freed since the last look."""
 
-    def arrived(self) -> Sequence[Arrival]:
-        back, self._back = self._back, []
-        return back
+    # ---- what the hub asks of its role ------------------------------------------------------------------------------
 
-    def abandoned(self, live: Sequence[PrefillTask]) -> Sequence[PrefillTask]:
-        """The tasks that are given back so that the next step has KV cache."""
-        missing_tokens = len(self.streams) - self.kv.free_tokens
-        if missing_tokens <= 0 or not live:
-            return ()
-
-        def held_tokens(task: PrefillTask) -> int:
-            return sum(sum(request.shape) for request in task.batch.requests)
-
-        def executed_s(task: PrefillTask) -> float:
-            executed: float = task.batch.executed_s
-            return executed
-
-        given = self.policy.give_back(self._now_s(), missing_tokens, held_tokens, executed_s)
-        self.give_backs += len(given)
-        return [job.item for job in given]
-
-    def drop(self, task: PrefillTask) -> None:
-        for request in task.batch.requests:
-            self.kv.free(request, sum(request.shape))
-            self._back.append(self.arrival(request))
-        self._is_short = True
+    def take_news(self, stalls_due: bool) -> bool:
+        has_freed, self._has_freed = self._has_freed, False
+        return has_freed
 
     def make_batch(self, reqs: Sequence[SimRequest]) -> SimBatch | None:
         return None if self._is_short else super().make_batch(reqs)
 
     def finish(self, task: PrefillTask) -> None:
-        now_s, joined = self._now_s(), []
+        joined = []
         requests: Sequence[SimRequest] = task.batch.requests
-        self.kv.first_tokens(requests, now_s)
+        self.kv.first_tokens(requests, self.now_s)
         for request in requests:
-            if self.streams.join(request, now_s):
-                stream = self._streams[request] = Stream(request.tbt_slo_s, sum(request.shape), now_s)
+            if self.streams.join(request, self.now_s):
+                stream = self._streams[request] = Stream(request.tbt_slo_s, sum(request.shape), self.now_s)
                 joined.append(stream)
             else:
-                self._is_short = False
+                self._freed()
         self.policy.joined(joined)
         self.completed.extend(request for request in requests if request.came_tokens == 1)
 
-    def free_for_step(self) -> None:
-        """Retract streams until the next step has KV cache. No tasks are left to be given back."""
-        while len(self.streams) > self.kv.free_tokens:
+    # ---- what the hub asks of its decoder ---------------------------------------------------------------------------
+
+    def missing_tokens(self) -> int:
+        return len(self.streams) - self.kv.free_tokens
+
+    def give_back(self, task: PrefillTask) -> None:
+        for request in task.batch.requests:
+            self.kv.free(request, sum(request.shape))
+            self.come(request)
+        self._is_short = True
+        self.give_backs += 1
+
+    def step(self) -> DecodeStep:
+        """A step begins. Where it lacks KV cache, no tasks are left to be given back, and streams are retracted."""
+        while self.missing_tokens() > 0:
             request = self.streams.retract()
             request.predicted_s = self._cost.predict_s([request.shape])
             self.policy.left([self._streams.pop(request)])
-            now_s = self._now_s()
             # Due one objective from now on: its old deadline would make it infeasible.
-            due_s = now_s + request.deadline_s - request.arrival_s
-            shape = self.arrival(request).shape
-            self._back.append(Arrival(request, (), shape, now_s, due_s, now_s, retracted=True))
+            due_s = self.now_s + request.deadline_s - request.arrival_s
+            shape = SimShape.of(request, self._cost)
+            self._come.append(Arrival(request, (), shape, self.now_s, due_s, self.now_s, retracted=True))
             self._is_short = True
+        self.policy.began(self.now_s)
+        return DecodeStep(SimStep())
 
-    def end_step(self, begin_s: float) -> bool:
-        """All streams have got a token. Whether KV cache has been freed."""
-        now_s = self._now_s()
-        ended = [self._streams.pop(request) for request in self.streams.step(now_s)]
-        self.policy.stepped(begin_s, now_s, ended)
+    def finish_step(self, step: DecodeStep) -> None:
+        """The step is over: all streams have got a token."""
+        ended = [self._streams.pop(request) for request in self.streams.step(self.now_s)]
+        self.policy.stepped(self.now_s, ended)
         if ended:
-            self._is_short = False
-        return bool(ended)
+            self._freed()
+
+    # ---- the rest ---------------------------------------------------------------------------------------------------
+
+    def _freed(self) -> None:
+        """KV cache has been freed, and not by giving a task back."""
+        self._is_short, self._has_freed = False, True
 
 
-class UnifiedInstance(FlowPrefillInstance):
-    """Lets time pass between the turns of a hub, for tasks as on a prefill instance, and for decode steps as a whole.
-
-    A running task comes back at the first preemption checkpoint after a step has to start.
+class UnifiedInstance(HubInstance[UnifiedEngine]):
+    """Lets time pass for decode steps, too, each as a whole. A running task comes back at the first preemption
+    checkpoint after a step has to start.
     """
-
-    engine: UnifiedEngine
 
     def __init__(
         self,
@@ -120,19 +119,19 @@ class UnifiedInstance(FlowPrefillInstance):
         hub_s: float = 0.0,
         step_error: float = 0.0,
         recorder: Blocking | None = None,
+        ttft: TTFT | None = None,
+        forward_error: float = 0.0,
     ) -> None:
-        super().__init__(machine, policy, preemption, hub_s, recorder)
-        self.policy: Colocated = ColocatedPolicy(policy, step_cost, limits)
-        self.hub.work.colocated = self.engine.policy = self.policy
-        self.step_times = StepTimes(step_cost, step_error)
+        """``ttft``: what predicts forwards of prompts; the cost model, unless there is another."""
+        colocated: Colocated = ColocatedPolicy(policy, step_cost, limits)
+        engine = UnifiedEngine(machine, preemption, colocated, forward_error)
+        ttft = ttft or SimTTFT(machine.cost)
+        super().__init__(engine, colocated, ttft, hub_s, recorder, engine, machine.slowdown)
+        self.step_times = StepTimes(step_cost, step_error, machine.slowdown)
         self.lateness_s: list[float] = []
         """For each step that had to start while a prefill ran, how much later it did."""
-        self._step_begin_s: float | None = None
-        """When the step that runs began."""
-        self._ask_again_s = math.inf
-
-    def _new_engine(self, machine: Machine, preemption: Preemption) -> UnifiedEngine:
-        return UnifiedEngine(machine, preemption, lambda: self.now_s)
+        self._step: DecodeStep | None = None
+        """The step that runs."""
 
     @property
     def streams(self) -> RunningStreams:
@@ -143,44 +142,25 @@ class UnifiedInstance(FlowPrefillInstance):
         """Prefills that were given up for streams."""
         return self.engine.give_backs
 
-    def submit(self, request: SimRequest, now_s: float) -> None:
-        if self._step_begin_s is None:
-            super().submit(request, now_s)
-        elif self.engine.kv.can_hold(request):
-            self.now_s = now_s
-            self.hub.work.add(self.engine.arrival(request))
-        else:
-            self.engine.completed.append(request)
-
     def step(self) -> None:
-        if self._step_begin_s is None:
-            if self._running is not None and self.next_s >= self._ask_again_s:
-                self._ask_again_s = math.inf
+        if self._step is None:
             super().step()
             return
         self.now_s = self.next_s
-        if self.engine.end_step(self._step_begin_s):
-            self.hub.kv_is_short = False
-        self._step_begin_s = None
+        step, self._step = self._step, None
+        self.engine.finish_step(step)
         self._turn()
 
-    def _turn(self) -> None:
-        task = self.hub.next_task()
-        if task is Act.STEP:
-            self._begin_step()
-            return
-        self._ask_again_s = self.hub.work.ask_again_s
-        self._run(task)
+    def _look_soon(self) -> None:
+        if self._step is None:
+            super()._look_soon()
 
     def _begin_step(self) -> None:
-        streams, load = self.engine.streams, self.policy.load
-        self.engine.free_for_step()
-        self._running = None
-        if self.hub.work.tasks.running is not None and self.now_s >= load.start_by_s:
-            self.lateness_s.append(self.now_s - load.start_by_s)
-        self._step_begin_s = self.now_s
-        self.next_s = self.now_s + self._hub_s + self.step_times.draw_s(len(streams), streams.context_tokens)
-
-    def _stop_at(self, task: PrefillTask, elapsed_s: float) -> None:
-        super()._stop_at(task, elapsed_s)
-        self.next_s = min(self.next_s, max(self._ask_again_s, self.now_s))
+        """The step of ``Hub.step``, whose end comes later."""
+        streams, start_by_s = self.engine.streams, self.policy.load.start_by_s
+        self.hub.make_room_for_step()
+        self._running, self._step = None, self.engine.step()
+        if self.hub.work.tasks.running is not None and self.now_s >= start_by_s:
+            self.lateness_s.append(self.now_s - start_by_s)
+        begin_s = self.now_s + self._hub_s
+        self.next_s = self.step_times.end_s(begin_s, len(streams), streams.context_tokens)

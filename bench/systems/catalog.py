@@ -17,7 +17,6 @@ from typing import Any, Final
 from rich import box
 from rich.table import Table
 
-from sgl_flowprefill.bench.simulator.checkpoints import GRANULARITIES
 from sgl_flowprefill.bench.simulator.systems import (
     Simulated,
     SimulatedFlowPrefill,
@@ -34,7 +33,8 @@ from sgl_flowprefill.bench.systems.system import (
     StockSystem,
     System,
 )
-from sgl_flowprefill.config import FlowPrefillConfig
+from sgl_flowprefill.bench.systems.tuning import rival
+from sgl_flowprefill.config import GRANULARITIES, FlowPrefillConfig
 from sgl_flowprefill.policy import POLICIES, DecodeLimits
 
 CHUNKS: Final[Mapping[int | None, str]] = {
@@ -59,22 +59,18 @@ UNIFIED: Final = "unified"
 UNIFIED_CHUNKS: Final = (None, 256, 512, 640, 768, 896, 1024, 2048, 4096, 8192)
 INTERVALS: Final = (0, 1, 2, 4)
 """``--prefill-decode-interval``: decode steps behind each forward of prompts."""
-RIVAL: Final = "unified-stock-spf-512-interval-1"
-"""What FlowPrefill is compared with by default: the winner of a small tuning (docs/benchmarks.md, "One server")."""
+RIVAL: Final = rival()
+"""What FlowPrefill is compared with by default."""
 TUNING: Final = (
-    "unified-stock-fcfs-1024-mixed",
-    "unified-stock-lpm-1024-mixed",
-    "unified-stock-hrrn-1024-mixed",
-    "unified-stock-priority-1024-mixed",
-    "unified-stock-spf-256-mixed",
-    "unified-stock-spf-512-mixed",
-    "unified-stock-spf-768-mixed",
-    "unified-stock-spf-1024-mixed",
-    "unified-stock-spf-512-interval-1",
-    "unified-stock-spf-1024-interval-1",
-    "unified-stock-spf-1024-interval-2",
+    *(f"unified-stock-{order}-1024-mixed" for order in ("fcfs", "lpm", "hrrn", "priority")),
+    *(
+        f"unified-stock-spf-{chunk_tokens}{how}"
+        for chunk_tokens in (256, 512, 768, 1024)
+        for how in ("-mixed", "-mixed-interval-1", "-mixed-interval-2", "-interval-1", "-interval-2")
+    ),
 )
-"""Settings of SGLang that stand out among UNIFIED_STOCK in simulations, and each of its orders."""
+"""Settings of SGLang that a tuning tries, beside the default: each of its orders, and shortest prefill first, which
+stands out in simulations, in four sizes of chunks with all that lets streams take part."""
 VARIANTS: Final[Mapping[str, DecodeLimits]] = {
     "uncharged": DecodeLimits(charged=False),
     "ahead": DecodeLimits(ahead=True),
@@ -361,7 +357,8 @@ def systems_page() -> str:
         "",
         "## One server that prefills and decodes",
         "",
-        f"`demo --unified` compares `{UNIFIED}` with `unified-sglang` and `{RIVAL}`.",
+        f"`demo --unified` compares `{UNIFIED}` with `unified-sglang` and `{RIVAL}`",
+        "([why this one](benchmarks.md#one-server)).",
         "",
         *_rows("unified"),
         "",

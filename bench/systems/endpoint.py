@@ -6,7 +6,7 @@ import asyncio
 import dataclasses
 import random
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,13 +21,14 @@ from sgl_flowprefill.bench.loadgen.calibrate import (
     measure_isolated_ttft,
 )
 from sgl_flowprefill.bench.loadgen.client import Client, CompletionsApi, get_json
-from sgl_flowprefill.bench.loadgen.decode_rate import measure_decode
+from sgl_flowprefill.bench.loadgen.decode_rate import measure_decode, measure_steps
 from sgl_flowprefill.bench.loadgen.replay import Enough, OnProgress, ReplayRun, replay
 from sgl_flowprefill.bench.simulator.measured import Engine
 from sgl_flowprefill.bench.systems.system import EndpointSystem, System
 from sgl_flowprefill.bench.workloads.prompts import PromptBuilder
 from sgl_flowprefill.bench.workloads.trace import Trace
 from sgl_flowprefill.cluster import ClusterError
+from sgl_flowprefill.profiling.steps import Step
 
 Say = Callable[[str], None]
 
@@ -51,13 +52,21 @@ class Endpoint(Protocol):
     def decode_tokens_per_s(self, prompts: PromptBuilder) -> float:
         """What decoding carries."""
 
+    def decode_steps(self, prompts: PromptBuilder) -> Sequence[Step]:
+        """Times of decode steps beside which nothing else runs, as clients see them."""
+
     def engine(self, prompts: PromptBuilder) -> Engine | None:
         """What the simulator needs to know; None for what cannot be simulated."""
 
     def replay(
-        self, trace: Trace, prompts: PromptBuilder, on_progress: OnProgress | None, enough: Enough | None
+        self,
+        trace: Trace,
+        prompts: PromptBuilder,
+        on_progress: OnProgress | None = None,
+        enough: Enough | None = None,
+        slower: float = 0.0,
     ) -> ReplayRun:
-        """Replay ``trace``."""
+        """Replay ``trace``, on servers that become slower by the share ``slower`` in the middle of the arrivals."""
 
     def come_to_rest(self) -> None:
         """End what is under way, so that the next run starts as the first one did."""
@@ -78,14 +87,6 @@ class Reached(Endpoint, Protocol):
     @property
     def event_log(self) -> Path | None:
         """FlowPrefill's event log; None without FlowPrefill."""
-
-    def replay(
-        self,
-        trace: Trace,
-        prompts: PromptBuilder,
-        on_progress: OnProgress | None = None,
-        enough: Enough | None = None,
-    ) -> ReplayRun: ...
 
     def settings(self) -> Mapping[str, Any]:
         """What the servers say of the settings that matter to a comparison."""
@@ -132,6 +133,10 @@ class ForeignEndpoint:
         except CalibrationError as error:
             raise EndpointError(f"the answers of {self.client.url} could not be timed: {error}") from error
 
+    def decode_steps(self, prompts: PromptBuilder) -> Sequence[Step]:
+        with self._remedy():
+            return measure_steps(self.client, self._unseen(prompts))
+
     def engine(self, prompts: PromptBuilder) -> None:
         return None
 
@@ -141,7 +146,12 @@ class ForeignEndpoint:
         prompts: PromptBuilder,
         on_progress: OnProgress | None = None,
         enough: Enough | None = None,
+        slower: float = 0.0,
     ) -> ReplayRun:
+        if slower:
+            raise EndpointError(
+                f"{self.client.url} cannot be slowed down, as somebody else serves it: leave out --slower"
+            )
         return replay(trace, self.client, self._unseen(prompts), on_progress, enough)
 
     def come_to_rest(self) -> None:

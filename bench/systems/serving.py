@@ -8,7 +8,7 @@ import json
 import os
 import shlex
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,12 +21,13 @@ import requests
 
 from sgl_flowprefill.bench.loadgen.calibrate import measure_isolated_ttft
 from sgl_flowprefill.bench.loadgen.client import Client, GenerateApi, get_json
-from sgl_flowprefill.bench.loadgen.decode_rate import measure_decode
+from sgl_flowprefill.bench.loadgen.decode_rate import measure_decode, measure_steps
 from sgl_flowprefill.bench.loadgen.replay import Enough, OnProgress, ReplayRun, replay
 from sgl_flowprefill.bench.metrics.event_log import summarise_log
 from sgl_flowprefill.bench.metrics.requests import blocking_times_s, events_within
 from sgl_flowprefill.bench.simulator.measured import Engine, best_profile
 from sgl_flowprefill.bench.systems.endpoint import Reached, Say, connect
+from sgl_flowprefill.bench.systems.slowed import slowed
 from sgl_flowprefill.bench.systems.system import EndpointSystem, System
 from sgl_flowprefill.bench.workloads.prompts import PromptBuilder
 from sgl_flowprefill.bench.workloads.trace import Trace, TraceRequest
@@ -34,6 +35,7 @@ from sgl_flowprefill.cluster import Cluster, ClusterConfig, ClusterError
 from sgl_flowprefill.cluster.machine import available_memory_bytes
 from sgl_flowprefill.config import FlowPrefillConfig, command_line
 from sgl_flowprefill.events import read_events
+from sgl_flowprefill.profiling.steps import Step
 
 EMBEDDED_MODEL: Final = "embedded Llama"
 SETTINGS: Final = (
@@ -118,21 +120,35 @@ class Served:
         """What the decode server carries. Raises CalibrationError."""
         return measure_decode(self.client, prompts)
 
+    def decode_steps(self, prompts: PromptBuilder) -> Sequence[Step]:
+        """Times of decode steps beside which nothing else runs, as clients see them. Raises CalibrationError."""
+        return measure_steps(self.client, prompts)
+
     def replay(
         self,
         trace: Trace,
         prompts: PromptBuilder,
         on_progress: OnProgress | None = None,
         enough: Enough | None = None,
+        slower: float = 0.0,
     ) -> ReplayRun:
-        """Replay ``trace``; a server that ends meanwhile is a ClusterError."""
+        """Replay ``trace``; a server that ends meanwhile is a ClusterError. In the middle of the arrivals, the machine
+        becomes slower by the share ``slower`` for the servers.
+        """
 
         def watch(done: int, failed: int, in_flight: int) -> None:
             self.cluster.check()
             if on_progress:
                 on_progress(done, failed, in_flight)
 
-        return replay(trace, self.client, prompts, watch, enough)
+        with ExitStack() as stack:
+
+            def start(zero_s: float) -> None:
+                if slower:
+                    pids = self.cluster.processes.values()
+                    stack.enter_context(slowed(pids, slower, zero_s + trace.middle_s))
+
+            return replay(trace, self.client, prompts, watch, enough, start)
 
     def come_to_rest(self) -> None:
         """End what is still under way and forget cached prefixes, so that the next run starts as the first one did.

@@ -68,6 +68,11 @@ class Trace:
         span_s = self.requests[-1].arrival_s if self.requests else 0.0
         return len(self.requests) / span_s if span_s > 0 else 0.0
 
+    @property
+    def middle_s(self) -> float:
+        """Half of the time in which requests arrive."""
+        return self.requests[-1].arrival_s / 2 if self.requests else 0.0
+
     def scaled(self, *, rate_scale: float = 1.0, time_scale: float = 1.0, slo_scale: float = 1.0) -> Trace:
         """The trace at ``rate_scale`` times its rate, for an engine that takes ``time_scale`` times as long.
 

@@ -17,7 +17,7 @@ from sgl_flowprefill.bench.cli.options.servers import ServerOptions
 from sgl_flowprefill.bench.cli.options.simulate import Router, Simulate
 from sgl_flowprefill.bench.cli.options.trace import Format, TraceOptions
 from sgl_flowprefill.bench.cli.options.uncontended import Uncontended
-from sgl_flowprefill.bench.cli.options.validate import Validate
+from sgl_flowprefill.bench.cli.options.validate import UnifiedValidate, Validate
 
 __all__ = [
     "AUTO",
@@ -41,6 +41,7 @@ __all__ = [
     "Uncontended",
     "UnifiedDemo",
     "UnifiedGoodput",
+    "UnifiedValidate",
     "Validate",
     "parse",
 ]

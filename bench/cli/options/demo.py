@@ -17,6 +17,7 @@ from sgl_flowprefill.bench.cli.options.values import (
     Systems,
     Unified,
 )
+from sgl_flowprefill.bench.systems.tuning import rival
 
 
 @dataclass(frozen=True)
@@ -43,5 +44,5 @@ class UnifiedDemo(Demo):
     examples = ("--unified --out out/mine --duration 60 --systems unified unified-stock-spf-1024-mixed",)
     unified: Unified = False
     out: Folder = Path("out/demo-unified")
-    systems: Systems = ("unified", "unified-stock-spf-512-interval-1", "unified-sglang")
+    systems: Systems = ("unified", rival(), "unified-sglang")
     trace: TraceOptions = TraceOptions(rate_scale=1.0, duration=120.0)

@@ -25,6 +25,7 @@ from sgl_flowprefill.bench.cli.options.values import (
     Unified,
     Workload,
 )
+from sgl_flowprefill.bench.systems.tuning import rival
 
 Judge = Literal["ttft", "gaps", "mean"]
 
@@ -81,9 +82,9 @@ class UnifiedGoodput(Goodput):
 
     examples = (
         "--unified --side-by-side --attainment 0.9",
-        "--unified --race --systems unified 'unified-stock-*' --judge mean",
+        "--unified --race --prefilter 4 --systems unified unified-sglang 'unified-stock-*'",
     )
     unified: Unified = False
-    systems: Systems = ("unified", "unified-stock-spf-512-interval-1", "unified-stock-spf-1024-mixed", "unified-sglang")
+    systems: Systems = ("unified", rival(), "unified-stock-spf-1024-mixed", "unified-sglang")
     judge: Judge = "gaps"
     out: Folder = Path("out/goodput-unified")

@@ -17,14 +17,18 @@ from sgl_flowprefill.bench.cli.options.goodput import Goodput, UnifiedGoodput
 from sgl_flowprefill.bench.cli.options.replay import Replay
 from sgl_flowprefill.bench.cli.options.simulate import Simulate
 from sgl_flowprefill.bench.cli.options.uncontended import Uncontended
-from sgl_flowprefill.bench.cli.options.validate import Validate
+from sgl_flowprefill.bench.cli.options.validate import UnifiedValidate, Validate
 
 PROGRAM: Final = "python -m sgl_flowprefill.bench"
 SUMMARY: Final = "Traces, replay, comparison of systems. `COMMAND --help` shows the options of a command."
 COMMANDS: Final[tuple[type[Command], ...]] = (
     Demo, Goodput, Uncontended, Breakdown, Replay, Validate, Simulate, Events, FetchTrace,
 )  # fmt: skip
-WITH_UNIFIED: Final[Mapping[type[Command], type[Command]]] = {Demo: UnifiedDemo, Goodput: UnifiedGoodput}
+WITH_UNIFIED: Final[Mapping[type[Command], type[Command]]] = {
+    Demo: UnifiedDemo,
+    Goodput: UnifiedGoodput,
+    Validate: UnifiedValidate,
+}
 """Commands whose defaults are others with --unified."""
 FORMER_NAMES: Final = {"anatomy": Breakdown.name}
 WITH_ARGUMENTS: Final = ("--server-args", "--prefill-args", "--decode-args")

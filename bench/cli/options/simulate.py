@@ -100,6 +100,8 @@ class Simulate(Command):
     """standard deviation of the logarithm of the times of FlowPrefill's forwards around the predicted ones"""
     learned: bool = False
     """predict as a server does: by a profile of its first start, corrected and refitted while it serves"""
+    slower: Annotated[float, POSITIVE, arg(metavar="SHARE")] = 0.0
+    """beside the machine as it is, one that becomes slower by this share, such as 0.2, in the middle; with --learned"""
     step_ms: Annotated[float | None, POSITIVE, arg(metavar="MS", help_behavior_hint=shown)] = None
     """--unified: fixed time of a decode step (default: the cost model's; 8 for a profile)"""
     step_ms_per_stream: Annotated[float | None, POSITIVE, arg(metavar="MS", help_behavior_hint=shown)] = None

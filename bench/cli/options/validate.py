@@ -18,6 +18,7 @@ from sgl_flowprefill.bench.cli.options.values import (
     Seconds,
     Seeds,
     Systems,
+    Unified,
     Workload,
 )
 
@@ -28,6 +29,7 @@ class Validate(Command):
 
     name = "validate"
     examples = ("--systems flowprefill stock-fcfs --loads 0.5 1.0",)
+    unified: Unified = False
     systems: Systems = ("flowprefill", "stock-fcfs", "stock-spf-2048")
     list_systems: ListSystems = False
     workload: Workload = "qwen-like"
@@ -39,5 +41,20 @@ class Validate(Command):
     time_scale: FactorOrAuto = "auto"
     """factor for the workload's times and SLOs; auto measures it as bench demo does"""
     max_output_tokens: MaxAnswer = None
+    slower: Annotated[float, POSITIVE, arg(metavar="SHARE")] = 0.0
+    """replay and simulate on a machine that becomes slower by this share, such as 0.2, in the middle of each replay"""
     out: Folder = Path("out/validate")
     servers: ServerOptions = ServerOptions()
+
+
+@dataclass(frozen=True)
+class UnifiedValidate(Validate):
+    """simulated against measured attainment of servers that prefill and decode, by first tokens and all tokens"""
+
+    examples = ("--unified --systems unified unified-sglang --loads 0.5 1.0",)
+    unified: Unified = False
+    systems: Systems = (
+        "unified", "unified-sglang", "unified-stock-spf-512-mixed", "unified-stock-spf-512-interval-1",
+    )  # fmt: skip
+    # FlowPrefill, and SGLang prefilling first, in mixed chunks, and with decode steps in between.
+    out: Folder = Path("out/validate-unified")
