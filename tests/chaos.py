@@ -31,7 +31,7 @@ def chaos(engine: Any, seed: int, switch_probability: float) -> dict[str, int]:
             return None
         choice = rng.choice(choices)
         seen["suspensions"] += running is not None and choice is not running
-        started = sum(1 for job in tasks if job.item.checkpoint > 0)
+        started = sum(1 for job in tasks if job.item.operators_passed > 0)
         seen["deepest"] = max(seen["deepest"], started)
         return choice
 
@@ -142,8 +142,10 @@ class Rounds:
             if left.issuperset(task.rids):
                 self.comparison.differences["abort"].append(f"task {task.id} goes on, though all of {task.rids} left")
 
-    def compare(self, rid: str, tokens: Sequence[int], left: Collection[str] = ()) -> None:
-        """Compare all that there is of one request: of those who ``left``, that there is no answer."""
+    def compare(self, rid: str, tokens: Sequence[int], left: Collection[str] = (), pattern: str | None = None) -> None:
+        """Compare all that there is of one request: of those who ``left``, that there is no answer. It had to match
+        ``pattern``, if there is one.
+        """
         answer = self.engine.answers.get(rid)
         if rid in left:
             self.comparison.counts["aborts"] += 1
@@ -154,7 +156,8 @@ class Rounds:
             self.comparison.answer(rid, tokens, [], None)
             return
         self.seen["answers with a cached prefix"] += answer.req.cached_tokens > 0
-        self.comparison.answer(rid, tokens, [answer.token], None if answer.logprob is None else [answer.logprob])
+        logprobs = None if answer.logprob is None else [answer.logprob]
+        self.comparison.answer(rid, tokens, [answer.token], logprobs, pattern)
         if answer.input_logprobs is not None:
             self.comparison.inputs(rid, tokens, answer.input_logprobs[1:])
         self.compare_kv(rid, tokens)

@@ -1,4 +1,8 @@
-"""Order of the tests: what needs the same servers runs together. What a process has one of: an engine, a reference."""
+"""Order of the tests, and what runs beside what. What a process has one of: an engine, a reference.
+
+``make test`` runs two processes side by side (pytest-xdist): ``tests/servers`` in one, one kind of servers after the
+other; file after file of the rest in the other, and in the first one when it is done with the servers.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +11,13 @@ from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import HealthCheck, settings
+from xdist.scheduler import LoadScopeScheduling
 
 from sgl_flowprefill.model import embedded_model_path
 
 if TYPE_CHECKING:  # they import torch, which most unit tests do without
+    from xdist.remote import Producer
+
     from tests.engine import PrefillEngine
     from tests.reference import Comparison, Reference
 
@@ -18,15 +25,33 @@ if TYPE_CHECKING:  # they import torch, which most unit tests do without
 settings.register_profile("busy machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("busy machine")
 
-ORDER = ("flowprefill_cluster", "stock_cluster", "no_cluster")
+FOLDERS = ("servers", "integration", "unit", "stress")
+CLUSTERS = ("stock_unified_server", "unified_server", "flowprefill_cluster", "stock_cluster", "no_cluster")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    def place(item: pytest.Item) -> int:
-        names = getattr(item, "fixturenames", ())
-        return next((i for i, name in enumerate(ORDER, start=1) if name in names), 0)
+    def place(item: pytest.Item) -> tuple[int, int]:
+        """A test may also have the name of its cluster as a parameter."""
+        callspec = getattr(item, "callspec", None)
+        parameters = [] if callspec is None else [value for value in callspec.params.values() if isinstance(value, str)]
+        names = {*getattr(item, "fixturenames", ()), *parameters}
+        cluster = next((i for i, name in enumerate(CLUSTERS, start=1) if name in names), 0)
+        return FOLDERS.index(item.path.parent.name), cluster
 
     items.sort(key=place)
+
+
+class ServersTogether(LoadScopeScheduling):
+    """Gives all tests with servers to one process, and every other file to one."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.split("::", 1)[0]
+        return "servers" if file.startswith("tests/servers/") else file
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> ServersTogether:
+    config.option.loadscopereorder = False
+    return ServersTogether(config, log)
 
 
 @pytest.fixture(scope="session")

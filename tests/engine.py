@@ -159,9 +159,20 @@ class Engine(ABC):
     def hub(self) -> Any:
         return self.scheduler.hub
 
+    def use(self, device: Any) -> None:
+        """Let kernels run on ``device`` from now on; what was queued on the one before has run."""
+        hub = self.hub
+        hub.device.drain()
+        hub.device = hub.executor.device = hub.role.device = device
+
     @abstractmethod
     def record_outputs(self, reqs: Sequence[Any]) -> None:
         """Called in place of SGLang's ``stream_output``, with ``reqs`` that have got tokens or an end."""
+
+    def record(self, recorder: Any) -> None:
+        """Tell ``recorder`` what happens from now on."""
+        hub = self.hub
+        hub.recorder = hub.role.recorder = self.scheduler.output_streamer.recorder = recorder
 
     def abort(self, rid: str) -> None:
         """What the tokenizer process sends when a client disconnects."""
@@ -253,11 +264,6 @@ class PrefillEngine(Engine):
         """Let kernels run on ``device`` from now on."""
         hub = self.hub
         hub.device = hub.executor.device = hub.role.device = device
-
-    def record(self, recorder: Any) -> None:
-        """Tell ``recorder`` what happens from now on."""
-        hub = self.hub
-        hub.recorder = hub.role.recorder = self.scheduler.output_streamer.recorder = recorder
 
     def assert_clean(self) -> None:
         super().assert_clean()

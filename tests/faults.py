@@ -37,7 +37,7 @@ def raise_in_marked_prompts(scheduler: Any, fault: str, checkpoint: int, marker:
 
     def hook(*_: Any) -> None:
         task = executor.running
-        if task is not None and task.checkpoint >= checkpoint and is_marked(task.batch, marker):
+        if task is not None and task.operators_passed >= checkpoint and is_marked(task.batch, marker):
             raise FAULTS[fault]()
 
     return [module.register_forward_pre_hook(hook) for module in _operators(scheduler)]
@@ -58,7 +58,7 @@ def load() -> None:
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
     HookRegistry.register(
-        "sgl_flowprefill.runtime.scheduler.FlowPrefillScheduler.run_batch", _run_with_faults, HookType.AROUND
+        "sgl_flowprefill.runtime.hub_scheduler.HubScheduler.run_batch", _run_with_faults, HookType.AROUND
     )
 
 
@@ -71,7 +71,7 @@ def _run_with_faults(run_batch: Callable[[Any, Any], Any], scheduler: Any, batch
     task = executor.running
 
     def hook(*_: Any) -> None:
-        if executor.running is task and task.checkpoint >= 3:
+        if executor.running is task and task.operators_passed >= 3:
             raise FAULTS[faults[0]]()
 
     handles = [module.register_forward_pre_hook(hook) for module in _operators(scheduler)]

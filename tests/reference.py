@@ -3,16 +3,21 @@
 What is compared of an answer: its tokens, their log probabilities, those of its prompt where they were asked for, and
 the KV cache that the prefill server hands over for it: every key and value of every layer, and then the first eight
 tokens and log probabilities that transformers decodes from it.
+
+Of an answer that has to match a pattern, transformers has the likeliest tokens among those behind which the text can
+still match it, by Python's ``regex``: another implementation than the server's grammars.
 """
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
 
+import regex
 import torch
 
 TOKENS: Final = 8
@@ -73,7 +78,7 @@ class Expected:
     """What transformers says of one prompt."""
 
     choices: Choices
-    """The first ``TOKENS`` tokens of the answer."""
+    """The first ``TOKENS`` tokens of the answer; fewer where a pattern lets it end before."""
     kv: Kv | None
 
 
@@ -85,28 +90,61 @@ class Reference:
         if isinstance(model, str | Path):
             from transformers import AutoModelForCausalLM
 
+            self._path = model
             model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
         self._model = model.eval()
         self._keep_kv = keep_kv
-        self._kept: dict[tuple[int, ...], Expected] = {}
+        self._kept: dict[tuple[tuple[int, ...], str | None], Expected] = {}
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The checkpoint's, where there is one."""
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(self._path)
+
+    def ids(self, text: str) -> list[int]:
+        """The tokens of ``text``. Those of an answer of the embedded model, which consists of words, are its own."""
+        return list(self.tokenizer(text)["input_ids"])
 
     @torch.no_grad()
-    def expect(self, prompt: Sequence[int]) -> Expected:
-        """The answer to ``prompt`` alone."""
-        expected = self._kept.get(tuple(prompt))
+    def expect(self, prompt: Sequence[int], pattern: str | None = None) -> Expected:
+        """The answer to ``prompt`` alone, where it has to match ``pattern`` if there is one."""
+        key = (tuple(prompt), pattern)
+        expected = self._kept.get(key)
         if expected is None:
             output = self._model(torch.tensor([list(prompt)]), use_cache=True, logits_to_keep=1)
             past = output.past_key_values
             kv = _copy(past) if self._keep_kv else None
-            choices = Choices.of(output.logits[0])
-            while len(choices.tokens) < TOKENS:
+            choices = Choices.of(self._allowed(output.logits[0], [], pattern))
+            while len(choices.tokens) < TOKENS and not self._has_ended(choices.tokens, pattern):
                 step = self._model(torch.tensor([choices.tokens[-1:]]), past_key_values=past, use_cache=True)
-                choices = choices + Choices.of(step.logits[0])
+                choices = choices + Choices.of(self._allowed(step.logits[0], choices.tokens, pattern))
             expected = Expected(choices, kv)
             if len(self._kept) >= KEPT_PROMPTS:
                 self._kept.pop(next(iter(self._kept)))
-            self._kept[tuple(prompt)] = expected
+            self._kept[key] = expected
         return expected
+
+    def _has_ended(self, tokens: Sequence[int], pattern: str | None) -> bool:
+        """Whether an answer that begins with ``tokens`` ends there: another one ends where its client wants it."""
+        return pattern is not None and tokens[-1] == self.tokenizer.eos_token_id
+
+    def _allowed(self, logits: torch.Tensor, tokens: Sequence[int], pattern: str | None) -> torch.Tensor:
+        """``logits`` [1, vocabulary] of what follows ``tokens``, without those that ``pattern`` rules out."""
+        if pattern is None:
+            return logits
+        compiled, text = regex.compile(pattern), self.tokenizer.decode(tokens)
+        fits = [bool(word) and compiled.fullmatch(text + word, partial=True) is not None for word in self._words]
+        fits[self.tokenizer.eos_token_id] = compiled.fullmatch(text) is not None
+        return logits.masked_fill(~torch.tensor([fits]), float("-inf"))
+
+    @cached_property
+    def _words(self) -> list[str]:
+        """The text of each token; none of special ones."""
+        special = set(self.tokenizer.all_special_ids)
+        count = int(self._model.config.vocab_size)
+        return ["" if token in special else self.tokenizer.decode([token]) for token in range(count)]
 
     @torch.no_grad()
     def inputs(self, prompt: Sequence[int], last: int) -> list[float]:
@@ -147,13 +185,41 @@ class Comparison:
         self.differences: dict[str, list[str]] = defaultdict(list)
         """By kind, what differs by more than rounding."""
 
-    def answer(self, name: str, prompt: Sequence[int], tokens: Sequence[int], logprobs: Sequence[float] | None) -> None:
-        """Compare the first tokens of an answer, and their log probabilities."""
+    def answer(
+        self,
+        name: str,
+        prompt: Sequence[int],
+        tokens: Sequence[int],
+        logprobs: Sequence[float] | None,
+        pattern: str | None = None,
+    ) -> None:
+        """Compare the first tokens of an answer, which had to match ``pattern`` if there is one, and their log
+        probabilities.
+        """
         self.counts["answers"] += 1
-        choices = self.reference.expect(prompt).choices
+        choices = self.reference.expect(prompt, pattern).choices
         if not tokens:
             self.differences["token"].append(f"{name} ({len(prompt)} tokens) has no answer")
         self._choices("", name, prompt, choices, tokens[:TOKENS], logprobs)
+
+    def text(self, name: str, prompt: str, text: str, logprobs: Sequence[float] | None) -> None:
+        """Compare the first tokens of the text of an answer to that of a prompt, and their log probabilities."""
+        self.answer(name, self.reference.ids(prompt), self.reference.ids(text), logprobs)
+
+    def chat(self, name: str, messages: Sequence[Mapping[str, str]], choice: Mapping[str, Any]) -> None:
+        """Compare a choice of /v1/chat/completions, of which log probabilities were asked for."""
+        tokenizer = self.reference.tokenizer
+        prompt = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+        logprobs = [token["logprob"] for token in choice["logprobs"]["content"]]
+        self.text(name, prompt, choice["message"]["content"], logprobs)
+
+    def generated(
+        self, name: str, prompt: Sequence[int] | str, meta_info: Mapping[str, Any], pattern: str | None = None
+    ) -> None:
+        """Compare an answer of /generate to a request that asked for log probabilities, by its ``meta_info``."""
+        entries = meta_info["output_token_logprobs"]
+        ids = self.reference.ids(prompt) if isinstance(prompt, str) else prompt
+        self.answer(name, ids, [entry[1] for entry in entries], [entry[0] for entry in entries], pattern)
 
     def inputs(self, name: str, prompt: Sequence[int], logprobs: Sequence[float]) -> None:
         """Compare the log probabilities of the last tokens of ``prompt``."""

@@ -26,6 +26,8 @@ DOTTED: Final = re.compile(r"(sglang|nixl)(\.\w+)+")
 MANAGERS: Final = "sglang.srt.managers"
 RECEIVERS: Final = {
     "abort_req": f"{MANAGERS}.io_struct:AbortReq",
+    "allocator": "sglang.srt.mem_cache.allocator.base:BaseTokenToKVPoolAllocator",
+    "token_to_kv_pool_allocator": "sglang.srt.mem_cache.allocator.base:BaseTokenToKVPoolAllocator",
     "batch": f"{MANAGERS}.schedule_batch:ScheduleBatch",
     "running_batch": f"{MANAGERS}.schedule_batch:ScheduleBatch",
     "channels": f"{MANAGERS}.scheduler_components.ipc_channels:SchedulerIpcChannels",
@@ -39,7 +41,9 @@ RECEIVERS: Final = {
     "get_forward()": "sglang.srt.runtime_context:ForwardFlags",
     "grammar_manager": "sglang.srt.constrained.grammar_manager:GrammarManager",
     "grammars": "sglang.srt.constrained.grammar_manager:GrammarManager",
+    "invariant_checker": f"{MANAGERS}.scheduler_components.invariant_checker:SchedulerInvariantChecker",
     "kv": f"{MANAGERS}.schedule_batch:ReqKvInfo",
+    "load_inquirer": f"{MANAGERS}.scheduler_components.load_inquirer:SchedulerLoadInquirer",
     "metrics_collector": "sglang.srt.observability.metrics_collector:SchedulerMetricsCollector",
     "metrics_collector_context": "sglang.srt.observability.metrics_collector:SchedulerMetricsCollectorContext",
     "model_config": "sglang.srt.configs.model_config:ModelConfig",
@@ -50,19 +54,25 @@ RECEIVERS: Final = {
     "ngram_embedding_manager": (
         "sglang.srt.model_executor.model_runner_components.ngram_embedding_manager:NgramEmbeddingManager"
     ),
+    "output_streamer": f"{MANAGERS}.scheduler_components.output_streamer:SchedulerOutputStreamer",
     "recv_req": f"{MANAGERS}.io_struct:AbortReq",
     "req": f"{MANAGERS}.schedule_batch:Req",
     "req_to_token_pool": "sglang.srt.mem_cache.memory_pool:ReqToTokenPool",
     "sampling_params": "sglang.srt.sampling.sampling_params:SamplingParams",
     "scheduler": f"{MANAGERS}.scheduler:Scheduler",
     "_scheduler": f"{MANAGERS}.scheduler:Scheduler",
+    "time_stats": "sglang.srt.observability.req_time_stats:SchedulerReqTimeStats",
     "token_to_kv_pool": "sglang.srt.mem_cache.memory_pool:KVCache",
     "tp_group": "sglang.srt.distributed.parallel_state:GroupCoordinator",
     "tp_worker": f"{MANAGERS}.tp_worker:TpModelWorker",
     "tree_cache": "sglang.srt.mem_cache.base_prefix_cache:BasePrefixCache",
     "watchdog": "sglang.srt.utils.watchdog:WatchdogRaw",
+    "weight_updater": f"{MANAGERS}.scheduler_components.weight_updater:SchedulerWeightUpdaterManager",
 }
 """Name of a variable or attribute, or of a function that is called: the class that it is of, everywhere."""
+
+SUBCLASSED: Final = (":Scheduler", ":SchedulerOutputStreamer")
+"""Classes of which the project's objects are of a subclass, with attributes of its own."""
 
 NOT_SGLANGS: Final = {
     "batch": {"bench/", "sgl_flowprefill/policy/", "sgl_flowprefill/ttft/"},
@@ -285,7 +295,7 @@ class _Module:
         owner = RECEIVERS.get(receiver)
         if owner is None or any(self._path.startswith(place) for place in NOT_SGLANGS.get(receiver, ())):
             return
-        if owner.endswith(":Scheduler") and node.attr in self._own and not self._tree.attribute(owner, node.attr):
+        if owner.endswith(SUBCLASSED) and node.attr in self._own and not self._tree.attribute(owner, node.attr):
             return
         if not node.attr.startswith("__"):
             self._uses.read[f"{owner.replace(':', '.')}.{node.attr}"] = self._at(node)

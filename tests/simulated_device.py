@@ -19,14 +19,14 @@ from typing import Any
 
 from sgl_flowprefill.hub.device import POLL_S, HostStamp, QueueDevice
 from sgl_flowprefill.hub.loop import Hub
-from sgl_flowprefill.hub.parts import TTFT, OneRank, Recorder
+from sgl_flowprefill.hub.parts import OneRank, Recorder
 from sgl_flowprefill.hub.progress import Progress
-from sgl_flowprefill.hub.role import Arrival
-from sgl_flowprefill.hub.task import PrefillTask, Tasks
+from sgl_flowprefill.hub.role import Arrival, Decoder, NoStreams
+from sgl_flowprefill.hub.task import DecodeStep, PrefillTask, Tasks
 from sgl_flowprefill.hub.waiting import WaitingRequest
 from sgl_flowprefill.hub.work import Work
 from sgl_flowprefill.pace import AS_PREDICTED, Pace
-from sgl_flowprefill.policy import Limits, Policy, make_policy
+from sgl_flowprefill.policy import ColocatedPolicy, Limits, Policy, make_policy
 from sgl_flowprefill.runtime.executor import Executor
 from sgl_flowprefill.runtime.memory import Activations, TaskMemory
 from sgl_flowprefill.runtime.slots import AttentionSlots
@@ -51,6 +51,8 @@ class HostCosts:
     """Whether a plan reads its indices back, as FlashInfer's of layers with a sliding window do."""
     send_waits: bool = False
     """Whether KV indices are read back in the queue, not beside it."""
+    step_s: float = 600e-6
+    """SGLang's preparation of a decode step and the launch of its graph."""
 
 
 @dataclass
@@ -209,7 +211,7 @@ class Turns(Recorder):
     def resumed(self, task: PrefillTask, now_s: float) -> None:
         self.turns.append(("resume" if task.has_run else "start", tuple(task.rids)))
 
-    def completed(self, task: PrefillTask, prediction: Prediction, ttft: TTFT, live_tasks: int) -> None:
+    def completed(self, task: PrefillTask, prediction: Prediction) -> None:
         self.turns.append(("complete", tuple(task.rids)))
 
 
@@ -349,6 +351,38 @@ class SimulatedEngine:
         return SimpleNamespace(owner=None)
 
 
+class SimulatedSteps(Decoder):
+    """Decode steps of streams that have no end."""
+
+    def __init__(
+        self, device: SimulatedDevice, policy: ColocatedPolicy[WaitingRequest, PrefillTask], step_s: float
+    ) -> None:
+        self.device = device
+        self.policy = policy
+        self.step_s = step_s
+        self.ended_s: list[float] = []
+
+    def step(self) -> DecodeStep:
+        self.policy.began(self.device.now_s)
+        self.device.now_s += self.device.costs.step_s
+        self.device.launch((self, "step", 0), self.step_s)
+        result = SimpleNamespace(copy_done=None)
+        self.device.fetch(None, result)
+        return DecodeStep(result)
+
+    def finish_step(self, step: DecodeStep) -> None:
+        device = self.device
+        device.now_s = max(device.now_s, step.result.copy_done.at_s) + device.costs.finish_s
+        self.ended_s.append(device.now_s)
+        self.policy.stepped(device.now_s, took_s=self.step_s)
+
+    def missing_tokens(self) -> int:
+        return 0
+
+    def give_back(self, task: PrefillTask) -> None:
+        raise AssertionError("nothing is missing")
+
+
 class NoTiles:
     """Operators run whole."""
 
@@ -379,15 +413,21 @@ class SimulatedServer:
         requests: Sequence[SimulatedRequest],
         max_suspended: int = 16,
         policy: Policy[WaitingRequest, PrefillTask] | None = None,
+        engine: SimulatedEngine | None = None,
+        colocated: ColocatedPolicy[WaitingRequest, PrefillTask] | None = None,
+        decoder: Decoder | None = None,
     ) -> None:
+        """``engine``: one for ``requests``, unless there is another. ``colocated``: ``policy`` alone, unless there are
+        steps beside it, which ``decoder`` runs.
+        """
         self.device = device
-        self.engine = SimulatedEngine(device, model, requests)
+        self.engine = engine or SimulatedEngine(device, model, requests)
         self.times = ModelTimes(model)
         self.recorder = Turns()
-        events, tasks = SimulatedEvents(self.engine), Tasks()
+        events = SimulatedEvents(self.engine)
 
         def has_news() -> bool:
-            return events.pending() or tasks.result_arrived()
+            return self.hub.has_news()
 
         model_runner = self.engine.model_runner
         executor = Executor(model_runner, has_news, device, capture=OnlyBackend.capture)
@@ -397,7 +437,13 @@ class SimulatedServer:
         memory = TaskMemory(Activations(1, 1, 1, None), math.inf)
         self.hub = Hub(
             role=self.engine,
-            work=Work(policy, self.times, memory, Progress([True, False] * model.layers), tasks),
+            work=Work(
+                colocated or ColocatedPolicy(policy),
+                self.times,
+                memory,
+                Progress([True, False] * model.layers),
+                Tasks(),
+            ),
             executor=executor,
             slots=AttentionSlots(model_runner, None),
             device=device,
@@ -406,6 +452,7 @@ class SimulatedServer:
             recorder=self.recorder,
             tiles=NoTiles(),
             now_s=lambda: device.now_s,
+            decoder=decoder or NoStreams(),
         )
 
     def run_all(self) -> None:

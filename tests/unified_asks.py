@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from tests.engine import tokenized_request
+from tests.images import Image
 from tests.prompts import population
 
 
@@ -23,18 +24,23 @@ class Ask:
     """Log probabilities of the prompt's tokens behind this place are asked for, too."""
     ttft_slo_s: float | None = None
     tbt_slo_s: float | None = None
+    sheddable: bool | None = None
+    image: Image | None = None
 
     @property
     def alone(self) -> Ask:
         """What decides the answer."""
-        return replace(self, ttft_slo_s=None, tbt_slo_s=None)
+        return replace(self, ttft_slo_s=None, tbt_slo_s=None, sheddable=None)
 
     def message(self, rid: str, tokenizer: Any) -> Any:
         """What the tokenizer process sends to the scheduler."""
-        objectives = {"ttft_slo": self.ttft_slo_s, "tbt_slo": self.tbt_slo_s}
+        objectives = {"ttft_slo": self.ttft_slo_s, "tbt_slo": self.tbt_slo_s, "sheddable": self.sheddable}
         custom_params = {name: value for name, value in objectives.items() if value is not None} or None
         sampling = dict(self.sampling) | {"max_new_tokens": self.max_new_tokens, "custom_params": custom_params}
-        return tokenized_request(rid, self.prompt, sampling, inputs_from=self.inputs_from, tokenizer=tokenizer)
+        message = tokenized_request(rid, self.prompt, sampling, inputs_from=self.inputs_from, tokenizer=tokenizer)
+        if self.image is not None:
+            message.mm_inputs = self.image.inputs(len(self.prompt))
+        return message
 
 
 @dataclass(frozen=True)
@@ -50,7 +56,9 @@ class Answer:
     """What it matched, or the error."""
     status: int | None = None
     prompt_tokens: int = 0
-    """Tokens that were prefilled: SGLang puts another prompt in the place of one that it refuses late."""
+    """Tokens of the prompt that was prefilled: SGLang puts another one in the place of one that it refuses late."""
+    cached_tokens: int = 0
+    """How many of them were in the radix cache."""
 
 
 def asks(

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Final
+from http import HTTPStatus
+from typing import Any, Final
 
-from tests.remote import Remote
+from tests.remote import Outcome, Remote
 from tests.unified_asks import Answer, Ask
 from tests.unified_engine import StockEngine
 
@@ -28,6 +29,15 @@ class Stock:
         if missing:
             self._kept |= self._remote.call(_answer_each, missing)
         return {ask: self._kept[ask.alone] for ask in asks}
+
+    def call(self, function: Callable[..., Outcome], *arguments: Any) -> Outcome:
+        """What ``function`` of the engine and ``arguments`` returns, in the engine's process."""
+        return self._remote.call(function, *arguments)
+
+
+def _end_and_prompt(answer: Answer) -> tuple[str, int]:
+    status = "" if answer.status is None else f", status {answer.status}"
+    return f"{answer.reason} {answer.detail}{status}", answer.prompt_tokens
 
 
 def _answer_each(engine: StockEngine, asks: Sequence[Ask]) -> dict[Ask, Answer]:
@@ -55,17 +65,25 @@ class StockComparison:
             elif rid in left and answer.reason == "abort":
                 self.counts["aborts"] += 1
                 if answer.prompt_tokens == len(ask.prompt):
-                    self._tokens(rid, answer.tokens, expected[ask].tokens[: len(answer.tokens)])
+                    # A prefill computes a token even where none is asked for, and an abort tells it.
+                    tokens = answer.tokens[: ask.max_new_tokens]
+                    self._tokens(rid, tokens, expected[ask].tokens[: len(tokens)])
             else:
                 self._answer(rid, answer, expected[ask])
 
     def _answer(self, rid: str, answer: Answer, expected: Answer) -> None:
         self.counts["answers"] += 1
+        ends, prompts = zip(*map(_end_and_prompt, (answer, expected)), strict=True)
+        self.counts["ends"] += 1
+        if ends[0] != ends[1]:
+            self.differences.append(f"{rid} ends with {ends[0]} instead of {ends[1]}")
+        if prompts[0] != prompts[1]:
+            self.differences.append(f"{rid}: the prompt has {prompts[0]} tokens instead of {prompts[1]}")
+        if expected.status == HTTPStatus.BAD_REQUEST:
+            # Its answer is the error. SGLang prefills a token all the same, which nobody gets.
+            self.counts["refusals"] += 1
+            return
         self._tokens(rid, answer.tokens, expected.tokens)
-        if (answer.reason, answer.detail) != (expected.reason, expected.detail):
-            self.differences.append(
-                f"{rid} ends with {answer.reason} {answer.detail} instead of {expected.reason} {expected.detail}"
-            )
         # Where no token is asked for, SGLang has one or none by what else is in the batch.
         found, wanted = (one.logprobs[: len(one.tokens)] for one in (answer, expected))
         self._logprobs(f"{rid}: log probability", "log probabilities", found, wanted)

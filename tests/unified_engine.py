@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Final
 
 import torch
 
+from sgl_flowprefill.hub.task import STEP
 from tests.engine import Engine, raise_assertions
 from tests.unified_asks import Answer, Ask
 
@@ -32,6 +34,8 @@ class AnsweringEngine(Engine):
         """Times that a planted defect struck."""
         self.streamed: dict[str, int] = {}
         """Tokens that each client has."""
+        self.reports: defaultdict[str, list[dict[str, Any] | None]] = defaultdict(list)
+        """What answers said of their requests, in the order of their ends; None for an end past the output streamer."""
         self.sent: list[Any] = []
         """What was sent to the HTTP process past the output streamer."""
         self.scheduler.ipc_channels.send_to_tokenizer.send_output = self._sent
@@ -43,6 +47,7 @@ class AnsweringEngine(Engine):
             message, status = str(reason.get("message", "")), reason.get("status_code")
             assert output.rid not in self.answers, f"{output.rid} ends twice"
             self.answers[output.rid] = Answer((), (), (), "abort", message, status)
+            self.reports[output.rid].append(None)
 
     def submit(self, rid: str, ask: Ask) -> None:
         self.streamed[rid] = 0
@@ -53,6 +58,10 @@ class AnsweringEngine(Engine):
         self.streamed.clear()
 
     def record_outputs(self, reqs: Sequence[Any]) -> None:
+        added = self.scheduler.output_streamer.build_additional_customized_info(reqs)
+        for req, reports in zip(reqs, added.get("flowprefill", ()), strict=bool(added)):
+            assert len(reports) == req.finished(), f"{req.rid} has {len(reports)} reports"
+            self.reports[req.rid] += reports
         for req in reqs:
             tokens = len(req.output_ids)
             had = self.streamed.get(req.rid, 0)
@@ -61,6 +70,7 @@ class AnsweringEngine(Engine):
             self.streamed[req.rid] = tokens
             if req.finished():
                 assert req.rid not in self.answers, f"{req.rid} ends twice"
+                self.seen["retractions told"] += req.retraction_count
                 reason = req.finished_reason.to_json()
                 logprobs = req.logprob
                 self.answers[req.rid] = Answer(
@@ -71,6 +81,7 @@ class AnsweringEngine(Engine):
                     str(reason.get("matched", reason.get("message", ""))),
                     reason.get("status_code"),
                     len(req.origin_input_ids),
+                    req.cached_tokens,
                 )
 
 
@@ -142,6 +153,12 @@ class UnifiedEngine(AnsweringEngine):
         self.check()
         return found
 
+    @torch.no_grad()
+    def step(self) -> None:
+        """A decode step now, whatever the policy says."""
+        self.hub.step()
+        self.check()
+
     def check(self) -> None:
         """All KV cache and all rows are free, cached, or owned by a request that is known; nothing is freed twice."""
         scheduler = self.scheduler
@@ -154,10 +171,30 @@ class UnifiedEngine(AnsweringEngine):
     def assert_clean(self) -> None:
         super().assert_clean()
         role = self.hub.role
-        assert not any((role.joining, role.streams, role.come, role.held_back)), role
+        assert not any((role.joining, role.streams, role.not_told, role.held_back)), role
         assert not role.policy.streams.requests
         assert not self.hub.work.tasks
         assert not len(self.hub.work.waiting)
+
+
+def log_to(engine: UnifiedEngine, path: Path) -> None:
+    """Write what happens from now on to an event log of its own."""
+    from sgl_flowprefill.runtime.event_recorder import AnswerReports, EventRecorder
+
+    recorder = EventRecorder(path, decodes=True)
+    engine.record(recorder)
+    engine.scheduler.output_streamer.reports = AnswerReports(recorder)
+    engine.reports.clear()
+
+
+def reports_of(engine: UnifiedEngine) -> tuple[dict[str, list[dict[str, Any] | None]], int]:
+    """What answers have said of their requests since the event log began, and of how many there is still to say."""
+    return dict(engine.reports), len(engine.scheduler.output_streamer.reports)
+
+
+def flush_log(engine: UnifiedEngine) -> None:
+    """Write the whole event log."""
+    engine.hub.recorder.flush()
 
 
 def state_of(engine: UnifiedEngine, rid: str) -> str:
@@ -177,8 +214,10 @@ def state_of(engine: UnifiedEngine, rid: str) -> str:
     for task in tasks.live:
         if rid in task.rids:
             return "running" if task is tasks.running else "suspended" if task.has_run else "started"
-    if any(rid in task.rids for task in tasks.finishing):
+    if any(rid in task.rids for task in tasks.prefills):
         return "result on its way"
     if any(holds(batch.reqs) for batch in role.joining):
         return "joining"
-    return "decoding" if holds(scheduler.running_batch.reqs) else "nowhere"
+    if holds(scheduler.running_batch.reqs):
+        return "step in flight" if STEP in [done.id for done in tasks.finishing] else "decoding"
+    return "nowhere"

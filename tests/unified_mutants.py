@@ -1,7 +1,8 @@
 """Mutants of a server that prefills and decodes: defects that are planted in a running engine, each to be caught.
 
 ``python -m tests.unified_mutants`` plants one after the other, and says what caught each; first it runs the same rounds
-without any, which must pass. ``python -m tests.unified_mutants NAME`` plants one.
+without any, which must pass. ``python -m tests.unified_mutants NAME`` plants one. What counts as caught is said in
+``tests.mutants.outcome``.
 """
 
 from __future__ import annotations
@@ -13,8 +14,11 @@ from dataclasses import replace
 from typing import Any, Final
 from unittest.mock import patch
 
+from sgl_flowprefill.hub.task import DecodeStep
 from sgl_flowprefill.model import embedded_model_path
 from tests import unified_scenarios as scenarios
+from tests.late_device import LateDevice
+from tests.mutants.outcome import Outcome, raise_crashes
 from tests.remote import Remote
 from tests.unified_asks import asks
 from tests.unified_comparison import Stock, StockComparison
@@ -36,7 +40,7 @@ def main_attention_backend_as_a_slot(engine: UnifiedEngine, struck: Callable[[],
     """A task may have the attention backend with which decode steps run."""
     slots, main = engine.hub.slots, engine.scheduler.tp_worker.model_runner.attn_backend
     take = slots.take
-    slots._free.append(main)
+    slots.give_back(main)
 
     def taken() -> Any:
         backend = take()
@@ -54,8 +58,10 @@ def flags_of_the_decode_step_in_a_prefill(engine: UnifiedEngine, struck: Callabl
     install = ForwardState.install
 
     def without_flags(state: ForwardState, model_runner: Any) -> None:
-        struck()
-        install(replace(state, flags=dict(get_forward()._plain)), model_runner)
+        flags = dict(get_forward()._plain)
+        if any(flags.get(name) is not flag for name, flag in state.flags.items()):
+            struck()
+        install(replace(state, flags=flags), model_runner)
 
     patch.object(ForwardState, "install", without_flags).start()
 
@@ -82,7 +88,7 @@ def answers_of_started_prefills_without_kv_cache(engine: UnifiedEngine, struck: 
     from sglang.srt.managers.schedule_policy import PrefillAdder
 
     def stock() -> type[PrefillAdder]:
-        if engine.scheduler._in_flight_reqs():
+        if engine.scheduler.in_flight_reqs():
             struck()
         return PrefillAdder
 
@@ -102,8 +108,35 @@ def streams_retracted_before_prefills_are_given_back(engine: UnifiedEngine, stru
     role.missing_tokens = none
 
 
+def _join_with_what_the_last_stream_gets(late: Any, batch: Any, result: Any) -> None:
+    """Merge ``late`` into ``batch``, which has its ``result``: it is given what the last stream of the step gets."""
+    rows = list(range(len(batch.reqs)))
+    batch.merge_batch(late)
+    rows += [rows[-1]] * (len(batch.reqs) - len(rows))
+    result.next_token_ids = result.next_token_ids[rows]
+    result.logits_output.next_token_logprobs = result.logits_output.next_token_logprobs[rows]
+
+
+def prefill_that_joins_while_tokens_are_on_their_way(engine: UnifiedEngine, struck: Callable[[], None]) -> None:
+    """A prefill that ends while a step is in flight joins at once, on a device whose results come late."""
+    engine.use(LateDevice(2, seed=1))
+    role, tasks = engine.hub.role, engine.hub.work.tasks
+    finish = role.finish
+
+    def finish_and_join(task: Any) -> None:
+        finish(task)
+        steps = [done for done in tasks.finishing if isinstance(done, DecodeStep)]
+        if steps and role.joining:
+            struck()
+            _join_with_what_the_last_stream_gets(role.joining.pop(), steps[0].batch, steps[0].result)
+
+    role.finish = finish_and_join
+
+
 def prefill_that_joins_a_step_in_flight(engine: UnifiedEngine, struck: Callable[[], None]) -> None:
-    """The last of the prefills that are to join a step joins between the step's forward pass and its result."""
+    """The last of the prefills that are to join a step joins between the step's forward pass and its result, in which
+    it is given what the last stream of the step gets.
+    """
     scheduler, role = engine.scheduler, engine.hub.role
     join, run_batch = role.join, scheduler.run_batch
     late: list[Any] = []
@@ -117,7 +150,7 @@ def prefill_that_joins_a_step_in_flight(engine: UnifiedEngine, struck: Callable[
         result = run_batch(batch, *arguments, **options)
         if batch.forward_mode.is_decode() and late:
             struck()
-            batch.merge_batch(late.pop())
+            _join_with_what_the_last_stream_gets(late.pop(), batch, result)
         return result
 
     role.join, scheduler.run_batch = all_but_one, run_and_merge
@@ -147,6 +180,7 @@ MUTANTS: Final[dict[str, tuple[Plant, int]]] = {
         (answers_of_started_prefills_without_kv_cache, scenarios.TIGHT_TOKENS),
         (streams_retracted_before_prefills_are_given_back, scenarios.TIGHT_TOKENS),
         (prefill_that_joins_a_step_in_flight, AMPLE_TOKENS),
+        (prefill_that_joins_while_tokens_are_on_their_way, AMPLE_TOKENS),
         (penalties_counted_twice, AMPLE_TOKENS),
     )
 }
@@ -159,7 +193,8 @@ def _plant(engine: UnifiedEngine, name: str) -> None:
     def struck() -> None:
         engine.strikes += 1
 
-    plant = MUTANTS[name][0] if name in MUTANTS else nothing
+    raise_crashes(engine.hub.role)
+    plant = nothing if name == nothing.__name__ else MUTANTS[name][0]
     plant(engine, struck)
 
 
@@ -167,23 +202,22 @@ def _strikes(engine: UnifiedEngine) -> int:
     return engine.strikes
 
 
-def error_of(name: str, stock: Stock, tokens: int) -> str:
-    """Play rounds with one mutant, or with none, or what is told by little KV cache; the error that ended them, or an
-    empty text.
-    """
+def outcome_of(name: str, stock: Stock, tokens: int) -> Outcome:
+    """Play rounds with one mutant, or with none, or what is told by little KV cache."""
     with closing(Remote(UnifiedEngine, str(embedded_model_path()), max_total_tokens=tokens)) as remote:
         remote.call(_plant, name)
         comparison = StockComparison(stock)
-        error = ""
+        error = None
         try:
             if tokens == scenarios.TIGHT_TOKENS:
                 _play_scenarios(remote, comparison)
             else:
                 Rounds(remote, comparison, asks(30, seed=7, longest_tokens=1200)).run(ROUNDS)
         except Exception as caught:
-            error = f"{type(caught).__name__}: {caught}"
-        print(f"{name}, {tokens} tokens: struck {remote.call(_strikes)} times; {comparison}", flush=True)
-    return error
+            error = caught
+        strikes = remote.call(_strikes)
+        print(f"{name}, {tokens} tokens: struck {strikes} times; {comparison}", flush=True)
+    return Outcome(strikes, error)
 
 
 def _play_scenarios(remote: Remote, comparison: StockComparison) -> None:
@@ -203,11 +237,11 @@ def main(names: list[str]) -> int:
     with closing(Remote(StockEngine, str(embedded_model_path()))) as remote:
         stock = Stock(remote)
         for name in names or [nothing.__name__, *MUTANTS]:
-            pools = [MUTANTS[name][1]] if name in MUTANTS else [AMPLE_TOKENS, scenarios.TIGHT_TOKENS]
-            errors = [error for tokens in pools if (error := error_of(name, stock, tokens))]
-            print(f"{name}: {'caught by ' + errors[0][:1500] if errors else 'nothing differs'}", flush=True)
-            if bool(errors) != (name in MUTANTS):
-                failed.append(name)
+            for tokens in [MUTANTS[name][1]] if name in MUTANTS else [AMPLE_TOKENS, scenarios.TIGHT_TOKENS]:
+                outcome = outcome_of(name, stock, tokens)
+                print(f"{name}: {str(outcome)[:3000]}", flush=True)
+                if not outcome.is_as_it_should_be(name in MUTANTS):
+                    failed.append(name)
     print(f"not as it should be: {', '.join(failed)}" if failed else "all are as they should be")
     return 1 if failed else 0
 

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from itertools import count
 from typing import Any
 
-from tests.ranks import Chaos, Ranks, agree_on_interruptions, become_rank
+from tests.late_device import LateDevice
+from tests.ranks import Chaos, Ranks, agree_on_interruptions, become_rank, finishes_path, note_finishes
 from tests.reference import Comparison
 from tests.unified_asks import Ask
 from tests.unified_rounds import coin
@@ -57,15 +58,26 @@ class UnifiedRanks(Ranks):
 
 
 def _run_unified_rank(
-    args: Any, ports: Any, rank: int, pipe: Any, event_log: str, log: str, chaos: Chaos | None, *_: Any
+    args: Any,
+    ports: Any,
+    rank: int,
+    pipe: Any,
+    event_log: str,
+    log: str,
+    chaos: Chaos | None,
+    late: float | None,
+    *_: Any,
 ) -> None:
     become_rank(args, event_log, log)
     from sglang.srt.managers.scheduler import run_scheduler_process
     from sglang.srt.plugins import load_plugins
 
     load_plugins()
+    from sgl_flowprefill.runtime import setup
     from sgl_flowprefill.runtime.unified_scheduler import UnifiedScheduler
 
+    if late is not None:
+        setup.make_device = lambda device_type, lookahead: LateDevice(lookahead, rank, late)
     init = UnifiedScheduler.__init__
 
     def with_chaos(scheduler: Any, *arguments: Any) -> None:
@@ -77,6 +89,8 @@ def _run_unified_rank(
             hub.work.colocated.next = coin(hub.work.colocated, rng, Counter())
             hub.executor.interrupted = lambda: rng.random() < chaos.switch_probability
             agree_on_interruptions(scheduler)
+        if late is not None:
+            note_finishes(scheduler, finishes_path(log, rank))
 
     UnifiedScheduler.__init__ = with_chaos  # type: ignore[method-assign]
     run_scheduler_process(args, ports, rank, rank, 0, None, pipe)

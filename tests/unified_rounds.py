@@ -6,10 +6,12 @@ import os
 import random
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
+from sgl_flowprefill.hub.task import STEP
+from tests.late_device import LateDevice
 from tests.remote import Remote
 from tests.unified_asks import Answer, Ask
 from tests.unified_comparison import StockComparison
@@ -27,7 +29,7 @@ def coin(colocated: Any, rng: random.Random, seen: Counter[str]) -> Callable[...
         tasks = sorted(colocated.prefills.started, key=lambda job: job.item.id)
         requests = colocated.prefills.first_waiting(now_s, 1000) if admit else []
         choices: list[Any] = tasks + sorted(requests, key=lambda job: job.item.number)
-        if colocated.streams.requests:
+        if colocated.may_step:
             choices += [Act.STEP] * max(1, len(choices))
         if not choices:
             return Turn(Act.NOTHING)
@@ -76,6 +78,46 @@ def chance(engine: UnifiedEngine, seed: int, switch_probability: float) -> Itera
         seen["given back"] += role.given_back - before["given_back"]
 
 
+@contextmanager
+def late_results(engine: UnifiedEngine, seed: int) -> Iterator[None]:
+    """What is queued has run later. Results of steps are processed when they have arrived, not before, and until then
+    the streams of a step stay as they are.
+    """
+    hub, role, seen = engine.hub, engine.hub.role, engine.seen
+    usual, device = hub.device, LateDevice(2, seed)
+    step, finish_step, finish = role.step, role.finish_step, role.finish
+    streams: list[Any] = []
+    points = prefills = 0
+
+    def noted_step() -> Any:
+        nonlocal streams, points
+        queued = step()
+        streams, points = list(engine.scheduler.running_batch.reqs), hub.executor.points_passed
+        return queued
+
+    def noted_finish(task: Any) -> None:
+        nonlocal prefills
+        prefills += STEP in [done.id for done in hub.work.tasks.finishing]
+        finish(task)
+
+    def noted_finish_step(queued: Any) -> None:
+        nonlocal prefills
+        assert queued.result.copy_done.place <= device.passed, "a result is processed before it has arrived"
+        assert engine.scheduler.running_batch.reqs == streams, "streams come or go while a step is in flight"
+        seen["steps behind which prefills ran"] += hub.executor.points_passed > points
+        seen["prefills that ended while a step was in flight"] += prefills
+        prefills = 0
+        finish_step(queued)
+
+    role.step, role.finish_step, role.finish = noted_step, noted_finish_step, noted_finish
+    engine.use(device)
+    try:
+        yield
+    finally:
+        engine.use(usual)
+        del role.step, role.finish_step, role.finish
+
+
 @dataclass
 class Play:
     """What became of a round."""
@@ -92,8 +134,11 @@ def play(
     seed: int,
     switch_probability: float,
     at_once: bool = False,
+    late: bool = False,
 ) -> Play:
-    """Submit what is ``asked``, now and then or ``at_once``, abort what is ``dropped`` at some time, and run it all."""
+    """Submit what is ``asked``, now and then or ``at_once``, abort what is ``dropped`` at some time, and run it all;
+    with results that come ``late``, if they shall.
+    """
     rng = random.Random(seed)
     engine.forget()
     engine.seen.clear()
@@ -106,7 +151,8 @@ def play(
         engine.abort(rid)
         engine.turn()
 
-    with chance(engine, rng.randrange(1 << 30), switch_probability):
+    results = late_results(engine, seed) if late else nullcontext()
+    with chance(engine, rng.randrange(1 << 30), switch_probability), results:
         for rid, ask in asked.items():
             engine.submit(rid, ask)
             if rid in dropped and rng.random() < 0.2:
@@ -136,6 +182,9 @@ class Rounds:
     comparison: StockComparison
     asks: Sequence[Ask]
     most_requests: int = 12
+    late: bool = False
+    flushes: bool = True
+    """Whether nothing stays in the radix cache between two rounds."""
     seen: Counter[str] = field(default_factory=Counter)
 
     def run(self, rounds: int, first: int = 0) -> None:
@@ -150,9 +199,8 @@ class Rounds:
         if rng.random() < 0.5:
             asked["twin"] = asked["s00"]
         dropped = {rid for rid in asked if rng.random() < 0.2}
-        played = self.unified.call(
-            play_and_flush, asked, dropped, rng.randrange(1 << 30), rng.choice(SWITCH_PROBABILITIES), rng.random() < 0.3
-        )
+        chances = rng.randrange(1 << 30), rng.choice(SWITCH_PROBABILITIES), rng.random() < 0.3
+        played = self.unified.call(play_and_flush if self.flushes else play, asked, dropped, *chances, self.late)
         deepest = max(self.seen["deepest"], played.seen["deepest"])
         self.seen += played.seen
         self.seen["deepest"] = deepest

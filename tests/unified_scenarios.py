@@ -2,28 +2,41 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, Final
 from unittest.mock import patch
 
-from sgl_flowprefill.policy import Act, Limits
+from sgl_flowprefill.hub.shedding import Shedding
+from sgl_flowprefill.policy import Act, Limits, make_policy
 from sgl_flowprefill.policy.colocated import Turn
+from sgl_flowprefill.shadow import Shadows
+from sgl_flowprefill.ttft import PrefillShape
+from tests.faults import MARKER, raise_in_marked_prompts
 from tests.late_device import LateDevice
 from tests.prompts import prompt
-from tests.unified_asks import Ask
-from tests.unified_engine import UnifiedEngine, state_of
+from tests.unified_asks import Answer, Ask
+from tests.unified_engine import AnsweringEngine, StockEngine, UnifiedEngine, state_of
 from tests.unified_rounds import Play
 
 STREAM: Final = Ask(tuple(prompt(501, 60)), 40, (("ignore_eos", True),), tbt_slo_s=5.0)
 """A request that decodes while others are prefilled, which on a slow machine too are done before it."""
 LONG: Final = Ask(tuple(prompt(502, 1800)), 6, (("ignore_eos", True),), ttft_slo_s=60.0)
-URGENT: Final = Ask(tuple(prompt(503, 500)), 4, (("ignore_eos", True),), ttft_slo_s=1.0)
+URGENT: Final = Ask(tuple(prompt(503, 500)), 4, (("ignore_eos", True),), ttft_slo_s=20.0)
+"""A request that goes before the long one, also on a machine that needs seconds for it."""
+
+BAD: Final = Ask((*prompt(505, 700), MARKER), 4, (("ignore_eos", True),), ttft_slo_s=20.0)
+"""A request whose prefill fails where the model raises in marked prompts."""
+
+FIRST_TURN: Final = Ask(tuple(prompt(520, 300)), 24, (("ignore_eos", True),), ttft_slo_s=20.0)
+"""The first turn of a chat."""
 
 TIGHT_TOKENS: Final = 1500
 """KV cache of an engine for what follows."""
@@ -40,6 +53,13 @@ def serve(engine: UnifiedEngine, asked: Mapping[str, Ask]) -> Play:
     _anew(engine)
     for rid, ask in asked.items():
         engine.submit(rid, ask)
+    return _played(engine)
+
+
+def refuse(engine: UnifiedEngine, rid: str) -> Play:
+    """Submit a prompt that is longer than the model's context."""
+    _anew(engine)
+    engine.submit(rid, Ask(tuple(prompt(506, 70_000))))
     return _played(engine)
 
 
@@ -63,6 +83,25 @@ def _until(engine: UnifiedEngine, condition: Callable[[], bool], turns: int = 50
     raise AssertionError(f"not after {turns} turns")
 
 
+def late_device() -> LateDevice:
+    """A device on which nothing that is queued has run a turn later."""
+    return LateDevice(0, seed=1, pass_probability=0.001)
+
+
+@contextmanager
+def _with_a_step_in_flight(engine: UnifiedEngine, late: bool) -> Iterator[None]:
+    """In it, if it shall be ``late``, the tokens of a step are on their way."""
+    usual = engine.hub.device
+    if late:
+        engine.use(late_device())
+        engine.step()
+        assert state_of(engine, "stays") == "step in flight"
+    try:
+        yield
+    finally:
+        engine.use(usual)
+
+
 def _suspend_all_the_time(engine: UnifiedEngine) -> None:
     """A task comes back at each interruption point."""
     engine.hub.executor.interrupted = lambda: True
@@ -70,6 +109,77 @@ def _suspend_all_the_time(engine: UnifiedEngine) -> None:
 
 def _calm(engine: UnifiedEngine) -> None:
     engine.hub.executor.interrupted = engine.hub.has_news
+
+
+# ---- overload --------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class ShedPlay:
+    play: Play
+    asked: dict[str, Ask]
+    counted: dict[str, int]
+    """What became of shed requests, and would have."""
+
+
+def shed(engine: UnifiedEngine) -> ShedPlay:
+    """A server that sheds, behind a prefill that takes longer than others can wait: one that may be refused, one that
+    may and has plenty of time, and one that may not.
+    """
+    _anew(engine)
+    work, shadows = engine.hub.work, Shadows()
+    engine.hub.recorder.listen(shadows.read)
+    usual, work.colocated.prefills = work.colocated.prefills, make_policy("edf", work.policy.limits, 60.0)
+    work.shedding = Shedding()
+    wait_s = 2 * work.ttft.predict_s([PrefillShape(1500, 0)])
+    ends = (("ignore_eos", True),)
+    asked = {
+        "first": Ask(tuple(prompt(740, 12_000)), 2, ends, ttft_slo_s=0.001),
+        "goes": Ask(tuple(prompt(741, 1500)), 2, ends, ttft_slo_s=wait_s, sheddable=True),
+        "late": Ask(tuple(prompt(742, 1500)), 2, ends, ttft_slo_s=wait_s),
+        "stays": Ask(tuple(prompt(743, 1500)), 2, ends, ttft_slo_s=600.0, sheddable=True),
+    }
+    try:
+        for rid, ask in asked.items():
+            engine.submit(rid, ask)
+        return ShedPlay(_played(engine), asked, shadows.state())
+    finally:
+        work.colocated.prefills, work.shedding = usual, None
+
+
+# ---- turns of a chat, texts ------------------------------------------------------------------------------------------
+
+
+def second_turn(first: Answer) -> Ask:
+    """What a client asks that has got an answer: all that was said before, and a little more."""
+    return Ask((*FIRST_TURN.prompt, *first.tokens, *prompt(521, 40)), 8, (("ignore_eos", True),))
+
+
+def chat(engine: UnifiedEngine) -> tuple[Play, dict[str, Ask]]:
+    """Two turns of a chat. The answer to the first is decoded while another prefill is suspended."""
+    _anew(engine)
+    _running(engine)
+    engine.submit("first", FIRST_TURN)
+    _until(engine, lambda: state_of(engine, "first") in ("joining", "decoding"))
+    with patch.object(engine.hub.work.colocated, "next", lambda *_: Turn(Act.STEP)):
+        _until(engine, lambda: "first" in engine.answers)
+    engine.seen[f"beside: {state_of(engine, 'goes')}"] += 1
+    asked = {"first": FIRST_TURN, "second": second_turn(engine.answers["first"]), "goes": LONG}
+    engine.submit("second", asked["second"])
+    _calm(engine)
+    return _played(engine), asked
+
+
+def chat_alone(engine: StockEngine) -> Answer:
+    """The answer to the second turn of a chat, on SGLang's own scheduler."""
+    engine.submit("second", second_turn(engine.answer(FIRST_TURN)))
+    engine.run()
+    return engine.answers["second"]
+
+
+def texts(engine: AnsweringEngine, answers: Sequence[Sequence[int]]) -> list[str]:
+    """Tokens in words."""
+    return [engine.scheduler.tokenizer.decode(list(tokens)) for tokens in answers]
 
 
 # ---- aborts ----------------------------------------------------------------------------------------------------------
@@ -100,7 +210,7 @@ def _waiting(engine: UnifiedEngine) -> None:
 def _running(engine: UnifiedEngine) -> None:
     _suspend_all_the_time(engine)
     engine.submit("goes", LONG)
-    _until(engine, lambda: state_of(engine, "goes") == "running" and engine.hub.executor.points > 0)
+    _until(engine, lambda: state_of(engine, "goes") == "running" and engine.hub.executor.points_passed > 0)
     engine.turn()
 
 
@@ -111,8 +221,7 @@ def _suspended(engine: UnifiedEngine) -> None:
 
 
 def _result_on_its_way(engine: UnifiedEngine) -> None:
-    hub = engine.hub
-    hub.device = hub.executor.device = hub.role.device = LateDevice(0, seed=1, pass_probability=0.001)
+    engine.use(late_device())
     engine.submit("goes", URGENT)
     _until(engine, lambda: state_of(engine, "goes") == "result on its way")
 
@@ -127,6 +236,12 @@ def _decoding(engine: UnifiedEngine) -> None:
     _until(engine, lambda: state_of(engine, "goes") == "decoding")
 
 
+def _step_in_flight(engine: UnifiedEngine) -> None:
+    _decoding(engine)
+    engine.use(late_device())
+    engine.step()
+
+
 def _retracted(engine: UnifiedEngine) -> None:
     from sglang.srt.managers.io_struct import ContinueGenerationReqInput, PauseGenerationReqInput
 
@@ -138,7 +253,7 @@ def _retracted(engine: UnifiedEngine) -> None:
 def _given_back(engine: UnifiedEngine) -> None:
     _running(engine)
     [task] = [task for task in engine.hub.work.tasks.live if "goes" in task.rids]
-    engine.hub.give_back(task, engine.hub.role)
+    engine.hub.give_back(task)
 
 
 STATES: Final[dict[str, Callable[[UnifiedEngine], None]]] = {
@@ -149,6 +264,7 @@ STATES: Final[dict[str, Callable[[UnifiedEngine], None]]] = {
     "result on its way": _result_on_its_way,
     "joining": _joining,
     "decoding": _decoding,
+    "step in flight": _step_in_flight,
     "retracted": _retracted,
     "given back": _given_back,
 }
@@ -167,8 +283,7 @@ def abort_in(engine: UnifiedEngine, state: str) -> Play:
             engine.seen[state_of(engine, "goes")] += 1
             engine.abort("goes")
     finally:
-        hub = engine.hub
-        hub.device = hub.executor.device = hub.role.device = device
+        engine.use(device)
         _calm(engine)
     return _played(engine, {"goes"})
 
@@ -187,6 +302,85 @@ def abort_all_with_everything_in_flight(engine: UnifiedEngine) -> Play:
     engine.receive(AbortReq(rid="", abort_all=True))
     _calm(engine)
     return _played(engine, {"stays", "goes", "urgent", "waits"})
+
+
+# ---- prefills that fail ----------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Failed:
+    play: Play
+    asked: dict[str, Ask]
+    """Requests whose prefills did not fail."""
+    errors: list[str]
+    """What was logged as an error."""
+
+
+@contextmanager
+def _errors() -> Iterator[list[str]]:
+    """What is logged as an error in it."""
+    lines: list[str] = []
+
+    class Keep(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            lines.append(record.getMessage())
+
+    keep, logger = Keep(logging.ERROR), logging.getLogger("sgl_flowprefill")
+    logger.addHandler(keep)
+    try:
+        yield lines
+    finally:
+        logger.removeHandler(keep)
+
+
+@contextmanager
+def _raising(engine: UnifiedEngine, fault: str) -> Iterator[None]:
+    """In it, prefills of marked prompts fail in the middle of their forward pass, and tasks come back at each
+    interruption point.
+    """
+    hooks = raise_in_marked_prompts(engine.scheduler, fault, 4)
+    _suspend_all_the_time(engine)
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        _calm(engine)
+
+
+def fail(engine: UnifiedEngine, fault: str) -> Failed:
+    """A prefill fails while a stream decodes and another prefill is suspended; then its prompt comes again."""
+    asked = {"stays": STREAM, "goes": LONG, "again": BAD}
+    _anew(engine)
+    engine.submit("stays", STREAM)
+    _until(engine, lambda: state_of(engine, "stays") == "decoding")
+    with _errors() as errors, _raising(engine, fault):
+        _running(engine)
+        engine.submit("bad", BAD)
+        _until(engine, lambda: "bad" in engine.answers)
+        for rid in ("stays", "goes"):
+            engine.seen[state_of(engine, rid)] += 1
+    engine.submit("again", BAD)
+    return Failed(_played(engine), asked, errors)
+
+
+def fail_in_a_batch(engine: UnifiedEngine) -> Failed:
+    """The prefill of three requests fails, one of whose clients has left; then their prompts come again."""
+    bad = {f"bad{i}": Ask((*prompt(506 + i, 60), MARKER), 4, BAD.sampling, ttft_slo_s=60.0) for i in range(3)}
+    _anew(engine)
+    engine.hub.work.policy.limits = Limits(max_suspended=100, max_batch_tokens=1000)
+    with _errors() as errors, _raising(engine, "error"):
+        for rid, ask in bad.items():
+            engine.submit(rid, ask)
+        engine.turn()
+        [task] = engine.hub.work.tasks.live
+        engine.seen["requests of the batch"] += len(task.rids)
+        engine.abort("bad1")
+        _until(engine, lambda: engine.answers.keys() == bad.keys())
+    again = {f"again{i}": ask for i, ask in enumerate(bad.values())}
+    for rid, ask in again.items():
+        engine.submit(rid, ask)
+    return Failed(_played(engine), again, errors)
 
 
 # ---- pauses, flushes, weights, timeouts ------------------------------------------------------------------------------
@@ -219,13 +413,15 @@ class Paused:
     """Requests that had not ended when the pause began."""
 
 
-def pause(engine: UnifiedEngine, mode: str) -> Paused:
-    """Pause in the middle of everything, and go on."""
+def pause(engine: UnifiedEngine, mode: str, late: bool) -> Paused:
+    """Pause in the middle of everything, with a step in flight if it shall be ``late``, and go on."""
     from sglang.srt.managers.io_struct import ContinueGenerationReqInput, PauseGenerationReqInput
 
     asked = _in_the_middle(engine)
     before = engine.hub.role.retractions
-    engine.receive(PauseGenerationReqInput(mode=mode))
+    with _with_a_step_in_flight(engine, late):
+        engine.receive(PauseGenerationReqInput(mode=mode))
+        assert not engine.hub.work.tasks
     streamed = dict(engine.streamed)
     for _ in range(20):
         engine.turn()
@@ -236,16 +432,17 @@ def pause(engine: UnifiedEngine, mode: str) -> Paused:
     return Paused(_played(engine), asked, live, answered, engine.hub.role.retractions - before, unanswered)
 
 
-def flush_while_busy(engine: UnifiedEngine) -> tuple[Play, dict[str, Ask], bool]:
+def flush_while_busy(engine: UnifiedEngine, late: bool) -> tuple[Play, dict[str, Ask], bool]:
     """Whether a flush succeeds in the middle of everything."""
     asked = _in_the_middle(engine)
-    flushed = bool(engine.scheduler.flush_cache())
+    with _with_a_step_in_flight(engine, late):
+        flushed = bool(engine.scheduler.flush_cache())
     return _played(engine), asked, flushed
 
 
-def change_weights(engine: UnifiedEngine) -> tuple[Play, dict[str, Ask], int]:
+def change_weights(engine: UnifiedEngine, late: bool) -> tuple[Play, dict[str, Ask], int]:
     """Other weights come in the middle of everything, and the old ones come back before anything else runs; how many
-    prefills were under way when they came.
+    prefills and steps were under way when they came.
     """
     from sglang.srt.managers.io_struct import UpdateWeightFromDiskReqInput
 
@@ -256,7 +453,7 @@ def change_weights(engine: UnifiedEngine) -> tuple[Play, dict[str, Ask], int]:
         live.append(len(engine.hub.work.tasks))
 
     mapping = engine.scheduler._request_dispatcher._mapping
-    with patch.dict(mapping, {UpdateWeightFromDiskReqInput: ruin}):
+    with patch.dict(mapping, {UpdateWeightFromDiskReqInput: ruin}), _with_a_step_in_flight(engine, late):
         engine.receive(UpdateWeightFromDiskReqInput(model_path="other", load_format=None))
     return _played(engine), asked, live[0]
 
@@ -272,11 +469,12 @@ def time_out(engine: UnifiedEngine) -> Play:
     return _played(engine, {"goes"})
 
 
-def loads(engine: UnifiedEngine) -> dict[str, int]:
+def loads(engine: UnifiedEngine, late: bool) -> dict[str, int]:
     """What routers hear in the middle of everything."""
     _in_the_middle(engine)
-    load = engine.scheduler.load_inquirer.get_loads()
-    reqs = len(engine.scheduler.collect_inflight_reqs())
+    with _with_a_step_in_flight(engine, late):
+        load = engine.scheduler.load_inquirer.get_loads()
+        reqs = len(engine.scheduler.collect_inflight_reqs())
     _played(engine)
     return {"running": load.num_running_reqs, "waiting": load.num_waiting_reqs, "in flight": reqs}
 
@@ -315,6 +513,39 @@ def stream_beside_a_long_prompt(engine: UnifiedEngine, tbt_slo_s: float) -> Gaps
     prefill_s = time.monotonic() - began_s
     longest_s = max(later - earlier for earlier, later in pairwise(times))
     return Gaps(_played(engine), asked, longest_s, prefill_s, steps)
+
+
+@dataclass
+class Beside:
+    gaps_s: list[float]
+    """Between two tokens of all streams, while a prompt was prefilled."""
+    prefill_s: float
+
+
+def gaps_beside_a_prompt(engine: UnifiedEngine, tokens: int, seed: int, tbt_slo_s: float, streams: int) -> Beside:
+    """Streams with an objective while a prompt is prefilled. Nothing is checked meanwhile, which would take time."""
+    _anew(engine)
+    assert engine.scheduler.flush_cache()
+    rids = [f"stream{number}" for number in range(streams)]
+    for number, rid in enumerate(rids):
+        engine.submit(rid, replace(STREAM, prompt=tuple(prompt(530 + number, 200)), max_new_tokens=2000,
+                                   tbt_slo_s=tbt_slo_s))  # fmt: skip
+    with patch.object(engine, "check"):
+        _until(engine, lambda: min(engine.streamed[rid] for rid in rids) >= 5)
+        begin_s = time.monotonic()  # all streams have got a token a moment ago
+        engine.submit("prompt", Ask(tuple(prompt(seed, tokens)), 1, ttft_slo_s=600.0))
+        times, seen = [begin_s], dict(engine.streamed)
+        while "prompt" not in engine.answers:
+            engine.turn()
+            if any(engine.streamed[rid] != seen[rid] for rid in rids):
+                assert all(engine.streamed[rid] == seen[rid] + 1 for rid in rids), "a step gives each stream a token"
+                times.append(time.monotonic())
+                seen = dict(engine.streamed)
+        prefill_s = time.monotonic() - begin_s
+    for rid in rids:
+        engine.abort(rid)
+    _played(engine, set(rids))
+    return Beside([later - earlier for earlier, later in pairwise(times)], prefill_s)
 
 
 def streams_without_room(engine: UnifiedEngine) -> Play:

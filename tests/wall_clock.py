@@ -12,11 +12,12 @@ import os
 import struct
 import time
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import aiohttp
 
 from tests.prompts import prompt
+from tests.reference import TOKENS
 
 OFFSETS_S = (0.0, 30.0, -30.0, 60.0)
 """What the wall clock shows more than it should, one after the other; the first is a run without a step."""
@@ -42,37 +43,71 @@ class WallClock:
             file.write(struct.pack("d", offset_s))
 
 
-async def serve_while_it_is_set(gateway_url: str, clock: WallClock) -> list[list[float]]:
-    """TTFT of the urgent requests of each segment; the others are served, too."""
+class Served(NamedTuple):
+    """What a request got."""
 
-    async def one(session: aiohttp.ClientSession, delay_s: float, tokens: list[int], **sampling: Any) -> float:
+    prompt: list[int]
+    tokens: list[int]
+    logprobs: list[float]
+    took_s: float
+    """From when it was sent to the end of its answer: of one token, the TTFT."""
+
+
+class Segment(NamedTuple):
+    """What the requests of a segment got."""
+
+    urgent: list[Served]
+    """Answers of one token."""
+    long: list[Served]
+
+
+async def serve_while_it_is_set(gateway_url: str, clock: WallClock) -> list[Segment]:
+    """What the requests of each segment got, but for the one with a schema, which gets no less."""
+
+    async def one(
+        session: aiohttp.ClientSession, delay_s: float, tokens: list[int], new_tokens: int = 1, **sampling: Any
+    ) -> Served:
         await asyncio.sleep(delay_s)
         started_s = time.monotonic()
-        body = {"input_ids": tokens, "sampling_params": {"max_new_tokens": 1, "temperature": 0, **sampling}}
+        body = {
+            "input_ids": tokens,
+            "sampling_params": {"max_new_tokens": new_tokens, "temperature": 0, **sampling},
+            "return_logprob": True,
+        }
         async with session.post(gateway_url + "/generate", json=body) as response:
             assert response.status == 200, await response.text()
             answer = await response.json()
         assert answer["meta_info"]["finish_reason"]["type"] == "length", answer
         if "json_schema" in sampling:
             assert answer["text"].startswith("{"), answer
-        return time.monotonic() - started_s
+        took_s = time.monotonic() - started_s
+        entries = answer["meta_info"]["output_token_logprobs"]
+        return Served(tokens, [entry[1] for entry in entries], [entry[0] for entry in entries], took_s)
 
     def objective(slo_s: float) -> dict[str, Any]:
         return {"custom_params": {"ttft_slo": slo_s}}
 
-    urgent: list[list[asyncio.Task[float]]] = []
-    others: list[asyncio.Task[float]] = []
+    urgent: list[list[asyncio.Task[Served]]] = []
+    long: list[list[asyncio.Task[Served]]] = []
+    others: list[asyncio.Task[Served]] = []
     async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(120)) as session:
         for segment, offset_s in enumerate(OFFSETS_S):
             clock.set(offset_s)
             seed = 10_000 + 100 * segment
             texts = {f"text{segment}{i}": {"type": "string", "minLength": 50, "maxLength": 200 + i} for i in range(6)}
             schema = json.dumps({"type": "object", "properties": texts, "required": list(texts)})
-            sends = [(0.0, prompt(seed + i, LONG_TOKENS), objective(LONG_SLO_S)) for i in range(LONG)]
-            sends.append(
-                (SEGMENT_S / 2, prompt(seed + 20, URGENT_TOKENS), objective(LONG_SLO_S) | {"json_schema": schema})
+            long.append(
+                [
+                    asyncio.create_task(
+                        one(session, 0.0, prompt(seed + i, LONG_TOKENS), TOKENS, **objective(LONG_SLO_S))
+                    )
+                    for i in range(LONG)
+                ]
             )
-            others += [asyncio.create_task(one(session, at_s, tokens, **rest)) for at_s, tokens, rest in sends]
+            with_schema = objective(LONG_SLO_S) | {"json_schema": schema}
+            others.append(
+                asyncio.create_task(one(session, SEGMENT_S / 2, prompt(seed + 20, URGENT_TOKENS), **with_schema))
+            )
             urgent.append(
                 [
                     asyncio.create_task(
@@ -83,4 +118,7 @@ async def serve_while_it_is_set(gateway_url: str, clock: WallClock) -> list[list
             )
             await asyncio.sleep(SEGMENT_S)
         await asyncio.gather(*others)
-        return [list(await asyncio.gather(*tasks)) for tasks in urgent]
+        return [
+            Segment(list(await asyncio.gather(*soon)), list(await asyncio.gather(*late)))
+            for soon, late in zip(urgent, long, strict=True)
+        ]

@@ -13,6 +13,7 @@ import psutil
 import pytest
 
 from sgl_flowprefill.cluster import machine
+from tests.processes import still_alive
 
 ROOT = Path(__file__).parents[2]
 
@@ -45,9 +46,10 @@ def test_it_ends_with_the_process_that_checks(number: signal.Signals, tmp_path: 
         _, err = process.communicate(timeout=60)
     assert process.returncode == 128 + number
     assert "Traceback" not in err
-    assert psutil.wait_procs(children, timeout=20)[1] == []
+    assert still_alive(children) == []
 
 
+@pytest.mark.stress
 @pytest.mark.skipif(bool(machine.gpu_count()), reason="checks the CPU engine")
 def test_the_cpu_engine_keeps_its_tokens_and_its_attention_state_apart(tmp_path: Path) -> None:
     done = doctor("--log-dir", str(tmp_path))

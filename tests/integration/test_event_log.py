@@ -1,9 +1,11 @@
-"""Each request that arrives at a real prefill scheduler has one end in the event log, whatever becomes of it."""
+"""Each request that arrives at a real prefill scheduler has one end in the event log, whatever becomes of it, and each
+answer is transformers'.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,34 +14,46 @@ from sglang.srt.disaggregation.base import KVPoll
 from sglang.srt.managers.io_struct import AbortReq
 
 from sgl_flowprefill.bench.metrics.event_log import summarise_log
-from sgl_flowprefill.events import AnyEvent, Fail, read_events
+from sgl_flowprefill.events import AnyEvent, Arrival, Fail, Leave, Ready, read_events
 from sgl_flowprefill.policy import Limits
 from sgl_flowprefill.runtime.event_recorder import EventRecorder
 from tests.engine import PrefillEngine, generate_request
 from tests.faults import MARKER, raise_in_marked_prompts
 from tests.prompts import prompt
+from tests.reference import Comparison
 
 
 class LoggedEngine:
     """An engine, its event log, and ways to bring requests into each state."""
 
-    def __init__(self, engine: PrefillEngine, path: Path) -> None:
+    def __init__(self, engine: PrefillEngine, path: Path, comparison: Comparison) -> None:
         self.engine = engine
         self.scheduler = engine.scheduler
         self.path = path
+        self.comparison = comparison
+        self._prompts: dict[str, Sequence[int]] = {}
+
+    def submit(self, rid: str, tokens: Sequence[int], ttft_slo_s: float | None = None) -> None:
+        """Hand a request to the scheduler, and remember its prompt."""
+        self._prompts[rid] = tokens
+        self.engine.submit(rid, tokens, ttft_slo_s=ttft_slo_s, logprobs=True)
 
     def queued(self, rid: str, state: KVPoll = KVPoll.Bootstrapping) -> Any:
         """A request in the bootstrap queue, whose handshake is in ``state``."""
-        self.engine.submit(rid, prompt(hash(rid) % 1000, 50))
+        self.submit(rid, self._prompt())
         req = next(req for req in self.scheduler.disagg_prefill_bootstrap_queue.queue if req.rid == rid)
         req.disagg_kv_sender.conclude_state = state
         return req
 
     def waiting(self, rid: str) -> Any:
         """A request that could be started now."""
-        self.engine.submit(rid, prompt(hash(rid) % 1000, 50), ttft_slo_s=100.0)
+        self.submit(rid, self._prompt(), ttft_slo_s=100.0)
         self.scheduler.hub.look()
         return next(req for req in self.scheduler.waiting_queue if req.rid == rid)
+
+    def _prompt(self) -> list[int]:
+        """One that no other request has."""
+        return prompt(900 + len(self._prompts), 50)
 
     def check_for_stalls(self) -> None:
         """What the scheduler does once a second."""
@@ -59,7 +73,20 @@ class LoggedEngine:
         ends = [(rid, event) for event in events if event.kind in ("complete", "abort", "fail") for rid in event.rids]
         assert Counter(rid for rid, _ in ends) == Counter(arrivals)
         assert set(Counter(arrivals).values()) <= {1}
+        leaves = Counter(event.rid for event in events if isinstance(event, Leave))
+        assert leaves <= Counter(rid for rid, event in ends if event.kind == "complete")
         return {rid: event.kind for rid, event in ends}
+
+    def compare(self) -> None:
+        """Compare all answers with transformers', as many as the log has."""
+        completed = [rid for event in self.events() if event.kind == "complete" for rid in event.rids]
+        answers = {rid: answer for rid, answer in self.engine.answers.items() if not answer.aborted}
+        assert sorted(answers) == sorted(completed)
+        for rid, answer in answers.items():
+            assert answer.token is not None
+            assert answer.logprob is not None
+            self.comparison.answer(rid, self._prompts[rid], [answer.token], [answer.logprob])
+        self.comparison.assert_same()
 
     def failure(self, rid: str) -> Fail:
         [event] = [event for event in self.events() if event.kind == "fail" and event.rids == [rid]]
@@ -67,15 +94,19 @@ class LoggedEngine:
 
 
 @pytest.fixture
-def logged(shared_engine: PrefillEngine, tmp_path: Path) -> Iterator[LoggedEngine]:
+def logged(shared_engine: PrefillEngine, tmp_path: Path, comparison: Comparison) -> Iterator[LoggedEngine]:
     scheduler = shared_engine.scheduler
     recorder, limits = scheduler.hub.recorder, scheduler.hub.work.policy.limits
     shared_engine.answers.clear()
     shared_engine.record(EventRecorder(tmp_path / "events.jsonl"))
-    yield LoggedEngine(shared_engine, tmp_path / "events.jsonl")
-    shared_engine.record(recorder)
-    scheduler.hub.work.policy.limits = limits
-    scheduler.hub.executor.interrupted = scheduler.hub.events.pending
+    logged = LoggedEngine(shared_engine, tmp_path / "events.jsonl", comparison)
+    yield logged
+    try:
+        logged.compare()
+    finally:
+        shared_engine.record(recorder)
+        scheduler.hub.work.policy.limits = limits
+        scheduler.hub.executor.interrupted = scheduler.hub.events.pending
     shared_engine.run()
     shared_engine.assert_clean()
 
@@ -83,10 +114,10 @@ def logged(shared_engine: PrefillEngine, tmp_path: Path) -> Iterator[LoggedEngin
 def test_requests_that_are_refused_at_the_door_fail_with_the_reason(
     logged: LoggedEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    logged.engine.submit("longer than the context", prompt(1, 70_000))
+    logged.submit("longer than the context", prompt(1, 70_000))
     for limit in ("max_input_len", "max_total_num_tokens"):  # of SGLang 0.5.23, of 0.5.22
         monkeypatch.setattr(logged.scheduler.disagg_prefill_bootstrap_queue, limit, 99, raising=False)
-    logged.engine.submit("longer than the KV cache", prompt(1, 100))
+    logged.submit("longer than the KV cache", prompt(1, 100))
     monkeypatch.setattr(logged.scheduler, "abort_on_priority_when_disabled", True)
     with_priority = generate_request("with a priority", prompt(1, 20), 1)
     with_priority.priority = 1
@@ -135,10 +166,10 @@ def test_a_task_that_is_dropped_and_a_member_that_leaves_a_batch_end_as_aborted(
     scheduler = logged.scheduler
     scheduler.hub.work.policy.limits = Limits(max_suspended=16, max_batch_tokens=500)
     scheduler.hub.executor.interrupted = lambda: True
-    logged.engine.submit("is dropped", prompt(1, 600), ttft_slo_s=5.0)
+    logged.submit("is dropped", prompt(1, 600), ttft_slo_s=5.0)
     logged.engine.turn()
     for rid in ("stays", "leaves"):
-        logged.engine.submit(rid, prompt(2, 100), ttft_slo_s=1.0)
+        logged.submit(rid, prompt(2, 100), ttft_slo_s=1.0)
     logged.engine.turn()
     assert [task.rids for task in scheduler.hub.work.tasks.live] == [["is dropped"], ["stays", "leaves"]]
     logged.engine.abort("leaves")
@@ -150,7 +181,7 @@ def test_a_task_that_is_dropped_and_a_member_that_leaves_a_batch_end_as_aborted(
 def test_a_request_that_fails_while_its_prefill_runs_ends_once(logged: LoggedEngine) -> None:
     scheduler = logged.scheduler
     scheduler.hub.executor.interrupted = lambda: True
-    logged.engine.submit("fails", prompt(1, 600))
+    logged.submit("fails", prompt(1, 600))
     logged.engine.turn()
     [task] = scheduler.hub.work.tasks.live
     scheduler.handle_bootstrap_failure(task.batch.reqs[0])
@@ -164,7 +195,7 @@ def test_a_forward_pass_that_raises_ends_its_requests_but_those_that_have_left(l
     try:
         scheduler.hub.executor.interrupted = lambda: True
         for rid in ("raises", "leaves"):
-            engine.submit(rid, [*prompt(1, 60), MARKER], ttft_slo_s=100.0)
+            logged.submit(rid, [*prompt(1, 60), MARKER], ttft_slo_s=100.0)
         engine.turn()
         [task] = scheduler.hub.work.tasks.live
         engine.abort("leaves")
@@ -179,9 +210,26 @@ def test_a_forward_pass_that_raises_ends_its_requests_but_those_that_have_left(l
     assert engine.answers["raises"].req.finished_reason.to_json()["message"].startswith(failure.reason)
 
 
+def test_requests_can_be_run_before_they_start_and_leave_when_their_kv_cache_is_sent(logged: LoggedEngine) -> None:
+    req = logged.queued("is sent")
+    logged.engine.turn()
+    assert {event.kind for event in logged.events()} == {"arrival"}, "its decode server has no place for it yet"
+    req.disagg_kv_sender.conclude_state = None
+    logged.submit("HEALTH_CHECK_1", prompt(1, 1))
+    logged.engine.run()
+    kinds: dict[str, list[str]] = {"is sent": [], "HEALTH_CHECK_1": []}
+    for event in logged.events():
+        for rid in [event.rid] if isinstance(event, Arrival | Ready | Leave) else event.rids:
+            kinds[rid].append(event.kind)
+    assert kinds == {
+        "is sent": ["arrival", "ready", "start", "complete", "leave"],
+        "HEALTH_CHECK_1": ["start", "complete"],
+    }
+
+
 def test_health_checks_run_without_an_arrival(logged: LoggedEngine) -> None:
-    logged.engine.submit("HEALTH_CHECK_1", prompt(1, 1))
-    logged.engine.submit("request", prompt(1, 20))
+    logged.submit("HEALTH_CHECK_1", prompt(1, 1))
+    logged.submit("request", prompt(1, 20))
     logged.engine.run()
     events = logged.events()
     assert [event.rid for event in events if event.kind == "arrival"] == ["request"]
@@ -205,10 +253,10 @@ def test_a_request_that_leaves_on_a_way_nobody_thought_of_ends_within_a_second(l
 
 
 def test_busy_time_of_a_mix_is_the_time_in_which_somebody_waited(logged: LoggedEngine) -> None:
-    logged.engine.submit("refused", prompt(1, 70_000))
+    logged.submit("refused", prompt(1, 70_000))
     logged.queued("fails", KVPoll.Failed)
     for number in range(5):
-        logged.engine.submit(f"mix {number}", prompt(number, 300), ttft_slo_s=1.0 + number)
+        logged.submit(f"mix {number}", prompt(number, 300), ttft_slo_s=1.0 + number)
     logged.waiting("leaves")
     logged.engine.abort("leaves")
     logged.engine.run()

@@ -127,6 +127,7 @@ def test_the_tensors_of_a_forward_pass_that_failed_are_freed(engine: PrefillEngi
 
 def test_what_fails_before_the_model_runs_fails_its_task_alone(
     engine: PrefillEngine,
+    comparison: Comparison,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The plan of an attention backend, for one."""
@@ -140,12 +141,15 @@ def test_what_fails_before_the_model_runs_fails_its_task_alone(
 
     monkeypatch.setattr(backend, "init_forward_metadata", plan_or_fail)
     engine.scheduler.hub.executor.interrupted = lambda: True
-    engine.submit("good", prompt(1, 900), ttft_slo_s=50.0)
+    engine.submit("good", prompt(1, 900), ttft_slo_s=50.0, logprobs=True)
     engine.turn()
     engine.submit("bad", prompt(2, 123), ttft_slo_s=0.5)
     engine.run()
     assert engine.answers["bad"].aborted
-    assert engine.answers["good"].token is not None
+    good = engine.answers["good"]
+    comparison.answer("good", prompt(1, 900), [good.token], [good.logprob])
+    comparison.assert_same()
+    assert comparison.counts["log probabilities"] == 1
     engine.assert_clean()
 
 

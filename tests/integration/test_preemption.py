@@ -32,6 +32,13 @@ def rounds(engine: PrefillEngine, comparison: Comparison) -> Iterator[Rounds]:
     rounds.close()
 
 
+def assert_compared(rounds: Rounds, answers: int) -> None:
+    """So many answers were compared, each with its log probability and its KV cache, and none differs."""
+    rounds.comparison.assert_same()
+    counts = rounds.comparison.counts
+    assert counts["answers"] == counts["log probabilities"] == counts["KV caches"] == answers
+
+
 def test_a_mix_that_is_suspended_all_the_time_gets_the_answers_of_transformers(
     engine: PrefillEngine, rounds: Rounds
 ) -> None:
@@ -76,7 +83,9 @@ def test_log_probabilities_of_a_long_prompt_are_computed_in_the_chunks_that_its_
     engine.run()
     assert max(rows) == scheduler.hub.work.memory.activations.logits_chunk_tokens == 2048
     assert sum(rows) >= 5000
-    comparison.inputs("long", tokens, engine.answers["long"].input_logprobs[1:])
+    answer = engine.answers["long"]
+    comparison.answer("long", tokens, [answer.token], [answer.logprob])
+    comparison.inputs("long", tokens, answer.input_logprobs[1:])
     comparison.assert_same()
     assert comparison.counts["log probabilities of prompts"] == 4999
     engine.assert_clean()
@@ -133,10 +142,10 @@ def test_a_grammar_that_is_compiled_during_a_prefill_interrupts_it(
 
     monkeypatch.setattr(backend, "_init_value_dispatch", compile_late)
     short, long = prompt(2, 20), prompt(1, 8000)
-    constrained = generate_request("constrained", short, 1, ttft_slo_s=20.0)
+    constrained = generate_request("constrained", short, 1, ttft_slo_s=20.0, logprobs=True)
     constrained.sampling_params.regex = "[a-z]+"
     engine.receive(constrained)
-    engine.submit("long", long, ttft_slo_s=100.0)
+    engine.submit("long", long, ttft_slo_s=100.0, logprobs=True)
     threading.Timer(0.1, may_end.set).start()
     while not may_end.is_set() or scheduler.grammar_manager.has_waiting_grammars():
         assert engine.turn()
@@ -145,13 +154,13 @@ def test_a_grammar_that_is_compiled_during_a_prefill_interrupts_it(
     assert list(engine.answers) == ["constrained", "long"]
     assert not engine.answers["constrained"].aborted
     rounds.compare("long", long)
-    rounds.compare_kv("constrained", short)  # its token is the grammar's
-    rounds.comparison.assert_same()
+    rounds.compare("constrained", short, pattern="[a-z]+")
+    assert_compared(rounds, 2)
     engine.assert_clean()
 
 
 def test_a_start_does_not_wait_for_grammars_that_are_being_compiled(
-    engine: PrefillEngine, monkeypatch: pytest.MonkeyPatch
+    engine: PrefillEngine, rounds: Rounds, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     grammars = engine.scheduler.grammar_manager
     compile_it, may_end = grammars.grammar_backend._init_value_dispatch, threading.Event()
@@ -162,10 +171,10 @@ def test_a_start_does_not_wait_for_grammars_that_are_being_compiled(
 
     monkeypatch.setattr(grammars.grammar_backend, "_init_value_dispatch", compile_late)
     monkeypatch.setattr(grammars, "SGLANG_GRAMMAR_POLL_INTERVAL", 5.0)
-    constrained = generate_request("constrained", prompt(2, 20), 1, ttft_slo_s=20.0)
+    constrained = generate_request("constrained", prompt(2, 20), 1, ttft_slo_s=20.0, logprobs=True)
     constrained.sampling_params.regex = "[a-c]+"
     engine.receive(constrained)
-    engine.submit("urgent", prompt(1, 20), ttft_slo_s=1.0)
+    engine.submit("urgent", prompt(1, 20), ttft_slo_s=1.0, logprobs=True)
     started_s = time.monotonic()
     while "urgent" not in engine.answers:
         engine.turn()
@@ -174,18 +183,21 @@ def test_a_start_does_not_wait_for_grammars_that_are_being_compiled(
     may_end.set()
     engine.run()
     assert not engine.answers["constrained"].aborted
+    rounds.compare("urgent", prompt(1, 20))
+    rounds.compare("constrained", prompt(2, 20), pattern="[a-c]+")
+    assert_compared(rounds, 2)
     engine.assert_clean()
 
 
 def test_the_policy_sees_all_requests_however_many_and_the_urgent_one_that_comes_last_runs_first(
-    engine: PrefillEngine,
+    engine: PrefillEngine, rounds: Rounds
 ) -> None:
     scheduler = engine.scheduler
     count = 5000
     assert count > 4096 > 2 * scheduler.max_running_requests
     for i in range(count):
         engine.submit(f"w{i}", prompt(i, 8), ttft_slo_s=1000.0)
-    engine.submit("urgent", prompt(7, 9), ttft_slo_s=2.0)
+    engine.submit("urgent", prompt(7, 9), ttft_slo_s=2.0, logprobs=True)
     scheduler.hub.look()
     waiting = {job.item.req.rid for job in scheduler.hub.work.policy.first_waiting(time.monotonic(), count + 1)}
     assert len(waiting) == count + 1
@@ -194,27 +206,55 @@ def test_the_policy_sees_all_requests_however_many_and_the_urgent_one_that_comes
     assert scheduler.hub.work.tasks.started
     assert "urgent" not in {req.rid for req in scheduler.waiting_queue}
     assert len(scheduler.waiting_queue) == count
-    for rid in waiting:
+    for rid in waiting - {"urgent"}:
         engine.abort(rid)
     engine.run()
+    rounds.compare("urgent", prompt(7, 9))
+    assert_compared(rounds, 1)
+    engine.assert_clean()
+
+
+def test_a_metadata_buffer_goes_to_the_next_request_in_the_look_that_frees_it(
+    engine: PrefillEngine, rounds: Rounds
+) -> None:
+    """A server that looked for a buffer before it freed those of ended transfers would sleep with one free."""
+    scheduler = engine.scheduler
+    buffers = scheduler.req_to_metadata_buffer_idx_allocator
+    taken = [buffers.alloc() for _ in range(buffers.available_size() - 1)]
+    prompts = {"first": prompt(81, 200), "second": prompt(82, 300)}
+    try:
+        for rid, tokens in prompts.items():
+            engine.submit(rid, tokens, logprobs=True)
+        while not scheduler.disagg_prefill_inflight_queue:
+            assert engine.turn()
+        assert [req.rid for req in scheduler.disagg_prefill_inflight_queue] == ["first"]
+        assert [req.rid for req in scheduler.disagg_prefill_bootstrap_queue.queue] == ["second"]
+        assert buffers.available_size() == 0
+        scheduler.hub.look()
+        assert not scheduler.disagg_prefill_inflight_queue
+        assert [job.item.req.rid for job in scheduler.hub.work.policy.first_waiting(0.0, 9)] == ["second"]
+        engine.run()
+    finally:
+        for buffer in taken:
+            buffers.free(buffer)
+    for rid, tokens in prompts.items():
+        rounds.compare(rid, tokens)
+    assert_compared(rounds, len(prompts))
     engine.assert_clean()
 
 
 def test_other_weights_do_not_meet_a_prefill_that_has_started(
-    engine: PrefillEngine, monkeypatch: pytest.MonkeyPatch
+    engine: PrefillEngine, rounds: Rounds, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from sglang.srt.managers.io_struct import UpdateWeightFromDiskReqInput
 
     scheduler = engine.scheduler
-    tokens = prompt(41, 900)
-    engine.submit("alone", tokens)
-    engine.run()
-    assert scheduler.flush_cache()
+    prompts = {"suspended": prompt(41, 900), "running": prompt(42, 500)}
     scheduler.hub.executor.interrupted = lambda: True
     scheduler.hub.work.policy.limits = Limits(max_suspended=100, max_batch_tokens=1)
-    engine.submit("suspended", tokens, ttft_slo_s=50.0)
+    engine.submit("suspended", prompts["suspended"], ttft_slo_s=50.0, logprobs=True)
     engine.turn()
-    engine.submit("running", prompt(42, 500), ttft_slo_s=5.0)
+    engine.submit("running", prompts["running"], ttft_slo_s=5.0, logprobs=True)
     engine.turn()
     model = scheduler.tp_worker.model_runner.model
     live: list[int] = []
@@ -233,7 +273,9 @@ def test_other_weights_do_not_meet_a_prefill_that_has_started(
         for parameter in model.parameters():
             parameter.data.neg_()
     assert live == [0]
-    assert engine.answers["suspended"].token == engine.answers["alone"].token
+    for rid, tokens in prompts.items():
+        rounds.compare(rid, tokens)
+    assert_compared(rounds, 2)
     engine.assert_clean()
 
 
@@ -257,9 +299,9 @@ def test_a_client_that_leaves_frees_its_work_at_the_next_checkpoint(engine: Pref
     engine.submit("running", prompt(2, 1000), ttft_slo_s=5.0)
     engine.turn()
     engine.submit("waiting", prompt(3, 3000), ttft_slo_s=60.0)
-    engine.submit("other", prompt(4, 300), ttft_slo_s=100.0)
+    engine.submit("other", prompt(4, 300), ttft_slo_s=100.0, logprobs=True)
     engine.turn()
-    states = {task.rids[0]: task.checkpoint for task in scheduler.hub.work.tasks.live}
+    states = {task.rids[0]: task.operators_passed for task in scheduler.hub.work.tasks.live}
     assert set(states) == {"suspended", "running"}
     assert scheduler.hub.work.tasks.running.rids == ["running"]
     before = scheduler.token_to_kv_pool_allocator.available_size()
@@ -270,7 +312,7 @@ def test_a_client_that_leaves_frees_its_work_at_the_next_checkpoint(engine: Pref
     assert {task.rids[0] for task in scheduler.hub.work.tasks.live} <= {"other"}
     engine.run()
     rounds.compare("other", prompt(4, 300))
-    rounds.comparison.assert_same()
+    assert_compared(rounds, 1)
     assert engine.answers["suspended"].aborted
     assert engine.answers["running"].aborted
     engine.assert_clean()
@@ -302,7 +344,7 @@ def test_who_leaves_a_batch_in_which_another_stays_is_freed_with_its_result(
     assert cached <= len(shared), "the KV cache of a request that has left is a cached prefix"
     rounds.compare("m2", prompts["m2"])
     rounds.compare("again", prompts["m3"])
-    rounds.comparison.assert_same()
+    assert_compared(rounds, 2)
     engine.assert_clean()
 
 
@@ -337,14 +379,14 @@ def test_a_hybrid_models_state_is_copied_when_a_prefill_starts_and_not_while_it_
         init(req, tree_cache, cow_mamba)
 
     monkeypatch.setattr(Req, "init_next_round_input", watched)
-    engine.submit("waits", prompt(1, 200))
+    engine.submit("waits", prompt(1, 200), logprobs=True)
     scheduler.hub.look()
     assert [job.item.req.rid for job in scheduler.hub.work.policy.first_waiting(0.0, 10)] == ["waits"]
     assert copies == [("waits", False)]
     engine.run()
     assert copies == [("waits", False), ("waits", True)]
     rounds.compare("waits", prompt(1, 200))
-    rounds.comparison.assert_same()
+    assert_compared(rounds, 1)
     engine.assert_clean()
 
 
@@ -370,11 +412,11 @@ def test_each_batch_is_prepared_once_before_its_forward_pass(
     monkeypatch.setattr(scheduler, "enable_staging", True)
     monkeypatch.setattr(scheduler, "maybe_prefetch_staging_for_batch", staged.append)
     monkeypatch.setattr(scheduler, "run_batch", checked)
-    engine.submit("only", prompt(1, 200))
+    engine.submit("only", prompt(1, 200), logprobs=True)
     engine.run()
     assert len(prepared) == 1
     rounds.compare("only", prompt(1, 200))
-    rounds.comparison.assert_same()
+    assert_compared(rounds, 1)
     engine.assert_clean()
 
 
@@ -388,7 +430,7 @@ def test_a_pause_lets_started_prefills_finish_and_the_others_wait(engine: Prefil
     for (rid, tokens), slo_s in zip(prompts.items(), (50.0, 5.0, 100.0), strict=True):
         if rid != "suspended":
             engine.turn()
-        engine.submit(rid, tokens, ttft_slo_s=slo_s)
+        engine.submit(rid, tokens, ttft_slo_s=slo_s, logprobs=True)
     engine.turn()
     engine.receive(PauseGenerationReqInput(mode="in_place"))
     assert not engine.turn()
@@ -398,17 +440,19 @@ def test_a_pause_lets_started_prefills_finish_and_the_others_wait(engine: Prefil
     engine.run()
     for rid, tokens in prompts.items():
         rounds.compare(rid, tokens)
-    rounds.comparison.assert_same()
+    assert_compared(rounds, len(prompts))
     engine.assert_clean()
 
 
-def test_a_prefix_that_is_cached_meanwhile_makes_the_requests_that_wait_cheaper(engine: PrefillEngine) -> None:
+def test_a_prefix_that_is_cached_meanwhile_makes_the_requests_that_wait_cheaper(
+    engine: PrefillEngine, rounds: Rounds
+) -> None:
     scheduler = engine.scheduler
     scheduler.hub.work.policy.limits = Limits(max_suspended=100, max_batch_tokens=1)
     shared = prompt(31, 640)
-    for number in range(4):
-        engine.submit(f"{number}", [*shared, *prompt(40 + number, 100)], ttft_slo_s=20.0)
-    engine.submit("alone", prompt(50, 740), ttft_slo_s=30.0)
+    prompts = {f"{number}": [*shared, *prompt(40 + number, 100)] for number in range(4)} | {"alone": prompt(50, 740)}
+    for rid, tokens in prompts.items():
+        engine.submit(rid, tokens, ttft_slo_s=30.0 if rid == "alone" else 20.0, logprobs=True)
     scheduler.hub.look()
     before_s = {job.item.req.rid: job.remaining_s for job in scheduler.hub.work.policy.first_waiting(0.0, 9)}
     assert len(before_s) == 5
@@ -426,16 +470,21 @@ def test_a_prefix_that_is_cached_meanwhile_makes_the_requests_that_wait_cheaper(
         assert cheaper == (job.item.req.rid != "alone")
     engine.run()
     assert len(engine.answers) == 5
+    for rid, tokens in prompts.items():
+        rounds.compare(rid, tokens)
+    assert_compared(rounds, len(prompts))
+    assert rounds.seen["answers with a cached prefix"] == 3
     engine.assert_clean()
 
 
-def test_a_request_about_to_start_is_matched_before_it_is_judged(engine: PrefillEngine) -> None:
+def test_a_request_about_to_start_is_matched_before_it_is_judged(engine: PrefillEngine, rounds: Rounds) -> None:
     """What another could be started for, had its price not dropped at the same event."""
     scheduler = engine.scheduler
     scheduler.hub.work.policy.limits = Limits(max_suspended=100, max_batch_tokens=1)
     shared = prompt(61, 640)
-    for number in range(4):
-        engine.submit(f"{number}", [*shared, *prompt(70 + number, 100)], ttft_slo_s=20.0 + number)
+    prompts = {f"{number}": [*shared, *prompt(70 + number, 100)] for number in range(4)}
+    for number, (rid, tokens) in enumerate(prompts.items()):
+        engine.submit(rid, tokens, ttft_slo_s=20.0 + number, logprobs=True)
     scheduler.hub.look()
     while not engine.answers:
         engine.turn()
@@ -444,4 +493,8 @@ def test_a_request_about_to_start_is_matched_before_it_is_judged(engine: Prefill
     chosen = scheduler.hub.choose()
     assert [job.item.shape.cached_tokens // 64 for job in chosen] == [10]
     engine.run()
+    for rid, tokens in prompts.items():
+        rounds.compare(rid, tokens)
+    assert_compared(rounds, len(prompts))
+    assert rounds.seen["answers with a cached prefix"] == 3
     engine.assert_clean()

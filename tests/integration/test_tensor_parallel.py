@@ -6,6 +6,7 @@ import random
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,7 +14,7 @@ from sgl_flowprefill.model import embedded_model_path
 from tests.engine import generate_request
 from tests.integration.conftest import TWO_HEADS
 from tests.prompts import prompt
-from tests.ranks import ALONE, Chaos, Ranks, note_matches
+from tests.ranks import ALONE, OFFER_TASKS, Chaos, Ranks, note_matches, offer_models
 from tests.reference import Comparison, Reference
 
 SHARED = prompt(99, 300)
@@ -35,10 +36,15 @@ def comparison(two_heads: Reference) -> Iterator[Comparison]:
     print(f"\n{comparison}")
 
 
+def prepare(scheduler: Any, rank: int) -> None:
+    note_matches(scheduler, rank)
+    offer_models(scheduler, rank)
+
+
 @pytest.fixture(scope="module")
 def ranks(model_path: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
     chaos = Chaos(seed=1, switch_probability=0.9)
-    with Ranks(model_path, 2, tmp_path_factory.mktemp("two"), chaos, prepare=note_matches) as two:
+    with Ranks(model_path, 2, tmp_path_factory.mktemp("two"), chaos, prepare=prepare) as two:
         yield two
 
 
@@ -58,8 +64,10 @@ def test_two_ranks_that_are_preempted_all_the_time_give_the_answers_and_kv_of_tr
 
 @pytest.mark.parametrize(
     ("pass_probabilities", "nodes"),
-    [((0.9, 0.02), 1), ((0.02, 0.9), 2)],
-    ids=["follower late, one node", "rank 0 late, two nodes"],
+    [
+        pytest.param((0.9, 0.02), 1, id="follower late, one node", marks=pytest.mark.stress),
+        pytest.param((0.02, 0.9), 2, id="rank 0 late, two nodes"),
+    ],
 )
 def test_results_that_come_at_different_times_are_processed_at_the_same(
     model_path: str, comparison: Comparison, tmp_path: Path, pass_probabilities: tuple[float, float], nodes: int
@@ -98,6 +106,23 @@ def test_both_ranks_match_the_prompt_of_a_winner_again_when_more_of_it_has_been_
     about_to_start = [note["match"] for note in first if note.get("about to start")]
     print(f"\n{sum('match' in note for note in first)} matches, {len(about_to_start)} of them of winners")
     assert about_to_start
+
+
+def test_both_ranks_adopt_a_model_at_the_same_operator_of_the_same_task(ranks: Ranks, comparison: Comparison) -> None:
+    before = len(ranks.adoptions(0))
+    prompts = {f"adopt-{rid}": tokens for rid, tokens in PROMPTS.items()}
+    for rid, tokens in prompts.items():
+        ranks.submit(rid, tokens, ttft_slo_s=100.0)
+    ranks.finish(list(prompts))
+    ranks.compare(comparison, prompts)
+    first, second = ranks.adoptions(0), ranks.adoptions(1)
+    assert first == second
+    # A round may see several tasks started, and offers come one by one.
+    assert len(first) > before
+    assert all(note["started"] >= OFFER_TASKS for note in first)
+    assert len({note["predicts_s"] for note in first}) == len(first), "models that differ were adopted"
+    print(f"\n{len(first)} adoptions")
+    assert all(any(passed for _, passed in note["live"]) for note in first), "each beside a suspended prefill"
 
 
 def test_clients_that_leave_are_dropped_by_both_ranks(ranks: Ranks, comparison: Comparison) -> None:

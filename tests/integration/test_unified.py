@@ -1,20 +1,31 @@
-"""A server that prefills and decodes gives the answers of SGLang's own scheduler, whatever runs between what."""
+"""A server that prefills and decodes gives the answers of SGLang's own scheduler, whatever runs between what, and its
+event log has one end of every request, in every test here.
+"""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
-from contextlib import closing
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
 
 import pytest
 
+from sgl_flowprefill.bench.metrics.event_log import summarise_log
+from sgl_flowprefill.events import AnyEvent, Shed, Start, read_events
 from sgl_flowprefill.model import embedded_model_path
+from sgl_flowprefill.timeline import History
 from tests import unified_scenarios as scenarios
+from tests.exploring import serve_and_explore
+from tests.faults import FAULTS
 from tests.prompts import prompt
 from tests.remote import Remote
 from tests.unified_asks import Ask, asks, without_penalties
 from tests.unified_comparison import Stock, StockComparison
-from tests.unified_engine import StockEngine, UnifiedEngine
+from tests.unified_engine import StockEngine, UnifiedEngine, flush_log, log_to, reports_of
 from tests.unified_rounds import Rounds, play_and_flush
 
 ASKS = asks(60, seed=3)
@@ -30,26 +41,112 @@ def stock() -> Iterator[Stock]:
 
 
 @pytest.fixture(scope="module")
-def unified() -> Iterator[Remote]:
-    remote = Remote(UnifiedEngine, str(embedded_model_path()))
-    yield remote
-    remote.close()
+def unified_engine() -> Iterator[Remote]:
+    with closing(Remote(UnifiedEngine, str(embedded_model_path()))) as remote:
+        yield remote
 
 
 @pytest.fixture(scope="module")
-def small() -> Iterator[Remote]:
+def small_engine() -> Iterator[Remote]:
+    with closing(Remote(UnifiedEngine, str(embedded_model_path()), max_total_tokens=SMALL_POOL_TOKENS)) as remote:
+        yield remote
+
+
+@pytest.fixture(scope="module")
+def tight_engine() -> Iterator[Remote]:
+    with closing(Remote(UnifiedEngine, str(embedded_model_path()), max_total_tokens=scenarios.TIGHT_TOKENS)) as remote:
+        yield remote
+
+
+@pytest.fixture
+def event_log(tmp_path: Path) -> Path:
+    return tmp_path / "events.jsonl"
+
+
+@contextmanager
+def logged(remote: Remote, event_log: Path) -> Iterator[Remote]:
+    """``remote``, whose event log has an end of each request that has arrived and tells what answers have told, when
+    a test is done with it.
+    """
+    remote.call(log_to, event_log)
+    yield remote
+    events = events_of(remote, event_log)
+    ends_of(events)
+    assert summarise_log(events).without_end == 0
+    reports, still_to_say = remote.call(reports_of)
+    assert still_to_say == 0
+    assert_told(events, reports)
+
+
+def assert_told(events: list[AnyEvent], reports: Mapping[str, list[dict[str, Any] | None]]) -> None:
+    """Answers have said of their requests what the event log says, read as a whole. Requests that are refused past the
+    output streamer have no answer that could say so.
+    """
+    logged = defaultdict(list)
+    for request in History.of(events).requests:
+        logged[request.rid].append(request)
+    assert reports.keys() == logged.keys()
+    for rid, requests in logged.items():
+        for request, told in zip(requests, reports[rid], strict=True):
+            if told is None:
+                continue
+            arrival, course, suspended = (
+                request.arrival,
+                request.course,
+                [part for task in request.tasks for part in task.parts if part.what == "suspended"],
+            )
+            assert (told["ttft_slo_s"], told["slo_class"]) == (arrival.ttft_slo_s, arrival.slo_class)
+            assert (told["met"], told["cause"]) == (request.verdict.met, request.verdict.cause)
+            assert told["predicted_s"] == course.alone_s
+            assert told["suspensions"] == sum(task.suspensions for task in request.tasks)
+            assert told["suspended_s"] == pytest.approx(sum(part.end_s - part.begin_s for part in suspended), abs=2e-6)
+            if request.first_token_s is None:
+                assert told["ttft_s"] is None
+            else:
+                assert told["ttft_s"] == pytest.approx(request.first_token_s - arrival.received_s, abs=2e-6)
+
+
+@pytest.fixture
+def unified(unified_engine: Remote, event_log: Path) -> Iterator[Remote]:
+    with logged(unified_engine, event_log) as remote:
+        yield remote
+
+
+@pytest.fixture
+def small(small_engine: Remote, event_log: Path) -> Iterator[Remote]:
     """Barely enough KV cache."""
-    remote = Remote(UnifiedEngine, str(embedded_model_path()), max_total_tokens=SMALL_POOL_TOKENS)
-    yield remote
-    remote.close()
+    with logged(small_engine, event_log) as remote:
+        yield remote
 
 
-@pytest.fixture(scope="module")
-def tight() -> Iterator[Remote]:
+@pytest.fixture
+def tight(tight_engine: Remote, event_log: Path) -> Iterator[Remote]:
     """Not enough KV cache, if it is not given to the right ones."""
-    remote = Remote(UnifiedEngine, str(embedded_model_path()), max_total_tokens=scenarios.TIGHT_TOKENS)
-    yield remote
-    remote.close()
+    with logged(tight_engine, event_log) as remote:
+        yield remote
+
+
+def events_of(remote: Remote, event_log: Path) -> list[AnyEvent]:
+    """All that has happened in a test so far."""
+    remote.call(flush_log)
+    return list(read_events(event_log))
+
+
+def ends_of(events: list[AnyEvent]) -> dict[str, str]:
+    """Kind of the last end of each request. Each arrival has one end, which comes after it, and nothing else has."""
+    under_way: set[str] = set()
+    ends: dict[str, str] = {}
+    for event in events:
+        if event.kind == "arrival":
+            assert event.rid not in under_way, f"{event.rid} arrives twice"
+            under_way.add(event.rid)
+        elif event.kind in ("complete", "abort", "fail"):
+            for rid in event.rids:
+                assert rid in under_way, f"{rid} ends with {event.kind}, and has ended or not arrived"
+                under_way.remove(rid)
+                ends[rid] = event.kind
+    assert not under_way, f"no end of {under_way} in the log"
+    return ends
 
 
 @pytest.fixture
@@ -73,7 +170,7 @@ def test_the_policy_serves_requests_of_all_kinds(unified: Remote, comparison: St
     assert {0, 1} <= {ask.max_new_tokens for ask in asked.values()}
 
 
-def test_stop_strings_and_stop_tokens_end_answers_where_they_do_on_sglang(
+def test_stop_tokens_end_answers_where_they_do_on_sglang(
     unified: Remote, comparison: StockComparison, stock: Stock
 ) -> None:
     """Each request is asked to stop at what it says itself."""
@@ -86,6 +183,56 @@ def test_stop_strings_and_stop_tokens_end_answers_where_they_do_on_sglang(
     comparison.compare(asked, played.answers)
     comparison.assert_same()
     assert all(answer.reason == "stop" for answer in played.answers.values())
+
+
+def test_stop_strings_end_answers_where_they_do_on_sglang(
+    unified: Remote, comparison: StockComparison, stock: Stock
+) -> None:
+    """Each request is asked to stop at some characters of what it says itself, whatever tokens they are in."""
+    plain = [Ask(tuple(prompt(610 + i, 90 + 80 * i)), 24, (("ignore_eos", True),)) for i in range(6)]
+    answers = stock.answers(plain)
+    texts = stock.call(scenarios.texts, [answers[ask].tokens for ask in plain])
+    asked = {}
+    for i, (ask, text) in enumerate(zip(plain, texts, strict=True)):
+        begin = len(text) // 3 + i
+        asked[f"w{i}"] = Ask(ask.prompt, 24, (("ignore_eos", True), ("stop", text[begin : begin + 5])))
+    played = unified.call(scenarios.serve, asked)
+    comparison.compare(asked, played.answers)
+    comparison.assert_same()
+    for rid, ask in asked.items():
+        answer = played.answers[rid]
+        assert (answer.reason, answer.detail) == ("stop", dict(ask.sampling)["stop"])
+        assert len(answer.tokens) < 24
+
+
+def test_requests_that_sglang_refuses_get_its_words_and_its_status(
+    unified: Remote, comparison: StockComparison
+) -> None:
+    asked = {
+        "too long": Ask(tuple(prompt(630, 70_000))),
+        "log probabilities of no token": Ask(tuple(prompt(631, 50)), inputs_from=60),
+        "fine": Ask(tuple(prompt(633, 50))),
+    }
+    played = unified.call(scenarios.serve, asked)
+    comparison.compare(asked, played.answers)
+    comparison.assert_same()
+    assert comparison.counts["refusals"] == 2
+    ends = {rid: (answer.reason, answer.status, answer.tokens) for rid, answer in played.answers.items()}
+    assert ends.pop("fine")[0] != "abort"
+    assert set(ends.values()) == {("abort", 400, ())}, played.answers
+
+
+def test_the_second_turn_of_a_chat_finds_the_decoded_tokens_of_the_first_in_the_cache(
+    unified: Remote, comparison: StockComparison, stock: Stock
+) -> None:
+    played, asked = unified.call(scenarios.chat)
+    comparison.compare(asked, played.answers)
+    comparison.assert_same()
+    assert played.seen["beside: suspended"] == 1, dict(played.seen)
+    cached_tokens = played.answers["second"].cached_tokens
+    assert cached_tokens == stock.call(scenarios.chat_alone).cached_tokens
+    # Nothing was computed of the last token, behind which no other one was asked for.
+    assert cached_tokens == len(scenarios.FIRST_TURN.prompt) + scenarios.FIRST_TURN.max_new_tokens - 1
 
 
 @pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.stress) for seed in (1, 2))])
@@ -106,19 +253,35 @@ def test_steps_and_suspensions_at_random_points_change_no_answer(
 def test_rounds_of_steps_suspensions_and_aborts_change_no_answer(unified: Remote, comparison: StockComparison) -> None:
     rounds = Rounds(unified, comparison, ASKS)
     rounds.run(6)
+    for number in range(6, 30):
+        if rounds.seen["steps inside prefills"] >= 100:  # how many fit into a round depends on the machine's speed
+            break
+        rounds.run(1, first=number)
     print(rounds)
     assert rounds.seen["steps inside prefills"] >= 100
     assert comparison.counts["aborts"] >= 3
     assert comparison.counts["log probabilities of prompts"] >= 300
 
 
+@pytest.mark.stress
+def test_rounds_of_steps_whose_tokens_come_late_change_no_answer(unified: Remote, comparison: StockComparison) -> None:
+    """While a step is in flight, prefills start, run and end, and requests are aborted."""
+    rounds = Rounds(unified, comparison, ASKS, late=True)
+    rounds.run(4, first=300)
+    print(rounds)
+    assert rounds.seen["steps behind which prefills ran"] >= 50
+    assert rounds.seen["prefills that ended while a step was in flight"] >= 3
+    assert comparison.counts["aborts"] >= 2
+    assert comparison.counts["answers"] >= 15
+
+
 def test_rounds_with_barely_enough_kv_cache_give_prefills_back_and_change_no_answer(
     small: Remote, comparison: StockComparison
 ) -> None:
     rounds = Rounds(small, comparison, SMALL_ASKS)
-    rounds.run(6, first=100)
+    rounds.run(4, first=100)
     print(rounds)
-    assert comparison.counts["answers"] >= 20
+    assert comparison.counts["answers"] >= 12
 
 
 @pytest.mark.stress
@@ -130,7 +293,7 @@ def test_streams_that_are_retracted_all_the_time_get_the_same_answers(comparison
         rounds = Rounds(remote, comparison, without_penalties(SMALL_ASKS))
         rounds.run(4, first=200)
     print(rounds)
-    assert rounds.seen["retractions"] >= 10
+    assert rounds.seen["retractions"] >= rounds.seen["retractions told"] >= 10
 
 
 # ---- decode steps beside prefills ------------------------------------------------------------------------------------
@@ -158,7 +321,7 @@ def test_a_prefill_gives_its_kv_cache_to_streams_and_no_stream_is_retracted(
     comparison.compare(scenarios.GROWING | scenarios.LATE, played.answers)
     comparison.assert_same()
     assert played.seen["given back"] == 1
-    assert played.seen["retractions"] == 0
+    assert played.seen["retractions"] == played.seen["retractions told"] == 0
 
 
 def test_admission_reserves_what_started_prefills_will_answer(tight: Remote, comparison: StockComparison) -> None:
@@ -168,12 +331,36 @@ def test_admission_reserves_what_started_prefills_will_answer(tight: Remote, com
     assert played.seen["given back"] == played.seen["retractions"] == 0
 
 
+# ---- overload --------------------------------------------------------------------------------------------------------
+
+
+def test_an_overloaded_server_refuses_what_may_be_refused_and_cannot_be_met_before_it_computes_any_of_it(
+    unified: Remote, comparison: StockComparison, event_log: Path
+) -> None:
+    played = unified.call(scenarios.shed)
+    refused = played.play.answers.pop("goes")
+    served = {rid: ask for rid, ask in played.asked.items() if rid != "goes"}
+    comparison.compare(served, played.play.answers)
+    comparison.assert_same()
+    events = events_of(unified, event_log)
+    assert ends_of(events) == dict.fromkeys(served, "complete") | {"goes": "fail"}
+    [shed] = [event for event in events if isinstance(event, Shed)]
+    assert (refused.reason, refused.status, shed.rid) == ("abort", 429, "goes")
+    assert f"Try again after {shed.retry_after_s} s" in refused.detail
+    assert shed.retry_after_s >= shed.backlog_s > 0
+    assert not any(isinstance(event, Start) and "goes" in event.rids for event in events)
+    assert played.counted["shed"] == 1
+
+
 # ---- aborts ----------------------------------------------------------------------------------------------------------
+
+
+PREFILL_HAS_RUN = ("joining", "decoding", "step in flight", "retracted")
 
 
 @pytest.mark.parametrize("state", scenarios.STATES)
 def test_an_abort_ends_a_request_in_any_state_and_harms_nobody(
-    unified: Remote, comparison: StockComparison, state: str
+    unified: Remote, comparison: StockComparison, event_log: Path, state: str
 ) -> None:
     played = unified.call(scenarios.abort_in, state)
     assert played.seen[state] == 1, dict(played.seen)
@@ -181,6 +368,10 @@ def test_an_abort_ends_a_request_in_any_state_and_harms_nobody(
     asked = {"stays": scenarios.STREAM} | ({"urgent": scenarios.URGENT} if state == "suspended" else {})
     comparison.compare(asked, played.answers)
     comparison.assert_same()
+    events = events_of(unified, event_log)
+    end = "complete" if state in PREFILL_HAS_RUN else "abort"
+    assert ends_of(events) == dict.fromkeys(asked, "complete") | {"goes": end}
+    assert ("give_back" in {event.kind for event in events}) == (state == "given back")
 
 
 def test_an_abort_of_all_ends_what_is_waiting_suspended_joining_and_decoding(unified: Remote) -> None:
@@ -190,30 +381,93 @@ def test_an_abort_of_all_ends_what_is_waiting_suspended_joining_and_decoding(uni
     assert len(played.answers) == 4
 
 
+# ---- prefills that fail ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fault", ["error", "memory"])
+def test_a_prefill_that_fails_ends_its_own_request_and_leaves_nothing_behind(
+    unified: Remote, comparison: StockComparison, event_log: Path, fault: str
+) -> None:
+    failed = unified.call(scenarios.fail, fault)
+    assert failed.play.seen["decoding"] == failed.play.seen["suspended"] == 1, dict(failed.play.seen)
+    assert_logged(failed, "bad", type(FAULTS[fault]()).__name__)
+    comparison.compare(failed.asked, failed.play.answers)
+    comparison.assert_same()
+    assert comparison.counts["answers"] == 3
+    assert comparison.counts["tokens"] == sum(ask.max_new_tokens for ask in failed.asked.values())
+    ends = ends_of(events_of(unified, event_log))
+    assert ends == dict.fromkeys(failed.asked, "complete") | {"bad": "fail"}
+
+
+def test_a_request_that_is_refused_fails_with_the_reason(unified: Remote, event_log: Path) -> None:
+    answer = unified.call(scenarios.refuse, "too long").answers["too long"]
+    assert (answer.reason, answer.status, answer.tokens) == ("abort", 400, ())
+    events = events_of(unified, event_log)
+    assert [event.kind for event in events] == ["arrival", "fail"], "and nothing is computed"
+    assert answer.detail.startswith(events[1].reason)
+
+
+def test_all_requests_of_a_batch_that_fails_are_answered_but_those_that_have_left(
+    unified: Remote, comparison: StockComparison
+) -> None:
+    failed = unified.call(scenarios.fail_in_a_batch)
+    assert failed.play.seen["requests of the batch"] == 3
+    for rid in ("bad0", "bad2"):
+        assert_logged(failed, rid, "ModelFault")
+    left = failed.play.answers["bad1"]
+    assert (left.reason, left.status) == ("abort", None)
+    comparison.compare(failed.asked, failed.play.answers)
+    comparison.assert_same()
+    assert comparison.counts["answers"] == 3
+
+
+def assert_logged(failed: scenarios.Failed, rid: str, error: str) -> None:
+    """The client of ``rid`` got a 500 with an id, under which the log has the traceback of ``error``."""
+    answer = failed.play.answers[rid]
+    assert (answer.reason, answer.status, answer.tokens) == ("abort", 500, ())
+    found = re.search(r"error ([0-9a-f]{12})", answer.detail)
+    assert found is not None, answer.detail
+    [line] = [line for line in failed.errors if found[1] in line]
+    assert rid in line
+    assert "Traceback" in line
+    assert error in line
+
+
 # ---- what SGLang asks of a scheduler ---------------------------------------------------------------------------------
 
 
+LATE = pytest.mark.parametrize("late", [False, True], ids=["", "step in flight"])
+
+
+@LATE
 @pytest.mark.parametrize("mode", ["in_place", "retract"])
 def test_nothing_runs_in_a_pause_and_all_go_on_after_it(
-    unified: Remote, comparison: StockComparison, mode: str
+    unified: Remote, comparison: StockComparison, event_log: Path, mode: str, late: bool
 ) -> None:
-    paused = unified.call(scenarios.pause, mode)
+    paused = unified.call(scenarios.pause, mode, late)
     comparison.compare(paused.asked, paused.play.answers)
     comparison.assert_same()
     assert paused.live == paused.answered == 0
     assert paused.unanswered >= 2
     assert paused.retracted == (paused.unanswered if mode == "retract" else 0)
+    assert ends_of(events_of(unified, event_log)) == dict.fromkeys(paused.asked, "complete")
 
 
-def test_a_flush_is_refused_while_a_prefill_is_suspended_or_joins(unified: Remote, comparison: StockComparison) -> None:
-    played, asked, flushed = unified.call(scenarios.flush_while_busy)
+@LATE
+def test_a_flush_is_refused_while_a_prefill_is_suspended_or_joins(
+    unified: Remote, comparison: StockComparison, late: bool
+) -> None:
+    played, asked, flushed = unified.call(scenarios.flush_while_busy, late)
     assert not flushed
     comparison.compare(asked, played.answers)
     comparison.assert_same()
 
 
-def test_other_weights_meet_no_prefill_that_has_started(unified: Remote, comparison: StockComparison) -> None:
-    played, asked, live = unified.call(scenarios.change_weights)
+@LATE
+def test_other_weights_meet_no_prefill_that_has_started(
+    unified: Remote, comparison: StockComparison, late: bool
+) -> None:
+    played, asked, live = unified.call(scenarios.change_weights, late)
     assert live == 0
     comparison.compare(asked, played.answers)
     comparison.assert_same()
@@ -224,5 +478,22 @@ def test_a_suspended_prefill_times_out(unified: Remote) -> None:
     assert (answer.reason, answer.status) == ("abort", 503)
 
 
-def test_started_prefills_and_joining_requests_are_load(unified: Remote) -> None:
-    assert unified.call(scenarios.loads) == {"running": 3, "waiting": 0, "in flight": 3}
+@LATE
+def test_started_prefills_and_joining_requests_are_load(unified: Remote, late: bool) -> None:
+    assert unified.call(scenarios.loads, late) == {"running": 3, "waiting": 0, "in flight": 3}
+
+
+# ---- exploration -----------------------------------------------------------------------------------------------------
+
+
+def test_shapes_that_are_explored_between_requests_change_no_answer(
+    unified: Remote, comparison: StockComparison
+) -> None:
+    asked = {f"e{i}": ask for i, ask in enumerate(ASKS[30:42])}
+    answers, state = unified.call(serve_and_explore, asked)
+    comparison.compare(asked, answers)
+    comparison.assert_same()
+    print(state)
+    assert comparison.counts["answers"] == len(asked)
+    assert state["explored"] >= len(asked) / 2
+    assert state["given_up"] >= 2

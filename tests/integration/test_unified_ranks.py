@@ -30,10 +30,20 @@ def comparison(two_heads: Reference) -> Iterator[Comparison]:
     print(f"\n{comparison}")
 
 
+@pytest.mark.parametrize(
+    "pass_probabilities",
+    [
+        None,
+        pytest.param((0.02, 0.9), id="rank 0 late", marks=pytest.mark.stress),
+        pytest.param((0.9, 0.02), id="follower late", marks=pytest.mark.stress),
+    ],
+)
 def test_two_ranks_with_steps_at_random_points_inside_suspended_prefills_give_the_answers_of_transformers(
-    comparison: Comparison, tmp_path: Path
+    comparison: Comparison, tmp_path: Path, pass_probabilities: tuple[float, float] | None
 ) -> None:
-    with UnifiedRanks(str(embedded_model_path(TWO_HEADS)), 2, tmp_path, Chaos(seed=2, switch_probability=0.7)) as ranks:
+    """Where each rank's device is late by itself, rank 0 says when the result of a step is processed, too."""
+    model_path, chaos = str(embedded_model_path(TWO_HEADS)), Chaos(seed=2, switch_probability=0.7)
+    with UnifiedRanks(model_path, 2, tmp_path, chaos, pass_probabilities=pass_probabilities) as ranks:
         asked = {f"{rid}-{i}": ask for i in range(2) for rid, ask in ASKED.items()}
         for rid, ask in asked.items():
             ranks.ask(rid, ask)
@@ -49,3 +59,12 @@ def test_two_ranks_with_steps_at_random_points_inside_suspended_prefills_give_th
         print(f"{inside} of {sum(event.kind == 'step' for event in events)} steps inside prefills")
         assert inside >= 20
         assert sum(event.kind == "give_back" for event in events) >= 3
+        if pass_probabilities is not None:
+            first, second = ranks.finishes(0), ranks.finishes(1)
+            same = ("step", "rids", "live")
+            assert [[note[key] for key in same] for note in first] == [[note[key] for key in same] for note in second]
+            assert all(note["arrived"] for note in first + second), "a result was processed before it had arrived"
+            steps = [note for note in first if note["step"]]
+            behind = sum(note["behind"] > 0 for note in steps)
+            print(f"{behind} of {len(steps)} steps processed with operators queued behind them")
+            assert behind >= 10

@@ -1,7 +1,8 @@
 """Mutants: defects that are planted in a running engine, to show that the comparisons catch each of them.
 
 ``python -m tests.mutants`` plants one after the other, each in a process of its own, and says which comparison caught
-it; first it runs the same rounds without any, which must pass. ``python -m tests.mutants NAME`` plants one.
+it; first it runs the same rounds without any, which must pass. ``python -m tests.mutants NAME`` plants one. A mutant
+that never strikes, or that ends the rounds with another error than a comparison's, is not caught (``outcome``).
 """
 
 from __future__ import annotations
@@ -54,12 +55,12 @@ def attention_metadata_of_another_task(engine: PrefillEngine, struck: Callable[[
 
 def lost_row_tile(engine: PrefillEngine, struck: Callable[[], None]) -> None:
     """In every 20th operator that runs in three or more row tiles, the second is left out."""
-    _lose_tiles("sgl_flowprefill.runtime.tiles._row_tiles", 3, struck)
+    _lose_tiles("sgl_flowprefill.runtime.tiles.row_tiles", 3, struck)
 
 
 def lost_attention_tile(engine: PrefillEngine, struck: Callable[[], None]) -> None:
     """In every 20th attention that runs in two or more query tiles, the second is left out."""
-    _lose_tiles("sgl_flowprefill.platforms.attention._tiles", 2, struck)
+    _lose_tiles("sgl_flowprefill.platforms.attention.query_tiles", 2, struck)
 
 
 def prefix_cached_before_it_is_computed(engine: PrefillEngine, struck: Callable[[], None]) -> None:
@@ -85,9 +86,11 @@ def abort_that_is_not_heard(engine: PrefillEngine, struck: Callable[[], None]) -
 
 def abort_that_stops_nothing(engine: PrefillEngine, struck: Callable[[], None]) -> None:
     """A task goes on although all of its clients have left."""
+    abandoned = engine.scheduler.role.abandoned
 
     def none(live: Any) -> list[Any]:
-        struck()
+        if abandoned(live):
+            struck()
         return []
 
     engine.scheduler.role.abandoned = none

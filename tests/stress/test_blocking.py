@@ -2,6 +2,7 @@
 
 An arrival at a random moment falls into one of the pieces between two interruption points, a long one the likelier, and
 waits for its end. So the distribution of waits follows from the pieces alone, without a queue of other requests.
+Only times are looked at: ``test_preemption.py`` compares what suspended prefills compute.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from sgl_flowprefill.ttft.online import ALL_TASKS
 from tests.engine import PrefillEngine, keep_freed_memory
 from tests.prompts import prompt
 
-pytestmark = pytest.mark.stress
+pytestmark = [pytest.mark.stress, pytest.mark.alone]
 
 LENGTHS_TOKENS = (512, 2048, 8192, 32_000)
 COST_RUNS = {512: 24, 2048: 24, 8192: 8, 32_000: 8}

@@ -1,6 +1,9 @@
 """A real engine that learns while it serves: from a first start, through a slowdown, and from a profile that is wrong.
 
-``pytest -s -m stress tests/stress/test_learning.py`` prints how far off predictions are, and how soon they recover.
+``pytest -s -m stress tests/stress/test_learning.py`` prints how far off predictions are, and how soon they recover. No
+model predicts what the machine itself does: errors are asked to be small beyond what a prefill differs by from two of
+the same shape that run shortly before and after it. Only times are looked at: a prediction decides
+when a prefill runs, and other tests compare what it computes.
 """
 
 from __future__ import annotations
@@ -29,24 +32,40 @@ from sgl_flowprefill.runtime.learner import Learner, LearningTTFT
 from sgl_flowprefill.runtime.profile import FIRST_START_ROUNDS, FIRST_START_S, current_setting
 from sgl_flowprefill.ttft import Prediction
 from tests.engine import PrefillEngine
+from tests.prompts import prompt as reference_prompt
 
-pytestmark = pytest.mark.stress
+pytestmark = [pytest.mark.stress, pytest.mark.alone]
 QUANTILE = 0.75
+REFERENCE_TOKENS = 1000
+REFERENCE_EVERY = 10
+"""Prefills after which one of a shape that is always the same is run."""
+GOAL = (0.03, 0.08)
+"""Median and 90th percentile of errors, on a machine that takes as long every time."""
 
 
 class Errors(Recorder):
-    """How far off each completed task was predicted."""
+    """How far off each completed task was predicted, and how far the machine is from repeating itself."""
 
     def __init__(self) -> None:
         self.apes: list[float] = []
+        self._references_s: list[float] = []
 
-    def completed(self, task: Any, prediction: Prediction, ttft: Any, live_tasks: int) -> None:
-        self.apes.append(abs(prediction.expected_s / task.executed_s - 1))
+    def completed(self, task: Any, prediction: Prediction) -> None:
+        if task.rids[0].startswith("reference"):
+            self._references_s.append(task.executed_s)
+        else:
+            self.apes.append(abs(prediction.expected_s / task.executed_s - 1))
 
     def of_last(self, count: int) -> tuple[float, float]:
         """Median and 90th percentile."""
-        last = self.apes[-count:]
-        return float(np.median(last)), float(np.quantile(last, 0.9))
+        return spread(self.apes[-count:])
+
+    def of_the_machine(self, count: int) -> tuple[float, float]:
+        """Median and 90th percentile of how far references lie from the mean of their two neighbours, of those that
+        ran among the last ``count`` tasks.
+        """
+        times_s = np.array(self._references_s[-count // REFERENCE_EVERY :])
+        return spread(abs(times_s[1:-1] / ((times_s[:-2] + times_s[2:]) / 2) - 1))
 
     def recovered_after(self, since: int, limit: float) -> int:
         """Tasks after ``since`` from which on the median error of ten is below ``limit``."""
@@ -54,6 +73,10 @@ class Errors(Recorder):
             if np.median(self.apes[index : index + 10]) < limit:
                 return index - since
         raise AssertionError("never")
+
+
+def spread(apes: Sequence[float] | np.ndarray) -> tuple[float, float]:
+    return float(np.median(apes)), float(np.quantile(apes, 0.9))
 
 
 class Server:
@@ -73,10 +96,24 @@ class Server:
     def serve(self, prompts: Sequence[Sequence[int]]) -> None:
         """Compute each prompt, one after another, in the order in which it is asked for."""
         done = len(self.errors.apes)
-        for index, prompt in enumerate(prompts):
-            self.engine.submit(f"{done + index}", prompt)
+        for index, prompt in enumerate(prompts, start=done):
+            self.engine.submit(f"{index}", prompt)
             self.engine.run()
+            if index % REFERENCE_EVERY == REFERENCE_EVERY - 1:
+                self.engine.submit(f"reference-{index}", reference_prompt(1_000_000 + index, REFERENCE_TOKENS))
+                self.engine.run()
         self.engine.answers.clear()
+
+    def errors_of_last(self, count: int) -> tuple[float, float]:
+        """Median and 90th percentile of errors, asked to be small beyond the machine's own."""
+        median, p90 = self.errors.of_last(count)
+        machine_median, machine_p90 = self.errors.of_the_machine(count)
+        print(
+            f"newest {count} of {len(self.errors.apes)}: median {median:.1%}, p90 {p90:.1%}; the machine from one "
+            f"prefill of {REFERENCE_TOKENS} tokens to the next: {machine_median:.1%}, {machine_p90:.1%}; "
+            f"{self.ttft.state()}"
+        )
+        return median - machine_median, p90 - machine_p90
 
     def end(self) -> None:
         self._restore()
@@ -120,14 +157,12 @@ def test_the_newest_tasks_of_the_demos_trace_are_predicted_after_300(
     server = Server(engine, first_start, tmp_path / "a.npz")
     try:
         server.serve(prompts_of_the_demo(500, 1))
-        median, p90 = server.errors.of_last(200)
-        state = server.ttft.state()
-        print(f"newest 200 of 500: median {median:.1%}, p90 {p90:.1%}; {state}")
-        first = server.errors.apes[:100]
-        print(f"first 100: median {np.median(first):.1%}, p90 {np.quantile(first, 0.9):.1%}")
-        assert median < 0.06
-        assert p90 < 0.2
-        assert state["refits"] >= 1
+        first_median, first_p90 = spread(server.errors.apes[:100])
+        print(f"first 100: median {first_median:.1%}, p90 {first_p90:.1%}")
+        median, p90 = server.errors_of_last(200)
+        assert median < GOAL[0]
+        assert p90 < GOAL[1]
+        assert server.ttft.state()["refits"] >= 1
     finally:
         server.end()
 
@@ -183,11 +218,9 @@ def test_a_profile_that_is_wrong_is_noticed_and_replaced(
         random.Random(0).shuffle(prompts)
         server.serve(prompts)
         recovered = server.errors.recovered_after(0, 0.1)
-        median, p90 = server.errors.of_last(100)
-        state = server.ttft.state()
-        print(f"{wrong}: within 10% after {recovered} tasks, newest 100: median {median:.1%}, p90 {p90:.1%}; {state}")
+        print(f"{wrong}: within 10% after {recovered} tasks")
         assert recovered <= 200
-        assert median < 0.08
+        assert server.errors_of_last(100)[0] < GOAL[0]
         if factor is None:
             assert read_learned(path).history.adopted >= 1
     finally:

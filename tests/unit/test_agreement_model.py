@@ -8,26 +8,36 @@ them nothing keeps the ranks together, as on a device that runs ahead.
 
 On such a device the result of a finished task arrives later, at each rank whenever it likes once all have queued the
 task. When it is processed is up to the hub (``finish_arrived``), and has to be the same for all ranks: it changes what
-the next tasks find.
+the next tasks find. So it is with the result of a decode step, which rank 0 picks like a task, one at a time.
+
+Before a step, each rank finds out by itself whether KV cache is lacking (``lacks_kv``), by what it has started and
+processed. While it is, the ranks meet again, and rank 0 says which tasks that have started give theirs back; these
+begin anew. Then the step is queued, by each rank when it comes to it. All ranks have to process, to give back and to
+step in the same order and at the same points of all tasks: their ``history`` is the same, as far as it goes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import combinations
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
 pytest.importorskip("sglang")
 
-from sgl_flowprefill.hub.task import NO_TASK, Tasks
+from sgl_flowprefill.hub.task import NO_TASK, STEP, Tasks
 from sgl_flowprefill.runtime import agreement
 from sgl_flowprefill.runtime.agreement import Follower, Leader
 
 POINTS = (6, 5)
 """Interruption points of the two tasks, the last of which comes before the end of the task."""
+SHORT = (3, 2)
+"""The same where decode steps run beside them."""
+PLENTY = 1000
+"""More KV cache than is ever needed."""
 
 
 class Blocked(Exception):
@@ -38,35 +48,55 @@ class Wrong(Exception):
     """A state that must not be."""
 
 
-@dataclass(frozen=True)
-class Rank:
+class Deed(NamedTuple):
+    """What a rank has done that the next tasks and steps find."""
+
+    what: str
+    number: int
+    """A task, or STEP."""
+    passed: tuple[int, ...]
+    """What was passed by then."""
+
+
+class Rank(NamedTuple):
+    passed: tuple[int, ...]
+    """Interruption points passed, by task; one more than there are when the task is done."""
     point: int = 0
     stop: int = 0
     round: int = 0
-    in_hub: bool = False
+    in_hub: bool = True
+    """Whether it waits for the others: at the beginning of a turn, or before a step that lacks KV cache."""
+    runs: int = NO_TASK
+    """What was picked in this turn: a task or STEP."""
     at_collective: bool = False
-    passed: tuple[int, ...] = (0,) * len(POINTS)
-    """Interruption points passed, by task; one more than there are when the task is done."""
     finishing: tuple[int, ...] = ()
-    """Tasks that are done, whose results are not processed."""
-    arrived: frozenset[int] = frozenset()
-    """Tasks whose results have arrived."""
-    finished: tuple[tuple[int, tuple[int, ...]], ...] = ()
-    """Tasks whose results are processed, and what was passed by then."""
+    """Tasks that are done, and STEP, whose results are not processed."""
+    arrived: int = 0
+    """The number of them whose results have arrived, the first ones."""
+    steps: int = 0
+    """Steps that have been queued."""
+    history: tuple[Deed, ...] = ()
 
 
-@dataclass(frozen=True)
-class State:
+class State(NamedTuple):
     word: int
-    picks: tuple[int, ...]
-    """The task of each round, or NO_TASK when rank 0 could only wait for a result."""
-    arrivals: tuple[int, ...]
-    """The task whose result rank 0 had at the beginning of each round, or NO_TASK."""
+    said: tuple[tuple[int, ...], ...]
+    """What rank 0 has said in each round. At the beginning of a turn, what it has the result of, and a task or STEP,
+    each NO_TASK if there is none; before a step that lacks KV cache, the tasks that give theirs back.
+    """
     ranks: tuple[Rank, ...]
 
     def moved(self, index: int, rank: Rank, word: int | None = None) -> State:
         ranks = (*self.ranks[:index], rank, *self.ranks[index + 1 :])
-        return replace(self, ranks=ranks, word=self.word if word is None else word)
+        return State(self.word if word is None else word, self.said, ranks)
+
+    def saying(self, *numbers: int) -> State:
+        return self._replace(said=(*self.said, numbers))
+
+    def sorted(self) -> State:
+        """The same with the ranks behind the first, which are alike, in an order of their own."""
+        first, *others = self.ranks
+        return self._replace(ranks=(first, *sorted(others)))
 
 
 @dataclass(frozen=True)
@@ -74,55 +104,108 @@ class Model:
     ranks: int
     lead: int
     collectives: frozenset[int]
-    """Interruption points before which there is a collective."""
+    """Interruption points before which there is a collective. If there are any, each step has one, too."""
+    points: tuple[int, ...] = POINTS
     late: bool = False
     """Whether results arrive later than their task is done."""
+    steps: int = 0
+    """Decode steps, which begin whenever rank 0 likes."""
+    kv: int = PLENTY
+    """Size of the KV cache, in what a task has of it from its start on, and what a step needs for each task whose
+    result has been processed.
+    """
     each_by_itself: bool = False
     """A mistake: every rank processes what has arrived there."""
+    gives_back_the_newest: bool = False
+    """A mistake: ranks other than 0 have the task give back that has passed the fewest points."""
+    counts_arrived: bool = False
+    """A mistake: what has arrived counts before it is processed, when a rank finds out whether KV cache is lacking."""
     leader: type[Leader] = Leader
     follower: type[Follower] = Follower
 
     def start(self) -> Iterator[State]:
         """All ranks are in the hub, and rank 0 has picked."""
-        waiting = Rank(in_hub=True)
-        for task in range(len(POINTS)):
-            yield State(0, (task,), (NO_TASK,), (waiting,) * self.ranks)
+        waiting = Rank(passed=(0,) * len(self.points))
+        yield from self.picked(State(0, (), (waiting,) * self.ranks), 0, waiting)
 
     def successors(self, state: State) -> Iterator[State]:
         for index, rank in enumerate(state.ranks):
             yield from self.hub(state, index, rank) if rank.in_hub else self.run(state, index, rank)
-            on_the_way = [task for task in rank.finishing if task not in rank.arrived]
-            if on_the_way and all(other.passed[on_the_way[0]] > POINTS[on_the_way[0]] for other in state.ranks):
-                yield state.moved(index, replace(rank, arrived=rank.arrived | {on_the_way[0]}))
+            on_the_way = rank.finishing[rank.arrived :]
+            if on_the_way and all(self.has_queued(other, on_the_way[0], rank.steps) for other in state.ranks):
+                yield state.moved(index, rank._replace(arrived=rank.arrived + 1))
+
+    def has_queued(self, rank: Rank, item: int, steps: int) -> bool:
+        """Whether ``rank`` has queued all of ``item``, a task or the last of so many ``steps``."""
+        return rank.steps >= steps if item == STEP else rank.passed[item] > self.points[item]
+
+    # ---- in the hub -----------------------------------------------------------------------------------------------
 
     def hub(self, state: State, index: int, rank: Rank) -> Iterator[State]:
         """The all-reduce ends: a round begins for this rank."""
         if not all((other.round, other.in_hub) >= (rank.round, True) for other in state.ranks):
             return
-        if rank.round == len(state.picks):  # all tasks are done
-            if index == 0 and rank.finishing and rank.finishing[0] in rank.arrived:
-                picks, arrivals = (*state.picks, NO_TASK), (*state.arrivals, rank.finishing[0])
-                yield replace(state, picks=picks, arrivals=arrivals)
+        if any(other.round == rank.round and other.runs != rank.runs for other in state.ranks):
+            raise Wrong("some ranks begin a turn, and others meet before a step")
+        if rank.round == len(state.said):  # nothing can run before a result has arrived
+            if index == 0 and rank.arrived:
+                yield state.saying(rank.finishing[0], NO_TASK)
             return
+        said = state.said[rank.round]
         try:
-            rank = self.finish_arrived(state, rank, state.arrivals[rank.round])
+            rank = self.given_back(state, index, rank, said) if rank.runs == STEP else self.turn(state, rank, *said)
         except Blocked:
-            return
-        if state.picks[rank.round] == NO_TASK:
-            yield state.moved(index, replace(rank, round=rank.round + 1))
             return
         writes: list[int] = []
         side = self.side(state, index, rank, False, writes)
         side.begin((rank.round + 1) * agreement.POINTS_PER_ROUND)
-        rank = replace(rank, point=side.point, stop=0, round=rank.round + 1, in_hub=False)
-        yield state.moved(index, rank, *writes)
+        rank = rank._replace(point=side.point, stop=0, round=rank.round + 1, in_hub=rank.runs == NO_TASK)
+        moved = state.moved(index, rank, *writes)
+        if rank.in_hub:
+            yield from self.picked(moved, index, rank)
+        else:
+            yield moved
+
+    def turn(self, state: State, rank: Rank, arrival: int, choice: int) -> Rank:
+        """``rank`` at the beginning of a turn."""
+        return self.finish_arrived(state, rank, arrival)._replace(runs=choice)
+
+    def given_back(self, state: State, index: int, rank: Rank, tasks: tuple[int, ...]) -> Rank:
+        """``rank`` after ``Hub.give_back`` of each of ``tasks``."""
+        for task in tasks:
+            if self.gives_back_the_newest and index > 0:
+                task = min(self.live(rank), key=rank.passed.__getitem__)
+            rank = self.did(state, rank, "gave back", task)
+            rank = rank._replace(passed=tuple(0 if t == task else count for t, count in enumerate(rank.passed)))
+        return rank
+
+    def picked(self, state: State, index: int, rank: Rank) -> Iterator[State]:
+        """``rank`` is back in the hub; rank 0 picks."""
+        choices = [task for task, points in enumerate(self.points) if rank.passed[task] <= points]
+        arrival = rank.finishing[0] if rank.arrived else NO_TASK
+        if rank.steps < self.steps and (STEP not in rank.finishing or arrival == STEP):
+            choices.append(STEP)
+        if index > 0 or not choices:
+            yield state
+        for choice in choices if index == 0 else ():
+            yield state.saying(arrival, choice)
+
+    # ---- running --------------------------------------------------------------------------------------------------
 
     def run(self, state: State, index: int, rank: Rank) -> Iterator[State]:
-        """The task of this round goes on, up to and through its next interruption point."""
-        task = state.picks[rank.round - 1]
+        """What this rank runs goes on."""
+        if len(rank.finishing) > 1:
+            yield from self.stopped(state, index, rank)
+        elif rank.runs == STEP:
+            yield from self.step(state, index, rank)
+        else:
+            yield from self.run_task(state, index, rank, rank.runs)
+
+    def run_task(self, state: State, index: int, rank: Rank, task: int) -> Iterator[State]:
+        """Up to and through the next interruption point of ``task``."""
         next_point = rank.passed[task] + 1
         if next_point in self.collectives and not rank.at_collective:
-            yield state.moved(index, replace(rank, at_collective=True))
+            yield state.moved(index, rank._replace(at_collective=True))
             return
         if rank.at_collective and not all(
             other.passed[task] >= next_point or (other.passed == rank.passed and other.at_collective)
@@ -130,14 +213,9 @@ class Model:
         ):
             return
         passed = tuple(next_point if t == task else count for t, count in enumerate(rank.passed))
-        rank = replace(rank, at_collective=False, passed=passed)
-        if next_point > POINTS[task]:
-            rank = replace(rank, finishing=(*rank.finishing, task))
-            try:
-                rank = self.finish_arrived(state, rank, state.arrivals[rank.round - 1])
-            except Blocked:
-                return
-            yield from self.leave(state, index, rank, done=True)
+        rank = rank._replace(at_collective=False, passed=passed)
+        if next_point > self.points[task]:
+            yield from self.queued(state, index, rank, task)
             return
         for pending in (False, True) if index == 0 else (False,):
             writes: list[int] = []
@@ -146,12 +224,60 @@ class Model:
                 interrupted = side.interrupted()
             except Blocked:
                 return
-            ran = replace(rank, point=side.point, stop=side.stop if isinstance(side, Leader) else 0)
+            ran = rank._replace(point=side.point, stop=side.stop if isinstance(side, Leader) else 0)
             moved = state.moved(index, ran, *writes)
             if interrupted:
                 yield from self.leave(moved, index, ran, done=False)
             else:
                 yield moved
+
+    def step(self, state: State, index: int, rank: Rank) -> Iterator[State]:
+        """``Hub.step``, up to the place where tasks give back, or to its collective, or through it."""
+        if self.lacks_kv(rank):
+            moved = state.moved(index, rank._replace(in_hub=True))
+            if index > 0:
+                yield moved
+                return
+            live = self.live(rank)
+            for count in range(1, len(live) + 1):
+                for tasks in combinations(live, count):
+                    yield moved.saying(*tasks)
+            return
+        if self.collectives and not rank.at_collective:
+            yield state.moved(index, rank._replace(at_collective=True))
+            return
+        if rank.at_collective and not all(other.steps > rank.steps or other.at_collective for other in state.ranks):
+            return
+        rank = self.did(state, rank, "queued", STEP)._replace(at_collective=False, steps=rank.steps + 1)
+        yield from self.queued(state, index, rank, STEP)
+
+    def live(self, rank: Rank) -> list[int]:
+        """Tasks that have started and are not done."""
+        return [task for task, points in enumerate(self.points) if 0 < rank.passed[task] <= points]
+
+    def lacks_kv(self, rank: Rank) -> bool:
+        """Whether the next step lacks KV cache, and there are tasks to give theirs back."""
+        started = sum(count > 0 for count in rank.passed)
+        streams = sum(deed.what == "processed" and deed.number != STEP for deed in rank.history)
+        if self.counts_arrived:
+            streams += sum(item != STEP for item in rank.finishing[: rank.arrived])
+        return bool(self.live(rank)) and started + streams > self.kv
+
+    def queued(self, state: State, index: int, rank: Rank, item: int) -> Iterator[State]:
+        """``rank`` has queued all of ``item``, and may have to wait for the result of what it had queued before."""
+        rank = rank._replace(finishing=(*rank.finishing, item))
+        if len(rank.finishing) > 1:
+            yield state.moved(index, rank)
+        else:
+            yield from self.stopped(state, index, rank)
+
+    def stopped(self, state: State, index: int, rank: Rank) -> Iterator[State]:
+        """What ran is queued completely."""
+        try:
+            rank = self.finish_arrived(state, rank, NO_TASK)
+        except Blocked:
+            return
+        yield from self.leave(state, index, rank, done=True)
 
     def leave(self, state: State, index: int, rank: Rank, done: bool) -> Iterator[State]:
         """Into the hub, where rank 0 picks what the next round runs."""
@@ -160,15 +286,10 @@ class Model:
         for other in state.ranks:
             if other.round == rank.round and other.in_hub and other.passed != rank.passed:
                 raise Wrong(f"ranks stop at {other.passed} and {rank.passed} points")
-        state = state.moved(index, replace(rank, in_hub=True))
-        left = [task for task, points in enumerate(POINTS) if rank.passed[task] <= points]
-        if index > 0 or not left:
-            yield state
-        else:
-            has_arrived = rank.finishing and rank.finishing[0] in rank.arrived
-            arrivals = (*state.arrivals, rank.finishing[0] if has_arrived else NO_TASK)
-            for task in left:
-                yield replace(state, picks=(*state.picks, task), arrivals=arrivals)
+        rank = rank._replace(in_hub=True, runs=NO_TASK)
+        yield from self.picked(state.moved(index, rank), index, rank)
+
+    # ---- the real code, and what it did ---------------------------------------------------------------------------
 
     def finish_arrived(self, state: State, rank: Rank, agreed_arrival: int) -> Rank:
         """``rank`` after ``Tasks.take_arrived``; Blocked when it waits for a result."""
@@ -177,22 +298,27 @@ class Model:
             if not copy_done.query():
                 raise Blocked
 
-        def task(number: int) -> Any:
-            copy_done = SimpleNamespace(query=lambda: number in rank.arrived) if self.late else None
+        def task(place: int, number: int) -> Any:
+            copy_done = SimpleNamespace(query=lambda: place < rank.arrived) if self.late else None
             return SimpleNamespace(id=number, result=SimpleNamespace(copy_done=copy_done))
 
-        finished: list[int] = []
         tasks = Tasks()
-        tasks.finishing.extend(map(task, rank.finishing))
+        tasks.finishing.extend(task(place, number) for place, number in enumerate(rank.finishing))
         if self.each_by_itself:
             agreed_arrival = tasks.finishing[0].id if tasks.result_arrived() else NO_TASK
-        for done in tasks.take_arrived(agreed_arrival, SimpleNamespace(wait=wait)):  # type: ignore[arg-type]
-            finished.append(done.id)
-        processed = rank.finished + tuple((number, rank.passed) for number in finished)
+        after = rank
+        for done in tasks.take_arrived(agreed_arrival, SimpleNamespace(wait=wait)):
+            after = self.did(state, after, "processed", done.id)
+        left = tuple(item.id for item in tasks.finishing)
+        return after._replace(finishing=left, arrived=max(0, rank.arrived - len(rank.finishing) + len(left)))
+
+    def did(self, state: State, rank: Rank, what: str, number: int) -> Rank:
+        """``rank`` after it did something, which all others do in the same place."""
+        history = (*rank.history, Deed(what, number, rank.passed))
         for other in state.ranks:
-            if any(ours != theirs for ours, theirs in zip(processed, other.finished, strict=False)):
-                raise Wrong(f"ranks process results differently: {other.finished} and {processed}")
-        return replace(rank, finishing=tuple(left.id for left in tasks.finishing), finished=processed)
+            if any(ours != theirs for ours, theirs in zip(history, other.history, strict=False)):
+                raise Wrong(f"ranks have done {history} and {other.history}")
+        return rank._replace(history=history)
 
     def side(self, state: State, index: int, rank: Rank, pending: bool, writes: list[int]) -> Leader | Follower:
         """The real thing, in the state that ``rank`` is in."""
@@ -209,19 +335,24 @@ class Model:
         side.point = rank.point
         return side
 
+    def is_over(self, rank: Rank) -> bool:
+        """Whether all tasks and steps are processed."""
+        return sum(deed.what == "processed" for deed in rank.history) == len(self.points) + self.steps
+
 
 def search(model: Model) -> int:
     """Visit every state that can be reached; their number. Raises Wrong for one that must not be."""
-    seen = set(model.start())
-    frontier = list(seen)
+    frontier = list(model.start())
+    seen = set(frontier)
     while frontier:
         state = frontier.pop()
-        following = list(model.successors(state))
-        if not following and not all(len(rank.finished) == len(POINTS) for rank in state.ranks):
+        following = [after.sorted() for after in model.successors(state)]
+        if not following and not all(map(model.is_over, state.ranks)):
             raise Wrong(f"nobody can go on in {state}")
-        new = set(following) - seen
-        seen |= new
-        frontier += new
+        for after in following:
+            if after not in seen:
+                seen.add(after)
+                frontier.append(after)
     return len(seen)
 
 
@@ -245,6 +376,35 @@ def test_results_that_come_late_are_processed_at_the_same_place_by_all_ranks(ran
     assert states > 4000
 
 
+@pytest.mark.parametrize(("ranks", "lead"), [(2, 1), (2, 2)])
+def test_results_of_steps_are_processed_at_the_same_place_by_all_ranks(ranks: int, lead: int) -> None:
+    states = search(Model(ranks, lead, frozenset(), SHORT, late=True, steps=2))
+    print(f"{ranks} ranks, lead {lead}, 2 steps: {states} states")
+    assert states > 2000
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        Model(2, 1, frozenset(), SHORT, steps=1, kv=1),
+        Model(2, 1, frozenset((1, 3)), SHORT, steps=1, kv=1),
+        Model(2, 2, frozenset((1, 2, 3, 4)), (4, 3), steps=2, kv=2),
+        Model(3, 1, frozenset((2,)), SHORT, steps=1, kv=1),
+        Model(2, 1, frozenset(), SHORT, late=True, steps=1, kv=1),
+        Model(2, 1, frozenset(), SHORT, late=True, steps=1, kv=2),
+        Model(3, 2, frozenset(), SHORT, late=True, steps=1, kv=2),
+        pytest.param(Model(2, 2, frozenset(), (4, 3), late=True, steps=2, kv=2), marks=pytest.mark.stress),
+        pytest.param(Model(2, 1, frozenset((2, 4)), (4, 3), steps=2, kv=1), marks=pytest.mark.stress),
+        pytest.param(Model(3, 2, frozenset(), (4, 3), late=True, steps=1, kv=1), marks=pytest.mark.stress),
+    ],
+)
+def test_ranks_run_decode_steps_and_give_tasks_back_in_the_same_state(model: Model) -> None:
+    states = search(model)
+    print(f"{model}: {states} states")
+    assert states > 5000
+    assert states > search(replace(model, kv=PLENTY)) > search(replace(model, steps=0, kv=PLENTY))
+
+
 class UncheckedFollower(Follower):
     """Looks at the stop, but not whether it may go on."""
 
@@ -266,18 +426,29 @@ class ImmediateLeader(Leader):
         return False
 
 
-@pytest.mark.parametrize("broken", [UncheckedFollower, ImmediateLeader, "rounds", "arrivals"])
-def test_the_search_finds_what_is_wrong(
-    broken: type[Leader] | type[Follower] | str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = Model(2, 1, frozenset())
-    if broken is UncheckedFollower:
-        model = replace(model, follower=UncheckedFollower)
-    elif broken == "arrivals":
-        model = replace(model, late=True, each_by_itself=True)
-    elif broken is ImmediateLeader:
-        model = replace(model, leader=ImmediateLeader)
-    else:  # rounds whose points overlap: a stop that was not reached counts again
-        monkeypatch.setattr(agreement, "POINTS_PER_ROUND", 1)
+STEPS = Model(2, 1, frozenset(), SHORT, late=True, steps=2)
+
+
+@pytest.mark.parametrize(
+    ("broken", "what"),
+    [
+        (Model(2, 1, frozenset(), follower=UncheckedFollower), "ranks stop|nobody can go on"),
+        (Model(2, 1, frozenset(), leader=ImmediateLeader), "ranks stop|nobody can go on"),
+        (Model(2, 1, frozenset(), late=True, each_by_itself=True), "processed"),
+        (replace(STEPS, each_by_itself=True), "processed"),
+        (replace(STEPS, kv=1, gives_back_the_newest=True), "gave back"),
+        (replace(STEPS, late=False, kv=1, gives_back_the_newest=True), "gave back"),
+        (replace(STEPS, kv=2, counts_arrived=True), "others meet before a step"),
+    ],
+    ids=["UncheckedFollower", "ImmediateLeader", "arrivals", "steps", "give-backs", "give-backs at once", "lacks"],
+)
+def test_the_search_finds_what_is_wrong(broken: Model, what: str) -> None:
+    with pytest.raises(Wrong, match=what):
+        search(broken)
+
+
+def test_the_search_finds_rounds_whose_points_overlap(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stop that was not reached counts again."""
+    monkeypatch.setattr(agreement, "POINTS_PER_ROUND", 1)
     with pytest.raises(Wrong):
-        search(model)
+        search(Model(2, 1, frozenset()))

@@ -6,7 +6,7 @@ import pytest
 
 from sgl_flowprefill.bench.loadgen.calibrate import CalibrationError
 from sgl_flowprefill.bench.loadgen.client import Outcome
-from sgl_flowprefill.bench.loadgen.decode_rate import tokens_per_s
+from sgl_flowprefill.bench.loadgen.decode_rate import step_s, tokens_per_s
 from sgl_flowprefill.bench.workloads.answers import DECODE_SHARE, Answers
 from sgl_flowprefill.bench.workloads.trace import Trace, TraceRequest
 
@@ -53,6 +53,15 @@ def test_what_was_done_to_answers_is_said() -> None:
 def test_tokens_are_counted_while_all_answers_stream() -> None:
     # 1 to 2 s: 10 tokens of one, 20 of the other; before and after only one streams.
     assert tokens_per_s([stream(0.0, 0.1, 21), stream(1.0, 0.05, 41)]) == pytest.approx(30.0, rel=0.05)
+
+
+def test_a_step_takes_what_lies_between_tokens_while_all_answers_stream() -> None:
+    slow_alone = stream(0.0, 0.2, 6)  # to 1 s, when the other begins
+    slow_alone.tbt_s += [0.05] * 20
+    assert step_s([slow_alone, stream(1.0, 0.05, 30)]) == pytest.approx(0.05)
+    assert step_s([stream(0.0, 0.1, 5)]) == pytest.approx(0.1)
+    with pytest.raises(CalibrationError, match="let nobody else use the server"):
+        step_s([stream(0.0, 0.1, 5), stream(1.0, 0.1, 5)])
 
 
 def test_answers_that_did_not_stream_at_a_time_measure_nothing() -> None:

@@ -238,10 +238,10 @@ def test_a_stream_in_a_mixed_batch_gathers_no_more_of_its_cache_than_in_a_decode
 
     def read(buffer: torch.Tensor, sequence: attention.Sequence, dtype: torch.dtype) -> torch.Tensor:
         gathered.append(sequence.query_start)
-        return _read(buffer, sequence, dtype)
+        return gather(buffer, sequence, dtype)
 
-    _read = attention._read
-    monkeypatch.setattr(attention, "_read", read)
+    gather = attention.gather
+    monkeypatch.setattr(attention, "gather", read)
     tiles: list[int] = []
     engine.backend.between_tiles = lambda: tiles.append(1)
     mixed = {2: list(range(150, 164)), 0: [302], 1: [303]}
@@ -261,7 +261,7 @@ def test_instances_keep_their_own_batch() -> None:
 
 
 def test_scores_of_the_unfused_path_stay_within_their_bound(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "_MAX_SCORES_BYTES", 4096)
+    monkeypatch.setattr(attention, "MAX_SCORES_BYTES", 4096)
     queries, keys, values = make(50, 30, 4, 2, 16, 1, torch.float32)
     output = torch.empty_like(queries)
     attend_windowed(queries, keys, values, output, 0.25, 64, None, 2.0)

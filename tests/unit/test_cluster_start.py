@@ -1,6 +1,5 @@
 """What a cluster says while it waits for its servers, and when it stops to wait."""
 
-import dataclasses
 import json
 import os
 import re
@@ -9,27 +8,33 @@ import sys
 import threading
 import time
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
 
 import psutil
 import pytest
+import requests
 
-from sgl_flowprefill.cluster import ClusterConfig, ClusterError, cli, cluster, machine, phases, preflight
-from sgl_flowprefill.cluster.cluster import Cluster, Member
-from sgl_flowprefill.cluster.gateway import Gateway, Worker
+from sgl_flowprefill.cluster import ClusterConfig, ClusterError, cli, machine, phases, preflight, waiting
+from sgl_flowprefill.cluster.cluster import Cluster, answers_first_request
+from sgl_flowprefill.cluster.gateway import Gateway, Routing, Worker
+from sgl_flowprefill.cluster.members import ENSURE_S, Members
 from sgl_flowprefill.cluster.process import Server
+from sgl_flowprefill.cluster.waiting import Waiting
 from tests.http_server import answering
 
 
 @pytest.fixture(autouse=True)
 def fast(monkeypatch):
-    monkeypatch.setattr(cluster, "POLL_S", 0.01)
-    monkeypatch.setattr(cluster, "PROGRESS_S", 0.1)
+    monkeypatch.setattr(waiting, "POLL_S", 0.01)
+    monkeypatch.setattr(waiting, "PROGRESS_S", 0.1)
 
 
 def first_request(url, said, **config):
     """The first request of a cluster whose gateway is at ``url``."""
-    waiting = Cluster(ClusterConfig(flowprefill=False, join=url, **config), said.append)
-    waiting._await("a first request", waiting._first_request)
+    config = ClusterConfig(flowprefill=False, **config)
+    waiting = Waiting(config, lambda: None, said.append)
+    waiting.until("a first request", partial(answers_first_request, url, config.api_key))
 
 
 @pytest.mark.parametrize(
@@ -37,7 +42,7 @@ def first_request(url, said, **config):
     [(401, "same --api-key"), (403, "same --api-key"), (400, "the logs"), (404, "the logs"), (422, "the logs")],
 )
 def test_an_answer_that_waiting_does_not_change_ends_the_start_at_once(status, remedy, monkeypatch):
-    monkeypatch.setattr(cluster, "PROGRESS_S", 10.0)
+    monkeypatch.setattr(waiting, "PROGRESS_S", 10.0)
     said, begin_s = [], time.monotonic()
     with (
         answering(lambda path, headers: (status, '{"error":\n "no such thing"}')) as url,
@@ -91,11 +96,37 @@ def test_a_worker_that_is_gone_already_can_be_removed():
         Gateway(url).remove("http://there")
 
 
-class NoGuard:
-    def __init__(self):
-        self.killed = []
+@pytest.mark.parametrize("role", ["unified", "decode"])
+def test_requests_go_to_a_unified_server_only_through_a_gateway_that_is_ready(role):
+    """A gateway of prefill and decode servers lists it as well."""
+    ready = [503]
 
+    def answer(path, headers):
+        if path == "/readiness":
+            return ready[0], "insufficient healthy workers"
+        return 200, '{"workers": [{"id": "7", "url": "http://here", "is_healthy": true}]}'
+
+    with answering(answer) as url:
+        gateway, worker = Gateway(url), Worker(role, "http://here", None)
+        if role == "unified":
+            with pytest.raises(requests.HTTPError):
+                gateway.ensure(worker)
+            ready[0] = 200
+        assert gateway.ensure(worker)
+
+
+class FakeGuard:
+    """Starts servers that sleep."""
+
+    def __init__(self, directory):
+        self.directory = directory
+        self.started, self.killed = [], []
         self.how = None
+
+    def start(self, name, command, env, log):
+        sleeping = [sys.executable, "-c", "import time; time.sleep(600)"]
+        self.started.append(Server(name, sleeping, os.environ, self.directory / f"{len(self.started)}.log"))
+        return self.started[-1]
 
     def end(self, server):
         self.killed.append(server)
@@ -104,51 +135,93 @@ class NoGuard:
         return self.how
 
 
+class Clock:
+    now_s = 1000.0
+
+    def __call__(self):
+        return self.now_s
+
+
+@dataclass
+class Restarting:
+    """Two prefill servers; the first one was started again, and does not answer."""
+
+    config: ClusterConfig
+    guard: FakeGuard
+    gateway: Gateway
+    members: Members
+    said: list[str]
+    clock: Clock
+
+    def __post_init__(self):
+        self.first, self.second, *others = self.members
+        for member in (self.second, *others):
+            self.members.is_up(member)
+
+    def await_first(self, timeout_s):
+        def check():
+            for server in self.members.servers:
+                server.check()
+
+        waiting = Waiting(replace(self.config, startup_timeout_s=timeout_s), check, self.said.append)
+        waiting.until("the prefill-0 server", self.first.is_healthy, partial(self.members.phases, self.first))
+
+
 @pytest.fixture
 def restarting(monkeypatch, tmp_path):
-    """Two prefill servers; the first one was started again, and does not answer."""
     monkeypatch.setattr(machine, "gpu_count", lambda: 0)
     monkeypatch.setattr(machine, "available_memory_bytes", lambda: 64 * 10**9)
     config = cli.parse(["--prefill", "2", "--ports", "0", "--startup-timeout-s", "5"])
-    said = []
-    restarting = Cluster(config, said.append)
-    restarting._layout = preflight.prepare(config)
-    restarting._gateway = Gateway(restarting.url)
-    restarting._guard = NoGuard()
-    command = [sys.executable, "-c", "import time; time.sleep(600)"]
-    servers = [Server(f"prefill-{index}", command, os.environ, tmp_path / f"{index}.log") for index in range(2)]
-    for index, server in enumerate(servers):
-        restarting._members.append(Member(restarting._layout, "prefill", index))
-        restarting._members[index].server = server
-    restarting._members[0].start_at_s = time.monotonic()
-    restarting._members[1].up_since_s = time.monotonic()
-    yield restarting, said, servers[0]
-    for server in servers:
+    layout = preflight.prepare(config)
+    guard, gateway, said, clock = FakeGuard(tmp_path), Gateway(layout.url), [], Clock()
+    members = Members(layout, gateway, guard, said.append, clock)
+    members.launch()
+    for member in members:
+        member.start_at_s = clock.now_s
+    yield Restarting(config, guard, gateway, members, said, clock)
+    for server in guard.started:
         server.terminate()
-        server.wait(10)
+        server.reap()
+
+
+def test_a_server_whose_port_was_taken_while_it_started_is_not_waited_for(restarting):
+    server = restarting.first.server
+    with open(server.log, "a") as log:
+        log.write("INFO:     Application startup complete.\n")
+        log.write(
+            "ERROR:    [Errno 98] error while attempting to bind on address ('127.0.0.1', 1): address already in use\n"
+        )
+    with pytest.raises(
+        ClusterError, match=r"cannot listen at http://127.0.0.1:.* its port was taken .*; try again"
+    ) as error:
+        restarting.await_first(timeout_s=60)
+    assert "[Errno 98]" in str(error.value)
 
 
 def test_a_server_that_does_not_come_back_in_time_is_started_again(restarting):
-    restarting, said, server = restarting
-    member = restarting._members[0]
+    member = restarting.first
+    server = member.server
     while member.seen is None:
-        restarting.check()
+        restarting.members.check()
         time.sleep(0.01)
     assert member.server is server
-    member.start_at_s -= 6
-    restarting.check()
+    restarting.clock.now_s += 6
+    restarting.members.check()
     assert member.server is None
-    assert restarting._guard.killed == [server]
-    assert "the prefill-0 server did not come up within 5 s (--startup-timeout-s): no connection. The" in said[0]
-    assert "started again in 1 s" in said[0]
+    assert restarting.guard.killed == [server]
+    said = restarting.said[0]
+    assert "the prefill-0 server did not come up within 5 s (--startup-timeout-s): no connection. The" in said
+    assert "started again in 1 s" in said
+    restarting.clock.now_s += 1
+    restarting.members.check()
+    assert member.server is restarting.guard.started[-1]
 
 
 def test_the_last_server_of_its_role_that_does_not_come_back_ends_the_cluster(restarting):
-    restarting, _, _ = restarting
-    restarting._members[0].start_at_s -= 6
-    del restarting._members[1]
+    restarting.clock.now_s += 6
+    restarting.second.up_since_s = None
     with pytest.raises(ClusterError, match="prefill-0 server did not come up within 5 s"):
-        restarting.check()
+        restarting.members.check()
 
 
 @contextmanager
@@ -167,12 +240,12 @@ def nobody_answers():
             end.set()
 
 
-def check_until_it_raises(cluster, timeout_s):
+def check_until_it_raises(members, timeout_s):
     """What ``check`` raises, called as often as ``wait`` does, within ``timeout_s``."""
     begin_s = time.monotonic()
     while time.monotonic() - begin_s < timeout_s:
         try:
-            cluster.check()
+            members.check()
         except ClusterError as error:
             assert time.monotonic() - begin_s < timeout_s
             return str(error)
@@ -181,78 +254,97 @@ def check_until_it_raises(cluster, timeout_s):
 
 
 def test_the_end_of_a_server_is_noticed_while_another_one_does_not_answer(restarting):
-    restarting, _, _ = restarting
-    hanging, up = restarting._members
     with nobody_answers() as url:
-        hanging.url = url
-        restarting.check()
-        assert hanging.health is not None
-        psutil.Process(up.server.pid).kill()
-        assert "prefill-1 server has ended (killed by signal 9)" in check_until_it_raises(restarting, 2)
+        restarting.first.url = url
+        restarting.members.check()
+        assert restarting.first.health is not None
+        psutil.Process(restarting.second.server.pid).kill()
+        assert "prefill-1 server has ended (killed by signal 9)" in check_until_it_raises(restarting.members, 2)
 
 
 def test_the_end_of_a_server_is_noticed_while_the_gateway_does_not_answer(restarting):
-    restarting, said, _ = restarting
-    restarting._members[0].up_since_s = time.monotonic()
-    with nobody_answers() as url:
-        restarting._gateway = Gateway(url)
-        first, second = (psutil.Process(member.server.pid) for member in restarting._members)
+    restarting.members.is_up(restarting.first)
+    with nobody_answers() as restarting.gateway.url:
+        first, second = (psutil.Process(member.server.pid) for member in (restarting.first, restarting.second))
         first.kill()
-        while not said:
-            restarting.check()
+        while not restarting.said:
+            restarting.members.check()
         second.kill()
-        assert "prefill-1 server has ended (killed by signal 9)" in check_until_it_raises(restarting, 2)
-    assert "prefill-0 server has ended (killed by signal 9)" in said[0]
+        assert "prefill-1 server has ended (killed by signal 9)" in check_until_it_raises(restarting.members, 2)
+    assert "prefill-0 server has ended (killed by signal 9)" in restarting.said[0]
 
 
 def test_a_gateway_that_answers_again_hears_of_all_that_has_happened_in_order(restarting):
-    restarting, _, _ = restarting
-    heard, on = [], threading.Event()
-    restarting._members[0].up_since_s = restarting._ensured_s = time.monotonic()
+    heard, on, members = [], threading.Event(), restarting.members
+    members.is_up(restarting.first)
+    restarting.clock.now_s = ENSURE_S - 0.5
 
     def answer(path, headers):
         on.wait()
         heard.append(path)
-        return 200, json.dumps({"workers": [{"id": "7", "url": restarting._members[0].url}]})
+        return 200, json.dumps({"workers": [{"id": "7", "url": restarting.first.url}]})
 
-    with answering(answer) as url:
-        restarting._gateway = Gateway(url)
-        psutil.Process(restarting._members[0].server.pid).kill()
-        while restarting._members[0].server:
-            restarting.check()
-        restarting._ensured_s = 0.0
-        restarting.check()
+    with answering(answer) as restarting.gateway.url:
+        psutil.Process(restarting.first.server.pid).kill()
+        while restarting.first.server:
+            members.check()
+        restarting.clock.now_s = ENSURE_S
+        members.check()
         on.set()
         while len(heard) < 3:
-            restarting.check()
+            members.check()
             time.sleep(0.01)
     assert heard[:3] == ["/workers", "/workers/7", "/workers"]
 
 
 def test_servers_end_although_their_gateway_does_not_answer(restarting):
-    restarting, _, _ = restarting
-    with nobody_answers() as url:
-        restarting._gateway = Gateway(url)
+    with nobody_answers() as restarting.gateway.url:
         begin_s = time.monotonic()
-        restarting._leave_all()
+        restarting.members.leave_all()
     assert time.monotonic() - begin_s < 4.5
 
 
-def test_the_end_of_the_guard_ends_the_cluster(restarting):
-    restarting, _, _ = restarting
-    restarting._guard.how = "the launcher's guard has ended (killed by signal 9)"
+def test_the_end_of_the_guard_ends_the_cluster(tmp_path):
+    guard = FakeGuard(tmp_path)
+    guard.how = "the launcher's guard has ended (killed by signal 9)"
     with pytest.raises(ClusterError, match="without it, servers could outlive the launcher"):
-        restarting.check()
+        Cluster(ClusterConfig(flowprefill=False), guard=guard).check()
+
+
+@pytest.mark.parametrize("waits_for", ["gateway", "requests"])
+def test_the_end_of_the_guard_ends_the_wait_for_requests_to_end(waits_for, restarting, tmp_path):
+    script = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(flush=True); time.sleep(60)"
+    busy = Server("prefill-2", [sys.executable, "-c", script], os.environ, tmp_path / "busy")
+    while not busy.log.read_text():
+        time.sleep(0.01)
+    restarting.guard.how = "the launcher's guard has ended (killed by signal 9)"
+    cluster = Cluster(restarting.config, guard=restarting.guard)
+    gateway = nobody_answers() if waits_for == "gateway" else answering(lambda path, headers: (200, '{"workers": []}'))
+    begin_s = time.monotonic()
+    try:
+        with gateway as url:
+            restarting.gateway.url = url
+            with pytest.raises(ClusterError, match="without it, servers could outlive the launcher"):
+                restarting.members.drain([busy], cluster.check_guard)
+            assert time.monotonic() - begin_s < 5
+    finally:
+        psutil.Process(busy.pid).kill()
+        busy.reap()
+
+
+def test_servers_may_end_while_the_guard_lives(restarting):
+    with answering(lambda path, headers: (200, '{"workers": []}')) as url:
+        restarting.gateway.url = url
+        restarting.members.drain(restarting.members.servers, lambda: None)
+    assert all(server.ended() for server in restarting.members.servers)
 
 
 def test_the_end_of_a_server_is_noticed_while_another_one_hangs_as_it_starts(restarting):
-    restarting, _, _ = restarting
-    with nobody_answers() as url:
-        restarting._members[0].url = url
-        psutil.Process(restarting._members[1].server.pid).kill()
+    with nobody_answers() as restarting.first.url:
+        psutil.Process(restarting.second.server.pid).kill()
         begin_s = time.monotonic()
         with pytest.raises(ClusterError, match="prefill-1 server has ended"):
-            restarting._await("the server", lambda: restarting._is_healthy(restarting._members[0]))
+            restarting.await_first(timeout_s=5)
     assert time.monotonic() - begin_s < 2
 
 
@@ -298,25 +390,39 @@ def test_the_log_says_what_a_server_does(tmp_path):
 
 
 def test_it_is_said_what_servers_do_while_they_start(restarting):
-    restarting, said, _ = restarting
-    restarting._members[1].up_since_s = None
-    first, second = (member.server.log for member in restarting._members)
+    said = restarting.said
+    restarting.second.up_since_s = None
+    first, second = (member.server.log for member in (restarting.first, restarting.second))
     first.write_text(LOG[: LOG.index("Load weight end")])
     with pytest.raises(ClusterError, match=r"did not come up within 1\.5 s"):
-        await_server(restarting, timeout_s=1.5)
+        restarting.await_first(timeout_s=1.5)
     assert said[0] == f"waiting for the prefill-0 server (0 s; loading weights; prefill-1: its log is {second})"
     with (
-        answering(lambda path, headers: (500, "broken")) as restarting._members[0].url,
+        answering(lambda path, headers: (500, "broken")) as restarting.first.url,
         pytest.raises(ClusterError, match="broken"),
     ):
-        await_server(restarting, timeout_s=1.5)
+        restarting.await_first(timeout_s=1.5)
     assert said[-1].endswith(f" s; loading weights; prefill-1: its log is {second}; HTTP 500 broken)")
 
 
-def await_server(cluster, timeout_s):
-    cluster.config = dataclasses.replace(cluster.config, startup_timeout_s=timeout_s)
-    member = cluster._members[0]
-    cluster._await("the prefill-0 server", lambda: cluster._is_healthy(member), lambda: cluster._phases(member))
+def test_it_is_said_what_a_gateway_does_while_it_starts():
+    said, workers = [], [{"url": "http://here", "is_healthy": True}]
+    waiting = Waiting(ClusterConfig(flowprefill=False, startup_timeout_s=1.5), lambda: None, said.append)
+    with answering(lambda path, headers: (200, "")) as url:
+        pass
+    routing = Routing(Gateway(url), servers=2)
+    with pytest.raises(ClusterError, match="no connection"):
+        waiting.until("the gateway", routing.is_complete, routing.phase)
+    assert {line.split("; ")[1] for line in said} == {"starting)"}
+    said.clear()
+    with answering(lambda path, headers: (200, json.dumps({"workers": workers}))) as url:
+        routing = Routing(Gateway(url), servers=2)
+        workers.append({"url": "http://there", "is_healthy": False})
+        with pytest.raises(ClusterError):
+            waiting.until("the gateway", routing.is_complete, routing.phase)
+        assert said[-1].endswith("s; it has found 1 of 2 servers healthy)")
+        workers[1]["is_healthy"] = True
+        waiting.until("the gateway", routing.is_complete, routing.phase)
 
 
 @pytest.mark.parametrize(("before", "ends"), [(signal.SIG_DFL, True), (signal.SIG_IGN, False)])
@@ -328,7 +434,7 @@ def test_hanging_up_ends_a_launcher_unless_it_was_started_under_nohup(before, en
         time.sleep(0.1)
         seen.append("goes on")
 
-    monkeypatch.setattr(cli, "_serve", serve)
+    monkeypatch.setattr(cli, "serve", serve)
     numbers = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
     handlers = [signal.getsignal(number) for number in numbers]
     signal.signal(signal.SIGHUP, before)

@@ -30,6 +30,8 @@ from sgl_flowprefill.bench.cli.options import (
     Uncontended,
     UnifiedDemo,
     UnifiedGoodput,
+    UnifiedValidate,
+    Validate,
     parse,
 )
 from sgl_flowprefill.bench.cli.requested import requested_servers
@@ -69,7 +71,7 @@ FLOWPREFILL = [f"--flowprefill-{name.replace('_', '-')}" for name in FlowPrefill
 
 @pytest.fixture
 def nothing_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench_main, "_run", lambda options: pytest.fail(f"{options} runs"))
+    monkeypatch.setattr(bench_main, "run", lambda options: pytest.fail(f"{options} runs"))
 
 
 @pytest.mark.parametrize("command", OPTIONS)
@@ -203,14 +205,20 @@ def test_unified_servers_have_defaults_of_their_own_and_what_is_given_stays() ->
     demo, goodput = parse(["demo", "--unified"]), parse(["goodput", "--unified"])
     assert demo == UnifiedDemo(unified=True)
     assert goodput == UnifiedGoodput(unified=True)
+    validate = parse(["validate", "--unified"])
+    assert validate == UnifiedValidate(unified=True)
+    assert isinstance(validate, Validate)
+    assert validate.out != Validate().out
     assert isinstance(demo, Demo)
     assert isinstance(goodput, Goodput)
     assert demo.out != Demo().out
     assert goodput.judge == "gaps"
-    for systems in (demo.systems, goodput.systems):
+    for systems in (demo.systems, goodput.systems, validate.systems):
         assert RIVAL in systems
         assert all(system.layout == "unified" for system in select(systems))
-    assert not any(system.layout == "unified" for system in select((*Demo().systems, *Goodput().systems)))
+    assert not any(
+        system.layout == "unified" for system in select((*Demo().systems, *Goodput().systems, *Validate().systems))
+    )
     given = parse(["demo", "--systems", "flowprefill", "--unified", "--out", "mine", "--rate-scale", "3"])
     assert isinstance(given, UnifiedDemo)
     assert (given.systems, given.out.name, given.trace.rate_scale) == (("flowprefill",), "mine", 3.0)
@@ -220,7 +228,7 @@ def test_unified_servers_have_defaults_of_their_own_and_what_is_given_stays() ->
     assert get_args(Judge) == get_args(metrics_joint.Judge)
 
 
-@pytest.mark.parametrize("command", [UnifiedDemo, UnifiedGoodput], ids=["demo", "goodput"])
+@pytest.mark.parametrize("command", [UnifiedDemo, UnifiedGoodput, UnifiedValidate], ids=["demo", "goodput", "validate"])
 def test_the_help_of_unified_servers_shows_their_defaults(
     command: type[Command], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,18 +1,23 @@
 """Options of SGLang that cannot work with FlowPrefill are named in one sentence."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from sgl_flowprefill.compat import (
-    REFUSED_ABOVE_ONE,
+    MODE,
     REFUSED_ENVIRONMENT,
-    REFUSED_ON_PREFILL_SERVERS,
-    REFUSED_ON_UNIFIED_SERVERS,
-    REFUSED_WHEN_SET,
+    ROWS,
+    UNSET_ENVIRONMENT,
+    compatibility_page,
+    explain,
+    flag,
     incompatible_option,
+    refusals,
     take_over,
 )
+from sgl_flowprefill.compat.row import GIVEN
 
 WORKS = {
     "disaggregation_mode": "prefill",
@@ -37,7 +42,7 @@ def test_what_the_launcher_passes_works():
 def test_what_flowprefill_sets_works_and_each_change_has_a_line():
     stock = SimpleNamespace(**(WORKS | {"disable_overlap_schedule": False, "chunked_prefill_size": None}))
     assert incompatible_option(stock) is not None
-    lines = take_over(stock)
+    lines = list(map(str, take_over(stock)))
     assert lines[0] == "--disable-overlap-schedule is True (was False): it decides at every event, not one batch ahead"
     assert lines[1].startswith("--chunked-prefill-size is -1 (was not set): ")
     assert len(lines) == 2
@@ -46,21 +51,115 @@ def test_what_flowprefill_sets_works_and_each_change_has_a_line():
 
 
 UNIFIED = {"disaggregation_mode": "null", "disaggregation_transfer_backend": "mooncake"}
-SWITCHES = [
-    *((mode, field) for mode in ("prefill", "null") for field in REFUSED_WHEN_SET),
-    *(("prefill", field) for field in REFUSED_ON_PREFILL_SERVERS),
-    *(("null", field) for field in REFUSED_ON_UNIFIED_SERVERS),
-]
+SERVER = {"prefill": {"disaggregation_mode": "prefill"}, "unified": UNIFIED}
 
 
-@pytest.mark.parametrize(("mode", "field"), SWITCHES)
-def test_switches(mode, field):
-    text = problem(disaggregation_mode=mode, **{field: True})
-    assert text.startswith("--" + field.replace("_", "-") + " cannot work with FlowPrefill: ")
-    assert problem(disaggregation_mode=mode, **{field: False}) is None
+def cases(*treatments):
+    """Mode, row and option of each row with one of ``treatments``."""
+    return [
+        (server, row, option)
+        for row in ROWS
+        if row.treatment in treatments
+        for server in row.servers
+        for option in row.options
+    ]
 
 
-@pytest.mark.parametrize("field", REFUSED_ABOVE_ONE)
+def a_refused_value(row):
+    """One that the row refuses."""
+    words = row.values.words.replace("`", "").split(", ")[0]
+    return next(value for value in (True, 2, words, "something") if row.values.holds(value))
+
+
+@pytest.mark.parametrize(("server", "row", "option"), cases("refused"))
+def test_what_is_refused_is_named_with_its_reason(server, row, option):
+    value = a_refused_value(row)
+    text = problem(**SERVER[server], **{option: value})
+    given = flag(option) if value is True else f"{flag(option)} {value}"
+    assert text == f"{given} cannot work with FlowPrefill: {row.why}"
+    for nothing in (None, False, 0, "none", "null", "off", "") if row.values is GIVEN else (None,):
+        assert problem(**SERVER[server], **{option: nothing}) is None
+
+
+SET = [(server, row, option) for server, row, option in cases("set") if option != "cuda_graph_config"]
+
+
+OTHERS = {
+    "-1": 4096,
+    "True": False,
+    "False": True,
+    "None": 2,
+    "0": 3,
+    "1": 4,
+    "'fcfs'": "lpm",
+    "'disabled'": "full",
+}
+"""What an option is set to: something else."""
+
+
+@pytest.mark.parametrize(("server", "row", "option"), SET)
+def test_what_is_set_is_told_and_works_then(server, row, option):
+    """As a warning where the user has asked for it, and refused by name where it comes past the seam."""
+    other = OTHERS[repr(row.to)]
+    asked_with = {row.only_with: True} if row.only_with else {}
+    server_args = SimpleNamespace(**(WORKS | SERVER[server] | asked_with | {option: other}))
+    assert flag(option) in incompatible_option(server_args) or option == "prefill_decode_interval"
+    [change] = take_over(server_args, {})
+    assert getattr(server_args, option) == row.to
+    assert (change.name, change.was, change.why) == (flag(option), str(other), row.why)
+    assert change.asked == (other != row.default)
+    assert incompatible_option(server_args) is None
+
+
+def test_an_option_without_the_one_that_it_goes_with_is_left_alone():
+    server_args = SimpleNamespace(**WORKS, disable_priority_preemption=False)
+    assert take_over(server_args, {}) == []
+
+
+def test_a_default_is_no_request_of_the_user():
+    stock = SimpleNamespace(**(WORKS | {"disable_overlap_schedule": False, "chunked_prefill_size": None}))
+    assert [change.asked for change in take_over(stock, {})] == [False, False]
+    asked = SimpleNamespace(**(WORKS | {"chunked_prefill_size": 8192}))
+    assert [change.asked for change in take_over(asked, {})] == [True]
+
+
+@pytest.mark.parametrize("name", UNSET_ENVIRONMENT)
+def test_a_variable_that_would_undo_what_is_set_is_taken_out(name):
+    env = {name: "1", "OTHER": "1"}
+    [change] = take_over(SimpleNamespace(**WORKS), env)
+    assert env == {"OTHER": "1"}
+    assert str(change).startswith(f"{name} is not set (was 1): ")
+
+
+def test_an_explanation_has_what_is_refused_what_is_set_and_what_was_given():
+    defaults = SimpleNamespace(
+        **(WORKS | {"chunked_prefill_size": None, "enable_lora": False, "page_size": None, "served_model_name": None})
+    )
+    given = {"enable_lora": True, "page_size": 16, "served_model_name": "m", "chunked_prefill_size": 2048}
+    options = SimpleNamespace(**(vars(defaults) | given))
+    found = explain(options, defaults, {})
+    assert [(one.given, one.treatment, one.now) for one in found] == [
+        ("--enable-lora", "refused", ""),
+        ("--chunked-prefill-size (was 2048)", "set", "is -1"),
+        ("--page-size 16", "left", ""),
+        ("--served-model-name m", "left", ""),
+    ]
+    assert all(one.why for one in found[:2])
+
+
+def test_all_that_is_refused_is_found_at_once():
+    several = {"enable_lora": True, "pp_size": 2, "speculative_algorithm": "EAGLE"}
+    assert {one.name for one in refusals(SimpleNamespace(**(WORKS | several)), {})} == set(several)
+
+
+def test_each_kind_of_server_has_its_mode():
+    assert MODE == {"prefill": "prefill", "unified": "null"}
+
+
+PARALLEL = ("pp_size", "dp_size", "attn_dp_size", "attn_cp_size", "tokenizer_worker_num")
+
+
+@pytest.mark.parametrize("field", PARALLEL)
 def test_parallelism(field):
     assert "--" + field.replace("_", "-") + " 2 cannot work" in problem(**{field: 2})
     assert "--" + field.replace("_", "-") + " 2 cannot work" in problem(**UNIFIED, **{field: 2})
@@ -69,7 +168,7 @@ def test_parallelism(field):
 def test_a_server_that_prefills_and_decodes_works_with_what_flowprefill_sets():
     assert problem(**UNIFIED) is None
     stock = SimpleNamespace(**(WORKS | UNIFIED | {"disable_overlap_schedule": False, "prefill_decode_interval": 4}))
-    lines = take_over(stock)
+    lines = list(map(str, take_over(stock)))
     assert lines[-1].startswith("--prefill-decode-interval is 0 (was 4): decode steps start when ")
     assert len(lines) == 2
     assert incompatible_option(stock) is None
@@ -127,3 +226,8 @@ def test_the_cpu_has_no_graphs_to_disable():
 @pytest.mark.parametrize("switch", ["disable_cuda_graph", "disable_prefill_cuda_graph"])
 def test_sglangs_older_switches_disable_graphs_too(switch):
     assert problem(cuda_graph_backend_prefill=None, **{switch: True}) is None
+
+
+def test_the_page_of_the_docs_is_what_the_table_says():
+    page = Path(__file__).parents[2] / "docs" / "compatibility.md"
+    assert page.read_text() == compatibility_page(), "python -m sgl_flowprefill.compat > docs/compatibility.md"

@@ -18,9 +18,9 @@ pytest.importorskip("sglang")
 import sglang
 
 from sgl_flowprefill import contract
-from sgl_flowprefill.cluster import doctor_command
+from sgl_flowprefill.cluster import cli, doctor_command
 from sgl_flowprefill.contract import PARTS, Row, Tree, installed, supported
-from sgl_flowprefill.contract.row import _other_parameters, check
+from sgl_flowprefill.contract.row import check, other_parameters
 from sgl_flowprefill.contract.sources import Found, Module, Parameters
 
 ROWS = [row for part in PARTS for row in part.rows]
@@ -138,13 +138,13 @@ def signed() -> list[Row]:
 def test_another_signature_is_refused(row: Row) -> None:
     names, has_others = row.parameters
     needed = frozenset(name for name in names if not name.startswith("*"))
-    assert _other_parameters(row, Parameters(names, needed)) is None
+    assert other_parameters(row, Parameters(names, needed)) is None
     passes_on = row.use == "hooks" and has_others
-    assert (_other_parameters(row, Parameters((*names, "more"), needed | {"more"})) is None) == passes_on
-    assert (_other_parameters(row, Parameters((*names, "more"), needed)) is None) == has_others
+    assert (other_parameters(row, Parameters((*names, "more"), needed | {"more"})) is None) == passes_on
+    assert (other_parameters(row, Parameters((*names, "more"), needed)) is None) == has_others
     if len(names) > 1:
-        assert _other_parameters(row, Parameters(names[::-1], needed)) is not None
-        assert _other_parameters(row, Parameters(names[:-1], needed)) is not None
+        assert other_parameters(row, Parameters(names[::-1], needed)) is not None
+        assert other_parameters(row, Parameters(names[:-1], needed)) is not None
 
 
 def test_a_method_of_a_base_class_and_an_imported_name_are_found(tmp_path: Path) -> None:
@@ -191,11 +191,11 @@ def unpacked(folder: Path) -> Path:
 
 def test_the_doctor_says_what_an_unpacked_wheel_lacks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--contract", "--sources", str(unpacked(tmp_path))]
-    assert doctor_command.main(options) == 0
+    assert doctor_command.main(options, cli.parse) == 0
     out = capsys.readouterr().out
     assert "SGLang 9.8.7: " in out
     assert "0 differs, 0 gone" in out
-    assert f"tested with sglang{supported()}, and 9.8.7 is not one of these" in out
+    assert f"supports sglang{supported()}, and 9.8.7 is not one of these" in out
 
     prefill = tmp_path / "sglang/srt/disaggregation/prefill.py"
     text = prefill.read_text().replace("def send_kv_chunk(", "def send_kv_pages(")
@@ -205,7 +205,7 @@ def test_the_doctor_says_what_an_unpacked_wheel_lacks(tmp_path: Path, capsys: py
     text = network.read_text().replace("def get_local_ip_auto(fallback", "def get_local_ip_auto(family, fallback")
     network.unlink()
     network.write_text(text)
-    assert doctor_command.main(options) == 1
+    assert doctor_command.main(options, cli.parse) == 1
     out = capsys.readouterr().out
     assert "1 differs, 1 gone" in out
     lines = [line for line in out.splitlines() if re.match(r".\s(gone|differs)", line)]
@@ -223,7 +223,7 @@ def test_the_doctor_says_what_an_unpacked_wheel_lacks(tmp_path: Path, capsys: py
     ],
 )
 def test_what_the_doctor_cannot_check(options: list[str], text: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert doctor_command.main(options) == 2
+    assert doctor_command.main(options, cli.parse) == 2
     assert text in capsys.readouterr().err
 
 
@@ -243,7 +243,7 @@ def test_a_refusal_names_symbol_version_range_and_remedy(monkeypatch: pytest.Mon
 
 def test_an_override_whose_base_method_is_gone_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     gone = Changed(lambda text: text.replace("def pause_generation(", "def hold_generation("))
-    monkeypatch.setattr("sgl_flowprefill.contract.check._installed", lambda: gone)
+    monkeypatch.setattr("sgl_flowprefill.contract.check.installed_sources", lambda: gone)
     with pytest.raises(contract.SeamError, match=r"Scheduler\.pause_generation .*: it is not there"):
         contract.expect("loop")
 

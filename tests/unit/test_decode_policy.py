@@ -65,18 +65,43 @@ def test_a_step_starts_so_that_the_first_token_due_comes_a_margin_early() -> Non
 
 def test_a_step_leaves_prefills_their_share_since_the_last_one_whatever_streams_ask_for() -> None:
     streams = streams_of(0.011)
+    streams.begin_step()
     streams.stepped(5.0)
     load = decode_load(streams, Linear(), DecodeLimits(max_share=0.5), margin_s=0.1)
     assert load.start_by_s == pytest.approx(5.011), "as long a rest as the step will take"
     assert load.period_s == pytest.approx(0.022)
 
 
+def test_tokens_of_a_step_are_late_by_the_objectives_of_their_streams() -> None:
+    streams = Streams()
+    strict, lax = Stream(0.1, 100, 0.0), Stream(0.3, 100, 0.0)
+    streams.join(strict)
+    streams.join(lax)
+    streams.begin_step()
+    assert streams.late_tokens(0.05) == (2, 0)
+    assert streams.late_tokens(0.2) == (2, 1)
+    streams.stepped(0.2)
+    streams.begin_step()
+    streams.join(Stream(0.1, 100, 0.25))
+    assert streams.late_tokens(0.35) == (2, 1), "the one that has joined takes part in the next step"
+    streams.stepped(0.35)
+    streams.begin_step()
+    assert streams.late_tokens(0.37) == (3, 1), "the new one waits since 0.25 s, the others since 0.35 s"
+    assert streams.late_tokens(0.9) == (3, 3)
+    streams.stepped(0.9)
+    streams.leave(lax)
+    streams.begin_step()
+    assert streams.late_tokens(1.1) == (2, 2)
+
+
 def test_context_grows_with_each_step_and_leaves_with_its_stream() -> None:
     streams = Streams()
     first, second = Stream(0.1, 100, 0.0), Stream(0.2, 1000, 0.0)
     streams.join(first)
+    streams.begin_step()
     streams.stepped(1.0)
     streams.join(second)
+    streams.begin_step()
     streams.stepped(2.0)
     assert (streams.requests, streams.context_tokens) == (2, 1103)
     streams.leave(first)
@@ -86,9 +111,11 @@ def test_context_grows_with_each_step_and_leaves_with_its_stream() -> None:
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.lists(st.tuples(st.sampled_from(["join", "leave", "step"]), st.integers(0, 5)), max_size=40))
+@given(st.lists(st.tuples(st.sampled_from(["join", "leave", "begin", "step"]), st.integers(0, 5)), max_size=40))
 def test_sums_over_streams_are_those_of_the_streams_one_by_one(script: list[tuple[str, int]]) -> None:
+    """Steps end at once or later: a stream that joins meanwhile gets no token of them."""
     streams, live, last_s, context = Streams(), [], {}, {}
+    running: list[Stream] | None = None
     now_s = 0.0
     for what, number in script:
         now_s += 0.03
@@ -99,11 +126,15 @@ def test_sums_over_streams_are_those_of_the_streams_one_by_one(script: list[tupl
             streams.join(stream)
         elif what == "leave" and live:
             streams.leave(live.pop(number % len(live)))
-        elif what == "step" and live:
+        elif what in ("begin", "step") and running is None and live:
+            running = list(live)
+            streams.begin_step()
+        if what == "step" and running is not None:
             streams.stepped(now_s)
-            for stream in live:
+            for stream in running:
                 last_s[stream] = now_s
                 context[stream] += 1
+            running = None
         assert streams.requests == len(live)
         assert streams.context_tokens == sum(context[stream] for stream in live)
         assert streams.due_s == pytest.approx(min((last_s[s] + s.tbt_s for s in live), default=math.inf))
@@ -147,14 +178,16 @@ def test_the_margin_covers_all_but_the_rarest_lateness_and_follows_it_both_ways(
     assert margin.value_s == 0.0
 
 
-def test_the_margin_is_of_the_sum_of_start_step_and_delivery_of_steps_that_had_to_start() -> None:
+def test_the_margin_is_of_the_sum_of_start_and_step_of_steps_that_had_to_start() -> None:
     policy: ColocatedPolicy[str, str] = ColocatedPolicy(make_policy("fcfs", LIMITS, 60.0), Linear())
     policy.joined([Stream(0.1, 10, 0.0)])
     begin_s = policy.load.start_by_s - 0.01
-    policy.stepped(begin_s, begin_s + 5.0)
+    policy.began(begin_s)
+    policy.stepped(begin_s + 5.0)
     assert policy.margin.value_s == MARGIN_FACTOR * 0.01, "one that ran early shows no lateness"
     start_by_s, step_s = policy.load.start_by_s, policy.load.step_s
-    policy.stepped(start_by_s + 0.003, start_by_s + 0.003 + step_s + 0.02, delivery_s=0.04)
+    policy.began(start_by_s + 0.003)
+    policy.stepped(start_by_s + 0.003 + step_s + 0.06)
     assert policy.margin.value_s == pytest.approx(MARGIN_FACTOR * 0.063)
     assert policy.margin_s == pytest.approx(0.05), "at most half of the tightest objective"
 
@@ -233,13 +266,46 @@ def test_a_step_runs_when_it_has_to_start_and_when_no_prefill_can_run() -> None:
     assert (turn.act, turn.job, turn.ask_again_s) == (Act.START, waiting, pytest.approx(0.089))
     assert policy.next(0.0, None, admit=False).act is Act.STEP, "no KV cache for what waits"
     assert policy.next(turn.ask_again_s, None).act is Act.STEP
-    policy.stepped(0.089, 0.1)
+    policy.began(0.089)
+    policy.stepped(0.1)
     assert policy.next(0.1, None).act is Act.START
     policy.prefills.remove(waiting)
     task = started("a", 50.0)
     policy.prefills.add(task)
     assert policy.next(0.1, task).act is Act.TASK
     assert policy.next(0.2 - 0.011, task).act is Act.STEP
+
+
+def test_no_step_is_asked_for_while_one_runs() -> None:
+    policy = colocated(limits=DecodeLimits(margin_s=0.0, ahead=True))
+    policy.joined([Stream(0.1, 10, 0.0)])
+    policy.began(0.0)
+    for now_s in (0.0, 1.0):
+        assert policy.next(now_s, None).act is Act.NOTHING
+        assert policy.next(now_s, None, admit=False).act is Act.NOTHING
+    waiting = request("a", 50.0)
+    policy.prefills.add(waiting)
+    turn = policy.next(1.0, None)
+    assert (turn.act, turn.job, turn.ask_again_s) == (Act.START, waiting, math.inf)
+    policy.stepped(1.0)
+    assert policy.next(1.2, None).act is Act.STEP
+
+
+def test_a_stream_that_joins_while_a_step_runs_gets_its_token_of_the_next_one() -> None:
+    policy = colocated()
+    policy.joined([Stream(0.5, 10, 0.0)])
+    policy.began(0.0)
+    late = Stream(0.1, 100, 0.005)
+    policy.joined([late])
+    assert policy.may_join(78, 0)
+    assert not policy.may_join(79, 0), "its objective counts where others want to join"
+    policy.stepped(0.02, took_s=0.011)
+    assert (policy.streams.requests, policy.streams.context_tokens) == (2, 111)
+    assert policy.load.start_by_s == pytest.approx(0.005 + 0.1 - 0.012), "due by its own first token; no step was slow"
+    policy.began(0.09)
+    policy.stepped(0.102, [late])
+    assert (policy.streams.requests, policy.streams.context_tokens) == (1, 12)
+    assert policy.load.start_by_s == pytest.approx(0.102 + 0.5 - 0.011)
 
 
 def test_decoding_ahead_serves_streams_while_the_winner_waits_for_kv_cache() -> None:
@@ -250,7 +316,8 @@ def test_decoding_ahead_serves_streams_while_the_winner_waits_for_kv_cache() -> 
         task = started("patient", 50.0)
         policy.prefills.add(task)
         assert policy.next(0.0, task, admit=False).act is (Act.STEP if ahead else Act.TASK)
-        policy.stepped(0.0, 0.011)
+        policy.began(0.0)
+        policy.stepped(0.011)
         assert policy.next(0.0111, task, admit=False).act is Act.TASK, "prefills keep their share"
 
 
@@ -420,11 +487,12 @@ class Server:
             self.late_s = max(self.late_s, begin_s - load.start_by_s)
         streams = self.policy.streams
         self.now_s += self.model.predict_s(streams.requests, streams.context_tokens)
+        self.policy.began(begin_s)
         self.steps.append((begin_s, self.now_s, wanted))
         for request in self.live:
             request.token_times_s.append(self.now_s)
         over = [request for request in self.live if len(request.token_times_s) == request.tokens]
-        self.policy.stepped(begin_s, self.now_s, [self.live.pop(request) for request in over])
+        self.policy.stepped(self.now_s, [self.live.pop(request) for request in over])
 
     def _run(self, job: Job[Served], until_s: float) -> Job[Served] | None:
         """Run ``job`` to its end, or to the first place to stop behind ``until_s``."""

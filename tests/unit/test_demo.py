@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from io import StringIO
 from pathlib import Path
@@ -22,6 +22,7 @@ from sgl_flowprefill.bench.systems.catalog import RIVAL, SYSTEMS, System, select
 from sgl_flowprefill.bench.systems.serving import Servers
 from sgl_flowprefill.bench.workloads.answers import DECODE_SHARE, UNIFIED_DECODE_SHARE
 from sgl_flowprefill.bench.workloads.trace import Trace
+from sgl_flowprefill.events import Arrival, EventLog
 
 OURS, STOCK = SYSTEMS["flowprefill"], SYSTEMS["sglang"]
 SLOWDOWNS = {"flowprefill": [2.0, 4.0], "sglang": [3.0, 6.0], "unified": [2.0, 4.0], RIVAL: [3.0, 6.0]}
@@ -36,12 +37,13 @@ class Machine:
     prompts: dict[str, list[tuple[int, ...]]] = field(default_factory=lambda: defaultdict(list))
     clock_s: float = 1000.0
     up: str | None = None
+    event_logs: Mapping[str, Path] = field(default_factory=dict)
 
     @contextmanager
     def serve(self, system: System) -> Iterator[FakeServed]:
         assert self.up is None, "one at a time"
         self.up = system.name
-        yield FakeServed(self, system)
+        yield FakeServed(self, system, self.event_logs.get(system.name))
         self.up = None
 
 
@@ -88,7 +90,7 @@ def arguments(tmp_path: Path, *options: str) -> Demo:
 
 def compared(machine: Machine, options: Demo, systems: Sequence[System] = (OURS, STOCK)) -> Comparison:
     console = Console(file=StringIO(), width=200)
-    return demo_module._Demo(options, systems, cast(Any, machine.serve), console).run(Servers())
+    return demo_module.ComparedInTurns(options, systems, cast(Any, machine.serve), console).run(Servers())
 
 
 def test_no_system_always_meets_the_machine_first(tmp_path: Path) -> None:
@@ -153,6 +155,21 @@ def test_answers_that_are_cut_need_no_measurement(tmp_path: Path) -> None:
     assert ("decode", "flowprefill") not in machine.happened
     assert max(request.output_tokens for request in comparison.trace.requests) == 8
     assert "cut at 8 tokens" in comparison.answers.text(comparison.trace)
+
+
+def test_a_system_with_an_event_log_gets_a_timeline_beside_the_reports(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = EventLog(tmp_path / "flowprefill-events.jsonl")
+    log.write(Arrival, 1001.0, rid="a", prompt_tokens=9, ttft_slo_s=1.0, deadline_s=1002.0, received_s=1001.0)
+    log.flush()
+    machine = Machine(event_logs={"flowprefill": tmp_path / "flowprefill-events.jsonl", "sglang": tmp_path / "none"})
+    monkeypatch.setattr(demo_module, "serving", lambda *_, **__: nullcontext(machine.serve))
+    said = StringIO()
+    assert demo_module.run(arguments(tmp_path), Console(file=said, width=200)) == 0
+    assert {path.name for path in tmp_path.glob("*.pftrace")} == {"flowprefill.pftrace"}
+    assert f"Timeline, for https://ui.perfetto.dev: {tmp_path / 'flowprefill.pftrace'}" in said.getvalue()
+    assert (tmp_path / "report.html").exists()
 
 
 def test_a_trace_that_is_too_short_for_its_parts_is_refused(tmp_path: Path) -> None:

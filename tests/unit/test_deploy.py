@@ -14,7 +14,7 @@ import yaml
 
 from sgl_flowprefill.cluster import cli, preflight
 from sgl_flowprefill.cluster.base import KEY_VARIABLE
-from sgl_flowprefill.cluster.cluster import DRAIN_S
+from sgl_flowprefill.cluster.members import DRAIN_S
 from sgl_flowprefill.config import FlowPrefillConfig, is_enabled
 from tests.namespaces import unshare_pids
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import random
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
@@ -24,12 +27,23 @@ pytest.importorskip("sglang")
 
 from sglang.srt.managers.scheduler import Scheduler
 
-from sgl_flowprefill.hub.task import Tasks
+from sgl_flowprefill.hub.task import DecodeStep, Tasks
+from sgl_flowprefill.policy import ColocatedPolicy, DecodeLimits, Limits, make_policy
+from sgl_flowprefill.policy import Stream as DecodeStream
+from sgl_flowprefill.profiling.steps import LinearSteps
 from sgl_flowprefill.runtime.event_recorder import EventRecorder
 from sgl_flowprefill.runtime.prefill_role import PrefillRole
 from sgl_flowprefill.runtime.scheduler import FlowPrefillScheduler
 from sgl_flowprefill.runtime.wakeup import Wakeup
-from tests.simulated_device import HostCosts, Model, SimulatedRequest, SimulatedServer, simulate
+from tests.simulated_device import (
+    HostCosts,
+    Model,
+    SimulatedDevice,
+    SimulatedRequest,
+    SimulatedServer,
+    SimulatedSteps,
+    simulate,
+)
 
 LLAMA_8B = Model(
     # Of the order of an H100's operators: products at some 500 TFLOP/s, attention growing with the prompt.
@@ -95,6 +109,82 @@ def test_nothing_that_is_read_back_waits_for_the_queue() -> None:
           f"{shares[2]:.4f}")  # fmt: skip
     assert shares[0] < 0.01
     assert shares[0] < shares[1] < shares[2]
+
+
+TBT_S = 0.06
+STEP_S = 0.008
+
+
+def serve_beside_streams() -> tuple[float, float, int]:
+    """Long prompts on a server that has streams: the share of the time of prefills in which the device ran nothing, the
+    longest gap between two tokens of a stream, and how many steps ran between the operators of a prefill.
+    """
+    requests = mix(seed=5, count=40, gap_s=0.4)
+    for request in requests:
+        request.tokens = max(4000, request.tokens // 2)  # operators of a millisecond at least
+    device = SimulatedDevice(2, HostCosts())
+    policy = make_policy("s-edf", Limits(max_suspended=16, max_batch_tokens=1), 60.0)
+    colocated = ColocatedPolicy(policy, LinearSteps(STEP_S, 0.0, 0.0), DecodeLimits(margin_s=0.02))
+    colocated.joined(DecodeStream(TBT_S, 500, 0.0) for _ in range(16))
+    steps = SimulatedSteps(device, colocated, STEP_S)
+    server = SimulatedServer(device, LLAMA_8B, requests, colocated=colocated, decoder=steps)
+    while any(request.answered_s == math.inf for request in requests):
+        server.hub.turn()
+    running = []
+    for request in requests:
+        own = [operator for operator in device.operators if operator.label and request in as_batch(operator.label[0])]
+        assert [operator.label[1:] for operator in own] == [
+            *((kind, layer) for layer in range(LLAMA_8B.layers) for kind in ("attention", "mlp")),
+            ("sample", 0),
+        ]
+        running.append(replace(request, arrival_s=own[0].start_s))
+    inside = sum(
+        operator.label is not None
+        and operator.label[0] is steps
+        and any(request.arrival_s < operator.start_s < request.ran_s for request in running)
+        for operator in device.operators
+    )
+    idle_s, work_s = device.idle_s(running)
+    return idle_s / work_s, max(later - earlier for earlier, later in pairwise(steps.ended_s)), inside
+
+
+def as_batch(owner: Any) -> list[Any]:
+    return owner if isinstance(owner, list) else []
+
+
+def test_steps_between_operators_leave_the_device_no_idle_time_while_prefills_run() -> None:
+    idle, longest_gap_s, inside = serve_beside_streams()
+    print(f"\nidle while prefills run {idle:.4%}, with {inside} steps inside them; longest gap {longest_gap_s:.4f} s")
+    assert inside >= 100
+    assert idle == 0.0
+    assert longest_gap_s <= TBT_S
+
+
+def test_it_idles_when_the_tokens_of_a_step_are_awaited(monkeypatch: pytest.MonkeyPatch) -> None:
+    step = Hub.step
+
+    def step_and_wait(hub: Any) -> None:
+        step(hub)
+        hub.finish_done()
+
+    monkeypatch.setattr(Hub, "step", step_and_wait)
+    idle, _, inside = serve_beside_streams()
+    print(f"\nidle while prefills run, each step awaited: {idle:.4%}, with {inside} steps inside them")
+    assert inside >= 100
+    assert idle > 0.002
+
+
+def test_streams_wait_when_the_result_of_a_step_interrupts_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A result that is processed when the task is done, and not when it has arrived."""
+    has_news = Hub.has_news
+
+    def without_steps(hub: Any) -> bool:
+        finishing = hub.work.tasks.finishing
+        return False if finishing and isinstance(finishing[0], DecodeStep) else has_news(hub)
+
+    monkeypatch.setattr(Hub, "has_news", without_steps)
+    _, longest_gap_s, _ = serve_beside_streams()
+    assert longest_gap_s > 2 * TBT_S
 
 
 @settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
@@ -274,6 +364,7 @@ def test_only_indices_that_were_there_when_the_prefill_ran_are_read_beside_the_q
     monkeypatch.setattr(cuda_device.torch.cuda, "stream", enter)
     monkeypatch.setattr(Scheduler, "send_kv_chunk", lambda self, *args: sent.append((*args, list(entered))))
     scheduler = FlowPrefillScheduler.__new__(FlowPrefillScheduler)
+    scheduler.enable_hierarchical_cache = False
     scheduler.tree_cache = SimpleNamespace(evictable_size=lambda: 0, protected_size=lambda: 0)
     scheduler.role = PrefillRole(scheduler, 1.0, Tasks(), Wakeup(), CpuDevice(), OneRank(never), EventRecorder(None))
     for scheduler.role.device in (CudaDevice(lookahead=2), CpuDevice()):

@@ -4,37 +4,43 @@ from __future__ import annotations
 
 import os
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+
+from sgl_flowprefill.config import FlowPrefillConfig
+from sgl_flowprefill.policy import POLICIES
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "sgl_flowprefill"
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
+VERSION = re.compile(r"(?<![\d.])0\.\d+\.\d+(?!\d|\.\d)")
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 
 
 def table_of_modules():
-    """Files and folders of the table's first column, by their names there. ``policy/base.py`` is the package's; a name
-    without a folder lies beside the one before it."""
+    """Names in the table's first column, and what they mean. ``policy/base.py`` is the package's; a name without a
+    folder lies beside the one before it."""
     section = (ROOT / "docs" / "architecture.md").read_text().split("\n## Modules\n")[1].split("\n## ")[0]
-    found = {}
+    found = []
     for line in section.splitlines():
         folder = ROOT
         for name in re.findall(r"`([^`]+)`", line.split("|")[1]) if line.startswith("|") else ():
             places = [base / name for base in (ROOT, PACKAGE, folder)]
             path = next((place for place in places if place.exists()), ROOT / name)
             folder = path.parent
-            found[name] = Path(os.path.realpath(path))
+            found.append((name, Path(os.path.realpath(path))))
     return found
 
 
 def test_the_table_of_modules_names_only_what_is_there():
-    assert [name for name, path in table_of_modules().items() if not path.exists()] == []
+    assert [name for name, path in table_of_modules() if not path.exists()] == []
 
 
 def test_every_module_is_in_the_table_or_in_a_folder_of_it():
-    named = set(table_of_modules().values())
+    named = {path for _, path in table_of_modules()}
     modules = [
         Path(os.path.realpath(os.path.join(directory, file)))
         for directory, _, files in os.walk(PACKAGE, followlinks=True)
@@ -57,6 +63,47 @@ def test_links_lead_to_a_file_and_a_heading(page):
         if not file.exists() or (heading and heading not in headings(file)):
             broken.append(target)
     assert broken == []
+
+
+def supported_versions():
+    """The oldest and the newest SGLang that pip installs this project with."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    [sglang] = [one for one in map(Requirement, project["dependencies"]) if one.name == "sglang"]
+    bounds = {bound.operator: bound.version for bound in sglang.specifier}
+    assert bounds.keys() == {">=", "<="}
+    return bounds[">="], bounds["<="]
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/versions.md"])
+def test_the_range_of_sglang_is_named_and_no_other_version(page):
+    text = re.sub(r"\(0\.\d\.\d\)", "", (ROOT / page).read_text())  # numbers of this project, in brackets
+    named = VERSION.findall(text)
+    assert named[:2] == list(supported_versions())
+    assert set(named) == set(supported_versions())
+
+
+def test_the_page_of_models_and_the_image_have_the_newest_sglang():
+    _, newest = supported_versions()
+    assert f"models that SGLang {newest} knows" in (ROOT / "docs" / "models.md").read_text()
+    lines = (ROOT / "deploy" / "Dockerfile").read_text().splitlines()
+    assert f"ARG BASE=lmsysorg/sglang:v{newest}" in lines
+    assert len([line for line in lines if VERSION.search(line)]) == 1
+
+
+def test_the_table_of_versions_says_what_the_ends_of_the_range_were_tested_with():
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    tested = {cells[1].strip(): cells[3].strip() for cells in (line.split("|") for line in page.splitlines())
+              if len(cells) == 5 and VERSION.fullmatch(cells[1].strip())}  # fmt: skip
+    oldest, newest = supported_versions()
+    assert tested[newest] == "all"
+    assert tested[oldest].startswith("unit tests")
+
+
+def test_the_options_name_every_policy_beside_the_default():
+    default = FlowPrefillConfig().policy
+    others = ", ".join(f"`{name}`" for name in POLICIES if name != default)
+    row = f"| `--flowprefill-policy` | {default} | or {others} ([compared](simulator.md)) |"
+    assert row in (ROOT / "docs" / "serving.md").read_text().splitlines()
 
 
 def headings(page):

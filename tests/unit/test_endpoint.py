@@ -23,7 +23,6 @@ from sgl_flowprefill.bench.capacity.probes import ProbeLog
 from sgl_flowprefill.bench.capacity.results import GoodputResult
 from sgl_flowprefill.bench.loadgen import replay as replay_module
 from sgl_flowprefill.bench.loadgen.calibrate import REFERENCE_TTFT_S
-from sgl_flowprefill.bench.metrics.provenance import read_result
 from sgl_flowprefill.bench.systems import endpoint as endpoint_module
 from sgl_flowprefill.bench.systems.catalog import endpoint
 from sgl_flowprefill.bench.systems.endpoint import EndpointError, ForeignEndpoint, connect
@@ -33,6 +32,7 @@ from sgl_flowprefill.bench.workloads.prompts import PromptBuilder
 from sgl_flowprefill.bench.workloads.synthetic import workload
 from sgl_flowprefill.bench.workloads.trace import Trace, TraceRequest
 from sgl_flowprefill.config import FlowPrefillConfig
+from sgl_flowprefill.provenance import read_result
 
 S_PER_TOKEN = 2e-6
 EXTENSIONS = {"ignore_eos", "custom_params"}
@@ -158,6 +158,9 @@ def test_isolated_requests_and_decoding_are_measured_through_it(server: OpenAiSe
     for tokens, ttft_s in times_s.items():
         assert 1e-5 * tokens <= ttft_s < 1e-5 * tokens + 0.5
     assert found.decode_tokens_per_s(PROMPTS) > 0
+    steps = found.decode_steps(PROMPTS)
+    assert {step.requests for step in steps} == {1, 4, 16}
+    assert all(step.time_s >= 0.018 for step in steps), "the server waits 20 ms behind each token"
     assert found.engine(PROMPTS) is None
 
 

@@ -13,6 +13,7 @@ from typing import Any, get_args
 import msgspec
 import numpy as np
 import pytest
+from msgspec import UNSET
 
 from sgl_flowprefill.bench.__main__ import main
 from sgl_flowprefill.bench.cli.events import rows
@@ -26,14 +27,21 @@ from sgl_flowprefill.events import (
     EventLogError,
     Fail,
     GiveBack,
+    Leave,
+    Ready,
     Resume,
+    Shed,
     Start,
     Step,
     Suspend,
     read_events,
     table,
 )
+from sgl_flowprefill.hub.waiting import WaitingRequest
+from sgl_flowprefill.policy import Job
 from sgl_flowprefill.runtime.event_recorder import EventRecorder
+from sgl_flowprefill.slo import Objective
+from sgl_flowprefill.ttft import Prediction, PrefillShape
 
 
 def arrival(t_s: float, rid: str, deadline_s: float) -> Arrival:
@@ -98,8 +106,12 @@ def test_every_kind_of_event_is_read_back_as_it_was_written(tmp_path: Path) -> N
         Fail(22.0, ["y"], None, "lost"),
         Fail(23.0, ["z"], 400, "", 5, 6),
         GiveBack(24.0, 7, ["v", "w"], 8),
+        Ready(24.1, "v", 24.05, 900, 100, 0.09),
+        Leave(24.2, "a"),
+        Leave(24.3, "b", "Decode transfer failed"),
         Step(25.0, 3, 24.9, 24.8),
         Step(26.0, 3, 25.9, None),
+        Shed(27.0, "u", 0.5, 4.2, 5),
     ]
     assert {type(event) for event in events} == set(get_args(AnyEvent))
     assert list(read_events(written(tmp_path / "events.jsonl", events))) == events
@@ -193,7 +205,9 @@ def test_time_between_forwards_counts_where_a_request_waits() -> None:
         start(0.0, 0, "a", new_tokens=1),
         arrival(0.5, "b", 9.0),
         complete(1.0, 0, "a", 1.0, 1.0, 1.0),
+        Leave(1.0005, "a"),
         arrival(1.001, "c", 9.0),
+        Ready(1.002, "c", 1.002, 1, 0, 0.1),
         start(1.004, 1, "b", "c", new_tokens=2),
     ]
     assert summarise_log(events).between_forwards_p50_s == pytest.approx(0.004)
@@ -257,7 +271,7 @@ def test_a_switch_that_no_news_led_to_is_no_preemption(blocking_s: float | None)
 
 def test_the_recorder_names_no_blocking_time_where_no_news_led_to_a_switch(tmp_path: Path) -> None:
     recorder = EventRecorder(tmp_path / "events.jsonl")
-    running: Any = SimpleNamespace(id=0, rids=["a"], checkpoint=3)
+    running: Any = SimpleNamespace(id=0, rids=["a"], operators_passed=3)
     winner: Any = SimpleNamespace(id=1, rids=["b"], readable_s=1.0)
     recorder.suspended(running, winner, stopped_s=4.9, now_s=5.0, news_readable_s=math.inf)
     recorder.suspended(running, winner, stopped_s=4.9, now_s=5.0, news_readable_s=4.5)
@@ -265,6 +279,52 @@ def test_the_recorder_names_no_blocking_time_where_no_news_led_to_a_switch(tmp_p
     without_news, with_news = read_events(tmp_path / "events.jsonl")
     assert (without_news.readable_s, without_news.blocking_s) == (None, None)
     assert (with_news.readable_s, with_news.blocking_s) == (4.5, 0.5)
+
+
+class Req:
+    """What the recorder reads of SGLang's Req."""
+
+    def __init__(self, rid: str) -> None:
+        self.rid = rid
+        self.origin_input_ids = self.origin_input_ids_unpadded = [1, 2, 3]
+
+
+def test_the_recorder_tells_of_each_request_once_that_it_can_be_run_and_that_it_has_left(tmp_path: Path) -> None:
+    recorder = EventRecorder(tmp_path / "events.jsonl")
+    sent, aborted, refused, health = Req("sent"), Req("aborted"), Req("refused"), Req("HEALTH_CHECK_1")
+    for req in (sent, aborted, refused, health):
+        recorder.arrived(req, received_s=1.0, objective=Objective(5.0, 0.1))
+        waiting = WaitingRequest(req, 0, [1, 2, 3], PrefillShape(2, 1), readable_s=1.5, logprob_rows=0)
+        recorder.ready(Job(waiting, 1.0, 6.0, 0.25))
+    recorder.answered(refused, "too long", 400)
+    task: Any = SimpleNamespace(
+        id=0, rids=[], reqs=[sent, aborted, health], operators_passed=9, executed_s=1.0, predicted_s=1.0
+    )
+    recorder.abort_asked([aborted])
+    recorder.completed(task, Prediction(1.0, 1.0, 1.0))
+    for _ in range(2):  # an answer is told of at most once
+        recorder.answered(sent, None, None)
+        recorder.answered(aborted, "aborted", None)
+        recorder.answered(health, None, None)
+    recorder.flush()
+    events = list(read_events(tmp_path / "events.jsonl"))
+    assert [event.rid for event in events if isinstance(event, Ready)] == ["sent", "aborted", "refused"]
+    first = next(event for event in events if isinstance(event, Ready))
+    assert (first.readable_s, first.new_tokens, first.cached_tokens, first.predicted_s) == (1.5, 2, 1, 0.25)
+    [leave] = [event for event in events if isinstance(event, Leave)]
+    assert (leave.rid, leave.reason) == ("sent", UNSET)
+    assert [event.rids for event in events if isinstance(event, Abort)] == [["aborted"]]
+
+
+def test_a_request_that_is_lost_after_its_prefill_leaves_with_the_reason(tmp_path: Path) -> None:
+    recorder, req = EventRecorder(tmp_path / "events.jsonl"), Req("lost")
+    recorder.arrived(req, received_s=1.0, objective=Objective(5.0, 0.1))
+    task: Any = SimpleNamespace(id=0, rids=[], reqs=[req], operators_passed=9, executed_s=1.0, predicted_s=1.0)
+    recorder.completed(task, Prediction(1.0, 1.0, 1.0))
+    recorder.answered(req, "Decode transfer failed", 500)
+    recorder.flush()
+    assert list(read_events(tmp_path / "events.jsonl"))[-1].kind == "leave"
+    assert '"reason":"Decode transfer failed"' in (tmp_path / "events.jsonl").read_text().splitlines()[-1]
 
 
 def test_an_empty_log_has_no_figures() -> None:

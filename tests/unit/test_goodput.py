@@ -21,12 +21,13 @@ from sgl_flowprefill.bench.capacity.campaign import Campaign, Goal
 from sgl_flowprefill.bench.capacity.prober import Plan, Prober
 from sgl_flowprefill.bench.capacity.probes import Probe, ProbeLog
 from sgl_flowprefill.bench.capacity.results import GoodputResult, SystemFigures, mean_estimate, ratio_estimate
+from sgl_flowprefill.bench.cli import validate
 from sgl_flowprefill.bench.cli.goodput import publish
-from sgl_flowprefill.bench.cli.validate import compared, load_rps
+from sgl_flowprefill.bench.cli.options import Validate, parse
+from sgl_flowprefill.bench.cli.validate import compared, load_rps, rows_table, worst_points
 from sgl_flowprefill.bench.loadgen.calibrate import REFERENCE_TTFT_S
 from sgl_flowprefill.bench.loadgen.replay import ClientReport, Enough, ReplayRun, RequestResult
 from sgl_flowprefill.bench.metrics.joint import Judge
-from sgl_flowprefill.bench.metrics.provenance import PROVENANCE, read_result
 from sgl_flowprefill.bench.reports.goodput import cells, rates_table, render_html
 from sgl_flowprefill.bench.simulator.joint import attainments
 from sgl_flowprefill.bench.simulator.measured import Engine, measured_setup, saturation_rps
@@ -39,6 +40,8 @@ from sgl_flowprefill.bench.workloads.synthetic import workload
 from sgl_flowprefill.bench.workloads.trace import Trace
 from sgl_flowprefill.config import FlowPrefillConfig
 from sgl_flowprefill.profiling import Profile, Row, Setting, write_profile
+from sgl_flowprefill.profiling.steps import Step
+from sgl_flowprefill.provenance import PROVENANCE, read_result
 from sgl_flowprefill.ttft import PrefillShape
 
 NAMES = ("flowprefill", "flowprefill-layer", "stock-fcfs", "stock-spf-512")
@@ -46,6 +49,10 @@ OPTIONS = FlowPrefillConfig()
 SETTING = Setting(model="toy", device="cpu", dtype="float32", attention_backend="x", threads=1, sglang="0")
 FORWARD_S = {tokens: 0.02 + 3e-4 * tokens + 1.5e-8 * tokens**2 for tokens in (16, 128, *REFERENCE_TTFT_S)}
 DECODE_TOKENS_PER_S = 200.0
+STEPS = [
+    Step(requests=requests, context_tokens=context, time_s=0.01 + 0.0025 * requests + 4e-7 * context)
+    for requests, context in ((1, 528), (4, 2112), (16, 8448), (4, 16448))
+]
 SOLO_TTFT_S = {tokens: 0.02 + FORWARD_S[tokens] for tokens in REFERENCE_TTFT_S}
 
 
@@ -74,7 +81,7 @@ class Model:
 
     @property
     def setup(self) -> Setup:
-        return measured_setup(self.engine, SOLO_TTFT_S, OPTIONS)
+        return measured_setup(self.engine, SOLO_TTFT_S, OPTIONS, STEPS)
 
     @contextmanager
     def serve(self, system: System) -> Iterator[SimulatedEndpoint]:
@@ -94,6 +101,9 @@ class SimulatedEndpoint:
     def decode_tokens_per_s(self, prompts: Any) -> float:
         return DECODE_TOKENS_PER_S
 
+    def decode_steps(self, prompts: Any) -> list[Step]:
+        return STEPS
+
     def engine(self, prompts: Any) -> Engine:
         return self.model.engine
 
@@ -103,11 +113,12 @@ class SimulatedEndpoint:
     def blocking_s(self, run: ReplayRun) -> list[float] | None:
         return self.blocking
 
-    def replay(self, trace: Trace, prompts: Any, on_progress: Any, enough: Any) -> ReplayRun:
+    def replay(self, trace: Trace, prompts: Any, on_progress: Any, enough: Any, slower: float = 0.0) -> ReplayRun:
         if len(self.model.replays) >= self.model.interrupt_after:
             raise KeyboardInterrupt
         self.model.replays.append((self.system.name, trace.rate_rps, len(trace.requests)))
-        done = simulated(self.system.simulated(OPTIONS), trace, self.model.setup)
+        setup = dataclasses.replace(self.model.setup, slower=slower, learned=slower > 0)
+        done = simulated(self.system.simulated(OPTIONS), trace, setup)
         self.blocking = list(done.blocking_s) if done.blocking_s is not None else None
         whole = results(trace, done.requests)
         seen, met = [], 0
@@ -275,6 +286,8 @@ def test_unified_servers_are_searched_by_their_first_tokens_and_gaps_together(pr
     joint = document["systems"]["unified"]["joint"]
     assert 0 < joint["joint_attainment"] <= joint["joint_attainment_mean_tpot"] <= 1
     assert joint["tbt_p50_s"] <= joint["tbt_p99_s"] <= joint["tbt_max_s"]
+    assert joint["tokens_per_s"] > 0
+    assert joint["retractions"] is None, "simulated answers do not say"
     assert "TBT p50 / p99 / longest" in console.file.getvalue()  # type: ignore[attr-defined]
     assert "at most 1% of their gaps late" in " ".join((tmp_path / "goodput.html").read_text().split())
     resumed = campaign_for()
@@ -471,7 +484,7 @@ def test_a_race_is_decided_by_the_mean_over_seeds(profile: Path, tmp_path: Path)
     for _ in range(40):
         for name in (one, other):
             for seed in range(2):
-                rate_rps = campaign._next_rps(SYSTEMS[name], seed, 0.9)
+                rate_rps = campaign.next_rps(SYSTEMS[name], seed, 0.9)
                 if rate_rps is not None:
                     campaign.log.add(verdict(name, seed, rate_rps, rate_rps <= true_rps[name][seed]))
     assert not campaign.is_beaten(SYSTEMS[one], 0.9)
@@ -568,6 +581,65 @@ def test_validation_sets_what_was_measured_beside_what_is_simulated(profile: Pat
     assert apart is not None
     assert apart["ttft_difference_s"] == pytest.approx([-1e3] * 3)
     assert apart["differing"] == round(apart["simulated"] * other.total) > 0 == apart["measured"]
+
+
+UNIFIED = ("unified", "unified-sglang", "unified-stock-spf-512-mixed", "unified-stock-spf-512-interval-1")
+
+
+@pytest.mark.parametrize("name", UNIFIED)
+def test_validation_of_servers_that_decode_is_by_first_tokens_and_by_gaps_too(
+    profile: Path, tmp_path: Path, name: str
+) -> None:
+    prober = campaign_of(Model(profile), tmp_path, UNIFIED, seeds=1, max_output_tokens=20, judge="gaps").prober
+    system = SYSTEMS[name]
+    with prober.serving(system) as served:
+        prober.probe(served, system, 0, load_rps(prober, 0.9))
+    row = compared(prober, system, 0.9)
+    assert row is not None
+    assert 0 < row["joint"]["measured"] <= row["measured"]
+    assert row["joint"]["differing"] == row["differing"] == 0  # the simulator against itself
+    assert row["joint"]["measured_tbt_p99_s"] == row["joint"]["simulated_tbt_p99_s"] > 0
+    assert sum(figures["requests"] for figures in row["classes"].values()) == row["requests"]
+    [probe] = prober.log.probes
+    stuttering = [dataclasses.replace(one, tbt_s=(*one.tbt_s[:-1], 9.0)) for one in probe.run.results]
+    prober.log.probes[0] = dataclasses.replace(probe, run=dataclasses.replace(probe.run, results=stuttering))
+    apart = compared(prober, system, 0.9)
+    assert apart is not None
+    assert apart["difference_points"] == 0
+    assert apart["joint"]["measured"] < row["joint"]["measured"]
+    assert worst_points([row, apart]) == apart["joint"]["difference_points"] > 0
+    console = Console(file=StringIO(), width=160)
+    console.print(rows_table([apart]))
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert f"+{apart['joint']['difference_points']:.1f}" in text
+    assert f"TBT p99 {1e3 * apart['joint']['measured_tbt_p99_s']:.0f} ms / " in text
+    again = campaign_of(Model(profile), tmp_path, UNIFIED, seeds=1, max_output_tokens=20, judge="gaps").prober
+    assert compared(again, system, 0.9) == row, "steps are in the log"
+
+
+@pytest.mark.parametrize("name", ["unified", "unified-sglang"])
+def test_both_sides_become_slower_in_the_middle_of_a_replay(profile: Path, tmp_path: Path, name: str) -> None:
+    rows = {}
+    for slower in (0.0, 0.5):
+        plan = Plan(workload("qwen"), 1, 60.0, 20, "gaps", slower=slower)
+        log = ProbeLog(tmp_path / f"{slower}.jsonl", plan.settings())
+        prober = Prober(plan, log, Model(profile).serve, Console(file=StringIO()), OPTIONS)
+        with prober.serving(SYSTEMS[name]) as served:
+            prober.probe(served, SYSTEMS[name], 0, load_rps(prober, 0.8))
+        row = rows[slower] = compared(prober, SYSTEMS[name], 0.8)
+        assert row is not None
+        assert row["differing"] == row["joint"]["differing"] == 0
+    assert rows[0.5]["simulated_ttft_p50_s"] > rows[0.0]["simulated_ttft_p50_s"]
+    with pytest.raises(ValueError, match=r"slower 0\.5, not 0\.0"):
+        ProbeLog(tmp_path / "0.5.jsonl", Plan(workload("qwen"), 1, 60.0, 20, "gaps").settings())
+
+
+def test_a_run_validates_one_kind_of_servers(tmp_path: Path) -> None:
+    for arguments, remedy in ((["--systems", "unified"], "give"), (["--unified", "--systems", "sglang"], "leave out")):
+        options = parse(["validate", "--out", str(tmp_path), *arguments])
+        assert isinstance(options, Validate)
+        with pytest.raises(ValueError, match=f"validates one kind: {remedy} --unified"):
+            validate.run(options, Console(file=StringIO()))
 
 
 def test_the_simulator_is_as_fast_as_the_machine_was_between_lone_requests(profile: Path, tmp_path: Path) -> None:

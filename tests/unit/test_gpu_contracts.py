@@ -216,6 +216,8 @@ class Contract:
 
 
 QUANTIZATION = "sglang.srt.layers.quantization"
+BATCH = "sglang.srt.managers.schedule_batch:ScheduleBatch"
+PROCESSOR = "sglang.srt.managers.scheduler_components.batch_result_processor:SchedulerBatchResultProcessor"
 
 CONTRACTS = (
     Contract(
@@ -400,6 +402,50 @@ CONTRACTS = (
         in_order("StreamContext(self.schedule_stream)", "dispatch_event_loop(self)"),
         "StreamContext(self.schedule_stream)", "nullcontext()",
     ),
+    Contract(
+        "the result of a decode step is waited for by its event before it is read",
+        f"{PROCESSOR}.process_batch_result_decode",
+        in_order("result.copy_done.synchronize()", "self._normalize_decode_outputs("),
+        "result.copy_done.synchronize()", "pass",
+    ),
+    Contract(
+        "a decode step is prepared from lengths on the host",
+        f"{BATCH}.prepare_for_decode",
+        without(".item()", ".cpu()"),
+        "self.seq_lens_cpu = self.seq_lens_cpu + 1", "self.seq_lens_cpu = self.seq_lens.cpu()",
+    ),
+    Contract(
+        "its KV cache is allocated by lengths on the host",
+        "sglang.srt.mem_cache.allocation:alloc_for_decode_default",
+        without(".item()", ".cpu()", ".tolist()"),
+        "seq_lens_cpu=batch.seq_lens_cpu + token_per_req", "seq_lens_cpu=seq_lens_next.cpu()",
+    ),
+    Contract(
+        "streams that have ended leave the running batch by a copy that nothing waits for",
+        f"{BATCH}.filter_batch",
+        in_order("pin_memory=is_pin_memory_available(self.device)", ".to(self.device, non_blocking=True)"),
+        ".to(self.device, non_blocking=True)", ".to(self.device)",
+    ),
+    Contract(
+        "penalties get the last tokens by a copy that nothing waits for",
+        f"{BATCH}.cumulate_penalty_output_tokens",
+        in_order("pin_memory=is_pin_memory_available(self.device)", ".to(self.device, non_blocking=True)"),
+        ".to(self.device, non_blocking=True)", ".to(self.device)",
+    ),
+    Contract(
+        "FlashInfer plans the graph of a decode step by lengths on the host",
+        f"{ATTENTION}.flashinfer_backend:FlashInferIndicesUpdaterDecode.call_begin_forward",
+        in_order("global_override_indptr_cpu[1 : bs + 1] = torch.cumsum(seq_lens_cpu, dim=0)",
+                 "if wrapper_uses_fast_decode_plan:", "global_override_indptr_cpu=global_override_indptr_cpu"),
+        "global_override_indptr_cpu=global_override_indptr_cpu", "",
+    ),
+    Contract(
+        "and reads nothing back then",
+        "flashinfer.decode:fast_decode_plan",
+        in_order("if global_override_indptr_cpu is not None\n        else indptr.cpu()", "if page_size == 1:",
+                 "last_page_len_host = torch.ones("),
+        "if page_size == 1:", "if False:",
+    ),
 )  # fmt: skip
 
 
@@ -496,7 +542,7 @@ def test_the_hub_knows_all_that_sglangs_loop_calls(monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("SGLANG_EAGER_INPUT_NO_COPY", "1")
     monkeypatch.setattr(name, lambda scheduler: None)
     with pytest.raises(SeamError, match="event_loop_normal_disagg_prefill"):
-        plugin._take_scheduler_seams(FlowPrefillConfig())
+        plugin.take_scheduler_seams(FlowPrefillConfig())
 
 
 def test_cuda_events_have_what_the_device_uses() -> None:

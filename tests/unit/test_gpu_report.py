@@ -5,15 +5,18 @@ from __future__ import annotations
 import fcntl
 import importlib.util
 import json
+import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 import tomllib
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -26,7 +29,7 @@ from torch import nn
 
 pytest.importorskip("sglang")
 
-from sgl_flowprefill.bench.metrics import provenance
+from sgl_flowprefill import provenance
 from sgl_flowprefill.cluster import ClusterConfig, preflight
 from sgl_flowprefill.cluster.cli import main as launch
 from sgl_flowprefill.gpu_report import command
@@ -34,12 +37,13 @@ from sgl_flowprefill.gpu_report.document import Document
 from sgl_flowprefill.gpu_report.page import render_page
 from sgl_flowprefill.gpu_report.phases import Phase, plan
 from sgl_flowprefill.gpu_report.phases.base import Budget, Request
-from sgl_flowprefill.gpu_report.phases.goodput import COMPARED_UNIFIED, PrefillOnlyApi, _that_fit
+from sgl_flowprefill.gpu_report.phases.goodput import COMPARED_UNIFIED, PrefillOnlyApi, systems_that_fit
 from sgl_flowprefill.gpu_report.shapes import SHAPES, shape_path
 from sgl_flowprefill.gpu_report.tuning import choose
 from sgl_flowprefill.patches import lone_prefill, made_weights
 from sgl_flowprefill.profiling import process
 from sgl_flowprefill.runtime import selfcheck
+from tests.processes import still_alive
 
 ROOT = Path(__file__).parents[2]
 
@@ -99,16 +103,25 @@ def test_what_a_card_alone_can_show_is_named_on_the_cpu_engine() -> None:
     assert [phase.name for phase in plan(("flashinfer", "triton"))][:3] == [
         "machine", "checks:flashinfer", "checks:triton",
     ]  # fmt: skip
-    assert [phase.is_optional for phase in plan(("flashinfer", "triton"))][1:3] == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("backends", "optional"),
+    [(("flashinfer", "triton", "fa3"), ["fa3"]), (("triton", "flashinfer", "fa3"), ["fa3"]), (("fa3", "triton"), [])],
+)
+def test_only_a_backend_that_needs_sglang_kernel_may_be_missing_and_not_where_it_is_asked_for(
+    backends: tuple[str, ...], optional: list[str]
+) -> None:
+    assert [phase.backend for phase in plan(backends) if phase.is_optional] == optional
 
 
 @pytest.mark.parametrize("asked", [[], ["--unified"]])
 def test_decode_steps_are_measured_on_the_engine_of_a_unified_server(asked: list[str], tmp_path: Path) -> None:
-    report = command._Report(command._parser().parse_args(["--out", str(tmp_path / "report"), *asked]), [])
-    phases = {phase.name: phase for phase in report._phases}
-    assert [phase.name for phase in report._phases if phase.role == "unified"] == ["steps"]
+    report = command.Report(command.make_parser().parse_args(["--out", str(tmp_path / "report"), *asked]), [])
+    phases = {phase.name: phase for phase in report.phases}
+    assert [phase.name for phase in report.phases if phase.role == "unified"] == ["steps"]
     assert list(phases)[-1] == ("goodput:unified" if asked else "goodput")
-    steps, tokens = report._layout(phases["steps"]), report._layout(phases["tokens"])
+    steps, tokens = report.layout(phases["steps"]), report.layout(phases["tokens"])
     assert (steps.servers, tokens.servers) == ([("unified", 0)], [("prefill", 0)])
     assert "--disaggregation-mode" not in steps.server_options("unified")
     assert "--disaggregation-mode" in tokens.server_options("prefill")
@@ -122,7 +135,7 @@ def test_a_phase_that_hangs_is_ended_with_all_that_it_has_started(limits_s: tupl
     begin_s = time.monotonic()
     with (
         subprocess.Popen(hangs, start_new_session=True) as process,
-        command._killed_after(process) as limit,
+        command.killed_after(process) as limit,
     ):
         while not psutil.Process(process.pid).children():
             time.sleep(0.05)
@@ -131,14 +144,14 @@ def test_a_phase_that_hangs_is_ended_with_all_that_it_has_started(limits_s: tupl
             limit(limit_s)
         process.wait(30)
     assert process.returncode == -signal.SIGKILL
-    assert psutil.wait_procs(children, timeout=10)[1] == []
+    assert still_alive(children) == []
     assert time.monotonic() - begin_s < 30
 
 
 def test_a_phase_that_gets_on_is_given_another_limit() -> None:
     with (
         subprocess.Popen(["sleep", "1"], start_new_session=True) as process,
-        command._killed_after(process) as limit,
+        command.killed_after(process) as limit,
     ):
         limit(0.5)
         limit(60.0)
@@ -148,7 +161,7 @@ def test_a_phase_that_gets_on_is_given_another_limit() -> None:
 
 def test_a_phase_reads_what_another_has_found(tmp_path: Path) -> None:
     request = Request("goodput", tmp_path, Budget(1.0), ())
-    document = Document(tmp_path, "", "", "", 1.0)
+    document = Document(tmp_path, (), "", "", 1.0)
     first, second, *_ = plan((None,))
     document.note(first, {"state": "measured", "line": "", "figures": {"free_bytes": 7}}, 0.0)
     document.note(second, {"state": "not here", "line": ""}, 0.0)
@@ -199,6 +212,72 @@ def test_a_phase_waits_for_the_device_and_gets_a_share_of_what_is_left_then(tmp_
     assert second["outcome"]["state"] == "measured"
 
 
+def test_time_is_kept_for_the_starts_of_the_engines_to_come(tmp_path: Path) -> None:
+    """Otherwise slow starts would use up the budget before the last phase, which is left out then."""
+    report = command.Report(
+        command.make_parser().parse_args(["--out", str(tmp_path / "report"), "--budget-s", "300"]), []
+    )
+    commands: list[list[str]] = []
+    guard: Any = SimpleNamespace(
+        directory=tmp_path,
+        follow=lambda command, env, log: commands.append(command),
+        wait=subprocess.Popen.wait,
+    )
+    said = [{"starts_for_s": 9.0}, {"measures_for_s": 9.0}, {"outcome": {"state": "measured", "line": ""}}]
+    starts = "; ".join(
+        f"print({json.dumps(one)!r}, flush=True); time.sleep({0.5 * (at == 0)})" for at, one in enumerate(said)
+    )
+    phases = report.phases
+
+    def ends_s() -> float:
+        """When the first phase has to end, by the report's clock."""
+        os.close(report.start(guard, phases[0], phases).lock)
+        return float(commands[-1][commands[-1].index("--until-s") + 1]) - report.started_s
+
+    assert ends_s() == pytest.approx(300.0)
+    with subprocess.Popen(
+        [sys.executable, "-c", f"import time; {starts}"], stdout=subprocess.PIPE, text=True
+    ) as process:
+        report.follow(command.Running(phases[1], process, os.open(os.devnull, os.O_RDONLY)), guard, [])
+    assert 300.0 - 2.0 * (len(phases) - 1) < ends_s() <= 300.0 - 0.4 * (len(phases) - 1)
+
+
+def holders(file: str) -> list[int]:
+    """Processes that have ``file`` locked."""
+    node = f":{Path(file).stat().st_ino}"
+    locks = [line.split() for line in Path("/proc/locks").read_text().splitlines()]
+    return [int(lock[4]) for lock in locks if lock[1] == "FLOCK" and lock[5].endswith(node)]
+
+
+def test_a_phase_begins_when_what_the_one_before_it_has_found_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A busy machine keeps it late, when the next phase's process has long been there."""
+    machine = plan((None,))[0]
+    monkeypatch.setattr(command, "plan", lambda backends, unified: [machine, replace(machine, name="machine:again")])
+    started: list[subprocess.Popen[str]] = []
+    start, note = command.Report.start, Document.note
+    ahead: list[list[int]] = []
+
+    def start_noted(*arguments: Any) -> command.Running:
+        running = start(*arguments)
+        started.append(running.process)
+        return running
+
+    def note_late(document: Document, phase: Phase, found: Mapping[str, Any], elapsed_s: float) -> None:
+        if phase is machine:
+            first, second = started
+            os.waitid(os.P_PID, first.pid, os.WEXITED | os.WNOWAIT)
+            words = psutil.Process(second.pid).cmdline()
+            ahead.append(holders(words[words.index("--lock") + 1]))
+        note(document, phase, found, elapsed_s)
+
+    monkeypatch.setattr(command.Report, "start", start_noted)
+    monkeypatch.setattr(Document, "note", note_late)
+    assert launch(["gpu-report", "--out", str(tmp_path / "report"), "--budget-s", "1000"]) == 0
+    assert ahead == [[os.getpid()]]
+
+
 def test_a_directory_that_is_no_reports_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "thesis.tex").touch()
     assert launch(["gpu-report", "--out", str(tmp_path)]) == command.EXIT_CANNOT_START
@@ -210,7 +289,7 @@ def test_a_directory_that_is_no_reports_is_left_alone(tmp_path: Path, capsys: py
 
 
 def test_the_page_shows_what_was_found_and_what_failed(tmp_path: Path) -> None:
-    document = Document(tmp_path, "launch.py gpu-report", "a model", "a card", 300.0, ended="interrupted")
+    document = Document(tmp_path, ["launch.py", "gpu-report"], "a model", "a card", 300.0, ended="interrupted")
     first, second, *_ = plan((None,))
     rows = [["attention slots", "pass", "0.1 <MiB>"]]
     document.note(first, {"state": "FAILED", "line": "RuntimeError: out & about", "log": "the end of the log"}, 1.0)
@@ -218,7 +297,10 @@ def test_the_page_shows_what_was_found_and_what_failed(tmp_path: Path) -> None:
     page = render_page(json.loads(document.path.read_text()))
     for text in ("out &amp; about", "the end of the log", "0.1 &lt;MiB&gt;", "was interrupted"):
         assert text in page
+    assert provenance.read_result(document.path).kind == "gpu-report"
     origin = json.loads(document.path.read_text())
+    assert origin.keys() >= set(provenance.PROVENANCE)
+    assert origin["command"] == "launch.py gpu-report"
     assert origin["commit"] == provenance.commit()
     assert f"<dd>{origin['commit']['hash'] or 'not known'}" in page
     assert origin["versions"]["sglang"] == "0.5.23"
@@ -239,6 +321,14 @@ def test_the_large_shape_is_that_of_llama_3_1_8b() -> None:
     assert config["torch_dtype"] == "bfloat16"
     assert not list(path.glob("*.safetensors"))
     assert len({shape.name for shape in SHAPES.values()}) == len(SHAPES)
+
+
+def test_shapes_are_decoded_by_a_module_that_is_compiled_ahead() -> None:
+    """FlashInfer's paged prefill, which SGLang takes for decoding where enough heads share a KV head."""
+    from sglang.srt.layers.attention.flashinfer_backend import should_use_tensor_core
+
+    for shape in SHAPES.values():
+        assert should_use_tensor_core(torch.bfloat16, shape.heads, shape.kv_heads), shape.label
 
 
 class Layer(nn.Module):
@@ -285,15 +375,15 @@ def test_requests_name_sglangs_fake_host_and_a_room_of_their_own() -> None:
 
 def test_as_many_servers_are_compared_as_fit_on_the_card() -> None:
     model = {"weights_bytes": 16e9, "kv_bytes_per_token": 131_072}
-    large, kv_tokens = _that_fit(model | {"free_bytes": 140e9})
+    large, kv_tokens = systems_that_fit(model | {"free_bytes": 140e9})
     assert [system.name for system in large] == ["flowprefill", "stock-spf-2048", "sglang"]
     assert kv_tokens is not None
     assert 100_000 < kv_tokens <= 200_000
-    assert len(_that_fit(model | {"free_bytes": 80e9})[0]) == 2
+    assert len(systems_that_fit(model | {"free_bytes": 80e9})[0]) == 2
     with pytest.raises(ValueError, match="no two servers"):
-        _that_fit(model | {"free_bytes": 24e9})
-    assert _that_fit(model) == (large, None)
-    unified, _ = _that_fit(model | {"free_bytes": 80e9}, COMPARED_UNIFIED)
+        systems_that_fit(model | {"free_bytes": 24e9})
+    assert systems_that_fit(model) == (large, None)
+    unified, _ = systems_that_fit(model | {"free_bytes": 80e9}, COMPARED_UNIFIED)
     assert [system.name for system in unified] == ["unified", "unified-stock-spf-512-interval-1"]
 
 
@@ -402,7 +492,7 @@ def bundle() -> ModuleType:
 
 def test_pieces_are_small_enough_and_each_is_unpacked_by_itself(bundle: ModuleType, tmp_path: Path) -> None:
     files = {f"package/{number}.bin": random.Random(number).randbytes(4000) for number in range(20)}
-    pieces = bundle._Pieces(tmp_path, 16_000)
+    pieces = bundle.Pieces(tmp_path, 16_000)
     for name, content in files.items():
         pieces.add(name, content)
     pieces.close()
@@ -417,7 +507,7 @@ def test_pieces_are_small_enough_and_each_is_unpacked_by_itself(bundle: ModuleTy
 
 
 def test_a_file_from_two_places_or_too_large_for_any_piece_is_refused(bundle: ModuleType, tmp_path: Path) -> None:
-    pieces = bundle._Pieces(tmp_path, 1000)
+    pieces = bundle.Pieces(tmp_path, 1000)
     pieces.add("module.py", b"1")
     with pytest.raises(ValueError, match=r"module\.py comes from two places"):
         pieces.add("module.py", b"2")
@@ -429,7 +519,7 @@ def test_a_file_from_two_places_or_too_large_for_any_piece_is_refused(bundle: Mo
 def test_this_project_is_packed_whole_with_its_entry_points_and_commit(
     bundle: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    packed = dict(bundle._project())
+    packed = dict(bundle.project_files())
     for name in (
         "launch.py", "sgl_flowprefill/plugin.py", "sgl_flowprefill/patches/lone_prefill.py",
         "sgl_flowprefill/bench/reports/gpu_report.html.j2", "sgl_flowprefill/profiling/run.py",
@@ -448,9 +538,51 @@ def test_this_project_is_packed_whole_with_its_entry_points_and_commit(
     assert provenance.commit()["hash"] == in_the_tree["hash"]
 
 
+BUILD = ROOT / "deploy" / "bare_machine" / "build_flashinfer.py"
+HOPPERS = "batch_prefill_of_some_types_sm90.so"
+
+
+def checked(folder: Path, name: str, functions: Iterable[str], instructions: str) -> subprocess.CompletedProcess[str]:
+    """What the build says of a library that has these functions, and this machine code."""
+    source = "".join(f"int __tvm_ffi_{function}(void) {{ return 0; }}\n" for function in functions)
+    command = ["gcc", "-shared", "-fPIC", "-o", str(folder / name), "-x", "c", "-"]
+    subprocess.run(command, input=source, text=True, check=True)
+    cuobjdump = folder / "cuobjdump"
+    cuobjdump.write_text(f"#!/bin/sh\necho '{instructions}'\n")
+    cuobjdump.chmod(0o755)
+    command = [sys.executable, str(BUILD), str(folder), "--check", "--cuobjdump", str(cuobjdump)]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+needs_gcc = pytest.mark.skipif(shutil.which("gcc") is None, reason="no gcc to make a library with")
+
+
+@needs_gcc
+def test_a_compiled_library_that_loads_and_has_hoppers_instructions_is_kept(tmp_path: Path) -> None:
+    done = checked(tmp_path, HOPPERS, ("plan", "ragged_run", "paged_run"), "HGMMA.64x128x16.F32.BF16 R24")
+    assert done.returncode == 0, done.stdout
+    assert "loads, 1 HGMMA" in done.stdout
+
+
+@needs_gcc
+@pytest.mark.parametrize(
+    ("functions", "instructions", "wrong"),
+    [
+        (("plan", "ragged_run"), "HGMMA.64x128x16.F32.BF16 R24", "lacks paged_run"),
+        (("plan", "ragged_run", "paged_run"), "HMMA.16816.F32.BF16 R24", "WRONG: no HGMMA"),
+    ],
+)
+def test_a_library_without_a_function_or_without_hoppers_instructions_is_wrong(
+    functions: tuple[str, ...], instructions: str, wrong: str, tmp_path: Path
+) -> None:
+    done = checked(tmp_path, HOPPERS, functions, instructions)
+    assert done.returncode == 1
+    assert wrong in done.stdout
+
+
 def test_what_attention_does_not_need_is_left_out(bundle: ModuleType) -> None:
     kept = ("sglang/srt/server_args.py", "flashinfer/data/csrc/batch_prefill.cu", "xgrammar-0.2.7.dist-info/RECORD",
             "flashinfer/data/include/flashinfer/attention/prefill.cuh", "zmq/backend/cython/_zmq.abi3.so")  # fmt: skip
     dropped = ("sglang/test/runners.py", "sglang/srt/layers/moe/configs/E=8.json", "sglang/srt/native.so",
                "flashinfer/data/csrc/fused_moe/moe.cu", "flashinfer/data/cutlass/test/unit.cu")  # fmt: skip
-    assert [name for name in (*kept, *dropped) if bundle._is_kept(name)] == list(kept)
+    assert [name for name in (*kept, *dropped) if bundle.is_kept(name)] == list(kept)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -11,8 +12,8 @@ from contextlib import contextmanager
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, ClassVar
+from types import ModuleType, SimpleNamespace
+from typing import Any, ClassVar, Final
 
 import pytest
 import torch
@@ -65,6 +66,7 @@ class KnownEngine:
         self.wrong_under_preemption = self.wrong_in_tiles = self.wrong_under_steps = 0.0
         self.wrong_tokens = 0
         """Tokens of streams that prefills beside them change."""
+        self.step_s = STEP_S
         self.step_late_s = 0.0
         """By how much later a step begins for a prefill beside it."""
         self.step_spread_s = 0.0
@@ -137,10 +139,10 @@ class KnownEngine:
             for place in range(self.wrong_tokens):
                 found.answers[0][-1 - place] = -1
         for number in range(1, answer_tokens):
-            due_s = number * (tbt_slo_s or STEP_S) - STEP_S
+            due_s = number * (tbt_slo_s or self.step_s) - self.step_s
             begin_s = due_s + (self.step_late_s if beside and number % 2 else 0.0)
             spread_s = self.step_spread_s if not beside and number % 10 == 0 else 0.0
-            found.steps.append(Step(due_s, begin_s, begin_s + STEP_S + spread_s))
+            found.steps.append(Step(due_s, begin_s, begin_s + self.step_s + spread_s))
         return found
 
     # ---- tasks that run ----
@@ -273,9 +275,35 @@ def test_blocking_is_the_time_to_the_end_of_the_operator_and_tiles_bound_it(
 
 
 def test_lengths_for_which_the_budget_does_not_do_are_named(engine: KnownEngine, tmp_path: Path) -> None:
+    engine.limit_tokens = 50_000
     found = last(blocking.measure, engine, tmp_path)
-    assert found.figures["left_out_tokens"] == [8192]
-    assert "no time for 8,192" in found.line
+    assert found.figures["left_out_tokens"] == [8192, 32_768, 131_071]
+    assert "; no time for 8,192, 32,768; this engine has context and KV cache for 50,000 tokens" in found.line
+
+
+MEASURED: Final = pytest.mark.parametrize("phase", [blocking, cost, lookahead])
+"""Phases that measure prompts of given lengths."""
+
+
+@MEASURED
+def test_lengths_for_which_the_engine_has_no_kv_cache_are_named(
+    phase: ModuleType, engine: KnownEngine, tmp_path: Path
+) -> None:
+    engine.limit_tokens = 5000
+    found = last(phase.measure, engine, tmp_path, budget_s=0.5)
+    too_long = [tokens for tokens in phase.TOKENS if tokens > 5000]
+    assert {row["tokens"] for row in found.figures["rows"]} == set(phase.TOKENS) - set(too_long)
+    assert found.figures["left_out_tokens"] == too_long
+    named = ", ".join(f"{tokens:,}" for tokens in too_long)
+    assert found.line.endswith(f"; this engine has context and KV cache for 5,000 tokens, so without {named}")
+
+
+@MEASURED
+def test_a_phase_of_which_no_length_fits_is_left_out(phase: ModuleType, engine: KnownEngine, tmp_path: Path) -> None:
+    engine.limit_tokens = 100
+    found = last(phase.measure, engine, tmp_path)
+    assert (found.state, found.figures) == ("left out", {"left_out_tokens": list(phase.TOKENS)})
+    assert found.line.startswith("this engine has context and KV cache for 100 tokens")
 
 
 @pytest.mark.parametrize(("needed", "state"), [(1, "passed"), (2, "passed"), (4, "FAILED")])
@@ -316,6 +344,8 @@ def test_steps_that_change_nothing_and_end_in_time_pass(engine: KnownEngine, tmp
     for row in timed:
         assert row["late"]["p99_ms"] == pytest.approx(3.0)
         assert row["gaps"]["p99_ms"] == pytest.approx(row["objective_ms"] + 3.0)
+        assert row["gap_limit_ms"] == pytest.approx(row["objective_ms"] + 1e3 * STEP_S)
+        assert row["gaps_kept"]
         assert 0.4 < row["in_time"] < 0.6  # every other step is late, and the next one early
     assert engine.decoded[0] == (16, steps.CHECKED_TOKENS, 0, None)
     assert [(beside, tbt_slo_s) for _, _, beside, tbt_slo_s in engine.decoded[2:]] == [
@@ -331,8 +361,22 @@ def test_steps_that_change_a_token_or_a_logit_or_end_late_fail(
     assert last(steps.measure, engine, tmp_path).state == "FAILED"
 
 
+def test_gaps_longer_than_the_objective_and_one_step_fail(engine: KnownEngine, tmp_path: Path) -> None:
+    """Also where each step ends as soon after it was due as a suspension may take."""
+    engine.step_late_s = STEP_S + 1e-3
+    found = last(steps.measure, engine, tmp_path)
+    timed = found.figures["rows"][1:]
+    assert all(row["late"]["p99_ms"] < found.figures["limit_ms"] for row in timed)
+    assert not any(row["gaps_kept"] for row in timed)
+    assert found.state == "FAILED"
+    named = re.search(r"; gaps with (\d+) ms as objective are (.+) ms in p99, .* \((.+) ms, the objective", found.line)
+    assert named is not None
+    objective_ms, gap_ms, limit_ms = map(float, named.groups())
+    assert (gap_ms - objective_ms, limit_ms - objective_ms) == (5.0, 4.0)
+
+
 def test_what_steps_differ_by_themselves_is_not_the_prefills_fault(engine: KnownEngine, tmp_path: Path) -> None:
-    engine.step_late_s, engine.step_spread_s = 17e-3, 2e-3
+    engine.step_s, engine.step_late_s, engine.step_spread_s = 20e-3, 17e-3, 2e-3
     found = last(steps.measure, engine, tmp_path)
     assert found.figures["limit_ms"] == pytest.approx(18.0)
     assert found.state == "passed"
@@ -380,7 +424,7 @@ class Turns:
 
 
 @contextmanager
-def lone(name: str, broken: bool = False) -> Iterator[goodput.Lone]:
+def lone(name: str, broken: bool = False) -> Iterator[goodput.MeasuredServer]:
     """A server that computes one prompt after the other, as long as the profile says; a stopped one answers nothing."""
     running = threading.Lock()
     answered = count()
@@ -398,7 +442,7 @@ def lone(name: str, broken: bool = False) -> Iterator[goodput.Lone]:
     system = SYSTEMS[name]
     with answering(answer) as url:
         client = Client(url, GenerateApi() if system.is_unified else goodput.PrefillOnlyApi())
-        yield goodput.Lone(system, FlowPrefillConfig(), Turns(name), client, Path("/nowhere"))  # type: ignore[arg-type]
+        yield goodput.MeasuredServer(system, FlowPrefillConfig(), Turns(name), client, Path("/nowhere"))  # type: ignore[arg-type]
 
 
 def written_profile(path: Path) -> dict[str, Any]:
@@ -419,7 +463,7 @@ def test_systems_take_turns_on_the_same_requests(broken: bool, tmp_path: Path, m
     profile = written_profile(tmp_path)
     request = Request("goodput", tmp_path, Budget(0.0), ())
     with lone("flowprefill") as ours, lone("sglang", broken) as stock:
-        *_, found = goodput._compare(request, [ours, stock], {"kv_tokens": 100_000}, profile)
+        *_, found = goodput.compare(request, [ours, stock], {"kv_tokens": 100_000}, profile)
     assert all(len(row) == len(found.columns) for row in found.rows)
     first, second = found.figures["rows"]
     assert (first["system"], second["system"]) == ("flowprefill", "sglang")
@@ -447,11 +491,11 @@ def test_unified_servers_are_judged_by_the_gaps_between_tokens_too(
     profile = written_profile(tmp_path)
     request = Request(UNIFIED_GOODPUT, tmp_path, Budget(0.0), ())
     with lone("unified") as ours, lone("unified-sglang") as stock:
-        *_, found = goodput._compare(request, [ours, stock], {"kv_tokens": 100_000}, profile, STEP_COSTS)
-        trace = goodput._trace(found.figures["rate_rps"], found.figures["time_scale"], 1.0, 500.0)
+        *_, found = goodput.compare(request, [ours, stock], {"kv_tokens": 100_000}, profile, STEP_COSTS)
+        trace = goodput.trace_at(found.figures["rate_rps"], found.figures["time_scale"], 1.0, 500.0)
         strict = replace(trace, requests=[replace(one, tbt_slo_s=0.0) for one in trace.requests])
         ours.server.resume()
-        late = goodput._replayed(ours, strict, PromptBuilder(0), "gaps")
+        late = goodput.replayed(ours, strict, PromptBuilder(0), "gaps")
     assert found.state == "measured"
     assert all(len(row) == len(found.columns) for row in found.rows)
     assert found.figures["judge"] == "gaps"

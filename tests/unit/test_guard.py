@@ -12,6 +12,7 @@ import pytest
 
 from sgl_flowprefill.cluster.process import Guard
 from tests.namespaces import unshare_pids
+from tests.processes import alive
 
 SERVER = """
 import subprocess, sys, tempfile, time
@@ -50,7 +51,7 @@ def start(guard, tmp_path, child=CHILD):
 
 
 def gone(pid):
-    return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    return not psutil.pid_exists(pid) or not alive(psutil.Process(pid))
 
 
 def wait_until(done, timeout_s=30):
@@ -234,6 +235,32 @@ with Guard() as guard:
     other.wait()
 print(program.look(of_its_session).is_alive)
 """) == ["None", "True"]
+
+
+def test_the_number_of_a_process_that_was_waited_for_is_free():
+    assert in_a_pid_namespace("""
+with Guard() as guard:
+    process = guard.follow(["sleep", "1"], os.environ, pathlib.Path(os.devnull))  # the guard looks at it meanwhile
+    guard.wait(process)
+    other = another_with(process.pid, "sh", "-c", "sleep 60 & echo $!")
+    of_its_session = int(other.stdout.readline())
+    other.wait()
+print(process.returncode, program.look(of_its_session).is_alive)
+""") == ["0", "True"]
+
+
+def test_what_is_left_of_a_process_that_was_waited_for_is_ended_and_others_stay(tmp_path):
+    with Guard() as guard:
+        process, other = (
+            guard.follow(["sh", "-c", f"sleep 600 & echo $!; {last}"], os.environ, tmp_path / "log")
+            for last in ("exit 3", "wait")
+        )
+        child, of_other = (int(each.stdout.readline()) for each in (process, other))
+        guard.wait(process)
+        assert process.returncode == 3
+        assert gone(child)
+        assert not gone(of_other)
+    assert gone(of_other)
 
 
 def test_a_session_with_a_recycled_number_is_left_alone():

@@ -26,11 +26,12 @@ from sgl_flowprefill.hub.device import CpuDevice
 from sgl_flowprefill.hub.parts import OneRank
 from sgl_flowprefill.hub.progress import Progress
 from sgl_flowprefill.hub.role import Arrival
-from sgl_flowprefill.hub.task import Tasks
+from sgl_flowprefill.hub.task import DecodeStep, Tasks
 from sgl_flowprefill.hub.work import Work
 from sgl_flowprefill.pace import Pace
 from sgl_flowprefill.policy import ColocatedPolicy, DecodeLimits, Limits, Stream, make_policy
 from sgl_flowprefill.profiling.steps import LinearSteps
+from sgl_flowprefill.runtime.decode_scheduler import DecodeScheduler
 from sgl_flowprefill.runtime.event_recorder import EventRecorder
 from sgl_flowprefill.runtime.executor import Executor
 from sgl_flowprefill.runtime.hub_scheduler import feed_watchdogs
@@ -47,7 +48,7 @@ from tests.simulated_device import HostCosts, Model, SimulatedDevice, SimulatedR
 def with_role(**attributes: Any) -> Any:
     """A scheduler of which only its role and ``attributes`` are there."""
     scheduler: Any = FlowPrefillScheduler.__new__(FlowPrefillScheduler)
-    scheduler.__dict__.update(attributes)
+    scheduler.__dict__.update({"enable_hierarchical_cache": False} | attributes)
     slo_s = FlowPrefillConfig().default_ttft_slo
     agreement = OneRank(lambda: False)
     scheduler.role = PrefillRole(scheduler, slo_s, Tasks(), Wakeup(), CpuDevice(), agreement, EventRecorder(None))
@@ -68,7 +69,7 @@ def test_a_watchdog_is_fed_by_interruption_points_and_notices_when_none_is_passe
     dumps: list[float] = []
     monkeypatch.setattr("sglang.srt.utils.watchdog.pyspy_dump_schedulers", lambda: dumps.append(time.monotonic()))
     executor = Executor(SimpleNamespace(), lambda: False)
-    executor.running = SimpleNamespace(checkpoint=0, points=0)  # type: ignore[assignment]
+    executor.running = SimpleNamespace(operators_passed=0, points_passed=0)  # type: ignore[assignment]
     scheduler: Any = SimpleNamespace(
         forward_ct=1, cur_batch_for_debug=object(), is_initializing=False, hub=SimpleNamespace(executor=executor)
     )
@@ -87,7 +88,7 @@ def test_a_watchdog_is_fed_by_interruption_points_and_notices_when_none_is_passe
 
 
 @pytest.mark.parametrize(
-    ("mode", "expected"), [("prefill", FlowPrefillScheduler), ("null", UnifiedScheduler), ("decode", Scheduler)]
+    ("mode", "expected"), [("prefill", FlowPrefillScheduler), ("null", UnifiedScheduler), ("decode", DecodeScheduler)]
 )
 def test_servers_that_prefill_get_another_scheduler_than_sglangs(
     mode: str, expected: type, monkeypatch: pytest.MonkeyPatch
@@ -101,14 +102,14 @@ def test_servers_that_prefill_get_another_scheduler_than_sglangs(
     monkeypatch.setattr(HookRegistry, "register", lambda target, hook, kind: hooks.setdefault(target, hook))
     monkeypatch.setattr(sglang_scheduler, "Scheduler", Scheduler)
     monkeypatch.setenv("SGLANG_EAGER_INPUT_NO_COPY", "1")
-    plugin._take_scheduler_seams(FlowPrefillConfig())
+    plugin.take_scheduler_seams(FlowPrefillConfig())
     hooks[plugin.BEFORE_IT_IS_MADE](SimpleNamespace(disaggregation_mode=mode), gpu_id=0)
     assert sglang_scheduler.Scheduler is expected
 
 
 def test_without_a_soft_watchdog_there_is_one() -> None:
     watchdog = SimpleNamespace()
-    hub = SimpleNamespace(executor=SimpleNamespace(points=4))
+    hub = SimpleNamespace(executor=SimpleNamespace(points_passed=4))
     feed_watchdogs(SimpleNamespace(watchdog=watchdog, forward_ct=3, hub=hub))
     assert watchdog.get_counter() == 7
 
@@ -121,7 +122,7 @@ def test_a_winner_starts_without_those_that_do_not_fit_beside_it() -> None:
     hub.work.policy.limits = Limits(max_suspended=16, max_batch_tokens=10_000)
     hub.look()
     activations = Activations(hidden=1, attention=20, mlp=1, mlp_tile_tokens=None)
-    hub.work.tasks.live = [SimpleNamespace(new_tokens=30_000, logprob_rows=0)]  # type: ignore[list-item]
+    hub.work.tasks.live = [SimpleNamespace(new_tokens=30_000, logprob_rows=0, shapes=[])]  # type: ignore[list-item]
 
     def chosen(room_tokens: int) -> list[int]:
         """Prompts that start together, beside a live task and ``room_tokens`` more."""
@@ -144,7 +145,7 @@ def test_log_probabilities_of_a_long_prompt_keep_it_from_starting_where_they_wou
         requests = [SimulatedRequest("r", 0.0, 64, 100.0, logprob_rows=logprob_rows)]
         hub = SimulatedServer(SimulatedDevice(0, HostCosts()), model, requests).hub
         hub.look()
-        hub.work.tasks.live = [SimpleNamespace(new_tokens=1000, logprob_rows=0)]  # type: ignore[list-item]
+        hub.work.tasks.live = [SimpleNamespace(new_tokens=1000, logprob_rows=0, shapes=[])]  # type: ignore[list-item]
         hub.work.memory = TaskMemory(activations, activations.running_bytes(1000) + 64 * 4)
         assert isinstance(hub.choose(), list) == (logprob_rows == 0)
 
@@ -161,16 +162,27 @@ def test_log_probabilities_are_asked_for_from_a_token_of_the_prompt_on() -> None
 class Steps:
     """The decode steps of a hub on the simulated device: 10 ms each."""
 
-    def __init__(self, hub: Any) -> None:
+    def __init__(self, hub: Any, late: bool) -> None:
+        """``late``: their results come when the device has run them; otherwise the host waits."""
         self._hub = hub
+        self._late = late
         self.begun_s: list[float] = []
 
-    def step(self) -> None:
+    def step(self) -> DecodeStep:
         device = self._hub.device
         self.begun_s.append(device.now_s)
+        self._hub.work.colocated.began(device.now_s)
         device.launch("step", 0.01)
-        device.synchronize()
-        self._hub.work.colocated.stepped(self.begun_s[-1], device.now_s)
+        result = SimpleNamespace(copy_done=None)
+        if self._late:
+            device.fetch(None, result)
+        else:
+            device.synchronize()
+        return DecodeStep(result)
+
+    def finish_step(self, step: DecodeStep) -> None:
+        assert self._hub.device.now_s >= self.begun_s[-1] + 0.01
+        self._hub.work.colocated.stepped(self._hub.device.now_s)
 
     def missing_tokens(self) -> int:
         return 0
@@ -179,12 +191,13 @@ class Steps:
         raise AssertionError("nothing is missing")
 
 
-def test_streams_get_their_steps_while_started_tasks_run_to_their_ends() -> None:
+@pytest.mark.parametrize("late", [False, True])
+def test_streams_get_their_steps_while_started_tasks_run_to_their_ends(late: bool) -> None:
     model = Model(100, lambda tokens: 0.01, lambda tokens: 0.01)
     requests = [SimulatedRequest("r", 0.0, 100, 60.0)]
     hub = SimulatedServer(SimulatedDevice(0, HostCosts()), model, requests).hub
     hub.work.colocated = ColocatedPolicy(hub.work.policy, LinearSteps(0.01, 0.0, 0.0), DecodeLimits(margin_s=0.02))
-    hub.decoder = steps = Steps(hub)
+    hub.decoder = steps = Steps(hub, late)
     hub.executor.interrupted = hub.executor.ends_waiting = hub.has_news  # type: ignore[attr-defined]
     hub.work.colocated.joined([Stream(0.1, 100, 0.0)])
     assert hub.turn()
@@ -196,7 +209,33 @@ def test_streams_get_their_steps_while_started_tasks_run_to_their_ends() -> None
     gaps_s = [later - earlier for earlier, later in pairwise(steps.begun_s)]
     assert len(gaps_s) >= 20
     assert max(gaps_s) <= 0.1
-    assert len(task.spans) <= len(steps.begun_s) + 2, "it comes back for a step, and not at each preemption checkpoint"
+    asked = 2 * len(steps.begun_s) if late else len(steps.begun_s)
+    assert len(task.spans) <= asked + 2, "it comes back for a step or its result, not at each preemption checkpoint"
+
+
+def test_kv_cache_that_a_step_frees_is_used_at_once() -> None:
+    model = Model(1, lambda tokens: 1e-3, lambda tokens: 1e-3)
+    request = SimulatedRequest("r", 0.0, 100, 60.0)
+    server = SimulatedServer(SimulatedDevice(2, HostCosts()), model, [request])
+    hub, engine, stream = server.hub, server.engine, Stream(0.1, 100, 0.0)
+    colocated = hub.work.colocated = ColocatedPolicy(hub.work.policy, LinearSteps(0.01, 0.0, 0.0), DecodeLimits())
+    make_batch = engine.make_batch
+    freed: list[bool] = []
+
+    class LastStep(Steps):
+        def finish_step(self, step: DecodeStep) -> None:
+            colocated.stepped(hub.now_s(), [stream])
+            freed.append(True)
+
+    engine.make_batch = lambda reqs: None if colocated.streams.requests else make_batch(reqs)  # type: ignore[method-assign, assignment, return-value]
+    engine.take_news = lambda stalls_due: bool(freed and freed.pop())  # type: ignore[method-assign]
+    hub.decoder = LastStep(hub, late=True)
+    colocated.joined([stream])
+    for _ in range(20):
+        if request.answered_s < math.inf:
+            return
+        assert hub.turn(), "it sleeps, although there is KV cache for what waits"
+    raise AssertionError("the request is not answered")
 
 
 def test_a_task_takes_over_the_number_of_the_request_it_is_started_for() -> None:
@@ -311,6 +350,21 @@ def test_rank_0_decides_when_ranks_look_at_their_grammars(scheduler: Any) -> Non
     assert said == [[False]]
 
 
+def test_requests_that_wait_no_longer_are_withdrawn_from_the_policy_and_those_that_start_are_not() -> None:
+    ttft: Any = SimpleNamespace(predict_s=lambda shapes: 1.0, pace=lambda shapes: Pace(1.0))
+    unlimited: Any = TaskMemory(Activations(1, 1, 1, None), math.inf)
+    policy = make_policy("feasible", Limits(16, 1), 60.0)
+    withdrawn: list[str] = []
+    policy.withdrawn = lambda job: withdrawn.append(job.item.req)  # type: ignore[method-assign]
+    work = Work(ColocatedPolicy(policy), ttft, unlimited, Progress([]), Tasks())
+    for number, rid in enumerate(("leaves", "starts", "stays")):
+        work.add(Arrival(rid, array("q", range(100)), PrefillShape(100, 0), number, 1000.0, 0.0))
+    work.start(policy.first_waiting(0.0, 3)[1], SimpleNamespace(reqs=["starts"]), ["starts"], [PrefillShape(100, 0)], 0)
+    work.forget_all_but(["stays"])
+    assert withdrawn == ["leaves"]
+    assert [job.item.req for job in policy.waiting] == ["stays"]
+
+
 def test_requests_that_begin_alike_are_matched_again_when_one_of_them_has_been_computed() -> None:
     pace = Pace(2.0)
     ttft: Any = SimpleNamespace(
@@ -318,7 +372,7 @@ def test_requests_that_begin_alike_are_matched_again_when_one_of_them_has_been_c
     )
     unlimited: Any = TaskMemory(Activations(1, 1, 1, None), math.inf)
     policy = make_policy("fcfs", Limits(16, 1), 60.0)
-    work = Work(policy, ttft, unlimited, Progress([]), Tasks())
+    work = Work(ColocatedPolicy(policy), ttft, unlimited, Progress([]), Tasks())
     waiting = work.waiting
     cached = {"0": 0, "1": 0, "2": 256, "other": 0}
     shared = list(range(1000, 1300))

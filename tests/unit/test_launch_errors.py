@@ -148,7 +148,7 @@ def test_a_misspelt_option_in_the_environment(refusal, monkeypatch):
     ("options", "text"),
     [
         (["--pp-size", "2"], "--pp-size 2 cannot work with FlowPrefill"),
-        (["--enable-mixed-chunk"], "--enable-mixed-chunk cannot work with FlowPrefill"),
+        (["--hicache-storage-backend", "file"], "--hicache-storage-backend file cannot work with FlowPrefill"),
         (["--prefill-args", "--enable-lora"], "--enable-lora cannot work with FlowPrefill"),
         (["--no-such-option"], "--no-such-option"),
         (["--decode-args", "--max-total-tokens many"], "--max-total-tokens"),
@@ -164,7 +164,7 @@ def test_an_sglang_option_that_cannot_work(refusal, options, text):
     assert text in refusal("--flowprefill", "--ports", "0", *options)
 
 
-@pytest.mark.parametrize("option", ["--chunked-prefill-size 2048", "--schedule-policy lpm"])
+@pytest.mark.parametrize("option", ["--chunked-prefill-size 2048", "--schedule-policy lpm", "--tokenizer-worker-num 4"])
 def test_what_flowprefill_sets_itself_is_not_refused(option):
     config = cli.parse(["--flowprefill", "--ports", "0", "--prefill-args", option])
     assert preflight.prepare(config).server_options("prefill")[-2:] == option.split()
@@ -184,7 +184,9 @@ def test_the_same_options_are_fine_for_sglangs_own_scheduler():
 
 def test_free_ports_are_chosen_where_none_is_given(busy_port):
     ports = preflight.choose_ports("127.0.0.1", Ports())
-    assert len(set(vars(ports).values())) == 4
+    chosen = {ports.gateway, ports.prefill, ports.decode, ports.bootstrap}
+    assert len(chosen) == 4
+    assert 0 not in chosen
     with pytest.raises(StartError):
         preflight.choose_ports("127.0.0.1", Ports(gateway=busy_port))
 
@@ -194,7 +196,7 @@ def test_free_ports_are_chosen_where_none_is_given(busy_port):
     [
         (["--prefill", "0"], "argument --prefill: expected a number of servers, got 0"),
         (["--decode", "two"], "argument --decode: expected a number of servers, got two"),
-        (["--join", "http://127.0.0.1:1"], "--join needs --role prefill or decode"),
+        (["--join", "http://127.0.0.1:1"], "--join needs --role prefill, decode or unified"),
         (["--startup-timeout-s", "0"], "argument --startup-timeout-s: expected seconds above 0, got 0"),
         (["--startup-timeout-s", "long"], "argument --startup-timeout-s: expected seconds above 0, got long"),
         (["--role", "router"], "argument --role: invalid choice: 'router'"),
@@ -357,8 +359,7 @@ def test_the_ports_of_servers_are_free_where_they_listen(refusal):
         (["--prefill-args", "--tp 2"], "takes no --prefill-args: give SGLang's options as they are"),
         (["--decode-args", "--tp 2"], "takes no --decode-args: give SGLang's options as they are"),
         (["--gateway-args", "--policy random"], "takes no --gateway-args: it has no gateway"),
-        (["--role", "gateway"], "takes no --role: it is not part of a cluster"),
-        (["--join", "http://127.0.0.1:1"], "takes no --join: it is not part of a cluster"),
+        (["--join", "http://127.0.0.1:1"], "--join needs --role prefill, decode or unified"),
         (["--ports", "1,2"], "--ports 1,2: --unified takes one port number, at most 65535"),
         (["--port", "70000"], "--port 70000: --unified takes one port number"),
         (["--port", "1", "--ports", "2"], "--port 1 and --ports 2: give one of them"),
@@ -370,6 +371,131 @@ def test_the_ports_of_servers_are_free_where_they_listen(refusal):
 )
 def test_what_a_unified_server_has_no_use_for(refusal, options, text):
     assert text in refusal("--unified", *options)
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (["--unified", "0"], "argument --unified: expected a number of servers, got 0"),
+        (["--unified", "two"], "argument --unified: expected a number of servers, got two"),
+        (["--unified", "2", "--prefill", "1"], "--unified 2 starts unified servers and takes no --prefill: leave one"),
+        (["--unified", "2", "--decode-args", "--tp 2"], "takes no --decode-args: give SGLang's options as they are"),
+        (["--unified", "2", "--ports", "1,2,3"], "--ports 1,2,3: expected up to 2 port numbers, GATEWAY,UNIFIED"),
+        (["--unified", "2", "--ports", "29001,29001"], "--ports 29001,29001: each server needs a port of its own"),
+        (["--unified", "2", "--ports", "29001,29000"], "port 29001 (unified): 2 servers count up from 29000"),
+        (["--unified", "2", "--port", "70000"], "--port 70000: --unified takes one port number, at most 65535"),
+        (["--unified", "2", "--enable-lora"], "--enable-lora cannot work with FlowPrefill"),
+        (["--unified", "2", "--dp-size", "2"], "launch.py has --prefill N and --unified N"),
+        (["--unified", "2", "--ssl-certfile=c"], "--ssl-certfile: servers and gateway speak plain HTTP here; use a"),
+        (["--role", "unified"], "--role unified needs --join URL, the gateway's (python launch.py --role gateway --un"),
+        (["--role", "prefill", "--unified", "--join", "http://127.0.0.1:1"], "--role prefill takes no --unified"),
+        (["--role", "unified", "--decode", "1", "--join", "http://127.0.0.1:1"], "--role unified takes no --decode"),
+        (["--role", "gateway", "--unified", "2"], "--unified 2: --role gateway starts no server; --unified without"),
+    ],
+)
+def test_a_fleet_of_unified_servers_that_cannot_work(refusal, options, text):
+    assert text in refusal("--flowprefill", *options)
+
+
+@pytest.mark.parametrize(("gpus", "options", "fewer"), [(1, [], 1), (3, ["--tp", "2"], 1), (5, ["--tp", "2"], 2)])
+def test_too_few_gpus_for_every_unified_server(refusal, monkeypatch, gpus, options, fewer):
+    monkeypatch.setattr(machine, "gpu_count", lambda: gpus)
+    line = refusal("--unified", "3", *options)
+    assert "unified-0, unified-1 and unified-2 need" in line
+    assert f"and there {'is' if gpus == 1 else 'are'} {gpus}; start fewer (--unified {fewer})" in line
+    assert "let them share with --base-gpu-id 0 --mem-fraction-static 0.4, or serve with --device cpu" in line
+    preflight.prepare(cli.parse(["--unified", str(fewer), "--port", "0", *options]))
+
+
+def test_unified_servers_can_share_a_gpu(monkeypatch):
+    monkeypatch.setattr(machine, "gpu_count", lambda: 1)
+    share = ["--base-gpu-id", "0", "--mem-fraction-static", "0.4"]
+    layout = preflight.prepare(cli.parse(["--unified", "2", "--port", "0", *share]))
+    assert [options_of(layout, *server)["--base-gpu-id"] for server in layout.servers] == ["0", "0"]
+
+
+def test_ports_in_use_of_unified_servers(refusal, busy_port):
+    for ports, name in ((f"{busy_port}", "gateway"), (f"0,{busy_port}", "unified")):
+        line = refusal("--unified", "2", "--ports", ports)
+        assert f"port {busy_port} ({name}) is in use; choose another with --ports GATEWAY,UNIFIED" in line
+
+
+@pytest.mark.parametrize("flowprefill", [True, False])
+def test_several_unified_servers_stand_behind_a_gateway(monkeypatch, flowprefill):
+    monkeypatch.setattr(machine, "gpu_count", lambda: 4)
+    switch = ["--flowprefill", "--flowprefill-event-log", "out/events.jsonl"] if flowprefill else []
+    options = [*switch, "--unified", "2", "--tp", "2", "--host", "0.0.0.0", "--ports", "0,29200", "--api-key", "secret"]
+    layout = preflight.prepare(cli.parse([*options, "--gateway-args", "--policy cache_aware"]))
+    assert layout.servers == [("unified", 0), ("unified", 1)]
+    assert not layout.is_single
+    servers = [options_of(layout, role, index) for role, index in layout.servers]
+    assert [server["--port"] for server in servers] == ["29200", "29201"]
+    assert [server["--base-gpu-id"] for server in servers] == ["0", "2"]
+    assert {server["--host"] for server in servers} == {"127.0.0.1"}
+    assert not [option for option in layout.server_options("unified", 1) if "disaggregation" in option]
+    envs = [layout.server_env(role, index) for role, index in layout.servers]
+    logs = [env.get("FLOWPREFILL_EVENT_LOG") for env in envs]
+    assert logs == (["out/events-unified-0.jsonl", "out/events-unified-1.jsonl"] if flowprefill else [None, None])
+    assert [env.get("FLOWPREFILL") for env in envs] == (["1", "1"] if flowprefill else [None, None])
+    gateway = layout.gateway_command(29999)
+    assert "--worker-urls http://127.0.0.1:29200 http://127.0.0.1:29201 --host 0.0.0.0" in " ".join(gateway)
+    assert "--pd-disaggregation" not in gateway
+    assert "--retry-max-retries 4" in " ".join(gateway)
+    assert " ".join(gateway).endswith("--policy cache_aware")
+    assert layout.url == f"http://127.0.0.1:{layout.ports.gateway}"
+    assert f"{layout.url}/v1/completions" in layout.curl()
+    assert ("tbt_slo" in layout.curl()) == flowprefill
+    assert {env["FLOWPREFILL_API_KEY"] for env in (*envs, layout.gateway_env())} == {"secret"}
+    commands = [layout.server_command(role, index) for role, index in layout.servers]
+    assert "secret" not in repr([*commands, gateway]) + layout.curl() + repr(layout.config)
+
+
+def test_a_single_unified_server_has_no_gateway_however_it_is_asked_for():
+    alone, counted = (cli.parse([*options, "--port", "29123"]) for options in (["--unified"], ["--unified", "1"]))
+    assert alone == counted
+    assert not alone.has_gateway
+    assert options_of(preflight.prepare(alone), "unified", 0)["--port"] == "29123"
+    several = cli.parse(["--unified", "2", "--port", "29123"])
+    assert several.has_gateway
+    assert several.ports == Ports(gateway=29123)
+
+
+def test_a_gateway_of_unified_servers_waits_for_them_to_join(monkeypatch):
+    layout = preflight.prepare(cli.parse(["--role", "gateway", "--unified", "--ports", "0"]))
+    command = layout.gateway_command(29999)
+    assert not layout.servers
+    assert {"--pd-disaggregation", "--worker-urls", "--disable-retries"} & set(command) == set()
+    pair = preflight.prepare(cli.parse(["--role", "gateway", "--ports", "0"])).gateway_command(29999)
+    assert "--pd-disaggregation" in pair
+
+    monkeypatch.setattr(machine, "gpu_count", lambda: 2)
+    join = ["--role", "unified", "--unified", "2", "--join", "http://localhost:1", "--ports", "29300"]
+    joined = preflight.prepare(cli.parse(join))
+    assert [joined.server_url(role, index).rpartition(":")[2] for role, index in joined.servers] == ["29300", "29301"]
+    assert options_of(joined, "unified", 0)["--host"] in ("127.0.0.1", "::1")
+    assert (joined.config.has_gateway, joined.config.is_one_server) == (False, False)
+
+
+@pytest.mark.parametrize(
+    ("role", "there", "text"),
+    [
+        ("unified", ["prefill", "decode"], "the gateway has decode and prefill servers and would send no request here; "
+         "join one that was started with --role gateway --unified"),
+        ("unified", ["regular", "decode"], "the gateway has decode servers and would send no request here"),
+        ("prefill", ["regular"], "the gateway has unified servers and would send no request here; join one that was"),
+    ],
+)  # fmt: skip
+def test_a_gateway_of_servers_of_another_kind_cannot_be_joined(refusal, role, there, text):
+    workers = json.dumps({"workers": [{"worker_type": kind} for kind in there]})
+    with answering(lambda path, headers: (200, workers)) as url:
+        assert f"--join {url}: {text}" in refusal("--role", role, "--join", url)
+
+
+@pytest.mark.parametrize(("role", "there"), [("unified", ["regular"]), ("decode", ["prefill", "decode"])])
+def test_a_gateway_of_servers_of_the_same_kind_can_be_joined(role, there):
+    workers = json.dumps({"workers": [{"worker_type": kind} for kind in there]})
+    with answering(lambda path, headers: (200, workers)) as url:
+        assert preflight.prepare(cli.parse(["--role", role, "--join", url])).config.join == url
 
 
 def test_a_port_in_use_of_a_unified_server(refusal, busy_port):
@@ -472,6 +598,33 @@ def test_several_prefill_schedulers_share_the_cpus():
 
 
 @pytest.mark.parametrize(
+    ("cpus", "ranks", "servers", "schedulers", "others"),
+    [
+        (1, 1, 2, [(0,), (0,)], (0,)),
+        (2, 1, 2, [(0,), (0,)], (1,)),
+        (3, 1, 2, [(0,), (1,)], (2,)),
+        (4, 1, 3, [(0,), (1,), (2,)], (3,)),
+        (4, 2, 2, [(0,), (1,)], (2, 3)),
+        (8, 1, 3, [(0,), (1,), (2,)], (3, 4, 5, 6, 7)),
+        (8, 1, 2, [(0, 1), (2, 3)], (4, 5, 6, 7)),
+        (8, 2, 3, [(0, 1), (2, 3), (4, 5)], (6, 7)),
+    ],
+)
+def test_each_unified_scheduler_has_cpus_of_its_own_as_far_as_there_are_some(cpus, ranks, servers, schedulers, others):
+    plan = machine.plan_cpus(range(cpus), ranks, servers)
+    assert [plan.scheduler_of(index, servers) for index in range(servers)] == schedulers
+    assert plan.others == others
+
+
+def test_unified_servers_of_a_machine_without_gpus_are_given_these_cpus(monkeypatch):
+    monkeypatch.setattr(machine, "usable_cpus", lambda: [0, 1, 2, 3])
+    layout = preflight.prepare(cli.parse(["--flowprefill", "--unified", "3", "--port", "0"]))
+    given = [layout.server_env(role, index)["FLOWPREFILL_SCHEDULER_CPUS"] for role, index in layout.servers]
+    assert given == ["0", "1", "2"]
+    assert layout.cpus.others == (3,)
+
+
+@pytest.mark.parametrize(
     ("cpus", "ranks", "scheduler", "others"),
     [
         ([3], 1, (3,), (3,)),
@@ -515,7 +668,7 @@ def test_a_profile_is_measured_on_one_rank(capsys):
 
 @pytest.mark.parametrize("command", ["profile_command", "doctor_command"])
 def test_ctrl_c_ends_profile_and_doctor_without_a_traceback(monkeypatch, capsys, command):
-    def interrupt(argv):
+    def interrupt(*arguments):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(f"sgl_flowprefill.cluster.{command}.main", interrupt)

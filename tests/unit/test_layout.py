@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
+import re
 import shutil
+import site
 import subprocess
 import sys
 import tarfile
+import tomllib
+from collections.abc import Iterator
+from email import message_from_bytes
 from fnmatch import fnmatch
 from pathlib import Path
 from zipfile import ZipFile
@@ -20,6 +26,25 @@ FOLDERS = ("bench", "patches", "profiling")
 NO_SOURCE = shutil.ignore_patterns(".*", "out", "build", "dist", "*.egg-info", "__pycache__")
 KEY = "deploy/kubernetes/api-key.txt"
 BUILD_SDIST = "import sys; from setuptools.build_meta import build_sdist; build_sdist(sys.argv[1])"
+
+
+BUILD_EDITABLE = BUILD_SDIST.replace("build_sdist", "build_editable")
+FIND = """
+import importlib.util, json, pkgutil, site, sys
+site.addsitedir(sys.argv[1])
+package = importlib.util.find_spec("sgl_flowprefill")
+found = {package.name: package.origin}
+
+def find(name, folders):  # without importing any
+    for module in pkgutil.iter_modules(folders):
+        spec = module.module_finder.find_spec(module.name)
+        found[f"{name}.{module.name}"] = spec.origin
+        if module.ispkg:
+            find(f"{name}.{module.name}", spec.submodule_search_locations)
+
+find(package.name, list(package.submodule_search_locations))
+print(json.dumps(found))
+"""
 
 
 def run(*command, cwd, **variables):
@@ -69,7 +94,7 @@ def test_the_wheel_has_every_module_and_template_of_the_tree_and_nothing_else(wh
         str(Path(directory, file).relative_to(ROOT))
         for directory, _, files in os.walk(ROOT / PACKAGE, followlinks=True)
         for file in files
-        if file.endswith((".py", ".j2")) or file == "py.typed"
+        if file.endswith((".py", ".j2", ".html")) or file in ("py.typed", "tuning-unified.json")
     }
     assert set(modules_and_data(wheel)) == tree
     assert {f"{PACKAGE}/{folder}/__init__.py" for folder in FOLDERS} < tree
@@ -90,8 +115,119 @@ def test_the_source_distribution_has_the_folders_once_and_builds_the_same_wheel(
     assert [name for name in members if name.startswith(tuple(f"{PACKAGE}/{folder}/" for folder in FOLDERS))] == []
     assert KEY not in members
     assert str(Path(KEY).with_name("prefill.yaml")) in members
+    assert {"mkdocs.yml", "docs/index.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md"} < members.keys()
     rebuilt = build_wheel(sdist, tmp_path / "wheel")
     assert modules_and_data(rebuilt) == modules_and_data(wheel)
+
+
+@pytest.mark.stress
+def test_an_installation_from_a_repository_has_the_same_files(checkout, wheel, tmp_path):
+    """``pip install git+URL``: pip clones the repository and builds a wheel of the clone."""
+    repository = shutil.copytree(checkout, tmp_path / "repository", symlinks=True, ignore=NO_SOURCE)
+    identity = ("-c", "user.name=n", "-c", "user.email=e@example.org")
+    for command in (("init", "-q"), ("add", "."), ("commit", "-q", "-m", "all")):
+        result = run("git", *identity, *command, cwd=repository)
+        assert result.returncode == 0, result.stderr
+    cloned = build_wheel(f"git+file://{repository}", tmp_path / "wheel")
+    assert modules_and_data(cloned) == modules_and_data(wheel)
+
+
+# ---- what is published ----------------------------------------------------------------------------------------------
+
+PURE = ("compat", "hub", "pace", "paths", "platforms", "slo", "top_level")
+"""Modules of the package that import nothing beyond Python itself."""
+WITHOUT_TORCH = (
+    ("sgl-flowprefill", "--help"),
+    ("sgl-flowprefill", "profile", "--help"),
+    ("sgl-flowprefill", "doctor", "--help"),
+    ("sgl-flowprefill", "timeline", "--help"),
+    ("python", "-m", "sgl_flowprefill.bench", "--help"),
+)
+"""Commands that answer where the dependencies are, but neither torch nor SGLang. ``gpu-report`` measures with both."""
+NO_TORCH = """
+import sys
+
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("torch", "sglang"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Missing())
+"""
+
+
+@pytest.fixture(scope="module")
+def installed(wheel, tmp_path_factory):
+    """The programs of an empty environment into which the wheel alone was installed."""
+    directory = tmp_path_factory.mktemp("installed")
+    result = run(sys.executable, "-m", "venv", "--without-pip", str(directory / "venv"), cwd=directory)
+    assert result.returncode == 0, result.stderr
+    options = ("--python", str(directory / "venv"), "install", "--no-deps", "--no-index", "--no-compile", str(wheel))
+    result = run(sys.executable, "-m", "pip", *options, cwd=directory)
+    assert result.returncode == 0, result.stderr
+    return directory / "venv" / "bin"
+
+
+def test_the_distributions_are_fit_to_be_published(wheel, sdist):
+    result = run(sys.executable, "-m", "twine", "check", "--strict", str(wheel), str(sdist), cwd=wheel.parent)
+    assert (result.returncode, result.stdout.count("PASSED")) == (0, 2), result.stdout + result.stderr
+
+
+def test_the_metadata_says_what_the_package_is(wheel):
+    [name] = [name for name in ZipFile(wheel).namelist() if name.endswith(".dist-info/METADATA")]
+    metadata = message_from_bytes(ZipFile(wheel).read(name))
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert metadata["Description-Content-Type"] == "text/markdown"
+    assert "Typing :: Typed" in metadata.get_all("Classifier")
+    assert f"{PACKAGE}/py.typed" in ZipFile(wheel).namelist()
+    oldest = project["requires-python"].removeprefix(">=")
+    assert f"Programming Language :: Python :: {oldest}" in metadata.get_all("Classifier")
+    assert f"## {metadata['Version']}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_the_wheel_alone_can_be_imported_as_far_as_it_is_plain_python(installed):
+    modules = ", ".join((PACKAGE, *(f"{PACKAGE}.{name}" for name in PURE)))
+    code = f"import {modules}; print({PACKAGE}.__file__)"
+    result = run(str(installed / "python"), "-c", code, cwd=installed)
+    assert result.returncode == 0, result.stderr
+    assert Path(result.stdout.strip()).is_relative_to(installed.parent)
+
+
+def test_without_its_dependencies_the_program_names_what_is_missing(installed):
+    """Options are pydantic's, so even ``--help`` needs it."""
+    result = run(str(installed / "sgl-flowprefill"), "--help", cwd=installed)
+    assert result.stderr.splitlines()[-1] == "ModuleNotFoundError: No module named 'pydantic'"
+
+
+@pytest.mark.parametrize("command", WITHOUT_TORCH, ids=" ".join)
+def test_programs_explain_themselves_without_torch_and_sglang(installed, tmp_path, command):
+    (tmp_path / "sitecustomize.py").write_text(NO_TORCH)
+    dependencies = os.pathsep.join([str(tmp_path), *site.getsitepackages()])
+    result = run(str(installed / command[0]), *command[1:], cwd=tmp_path, PYTHONPATH=dependencies)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.lstrip().lower().startswith("usage: ")
+
+
+def test_an_editable_installation_finds_the_same_modules_in_the_tree(checkout, wheel, tmp_path):
+    """What ``pip install -e`` puts into site-packages leads to every module and file of the tree."""
+    result = run(sys.executable, "-c", BUILD_EDITABLE, str(tmp_path), cwd=checkout)
+    assert result.returncode == 0, result.stderr
+    [editable] = tmp_path.glob("*.whl")
+    ZipFile(editable).extractall(tmp_path / "site")
+    result = run(sys.executable, "-S", "-c", FIND, str(tmp_path / "site"), cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    found = {name: Path(file) for name, file in json.loads(result.stdout).items()}
+    files = [Path(name) for name in modules_and_data(wheel)]
+    modules = {".".join(file.with_suffix("").parts).removesuffix(".__init__"): file for file in files
+               if file.suffix == ".py"}  # fmt: skip
+    assert found == {name: checkout / file for name, file in modules.items()}
+    assert all((found[PACKAGE].parents[1] / file).is_file() for file in files)
+    assert entry_points(editable) == entry_points(wheel) != ""
+
+
+def entry_points(wheel):
+    [text] = [ZipFile(wheel).read(name) for name in ZipFile(wheel).namelist() if name.endswith("/entry_points.txt")]
+    return text.decode()
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
@@ -153,3 +289,87 @@ def test_the_image_gets_every_folder_that_the_package_links_to():
     assert all((ROOT / source).exists() for source in copied)
     ignored = (ROOT / ".dockerignore").read_text().splitlines()
     assert [(source, pattern) for source in copied for pattern in ignored if fnmatch(source, pattern)] == []
+
+
+# ---- underscore names -----------------------------------------------------------------------------------------------
+
+PRIVATE = re.compile(r"_[A-Za-z]\w*")
+FOREIGN = {"torch.cuda._sleep", "wrapper._backend", "self._wrapper._backend"}
+"""Names of PyTorch and FlashInfer that are also names of ours; SGLang's are those of the contract."""
+
+
+def sources(*folders: str) -> dict[str, ast.Module]:
+    files = [path for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))]
+    return {str(path.relative_to(ROOT)): ast.parse(path.read_text()) for path in files}
+
+
+def private_names(tree: ast.AST) -> set[str]:
+    """Underscore names that ``tree`` defines: functions, classes, variables and attributes of ``self``."""
+    names: set[str] = set()
+    for node in ast.walk(tree):
+        match node:
+            case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name) | ast.ClassDef(name=name):
+                names.add(name)
+            case (
+                ast.Name(id=name, ctx=ast.Store())
+                | ast.Attribute(value=ast.Name(id="self"), attr=name, ctx=ast.Store())
+            ):
+                names.add(name)
+    return set(filter(PRIVATE.fullmatch, names))
+
+
+def reached_into(tree: ast.AST, ours: set[str], of_class: frozenset[str] = frozenset()) -> Iterator[tuple[int, str]]:
+    """Line and text of each use of a name in ``ours`` outside of what defines it. ``of_class``: names of the class that
+    ``tree`` is in, which its methods may ask other instances for."""
+    match tree:
+        case ast.ClassDef():
+            of_class = of_class | private_names(tree)
+        case ast.Attribute(value=ast.Name(id="self" | "cls") | ast.Call(func=ast.Name(id="super"))):
+            pass
+        case ast.Attribute(attr=name) if name in ours - of_class and ast.unparse(tree) not in FOREIGN:
+            yield tree.lineno, ast.unparse(tree)
+        case ast.ImportFrom(names=names):
+            yield from ((tree.lineno, f"import {alias.name}") for alias in names if alias.name in ours)
+        case ast.Call(args=arguments):
+            for argument in arguments:  # of monkeypatch.setattr, patch.object, getattr …
+                match argument:
+                    case ast.Constant(value=str(text)) if text.rpartition(".")[2] in ours:
+                        yield tree.lineno, f'"{text}"'
+    for child in ast.iter_child_nodes(tree):
+        yield from reached_into(child, ours, of_class)
+
+
+def test_nothing_reaches_into_an_underscore_name_of_another_object_of_ours() -> None:
+    product = sources(PACKAGE, *FOLDERS, "deploy")
+    of_sglang: set[str] = set()
+    for file, tree in product.items():
+        if file.startswith(f"{PACKAGE}/contract/parts/"):
+            for node in ast.walk(tree):
+                match node:
+                    case ast.Constant(value=str(text)):
+                        of_sglang |= set(PRIVATE.findall(text))
+    ours = set().union(*map(private_names, product.values())) - of_sglang
+    assert len(ours) > 500
+    every = product | sources("tests")
+    assert {file for file in every if file.startswith(f"{PACKAGE}/bench/")} == set(), "each file once"
+    found = [f"{file}:{line}: {text}" for file, tree in every.items() for line, text in reached_into(tree, ours)]
+    assert found == []
+
+
+@pytest.mark.parametrize(
+    ("source", "found"),
+    [
+        ("cluster._members", "cluster._members"),
+        ("self.cluster._members.clear()", "self.cluster._members"),
+        ("from sgl_flowprefill.cluster import _members", "import _members"),
+        ("monkeypatch.setattr(cluster, '_members', [])", '"_members"'),
+        ("patch('sgl_flowprefill.cluster._members')", '"sgl_flowprefill.cluster._members"'),
+        ("class A:\n  def __eq__(self, other): return other._members", "other._members"),
+        ("self._members", None),
+        ("super()._members()", None),
+        ("torch._members_of", None),
+        ("class A:\n  def __eq__(self, other): self._members = 1; return other._members", None),
+    ],
+)
+def test_what_reaches_into_an_underscore_name(source: str, found: str | None) -> None:
+    assert [text for _, text in reached_into(ast.parse(source), {"_members"})] == ([found] if found else [])

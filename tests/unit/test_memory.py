@@ -100,7 +100,7 @@ def test_the_plan_measures_a_slot_and_counts_all_of_them(monkeypatch: pytest.Mon
         kv_index_translator=SimpleNamespace(bind_and_verify_backends=lambda backends: None),
     )
     monkeypatch.setattr(memory.torch.cuda, "memory_allocated", lambda: allocated[0])
-    monkeypatch.setattr(memory, "_free_bytes", lambda: 8000 * MIB)
+    monkeypatch.setattr(memory, "free_device_bytes", lambda: 8000 * MIB)
     slots = AttentionSlots(runner, None)
     plan = TaskMemory.plan(runner, slots, max_suspended=16, mlp_tile_tokens=4096)
     assert plan.budget_bytes == (8000 - 16 * 32) * MIB
@@ -108,6 +108,6 @@ def test_the_plan_measures_a_slot_and_counts_all_of_them(monkeypatch: pytest.Mon
     taken = [slots.take() for _ in range(3)]
     assert len(set(map(id, taken))) == 3
     assert allocated[0] == 64 * MIB
-    monkeypatch.setattr(memory, "_free_bytes", lambda: 500 * MIB)
+    monkeypatch.setattr(memory, "free_device_bytes", lambda: 500 * MIB)
     with pytest.raises(SystemExit, match="18 tasks need"):
         TaskMemory.plan(runner, slots, max_suspended=16, mlp_tile_tokens=4096)

@@ -13,6 +13,7 @@ from sgl_flowprefill.bench.metrics.requests import (
     attainment,
     blocking_times_s,
     events_within,
+    retractions,
     summarise,
     summarise_blocking,
     summarise_steps,
@@ -50,6 +51,13 @@ def test_attainment_counts_failed_requests_as_misses() -> None:
     assert summary.ttft_p99_s == pytest.approx(np.percentile([0.5, 1.0, 1.5], 99))
 
 
+def test_retractions_are_not_known_where_one_answer_does_not_say() -> None:
+    told = [dataclasses.replace(result(0.5), retractions=count) for count in (0, 2, 1)]
+    never_began = result(None, error="timeout")
+    assert retractions([*told, never_began]) == 3
+    assert retractions([*told, result(0.5)]) is None
+
+
 def test_a_replayed_request_is_judged_by_its_first_token_its_gaps_or_their_mean() -> None:
     fine = result(0.5)
     one_late = dataclasses.replace(fine, tbt_s=(0.05,) * 98 + (0.3,))
@@ -67,7 +75,7 @@ def test_a_replayed_request_is_judged_by_its_first_token_its_gaps_or_their_mean(
     }
     figures = summarise_joint([answered(one) for one in (fine, one_late, slow, late)])
     assert (figures.joint_attainment, figures.joint_attainment_mean_tpot) == (0.25, 0.5)
-    assert figures.tbt_attainment_of_gaps == pytest.approx(1 - 11 / 113)
+    assert figures.tbt_attainment == pytest.approx(1 - 11 / 113)
     assert figures.tbt_max_s == 0.3
 
 
@@ -110,7 +118,7 @@ def test_attainment_over_slo_scale_runs_from_0_4_to_2_and_never_falls() -> None:
 
 def test_tbt_attainment_needs_every_token_in_time() -> None:
     slow = dataclasses.replace(result(0.5), tbt_s=(0.05, 0.2))
-    assert summarise([result(0.5), slow], 1.0, ["text"]).tbt_attainment == pytest.approx(0.5)
+    assert summarise([result(0.5), slow], 1.0, ["text"]).tbt_attainment_of_requests == pytest.approx(0.5)
 
 
 def test_no_requests_and_no_completed_request_have_no_percentiles() -> None:

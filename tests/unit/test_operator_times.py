@@ -81,6 +81,9 @@ def test_tiles_take_as_long_as_a_task_may_block() -> None:
     assert tiles.attention_rows * 10e-6 / 4 == pytest.approx(50e-3, rel=0.04)
     assert tiles.norm_rows * 4e-6 / 8 == pytest.approx(50e-3, rel=0.04)
     assert tiles.pairs * 2e-9 / 4 == pytest.approx(50e-3)
+    longer = plan_tiles(50e-3, 4, 8, Linear(100e-6), times, mlp_piece=2 / 3)
+    assert longer.rows * 30e-6 / 4 * 2 / 3 == pytest.approx(50e-3, rel=0.04)
+    assert longer.attention_rows == tiles.attention_rows
 
 
 def test_what_seems_to_cost_nothing_has_bounded_tiles() -> None:

@@ -26,6 +26,11 @@ from sgl_flowprefill.runtime.scheduler import FlowPrefillScheduler
 from tests.unit.test_compat import WORKS
 
 
+def resolved(**options: Any) -> Any:
+    """Options that FlowPrefill works with, but for ``options``, which SGLang has resolved."""
+    return SimpleNamespace(**(WORKS | options), resolve_once=lambda: None)
+
+
 class OtherEngine(Engine):
     """Starts its processes as ``sglang.srt.ray.engine.RayEngine`` does."""
 
@@ -52,7 +57,7 @@ def test_it_is_refused_before_it_starts_processes(
     engine: type[Engine], started: list[Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as end:
-        engine._launch_subprocesses(server_args=SimpleNamespace(**{**WORKS, "chunked_prefill_size": None}))
+        engine._launch_subprocesses(server_args=resolved(chunked_prefill_size=None))
     assert end.value.code == 2
     [line] = capsys.readouterr().err.splitlines()
     assert line.startswith("sgl-flowprefill: FlowPrefill needs --chunked-prefill-size -1")
@@ -60,10 +65,17 @@ def test_it_is_refused_before_it_starts_processes(
 
 
 def test_what_works_starts_and_a_decode_server_may_have_any_options(started: list[Any]) -> None:
-    servers = [SimpleNamespace(**WORKS), SimpleNamespace(disaggregation_mode="decode", chunked_prefill_size=2048)]
+    servers = [resolved(), SimpleNamespace(disaggregation_mode="decode", chunked_prefill_size=2048)]
     for server_args in servers:
         Engine._launch_subprocesses(server_args=server_args)
     assert started == servers
+
+
+def test_an_engine_in_python_is_judged_by_what_its_options_become(started: list[Any]) -> None:
+    server_args = resolved(chunked_prefill_size=None)
+    server_args.resolve_once = lambda: setattr(server_args, "chunked_prefill_size", -1)
+    Engine._launch_subprocesses(server_args=server_args)
+    assert started == [server_args]
 
 
 STOCK = {
@@ -105,7 +117,7 @@ def test_a_prefill_server_gets_the_options_that_it_needs_whatever_was_asked_for(
 
 def test_a_decode_server_keeps_its_options(started: list[Any]) -> None:
     given = SimpleNamespace(disaggregation_mode="decode", **STOCK)
-    options._take_over(given)
+    options.resolve(lambda server_args: None, given)
     assert {name: getattr(given, name) for name in STOCK} == STOCK
 
 

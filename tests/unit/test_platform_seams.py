@@ -105,7 +105,7 @@ def test_the_installed_sglang_has_the_expected_shape(apply: Callable[[], None]) 
 
 def test_kv_memory_is_named_host_memory() -> None:
     manager = SimpleNamespace(agent=SimpleNamespace(nixl_mems={"DRAM": 1, "VRAM": 2}))
-    nixl_dram._name_host_memory(manager)
+    nixl_dram.name_host_memory(manager)
     assert manager.agent.nixl_mems == {"DRAM": 1, "VRAM": 1}
 
 
@@ -122,7 +122,7 @@ def test_token_ids_are_checked_as_by_sglang(value: Any) -> None:
     whole: list[int] = []
 
     def decode(value: Any) -> list[int]:
-        ids = token_ids._decode(one_by_one, value)
+        ids = token_ids.decode(one_by_one, value)
         whole.extend(ids)
         return ids
 
@@ -132,7 +132,7 @@ def test_token_ids_are_checked_as_by_sglang(value: Any) -> None:
         assert generate_contract_error({"input_ids": value}) == before
         if before is None and value and not isinstance(value[0], list):
             assert whole == value  # this is what SGLang calls
-            assert token_ids._decode(lambda _: [], value) == value
+            assert token_ids.decode(lambda _: [], value) == value
 
 
 NIXL_AGENT = """

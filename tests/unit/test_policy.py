@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from sgl_flowprefill.pace import Pace
 from sgl_flowprefill.policy import Job, Limits, Policy, make_policy
 from sgl_flowprefill.policy.base import BATCH_SHARE
+from sgl_flowprefill.policy.forecast import Forecast
 from sgl_flowprefill.policy.orders.slack_edf import SlackEdf
 
 
@@ -121,6 +122,22 @@ def test_the_order_agrees_with_sorting_everything_at_every_event(
 
 def policy_of(max_suspended: int = 4, max_batch_tokens: int = 100) -> Policy[str, str]:
     return make_policy("s-edf", Limits(max_suspended, max_batch_tokens), max_starvation_s=1e9)
+
+
+@pytest.mark.parametrize("name", ["feasible", "s-edf"])
+def test_a_policy_by_slack_knows_how_many_cannot_be_met_any_more(name: str) -> None:
+    policy: Policy[str, str] = make_policy(name, Limits(4, 100), max_starvation_s=1e9)
+    for number, deadline_s in enumerate((2.0, 5.0, 9.0)):
+        policy.add(job(f"{number}", deadline_s=deadline_s))
+    policy.pick(0.0, None)
+    assert policy.infeasible_waiting == 0
+    policy.pick(7.0, None)
+    assert policy.infeasible_waiting == 2
+
+
+@pytest.mark.parametrize("name", ["edf", "fcfs"])
+def test_a_policy_that_does_not_ask_says_so(name: str) -> None:
+    assert make_policy(name, Limits(4, 100), max_starvation_s=1e9).infeasible_waiting is None
 
 
 def test_a_new_request_preempts_only_within_the_bound_on_suspended_tasks() -> None:
@@ -339,6 +356,52 @@ def test_a_machine_that_slows_down_by_two_is_seen_by_all_that_wait_at_the_next_e
     again = policy.pick(0.02, None)
     assert again is not None
     assert again.item.startswith("tight")
+
+
+def urgent_then_slow(factor: float) -> Policy[str, str]:
+    """For 100 s urgent requests have taken 0.3 of the time, then it became ``factor`` times as much."""
+    pace = Pace()
+    policy: Policy[str, str] = make_policy("feasible", Limits(4, 100), max_starvation_s=1e9)
+    for second in range(100):
+        urgent = Job("urgent", float(second), second + 1.0, 0.3, pace=pace)
+        policy.add(urgent)
+        policy.pick(float(second), None)
+        policy.remove(urgent)
+    pace.factor = factor
+    policy.repaced()
+    return policy
+
+
+@pytest.mark.parametrize(("factor", "first"), [(1.0, "long"), (2.0, "short")])
+def test_room_for_what_will_arrive_is_left_at_the_present_pace(factor: float, first: str) -> None:
+    policy = urgent_then_slow(factor)
+    policy.add(job("long", 110.0, 4.0, arrival_s=100.0))
+    policy.add(job("short", 110.0, 2.0, arrival_s=100.0))
+    picked = policy.pick(100.0, None)
+    assert picked is not None
+    assert picked.item == first  # of ten seconds about 6.6 are free, or 4.2
+
+
+def test_the_forecast_follows_each_pace_and_counts_the_shortest_by_the_present_ones() -> None:
+    steady, changing = Pace(), Pace()
+    forecast, alike = Forecast(60.0), Forecast(60.0)
+    for second in range(200):
+        forecast.arrived(float(second), 0.1, 1.0, steady)
+        forecast.arrived(float(second), 0.2, 4.0, changing)
+        alike.arrived(float(second), 0.1, 1.0)
+        alike.arrived(float(second), 0.6, 4.0)
+    changing.factor = 3.0
+    forecast.repaced()
+    assert forecast.due_s(11.0) == pytest.approx(10 * 0.1 + 7 * 0.6, rel=0.05)
+    assert forecast.room_s(11.0) == pytest.approx(alike.room_s(11.0), rel=0.05)
+    changing.factor = 10.0  # 2 s a second: half of these count beside the short ones, less what is left of the last
+    forecast.repaced()
+    assert forecast.due_s(1001.0) == pytest.approx(1000.0, rel=0.02)
+    steady.factor = 40.0  # now the other ones are the shorter ones, and take all the time
+    forecast.repaced()
+    for _ in range(2):
+        forecast.arrived(200.0, 0.2, 4.0, changing)
+    assert forecast.due_s(3.9) == 0.0
 
 
 def test_many_that_turn_infeasible_together_are_moved_a_few_at_an_event_and_none_is_lost() -> None:

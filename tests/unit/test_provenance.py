@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,11 +16,11 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from sgl_flowprefill import provenance
 from sgl_flowprefill.bench.__main__ import main
 from sgl_flowprefill.bench.cli.uncontended import Isolated, write_figures
-from sgl_flowprefill.bench.metrics import provenance
-from sgl_flowprefill.bench.metrics.provenance import PROVENANCE, SCHEMA, read_result, result, write_result
 from sgl_flowprefill.bench.reports.goodput import rates_table
+from sgl_flowprefill.provenance import PROVENANCE, RECORDED_IN, SCHEMA, read_result, result, write_result
 
 ROOT = Path(__file__).parents[2]
 RESULTS = sorted((ROOT / "bench" / "results").glob("*.json"))
@@ -50,20 +51,20 @@ def test_a_command_writes_where_its_figures_come_from(tmp_path: Path, monkeypatc
 
 def test_every_command_writes_its_json_with_its_provenance() -> None:
     """Nothing in bench/ writes JSON files in another way; logs have a line for each event and no provenance."""
-    logs = {"capacity/probes.py", "loadgen/replay.py"}
+    logs = {"bench/capacity/probes.py", "bench/loadgen/replay.py"}
     writers, kinds = set(), set()
-    for path in sorted((ROOT / "bench").rglob("*.py")):
+    for path in (ROOT / "sgl_flowprefill" / "provenance.py", *sorted((ROOT / "bench").rglob("*.py"))):
         for node in ast.walk(ast.parse(path.read_text())):
             if not isinstance(node, ast.Call):
                 continue
             name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
             if name in ("write_bytes", "write", "dump"):
-                writers.add(str(path.relative_to(ROOT / "bench")))
+                writers.add(str(path.relative_to(ROOT)))
             if name == "result" and node.args and isinstance(node.args[0], ast.Constant):
                 kinds.add(node.args[0].value)
             if name == "Comparison":
                 kinds |= {str(one.value.value) for one in node.keywords if isinstance(one.value, ast.Constant)}
-    assert writers - logs - {"cli/fetch_trace.py"} == {"metrics/provenance.py"}
+    assert writers - logs - {"bench/cli/fetch_trace.py"} == {"sgl_flowprefill/provenance.py"}
     assert kinds == {"breakdown", "demo", "goodput", "replay", "simulate", "uncontended", "validate"}
 
 
@@ -123,12 +124,35 @@ def test_published_results_are_read_whatever_version_wrote_them(path: Path) -> N
     assert found.figures
     assert found.schema in (1, SCHEMA)
     assert (found.schema == 1) == (found.date is None) == (found.commit is None)
+    assert found.schema == SCHEMA or found.recorded_in is not None
     if "max_rate_rps" in str(found.figures):
         console = Console(file=StringIO(), width=200)
         console.print(rates_table(found.figures))
         printed = console.file.getvalue()  # type: ignore[attr-defined]
         for system in found.figures["systems"].values():
             assert system["label"] in printed
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=[path.stem for path in RESULTS])
+def test_a_published_result_has_its_provenance_or_the_commit_that_it_was_recorded_in(path: Path) -> None:
+    document = json.loads(path.read_text())
+    if set(PROVENANCE) <= document.keys():
+        assert RECORDED_IN not in document
+        return
+    recorded = document[RECORDED_IN]
+    assert recorded.keys() == {"commit", "date"}
+    assert re.fullmatch(r"[0-9a-f]{40}", recorded["commit"])
+    assert datetime.fromisoformat(recorded["date"]) < datetime.now(UTC)
+    if not (ROOT / ".git").exists() or git("rev-parse", "--is-shallow-repository") != "false":
+        return  # an archive or a shallow clone has no history to compare with
+    date, *files = git("show", "--format=%cI", "--name-only", recorded["commit"]).split()
+    assert date == recorded["date"]
+    assert str(path.relative_to(ROOT)) in files
+
+
+def git(*arguments: str) -> str:
+    command = ["git", "-C", str(ROOT), *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
 
 def test_what_is_no_result_or_of_a_later_schema_is_refused(tmp_path: Path) -> None:

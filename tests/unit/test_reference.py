@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -63,11 +64,36 @@ def test_another_answer_differs(
         comparison.assert_same()
 
 
+def test_an_answer_that_has_to_match_a_pattern_is_compared_with_the_likeliest_that_does(
+    comparison: Comparison, reference: Reference, expected: Expected
+) -> None:
+    pattern = "(yes|no) sir"
+    right = reference.expect(TOKENS, pattern).choices
+    assert reference.tokenizer.decode(right.tokens) in ("yes sir<|end|>", "no sir<|end|>")
+    assert sum(math.exp(logprob) for logprob in right.logprobs[-2:]) == 2.0, "nothing else was allowed"
+    comparison.answer("a", TOKENS, right.tokens, right.logprobs, pattern)
+    comparison.assert_same()
+    assert comparison.counts["tokens"] == len(right.tokens) < len(expected.choices.tokens)
+    comparison.answer("without", TOKENS, expected.choices.tokens, expected.choices.logprobs, pattern)
+    comparison.answer("second", TOKENS, right.runners_up[:1], right.logprobs[:1], pattern)
+    comparison.answer("of all tokens", TOKENS, right.tokens[:1], [right.logprobs[0] - 9.0], pattern)
+    assert {kind: len(texts) for kind, texts in comparison.differences.items()} == {"token": 2, "log probability": 1}
+
+
+def test_a_text_is_compared_by_its_tokens(comparison: Comparison, reference: Reference) -> None:
+    text = reference.tokenizer.decode(reference.expect(reference.ids("bake lomi")).choices.tokens)
+    comparison.text("right", "bake lomi", text, None)
+    comparison.assert_same()
+    assert comparison.counts["tokens"] == 8
+    comparison.text("another prompt", "bake lomi tura", text, None)
+    assert list(comparison.differences) == ["token"]
+
+
 def test_only_the_runner_up_of_a_near_tie_may_take_the_place_of_a_token(
     comparison: Comparison, reference: Reference, expected: Expected, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tied = replace(expected.choices, gaps=[LOGPROB_TOLERANCE / 2, *expected.choices.gaps[1:]])
-    monkeypatch.setattr(reference, "expect", lambda prompt: replace(expected, choices=tied))
+    monkeypatch.setattr(reference, "expect", lambda prompt, pattern: replace(expected, choices=tied))
     comparison.answer("a", TOKENS, tied.runners_up[:1], tied.logprobs[:1])
     assert not comparison.differences
     assert comparison.counts["tokens of a runner-up"] == 1

@@ -38,6 +38,7 @@ class FakeServer:
     url: str = ""
     bodies: list[dict[str, Any]] = field(default_factory=list)
     failures: dict[int, str] = field(default_factory=dict)
+    tells_retractions: bool = True
     s_per_prompt_token: float = 0.0
 
     async def generate(self, request: web.Request) -> web.StreamResponse:
@@ -56,6 +57,8 @@ class FakeServer:
         count = body["sampling_params"]["max_new_tokens"]
         for done in range(1, count + 1):
             meta = {"prompt_tokens": prompt_tokens, "completion_tokens": done, "cached_tokens": 3}
+            if self.tells_retractions:
+                meta["num_retractions"] = int(done > 1)
             await _send(response, {"text": "x" * done, "meta_info": meta})
             if failure == "break":
                 return response
@@ -127,16 +130,19 @@ def trace_of(*prompt_tokens: int, gap_s: float = 0.01, output_tokens: int = 3) -
 
 
 def test_times_and_tokens_of_a_generate_stream(server: FakeServer) -> None:
+    began_s = time.monotonic()
     run = replay(trace_of(10, 20, 30), Client(server.url, GenerateApi()), PROMPTS)
+    took_s = time.monotonic() - began_s
     assert [result.prompt_tokens for result in run.results] == [10, 20, 30]
     for result in run.results:
         assert result.completed
         assert result.ttft_s is not None
-        assert TTFT_S <= result.ttft_s < TTFT_S + 0.2
         assert len(result.tbt_s) == 2
+        assert TTFT_S <= result.ttft_s <= result.e2e_s - sum(result.tbt_s) < took_s - sum(result.tbt_s)
         assert all(gap_s >= TBT_S * 0.5 for gap_s in result.tbt_s)
         assert result.output_tokens == 3
         assert result.cached_tokens == 3
+        assert result.retractions == 1, "the last event's"
         assert result.e2e_s > result.ttft_s
         assert result.meets_ttft()
         assert not result.meets_ttft(slo_scale=0.01)
@@ -225,8 +231,8 @@ def test_requests_are_sent_at_their_times_without_waiting_for_answers(server: Fa
     server.s_per_prompt_token = 0.03
     started_s = time.monotonic()
     run = replay(trace_of(*[10] * 20, gap_s=0.02), Client(server.url, GenerateApi()), PROMPTS)
-    assert time.monotonic() - started_s < 3
-    assert run.client.lateness_p50_s < 0.02
+    assert time.monotonic() - started_s < 6, "20 answers one after the other take 8 s"
+    assert run.client.lateness_p50_s < TTFT_S + 0.3, "less than an answer takes"
     assert run.start_monotonic_s > started_s
 
 
@@ -286,7 +292,7 @@ def test_time_scale_is_the_factor_to_the_reference(server: FakeServer) -> None:
     assert time_scale({tokens: 3 * ttft_s for tokens, ttft_s in REFERENCE_TTFT_S.items()}) == pytest.approx(3)
     solo_ttft_s = measure_isolated_ttft(Client(server.url, GenerateApi()), PROMPTS)
     assert list(solo_ttft_s) == list(REFERENCE_TTFT_S)
-    assert all(TTFT_S <= ttft_s < 1 for ttft_s in solo_ttft_s.values())
+    assert all(TTFT_S <= ttft_s < 5 for ttft_s in solo_ttft_s.values())
     prompts = [tuple(body["input_ids"]) for body in server.bodies]
     assert len(set(prompts)) == len(prompts)
 

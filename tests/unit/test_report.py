@@ -12,7 +12,6 @@ from rich.console import Console
 
 from sgl_flowprefill.bench.loadgen.replay import ClientReport, ReplayRun, RequestResult
 from sgl_flowprefill.bench.metrics.comparison import Comparison, SystemResult
-from sgl_flowprefill.bench.metrics.provenance import PROVENANCE
 from sgl_flowprefill.bench.reports import page
 from sgl_flowprefill.bench.reports.comparison import render_html
 from sgl_flowprefill.bench.reports.publish import publish
@@ -20,6 +19,7 @@ from sgl_flowprefill.bench.reports.table import comparison_table
 from sgl_flowprefill.bench.workloads.synthetic import qwen_like
 from sgl_flowprefill.bench.workloads.trace import Trace
 from sgl_flowprefill.events import EventLog, Suspend
+from sgl_flowprefill.provenance import PROVENANCE
 
 FIGURES = {"requests", "completed", "ttft_attainment", "goodput_rps", "ttft_p50_s", "ttft_p99_s"}
 PREEMPTION = {"preemptions", "blocking_p50_s", "blocking_p99_s", "blocking_max_s"}
@@ -98,7 +98,10 @@ def with_gaps(comparison: Comparison, *gaps_s: float) -> Comparison:
     """The comparison, with the last of these gaps in every tenth request of the second system."""
     trace = comparison.trace
     run = run_of(trace, 1)
-    results = [dataclasses.replace(one, tbt_s=gaps_s if one.index % 10 == 0 else gaps_s[:-1]) for one in run.results]
+    results = [
+        dataclasses.replace(one, tbt_s=gaps_s if one.index % 10 == 0 else gaps_s[:-1], retractions=1)
+        for one in run.results
+    ]
     second = SystemResult.of("sglang", "SGLang", dataclasses.replace(run, results=results), trace)
     return dataclasses.replace(comparison, systems=[comparison.systems[0], second], judge="gaps")
 
@@ -115,11 +118,19 @@ def test_time_between_tokens_is_in_the_report_the_table_and_the_page(comparison:
     assert second["joint_attainment_mean_tpot"] == pytest.approx(len(served) / requests), "40 s spoil a mean, too"
     assert (second["tbt_p50_s"], second["tbt_max_s"]) == (0.03, 40.0)
     assert second["tokens_per_s"] == pytest.approx(4 * requests / 60.0)
+    assert second["retractions"] == requests
+    assert ours["retractions"] is None, "its server did not say"
     assert joint.systems[1].goodput_rps("gaps") == pytest.approx(len(served) / 60.0)
     console = Console(file=StringIO(), width=120)
     console.print(comparison_table(joint))
     text = console.file.getvalue()  # type: ignore[attr-defined]
-    for name in ("TTFT met, and 99% of the gaps", "and the mean gap", "TBT p50 / p99 / longest", "40000 ms"):
+    for name in (
+        "TTFT met, and 99% of the gaps",
+        "and the mean gap",
+        "TBT p50 / p99 / longest",
+        "40000 ms",
+        "streams retracted",
+    ):
         assert name in text
     page = render_html(joint)
     assert 'id="plot-tbt"' in page

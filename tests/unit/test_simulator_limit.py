@@ -12,8 +12,8 @@ from sgl_flowprefill.bench.simulator.cost import LLAMA_8B
 from sgl_flowprefill.bench.simulator.instance import Machine
 from sgl_flowprefill.bench.simulator.limit import (
     Work,
-    _edf_meets_all,
     attainment_limit,
+    edf_meets_all,
     fractional_optimum,
     most_on_time,
 )
@@ -36,7 +36,7 @@ JOBS = st.lists(
 def optimum(jobs: list[Work]) -> int:
     """Largest subset that preemptive EDF completes in time."""
     for size in range(len(jobs), 0, -1):
-        if any(_edf_meets_all(sorted(subset)) for subset in combinations(jobs, size)):
+        if any(edf_meets_all(sorted(subset)) for subset in combinations(jobs, size)):
             return size
     return 0
 

@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 
 from sgl_flowprefill.bench.simulator.measured import Engine, best_profile, measured_setup
+from sgl_flowprefill.bench.simulator.step_cost import CPU_ENGINE
 from sgl_flowprefill.config import FlowPrefillConfig
 from sgl_flowprefill.profiling import Profile, Row, Setting, write_profile
+from sgl_flowprefill.profiling.steps import Step
 from sgl_flowprefill.ttft import PrefillShape
 
 SETTING = Setting(model="toy-1", device="d", dtype="f", attention_backend="a", threads=1, sglang="0")
@@ -65,3 +67,15 @@ def test_flowprefill_is_simulated_with_the_options_of_its_servers(tmp_path: Path
     assert (setup.limits.max_suspended, setup.limits.max_batch_tokens) == (3, 99)
     assert (setup.max_operator_s, setup.max_starvation_s) == (0.0025, 7.0)
     assert measured_setup(engine, solo_ttft_s, FlowPrefillConfig()).max_operator_s == 0.005
+
+
+def test_decode_steps_cost_what_was_measured_of_them(tmp_path: Path) -> None:
+    path = tmp_path / "toy.parquet"
+    write_profile(path, Profile(SETTING, 8192, [row(tokens) for tokens in (16, 512, 2048, 8192)], complete=True))
+    engine = Engine(str(path), 8, None, between_forwards_s=0.0)
+    shapes = [(1, 528), (4, 2112), (16, 8448), (4, 16448)]
+    steps = [Step(requests=n, context_tokens=c, time_s=0.006 + 0.002 * n + 1e-6 * c) for n, c in shapes]
+    solo_ttft_s = {tokens: 0.02 + row(tokens).time_s for tokens in (512, 2048)}
+    measured = measured_setup(engine, solo_ttft_s, FlowPrefillConfig(), steps).steps()
+    assert measured.predict_s(8, 10_000) == pytest.approx(0.006 + 0.016 + 0.01)
+    assert measured_setup(engine, solo_ttft_s, FlowPrefillConfig()).steps() is CPU_ENGINE, "an assumption otherwise"

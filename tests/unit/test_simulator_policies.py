@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import combinations
 from random import Random
+from statistics import mean
 
 import pytest
 from hypothesis import given, settings
@@ -16,8 +17,9 @@ from sgl_flowprefill.bench.simulator.instance import Machine
 from sgl_flowprefill.bench.simulator.systems import Setup, run
 from sgl_flowprefill.bench.systems.catalog import simulated
 from sgl_flowprefill.bench.workloads.synthetic import WORKLOADS
+from sgl_flowprefill.pace import Pace
 from sgl_flowprefill.policy import Job, Limits, make_policy
-from sgl_flowprefill.policy.forecast import Forecast
+from sgl_flowprefill.policy.forecast import Entry, Forecast
 from sgl_flowprefill.policy.orders.feasible import PLANNED, FeasibleSet, largest_feasible
 from sgl_flowprefill.policy.orders.slack_edf import SlackEdf
 
@@ -79,6 +81,63 @@ def test_what_is_kept_is_a_largest_feasible_set(drawn: list[tuple[int, int]]) ->
     best = max(size for size in range(len(jobs) + 1) if any(feasible(some) for some in combinations(jobs, size)))
     assert len(policy.kept) == best
     assert feasible(policy.kept)
+
+
+def weighted_jobs(random: Random) -> list[Job[object]]:
+    """Few jobs of weights from 1 to 10, by deadline; some could not be met even alone."""
+    jobs = []
+    for _ in range(random.randint(1, 8)):
+        entry = job(None, float(random.randint(1, 30)), float(random.randint(1, 9)))
+        entry.weight = random.choice([1.0, 1.0, 2.0, 5.0, 10.0])
+        jobs.append(entry)
+    return sorted(jobs, key=lambda entry: (entry.deadline_s, entry.number))
+
+
+def weight(jobs: Iterable[Job[object]]) -> float:
+    return sum(entry.weight for entry in jobs)
+
+
+def test_what_is_kept_of_weighted_jobs_is_close_to_the_heaviest_feasible_set() -> None:
+    """Against all sets of up to eight jobs: what docs/overload.md says of the approximation."""
+    random, shares, unweighted = Random(1), [], []
+    for _ in range(2000):
+        jobs = weighted_jobs(random)
+        sets = [some for size in range(len(jobs) + 1) for some in combinations(jobs, size) if feasible(some)]
+        best = max(map(weight, sets))
+        kept = largest_feasible(jobs, 0.0, Forecast(math.inf)).jobs
+        assert feasible(kept)
+        if best:
+            shares.append(weight(kept) / best)
+            weights = [entry.weight for entry in jobs]
+            for entry in jobs:
+                entry.weight = 1.0
+            numbers = {entry.number for entry in largest_feasible(jobs, 0.0, Forecast(math.inf)).jobs}
+            pairs = zip(jobs, weights, strict=True)
+            unweighted.append(sum(heavy for entry, heavy in pairs if entry.number in numbers) / best)
+    print(
+        f"{len(shares)} cases: mean {mean(shares):.4f}, least {min(shares):.2f}; without weights {mean(unweighted):.4f}"
+    )
+    assert min(shares) >= 0.8
+    assert mean(shares) > 0.995
+    assert sum(share == 1.0 for share in shares) > 0.97 * len(shares)
+    assert mean(unweighted) < 0.97
+
+
+def test_a_heavy_job_is_kept_and_lighter_ones_give_way() -> None:
+    policy = feasible_set()
+    heavy, light = job("heavy", 10.0, 9.0), [job(name, 11.0, 2.0) for name in "ab"]
+    heavy.weight = 10.0
+    for entry in (heavy, *light):
+        policy.add(entry)
+    assert names(policy.first_waiting(0.0, 9))[0] == "heavy"
+    assert len(policy.kept) == 2
+    assert policy.kept[0] is heavy
+
+
+def test_a_heavy_job_that_cannot_be_met_costs_no_other_its_place() -> None:
+    jobs = [job("light", 5.0, 3.0), job("hopeless", 6.0, 7.0)]
+    jobs[1].weight = 100.0
+    assert names(largest_feasible(jobs, 0.0, Forecast(math.inf)).jobs) == ["light"]
 
 
 def missing_in_plan(drawn: Sequence[tuple[int, int, int]]) -> Iterator[int]:
@@ -345,6 +404,43 @@ def test_what_nobody_could_meet_is_not_expected_to_arrive_again() -> None:
     policy.add(short)
     assert policy.pick(100.0, None) is short
     assert policy.kept == [short]
+
+
+@pytest.mark.parametrize("are_withdrawn", [True, False])
+def test_requests_that_are_withdrawn_while_they_wait_are_not_expected_to_arrive_again(are_withdrawn: bool) -> None:
+    """Clients that open long requests and leave at once do not take the machine from the others."""
+    policy: FeasibleSet[object, object] = FeasibleSet(LIMITS, max_starvation_s=1e9)
+    for second in range(100):
+        leaves = job("leaves", second + 3.0, 2.0, arrival_s=float(second))
+        policy.add(leaves)
+        policy.remove(leaves)
+        if are_withdrawn:
+            policy.withdrawn(leaves)
+    stays = job("stays", 110.0, 4.0, arrival_s=100.0)
+    policy.add(stays)
+    assert policy.pick(100.0, None) is stays
+    assert policy.kept == ([stays] if are_withdrawn else [])
+
+
+def test_a_forecast_without_what_was_withdrawn_is_that_of_the_others() -> None:
+    """Also where what was withdrawn had been forgotten by then, or was counted at another pace."""
+    forecast, others, pace = Forecast(60.0), Forecast(60.0), Pace(2.0)
+    left: list[tuple[int, Entry]] = []
+    for second in range(300):
+        forecast.arrived(float(second), 0.7, 2.0, pace)
+        left.append((second + 7 * (second % 20), forecast.counted(0.7, 2.0, pace)))
+        for each in (forecast, others):
+            each.arrived(float(second), 0.1 + 0.01 * (second % 7), 1.0)
+        for gone in [entry for entry in left if entry[0] <= second]:
+            forecast.withdrawn(gone[1])
+            left.remove(gone)
+    for _, request in left:
+        forecast.withdrawn(request)
+    for each in (forecast, others):
+        for _ in range(20):  # until both are made anew
+            each.arrived(300.0, 0.0, 1.0)
+    for within_s in (0.5, 3.0, 20.0, 100.0):
+        assert forecast.room_s(within_s) == pytest.approx(others.room_s(within_s))
 
 
 def test_a_infeasible_task_waits_for_a_request_that_can_still_be_met_though_it_is_left_out() -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections.abc import Collection
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -30,11 +32,11 @@ from sgl_flowprefill.bench.simulator.systems import (
     SimulatedUnified,
     run,
 )
-from sgl_flowprefill.bench.simulator.unified import UnifiedInstance
+from sgl_flowprefill.bench.simulator.unified import SimStep, UnifiedInstance
 from sgl_flowprefill.bench.systems.catalog import UNIFIED_HEADLINE, UNIFIED_STOCK, VARIANTS, find, simulated
 from sgl_flowprefill.bench.workloads.synthetic import mixed, qwen_like
 from sgl_flowprefill.bench.workloads.trace import Trace, TraceRequest
-from sgl_flowprefill.hub.task import PrefillTask
+from sgl_flowprefill.hub.task import DecodeStep, PrefillTask
 from sgl_flowprefill.policy import Act, DecodeLimits, Limits, Stream
 
 TOY = CostModel("toy", layers=10, fixed_s=0.0, per_token_s=0.001, per_pair_s=0.0, projection_share=0.5)
@@ -90,6 +92,14 @@ def test_streams_take_part_in_mixed_chunks_which_have_as_many_tokens_less() -> N
     # 255 of the prompt and 1 of the stream; then the other 45 and 1; then a step by itself.
     assert stream == [100.0, 110.0, 366.0, 412.0]
     assert prompt == [412.0]
+
+
+def test_a_stream_takes_as_long_in_a_mixed_chunk_as_in_a_step_where_that_is_more() -> None:
+    setup = dataclasses.replace(toy_setup(), step_cost=StepCost(fixed_s=0.01, per_request_s=0.005))
+    [stream, prompt] = tokens("stock-fcfs-256-mixed", STREAM_AND_PROMPT, setup)
+    # A step of 15 ms; 255 of the prompt and the stream's 5 ms; the other 45 and as much; a step by itself.
+    assert stream == [100.0, 115.0, 375.0, 425.0]
+    assert prompt == [425.0]
 
 
 def test_ours_steps_at_the_latest_operator_that_keeps_the_objective() -> None:
@@ -218,7 +228,7 @@ def test_a_request_is_served_if_its_first_token_is_and_all_but_a_hundredth_of_th
     assert Answered(True, 0.1, np.array([0.1 + 1e-15])).meets_both, "a gap that is as long as the objective"
     figures = summarise_joint([answer(3, 200), answer(0, 200), answer(0, 200, meets_ttft=False), answer(0, 0)])
     assert (figures.joint_attainment, figures.joint_attainment_mean_tpot) == (0.5, 0.75)
-    assert figures.tbt_attainment_of_gaps == pytest.approx(1 - 3 / 600)
+    assert figures.tbt_attainment == pytest.approx(1 - 3 / 600)
     assert (figures.tbt_p50_s, figures.tbt_max_s) == (0.05, 0.2)
     assert summarise_joint([]).tbt_p99_s is None
 
@@ -298,8 +308,12 @@ def test_the_hub_runs_a_step_when_the_policy_says_so_and_all_ranks_hear_of_it() 
     hub, ran = instance.hub, []
 
     class Steps:
-        def step(self) -> None:
+        def step(self) -> DecodeStep:
             ran.append(hub.now_s())
+            return DecodeStep(SimStep())
+
+        def finish_step(self, step: DecodeStep) -> None:
+            pass
 
         def missing_tokens(self) -> int:
             return 0
@@ -325,9 +339,13 @@ class StepsWithoutRoom:
         self.given: list[int] = []
         self.begun_s: list[float] = []
 
-    def step(self) -> None:
+    def step(self) -> DecodeStep:
         self.begun_s.append(self._hub.now_s())
-        self._policy.stepped(self._hub.now_s(), self._hub.now_s() + 0.001)
+        self._policy.began(self._hub.now_s())
+        return DecodeStep(SimStep())
+
+    def finish_step(self, step: DecodeStep) -> None:
+        self._policy.stepped(self._hub.now_s() + 0.001)
 
     def missing_tokens(self) -> int:
         return 1 if len(self.given) < self._wanted else 0
@@ -376,3 +394,23 @@ def test_no_request_starts_that_would_make_steps_too_long_for_a_stream() -> None
     first_end_s = min(request.last_token_s for request in requests[:3])
     assert requests[3].first_token_s >= first_end_s
     assert all(request.first_token_s < first_end_s for request in requests[:3])
+
+
+@pytest.mark.parametrize("system", ["feasible", "fcfs/layer"])
+def test_no_request_waits_before_the_hub_has_been_told_of_it(system: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    setup = Setup(Machine(LLAMA_8B, 22_000), step_error=0.05)
+    instance = unified(system).new_instance(setup)
+    assert isinstance(instance, UnifiedInstance)
+    work, looks = instance.hub.work, []
+    forget = work.forget_all_but
+
+    def watched(reqs: Collection[Any]) -> None:
+        told = {job.item.req for job in work.policy.waiting}
+        assert set(reqs) <= told
+        looks.append(len(told))
+        forget(reqs)
+
+    monkeypatch.setattr(work, "forget_all_but", watched)
+    simulate(prepare(mixed(150, seed=2, rate_rps=8.0), LLAMA_8B, setup.conditions), [instance], RoundRobin(1))
+    assert instance.streams.retractions >= 1
+    assert max(looks) > 10

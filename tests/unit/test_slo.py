@@ -64,10 +64,10 @@ def test_bodies_of_both_apis_are_checked() -> None:
 @pytest.mark.parametrize("number", ["1" + "0" * 400, "-1" + "0" * 400, "9" * 30, "1e999"])
 def test_a_number_that_no_float_or_message_can_hold_is_an_error_and_no_exception(number: str) -> None:
     body = json.loads(f'{{"text": "a", "sampling_params": {{"custom_params": {{"ttft_slo": {number}}}}}}}')
-    error = request_slo._check_generate(generate_contract_error, body)
+    error = request_slo.check_generate(generate_contract_error, body)
     assert error is not None
     assert "positive, finite number" in error
-    assert error == request_slo._check_openai(
+    assert error == request_slo.check_openai(
         lambda _handler, _request: None, None, SimpleNamespace(custom_params=body["sampling_params"]["custom_params"])
     )
 

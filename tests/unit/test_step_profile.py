@@ -1,16 +1,20 @@
-"""Times of decode steps: the model that measured ones determine, and the file that keeps them."""
+"""Times of decode steps: the model that measured ones determine, what it learns, and the file that keeps them."""
 
 from __future__ import annotations
 
+import math
+import random
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sgl_flowprefill.policy.decode import CorrectedSteps
 from sgl_flowprefill.profiling import Setting
-from sgl_flowprefill.profiling.steps import LinearSteps, Step, StepProfile
+from sgl_flowprefill.profiling.steps import REFIT_STEPS, ROWS, LearnedSteps, LinearSteps, Step, StepProfile
 from sgl_flowprefill.runtime import step_profile
 
 SHAPES = ((1, 64), (2, 128), (8, 512), (32, 2048), (1, 3072), (8, 4096))
@@ -57,8 +61,135 @@ def test_a_full_disk_costs_the_next_start_a_measurement_and_this_one_a_line(
     (tmp_path / "full").write_text("no directory")
     monkeypatch.setattr(step_profile, "current_setting", lambda scheduler: SETTING)
     monkeypatch.setattr(step_profile, "profile_path", lambda setting: tmp_path / "full" / "p.parquet")
-    monkeypatch.setattr(step_profile, "_measure", lambda role: tuple(measured))
+    monkeypatch.setattr(step_profile, "measure", lambda role: tuple(measured))
     ranks = SimpleNamespace(rank_in_group=0, broadcast_object=lambda value: value)
     model = step_profile.load_or_measure_steps(SimpleNamespace(scheduler=SimpleNamespace(tp_group=ranks)))  # type: ignore[arg-type]
     assert model.predict_s(8, 512) == pytest.approx(measured[2].time_s, rel=1e-3)
     assert [record.message for record in caplog.records if "cannot keep the times of decode steps" in record.message]
+
+
+# ---- steps that run -------------------------------------------------------------------------------------------------
+
+PROFILED = LinearSteps(0.01, 1e-3, 1e-6)
+OTHER = LinearSteps(0.006, 4e-3, 8e-6)
+"""Another machine."""
+ANY = ((1, 100), (3, 9_000), (8, 700), (20, 40_000), (40, 5000))
+
+
+def run_steps(
+    learned: LearnedSteps | CorrectedSteps, truth: LinearSteps, count: int, noise: float = 0.05, seed: int = 0
+) -> None:
+    """Streams come and go, so that steps next to each other are alike."""
+    rng = random.Random(seed)
+    requests, context = 1, 500
+    for _ in range(count):
+        if rng.random() < 0.1:
+            requests = max(1, min(40, requests + rng.choice([-9, -3, -1, 1, 3, 9])))
+            context = requests * rng.choice([60, 300, 1000, 3000])
+        context += requests
+        learned.observe(requests, context, truth.predict_s(requests, context) * math.exp(rng.gauss(0, noise)))
+
+
+def off(model: LearnedSteps | CorrectedSteps, truth: LinearSteps) -> float:
+    return max(abs(math.log(model.predict_s(*shape) / truth.predict_s(*shape))) for shape in ANY)
+
+
+def test_steps_of_another_machine_are_learned_and_kept() -> None:
+    kept: list[tuple[Step, ...]] = []
+    learned = LearnedSteps(steps_of(PROFILED), keep=kept.append)
+    before = off(learned, OTHER)
+    run_steps(learned, OTHER, 3000)
+    assert before > 1
+    assert off(learned, OTHER) < 0.15
+    assert learned.state()["step_models_adopted"] == len(kept) >= 1
+    assert off(LearnedSteps(kept[-1]), OTHER) == pytest.approx(off(learned, OTHER))
+
+
+def test_a_model_of_steps_that_is_right_stays() -> None:
+    learned = LearnedSteps(steps_of(PROFILED))
+    for seed in range(5):
+        run_steps(learned, PROFILED, 1000, seed=seed)
+    assert learned.state()["step_refits"] >= 20
+    assert learned.state()["step_models_adopted"] <= 2
+    assert off(learned, PROFILED) < 0.1
+
+
+def test_a_machine_that_is_slower_as_a_whole_changes_no_model_of_steps() -> None:
+    learned = LearnedSteps(steps_of(PROFILED))
+    slower = LinearSteps(0.02, 2e-3, 2e-6)
+    run_steps(learned, slower, 3000)
+    shapes = [math.log(learned.predict_s(*shape) / slower.predict_s(*shape)) for shape in ANY]
+    assert max(shapes) - min(shapes) < 0.15
+
+
+def test_steps_that_go_on_are_predicted_as_before_when_another_model_takes_over() -> None:
+    learned = LearnedSteps(steps_of(PROFILED))
+    corrected, adoptions = CorrectedSteps(learned), 0
+    for seed in range(12):
+        run_steps(corrected, OTHER, REFIT_STEPS - 1, seed=seed)
+        before, adopted = corrected.predict_s(5, 700), learned.state()["step_models_adopted"]
+        corrected.observe(5, 700, before)  # as predicted: nothing to correct
+        assert corrected.predict_s(5, 700) == pytest.approx(before)
+        adoptions += learned.state()["step_models_adopted"] > adopted
+    assert adoptions >= 1
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.integers(1, 64),
+            st.integers(0, 100_000),
+            st.one_of(st.floats(1e-4, 1.0), st.sampled_from([0.0, -1.0, math.nan, math.inf, 1e6])),
+        ),
+        min_size=1,
+        max_size=30,
+    )
+)
+def test_whatever_was_measured_no_step_gets_shorter_with_more_to_do(measured: list[tuple[int, int, float]]) -> None:
+    learned = LearnedSteps(steps_of(PROFILED))
+    for _ in range(2 * REFIT_STEPS // len(measured) + 1):
+        for step in measured:
+            learned.observe(*step)
+    model = learned.model
+    assert min(model.fixed_s, model.per_request_s, model.per_token_s) >= 0
+    assert all(map(math.isfinite, (model.fixed_s, model.per_request_s, model.per_token_s)))
+    assert 0 < model.predict_s(1, 0) <= model.predict_s(32, 0) <= model.predict_s(32, 10_000)
+    assert learned.state()["step_rows"] <= ROWS * len(measured)
+
+
+def test_absurd_steps_change_no_model() -> None:
+    learned = LearnedSteps(steps_of(PROFILED))
+    rng = random.Random(3)
+    for number in range(3000):
+        requests, tokens = rng.choice([1, 2, 5, 11, 20]), rng.choice([100, 700, 3000])
+        truth_s = PROFILED.predict_s(requests, requests * tokens)
+        learned.observe(requests, requests * tokens, truth_s * (rng.choice([1e-4, 500.0]) if number % 40 == 0 else 1))
+    assert off(learned, PROFILED) < 0.05
+
+
+def test_a_server_that_does_not_learn_keeps_its_model_of_steps() -> None:
+    learned = LearnedSteps(steps_of(PROFILED), learns=False)
+    run_steps(learned, OTHER, 2000)
+    assert not any(learned.state().values())
+    assert off(learned, PROFILED) < 0.01
+
+
+def test_learned_steps_take_the_place_of_the_measured_ones_and_a_full_disk_costs_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(step_profile, "current_setting", lambda scheduler: SETTING)
+    monkeypatch.setattr(step_profile, "profile_path", lambda setting: tmp_path / "p.parquet")
+    monkeypatch.setattr(step_profile, "measure", lambda role: tuple(steps_of(PROFILED)))
+    ranks = SimpleNamespace(rank_in_group=0, broadcast_object=lambda value: value)
+    role: Any = SimpleNamespace(scheduler=SimpleNamespace(tp_group=ranks))
+    learned = step_profile.load_or_measure_steps(role, learns=True)
+    run_steps(learned, OTHER, 3000)
+    again = step_profile.load_or_measure_steps(role, learns=True)
+    assert off(again, OTHER) == pytest.approx(off(learned, OTHER))
+    path = step_profile.steps_path(tmp_path / "p.parquet")
+    path.unlink()
+    path.mkdir()  # what cannot be replaced
+    for seed in range(1, 5):
+        run_steps(again, PROFILED if seed % 2 else OTHER, 3000, seed=seed)
+    assert again.state()["step_models_adopted"] >= 2
+    assert caplog.text.count("cannot keep the times of decode steps") == 1

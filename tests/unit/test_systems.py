@@ -33,8 +33,10 @@ from sgl_flowprefill.bench.systems.catalog import (
     systems_page,
 )
 from sgl_flowprefill.bench.systems.serving import Servers
+from sgl_flowprefill.bench.systems.tuning import RECORD, UNTUNED, rival
 from sgl_flowprefill.config import FlowPrefillConfig
 from sgl_flowprefill.policy import DecodeLimits
+from sgl_flowprefill.provenance import result, write_result
 
 
 def test_every_system_can_be_simulated_and_says_why_it_is_there() -> None:
@@ -81,9 +83,9 @@ def test_a_name_is_that_of_what_is_simulated_and_a_policy_alone_stands_for_the_f
 def test_settings_are_accepted_by_those_who_read_them() -> None:
     from sglang.srt.server_args import ServerArgs  # type: ignore[import-untyped]
 
-    from sgl_flowprefill.cluster.preflight import _Parser
+    from sgl_flowprefill.cluster.preflight import SGLangParser
 
-    parser = _Parser(add_help=False)
+    parser = SGLangParser(add_help=False)
     ServerArgs.add_cli_args(parser)
     for system in SYSTEMS.values():
         parsed = parser.parse_args(["--model-path", "x", *system.prefill_args])
@@ -135,10 +137,34 @@ def test_unified_systems_that_are_not_listed_are_found_by_name_and_by_glob() -> 
     intervals = [system.name for system in select(["unified-stock-lpm-640-interval-*"])]
     assert intervals == [f"unified-stock-lpm-640-interval-{steps}" for steps in (1, 2, 4)]
     assert [system.name for system in select(["unified-stock-spf-512-*"])] == [
-        "unified-stock-spf-512-mixed", "unified-stock-spf-512-interval-1"
+        "unified-stock-spf-512-mixed", "unified-stock-spf-512-mixed-interval-1",
+        "unified-stock-spf-512-mixed-interval-2", "unified-stock-spf-512-interval-1",
+        "unified-stock-spf-512-interval-2",
     ]  # fmt: skip
     with pytest.raises(ValueError, match="can only be simulated"):
         select(["unified-feasible+ahead"])
+
+
+def test_a_race_over_the_listed_settings_is_the_tuning() -> None:
+    tuned = {system.name for system in select(["unified-sglang", "unified-stock-*"])}
+    assert tuned == {"unified-sglang", *TUNING}
+    for chunk_tokens in (256, 512, 1024):
+        for interval in ("", "-interval-1", "-interval-2"):
+            assert f"unified-stock-spf-{chunk_tokens}-mixed{interval}" in tuned
+    assert {"unified-stock-hrrn-1024-mixed", "unified-stock-priority-1024-mixed"} < tuned
+
+
+def test_the_rival_is_the_best_of_the_recorded_tuning(tmp_path: Path) -> None:
+    record = tmp_path / "tuning.json"
+    assert rival(record) == UNTUNED == select([UNTUNED])[0].name
+    best = {"99": "unified-stock-hrrn-1024-mixed", "90": "unified-stock-spf-256-mixed"}
+    write_result(record, result("goodput", {"best_stock": best}))
+    assert rival(record) == "unified-stock-spf-256-mixed"
+    write_result(record, result("goodput", {"best_stock": {"90": None}}))
+    with pytest.raises(ValueError, match="names no best stock system"):
+        rival(record)
+    if RECORD.exists():
+        assert select([rival()])[0].is_stock
 
 
 def test_systems_are_selected_by_name_glob_and_comma_in_order() -> None:

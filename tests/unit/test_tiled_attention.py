@@ -446,8 +446,8 @@ def test_flashinfer_planning_reads_nothing_back_from_the_device(monkeypatch: pyt
     rig = Rig(monkeypatch, "flashinfer")
     backend = rig.backend(math.inf)
     host: list[torch.Tensor] = []
-    make = flashinfer_tiles._host
-    monkeypatch.setattr(flashinfer_tiles, "_host", lambda values: (host.append(make(values)), host[-1])[1])
+    make = flashinfer_tiles.on_host
+    monkeypatch.setattr(flashinfer_tiles, "on_host", lambda values: (host.append(make(values)), host[-1])[1])
     asked: list[Any] = []
     to = torch.Tensor.to
     monkeypatch.setattr(
@@ -505,10 +505,10 @@ def test_backends_that_cannot_be_tiled_say_why(monkeypatch: pytest.MonkeyPatch) 
 
 def test_fa3_arguments_that_tiles_do_not_know_run_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     rig = Rig(monkeypatch, "fa3")
-    backend = rig.backend(100)
     calls: list[Any] = []
-    tiles = backend.forward_extend.__self__
-    tiles._forward_extend = lambda q, *args, **named: calls.append((len(q), named))
+    backend = rig.backend()
+    backend.forward_extend = lambda q, *args, **named: calls.append((len(q), named))
+    assert tile_queries(backend, lambda: None, 100) is None
     batch = rig.batch([(100, 0)])
     backend.init_forward_metadata(batch)
     layer = Anything(sliding_window_size=-1, tp_q_head_num=HEADS)

@@ -7,7 +7,16 @@ import torch
 from torch import nn
 
 from sgl_flowprefill.runtime.checkpoints import DecoderLayer
-from sgl_flowprefill.runtime.tiles import TILE_STEP_TOKENS, WHOLE, Tiles, TileSizes, find_norms, in_tiles, tile_layers
+from sgl_flowprefill.runtime.tiles import (
+    TILE_STEP_TOKENS,
+    WHOLE,
+    Tiles,
+    TileSizes,
+    find_norms,
+    in_tiles,
+    longest_mlp_piece,
+    tile_layers,
+)
 
 ROWS = 20
 TILES = Tiles(rows=2, attention_rows=5, norm_rows=10, pairs=1.0)
@@ -63,7 +72,7 @@ def interruption_points(model: nn.Module, layers: list[DecoderLayer], module: st
         ("model.layers.0.norm", 2),
         ("model.layers.0.attention.q_norm", 4),
         ("model.layers.0.attention.project", 4),
-        ("model.layers.0.mlp", 10),
+        ("model.layers.0.mlp", 20),
         ("model.norm", 2),
         ("visual.layers.0.norm", 0),
         ("visual.layers.0.attention.q_norm", 0),
@@ -72,6 +81,15 @@ def interruption_points(model: nn.Module, layers: list[DecoderLayer], module: st
 )
 def test_the_decoder_runs_in_tiles_and_its_encoder_does_not(module: str, points: int) -> None:
     assert interruption_points(VisionModel(), [layer("model.layers.0")], module) == points
+
+
+def test_the_longest_piece_of_an_mlp_is_its_largest_linear_layer() -> None:
+    decoder = Decoder()
+    assert longest_mlp_piece(decoder, [layer("layers.0")]) == pytest.approx(1 / 2)
+    decoder.layers[0].mlp = nn.Sequential(nn.Linear(3, 8, bias=False), nn.ReLU(), nn.Linear(4, 3, bias=False))
+    assert longest_mlp_piece(decoder, [layer("layers.0")]) == pytest.approx(2 / 3)
+    decoder.layers[0].mlp = nn.Sequential(RMSNorm())
+    assert longest_mlp_piece(decoder, [layer("layers.0")]) == 1.0
 
 
 def test_a_decoder_that_is_the_whole_model() -> None:
@@ -141,3 +159,27 @@ def test_tiles_of_quantised_activations_are_exact_with_a_scale_of_each_row_only(
 
     tiled = in_tiles(forward, lambda: 5, lambda: None)
     assert torch.allclose(tiled(rows), forward(rows), rtol=1e-5, atol=1e-5) == is_exact
+
+
+class Fp8LinearMethod:
+    """Stands for SGLang's, which on AMD may give a whole batch one scale."""
+
+
+class UnquantizedLinearMethod:
+    """Stands for SGLang's of a layer that computes with its weights as they are."""
+
+
+@pytest.mark.parametrize(
+    ("hip", "method", "is_tiled"),
+    [("6.4", Fp8LinearMethod, False), ("6.4", UnquantizedLinearMethod, True), (None, Fp8LinearMethod, True)],
+)
+@pytest.mark.parametrize("module", ["layers.0.mlp", "layers.0.attention.project"])
+def test_on_amd_a_quantised_layer_runs_whole(
+    monkeypatch: pytest.MonkeyPatch, hip: str | None, method: type, is_tiled: bool, module: str
+) -> None:
+    monkeypatch.setattr(torch.version, "hip", hip)
+    decoder = Decoder()
+    for linear in decoder.modules():
+        if isinstance(linear, nn.Linear):
+            linear.quant_method = method()
+    assert (interruption_points(decoder, [layer("layers.0")], module) > 0) == is_tiled

@@ -103,7 +103,7 @@ def test_the_compiled_trees_are_the_boosters() -> None:
         booster = train(matrix, target, parameters)
         model = BoostedTTFT(MODEL.physics, Trees.of(booster), inputs.min(axis=0), inputs.max(axis=0))
         expected = MODEL.physics.predict_s(inputs) * np.exp(booster.predict(inputs))
-        np.testing.assert_allclose(model._predict_many(inputs), expected, rtol=1e-12)
+        np.testing.assert_allclose(model.predict_matrix_s(inputs), expected, rtol=1e-12)
 
 
 def test_one_by_one_and_all_at_once_are_the_same() -> None:

@@ -309,7 +309,7 @@ def test_few_rows_leave_the_physics() -> None:
 
 def test_the_arrays_predict_as_the_kernels_do() -> None:
     matrix = feature_matrix([*tasks(300, 9), (PrefillShape(60_000, 70_000),)])
-    np.testing.assert_allclose(FITTED.model.predict_rows_s(matrix), FITTED.model._predict_many(matrix), rtol=1e-12)
+    np.testing.assert_allclose(FITTED.model.predict_rows_s(matrix), FITTED.model.predict_matrix_s(matrix), rtol=1e-12)
 
 
 # ---- a server that learns ------------------------------------------------------------------------------------------

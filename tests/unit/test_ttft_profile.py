@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import queue
 import random
@@ -19,6 +20,7 @@ from sgl_flowprefill.profiling.design import Shape, references
 from sgl_flowprefill.profiling.ranks import Done, Leader, follow
 from sgl_flowprefill.profiling.report import Report
 from sgl_flowprefill.profiling.run import Progress, Timing, partial_path, run_profile
+from sgl_flowprefill.provenance import PROVENANCE
 from sgl_flowprefill.ttft import PrefillShape
 
 SETTING = Setting(model="m-1", device="made up", dtype="float32", attention_backend="none", threads=1, sglang="0")
@@ -300,6 +302,20 @@ def test_the_command_reports_on_a_file(tmp_path: Path, capsys: pytest.CaptureFix
     assert out.startswith(f"{path}: model m-1, device made up, dtype float32, ")
 
 
+def test_the_report_as_json_says_where_its_figures_come_from(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "p.parquet"
+    profiled(path, MadeUpEngine())
+    assert profile_command.main(["--report", "--json", "-o", str(path)]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document.keys() >= set(PROVENANCE)
+    assert document["kind"] == "profile"
+    assert document["command"] == f"launch.py profile --report --json -o {path}"
+    assert document["profile"] == str(path)
+    assert document["setting"]["model"] == "m-1"
+
+
 def test_the_command_reports_on_the_model_that_it_is_given(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -309,8 +325,8 @@ def test_the_command_reports_on_the_model_that_it_is_given(
         write_profile(path, Profile(SETTING.model_copy(update={"model": model}), 100, complete=True))
         os.utime(path, (1000 - age_s, 1000 - age_s))
     (tmp_path / "profiles" / "broken.parquet").touch()
-    assert profile_command._newest("somebody/some-model").name == "some-model-1.parquet"
-    assert profile_command._newest("./newest/").name == "newest-1.parquet"
+    assert profile_command.newest_profile("somebody/some-model").name == "some-model-1.parquet"
+    assert profile_command.newest_profile("./newest/").name == "newest-1.parquet"
     assert profile_command.main(["--report", "--model-path", "somebody/model"]) == 2
     assert "with --model-path somebody/model; run `python launch.py profile --model-path" in capsys.readouterr().err
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import socket
 import threading
 import time
 from typing import Any
@@ -77,7 +78,9 @@ def test_notifying_while_clearing_never_costs_a_sleep() -> None:
         context.destroy(linger=0)
 
 
-def test_a_network_that_refuses_a_wake_up_is_reported_once_and_raises_nothing(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_network_that_refuses_a_wake_up_is_reported_once_and_raises_nothing(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     """As with ENETUNREACH: the notifier is a thread that transfers the KV cache of all requests."""
 
     class Refusing:
@@ -88,8 +91,8 @@ def test_a_network_that_refuses_a_wake_up_is_reported_once_and_raises_nothing(ca
             raise OSError(errno.ENETUNREACH, "Network is unreachable")
 
     wakeup, refusing = Wakeup(), Refusing()
+    monkeypatch.setattr(socket, "socket", lambda *kind: refusing)
     wakeup.forward_to(("10.1.2.3", 4567))
-    wakeup._socket = refusing  # type: ignore[assignment]
     with caplog.at_level(logging.WARNING):
         for _ in range(3):
             wakeup.notify()
@@ -109,7 +112,7 @@ def test_a_listener_that_fails_breaks_neither_the_thread_that_announces_nor_the_
     def fail(room: int, status: Any) -> None:
         raise ValueError("deaf")
 
-    monkeypatch.setattr(wakeups, "_listeners", [fail, lambda room, status: heard.append((room, status))])
-    wakeups._announce(None, None, 7, "done")
+    monkeypatch.setattr(wakeups, "listeners", [fail, lambda room, status: heard.append((room, status))])
+    wakeups.announce(None, None, 7, "done")
     assert heard == [(7, "done")]
     assert "deaf" in caplog.text

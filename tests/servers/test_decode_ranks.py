@@ -19,46 +19,20 @@ import requests
 from sgl_flowprefill.cluster import Cluster, ClusterConfig
 from sgl_flowprefill.model import EmbeddedModel, embedded_model_path
 from tests.prompts import prompt
-
-pytestmark = pytest.mark.server
+from tests.reference import TOKENS, Comparison, Reference
 
 MODEL = EmbeddedModel(heads=2, kv_heads=2, layers=2, context_tokens=4608)
-PROMPT_TOKENS, OUTPUT_TOKENS = 12, 6
+PROMPT_TOKENS = 12
 LIST_LENGTH = 20
 PLACES = 4
 SLOS_S = (0.2, 1.0, 5.0, 30.0)
 
-Answers = list[tuple[str, list[float]]]
-"""Text of each request's answer, and the log probability of each of its tokens."""
+Answers = list[tuple[list[int], list[float]]]
+"""Tokens of each request's answer, and the log probability of each."""
 
 
 def prompts(count: int) -> list[list[int]]:
     return [prompt(1000 + i, PROMPT_TOKENS) for i in range(count)]
-
-
-def alone(count: int) -> Answers:
-    """What transformers answers."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    path = embedded_model_path(MODEL)
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    answers: Answers = []
-    for batch in torch.tensor(prompts(count)).split(100):
-        output = model.generate(
-            batch,
-            attention_mask=torch.ones_like(batch),
-            max_new_tokens=OUTPUT_TOKENS,
-            do_sample=False,
-            output_logits=True,
-            return_dict_in_generate=True,
-        )
-        new = output.sequences[:, PROMPT_TOKENS:]
-        logprobs = torch.stack([torch.log_softmax(step.double(), -1) for step in output.logits], dim=1)
-        chosen = logprobs.gather(2, new[:, :, None])[:, :, 0]
-        answers += zip(tokenizer.batch_decode(new), chosen.tolist(), strict=True)
-    return answers
 
 
 async def ask(cluster: Cluster, count: int) -> Answers:
@@ -76,9 +50,10 @@ async def ask(cluster: Cluster, count: int) -> Answers:
         body = {
             "model": "embedded",
             "prompt": some,
-            "max_tokens": OUTPUT_TOKENS,
+            "max_tokens": TOKENS,
             "temperature": 0,
             "logprobs": 1,
+            "return_token_ids": True,
             "custom_params": {"ttft_slo": rng.choice(SLOS_S)},
             "bootstrap_host": ["127.0.0.1"] * len(some),
             "bootstrap_port": [port] * len(some),
@@ -88,7 +63,7 @@ async def ask(cluster: Cluster, count: int) -> Answers:
             post(session, cluster.prefill_url, body), post(session, cluster.decode_url, body)
         )
         choices = sorted(answer["choices"], key=lambda choice: choice["index"])
-        return [(choice["text"], choice["logprobs"]["token_logprobs"]) for choice in choices]
+        return [(choice["token_ids"], choice["logprobs"]["token_logprobs"]) for choice in choices]
 
     waiting = prompts(count)
     lists = [waiting[i : i + LIST_LENGTH] for i in range(0, count, LIST_LENGTH)]
@@ -113,24 +88,38 @@ def answers_of(tp: int, count: int, log_dir: Path) -> Answers:
     return answers
 
 
-def assert_same(answers: Answers, expected: Answers) -> None:
-    assert len(answers) == len(expected)
-    wrong = [i for i, (answer, wanted) in enumerate(zip(answers, expected, strict=True)) if answer[0] != wanted[0]]
-    assert not wrong, f"{len(wrong)} of {len(answers)} answers are others', the first {answers[wrong[0]]}"
-    for answer, wanted in zip(answers, expected, strict=True):
-        assert answer[1] == pytest.approx(wanted[1], abs=5e-3)
-    print(
-        f"{len(answers)} answers of {OUTPUT_TOKENS} tokens compared with {len({text for text, _ in expected})} others"
-    )
+@pytest.fixture(scope="module")
+def two_layers() -> Reference:
+    """MODEL in transformers; what it has computed for one test, the other has."""
+    return Reference(embedded_model_path(MODEL))
 
 
-def test_two_ranks_answer_as_one_model_when_places_are_scarce(no_cluster: None, tmp_path: Path) -> None:
-    assert_same(answers_of(2, 100, tmp_path), alone(100))
+@pytest.fixture
+def comparison(two_layers: Reference) -> Comparison:
+    return Comparison(two_layers)
+
+
+def assert_same(comparison: Comparison, answers: Answers, count: int) -> None:
+    before = comparison.counts["log probabilities"]
+    for i, (tokens, (ids, logprobs)) in enumerate(zip(prompts(count), answers, strict=True)):
+        assert len(ids) == TOKENS
+        comparison.answer(f"request {i}", tokens, ids, logprobs)
+    print(comparison)
+    comparison.assert_same()
+    assert comparison.counts["log probabilities"] - before == TOKENS * count, "not even the token of a runner-up"
 
 
 @pytest.mark.stress
-def test_a_thousand_requests_get_the_tokens_of_one_rank(no_cluster: None, tmp_path: Path) -> None:
+def test_two_ranks_answer_as_one_model_when_places_are_scarce(
+    no_cluster: None, comparison: Comparison, tmp_path: Path
+) -> None:
+    assert_same(comparison, answers_of(2, 100, tmp_path), 100)
+
+
+@pytest.mark.stress
+def test_a_thousand_requests_get_the_tokens_of_one_rank(
+    no_cluster: None, comparison: Comparison, tmp_path: Path
+) -> None:
     two, one = (answers_of(tp, 1000, tmp_path / str(tp)) for tp in (2, 1))
-    expected = alone(1000)
-    assert_same(two, expected)
-    assert_same(one, expected)
+    assert_same(comparison, two, 1000)
+    assert_same(comparison, one, 1000)

@@ -21,8 +21,6 @@ from sgl_flowprefill.events import read_events
 from tests.prompts import population
 from tests.reference import TOKENS, Comparison
 
-pytestmark = pytest.mark.server
-
 Answers = list[dict[str, Any]]
 
 

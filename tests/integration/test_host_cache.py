@@ -1,0 +1,316 @@
+"""Prefixes that come back from host memory (SGLang's hierarchical cache), under suspensions at random places.
+
+Every copy is made as late as may be: a forward pass that does not wait for what it reads gives another answer.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+from sgl_flowprefill.model import embedded_model_path
+from sgl_flowprefill.ttft import PrefillShape
+from tests.chaos import Rounds, calm
+from tests.engine import Engine, PrefillEngine
+from tests.late_transfers import make_late
+from tests.prompts import prompt
+from tests.reference import Comparison, Reference
+from tests.remote import Remote
+from tests.unified_asks import Answer, Ask, asks
+from tests.unified_comparison import Stock, StockComparison
+from tests.unified_engine import StockEngine, UnifiedEngine
+from tests.unified_rounds import Rounds as UnifiedRounds
+
+POOL_TOKENS = 5000
+OPTIONS = {
+    "enable_hierarchical_cache": True,
+    "hicache_ratio": 8.0,
+    "hicache_write_policy": "write_through",
+    "max_total_tokens": POOL_TOKENS,
+}
+PREFIXES = [prompt(40 + i, 400 + 60 * i) for i in range(9)]
+PROMPTS = [prompt(i, len(prefix) + 20 + 37 * (i % 7), prefix) for prefix in PREFIXES for i in range(100, 104)]
+"""Four for each prefix; the device has room for the prompts of some."""
+ASKS = asks(30, seed=6, longest_tokens=1500, longest_answer_tokens=40, always_ignore_eos=True)
+
+
+class Loads:
+    """What an engine loads from host memory, later than it asks for it."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.tokens: list[int] = []
+        """Of each load."""
+        self.beside_others = 0
+        """Batches that were made while a load of another one was under way."""
+        controller = engine.scheduler.tree_cache.cache_controller
+        start_loading = controller.start_loading
+
+        def noted() -> Any:
+            tokens = sum(len(load.device_indices) for load in controller.load_queue)
+            self.tokens += [tokens] if tokens else []
+            self.beside_others += any(not load.finish_event.query() for load in controller.ack_load_queue)
+            return start_loading()
+
+        controller.start_loading = noted
+
+    def __str__(self) -> str:
+        return f"{len(self.tokens)} loads of {sum(self.tokens)} tokens, {self.beside_others} batches beside a load"
+
+
+class Late(PrefillEngine):
+    """A prefill server whose copies between device and host memory are late."""
+
+    def __init__(self) -> None:
+        make_late(seed=1)
+        super().__init__(str(embedded_model_path()), **OPTIONS)
+        self.loads = Loads(self)
+
+
+class LateUnified(UnifiedEngine):
+    """One that decodes, too."""
+
+    def __init__(self) -> None:
+        make_late(seed=1)
+        super().__init__(str(embedded_model_path()), **OPTIONS)
+        self.loads = Loads(self)
+
+
+@pytest.fixture(scope="module")
+def remote() -> Iterator[Remote]:
+    with closing(Remote(Late)) as remote:
+        yield remote
+
+
+@dataclass
+class Played:
+    """What became of some rounds."""
+
+    text: str
+    counts: Counter[str]
+    seen: Counter[str]
+    loads: int
+    beside_others: int
+
+
+def play(engine: Late, rounds: int, first: int = 0) -> Played:
+    """Rounds of prompts that do not all fit on the device: what one evicts, another loads back."""
+    comparison = Comparison(Reference(embedded_model_path()))
+    chance = Rounds(engine, comparison, PROMPTS)
+    loads = engine.loads = Loads(engine)
+    for number in range(first, first + rounds):
+        chance.play(random.Random(number))
+        comparison.assert_same()
+        engine.scheduler.on_idle()
+    chance.close()
+    engine.assert_clean()
+    return Played(f"{chance}; {loads}", comparison.counts, chance.seen, len(loads.tokens), loads.beside_others)
+
+
+def assert_played(played: Played, loads: int) -> None:
+    print(played.text)
+    counts = played.counts
+    assert counts["answers"] == counts["log probabilities"] == counts["KV caches"] >= loads
+    assert played.loads >= loads
+    assert played.beside_others >= loads // 4
+    assert played.seen["suspensions"] >= 30 * loads
+
+
+@pytest.mark.stress
+def test_suspended_prefills_wait_for_their_own_loads_and_for_those_whose_prefixes_they_share(remote: Remote) -> None:
+    assert_played(remote.call(play, 12), loads=12)
+
+
+@pytest.mark.stress
+def test_many_rounds_of_loads_change_no_answer_and_no_kv(remote: Remote) -> None:
+    assert_played(remote.call(play, 150, 1000), loads=120)
+
+
+def start_beside_a_load(engine: Late) -> tuple[Comparison, int]:
+    """A request comes while the load of its prefix is under way, for another one that was suspended at once."""
+    comparison = Comparison(Reference(embedded_model_path()))
+    chance = Rounds(engine, comparison, PROMPTS)
+    engine.assert_clean()
+    engine.submit("first", prompt(71, 600))
+    engine.run()
+    for i in range(8):
+        engine.submit(f"evicts{i}", prompt(500 + i, 900))
+        engine.run()
+    engine.hub.executor.interrupted = lambda: True
+    asked = {name: prompt(seed, 700, prompt(71, 600)) for name, seed in (("suspended", 72), ("urgent", 73))}
+    engine.submit("suspended", asked["suspended"], ttft_slo_s=60.0, logprobs=True)
+    while not engine.hub.work.tasks.live:
+        engine.turn()
+    loads = engine.scheduler.tree_cache.cache_controller.ack_load_queue
+    under_way = sum(not load.finish_event.query() for load in loads)
+    engine.submit("urgent", asked["urgent"], ttft_slo_s=1.0, logprobs=True)
+    while "urgent" not in engine.answers:
+        engine.turn()
+    assert "suspended" not in engine.answers
+    engine.run()
+    for rid, tokens in asked.items():
+        chance.compare(rid, tokens)
+    chance.close()
+    return comparison, under_way
+
+
+def test_a_prefix_whose_load_is_under_way_is_waited_for(remote: Remote) -> None:
+    comparison, under_way = remote.call(start_beside_a_load)
+    assert under_way == 1
+    comparison.assert_same()
+    assert comparison.counts["answers"] == comparison.counts["KV caches"] == 2
+
+
+@pytest.fixture(scope="module")
+def unified() -> Iterator[Remote]:
+    with closing(Remote(LateUnified)) as remote:
+        yield remote
+
+
+@pytest.fixture
+def comparison() -> Iterator[StockComparison]:
+    with closing(Remote(StockEngine, str(embedded_model_path()))) as stock:
+        yield StockComparison(Stock(stock))
+
+
+def loads_of(engine: LateUnified) -> str:
+    engine.assert_clean()
+    return str(engine.loads)
+
+
+@pytest.mark.stress
+def test_streams_that_join_behind_loads_change_no_answer(unified: Remote, comparison: StockComparison) -> None:
+    rounds = UnifiedRounds(unified, comparison, ASKS, flushes=False)
+    rounds.run(40)
+    loads = unified.call(loads_of)
+    print(f"{rounds}; {loads}")
+    assert int(loads.split()[0]) >= 40
+    assert comparison.counts["answers"] >= 150
+    assert rounds.seen["steps inside prefills"] >= 200
+
+
+SUSPENDED = Ask(tuple(prompt(72, 700, prompt(71, 600))))
+STREAM = Ask(tuple(prompt(74, 50)), 60, (("ignore_eos", True),))
+
+
+def step_beside_a_load(engine: LateUnified) -> tuple[dict[str, Answer], int]:
+    """A decode step between two operators of a prefill whose load is under way. What is answered, and how many loads
+    were under way.
+    """
+    engine.assert_clean()
+    engine.submit("first", Ask(tuple(prompt(71, 600)), 1))
+    engine.run()
+    for i in range(8):
+        engine.submit(f"evicts{i}", Ask(tuple(prompt(500 + i, 900)), 1))
+        engine.run()
+    engine.submit("stream", STREAM)
+    while not engine.hub.role.streams:
+        engine.turn()
+    executor = engine.hub.executor
+    usual, executor.interrupted = executor.interrupted, lambda: True
+    engine.submit("suspended", SUSPENDED)
+    while not any(task.has_run for task in engine.hub.work.tasks.live):
+        engine.turn()
+    loads = engine.scheduler.tree_cache.cache_controller.ack_load_queue
+    under_way = sum(not load.finish_event.query() for load in loads)
+    engine.hub.step()
+    executor.interrupted = usual
+    engine.run()
+    return dict(engine.answers), under_way
+
+
+@pytest.mark.stress
+def test_a_prefill_waits_for_its_load_after_a_decode_step(unified: Remote, comparison: StockComparison) -> None:
+    answers, under_way = unified.call(step_beside_a_load)
+    assert under_way == 1
+    asked = {"suspended": SUSPENDED, "stream": STREAM}
+    comparison.compare(asked, {rid: answers[rid] for rid in asked})
+    comparison.assert_same()
+    assert comparison.counts["answers"] == 2
+
+
+def evict_and_match(engine: Late) -> tuple[PrefillShape, PrefillShape, int]:
+    """The shape of a request, whose prefix was computed and evicted, as it arrives and as it starts; and what its
+    client is told of cached tokens.
+    """
+    calm(engine)
+    prefix = prompt(71, 600)
+    engine.submit("first", prefix)
+    engine.run()
+    for i in range(12):
+        engine.submit(f"evicts{i}", prompt(500 + i, 900))
+        engine.run()
+    shapes: list[PrefillShape] = []
+    start = engine.hub.work.start
+
+    def noted(winner: Any, batch: Any, reqs: Any, computed: Any, slot: Any) -> Any:
+        shapes.extend([winner.item.shape, *computed])
+        return start(winner, batch, reqs, computed, slot)
+
+    engine.hub.work.start = noted
+    engine.submit("again", [*prefix, *prompt(72, 100)])
+    engine.run()
+    del engine.hub.work.start
+    return shapes[0], shapes[1], engine.answers["again"].req.cached_tokens
+
+
+def test_a_prefix_in_host_memory_counts_as_cached(remote: Remote) -> None:
+    predicted, computed, cached_tokens = remote.call(evict_and_match)
+    assert predicted == computed
+    assert computed.cached_tokens == cached_tokens >= 590
+
+
+def flush_while_transfers_are_under_way(engine: Late) -> tuple[int, bool]:
+    """Transfers that had not ended when a message came that asks for an idle server, and whether that was heard."""
+    calm(engine)
+    engine.assert_clean()
+    engine.submit("writes", prompt(81, 700))
+    engine.run()
+    tree = engine.scheduler.tree_cache
+    engine.submit("more", prompt(82, 700))
+    while not engine.answers.get("more"):
+        engine.turn()
+    under_way = len(tree.ongoing_write_through) + len(tree.ongoing_load_back)
+    for stream in (tree.cache_controller.l2_transfer_engine.device_to_host_stream,):
+        stream.synchronize()
+    engine.hub.role.take_news(stalls_due=False)
+    return under_way, bool(engine.scheduler.flush_cache())
+
+
+def test_what_has_been_transferred_does_not_keep_a_server_busy(remote: Remote) -> None:
+    under_way, flushed = remote.call(flush_while_transfers_are_under_way)
+    assert under_way > 0
+    assert flushed
+
+
+def attach(engine: Late) -> tuple[bool, str]:
+    """Whether a storage can be attached, and what is said."""
+    from sglang.srt.managers.io_struct import AttachHiCacheStorageReqInput
+
+    answer = engine.scheduler._request_dispatcher(AttachHiCacheStorageReqInput(hicache_storage_backend="file"))
+    return answer.success, answer.message
+
+
+def test_a_storage_is_refused_of_a_running_server(remote: Remote) -> None:
+    attached, message = remote.call(attach)
+    assert not attached
+    assert "which wakes nobody" in message
+
+
+def wake_up(engine: Late) -> bool:
+    """Whether the hub, which sleeps, is woken by the end of a transfer."""
+    engine.submit("last", prompt(83, 700))
+    while not engine.answers.get("last"):
+        engine.turn()
+    engine.hub.events.clear()
+    engine.hub.role.rest()
+    return engine.hub.events.sleep(20.0)
+
+
+def test_the_end_of_a_transfer_wakes_the_hub(remote: Remote) -> None:
+    assert remote.call(wake_up)

@@ -1,0 +1,134 @@
+"""Real clusters for the tests: one at a time, started when a test first asks for it."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+from sglang.srt.constants import HEALTH_CHECK_RID_PREFIX
+
+from sgl_flowprefill.cluster import Cluster, ClusterConfig
+from sgl_flowprefill.config import FlowPrefillConfig
+from sgl_flowprefill.events import read_events
+from tests import faults
+from tests.wall_clock import WallClock
+
+
+def objectives_since(cluster: Cluster, start_s: float) -> list[float]:
+    """The objectives of the requests that the scheduler was given since then, in the order in which they came."""
+    time.sleep(0.5)  # the log reaches the file when the scheduler turns idle
+    log = cluster.config.options.event_log
+    assert log is not None
+    return [
+        event.ttft_slo_s
+        for event in read_events(log)
+        if event.kind == "arrival" and event.t_s > start_s and not event.rid.startswith(HEALTH_CHECK_RID_PREFIX)
+    ]
+
+
+SLO_POLICY = """
+classes:
+  interactive: {ttft_s: 0.75, tbt_s: 0.3, weight: 4, min_ttft_s: 0.2}
+  batch: {base_s: 20, per_1k_tokens_s: 1000, sheddable: true}
+priorities: {10: interactive, 0: batch}
+service_tiers: {priority: interactive, flex: batch}
+smg_priorities: {bulk: batch}
+"""
+"""Of all servers with FlowPrefill: it has nothing to say of requests that name no class, priority or service tier."""
+
+
+class OneCluster:
+    """Holds the cluster that runs; asking for another kind ends it first, since both want the same cores."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._stack = ExitStack()
+        self._kind: str | None = None
+
+    def get(self, *, flowprefill: bool, unified: bool = False) -> Cluster:
+        kind = ("flowprefill" if flowprefill else "stock") + ("-unified" if unified else "")
+        if self._kind != kind:
+            self.close()
+            unchunked = () if flowprefill else ("--chunked-prefill-size", "-1")  # as stock comes, FlowPrefill sets it
+            args = (*unchunked, "--enable-metrics")
+            event_log = self._directory / ("events-unified.jsonl" if unified else "events.jsonl")
+            policy = self._directory / "slo-policy.yaml"
+            policy.write_text(SLO_POLICY)
+            config = ClusterConfig(
+                flowprefill=flowprefill,
+                prefill_args=args,
+                log_dir=self._directory / kind,
+                # The CPU time of idle servers is measured, for seconds only.
+                options=FlowPrefillConfig(event_log=str(event_log), exploration_share=0, slo_policy=str(policy)),
+            )
+            if unified:
+                config = dataclasses.replace(config, prefill=0, decode=0, unified=1, prefill_args=(), server_args=args)
+            with pytest.MonkeyPatch.context() as environment:
+                environment.setenv("PYTHONPATH", str(faults.PLUGIN), prepend=os.pathsep)
+                self._cluster = self._stack.enter_context(Cluster(config, on_progress=print))
+            self._kind = kind
+        self._cluster.check()
+        return self._cluster
+
+    def close(self) -> None:
+        self._stack.close()
+        self._kind = None
+
+
+@pytest.fixture(scope="session")
+def wall_clock(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WallClock]:
+    """Set back to the machine's by each test that sets it."""
+    clock = WallClock(tmp_path_factory.mktemp("clock") / "offset")
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("WALL_CLOCK_FILE", str(clock.path))
+        environment.setenv("PYTHONPATH", str(clock.folder), prepend=os.pathsep)
+        yield clock
+
+
+@pytest.fixture(scope="session")
+def one_cluster(tmp_path_factory: pytest.TempPathFactory, wall_clock: WallClock) -> Iterator[OneCluster]:
+    cluster = OneCluster(tmp_path_factory.mktemp("cluster"))
+    yield cluster
+    cluster.close()
+
+
+@pytest.fixture
+def flowprefill_cluster(one_cluster: OneCluster) -> Cluster:
+    """A cluster with FlowPrefill; its event log is ``cluster.config.options.event_log``."""
+    return one_cluster.get(flowprefill=True)
+
+
+@pytest.fixture
+def stock_cluster(one_cluster: OneCluster) -> Cluster:
+    """A cluster with SGLang's own scheduler, unchunked."""
+    return one_cluster.get(flowprefill=False)
+
+
+@pytest.fixture
+def unified_server(one_cluster: OneCluster) -> Cluster:
+    """One server that prefills and decodes, with FlowPrefill; its event log is as above."""
+    return one_cluster.get(flowprefill=True, unified=True)
+
+
+@pytest.fixture
+def stock_unified_server(one_cluster: OneCluster) -> Cluster:
+    """One server that prefills and decodes, with SGLang's own scheduler, unchunked."""
+    return one_cluster.get(flowprefill=False, unified=True)
+
+
+@pytest.fixture(params=["flowprefill_cluster", "unified_server"])
+def cluster(request: pytest.FixtureRequest) -> Cluster:
+    """The gateway of a cluster, or one server without a gateway."""
+    cluster: Cluster = request.getfixturevalue(request.param)
+    return cluster
+
+
+@pytest.fixture
+def no_cluster(one_cluster: OneCluster) -> None:
+    """For tests that start servers of their own."""
+    one_cluster.close()

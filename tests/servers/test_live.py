@@ -1,0 +1,122 @@
+"""Real servers, watched: page, terminal, timeline and event log agree on what became of the same requests."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import requests
+
+from sgl_flowprefill.cluster import Cluster
+from sgl_flowprefill.cluster.cli import main
+from sgl_flowprefill.cluster.live import page
+from sgl_flowprefill.cluster.top_command import documents
+from sgl_flowprefill.events import Arrival, decode_events, read_events
+from sgl_flowprefill.live import EVENTS, PAGE, TIMELINE
+from sgl_flowprefill.live.state import Document
+from sgl_flowprefill.timeline import History
+from tests.browser import Page, chromium
+from tests.prompts import prompt
+from tests.trace_processor import trace_processor
+
+LONG_TOKENS, SHORT_TOKENS, SHORT = 9000, 900, 8
+HOPELESS_S = 0.001
+"""An objective that nothing can meet."""
+
+
+@contextmanager
+def load(url: str, name: str, seed: int) -> Iterator[list[Future[int]]]:
+    """A context in which requests are answered: a long one, and behind it short ones of which every other is late
+    whatever happens. Their ids begin with ``name``."""
+
+    def ask(number: int) -> int:
+        slo_s = 120.0 if number % 2 == 0 else HOPELESS_S
+        sampling = {"max_new_tokens": 4, "temperature": 0, "custom_params": {"ttft_slo": slo_s}}
+        tokens = prompt(seed + number, LONG_TOKENS if number == 0 else SHORT_TOKENS)
+        body = {"rid": f"{name}-{number}", "input_ids": tokens, "sampling_params": sampling}
+        return requests.post(f"{url}/generate", json=body, timeout=300).status_code
+
+    with ThreadPoolExecutor(SHORT + 1) as clients:
+        answers = [clients.submit(ask, number) for number in range(SHORT + 1)]
+        yield answers
+        assert [answer.result(300) for answer in answers] == [200] * (SHORT + 1)
+
+
+def watch(url: str, name: str, answers: list[Future[int]]) -> list[Document]:
+    """What is told until all of ``answers`` are there and what became of them is told."""
+    told = []
+    for document in documents(url, None):
+        told.append(document)
+        late = [miss.rid for server in document.servers for miss in server.misses if miss.rid.startswith(name)]
+        if len(late) == SHORT / 2 and not wait(answers, timeout=0).not_done:
+            return told
+    pytest.fail("the server has ended the connection")
+
+
+def test_a_unified_server_shows_what_waits_and_why_requests_missed_as_its_event_log_has_it(
+    unified_server: Cluster, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with load(unified_server.url, "watched", seed=5000) as answers:
+        told = watch(unified_server.url, "watched", answers)
+    states = [server.state for document in told for server in document.servers if server.state is not None]
+    assert any(task.rids[0].startswith("watched") and task.runs for state in states for task in state.tasks)
+    standings = {one.rid: one.standing for state in states for one in state.waiting if one.rid.startswith("watched")}
+    assert standings, "somebody waits behind the long prompt"
+    late = {f"watched-{number}" for number in range(1, SHORT + 1, 2)}
+    assert all((standing == "infeasible") == (rid in late) for rid, standing in standings.items())
+    assert states[-1].decodes
+
+    [server] = told[-1].servers
+    misses = {miss.rid: miss.cause for miss in server.misses if miss.rid.startswith("watched")}
+    log = unified_server.config.options.event_log
+    assert log is not None
+    history = History.of(read_events(log))
+    verdicts = {one.rid: one.verdict for one in history.requests if one.rid.startswith("watched")}
+    assert misses == {rid: verdict.cause for rid, verdict in verdicts.items() if verdict.met is False}
+    assert set(misses) == late
+
+    response = requests.get(f"{unified_server.url}{TIMELINE}?seconds=300", timeout=60)
+    with trace_processor(response.content) as trace:
+        causes = trace.query(
+            "select extract_arg(arg_set_id, 'debug.rid'), extract_arg(arg_set_id, 'debug.cause') from slice "
+            "where extract_arg(arg_set_id, 'debug.met') = 0"
+        )
+    assert {rid: cause for rid, cause in causes if str(rid).startswith("watched")} == misses
+    lines = requests.get(f"{unified_server.url}{EVENTS}?seconds=300", timeout=60).content
+    assert late < {event.rid for event in decode_events(lines) if isinstance(event, Arrival)}
+
+    monkeypatch.setenv("COLUMNS", "200")
+    assert main(["top", "--url", unified_server.url, "--once"]) == 0
+    shown = capsys.readouterr().out
+    assert "watched-1" in shown
+    assert misses["watched-1"] in shown
+
+
+def test_the_page_of_a_cluster_shows_the_servers_behind_the_gateway(
+    flowprefill_cluster: Cluster, tmp_path: Path
+) -> None:
+    async def see(url: str) -> None:
+        async with chromium() as browser:
+            await browser.open(url, 1280, 800)
+            await browser.until("document.getElementById('link').className === 'live'")
+            with load(flowprefill_cluster.url, "behind", seed=5100):
+                await browser.until("document.querySelector('#waiting .row .work') !== null")
+                await seen(browser)
+            await browser.until("document.getElementById('misses').innerText.includes('behind-1')")
+            await browser.screenshot(tmp_path / "cluster.png")
+            assert browser.errors == []
+
+    async def seen(browser: Page) -> None:
+        await browser.screenshot(tmp_path / "waiting.png")
+
+    with page(flowprefill_cluster.prefilling_urls, "127.0.0.1", 0, None) as url:
+        assert url.endswith(PAGE)
+        asyncio.run(see(url))
+        response = requests.get(url.removesuffix(PAGE) + TIMELINE, timeout=60)
+        assert response.ok
+        assert b"behind-1" in response.content
+    print(tmp_path)

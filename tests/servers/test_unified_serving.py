@@ -1,0 +1,440 @@
+"""A real server that prefills and decodes, over HTTP, started as in a user's own launcher, with options of stock SGLang
+that FlowPrefill sets itself."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import psutil
+import pytest
+import requests
+
+from sgl_flowprefill.cluster.preflight import free_port
+from sgl_flowprefill.compat import EXAMPLES
+from sgl_flowprefill.events import Arrival, Step, read_events
+from sgl_flowprefill.model import embedded_model_path
+from sgl_flowprefill.timeline import History
+from tests.prompts import prompt
+from tests.reference import TOKENS, Comparison
+
+pytestmark = pytest.mark.usefixtures("no_cluster")
+
+START_S = 180.0
+AS_IT_COMES, PRIORITIES, AGENTS = EXAMPLES
+CLASSES = "0:0.5,10:5,20:30"
+MAX_IDLE_SHARE = 0.05
+"""Share of a core that the scheduler takes, on a slow machine too."""
+MAX_QUIET_IDLE_SHARE = 0.02
+"""Share of a core that it takes on a machine that does nothing else."""
+
+
+@dataclass
+class Server:
+    url: str
+    process: subprocess.Popen[bytes]
+    event_log: Path
+    log: Path
+
+    def post(self, path: str, body: dict[str, Any], timeout_s: float = 120.0) -> requests.Response:
+        return requests.post(self.url + path, json=body, timeout=timeout_s)
+
+    def state(self) -> dict[str, Any]:
+        """What the server says of its decode steps."""
+        info = requests.get(self.url + "/server_info", timeout=60).json()
+        [internal] = info["internal_states"]
+        found: dict[str, Any] = internal["flowprefill_decode"]
+        return found
+
+
+@contextmanager
+def serving(directory: Path, *options: str) -> Iterator[Server]:
+    """A server that SGLang's own command starts, with ``options``."""
+    log = directory / "server.log"
+    port = free_port("127.0.0.1")
+    env = os.environ | {
+        "FLOWPREFILL": "1",
+        "FLOWPREFILL_EVENT_LOG": str(directory / "events.jsonl"),
+        "FLOWPREFILL_PRIORITY_TTFT_SLO": CLASSES,
+        "FLOWPREFILL_OVERLOAD": "shed",
+        "FLOWPREFILL_EXPLORATION_SHARE": "0",  # its CPU time is measured while it is idle, for seconds only
+        "SGLANG_PLATFORM": "flowprefill_cpu",
+        "OMP_NUM_THREADS": "1",
+        "MKL_NUM_THREADS": "1",
+    }
+    command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(embedded_model_path())]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", "embedded"]
+    command += [*options]
+    with open(log, "wb") as output:
+        process = subprocess.Popen(command, env=env, stdout=output, stderr=output)
+    found = Server(f"http://127.0.0.1:{port}", process, directory / "events.jsonl", log)
+    try:
+        deadline_s = time.monotonic() + START_S
+        while True:
+            try:
+                if requests.get(found.url + "/health_generate", timeout=5).status_code == 200:
+                    break
+            except requests.ConnectionError:
+                pass
+            assert process.poll() is None, log.read_text()[-3000:]
+            assert time.monotonic() < deadline_s, log.read_text()[-3000:]
+            time.sleep(0.5)
+        yield found
+    finally:
+        children = psutil.Process(process.pid).children(recursive=True)
+        process.terminate()
+        try:
+            process.wait(30)
+        except subprocess.TimeoutExpired:
+            process.kill()
+        for child in children:
+            if child.is_running():
+                child.kill()
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    options = ("--max-total-tokens", "60000", "--enable-metrics", *PRIORITIES.options)
+    with serving(tmp_path_factory.mktemp("unified"), *options) as found:
+        yield found
+
+
+def body(tokens: list[int], output_tokens: int, **objectives: float) -> dict[str, Any]:
+    sampling = {"max_new_tokens": output_tokens, "temperature": 0, "ignore_eos": True, "custom_params": objectives}
+    return {"input_ids": tokens, "sampling_params": sampling, "return_logprob": True}
+
+
+async def stream(session: aiohttp.ClientSession, url: str, request: dict[str, Any]) -> tuple[list[Any], list[float]]:
+    """Tokens of an answer (log probability, id, text), and when each came."""
+    last: dict[str, Any] = {}
+    times: list[float] = []
+    async with session.post(url + "/generate", json=request | {"stream": True}) as response:
+        assert response.status == 200, await response.text()
+        async for line in response.content:
+            if line.startswith(b"data: {"):
+                last = json.loads(line[6:])
+                times.append(time.monotonic())
+    entries: list[Any] = last["meta_info"]["output_token_logprobs"]
+    assert last["output_ids"] == [entry[1] for entry in entries]
+    return entries, times
+
+
+def assert_compared(comparison: Comparison, answers: int, tokens: int | None = None) -> None:
+    """So many answers were compared, of TOKENS or of ``tokens`` in all, and none differs."""
+    comparison.assert_same()
+    assert comparison.counts["answers"] == answers
+    assert comparison.counts["log probabilities"] == (answers * TOKENS if tokens is None else tokens)
+
+
+def test_streams_get_their_tokens_while_a_long_prompt_is_prefilled(server: Server, comparison: Comparison) -> None:
+    prompts = [prompt(800 + i, 50 + 70 * i) for i in range(4)]
+    long = prompt(810, 9000)
+
+    async def all_of_them() -> Any:
+        async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(300)) as session:
+            streams = [
+                asyncio.create_task(stream(session, server.url, body(tokens, 60, tbt_slo=0.15))) for tokens in prompts
+            ]
+            await asyncio.sleep(0.7)
+            sent_s = time.monotonic()
+            answer = await stream(session, server.url, body(long, TOKENS, ttft_slo=30.0))
+            return sent_s, answer, await asyncio.gather(*streams)
+
+    before = server.state()
+    sent_s, (answer, times), streams = asyncio.run(all_of_them())
+    for tokens, (got, _) in zip([long, *prompts], [(answer, times), *streams], strict=True):
+        comparison.generated(f"{len(tokens)} tokens", tokens, {"output_token_logprobs": got})
+    assert_compared(comparison, answers=5)
+    assert all(len(got) == 60 for got, _ in streams)
+    ttft_s = times[0] - sent_s
+    meanwhile = [[time_s for time_s in arrivals if sent_s < time_s < times[0]] for _, arrivals in streams]
+    gaps = [later - earlier for arrivals in meanwhile for earlier, later in pairwise(arrivals)]
+    print(f"prefill {ttft_s:.2f} s, {len(gaps)} gaps, longest {max(gaps):.3f} s; {server.state()}")
+    assert len(gaps) >= 20
+    assert max(gaps) < ttft_s / 3
+    after = server.state()
+    assert after["steps"] > before["steps"]
+    assert after["streams"] == 0
+    steps = [event for event in read_events(server.event_log) if isinstance(event, Step)]
+    assert any(event.due_s is not None for event in steps)
+    doings = {part.what for request in History.of(read_events(server.event_log)).requests for part in request.parts}
+    assert {"running", "decode step", "decoding"} <= doings
+
+
+def test_what_the_command_line_asks_of_sglangs_scheduler_is_set_with_a_line_for_each(server: Server) -> None:
+    lines = [line for line in server.log.read_text().splitlines() if "FlowPrefill: --" in line]
+    for words in (
+        "--disable-overlap-schedule is True (was False)",
+        "--chunked-prefill-size is -1 (was 2048)",
+        "--schedule-policy is fcfs (was lof)",
+        "--enable-mixed-chunk is False (was True)",
+        "--prefill-decode-interval is 0 (was 4)",
+        "--disable-priority-preemption is True (was False)",
+    ):
+        assert len([line for line in lines if words in line]) == 1, words
+    info = requests.get(server.url + "/server_info", timeout=60).json()
+    assert info["chunked_prefill_size"] == -1
+    assert info["enable_priority_scheduling"] is True
+
+
+def test_a_priority_stands_for_an_objective_and_a_batch_of_several_is_served(server: Server) -> None:
+    """The smaller number is the more urgent one here; a request without one has the default priority, 10."""
+    asked = {"urgent": -3, "usual": 10, "no priority": None, "later": 15, "idle": 99, "own": 99}
+
+    async def all_of_them() -> list[list[int]]:
+        async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(300)) as session:
+            answers = []
+            for number, (name, priority) in enumerate(asked.items()):
+                objective = {"ttft_slo": 7.0} if name == "own" else {}
+                request = body(prompt(860 + number, 60), 4, **objective) | {"rid": name, "priority": priority}
+                answers.append(asyncio.create_task(stream(session, server.url, request)))
+            return [tokens for tokens, _ in await asyncio.gather(*answers)]
+
+    assert [len(tokens) for tokens in asyncio.run(all_of_them())] == [4] * len(asked)
+    arrivals = {event.rid: event.ttft_slo_s for event in read_events(server.event_log) if isinstance(event, Arrival)}
+    assert {name: arrivals[name] for name in asked} == {
+        "urgent": 0.5,
+        "usual": 5.0,
+        "no priority": 5.0,
+        "later": 30.0,
+        "idle": 30.0,
+        "own": 7.0,
+    }
+
+
+def test_several_answers_to_one_prompt_are_the_same_where_decoding_is_greedy(
+    server: Server, comparison: Comparison
+) -> None:
+    request = body(prompt(820, 300), 12)
+    request["sampling_params"]["n"] = 3
+    answers = server.post("/generate", request).json()
+    assert len(answers) == 3
+    assert len({tuple(answer["output_ids"]) for answer in answers}) == 1
+    for answer in answers:
+        comparison.generated("one of three", prompt(820, 300), answer["meta_info"])
+    assert_compared(comparison, answers=3)
+
+
+def test_an_answer_under_a_grammar_has_the_likeliest_tokens_that_match_it(
+    server: Server, comparison: Comparison
+) -> None:
+    constrained = body(prompt(830, 100), 12)
+    constrained["sampling_params"]["regex"] = "(yes|no)+"
+    answer = server.post("/generate", constrained).json()
+    assert set(answer["text"].replace("yes", "").replace("no", "").strip()) <= set("yesno")
+    comparison.generated("constrained", prompt(830, 100), answer["meta_info"], pattern="(yes|no)+")
+    assert_compared(comparison, answers=1)
+
+
+def test_an_answer_ends_at_a_stop_string(server: Server, comparison: Comparison) -> None:
+    tokens = prompt(831, 100)
+    plain = server.post("/generate", body(tokens, 12)).json()
+    word = plain["text"].split()[3]
+    request = body(tokens, 12)
+    request["sampling_params"]["stop"] = [word]
+    stopped = server.post("/generate", request).json()
+    assert stopped["meta_info"]["finish_reason"]["matched"] == word
+    assert stopped["text"] == plain["text"][: plain["text"].index(word)]
+    before = len(comparison.reference.ids(stopped["text"] + word))
+    comparison.generated("plain", tokens, plain["meta_info"])
+    comparison.generated("stopped", tokens, stopped["meta_info"])
+    assert_compared(comparison, answers=2, tokens=TOKENS + before)
+
+
+def test_a_chat_is_answered(server: Server, comparison: Comparison) -> None:
+    messages = [{"role": "user", "content": "bake"}]
+    request = {"model": "embedded", "messages": messages, "max_tokens": TOKENS, "temperature": 0, "logprobs": True}
+    choice = server.post("/v1/chat/completions", request).json()["choices"][0]
+    assert choice["finish_reason"] == "length"
+    comparison.chat("chat", messages, choice)
+    assert_compared(comparison, answers=1)
+
+
+def reports(server: Server, endpoint: str, request: dict[str, Any], streamed: bool) -> list[Any]:
+    """What the answer to ``request`` says of it, for each event that says anything."""
+    where = "meta_info" if endpoint == "/generate" else "metadata"
+    response = server.post(endpoint, request | {"stream": streamed})
+    assert response.status_code == 200, response.text
+    if not streamed:
+        return [response.json()[where]["flowprefill"]]
+    events = [line.removeprefix("data: ") for line in response.text.split("\n") if line.startswith("data: {")]
+    assert len(events) > 1
+    told = [(json.loads(event).get(where) or {}).get("flowprefill") for event in events]
+    assert not any(told[: -1 if endpoint == "/generate" else -3])
+    return [report for report in told if report is not None]
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize("endpoint", ["/generate", "/v1/completions", "/v1/chat/completions"])
+def test_an_answer_says_what_the_event_log_says_of_its_request(server: Server, endpoint: str, streamed: bool) -> None:
+    slo_s = 40.0 + len(endpoint) + streamed  # who is who in the event log
+    objective = {"custom_params": {"ttft_slo": slo_s}}
+    asked: dict[str, dict[str, Any]] = {
+        "/generate": {"text": "bake", "sampling_params": {"max_new_tokens": 6, "ignore_eos": True, **objective}},
+        "/v1/completions": {"model": "embedded", "prompt": "bake", "max_tokens": 6, "ignore_eos": True, **objective},
+        "/v1/chat/completions": {
+            "model": "embedded",
+            "messages": [{"role": "user", "content": "bake"}],
+            "max_tokens": 6,
+            "ignore_eos": True,
+            **objective,
+        },
+    }
+    [told] = reports(server, endpoint, asked[endpoint], streamed)
+    deadline_s = time.monotonic() + 30
+    while True:
+        requests_told = [one for one in History.of(read_events(server.event_log)).requests if one.leave is not None]
+        found = [one for one in requests_told if one.arrival.ttft_slo_s == slo_s]
+        if found or time.monotonic() > deadline_s:
+            break
+        time.sleep(0.2)
+    [logged] = found
+    assert (told["ttft_slo_s"], told["met"], told["cause"]) == (slo_s, True, None)
+    assert told["slo_source"].startswith("body")
+    assert told["ttft_s"] == pytest.approx(logged.course.first_token_s - logged.arrival.received_s, abs=2e-6)
+    assert told["predicted_s"] == logged.course.alone_s
+
+
+@pytest.mark.parametrize("endpoint", ["/generate", "/v1/completions"])
+def test_an_overloaded_server_says_429_and_when_to_come_back(server: Server, endpoint: str) -> None:
+    """Behind requests that may not be refused, and of which not all can be met. The one that may be is the longest."""
+    first = 900 + 20 * len(endpoint)  # no prompt of the other endpoint, which would be cached
+    probe = server.post("/generate", body(prompt(first, 2000), 1, ttft_slo=60.0)).json()
+    one_s = probe["meta_info"]["flowprefill"]["predicted_s"]
+    sheddable = {"custom_params": {"ttft_slo": 4.6 * one_s, "sheddable": True}}
+    asked: dict[str, Any] = {
+        "/generate": {"input_ids": prompt(first + 19, 2500), "sampling_params": {"max_new_tokens": 2, **sheddable}},
+        "/v1/completions": {"model": "embedded", "prompt": prompt(first + 19, 2500), "max_tokens": 2, **sheddable},
+    }
+
+    async def all_of_them() -> tuple[int, dict[str, str], str]:
+        async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(300)) as session:
+            others = [
+                asyncio.create_task(
+                    stream(session, server.url, body(prompt(first + 1 + n, 2000), 2, ttft_slo=4.5 * one_s))
+                )
+                for n in range(10)
+            ]
+            await asyncio.sleep(0.02)
+            async with session.post(server.url + endpoint, json=asked[endpoint]) as response:
+                refusal = response.status, dict(response.headers), await response.text()
+            await asyncio.gather(*others)
+            return refusal
+
+    status, headers, text = asyncio.run(all_of_them())
+    assert status == 429, text
+    assert int(headers["Retry-After"]) >= 1
+    assert f"Try again after {headers['Retry-After']} s" in text
+
+
+@pytest.mark.parametrize("value", [-1, 0, "soon", True])
+@pytest.mark.parametrize("path", ["/generate", "/v1/completions"])
+def test_an_invalid_time_between_tokens_is_a_400(server: Server, path: str, value: Any) -> None:
+    request = {"text": "a", "prompt": "a", "model": "embedded", "custom_params": {"tbt_slo": value}}
+    refused = server.post(
+        path,
+        {
+            name: request[name]
+            for name in request
+            if (name == "text") == (path == "/generate") or name == "custom_params"
+        },
+    )
+    assert refused.status_code == 400
+    assert "tbt_slo" in refused.text
+
+
+def test_beam_search_is_refused_with_a_sentence(server: Server) -> None:
+    request = {"input_ids": prompt(840, 50), "sampling_params": {"max_new_tokens": 8, "beam_width": 2}}
+    refused = server.post("/generate", request)
+    assert refused.status_code == 400
+    assert "FlowPrefill cannot run beam search" in refused.text
+
+
+def test_a_client_that_leaves_frees_its_stream(server: Server) -> None:
+    request = body(prompt(850, 200), 20_000) | {"stream": True}  # minutes
+    with requests.post(server.url + "/generate", json=request, stream=True, timeout=60) as response:
+        first = next(response.iter_lines())
+        state = server.state()
+        assert state["streams"] == 1, (first, state, list(read_events(server.event_log))[-3:])
+    deadline_s = time.monotonic() + 40
+    while server.state()["streams"]:
+        assert time.monotonic() < deadline_s
+        time.sleep(0.2)
+
+
+def idle_shares(server: Server, seconds: float) -> dict[str, float]:
+    """Share of a core that each process of an idle server takes, by the process's name."""
+    time.sleep(1.0)
+    leader = psutil.Process(server.process.pid)
+    processes = [leader, *leader.children(recursive=True)]
+    for process in processes:
+        process.cpu_percent()
+    time.sleep(seconds)
+    return {process.name(): process.cpu_percent() / 100 for process in processes}
+
+
+def scheduler_share(shares: dict[str, float]) -> float:
+    print("the idle server takes of a core:", {name: round(share, 4) for name, share in shares.items()})
+    [share] = [share for name, share in shares.items() if "scheduler" in name]
+    return share
+
+
+@pytest.mark.stress
+@pytest.mark.alone
+def test_an_idle_scheduler_takes_less_than_2_percent_of_a_core(server: Server) -> None:
+    assert scheduler_share(idle_shares(server, seconds=20.0)) < MAX_QUIET_IDLE_SHARE
+
+
+def test_an_idle_server_sleeps_and_can_be_flushed(server: Server) -> None:
+    assert scheduler_share(idle_shares(server, seconds=4.0)) < MAX_IDLE_SHARE
+    assert requests.post(server.url + "/flush_cache", timeout=30).status_code == 200
+    metrics = requests.get(server.url + "/metrics", timeout=30).text
+    assert "flowprefill:decode_step_seconds_total" in metrics
+    assert server.process.poll() is None
+
+
+@pytest.mark.stress
+def test_a_command_line_that_cannot_work_ends_with_one_line_before_the_model_is_loaded() -> None:
+    command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(embedded_model_path())]
+    command += [*AGENTS.options, "--hicache-storage-backend", "file"]
+    env = os.environ | {"FLOWPREFILL": "1", "SGLANG_PLATFORM": "flowprefill_cpu"}
+    ended = subprocess.run(command, env=env, capture_output=True, text=True, timeout=START_S)
+    assert ended.returncode == 2
+    [line] = [line for line in ended.stderr.splitlines() if line.startswith("sgl-flowprefill: ")]
+    assert line.startswith("sgl-flowprefill: --hicache-storage-backend file cannot work with FlowPrefill: ")
+
+
+@pytest.mark.stress
+def test_the_command_line_of_agents_serves_turns_whose_prefixes_come_back_from_host_memory(
+    comparison: Comparison, tmp_path: Path
+) -> None:
+    """Conversations of several turns, more of them than the device has room for."""
+    turns = {i: prompt(870 + i, 700) for i in range(12)}
+
+    async def next_turns(server: Server) -> dict[int, Any]:
+        async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(300)) as session:
+            asked = [stream(session, server.url, body(tokens, TOKENS, ttft_slo=60.0)) for tokens in turns.values()]
+            return {i: answer for i, (answer, _) in zip(turns, await asyncio.gather(*asked), strict=True)}
+
+    with serving(tmp_path, "--max-total-tokens", "6000", *AGENTS.options) as server:
+        for _ in range(4):
+            for i, answer in asyncio.run(next_turns(server)).items():
+                comparison.generated(f"conversation {i}", turns[i], {"output_token_logprobs": answer})
+                turns[i] = [*turns[i], *(token for _, token, _ in answer), *prompt(900 + len(turns[i]) + i, 60)]
+        metrics = requests.get(server.url + "/metrics", timeout=30).text
+    assert_compared(comparison, answers=48)
+    loaded = re.findall(r"^sglang:load_back_tokens_total\{.*\} (\S+)$", metrics, re.MULTILINE)
+    print("tokens loaded from host memory:", loaded)
+    assert sum(map(float, loaded)) >= 700

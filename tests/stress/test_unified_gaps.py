@@ -1,0 +1,60 @@
+"""How long streams wait for their next tokens beside long prompts, on a server that prefills and decodes.
+
+Only times are looked at, in the scheduler's process. ``tests/integration/test_unified.py`` compares what is answered,
+and ``tests/servers/test_unified_serving.py`` sees tokens come over HTTP.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import closing
+
+import numpy as np
+import pytest
+
+from sgl_flowprefill.config import FlowPrefillConfig
+from sgl_flowprefill.model import embedded_model_path
+from tests.engine import keep_freed_memory
+from tests.remote import Remote
+from tests.unified_engine import CHECKS, UnifiedEngine
+from tests.unified_scenarios import Beside, gaps_beside_a_prompt
+
+pytestmark = [pytest.mark.stress, pytest.mark.alone, pytest.mark.timeout(1800)]
+
+STREAMS = 4
+TBT_SLO_S = 0.15
+MAX_BLOCKING_S = FlowPrefillConfig().max_blocking_ms * 1e-3
+PROMPTS = {8192: 4, 32_000: 1}
+"""How many prompts of each length, for more than a hundred gaps."""
+
+
+def _keep_freed_memory(engine: UnifiedEngine) -> None:
+    keep_freed_memory()
+
+
+@pytest.fixture(scope="module")
+def unified() -> Iterator[Remote]:
+    """An engine without checks, which has seen a long prompt beside streams."""
+    unchecked = dict.fromkeys(CHECKS, "0")
+    with closing(Remote(UnifiedEngine, str(embedded_model_path()), unchecked)) as remote:
+        remote.call(_keep_freed_memory)
+        remote.call(gaps_beside_a_prompt, min(PROMPTS), 0, TBT_SLO_S, STREAMS)
+        yield remote
+
+
+@pytest.mark.parametrize("tokens", PROMPTS)
+def test_streams_get_their_tokens_in_time_beside_long_prompts(unified: Remote, tokens: int) -> None:
+    beside: list[Beside] = [
+        unified.call(gaps_beside_a_prompt, tokens, 540 + number, TBT_SLO_S, STREAMS)
+        for number in range(PROMPTS[tokens])
+    ]
+    gaps_s = np.array([gap_s for one in beside for gap_s in one.gaps_s])
+    middle_s, p99_s = np.quantile(gaps_s, [0.5, 0.99])
+    print(
+        f"\n{tokens} tokens in {', '.join(f'{one.prefill_s:.1f}' for one in beside)} s beside {STREAMS} streams: "
+        f"{len(gaps_s)} gaps, p50 {middle_s * 1e3:.1f}, p99 {p99_s * 1e3:.1f}, longest {gaps_s.max() * 1e3:.1f} ms "
+        f"(objective {TBT_SLO_S * 1e3:g}, bound of blocking {MAX_BLOCKING_S * 1e3:g})"
+    )
+    assert len(gaps_s) > 100
+    assert p99_s <= TBT_SLO_S
+    assert gaps_s.max() <= TBT_SLO_S + 2 * MAX_BLOCKING_S

@@ -1,0 +1,192 @@
+"""What answers say of their requests, from the scheduler to the client."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncGenerator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from sgl_flowprefill.answers import REPORT_KEY, Report, report, table
+from sgl_flowprefill.events import Abort, Arrival, Complete, Fail, Leave, Ready, Start, Suspend
+from sgl_flowprefill.outcomes import Outcomes
+from sgl_flowprefill.patches import answer_report
+from sgl_flowprefill.runtime.decode_scheduler import DecodeStreamer
+from sgl_flowprefill.runtime.event_recorder import AnswerReports, EventRecorder
+from sgl_flowprefill.slo import Objective
+
+DOCS = Path(__file__).parents[2] / "docs"
+TOLD = {"met": True, "ttft_s": 0.25}
+STREAM = [
+    'data: {"id":"1","choices":[{"index":0,"text":"\\"finish_reason\\":\\"stop\\"","finish_reason":null}]}\n\n',
+    'data: {"id":"1","choices":[{"index":0,"text":"b","finish_reason":"stop"}]}\n\n',
+    'data: {"id":"1","choices":[],"usage":{"prompt_tokens":3}}\n\n',
+    "data: [DONE]\n\n",
+]
+
+
+class Req:
+    """What is read of SGLang's Req."""
+
+    def __init__(self, rid: str, finished: bool) -> None:
+        self.rid = rid
+        self.is_over = finished
+
+    def finished(self) -> bool:
+        return self.is_over
+
+
+def recorder_of(decodes: bool = True) -> tuple[EventRecorder, AnswerReports]:
+    recorder = EventRecorder(None, decodes=decodes)
+    return recorder, AnswerReports(recorder)
+
+
+def prefill(recorder: EventRecorder, rid: str, task: int = 0) -> None:
+    recorder.write(Arrival, 10.0, rid, 100, 1.0, 11.0, 10.0, "chat", "body")
+    recorder.write(Ready, 10.1, rid, 10.05, 90, 10, 0.2)
+    recorder.write(Start, 10.2, task, [rid], 90, 10, 0.2)
+    recorder.write(Complete, 10.5, task, [rid], 9, 0.3, 0.2, 0.2, 0.2)
+
+
+def test_a_report_has_what_the_docs_say() -> None:
+    outcomes = Outcomes(decodes=True)
+    for event in (
+        Arrival(10.0, "a", 100, 0.4, 10.4, 10.0, "chat", "body"),
+        Ready(10.1, "a", 10.05, 90, 10, 0.2),
+        Start(10.2, 0, ["a"], 90, 10, 0.2),
+        Suspend(10.3, 1, ["b"], 3, ["a"], 10.2, 10.25, 0.1),
+    ):
+        outcomes.read(event)
+    [outcome] = outcomes.read(Complete(10.5, 0, ["a"], 9, 0.3, 0.2, 0.2, 0.2))
+    assert report(outcome) == {
+        "ttft_slo_s": 0.4,
+        "slo_class": "chat",
+        "slo_source": "body",
+        "met": False,
+        "cause": "misprediction",
+        "ttft_s": 0.5,
+        "predicted_s": 0.2,
+        "slack_at_admission_s": pytest.approx(0.1),
+        "waited_s": 0.15,
+        "suspensions": 0,
+        "suspended_s": 0.0,
+        "blocked_s": 0.1,
+    }
+    assert json.loads(json.dumps(report(outcome)))["cause"] == "misprediction"
+    assert table() in (DOCS / "answers.md").read_text()
+
+
+def test_a_report_goes_with_the_last_event_and_is_forgotten_then() -> None:
+    recorder, reports = recorder_of()
+    prefill(recorder, "a")
+    assert reports.of(Req("a", finished=False)) == []
+    recorder.write(Leave, 12.0, "a")
+    [told] = reports.of(Req("a", finished=True))
+    assert (told["met"], told["slo_class"]) == (True, "chat")
+    reports.forget_sent()
+    assert len(reports) == 0
+    assert reports.of(Req("a", finished=True)) == []
+
+
+def test_a_report_of_a_long_answer_is_kept_while_others_end() -> None:
+    recorder, reports = recorder_of()
+    prefill(recorder, "long", 0)
+    prefill(recorder, "short", 1)
+    recorder.write(Leave, 12.0, "short")
+    reports.forget_sent()
+    assert len(reports.of(Req("long", finished=True))) == 1
+
+
+@pytest.mark.parametrize(
+    ("end", "cause"),
+    [(Abort(10.2, ["a"]), "aborted"), (Fail(10.2, ["a"], 500, "raised"), "failed")],
+)
+def test_requests_without_an_answer_leave_no_report_behind(end: Abort | Fail, cause: str) -> None:
+    recorder, reports = recorder_of()
+    recorder.write(Arrival, 10.0, "a", 100, 1.0, 11.0, 10.0)
+    recorder.write(lambda: end)
+    assert reports.of(Req("a", finished=True))[0]["cause"] == cause
+    reports.forget_sent()
+    assert len(reports) == 0
+
+
+def test_a_decode_server_says_when_the_first_token_came(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock_s = [100.25]
+    monkeypatch.setattr("time.monotonic", lambda: clock_s[0])
+    nothing: Any = None
+    streamer = DecodeStreamer(
+        send_to_detokenizer=nothing,
+        tree_cache=nothing,
+        server_args=nothing,
+        is_generation=True,
+        spec_algorithm=nothing,
+        disaggregation_mode=nothing,
+        enable_hicache_storage=lambda: False,
+    )
+    assert streamer.has_additional_customized_info
+    promised = Objective(0.3, 0.1, "chat", "body").to_custom_params()
+    req: Any = Req("a", finished=False)
+    req.output_ids, req.priority = [], None
+    req.time_stats = SimpleNamespace(flowprefill_received_s=100.0)
+    req.sampling_params = SimpleNamespace(custom_params=promised)
+    assert streamer.build_additional_customized_info([req]) == {}
+    req.output_ids = [5]
+    assert streamer.build_additional_customized_info([req]) == {}
+    clock_s[0], req.is_over = 103.0, True
+    [[told]] = streamer.build_additional_customized_info([req])[REPORT_KEY]
+    known = {"ttft_slo_s": 0.3, "slo_class": "chat", "slo_source": "body", "met": True, "ttft_s": 0.25}
+    assert {name: value for name, value in told.items() if value is not None} == known
+    assert told.keys() == set(Report.__struct_fields__)
+    req.time_stats = SimpleNamespace(flowprefill_received_s=0.0)
+    assert streamer.build_additional_customized_info([req]) == {}, "it came another way than by the HTTP server"
+
+
+def manager(meta_info: dict[str, Any], customized_info: dict[str, Any], index: int) -> SimpleNamespace:
+    """What SGLang's request state is after a batch of its output has been added to ``meta_info``."""
+    state = SimpleNamespace(obj=SimpleNamespace())
+
+    def original(_: Any, meta_info: dict[str, Any], state: Any, others: dict[str, Any], index: int, __: Any) -> None:
+        for key, values in others.items():
+            meta_info[key] = values[index]
+
+    answer_report.add_report(original, None, meta_info, state, customized_info, index, None)
+    return state
+
+
+def test_meta_info_has_one_object_and_what_others_add_beside_it() -> None:
+    meta_info: dict[str, Any] = {}
+    manager(meta_info, {REPORT_KEY: [[], [TOLD]], "other": [[1], [2]]}, 1)
+    assert meta_info == {REPORT_KEY: TOLD, "other": [2]}
+    without: dict[str, Any] = {}
+    manager(without, {REPORT_KEY: [[], [TOLD]]}, 0)
+    assert without == {}
+
+
+def test_streams_have_metadata_in_the_last_event_with_a_choice_alone() -> None:
+    amended = [answer_report.with_metadata(event, TOLD) for event in STREAM]
+    assert [amended[0], *amended[2:]] == [STREAM[0], *STREAM[2:]]
+    parsed = json.loads(amended[1].removeprefix("data: "))
+    assert parsed.pop("metadata") == {REPORT_KEY: TOLD}
+    assert parsed == json.loads(STREAM[1].removeprefix("data: "))
+    assert amended[1].endswith("\n\n")
+
+
+def test_a_stream_tells_what_its_request_was_told() -> None:
+    request = SimpleNamespace()
+
+    async def events(_: Any, adapted_request: Any, *__: Any) -> AsyncGenerator[str, None]:
+        yield STREAM[0]
+        manager_state = manager({}, {REPORT_KEY: [[TOLD]]}, 0)
+        adapted_request.__dict__.update(manager_state.obj.__dict__)
+        for event in STREAM[1:]:
+            yield event
+
+    async def collected() -> list[str]:
+        return [event async for event in answer_report.report_in_stream(events, None, request)]
+
+    sent = asyncio.run(collected())
+    assert [event == as_it_was for event, as_it_was in zip(sent, STREAM, strict=True)] == [True, False, True, True]

@@ -1,0 +1,286 @@
+"""Command lines of stock SGLang, with SGLang's own parser and its resolution: each option has a row in the table, and a
+server gets the options that it would have got with the right ones given by hand."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import shlex
+from collections.abc import Iterator
+from contextlib import ExitStack
+from typing import Any
+
+import pytest
+
+pytest.importorskip("sglang")
+
+from sglang.srt import platforms
+from sglang.srt.arg_groups import memory_hook, model_override_base
+from sglang.srt.arg_groups.arg_utils import namespace_of
+from sglang.srt.model_executor import cuda_graph_config
+from sglang.srt.runtime_context import override_platform
+from sglang.srt.server_args import ServerArgs
+
+from sgl_flowprefill.cluster import cli
+from sgl_flowprefill.cluster.explain_command import read
+from sgl_flowprefill.compat import EXAMPLES, MODE, ROWS, SERVERS, TABLE, explain, flag, refusals
+from sgl_flowprefill.model import embedded_model_path
+from sgl_flowprefill.patches import options
+
+OF_ONE_VERSION = {
+    "enable_amd_monokernel",
+    "enable_megamoe_for_layernorm_sp",
+    "enable_nvidia_megakernel",
+    "enable_paged_experts",
+    "paged_experts_num_resident",
+    "prefill_decode_interval_min_bs",
+    "speculative_skip_dp_mlp_sync",
+    "unified_cache_external_linker_config",
+}
+"""Options that only one of SGLang 0.5.22 and 0.5.23 has."""
+
+
+@pytest.fixture(autouse=True)
+def environment() -> Iterator[None]:
+    """SGLang's resolution writes into it."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
+@pytest.fixture(scope="module")
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser()  # it takes abbreviations, as SGLang's own does
+    ServerArgs.add_cli_args(parser)
+    return parser
+
+
+@pytest.fixture(scope="module")
+def actions(parser: argparse.ArgumentParser) -> dict[str, list[argparse.Action]]:
+    """What the parser knows of each option, by its field."""
+    found: dict[str, list[argparse.Action]] = {}
+    for action in parser._actions:
+        found.setdefault(action.dest, []).append(action)
+    return found
+
+
+# ---- the table -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("group", [group for group in TABLE if group.namespaces], ids=lambda group: group.title)
+def test_every_option_of_a_group_has_a_row(group: Any, actions: dict[str, list[argparse.Action]]) -> None:
+    namespaces = namespace_of(ServerArgs)
+    offered = {name for name, namespace in namespaces.items() if namespace in group.namespaces and name in actions}
+    has_row = {option for row in group.rows for option in row.options}
+    assert offered - has_row == set(), "options of SGLang without a row in compat/table.py"
+    assert has_row - offered - OF_ONE_VERSION == set(), "rows in compat/table.py without an option of SGLang"
+
+
+def test_an_option_has_one_row_for_each_kind_of_server() -> None:
+    by_option: dict[str, list[str]] = {}
+    for row in ROWS:
+        for option in row.options:
+            by_option.setdefault(option, []).extend(row.servers)
+    assert {option: servers for option, servers in by_option.items() if sorted(servers) != sorted(SERVERS)} == {}
+
+
+def test_rows_have_the_names_and_the_defaults_of_sglang(actions: dict[str, list[argparse.Action]]) -> None:
+    for row in ROWS:
+        for option in set(row.options) & set(actions):
+            assert flag(option) in {name for action in actions[option] for name in action.option_strings}
+            if row.treatment == "set":
+                assert [action.default for action in actions[option]] == [row.default]
+
+
+def test_what_is_refused_is_not_refused_by_default(parser: argparse.ArgumentParser) -> None:
+    for mode in MODE.values():
+        given = parser.parse_args(["--model-path", "m", "--disaggregation-mode", mode])
+        assert [one.sentence for one in refusals(given, {})] == []
+
+
+# ---- what a server gets --------------------------------------------------------------------------------------------
+
+
+ALWAYS = (
+    "--disable-overlap-schedule --chunked-prefill-size -1 --schedule-policy fcfs --cuda-graph-backend-prefill disabled"
+)
+BY_HAND = {
+    "prefill": f"{ALWAYS} --disaggregation-mode prefill --disaggregation-transfer-backend nixl",
+    "unified": f"{ALWAYS} --prefill-decode-interval 0",
+}
+"""What users of FlowPrefill would have to give."""
+STOCK = {"prefill": "--disaggregation-mode prefill --disaggregation-transfer-backend nixl", "unified": ""}
+CASES = [
+    ("", ""),
+    ("--tp-size 2 --max-running-requests 64 --cuda-graph-max-bs-decode 32", ""),
+    ("--mem-fraction-static 0.5 --page-size 16", "--enable-mixed-chunk --chunked-prefill-size 2048"),
+    ("--max-prefill-tokens 8192 --context-length 4096", "--chunked-prefill-size 512 --schedule-policy lpm"),
+    ("", """--cuda-graph-config '{"prefill": {"backend": "breakable"}, "decode": {"max_bs": 8}}'"""),
+    ("--max-total-tokens 20000", "--enable-prefill-delayer --enable-two-batch-overlap --enable-single-batch-overlap"),
+    ("", "--enable-torch-compile --scheduler-recv-interval 4 --tokenizer-worker-num 2 --enable-dynamic-chunking"),
+    ("--enable-priority-scheduling --default-priority-value 3 --retraction-policy priority", "--schedule-policy lof"),
+]
+"""Options that stay, and options in whose place come others."""
+KEPT = {4: """--cuda-graph-config '{"decode": {"max_bs": 8}}'""", 7: "--disable-priority-preemption"}
+"""What a user would give by hand besides, in a case."""
+
+
+def asked(parser: argparse.ArgumentParser, words: str) -> ServerArgs:
+    given = ["--model-path", str(embedded_model_path()), "--random-seed", "1", *shlex.split(words)]
+    return ServerArgs.from_cli_args(parser.parse_args(given))
+
+
+class SomeGpu:
+    """SGLang's platform of this machine, as if it were a GPU that is no plugin's."""
+
+    device_name = "cuda"
+
+    def __init__(self, real: Any) -> None:
+        self._real = real
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._real, name)
+
+    def is_out_of_tree(self) -> bool:
+        return False
+
+    def apply_server_args_defaults(self, server_args: Any) -> None: ...
+
+
+@pytest.fixture(params=["cpu", "gpu"])
+def machine(request: pytest.FixtureRequest, parser: argparse.ArgumentParser) -> Iterator[str]:
+    """This one, or one with an H100 as far as SGLang's resolution sees: sizes follow from the options there."""
+    asked(parser, "").resolve_once()  # imports modules that would look for the GPU
+    with ExitStack() as stack:
+        if request.param == "gpu":
+            patch = stack.enter_context(pytest.MonkeyPatch.context())
+            gpu = SomeGpu(platforms.current_platform)
+            patch.setattr(platforms, "_current_platform", gpu)
+            patch.setattr(model_override_base, "current_platform", gpu)
+            patch.setattr(memory_hook, "get_device_memory_capacity", lambda device=None: 80 * 1024)
+            patch.setattr(cuda_graph_config, "default_prefill_backend", lambda: "breakable")
+            stack.enter_context(override_platform(is_cuda=True, is_sm90=True, is_hopper_with_cuda_12_3=True))
+        yield request.param
+
+
+def on(machine: str) -> str:
+    return "--device cuda" if machine == "gpu" else ""
+
+
+def resolved(server_args: ServerArgs) -> dict[str, Any]:
+    server_args.resolve_once()
+    return server_args.resolved_dict()
+
+
+@pytest.mark.parametrize("server", SERVERS)
+def test_a_server_gets_what_it_would_have_got_with_the_right_options(
+    server: str, machine: str, parser: argparse.ArgumentParser
+) -> None:
+    for number, (stay, go) in enumerate(CASES):
+        stock = asked(parser, f"{stay} {go} {STOCK[server]} {on(machine)}")
+        options.resolve(ServerArgs.resolve_once, stock)
+        by_hand = asked(parser, f"{stay} {KEPT.get(number, '')} {BY_HAND[server]} {on(machine)}")
+        assert stock.resolved_dict() == resolved(by_hand), f"{stay} {go}"
+
+
+@pytest.mark.parametrize("machine", ["gpu"], indirect=True)
+def test_set_later_the_server_would_be_another(machine: str, parser: argparse.ArgumentParser) -> None:
+    """SGLang has derived sizes by then."""
+    late = resolved(asked(parser, on(machine)))
+    right = resolved(asked(parser, f"{BY_HAND['unified']} {on(machine)}"))
+    for name in ("disable_overlap_schedule", "chunked_prefill_size", "schedule_policy", "cuda_graph_backend_prefill"):
+        late[name] = right[name]
+    assert late["cuda_graph_config"]["prefill"]["bs"] != right["cuda_graph_config"]["prefill"]["bs"]
+    assert late["mem_fraction_static"] != right["mem_fraction_static"]
+
+
+def test_what_the_user_has_asked_for_is_a_warning_and_a_default_a_line_of_information(
+    parser: argparse.ArgumentParser, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO, "sgl_flowprefill.patches.options"):
+        options.resolve(ServerArgs.resolve_once, asked(parser, "--enable-mixed-chunk --chunked-prefill-size 512"))
+    told = {record.getMessage().split()[1]: record for record in caplog.records if "FlowPrefill: " in record.msg}
+    warnings = {name for name, record in told.items() if record.levelno == logging.WARNING}
+    assert warnings == {"--enable-mixed-chunk", "--chunked-prefill-size"}
+    assert told["--disable-overlap-schedule"].levelno == logging.INFO
+    assert told["--chunked-prefill-size"].getMessage() == (
+        "FlowPrefill: --chunked-prefill-size is -1 (was 512): "
+        "a prompt is prefilled whole and suspended when it has to wait"
+    )
+
+
+def test_the_delayer_stays_off_whatever_the_environment_asks_for(
+    parser: argparse.ArgumentParser, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SGLANG_SCHEDULER_DECREASE_PREFILL_IDLE", "1")
+    given = asked(parser, "")
+    options.resolve(ServerArgs.resolve_once, given)
+    assert given.resolved_dict()["enable_prefill_delayer"] is False
+
+
+def test_where_sglang_refuses_what_flowprefill_has_set_the_reason_is_the_option_that_cannot_work(
+    parser: argparse.ArgumentParser, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        options.resolve(ServerArgs.resolve_once, asked(parser, "--enable-kv-cache-sharding --page-size 64"))
+    assert end.value.code == 2
+    [line] = capsys.readouterr().err.strip().splitlines()[-1:]
+    assert line.startswith("sgl-flowprefill: --enable-kv-cache-sharding cannot work with FlowPrefill: its buffers hold")
+
+
+def test_what_sglang_itself_refuses_stays_its_own(parser: argparse.ArgumentParser) -> None:
+    with pytest.raises(ValueError, match="prefill-decode-interval"):
+        options.resolve(ServerArgs.resolve_once, asked(parser, f"{STOCK['prefill']} --prefill-decode-interval -1"))
+
+
+# ---- doctor --explain ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: example.name)
+def test_what_the_docs_say_of_a_command_line_is_what_is_explained(
+    example: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = shlex.join(["FLOWPREFILL=1", "sglang", "serve", "--model-path", "m", *example.options])
+    assert cli.main(["doctor", "--explain", command]) == 0
+    printed = capsys.readouterr().out
+    assert "--disable-overlap-schedule (was False)" in printed
+
+
+@pytest.mark.parametrize(
+    ("command", "server"),
+    [
+        ("sglang serve org/model --tp 2", "unified"),
+        ("A=1 python3 -m sglang.launch_server --model m --disaggregation-mode prefill", "prefill"),
+        ("/usr/bin/sglang serve --disaggregation-mode=prefill", "prefill"),
+        ("python launch.py --flowprefill --unified --tp 2", "unified"),
+        ("launch.py --flowprefill --prefill-args '--tp 2'", "prefill"),
+        ("--tp 2", "unified"),
+    ],
+)
+def test_a_command_is_read_however_the_server_is_started(
+    command: str, server: str, parser: argparse.ArgumentParser
+) -> None:
+    found = read(command, cli.parse)
+    assert found is not None
+    given = parser.parse_args(found.options)
+    assert given.disaggregation_mode == MODE[server]  # type: ignore[index]
+    assert given.tp_size == (2 if "tp" in command else 1)
+    assert [one.treatment for one in explain(given, given, found.env)].count("refused") == 0
+    assert found.env.get("A") == ("1" if command.startswith("A=1") else os.environ.get("A"))
+
+
+def test_a_command_without_flowprefill_and_a_decode_server_stay_as_they_are(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for command in ("launch.py --unified", "sglang serve m --disaggregation-mode decode --enable-lora"):
+        assert cli.main(["doctor", "--explain", command]) == 0
+        assert "SGLang's scheduler and all of its options stay as they are." in capsys.readouterr().out
+
+
+def test_a_command_that_sglang_does_not_take_ends_with_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["doctor", "--explain", "sglang serve m --no-such-option"]) == 2
+    assert "--no-such-option" in capsys.readouterr().err
+    assert cli.main(["doctor", "--explain", "sglang serve 'm"]) == 2
+    assert "--explain sglang serve 'm" in capsys.readouterr().err

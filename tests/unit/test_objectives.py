@@ -1,0 +1,339 @@
+"""The order in which a request's objective is chosen, each source of it, and the hooks that apply it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from starlette.datastructures import Headers
+
+pytest.importorskip("sglang")
+
+from fastapi import HTTPException
+from starlette.requests import Request as HttpRequest
+
+from sgl_flowprefill.config import FlowPrefillConfig
+from sgl_flowprefill.deadline import objective, resolver
+from sgl_flowprefill.patches.request_slo import Objectives
+from sgl_flowprefill.slo import Objective, PriorityClasses, SloError
+from sgl_flowprefill.slo.asked import body_ask, header_asks
+from sgl_flowprefill.slo.policy import parse
+from sgl_flowprefill.slo.resolve import Ask, Request, Resolver, TightRequests
+
+POLICY = parse(
+    """
+classes:
+  interactive: {ttft_s: 0.5, tbt_s: 0.05, weight: 4, min_ttft_s: 0.2, tight_per_minute: 2}
+  keyed: {ttft_s: 1, tight_per_minute: 1, tight_by: api_key}
+  batch: {base_s: 10, per_1k_tokens_s: 2, sheddable: true}
+  marked: {weight: 2}
+priorities: {10: interactive, 0: keyed, -10: batch}
+service_tiers: {flex: batch}
+smg_priorities: {bulk: batch}
+rules:
+  - {class: interactive, model: "*-8B*", max_prompt_tokens: 100}
+  - {class: batch, min_prompt_tokens: 10000}
+""",
+    "policy.yaml",
+)
+BODY, HEADER = Ask("body", 0.7, 0.07, "marked"), Ask("header x-slo-ttft-ms", 0.8, slo_class="keyed")
+EVERYTHING = Request([BODY, HEADER], 10, "flex", "llama-8B", 50)
+
+
+def policed() -> Resolver:
+    return Resolver(5.0, 0.1, policy=POLICY)
+
+
+def test_each_source_counts_where_those_before_it_say_nothing() -> None:
+    asked = [
+        (EVERYTHING, (0.7, 0.07, "marked", "body", 2.0)),
+        (replace(EVERYTHING, asks=[HEADER]), (0.8, 0.05, "keyed", "header x-slo-ttft-ms", 1.0)),
+        (replace(EVERYTHING, asks=[]), (0.5, 0.05, "interactive", "priority", 4.0)),
+        (replace(EVERYTHING, asks=[], priority=None), (10.1, 0.05, "batch", "service_tier", 1.0)),
+        (
+            replace(EVERYTHING, asks=[], priority=None, service_tier="auto"),
+            (0.5, 0.05, "interactive", "policy file", 4.0),
+        ),
+        (Request(model="llama-70B", prompt_tokens=50), (5.0, 0.1, "default", "default", 1.0)),
+    ]
+    for request, (ttft_s, tbt_s, slo_class, source, weight) in asked:
+        is_sheddable = slo_class == "batch"
+        expected = Objective(ttft_s, tbt_s, slo_class, source, weight, is_sheddable)
+        assert policed().resolve(request, now_s=0.0) == expected
+
+
+CLASSES = st.sampled_from([None, *POLICY.classes])
+SECONDS = st.one_of(st.none(), st.floats(2.0, 100.0))  # not tight, not too tight
+ASKS = st.lists(st.builds(Ask, st.sampled_from("abc"), SECONDS, SECONDS, CLASSES, st.sampled_from([None, True, False])))
+
+
+@settings(max_examples=200, deadline=None)
+@given(ASKS, st.sampled_from([None, -20, 0, 10]), st.sampled_from([None, "flex", "auto"]), st.integers(0, 20_000))
+def test_each_part_of_an_objective_comes_from_the_first_that_has_it(
+    asks: Sequence[Ask], priority: int | None, tier: str | None, tokens: int
+) -> None:
+    resolved = policed().resolve(Request(asks, priority, tier, "llama-8B", tokens), now_s=0.0)
+    behind = policed().resolve(Request([], priority, tier, "llama-8B", tokens), now_s=0.0)
+    ttfts, tbts = [], []
+    for ask in asks:
+        terms = None if ask.slo_class is None else POLICY.classes[ask.slo_class]
+        own_s = None if terms is None else terms.objective_s(tokens)
+        if ask.ttft_s is not None or own_s is not None:
+            ttfts.append((own_s if ask.ttft_s is None else ask.ttft_s, ask.source))
+        if ask.tbt_s is not None or (terms is not None and terms.tbt_s is not None):
+            tbts.append(terms.tbt_s if terms is not None and ask.tbt_s is None else ask.tbt_s)
+    if tier == "flex" and priority is None:
+        assert behind.slo_class == "batch"
+    if not any("tight" in resolved.slo_source for _ in ttfts):
+        assert (resolved.ttft_s, resolved.slo_source) == [*ttfts, (behind.ttft_s, behind.slo_source)][0]
+    assert resolved.tbt_s == [*tbts, behind.tbt_s][0]
+    named = [ask.slo_class for ask in asks if ask.slo_class is not None]
+    assert resolved.slo_class == [*named, behind.slo_class][0]
+    said = [ask.sheddable for ask in asks if ask.sheddable is not None]
+    own = resolved.slo_class == "batch"
+    assert resolved.sheddable == [*said, own][0]
+
+
+def test_the_tightest_objective_that_a_client_may_ask_for_is_what_a_tighter_one_becomes() -> None:
+    tight = Ask("body", 0.01, slo_class="interactive")
+    found = policed().resolve(Request([tight]), now_s=0.0)
+    assert (found.ttft_s, found.slo_source) == (0.2, "body, raised to min_ttft_s")
+    assert policed().resolve(Request([replace(tight, ttft_s=0.3)]), now_s=0.0).slo_source == "body"
+    # The policy's own objective is no client's.
+    assert policed().resolve(Request(priority=10), now_s=0.0).ttft_s == 0.5
+
+
+def test_beyond_the_rate_of_tight_requests_the_class_gives_its_own_objective() -> None:
+    served, tight = policed(), Request([Ask("body", 0.3, slo_class="interactive")])
+    assert [served.resolve(tight, now_s=1.0).ttft_s for _ in range(4)] == [0.3, 0.3, 0.5, 0.5]
+    assert served.resolve(tight, now_s=1.0).slo_source == "policy file, beyond tight_per_minute"
+    lax = replace(tight, asks=[Ask("body", 0.6, slo_class="interactive")])
+    assert served.resolve(lax, now_s=1.0).ttft_s == 0.6
+    assert [served.resolve(tight, now_s=31.0).ttft_s for _ in range(2)] == [0.3, 0.5]
+
+
+def test_each_api_key_has_a_rate_of_its_own_where_the_policy_says_so() -> None:
+    served, tight = policed(), Request([Ask("body", 0.3, slo_class="keyed")], api_key="a")
+    first = [served.resolve(request, 0.0).ttft_s for request in (tight, tight, replace(tight, api_key="b"))]
+    assert first == [0.3, 1.0, 0.3]
+
+
+def test_a_minute_has_at_most_twice_its_rate() -> None:
+    bucket = TightRequests()
+    times = [0.5 * index for index in range(240)]
+    taken = [now_s for now_s in times if bucket.take(("class", ""), 10.0, now_s)]
+    for start_s in times:
+        assert sum(start_s <= now_s < start_s + 60 for now_s in taken) <= 20
+    assert len(taken) in range(28, 31)
+
+
+def test_priorities_of_the_option_have_the_place_of_the_policys() -> None:
+    by_option = Resolver(5.0, 0.1, PriorityClasses.parse("10:0.5,0:2"))
+    assert by_option.resolve(Request(priority=12), 0.0) == Objective(0.5, 0.1, "default", "priority")
+    assert by_option.resolve(Request([Ask("body", 1.0)], 12), 0.0) == Objective(1.0, 0.1, "default", "body")
+    assert by_option.resolve(Request(service_tier="flex"), 0.0) == Objective(5.0, 0.1)
+
+
+def test_bounds_are_for_what_clients_ask_for() -> None:
+    policy = parse("classes: {default: {ttft_s: 3, min_ttft_s: 1, tight_per_minute: 1}}", "policy.yaml")
+    served = Resolver(5.0, 0.1, PriorityClasses.parse("10:0.5"), policy)
+    assert [served.resolve(Request(priority=10), 0.0).ttft_s for _ in range(3)] == [0.5, 0.5, 0.5]
+
+
+def test_priorities_of_a_policy_count_in_both_directions() -> None:
+    low_first = parse("classes: {a: {ttft_s: 1}, b: {ttft_s: 9}}\npriorities: {0: a, 10: b}", "policy.yaml")
+    assert [low_first.of_priority(number) for number in (-5, 0, 1, 10, 99)] == ["a", "a", "b", "b", "b"]
+    assert [POLICY.of_priority(number) for number in (99, 10, 9, 0, -1, -99)] == [
+        *("interactive", "interactive", "keyed", "keyed", "batch", "batch")
+    ]
+
+
+def test_a_class_called_default_has_the_requests_that_belong_to_no_other() -> None:
+    policy = parse("classes: {default: {ttft_s: 3, tbt_s: 0.3, weight: 2}}", "policy.yaml")
+    found = Resolver(5.0, 0.1, policy=policy).resolve(Request(), 0.0)
+    assert found == Objective(3.0, 0.3, "default", "policy file", 2.0)
+
+
+@pytest.mark.parametrize(
+    ("headers", "expected"),
+    [
+        ({}, []),
+        ({"X-LLM-D-SLO-TTFT-MS": "250"}, [Ask("header x-llm-d-slo-ttft-ms", 0.25)]),
+        (
+            {"x-slo-ttft-ms": "300", "x-llm-d-slo-ttft-ms": "2.5e2"},
+            [Ask("header x-llm-d-slo-ttft-ms", 0.25), Ask("header x-slo-ttft-ms", 0.3)],
+        ),
+        ({"x-flowprefill-slo-class": "batch"}, [Ask("header x-flowprefill-slo-class", slo_class="batch")]),
+        ({"x-smg-priority": "Bulk"}, [Ask("header X-SMG-Priority", slo_class="batch")]),
+        ({"X-SMG-Priority": "interactive"}, [Ask("header X-SMG-Priority", slo_class="interactive")]),
+        ({"X-SMG-Priority": "system"}, [Ask("header X-SMG-Priority")]),
+    ],
+)
+def test_headers_ask_for_objectives_and_classes(headers: dict[str, str], expected: list[Ask]) -> None:
+    assert list(header_asks(Headers(headers), POLICY)) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *((name, value) for name in ("x-llm-d-slo-ttft-ms", "x-slo-ttft-ms") for value in ("", "soon", "-1", "0")),
+        *(("x-slo-ttft-ms", value) for value in ("nan", "inf", "1e999", "0.5s", "1e13")),
+        ("x-flowprefill-slo-class", "no class"),
+        ("x-flowprefill-slo-class", ""),
+    ],
+)
+def test_a_wrong_header_is_refused_with_its_name_and_value(name: str, value: str) -> None:
+    with pytest.raises(SloError) as error:
+        list(header_asks(Headers({name: value}), POLICY))
+    assert f"header {name}" in str(error.value)
+    assert repr(value) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("custom_params", "word"),
+    [
+        ({"slo_class": 3}, "name of a class"),
+        ({"slo_class": "two words"}, "name of a class"),
+        ({"slo_class": "x" * 65}, "name of a class"),
+        ({"sheddable": 1}, "true or false"),
+        ({"ttft_slo": 0}, "positive"),
+    ],
+)
+def test_a_wrong_body_is_refused_with_the_value(custom_params: dict[str, Any], word: str) -> None:
+    with pytest.raises(SloError, match=word):
+        body_ask(custom_params)
+
+
+def test_a_class_that_is_not_there_is_refused_with_those_that_are() -> None:
+    policed().check([Ask("body", slo_class="batch"), Ask("body", slo_class="default"), Ask("body")])
+    with pytest.raises(SloError, match=r"The body names the class 'urgent'; there are interactive, .*, default\."):
+        policed().check([Ask("body", slo_class="urgent")])
+    with pytest.raises(SloError, match="this server has no --flowprefill-slo-policy"):
+        Resolver(5.0, 0.1).check([Ask("body", slo_class="batch")])
+
+
+def test_what_is_resolved_is_what_the_scheduler_reads() -> None:
+    promised = Objective(0.25, 0.05, "interactive", "header x-slo-ttft-ms", 4.0, True)
+    defaults = resolver(FlowPrefillConfig())
+
+    def read(custom_params: Any) -> Objective:
+        params = SimpleNamespace(custom_params=custom_params)
+        return objective(SimpleNamespace(rid="r", sampling_params=params, input_text=None), defaults)
+
+    travelled = json.loads(json.dumps(promised.to_custom_params()))
+    assert read(travelled | {"other": 1}) == promised
+    # A request that came past the HTTP process, by what its client names.
+    assert read(None) == Objective(5.0, 0.1)
+    assert read({"ttft_slo": 2, "slo_source": "me"}) == Objective(2.0, 0.1, slo_source="body")
+
+
+# ---- the hooks ------------------------------------------------------------------------------------------------------
+
+
+def http(body: Any, headers: dict[str, str] | None = None) -> HttpRequest:
+    sent = body if isinstance(body, bytes) else json.dumps(body).encode()
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": sent, "more_body": False}
+
+    raw = [(name.lower().encode(), value.encode()) for name, value in (headers or {}).items()]
+    return HttpRequest({"type": "http", "method": "POST", "path": "/", "headers": raw}, receive)
+
+
+MANAGER = SimpleNamespace(served_model_name="served-8B")
+
+
+async def passed(hooks: Objectives, request: Any, sampling: Any = None, priority: int | None = None) -> dict[str, Any]:
+    """The ``custom_params`` with which a prompt leaves for the scheduler."""
+
+    async def generate_request(manager: Any, obj: Any, request: Any) -> AsyncIterator[Any]:
+        custom_params = (obj.sampling_params or {}).get("custom_params")
+        tokenized = SimpleNamespace(
+            sampling_params=SimpleNamespace(custom_params=custom_params), input_ids=range(len(obj.text.split()))
+        )
+        assert hooks.resolve(tokenized, manager, obj, obj.text, None) is None
+        yield tokenized.sampling_params.custom_params
+
+    obj = SimpleNamespace(text="a b c", sampling_params=sampling, priority=priority)
+    async for answer in hooks.read_request(generate_request, MANAGER, obj, request):
+        return dict(answer)
+    raise AssertionError("no answer")
+
+
+def promised(hooks: Objectives, *args: Any, **kwargs: Any) -> tuple[float, str, str]:
+    sent = asyncio.run(passed(hooks, *args, **kwargs))
+    return sent["ttft_slo"], sent["slo_class"], sent["slo_source"]
+
+
+def test_every_way_in_leads_to_the_scheduler() -> None:
+    hooks = Objectives(policed())
+    top = {"custom_params": {"ttft_slo": 2}}
+    assert promised(hooks, http(top)) == (2.0, "interactive", "body")
+    assert promised(hooks, http(top, {"x-slo-ttft-ms": "900"})) == (2.0, "interactive", "body")
+    assert promised(hooks, http({}), {"custom_params": {"ttft_slo": 3, "x": 1}}) == (3.0, "interactive", "body")
+    assert promised(hooks, http({}, {"X-Slo-Ttft-Ms": "900"})) == (0.9, "interactive", "header x-slo-ttft-ms")
+    assert promised(hooks, http({"priority": -5})) == (10.006, "batch", "priority")
+    assert promised(hooks, http({"priority": -5}), priority=10) == (0.5, "interactive", "priority")
+    assert promised(hooks, http({"service_tier": "flex"})) == (10.006, "batch", "service_tier")
+    assert promised(hooks, http({"model": "llama-70B"})) == (5.0, "default", "default")
+    # sgl.Engine has no HTTP request, gRPC one without a body, an upload one that is no JSON.
+    assert promised(hooks, None, {"custom_params": {"slo_class": "keyed"}}) == (1.0, "keyed", "body")
+    grpc = SimpleNamespace(headers={"x-slo-ttft-ms": "800"})
+    assert promised(hooks, grpc) == (0.8, "interactive", "header x-slo-ttft-ms")
+    assert promised(hooks, http(b"--boundary")) == (0.5, "interactive", "policy file")
+
+
+def test_what_only_the_server_says_is_not_the_clients_to_write() -> None:
+    hooks = Objectives(policed())
+    forged = {"custom_params": {"slo_weight": 1e9, "slo_source": "me", "slo_class": "keyed"}}
+    sent = asyncio.run(passed(hooks, http({}), forged))
+    assert (sent["slo_weight"], sent["slo_source"]) == (1.0, "body")
+
+
+def test_requests_at_the_same_time_keep_their_own_headers() -> None:
+    hooks = Objectives(policed())
+
+    async def both() -> list[dict[str, Any]]:
+        requests = [http({}, {"x-slo-ttft-ms": str(ms)}) for ms in range(1000, 1050)]
+        return list(await asyncio.gather(*(passed(hooks, one) for one in requests)))
+
+    assert [sent["ttft_slo"] for sent in asyncio.run(both())] == [ms / 1e3 for ms in range(1000, 1050)]
+
+
+@pytest.mark.parametrize(
+    ("body", "headers", "sentence"),
+    [
+        ({"custom_params": {"tbt_slo": -1}}, {}, "positive, finite number of seconds"),
+        ({"custom_params": {"slo_class": "urgent"}}, {}, "there are interactive"),
+        ({"sampling_params": [{}, {"custom_params": {"slo_class": "urgent"}}]}, {}, "there are interactive"),
+        (
+            {"custom_params": {"slo_class": "batch"}, "sampling_params": {"custom_params": {"slo_class": "keyed"}}},
+            {},
+            "'batch' at the top of the request, but 'keyed'",
+        ),
+        ({}, {"x-slo-ttft-ms": "soon"}, "positive, finite number of milliseconds"),
+        ({}, {"x-flowprefill-slo-class": "urgent"}, "there are interactive"),
+    ],
+)
+def test_a_stream_with_a_wrong_objective_is_a_400_before_it_begins(
+    body: dict[str, Any], headers: dict[str, str], sentence: str
+) -> None:
+    hooks = Objectives(policed())
+
+    async def endpoint(*args: Any) -> str:
+        return "begun"
+
+    with pytest.raises(HTTPException, match=sentence) as error:
+        asyncio.run(hooks.check_first(endpoint, "handler", http(body, headers)))
+    assert error.value.status_code == 400
+    assert asyncio.run(hooks.check_first(endpoint, "handler", http({}))) == "begun"
+    sampling = body.get("sampling_params")
+    with pytest.raises(SloError, match=sentence):
+        asyncio.run(passed(hooks, http(body, headers), sampling[-1] if isinstance(sampling, list) else sampling))
