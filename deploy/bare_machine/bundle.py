@@ -59,7 +59,7 @@ def main() -> int:
     _download(wheels, arguments.python)
     for old in arguments.out.glob("bundle-*.zip"):
         old.unlink()
-    pieces = _Pieces(arguments.out, arguments.piece_mib << 20)
+    pieces = Pieces(arguments.out, arguments.piece_mib << 20)
     for name, content in _files(wheels, arguments.kernels):
         pieces.add(name, content)
     pieces.close()
@@ -88,20 +88,20 @@ def _files(wheels: Path, kernels: Path | None) -> Iterator[tuple[str, bytes]]:
     for wheel in sorted(wheels.glob("*.whl")):
         with zipfile.ZipFile(wheel) as archive:
             for entry in archive.infolist():
-                if not entry.is_dir() and _is_kept(entry.filename):
+                if not entry.is_dir() and is_kept(entry.filename):
                     yield entry.filename, archive.read(entry)
     for name in PLAIN_KERNEL_MODULES:
         installed = distribution("sglang-kernel").locate_file(f"sgl_kernel/{name}")
         yield f"sgl_kernel/{name}", Path(str(installed)).read_bytes()
     yield from _below(HERE / "overlay", "")
     yield from _distribution("sglang-kernel", version("sglang-kernel"))
-    yield from _project()
+    yield from project_files()
     for library in sorted(kernels.glob("*.so")) if kernels else ():
         yield f"flashinfer/data/aot/{library.stem}/{library.name}", library.read_bytes()
     yield "env.sh", (HERE / "env.sh").read_bytes()
 
 
-def _project() -> Iterator[tuple[str, bytes]]:
+def project_files() -> Iterator[tuple[str, bytes]]:
     """This project: its package with what is linked into it, entry points, and the commit it is at."""
     settings = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]
     yield from _below(PROJECT / "sgl_flowprefill", "sgl_flowprefill/")
@@ -133,7 +133,8 @@ def _distribution(
     yield f"{folder}/entry_points.txt", "".join(lines).encode()
 
 
-def _is_kept(name: str) -> bool:
+def is_kept(name: str) -> bool:
+    """Whether attention, or what SGLang imports for it, needs a file of a wheel."""
     if name.startswith(DROPPED):
         return False
     if name.startswith("sglang/"):  # its own binaries need sglang-kernel's torch; tables are for mixtures of experts
@@ -145,7 +146,7 @@ def _is_kept(name: str) -> bool:
     return True
 
 
-class _Pieces:
+class Pieces:
     """Zip files of at most so many bytes, each of which can be unpacked by itself."""
 
     def __init__(self, out: Path, most_bytes: int) -> None:
