@@ -365,7 +365,8 @@ def test_beam_search_is_refused_with_a_sentence(server: Server) -> None:
 def test_a_client_that_leaves_frees_its_stream(server: Server) -> None:
     request = body(prompt(850, 200), 20_000) | {"stream": True}  # minutes
     with requests.post(server.url + "/generate", json=request, stream=True, timeout=60) as response:
-        first = next(response.iter_lines())
+        lines = response.iter_lines()  # kept: an iterator that is thrown away closes the connection
+        first = next(lines)
         state = server.state()
         assert state["streams"] == 1, (first, state, list(read_events(server.event_log))[-3:])
     deadline_s = time.monotonic() + 40
