@@ -235,7 +235,7 @@ def test_a_server_that_dies_under_load_costs_only_its_own_requests_and_comes_bac
     cluster, first, second = fleet.cluster, f"{fleet.role}-0", f"{fleet.role}-1"
     pid = cluster.processes[first]
     with Load(cluster) as load:
-        fleet.wait_until(lambda: len(load.answers) >= 12, ANSWER_S)
+        fleet.wait_until(lambda: all(len(fleet.arrivals(name)) >= 3 for name in (first, second)), ANSWER_S)
         guard.kill([guard.Session.led_by(pid)])
         killed_s = time.monotonic()
         load.pause_s = PAUSE_S
@@ -249,8 +249,6 @@ def test_a_server_that_dies_under_load_costs_only_its_own_requests_and_comes_bac
     assert failed or RETRIED[fleet.role] in (fleet.directory / "logs" / "gateway.log").read_text()  # it was busy
     assert len(during) > 10
     others = fleet.arrivals(second)
-    for arrivals in (others, fleet.arrivals(first)):
-        assert sum(at_s < killed_s for at_s in arrivals.values()) >= 3, "requests went to one of the two only"
     assert [answer for answer in failed if answer.tokens in others] == []
     assert [answer for answer in failed if answer.sent_s > killed_s] == []
     assert [answer for answer in failed if not answer.stream] == []  # the gateway has tried again
