@@ -267,10 +267,14 @@ def test_rounds_of_steps_suspensions_and_aborts_change_no_answer(unified: Remote
 def test_rounds_of_steps_whose_tokens_come_late_change_no_answer(unified: Remote, comparison: StockComparison) -> None:
     """While a step is in flight, prefills start, run and end, and requests are aborted."""
     rounds = Rounds(unified, comparison, ASKS, late=True)
-    rounds.run(4, first=300)
+    ended = "prefills that ended while a step was in flight"
+    for number in range(300, 312):  # how many end so is a matter of times
+        if number >= 304 and rounds.seen[ended] >= 3:
+            break
+        rounds.run(1, first=number)
     print(rounds)
     assert rounds.seen["steps behind which prefills ran"] >= 50
-    assert rounds.seen["prefills that ended while a step was in flight"] >= 3
+    assert rounds.seen[ended] >= 3
     assert comparison.counts["aborts"] >= 2
     assert comparison.counts["answers"] >= 15
 
