@@ -318,10 +318,13 @@ def _parser() -> argparse.ArgumentParser:
         "       launch.py [--flowprefill] [--model-path MODEL] --unified [N] [--port PORT] [options] [SGLang options]\n"
         "       launch.py --role gateway [--unified] --host 0.0.0.0 [--ports PORT]\n"
         "       launch.py --role prefill|decode|unified --join http://GATEWAY:PORT [--flowprefill] [options] "
-        "[SGLang options]",
+        "[SGLang options]\n"
+        "       launch.py profile|doctor|timeline|top|gpu-report --help",
         description="Start SGLang prefill servers, decode servers and gateway, or unified servers, which prefill and "
         "decode, and keep them running. Options that are not listed here are SGLang's (`sglang serve --help`) and go "
-        "to every server.",
+        "to every server. Commands: `profile` measures prefill times, `doctor` checks this machine, SGLang or a "
+        "command line, `timeline` makes event logs a trace for Perfetto, `top` shows what a server does now, "
+        "`gpu-report` measures on one card what FlowPrefill promises.",
         allow_abbrev=False,
     )
     parser.add_argument("--flowprefill", action="store_true", default=is_enabled(), help="schedule prefills with "

@@ -39,6 +39,17 @@ def test_the_table_of_modules_names_only_what_is_there():
     assert [name for name, path in table_of_modules() if not path.exists()] == []
 
 
+def test_what_the_table_says_of_a_folder_names_only_files_in_it():
+    section = (ROOT / "docs" / "architecture.md").read_text().split("\n## Modules\n")[1].split("\n## ")[0]
+    missing = []
+    for row in (line.split("|") for line in section.splitlines() if line.startswith("| `")):
+        first = row[1].split("`")[1]
+        bases = [ROOT, PACKAGE, ROOT / first, PACKAGE / first]
+        names = re.findall(r"`([\w/]+(?:\.py|/))`", row[2])
+        missing += [(first, name) for name in names if not any((base / name).exists() for base in bases)]
+    assert missing == []
+
+
 def test_every_module_is_in_the_table_or_in_a_folder_of_it():
     named = {path for _, path in table_of_modules()}
     modules = [
@@ -104,6 +115,16 @@ def test_the_options_name_every_policy_beside_the_default():
     others = ", ".join(f"`{name}`" for name in POLICIES if name != default)
     row = f"| `--flowprefill-policy` | {default} | or {others} ([compared](simulator.md)) |"
     assert row in (ROOT / "docs" / "serving.md").read_text().splitlines()
+
+
+def test_the_options_have_a_row_each_with_their_default():
+    page = (ROOT / "docs" / "serving.md").read_text()
+    rows = re.findall(r"^\| `--flowprefill-([a-z-]+)` \| ([^|]*?) ?\|", page, re.MULTILINE)
+    defaults = {name.replace("_", "-"): field.default for name, field in FlowPrefillConfig.model_fields.items()}
+    expected = {
+        name: "" if default is None else str(default).lower().removesuffix(".0") for name, default in defaults.items()
+    }
+    assert dict(rows) == expected | {"max-batch-tokens": "profile"}
 
 
 def headings(page):

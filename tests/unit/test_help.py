@@ -35,3 +35,10 @@ def test_the_report_of_a_card_explains_its_options(capsys: pytest.CaptureFixture
     with pytest.raises(SystemExit, match="0"):
         launch(["gpu-report", "--help"])
     assert "--budget-s" in capsys.readouterr().out
+
+
+def test_the_launcher_names_its_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        launch(["--help"])
+    shown = capsys.readouterr().out
+    assert [name for name in ("profile", "doctor", "timeline", "top", "gpu-report") if f"`{name}`" not in shown] == []
