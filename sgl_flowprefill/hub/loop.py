@@ -72,6 +72,8 @@ class Hub(Generic[RoleT]):
     exploration: Exploration = field(default_factory=Exploration)
     decoder: Decoder = field(default_factory=NoStreams)
     """The decode steps, on a server that has streams."""
+    sheds: bool = False
+    """Whether requests that wait may be refused."""
     refuse: Callable[[Mapping[Any, str], int], None] = refuse_nothing
     """Refuses requests that wait, each with its reason. Clients may come back after so many seconds."""
     kv_is_short: bool = field(default=False, init=False)
@@ -139,7 +141,7 @@ class Hub(Generic[RoleT]):
         for arrival in self.role.arrived():
             self.recorder.ready(self.work.add(arrival))
         self._match_again(self.work.waiting.outdated(MATCHES))
-        if self.work.shedding is not None:
+        if self.sheds:
             self.shed()
 
     def shed(self) -> None:
