@@ -183,7 +183,8 @@ class Hub(Generic[RoleT]):
             elif step_is_due:
                 self.step()
             else:
-                task = self.work.tasks.live[0]
+                task = self.work.tasks.running or self.work.tasks.live[0]
+                self._switch_to(task)
                 self.executor.run(task, self.forward)
                 self.stopped(task)
         self.finish_done()
