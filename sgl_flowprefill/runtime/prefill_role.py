@@ -75,7 +75,11 @@ class PrefillRole(SchedulerRole):
     # ---- what SGLang's scheduler tells ------------------------------------------------------------------------------
 
     def note_transfer_status(self, bootstrap_room: int, status: Any) -> None:
-        """On a transfer thread: a bootstrap is complete, or a transfer has ended."""
+        """On a transfer thread: a bootstrap is complete, or a transfer has ended. Here: a bootstrap begins, with an
+        arrival that is being read; that is no news.
+        """
+        if status == KVPoll.Bootstrapping:
+            return
         if status == KVPoll.WaitingForInput:
             self._bootstrapped_s[bootstrap_room] = time.monotonic()
         elif status == KVPoll.Failed:

@@ -279,6 +279,14 @@ def test_a_bootstrap_whose_request_never_comes_is_forgotten() -> None:
     assert list(role._bootstrapped_s) == [7]
 
 
+def test_a_bootstrap_that_begins_is_no_event() -> None:
+    role = with_role().role
+    role.note_transfer_status(7, KVPoll.Bootstrapping)
+    assert not role.wakeup.pending
+    role.note_transfer_status(7, KVPoll.WaitingForInput)
+    assert role.wakeup.pending
+
+
 def test_all_health_checks_are_answered_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each HTTP worker of a server sends its own, and nothing else may happen for the rest of a long prefill."""
     sent: list[Any] = []
