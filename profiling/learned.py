@@ -23,7 +23,7 @@ from sgl_flowprefill.ttft.physics import Physics
 from sgl_flowprefill.ttft.reservoir import COLUMNS, NUMBER, SECONDS, SLOWNESS, rows_of_profile
 from sgl_flowprefill.ttft.trees import Trees
 
-FORMAT: Final = 1
+FORMAT: Final = 2
 
 
 class History(BaseModel):

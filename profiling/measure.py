@@ -85,11 +85,13 @@ class SchedulerEngine:
 
     def find_prefix(self) -> int:
         """Begin prompts with the prompt of a recent task from now on, with that of which most is cached; how many of
-        its tokens are.
+        its tokens are. What host memory has does not count: to load it back may evict others.
         """
         self.cached_prompt, cached_tokens = [], 0
         for prompt in map(list, self._role.recent_prompts):
-            found_tokens = self._role.match(self._req(0, prompt)).cached_tokens
+            req = self._req(0, prompt)
+            self._role.match(req)
+            found_tokens = int(req.prefix_len)
             if found_tokens > cached_tokens:
                 self.cached_prompt, cached_tokens = prompt[:found_tokens], found_tokens
         return cached_tokens

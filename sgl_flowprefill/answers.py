@@ -10,6 +10,7 @@ from typing import Annotated, Any, Final, get_type_hints
 import msgspec
 from msgspec import Meta, Struct
 
+from sgl_flowprefill.events import rounded
 from sgl_flowprefill.outcomes import Outcome
 from sgl_flowprefill.slo import Objective
 
@@ -50,10 +51,10 @@ def report(outcome: Outcome) -> dict[str, Any]:
         slo_source=arrival.slo_source,
         met=outcome.met,
         cause=None if outcome.cause is None else str(outcome.cause),
-        ttft_s=_rounded(outcome.ttft_s),
-        predicted_s=_rounded(outcome.predicted_s),
-        slack_at_admission_s=_rounded(outcome.slack_at_admission_s),
-        waited_s=_rounded(outcome.waited_s),
+        ttft_s=rounded(outcome.ttft_s),
+        predicted_s=rounded(outcome.predicted_s),
+        slack_at_admission_s=rounded(outcome.slack_at_admission_s),
+        waited_s=rounded(outcome.waited_s),
         suspensions=outcome.suspensions,
         suspended_s=round(outcome.suspended_s, 6),
         blocked_s=round(outcome.blocked_s, 6),
@@ -68,7 +69,7 @@ def report_of_first_token(objective: Objective, ttft_s: float | None) -> dict[st
         slo_class=objective.slo_class,
         slo_source=objective.slo_source,
         met=None if ttft_s is None else ttft_s <= objective.ttft_s,
-        ttft_s=_rounded(ttft_s),
+        ttft_s=rounded(ttft_s),
     )
     return msgspec.structs.asdict(told)
 
@@ -80,10 +81,6 @@ def table() -> str:
         [note] = [item.description for item in hint.__metadata__ if isinstance(item, Meta)]
         rows.append(f"| `{name}` | {note} |")
     return "\n".join(rows)
-
-
-def _rounded(time_s: float | None) -> float | None:
-    return None if time_s is None else round(time_s, 6)
 
 
 if __name__ == "__main__":

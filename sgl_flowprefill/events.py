@@ -26,6 +26,11 @@ logger = logging.getLogger(__name__)
 OPTION: Final = "--flowprefill-event-log"
 
 
+def rounded(time_s: float | None) -> float | None:
+    """``time_s`` as it is written: to the microsecond."""
+    return None if time_s is None else round(time_s, 6)
+
+
 class Event(Struct, tag_field="event", omit_defaults=True):
     """Something that happened at ``t_s``; written to the microsecond."""
 

@@ -130,7 +130,7 @@ def shed(engine: UnifiedEngine) -> ShedPlay:
     work, shadows = engine.hub.work, Shadows()
     engine.hub.recorder.listen(shadows.read)
     usual, work.colocated.prefills = work.colocated.prefills, make_policy("edf", work.policy.limits, 60.0)
-    work.shedding = Shedding()
+    work.shedding, engine.hub.sheds = Shedding(), True
     wait_s = 2 * work.ttft.predict_s([PrefillShape(1500, 0)])
     ends = (("ignore_eos", True),)
     asked = {
@@ -144,7 +144,7 @@ def shed(engine: UnifiedEngine) -> ShedPlay:
             engine.submit(rid, ask)
         return ShedPlay(_played(engine), asked, shadows.state())
     finally:
-        work.colocated.prefills, work.shedding = usual, None
+        work.colocated.prefills, work.shedding, engine.hub.sheds = usual, None, False
 
 
 # ---- turns of a chat, texts ------------------------------------------------------------------------------------------

@@ -62,13 +62,15 @@ class Member:
         """
         server = self.server
         assert server is not None
-        phase = phases.phase(server.log, server.log_start)
-        if phase == phases.NO_PORT:
-            taken = (
-                f"the {self.name} server cannot listen at {self.url}: its port was taken while it started; try again"
-            )
-            raise ClusterError(server.last_words(taken))
-        return phase or f"its log is {server.log}"
+        if (taken := self.taken(server)) is not None:
+            raise ClusterError(server.last_words(f"{taken}; try again"))
+        return phases.phase(server.log, server.log_start) or f"its log is {server.log}"
+
+    def taken(self, server: Server) -> str | None:
+        """What is to be said of a ``server`` that cannot listen, by its log; None for one that may."""
+        if phases.phase(server.log, server.log_start) != phases.NO_PORT:
+            return None
+        return f"the {self.name} server cannot listen at {self.url}: its port was taken while it started"
 
 
 class Members:
@@ -198,6 +200,9 @@ class Members:
                 bind(server, self._layout)
                 self._say(f"the {member.name} server is back")
                 self._ensured_s = 0.0
+                return
+            if (taken := member.taken(server)) is not None:
+                self._lose(member, server, taken)
                 return
         if self._clock() - member.start_at_s > self._config.startup_timeout_s:
             self._lose(member, server, too_late(self._config, f"the {member.name} server", member.seen))

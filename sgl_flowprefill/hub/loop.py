@@ -72,6 +72,8 @@ class Hub(Generic[RoleT]):
     exploration: Exploration = field(default_factory=Exploration)
     decoder: Decoder = field(default_factory=NoStreams)
     """The decode steps, on a server that has streams."""
+    sheds: bool = False
+    """Whether requests that wait may be refused."""
     refuse: Callable[[Mapping[Any, str], int], None] = refuse_nothing
     """Refuses requests that wait, each with its reason. Clients may come back after so many seconds."""
     kv_is_short: bool = field(default=False, init=False)
@@ -139,7 +141,7 @@ class Hub(Generic[RoleT]):
         for arrival in self.role.arrived():
             self.recorder.ready(self.work.add(arrival))
         self._match_again(self.work.waiting.outdated(MATCHES))
-        if self.work.shedding is not None:
+        if self.sheds:
             self.shed()
 
     def shed(self) -> None:
@@ -181,7 +183,8 @@ class Hub(Generic[RoleT]):
             elif step_is_due:
                 self.step()
             else:
-                task = self.work.tasks.live[0]
+                task = self.work.tasks.running or self.work.tasks.live[0]
+                self._switch_to(task)
                 self.executor.run(task, self.forward)
                 self.stopped(task)
         self.finish_done()

@@ -43,6 +43,7 @@ class Shedding:
         """``sheds``: sheddable requests are refused if they cannot be met. ``most_tokens``: new tokens of prompts that
         wait, by class.
         """
+        self.backlog = Backlog()
         self._sheds = sheds
         self._most_tokens = most_tokens or {}
         self._tokens: Counter[str] = Counter()

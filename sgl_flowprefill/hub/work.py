@@ -10,7 +10,7 @@ from typing import Any, Literal
 from sgl_flowprefill.hub.parts import TTFT, Memory
 from sgl_flowprefill.hub.progress import Progress
 from sgl_flowprefill.hub.role import Arrival
-from sgl_flowprefill.hub.shedding import Backlog, Refusal, Shedding, retry_after_s
+from sgl_flowprefill.hub.shedding import Refusal, Shedding, retry_after_s
 from sgl_flowprefill.hub.task import NO_TASK, STEP, PrefillTask, Tasks
 from sgl_flowprefill.hub.waiting import WaitingRequest, WaitingRequests
 from sgl_flowprefill.policy import Act, ColocatedPolicy, Job, Policy
@@ -39,8 +39,7 @@ class Work:
     """Share of the time of a batch that attention takes."""
     waiting: WaitingRequests = field(default_factory=WaitingRequests)
     shedding: Shedding | None = None
-    """The requests that may be refused, on a server that refuses any."""
-    backlog: Backlog = field(default_factory=Backlog, init=False)
+    """The requests that may be refused, on a server that refuses any, at the rank that decides."""
     ask_again_s: float = field(default=math.inf, init=False)
     """When to choose anew if nothing has happened until then: a decode step has to start."""
 
@@ -78,10 +77,8 @@ class Work:
     def forget_all_but(self, reqs: Collection[Any]) -> None:
         """Drop the jobs of requests that wait no longer: their client has left, or their decode server is gone."""
         for job in self.waiting.take_all_but(reqs):
-            self._take(job)
+            self._waits_no_longer(job)
             self.policy.withdrawn(job)
-            if self.shedding is not None:
-                self.shedding.remove(job)
 
     def refused(self, now_s: float) -> list[Refusal]:
         """The requests that are to be refused now, all of which wait."""
@@ -90,17 +87,29 @@ class Work:
         return [one for one in self.shedding.refused(self.policy, now_s) if self.waiting.holds(one.job)]
 
     def retry_after_s(self, without: Iterable[Job[WaitingRequest]]) -> tuple[float, int]:
-        """The predicted work of all jobs ``without`` some, and whole seconds until it has run."""
-        backlog_s = max(0.0, self.backlog.work_s - sum(job.remaining_s for job in without))
+        """The predicted work of all jobs ``without`` some, and whole seconds until it has run; 0 at a rank that does
+        not decide.
+        """
+        if self.shedding is None:
+            return 0.0, 0
+        backlog_s = max(0.0, self.shedding.backlog.work_s - sum(job.remaining_s for job in without))
         return backlog_s, retry_after_s(backlog_s, self.colocated.load)
 
     def _put(self, job: Job[Any]) -> None:
         self.policy.add(job)
-        self.backlog.add(job)
+        if self.shedding is not None:
+            self.shedding.backlog.add(job)
 
     def _take(self, job: Job[Any]) -> None:
         self.policy.remove(job)
-        self.backlog.remove(job)
+        if self.shedding is not None:
+            self.shedding.backlog.remove(job)
+
+    def _waits_no_longer(self, job: Job[WaitingRequest]) -> None:
+        self._take(job)
+        self.colocated.waits_no_longer(job)
+        if self.shedding is not None:
+            self.shedding.remove(job)
 
     def match_again(self, jobs: Iterable[Job[WaitingRequest]], match: Callable[[Any], PrefillShape]) -> bool:
         """Match again those of ``jobs`` that have an outdated prefix match. Whether there were any."""
@@ -198,9 +207,7 @@ class Work:
         """The task of ``batch``, which was made of ``reqs`` for ``winner`` and computes ``shapes``."""
         members = self.waiting.take(reqs)
         for member in members:
-            self._take(member)
-            if self.shedding is not None:
-                self.shedding.remove(member)
+            self._waits_no_longer(member)
         task = PrefillTask(
             id=self.tasks.started,
             batch=batch,

@@ -110,6 +110,11 @@ class ColocatedPolicy(Generic[R, K]):
         """``job``, which waits among the prefills, was a stream and has been retracted: it starts before all others."""
         self._returning.append(job)
 
+    def waits_no_longer(self, job: Job[R]) -> None:
+        """``job`` has started, or is not wanted any more."""
+        if self._returning:
+            self._returning = [other for other in self._returning if other is not job]
+
     def began(self, begin_s: float) -> None:
         """A step over the streams of now begins. Streams that join before it has ended take part in the next one."""
         assert self.step is None, "one step at a time"
@@ -199,12 +204,8 @@ class ColocatedPolicy(Generic[R, K]):
         return given
 
     def _first_returning(self, running: Job[K] | None, admit: bool) -> Job[R] | None:
-        """The retracted request that starts now. What does not wait any more is forgotten."""
-        if not self._returning:
-            return None
-        waiting = set(map(id, self.prefills.waiting))
-        self._returning = [job for job in self._returning if id(job) in waiting]
-        return self._returning[0] if admit and self._returning and self.prefills.may_start(running) else None
+        """The retracted request that starts now."""
+        return self._returning[0] if self._returning and admit and self.prefills.may_start(running) else None
 
     def _decodes_ahead(self, now_s: float, running: Job[K] | None) -> bool:
         """Whether a step goes first because KV cache is short for the request that would win, and steps free some."""

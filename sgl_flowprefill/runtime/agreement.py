@@ -36,7 +36,7 @@ from sgl_flowprefill.runtime.wakeup import Address, Wakeup
 POINTS_PER_ROUND: Final = 1 << 24
 """More interruption points than a task has; rounds then last for years in the 63 bits of a word."""
 MOST_VALUES: Final = 127
-"""Numbers in one decision: a batch has at most 64 requests (``policy.Limits``)."""
+"""Numbers that one all-reduce carries; more go in several. A batch has at most 64 requests (``policy.Limits``)."""
 WAIT_S: Final = 300.0
 """How long a rank waits for another before it gives the server up. SGLang's watchdog waits as long for a forward."""
 FAILED_WAIT_S: Final = 20.0
@@ -273,9 +273,19 @@ class Agreement:
         AgreementError if another rank says otherwise: collectives of the task that one rank has queued and the other
         has not would pair up with collectives of the next task.
         """
+        agreed: list[int] = []
+        while True:
+            left, part = self._meet(values[len(agreed) :], failed_at)
+            agreed += part
+            if left <= MOST_VALUES:
+                return agreed
+
+    def _meet(self, values: Sequence[int], failed_at: int) -> tuple[int, list[int]]:
+        """One all-reduce: how many ``values`` rank 0 has, and as many of them as it carries."""
         message = torch.zeros(1 + MOST_VALUES + self._ranks, dtype=torch.int64)
         if self.rank == 0:
-            message[: 1 + len(values)] = torch.tensor([len(values), *values])
+            part = values[:MOST_VALUES]
+            message[: 1 + len(part)] = torch.tensor([len(values), *part])
         message[1 + MOST_VALUES + self.rank] = failed_at
         wait_s = min(self._wait_s, FAILED_WAIT_S) if failed_at else self._wait_s
         try:
@@ -295,7 +305,8 @@ class Agreement:
                 f"a prefill has failed at tensor-parallel rank {failed} and not at the same operator of all "
                 f"{self._ranks} ranks, which cannot go on together; the log of rank {failed} has the error"
             )
-        return [int(value) for value in message[1 : 1 + int(message[0])]]
+        left = int(message[0])
+        return left, message[1 : 1 + min(left, MOST_VALUES)].tolist()
 
     @contextmanager
     def naming_the_lost(self) -> Iterator[None]:

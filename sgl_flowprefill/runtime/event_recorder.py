@@ -31,6 +31,7 @@ from sgl_flowprefill.events import (
     Start,
     Step,
     Suspend,
+    rounded,
 )
 from sgl_flowprefill.hub.failure import Failure
 from sgl_flowprefill.hub.parts import Recorder
@@ -151,9 +152,9 @@ class EventRecorder(EventLog, Recorder):
             rids=task.rids,
             checkpoint=task.operators_passed,
             for_rids=winner.rids,
-            readable_s=readable_s and round(readable_s, 6),
+            readable_s=rounded(readable_s),
             stopped_s=round(stopped_s, 6),
-            blocking_s=blocking_s and round(blocking_s, 6),
+            blocking_s=rounded(blocking_s),
         )
 
     def resumed(self, task: PrefillTask, now_s: float) -> None:
@@ -279,7 +280,7 @@ class EventRecorder(EventLog, Recorder):
     def abort_asked(self, reqs: Iterable[Any]) -> None:
         """``reqs`` are to be aborted, wherever they are."""
         if self.is_written:
-            self._abort_asked.update(reqs)
+            self._abort_asked.update(req for req in reqs if not is_health_check_generate_req(req))
 
     def answered(self, req: Any, reason: str | None, http_status: int | None) -> None:
         """The client hears the last of ``req`` from this server: an answer, its KV cache being with the decode server,

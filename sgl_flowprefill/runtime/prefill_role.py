@@ -37,6 +37,7 @@ class PrefillRole(SchedulerRole):
         has_sent = bool(self.scheduler.process_disagg_prefill_inflight_queue())
         if stalls_due:
             self.drop_stalled()
+            self._forget_rooms()
             self.recorder.close_lost(self.held())
         return has_sent or has_transferred
 
@@ -74,7 +75,11 @@ class PrefillRole(SchedulerRole):
     # ---- what SGLang's scheduler tells ------------------------------------------------------------------------------
 
     def note_transfer_status(self, bootstrap_room: int, status: Any) -> None:
-        """On a transfer thread: a bootstrap is complete, or a transfer has ended."""
+        """On a transfer thread: a bootstrap is complete, or a transfer has ended. Here: a bootstrap begins, with an
+        arrival that is being read; that is no news.
+        """
+        if status == KVPoll.Bootstrapping:
+            return
         if status == KVPoll.WaitingForInput:
             self._bootstrapped_s[bootstrap_room] = time.monotonic()
         elif status == KVPoll.Failed:
@@ -114,6 +119,12 @@ class PrefillRole(SchedulerRole):
 
     def held(self) -> list[Any]:
         return [*self.scheduler.disagg_prefill_bootstrap_queue.queue, *super().held()]
+
+    def _forget_rooms(self) -> None:
+        """A bootstrap may be complete when its request has been aborted, or though it never comes here."""
+        rooms = [req.bootstrap_room for req in self.scheduler.disagg_prefill_bootstrap_queue.queue]
+        known = self._bootstrapped_s  # a transfer thread may change it meanwhile
+        self._bootstrapped_s = {room: since_s for room in rooms if (since_s := known.get(room)) is not None}
 
     def _cached_tokens(self) -> int:
         tree = self.scheduler.tree_cache

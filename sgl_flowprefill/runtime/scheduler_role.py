@@ -220,7 +220,8 @@ class SchedulerRole(ABC):
         scheduler = self.scheduler
         has_transferred = self.host_cache.take_news()  # before a message that asks for a server without any
         scheduler.ingest_requests()
-        scheduler.maybe_send_health_check_signal()
+        while scheduler.return_health_check_ipcs:  # SGLang answers one a round; here the next may be long in coming
+            scheduler.maybe_send_health_check_signal()
         if self.has_compiled_grammars():
             for req in scheduler.grammar_manager.get_ready_grammar_requests():
                 scheduler._add_request_to_queue(req)

@@ -114,7 +114,11 @@ def build(
     limits = Limits(max_suspended=config.max_suspended, max_batch_tokens=batch_tokens)
     policy = make_policy(config.order, limits, config.max_starvation_s)
     attention_share = half if operators is None else operators.attention_share
-    shedding = Shedding(config.overload == "shed", config.queue_limits) if config.refuses else None
+    shedding = None
+    if config.refuses and agreement.decides:
+        shedding = Shedding(config.overload == "shed", config.queue_limits)
+        scheduler.shadows = Shadows()
+        recorder.listen(scheduler.shadows.read)
     work = Work(role.decide(policy, config), ttft, memory, progress, tasks, attention_share, shedding=shedding)
     recorder.watch(work, _kv_token_bytes(model_runner) + memory.activations.suspended_bytes(1))
     exploration = Exploration()
@@ -125,9 +129,6 @@ def build(
         elif config.exploration_share:
             engine = SchedulerEngine(role)
             exploration = Explorer(engine, executor, slots, device, ttft, recorder, config.exploration_share)
-    if shedding is not None and agreement.decides:
-        scheduler.shadows = Shadows()
-        recorder.listen(scheduler.shadows.read)
     hub = Hub(
         role,
         work,
@@ -141,6 +142,7 @@ def build(
         learning=ttft if isinstance(ttft, Learning) else Learning(),
         exploration=exploration,
         decoder=role.decoder,
+        sheds=config.refuses,
         refuse=role.shed,
     )
     scheduler.output_streamer.recorder = recorder

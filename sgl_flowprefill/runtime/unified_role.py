@@ -44,6 +44,23 @@ class InFlight:
     reqs: list[Any]
 
 
+@dataclass(frozen=True)
+class Without(Collection[Any]):
+    """Requests that wait ``without`` some of them, which are counted without a look at each."""
+
+    waiting: Collection[Any]
+    without: Collection[Any]
+
+    def __len__(self) -> int:
+        return len(self.waiting) - len(self.without)
+
+    def __iter__(self) -> Iterator[Any]:
+        return (req for req in self.waiting if req not in self.without)
+
+    def __contains__(self, req: object) -> bool:
+        return req in self.waiting and req not in self.without
+
+
 @dataclass(eq=False)
 class UnifiedRole(SchedulerRole):
     """What the hub asks of a server that prefills and decodes."""
@@ -96,6 +113,7 @@ class UnifiedRole(SchedulerRole):
             self.scheduler.invariant_checker.self_check_during_busy()
         if self.take_messages():
             self._freed()
+        self._forget_ended()
         if stalls_due:
             self.recorder.close_lost(self.held())
         has_freed, self._has_freed = self._has_freed, False
@@ -104,13 +122,8 @@ class UnifiedRole(SchedulerRole):
     def arrived(self) -> Iterator[Arrival]:
         if self.held_back and not (self.tasks.live or self.tasks.finishing or self.streams):
             self._freed()  # nobody is left who could free some
-        if not self.not_told:
-            return
         queued, self.not_told = self.not_told, []
-        waiting = set(self.scheduler.waiting_queue)
-        for req in queued:
-            if req in waiting:  # not aborted meanwhile
-                yield self._arrival(req)
+        yield from map(self._arrival, queued)
 
     def _arrival(self, req: Any) -> Arrival:
         """A request that was a stream before has part of its answer, and is due one objective from now on: its old
@@ -133,11 +146,7 @@ class UnifiedRole(SchedulerRole):
         )
 
     def waiting(self) -> Collection[Any]:
-        queue = super().waiting()
-        if not self.not_told and not self.held_back:
-            return queue
-        unknown_to_hub = {*self.not_told, *self.held_back}
-        return [req for req in queue if req not in unknown_to_hub]
+        return Without(super().waiting(), {*self.not_told, *self.held_back})
 
     def make_batch(self, reqs: Sequence[Any]) -> Any | None:
         self.is_admitting = True
@@ -153,6 +162,7 @@ class UnifiedRole(SchedulerRole):
         batch.launch_ts = time.monotonic() - task.executed_s
         scheduler._prev_prefill_end_ts = None
         super().finish(task)
+        batch.hicache_consumer_index = -1  # its load is over, and its decode steps would wait for those of others
         members = len(batch.reqs)
         batch.filter_batch()
         if not batch.is_empty():
@@ -300,6 +310,16 @@ class UnifiedRole(SchedulerRole):
     @property
     def not_ready(self) -> int:
         return len(self.held_back)
+
+    def _forget_ended(self) -> None:
+        """Requests of which the hub has not been told may have been aborted or refused."""
+        ended = {*self.not_told, *self.held_back}
+        for req in reversed(self.scheduler.waiting_queue):  # near its end, where requests are put
+            if not ended:
+                return
+            ended.discard(req)
+        self.not_told = [req for req in self.not_told if req not in ended]
+        self.held_back = [req for req in self.held_back if req not in ended]
 
     def _end(self, reqs: Sequence[Any]) -> None:
         """Answer ``reqs``, which are to end although their prefill has not run, and free what they hold. Their KV cache

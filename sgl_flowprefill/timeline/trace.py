@@ -23,7 +23,7 @@ from perfetto.protos.perfetto.trace.perfetto_trace_pb2 import (
 )
 from perfetto.trace_builder.proto_builder import StreamingTraceProtoBuilder
 
-from sgl_flowprefill.events import Complete, Fail, read_events
+from sgl_flowprefill.events import Complete, Fail, read_events, rounded
 from sgl_flowprefill.timeline.history import (
     BESIDE_STEP,
     DECODING,
@@ -335,11 +335,11 @@ def _args(request: Request) -> Args:
         "deadline_s": arrival.deadline_s,
         "met": request.verdict.met,
         "cause": None if request.verdict.cause is None else str(request.verdict.cause),
-        "late_s": _rounded(request.late_s),
+        "late_s": rounded(request.late_s),
         "alone_s": None if ready is None else ready.predicted_s,
-        "others_s": _rounded(request.others_s),
-        "steps_s": _rounded(request.steps_s),
-        "overrun_s": _rounded(request.course.overrun_s),
+        "others_s": rounded(request.others_s),
+        "steps_s": rounded(request.steps_s),
+        "overrun_s": rounded(request.course.overrun_s),
         "tasks": ", ".join(str(task.start.task) for task in request.tasks) or None,
         "suspensions": sum(task.suspensions for task in request.tasks),
         "end": None if end is None else end.kind,
@@ -365,10 +365,6 @@ def _name(task: Task) -> str:
 
 def _joined(rids: Sequence[str]) -> str:
     return ", ".join(rids)
-
-
-def _rounded(value: float | None) -> float | None:
-    return None if value is None else round(value, 6)
 
 
 def _present(flow: int | None) -> Sequence[int]:

@@ -4,8 +4,10 @@ A task that has completed is compared with its prediction. What it took more tha
 slower (by the median of the tasks around it), or the model is wrong about its shape, which is what is learned. A
 measurement far from all that its kind of batch has shown is refused: somebody stopped the process, or its clock jumped.
 
-A *challenger* is fitted to the rows but the newest, and judged by these, which neither it nor the *champion*, the model
-in use, has seen. No clock, no file, no process here: ``profiling.refit`` runs ``refit`` in a process of its own.
+A *challenger* is fitted to the rows but those of the newest tasks, and judged by these, which neither it nor the
+*champion*, the model in use, has seen. What was explored is fitted to and judges nothing: it was chosen because the
+champion knows it least, and clients may never send it. No clock, no file, no process here: ``profiling.refit`` runs
+``refit`` in a process of its own.
 ``RefittedTTFT`` is the round that a server and a simulated one go through: observe, keep the row, refit, take over.
 """
 
@@ -27,6 +29,7 @@ from sgl_flowprefill.ttft.features import Array, Features, features
 from sgl_flowprefill.ttft.kinds import kind
 from sgl_flowprefill.ttft.online import AdaptiveTTFT, Prediction
 from sgl_flowprefill.ttft.reservoir import (
+    EXPLORED,
     NUMBER,
     OF_PROFILE,
     SLOWNESS,
@@ -108,8 +111,9 @@ class Journal:
     def explored(self, batch: Sequence[PrefillShape], measured_s: float, profiled_s: float, slowness: float) -> None:
         """``batch`` was run for its time alone; how slow the machine was then has been measured beside it."""
         self.number += 1
+        log_ratio = math.log(measured_s / profiled_s)
         self.explored_rows += self._keep(
-            features(batch), measured_s, math.log(measured_s / profiled_s), self.number, math.log(slowness)
+            features(batch), measured_s, log_ratio, self.number, math.log(slowness), explored=True
         )
 
     def new_model(self) -> None:
@@ -117,7 +121,15 @@ class Journal:
         self._pending.clear()
         self._around.clear()
 
-    def _keep(self, of: Features, seconds: float, log_ratio: float, number: int, log_slowness: float) -> bool:
+    def _keep(
+        self,
+        of: Features,
+        seconds: float,
+        log_ratio: float,
+        number: int,
+        log_slowness: float,
+        explored: bool = False,
+    ) -> bool:
         """Whether the measurement is believed, and a row now."""
         residual = log_ratio - log_slowness
         last = self._of_kind.setdefault(kind(*of[:3]), deque([0.0] * KIND_MEMORY, maxlen=KIND_MEMORY))
@@ -127,7 +139,7 @@ class Journal:
         self._deviations.append(deviation)
         is_believed = deviation <= too_far
         if is_believed:
-            self.reservoir.add(Row(*of, seconds, math.exp(log_slowness), float(number)))
+            self.reservoir.add(Row(*of, seconds, math.exp(log_slowness), float(number), float(explored)))
         else:
             self.refused += 1
         return is_believed
@@ -183,9 +195,9 @@ class Refit:
 
     challenger: Fitted
     trained_through: int
-    """Number of the last row that it was fitted to."""
+    """Number of the last task that it was fitted to."""
     judged: int
-    """Rows that judged."""
+    """Tasks that judged."""
     champion_error: float
     challenger_error: float
     """Mean absolute error of the log of seconds on these, with the median taken out, which the online factor knows."""
@@ -195,17 +207,20 @@ class Refit:
 
 
 def refit(rows: Array, champion: BoostedTTFT, trained_through: int) -> Refit | None:
-    """Fit a challenger of ``champion``, which was fitted to rows of numbers up to ``trained_through``.
+    """Fit a challenger of ``champion``, which was fitted to tasks of numbers up to ``trained_through``.
 
-    None with too few rows that the champion has not seen.
+    None with too few tasks that the champion has not seen.
     """
     own = rows[rows[:, NUMBER] > OF_PROFILE]
     own = own[np.argsort(own[:, NUMBER])]
-    unseen = int((own[:, NUMBER] > trained_through).sum())
+    is_task = own[:, EXPLORED] == 0
+    tasks = own[is_task]
+    unseen = int((tasks[:, NUMBER] > trained_through).sum())
     if unseen < 2 * LEAST_JUDGED:
         return None
     count = min(max(LEAST_JUDGED, int(JUDGED_SHARE * unseen)), MOST_JUDGED)
-    known, judging = own[:-count], own[-count:]
+    judging = tasks[-count:]
+    known = own[~is_task | (own[:, NUMBER] < judging[0, NUMBER])]
     champion_errors = errors(champion, judging)
     parts = [known[len(known) - part :] for part in _parts(len(known))]
     beside = [_fit(needed(rows, part)) for part in parts]
@@ -224,7 +239,7 @@ def refit(rows: Array, champion: BoostedTTFT, trained_through: int) -> Refit | N
     least = max(LEAST_GAIN * champion_errors.mean(), SIGNIFICANT * gain.std() / math.sqrt(count))
     return Refit(
         challenger=challenger,
-        trained_through=int(known[-1, NUMBER]),
+        trained_through=int(tasks[-count - 1, NUMBER]),
         judged=count,
         champion_error=float(champion_errors.mean()),
         challenger_error=float(challenger_errors.mean()),

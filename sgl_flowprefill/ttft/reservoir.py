@@ -33,18 +33,21 @@ class Row(NamedTuple):
     """How many times slower than in the profile the machine was then."""
     number: float
     """Counts the tasks of a server, over its restarts; OF_PROFILE."""
+    explored: float = 0.0
+    """1 for a batch that nobody asked for, which was run for its time alone."""
 
 
 COLUMNS: Final = len(Row._fields)
 SECONDS: Final = Row._fields.index("seconds")
 SLOWNESS: Final = Row._fields.index("slowness")
 NUMBER: Final = Row._fields.index("number")
+EXPLORED: Final = Row._fields.index("explored")
 
 
 def rows_of_profile(matrix: Array, seconds: Array) -> Array:
     """[batches, COLUMNS] rows of a profile: ``seconds`` of batches with the features in ``matrix``, as usual."""
     ones = np.ones(len(matrix))
-    return np.column_stack([matrix, seconds, ones, OF_PROFILE * ones])
+    return np.column_stack([matrix, seconds, ones, OF_PROFILE * ones, 0 * ones])
 
 
 def features_of(rows: Array) -> Array:

@@ -18,6 +18,7 @@ from sgl_flowprefill.model import embedded_model_path
 from sgl_flowprefill.ttft import PrefillShape
 from tests.chaos import Rounds, calm
 from tests.engine import Engine, PrefillEngine
+from tests.exploring import explore, explorer_of
 from tests.late_transfers import make_late
 from tests.prompts import prompt
 from tests.reference import Comparison, Reference
@@ -232,6 +233,76 @@ def test_a_prefill_waits_for_its_load_after_a_decode_step(unified: Remote, compa
     comparison.compare(asked, {rid: answers[rid] for rid in asked})
     comparison.assert_same()
     assert comparison.counts["answers"] == 2
+
+
+def step_of_a_stream_that_was_loaded(engine: LateUnified) -> tuple[dict[str, Answer], list[int]]:
+    """A decode step of a stream whose own load took the counter that another one has taken since. How many loads were
+    under way before it, and behind it.
+    """
+    engine.assert_clean()
+    for rid in ("first", "other"):
+        engine.submit(rid, Ask(tuple(PREFIX_OF[rid]), 1))
+        engine.run()
+    for i in range(8):
+        engine.submit(f"evicts{i}", Ask(tuple(prompt(500 + i, 900)), 1))
+        engine.run()
+    engine.submit("stream", LOADED_STREAM)
+    while not engine.hub.role.streams:
+        engine.turn()
+    controller, executor = engine.scheduler.tree_cache.cache_controller, engine.hub.executor
+    controller.layer_done_counter.producer_index -= 1
+    usual, executor.interrupted = executor.interrupted, lambda: True
+    engine.submit("suspended", SUSPENDED)
+    while not any(task.has_run for task in engine.hub.work.tasks.live):
+        engine.turn()
+
+    def loads_under_way() -> int:
+        events = [load.finish_event for load in controller.ack_load_queue]
+        return sum(event.stream.run < event.place for event in events)
+
+    under_way = [loads_under_way()]
+    engine.hub.step()
+    under_way.append(loads_under_way())
+    executor.interrupted = usual
+    engine.run()
+    return dict(engine.answers), under_way
+
+
+PREFIX_OF = {"first": prompt(71, 600), "other": prompt(75, 600)}
+LOADED_STREAM = Ask(tuple(prompt(76, 700, prompt(75, 600))), 60, (("ignore_eos", True),))
+
+
+@pytest.mark.stress
+def test_a_stream_waits_for_no_load(unified: Remote, comparison: StockComparison) -> None:
+    answers, under_way = unified.call(step_of_a_stream_that_was_loaded)
+    assert under_way == [1, 1]
+    asked = {"suspended": SUSPENDED, "stream": LOADED_STREAM}
+    comparison.compare(asked, {rid: answers[rid] for rid in asked})
+    comparison.assert_same()
+
+
+def explore_beside_a_prefix_in_host_memory(engine: Late) -> tuple[int, int]:
+    """How many loads exploring took, and how many tokens of the last prompts it found on the device."""
+    calm(engine)
+    engine.assert_clean()
+    prefix = prompt(77, 1200)
+    for rid, tokens in (("first", prefix), *((f"evicts{i}", prompt(520 + i, 900)) for i in range(8))):
+        engine.submit(rid, tokens)
+        engine.run()
+    engine.hub.role.recent_prompts.clear()
+    engine.hub.role.recent_prompts.append(prefix)
+    explorer = explorer_of(engine)
+    before = len(engine.loads.tokens)
+    found_tokens = explorer.engine.find_prefix()
+    for _ in range(10):
+        explore(engine, explorer)
+    return len(engine.loads.tokens) - before, found_tokens
+
+
+def test_exploration_loads_no_prefix_back(remote: Remote) -> None:
+    loads, found_tokens = remote.call(explore_beside_a_prefix_in_host_memory)
+    assert loads == 0
+    assert found_tokens < 600
 
 
 def evict_and_match(engine: Late) -> tuple[PrefillShape, PrefillShape, int]:

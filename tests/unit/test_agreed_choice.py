@@ -15,8 +15,10 @@ import pytest
 pytest.importorskip("sglang")
 
 from sgl_flowprefill.hub.loop import MATCH_ROUNDS
+from sgl_flowprefill.hub.shedding import LATE, Shedding
 from sgl_flowprefill.hub.waiting import BLOCK_TOKENS
 from sgl_flowprefill.policy import Limits, make_policy
+from sgl_flowprefill.slo import Objective
 from sgl_flowprefill.ttft import PrefillShape
 from tests.simulated_device import (
     HostCosts,
@@ -112,8 +114,22 @@ class Rank:
         self.hub: Any = server.hub
         self.hub.role = self.engine
         self.hub.agreement = self.agreement = InTurn(meeting, rank)
+        self.reasons: list[str] = []
         if rank:  # whose predictions count for nothing
             server.times.predict_s = lambda batch: 7.0  # type: ignore[method-assign]
+
+    def refuse_late(self) -> None:
+        """Refuse what cannot be met, of requests that may all be refused."""
+        engine = self.engine
+        arrived = engine.arrived
+        engine.arrived = lambda: (one._replace(objective=PROMISE) for one in arrived())  # type: ignore[method-assign]
+
+        def refuse(reasons: dict[SimulatedRequest, str], retry_after_s: int) -> None:
+            engine.log.append(("refuse", [req.rid for req in reasons]))
+            engine._waiting = [req for req in engine._waiting if req not in reasons]
+            self.reasons += reasons.values()
+
+        self.hub.sheds, self.hub.refuse = True, refuse
 
     def run(self) -> None:
         """Serve all requests, each task to its end at once."""
@@ -122,6 +138,8 @@ class Rank:
             if not waiting and not self.engine.has_arrivals():
                 self.engine.device.now_s = self.engine.requests_to_come[0].arrival_s
             self.hub.look()
+            if not waiting:  # all were refused
+                return
             outdated, before = bool(waiting.outdated()), self.agreement.count
             choice = self.hub.choose()
             assert isinstance(choice, list)
@@ -180,6 +198,29 @@ def test_ranks_match_and_start_alike_whatever_arrives(seed: int) -> None:
     logs = run_ranks(arrivals)
     assert logs[0] == logs[1]
     assert sum(len(rids) for kind, rids in logs[0] if kind == "start") == 25
+
+
+PROMISE = Objective(0.5, 0.1, sheddable=True)
+
+
+def test_ranks_refuse_alike_and_only_the_first_one_keeps_what_may_be_refused() -> None:
+    """More than there is time for, so that many are refused at once."""
+    arrivals = {str(number): (0.0, list(range(500 * number, 500 * number + 100)), 0.5) for number in range(400)}
+    meeting = Meeting()
+    ranks = [Rank(meeting, number, arrivals) for number in range(RANKS)]
+    for rank in ranks:
+        rank.refuse_late()
+    ranks[0].hub.work.shedding = Shedding()
+    with ThreadPoolExecutor(RANKS) as pool:
+        for done in [pool.submit(rank.run) for rank in ranks]:
+            done.result()
+    logs = [rank.engine.log for rank in ranks]
+    assert logs[0] == logs[1]
+    refused = [rids for kind, rids in logs[0] if kind == "refuse"]
+    assert max(map(len, refused)) > 300
+    assert sum(map(len, refused)) + sum(len(rids) for kind, rids in logs[0] if kind == "start") == 400
+    assert set(ranks[0].reasons) == {LATE}
+    assert set(ranks[1].reasons) == {""}, "who decides answers"
 
 
 class Offers:

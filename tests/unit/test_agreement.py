@@ -93,6 +93,22 @@ def test_all_ranks_leave_every_round_at_the_same_point(
     assert all(point == length or stopped for length, point, stopped in ends[0])
 
 
+def agree_on_many(rank: int, pipe: Connection) -> None:
+    agreement = Agreement(dist.group.WORLD, Wakeup(), (lambda: False) if rank == 0 else None, wait_s=30.0)
+    for count in MANY:
+        pipe.send(agreement.agree(range(count)))
+
+
+MANY = (0, 127, 128, 129, 254, 255, 1000)
+"""Requests that an overloaded server refuses at once may be more than an all-reduce carries."""
+
+
+def test_a_decision_may_have_any_number_of_values(tmp_path: Path) -> None:
+    with Processes(2, tmp_path, agree_on_many) as processes:
+        for count in MANY:
+            assert processes.receive(0) == processes.receive(1) == list(range(count))
+
+
 def wake_rank_0(rank: int, pipe: Connection) -> None:
     wakeup = Wakeup()
     Agreement(dist.group.WORLD, wakeup, (lambda: False) if rank == 0 else None)

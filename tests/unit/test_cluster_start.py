@@ -198,6 +198,19 @@ def test_a_server_whose_port_was_taken_while_it_started_is_not_waited_for(restar
     assert "[Errno 98]" in str(error.value)
 
 
+def test_a_server_that_cannot_listen_after_a_restart_is_started_again_without_waiting_for_its_time(restarting):
+    member = restarting.first
+    server = member.server
+    with open(server.log, "a") as log:
+        log.write("ERROR:    [Errno 98] error while attempting to bind on address ('127.0.0.1', 1)\n")
+    while member.server is server and member.seen is None:
+        restarting.members.check()
+        time.sleep(0.01)
+    assert restarting.guard.killed == [server]
+    assert "the prefill-0 server cannot listen at http://127.0.0.1:" in restarting.said[0]
+    assert "started again in 1 s" in restarting.said[0]
+
+
 def test_a_server_that_does_not_come_back_in_time_is_started_again(restarting):
     member = restarting.first
     server = member.server

@@ -332,7 +332,8 @@ def test_a_retracted_stream_starts_before_all_other_requests_but_not_in_place_of
     assert policy.next(0.0, None).job is returned
     assert policy.next(0.0, None, admit=False).act is Act.STEP, "no KV cache for it"
     assert policy.next(0.2, None).act is Act.STEP
-    policy.prefills.remove(returned)  # it has started, or its client has left
+    policy.prefills.remove(returned)
+    policy.waits_no_longer(returned)
     assert policy.next(0.0, None).job is urgent
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -314,6 +315,23 @@ def test_the_recorder_tells_of_each_request_once_that_it_can_be_run_and_that_it_
     [leave] = [event for event in events if isinstance(event, Leave)]
     assert (leave.rid, leave.reason) == ("sent", UNSET)
     assert [event.rids for event in events if isinstance(event, Abort)] == [["aborted"]]
+
+
+def test_nothing_is_kept_of_requests_that_have_left(tmp_path: Path) -> None:
+    """All are aborted: one that waits, one that runs, and a health check, of which no end is told."""
+    recorder = EventRecorder(tmp_path / "events.jsonl")
+    requests = [Req("waits"), Req("runs"), Req("HEALTH_CHECK_1")]
+    refs = [weakref.ref(req) for req in requests]
+    for req in requests:
+        recorder.arrived(req, received_s=1.0, objective=Objective(5.0, 0.1))
+    recorder.abort_asked(requests)
+    recorder.answered(requests[0], "aborted", None)
+    recorder.dropped(SimpleNamespace(id=0, reqs=requests[1:], operators_passed=9))  # type: ignore[arg-type]
+    for req in requests[1:]:
+        recorder.answered(req, "aborted", None)
+    del req
+    requests.clear()
+    assert [ref() for ref in refs] == [None] * 3
 
 
 def test_a_request_that_is_lost_after_its_prefill_leaves_with_the_reason(tmp_path: Path) -> None:

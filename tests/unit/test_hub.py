@@ -6,7 +6,8 @@ import math
 import threading
 import time
 from array import array
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from itertools import pairwise
 from types import SimpleNamespace
@@ -17,6 +18,7 @@ import pytest
 pytest.importorskip("sglang")
 
 from sglang.srt.constrained.grammar_manager import GrammarManager
+from sglang.srt.disaggregation.base import KVPoll
 from sglang.srt.managers.scheduler import Scheduler
 from sglang.srt.managers.scheduler_components.invariant_checker import create_scheduler_watchdog
 
@@ -39,6 +41,7 @@ from sgl_flowprefill.runtime.memory import Activations, TaskMemory
 from sgl_flowprefill.runtime.prefill_role import PrefillRole
 from sgl_flowprefill.runtime.scheduler import FlowPrefillScheduler
 from sgl_flowprefill.runtime.scheduler_role import input_logprobs
+from sgl_flowprefill.runtime.unified_role import UnifiedRole
 from sgl_flowprefill.runtime.unified_scheduler import UnifiedScheduler
 from sgl_flowprefill.runtime.wakeup import Wakeup
 from sgl_flowprefill.ttft import AdaptiveTTFT, PrefillShape
@@ -265,6 +268,88 @@ def test_many_waiting_requests_are_looked_at_in_turns_for_those_whose_decode_ser
         scheduler.role.drop_stalled()
     assert max(looks) <= 512
     assert sorted(scheduler.waiting_queue) == [number for number in numbers if number >= 0]
+
+
+def test_a_bootstrap_whose_request_never_comes_is_forgotten() -> None:
+    queue = [SimpleNamespace(bootstrap_room=7)]
+    role = with_role(disagg_prefill_bootstrap_queue=SimpleNamespace(queue=queue)).role
+    for room in (7, 8):
+        role.note_transfer_status(room, KVPoll.WaitingForInput)
+    role._forget_rooms()
+    assert list(role._bootstrapped_s) == [7]
+
+
+def test_a_bootstrap_that_begins_is_no_event() -> None:
+    role = with_role().role
+    role.note_transfer_status(7, KVPoll.Bootstrapping)
+    assert not role.wakeup.pending
+    role.note_transfer_status(7, KVPoll.WaitingForInput)
+    assert role.wakeup.pending
+
+
+def test_all_health_checks_are_answered_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each HTTP worker of a server sends its own, and nothing else may happen for the rest of a long prefill."""
+    sent: list[Any] = []
+    channels = SimpleNamespace(send_to_tokenizer=SimpleNamespace(send_output=sent.append))
+    scheduler = with_role(
+        return_health_check_ipcs=deque(["one", "another"]),
+        ipc_channels=channels,
+        rust_server=None,
+        grammar_manager=Grammars(),
+    )
+    monkeypatch.setattr(Scheduler, "ingest_requests", lambda scheduler: None)
+    scheduler.role.take_messages()
+    assert [output.http_worker_ipc for output in sent] == ["one", "another"]
+
+
+class LongQueue(list[Any]):
+    """Counts what is looked at of it."""
+
+    looked_at = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        for req in super().__iter__():
+            self.looked_at += 1
+            yield req
+
+    def __reversed__(self) -> Iterator[Any]:
+        for req in super().__reversed__():
+            self.looked_at += 1
+            yield req
+
+
+def test_the_hub_is_told_of_requests_without_a_look_at_all_that_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    scheduler: Any = SimpleNamespace(
+        enable_hierarchical_cache=False, waiting_queue=LongQueue(object() for _ in range(10_000))
+    )
+    parts = (FlowPrefillConfig().default_ttft_slo, Tasks(), Wakeup(), CpuDevice(), OneRank(lambda: False))
+    role: Any = UnifiedRole(scheduler, *parts, EventRecorder(None))  # type: ignore[arg-type]
+    monkeypatch.setattr(role, "_arrival", lambda req: req)
+    monkeypatch.setattr(role, "take_messages", lambda: False)
+    queue, known = scheduler.waiting_queue, scheduler.waiting_queue[:]
+
+    def come(*reqs: object) -> None:
+        for req in reqs:
+            queue.append(req)
+            role.note_queued(req)
+
+    role.streams["a stream"] = Stream(0.1, 10, 0.0)  # which may free KV cache for what was given back
+    come("first", "second")
+    role.held_back.append("given back")
+    queue.insert(10_000, "given back")
+    role.take_news(stalls_due=False)
+    assert len(role.waiting()) == 10_000
+    assert list(role.arrived()) == ["first", "second"]
+    assert len(role.waiting()) == 10_002
+    assert queue.looked_at < 20
+    assert list(role.waiting()) == [*known, "first", "second"]
+    come("aborted", "third")
+    for req in ("given back", "aborted"):
+        queue.remove(req)
+    role.take_news(stalls_due=False)
+    assert len(role.waiting()) == 10_002
+    assert (list(role.arrived()), role.held_back) == (["third"], [])
+    assert list(role.waiting()) == [*known, "first", "second", "third"]
 
 
 class Grammars(GrammarManager):

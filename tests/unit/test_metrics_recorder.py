@@ -53,6 +53,18 @@ def test_a_preemption_counts_with_how_long_it_blocked_and_the_suspended_prefill_
     assert found["forward_seconds_total"] == pytest.approx(2 * LAYERS * OPERATOR_S * 11, rel=0.05)
 
 
+def test_a_suspended_prefill_that_is_run_to_its_end_before_the_weights_change_goes_on() -> None:
+    requests = [("long", 0.0, 1000, 100.0), ("urgent", 0.1, 500, 0.5), ("later", 0.12, 100, 200.0)]
+    measured = Measured([SimulatedRequest(*request) for request in requests])
+    hub = measured.server.hub
+    hub.turn()
+    hub.turn()
+    assert hub.work.tasks.running is hub.work.tasks.live[1], "the other one is suspended"
+    hub.finish_started()
+    assert not hub.work.tasks
+    assert measured.samples()["suspension_seconds_count"] == 1
+
+
 def test_an_event_costs_what_the_hub_takes_from_a_stop_to_what_runs_next() -> None:
     measured = Measured([SimulatedRequest("long", 0.0, 1000, 100.0), SimulatedRequest("urgent", 0.1, 100, 0.2)])
     measured.server.run_all()

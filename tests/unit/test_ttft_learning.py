@@ -20,6 +20,7 @@ from sgl_flowprefill.ttft.boosted import BoostedTTFT, Fitted, fit_rows, train
 from sgl_flowprefill.ttft.features import COUNT, Array, feature_matrix, features
 from sgl_flowprefill.ttft.learning import REFIT_TASKS, Journal, RefittedTTFT, errors, needed, refit
 from sgl_flowprefill.ttft.reservoir import (
+    EXPLORED,
     NUMBER,
     OF_PROFILE,
     SLOWNESS,
@@ -266,6 +267,31 @@ def test_too_few_tasks_that_the_champion_has_not_seen_decide_nothing() -> None:
     rows = rows_for(cost_s, 60, 0.02, 0)
     assert refit(rows, FITTED.model, 40) is None
     assert refit(PROFILE, FITTED.model, 0) is None
+
+
+def test_what_was_explored_judges_nobody() -> None:
+    """The champion is right about all tasks, and wrong about some shapes that only an idle server runs."""
+    journal, rng = Journal(Reservoir.of(PROFILE)), random.Random(0)
+
+    def explore(count: int) -> None:
+        for number in range(count):
+            batch, factor = ((PrefillShape(200),), 1.0) if number % 2 else ((PrefillShape(200, 3000),), 1.35)
+            seconds = factor * cost_s(batch) * math.exp(rng.gauss(0, 0.02))
+            journal.explored(batch, seconds, cost_s(batch), 1.0)
+
+    explore(60)
+    assert refit(journal.reservoir.rows, FITTED.model, 0) is None
+    for batch in tasks(80):
+        journal.completed(batch, cost_s(batch) * math.exp(rng.gauss(0, 0.02)), cost_s(batch))
+    explore(60)
+    rows = journal.reservoir.rows
+    of_tasks = rows[(rows[:, NUMBER] > OF_PROFILE) & (rows[:, EXPLORED] == 0)]
+    of_tasks = of_tasks[np.argsort(of_tasks[:, NUMBER])]
+    found = refit(rows, FITTED.model, 0)
+    assert found is not None
+    assert found.champion_error == pytest.approx(errors(FITTED.model, of_tasks[-found.judged :]).mean())
+    assert found.trained_through == of_tasks[-found.judged - 1, NUMBER]
+    assert not found.is_better
 
 
 def test_trees_that_fall_are_found_out() -> None:

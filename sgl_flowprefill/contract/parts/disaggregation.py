@@ -41,7 +41,7 @@ PART: Final = Part(
         *rows(
             "reads",
             "sglang.srt.disaggregation.base:",
-            "KVPoll KVPoll.WaitingForInput KVPoll.Failed",
+            "KVPoll KVPoll.Bootstrapping KVPoll.WaitingForInput KVPoll.Failed",
             "says how far the transfer of a request has come",
             "blocking times cannot be told",
         ),

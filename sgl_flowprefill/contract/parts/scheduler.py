@@ -19,6 +19,12 @@ PART: Final = Part(
             "takes messages, and answers health checks",
             "requests are not read",
         ),
+        *attributes(
+            SCHEDULER,
+            "return_health_check_ipcs",
+            "holds the health checks that are to be answered",
+            "the health checks of all HTTP workers but one wait for the next event",
+        ),
         *rows(
             "calls",
             SCHEDULER,
