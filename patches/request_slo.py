@@ -17,7 +17,7 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import aclosing
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 from typing import Any, Final
 
@@ -48,8 +48,9 @@ PROMPT: Final = "sglang.srt.managers.tokenizer_manager.TokenizerManager._create_
 
 @dataclass(frozen=True)
 class FromHttp:
-    """What the HTTP request of a prompt says beside the prompt's own parameters."""
+    """What the HTTP request of a prompt says beside the prompt's own parameters, and by which policy it is read."""
 
+    resolver: Resolver
     header_asks: tuple[Ask, ...] = ()
     custom_params: Any = None
     priority: int | None = None
@@ -59,7 +60,7 @@ class FromHttp:
     """A digest of it."""
 
 
-_FROM_HTTP: Final[ContextVar[FromHttp]] = ContextVar("flowprefill_from_http", default=FromHttp())  # noqa: B039
+_FROM_HTTP: Final[ContextVar[FromHttp]] = ContextVar("flowprefill_from_http")
 
 
 def apply(config: FlowPrefillConfig) -> None:
@@ -103,8 +104,8 @@ class Objectives:
     clock: Callable[[], float] = time.monotonic
 
     def use(self, policy: SloPolicy) -> None:
-        """Requests from now on go by ``policy``."""
-        self.resolver.policy = policy
+        """Requests from now on go by ``policy``; those that have come go on by the one before."""
+        self.resolver = replace(self.resolver, policy=policy)
 
     async def check_first(self, original: Callable[..., Awaitable[Any]], *args: Any) -> Any:
         """The hook of endpoints that stream: a wrong objective is the API's own 400."""
@@ -114,7 +115,7 @@ class Objectives:
             body, from_http = await self._read(args[-1])
             error = body_error(body)
             if error is None:
-                self.resolver.check([*map(body_ask, all_custom_params(body)), *from_http.header_asks])
+                from_http.resolver.check([*map(body_ask, all_custom_params(body)), *from_http.header_asks])
         except SloError as wrong:
             error = str(wrong)
         if error is not None:
@@ -135,12 +136,13 @@ class Objectives:
     def resolve(self, tokenized: Any, manager: Any, obj: Any, *_args: Any) -> None:
         """The hook of every prompt: its objective becomes part of what is sent to the scheduler. Raises SloError."""
         params, from_http = tokenized.sampling_params, _FROM_HTTP.get()
+        resolver = from_http.resolver
         if params.custom_params is not None and not isinstance(params.custom_params, Mapping):
             return
         asks = (body_ask(params.custom_params), *from_http.header_asks)
-        self.resolver.check(asks)
+        resolver.check(asks)
         priority = from_http.priority if obj.priority in NO_PRIORITY else obj.priority
-        objective = self.resolver.resolve(
+        objective = resolver.resolve(
             Request(
                 asks,
                 priority,
@@ -157,6 +159,7 @@ class Objectives:
         """Body and meaning of an HTTP request; of none, or of one of gRPC, which has no body of its own, what there is.
         Raises SloError.
         """
+        resolver = self.resolver
         body: Any = None
         if hasattr(request, "json"):
             try:
@@ -168,7 +171,8 @@ class Objectives:
         priority, tier, model = fields.get("priority"), fields.get("service_tier"), fields.get("model")
         key = headers.get("authorization") or headers.get("x-api-key") or ""
         return body, FromHttp(
-            tuple(header_asks(headers, self.resolver.policy)),
+            resolver,
+            tuple(header_asks(headers, resolver.policy)),
             fields.get(CUSTOM_PARAMS),
             priority if isinstance(priority, int) and not isinstance(priority, bool) else None,
             tier if isinstance(tier, str) else None,

@@ -144,8 +144,8 @@ class Hub(Generic[RoleT]):
 
     def shed(self) -> None:
         """Refuse the requests that may be refused and for which there is no time or room, at all ranks the same."""
-        refused = self.work.refused(self.now_s()) if self.agreement.decides else []
-        reasons = {one.job.item.number: one.why for one in refused}
+        # All look, as each forgets what it has looked at. What the rank that decides finds counts.
+        reasons = {one.job.item.number: one.why for one in self.work.refused(self.now_s())}
         jobs = self.work.waiting.numbered(self.agreement.agree(list(reasons)))
         if jobs:
             backlog_s, retry_after_s = self.work.retry_after_s(without=jobs)

@@ -31,9 +31,14 @@ READ: Final[Mapping[str, Callable[[Any], float | str | bool | None]]] = {
 def with_objective(sampling_params: Any, custom_params: Any) -> Any:
     """``sampling_params`` of a ``/generate`` body with the objectives of the ``custom_params`` at its top.
 
-    There may be one mapping, one for each prompt, or None. Raises SloError for an invalid objective, and for one at
-    the top where ``sampling_params`` name another.
+    There may be one mapping, one for each prompt, or None. Raises SloError for an invalid objective, for one at the top
+    where ``sampling_params`` name another, and for ``custom_params`` at the top that are no mapping.
     """
+    if custom_params is not None and not isinstance(custom_params, Mapping):
+        raise SloError(
+            f"custom_params at the top of the request must be an object, got {shortened(custom_params)}; prompts of "
+            "one request that need different ones have them in a list of sampling_params."
+        )
     if isinstance(sampling_params, list):
         return [with_objective(one, custom_params) for one in sampling_params]
     if sampling_params is not None and not isinstance(sampling_params, Mapping):
@@ -89,7 +94,8 @@ def body_error(body: Any) -> str | None:
         return None
     try:
         for custom_params in all_custom_params(body):
-            with_objective(None, custom_params)
+            for read in READ.values():
+                read(custom_params)
         with_objective(body.get(SAMPLING_PARAMS), body.get(CUSTOM_PARAMS))
     except SloError as error:
         return str(error)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from itertools import takewhile
@@ -15,8 +15,10 @@ import pytest
 pytest.importorskip("sglang")
 
 from sgl_flowprefill.hub.loop import MATCH_ROUNDS
+from sgl_flowprefill.hub.shedding import FORGOTTEN, Shedding
 from sgl_flowprefill.hub.waiting import BLOCK_TOKENS
 from sgl_flowprefill.policy import Limits, make_policy
+from sgl_flowprefill.slo import Objective
 from sgl_flowprefill.ttft import PrefillShape
 from tests.simulated_device import (
     HostCosts,
@@ -122,6 +124,8 @@ class Rank:
             if not waiting and not self.engine.has_arrivals():
                 self.engine.device.now_s = self.engine.requests_to_come[0].arrival_s
             self.hub.look()
+            if not waiting:
+                continue  # all were refused
             outdated, before = bool(waiting.outdated()), self.agreement.count
             choice = self.hub.choose()
             assert isinstance(choice, list)
@@ -212,3 +216,44 @@ def test_ranks_adopt_a_model_at_the_same_task_when_the_first_one_has_it() -> Non
         for done in [pool.submit(rank.run) for rank in ranks]:
             done.result()
     assert [offer.adopted_after for offer in offers] == [[4], [4]]
+
+
+class SheddingRank(Rank):
+    """A rank whose requests may all be refused. Another than the first one predicts that all can be met."""
+
+    def __init__(self, meeting: Meeting, rank: int, arrivals: dict[str, tuple[float, list[int], float]]) -> None:
+        super().__init__(meeting, rank, arrivals)
+        if rank:
+            self.hub.work.ttft.predict_s = lambda batch: 0.0
+        self.shedding = self.hub.work.shedding = Shedding()
+        self.refused: list[tuple[list[str], bool]] = []
+        """The requests that were refused together, and whether the reasons were known."""
+        self.hub.refuse = self._refuse
+        self._arrived = self.engine.arrived
+        self.engine.arrived = self._promised  # type: ignore[method-assign]
+
+    def _promised(self) -> Any:
+        for arrival in self._arrived():
+            yield arrival._replace(objective=Objective(1.0, 0.1, sheddable=True))
+
+    def _refuse(self, reasons: Mapping[SimulatedRequest, str], retry_after_s: int) -> None:
+        self.refused.append(([req.rid for req in reasons], all(reasons.values())))
+        self.engine._waiting = [req for req in self.engine._waiting if req not in reasons]
+
+
+def test_ranks_refuse_the_same_requests_and_what_is_refused_or_served_leaves_nothing_behind() -> None:
+    rng, arrivals, now_s = random.Random(3), {}, 0.0
+    for number in range(200):
+        now_s += rng.expovariate(1 / 0.02)
+        arrivals[str(number)] = (now_s, list(range(1000 * number, 1000 * number + 400)), rng.uniform(0.05, 0.4))
+    meeting = Meeting()
+    ranks = [SheddingRank(meeting, number, arrivals) for number in range(RANKS)]
+    with ThreadPoolExecutor(RANKS) as pool:
+        for done in [pool.submit(rank.run) for rank in ranks]:
+            done.result()
+    first, other = ([rids for rids, _ in rank.refused] for rank in ranks)
+    assert first == other
+    assert 20 < len([rid for rids in first for rid in rids]) < 180, "some are refused and some are served"
+    assert all(known for _, known in ranks[0].refused)
+    assert ranks[0].engine.log == ranks[1].engine.log
+    assert max(rank.shedding.remembered for rank in ranks) <= FORGOTTEN

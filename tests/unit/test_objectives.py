@@ -110,6 +110,13 @@ def test_the_tightest_objective_that_a_client_may_ask_for_is_what_a_tighter_one_
     assert policed().resolve(Request(priority=10), now_s=0.0).ttft_s == 0.5
 
 
+def test_the_time_between_tokens_has_a_bound_too() -> None:
+    policy = parse("classes: {default: {tbt_s: 0.1, min_tbt_s: 0.02}, lax: {}}", "policy.yaml")
+    served = Resolver(5.0, 1.0, policy=policy)
+    asks = [Ask("body", tbt_s=0.001), Ask("body", tbt_s=0.03), Ask("body"), Ask("body", tbt_s=0.001, slo_class="lax")]
+    assert [served.resolve(Request([ask]), 0.0).tbt_s for ask in asks] == [0.02, 0.03, 0.1, 0.001]
+
+
 def test_beyond_the_rate_of_tight_requests_the_class_gives_its_own_objective() -> None:
     served, tight = policed(), Request([Ask("body", 0.3, slo_class="interactive")])
     assert [served.resolve(tight, now_s=1.0).ttft_s for _ in range(4)] == [0.3, 0.3, 0.5, 0.5]
@@ -307,6 +314,34 @@ def test_requests_at_the_same_time_keep_their_own_headers() -> None:
     assert [sent["ttft_slo"] for sent in asyncio.run(both())] == [ms / 1e3 for ms in range(1000, 1050)]
 
 
+def test_a_request_goes_by_one_policy_to_its_end_and_the_next_one_by_the_next() -> None:
+    hooks = Objectives(policed())
+
+    async def a_list(manager: Any, obj: Any, request: Any) -> AsyncIterator[Any]:
+        found = []
+        for _ in range(2):
+            tokenized = SimpleNamespace(sampling_params=SimpleNamespace(custom_params=None), input_ids=range(3))
+            hooks.resolve(tokenized, manager, obj)
+            found.append(tokenized.sampling_params.custom_params["ttft_slo"])
+            hooks.use(parse("classes: {other: {ttft_s: 9}}", "policy.yaml"))  # while the second one is tokenized
+        yield found
+
+    async def answer() -> Any:
+        obj = SimpleNamespace(sampling_params=None, priority=10)
+        return await anext(aiter(hooks.read_request(a_list, MANAGER, obj, http({}))))
+
+    assert asyncio.run(answer()) == [0.5, 0.5]
+    assert promised(hooks, http({"custom_params": {"slo_class": "other"}}))[:2] == (9.0, "other")
+
+
+def test_what_a_class_has_had_of_tight_requests_outlives_its_policy() -> None:
+    hooks = Objectives(policed(), clock=lambda: 0.0)
+    tight = http({"custom_params": {"slo_class": "interactive", "ttft_slo": 0.3}})
+    assert [promised(hooks, tight)[0] for _ in range(2)] == [0.3, 0.3]
+    hooks.use(POLICY.model_copy())
+    assert promised(hooks, tight) == (0.5, "interactive", "policy file, beyond tight_per_minute")
+
+
 @pytest.mark.parametrize(
     ("body", "headers", "sentence"),
     [
@@ -318,6 +353,7 @@ def test_requests_at_the_same_time_keep_their_own_headers() -> None:
             {},
             "'batch' at the top of the request, but 'keyed'",
         ),
+        ({"custom_params": [{"ttft_slo": 1}]}, {}, "must be an object"),
         ({}, {"x-slo-ttft-ms": "soon"}, "positive, finite number of milliseconds"),
         ({}, {"x-flowprefill-slo-class": "urgent"}, "there are interactive"),
     ],
