@@ -67,6 +67,11 @@ class SloClass(BaseModel):
             raise PydanticCustomError("slo", "min_tbt_s may not be above the class's own objective")
         return self
 
+    @property
+    def has_bounds(self) -> bool:
+        """Whether it says what clients may ask for; where it does not, the class ``default`` does."""
+        return any(bound is not None for bound in (self.min_ttft_s, self.min_tbt_s, self.tight_per_minute))
+
     def objective_s(self, prompt_tokens: int) -> float | None:
         """For the first token of a request of ``prompt_tokens``."""
         if self.base_s is None:

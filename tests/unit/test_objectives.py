@@ -111,10 +111,28 @@ def test_the_tightest_objective_that_a_client_may_ask_for_is_what_a_tighter_one_
 
 
 def test_the_time_between_tokens_has_a_bound_too() -> None:
-    policy = parse("classes: {default: {tbt_s: 0.1, min_tbt_s: 0.02}, lax: {}}", "policy.yaml")
+    policy = parse("classes: {default: {tbt_s: 0.1, min_tbt_s: 0.02}, own: {min_tbt_s: 0.01}}", "policy.yaml")
     served = Resolver(5.0, 1.0, policy=policy)
-    asks = [Ask("body", tbt_s=0.001), Ask("body", tbt_s=0.03), Ask("body"), Ask("body", tbt_s=0.001, slo_class="lax")]
-    assert [served.resolve(Request([ask]), 0.0).tbt_s for ask in asks] == [0.02, 0.03, 0.1, 0.001]
+    asks = [Ask("body", tbt_s=0.001), Ask("body", tbt_s=0.03), Ask("body"), Ask("body", tbt_s=0.001, slo_class="own")]
+    assert [served.resolve(Request([ask]), 0.0).tbt_s for ask in asks] == [0.02, 0.03, 0.1, 0.01]
+
+
+def test_a_class_without_bounds_has_those_of_the_class_default() -> None:
+    """Else a client would name that class, and any objective."""
+    bounds = "{ttft_s: 3, min_ttft_s: 1, min_tbt_s: 0.02, tight_per_minute: 2}"
+    policy = parse(f"classes: {{default: {bounds}, batch: {{ttft_s: 60}}, quick: {{ttft_s: 0.5}}, none: {{}}}}", "f")
+    served = Resolver(5.0, 1.0, policy=policy)
+
+    def got(slo_class: str, ttft_s: float, tbt_s: float = 0.1) -> tuple[float, float]:
+        found = served.resolve(Request([Ask("body", ttft_s, tbt_s, slo_class)]), 0.0)
+        return found.ttft_s, found.tbt_s
+
+    assert got("quick", 0.1, 0.001) == (0.5, 0.02), "raised to no more than what the class has for all"
+    assert got("batch", 0.1, 0.001) == (1.0, 0.02)
+    assert got("none", 0.1) == (1.0, 0.1)
+    assert got("batch", 2.0) == (60.0, 0.1), "one more than all classes together may have"
+    assert got("none", 2.0) == (3.0, 0.1)
+    assert got("batch", 70.0) == (70.0, 0.1)
 
 
 def test_beyond_the_rate_of_tight_requests_the_class_gives_its_own_objective() -> None:
