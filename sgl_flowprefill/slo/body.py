@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any, Final
 
 from sgl_flowprefill.slo.objective import (
@@ -20,8 +21,8 @@ from sgl_flowprefill.slo.objective import (
 CUSTOM_PARAMS: Final = "custom_params"
 SAMPLING_PARAMS: Final = "sampling_params"
 READ: Final[Mapping[str, Callable[[Any], float | str | bool | None]]] = {
-    SLO_KEY: lambda custom_params: objective_s(SLO_KEY, custom_params, 0.0) or None,
-    TBT_KEY: lambda custom_params: objective_s(TBT_KEY, custom_params, 0.0) or None,
+    SLO_KEY: partial(objective_s, SLO_KEY),
+    TBT_KEY: partial(objective_s, TBT_KEY),
     CLASS_KEY: class_name,
     SHEDDABLE_KEY: is_sheddable,
 }

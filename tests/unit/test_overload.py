@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+from pathlib import Path
 from random import Random
 from types import SimpleNamespace
 from typing import Any
@@ -168,11 +169,16 @@ def test_serving_all_is_the_policy_edf() -> None:
         FlowPrefillConfig.parse({"overload": "serve", "policy": "s-edf"})
 
 
-def test_limits_are_by_class() -> None:
-    config = FlowPrefillConfig.parse({"max_queued_tokens": "default:100000, batch:20000"})
+def test_limits_are_by_class(tmp_path: Path) -> None:
+    policy = tmp_path / "policy.yaml"
+    policy.write_text("classes: {batch: {}}")
+    limits = {"max_queued_tokens": "default:100000, batch:20000"}
+    config = FlowPrefillConfig.parse(limits | {"slo_policy": str(policy)})
     assert config.queue_limits == {"default": 100000, "batch": 20000}
     assert config.refuses
     assert not FlowPrefillConfig().refuses
+    with pytest.raises(ConfigError, match=r"no class is called batch; there are default, by --flowprefill-slo-policy"):
+        FlowPrefillConfig.parse(limits)
 
 
 def test_the_backlog_is_the_predicted_work_of_all_jobs() -> None:
