@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 from pydantic_core import PydanticCustomError
 
 from sgl_flowprefill.policy.registry import POLICIES, described
-from sgl_flowprefill.slo import PriorityClasses
+from sgl_flowprefill.slo import DEFAULT, PriorityClasses
 
 ENV_PREFIX: Final = "FLOWPREFILL_"
 ENV_SWITCH: Final = "FLOWPREFILL"
@@ -214,7 +214,6 @@ class FlowPrefillConfig(BaseModel):
     def _has_limits(cls, text: str | None, info: ValidationInfo) -> str | None:
         if text is None or "slo_policy" not in info.data:  # a wrong one, which is told by itself
             return text
-        from sgl_flowprefill.slo import DEFAULT
         from sgl_flowprefill.slo.policy_file import read_policy
 
         path = info.data["slo_policy"]
