@@ -5,10 +5,9 @@ of gRPC and of ``sglang.Engine`` pass. The first sees the HTTP request with its 
 tokens; there the objective is resolved and written into ``custom_params``, which travel to the scheduler. SGLang itself
 ignores the ``custom_params`` at the top of a ``/generate``, Responses or Anthropic-style body.
 
-A wrong objective raises a ValueError there, which is a 400 of the OpenAI endpoints. Where an endpoint would make it an
-error event under status 200 it is looked for before: ``api_contract.generate_contract_error`` and
-``serve_generate_request`` for /generate and /vertex_generate, ``_validate_request`` for /v1/completions and
-/v1/chat/completions, ``create_responses`` and ``handle_messages`` for /v1/responses and /v1/messages.
+A wrong objective raises a ValueError there, which is a 400 of /v1/completions and /v1/chat/completions, streams too.
+Where an endpoint would make it an error event under status 200 it is looked for before: ``serve_generate_request`` for
+/generate and /vertex_generate, ``create_responses`` and ``handle_messages`` for /v1/responses and /v1/messages.
 """
 
 from __future__ import annotations
@@ -31,11 +30,6 @@ from sgl_flowprefill.slo.policy import PolicyError, SloPolicy
 from sgl_flowprefill.slo.policy_file import PolicyFile
 from sgl_flowprefill.slo.resolve import Ask, Request, Resolver
 
-GENERATE: Final = "sglang.srt.entrypoints.api_contract.generate_contract_error"
-OPENAI: Final = (
-    "sglang.srt.entrypoints.openai.serving_completions.OpenAIServingCompletion._validate_request",
-    "sglang.srt.entrypoints.openai.serving_chat.OpenAIServingChat._validate_request",
-)
 STREAMING: Final = (
     "sglang.srt.entrypoints.http_server.serve_generate_request",
     "sglang.srt.entrypoints.openai.serving_responses.OpenAIServingResponses.create_responses",
@@ -77,23 +71,10 @@ def apply(config: FlowPrefillConfig) -> None:
         except PolicyError as error:
             raise ConfigError(f"--flowprefill-slo-policy: {error}") from None
         file.watch()
-    HookRegistry.register(GENERATE, check_generate, HookType.AROUND)
-    for target in OPENAI:
-        HookRegistry.register(target, check_openai, HookType.AROUND)
     for target in STREAMING:
         HookRegistry.register(target, objectives.check_first, HookType.AROUND)
     HookRegistry.register(REQUEST, objectives.read_request, HookType.AROUND)
     HookRegistry.register(PROMPT, objectives.resolve, HookType.AFTER)
-
-
-def check_generate(original: Callable[[Any], str | None], body: Any) -> str | None:
-    """The hook of ``/generate``: what is wrong with a body; None if nothing is."""
-    return original(body) or body_error(body)
-
-
-def check_openai(original: Callable[[Any, Any], str | None], handler: Any, request: Any) -> str | None:
-    """The hook of the OpenAI API: what is wrong with a request; None if nothing is."""
-    return original(handler, request) or body_error({CUSTOM_PARAMS: request.custom_params})
 
 
 @dataclass
