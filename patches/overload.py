@@ -19,9 +19,13 @@ from sgl_flowprefill.patches.base import expect
 
 ABORT: Final = "sglang.srt.managers.tokenizer_manager.TokenizerManager._handle_abort_finish_reason"
 GENERATE: Final = "sglang.srt.entrypoints.http_server.serve_generate_request"
-OPENAI: Final = "sglang.srt.entrypoints.openai.serving_base.OpenAIServingBase"
-RESPONSES: Final = "sglang.srt.entrypoints.openai.serving_responses.OpenAIServingResponses"
+OPENAI: Final = "sglang.srt.entrypoints.openai.serving_base.OpenAIServingBase.handle_request"
+RESPONSES: Final = "sglang.srt.entrypoints.openai.serving_responses.OpenAIServingResponses.create_responses"
 MESSAGES: Final = "sglang.srt.entrypoints.anthropic.serving.AnthropicServing.handle_messages"
+ERRORS: Final = (
+    "sglang.srt.entrypoints.openai.serving_base.OpenAIServingBase.create_error_response",
+    "sglang.srt.entrypoints.openai.serving_responses.OpenAIServingResponses.create_error_response",
+)
 RETRY_AFTER: Final = "retry_after_s"
 """Key of a shed request's reason: whole seconds."""
 
@@ -50,12 +54,11 @@ def apply() -> None:
 
     expect("overload")
     HookRegistry.register(ABORT, refuse, HookType.AROUND)
-    HookRegistry.register(GENERATE, answer, HookType.AROUND)
-    HookRegistry.register(f"{OPENAI}.handle_request", answer_openai, HookType.AROUND)
-    HookRegistry.register(f"{RESPONSES}.create_responses", answer, HookType.AROUND)
-    HookRegistry.register(MESSAGES, answer, HookType.AROUND)
-    for handler in (OPENAI, RESPONSES):
-        HookRegistry.register(f"{handler}.create_error_response", tell_refusal, HookType.AROUND)
+    for target in (GENERATE, RESPONSES, MESSAGES):
+        HookRegistry.register(target, answer, HookType.AROUND)
+    HookRegistry.register(OPENAI, answer_openai, HookType.AROUND)
+    for target in ERRORS:
+        HookRegistry.register(target, tell_refusal, HookType.AROUND)
 
 
 async def refuse(
