@@ -5,10 +5,9 @@ of gRPC and of ``sglang.Engine`` pass. The first sees the HTTP request with its 
 tokens; there the objective is resolved and written into ``custom_params``, which travel to the scheduler. SGLang itself
 ignores the ``custom_params`` at the top of a ``/generate``, Responses or Anthropic-style body.
 
-A wrong objective raises a ValueError there, which is a 400 of the OpenAI endpoints. Where an endpoint would make it an
-error event under status 200 it is looked for before: ``api_contract.generate_contract_error`` and
-``serve_generate_request`` for /generate and /vertex_generate, ``_validate_request`` for /v1/completions and
-/v1/chat/completions, ``create_responses`` and ``handle_messages`` for /v1/responses and /v1/messages.
+A wrong objective raises a ValueError there, which is a 400 of /v1/completions and /v1/chat/completions, streams too.
+Where an endpoint would make it an error event under status 200 it is looked for before: ``serve_generate_request`` for
+/generate and /vertex_generate, ``create_responses`` and ``handle_messages`` for /v1/responses and /v1/messages.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import aclosing
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 from typing import Any, Final
 
@@ -31,11 +30,6 @@ from sgl_flowprefill.slo.policy import PolicyError, SloPolicy
 from sgl_flowprefill.slo.policy_file import PolicyFile
 from sgl_flowprefill.slo.resolve import Ask, Request, Resolver
 
-GENERATE: Final = "sglang.srt.entrypoints.api_contract.generate_contract_error"
-OPENAI: Final = (
-    "sglang.srt.entrypoints.openai.serving_completions.OpenAIServingCompletion._validate_request",
-    "sglang.srt.entrypoints.openai.serving_chat.OpenAIServingChat._validate_request",
-)
 STREAMING: Final = (
     "sglang.srt.entrypoints.http_server.serve_generate_request",
     "sglang.srt.entrypoints.openai.serving_responses.OpenAIServingResponses.create_responses",
@@ -48,8 +42,9 @@ PROMPT: Final = "sglang.srt.managers.tokenizer_manager.TokenizerManager._create_
 
 @dataclass(frozen=True)
 class FromHttp:
-    """What the HTTP request of a prompt says beside the prompt's own parameters."""
+    """What the HTTP request of a prompt says beside the prompt's own parameters, and by which policy it is read."""
 
+    resolver: Resolver
     header_asks: tuple[Ask, ...] = ()
     custom_params: Any = None
     priority: int | None = None
@@ -59,7 +54,7 @@ class FromHttp:
     """A digest of it."""
 
 
-_FROM_HTTP: Final[ContextVar[FromHttp]] = ContextVar("flowprefill_from_http", default=FromHttp())  # noqa: B039
+_FROM_HTTP: Final[ContextVar[FromHttp]] = ContextVar("flowprefill_from_http")
 
 
 def apply(config: FlowPrefillConfig) -> None:
@@ -76,23 +71,10 @@ def apply(config: FlowPrefillConfig) -> None:
         except PolicyError as error:
             raise ConfigError(f"--flowprefill-slo-policy: {error}") from None
         file.watch()
-    HookRegistry.register(GENERATE, check_generate, HookType.AROUND)
-    for target in OPENAI:
-        HookRegistry.register(target, check_openai, HookType.AROUND)
     for target in STREAMING:
         HookRegistry.register(target, objectives.check_first, HookType.AROUND)
     HookRegistry.register(REQUEST, objectives.read_request, HookType.AROUND)
     HookRegistry.register(PROMPT, objectives.resolve, HookType.AFTER)
-
-
-def check_generate(original: Callable[[Any], str | None], body: Any) -> str | None:
-    """The hook of ``/generate``: what is wrong with a body; None if nothing is."""
-    return original(body) or body_error(body)
-
-
-def check_openai(original: Callable[[Any, Any], str | None], handler: Any, request: Any) -> str | None:
-    """The hook of the OpenAI API: what is wrong with a request; None if nothing is."""
-    return original(handler, request) or body_error({CUSTOM_PARAMS: request.custom_params})
 
 
 @dataclass
@@ -103,8 +85,8 @@ class Objectives:
     clock: Callable[[], float] = time.monotonic
 
     def use(self, policy: SloPolicy) -> None:
-        """Requests from now on go by ``policy``."""
-        self.resolver.policy = policy
+        """Requests from now on go by ``policy``; those that have come go on by the one before."""
+        self.resolver = replace(self.resolver, policy=policy)
 
     async def check_first(self, original: Callable[..., Awaitable[Any]], *args: Any) -> Any:
         """The hook of endpoints that stream: a wrong objective is the API's own 400."""
@@ -114,7 +96,7 @@ class Objectives:
             body, from_http = await self._read(args[-1])
             error = body_error(body)
             if error is None:
-                self.resolver.check([*map(body_ask, all_custom_params(body)), *from_http.header_asks])
+                from_http.resolver.check([*map(body_ask, all_custom_params(body)), *from_http.header_asks])
         except SloError as wrong:
             error = str(wrong)
         if error is not None:
@@ -135,12 +117,13 @@ class Objectives:
     def resolve(self, tokenized: Any, manager: Any, obj: Any, *_args: Any) -> None:
         """The hook of every prompt: its objective becomes part of what is sent to the scheduler. Raises SloError."""
         params, from_http = tokenized.sampling_params, _FROM_HTTP.get()
+        resolver = from_http.resolver
         if params.custom_params is not None and not isinstance(params.custom_params, Mapping):
             return
         asks = (body_ask(params.custom_params), *from_http.header_asks)
-        self.resolver.check(asks)
+        resolver.check(asks)
         priority = from_http.priority if obj.priority in NO_PRIORITY else obj.priority
-        objective = self.resolver.resolve(
+        objective = resolver.resolve(
             Request(
                 asks,
                 priority,
@@ -157,6 +140,7 @@ class Objectives:
         """Body and meaning of an HTTP request; of none, or of one of gRPC, which has no body of its own, what there is.
         Raises SloError.
         """
+        resolver = self.resolver
         body: Any = None
         if hasattr(request, "json"):
             try:
@@ -168,7 +152,8 @@ class Objectives:
         priority, tier, model = fields.get("priority"), fields.get("service_tier"), fields.get("model")
         key = headers.get("authorization") or headers.get("x-api-key") or ""
         return body, FromHttp(
-            tuple(header_asks(headers, self.resolver.policy)),
+            resolver,
+            tuple(header_asks(headers, resolver.policy)),
             fields.get(CUSTOM_PARAMS),
             priority if isinstance(priority, int) and not isinstance(priority, bool) else None,
             tier if isinstance(tier, str) else None,

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 from pydantic_core import PydanticCustomError
 
 from sgl_flowprefill.policy.registry import POLICIES, described
-from sgl_flowprefill.slo import PriorityClasses
+from sgl_flowprefill.slo import DEFAULT, PriorityClasses
 
 ENV_PREFIX: Final = "FLOWPREFILL_"
 ENV_SWITCH: Final = "FLOWPREFILL"
@@ -211,12 +211,20 @@ class FlowPrefillConfig(BaseModel):
 
     @field_validator("max_queued_tokens")
     @classmethod
-    def _has_limits(cls, text: str | None) -> str | None:
+    def _has_limits(cls, text: str | None, info: ValidationInfo) -> str | None:
+        if text is None or "slo_policy" not in info.data:  # a wrong one, which is told by itself
+            return text
+        from sgl_flowprefill.slo.policy_file import read_policy
+
+        path = info.data["slo_policy"]
+        classes = dict.fromkeys([*(read_policy(path).classes if path else ()), DEFAULT])
         try:
-            if text is not None:
-                parse_limits(text)
+            unknown = next((name for name in parse_limits(text) if name not in classes), None)
         except ValueError as error:
             raise PydanticCustomError("limits", "{reason}", {"reason": str(error)}) from None
+        if unknown is not None:
+            message = "no class is called {name}; there are {classes}, by --flowprefill-slo-policy"
+            raise PydanticCustomError("limits", message, {"name": unknown, "classes": ", ".join(classes)})
         return text
 
     @property

@@ -44,7 +44,7 @@ class _Objective:
 
     def __post_init__(self) -> None:
         for key, value in self._values().items():
-            objective_s(key, {key: value}, default_s=0.0)
+            objective_s(key, {key: value})
 
     def custom_params(self) -> dict[str, float] | None:
         """What a request with this objective carries."""

@@ -18,6 +18,8 @@ from sgl_flowprefill.live.state import Answer, State, Task, Waiting
 
 HOSTILE = "<img src=x onerror=alert(1)>"
 """A client chooses its request's id."""
+LIKE_A_ROW = "more"
+"""An id that the page has a row of its own for."""
 
 
 class Scheduler:
@@ -45,9 +47,10 @@ class Scheduler:
     async def ask(self, question: Ask) -> Answer:
         self.asked += 1
         gone_s = time.monotonic() - self.begin_s
+        rids = [*(f"kept-{i}" for i in range(1, 6)), LIKE_A_ROW]
         waiting = [
-            Waiting(f"kept-{i}", 400 * i, 128 * (i % 2), gone_s, 0.1 * i, 4.0 + 2 * i - gone_s % 4, "kept")
-            for i in range(1, 7)
+            Waiting(rid, 400 * i, 128 * (i % 2), gone_s, 0.1 * i, 4.0 + 2 * i - gone_s % 4, "kept")
+            for i, rid in enumerate(rids, start=1)
         ]
         waiting += [Waiting(f"late-{i}", 6000, 0, 9.0 + gone_s, 2.0, 0.5 - gone_s, "infeasible") for i in range(3)]
         tasks = [

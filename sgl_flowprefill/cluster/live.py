@@ -76,7 +76,7 @@ class ClusterFeed(Feed):
                         [server] = document.servers
                         server.name = name
                         self._servers[name], self._heard_s[name] = server, time.monotonic()
-            except (aiohttp.ClientError, TimeoutError) as error:
+            except Exception as error:  # whatever it is, such as a server of another version: the others are shown
                 self._servers[name].error = f"the {name} server cannot be reached: {error!r}"
             await asyncio.sleep(AGAIN_S)
 

@@ -40,13 +40,15 @@ def main(argv: Sequence[str]) -> int:
     try:
         told = documents(url, _key(arguments.api_key_file))
         if arguments.once or not console.is_terminal:
-            console.print(screen(next(told), sys.maxsize))
-            return 0
+            for document in told:
+                console.print(screen(document, sys.maxsize))
+                return 0
+            raise StartError(f"{url} has ended the connection")
         with Live(console=console, screen=True, auto_refresh=False) as live:
             for document in told:
                 live.update(screen(document, max(3, console.height // 4)), refresh=True)
-    except (StartError, StopIteration) as error:
-        print(f"launch.py top: {error or f'{url} has ended the connection'}", file=sys.stderr)
+    except StartError as error:
+        print(f"launch.py top: {error}", file=sys.stderr)
         return EXIT_CANNOT_START
     except requests.RequestException as error:
         print(f"launch.py top: {url} has ended the connection: {error}", file=sys.stderr)

@@ -146,13 +146,13 @@ class Hub(Generic[RoleT]):
 
     def shed(self) -> None:
         """Refuse the requests that may be refused and for which there is no time or room, at all ranks the same."""
-        refused = self.work.refused(self.now_s()) if self.agreement.decides else []
-        reasons = {one.job.item.number: one.why for one in refused}
+        # Only the rank that decides has what may be refused.
+        reasons = {one.job.item.number: one.why for one in self.work.refused(self.now_s())}
         jobs = self.work.waiting.numbered(self.agreement.agree(list(reasons)))
         if jobs:
             backlog_s, retry_after_s = self.work.retry_after_s(without=jobs)
             self.recorder.shed(jobs, backlog_s, retry_after_s)
-            # Only the rank that decides knows the reasons, and it alone answers.
+            # It knows the reasons, and it alone answers.
             self.refuse({job.item.req: reasons.get(job.item.number, "") for job in jobs}, retry_after_s)
             self.work.forget_all_but(self.role.waiting())
 

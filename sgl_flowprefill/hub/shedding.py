@@ -58,8 +58,8 @@ class Shedding:
 
     @property
     def remembered(self) -> int:
-        """Entries that are kept."""
-        return len(self._by_latest_start)
+        """Entries that are kept, of requests that wait and of others."""
+        return len(self._by_latest_start) + len(self._arrived) + len(self._beyond)
 
     def add(self, job: Job[WaitingRequest], slo_class: str, sheddable: bool) -> None:
         """``job`` waits, and nothing has been computed for it. One that an idle server would not meet either is not

@@ -36,6 +36,9 @@ Endpoint = Callable[[Request], Coroutine[Any, Any, Response]]
 def routes(server: Callable[[], Watched], api_key: str | None = None) -> list[Route]:
     """``server`` is asked for at each request. With ``api_key``, all but the page, which has no data, asks for it."""
 
+    alone = asyncio.Lock()
+    """Answers of the past are made one at a time: each takes a thread, and the scheduler's time for some questions."""
+
     async def page(request: Request) -> Response:
         return FileResponse(FILE, headers=HEADERS)
 
@@ -47,8 +50,9 @@ def routes(server: Callable[[], Watched], api_key: str | None = None) -> list[Ro
         seconds = _seconds(request)
         if seconds is None:
             return _refusal(request)
-        logs = await server().events()
-        trace = await asyncio.to_thread(trace_of, logs, seconds)
+        async with alone:
+            logs = await server().events()
+            trace = await asyncio.to_thread(trace_of, logs, seconds)
         headers = {"Content-Disposition": f'attachment; filename="flowprefill{SUFFIX}"', "Cache-Control": "no-store"}
         return Response(trace, media_type="application/x-protobuf", headers=headers)
 
@@ -56,8 +60,9 @@ def routes(server: Callable[[], Watched], api_key: str | None = None) -> list[Ro
         seconds = _seconds(request)
         if seconds is None:
             return _refusal(request)
-        logs = await server().events()
-        lines = await asyncio.to_thread(lambda: b"".join(last_lines(lines, seconds) for _, lines in logs))
+        async with alone:
+            logs = await server().events()
+            lines = await asyncio.to_thread(lambda: b"".join(last_lines(lines, seconds) for _, lines in logs))
         return Response(lines, media_type="application/jsonl", headers={"Cache-Control": "no-store"})
 
     guarded = _guard(api_key)

@@ -65,7 +65,7 @@ def _tasks(state: State) -> Table:
         others = f" +{task.requests - 1}" if task.requests > 1 else ""
         done = round(BAR * min(1.0, max(0.0, task.done)))
         bar = Text("█" * done + "░" * (BAR - done), style="blue" if task.runs else "dim")
-        name = Text(task.rids[0] + others if task.rids else "", style="" if task.runs else "dim")
+        name = Text(printable(task.rids[0]) + others if task.rids else "", style="" if task.runs else "dim")
         table.add_row(name, task.slo_class, str(task.new_tokens), bar, seconds(task.left_s), _slack(task.slack_s))
     if not state.tasks:
         table.add_row(Text("a decode step" if state.step_runs else "nothing", style="dim"))
@@ -76,7 +76,7 @@ def _waiting(state: State, rows: int) -> Table:
     table = _table("waits, in this order", "class", "tokens", "needs", "waits", "slack", "why")
     for one in state.waiting[:rows]:
         table.add_row(
-            Text(one.rid),
+            Text(printable(one.rid)),
             one.slo_class,
             str(one.new_tokens),
             seconds(one.needs_s),
@@ -110,7 +110,7 @@ def _misses(misses: list[Miss]) -> Table:
     table = _table("last misses", "class", "cause", "TTFT", "asked", "waited", "ago")
     for miss in misses:
         table.add_row(
-            Text(miss.rid),
+            Text(printable(miss.rid)),
             miss.slo_class,
             Text(miss.cause, style="red"),
             seconds(miss.ttft_s),
@@ -132,6 +132,11 @@ def _table(first: str, *others: str) -> Table:
 
 def _slack(slack_s: float) -> Text:
     return Text(f"{seconds(-slack_s)} late", style="red") if slack_s < 0 else Text(seconds(slack_s))
+
+
+def printable(rid: str) -> str:
+    """A request's id, which its client chooses, without what a terminal would take for a command."""
+    return "".join(character if character.isprintable() else "\ufffd" for character in rid)
 
 
 def seconds(time_s: float | None) -> str:

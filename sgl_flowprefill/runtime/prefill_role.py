@@ -23,7 +23,8 @@ STALL_CHECK_REQUESTS: Final = 512
 class PrefillRole(SchedulerRole):
     """What the hub asks of a prefill server."""
 
-    _bootstrapped_s: dict[int, float] = field(default_factory=dict, init=False)
+    bootstrapped_s: dict[int, float] = field(default_factory=dict, init=False)
+    """When the decode server had reserved its KV cache, by the room of a request that has not come here yet."""
     """By bootstrap room."""
     _reindexed: Any = field(default=None, init=False)
     """The last request whose KV indices were queued again after its prefill had run."""
@@ -37,7 +38,7 @@ class PrefillRole(SchedulerRole):
         has_sent = bool(self.scheduler.process_disagg_prefill_inflight_queue())
         if stalls_due:
             self.drop_stalled()
-            self._forget_rooms()
+            self.forget_rooms()
             self.recorder.close_lost(self.held())
         return has_sent or has_transferred
 
@@ -52,7 +53,7 @@ class PrefillRole(SchedulerRole):
                 prompt=req.origin_input_ids,
                 received_s=arrival_s,
                 deadline_s=arrival_s + promised.ttft_s,
-                readable_s=max(sent_s(req), self._bootstrapped_s.pop(req.bootstrap_room, 0.0)),
+                readable_s=max(sent_s(req), self.bootstrapped_s.pop(req.bootstrap_room, 0.0)),
                 logprob_rows=input_logprobs(req),
                 objective=promised,
             )
@@ -81,9 +82,9 @@ class PrefillRole(SchedulerRole):
         if status == KVPoll.Bootstrapping:
             return
         if status == KVPoll.WaitingForInput:
-            self._bootstrapped_s[bootstrap_room] = time.monotonic()
+            self.bootstrapped_s[bootstrap_room] = time.monotonic()
         elif status == KVPoll.Failed:
-            self._bootstrapped_s.pop(bootstrap_room, None)
+            self.bootstrapped_s.pop(bootstrap_room, None)
         self.wakeup.notify()
 
     @contextmanager
@@ -120,11 +121,11 @@ class PrefillRole(SchedulerRole):
     def held(self) -> list[Any]:
         return [*self.scheduler.disagg_prefill_bootstrap_queue.queue, *super().held()]
 
-    def _forget_rooms(self) -> None:
+    def forget_rooms(self) -> None:
         """A bootstrap may be complete when its request has been aborted, or though it never comes here."""
         rooms = [req.bootstrap_room for req in self.scheduler.disagg_prefill_bootstrap_queue.queue]
-        known = self._bootstrapped_s  # a transfer thread may change it meanwhile
-        self._bootstrapped_s = {room: since_s for room in rooms if (since_s := known.get(room)) is not None}
+        known = self.bootstrapped_s  # a transfer thread may change it meanwhile
+        self.bootstrapped_s = {room: since_s for room in rooms if (since_s := known.get(room)) is not None}
 
     def _cached_tokens(self) -> int:
         tree = self.scheduler.tree_cache

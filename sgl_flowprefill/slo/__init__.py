@@ -8,7 +8,6 @@ from sgl_flowprefill.slo.objective import (
     Objective,
     SloError,
     objective_s,
-    ttft_slo_s,
 )
 from sgl_flowprefill.slo.priorities import PriorityClasses
 
@@ -21,6 +20,5 @@ __all__ = [
     "SloError",
     "body_error",
     "objective_s",
-    "ttft_slo_s",
     "with_objective",
 ]

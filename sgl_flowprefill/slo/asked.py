@@ -29,8 +29,8 @@ def body_ask(custom_params: Any) -> Ask:
     """What SGLang's ``custom_params`` ask for. Raises SloError for what is not valid."""
     return Ask(
         "body",
-        objective_s(SLO_KEY, custom_params, 0.0) or None,
-        objective_s(TBT_KEY, custom_params, 0.0) or None,
+        objective_s(SLO_KEY, custom_params),
+        objective_s(TBT_KEY, custom_params),
         class_name(custom_params),
         is_sheddable(custom_params),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any, Final
 
 from sgl_flowprefill.slo.objective import (
@@ -20,8 +21,8 @@ from sgl_flowprefill.slo.objective import (
 CUSTOM_PARAMS: Final = "custom_params"
 SAMPLING_PARAMS: Final = "sampling_params"
 READ: Final[Mapping[str, Callable[[Any], float | str | bool | None]]] = {
-    SLO_KEY: lambda custom_params: objective_s(SLO_KEY, custom_params, 0.0) or None,
-    TBT_KEY: lambda custom_params: objective_s(TBT_KEY, custom_params, 0.0) or None,
+    SLO_KEY: partial(objective_s, SLO_KEY),
+    TBT_KEY: partial(objective_s, TBT_KEY),
     CLASS_KEY: class_name,
     SHEDDABLE_KEY: is_sheddable,
 }
@@ -31,9 +32,14 @@ READ: Final[Mapping[str, Callable[[Any], float | str | bool | None]]] = {
 def with_objective(sampling_params: Any, custom_params: Any) -> Any:
     """``sampling_params`` of a ``/generate`` body with the objectives of the ``custom_params`` at its top.
 
-    There may be one mapping, one for each prompt, or None. Raises SloError for an invalid objective, and for one at
-    the top where ``sampling_params`` name another.
+    There may be one mapping, one for each prompt, or None. Raises SloError for an invalid objective, for one at the top
+    where ``sampling_params`` name another, and for ``custom_params`` at the top that are no mapping.
     """
+    if custom_params is not None and not isinstance(custom_params, Mapping):
+        raise SloError(
+            f"custom_params at the top of the request must be an object, got {shortened(custom_params)}; prompts of "
+            "one request that need different ones have them in a list of sampling_params."
+        )
     if isinstance(sampling_params, list):
         return [with_objective(one, custom_params) for one in sampling_params]
     if sampling_params is not None and not isinstance(sampling_params, Mapping):
@@ -89,7 +95,8 @@ def body_error(body: Any) -> str | None:
         return None
     try:
         for custom_params in all_custom_params(body):
-            with_objective(None, custom_params)
+            for read in READ.values():
+                read(custom_params)
         with_objective(body.get(SAMPLING_PARAMS), body.get(CUSTOM_PARAMS))
     except SloError as error:
         return str(error)

@@ -76,19 +76,14 @@ class Objective:
         }
 
 
-def ttft_slo_s(custom_params: Any, default_s: float) -> float:
-    """TTFT objective in seconds of a request with SGLang's ``custom_params``; ``default_s`` where it names none.
+def objective_s(key: str, custom_params: Any) -> float | None:
+    """The objective in seconds that clients put under ``key`` of SGLang's ``custom_params``; None where they name none.
 
     Raises SloError for a value that is no positive number, or one above LONGEST_SLO_S.
     """
-    return objective_s(SLO_KEY, custom_params, default_s)
-
-
-def objective_s(key: str, custom_params: Any, default_s: float) -> float:
-    """As ``ttft_slo_s``, for the objective that clients put under ``key``."""
     value = named(key, custom_params)
     if value is None:
-        return default_s
+        return None
     if not is_objective(value):
         raise SloError(
             f'custom_params["{key}"] must be a positive, finite number of seconds (at most {LONGEST_SLO_S:,.0f}), '

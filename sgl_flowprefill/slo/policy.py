@@ -42,6 +42,7 @@ class SloClass(BaseModel):
     min_ttft_s: Seconds | None = Field(
         default=None, description="the tightest objective that a client may ask for; a tighter one is raised to it"
     )
+    min_tbt_s: Seconds | None = Field(default=None, description="the same for the time between two tokens")
     tight_per_minute: Annotated[float, Field(gt=0, le=1e9)] | None = Field(
         default=None,
         description="how many requests a minute may ask for less than the class's own objective; further ones get "
@@ -62,7 +63,14 @@ class SloClass(BaseModel):
             raise PydanticCustomError("slo", "tight_per_minute goes with ttft_s or base_s, which further requests get")
         if self.min_ttft_s is not None and own_s is not None and self.min_ttft_s > own_s:
             raise PydanticCustomError("slo", "min_ttft_s may not be above the class's own objective")
+        if self.min_tbt_s is not None and self.tbt_s is not None and self.min_tbt_s > self.tbt_s:
+            raise PydanticCustomError("slo", "min_tbt_s may not be above the class's own objective")
         return self
+
+    @property
+    def has_bounds(self) -> bool:
+        """Whether it says what clients may ask for; where it does not, the class ``default`` does."""
+        return any(bound is not None for bound in (self.min_ttft_s, self.min_tbt_s, self.tight_per_minute))
 
     def objective_s(self, prompt_tokens: int) -> float | None:
         """For the first token of a request of ``prompt_tokens``."""
@@ -136,15 +144,14 @@ def parse(text: str, name: str) -> SloPolicy:
     try:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
         values = yaml.safe_load(text)
+        problems = list(_twice(root))
     except yaml.MarkedYAMLError as error:
         line = 1 if error.problem_mark is None else error.problem_mark.line + 1
         raise PolicyError(f"{name}:{line}: no YAML: {error.problem}") from None
-    except (yaml.YAMLError, ValueError) as error:
-        raise PolicyError(f"{name}:1: no YAML: {error}") from None
-    try:
-        problems = list(_twice(root))
     except RecursionError:
-        raise PolicyError(f"{name}:1: a part of the file contains itself") from None
+        raise PolicyError(f"{name}:1: a part of the file contains itself, or is nested too deep") from None
+    except Exception as error:  # PyYAML raises all sorts, such as AttributeError for ``!!timestamp x``
+        raise PolicyError(f"{name}:1: no YAML: {error!r}") from None
     try:
         policy = SloPolicy.model_validate({} if values is None else values)
         problems += _not_there(policy)

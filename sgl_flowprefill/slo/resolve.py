@@ -7,6 +7,7 @@ first that has it; one that names a class has the class's objectives, too, behin
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -67,16 +68,17 @@ class TightRequests:
         return left >= 1
 
 
-@dataclass
+@dataclass(frozen=True)
 class Resolver:
-    """Chooses objectives; ``policy`` may be replaced at any time."""
+    """Chooses objectives by one policy."""
 
     default_ttft_s: float
     default_tbt_s: float
     priorities: PriorityClasses | None = None
     """What priorities stand for where the policy says nothing of them."""
     policy: SloPolicy = EMPTY
-    _tight: TightRequests = field(default_factory=TightRequests, init=False)
+    tight: TightRequests = field(default_factory=TightRequests)
+    """Goes on counting with the next policy."""
 
     def check(self, asks: Sequence[Ask]) -> None:
         """Raises SloError for a class that there is not."""
@@ -94,19 +96,17 @@ class Resolver:
     def resolve(self, request: Request, now_s: float) -> Objective:
         """The objective of ``request``, which comes at ``now_s`` of a monotonic clock."""
         asks = [*request.asks, *self._further(request)]
-        ttft_s, source = next(found for ask in asks if (found := self._ttft(ask, request.prompt_tokens)))
+        of_ttft, ttft_s = next((ask, found) for ask in asks if (found := self._ttft_s(ask, request)) is not None)
+        of_tbt, tbt_s = next((ask, found) for ask in asks if (found := self._tbt_s(ask)) is not None)
         slo_class = next((ask.slo_class for ask in asks if ask.slo_class is not None), DEFAULT)
-        terms = self.policy.classes.get(slo_class, NO_TERMS)
-        if source in {ask.source for ask in request.asks if ask.ttft_s is not None}:
-            ttft_s, source = self._bounded(ttft_s, source, slo_class, terms, request, now_s)
-        return Objective(
-            ttft_s,
-            next(tbt_s for ask in asks if (tbt_s := self._tbt_s(ask)) is not None),
-            slo_class,
-            source,
-            terms.weight,
-            next((ask.sheddable for ask in asks if ask.sheddable is not None), terms.sheddable),
-        )
+        terms, source = self._class(slo_class), of_ttft.source
+        bounded_by = slo_class if terms.has_bounds else DEFAULT
+        if of_ttft.ttft_s is not None and of_ttft in request.asks:
+            ttft_s, source = self._bounded(ttft_s, source, terms, bounded_by, request, now_s)
+        if of_tbt.tbt_s is not None and of_tbt in request.asks:
+            tbt_s = max(tbt_s, self._class(bounded_by).min_tbt_s or 0.0)
+        sheddable = next((ask.sheddable for ask in asks if ask.sheddable is not None), terms.sheddable)
+        return Objective(ttft_s, tbt_s, slo_class, source, terms.weight, sheddable)
 
     def _further(self, request: Request) -> Iterator[Ask]:
         """What asks for something behind the client."""
@@ -121,26 +121,27 @@ class Resolver:
         yield Ask(POLICY_FILE, slo_class=policy.of_rules(request.model, request.prompt_tokens))
         yield Ask(DEFAULT, self.default_ttft_s, self.default_tbt_s)
 
-    def _terms(self, ask: Ask) -> SloClass:
-        return NO_TERMS if ask.slo_class is None else self.policy.classes.get(ask.slo_class, NO_TERMS)
+    def _class(self, name: str | None) -> SloClass:
+        return NO_TERMS if name is None else self.policy.classes.get(name, NO_TERMS)
 
-    def _ttft(self, ask: Ask, prompt_tokens: int) -> tuple[float, str] | None:
-        ttft_s = self._terms(ask).objective_s(prompt_tokens) if ask.ttft_s is None else ask.ttft_s
-        return None if ttft_s is None else (ttft_s, ask.source)
+    def _ttft_s(self, ask: Ask, request: Request) -> float | None:
+        return self._class(ask.slo_class).objective_s(request.prompt_tokens) if ask.ttft_s is None else ask.ttft_s
 
     def _tbt_s(self, ask: Ask) -> float | None:
-        return self._terms(ask).tbt_s if ask.tbt_s is None else ask.tbt_s
+        return self._class(ask.slo_class).tbt_s if ask.tbt_s is None else ask.tbt_s
 
     def _bounded(
-        self, ttft_s: float, source: str, slo_class: str, terms: SloClass, request: Request, now_s: float
+        self, ttft_s: float, source: str, terms: SloClass, bounded_by: str, request: Request, now_s: float
     ) -> tuple[float, str]:
         """What a client gets that asks for ``ttft_s``, and why."""
-        if terms.min_ttft_s is not None and ttft_s < terms.min_ttft_s:
-            ttft_s, source = terms.min_ttft_s, f"{source}, raised to min_ttft_s"
-        own_s = terms.objective_s(request.prompt_tokens)
-        if terms.tight_per_minute is not None and own_s is not None and ttft_s < own_s:
-            key = (slo_class, request.api_key if terms.tight_by == "api_key" else "")
-            if not self._tight.take(key, terms.tight_per_minute, now_s):
+        bounds = self._class(bounded_by)
+        own_s = terms.objective_s(request.prompt_tokens) or bounds.objective_s(request.prompt_tokens) or math.inf
+        least_s = min(bounds.min_ttft_s or 0.0, own_s)
+        if ttft_s < least_s:
+            ttft_s, source = least_s, f"{source}, raised to min_ttft_s"
+        if bounds.tight_per_minute is not None and ttft_s < own_s:
+            key = (bounded_by, request.api_key if bounds.tight_by == "api_key" else "")
+            if not self.tight.take(key, bounds.tight_per_minute, now_s):
                 return own_s, f"{POLICY_FILE}, beyond tight_per_minute"
         return ttft_s, source
 

@@ -307,17 +307,34 @@ def test_an_answer_says_what_the_event_log_says_of_its_request(server: Server, e
     assert told["predicted_s"] == logged.course.alone_s
 
 
-@pytest.mark.parametrize("endpoint", ["/generate", "/v1/completions"])
-def test_an_overloaded_server_says_429_and_when_to_come_back(server: Server, endpoint: str) -> None:
+@pytest.mark.parametrize(
+    ("path", "way"),
+    [
+        ("/generate", "ids"),
+        ("/v1/completions", "ids"),
+        ("/v1/completions", "list"),
+        ("/v1/responses", "text"),
+        ("/v1/messages", "text"),
+    ],
+)
+def test_an_overloaded_server_says_429_and_when_to_come_back(server: Server, path: str, way: str) -> None:
     """Behind requests that may not be refused, and of which not all can be met. The one that may be is the longest."""
-    first = 900 + 20 * len(endpoint)  # no prompt of the other endpoint, which would be cached
+    from transformers import AutoTokenizer
+
+    first = 5000 + 20 * (len(path) + 10 * len(way))  # no prompt of the other endpoints, which would be cached
     probe = server.post("/generate", body(prompt(first, 2000), 1, ttft_slo=60.0)).json()
     one_s = probe["meta_info"]["flowprefill"]["predicted_s"]
     sheddable = {"custom_params": {"ttft_slo": 4.6 * one_s, "sheddable": True}}
+    ids = prompt(first + 19, 2500)
+    text = AutoTokenizer.from_pretrained(embedded_model_path(), local_files_only=True).decode(ids)
     asked: dict[str, Any] = {
-        "/generate": {"input_ids": prompt(first + 19, 2500), "sampling_params": {"max_new_tokens": 2, **sheddable}},
-        "/v1/completions": {"model": "embedded", "prompt": prompt(first + 19, 2500), "max_tokens": 2, **sheddable},
-    }
+        "/generate": {"input_ids": ids, "sampling_params": {"max_new_tokens": 2, **sheddable}},
+        "/v1/completions": {"prompt": [ids, ids[:20]] if way == "list" else ids, "max_tokens": 2, **sheddable},
+        "/v1/responses": {"input": text, "max_output_tokens": 2, **sheddable},
+        "/v1/messages": {"messages": [{"role": "user", "content": text}], "max_tokens": 2, **sheddable},
+    }[path]
+    if path != "/generate":
+        asked["model"] = "embedded"
 
     async def all_of_them() -> tuple[int, dict[str, str], str]:
         async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(300)) as session:
@@ -328,15 +345,15 @@ def test_an_overloaded_server_says_429_and_when_to_come_back(server: Server, end
                 for n in range(10)
             ]
             await asyncio.sleep(0.02)
-            async with session.post(server.url + endpoint, json=asked[endpoint]) as response:
+            async with session.post(server.url + path, json=asked) as response:
                 refusal = response.status, dict(response.headers), await response.text()
             await asyncio.gather(*others)
             return refusal
 
-    status, headers, text = asyncio.run(all_of_them())
-    assert status == 429, text
+    status, headers, told = asyncio.run(all_of_them())
+    assert status == 429, told
     assert int(headers["Retry-After"]) >= 1
-    assert f"Try again after {headers['Retry-After']} s" in text
+    assert f"Try again after {headers['Retry-After']} s" in told
 
 
 @pytest.mark.parametrize("value", [-1, 0, "soon", True])

@@ -138,8 +138,8 @@ class Rank:
             if not waiting and not self.engine.has_arrivals():
                 self.engine.device.now_s = self.engine.requests_to_come[0].arrival_s
             self.hub.look()
-            if not waiting:  # all were refused
-                return
+            if not waiting:
+                continue  # all were refused
             outdated, before = bool(waiting.outdated()), self.agreement.count
             choice = self.hub.choose()
             assert isinstance(choice, list)

@@ -275,8 +275,8 @@ def test_a_bootstrap_whose_request_never_comes_is_forgotten() -> None:
     role = with_role(disagg_prefill_bootstrap_queue=SimpleNamespace(queue=queue)).role
     for room in (7, 8):
         role.note_transfer_status(room, KVPoll.WaitingForInput)
-    role._forget_rooms()
-    assert list(role._bootstrapped_s) == [7]
+    role.forget_rooms()
+    assert list(role.bootstrapped_s) == [7]
 
 
 def test_a_bootstrap_that_begins_is_no_event() -> None:

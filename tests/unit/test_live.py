@@ -331,6 +331,29 @@ def test_the_last_seconds_are_given_as_lines_of_an_event_log_and_in_full_where_a
     assert arrivals == ["r17", "r18", "r19"]
 
 
+def test_the_past_is_told_to_one_after_the_other() -> None:
+    """Each answer takes a thread of those that SGLang prepares requests in."""
+    at_once = most_at_once = 0
+
+    class Slow(SchedulerFeed):
+        async def events(self) -> list[tuple[str, bytes]]:
+            nonlocal at_once, most_at_once
+            at_once += 1
+            most_at_once = max(most_at_once, at_once)
+            await asyncio.sleep(0.02)
+            at_once -= 1
+            return await super().events()
+
+    async def get() -> list[httpx.Response]:
+        feed = Slow("prefill", Scheduler(recorded(course("r", 0, 0.0, 0.1)), 1.0).ask)
+        transport = httpx.ASGITransport(Starlette(routes=routes(lambda: feed)))
+        async with httpx.AsyncClient(transport=transport, base_url="http://here") as client:
+            return await asyncio.gather(*(client.get(path) for path in (TIMELINE, EVENTS) * 3))
+
+    assert [response.status_code for response in asyncio.run(get())] == [200] * 6
+    assert most_at_once == 1
+
+
 @pytest.mark.parametrize("seconds", ["0", "-1", "nan", "soon", "1e9"])
 def test_what_is_no_number_of_seconds_is_refused_with_what_is(seconds: str) -> None:
     for response in answers(

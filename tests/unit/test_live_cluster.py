@@ -18,6 +18,7 @@ from sgl_flowprefill.cluster.top_command import documents
 from sgl_flowprefill.config import FlowPrefillConfig
 from sgl_flowprefill.events import Arrival, EventLog
 from sgl_flowprefill.live import PAGE, TIMELINE
+from sgl_flowprefill.live.state import Document, Miss, Server, State, Task, Waiting
 from sgl_flowprefill.live.terminal import screen
 from tests.watched import HOSTILE, Scheduler, served
 
@@ -62,6 +63,27 @@ def test_a_terminal_shows_what_the_page_shows(capsys: pytest.CaptureFixture[str]
     assert "late-1" not in shown
     assert "and 5 more" in shown
     assert "late-2" in capsys.readouterr().out
+
+
+def test_the_id_of_a_request_is_no_command_to_a_terminal() -> None:
+    rid = "clear\x1b[2Jthe\x07screen\u202e"
+    waiting = [Waiting(rid, 1, 0, 0.0, 1.0, 1.0, "kept")]
+    tasks = [Task(1, [rid], 1, 1, 0, True, 0.0, 1.0, 1.0, "kept")]
+    missed = Miss(rid, "chat", "body", "overload", 0.0, 1.0, None, None, None, None, 0.0, 0, 0.0, 1)
+    state = State("feasible", False, False, False, 1.0, tasks, waiting, 1, 0)
+    console = Console(width=200, file=StringIO(), force_terminal=True)
+    console.print(screen(Document([Server("prefill", state, misses=[missed])], 1.0, 1.0)))
+    written = console.file.getvalue()  # type: ignore[attr-defined]
+    assert written.count("clear\ufffd[2Jthe\ufffdscreen\ufffd") == 3
+    assert "\x1b[2J" not in written
+
+
+def test_a_server_that_ends_the_connection_before_it_tells_anything_is_named(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sgl_flowprefill.cluster.top_command.documents", lambda url, api_key: iter(()))
+    assert main(["top", "--url", "http://here", "--once"]) == EXIT_CANNOT_START
+    assert "http://here has ended the connection" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -110,6 +110,31 @@ def test_the_tightest_objective_that_a_client_may_ask_for_is_what_a_tighter_one_
     assert policed().resolve(Request(priority=10), now_s=0.0).ttft_s == 0.5
 
 
+def test_the_time_between_tokens_has_a_bound_too() -> None:
+    policy = parse("classes: {default: {tbt_s: 0.1, min_tbt_s: 0.02}, own: {min_tbt_s: 0.01}}", "policy.yaml")
+    served = Resolver(5.0, 1.0, policy=policy)
+    asks = [Ask("body", tbt_s=0.001), Ask("body", tbt_s=0.03), Ask("body"), Ask("body", tbt_s=0.001, slo_class="own")]
+    assert [served.resolve(Request([ask]), 0.0).tbt_s for ask in asks] == [0.02, 0.03, 0.1, 0.01]
+
+
+def test_a_class_without_bounds_has_those_of_the_class_default() -> None:
+    """Else a client would name that class, and any objective."""
+    bounds = "{ttft_s: 3, min_ttft_s: 1, min_tbt_s: 0.02, tight_per_minute: 2}"
+    policy = parse(f"classes: {{default: {bounds}, batch: {{ttft_s: 60}}, quick: {{ttft_s: 0.5}}, none: {{}}}}", "f")
+    served = Resolver(5.0, 1.0, policy=policy)
+
+    def got(slo_class: str, ttft_s: float, tbt_s: float = 0.1) -> tuple[float, float]:
+        found = served.resolve(Request([Ask("body", ttft_s, tbt_s, slo_class)]), 0.0)
+        return found.ttft_s, found.tbt_s
+
+    assert got("quick", 0.1, 0.001) == (0.5, 0.02), "raised to no more than what the class has for all"
+    assert got("batch", 0.1, 0.001) == (1.0, 0.02)
+    assert got("none", 0.1) == (1.0, 0.1)
+    assert got("batch", 2.0) == (60.0, 0.1), "one more than all classes together may have"
+    assert got("none", 2.0) == (3.0, 0.1)
+    assert got("batch", 70.0) == (70.0, 0.1)
+
+
 def test_beyond_the_rate_of_tight_requests_the_class_gives_its_own_objective() -> None:
     served, tight = policed(), Request([Ask("body", 0.3, slo_class="interactive")])
     assert [served.resolve(tight, now_s=1.0).ttft_s for _ in range(4)] == [0.3, 0.3, 0.5, 0.5]
@@ -307,6 +332,34 @@ def test_requests_at_the_same_time_keep_their_own_headers() -> None:
     assert [sent["ttft_slo"] for sent in asyncio.run(both())] == [ms / 1e3 for ms in range(1000, 1050)]
 
 
+def test_a_request_goes_by_one_policy_to_its_end_and_the_next_one_by_the_next() -> None:
+    hooks = Objectives(policed())
+
+    async def a_list(manager: Any, obj: Any, request: Any) -> AsyncIterator[Any]:
+        found = []
+        for _ in range(2):
+            tokenized = SimpleNamespace(sampling_params=SimpleNamespace(custom_params=None), input_ids=range(3))
+            hooks.resolve(tokenized, manager, obj)
+            found.append(tokenized.sampling_params.custom_params["ttft_slo"])
+            hooks.use(parse("classes: {other: {ttft_s: 9}}", "policy.yaml"))  # while the second one is tokenized
+        yield found
+
+    async def answer() -> Any:
+        obj = SimpleNamespace(sampling_params=None, priority=10)
+        return await anext(aiter(hooks.read_request(a_list, MANAGER, obj, http({}))))
+
+    assert asyncio.run(answer()) == [0.5, 0.5]
+    assert promised(hooks, http({"custom_params": {"slo_class": "other"}}))[:2] == (9.0, "other")
+
+
+def test_what_a_class_has_had_of_tight_requests_outlives_its_policy() -> None:
+    hooks = Objectives(policed(), clock=lambda: 0.0)
+    tight = http({"custom_params": {"slo_class": "interactive", "ttft_slo": 0.3}})
+    assert [promised(hooks, tight)[0] for _ in range(2)] == [0.3, 0.3]
+    hooks.use(POLICY.model_copy())
+    assert promised(hooks, tight) == (0.5, "interactive", "policy file, beyond tight_per_minute")
+
+
 @pytest.mark.parametrize(
     ("body", "headers", "sentence"),
     [
@@ -318,6 +371,7 @@ def test_requests_at_the_same_time_keep_their_own_headers() -> None:
             {},
             "'batch' at the top of the request, but 'keyed'",
         ),
+        ({"custom_params": [{"ttft_slo": 1}]}, {}, "must be an object"),
         ({}, {"x-slo-ttft-ms": "soon"}, "positive, finite number of milliseconds"),
         ({}, {"x-flowprefill-slo-class": "urgent"}, "there are interactive"),
     ],

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import math
+from pathlib import Path
 from random import Random
 from types import SimpleNamespace
 from typing import Any
@@ -167,11 +169,16 @@ def test_serving_all_is_the_policy_edf() -> None:
         FlowPrefillConfig.parse({"overload": "serve", "policy": "s-edf"})
 
 
-def test_limits_are_by_class() -> None:
-    config = FlowPrefillConfig.parse({"max_queued_tokens": "default:100000, batch:20000"})
+def test_limits_are_by_class(tmp_path: Path) -> None:
+    policy = tmp_path / "policy.yaml"
+    policy.write_text("classes: {batch: {}}")
+    limits = {"max_queued_tokens": "default:100000, batch:20000"}
+    config = FlowPrefillConfig.parse(limits | {"slo_policy": str(policy)})
     assert config.queue_limits == {"default": 100000, "batch": 20000}
     assert config.refuses
     assert not FlowPrefillConfig().refuses
+    with pytest.raises(ConfigError, match=r"no class is called batch; there are default, by --flowprefill-slo-policy"):
+        FlowPrefillConfig.parse(limits)
 
 
 def test_the_backlog_is_the_predicted_work_of_all_jobs() -> None:
@@ -259,47 +266,95 @@ async def sglang_refuses(_: Any, out: dict[str, Any], __: Any, is_stream: bool) 
     raise HTTPException(reason["status_code"], reason["message"])
 
 
+async def refused(is_stream: bool = False, out: dict[str, Any] = REFUSED) -> Any:
+    """What the scheduler's refusal is for the endpoint that waits for it."""
+    return await overload.refuse(sglang_refuses, None, out, SimpleNamespace(), is_stream)
+
+
+def error_response(_: Any, message: str, err_type: str = "", status_code: int = 400) -> JSONResponse:
+    """How the OpenAI endpoints make an error."""
+    return JSONResponse({"message": message, "code": status_code}, status_code)
+
+
+def told(response: Any) -> tuple[int, str | None, str]:
+    return response.status_code, response.headers.get("Retry-After"), json.loads(response.body)["message"]
+
+
 def test_generate_answers_with_429_and_retry_after() -> None:
     async def generate(*_: Any) -> Any:
-        return await overload.refuse(sglang_refuses, None, REFUSED, None, False)
+        return await refused()
 
-    response = asyncio.run(overload.answer_generate(generate, None, None))
+    response = asyncio.run(overload.answer(generate, None, None))
     assert (response.status_code, response.headers["Retry-After"]) == (429, "7")
     assert b'"message":"later"' in response.body
 
 
 def test_other_refusals_are_as_sglang_makes_them() -> None:
+    full = {"meta_info": {"finish_reason": {"status_code": 503, "message": "full"}}}
+
     async def generate(*_: Any) -> Any:
-        other = {"meta_info": {"finish_reason": {"status_code": 503, "message": "full"}}}
-        return await overload.refuse(sglang_refuses, None, other, None, False)
+        return await refused(out=full)
 
     with pytest.raises(HTTPException, match="full") as raised:
-        asyncio.run(overload.answer_generate(generate, None, None))
+        asyncio.run(overload.answer(generate, None, None))
     assert raised.value.headers is None
+    assert asyncio.run(refused(True, full)) is full
 
 
+@pytest.mark.parametrize("is_list", [False, True], ids=["one prompt", "a list"])
 @pytest.mark.parametrize("is_stream", [False, True])
-def test_openai_endpoints_answer_with_429_and_retry_after_streams_too(is_stream: bool) -> None:
-    def error(_: Any, message: str, status_code: int) -> JSONResponse:
-        return JSONResponse({"message": message}, status_code)
+def test_openai_endpoints_answer_with_429_and_retry_after_streams_and_lists_too(is_stream: bool, is_list: bool) -> None:
+    async def handle(handler: Any) -> Any:
+        try:
+            # SGLang waits for each prompt of a list in a task of its own.
+            await (asyncio.create_task(refused(is_stream)) if is_list else refused(is_stream))
+        except HTTPException as raised:
+            return overload.tell_refusal(error_response, handler, raised.detail, "429", raised.status_code)
+
+    assert told(asyncio.run(overload.answer_openai(handle, None))) == (429, "7", "later")
+
+    async def other(handler: Any) -> Any:
+        return overload.tell_refusal(error_response, handler, "of somebody else", "429", 429)
+
+    assert told(asyncio.run(overload.answer_openai(other, None))) == (429, None, "of somebody else")
+
+
+def test_an_endpoint_that_makes_any_exception_a_400_answers_with_429_all_the_same() -> None:
+    """As /v1/responses does."""
+
+    async def create(handler: Any) -> Any:
+        try:
+            await refused()
+        except Exception as error:
+            return overload.tell_refusal(error_response, handler, str(error))
+
+    assert told(asyncio.run(overload.answer(create, None))) == (429, "7", "later")
+
+
+def test_an_endpoint_that_makes_the_answer_itself_says_when_to_come_back_too() -> None:
+    """As /v1/messages does."""
 
     async def handle(handler: Any) -> Any:
         try:
-            await overload.refuse(sglang_refuses, None, REFUSED, SimpleNamespace(), is_stream)
-        except HTTPException as raised:
-            return overload.add_retry_after(error, handler, raised.detail, raised.status_code)
+            await refused()
+        except HTTPException as error:
+            return error_response(handler, error.detail, "rate_limit_error", error.status_code)
 
-    response = asyncio.run(overload.handle_openai(handle, None))
-    assert (response.status_code, response.headers["Retry-After"]) == (429, "7")
-    later = asyncio.run(
-        overload.handle_openai(lambda handler: _return(overload.add_retry_after(error, handler, "", 429)), None)
-    )
-    assert "Retry-After" not in later.headers, "a 429 of somebody else"
+    assert told(asyncio.run(overload.answer(handle, None))) == (429, "7", "later")
 
 
-async def _return(value: Any) -> Any:
-    return value
+def test_a_stream_that_has_begun_stays_as_sglang_makes_it() -> None:
+    """Where another choice of the same request was sent already, an exception would cut the connection."""
 
+    async def handle(handler: Any) -> Any:
+        return asyncio.create_task(later())
 
-def test_a_stream_of_generate_stays_as_sglang_makes_it() -> None:
-    assert asyncio.run(overload.refuse(sglang_refuses, None, REFUSED, None, True)) is REFUSED
+    async def later() -> Any:
+        await asyncio.sleep(0)
+        return await refused(True)
+
+    async def client() -> Any:
+        return await (await overload.answer_openai(handle, None))
+
+    assert asyncio.run(client()) is REFUSED
+    assert asyncio.run(refused(True)) is REFUSED, "of /generate"

@@ -56,6 +56,7 @@ def test_a_file_may_say_nothing(text: str) -> None:
         ("classes:\n  a: {per_1k_tokens_s: 1}\n", "f:2: classes.a: per_1k_tokens_s goes with base_s"),
         ("classes:\n  a: {tight_per_minute: 1}\n", "f:2: classes.a: tight_per_minute goes with"),
         ("classes:\n  a: {ttft_s: 1, min_ttft_s: 2}\n", "f:2: classes.a: min_ttft_s may not be above"),
+        ("classes:\n  a: {tbt_s: 1, min_tbt_s: 2}\n", "f:2: classes.a: min_tbt_s may not be above"),
         ("classes:\n  a: {}\n  b: {}\n  a: {}\n", "f:4: classes.a: is there twice"),
         ("classes:\n  two words: {}\n", "f:2: classes.two words: the name of a class"),
         (GOOD + "priorities:\n  10: b\n", "f:4: priorities.10: no class is called 'b'; there are a"),
@@ -67,6 +68,9 @@ def test_a_file_may_say_nothing(text: str) -> None:
         ("classes: [\n", "f:2: no YAML: "),
         ("- 1\n", "f:1: input should be"),
         ("a: &x\n  - *x\n", "f:1: "),
+        ("classes: " + 5000 * "[", "f:1: "),
+        ("classes: !!timestamp soon\n", "f:1: no YAML"),
+        ("classes: !!bool soon\n", "f:1: no YAML"),
     ],
 )
 def test_a_mistake_is_told_with_file_and_line(text: str, expected: str) -> None:

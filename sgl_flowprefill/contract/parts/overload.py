@@ -6,7 +6,7 @@ from typing import Final
 
 from sgl_flowprefill.contract.row import Part, rows
 
-OPENAI: Final = "sglang.srt.entrypoints.openai.serving_base:OpenAIServingBase"
+ENTRYPOINTS: Final = "sglang.srt.entrypoints"
 
 PART: Final = Part(
     "overload",
@@ -22,17 +22,32 @@ PART: Final = Part(
         ),
         *rows(
             "hooks",
-            "sglang.srt.entrypoints.http_server:",
+            f"{ENTRYPOINTS}.http_server:",
             "serve_generate_request(obj, request)",
             "is where that exception leaves /generate",
             "requests that are shed are not told when to come back",
         ),
         *rows(
             "hooks",
-            OPENAI,
+            f"{ENTRYPOINTS}.openai.serving_base:OpenAIServingBase",
             "handle_request(self, request, raw_request) "
             "create_error_response(self, message, err_type, status_code, ...)",
             "is where that exception leaves the OpenAI endpoints",
+            "requests that are shed are not told when to come back",
+        ),
+        *rows(
+            "hooks",
+            f"{ENTRYPOINTS}.openai.serving_responses:OpenAIServingResponses",
+            "create_responses(self, request, raw_request) "
+            "create_error_response(self, message, err_type, status_code, ...)",
+            "is where that exception leaves /v1/responses",
+            "requests that are shed are refused with status 400",
+        ),
+        *rows(
+            "hooks",
+            f"{ENTRYPOINTS}.anthropic.serving:AnthropicServing",
+            "handle_messages(self, request, raw_request)",
+            "is where that exception leaves /v1/messages",
             "requests that are shed are not told when to come back",
         ),
     ),

@@ -14,17 +14,10 @@ PART: Final = Part(
     (
         *rows(
             "hooks",
-            "sglang.srt.entrypoints.api_contract:",
-            "generate_contract_error(body)",
-            "checks the objective of a /generate request",
-            "an invalid objective is an error event under status 200",
-        ),
-        *rows(
-            "hooks",
             HTTP,
             "serve_generate_request(obj, request)",
-            "checks the objective of a /generate request, its headers too, before a stream begins",
-            "an invalid objective in a header is an error event under status 200",
+            "checks the objective of a /generate request before a stream begins",
+            "an invalid objective is an error event under status 200",
         ),
         *rows(
             "hooks",
@@ -71,20 +64,6 @@ PART: Final = Part(
             "custom_params",
             "is what carries an objective to the scheduler",
             "every request has the default objective",
-        ),
-        *rows(
-            "hooks",
-            "sglang.srt.entrypoints.openai.serving_completions:",
-            "OpenAIServingCompletion._validate_request(self, request)",
-            "checks the objective of a /v1/completions request",
-            "an invalid objective is an error event under status 200",
-        ),
-        *rows(
-            "hooks",
-            "sglang.srt.entrypoints.openai.serving_chat:",
-            "OpenAIServingChat._validate_request(self, request)",
-            "checks the objective of a /v1/chat/completions request",
-            "an invalid objective is an error event under status 200",
         ),
         *attributes(
             "sglang.srt.entrypoints.openai.protocol:CompletionRequest",
