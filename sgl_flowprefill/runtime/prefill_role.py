@@ -25,7 +25,6 @@ class PrefillRole(SchedulerRole):
 
     bootstrapped_s: dict[int, float] = field(default_factory=dict, init=False)
     """When the decode server had reserved its KV cache, by the room of a request that has not come here yet."""
-    """By bootstrap room."""
     _reindexed: Any = field(default=None, init=False)
     """The last request whose KV indices were queued again after its prefill had run."""
 
