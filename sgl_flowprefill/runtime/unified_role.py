@@ -123,9 +123,9 @@ class UnifiedRole(SchedulerRole):
         if self.held_back and not (self.tasks.live or self.tasks.finishing or self.streams):
             self._freed()  # nobody is left who could free some
         queued, self.not_told = self.not_told, []
-        yield from map(self._arrival, queued)
+        yield from map(self.as_arrival, queued)
 
-    def _arrival(self, req: Any) -> Arrival:
+    def as_arrival(self, req: Any) -> Arrival:
         """A request that was a stream before has part of its answer, and is due one objective from now on: its old
         deadline would make it infeasible.
         """

@@ -324,7 +324,7 @@ def test_the_hub_is_told_of_requests_without_a_look_at_all_that_wait(monkeypatch
     )
     parts = (FlowPrefillConfig().default_ttft_slo, Tasks(), Wakeup(), CpuDevice(), OneRank(lambda: False))
     role: Any = UnifiedRole(scheduler, *parts, EventRecorder(None))  # type: ignore[arg-type]
-    monkeypatch.setattr(role, "_arrival", lambda req: req)
+    monkeypatch.setattr(role, "as_arrival", lambda req: req)
     monkeypatch.setattr(role, "take_messages", lambda: False)
     queue, known = scheduler.waiting_queue, scheduler.waiting_queue[:]
 
