@@ -68,6 +68,7 @@ def main() -> None:
             metrics.completed(0.5, 0.4)
             metrics.decided(80e-6, now_s=1.0)
             metrics.stepped(0.02, 0.001, tokens=4, late_tokens=1)
+            metrics.rest(now_s=1.0)
             print("it has happened", flush=True)
         server.shutdown()
         thread.join()

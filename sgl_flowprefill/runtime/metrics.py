@@ -1,12 +1,15 @@
 """Prometheus metrics of the scheduler, on SGLang's ``/metrics`` with ``--enable-metrics``.
 
-``metrics/table.py`` says what there is. What is counted is written at once, at one to two microseconds of CPU time a
-value; gauges, which only the next scrape reads, are written from time to time, a few at each event.
+``metrics/table.py`` says what there is. What became of a request is written at once, at more than a microsecond of CPU
+time a value. What is told of tasks and events, at each of them, is gathered, and written from time to time with the
+gauges, a few values at an event: only the next scrape reads it.
 """
 
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
+from collections import Counter as Counts
 from collections.abc import Callable, Iterator, Mapping
 from http import HTTPStatus
 from itertools import islice, product
@@ -19,11 +22,11 @@ from sgl_flowprefill.outcomes import Outcome
 from sgl_flowprefill.slo import DEFAULT
 
 WRITTEN_EVERY_S: Final = 0.5
-"""How often gauges are written, at most. Where events are rare, it takes some of them to write the TTFT model's."""
+"""How often gauges and what is gathered are written, at most."""
 OVERLOADED: Final = (HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE)
 """What a request is refused with because there is too much to do."""
 VALUES_AT_ONCE: Final = 4
-"""Values of the TTFT model's state that an event writes."""
+"""Series that an event writes of those that are gathered, or of the TTFT model's state."""
 
 
 class Situation(NamedTuple):
@@ -38,6 +41,34 @@ class Situation(NamedTuple):
 
 
 NOTHING: Final = Situation({}, 0, 0, 0, 0.0)
+
+
+class Gathered:
+    """What a series of a counter or a histogram is told between two times at which it is written."""
+
+    def __init__(self, series: Any, bounds: tuple[float, ...]) -> None:
+        """``series``: the client library's. ``bounds``: of a histogram's buckets; none for a counter."""
+        self._series, self._bounds = series, bounds
+        self._sum = 0.0
+        self._counts: Counts[int] = Counts()
+        """Values by the bucket."""
+
+    def inc(self, amount: float = 1.0) -> None:
+        self._sum += amount
+
+    def observe(self, value: float) -> None:
+        self._sum += value
+        self._counts[bisect_left(self._bounds, value)] += 1
+
+    def write(self) -> None:
+        if self._counts:  # the library's own method takes one value at a time
+            for bucket, count in self._counts.items():
+                self._series._buckets[bucket].inc(count)
+            self._series._sum.inc(self._sum)
+            self._counts.clear()
+        elif self._sum:
+            self._series.inc(self._sum)
+        self._sum = 0.0
 
 
 class Metrics:
@@ -61,6 +92,7 @@ class Metrics:
         """Requests that were refused and whose outcome is about to be told."""
         self._families: dict[Metric, Any] = {}
         self._of: dict[Metric, dict[tuple[str, ...], Any]] = {}
+        self._gathered: list[Gathered] = []
         self._situation: Callable[[float], Situation] = lambda now_s: NOTHING
         self._ttft_state: Callable[[], Mapping[str, float]] = dict
         self._writing: Iterator[None] = iter(())
@@ -95,7 +127,10 @@ class Metrics:
         rate of it.
         """
         for own in product(*((slo_class,) if label is CLASS else label.values or () for label in metric.labels)):
-            self._of[metric][own] = self._families[metric].labels(*self._labels, *own)
+            series = self._families[metric].labels(*self._labels, *own)
+            if not metric.labels and metric.kind is not Kind.GAUGE:  # told of tasks and events
+                self._gathered.append(series := Gathered(series, metric.buckets))
+            self._of[metric][own] = series
 
     def watch(self, situation: Callable[[float], Situation], ttft_state: Callable[[], Mapping[str, float]]) -> None:
         """Where gauges come from: ``situation(now_s)``, and ``ttft_state`` as ``AdaptiveTTFT.state`` gives it."""
@@ -172,14 +207,18 @@ class Metrics:
     # ---- gauges -----------------------------------------------------------------------------------------------------
 
     def decided(self, cost_s: float, now_s: float) -> None:
-        """Something has happened, and what runs next was chosen, all in ``cost_s``. Goes on with the gauges."""
+        """Something has happened, and what runs next was chosen, all in ``cost_s``. Goes on with the writing."""
         self._one(table.EVENT_COST).observe(cost_s)
         if self._is_due(now_s):
+            for _ in self._writing:  # what is left of the last time: there were few events since
+                pass
             self._writing = self._write(now_s)
         next(self._writing, None)
 
     def rest(self, now_s: float) -> None:
-        """Nothing can run: there is time for all gauges."""
+        """Nothing can run: there is time for all that is to be written."""
+        for gathered in self._gathered:
+            gathered.write()
         if self._is_due(now_s):
             for _ in self._write(now_s):
                 pass
@@ -191,7 +230,7 @@ class Metrics:
         return True
 
     def _write(self, now_s: float) -> Iterator[None]:
-        """Write the gauges, in steps of which an event makes one."""
+        """Write the gauges and what is gathered, in steps of which an event makes one."""
         situation = self._situation(now_s)
         for (state,), gauge in self._of[table.QUEUE].items():
             gauge.set(situation.queue.get(state, 0))
@@ -200,6 +239,10 @@ class Metrics:
         self._one(table.SUSPENDED_BYTES).set(situation.suspended_bytes)
         self._one(table.OLDEST_SUSPENDED).set(situation.oldest_suspended_s)
         yield
+        for begin in range(0, len(self._gathered), VALUES_AT_ONCE):
+            for gathered in self._gathered[begin : begin + VALUES_AT_ONCE]:
+                gathered.write()
+            yield
         values = iter(self._ttft_state().items())
         while part := list(islice(values, VALUES_AT_ONCE)):
             yield
