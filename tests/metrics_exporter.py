@@ -43,6 +43,7 @@ class Told:
             self._metrics.read(event)
             for outcome in self._outcomes.read(event):
                 self._metrics.ended(outcome)
+        self._metrics.rest(now_s=0.0)
 
 
 def main() -> None:
