@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import threading
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from itertools import pairwise
 from pathlib import Path
@@ -17,13 +17,15 @@ import requests
 pytest.importorskip("opentelemetry.sdk", reason="pip install 'sglang[tracing]'")
 
 from sgl_flowprefill.cluster import Cluster, ClusterConfig
+from sgl_flowprefill.cluster.top_command import documents
 from sgl_flowprefill.config import FlowPrefillConfig
+from sgl_flowprefill.live.state import State
 from tests.otlp import Collector, Span, collecting
 from tests.prompts import prompt
 
 LONG_TOKENS: Final = 9000
 SHORT_TOKENS: Final = 300
-STREAM_TOKENS: Final = 60
+STREAM_TOKENS: Final = 200
 TIMEOUT_S: Final = 120.0
 CLOCKS_APART_S: Final = 0.05
 """SGLang makes wall-clock times of monotonic ones with a difference that it measures anew for each request."""
@@ -64,24 +66,24 @@ def traced(no_cluster: None, tmp_path: Path) -> Iterator[tuple[Cluster, Collecto
         yield stack.enter_context(Cluster(config, on_progress=print)), collector
 
 
+def wait_until(url: str, what: Callable[[State], bool]) -> None:
+    """Wait until ``what`` is true of the scheduler."""
+    begin_s = time.monotonic()
+    for document in documents(url, None):
+        if any(server.state is not None and what(server.state) for server in document.servers):
+            return
+        assert time.monotonic() - begin_s < TIMEOUT_S, document
+
+
 def asked_together(url: str) -> dict[str, Asked]:
-    """A stream, a long prompt beside it, and short ones that are due before that."""
-    answers: dict[str, Asked] = {}
-
-    def answer(rid: str, *request: Any) -> None:
-        answers[rid] = ask(url, rid, *request)
-
-    clients = [
-        threading.Thread(target=answer, args=("stream", SHORT_TOKENS, 60.0, STREAM_TOKENS)),
-        threading.Thread(target=answer, args=("long", LONG_TOKENS, 100.0)),
-        *(threading.Thread(target=answer, args=(f"short-{i}", SHORT_TOKENS, 20.0 + 5 * i)) for i in range(3)),
-    ]
-    for client in clients:
-        client.start()
-        time.sleep(0.4)
-    for client in clients:
-        client.join(TIMEOUT_S)
-    return answers
+    """A stream, a long prompt while it has tokens to come, and while that runs short ones, which are due before it."""
+    with ThreadPoolExecutor(2) as clients:
+        stream = clients.submit(ask, url, "stream", SHORT_TOKENS, 60.0, STREAM_TOKENS)
+        wait_until(url, lambda state: state.streams > 0)
+        long = clients.submit(ask, url, "long", LONG_TOKENS, 100.0)
+        wait_until(url, lambda state: any(task.runs and task.rids == ["long"] for task in state.tasks))
+        shorts = {f"short-{i}": ask(url, f"short-{i}", SHORT_TOKENS, 20.0) for i in range(3)}
+        return shorts | {"stream": stream.result(TIMEOUT_S), "long": long.result(TIMEOUT_S)}
 
 
 def collected(collector: Collector, traces: set[str]) -> dict[str, list[Span]]:
