@@ -117,8 +117,10 @@ class SpanRecorder(EventRecorder):
         super().resumed(task, now_s)
         self.spans.run(task, now_s)
 
-    def stepped(self, streams: int, begin_s: float, end_s: float, *figures: Any) -> None:
-        super().stepped(streams, begin_s, end_s, *figures)
+    def stepped(
+        self, streams: int, begin_s: float, end_s: float, due_s: float, took_s: float, tokens: int, late_tokens: int
+    ) -> None:
+        super().stepped(streams, begin_s, end_s, due_s, took_s, tokens, late_tokens)
         self.spans.step(begin_s, end_s, streams)
 
     def completed(self, task: PrefillTask, prediction: Prediction) -> None:
