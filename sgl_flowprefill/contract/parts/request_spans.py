@@ -29,7 +29,7 @@ PART: Final = Part(
         *rows(
             "calls",
             TIMES,
-            "ReqTimeStatsBase.trace_slice(self, stage, start_time, end_time, attrs)",
+            "SchedulerReqTimeStats.trace_slice(self, stage, start_time, end_time, attrs)",
             "writes a span",
             NO_SPANS,
         ),
