@@ -13,6 +13,8 @@ import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Event
 from typing import Final, NamedTuple
@@ -26,7 +28,7 @@ from tests.browser import Page, chromium
 from tests.prompts import prompt
 
 ROOT: Final = Path(__file__).parents[1]
-SITE: Final = ROOT / "out/docs/index.html"
+SITE: Final = ROOT / "out/docs"
 DESK_PX: Final = 1280, 800
 PHONE_PX: Final = 390, 844
 SITE_PX: Final = 1280, 1085
@@ -90,8 +92,20 @@ async def take_live(browser: Page, url: str) -> None:
         await browser.screenshot(ROOT / f"docs/{name}.png")
 
 
-async def take_site(browser: Page) -> None:
-    await browser.open(SITE.as_uri(), *SITE_PX)
+@contextmanager
+def site() -> Iterator[str]:
+    """URL of the front page: its search needs a web server."""
+    handler = partial(SimpleHTTPRequestHandler, directory=SITE)
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server, ThreadPoolExecutor(1) as thread:
+        thread.submit(server.serve_forever, 0.02)
+        try:
+            yield f"http://127.0.0.1:{server.server_port}/index.html"
+        finally:
+            server.shutdown()
+
+
+async def take_site(browser: Page, url: str) -> None:
+    await browser.open(url, *SITE_PX)
     await asyncio.sleep(1)
     await browser.screenshot(ROOT / "docs/site.png")
 
@@ -99,7 +113,8 @@ async def take_site(browser: Page) -> None:
 async def take_all(url: str) -> None:
     async with chromium() as browser:
         await take_live(browser, url)
-        await take_site(browser)
+        with site() as front_page:
+            await take_site(browser, front_page)
         assert browser.errors == []
 
 
