@@ -4,8 +4,9 @@ reaches the client.
 Targets: ``TokenizerManager.update_request_meta_info``, where what the scheduler sends beside tokens (SGLang's
 ``customized_info``) goes into ``meta_info``; ``build_endpoint_weight_version_metadata``, which makes the ``metadata``
 of answers of /v1/completions and /v1/chat/completions; ``_generate_completion_stream`` and ``_generate_chat_stream`` of
-their handlers, which make the events of streams. Without them ``meta_info`` would have a list of reports, which streams
-with ``--incremental-streaming-output`` cut off, and the OpenAI endpoints would have none.
+their handlers, which make the events of streams; ``TokenizerManager.convert_to_span_attrs``, which says with
+``--enable-trace`` what the span of a whole request has. Without them ``meta_info`` would have a list of reports, which
+streams with ``--incremental-streaming-output`` cut off, the OpenAI endpoints would have none, and neither would spans.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from sgl_flowprefill.answers import REPORT_KEY
 from sgl_flowprefill.patches.base import expect
 
 META_INFO: Final = "sglang.srt.managers.tokenizer_manager.TokenizerManager.update_request_meta_info"
+SPAN: Final = "sglang.srt.managers.tokenizer_manager.TokenizerManager.convert_to_span_attrs"
 METADATA: Final = (
     "sglang.srt.entrypoints.openai.serving_completions.build_endpoint_weight_version_metadata",
     "sglang.srt.entrypoints.openai.serving_chat.build_endpoint_weight_version_metadata",
@@ -39,6 +41,7 @@ def apply() -> None:
 
     expect("answer_report")
     HookRegistry.register(META_INFO, add_report, HookType.AROUND)
+    HookRegistry.register(SPAN, add_to_span, HookType.AFTER)
     for target in METADATA:
         HookRegistry.register(target, _add_metadata, HookType.AFTER)
     for target in STREAMS:
@@ -65,6 +68,12 @@ def add_report(
     if reports[index]:
         meta_info[REPORT_KEY] = reports[index][0]
         setattr(state.obj, REPORT, reports[index][0])
+
+
+def add_to_span(attributes: dict[str, Any], manager: Any, state: Any, *answer: Any) -> dict[str, Any]:
+    """The attributes of a request's span, with its report; what is not known is left out."""
+    told = getattr(state.obj, REPORT, {})
+    return attributes | {f"{REPORT_KEY}.{name}": value for name, value in told.items() if value is not None}
 
 
 def _add_metadata(metadata: dict[str, Any], meta_info: Mapping[str, Any]) -> dict[str, Any]:

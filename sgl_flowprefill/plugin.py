@@ -22,6 +22,7 @@ SCHEDULER_PARTS: Final = (
     "loop",
     "scheduler",
     "requests",
+    "request_spans",
     "disaggregation",
     "caches",
     "host_cache",

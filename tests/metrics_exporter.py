@@ -43,6 +43,7 @@ class Told:
             self._metrics.read(event)
             for outcome in self._outcomes.read(event):
                 self._metrics.ended(outcome)
+        self._metrics.rest(now_s=0.0)
 
 
 def main() -> None:
@@ -68,6 +69,7 @@ def main() -> None:
             metrics.completed(0.5, 0.4)
             metrics.decided(80e-6, now_s=1.0)
             metrics.stepped(0.02, 0.001, tokens=4, late_tokens=1)
+            metrics.rest(now_s=1.0)
             print("it has happened", flush=True)
         server.shutdown()
         thread.join()

@@ -65,6 +65,7 @@ RECEIVERS: Final = {
     "token_to_kv_pool": "sglang.srt.mem_cache.memory_pool:KVCache",
     "tp_group": "sglang.srt.distributed.parallel_state:GroupCoordinator",
     "tp_worker": f"{MANAGERS}.tp_worker:TpModelWorker",
+    "trace_ctx": "sglang.srt.observability.trace:TraceReqContext",
     "tree_cache": "sglang.srt.mem_cache.base_prefix_cache:BasePrefixCache",
     "watchdog": "sglang.srt.utils.watchdog:WatchdogRaw",
     "weight_updater": f"{MANAGERS}.scheduler_components.weight_updater:SchedulerWeightUpdaterManager",

@@ -23,12 +23,13 @@ Attainment, in PromQL:
     sum(rate(flowprefill:ttft_slo_met_total[5m]))
       / (sum(rate(flowprefill:ttft_slo_met_total[5m])) + sum(rate(flowprefill:ttft_slo_missed_total[5m])))
 
-The causes of misses are those of the [timeline](operations.md#timeline) (`sgl_flowprefill/misses.py`). Gauges are
-written twice a second while there are events, and every 5 s while there are none.
+The causes of misses are those of the [timeline](operations.md#timeline) (`sgl_flowprefill/misses.py`). All of them
+are written twice a second while there are events, a few at each, and at once when there is nothing to do; gauges then
+every 5 s.
 
-What it costs, by `python -m tests.metrics_cost` on two busy cores of an AMD EPYC: 10 µs of CPU time for a request that
-arrives and preempts a prefill, 17 µs for a prefill that ends and another that goes on. Where reports in answers are
-off, which read the same outcomes of requests, 19 and 24 µs.
+What it costs, by `python -m tests.metrics_cost` on two cores of an AMD EPYC that other processes kept busy: 7 µs of CPU
+time for a request that arrives and preempts a prefill, 11 µs for a prefill that ends and another that goes on. Where
+reports in answers are off, which read the same outcomes of requests, 23 and 24 µs.
 """
 
 BEHIND: Final = """
@@ -70,7 +71,8 @@ prefills have taken {corrected:g} times as long as in its profile for half an ho
 
 Tests evaluate every query of dashboard and alerts in a real Prometheus, on what running servers export, and the alerts
 on series made up for it (`tests/unit/test_metrics_prometheus.py`, `tests/servers/`). They are skipped where
-`prometheus` and `promtool` (Debian's package `prometheus`) are not installed. Grafana itself runs in no test.
+`prometheus` and `promtool` (Debian's package `prometheus`) are not installed. Grafana itself runs in no test: how the
+dashboard looks in it was not checked, and there is no picture of it here.
 """
 
 

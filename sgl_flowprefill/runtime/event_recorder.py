@@ -218,9 +218,9 @@ class EventRecorder(EventLog, Recorder):
             self._metrics.decided(cost_s, now_s)
 
     def flush(self) -> None:
-        super().flush()
         if self._metrics is not None:
             self._metrics.rest(time.monotonic())
+        super().flush()
 
     def watch(self, work: Work, token_bytes: float) -> None:
         """Metrics show what waits and has started of ``work``; ``token_bytes`` is what a suspended task holds for each

@@ -1,15 +1,17 @@
 """Prometheus metrics of the scheduler, on SGLang's ``/metrics`` with ``--enable-metrics``.
 
-``metrics/table.py`` says what there is. What is counted is written at once, at one to two microseconds of CPU time a
-value; gauges, which only the next scrape reads, are written from time to time, a few at each event.
+``metrics/table.py`` says what there is. Writing a value takes more than a microsecond of CPU time, and only the next
+scrape reads it: what is counted is gathered, and written from time to time with the gauges, a few series at an event.
 """
 
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
+from collections import Counter as Counts
 from collections.abc import Callable, Iterator, Mapping
 from http import HTTPStatus
-from itertools import islice, product
+from itertools import chain, islice, product
 from typing import Any, Final, NamedTuple
 
 from sgl_flowprefill.events import AnyEvent, Arrival, Fail
@@ -19,11 +21,11 @@ from sgl_flowprefill.outcomes import Outcome
 from sgl_flowprefill.slo import DEFAULT
 
 WRITTEN_EVERY_S: Final = 0.5
-"""How often gauges are written, at most. Where events are rare, it takes some of them to write the TTFT model's."""
+"""How often gauges and what is gathered are written, at most."""
 OVERLOADED: Final = (HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE)
 """What a request is refused with because there is too much to do."""
 VALUES_AT_ONCE: Final = 4
-"""Values of the TTFT model's state that an event writes."""
+"""Series that an event writes of those that are gathered, or of the TTFT model's state."""
 
 
 class Situation(NamedTuple):
@@ -38,6 +40,40 @@ class Situation(NamedTuple):
 
 
 NOTHING: Final = Situation({}, 0, 0, 0, 0.0)
+
+
+class Gathered:
+    """What a series of a counter or a histogram is told between two times at which it is written."""
+
+    def __init__(self, series: Any, bounds: tuple[float, ...], told: Callable[[Gathered], object]) -> None:
+        """``series``: the client library's. ``bounds``: of a histogram's buckets; none for a counter. ``told`` is
+        called when there is something to write.
+        """
+        self._series, self._bounds, self._told = series, bounds, told
+        self._is_told = False
+        self._sum = 0.0
+        self._counts: Counts[int] = Counts()
+        """Values by the bucket."""
+
+    def inc(self, amount: float = 1.0) -> None:
+        if not self._is_told:
+            self._is_told = True
+            self._told(self)
+        self._sum += amount
+
+    def observe(self, value: float) -> None:
+        self.inc(value)
+        self._counts[bisect_left(self._bounds, value)] += 1
+
+    def write(self) -> None:
+        if self._counts:  # the library's own method takes one value at a time
+            for bucket, count in self._counts.items():
+                self._series._buckets[bucket].inc(count)
+            self._series._sum.inc(self._sum)
+            self._counts.clear()
+        else:
+            self._series.inc(self._sum)
+        self._sum, self._is_told = 0.0, False
 
 
 class Metrics:
@@ -61,10 +97,12 @@ class Metrics:
         """Requests that were refused and whose outcome is about to be told."""
         self._families: dict[Metric, Any] = {}
         self._of: dict[Metric, dict[tuple[str, ...], Any]] = {}
+        self._told: list[Gathered] = []
+        """Series that have something to write."""
         self._situation: Callable[[float], Situation] = lambda now_s: NOTHING
         self._ttft_state: Callable[[], Mapping[str, float]] = dict
         self._writing: Iterator[None] = iter(())
-        """The gauges, as far as they are still to be written."""
+        """What is still to be written of what was to be at ``_written_s``."""
         self._written_s = -math.inf
         for metric in TABLE:
             if metric.unified and not decodes:
@@ -95,7 +133,9 @@ class Metrics:
         rate of it.
         """
         for own in product(*((slo_class,) if label is CLASS else label.values or () for label in metric.labels)):
-            self._of[metric][own] = self._families[metric].labels(*self._labels, *own)
+            series = self._families[metric].labels(*self._labels, *own)
+            is_gauge = metric.kind is Kind.GAUGE
+            self._of[metric][own] = series if is_gauge else Gathered(series, metric.buckets, self._told.append)
 
     def watch(self, situation: Callable[[float], Situation], ttft_state: Callable[[], Mapping[str, float]]) -> None:
         """Where gauges come from: ``situation(now_s)``, and ``ttft_state`` as ``AdaptiveTTFT.state`` gives it."""
@@ -172,17 +212,18 @@ class Metrics:
     # ---- gauges -----------------------------------------------------------------------------------------------------
 
     def decided(self, cost_s: float, now_s: float) -> None:
-        """Something has happened, and what runs next was chosen, all in ``cost_s``. Goes on with the gauges."""
+        """Something has happened, and what runs next was chosen, all in ``cost_s``. Goes on with the writing."""
         self._one(table.EVENT_COST).observe(cost_s)
         if self._is_due(now_s):
+            for _ in self._writing:  # what is left of the last time: there were few events since
+                pass
             self._writing = self._write(now_s)
         next(self._writing, None)
 
     def rest(self, now_s: float) -> None:
-        """Nothing can run: there is time for all gauges."""
-        if self._is_due(now_s):
-            for _ in self._write(now_s):
-                pass
+        """Nothing can run: there is time for all that is to be written."""
+        for _ in chain(self._writing, self._write_told(), self._write(now_s) if self._is_due(now_s) else ()):
+            pass
 
     def _is_due(self, now_s: float) -> bool:
         if now_s - self._written_s < WRITTEN_EVERY_S:
@@ -191,7 +232,7 @@ class Metrics:
         return True
 
     def _write(self, now_s: float) -> Iterator[None]:
-        """Write the gauges, in steps of which an event makes one."""
+        """Write the gauges and what has been told by then, in steps of which an event makes one."""
         situation = self._situation(now_s)
         for (state,), gauge in self._of[table.QUEUE].items():
             gauge.set(situation.queue.get(state, 0))
@@ -200,11 +241,20 @@ class Metrics:
         self._one(table.SUSPENDED_BYTES).set(situation.suspended_bytes)
         self._one(table.OLDEST_SUSPENDED).set(situation.oldest_suspended_s)
         yield
+        yield from self._write_told()
         values = iter(self._ttft_state().items())
         while part := list(islice(values, VALUES_AT_ONCE)):
             yield
             for name, value in part:
                 self._value_of_model(name).set(value)
+
+    def _write_told(self) -> Iterator[None]:
+        told = iter(self._told.copy())
+        self._told.clear()
+        while part := list(islice(told, VALUES_AT_ONCE)):
+            for series in part:
+                series.write()
+            yield
 
     def _value_of_model(self, name: str) -> Any:
         of_model = self._of[table.TTFT_MODEL]

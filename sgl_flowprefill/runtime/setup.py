@@ -12,6 +12,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, Final, NoReturn, TypeVar
 
+from sglang.srt.observability.trace import get_global_tracing_enabled
 from sglang.srt.runtime_context import get_parallel
 from sglang.srt.utils.network import get_local_ip_auto
 
@@ -38,6 +39,7 @@ from sgl_flowprefill.runtime.learner import LearningTTFT
 from sgl_flowprefill.runtime.memory import TaskMemory
 from sgl_flowprefill.runtime.metrics import Metrics
 from sgl_flowprefill.runtime.profile import load_or_measure
+from sgl_flowprefill.runtime.request_spans import SpanRecorder
 from sgl_flowprefill.runtime.scheduler_role import SchedulerRole
 from sgl_flowprefill.runtime.slots import AttentionSlots
 from sgl_flowprefill.runtime.tiles import WHOLE, TileSizes, find_norms, tile_layers, tiles_of
@@ -180,7 +182,8 @@ def _recorder(scheduler: Any, config: FlowPrefillConfig, is_first: bool, decodes
     with_metrics = is_first and scheduler.metrics_collector_context.enable_metrics
     metrics = Metrics(scheduler.metrics_collector.labels, decodes=decodes) if with_metrics else None
     recent = RecentEvents(config.recent_events) if is_first and config.recent_events else None
-    return EventRecorder(config.events_file if is_first else None, metrics, decodes, recent)
+    kind = SpanRecorder if get_global_tracing_enabled() else EventRecorder
+    return kind(config.events_file if is_first else None, metrics, decodes, recent)
 
 
 def _kv_token_bytes(model_runner: Any) -> float:

@@ -328,6 +328,7 @@ def _args(request: Request) -> Args:
     reason = end.reason if isinstance(end, Fail) else None if leave is None or leave.reason is UNSET else leave.reason
     return {
         "rid": request.rid,
+        "slo_class": arrival.slo_class,
         "prompt_tokens": arrival.prompt_tokens,
         "new_tokens": None if ready is None else ready.new_tokens,
         "cached_tokens": None if ready is None else ready.cached_tokens,

@@ -190,3 +190,11 @@ def test_a_stream_tells_what_its_request_was_told() -> None:
 
     sent = asyncio.run(collected())
     assert [event == as_it_was for event, as_it_was in zip(sent, STREAM, strict=True)] == [True, False, True, True]
+
+
+def test_the_span_of_a_request_has_what_its_report_knows() -> None:
+    state = SimpleNamespace(obj=SimpleNamespace())
+    assert answer_report.add_to_span({"rid": "a"}, None, state, None, 0) == {"rid": "a"}
+    setattr(state.obj, answer_report.REPORT, {"met": False, "cause": "overload", "ttft_s": None})
+    told = answer_report.add_to_span({"rid": "a"}, None, state, None, 0)
+    assert told == {"rid": "a", "flowprefill.met": False, "flowprefill.cause": "overload"}

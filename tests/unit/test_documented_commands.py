@@ -46,6 +46,8 @@ make demo|\S+ -m sgl_flowprefill.bench demo --unified
     takes more than a test may
 make (test|lint|stress)
     takes more than a test may
+\S+ -m tests.pictures
+    takes more than a test may
 make docs
     tests/unit/test_site.py::test_every_page_is_there_and_every_link_leads_somewhere
 \S+ launch.py --flowprefill
@@ -72,6 +74,10 @@ python -m venv aiperf .*
     tests/servers/test_fleet.py::test_a_server_that_dies_under_load_costs_only_its_own_requests_and_comes_back
 \S+ launch.py --flowprefill --unified
     tests/servers/test_cluster.py::TestFlowPrefillOnOneServer
+\S+ launch.py --flowprefill --unified --enable-trace .*
+    tests/servers/test_traces.py
+\S*pip install 'sglang\[tracing\]'
+    is another project's
 \S+ launch.py --flowprefill --unified --model-path MODEL
     tests/servers/test_cluster.py::test_one_server_has_the_port_keeps_its_key_and_ends_with_its_launcher
 \S+ launch.py --flowprefill --unified 2( --model-path MODEL)?

@@ -194,10 +194,10 @@ def test_gauges_are_written_some_at_each_event_and_all_before_a_sleep() -> None:
         return sum(name.startswith("flowprefill:ttft_model{") for name in samples(registry))
 
     written = []
-    for event in range(6):
+    for event in range(8):
         metrics.decided(1e-5, now_s=event / 100)
         written.append(shown())
-    assert written == [0, 0, 4, 8, 10, 10]
+    assert written == [0, 0, 0, 4, 8, 10, 10, 10]
     assert len(asked) == 1, "not asked again within half a second"
     found = samples(registry)
     assert found["flowprefill:num_queue_reqs{state=feasible}"] == 3
@@ -210,12 +210,47 @@ def test_gauges_are_written_some_at_each_event_and_all_before_a_sleep() -> None:
     assert samples(registry)["flowprefill:ttft_model{value=value_0}"] == 7.0
 
 
+def test_what_is_counted_is_written_from_time_to_time_and_none_of_it_is_lost_or_written_twice() -> None:
+    registry = CollectorRegistry()
+    metrics = Metrics(LABELS, registry=registry)
+
+    def shown() -> tuple[float, float, float, float]:
+        found = samples(registry)
+        name = "flowprefill:scheduling_event_seconds"
+        in_time = found[f"{name}_bucket{{le=5e-05}}"]
+        return found[f"{name}_count"], in_time, found[f"{name}_sum"], found["flowprefill:preemptions_total"]
+
+    costs_s = [25e-6, 26e-6, 50e-6, 51e-6, 1.0]  # at the upper bound of a bucket, and beyond the last one
+    for event, cost_s in enumerate(costs_s):
+        metrics.preempted(0.004, 0.003)
+        metrics.decided(cost_s, now_s=event / 100)
+    assert shown() == (2, 2, pytest.approx(51e-6), 2), "with the second event, and then not for half a second"
+    metrics.decided(0.5, now_s=0.6)
+    metrics.decided(0.5, now_s=0.61)
+    assert shown() == (7, 3, pytest.approx(sum(costs_s) + 1.0), 5)
+    metrics.preempted(0.004, 0.003)
+    metrics.rest(now_s=0.62)
+    assert shown() == (7, 3, pytest.approx(sum(costs_s) + 1.0), 6), "at once where there is nothing to do"
+    metrics.rest(now_s=2.0)
+    assert shown() == (7, 3, pytest.approx(sum(costs_s) + 1.0), 6)
+
+
+def test_where_events_are_few_the_next_one_writes_what_is_left() -> None:
+    registry = CollectorRegistry()
+    metrics = Metrics(LABELS, registry=registry)
+    metrics.decided(1e-5, now_s=0.0)
+    metrics.preempted(0.004, 0.003)
+    metrics.decided(1e-5, now_s=10.0)
+    assert samples(registry)["flowprefill:preemptions_total"] == 1
+
+
 def test_tokens_and_steps_count_on_a_server_that_decodes() -> None:
     registry = CollectorRegistry()
     metrics = Metrics(LABELS, decodes=True, registry=registry)
     metrics.stepped(0.03, 0.004, tokens=5, late_tokens=2)
     metrics.stepped(0.02, None, tokens=1, late_tokens=0)
     metrics.given_back()
+    metrics.rest(now_s=0.0)
     found = samples(registry)
     assert found["flowprefill:tbt_slo_met_total"] == 4
     assert found["flowprefill:tbt_slo_missed_total"] == 2

@@ -21,6 +21,13 @@ PART: Final = Part(
             "is where what the scheduler sends beside tokens goes into meta_info",
             "answers say nothing of what happened to their requests",
         ),
+        *rows(
+            "hooks",
+            "sglang.srt.managers.tokenizer_manager:",
+            "TokenizerManager.convert_to_span_attrs(self, state, ...)",
+            "says what the span of a request has in a trace",
+            "traces say nothing of what happened to their requests",
+        ),
         *attributes(
             "sglang.srt.managers.tokenizer_manager:ReqState",
             "obj",

@@ -1,0 +1,136 @@
+"""SGLang's OpenTelemetry traces of requests (``--enable-trace``), with FlowPrefill's spans in them."""
+
+from __future__ import annotations
+
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+import pytest
+import requests
+
+pytest.importorskip("opentelemetry.sdk", reason="pip install 'sglang[tracing]'")
+
+from sgl_flowprefill.cluster import Cluster, ClusterConfig
+from sgl_flowprefill.cluster.top_command import documents
+from sgl_flowprefill.config import FlowPrefillConfig
+from sgl_flowprefill.live.state import State
+from tests.otlp import Collector, Span, collecting
+from tests.prompts import prompt
+
+LONG_TOKENS: Final = 9000
+SHORT_TOKENS: Final = 300
+STREAM_TOKENS: Final = 200
+TIMEOUT_S: Final = 120.0
+CLOCKS_APART_S: Final = 0.05
+"""SGLang makes wall-clock times of monotonic ones with a difference that it measures anew for each request."""
+
+
+class Asked(NamedTuple):
+    """A request, and its answer's report."""
+
+    trace: str
+    report: dict[str, Any]
+
+
+def ask(url: str, rid: str, tokens: int, slo_s: float, output_tokens: int = 2) -> Asked:
+    """Answered as part of a trace that its client has begun."""
+    trace = f"{zlib.crc32(rid.encode()):032x}"
+    sampling = {
+        "max_new_tokens": output_tokens,
+        "ignore_eos": True,
+        "temperature": 0,
+        "custom_params": {"ttft_slo": slo_s, "tbt_slo": 0.1},
+    }
+    body = {"rid": rid, "input_ids": prompt(zlib.crc32(rid.encode()), tokens), "sampling_params": sampling}
+    headers = {"traceparent": f"00-{trace}-00000000000000aa-01"}
+    answer = requests.post(f"{url}/generate", json=body, headers=headers, timeout=TIMEOUT_S).json()
+    return Asked(trace, answer["meta_info"]["flowprefill"])
+
+
+@pytest.fixture
+def traced(no_cluster: None, tmp_path: Path) -> Iterator[tuple[Cluster, Collector]]:
+    """A unified server that writes traces, and what collects them."""
+    with ExitStack() as stack:
+        collector = stack.enter_context(collecting())
+        args = ("--enable-trace", "--otlp-traces-endpoint", collector.endpoint)
+        options = FlowPrefillConfig(exploration_share=0)
+        config = ClusterConfig(
+            flowprefill=True, prefill=0, decode=0, unified=1, server_args=args, log_dir=tmp_path, options=options
+        )
+        yield stack.enter_context(Cluster(config, on_progress=print)), collector
+
+
+def wait_until(url: str, what: Callable[[State], bool]) -> None:
+    """Wait until ``what`` is true of the scheduler."""
+    begin_s = time.monotonic()
+    for document in documents(url, None):
+        if any(server.state is not None and what(server.state) for server in document.servers):
+            return
+        assert time.monotonic() - begin_s < TIMEOUT_S, document
+
+
+def asked_together(url: str) -> dict[str, Asked]:
+    """A stream, a long prompt while it has tokens to come, and while that runs short ones, which are due before it."""
+    with ThreadPoolExecutor(2) as clients:
+        stream = clients.submit(ask, url, "stream", SHORT_TOKENS, 60.0, STREAM_TOKENS)
+        wait_until(url, lambda state: state.streams > 0)
+        long = clients.submit(ask, url, "long", LONG_TOKENS, 100.0)
+        wait_until(url, lambda state: any(task.runs and task.rids == ["long"] for task in state.tasks))
+        shorts = {f"short-{i}": ask(url, f"short-{i}", SHORT_TOKENS, 20.0) for i in range(3)}
+        return shorts | {"stream": stream.result(TIMEOUT_S), "long": long.result(TIMEOUT_S)}
+
+
+def collected(collector: Collector, traces: set[str]) -> dict[str, list[Span]]:
+    """The spans of ``traces``, as soon as each has the span of the whole request, which ends last, and those of the
+    scheduler, which come from a process of their own. In the order of their begins."""
+    deadline_s = time.monotonic() + TIMEOUT_S
+    while True:
+        found = {trace: [span for span in collector.spans if span.trace == trace] for trace in traces}
+        names = [{span.name for span in spans} for spans in found.values()]
+        if all("prefill_forward" in of_trace and any("Req" in name for name in of_trace) for of_trace in names):
+            return {trace: sorted(spans, key=lambda span: span.begin_ns) for trace, spans in found.items()}
+        assert time.monotonic() < deadline_s, names
+        time.sleep(0.2)
+
+
+def test_a_request_trace_says_where_its_prefill_was_suspended_and_what_became_of_it(
+    traced: tuple[Cluster, Collector],
+) -> None:
+    server, collector = traced
+    asked = asked_together(server.url)
+    spans = collected(collector, {one.trace for one in asked.values()})
+    by_name = {rid: {span.name: span for span in spans[one.trace]} for rid, one in asked.items()}
+
+    for rid, one in asked.items():
+        [root] = [span for span in spans[one.trace] if span.parent == f"{0xAA:016x}"]
+        told = {name.removeprefix("flowprefill."): value for name, value in root.attributes.items()
+                if name.startswith("flowprefill.")}  # fmt: skip
+        assert told == {name: value for name, value in one.report.items() if value is not None}, rid
+        [can_run] = [event for event in by_name[rid]["prefill_waiting"].events if event.name == "flowprefill_can_run"]
+        assert can_run.attributes["slack_s"] == pytest.approx(one.report["slack_at_admission_s"], abs=CLOCKS_APART_S)
+
+    forward = by_name["long"]["prefill_forward"]
+    inside = [span for span in spans[asked["long"].trace] if span.parent == forward.id]
+    pieces = [span for span in inside if span.name in ("flowprefill_run", "flowprefill_suspended")]
+    assert [span.name for span in pieces[::2]] == ["flowprefill_run"] * len(pieces[::2]), "it runs first and last"
+    assert all(before.end_ns == pytest.approx(after.begin_ns, abs=1e9 * CLOCKS_APART_S)
+               for before, after in pairwise(pieces))  # fmt: skip
+    suspended = [span for span in pieces if span.name == "flowprefill_suspended"]
+    assert len(suspended) == asked["long"].report["suspensions"] >= 1
+    assert len(pieces) == 2 * len(suspended) + 1
+    suspended_s = sum(span.end_ns - span.begin_ns for span in suspended) / 1e9
+    assert suspended_s == pytest.approx(asked["long"].report["suspended_s"], abs=1e-3)
+    for_rids = {rid for span in suspended for rid in span.attributes["for_rids"]}
+    assert for_rids <= {"short-0", "short-1", "short-2"}
+    for rid in for_rids:
+        [run] = [span for span in spans[asked[rid].trace] if span.name == "flowprefill_run"]
+        assert any(span.begin_ns <= run.begin_ns and run.end_ns <= span.end_ns for span in suspended), rid
+    steps = [span for span in inside if span.name == "flowprefill_decode_step"]
+    assert steps, "the stream gets its tokens meanwhile"
+    print(f"{len(collector.spans)} spans; of the long prompt {len(pieces)} pieces, {len(steps)} decode steps")
