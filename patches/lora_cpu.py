@@ -40,8 +40,8 @@ def apply() -> None:
     expect(SEAM)
     unpinned = Unpinned()
     for target in (LAYERS, BACKEND):
-        setattr(sys.modules[resolve(SEAM, target).__module__], "torch", unpinned)
-    setattr(torch.Tensor, "pin_memory", _itself)  # noqa: B010 - not a method of the class for mypy
+        vars(sys.modules[resolve(SEAM, target).__module__])["torch"] = unpinned
+    torch.Tensor.pin_memory = _itself  # type: ignore[method-assign]
 
 
 def _unpinned(make: Any) -> Any:

@@ -32,9 +32,7 @@ UNCAPTURED: Final = f"{NO_EFFECT}: prefills are not captured"
 ONE_CHUNK: Final = "its buffers hold the tokens of one chunk, and a prompt is prefilled whole"
 TRANSFERS: Final = "SGLang waits for its transfers layer by layer in one forward pass at a time"
 PREFETCHES: Final = "requests wait for what is read from its storage, which wakes nobody when it is there"
-LORA_KERNELS: Final = (
-    "it has not been checked to keep the batches of suspended prefills apart; use csgmv or triton"
-)
+LORA_KERNELS: Final = "it has not been checked to keep the batches of suspended prefills apart; use csgmv or triton"
 EXPERT_ADAPTERS: Final = "adapters of experts have not been checked to keep the batches of suspended prefills apart"
 DRAFT: Final = "the draft model's forward passes have no preemption checkpoints"
 EXPERTS: Final = "the experts of one forward pass at a time are counted"

@@ -1,0 +1,234 @@
+"""Adapters (LoRA) under suspensions at random places: more of them than the device has slots for.
+
+Each answer is compared with that of transformers, which computes the prompt alone with the adapter merged into the
+model's weights.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass, replace
+
+import pytest
+
+from tests.adapters import (
+    ADAPTERS,
+    NAMES,
+    SLOTS,
+    AdaptedPrefill,
+    AdaptedRounds,
+    AdaptedUnified,
+    MergedComparison,
+    assert_all_same,
+    ids_of,
+    total,
+    write_adapters,
+)
+from tests.prompts import population, prompt
+from tests.remote import Remote
+from tests.unified_asks import Ask
+from tests.unified_rounds import Rounds as UnifiedRounds
+
+PROMPTS = population(40, longest_tokens=1500)
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    return write_adapters(tmp_path_factory.mktemp("adapters"))
+
+
+@pytest.fixture(scope="module")
+def remote(paths: list[str]) -> Iterator[Remote]:
+    with closing(Remote(AdaptedPrefill, paths)) as remote:
+        yield remote
+
+
+@pytest.fixture(scope="module")
+def unified(paths: list[str]) -> Iterator[Remote]:
+    with closing(Remote(AdaptedUnified, paths)) as remote:
+        yield remote
+
+
+# ---- prefill servers -------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Played:
+    """What became of some rounds."""
+
+    text: str
+    counts: Counter[str]
+    seen: Counter[str]
+
+
+def play(engine: AdaptedPrefill, rounds: int, first: int = 0) -> Played:
+    """Rounds of prompts, each with an adapter or without one."""
+    chance = AdaptedRounds(engine, None, PROMPTS)  # type: ignore[arg-type] - each request has its own comparison
+    chance.comparison = chance.comparisons[None]
+    engine.slots.counts.clear()
+    for number in range(first, first + rounds):
+        chance.play(random.Random(number))
+        assert_all_same(chance.comparisons)
+    chance.close()
+    engine.assert_clean()
+    counts = total(chance.comparisons)
+    seen = chance.seen + engine.slots.counts
+    compared = ", ".join(f"{count:,} {what}" for what, count in (*counts.items(), *seen.items()))
+    return Played(f"compared with transformers and merged weights: {compared}", counts, seen)
+
+
+def assert_played(played: Played, answers: int) -> None:
+    print(played.text)
+    counts, seen = played.counts, played.seen
+    assert counts["answers"] == counts["KV caches"] >= answers
+    assert counts["log probabilities"] >= 0.99 * answers
+    assert seen["suspensions"] >= 10 * answers
+    assert seen["adapters loaded beside suspended prefills"] >= answers // 5
+    assert seen["adapters evicted"] >= answers // 5
+    assert seen["requests that waited for a slot"] >= answers // 5
+    assert all(seen[f"of adapter {name}"] >= answers // 20 for name in NAMES)
+
+
+def test_suspended_prefills_keep_their_adapters(remote: Remote) -> None:
+    assert_played(remote.call(play, 10), answers=40)
+
+
+@pytest.mark.stress
+def test_many_rounds_of_adapters_change_no_answer_and_no_kv(remote: Remote) -> None:
+    assert_played(remote.call(play, 150, 1000), answers=700)
+
+
+# ---- servers that decode, too ----------------------------------------------------------------------------------------
+
+
+def asks(lora_ids: dict[str | None, str | None], count: int, seed: int) -> list[Ask]:
+    rng = random.Random(seed)
+    return [
+        Ask(tuple(tokens), rng.randrange(1, 20), (("ignore_eos", True),), lora_id=lora_ids[rng.choice(NAMES)])
+        for tokens in population(count, seed=seed, longest_tokens=1500)
+    ]
+
+
+def slots_of(engine: AdaptedUnified) -> Counter[str]:
+    engine.assert_clean()
+    return engine.slots.counts
+
+
+def run_unified(unified: Remote, rounds: int, first: int, answers: int) -> None:
+    comparison = MergedComparison(unified.call(ids_of))
+    chance = UnifiedRounds(unified, comparison, asks(unified.call(ids_of), 60, seed=5))  # type: ignore[arg-type]
+    chance.run(rounds, first)
+    slots = unified.call(slots_of)
+    print(f"{chance}; {', '.join(f'{count:,} {what}' for what, count in slots.items())}")
+    assert comparison.counts["answers"] >= answers
+    assert comparison.counts["log probabilities"] >= 3 * answers
+    assert chance.seen["suspensions"] >= answers
+    assert chance.seen["steps inside prefills"] >= 3 * answers
+    assert slots["adapters loaded beside suspended prefills"] >= answers // 5
+    assert slots["adapters evicted"] >= answers // 5
+
+
+def test_decode_steps_between_operators_keep_the_adapters_apart(unified: Remote) -> None:
+    run_unified(unified, 8, 0, answers=30)
+
+
+@pytest.mark.stress
+def test_many_rounds_of_adapters_and_decode_steps_change_no_answer(unified: Remote) -> None:
+    run_unified(unified, 150, 1000, answers=600)
+
+
+def serve_past(engine: AdaptedUnified, streams: list[Ask], blocked: Ask, others: list[Ask]) -> tuple[bool, list[str]]:
+    """``streams`` take all slots, then ``blocked`` comes, and then ``others``, whose adapters are there. Whether the
+    hub was told of the blocked one before the others had ended, and who ended in which order.
+    """
+    engine.assert_clean()
+    engine.forget()
+    for i, ask in enumerate(streams):
+        engine.submit(f"stream{i}", ask)
+    while len(engine.hub.role.streams) < len(streams):
+        engine.turn()
+    engine.submit("blocked", blocked)
+    for i, ask in enumerate(others):
+        engine.submit(f"other{i}", ask)
+    while not all(f"other{i}" in engine.answers for i in range(len(others))):
+        engine.turn()
+    was_kept_out = [req.rid for req in engine.hub.role.kept_out] == ["blocked"]
+    engine.run()
+    engine.assert_clean()
+    return was_kept_out, list(engine.answers)
+
+
+def a_round_past(unified: Remote) -> tuple[list[Ask], Ask, list[Ask]]:
+    lora_ids = unified.call(ids_of)
+    long = Ask(tuple(prompt(1, 30)), 120, (("ignore_eos", True),))
+    streams = [replace(long, lora_id=lora_ids[adapter.name]) for adapter in ADAPTERS[:SLOTS]]
+    blocked = replace(streams[0], prompt=tuple(prompt(2, 30)), max_new_tokens=2, lora_id=lora_ids["e"], ttft_slo_s=0.1)
+    others = [replace(one, prompt=tuple(prompt(3, 200)), max_new_tokens=2, ttft_slo_s=60.0) for one in streams]
+    return streams, blocked, others
+
+
+def test_a_request_whose_adapter_has_no_slot_stands_in_nobodys_way(unified: Remote) -> None:
+    was_kept_out, ended = unified.call(serve_past, *a_round_past(unified))
+    assert was_kept_out
+    assert ended.index("blocked") > max(ended.index(f"other{i}") for i in range(SLOTS))
+
+
+def drain(engine: AdaptedUnified, streams: list[Ask], blocked: Ask, more: Ask) -> list[str]:
+    """``streams`` take all slots, and ``blocked`` waits beyond its time, while requests for one of their adapters keep
+    coming. Who ended in which order.
+    """
+    engine.assert_clean()
+    engine.forget()
+    drainer = engine.hub.role.adapters._drainer
+    usual, drainer.max_wait_time_secs = drainer.max_wait_time_secs, 0.0
+    for i, ask in enumerate(streams):
+        engine.submit(f"stream{i}", ask)
+    while len(engine.hub.role.streams) < len(streams):
+        engine.turn()
+    engine.submit("blocked", blocked)
+    for i in range(20):
+        engine.submit(f"more{i}", more)
+        for _ in range(20):
+            engine.turn()
+    engine.run()
+    engine.assert_clean()
+    drainer.max_wait_time_secs = usual
+    return list(engine.answers)
+
+
+def test_an_adapter_that_others_wait_for_gets_a_slot_in_the_end(unified: Remote) -> None:
+    streams, blocked, _ = a_round_past(unified)
+    longer = [replace(streams[0], max_new_tokens=60), *(replace(one, max_new_tokens=800) for one in streams[1:])]
+    more = replace(longer[0], prompt=tuple(prompt(4, 50)), max_new_tokens=80)
+    ended = unified.call(drain, longer, blocked, more)
+    assert ended.index("blocked") < ended.index("more19")
+    assert ended.index("blocked") < min(ended.index("stream1"), ended.index("stream2"))
+
+
+def unload_beside_a_suspended_prefill(engine: AdaptedPrefill) -> tuple[int, bool]:
+    """Live tasks before and after an adapter is unloaded, while one that computes with it is suspended."""
+    from sglang.srt.managers.io_struct import UnloadLoRAAdapterReqInput
+
+    engine.assert_clean()
+    engine.asked = {"suspended": "c"}
+    executor = engine.hub.executor
+    usual, executor.interrupted = executor.interrupted, lambda: True
+    engine.submit("suspended", prompt(9, 300))
+    while not engine.hub.work.tasks.live:
+        engine.turn()
+    live, executor.interrupted = len(engine.hub.work.tasks.live), usual
+    engine.scheduler.ipc_channels.send_to_tokenizer.send_output = lambda *_: None
+    engine.receive(UnloadLoRAAdapterReqInput(lora_name="c", lora_id=engine.lora_ids["c"]))
+    was_answered = "suspended" in engine.answers
+    engine.run()
+    engine.assert_clean()
+    return live, was_answered
+
+
+def test_an_adapter_is_unloaded_when_started_prefills_have_ended(remote: Remote) -> None:
+    live, was_answered = remote.call(unload_beside_a_suspended_prefill)
+    assert live == 1
+    assert was_answered
