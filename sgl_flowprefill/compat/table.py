@@ -33,6 +33,7 @@ ONE_CHUNK: Final = "its buffers hold the tokens of one chunk, and a prompt is pr
 TRANSFERS: Final = "SGLang waits for its transfers layer by layer in one forward pass at a time"
 PREFETCHES: Final = "requests wait for what is read from its storage, which wakes nobody when it is there"
 LORA_KERNELS: Final = "it has not been checked to keep the batches of suspended prefills apart; use csgmv or triton"
+ADAPTER_RANKS: Final = "adapters that are split between ranks have not been compared"
 EXPERT_ADAPTERS: Final = "adapters of experts have not been checked to keep the batches of suspended prefills apart"
 DRAFT: Final = "the draft model's forward passes have no preemption checkpoints"
 EXPERTS: Final = "the experts of one forward pass at a time are counted"
@@ -361,7 +362,8 @@ ADAPTER: Final = Group(
     (
         leave(
             "enable_lora lora_paths max_loras_per_batch",
-            "adapters of live prefills and of streams keep their slots; requests whose adapters find none wait",
+            "adapters of live prefills and of streams keep their slots; requests whose adapters find none wait. "
+            f"**Refused** with `--tp-size` above 1: {ADAPTER_RANKS}",
         ),
         refuse("lora_backend", LORA_KERNELS, other_than(*CHECKED_LORA_BACKENDS)),
         put(

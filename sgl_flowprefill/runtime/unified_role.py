@@ -119,12 +119,9 @@ class UnifiedRole(SchedulerRole):
         unknown = set(self.held_back)
         queue = [req for req in self.scheduler.waiting_queue if req not in unknown]
         out = adapters.kept_out(queue, self.streams)
-        # By the clock of the rank that decides.
-        places = self.agreement.agree([place for place, req in enumerate(queue) if req in out])
-        before, self.kept_out = set(self.kept_out), [queue[place] for place in places]
-        now = set(self.kept_out)
-        come_again = [req for req in queue if req in before and req not in now]
-        self.not_told = [req for req in self.not_told if req not in now] + come_again
+        come_again = [req for req in queue if req not in out and req in self.kept_out]
+        self.not_told = [req for req in self.not_told if req not in out] + come_again
+        self.kept_out = [req for req in queue if req in out]
 
     def arrived(self) -> Iterator[Arrival]:
         if self.held_back and not (self.tasks.live or self.tasks.finishing or self.streams):

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
+from typing import Any
+from unittest.mock import patch
 
 import pytest
 
@@ -27,6 +29,8 @@ from tests.adapters import (
     total,
     write_adapters,
 )
+from tests.chaos import calm
+from tests.engine import Engine
 from tests.prompts import population, prompt
 from tests.remote import Remote
 from tests.unified_asks import Ask
@@ -232,3 +236,53 @@ def test_an_adapter_is_unloaded_when_started_prefills_have_ended(remote: Remote)
     live, was_answered = remote.call(unload_beside_a_suspended_prefill)
     assert live == 1
     assert was_answered
+
+
+# ---- defects ---------------------------------------------------------------------------------------------------------
+
+
+def batch_is_not_restored(_: Engine) -> Any:
+    """A prefill that is resumed finds what the LoRA backend kept of the forward pass that ran last."""
+    return patch("sgl_flowprefill.runtime.forward_state.batch_state", lambda _: {})
+
+
+def live_adapters_are_not_counted(engine: Engine) -> Any:
+    """The slots of suspended prefills and of streams count as free."""
+    return patch.object(engine.hub.role.adapters, "computed", lambda: ())
+
+
+def slots_are_counted_and_not_kept(engine: Engine) -> Any:
+    """A batch takes the slot of an adapter that a suspended prefill computes with, though others are free."""
+    lora = engine.hub.role.adapters
+    fetch = lora.manager.fetch_new_loras
+
+    def fetched(new_loras: Any, running_loras: Any = ()) -> None:
+        with patch.object(lora, "computed", lambda: ()):
+            fetch(new_loras, running_loras)
+
+    return patch.object(lora.manager, "fetch_new_loras", fetched)
+
+
+def play_with(engine: AdaptedPrefill, defect: Callable[[Engine], Any]) -> str:
+    """What the comparison says of rounds with a ``defect``."""
+    try:
+        with defect(engine):
+            play(engine, 10, 500)
+    except AssertionError as error:
+        return str(error)
+    finally:
+        calm(engine)
+        engine.scheduler.__dict__.pop("send_kv_chunk", None)
+        engine.run()
+        engine.assert_clean()
+    return ""
+
+
+@pytest.mark.stress
+@pytest.mark.parametrize(
+    "defect", [batch_is_not_restored, live_adapters_are_not_counted, slots_are_counted_and_not_kept]
+)
+def test_a_defect_is_caught(remote: Remote, defect: Callable[[Engine], Any]) -> None:
+    caught = remote.call(play_with, defect)
+    print(caught[:300])
+    assert "not what transformers answers" in caught
