@@ -25,7 +25,6 @@ SCHEDULER_PARTS: Final = (
     "disaggregation",
     "caches",
     "host_cache",
-    "adapters",
     "forward_state",
     "model",
     "profile",

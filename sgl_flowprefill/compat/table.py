@@ -374,7 +374,7 @@ ADAPTER: Final = Group(
         ),
         leave(
             "lora_drain_wait_threshold",
-            "0 stands for --flowprefill-max-starvation: no request waits longer for slots that streams have until one "
+            "0 stands for --flowprefill-max-starvation-s: no request waits longer for slots that streams have until one "
             "of their adapters takes no more requests",
             ("unified",),
         ),

@@ -14,6 +14,8 @@ from typing import Any, Final, Protocol
 
 from sglang.srt.lora.lora_drainer import LoRADrainer
 
+from sgl_flowprefill.contract import SeamError, expect
+
 BATCH_STATE: Final = (
     "batch_info",
     "sgemm_batch_info",
@@ -98,6 +100,10 @@ def adapters(scheduler: Any, computed: Callable[[], Iterable[Any]], drain_after_
     """
     if not scheduler.enable_lora:
         return NoAdapters()
+    try:
+        expect("adapters")
+    except SeamError as error:
+        raise SystemExit(f"sgl-flowprefill: {error}") from error
     manager = scheduler.tp_worker.model_runner.lora_manager
     if manager.lora_backend.is_moe_lora:
         raise SystemExit(EXPERTS)

@@ -119,11 +119,11 @@ PART: Final = Part(
             "takes an adapter from the device",
             "a prefill computes with an adapter that is gone",
         ),
-        *rows(
-            "reads",
-            f"{LORA}.layers:",
-            "ColumnParallelLinearWithLoRA",
-            "is what a layer with adapters is found by, by the end of its name",
+        source(
+            "assumes",
+            f"{LORA}.layers:get_lora_layer",
+            ["MergedColumnParallelLinearWithLoRA", "RowParallelLinearWithLoRA", "ReplicatedLinearWithLoRA"],
+            "makes the layers with adapters, which are found by the end of their names",
             "prefills run in tiles whose rows go through the wrong adapters",
         ),
     ),
