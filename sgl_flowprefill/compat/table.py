@@ -374,8 +374,8 @@ ADAPTER: Final = Group(
         ),
         leave(
             "lora_drain_wait_threshold",
-            "0 stands for --flowprefill-max-starvation-s: no request waits longer for slots that streams have until one "
-            "of their adapters takes no more requests",
+            "0 stands for --flowprefill-max-starvation-s: no request waits longer for slots that streams have until "
+            "one of their adapters takes no more requests",
             ("unified",),
         ),
         leave("lora_drain_wait_threshold", f"{NO_EFFECT}: slots are free when prefills have ended", ("prefill",)),

@@ -26,7 +26,7 @@ from sgl_flowprefill.hub.waiting import BLOCK_TOKENS, WaitingRequest
 from sgl_flowprefill.hub.work import Work
 from sgl_flowprefill.live.state import State
 from sgl_flowprefill.policy import ColocatedPolicy, Policy
-from sgl_flowprefill.runtime.adapters import Adapters, adapters
+from sgl_flowprefill.runtime.adapters import Adapters, NoAdapters, adapters
 from sgl_flowprefill.runtime.event_recorder import EventRecorder
 from sgl_flowprefill.runtime.host_cache import HostCache, host_cache
 from sgl_flowprefill.runtime.wakeup import Wakeup
@@ -56,7 +56,7 @@ class SchedulerRole(ABC):
     """Prompts of the last tasks: prefixes that are probably cached."""
     host_cache: HostCache = field(init=False)
     """Prefixes that the device had no room for."""
-    adapters: Adapters = field(init=False)
+    adapters: Adapters = field(default_factory=NoAdapters, init=False)
     """What requests ask for beside the base model."""
 
     def __post_init__(self) -> None:

@@ -89,10 +89,10 @@ def assert_played(played: Played, answers: int) -> None:
     counts, seen = played.counts, played.seen
     assert counts["answers"] == counts["KV caches"] >= answers
     assert counts["log probabilities"] >= 0.99 * answers
-    assert seen["suspensions"] >= 10 * answers
+    assert seen["suspensions"] >= 3 * answers
     assert seen["adapters loaded beside suspended prefills"] >= answers // 5
     assert seen["adapters evicted"] >= answers // 5
-    assert seen["requests that waited for a slot"] >= answers // 5
+    assert seen["requests that waited for a slot"] >= answers // 10
     assert all(seen[f"of adapter {name}"] >= answers // 20 for name in NAMES)
 
 
@@ -193,7 +193,7 @@ def drain(engine: AdaptedUnified, streams: list[Ask], blocked: Ask, more: Ask) -
     while len(engine.hub.role.streams) < len(streams):
         engine.turn()
     engine.submit("blocked", blocked)
-    for i in range(20):
+    for i in range(8):
         engine.submit(f"more{i}", more)
         for _ in range(20):
             engine.turn()
@@ -205,17 +205,19 @@ def drain(engine: AdaptedUnified, streams: list[Ask], blocked: Ask, more: Ask) -
 
 def test_an_adapter_that_others_wait_for_gets_a_slot_in_the_end(unified: Remote) -> None:
     streams, blocked, _ = a_round_past(unified)
-    longer = [replace(streams[0], max_new_tokens=60), *(replace(one, max_new_tokens=800) for one in streams[1:])]
-    more = replace(longer[0], prompt=tuple(prompt(4, 50)), max_new_tokens=80)
+    longer = [replace(streams[0], max_new_tokens=30), *(replace(one, max_new_tokens=250) for one in streams[1:])]
+    more = replace(longer[0], prompt=tuple(prompt(4, 50)), max_new_tokens=50)
     ended = unified.call(drain, longer, blocked, more)
-    assert ended.index("blocked") < ended.index("more19")
+    assert ended.index("blocked") < ended.index("more7")
     assert ended.index("blocked") < min(ended.index("stream1"), ended.index("stream2"))
 
 
 def unload_beside_a_suspended_prefill(engine: AdaptedPrefill) -> tuple[int, bool]:
-    """Live tasks before and after an adapter is unloaded, while one that computes with it is suspended."""
-    from sglang.srt.managers.io_struct import UnloadLoRAAdapterReqInput
+    """Live tasks when an adapter is unloaded, which is loaded again after that, and whether all had been answered."""
+    from sglang.srt.managers.io_struct import LoadLoRAAdapterReqInput, UnloadLoRAAdapterReqInput
 
+    manager, lora_id = engine.scheduler.tp_worker.model_runner.lora_manager, engine.lora_ids["c"]
+    path = manager.lora_refs[lora_id].lora_path
     engine.assert_clean()
     engine.asked = {"suspended": "c"}
     executor = engine.hub.executor
@@ -225,8 +227,10 @@ def unload_beside_a_suspended_prefill(engine: AdaptedPrefill) -> tuple[int, bool
         engine.turn()
     live, executor.interrupted = len(engine.hub.work.tasks.live), usual
     engine.scheduler.ipc_channels.send_to_tokenizer.send_output = lambda *_: None
-    engine.receive(UnloadLoRAAdapterReqInput(lora_name="c", lora_id=engine.lora_ids["c"]))
-    was_answered = "suspended" in engine.answers
+    engine.receive(UnloadLoRAAdapterReqInput(lora_name="c", lora_id=lora_id))
+    was_answered = "suspended" in engine.answers and lora_id not in manager.memory_pool.uid_to_buffer_id
+    engine.receive(LoadLoRAAdapterReqInput(lora_name="c", lora_path=path, lora_id=lora_id))
+    assert lora_id in manager.loras
     engine.run()
     engine.assert_clean()
     return live, was_answered
