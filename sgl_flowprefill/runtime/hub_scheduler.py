@@ -25,7 +25,6 @@ CHANGES_WEIGHTS: Final = (
     io_struct.ReleaseMemoryOccupationReqInput,
     io_struct.ResumeMemoryOccupationReqInput,
     io_struct.RpcReqInput,
-    io_struct.UnloadLoRAAdapterReqInput,
     io_struct.UpdateWeightFromDiskReqInput,
     io_struct.UpdateWeightsFromDistributedReqInput,
     io_struct.UpdateWeightsFromIPCReqInput,

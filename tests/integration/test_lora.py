@@ -26,6 +26,7 @@ from tests.adapters import (
     MergedComparison,
     assert_all_same,
     ids_of,
+    references,
     total,
     write_adapters,
 )
@@ -213,33 +214,43 @@ def test_an_adapter_that_others_wait_for_gets_a_slot_in_the_end(unified: Remote)
 
 
 def unload_beside_a_suspended_prefill(engine: AdaptedPrefill) -> tuple[int, bool]:
-    """Live tasks when an adapter is unloaded, which is loaded again after that, and whether all had been answered."""
+    """Tasks that are live after another one's adapter has been unloaded, and whether that has left the device. It is
+    loaded again then, and both answers are compared.
+    """
     from sglang.srt.managers.io_struct import LoadLoRAAdapterReqInput, UnloadLoRAAdapterReqInput
 
+    engine.assert_clean()
+    comparisons = references()
     manager, lora_id = engine.scheduler.tp_worker.model_runner.lora_manager, engine.lora_ids["c"]
     path = manager.lora_refs[lora_id].lora_path
-    engine.assert_clean()
-    engine.asked = {"suspended": "c"}
+    asked = {"ended": ("c", prompt(8, 300)), "suspended": ("a", prompt(9, 300)), "again": ("c", prompt(10, 300))}
+    engine.asked = {rid: name for rid, (name, _) in asked.items()}
+    engine.submit("ended", asked["ended"][1], logprobs=True)
+    engine.run()
     executor = engine.hub.executor
     usual, executor.interrupted = executor.interrupted, lambda: True
-    engine.submit("suspended", prompt(9, 300))
+    engine.submit("suspended", asked["suspended"][1], logprobs=True)
     while not engine.hub.work.tasks.live:
         engine.turn()
-    live, executor.interrupted = len(engine.hub.work.tasks.live), usual
-    engine.scheduler.ipc_channels.send_to_tokenizer.send_output = lambda *_: None
+    executor.interrupted = usual
     engine.receive(UnloadLoRAAdapterReqInput(lora_name="c", lora_id=lora_id))
-    was_answered = "suspended" in engine.answers and lora_id not in manager.memory_pool.uid_to_buffer_id
+    live, has_left = len(engine.hub.work.tasks.live), lora_id not in manager.memory_pool.uid_to_buffer_id
     engine.receive(LoadLoRAAdapterReqInput(lora_name="c", lora_path=path, lora_id=lora_id))
-    assert lora_id in manager.loras
+    engine.submit("again", asked["again"][1], logprobs=True)
     engine.run()
+    for rid, (name, tokens) in asked.items():
+        answer = engine.answers[rid]
+        comparisons[name].answer(rid, tokens, [answer.token], [answer.logprob])
+    assert_all_same(comparisons)
+    assert total(comparisons)["log probabilities"] == len(asked)
     engine.assert_clean()
-    return live, was_answered
+    return live, has_left
 
 
-def test_an_adapter_is_unloaded_when_started_prefills_have_ended(remote: Remote) -> None:
-    live, was_answered = remote.call(unload_beside_a_suspended_prefill)
+def test_an_adapter_is_unloaded_beside_a_suspended_prefill_of_another(remote: Remote) -> None:
+    live, has_left = remote.call(unload_beside_a_suspended_prefill)
     assert live == 1
-    assert was_answered
+    assert has_left
 
 
 # ---- defects ---------------------------------------------------------------------------------------------------------

@@ -112,11 +112,11 @@ PART: Final = Part(
         ),
         *rows("reads", f"{LORA}.lora_drainer:", "LoRADrainer", "picks an adapter to make room for others", STARVES),
         *attributes(DRAINER, "max_wait_time_secs", "says how long requests wait for a slot", STARVES),
-        *rows(
-            "reads",
-            "sglang.srt.managers.io_struct:",
-            "UnloadLoRAAdapterReqInput",
-            "takes an adapter from the device",
+        source(
+            "assumes",
+            "sglang.srt.managers.tokenizer_control_mixin:TokenizerControlMixin._unload_lora_adapter_locked",
+            ["await self.lora_registry.wait_for_unload("],
+            "unloads an adapter when the requests that ask for it have been answered",
             "a prefill computes with an adapter that is gone",
         ),
         source(
