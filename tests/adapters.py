@@ -151,7 +151,7 @@ class Seen:
 
         def noted_fitting(reqs: Any) -> Any:
             found = fitting(reqs)
-            self.counts["requests that waited for a slot"] += len(reqs) - len(found)
+            self.counts["times that requests waited for a slot"] += len(reqs) - len(found)
             return found
 
         manager.fetch_new_loras, work.fitting = noted_fetch, noted_fitting

@@ -8,6 +8,7 @@ takes a slot, too.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
@@ -84,14 +85,27 @@ class LoRA:
         return found
 
     def kept_out(self, waiting: Sequence[Any], streams: Collection[Any]) -> set[Any]:
+        """The first of those that have waited too long gets the next slot that is free: others, which may be more
+        urgent, would take that of an adapter that has just been drained.
+        """
         held = {req.lora_id for req in streams}
-        fits = {lora_id: self._fits(lora_id, held) for lora_id in {req.lora_id for req in waiting}}
-        out = {req for req in waiting if not fits[req.lora_id]}
+        too_old_s = time.monotonic() - self.drain_after_s
+        overdue = [req for req in waiting if req.lora_id not in held and entered_s(req) < too_old_s]
+        reserved = {min(overdue, key=entered_s).lora_id} if overdue else set()
+
+        def fits(lora_id: str | None) -> bool:
+            beside = held if lora_id in reserved else held | reserved
+            return lora_id in held or bool(self.manager.validate_lora_batch({lora_id, *beside}))
+
+        fitting = {lora_id: fits(lora_id) for lora_id in {req.lora_id for req in waiting}}
+        out = {req for req in waiting if not fitting[req.lora_id]}
         self._drainer.update_draining_state(out, streams)
         return out.union(req for req in waiting if not self._drainer.can_schedule(req))
 
-    def _fits(self, lora_id: str | None, held: set[str | None]) -> bool:
-        return lora_id in held or bool(self.manager.validate_lora_batch({lora_id, *held}))
+
+def entered_s(req: Any) -> float:
+    """Since when ``req`` waits."""
+    return float(req.time_stats.wait_queue_entry_time)
 
 
 def adapters(scheduler: Any, computed: Callable[[], Iterable[Any]], drain_after_s: float) -> Adapters:

@@ -93,12 +93,12 @@ def assert_played(played: Played, answers: int) -> None:
     assert seen["suspensions"] >= 3 * answers
     assert seen["adapters loaded beside suspended prefills"] >= answers // 5
     assert seen["adapters evicted"] >= answers // 5
-    assert seen["requests that waited for a slot"] >= answers // 10
+    assert seen["times that requests waited for a slot"] >= answers
     assert all(seen[f"of adapter {name}"] >= answers // 20 for name in NAMES)
 
 
 def test_suspended_prefills_keep_their_adapters(remote: Remote) -> None:
-    assert_played(remote.call(play, 10), answers=40)
+    assert_played(remote.call(play, 6), answers=25)
 
 
 @pytest.mark.stress
@@ -137,7 +137,7 @@ def run_unified(unified: Remote, rounds: int, first: int, answers: int) -> None:
 
 
 def test_decode_steps_between_operators_keep_the_adapters_apart(unified: Remote) -> None:
-    run_unified(unified, 8, 0, answers=30)
+    run_unified(unified, 6, 0, answers=20)
 
 
 @pytest.mark.stress
@@ -204,6 +204,7 @@ def drain(engine: AdaptedUnified, streams: list[Ask], blocked: Ask, more: Ask) -
     return list(engine.answers)
 
 
+@pytest.mark.stress
 def test_an_adapter_that_others_wait_for_gets_a_slot_in_the_end(unified: Remote) -> None:
     streams, blocked, _ = a_round_past(unified)
     longer = [replace(streams[0], max_new_tokens=30), *(replace(one, max_new_tokens=250) for one in streams[1:])]
@@ -240,6 +241,8 @@ def unload_beside_a_suspended_prefill(engine: AdaptedPrefill) -> tuple[int, bool
     engine.run()
     for rid, (name, tokens) in asked.items():
         answer = engine.answers[rid]
+        assert answer.token is not None
+        assert answer.logprob is not None
         comparisons[name].answer(rid, tokens, [answer.token], [answer.logprob])
     assert_all_same(comparisons)
     assert total(comparisons)["log probabilities"] == len(asked)
@@ -278,26 +281,39 @@ def slots_are_counted_and_not_kept(engine: Engine) -> Any:
     return patch.object(lora.manager, "fetch_new_loras", fetched)
 
 
-def play_with(engine: AdaptedPrefill, defect: Callable[[Engine], Any]) -> str:
-    """What the comparison says of rounds with a ``defect``."""
-    try:
-        with defect(engine):
-            play(engine, 10, 500)
-    except AssertionError as error:
-        return str(error)
-    finally:
+def plant(engine: Engine, defect: Callable[[Engine], Any]) -> None:
+    vars(engine)["planted"] = defect(engine)
+    vars(engine)["planted"].start()
+
+
+def take_out(engine: Engine) -> None:
+    """Let an engine be as it was before a defect was planted and caught."""
+    vars(engine).pop("planted").stop()
+    if isinstance(engine, AdaptedPrefill):
         calm(engine)
-        engine.scheduler.__dict__.pop("send_kv_chunk", None)
-        engine.run()
-        engine.assert_clean()
-    return ""
+        vars(engine.scheduler).pop("send_kv_chunk", None)
+    engine.run()
+    engine.assert_clean()
+
+
+DEFECTS = (batch_is_not_restored, live_adapters_are_not_counted, slots_are_counted_and_not_kept)
 
 
 @pytest.mark.stress
-@pytest.mark.parametrize(
-    "defect", [batch_is_not_restored, live_adapters_are_not_counted, slots_are_counted_and_not_kept]
-)
-def test_a_defect_is_caught(remote: Remote, defect: Callable[[Engine], Any]) -> None:
-    caught = remote.call(play_with, defect)
-    print(caught[:300])
-    assert "not what transformers answers" in caught
+@pytest.mark.parametrize("defect", DEFECTS)
+def test_a_defect_of_a_prefill_server_is_caught(remote: Remote, defect: Callable[[Engine], Any]) -> None:
+    remote.call(plant, defect)
+    with pytest.raises(AssertionError, match="not what transformers answers") as caught:
+        remote.call(play, 10, 500)
+    print(str(caught.value)[:300])
+    remote.call(take_out)
+
+
+@pytest.mark.stress
+@pytest.mark.parametrize("defect", DEFECTS)
+def test_a_defect_of_a_server_that_decodes_is_caught(unified: Remote, defect: Callable[[Engine], Any]) -> None:
+    unified.call(plant, defect)
+    with pytest.raises(AssertionError, match="not what transformers answers") as caught:
+        run_unified(unified, 20, 500, answers=1)
+    print(str(caught.value)[:300])
+    unified.call(take_out)

@@ -67,6 +67,13 @@ def test_the_adapter_with_least_to_do_takes_no_more_requests_when_others_have_wa
     assert lora.kept_out([blocked, of_a, of_b], {Request("a"): 1}) == set(), "b has ended, and c has its slot"
 
 
+def test_a_slot_that_has_been_drained_goes_to_who_has_waited_longest() -> None:
+    lora = LoRA(manager(2), list, 60.0)
+    blocked, urgent, of_a = Request("c", 61.0), Request("b"), Request("a")
+    assert lora.kept_out([blocked, urgent, of_a], {Request("a"): 1}) == {urgent}
+    assert lora.kept_out([urgent, of_a], {Request("a"): 1}) == set()
+
+
 def test_a_request_that_waits_for_its_turn_alone_stops_no_adapter() -> None:
     lora = LoRA(manager(2), list, 60.0)
     streams = {Request("a"): 1, Request("b"): 2}

@@ -111,6 +111,12 @@ PART: Final = Part(
             STARVES,
         ),
         *rows("reads", f"{LORA}.lora_drainer:", "LoRADrainer", "picks an adapter to make room for others", STARVES),
+        *attributes(
+            "sglang.srt.observability.req_time_stats:SchedulerReqTimeStats",
+            "wait_queue_entry_time",
+            "says since when a request waits",
+            STARVES,
+        ),
         *attributes(DRAINER, "max_wait_time_secs", "says how long requests wait for a slot", STARVES),
         source(
             "assumes",
