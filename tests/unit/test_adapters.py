@@ -64,7 +64,7 @@ def test_the_adapter_with_least_to_do_takes_no_more_requests_when_others_have_wa
     blocked, of_a, of_b, short = Request("c", 61.0), Request("a"), Request("b"), Request("b", tokens=1)
     streams = {Request("a", tokens=50): 1, Request("b", tokens=5): 2}
     assert lora.kept_out([blocked, of_a, of_b, short], streams) == {blocked, of_b}
-    assert lora.kept_out([blocked, of_a, of_b], {Request("a"): 1}) == set(), "b has ended, and c has its slot"
+    assert lora.kept_out([blocked, of_a, of_b], {Request("a"): 1}) == {of_b}, "b has ended, and its slot is for c"
 
 
 def test_a_slot_that_has_been_drained_goes_to_who_has_waited_longest() -> None:
