@@ -41,7 +41,7 @@ def apply() -> None:
     unpinned = Unpinned()
     for target in (LAYERS, BACKEND):
         vars(sys.modules[resolve(SEAM, target).__module__])["torch"] = unpinned
-    torch.Tensor.pin_memory = _itself  # type: ignore[method-assign]
+    torch.Tensor.pin_memory = _itself
 
 
 def _unpinned(make: Any) -> Any:

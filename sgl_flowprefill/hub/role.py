@@ -70,11 +70,6 @@ class Role(Protocol):
     def match(self, req: Any) -> PrefillShape:
         """Match the prompt of ``req``, which waits, with the cached prefixes again: its new and cached tokens now."""
 
-    def fitting(self, reqs: Sequence[Any]) -> Sequence[Any]:
-        """Those of ``reqs`` that the device has adapters for, beside all that it computes, each with those before it.
-        Where it computes nothing, the first of them is one.
-        """
-
     def make_batch(self, reqs: Sequence[Any]) -> Any | None:
         """A batch of ``reqs`` in their order, with KV cache for all that it computes; of the first of them alone where
         there is none for the others, and None where there is none for the first.

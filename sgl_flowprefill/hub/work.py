@@ -21,7 +21,7 @@ Choice = PrefillTask | list[Job[WaitingRequest]] | Literal[Act.STEP] | None
 
 
 def all_of(reqs: Sequence[Any]) -> Sequence[Any]:
-    """The requests that fit beside the live tasks, where nothing limits them but memory."""
+    """The requests that there are adapters for, on a device without any."""
     return reqs
 
 
@@ -46,8 +46,8 @@ class Work:
     shedding: Shedding | None = None
     """The requests that may be refused, on a server that refuses any."""
     fitting: Callable[[Sequence[Any]], Sequence[Any]] = all_of
-    """Those of some requests that the engine can compute beside all that it computes, each with those before it
-    (``Role.fitting``).
+    """Those of some requests that the device has adapters for, beside all that it computes, each with those before it.
+    Where it computes nothing, the first of them is one.
     """
     backlog: Backlog = field(default_factory=Backlog, init=False)
     ask_again_s: float = field(default=math.inf, init=False)

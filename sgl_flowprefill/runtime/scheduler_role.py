@@ -139,6 +139,7 @@ class SchedulerRole(ABC):
         return scheduler.ngram_embedding_manager.prepare_for_forward(batch, chunked_req=scheduler.chunked_req)
 
     def fitting(self, reqs: Sequence[Any]) -> Sequence[Any]:
+        """Those of ``reqs`` whose adapters find a slot (``Work.fitting``)."""
         return self.adapters.fitting(reqs, self.computed())
 
     def requests(self, batch: Any) -> Sequence[Any]:
