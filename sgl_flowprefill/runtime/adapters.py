@@ -89,7 +89,7 @@ class LoRA:
         urgent, would take that of an adapter that has just been drained.
         """
         held = {req.lora_id for req in streams}
-        too_old_s = time.monotonic() - self.drain_after_s
+        too_old_s = time.monotonic() - self._drainer.max_wait_time_secs
         overdue = [req for req in waiting if req.lora_id not in held and entered_s(req) < too_old_s]
         reserved = {min(overdue, key=entered_s).lora_id} if overdue else set()
 
