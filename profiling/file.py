@@ -58,6 +58,8 @@ class Setting(BaseModel):
     threads: int
     sglang: str
     tp_size: int = 1
+    adapters: bool = False
+    """Whether layers have adapters (LoRA) beside their weights, whose kernels run for the base model, too."""
 
     def difference(self, other: Setting) -> str:
         """The fields in which ``other`` differs, for a message: ``threads 1, not 4``."""

@@ -87,6 +87,7 @@ def generate_request(
     ttft_slo_s: float | None = None,
     logprobs: bool = False,
     inputs_from: int | None = None,
+    **fields: Any,
 ) -> Any:
     """What the tokenizer process of a prefill server sends to its scheduler for a greedy request."""
     from sglang.srt.disaggregation.utils import FAKE_BOOTSTRAP_HOST
@@ -100,6 +101,7 @@ def generate_request(
         inputs_from=inputs_from,
         bootstrap_host=FAKE_BOOTSTRAP_HOST,
         bootstrap_room=room,
+        **fields,
     )
 
 

@@ -26,6 +26,8 @@ class Ask:
     tbt_slo_s: float | None = None
     sheddable: bool | None = None
     image: Image | None = None
+    lora_id: str | None = None
+    """SGLang's id of the adapter."""
 
     @property
     def alone(self) -> Ask:
@@ -37,7 +39,9 @@ class Ask:
         objectives = {"ttft_slo": self.ttft_slo_s, "tbt_slo": self.tbt_slo_s, "sheddable": self.sheddable}
         custom_params = {name: value for name, value in objectives.items() if value is not None} or None
         sampling = dict(self.sampling) | {"max_new_tokens": self.max_new_tokens, "custom_params": custom_params}
-        message = tokenized_request(rid, self.prompt, sampling, inputs_from=self.inputs_from, tokenizer=tokenizer)
+        message = tokenized_request(
+            rid, self.prompt, sampling, inputs_from=self.inputs_from, tokenizer=tokenizer, lora_id=self.lora_id
+        )
         if self.image is not None:
             message.mm_inputs = self.image.inputs(len(self.prompt))
         return message

@@ -11,8 +11,9 @@ from collections.abc import Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from sgl_flowprefill.compat.row import MODE, Row, Server, Treatment, flag, shown
+from sgl_flowprefill.compat.row import ABOVE_ONE, MODE, Row, Server, Treatment, flag, shown
 from sgl_flowprefill.compat.table import (
+    ADAPTER_RANKS,
     ATTENTION,
     GRAPH_CONFIG,
     REFUSED_ENVIRONMENT,
@@ -111,6 +112,10 @@ def refusals(server_args: Any, env: Mapping[str, str] | None = None) -> Iterator
                 value = getattr(server_args, option, None)
                 if row.values.holds(value):
                     yield Refusal(option, shown(option, value), _cannot_work(shown(option, value), row.why))
+    has_adapters = any(getattr(server_args, option, None) for option in ("enable_lora", "lora_paths"))
+    if has_adapters and ABOVE_ONE.holds(getattr(server_args, "tp_size", None)):
+        given = f"--enable-lora with {shown('tp_size', server_args.tp_size)}"
+        yield Refusal("enable_lora", given, _cannot_work(given, ADAPTER_RANKS))
     for name, why in REFUSED_ENVIRONMENT.items():
         if _is_on(name, env):
             yield Refusal(name, f"{name}={env[name]}", f"{_cannot_work(f'{name}={env[name]}', why)}; unset it")

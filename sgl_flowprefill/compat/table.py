@@ -15,6 +15,8 @@ from sgl_flowprefill.compat.row import ABOVE_ONE, POSITIVE, Group, Row, leave, o
 
 CHECKED_ATTENTION_BACKENDS: Final = ("flashinfer", "fa3", "triton", "flowprefill_cpu", "torch_native")
 """Backends of which several instances can be live at once (tests/unit/test_gpu_contracts.py)."""
+CHECKED_LORA_BACKENDS: Final = ("csgmv", "triton", "torch_native")
+"""Backends that keep nothing of a forward pass but what ``runtime.adapters`` restores."""
 TRANSFER_BACKENDS: Final = ("nixl", "mooncake", "mooncake_tcp")
 
 DECODES: Final = "of decode servers"
@@ -30,7 +32,9 @@ UNCAPTURED: Final = f"{NO_EFFECT}: prefills are not captured"
 ONE_CHUNK: Final = "its buffers hold the tokens of one chunk, and a prompt is prefilled whole"
 TRANSFERS: Final = "SGLang waits for its transfers layer by layer in one forward pass at a time"
 PREFETCHES: Final = "requests wait for what is read from its storage, which wakes nobody when it is there"
-ADAPTERS: Final = "a new batch takes the places of adapters that suspended prefills still compute with"
+LORA_KERNELS: Final = "it has not been checked to keep the batches of suspended prefills apart; use csgmv or triton"
+ADAPTER_RANKS: Final = "adapters that are split between ranks have not been compared"
+EXPERT_ADAPTERS: Final = "adapters of experts have not been checked to keep the batches of suspended prefills apart"
 DRAFT: Final = "the draft model's forward passes have no preemption checkpoints"
 EXPERTS: Final = "the experts of one forward pass at a time are counted"
 SAME_PASSES: Final = "its ranks have to run the same number of forward passes"
@@ -356,13 +360,29 @@ ADAPTER: Final = Group(
     "LoRA",
     ("lora",),
     (
-        refuse(("enable_lora", "lora_paths"), ADAPTERS),
         leave(
-            "enable_lora_overlap_loading max_lora_rank lora_target_modules max_loaded_loras max_loras_per_batch "
-            "lora_eviction_policy lora_backend max_lora_chunk_size experts_shared_outer_loras "
-            "lora_use_virtual_experts lora_strict_loading lora_drain_wait_threshold",
-            "go with --enable-lora, which is refused",
+            "enable_lora lora_paths max_loras_per_batch",
+            "adapters of live prefills and of streams keep their slots; requests whose adapters find none wait. "
+            f"**Refused** with `--tp-size` above 1: {ADAPTER_RANKS}",
         ),
+        refuse("lora_backend", LORA_KERNELS, other_than(*CHECKED_LORA_BACKENDS)),
+        put(
+            "enable_lora_overlap_loading",
+            None,
+            "an adapter is loaded when its prefill starts: nothing would tell FlowPrefill that it has been loaded",
+            default=None,
+        ),
+        leave(
+            "lora_drain_wait_threshold",
+            "0 stands for --flowprefill-max-starvation-s: no request waits longer for slots that streams have until "
+            "one of their adapters takes no more requests",
+            ("unified",),
+        ),
+        leave("lora_drain_wait_threshold", f"{NO_EFFECT}: slots are free when prefills have ended", ("prefill",)),
+        leave("max_lora_rank lora_target_modules max_loaded_loras lora_eviction_policy lora_strict_loading"),
+        leave("max_lora_chunk_size"),
+        refuse("lora_use_virtual_experts", EXPERT_ADAPTERS),
+        leave("experts_shared_outer_loras", f"{NO_EFFECT}: adapters of experts are refused"),
     ),
 )
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Final
 
 from sgl_flowprefill.contract.parts import (
+    adapters,
     affinity,
     answer_report,
     attention,
@@ -29,6 +30,7 @@ from sgl_flowprefill.contract.parts import (
     live,
     lone_prefill,
     loop,
+    lora_cpu,
     made_weights,
     model,
     nixl_dram,
@@ -69,6 +71,7 @@ PARTS: Final[tuple[Part, ...]] = (
     wakeups.PART,
     caches.PART,
     host_cache.PART,
+    adapters.PART,
     forward_state.PART,
     model.PART,
     attention.PART,
@@ -81,6 +84,7 @@ PARTS: Final[tuple[Part, ...]] = (
     cpu_attention.PART,
     cpu_tp.PART,
     hicache_cpu.PART,
+    lora_cpu.PART,
     nixl_dram.PART,
     nixl_sleep.PART,
     # without a server

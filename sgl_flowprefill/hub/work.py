@@ -20,6 +20,11 @@ Choice = PrefillTask | list[Job[WaitingRequest]] | Literal[Act.STEP] | None
 """What runs next: a task that has started, the requests for a new one in order of priority, or a decode step."""
 
 
+def all_of(reqs: Sequence[Any]) -> Sequence[Any]:
+    """The requests that there are adapters for, on a device without any."""
+    return reqs
+
+
 def half(shapes: Sequence[PrefillShape]) -> float:
     """The share of attention in the time of a forward pass, where nothing is known of it."""
     return 0.5
@@ -40,6 +45,10 @@ class Work:
     waiting: WaitingRequests = field(default_factory=WaitingRequests)
     shedding: Shedding | None = None
     """The requests that may be refused, on a server that refuses any, at the rank that decides."""
+    fitting: Callable[[Sequence[Any]], Sequence[Any]] = all_of
+    """Those of some requests that the device has adapters for, beside all that it computes, each with those before it.
+    Where it computes nothing, the first of them is one.
+    """
     ask_again_s: float = field(default=math.inf, init=False)
     """When to choose anew if nothing has happened until then: a decode step has to start."""
 
@@ -140,6 +149,7 @@ class Work:
         jobs = self.policy.batch(job, now_s, _new_tokens, self._predict_s)
         if not last and self.waiting.any_outdated and any(map(self.waiting.is_outdated, jobs)):
             return jobs
+        jobs = self._with_adapters(jobs)
         while jobs and not self._fits(jobs):
             jobs = jobs[:-1]  # the winner is the first: those that join it stay out where they do not fit beside it
         # Where not even the winner fits beside the tasks, these go on.
@@ -181,6 +191,11 @@ class Work:
         if numbers[0] != NO_TASK:
             return self.tasks.numbered(numbers[0])
         return self.waiting.numbered(numbers[1:])
+
+    def _with_adapters(self, jobs: list[Job[WaitingRequest]]) -> list[Job[WaitingRequest]]:
+        """The first of ``jobs`` and those that can be computed with it; none where it cannot."""
+        fitting = set(self.fitting([job.item.req for job in jobs]))
+        return [job for job in jobs if job.item.req in fitting] if jobs[0].item.req in fitting else []
 
     def _fits(self, jobs: Sequence[Job[WaitingRequest]]) -> bool:
         """Whether the activations of a task of ``jobs`` fit beside the live tasks', and its requests among the

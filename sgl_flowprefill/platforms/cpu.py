@@ -37,6 +37,7 @@ class PortableCpuPlatform(CpuDeviceMixin, SRTPlatform):
         if server_args.attention_backend in (None, "intel_amx"):
             server_args.attention_backend = ATTENTION_BACKEND
         server_args.sampling_backend = "pytorch"
+        server_args.lora_backend = "torch_native"
         server_args.disable_overlap_schedule = True
         server_args.disable_hybrid_swa_memory = True
         server_args.disable_cuda_graph = True

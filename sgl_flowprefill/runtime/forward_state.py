@@ -7,11 +7,13 @@ is off throughout, and eager input buffers are not shared under ``SGLANG_EAGER_I
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from sglang.srt.model_executor import forward_context
 from sglang.srt.runtime_context import get_forward, get_model
+
+from sgl_flowprefill.runtime.adapters import batch_state
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,8 @@ class ForwardState:
     """The ``LayerDoneCounter`` of a hierarchical cache, if there is one."""
     awaited_load: int = -1
     """The load that the layers wait for, by its number in ``loads``; -1: none."""
+    adapters: dict[str, Any] = field(default_factory=dict)
+    """What the LoRA backend keeps of it: which rows of the batch go through which adapter."""
 
     @classmethod
     def capture(cls, model_runner: Any, loads: Any = None) -> ForwardState:
@@ -40,6 +44,7 @@ class ForwardState:
             flags=dict(get_forward()._plain),
             shared_experts=get_model().shared_experts,
             attn_backend=model_runner.attn_backend,
+            adapters=batch_state(model_runner),
         )
 
     def install(self, model_runner: Any) -> None:
@@ -49,6 +54,8 @@ class ForwardState:
         model_runner.attn_backend = self.attn_backend
         if self.loads is not None:
             self.loads.set_consumer(self.awaited_load)
+        if self.adapters:
+            vars(model_runner.lora_manager.lora_backend).update(self.adapters)
 
     def with_backend(self, attn_backend: Any) -> ForwardState:
         return replace(self, attn_backend=attn_backend)

@@ -87,6 +87,7 @@ def current_setting(scheduler: Any) -> Setting:
         threads=torch.get_num_threads(),
         sglang=version("sglang"),
         tp_size=scheduler.tp_size,
+        adapters=bool(scheduler.enable_lora),
     )
 
 

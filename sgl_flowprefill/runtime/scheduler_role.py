@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from itertools import chain
@@ -26,6 +26,7 @@ from sgl_flowprefill.hub.waiting import BLOCK_TOKENS, WaitingRequest
 from sgl_flowprefill.hub.work import Work
 from sgl_flowprefill.live.state import State
 from sgl_flowprefill.policy import ColocatedPolicy, Policy
+from sgl_flowprefill.runtime.adapters import Adapters, NoAdapters, adapters
 from sgl_flowprefill.runtime.event_recorder import EventRecorder
 from sgl_flowprefill.runtime.host_cache import HostCache, host_cache
 from sgl_flowprefill.runtime.wakeup import Wakeup
@@ -55,6 +56,8 @@ class SchedulerRole(ABC):
     """Prompts of the last tasks: prefixes that are probably cached."""
     host_cache: HostCache = field(init=False)
     """Prefixes that the device had no room for."""
+    adapters: Adapters = field(default_factory=NoAdapters, init=False)
+    """What requests ask for beside the base model."""
 
     def __post_init__(self) -> None:
         self.host_cache = host_cache(self.scheduler, self.wakeup.notify)
@@ -64,6 +67,7 @@ class SchedulerRole(ABC):
         """The role of ``scheduler``, of the other ``parts`` of a hub, as ``config`` has it."""
         role = cls(scheduler, resolver(config), *parts)
         role.policy_name = config.order
+        role.adapters = adapters(scheduler, role.computed, config.max_starvation_s)
         return role
 
     # ---- what its hub is made of ------------------------------------------------------------------------------------
@@ -133,6 +137,10 @@ class SchedulerRole(ABC):
         scheduler.waiting_queue = scheduler.waiting_queue + others
         self.host_cache.after_batch(batch)
         return scheduler.ngram_embedding_manager.prepare_for_forward(batch, chunked_req=scheduler.chunked_req)
+
+    def fitting(self, reqs: Sequence[Any]) -> Sequence[Any]:
+        """Those of ``reqs`` whose adapters find a slot (``Work.fitting``)."""
+        return self.adapters.fitting(reqs, self.computed())
 
     def requests(self, batch: Any) -> Sequence[Any]:
         reqs: list[Any] = batch.reqs
@@ -204,6 +212,10 @@ class SchedulerRole(ABC):
             kv_is_short=kv_is_short,
             not_ready=self.not_ready,
         )
+
+    def computed(self) -> Iterable[Any]:
+        """The requests for which forward passes are under way or to come."""
+        return chain.from_iterable(task.batch.reqs for task in self.tasks.live)
 
     def in_flight(self) -> list[Any]:
         """The batches that SGLang's own scheduler would not know of."""

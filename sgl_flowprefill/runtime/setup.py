@@ -42,7 +42,7 @@ from sgl_flowprefill.runtime.profile import load_or_measure
 from sgl_flowprefill.runtime.request_spans import SpanRecorder
 from sgl_flowprefill.runtime.scheduler_role import SchedulerRole
 from sgl_flowprefill.runtime.slots import AttentionSlots
-from sgl_flowprefill.runtime.tiles import WHOLE, TileSizes, find_norms, tile_layers, tiles_of
+from sgl_flowprefill.runtime.tiles import WHOLE, TileSizes, find_norms, has_whole_mlps, tile_layers, tiles_of
 from sgl_flowprefill.runtime.wakeup import Wakeup, Woken, scheduler_events
 from sgl_flowprefill.shadow import Shadows
 from sgl_flowprefill.ttft.budget import throughput_budget_tokens
@@ -110,7 +110,8 @@ def build(
     if config.granularity != "chunk":
         progress = install_checkpoints(model_runner.model, layers, config.granularity, executor.checkpoint)
     slots = AttentionSlots(model_runner, between_tiles, lambda: tiles.now.pairs, with_main=not decodes)
-    memory = TaskMemory.plan(model_runner, slots, config.max_suspended, tiles.now.rows)
+    mlp_rows = None if has_whole_mlps(model_runner.model, layers) else tiles.now.rows
+    memory = TaskMemory.plan(model_runner, slots, config.max_suspended, mlp_rows)
 
     batch_tokens = config.max_batch_tokens or throughput_budget_tokens(ttft.model)
     limits = Limits(max_suspended=config.max_suspended, max_batch_tokens=batch_tokens)
@@ -121,7 +122,16 @@ def build(
         shedding = Shedding(config.overload == "shed", config.queue_limits)
         scheduler.shadows = Shadows()
         recorder.listen(scheduler.shadows.read)
-    work = Work(role.decide(policy, config), ttft, memory, progress, tasks, attention_share, shedding=shedding)
+    work = Work(
+        role.decide(policy, config),
+        ttft,
+        memory,
+        progress,
+        tasks,
+        attention_share,
+        shedding=shedding,
+        fitting=role.fitting,
+    )
     recorder.watch(work, _kv_token_bytes(model_runner) + memory.activations.suspended_bytes(1))
     exploration = Exploration()
     if isinstance(ttft, LearningTTFT):

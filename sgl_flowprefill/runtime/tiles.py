@@ -3,6 +3,7 @@
 MLPs, norms and linear layers work row by row, so their tiles compute what the whole would. That holds for quantised
 ones too where a row has a scale of its own or a constant one, as in SGLang on CUDA (tests/unit/test_gpu_contracts.py);
 with one scale of the whole batch (per tensor and dynamic, on AMD) it would not, so on AMD quantised layers run whole.
+So do layers with adapters (LoRA), which go through the rows of the whole batch, and MLPs made of these.
 Attention is tiled by query (``tiled_attention``). Paper, section 6, names one operator on an extremely long input as
 what still blocks.
 """
@@ -34,6 +35,9 @@ SAMPLE_TOKENS: Final = 2048
 LIGHTEST: Final = 16
 """A row of a norm or of a linear layer is taken to cost at least this part of an MLP's, whatever a fit to noisy times
 says of it."""
+
+ADAPTED: Final = "LinearWithLoRA"
+"""How SGLang's linear layers with adapters are called."""
 
 
 @dataclass(frozen=True)
@@ -164,11 +168,20 @@ def tile_mlps(
     two linear layers as well, so that it may be longer: the weights of a matrix product are prepared for each tile.
     """
     mlps = _dense_mlps(model, names)
+    whole = [mlp for mlp in mlps if _has_adapters(mlp)]
     for mlp in mlps:
-        mlp.forward = in_tiles(mlp.forward, rows, between_tiles)
+        if mlp not in whole:
+            mlp.forward = in_tiles(mlp.forward, rows, between_tiles)
         for linear in _linear_layers(mlp)[:-1]:
             linear.forward = _interruptible_after(linear.forward, rows, between_tiles)
-    return len(mlps)
+    if whole:
+        logger.info("FlowPrefill does not split %d MLPs with adapters", len(whole))
+    return len(mlps) - len(whole)
+
+
+def has_whole_mlps(model: nn.Module, layers: Iterable[DecoderLayer]) -> bool:
+    """Whether there are MLPs that ``tile_mlps`` does not split for their adapters."""
+    return any(map(_has_adapters, _dense_mlps(model, [name for layer in layers for name in layer.mlp])))
 
 
 def longest_mlp_piece(model: nn.Module, layers: Iterable[DecoderLayer]) -> float:
@@ -204,7 +217,11 @@ def _is_quantised(module: nn.Module) -> bool:
 
 
 def _linear_layers(mlp: nn.Module) -> list[nn.Module]:
-    return [child for child in mlp.children() if type(child).__name__.endswith("Linear")]
+    return [child for child in mlp.children() if type(child).__name__.endswith(("Linear", ADAPTED))]
+
+
+def _has_adapters(mlp: nn.Module) -> bool:
+    return any(type(module).__name__.endswith(ADAPTED) for module in mlp.modules())
 
 
 def _interruptible_after(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from array import array
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from itertools import chain
@@ -29,6 +29,7 @@ from sgl_flowprefill.hub.waiting import WaitingRequest
 from sgl_flowprefill.patches.overload import RETRY_AFTER
 from sgl_flowprefill.policy import ColocatedPolicy, DecodeLimits, Policy, Stream
 from sgl_flowprefill.profiling.steps import LearnedSteps
+from sgl_flowprefill.runtime.adapters import Adapters, NoAdapters
 from sgl_flowprefill.runtime.scheduler_role import SchedulerRole, fail_unless_aborted, input_logprobs
 from sgl_flowprefill.runtime.step_profile import load_or_measure_steps
 
@@ -88,6 +89,12 @@ class UnifiedRole(SchedulerRole):
     """Requests in SGLang's waiting queue whose tasks were given back: they come again when KV cache has been freed by
     something else.
     """
+    kept_out: list[Any] = field(default_factory=list, init=False)
+    """Requests in SGLang's waiting queue whose adapters find no slot beside those of streams, unknown to the hub: they
+    come again when they do.
+    """
+    _held_adapters: set[str | None] = field(default_factory=set, init=False)
+    """Those of the streams, at the last look."""
     _has_freed: bool = field(default=False, init=False)
     """Whether KV cache has been freed since the last look."""
 
@@ -116,8 +123,23 @@ class UnifiedRole(SchedulerRole):
         self._forget_ended()
         if stalls_due:
             self.recorder.close_lost(self.held())
+        if not isinstance(self.adapters, NoAdapters):
+            self._keep_out(self.adapters)
         has_freed, self._has_freed = self._has_freed, False
         return has_freed
+
+    def _keep_out(self, adapters: Adapters) -> None:
+        """Streams may hold slots for long: requests that need one of these must not stand in the way of others."""
+        held = {req.lora_id for req in self.streams}
+        if held == self._held_adapters and not self.not_told and not self.kept_out:
+            return
+        self._held_adapters = held
+        unknown = set(self.held_back)
+        queue = [req for req in self.scheduler.waiting_queue if req not in unknown]
+        out = adapters.kept_out(queue, self.streams)
+        come_again = [req for req in queue if req not in out and req in self.kept_out]
+        self.not_told = [req for req in self.not_told if req not in out] + come_again
+        self.kept_out = [req for req in queue if req in out]
 
     def arrived(self) -> Iterator[Arrival]:
         if self.held_back and not (self.tasks.live or self.tasks.finishing or self.streams):
@@ -146,7 +168,7 @@ class UnifiedRole(SchedulerRole):
         )
 
     def waiting(self) -> Collection[Any]:
-        return Without(super().waiting(), {*self.not_told, *self.held_back})
+        return Without(super().waiting(), {*self.not_told, *self.held_back, *self.kept_out})
 
     def make_batch(self, reqs: Sequence[Any]) -> Any | None:
         self.is_admitting = True
@@ -290,6 +312,9 @@ class UnifiedRole(SchedulerRole):
 
     # ---- what SGLang asks -------------------------------------------------------------------------------------------
 
+    def computed(self) -> Iterable[Any]:
+        return chain.from_iterable(batch.reqs for batch in (*self.in_flight(), self.scheduler.running_batch))
+
     def in_flight(self) -> list[Any]:
         return [*super().in_flight(), *self.joining]
 
@@ -309,7 +334,7 @@ class UnifiedRole(SchedulerRole):
 
     @property
     def not_ready(self) -> int:
-        return len(self.held_back)
+        return len(self.held_back) + len(self.kept_out)
 
     def _forget_ended(self) -> None:
         """Requests of which the hub has not been told may have been aborted or refused."""

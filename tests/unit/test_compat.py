@@ -133,13 +133,13 @@ def test_a_variable_that_would_undo_what_is_set_is_taken_out(name):
 
 def test_an_explanation_has_what_is_refused_what_is_set_and_what_was_given():
     defaults = SimpleNamespace(
-        **(WORKS | {"chunked_prefill_size": None, "enable_lora": False, "page_size": None, "served_model_name": None})
+        **(WORKS | {"chunked_prefill_size": None, "is_embedding": False, "page_size": None, "served_model_name": None})
     )
-    given = {"enable_lora": True, "page_size": 16, "served_model_name": "m", "chunked_prefill_size": 2048}
+    given = {"is_embedding": True, "page_size": 16, "served_model_name": "m", "chunked_prefill_size": 2048}
     options = SimpleNamespace(**(vars(defaults) | given))
     found = explain(options, defaults, {})
     assert [(one.given, one.treatment, one.now) for one in found] == [
-        ("--enable-lora", "refused", ""),
+        ("--is-embedding", "refused", ""),
         ("--chunked-prefill-size (was 2048)", "set", "is -1"),
         ("--page-size 16", "left", ""),
         ("--served-model-name m", "left", ""),
@@ -148,7 +148,7 @@ def test_an_explanation_has_what_is_refused_what_is_set_and_what_was_given():
 
 
 def test_all_that_is_refused_is_found_at_once():
-    several = {"enable_lora": True, "pp_size": 2, "speculative_algorithm": "EAGLE"}
+    several = {"is_embedding": True, "pp_size": 2, "speculative_algorithm": "EAGLE"}
     assert {one.name for one in refusals(SimpleNamespace(**(WORKS | several)), {})} == set(several)
 
 
@@ -231,3 +231,10 @@ def test_sglangs_older_switches_disable_graphs_too(switch):
 def test_the_page_of_the_docs_is_what_the_table_says():
     page = Path(__file__).parents[2] / "docs" / "compatibility.md"
     assert page.read_text() == compatibility_page(), "python -m sgl_flowprefill.compat > docs/compatibility.md"
+
+
+@pytest.mark.parametrize("adapters", [{"enable_lora": True}, {"lora_paths": ["a=b"]}])
+@pytest.mark.parametrize("server", [{}, UNIFIED])
+def test_adapters_work_on_one_rank(adapters, server):
+    assert problem(**adapters, **server) is None
+    assert problem(**adapters, **server, tp_size=2).startswith("--enable-lora with --tp-size 2 cannot work")

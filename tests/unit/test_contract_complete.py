@@ -107,7 +107,7 @@ from sgl_flowprefill.runtime.scheduler import FlowPrefillScheduler
 
 class Other(FlowPrefillScheduler):
     def handle_embedding_request(self, recv_req):
-        return self.server_args, [req.lora_id for req in self.waiting_queue]
+        return self.server_args, [req.hidden_states for req in self.waiting_queue]
 """,
     "patches/other.py": 'HOOK = "sglang.srt.managers.scheduler.Scheduler.get_loads"',
     "profiling/deep/other.py": """
@@ -128,7 +128,7 @@ def test_uses_are_found_wherever_in_the_project_they_are(tmp_path: Path) -> None
     found = set(missing(find_uses(Tree(), tmp_path), ROWS))
     assert found == {
         "sglang.srt.managers.schedule_batch.sanity_check_mm_pad_shift_value",
-        "sglang.srt.managers.schedule_batch.Req.lora_id",
+        "sglang.srt.managers.schedule_batch.Req.hidden_states",
         f"{scheduler}.get_loads",
         f"{scheduler}.handle_embedding_request",
         f"{scheduler}.handle_generate_request",

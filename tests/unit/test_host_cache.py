@@ -81,7 +81,7 @@ def test_the_end_of_each_transfer_wakes_once_however_often_it_is_asked_for() -> 
 def test_what_each_forward_pass_waits_for_is_restored(monkeypatch: Any) -> None:
     counter = SimpleNamespace(consumer_index=1)
     counter.set_consumer = lambda index: setattr(counter, "consumer_index", index)
-    model_runner = SimpleNamespace(attn_backend=None)
+    model_runner = SimpleNamespace(attn_backend=None, lora_manager=None)
     bags = {"get_forward": SimpleNamespace(_plain={}), "get_model": SimpleNamespace(shared_experts=None)}
     bags["get_model"]._set = lambda name, value: None
     for name, bag in bags.items():

@@ -148,7 +148,7 @@ def test_a_misspelt_option_in_the_environment(refusal, monkeypatch):
     [
         (["--pp-size", "2"], "--pp-size 2 cannot work with FlowPrefill"),
         (["--hicache-storage-backend", "file"], "--hicache-storage-backend file cannot work with FlowPrefill"),
-        (["--prefill-args", "--enable-lora"], "--enable-lora cannot work with FlowPrefill"),
+        (["--prefill-args", "--enable-lora --tp 2"], "--enable-lora with --tp-size 2 cannot work with FlowPrefill"),
         (["--no-such-option"], "--no-such-option"),
         (["--decode-args", "--max-total-tokens many"], "--max-total-tokens"),
         (["--port", "30000"], "--port cannot be passed on to a server: use --ports"),
@@ -360,7 +360,7 @@ def test_what_a_unified_server_has_no_use_for(refusal, options, text):
         (["--unified", "2", "--ports", "29001,29001"], "--ports 29001,29001: each server needs a port of its own"),
         (["--unified", "2", "--ports", "29001,29000"], "port 29001 (unified): 2 servers count up from 29000"),
         (["--unified", "2", "--port", "70000"], "--port 70000: --unified takes one port number, at most 65535"),
-        (["--unified", "2", "--enable-lora"], "--enable-lora cannot work with FlowPrefill"),
+        (["--unified", "2", "--lora-backend", "ascend"], "--lora-backend ascend cannot work with FlowPrefill"),
         (["--unified", "2", "--dp-size", "2"], "launch.py has --prefill N and --unified N"),
         (["--unified", "2", "--ssl-certfile=c"], "--ssl-certfile: servers and gateway speak plain HTTP here; use a"),
         (["--role", "unified"], "--role unified needs --join URL, the gateway's (python launch.py --role gateway --un"),

@@ -13,6 +13,7 @@ from sgl_flowprefill.runtime.tiles import (
     Tiles,
     TileSizes,
     find_norms,
+    has_whole_mlps,
     in_tiles,
     longest_mlp_piece,
     tile_layers,
@@ -183,3 +184,26 @@ def test_on_amd_a_quantised_layer_runs_whole(
         if isinstance(linear, nn.Linear):
             linear.quant_method = method()
     assert (interruption_points(decoder, [layer("layers.0")], module) > 0) == is_tiled
+
+
+class RowParallelLinearWithLoRA(nn.Module):
+    """A layer with adapters, as SGLang calls it: it goes through the rows of the whole batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.base_layer = nn.Linear(3, 3)
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        assert len(rows) == ROWS
+        return self.base_layer(rows)
+
+
+def test_an_mlp_with_adapters_runs_whole_and_can_be_suspended_between_its_linear_layers() -> None:
+    model = Decoder()
+    assert not has_whole_mlps(model, [layer("layers.0")])
+    model.layers[0].mlp = nn.Sequential(RowParallelLinearWithLoRA(), RowParallelLinearWithLoRA())
+    assert has_whole_mlps(model, [layer("layers.0")])
+    points: list[None] = []
+    tile_layers(model, [layer("layers.0")], [], TileSizes(TILES), lambda: points.append(None))
+    model.get_submodule("layers.0.mlp")(torch.ones(ROWS, 3))
+    assert len(points) == 1
