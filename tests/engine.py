@@ -119,6 +119,7 @@ def make_scheduler(scheduler: str, model_path: str, **server_args: Any) -> Any:
     os.environ["SGLANG_EAGER_INPUT_NO_COPY"] = "1"
     # What tests do to an engine is nothing that servers should know of it from then on.
     os.environ.setdefault("FLOWPREFILL_LEARNING", "false")
+    os.environ.setdefault("FLOWPREFILL_MAX_BATCH_TOKENS", "2048")  # whatever the profile of a busy machine says of it
     torch.set_num_threads(1)
     import sglang.srt.managers.scheduler  # noqa: F401 - what tells the plugin that this process runs one
     from sglang.srt.plugins import load_plugins

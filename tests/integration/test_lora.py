@@ -98,7 +98,7 @@ def assert_played(played: Played, answers: int) -> None:
 
 
 def test_suspended_prefills_keep_their_adapters(remote: Remote) -> None:
-    assert_played(remote.call(play, 6), answers=25)
+    assert_played(remote.call(play, 3), answers=10)
 
 
 @pytest.mark.stress
@@ -137,7 +137,7 @@ def run_unified(unified: Remote, rounds: int, first: int, answers: int) -> None:
 
 
 def test_decode_steps_between_operators_keep_the_adapters_apart(unified: Remote) -> None:
-    run_unified(unified, 6, 0, answers=20)
+    run_unified(unified, 3, 0, answers=10)
 
 
 @pytest.mark.stress
