@@ -63,6 +63,7 @@ def test_a_suspended_prefill_that_is_run_to_its_end_before_the_weights_change_go
     assert hub.work.tasks.running is hub.work.tasks.live[1], "the other one is suspended"
     hub.finish_started()
     assert not hub.work.tasks
+    measured.recorder.flush()
     assert measured.samples()["suspension_seconds_count"] == 1
 
 
