@@ -40,10 +40,6 @@ class Answering:
     retry_after_s: int | None = None
     """Of its prompt that was refused first; None as long as none was."""
 
-    @property
-    def headers(self) -> dict[str, str]:
-        return {"Retry-After": str(self.retry_after_s)}
-
 
 _answering: ContextVar[Answering | None] = ContextVar("flowprefill_answering", default=None)
 
@@ -94,7 +90,7 @@ async def answer(original: Callable[..., Awaitable[Any]], *args: Any, waits_for_
         and isinstance(response, Response)
         and response.status_code == HTTPStatus.TOO_MANY_REQUESTS
     ):
-        response.headers.update(answering.headers)
+        response.headers["Retry-After"] = str(answering.retry_after_s)
     return response
 
 

@@ -134,10 +134,10 @@ class UnifiedRole(SchedulerRole):
         if held == self._held_adapters and not self.not_told and not self.kept_out:
             return
         self._held_adapters = held
-        unknown = set(self.held_back)
+        unknown, was_out = set(self.held_back), set(self.kept_out)
         queue = [req for req in self.scheduler.waiting_queue if req not in unknown]
         out = adapters.kept_out(queue, self.streams)
-        come_again = [req for req in queue if req not in out and req in self.kept_out]
+        come_again = [req for req in queue if req not in out and req in was_out]
         self.not_told = [req for req in self.not_told if req not in out] + come_again
         self.kept_out = [req for req in queue if req in out]
 
