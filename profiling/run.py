@@ -32,6 +32,8 @@ ROUNDS: Final = 1.5
 MOST_ROUNDS: Final = 20
 LEAST_SHAPES: Final = 12
 """Shapes that are timed whatever the budget."""
+LOOKS: Final = 3
+"""How often each single prompt is looked into. The least times count, and a busy moment spoils a look."""
 REFERENCE_SHARE: Final = 0.1
 """Share of the time that references may take."""
 RUNS_APART_S: Final = 3600.0
@@ -204,7 +206,7 @@ def _order(profile: Profile, most_rounds: int) -> Iterator[tuple[int, Shape]]:
     design = make_design(profile.longest_tokens)
     done = {(row.round, row.shape) for row in profile.rows}
     for index in range(max([0, *(row.round for row in profile.rows[-2:])]), most_rounds + 1):
-        shapes = design if index else looked_into(profile.longest_tokens)
+        shapes = design if index else LOOKS * looked_into(profile.longest_tokens)
         if index > 1:
             shapes = random.Random(SEED + index).sample(shapes, len(shapes))
         left = [shape for shape in shapes if (index, shape) not in done]

@@ -218,7 +218,7 @@ class Turns(Recorder):
 class ModelTimes:
     """The TTFT model that knows all. Keeps what it is told."""
 
-    correction = 1.0
+    correction = yardstick_s = 1.0
 
     def __init__(self, model: Model) -> None:
         self._model = model
@@ -386,7 +386,7 @@ class SimulatedSteps(Decoder):
 class NoTiles:
     """Operators run whole."""
 
-    def follow(self, slowdown: float) -> None:
+    def follow(self, yardstick_s: float) -> None:
         pass
 
 

@@ -62,6 +62,8 @@ class SimTTFT:
     """The cost model, off by as much as the predictions of the requests. The online correction is not simulated."""
 
     correction = 1.0
+    yardstick_s = 1.0
+    """By which tiles would be planned: operators run whole here."""
 
     def __init__(self, cost: CostModel) -> None:
         self._cost = cost
@@ -201,7 +203,7 @@ class Unlimited:
     def admits(self, live_tokens: Sequence[int], new_tokens: int, logprob_rows: int = 0) -> bool:
         return True
 
-    def follow(self, slowdown: float) -> None:
+    def follow(self, yardstick_s: float) -> None:
         pass
 
     def pending(self) -> bool:

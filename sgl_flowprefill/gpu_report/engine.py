@@ -23,7 +23,7 @@ from sgl_flowprefill.runtime.checkpoints import find_decoder_layers
 from sgl_flowprefill.runtime.profile import current_setting, load_or_measure
 from sgl_flowprefill.runtime.selfcheck import Finding, Tasks, checks
 from sgl_flowprefill.runtime.step_profile import load_or_measure_steps
-from sgl_flowprefill.runtime.tiles import WHOLE, Tiles, TileSizes, find_norms, tiles_of
+from sgl_flowprefill.runtime.tiles import WHOLE, TilePlan, Tiles, TileSizes, find_norms
 
 
 @dataclass(frozen=True)
@@ -289,7 +289,8 @@ class Engine(Tasks):
         model = self.scheduler.tp_worker.model_runner.model
         ttft, operators = load_or_measure(self._role, FlowPrefillConfig.from_env())
         layers = find_decoder_layers(model)
-        return tiles_of(model, layers, find_norms(model, layers), max_blocking_s, ttft.model, operators)
+        plan = TilePlan.of(model, layers, find_norms(model, layers), max_blocking_s, operators)
+        return plan.tiles(ttft.yardstick_s)
 
     def _release(self, batch: Any) -> None:
         from sglang.srt.mem_cache.common import release_kv_cache

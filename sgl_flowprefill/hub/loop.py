@@ -47,8 +47,8 @@ class News(NamedTuple):
     """Whether it is time to look for stalls."""
     arrival: int
     """Id of what finishes next, if its result is on the host; NO_TASK otherwise."""
-    slowdown_percent: int
-    """Measured over profiled time of the last tasks."""
+    yardstick_us: int
+    """Expected time of the YARDSTICK (``ttft.base``), by which tiles are as long on all ranks."""
     has_offer: int
     """Whether there is a better TTFT model."""
 
@@ -336,14 +336,14 @@ class Hub(Generic[RoleT]):
         """Meet the other ranks, which wait here while the first one sleeps. Whether it is time to look for stalls."""
         tasks = self.work.tasks
         stalls_due = now_s - self._looked_for_stalls_s >= self.stall_check_s
-        slowdown_percent = round(100 * self.work.ttft.correction)
+        yardstick_us = round(1e6 * self.work.ttft.yardstick_s)
         has_offer = self.agreement.decides and self.learning.look_for_offer()
-        agreed = News(*self.agreement.agree(News(stalls_due, tasks.arrival, slowdown_percent, has_offer)))
+        agreed = News(*self.agreement.agree(News(stalls_due, tasks.arrival, yardstick_us, has_offer)))
         self._agreed_arrival = agreed.arrival
-        self.tiles.follow(agreed.slowdown_percent / 100)
+        self.tiles.follow(agreed.yardstick_us / 1e6)
         if agreed.has_offer:
             self.learning.adopt()
-            self.work.follow()
+            self.work.adopted()
         if agreed.stalls_due:
             self._looked_for_stalls_s = now_s
         return bool(agreed.stalls_due)

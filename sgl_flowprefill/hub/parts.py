@@ -21,6 +21,10 @@ class TTFT(Protocol):
     def correction(self) -> float:
         """Measured over profiled time of the last tasks."""
 
+    @property
+    def yardstick_s(self) -> float:
+        """Expected time of the YARDSTICK (``ttft.base``)."""
+
     def predict_s(self, batch: Sequence[PrefillShape]) -> float:
         """What slack is computed with."""
 
@@ -95,8 +99,8 @@ class Memory(Protocol):
 class Tiles(Protocol):
     """The parts in which long operators run (``runtime.tiles``)."""
 
-    def follow(self, slowdown: float) -> None:
-        """``slowdown``: the time of prefills over the profile's."""
+    def follow(self, yardstick_s: float) -> None:
+        """The YARDSTICK is expected to take ``yardstick_s`` now (``ttft.base``)."""
 
 
 class Events(Protocol):

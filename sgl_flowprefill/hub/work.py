@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from sgl_flowprefill.hub.parts import TTFT, Memory
@@ -49,6 +49,8 @@ class Work:
     """Those of some requests that the device has adapters for, beside all that it computes, each with those before it.
     Where it computes nothing, the first of them is one.
     """
+    batch_tokens: Callable[[], int] | None = None
+    """Most new tokens of a batch, by what the TTFT model knows; None: as the policy's limits say."""
     ask_again_s: float = field(default=math.inf, init=False)
     """When to choose anew if nothing has happened until then: a decode step has to start."""
 
@@ -261,6 +263,12 @@ class Work:
     def computed(self, task: PrefillTask) -> None:
         """The KV of a task that is done can be a cached prefix of others, and the paces are those of today."""
         self.waiting.cached(member.prompt for member in task.members)
+        self.follow()
+
+    def adopted(self) -> None:
+        """There is a better TTFT model: batches and predictions are as it says."""
+        if self.batch_tokens is not None:
+            self.policy.limits = replace(self.policy.limits, max_batch_tokens=self.batch_tokens())
         self.follow()
 
     def follow(self) -> None:

@@ -7,7 +7,7 @@ which tasks may be live at the same time, as the KV pool does.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -33,8 +33,8 @@ class Activations:
     """Bytes of one token's queries, keys, values and attention output."""
     mlp: int
     """Bytes of one token's gate, up projection and their product; with a mixture of experts, in each that it visits."""
-    mlp_tile_tokens: int | None
-    """Rows of an MLP tile; None: the whole batch at once."""
+    mlp_tile_tokens: Callable[[], int] | None
+    """Rows of an MLP tile, as it is now; None: the whole batch at once."""
     logits: int = 0
     """Bytes of one token's logits where log probabilities of the prompt are computed: of a rank, gathered, and scored
     (``LogprobProcessor._can_borrow_logprob_memory`` counts three matrices, too)."""
@@ -42,7 +42,7 @@ class Activations:
     """Rows that SGLang computes logits of at once; None: of the whole batch."""
 
     @classmethod
-    def of(cls, model_config: Any, dtype_bytes: int, mlp_tile_tokens: int | None) -> Activations:
+    def of(cls, model_config: Any, dtype_bytes: int, mlp_tile_tokens: Callable[[], int] | None) -> Activations:
         """Activations of a rank that holds the whole model; a rank that holds a share of it needs no more."""
         text = model_config.hf_text_config
         heads, kv_heads = model_config.num_attention_heads, model_config.get_total_num_kv_heads()
@@ -68,7 +68,7 @@ class Activations:
 
     def running_bytes(self, tokens: int) -> int:
         """The most that a task holds: within attention, or within the MLP."""
-        rows = min(tokens, self.mlp_tile_tokens or tokens)
+        rows = tokens if self.mlp_tile_tokens is None else min(tokens, self.mlp_tile_tokens())
         return self.suspended_bytes(tokens) + max(tokens * self.attention, rows * self.mlp)
 
     def logits_bytes(self, rows: int) -> int:
@@ -88,7 +88,7 @@ class TaskMemory:
 
     @classmethod
     def plan(
-        cls, model_runner: Any, slots: AttentionSlots, max_suspended: int, mlp_tile_tokens: int | None
+        cls, model_runner: Any, slots: AttentionSlots, max_suspended: int, mlp_tile_tokens: Callable[[], int] | None
     ) -> TaskMemory:
         """Measure what is free and what a task needs. Raises SystemExit with one line when that does not fit."""
         config = model_runner.model_config

@@ -42,7 +42,7 @@ from sgl_flowprefill.runtime.profile import load_or_measure
 from sgl_flowprefill.runtime.request_spans import SpanRecorder
 from sgl_flowprefill.runtime.scheduler_role import SchedulerRole
 from sgl_flowprefill.runtime.slots import AttentionSlots
-from sgl_flowprefill.runtime.tiles import WHOLE, TileSizes, find_norms, has_whole_mlps, tile_layers, tiles_of
+from sgl_flowprefill.runtime.tiles import WHOLE, TilePlan, TileSizes, find_norms, has_whole_mlps, tile_layers
 from sgl_flowprefill.runtime.wakeup import Wakeup, Woken, scheduler_events
 from sgl_flowprefill.shadow import Shadows
 from sgl_flowprefill.ttft.budget import throughput_budget_tokens
@@ -100,21 +100,23 @@ def build(
 
     layers = [] if config.granularity == "chunk" else find_decoder_layers(model_runner.model)
     ttft, operators = load_or_measure(role, config)
-    between_tiles, tiles, progress = None, TileSizes(WHOLE), Progress([])
+    between_tiles, tiles, progress = None, TileSizes(lambda yardstick_s: WHOLE), Progress([])
     if config.granularity == "operator":
         between_tiles = executor.between_tiles
         norms = find_norms(model_runner.model, layers)
-        max_blocking_s = config.max_blocking_ms / 1e3
-        tiles = TileSizes(tiles_of(model_runner.model, layers, norms, max_blocking_s, ttft.model, operators))
+        plan = TilePlan.of(model_runner.model, layers, norms, config.max_blocking_ms / 1e3, operators)
+        tiles = TileSizes(plan.tiles, ttft.yardstick_s)
         tile_layers(model_runner.model, layers, norms, tiles, between_tiles)
     if config.granularity != "chunk":
         progress = install_checkpoints(model_runner.model, layers, config.granularity, executor.checkpoint)
     slots = AttentionSlots(model_runner, between_tiles, lambda: tiles.now.pairs, with_main=not decodes)
-    mlp_rows = None if has_whole_mlps(model_runner.model, layers) else tiles.now.rows
+    mlp_rows = None if has_whole_mlps(model_runner.model, layers) else lambda: tiles.now.rows
     memory = TaskMemory.plan(model_runner, slots, config.max_suspended, mlp_rows)
 
-    batch_tokens = config.max_batch_tokens or throughput_budget_tokens(ttft.model)
-    limits = Limits(max_suspended=config.max_suspended, max_batch_tokens=batch_tokens)
+    def batch_tokens() -> int:
+        return config.max_batch_tokens or throughput_budget_tokens(ttft.model)
+
+    limits = Limits(max_suspended=config.max_suspended, max_batch_tokens=batch_tokens())
     policy = make_policy(config.order, limits, config.max_starvation_s)
     attention_share = half if operators is None else operators.attention_share
     shedding = None
@@ -131,6 +133,7 @@ def build(
         attention_share,
         shedding=shedding,
         fitting=role.fitting,
+        batch_tokens=batch_tokens,
     )
     recorder.watch(work, _kv_token_bytes(model_runner) + memory.activations.suspended_bytes(1))
     exploration = Exploration()
@@ -169,7 +172,7 @@ def build(
         config.order,
         progress.checkpoints,
         config.max_suspended,
-        batch_tokens,
+        limits.max_batch_tokens,
     )
     return hub
 

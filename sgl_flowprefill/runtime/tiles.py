@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from sgl_flowprefill.runtime.checkpoints import DecoderLayer
-from sgl_flowprefill.ttft import OperatorTimes, PrefillShape, TTFTModel
+from sgl_flowprefill.ttft import YARDSTICK, OperatorTimes
 
 logger = logging.getLogger(__name__)
 
@@ -30,8 +30,8 @@ TILE_STEP_TOKENS: Final = 64
 SHORT: Final = 0.25
 """Share of a tile's rows: so few need no interruption point of their own, nor a tile. A tile with so many more takes
 longer by that, within the half of the longest blocking time by which the 99th percentile may exceed it."""
-SAMPLE_TOKENS: Final = 2048
-"""Prompt length at which the time of a row is taken: long enough for efficient kernels, short for attention."""
+LEAST_CHANGE: Final = 0.03
+"""Relative change of the engine's speed below which tiles stay as they are."""
 LIGHTEST: Final = 16
 """A row of a norm or of a linear layer is taken to cost at least this part of an MLP's, whatever a fit to noisy times
 says of it."""
@@ -57,67 +57,70 @@ class Tiles:
 WHOLE: Final = Tiles(sys.maxsize, sys.maxsize, sys.maxsize, math.inf)
 
 
-class TileSizes:
-    """The tiles of what starts now: as planned by the profile, and shorter while the machine is slower than that."""
+@dataclass(frozen=True)
+class TilePlan:
+    """How tiles with interruption points about ``max_blocking_s`` apart follow from the engine's speed.
 
-    def __init__(self, planned: Tiles) -> None:
-        self.now = planned
-        self._planned = planned
-        self._slowdown = 1.0
+    Of the profile's times of operators only the proportions count: how fast the engine is, its prefills say.
+    """
 
-    def follow(self, slowdown: float) -> None:
-        """``slowdown``: the time of prefills over the profile's. Below 1, tiles stay as planned."""
-        slowdown = max(1.0, slowdown)
-        if slowdown == self._slowdown:
-            return
-        self._slowdown, planned = slowdown, self._planned
-        self.now = Tiles(
-            rows=_steps(planned.rows / slowdown),
-            attention_rows=_steps(planned.attention_rows / slowdown),
-            norm_rows=_steps(planned.norm_rows / slowdown),
-            pairs=planned.pairs / slowdown,
+    max_blocking_s: float
+    layers: int
+    norms: int
+    """Norms outside of attention."""
+    operators: OperatorTimes | None
+    """None: all tiles are planned by the time of a whole layer, and attention is not bounded."""
+    mlp_piece: float = 1.0
+    """The longest stretch of an MLP's tile without an interruption point (``longest_mlp_piece``)."""
+
+    @classmethod
+    def of(
+        cls,
+        model: nn.Module,
+        layers: Sequence[DecoderLayer],
+        norms: Sequence[nn.Module],
+        max_blocking_s: float,
+        operators: OperatorTimes | None,
+    ) -> TilePlan:
+        """The plan for ``model``, its decoder ``layers`` and ``norms``."""
+        return cls(max_blocking_s, len(layers), len(norms), operators, longest_mlp_piece(model, layers))
+
+    def tiles(self, yardstick_s: float) -> Tiles:
+        """Tiles of an engine that takes ``yardstick_s`` for the YARDSTICK (``ttft.base``). A linear layer inside
+        attention is planned by the time per token of all of them in its layer, a norm by that of all that is neither
+        attention nor MLP, over the number of norms: both bound theirs.
+        """
+        layer_s = yardstick_s / self.layers / YARDSTICK.new_tokens
+        if self.operators is None:
+            rows = _steps(self.max_blocking_s / layer_s)
+            return Tiles(rows, rows, rows, math.inf)
+        operators, scale = self.operators, yardstick_s / self.operators.forward_s([YARDSTICK])
+        mlp_s = scale * operators.mlp_s_per_token / self.layers or layer_s
+        attention_s = scale * operators.attention_s_per_token / self.layers
+        pair_s = scale * operators.attention_s_per_pair / self.layers
+        norm_s = scale * operators.rest_s_per_token / max(1, self.norms)
+        return Tiles(
+            rows=_steps(self.max_blocking_s / mlp_s / self.mlp_piece),
+            attention_rows=_steps(self.max_blocking_s / max(attention_s, mlp_s / LIGHTEST)),
+            norm_rows=_steps(self.max_blocking_s / max(norm_s, mlp_s / LIGHTEST)),
+            pairs=self.max_blocking_s / pair_s if pair_s else math.inf,
         )
 
 
-def plan_tiles(
-    max_blocking_s: float,
-    layers: int,
-    norms: int,
-    ttft: TTFTModel,
-    operators: OperatorTimes | None,
-    mlp_piece: float = 1.0,
-) -> Tiles:
-    """Tiles with interruption points about ``max_blocking_s`` apart, by the profile's times of operators.
-    ``mlp_piece`` is the longest stretch of an MLP's tile without one (``longest_mlp_piece``). A linear layer inside
-    attention is planned by the time per token of all of them in its layer, a norm by that of all that is neither
-    attention nor MLP, over the number of ``norms``: both bound theirs.
+class TileSizes:
+    """The tiles of what starts now, by how fast the engine is."""
 
-    Where the profile has no such times, all are planned by the time of a whole layer, and attention is not bounded.
-    """
-    layer_s = ttft.predict_s([PrefillShape(SAMPLE_TOKENS)]) / layers / SAMPLE_TOKENS
-    if operators is None:
-        rows = _steps(max_blocking_s / layer_s)
-        return Tiles(rows, rows, rows, math.inf)
-    mlp_s = operators.mlp_s_per_token / layers or layer_s
-    pair_s = operators.attention_s_per_pair / layers
-    return Tiles(
-        rows=_steps(max_blocking_s / mlp_s / mlp_piece),
-        attention_rows=_steps(max_blocking_s / max(operators.attention_s_per_token / layers, mlp_s / LIGHTEST)),
-        norm_rows=_steps(max_blocking_s / max(operators.rest_s_per_token / max(1, norms), mlp_s / LIGHTEST)),
-        pairs=max_blocking_s / pair_s if pair_s else math.inf,
-    )
+    def __init__(self, plan: Callable[[float], Tiles], yardstick_s: float = 0.0) -> None:
+        """``plan``: tiles by the time of the YARDSTICK, which is ``yardstick_s`` until one has been agreed on."""
+        self.now = plan(yardstick_s)
+        self._plan = plan
+        self._yardstick_s = 0.0
 
-
-def tiles_of(
-    model: nn.Module,
-    layers: Sequence[DecoderLayer],
-    norms: Sequence[nn.Module],
-    max_blocking_s: float,
-    ttft: TTFTModel,
-    operators: OperatorTimes | None,
-) -> Tiles:
-    """``plan_tiles`` for ``model``, its decoder ``layers`` and ``norms``."""
-    return plan_tiles(max_blocking_s, len(layers), len(norms), ttft, operators, longest_mlp_piece(model, layers))
+    def follow(self, yardstick_s: float) -> None:
+        """The YARDSTICK is expected to take ``yardstick_s`` now, as all ranks have agreed."""
+        if abs(yardstick_s - self._yardstick_s) > LEAST_CHANGE * self._yardstick_s:
+            self._yardstick_s = yardstick_s
+            self.now = self._plan(yardstick_s)
 
 
 def tile_layers(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import Final, NamedTuple, Protocol
 
 
 class PrefillShape(NamedTuple):
@@ -11,6 +11,10 @@ class PrefillShape(NamedTuple):
 
     new_tokens: int
     cached_tokens: int = 0
+
+
+YARDSTICK: Final = PrefillShape(2048)
+"""The prompt whose time says how fast the engine is: long enough for efficient kernels, short for attention."""
 
 
 class TTFTModel(Protocol):

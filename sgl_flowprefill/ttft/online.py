@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import Final, NamedTuple
 
 from sgl_flowprefill.pace import Pace
-from sgl_flowprefill.ttft.base import PrefillShape, TTFTModel
+from sgl_flowprefill.ttft.base import YARDSTICK, PrefillShape, TTFTModel
 from sgl_flowprefill.ttft.kinds import BANDS_TOKENS, band_of, kind_of
 
 ALL_TASKS: Final = 15
@@ -31,7 +31,7 @@ LEAST_OF_KIND: Final = 4
 """Residuals of a profile that say how uncertain a kind is. With fewer it counts as unknown."""
 UNKNOWN: Final = 2.0
 """Residuals of an unknown kind are taken to be so many times those of all kinds."""
-LEAST_FACTOR: Final = 0.25
+LEAST_FACTOR: Final = 1 / 16
 GREATEST_FACTOR: Final = 16.0
 """Bounds of the whole correction: no run of odd measurements makes a prefill free, or endless."""
 LEAST_CHANGE: Final = 0.03
@@ -75,6 +75,7 @@ class AdaptiveTTFT:
 
     def _begin(self, model: TTFTModel, residuals: Sequence[float], kinds: Sequence[int], correction: float) -> None:
         self.model = model
+        self._yardstick_s = model.predict_s([YARDSTICK])
         self._all = _Window([math.log(correction)] * ALL_TASKS)
         self._bands = [_Window([0.0] * BAND_TASKS) for _ in range(len(BANDS_TOKENS) + 1)]
         self._residuals = _Window(_thinned(residuals, RESIDUAL_TASKS))
@@ -171,6 +172,11 @@ class AdaptiveTTFT:
     def correction(self) -> float:
         """Measured over profiled time, as the median of the last tasks of all sizes."""
         return math.exp(self._all.at(0.5))
+
+    @property
+    def yardstick_s(self) -> float:
+        """Expected time of the YARDSTICK."""
+        return self._yardstick_s * self._factor(band_of(kind_of([YARDSTICK])))
 
     @property
     def margin(self) -> float:

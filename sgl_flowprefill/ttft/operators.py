@@ -18,6 +18,9 @@ from sgl_flowprefill.ttft.physics import non_negative
 
 LEAST_REST: Final = 1e-3
 """Least share of a forward pass that counts as neither attention nor MLPs, whatever the clock says."""
+LEAST_PAIRS: Final = 0.25
+"""Least share of attention's time in the longest prompt that its pairs of tokens are charged with, whatever a fit to
+noisy times says: tiles of attention would not be bounded without."""
 
 
 @dataclass(frozen=True)
@@ -34,15 +37,28 @@ class OperatorTimes:
 
     @classmethod
     def fit(cls, measured: Iterable[tuple[Sequence[PrefillShape], float, float, float]]) -> OperatorTimes | None:
-        """Fit batches with their seconds in all, in attention and in MLPs; None without two different batches."""
-        rows = list(measured)
-        matrix = feature_matrix([row[0] for row in rows])
-        if len(np.unique(matrix, axis=0)) < 2:
+        """Fit batches with their seconds in all, in attention and in MLPs; None without two different batches. Of a
+        batch that was measured several times, the least of each counts: what disturbs only adds.
+        """
+        looks: dict[tuple[PrefillShape, ...], Array] = {}
+        for batch, forward_s, attention_s, mlp_s in measured:
+            rest_s = max(forward_s - attention_s - mlp_s, LEAST_REST * forward_s)
+            look = np.array([attention_s, mlp_s, rest_s])
+            looks[tuple(batch)] = np.minimum(looks.get(tuple(batch), look), look)
+        if len(looks) < 2:
             return None
-        columns = np.stack([np.ones(len(rows)), matrix[:, 1], matrix[:, 3]], axis=1)
-        forward_s, attention_s, mlp_s = np.array([row[1:] for row in rows]).T
-        rest_s = np.maximum(forward_s - attention_s - mlp_s, LEAST_REST * forward_s)
-        return cls(_fit(columns, attention_s), _fit(columns[:, :2], mlp_s), _fit(columns[:, :2], rest_s))
+        matrix = feature_matrix(list(looks))
+        columns = np.stack([np.ones(len(looks)), matrix[:, 1], matrix[:, 3]], axis=1)
+        attention, mlp, rest = np.array(list(looks.values())).T
+        of_attention, longest = _fit(columns, attention), int(matrix[:, 3].argmax())
+        of_attention[2] = max(of_attention[2], LEAST_PAIRS * attention[longest] / matrix[longest, 3])
+        return cls(of_attention, _fit(columns[:, :2], mlp), _fit(columns[:, :2], rest))
+
+    def forward_s(self, batch: Sequence[PrefillShape]) -> float:
+        """Seconds of a forward pass of ``batch``, as far as its operators were timed one by one."""
+        _, new_tokens, _, pairs = features(batch)
+        linear = self.attention[:2] + self.mlp + self.rest
+        return float(linear @ (1.0, new_tokens) + self.attention[2] * pairs)
 
     def attention_share(self, batch: Sequence[PrefillShape]) -> float:
         """Attention's part of the time of attention and MLP together, from 0 to 1."""

@@ -59,9 +59,9 @@ class Wrong:
         return False
 
     @property
-    def correction(self) -> float:
+    def yardstick_s(self) -> float:
         """What tiles go by, which is right: it is not what this is about."""
-        return float(self._right.correction)
+        return float(self._right.yardstick_s)
 
 
 @pytest.fixture

@@ -212,6 +212,8 @@ def test_a_profile_that_is_wrong_is_noticed_and_replaced(
         rows[:, 4] = (replace(model.physics, weights=weights)).predict_s(rows[:, :4])
     fitted = replace(first_start.fitted, model=replace(model, physics=replace(model.physics, weights=weights)))
     path = tmp_path / "c.npz"
+    tiles = engine.scheduler.hub.tiles
+    usual = tiles.now
     server = Server(engine, first_start.model_copy(update={"fitted": fitted, "rows": rows}), path)
     try:
         prompts = prompts_of_the_demo(300, 4)
@@ -221,6 +223,9 @@ def test_a_profile_that_is_wrong_is_noticed_and_replaced(
         print(f"{wrong}: within 10% after {recovered} tasks")
         assert recovered <= 200
         assert server.errors_of_last(100)[0] < GOAL[0]
+        print(f"tiles: {tiles.now}, before {usual}")
+        assert 0.6 < tiles.now.rows / usual.rows < 1.6
+        assert 0.6 < tiles.now.pairs / usual.pairs < 1.6
         if factor is None:
             assert read_learned(path).history.adopted >= 1
     finally:

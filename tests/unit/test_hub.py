@@ -9,6 +9,7 @@ from array import array
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from dataclasses import replace
 from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
@@ -25,7 +26,7 @@ from sglang.srt.managers.scheduler_components.invariant_checker import create_sc
 from sgl_flowprefill import plugin
 from sgl_flowprefill.config import FlowPrefillConfig
 from sgl_flowprefill.hub.device import CpuDevice
-from sgl_flowprefill.hub.parts import OneRank
+from sgl_flowprefill.hub.parts import Learning, OneRank
 from sgl_flowprefill.hub.progress import Progress
 from sgl_flowprefill.hub.role import Arrival
 from sgl_flowprefill.hub.task import DecodeStep, Tasks
@@ -44,7 +45,7 @@ from sgl_flowprefill.runtime.scheduler_role import input_logprobs
 from sgl_flowprefill.runtime.unified_role import UnifiedRole
 from sgl_flowprefill.runtime.unified_scheduler import UnifiedScheduler
 from sgl_flowprefill.runtime.wakeup import Wakeup
-from sgl_flowprefill.ttft import AdaptiveTTFT, PrefillShape
+from sgl_flowprefill.ttft import YARDSTICK, AdaptiveTTFT, PrefillShape
 from tests.simulated_device import HostCosts, Model, SimulatedDevice, SimulatedRequest, SimulatedServer
 
 
@@ -504,3 +505,52 @@ def test_a_task_that_took_twice_as_long_is_seen_by_what_waits_and_by_what_is_sus
         ttft.observe(small, 0.202)
     assert not ttft.follow(), "one percent is not worth to look at all again"
     assert waiting.factor == pytest.approx(2.0)
+
+
+class ToldTiles:
+    """Keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.yardsticks_s: list[float] = []
+
+    def follow(self, yardstick_s: float) -> None:
+        self.yardsticks_s.append(yardstick_s)
+
+
+class OneOffer(Learning):
+    """Has a better model to offer, once it is told so."""
+
+    def __init__(self) -> None:
+        self.has_offer = False
+
+    def look_for_offer(self) -> bool:
+        return self.has_offer
+
+    def adopt(self) -> None:
+        self.has_offer = False
+
+
+@pytest.mark.parametrize("wrong", [0.25, 8.0])
+def test_tiles_are_told_how_fast_prefills_are_and_not_what_the_profile_says(wrong: float) -> None:
+    model = Model(1, lambda tokens: 40e-6 * tokens, lambda tokens: 60e-6 * tokens)
+    requests = [SimulatedRequest(f"r{i}", 10.0 * i, 100 + 700 * (i % 5), 100.0) for i in range(100)]
+    server = SimulatedServer(SimulatedDevice(0, HostCosts()), model, requests)
+    profiled = SimpleNamespace(predict_s=lambda batch: wrong * model.forward_s(sum(new for new, _ in batch)))
+    server.hub.work.ttft = AdaptiveTTFT(profiled, 0.75)
+    server.hub.tiles = tiles = ToldTiles()
+    server.run_all()
+    right_s = model.forward_s(YARDSTICK.new_tokens)
+    assert tiles.yardsticks_s[0] == pytest.approx(wrong * right_s)
+    assert tiles.yardsticks_s[-1] == pytest.approx(right_s, rel=0.02)
+
+
+def test_batches_are_as_large_as_the_model_in_use_says() -> None:
+    server = SimulatedServer(SimulatedDevice(0, HostCosts()), Model(1, lambda tokens: 1e-3, lambda tokens: 1e-3), [])
+    hub, offer = server.hub, OneOffer()
+    hub.learning, hub.work.batch_tokens = offer, lambda: 4096
+    before = hub.work.policy.limits
+    hub.turn()
+    assert hub.work.policy.limits == before
+    offer.has_offer = True
+    hub.turn()
+    assert hub.work.policy.limits == replace(before, max_batch_tokens=4096)

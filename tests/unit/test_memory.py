@@ -32,7 +32,7 @@ def config(**text: Any) -> Any:
 
 
 def test_activations_of_an_8b_model() -> None:
-    tiled, whole = (Activations.of(config(), 2, rows) for rows in (4096, None))
+    tiled, whole = (Activations.of(config(), 2, rows) for rows in (lambda: 4096, None))
     assert tiled.suspended_bytes(1000) == 1000 * 32 << 10
     # Untiled, gate, up and their product are the widest; in tiles, attention is, from some length on.
     assert whole.running_bytes(10_000) == 10_000 * (4 * HIDDEN + 3 * INTERMEDIATE) * 2
@@ -41,7 +41,7 @@ def test_activations_of_an_8b_model() -> None:
 
 
 def test_experts_count_as_often_as_they_are_visited() -> None:
-    experts = Activations.of(config(moe_intermediate_size=768, num_experts_per_tok=8), 2, 4096)
+    experts = Activations.of(config(moe_intermediate_size=768, num_experts_per_tok=8), 2, lambda: 4096)
     assert experts.mlp == max(3 * INTERMEDIATE, 8 * (3 * 768 + HIDDEN)) * 2
     assert experts.mlp_tile_tokens is None
 
@@ -70,11 +70,11 @@ def test_tasks_start_while_their_activations_fit() -> None:
 
 def test_logits_of_prompts_are_counted_as_chunks_while_a_prefill_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     one_matrix = 128_256 * 4
-    chunked = Activations.of(config(), 2, 4096)
+    chunked = Activations.of(config(), 2, lambda: 4096)
     assert chunked.logits_bytes(32_000) == 2048 * 3 * one_matrix
     assert chunked.logits_bytes(100) == 100 * 3 * one_matrix
     with envs.SGLANG_ENABLE_LOGPROB_CHUNK.override(False):
-        assert Activations.of(config(), 2, 4096).logits_bytes(32_000) == 32_000 * 3 * one_matrix
+        assert Activations.of(config(), 2, lambda: 4096).logits_bytes(32_000) == 32_000 * 3 * one_matrix
     budget_bytes = chunked.suspended_bytes(3000) + chunked.logits_bytes(2048)
     tasks = TaskMemory(chunked, budget_bytes)
     assert tasks.admits([1000], 2000, 32_000)
@@ -102,7 +102,7 @@ def test_the_plan_measures_a_slot_and_counts_all_of_them(monkeypatch: pytest.Mon
     monkeypatch.setattr(memory.torch.cuda, "memory_allocated", lambda: allocated[0])
     monkeypatch.setattr(memory, "free_device_bytes", lambda: 8000 * MIB)
     slots = AttentionSlots(runner, None)
-    plan = TaskMemory.plan(runner, slots, max_suspended=16, mlp_tile_tokens=4096)
+    plan = TaskMemory.plan(runner, slots, max_suspended=16, mlp_tile_tokens=lambda: 4096)
     assert plan.budget_bytes == (8000 - 16 * 32) * MIB
     assert allocated[0] == 32 * MIB, "one slot is made ahead, the others when they are needed"
     taken = [slots.take() for _ in range(3)]
@@ -110,4 +110,4 @@ def test_the_plan_measures_a_slot_and_counts_all_of_them(monkeypatch: pytest.Mon
     assert allocated[0] == 64 * MIB
     monkeypatch.setattr(memory, "free_device_bytes", lambda: 500 * MIB)
     with pytest.raises(SystemExit, match="18 tasks need"):
-        TaskMemory.plan(runner, slots, max_suspended=16, mlp_tile_tokens=4096)
+        TaskMemory.plan(runner, slots, max_suspended=16, mlp_tile_tokens=lambda: 4096)
