@@ -6,6 +6,9 @@ session to end), ``ended PID`` (the session is no more) and ``directory PATH`` (
 launcher closes the pipe or dies, it kills every process of these sessions, then removes the shared memory that only
 they had, and the directories. So an orderly end and a crash take one path.
 
+A launcher that is interrupted or killed between the start of a process and the line about it has said nothing of that
+session. Its leader is known by the directory, which it was given for its temporary files.
+
 The kernel gives the number of a session to no other process while anyone is in it, or its leader has not been reaped.
 The launcher reaps a leader only after it has ended the rest of the session and said so. So the number still means the
 same session, unless its leader is a process that started at another time.
@@ -79,7 +82,7 @@ def main() -> None:
             directories.append(value)
         else:
             keep.add(value)
-    end(sessions.values(), keep)
+    end({*sessions.values(), *(session for path in directories for session in led_with(path))}, keep)
     for directory in directories:
         shutil.rmtree(directory, ignore_errors=True)
 
@@ -126,6 +129,22 @@ def kill(sessions: Iterable[Session]) -> set[int]:
 def _members(sessions: Iterable[Session]) -> list[Process]:
     running = processes()
     return [process for session in sessions for process in session.members(running)]
+
+
+def led_with(directory: str) -> list[Session]:
+    """The sessions whose leaders were started with ``directory`` for their temporary files, as far as these have not
+    changed their titles since: that overwrites what is read here.
+    """
+    leaders = (process for process in processes() if process.pid == process.session and process.is_alive)
+    return [Session(leader.pid, leader.started) for leader in leaders if _has_for_files(leader.pid, directory)]
+
+
+def _has_for_files(pid: int, directory: str) -> bool:
+    try:
+        with open(f"/proc/{pid}/environ", "rb") as file:
+            return f"TMPDIR={directory}".encode() in file.read().split(b"\0")
+    except OSError:
+        return False
 
 
 def _send(process: Process, number: int) -> None:

@@ -220,7 +220,8 @@ class Guard:
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(GUARD_S)
         if self._process.returncode != 0:
-            guard.end([*self._followed, *(server.session for server in self._servers)], self._segments_before)
+            known = [*self._followed, *(server.session for server in self._servers)]
+            guard.end({*known, *guard.led_with(str(self.directory))}, self._segments_before)
             shutil.rmtree(self.directory, ignore_errors=True)
         for server in self._servers:
             server.reap()

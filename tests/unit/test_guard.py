@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -191,6 +192,51 @@ def test_a_launcher_that_is_killed_takes_its_servers_along(tmp_path, number):
     assert gone(int(server))
     assert gone(int(child))
     assert [path for path in left if Path(path).exists()] == []
+
+
+INTERRUPTED = """
+import os, signal, subprocess, sys, time
+from pathlib import Path
+from sgl_flowprefill.cluster.process import Guard
+
+class Interrupted(subprocess.Popen):
+    def __init__(self, command, **options):
+        super().__init__(command, **options)
+        if command[0] == "sleep":
+            print(self.pid, flush=True)
+            os.kill(os.getpid(), {number})
+            time.sleep(60)
+
+subprocess.Popen = Interrupted
+signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+with Guard() as guard:
+    print(guard.directory, flush=True)
+    if not {guarded}:
+        os.kill(guard.pid, signal.SIGKILL)
+    getattr(guard, {method!r})(*{arguments!r}, os.environ, Path({log!r}))
+"""
+
+
+@pytest.mark.parametrize("method", ["start", "follow"])
+@pytest.mark.parametrize(
+    ("number", "guarded"), [(signal.SIGTERM, True), (signal.SIGTERM, False), (signal.SIGKILL, True)]
+)
+def test_a_launcher_that_is_ended_while_it_starts_a_process_takes_it_along(tmp_path, method, number, guarded):
+    """Before it could tell the guard of it."""
+    command = ["sleep", "600"]
+    arguments = ["test", command] if method == "start" else [command]
+    script = INTERRUPTED.format(
+        number=int(number), guarded=guarded, method=method, arguments=arguments, log=str(tmp_path / "log")
+    )
+    launcher = subprocess.run([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, timeout=60)
+    assert launcher.returncode == (-number if number == signal.SIGKILL else 128 + number)
+    directory, pid = launcher.stdout.split()
+    try:
+        wait_until(lambda: gone(int(pid)))
+        wait_until(lambda: not Path(directory).exists())
+    finally:
+        with suppress(ProcessLookupError):
+            os.kill(int(pid), signal.SIGKILL)
 
 
 RECYCLED = """
