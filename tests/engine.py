@@ -135,6 +135,7 @@ def make_scheduler(scheduler: str, model_path: str, **server_args: Any) -> Any:
         "disable_overlap_schedule": True,
         "chunked_prefill_size": -1,
         "max_total_tokens": 60_000,
+        "mem_fraction_static": 0.9,  # what others take while weights are loaded is no reason not to start
         "log_level": "warning",
     }
     args = ServerArgs(model_path=model_path, **(settings | server_args))

@@ -91,6 +91,7 @@ class Ranks:
                 disable_overlap_schedule=True,
                 chunked_prefill_size=-1,
                 max_total_tokens=60_000,
+                mem_fraction_static=0.9,  # what others take while weights are loaded is no reason not to start
                 log_level="warning",
             )
             args.resolve_once()
