@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import aiohttp
+import pytest
 
 from sgl_flowprefill.cluster import Cluster, ClusterConfig
 from tests.prompts import prompt
@@ -51,6 +52,7 @@ async def answers(url: str) -> dict[str, Answer]:
     return found
 
 
+@pytest.mark.stress
 def test_an_urgent_request_gets_the_next_place(no_cluster: None, comparison: Comparison, tmp_path: Path) -> None:
     config = ClusterConfig(
         flowprefill=True,
