@@ -56,6 +56,10 @@ class PortableCpuPlatform(CpuDeviceMixin, SRTPlatform):
         """Name under which ``platforms.attention`` registers its backend."""
         return ATTENTION_BACKEND
 
+    def supports_speculative_algorithm(self, algorithm: str) -> bool:
+        """As far as prefill servers have to do with it (``patches.draft_cpu``)."""
+        return algorithm in ("EAGLE", "EAGLE3")
+
     def get_dispatch_key_name(self) -> str:
         """Layers run their ``forward_native``."""
         return "native"
