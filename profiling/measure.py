@@ -132,6 +132,8 @@ class SchedulerEngine:
         waited_s, started_s = _waited_s(), time.perf_counter()
         with torch.no_grad():
             result = self.scheduler.run_batch(batch)
+            if result.copy_done is not None:  # with a draft model, SGLang has queued the copy to the host
+                result.copy_done.synchronize()
             result.next_token_ids.tolist()
         elapsed_s, waited_s = time.perf_counter() - started_s, _waited_s() - waited_s
         self.free(batch, keep)

@@ -27,7 +27,6 @@ from tests.reference import KV_TOLERANCE, LOGPROB_TOLERANCE, Comparison, Kv, Ref
 MODEL: Final = EmbeddedModel(
     seed=7, layers=4, hidden_size=128, intermediate_size=256, heads=4, kv_heads=2, context_tokens=4096
 )
-HIDDEN: Final = MODEL.hidden_size
 CAPTURED: Final = (0, 1, 2)
 """Layers whose outputs an EAGLE3 draft is given."""
 HEAD_GAIN: Final = 4.0
@@ -35,17 +34,18 @@ STATE_TOLERANCE: Final = 2e-4
 """Hidden states are about 1."""
 
 
-def model_path() -> Path:
-    return embedded_model_path(MODEL)
-
-
 @dataclass(frozen=True)
 class Draft:
-    """A draft model in the format of EAGLE's authors."""
+    """A draft of ``model``, in the format of EAGLE's authors."""
 
     algorithm: str
     """EAGLE or EAGLE3."""
+    model: EmbeddedModel = MODEL
     seed: int = 3
+
+    @property
+    def model_path(self) -> str:
+        return str(embedded_model_path(self.model))
 
     @property
     def is_eagle3(self) -> bool:
@@ -53,7 +53,7 @@ class Draft:
 
     @property
     def config(self) -> dict[str, Any]:
-        config: dict[str, Any] = json.loads((model_path() / "config.json").read_text())
+        config: dict[str, Any] = json.loads((Path(self.model_path) / "config.json").read_text())
         config |= {"architectures": ["LlamaForCausalLMEagle"], "num_hidden_layers": 1}
         if self.is_eagle3:
             layers = {"eagle_aux_hidden_state_layer_ids": list(CAPTURED)}
@@ -65,36 +65,37 @@ class Draft:
         return config
 
     def weights(self) -> dict[str, torch.Tensor]:
+        model, hidden = self.model, self.model.hidden_size
         generator = torch.Generator().manual_seed(self.seed)
 
         def linear(rows: int, columns: int, gain: float = 1.0) -> torch.Tensor:
             return torch.randn(rows, columns, generator=generator) * gain / columns**0.5
 
         def scales() -> torch.Tensor:
-            return 1 + 0.2 * torch.randn(HIDDEN, generator=generator)
+            return 1 + 0.2 * torch.randn(hidden, generator=generator)
 
-        attention, kv = MODEL.heads * MODEL.head_dim, MODEL.kv_heads * MODEL.head_dim
-        layer, inputs = ("midlayer", 2 * HIDDEN) if self.is_eagle3 else ("layers.0", HIDDEN)
+        attention, kv = model.heads * model.head_dim, model.kv_heads * model.head_dim
+        layer, inputs = ("midlayer", 2 * hidden) if self.is_eagle3 else ("layers.0", hidden)
         weights = {
             f"{layer}.self_attn.q_proj.weight": linear(attention, inputs, 1.5),
             f"{layer}.self_attn.k_proj.weight": linear(kv, inputs, 1.5),
             f"{layer}.self_attn.v_proj.weight": linear(kv, inputs),
-            f"{layer}.self_attn.o_proj.weight": linear(HIDDEN, attention, 1.5),
+            f"{layer}.self_attn.o_proj.weight": linear(hidden, attention, 1.5),
             f"{layer}.post_attention_layernorm.weight": scales(),
-            f"{layer}.mlp.gate_proj.weight": linear(MODEL.intermediate_size, HIDDEN),
-            f"{layer}.mlp.up_proj.weight": linear(MODEL.intermediate_size, HIDDEN),
-            f"{layer}.mlp.down_proj.weight": linear(HIDDEN, MODEL.intermediate_size, 1.5),
+            f"{layer}.mlp.gate_proj.weight": linear(model.intermediate_size, hidden),
+            f"{layer}.mlp.up_proj.weight": linear(model.intermediate_size, hidden),
+            f"{layer}.mlp.down_proj.weight": linear(hidden, model.intermediate_size, 1.5),
         }
         if self.is_eagle3:
             weights |= {
-                "fc.weight": linear(HIDDEN, len(CAPTURED) * HIDDEN),
+                "fc.weight": linear(hidden, len(CAPTURED) * hidden),
                 f"{layer}.hidden_norm.weight": scales(),
                 f"{layer}.input_layernorm.weight": scales(),
                 "norm.weight": scales(),
-                "lm_head.weight": linear(VOCAB_SIZE, HIDDEN, HEAD_GAIN),
+                "lm_head.weight": linear(VOCAB_SIZE, hidden, HEAD_GAIN),
             }
         else:
-            weights |= {"fc.weight": linear(HIDDEN, 2 * HIDDEN), "fc.bias": scales() - 1}
+            weights |= {"fc.weight": linear(hidden, 2 * hidden), "fc.bias": scales() - 1}
         return weights
 
     def write(self, folder: Path) -> Path:
@@ -130,13 +131,13 @@ class DraftReference:
         from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm
 
         self._model, self._draft, self._cache = model.eval(), draft, DynamicCache
-        config = LlamaConfig.from_pretrained(model_path(), num_hidden_layers=1, attn_implementation="sdpa")
+        config = LlamaConfig.from_pretrained(draft.model_path, num_hidden_layers=1, attn_implementation="sdpa")
         self._layer = LlamaDecoderLayer(config, layer_idx=0).eval()
-        attention = self._layer.self_attn
+        attention, hidden = self._layer.self_attn, draft.model.hidden_size
         weights = draft.weights()
         if draft.is_eagle3:
             for name in ("q_proj", "k_proj", "v_proj"):
-                setattr(attention, name, nn.Linear(2 * HIDDEN, getattr(attention, name).out_features, bias=False))
+                setattr(attention, name, nn.Linear(2 * hidden, getattr(attention, name).out_features, bias=False))
         else:
             self._layer.input_layernorm = nn.Identity()
         own = {name.split(".", 2 if "layers.0" in name else 1)[-1]: value for name, value in weights.items()}
@@ -144,7 +145,7 @@ class DraftReference:
         self._fc = lambda states: nn.functional.linear(states, weights["fc.weight"], weights.get("fc.bias"))
         self._norms: dict[str, Any] = {}
         for name in ("midlayer.hidden_norm", "norm") if draft.is_eagle3 else ():
-            self._norms[name] = LlamaRMSNorm(HIDDEN, eps=config.rms_norm_eps)
+            self._norms[name] = LlamaRMSNorm(hidden, eps=config.rms_norm_eps)
             self._norms[name].load_state_dict({"weight": weights[f"{name}.weight"]})
         self._head = weights.get("lm_head.weight", model.lm_head.weight)
         self._kept: dict[tuple[int, ...], Drafted] = {}
@@ -198,7 +199,7 @@ class DraftComparison(Comparison):
     def __init__(self, draft: Draft) -> None:
         from transformers import AutoModelForCausalLM
 
-        model = AutoModelForCausalLM.from_pretrained(model_path(), dtype=torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(draft.model_path, dtype=torch.float32)
         super().__init__(Reference(model))
         self.drafts = DraftReference(draft, model)
 
@@ -238,7 +239,6 @@ def options(draft: Draft, path: str) -> dict[str, Any]:
         "speculative_num_steps": 3,
         "speculative_eagle_topk": 1,
         "speculative_num_draft_tokens": 4,
-        "max_total_tokens": 30_000,
     }
 
 
@@ -252,7 +252,6 @@ class Handed:
     rest: dict[str, tuple[torch.Tensor, int, float]] = field(default_factory=dict)
 
     def watch(self) -> None:
-        self.scheduler.send_kv_chunk = type(self.scheduler).send_kv_chunk.__get__(self.scheduler)
         watch_sends(self.scheduler, self._sent)
 
     def forget(self) -> None:
@@ -279,7 +278,7 @@ class DraftedPrefill(PrefillEngine):
     """A prefill server with a draft model."""
 
     def __init__(self, draft: Draft, path: str) -> None:
-        super().__init__(str(model_path()), **options(draft, path))
+        super().__init__(draft.model_path, **options(draft, path), max_total_tokens=30_000)
         self.comparison = DraftComparison(draft)
         self.seen: Counter[str] = Counter()
         self._watch_flags()
@@ -308,7 +307,7 @@ class DraftedPrefill(PrefillEngine):
         """Count prefills that run while others are suspended in their drafts, at or behind the last target operator."""
         role, work = self.hub.role, self.hub.work
         switch_to = role.switch_to
-        first = 2 * MODEL.layers
+        first = self.hub.work.progress.checkpoints - 2  # the draft has one layer
 
         def switched(task: Any) -> None:
             in_draft = [other for other in work.tasks.live if other is not task and other.operators_passed >= first]
@@ -348,10 +347,11 @@ class StockPrefill(Engine):
     def __init__(self, draft: Draft, path: str) -> None:
         self.scheduler = make_scheduler(
             "sglang.srt.managers.scheduler:Scheduler",
-            str(model_path()),
+            draft.model_path,
             disaggregation_mode="prefill",
             disaggregation_transfer_backend="nixl",
             **options(draft, path),
+            max_total_tokens=30_000,
         )
         self.comparison = DraftComparison(draft)
         self.handed = Handed(self.scheduler)

@@ -32,7 +32,7 @@ def watch_sends(scheduler: Any, sent: Callable[[Any, torch.Tensor], None]) -> No
 
     def watched(req: Any, *arguments: Any, **options: Any) -> None:
         sender = req.disagg_kv_sender
-        send = sender.send
+        send, is_watched = sender.send, "send" in vars(sender)
 
         def noted(kv_indices: Any, *rest: Any, **named: Any) -> None:
             sent(req, torch.as_tensor(kv_indices, dtype=torch.long))
@@ -42,6 +42,9 @@ def watch_sends(scheduler: Any, sent: Callable[[Any, torch.Tensor], None]) -> No
         try:
             send_chunk(req, *arguments, **options)
         finally:
-            del sender.send
+            if is_watched:
+                sender.send = send
+            else:
+                del sender.send
 
     scheduler.send_kv_chunk = watched
