@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 from sgl_flowprefill.contract.parts.draft_model import DRAFT_WORKER
-from sgl_flowprefill.contract.row import Part, attributes, rows, source
+from sgl_flowprefill.contract.row import Part, rows, source
 from sgl_flowprefill.contract.symbols import CONTEXT
 
 FACTORY: Final = "sglang.srt.speculative.draft_utils:DraftBackendFactory"
@@ -23,7 +23,13 @@ PART: Final = Part(
             "makes the draft's attention backends",
             STARTS,
         ),
-        *attributes(FACTORY, "draft_model_runner", "is the model runner of the draft", STARTS),
+        *rows(
+            "hooks",
+            "sglang.srt.mem_cache.memory_pool:MHATokenToKVPool",
+            "_init_kv_copy_and_warmup(self)",
+            "moves the KV cache of drafted tokens",
+            STARTS,
+        ),
         *rows("calls", CONTEXT, "get_disagg()", "says whether the server drafts", STARTS),
         source(
             "assumes",
