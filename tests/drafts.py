@@ -131,7 +131,7 @@ class DraftReference:
         from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm
 
         self._model, self._draft, self._cache = model.eval(), draft, DynamicCache
-        config = LlamaConfig.from_pretrained(draft.model_path, num_hidden_layers=1, attn_implementation="sdpa")
+        config = LlamaConfig.from_pretrained(draft.model_path, num_hidden_layers=1)
         self._layer = LlamaDecoderLayer(config, layer_idx=0).eval()
         attention, hidden = self._layer.self_attn, draft.model.hidden_size
         weights = draft.weights()
@@ -159,28 +159,29 @@ class DraftReference:
 
     def _compute(self, prompt: list[int]) -> Drafted:
         model = self._model
-        states = model.model(torch.tensor([prompt]), output_hidden_states=True).hidden_states
-        first = int(model.lm_head(states[-1][0, -1]).argmax())
+        computed = model.model(torch.tensor([prompt]), output_hidden_states=True)
+        states, last = computed.hidden_states, computed.last_hidden_state
+        first = int(model.lm_head(last[0, -1]).argmax())
         embedded = model.model.embed_tokens(torch.tensor([[*prompt[1:], first]]))
         positions = torch.arange(len(prompt))[None]
         cache = self._cache()
+        causal = torch.full((len(prompt), len(prompt)), float("-inf")).triu(1)[None, None]
         rotary = model.model.rotary_emb(embedded, positions)
         if self._draft.is_eagle3:
             residual = self._fc(torch.cat([states[layer + 1] for layer in CAPTURED], dim=-1))
             normed = self._norms["midlayer.hidden_norm"](residual)
             inputs = torch.cat([self._layer.input_layernorm(embedded), normed], dim=-1)
             attended, _ = self._layer.self_attn(
-                hidden_states=inputs, position_embeddings=rotary, attention_mask=None, past_key_values=cache
+                hidden_states=inputs, position_embeddings=rotary, attention_mask=causal, past_key_values=cache
             )
             residual = residual + attended
             output = residual + self._layer.mlp(self._layer.post_attention_layernorm(residual))
             read = self._norms["norm"](output)
         else:
-            inputs = self._fc(torch.cat([embedded, states[-1]], dim=-1))
-            output = self._layer(
-                inputs, attention_mask=None, position_ids=positions, past_key_values=cache, position_embeddings=rotary
+            inputs = self._fc(torch.cat([embedded, last], dim=-1))
+            output = read = self._layer(
+                inputs, attention_mask=causal, position_ids=positions, past_key_values=cache, position_embeddings=rotary
             )
-            output = read = output[0] if isinstance(output, tuple) else output
         best = torch.log_softmax((read[0, -1] @ self._head.T).double(), dim=-1).topk(2)
         [layer] = cache.layers
         return Drafted(
