@@ -20,7 +20,7 @@ from torch import nn
 from sgl_flowprefill.model import embedded_model_path
 from sgl_flowprefill.model.embedded import VOCAB_SIZE, EmbeddedModel
 from tests.chaos import Rounds
-from tests.engine import Engine, PrefillEngine, generate_request, make_scheduler
+from tests.engine import Engine, PrefillEngine, generate_request
 from tests.kv import kv_at, watch_sends
 from tests.reference import KV_TOLERANCE, LOGPROB_TOLERANCE, Comparison, Kv, Reference
 
@@ -232,8 +232,8 @@ class DraftComparison(Comparison):
 
 
 def options(draft: Draft, path: str) -> dict[str, Any]:
-    """Of a server. Its MLPs would run in short tiles."""
-    os.environ["FLOWPREFILL_MAX_BLOCKING_MS"] = "0.3"
+    """Of a server. Operators run in short tiles, so that there are interruption points before a draft's attention."""
+    os.environ["FLOWPREFILL_MAX_BLOCKING_MS"] = "0.03"
     return {
         "speculative_algorithm": draft.algorithm,
         "speculative_draft_model_path": path,
@@ -346,8 +346,8 @@ class StockPrefill(Engine):
     """SGLang's own prefill scheduler with a draft model, batch by batch."""
 
     def __init__(self, draft: Draft, path: str) -> None:
-        self.scheduler = make_scheduler(
-            "sglang.srt.managers.scheduler:Scheduler",
+        super().__init__(
+            "tests.unified_engine:stock_scheduler",
             draft.model_path,
             disaggregation_mode="prefill",
             disaggregation_transfer_backend="nixl",
@@ -357,7 +357,6 @@ class StockPrefill(Engine):
         self.comparison = DraftComparison(draft)
         self.handed = Handed(self.scheduler)
         self.handed.watch()
-        self.scheduler.output_streamer.stream_output = lambda reqs, *_, **__: self.record_outputs(reqs)
         self.tokens: dict[str, int] = {}
 
     def record_outputs(self, reqs: Sequence[Any]) -> None:
