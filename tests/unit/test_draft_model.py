@@ -97,8 +97,10 @@ def test_a_server_that_decodes_keeps_both_backends_for_that() -> None:
 
 
 def test_a_prefill_that_is_suspended_in_its_draft_takes_its_state_along(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = SimpleNamespace(shared_experts=None, _set=lambda name, value: None)
-    monkeypatch.setattr("sgl_flowprefill.runtime.forward_state.get_model", lambda: model)
+    bags = {"get_forward": SimpleNamespace(_plain={}), "get_model": SimpleNamespace(shared_experts=None)}
+    bags["get_model"]._set = lambda name, value: None
+    for name, bag in bags.items():
+        monkeypatch.setattr(f"sgl_flowprefill.runtime.forward_state.{name}", lambda bag=bag: bag)
     scheduler = server()
     target, draft = scheduler.tp_worker.model_runner, scheduler.draft_worker.draft_worker.draft_runner
     slots = AttentionSlots(target, None, with_main=False, draft_runner=draft)
