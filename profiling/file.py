@@ -60,6 +60,8 @@ class Setting(BaseModel):
     tp_size: int = 1
     adapters: bool = False
     """Whether layers have adapters (LoRA) beside their weights, whose kernels run for the base model, too."""
+    draft: str = ""
+    """The draft model that a prefill runs, too."""
 
     def difference(self, other: Setting) -> str:
         """The fields in which ``other`` differs, for a message: ``threads 1, not 4``."""

@@ -18,6 +18,7 @@ from sglang.srt.sampling.sampling_params import SamplingParams
 from sgl_flowprefill.profiling.design import SEED, Shape
 from sgl_flowprefill.profiling.run import Timing
 from sgl_flowprefill.runtime.checkpoints import find_decoder_layers
+from sgl_flowprefill.runtime.draft_model import whole_model
 from sgl_flowprefill.runtime.scheduler_role import SchedulerRole
 from sgl_flowprefill.slo import TBT_KEY
 from sgl_flowprefill.ttft.base import PrefillShape
@@ -51,7 +52,7 @@ class SchedulerEngine:
 
     def time_operators(self, shape: Shape) -> tuple[Timing, float, float]:
         """Like ``time``, and the seconds spent in all attention and in all MLP modules."""
-        model = self.scheduler.tp_worker.model_runner.model
+        model = whole_model(self.scheduler)
         layers = find_decoder_layers(model)
         attention = [model.get_submodule(name) for layer in layers for name in layer.attention]
         mlp = [model.get_submodule(name) for layer in layers for name in layer.mlp]
@@ -131,6 +132,8 @@ class SchedulerEngine:
         waited_s, started_s = _waited_s(), time.perf_counter()
         with torch.no_grad():
             result = self.scheduler.run_batch(batch)
+            if result.copy_done is not None:  # with a draft model, SGLang has queued the copy to the host
+                result.copy_done.synchronize()
             result.next_token_ids.tolist()
         elapsed_s, waited_s = time.perf_counter() - started_s, _waited_s() - waited_s
         self.free(batch, keep)

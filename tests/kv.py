@@ -15,25 +15,36 @@ def watch_kv(scheduler: Any, keep: Callable[[str, Kv], None]) -> None:
     sender, at the moment at which it does. A request has several parts in their order: SGLang sends a cached prefix
     when the prefill starts.
     """
+    pool = scheduler.token_to_kv_pool_allocator.get_kvcache()
+    watch_sends(scheduler, lambda req, slots: keep(req.rid, kv_at(pool, slots)))
+
+
+def kv_at(pool: Any, slots: torch.Tensor) -> Kv:
+    """A copy of what is in the KV ``pool`` at ``slots``."""
+    buffers = (pool.get_key_buffer, pool.get_value_buffer)
+    return Kv(*(torch.stack([of(i)[slots] for i in range(pool.layer_num)]) for of in buffers))
+
+
+def watch_sends(scheduler: Any, sent: Callable[[Any, torch.Tensor], None]) -> None:
+    """Call ``sent(req, slots)`` when ``scheduler`` gives the sender of ``req`` the KV cache at ``slots``."""
     send_chunk = scheduler.send_kv_chunk
-    allocator = scheduler.token_to_kv_pool_allocator
-    assert allocator.page_size == 1
+    assert scheduler.token_to_kv_pool_allocator.page_size == 1
 
     def watched(req: Any, *arguments: Any, **options: Any) -> None:
         sender = req.disagg_kv_sender
-        send = sender.send
+        send, is_watched = sender.send, "send" in vars(sender)
 
-        def copied(kv_indices: Any, *rest: Any, **named: Any) -> None:
-            pool = allocator.get_kvcache()
-            slots = torch.as_tensor(kv_indices, dtype=torch.long)
-            buffers = (pool.get_key_buffer, pool.get_value_buffer)
-            keep(req.rid, Kv(*(torch.stack([of(i)[slots] for i in range(pool.layer_num)]) for of in buffers)))
+        def noted(kv_indices: Any, *rest: Any, **named: Any) -> None:
+            sent(req, torch.as_tensor(kv_indices, dtype=torch.long))
             send(kv_indices, *rest, **named)
 
-        sender.send = copied
+        sender.send = noted
         try:
             send_chunk(req, *arguments, **options)
         finally:
-            del sender.send
+            if is_watched:
+                sender.send = send
+            else:
+                del sender.send
 
     scheduler.send_kv_chunk = watched

@@ -11,10 +11,12 @@ from collections.abc import Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from sgl_flowprefill.compat.row import ABOVE_ONE, MODE, Row, Server, Treatment, flag, shown
+from sgl_flowprefill.compat.row import ABOVE_ONE, GIVEN, MODE, Row, Server, Treatment, flag, shown
 from sgl_flowprefill.compat.table import (
     ADAPTER_RANKS,
     ATTENTION,
+    BESIDE_DRAFTS,
+    DRAFTS_BESIDE,
     GRAPH_CONFIG,
     REFUSED_ENVIRONMENT,
     ROWS,
@@ -116,6 +118,12 @@ def refusals(server_args: Any, env: Mapping[str, str] | None = None) -> Iterator
     if has_adapters and ABOVE_ONE.holds(getattr(server_args, "tp_size", None)):
         given = f"--enable-lora with {shown('tp_size', server_args.tp_size)}"
         yield Refusal("enable_lora", given, _cannot_work(given, ADAPTER_RANKS))
+    algorithm = getattr(server_args, "speculative_algorithm", None)
+    for option in BESIDE_DRAFTS if GIVEN.holds(algorithm) else ():
+        value = getattr(server_args, option, None)
+        if (ABOVE_ONE if option == "tp_size" else GIVEN).holds(value):
+            given = f"{shown('speculative_algorithm', algorithm)} with {shown(option, value)}"
+            yield Refusal("speculative_algorithm", given, _cannot_work(given, DRAFTS_BESIDE))
     for name, why in REFUSED_ENVIRONMENT.items():
         if _is_on(name, env):
             yield Refusal(name, f"{name}={env[name]}", f"{_cannot_work(f'{name}={env[name]}', why)}; unset it")

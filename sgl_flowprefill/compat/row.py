@@ -43,8 +43,9 @@ def one_of(*names: str) -> Values:
 
 
 def other_than(*names: str) -> Values:
-    """All values but ``names``, and but none."""
-    return Values(lambda value: value is not None and value not in names, f"other than {_listed(names)}")
+    """All values but ``names``, in capital letters or small ones, and but none."""
+    lowered = {name.lower() for name in names}
+    return Values(lambda value: value is not None and str(value).lower() not in lowered, f"other than {_listed(names)}")
 
 
 def _listed(names: tuple[str, ...]) -> str:

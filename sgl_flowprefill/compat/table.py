@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from sgl_flowprefill.compat.row import ABOVE_ONE, POSITIVE, Group, Row, leave, one_of, other_than, put, refuse
+from sgl_flowprefill.compat.row import ABOVE_ONE, POSITIVE, Group, Row, flag, leave, one_of, other_than, put, refuse
 
 CHECKED_ATTENTION_BACKENDS: Final = ("flashinfer", "fa3", "triton", "flowprefill_cpu", "torch_native")
 """Backends of which several instances can be live at once (tests/unit/test_gpu_contracts.py)."""
@@ -35,7 +35,11 @@ PREFETCHES: Final = "requests wait for what is read from its storage, which wake
 LORA_KERNELS: Final = "it has not been checked to keep the batches of suspended prefills apart; use csgmv or triton"
 ADAPTER_RANKS: Final = "adapters that are split between ranks have not been compared"
 EXPERT_ADAPTERS: Final = "adapters of experts have not been checked to keep the batches of suspended prefills apart"
-DRAFT: Final = "the draft model's forward passes have no preemption checkpoints"
+DRAFTS: Final = "what its prefills compute for the decode server has not been compared; use EAGLE, EAGLE3 or NEXTN"
+DRAFT_STEPS: Final = "when decode steps start is decided by steps that give each stream one token"
+DRAFTS_BESIDE: Final = "drafts have not been compared together with it"
+BESIDE_DRAFTS: Final = ("tp_size", "enable_dp_attention", "enable_hierarchical_cache", "enable_lora", "lora_paths")
+"""Options with which ``--speculative-algorithm`` is refused."""
 EXPERTS: Final = "the experts of one forward pass at a time are counted"
 SAME_PASSES: Final = "its ranks have to run the same number of forward passes"
 HTTP: Final = "the objective of a request is checked by the HTTP server"
@@ -197,7 +201,7 @@ DISAGGREGATION: Final = Group(
             "go with --encoder-only and --language-only, which are refused",
         ),
         leave("language_model_only"),
-        refuse("decoupled_spec_role", DRAFT),
+        refuse("decoupled_spec_role", "drafts of another server have not been compared"),
         leave(
             "decoupled_spec_bind_endpoint decoupled_spec_connect_endpoints decoupled_spec_rank",
             "go with --decoupled-spec-role, which is refused",
@@ -335,23 +339,37 @@ SPECULATION: Final = Group(
     "Speculative decoding",
     ("spec",),
     (
-        refuse("speculative_algorithm", DRAFT),
+        refuse("speculative_algorithm", DRAFTS, other_than("EAGLE", "EAGLE3", "NEXTN"), ("prefill",)),
+        refuse("speculative_algorithm", DRAFT_STEPS, servers=("unified",)),
+        refuse("enable_multi_layer_eagle", "drafts of several models have not been compared"),
+        refuse("speculative_draft_attention_backend", ATTENTION.why, other_than(*CHECKED_ATTENTION_BACKENDS)),
         leave(
-            "uno_lora_path speculative_draft_model_path speculative_draft_model_revision speculative_draft_load_format "
-            "speculative_num_steps speculative_eagle_topk speculative_num_draft_tokens speculative_dflash_block_size "
+            "speculative_draft_model_path speculative_draft_model_revision",
+            "the draft model's prefill is the end of the prompt's, and can be suspended as that can. "
+            f"**Refused** with {', '.join(f'`{flag(option)}`' for option in BESIDE_DRAFTS)}: {DRAFTS_BESIDE}",
+            ("prefill",),
+        ),
+        leave(
+            "speculative_draft_model_path speculative_draft_model_revision",
+            "go with --speculative-algorithm, which is refused",
+            ("unified",),
+        ),
+        leave(
+            "uno_lora_path speculative_draft_load_format"
+            " speculative_num_steps speculative_eagle_topk speculative_num_draft_tokens speculative_dflash_block_size "
             "speculative_dspark_block_size speculative_dspark_sps_table_path speculative_dspark_confidence_sts_path "
             "speculative_dspark_align_verify_tokens_to_graph_tier speculative_accept_threshold_single "
             "speculative_accept_threshold_acc speculative_use_rejection_sampling speculative_token_map "
-            "speculative_attention_mode speculative_draft_attention_backend speculative_dsa_topk_backend "
+            "speculative_attention_mode speculative_dsa_topk_backend "
             "speculative_draft_kv_cache_dtype speculative_draft_window_size speculative_draft_sink_size "
             "speculative_moe_runner_backend speculative_moe_a2a_backend speculative_enable_w4a4_mxfp4_megamoe "
-            "speculative_draft_model_quantization enable_multi_layer_eagle speculative_adaptive "
+            "speculative_draft_model_quantization speculative_adaptive "
             "speculative_adaptive_config spec_trace_dir speculative_ngram_min_bfs_breadth "
             "speculative_ngram_max_bfs_breadth speculative_ngram_match_type speculative_ngram_max_trie_depth "
             "speculative_ngram_capacity speculative_ngram_external_corpus_path speculative_ngram_external_sam_budget "
             "speculative_ngram_external_corpus_max_tokens speculative_domino_candidate_pool_size "
             "speculative_use_block_verification speculative_skip_dp_mlp_sync",
-            "go with --speculative-algorithm, which is refused",
+            "of the draft model, or of decode servers, which draft; go with --speculative-algorithm",
         ),
     ),
 )

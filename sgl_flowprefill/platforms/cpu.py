@@ -26,6 +26,8 @@ class PortableCpuPlatform(CpuDeviceMixin, SRTPlatform):
     device_name = "flowprefill_cpu"
     device_type = "cpu"
     capabilities = PlatformCapabilities()
+    _only_prefills = False
+    """Whether the server is a prefill server, which runs a draft model and drafts nothing."""
 
     def get_device(self, device_id: int = 0) -> str:
         """All ranks share the one CPU device. It is a string: ``ServerArgs.device`` is derived from it and is one."""
@@ -33,6 +35,7 @@ class PortableCpuPlatform(CpuDeviceMixin, SRTPlatform):
 
     def apply_server_args_defaults(self, server_args: Any) -> None:
         """Fill in what the command line leaves open. SGLang runs its own CPU defaults first (AMX attention)."""
+        self._only_prefills = getattr(server_args, "disaggregation_mode", None) == "prefill"
         server_args.device = "cpu"
         if server_args.attention_backend in (None, "intel_amx"):
             server_args.attention_backend = ATTENTION_BACKEND
@@ -55,6 +58,10 @@ class PortableCpuPlatform(CpuDeviceMixin, SRTPlatform):
     def get_default_attention_backend(self) -> str:
         """Name under which ``platforms.attention`` registers its backend."""
         return ATTENTION_BACKEND
+
+    def supports_speculative_algorithm(self, algorithm: str) -> bool:
+        """Prefills (``patches.draft_cpu``); SGLang has no kernels here with which drafts could be verified."""
+        return self._only_prefills and algorithm in ("EAGLE", "EAGLE3")
 
     def get_dispatch_key_name(self) -> str:
         """Layers run their ``forward_native``."""

@@ -14,6 +14,7 @@ from sglang.srt.model_executor import forward_context
 from sglang.srt.runtime_context import get_forward, get_model
 
 from sgl_flowprefill.runtime.adapters import batch_state
+from sgl_flowprefill.runtime.draft_model import draft_backend_of, draft_flags, set_draft_flags
 
 
 @dataclass(frozen=True)
@@ -34,9 +35,13 @@ class ForwardState:
     """The load that the layers wait for, by its number in ``loads``; -1: none."""
     adapters: dict[str, Any] = field(default_factory=dict)
     """What the LoRA backend keeps of it: which rows of the batch go through which adapter."""
+    draft_runner: Any = None
+    """The draft model's, if there is one. Its attention backend is the one that belongs to ``attn_backend``."""
+    draft_flags: dict[str, Any] = field(default_factory=dict)
+    """What SGLang has set for the draft's part of it."""
 
     @classmethod
-    def capture(cls, model_runner: Any, loads: Any = None) -> ForwardState:
+    def capture(cls, model_runner: Any, loads: Any = None, draft_runner: Any = None) -> ForwardState:
         return cls(
             loads=loads,
             awaited_load=-1 if loads is None else loads.consumer_index,
@@ -45,6 +50,8 @@ class ForwardState:
             shared_experts=get_model().shared_experts,
             attn_backend=model_runner.attn_backend,
             adapters=batch_state(model_runner),
+            draft_runner=draft_runner,
+            draft_flags={} if draft_runner is None else draft_flags(),
         )
 
     def install(self, model_runner: Any) -> None:
@@ -56,6 +63,9 @@ class ForwardState:
             self.loads.set_consumer(self.awaited_load)
         if self.adapters:
             vars(model_runner.lora_manager.lora_backend).update(self.adapters)
+        if self.draft_runner is not None:
+            self.draft_runner.attn_backend = draft_backend_of(self.attn_backend)
+            set_draft_flags(self.draft_flags)
 
     def with_backend(self, attn_backend: Any) -> ForwardState:
         return replace(self, attn_backend=attn_backend)

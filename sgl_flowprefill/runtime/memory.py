@@ -40,10 +40,20 @@ class Activations:
     (``LogprobProcessor._can_borrow_logprob_memory`` counts three matrices, too)."""
     logits_chunk_tokens: int | None = None
     """Rows that SGLang computes logits of at once; None: of the whole batch."""
+    for_draft: int = 0
+    """Bytes of one token's hidden states that are kept for the draft model, if there is one."""
 
     @classmethod
-    def of(cls, model_config: Any, dtype_bytes: int, mlp_tile_tokens: Callable[[], int] | None) -> Activations:
-        """Activations of a rank that holds the whole model; a rank that holds a share of it needs no more."""
+    def of(
+        cls,
+        model_config: Any,
+        dtype_bytes: int,
+        mlp_tile_tokens: Callable[[], int] | None,
+        kept_hidden_states: int = 0,
+    ) -> Activations:
+        """Activations of a rank that holds the whole model; a rank that holds a share of it needs no more. So many
+        hidden states of each token are kept for a draft model.
+        """
         text = model_config.hf_text_config
         heads, kv_heads = model_config.num_attention_heads, model_config.get_total_num_kv_heads()
         dense = int(getattr(text, "intermediate_size", None) or 4 * model_config.hidden_size)
@@ -58,18 +68,22 @@ class Activations:
             logits_chunk_tokens=(
                 envs.SGLANG_LOGPROB_CHUNK_SIZE.get() if envs.SGLANG_ENABLE_LOGPROB_CHUNK.get() else None
             ),
+            for_draft=kept_hidden_states * model_config.hidden_size * dtype_bytes,
         )
 
     def suspended_bytes(self, tokens: int) -> int:
         """A task at a preemption checkpoint: input of the layer, input and output of the operator that it stopped
         after, residual. Norms that work in place (on a GPU) save the first.
         """
-        return 4 * tokens * self.hidden
+        return tokens * (4 * self.hidden + self.for_draft)
 
     def running_bytes(self, tokens: int) -> int:
-        """The most that a task holds: within attention, or within the MLP."""
+        """The most that a task holds: within attention, or within the MLP. The draft is given one tensor of all that is
+        kept for it.
+        """
         rows = tokens if self.mlp_tile_tokens is None else min(tokens, self.mlp_tile_tokens())
-        return self.suspended_bytes(tokens) + max(tokens * self.attention, rows * self.mlp)
+        held = self.suspended_bytes(tokens) + tokens * self.for_draft
+        return held + max(tokens * self.attention, rows * self.mlp)
 
     def logits_bytes(self, rows: int) -> int:
         """What a task holds at its end, beside its hidden states, for log probabilities of ``rows`` prompt tokens. A
@@ -88,11 +102,16 @@ class TaskMemory:
 
     @classmethod
     def plan(
-        cls, model_runner: Any, slots: AttentionSlots, max_suspended: int, mlp_tile_tokens: Callable[[], int] | None
+        cls,
+        model_runner: Any,
+        slots: AttentionSlots,
+        max_suspended: int,
+        mlp_tile_tokens: Callable[[], int] | None,
+        kept_hidden_states: int = 0,
     ) -> TaskMemory:
         """Measure what is free and what a task needs. Raises SystemExit with one line when that does not fit."""
         config = model_runner.model_config
-        activations = Activations.of(config, model_runner.dtype.itemsize, mlp_tile_tokens)
+        activations = Activations.of(config, model_runner.dtype.itemsize, mlp_tile_tokens, kept_hidden_states)
         if model_runner.device != "cuda":
             return cls(activations, float("inf"))
         tasks = max_suspended + LIVE_BESIDE_SUSPENDED

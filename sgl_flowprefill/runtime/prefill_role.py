@@ -63,6 +63,14 @@ class PrefillRole(SchedulerRole):
             self.scheduler.maybe_prefetch_staging_for_batch(batch)
         return batch
 
+    def finish(self, task: PrefillTask) -> None:
+        drafted = task.result.next_draft_input
+        if drafted is not None:
+            # SGLang's own copy to the host would wait for all that is queued behind.
+            with self.device.beside_the_queue():
+                drafted.hidden_states = drafted.hidden_states.cpu()
+        super().finish(task)
+
     def drop(self, task: PrefillTask) -> None:
         scheduler, batch = self.scheduler, task.batch
         fail_unless_aborted(batch.reqs, task.failure)

@@ -22,6 +22,7 @@ from sgl_flowprefill.profiling.learned import Learned, begin, learned_path, read
 from sgl_flowprefill.profiling.measure import SchedulerEngine
 from sgl_flowprefill.profiling.ranks import Done, Leader, follow
 from sgl_flowprefill.profiling.run import run_profile
+from sgl_flowprefill.runtime.draft_model import draft_runner
 from sgl_flowprefill.runtime.learner import FollowingTTFT, Learner, LearningTTFT, other_cpus
 from sgl_flowprefill.runtime.scheduler_role import SchedulerRole
 from sgl_flowprefill.ttft import AdaptiveTTFT, OperatorTimes
@@ -78,9 +79,9 @@ def current_setting(scheduler: Any) -> Setting:
     """Setting of the engine inside ``scheduler``."""
     runner = scheduler.tp_worker.model_runner
     device = torch.cuda.get_device_name() if runner.device == "cuda" else _cpu_name()
-    config = json.dumps(runner.model_config.hf_config.to_dict(), sort_keys=True, default=str)
+    draft = draft_runner(scheduler)
     return Setting(
-        model=f"{Path(runner.model_config.model_path).name}-{hashlib.sha256(config.encode()).hexdigest()[:8]}",
+        model=_name(runner.model_config),
         device=device,
         dtype=str(runner.dtype),
         attention_backend=str(runner.prefill_attention_backend_str),
@@ -88,7 +89,14 @@ def current_setting(scheduler: Any) -> Setting:
         sglang=version("sglang"),
         tp_size=scheduler.tp_size,
         adapters=bool(scheduler.enable_lora),
+        draft="" if draft is None else _name(draft.model_config),
     )
+
+
+def _name(model_config: Any) -> str:
+    """What tells a model from others of another shape."""
+    config = json.dumps(model_config.hf_config.to_dict(), sort_keys=True, default=str)
+    return f"{Path(model_config.model_path).name}-{hashlib.sha256(config.encode()).hexdigest()[:8]}"
 
 
 def _find(setting: Setting, config: FlowPrefillConfig) -> Profile | SystemExit | None:

@@ -31,6 +31,7 @@ from sgl_flowprefill.profiling.measure import SchedulerEngine
 from sgl_flowprefill.runtime.agreement import Agreement
 from sgl_flowprefill.runtime.checkpoints import find_decoder_layers, install_checkpoints
 from sgl_flowprefill.runtime.cuda_device import make_device
+from sgl_flowprefill.runtime.draft_model import draft_runner, kept_hidden_states, whole_model
 from sgl_flowprefill.runtime.event_recorder import AnswerReports, EventRecorder
 from sgl_flowprefill.runtime.executor import Executor
 from sgl_flowprefill.runtime.exploration import Explorer
@@ -76,9 +77,11 @@ def build(
     hub: Hub[RoleT]
     tasks = Tasks()
     model_runner = scheduler.tp_worker.model_runner
-    unchecked = unchecked_attention_backend(model_runner.prefill_attention_backend_str)
-    if unchecked is not None:
-        raise SystemExit(f"sgl-flowprefill: {unchecked}")
+    draft, model = draft_runner(scheduler), whole_model(scheduler)
+    for runner in (model_runner, *(() if draft is None else (draft,))):
+        unchecked = unchecked_attention_backend(runner.prefill_attention_backend_str)
+        if unchecked is not None:
+            raise SystemExit(f"sgl-flowprefill: {unchecked}")
     if config.refuses and not decodes:
         raise SystemExit(NO_SHEDDING)
     if scheduler.enable_priority_scheduling and config.priority_ttft_slo is None and config.slo_policy is None:
@@ -95,23 +98,26 @@ def build(
     agreement = _meet_ranks(scheduler, config, wakeup, device, news)
     recorder = _recorder(scheduler, config, agreement.decides, decodes)
     role = scheduler.role = make_role(config, scheduler, tasks, wakeup, device, agreement, recorder)
-    capture = partial(ForwardState.capture, loads=scheduler.tp_worker.hicache_layer_transfer_counter)
+    loads = scheduler.tp_worker.hicache_layer_transfer_counter
+    capture = partial(ForwardState.capture, loads=loads, draft_runner=draft)
     executor = Executor(model_runner, agreement.interrupted, device, agreement.ends_waiting, capture)
 
-    layers = [] if config.granularity == "chunk" else find_decoder_layers(model_runner.model)
+    layers = [] if config.granularity == "chunk" else find_decoder_layers(model)
     ttft, operators = load_or_measure(role, config)
     between_tiles, tiles, progress = None, TileSizes(lambda yardstick_s: WHOLE), Progress([])
     if config.granularity == "operator":
         between_tiles = executor.between_tiles
-        norms = find_norms(model_runner.model, layers)
-        plan = TilePlan.of(model_runner.model, layers, norms, config.max_blocking_ms / 1e3, operators)
+        norms = find_norms(model, layers)
+        plan = TilePlan.of(model, layers, norms, config.max_blocking_ms / 1e3, operators)
         tiles = TileSizes(plan.tiles, ttft.yardstick_s)
-        tile_layers(model_runner.model, layers, norms, tiles, between_tiles)
+        tile_layers(model, layers, norms, tiles, between_tiles)
     if config.granularity != "chunk":
-        progress = install_checkpoints(model_runner.model, layers, config.granularity, executor.checkpoint)
-    slots = AttentionSlots(model_runner, between_tiles, lambda: tiles.now.pairs, with_main=not decodes)
-    mlp_rows = None if has_whole_mlps(model_runner.model, layers) else lambda: tiles.now.rows
-    memory = TaskMemory.plan(model_runner, slots, config.max_suspended, mlp_rows)
+        progress = install_checkpoints(model, layers, config.granularity, executor.checkpoint)
+    slots = AttentionSlots(
+        model_runner, between_tiles, lambda: tiles.now.pairs, with_main=not decodes, draft_runner=draft
+    )
+    mlp_rows = None if has_whole_mlps(model, layers) else lambda: tiles.now.rows
+    memory = TaskMemory.plan(model_runner, slots, config.max_suspended, mlp_rows, kept_hidden_states(scheduler))
 
     def batch_tokens() -> int:
         return config.max_batch_tokens or throughput_budget_tokens(ttft.model)

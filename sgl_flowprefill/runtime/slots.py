@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+from sgl_flowprefill.runtime.draft_model import draft_backend_of, pair
 from sgl_flowprefill.runtime.tiled_attention import tile_queries
 
 logger = logging.getLogger(__name__)
@@ -18,7 +19,7 @@ class AttentionSlots:
     The first slot is the model runner's own backend, where that has nothing else to do; others are made when needed and
     reused. FlashInfer's backends have plans and integer workspaces of their own and share the large float workspace,
     which holds partial results within one attention kernel and the merge that follows it on the same stream: a task is
-    never suspended between the two.
+    never suspended between the two. To each belongs one of the draft model, if there is a draft.
     """
 
     def __init__(
@@ -27,13 +28,17 @@ class AttentionSlots:
         between_tiles: Callable[[], None] | None,
         tile_pairs: Callable[[], float] = lambda: math.inf,
         with_main: bool = True,
+        draft_runner: Any = None,
     ) -> None:
         """Attention runs in tiles of ``tile_pairs()`` pairs, asked for when a slot is taken; None: whole.
 
         ``with_main``: whether the model runner's own backend is a slot. A server that decodes keeps it for that: its
-        steps run while tasks are suspended.
+        steps run while tasks are suspended. ``draft_runner``: the draft model's.
         """
         self._model_runner = model_runner
+        self._draft_runner = draft_runner
+        if draft_runner is not None:
+            pair(model_runner.attn_backend, draft_runner.attn_backend)
         self._between_tiles = between_tiles
         self._tile_pairs = tile_pairs
         first = model_runner.attn_backend if with_main else self._new()
@@ -62,9 +67,21 @@ class AttentionSlots:
         return any(free is backend for free in self._free)
 
     def _new(self) -> Any:
-        backend = self._model_runner._get_attention_backend(init_new_workspace=False)
-        self._model_runner.kv_index_translator.bind_and_verify_backends([backend])
+        backend = _make_backend(self._model_runner)
+        if self._draft_runner is not None:
+            pair(backend, _make_backend(self._draft_runner))
         return backend
 
     def _tile(self, backend: Any) -> str | None:
-        return None if self._between_tiles is None else tile_queries(backend, self._between_tiles, self._tile_pairs())
+        if self._between_tiles is None:
+            return None
+        draft = draft_backend_of(backend)
+        if draft is not None:
+            tile_queries(draft, self._between_tiles, self._tile_pairs())
+        return tile_queries(backend, self._between_tiles, self._tile_pairs())
+
+
+def _make_backend(model_runner: Any) -> Any:
+    backend = model_runner._get_attention_backend(init_new_workspace=False)
+    model_runner.kv_index_translator.bind_and_verify_backends([backend])
+    return backend

@@ -148,7 +148,7 @@ def test_an_explanation_has_what_is_refused_what_is_set_and_what_was_given():
 
 
 def test_all_that_is_refused_is_found_at_once():
-    several = {"is_embedding": True, "pp_size": 2, "speculative_algorithm": "EAGLE"}
+    several = {"is_embedding": True, "pp_size": 2, "speculative_algorithm": "NGRAM"}
     assert {one.name for one in refusals(SimpleNamespace(**(WORKS | several)), {})} == set(several)
 
 
@@ -203,7 +203,7 @@ def test_variables(name, monkeypatch):
         ({"schedule_policy": "lpm"}, "--schedule-policy lpm"),
         ({"kv_canary": "log"}, "--kv-canary log cannot work"),
         ({"expert_distribution_recorder_mode": "stat"}, "--expert-distribution-recorder-mode stat cannot work"),
-        ({"speculative_algorithm": "EAGLE"}, "--speculative-algorithm EAGLE cannot work"),
+        ({"speculative_algorithm": "NGRAM"}, "--speculative-algorithm NGRAM cannot work"),
     ],
 )
 def test_values(changes, text):

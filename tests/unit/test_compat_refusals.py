@@ -22,7 +22,10 @@ LAUNCHED: Final = {
 MODES: Final = {"prefill": ("prefill",), "unified": ("null",), "both": ("prefill", "null")}
 
 REFUSED: Final = (
-    ("both", "speculative_algorithm", "EAGLE"),
+    ("both", "speculative_algorithm", "NGRAM"),
+    ("unified", "speculative_algorithm", "EAGLE"),
+    ("both", "enable_multi_layer_eagle", True),
+    ("both", "speculative_draft_attention_backend", "fa4"),
     ("both", "enable_unified_memory", True),
     ("both", "hicache_storage_backend", "file"),
     ("both", "enable_lmcache", True),

@@ -83,6 +83,14 @@ def test_defaults_leave_what_was_given() -> None:
     assert {name: getattr(args, name) for name in given} == given
 
 
+def test_draft_models_are_served_where_nothing_is_drafted() -> None:
+    for mode, served in (("prefill", True), ("decode", False), ("null", False)):
+        platform = PortableCpuPlatform()
+        platform.apply_server_args_defaults(server_args(disaggregation_mode=mode))
+        assert platform.supports_speculative_algorithm("EAGLE3") == served
+        assert not platform.supports_speculative_algorithm("STANDALONE")
+
+
 def test_the_backend_is_registered_under_its_name() -> None:
     from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
 
