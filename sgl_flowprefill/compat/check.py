@@ -121,7 +121,7 @@ def refusals(server_args: Any, env: Mapping[str, str] | None = None) -> Iterator
     algorithm = getattr(server_args, "speculative_algorithm", None)
     for option in BESIDE_DRAFTS if GIVEN.holds(algorithm) else ():
         value = getattr(server_args, option, None)
-        if (ABOVE_ONE if option == "tp_size" else GIVEN).holds(value):
+        if GIVEN.holds(value):
             given = f"{shown('speculative_algorithm', algorithm)} with {shown(option, value)}"
             yield Refusal("speculative_algorithm", given, _cannot_work(given, DRAFTS_BESIDE))
     for name, why in REFUSED_ENVIRONMENT.items():

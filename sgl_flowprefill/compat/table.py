@@ -38,7 +38,7 @@ EXPERT_ADAPTERS: Final = "adapters of experts have not been checked to keep the 
 DRAFTS: Final = "what its prefills compute for the decode server has not been compared; use EAGLE, EAGLE3 or NEXTN"
 DRAFT_STEPS: Final = "when decode steps start is decided by steps that give each stream one token"
 DRAFTS_BESIDE: Final = "drafts have not been compared together with it"
-BESIDE_DRAFTS: Final = ("tp_size", "enable_dp_attention", "enable_hierarchical_cache", "enable_lora", "lora_paths")
+BESIDE_DRAFTS: Final = ("enable_dp_attention", "enable_hierarchical_cache", "enable_lora", "lora_paths")
 """Options with which ``--speculative-algorithm`` is refused."""
 EXPERTS: Final = "the experts of one forward pass at a time are counted"
 SAME_PASSES: Final = "its ranks have to run the same number of forward passes"

@@ -164,7 +164,6 @@ def test_a_prefill_server_with_a_draft_starts(algorithm: str) -> None:
     ("options", "given"),
     [
         ({"speculative_algorithm": "STANDALONE"}, "--speculative-algorithm STANDALONE"),
-        ({"speculative_algorithm": "EAGLE", "tp_size": 2}, "--speculative-algorithm EAGLE with --tp-size 2"),
         (
             {"speculative_algorithm": "EAGLE", "enable_lora": True},
             "--speculative-algorithm EAGLE with --enable-lora",
