@@ -18,7 +18,7 @@ out when a model is fitted. A model is fitted to ``time_s - waited_s``, the time
 machine's slowness at that moment, which the references tell (``ttft.speed``).
 
 The schema's metadata has, under ``flowprefill``, a JSON object: ``format``, ``setting`` (model, device, dtype,
-attention_backend, threads, sglang, tp_size), ``longest_tokens`` and ``complete``.
+attention_backend, threads, sglang, tp_size, …), ``longest_tokens`` and ``complete``.
 """
 
 from __future__ import annotations
@@ -58,6 +58,8 @@ class Setting(BaseModel):
     threads: int
     sglang: str
     tp_size: int = 1
+    attn_dp_size: int = 1
+    """Ranks that have attention of their own: what is measured are their joint forward passes."""
     adapters: bool = False
     """Whether layers have adapters (LoRA) beside their weights, whose kernels run for the base model, too."""
     draft: str = ""

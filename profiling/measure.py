@@ -163,6 +163,7 @@ class SchedulerEngine:
         sampling.normalize(None)
         vocabulary = self.scheduler.model_config.vocab_size
         req = Req(f"flowprefill-profile-{index}", "", array("q", prompt), sampling, vocab_size=vocabulary)
+        req.logprob_start_len = -1  # of no token of the prompt
         req.start_send_idx = len(prompt)  # nobody is there to whom a cached prefix could be sent early
         return req
 

@@ -11,7 +11,7 @@ import multiprocessing
 import os
 import signal
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace, TracebackType
@@ -98,17 +98,27 @@ class Ranks:
             node_args.append(args)
         ports = PortArgs.init_new(node_args[0])
         self._context = zmq.Context()
-        self._to_scheduler = self._bind(zmq.PUSH, ports.scheduler_input_ipc_name)
         self._answers = self._bind(zmq.PULL, ports.detokenizer_ipc_name)
         self._bind(zmq.PULL, ports.tokenizer_ipc_name)
         self._bind(zmq.DEALER, ports.rpc_ipc_name)
+        rank_ports = self.bind_inputs(node_args[0], ports, tp)
         spawn = multiprocessing.get_context("spawn")
         self.processes, pipes = [], []
         for rank in range(tp):
             receiver, sender = spawn.Pipe(duplex=False)
             args = node_args[rank * nodes // tp]
             late = self._late[rank] if self._late else None
-            work = (args, ports, rank, sender, str(self.event_log), str(self.log), chaos, late, self._prepare)
+            work = (
+                args,
+                rank_ports[rank],
+                rank,
+                sender,
+                str(self.event_log),
+                str(self.log),
+                chaos,
+                late,
+                self._prepare,
+            )
             self.processes.append(spawn.Process(target=self.run_rank, args=work, daemon=True))
             self.processes[-1].start()
             sender.close()
@@ -131,13 +141,18 @@ class Ranks:
         self._context.destroy(linger=0)
         signal.signal(signal.SIGQUIT, self._sigquit)
 
+    def bind_inputs(self, args: Any, ports: Any, tp: int) -> list[Any]:
+        """Open the way of requests to the ranks; each rank's ports."""
+        self._inputs = [self._bind(zmq.PUSH, ports.scheduler_input_ipc_name)]
+        return [ports] * tp
+
     @staticmethod
     def run_rank(*work: Any) -> None:
         """The body of a rank's process."""
-        _run_rank(*work)
+        run_rank(*work)
 
-    def submit(self, rid: str, prompt: Sequence[int], ttft_slo_s: float | None = None) -> None:
-        self.send(generate_request(rid, prompt, self._sent, ttft_slo_s, logprobs=True))
+    def submit(self, rid: str, prompt: Sequence[int], ttft_slo_s: float | None = None, rank: int = 0) -> None:
+        self.send(generate_request(rid, prompt, self._sent, ttft_slo_s, logprobs=True), rank)
         self._sent += 1
 
     def abort(self, rid: str) -> None:
@@ -145,11 +160,11 @@ class Ranks:
 
         self.send(AbortReq(rid=rid))
 
-    def send(self, message: Any) -> None:
+    def send(self, message: Any, rank: int = 0) -> None:
         """Send what the tokenizer process would."""
         from sglang.srt.managers.io_struct import sock_send
 
-        sock_send(self._to_scheduler, message)
+        sock_send(self._inputs[rank], message)
 
     def take(self, timeout_s: float) -> bool:
         """Take the answers that come within ``timeout_s`` or at once after it. Whether there were any."""
@@ -184,9 +199,13 @@ class Ranks:
             token = self.tokens[rid]
             answer = [] if token is None else [token]
             comparison.answer(rid, tokens, answer, [self.logprobs[rid]] if answer and rid in self.logprobs else None)
-            for rank in range(len(self.processes)):
+            for rank in self.ranks_of(rid):
                 comparison.kv(f"{rid} of rank {rank}", tokens, self._take_kv(rank, rid, len(tokens)))
         comparison.assert_same()
+
+    def ranks_of(self, rid: str) -> Iterable[int]:
+        """The ranks that compute ``rid``."""
+        return range(len(self.processes))
 
     def _take_kv(self, rank: int, rid: str, tokens: int, timeout_s: float = 30.0) -> Kv:
         """What ``rank`` handed over for ``rid``: in one part, or more when a prefix was cached."""
@@ -235,7 +254,7 @@ class Ranks:
         return socket
 
 
-def _run_rank(
+def run_rank(
     args: Any,
     ports: Any,
     rank: int,
@@ -245,6 +264,7 @@ def _run_rank(
     chaos: Chaos | None,
     late: float | None,
     prepare: Callable[[Any, int], object] | None,
+    dp_rank: int | None = None,
 ) -> None:
     become_rank(args, event_log, log)
     from sglang.srt.managers.scheduler import run_scheduler_process
@@ -272,7 +292,7 @@ def _run_rank(
             prepare(scheduler, rank)
 
     FlowPrefillScheduler.__init__ = with_chaos  # type: ignore[method-assign]
-    run_scheduler_process(args, ports, rank, rank, 0, None, pipe)
+    run_scheduler_process(args, ports, rank, rank, 0, dp_rank, pipe)
 
 
 def become_rank(args: Any, event_log: str, log: str) -> None:

@@ -18,8 +18,12 @@ from sgl_flowprefill.compat.table import (
     BESIDE_DRAFTS,
     DRAFTS_BESIDE,
     GRAPH_CONFIG,
+    ONE_MACHINE,
+    OWN_PREFIXES,
     REFUSED_ENVIRONMENT,
+    REPLICAS,
     ROWS,
+    SHARED_ATTENTION,
     UNSET_ENVIRONMENT,
 )
 
@@ -124,9 +128,37 @@ def refusals(server_args: Any, env: Mapping[str, str] | None = None) -> Iterator
         if GIVEN.holds(value):
             given = f"{shown('speculative_algorithm', algorithm)} with {shown(option, value)}"
             yield Refusal("speculative_algorithm", given, _cannot_work(given, DRAFTS_BESIDE))
+    if server == "prefill":
+        yield from _data_parallel(server_args)
     for name, why in REFUSED_ENVIRONMENT.items():
         if _is_on(name, env):
             yield Refusal(name, f"{name}={env[name]}", f"{_cannot_work(f'{name}={env[name]}', why)}; unset it")
+
+
+def _data_parallel(server_args: Any) -> Iterator[Refusal]:
+    """What a prefill server cannot start with for its data parallelism. SGLang makes ``--dp-size`` that of attention
+    where the deprecated ``--enable-dp-attention`` says so.
+    """
+
+    def given(option: str) -> Any:
+        return getattr(server_args, option, None)
+
+    replicas, ranks = given("dp_size") or 1, given("attn_dp_size") or 1
+    option = "attn_dp_size"
+    if given("enable_dp_attention") and ranks == 1:
+        option, replicas, ranks = "dp_size", 1, replicas
+    if replicas > 1:
+        yield Refusal("dp_size", shown("dp_size", replicas), _cannot_work(shown("dp_size", replicas), REPLICAS))
+    if ranks == 1:
+        return
+    for other, is_refused, why in (
+        ("tp_size", (given("tp_size") or 1) != ranks, SHARED_ATTENTION),
+        ("nnodes", ABOVE_ONE.holds(given("nnodes")), ONE_MACHINE),
+        ("enable_hierarchical_cache", bool(given("enable_hierarchical_cache")), OWN_PREFIXES),
+    ):
+        if is_refused:
+            sentence = _cannot_work(shown(option, ranks), f"beside {shown(other, given(other) or 1)}, {why}")
+            yield Refusal(option, shown(option, ranks), sentence)
 
 
 def explain(options: Any, defaults: Any, env: Mapping[str, str]) -> list[Finding]:

@@ -41,7 +41,15 @@ DRAFTS_BESIDE: Final = "drafts have not been compared together with it"
 BESIDE_DRAFTS: Final = ("enable_dp_attention", "enable_hierarchical_cache", "enable_lora", "lora_paths")
 """Options with which ``--speculative-algorithm`` is refused."""
 EXPERTS: Final = "the experts of one forward pass at a time are counted"
-SAME_PASSES: Final = "its ranks have to run the same number of forward passes"
+REPLICAS: Final = (
+    "its ranks are replicas, one of which a request gets by its number; start as many servers, for which launch.py has "
+    "--prefill N and --unified N"
+)
+JOINT_STEPS: Final = "a decode step would have to be a step of all ranks, and is one of its own streams"
+SHARED_ATTENTION: Final = "ranks that share the attention of their requests have not been checked with others that do"
+ONE_MACHINE: Final = "a rank that sleeps is woken by those of its machine alone"
+ONE_SENDER: Final = "all ranks have to get a pause or a change of weights in the same round"
+OWN_PREFIXES: Final = "prefixes that each rank loads by itself have not been compared"
 HTTP: Final = "the objective of a request is checked by the HTTP server"
 
 ATTENTION: Final = refuse(
@@ -254,18 +262,22 @@ PARALLEL: Final = Group(
         leave("tp_size ep_size nnodes node_rank dist_init_addr nccl_port dist_timeout gated_launch_port"),
         refuse("pp_size", "a pipeline's stages cannot be suspended together", ABOVE_ONE),
         leave("pp_max_micro_batch_size pp_async_batch_depth", "go with --pp-size, which is refused above 1"),
-        refuse("enable_dp_attention", SAME_PASSES),
-        refuse("attn_dp_size", SAME_PASSES, ABOVE_ONE),
-        refuse(
-            "dp_size",
-            "its ranks are replicas, one of which a request gets by its number; start as many servers, for which "
-            "launch.py has --prefill N and --unified N",
-            ABOVE_ONE,
-        ),
         leave(
-            "load_balance_method enable_dp_attention_local_control_broadcast enable_dp_lm_head "
-            "enable_tp_lm_head_all_to_all enable_dense_mlp_attn_tp moe_dense_tp_size",
-            "go with data parallelism, which is refused",
+            "enable_dp_attention attn_dp_size",
+            "a prefill is a forward pass of all ranks, which are suspended together, behind a layer. "
+            f"**Refused** with fewer than `--tp-size` ranks of attention ({SHARED_ATTENTION}), with `--nnodes` above 1 "
+            f"({ONE_MACHINE}), and with `--enable-hierarchical-cache` ({OWN_PREFIXES})",
+            ("prefill",),
+        ),
+        refuse("enable_dp_attention", JOINT_STEPS, servers=("unified",)),
+        refuse("attn_dp_size", JOINT_STEPS, ABOVE_ONE, servers=("unified",)),
+        leave("dp_size", f"goes with DP attention. **Refused** above 1 without: {REPLICAS}", ("prefill",)),
+        refuse("dp_size", REPLICAS, ABOVE_ONE, servers=("unified",)),
+        refuse("enable_dp_attention_local_control_broadcast", ONE_SENDER),
+        leave(
+            "load_balance_method enable_dp_lm_head enable_tp_lm_head_all_to_all enable_dense_mlp_attn_tp "
+            "moe_dense_tp_size",
+            "go with data parallelism",
         ),
         refuse(
             "attn_cp_size",

@@ -33,7 +33,7 @@ STALL_CHECK_S: Final = 1.0
 MATCHES: Final = 1
 """Waiting requests with an outdated prefix match that a turn matches again, besides those about to start."""
 MATCH_ROUNDS: Final = 3
-"""Choices that a turn makes at most because requests about to start were matched again."""
+"""``Hub.match_rounds``, where all ranks have the same requests."""
 
 
 def refuse_nothing(reasons: Mapping[Any, str], retry_after_s: int) -> None:
@@ -72,6 +72,8 @@ class Hub(Generic[RoleT]):
     exploration: Exploration = field(default_factory=Exploration)
     decoder: Decoder = field(default_factory=NoStreams)
     """The decode steps, on a server that has streams."""
+    match_rounds: int = MATCH_ROUNDS
+    """Choices that a turn makes at most because requests about to start were matched again."""
     sheds: bool = False
     """Whether requests that wait may be refused."""
     refuse: Callable[[Mapping[Any, str], int], None] = refuse_nothing
@@ -248,7 +250,7 @@ class Hub(Generic[RoleT]):
         match touches the radix cache.
         """
         now_s = self.now_s()
-        for left in reversed(range(MATCH_ROUNDS)):
+        for left in reversed(range(self.match_rounds)):
             choice = self._agreed_choice(now_s, last=not left)
             if not isinstance(choice, list) or not left or not self._match_again(choice):
                 break

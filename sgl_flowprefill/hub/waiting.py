@@ -33,6 +33,8 @@ class WaitingRequest:
     """When this process could first have read that it can be run: it was sent here, and it has bootstrapped."""
     logprob_rows: int
     """Tokens of its prompt whose log probabilities are asked for."""
+    place: int = 0
+    """The part of the engine that computes it."""
     watched: int | None = None
     """Hash of its prompt up to the first whole block that is not cached."""
 
@@ -83,6 +85,11 @@ class WaitingRequests:
         for prompt in prompts:
             for beginning in beginnings(prompt):
                 self._outdated |= self._watched.pop(beginning, {})
+
+    def note_outdated(self, req: Any) -> None:
+        """More of the prompt of ``req`` has been cached where it is computed."""
+        if req in self._jobs:
+            self._outdated[req] = None
 
     def outdated(self, most: int | None = None) -> list[Job[WaitingRequest]]:
         """Requests with an outdated prefix match, ``most`` of them at most, in the order in which more was cached."""

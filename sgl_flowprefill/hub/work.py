@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -51,6 +52,8 @@ class Work:
     """
     batch_tokens: Callable[[], int] | None = None
     """Most new tokens of a batch, by what the TTFT model knows; None: as the policy's limits say."""
+    places: int = 1
+    """Parts of the engine, each of which computes requests of its own in the same forward passes."""
     ask_again_s: float = field(default=math.inf, init=False)
     """When to choose anew if nothing has happened until then: a decode step has to start."""
 
@@ -70,6 +73,7 @@ class Work:
             arrival.shape,
             arrival.readable_s,
             arrival.logprob_rows,
+            arrival.place,
         )
         shapes = (arrival.shape,)
         pace = self.ttft.pace(shapes)
@@ -148,7 +152,9 @@ class Work:
         job = turn.job
         if job is None or isinstance(job.item, PrefillTask):
             return None if job is None else job.item
-        jobs = self.policy.batch(job, now_s, _new_tokens, self._predict_s)
+        jobs = self.policy.batch(job, now_s, _new_tokens, self._predict_s, _place)
+        if self.places > 1:
+            jobs += self.policy.beside(jobs, now_s, _new_tokens, self._predict_s, _place)
         if not last and self.waiting.any_outdated and any(map(self.waiting.is_outdated, jobs)):
             return jobs
         jobs = self._with_adapters(jobs)
@@ -209,7 +215,7 @@ class Work:
             return False
         return not live or self.memory.admits(
             [task.new_tokens for task in live],
-            sum(job.item.shape.new_tokens for job in jobs),
+            max(_tokens_by_place(jobs).values()),
             max([sum(job.item.logprob_rows for job in jobs), *(task.logprob_rows for task in live)]),
         )
 
@@ -287,3 +293,14 @@ class Work:
 
 def _new_tokens(request: WaitingRequest) -> int:
     return request.shape.new_tokens
+
+
+def _tokens_by_place(jobs: Iterable[Job[WaitingRequest]]) -> Counter[int]:
+    tokens: Counter[int] = Counter()
+    for job in jobs:
+        tokens[job.item.place] += job.item.shape.new_tokens
+    return tokens
+
+
+def _place(request: WaitingRequest) -> int:
+    return request.place

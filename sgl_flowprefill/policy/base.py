@@ -119,6 +119,11 @@ class Jobs(Protocol[T_co]):
     def __len__(self) -> int: ...
 
 
+def _one_place(request: object) -> int:
+    """Where all requests are computed, if not said otherwise."""
+    return 0
+
+
 class Policy(ABC, Generic[R, K]):
     """Owns all jobs, those that wait and those that have started, and says what runs.
 
@@ -224,8 +229,9 @@ class Policy(ABC, Generic[R, K]):
         now_s: float,
         new_tokens: Callable[[R], int],
         predict_s: Callable[[Sequence[R]], float],
+        place: Callable[[R], int] = _one_place,
     ) -> list[Job[R]]:
-        """``winner`` and the waiting requests that join it, in order of priority.
+        """``winner`` and the waiting requests of its ``place`` that join it, in order of priority.
 
         A request joins while the batch stays within the limits and is predicted to take no more than ``batch_share`` of
         the time that any member has until its deadline, if it can still meet it (SLO-aware batching; paper, section
@@ -236,8 +242,9 @@ class Policy(ABC, Generic[R, K]):
         if tokens >= max_tokens:
             return [winner]
         members, time_left_s, too_large = [winner], [_time_left_s(winner, now_s)], 0
+        here = place(winner.item)
         for job in islice(self.in_order(now_s), 2 * self.limits.max_batch_requests):
-            if job is winner:
+            if job is winner or place(job.item) != here:
                 continue
             of_job = new_tokens(job.item)
             if tokens + of_job > max_tokens:
@@ -255,6 +262,41 @@ class Policy(ABC, Generic[R, K]):
 
         # The more requests, the longer they take and the less time they have.
         return members[: bisect_left(range(2, len(members) + 1), True, key=takes_too_long) + 1]
+
+    def beside(
+        self,
+        batch: Sequence[Job[R]],
+        now_s: float,
+        new_tokens: Callable[[R], int],
+        predict_s: Callable[[Sequence[R]], float],
+        place: Callable[[R], int],
+    ) -> list[Job[R]]:
+        """Waiting requests of other places than that of ``batch``, in order of priority, that run at the same time as
+        it, each place computing its own.
+
+        All take as long as the part that takes longest. A request is added while that is no longer than the batch
+        takes, or no more than ``batch_share`` of the time that any of them has, and leaves the request as much. A part
+        has no more tokens than the batch or, where those are more, the limits.
+        """
+        max_tokens = max(self.limits.max_batch_tokens, sum(new_tokens(job.item) for job in batch))
+        takes_s = predict_s([job.item for job in batch])
+        most_s = max(takes_s, self.batch_share * min(_time_left_s(job, now_s) for job in batch))
+        parts: dict[int, list[R]] = {}
+        found, misses = [], 0
+        for job in islice(self.in_order(now_s), 2 * self.limits.max_batch_requests):
+            if place(job.item) == place(batch[0].item):
+                continue
+            part = [*parts.get(place(job.item), ()), job.item]
+            with_it_s, share_s = max(takes_s, predict_s(part)), self.batch_share * _time_left_s(job, now_s)
+            if sum(map(new_tokens, part)) <= max_tokens and with_it_s <= min(most_s, share_s):
+                parts[place(job.item)] = part
+                found.append(job)
+                takes_s, most_s = with_it_s, min(most_s, share_s)
+            else:
+                misses += 1
+                if misses == TOO_LARGE:
+                    break
+        return found[: self.limits.max_batch_requests - len(batch)]
 
     def first_waiting(self, now_s: float, most: int) -> list[Job[R]]:
         """The first waiting requests of their order, ``most`` of them at most."""

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import pickle
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -307,6 +308,32 @@ class Agreement:
             )
         left = int(message[0])
         return left, message[1 : 1 + min(left, MOST_VALUES)].tolist()
+
+    def exchange(self, value: Any = None) -> list[Any]:
+        """What each rank says, at all ranks, in the order of ranks: any object. It costs least where all say None."""
+        own = b"" if value is None else pickle.dumps(value)
+        lengths = [int(length) for length in self._gather(torch.tensor([len(own)]))]
+        if not any(lengths):
+            return [None] * self._ranks
+        padded = bytearray(own.ljust(max(lengths), b"\0"))
+        said = self._gather(torch.frombuffer(padded, dtype=torch.uint8))
+        return [
+            pickle.loads(one[:length].numpy().tobytes()) if length else None
+            for one, length in zip(said, lengths, strict=True)
+        ]
+
+    def _gather(self, own: torch.Tensor) -> list[torch.Tensor]:
+        """The tensors of all ranks, which have the same shape."""
+        found = [torch.empty_like(own) for _ in range(self._ranks)]
+        try:
+            work = dist.all_gather(found, own, group=self._group, async_op=True)
+            assert work is not None
+            _wait(work, self._wait_s)
+        except RuntimeError as error:
+            raise AgreementError(
+                f"a tensor-parallel rank has not answered rank {self.rank} within {self._wait_s:g} s, or has ended"
+            ) from error
+        return found
 
     @contextmanager
     def naming_the_lost(self) -> Iterator[None]:

@@ -65,6 +65,7 @@ class EventRecorder(EventLog, Recorder):
         self._metrics = metrics
         self._outcomes = Outcomes(decodes)
         self._outcome_listeners: list[Callable[[Outcome], object]] = []
+        self._answer_listeners: list[Callable[[Any, str | None, int | None], object]] = []
         self._suspended: dict[int, tuple[PrefillTask, float]] = {}
         """By id the tasks that are suspended and since when, in that order."""
         self._open: set[Any] = set()
@@ -84,6 +85,10 @@ class EventRecorder(EventLog, Recorder):
         if not self._outcome_listeners:
             self.listen(self._read)
         self._outcome_listeners.append(listener)
+
+    def on_answer(self, listener: Callable[[Any, str | None, int | None], object]) -> None:
+        """``listener`` is called as ``answered`` is, from now on."""
+        self._answer_listeners.append(listener)
 
     def _read(self, event: AnyEvent) -> None:
         for outcome in self._outcomes.read(event):
@@ -286,6 +291,8 @@ class EventRecorder(EventLog, Recorder):
         """The client hears the last of ``req`` from this server: an answer, its KV cache being with the decode server,
         or a ``reason`` why it gets none.
         """
+        for listener in self._answer_listeners:
+            listener(req, reason, http_status)
         now_s, asked = time.monotonic(), req in self._abort_asked
         if req in self._computed:
             self._computed.remove(req)

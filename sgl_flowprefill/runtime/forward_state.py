@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from sglang.srt.layers import dp_attention
 from sglang.srt.model_executor import forward_context
 from sglang.srt.runtime_context import get_forward, get_model
 
@@ -29,6 +30,9 @@ class ForwardState:
     """``get_model().shared_experts``, overridden around every forward; overrides undo in the order of their exits."""
     attn_backend: Any
     """``ModelRunner.attn_backend``, which plans each batch's metadata and must be the task's own."""
+    gathered: tuple[Any, ...] | None = None
+    """With data-parallel attention, how many tokens each rank has in the pass of all: what ``set_dp_buffer_len`` takes.
+    """
     loads: Any = None
     """The ``LayerDoneCounter`` of a hierarchical cache, if there is one."""
     awaited_load: int = -1
@@ -41,7 +45,10 @@ class ForwardState:
     """What SGLang has set for the draft's part of it."""
 
     @classmethod
-    def capture(cls, model_runner: Any, loads: Any = None, draft_runner: Any = None) -> ForwardState:
+    def capture(
+        cls, model_runner: Any, loads: Any = None, draft_runner: Any = None, gathers: bool = False
+    ) -> ForwardState:
+        """``gathers``: attention is data-parallel."""
         return cls(
             loads=loads,
             awaited_load=-1 if loads is None else loads.consumer_index,
@@ -49,6 +56,7 @@ class ForwardState:
             flags=dict(get_forward()._plain),
             shared_experts=get_model().shared_experts,
             attn_backend=model_runner.attn_backend,
+            gathered=_gathered() if gathers else None,
             adapters=batch_state(model_runner),
             draft_runner=draft_runner,
             draft_flags={} if draft_runner is None else draft_flags(),
@@ -59,6 +67,8 @@ class ForwardState:
         get_forward()._plain.update(self.flags)
         get_model()._set("shared_experts", self.shared_experts)
         model_runner.attn_backend = self.attn_backend
+        if self.gathered is not None:
+            dp_attention.set_dp_buffer_len(*self.gathered)
         if self.loads is not None:
             self.loads.set_consumer(self.awaited_load)
         if self.adapters:
@@ -69,3 +79,14 @@ class ForwardState:
 
     def with_backend(self, attn_backend: Any) -> ForwardState:
         return replace(self, attn_backend=attn_backend)
+
+
+def _gathered() -> tuple[Any, ...]:
+    kept = dp_attention._DpGatheredBufferWrapper
+    return (
+        kept._global_dp_buffer_len,
+        kept._local_dp_buffer_len,
+        kept._dp_max_padding,
+        kept._global_num_tokens,
+        kept._global_num_tokens_gpu,
+    )

@@ -50,9 +50,11 @@ class Activations:
         dtype_bytes: int,
         mlp_tile_tokens: Callable[[], int] | None,
         kept_hidden_states: int = 0,
+        gathered: int = 1,
     ) -> Activations:
-        """Activations of a rank that holds the whole model; a rank that holds a share of it needs no more. So many
-        hidden states of each token are kept for a draft model.
+        """Activations of a rank that holds the whole model; a rank that holds a share of it needs no more, but for the
+        hidden states of so many ranks where these are ``gathered``. So many hidden states of each token are kept for a
+        draft model.
         """
         text = model_config.hf_text_config
         heads, kv_heads = model_config.num_attention_heads, model_config.get_total_num_kv_heads()
@@ -60,7 +62,7 @@ class Activations:
         expert = int(getattr(text, "moe_intermediate_size", None) or 0)
         experts = int(getattr(text, "num_experts_per_tok", None) or 0)
         return cls(
-            hidden=model_config.hidden_size * dtype_bytes,
+            hidden=model_config.hidden_size * dtype_bytes * gathered,
             attention=2 * (heads + kv_heads) * model_config.head_dim * dtype_bytes,
             mlp=max(3 * dense, experts * (3 * expert + model_config.hidden_size)) * dtype_bytes,
             mlp_tile_tokens=None if experts else mlp_tile_tokens,
@@ -108,10 +110,11 @@ class TaskMemory:
         max_suspended: int,
         mlp_tile_tokens: Callable[[], int] | None,
         kept_hidden_states: int = 0,
+        gathered: int = 1,
     ) -> TaskMemory:
         """Measure what is free and what a task needs. Raises SystemExit with one line when that does not fit."""
         config = model_runner.model_config
-        activations = Activations.of(config, model_runner.dtype.itemsize, mlp_tile_tokens, kept_hidden_states)
+        activations = Activations.of(config, model_runner.dtype.itemsize, mlp_tile_tokens, kept_hidden_states, gathered)
         if model_runner.device != "cuda":
             return cls(activations, float("inf"))
         tasks = max_suspended + LIVE_BESIDE_SUSPENDED

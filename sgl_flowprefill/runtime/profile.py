@@ -88,6 +88,7 @@ def current_setting(scheduler: Any) -> Setting:
         threads=torch.get_num_threads(),
         sglang=version("sglang"),
         tp_size=scheduler.tp_size,
+        attn_dp_size=scheduler.tp_size if scheduler.attn_dp_enabled else 1,
         adapters=bool(scheduler.enable_lora),
         draft="" if draft is None else _name(draft.model_config),
     )

@@ -7,8 +7,10 @@ from typing import Any, Final
 import torch
 
 from sgl_flowprefill.config import FlowPrefillConfig
+from sgl_flowprefill.contract import expect
 from sgl_flowprefill.hub.loop import Hub
 from sgl_flowprefill.patches import wakeups
+from sgl_flowprefill.runtime.data_parallel import DataParallelRole
 from sgl_flowprefill.runtime.hub_scheduler import HubScheduler
 from sgl_flowprefill.runtime.prefill_role import PrefillRole
 from sgl_flowprefill.runtime.setup import build
@@ -25,7 +27,11 @@ class FlowPrefillScheduler(HubScheduler):
 
     def build_hub(self, config: FlowPrefillConfig) -> Hub[PrefillRole]:
         wakeups.expect_applied()
-        hub = build(self, config, PrefillRole.make)
+        role: type[PrefillRole] = PrefillRole
+        if self.attn_dp_enabled:
+            expect("data_parallel")
+            role = DataParallelRole
+        hub = build(self, config, role.make)
         wakeups.subscribe(hub.role.note_transfer_status)
         return hub
 

@@ -256,6 +256,10 @@ class SchedulerRole(ABC):
                 req.grammar_wait_ct = most_looks
                 found = True
             found = found or req.finished() or req.grammar is None or req.grammar.done()
+        return self.agree_on(found)
+
+    def agree_on(self, found: bool) -> bool:
+        """Whether the rank that decides has ``found`` something, at all ranks that have the same requests."""
         return bool(self.agreement.agree([found])[0])
 
 

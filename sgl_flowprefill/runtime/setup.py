@@ -20,7 +20,7 @@ from sgl_flowprefill.compat import unchecked_attention_backend
 from sgl_flowprefill.config import FlowPrefillConfig
 from sgl_flowprefill.events import RecentEvents
 from sgl_flowprefill.hub.device import CpuDevice, Device
-from sgl_flowprefill.hub.loop import Hub
+from sgl_flowprefill.hub.loop import MATCH_ROUNDS, Hub
 from sgl_flowprefill.hub.parts import Exploration, Learning, OneRank
 from sgl_flowprefill.hub.progress import Progress
 from sgl_flowprefill.hub.shedding import Shedding
@@ -31,6 +31,7 @@ from sgl_flowprefill.profiling.measure import SchedulerEngine
 from sgl_flowprefill.runtime.agreement import Agreement
 from sgl_flowprefill.runtime.checkpoints import find_decoder_layers, install_checkpoints
 from sgl_flowprefill.runtime.cuda_device import make_device
+from sgl_flowprefill.runtime.data_parallel import DataParallelRole, check_idle_pass
 from sgl_flowprefill.runtime.draft_model import draft_runner, kept_hidden_states, whole_model
 from sgl_flowprefill.runtime.event_recorder import AnswerReports, EventRecorder
 from sgl_flowprefill.runtime.executor import Executor
@@ -44,7 +45,7 @@ from sgl_flowprefill.runtime.request_spans import SpanRecorder
 from sgl_flowprefill.runtime.scheduler_role import SchedulerRole
 from sgl_flowprefill.runtime.slots import AttentionSlots
 from sgl_flowprefill.runtime.tiles import WHOLE, TilePlan, TileSizes, find_norms, has_whole_mlps, tile_layers
-from sgl_flowprefill.runtime.wakeup import Wakeup, Woken, scheduler_events
+from sgl_flowprefill.runtime.wakeup import CalledEvents, CallingEvents, EventSource, Wakeup, Woken, scheduler_events
 from sgl_flowprefill.shadow import Shadows
 from sgl_flowprefill.ttft.budget import throughput_budget_tokens
 
@@ -88,7 +89,8 @@ def build(
         logger.warning(UNUSED_PRIORITIES)
     wakeup = Wakeup()
     device = make_device(scheduler.device, config.lookahead)
-    events = scheduler_events(scheduler, wakeup) if scheduler.tp_group.rank_in_group == 0 else Woken(wakeup)
+    is_joint = bool(scheduler.attn_dp_enabled)  # each rank has requests of its own, and all compute them together
+    events = _events(scheduler, wakeup, is_joint)
     if decodes:
         news = lambda: hub.has_news()  # noqa: E731 - also that it is time for a step
     elif isinstance(device, CpuDevice):
@@ -96,28 +98,39 @@ def build(
     else:
         news = lambda: events.pending() or tasks.result_arrived()  # noqa: E731
     agreement = _meet_ranks(scheduler, config, wakeup, device, news)
+    if isinstance(agreement, Agreement):
+        called = agreement.exchange(events.address if isinstance(events, CalledEvents) else None)
+        if isinstance(events, CallingEvents):
+            events.ranks = [address for address in called if address is not None]
     recorder = _recorder(scheduler, config, agreement.decides, decodes)
     role = scheduler.role = make_role(config, scheduler, tasks, wakeup, device, agreement, recorder)
     loads = scheduler.tp_worker.hicache_layer_transfer_counter
-    capture = partial(ForwardState.capture, loads=loads, draft_runner=draft)
-    executor = Executor(model_runner, agreement.interrupted, device, agreement.ends_waiting, capture)
+    capture = partial(ForwardState.capture, loads=loads, draft_runner=draft, gathers=is_joint)
+    interrupted = agreement.interrupted
+    if isinstance(events, CalledEvents):
+        interrupted = events.telling(interrupted)
+    executor = Executor(model_runner, interrupted, device, agreement.ends_waiting, capture)
 
-    layers = [] if config.granularity == "chunk" else find_decoder_layers(model)
+    # A rank that is idle in a joint pass skips attention, and no layer; and tiles are as many as a rank has tokens.
+    granularity = "layer" if is_joint and config.granularity == "operator" else config.granularity
+    layers = [] if granularity == "chunk" else find_decoder_layers(model)
     ttft, operators = load_or_measure(role, config)
     between_tiles, tiles, progress = None, TileSizes(lambda yardstick_s: WHOLE), Progress([])
-    if config.granularity == "operator":
+    if granularity == "operator":
         between_tiles = executor.between_tiles
         norms = find_norms(model, layers)
         plan = TilePlan.of(model, layers, norms, config.max_blocking_ms / 1e3, operators)
         tiles = TileSizes(plan.tiles, ttft.yardstick_s)
         tile_layers(model, layers, norms, tiles, between_tiles)
-    if config.granularity != "chunk":
-        progress = install_checkpoints(model, layers, config.granularity, executor.checkpoint)
+    if granularity != "chunk":
+        progress = install_checkpoints(model, layers, granularity, executor.checkpoint)
     slots = AttentionSlots(
         model_runner, between_tiles, lambda: tiles.now.pairs, with_main=not decodes, draft_runner=draft
     )
     mlp_rows = None if has_whole_mlps(model, layers) else lambda: tiles.now.rows
-    memory = TaskMemory.plan(model_runner, slots, config.max_suspended, mlp_rows, kept_hidden_states(scheduler))
+    places = scheduler.tp_size if is_joint else 1
+    kept = kept_hidden_states(scheduler)
+    memory = TaskMemory.plan(model_runner, slots, config.max_suspended, mlp_rows, kept, places)
 
     def batch_tokens() -> int:
         return config.max_batch_tokens or throughput_budget_tokens(ttft.model)
@@ -140,6 +153,7 @@ def build(
         shedding=shedding,
         fitting=role.fitting,
         batch_tokens=batch_tokens,
+        places=places,
     )
     recorder.watch(work, _kv_token_bytes(model_runner) + memory.activations.suspended_bytes(1))
     exploration = Exploration()
@@ -165,7 +179,10 @@ def build(
         decoder=role.decoder,
         sheds=config.refuses,
         refuse=role.shed,
+        match_rounds=1 if is_joint else MATCH_ROUNDS,  # each rank matches its own requests
     )
+    if isinstance(role, DataParallelRole):
+        check_idle_pass(role, executor, progress.checkpoints)
     scheduler.output_streamer.recorder = recorder
     if config.answer_report and agreement.decides:
         scheduler.output_streamer.reports = AnswerReports(recorder)
@@ -181,6 +198,14 @@ def build(
         limits.max_batch_tokens,
     )
     return hub
+
+
+def _events(scheduler: Any, wakeup: Wakeup, is_joint: bool) -> EventSource | Woken:
+    """What wakes this rank. The first one has the sockets; all have some where each has requests of its own."""
+    is_first = scheduler.tp_group.rank_in_group == 0
+    if not is_joint:
+        return scheduler_events(scheduler, wakeup) if is_first else Woken(wakeup)
+    return scheduler_events(scheduler, wakeup, CallingEvents if is_first else CalledEvents)
 
 
 def _meet_ranks(

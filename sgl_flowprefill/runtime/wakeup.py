@@ -6,7 +6,8 @@ import logging
 import os
 import socket
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -122,8 +123,75 @@ class Woken:
         return False
 
 
-def scheduler_events(scheduler: Any, wakeup: Wakeup) -> EventSource:
-    """Event source of a SGLang scheduler: ``recv_from_tokenizer`` and ``recv_from_rpc`` of rank 0, and ``wakeup``."""
+class CallingEvents(EventSource):
+    """The events of the first of several ranks that all have requests of their own: when its sleep ends, it ends those
+    of the others. All ranks sleep equally often.
+    """
+
+    def __init__(self, arrivals: zmq.Socket[bytes], others: Sequence[zmq.Socket[bytes]], wakeup: Wakeup) -> None:
+        super().__init__(arrivals, others, wakeup)
+        self.ranks: Sequence[Address] = ()
+        """Where the others are called (``CalledEvents.address``)."""
+        self._caller = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        self._sleeps = 0
+
+    def sleep(self, timeout_s: float) -> bool:
+        is_there = super().sleep(timeout_s)
+        self._sleeps += 1
+        for address in self.ranks:
+            self._caller.sendto(self._sleeps.to_bytes(8), address)
+        return is_there
+
+
+class CalledEvents(EventSource):
+    """The events of another of these ranks. The first one decides when all look at what there is, so it is told of what
+    arrives here. A sleep ends with an arrival or when the first rank's ends; a call that came late ends no later one.
+    """
+
+    def __init__(self, arrivals: zmq.Socket[bytes], others: Sequence[zmq.Socket[bytes]], wakeup: Wakeup) -> None:
+        super().__init__(arrivals, others, wakeup)
+        self._calls = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        self._calls.bind(("127.0.0.1", 0))
+        self._calls.setblocking(False)
+        self._poller.register(self._calls, zmq.POLLIN)
+        self._sleeps = 0
+        self.address: Address = self._calls.getsockname()
+
+    def telling(self, interrupted: Callable[[], bool]) -> Callable[[], bool]:
+        """``interrupted``, before which the first rank is told if something has arrived here."""
+        has_arrived = super().pending
+
+        def told() -> bool:
+            if has_arrived():
+                self.wakeup.notify()
+            return interrupted()
+
+        return told
+
+    def pending(self) -> bool:
+        return False
+
+    def sleep(self, timeout_s: float) -> bool:
+        self._sleeps += 1
+        end_s = time.monotonic() + timeout_s
+        while not self._is_called():
+            found = dict(self._poller.poll(max(0, int(1e3 * (end_s - time.monotonic())))))
+            if set(found) != {self._calls.fileno()}:  # an arrival, or the time is over
+                self.wakeup.notify()
+                return bool(found)
+        return True
+
+    def _is_called(self) -> bool:
+        """Whether the first rank has ended this sleep."""
+        called = 0
+        with suppress(BlockingIOError):
+            while True:
+                called = int.from_bytes(self._calls.recv(8))
+        return called >= self._sleeps
+
+
+def scheduler_events(scheduler: Any, wakeup: Wakeup, kind: type[EventSource] = EventSource) -> EventSource:
+    """Event source of a SGLang scheduler that has sockets: its arrivals, remote calls and ``wakeup``."""
     channels = scheduler.ipc_channels
     others = [] if channels.recv_from_rpc is None else [channels.recv_from_rpc]
-    return EventSource(channels.recv_from_tokenizer, others, wakeup)
+    return kind(channels.recv_from_tokenizer, others, wakeup)

@@ -260,3 +260,47 @@ def test_a_checkpoint_without_an_event_costs_less_than_a_microsecond(tmp_path: P
     figures = f"{leader_s * 1e9:.0f} ns at rank 0, {follower_s * 1e9:.0f} ns at another"
     print(f"\na preemption checkpoint without an event: {figures}")
     assert max(leader_s, follower_s) < 1e-6
+
+
+def exchange_rounds(rank: int, pipe: Connection) -> None:
+    """What each rank hears of all, where it says something of another length each time, or nothing."""
+    agreement = Agreement(dist.group.WORLD, Wakeup(), None if rank else lambda: False, wait_s=30.0)
+    heard = []
+    for turn in range(30):
+        rng = random.Random(f"{turn} {rank}")
+        says = rng.random() < 0.5 and turn % 3
+        heard.append(agreement.exchange({"rank": rank, "turn": turn, "x": "x" * rng.randrange(1000)} if says else None))
+    pipe.send(heard)
+
+
+def test_all_ranks_hear_what_each_has_to_say(tmp_path: Path) -> None:
+    with Processes(3, tmp_path, exchange_rounds) as processes:
+        heard = [processes.receive(rank) for rank in range(3)]
+    assert heard[0] == heard[1] == heard[2]
+    said = [one for turn in heard[0] for one in turn if one is not None]
+    assert all(
+        one is None or (one["rank"], one["turn"]) == (rank, turn)
+        for turn, all_ in enumerate(heard[0])
+        for rank, one in enumerate(all_)
+    )
+    assert len(said) > 10
+    assert any(not any(turn) for turn in heard[0])
+
+
+def exchange_with_the_dead(rank: int, pipe: Connection) -> None:
+    agreement = Agreement(dist.group.WORLD, Wakeup(), None if rank else lambda: False, wait_s=30.0)
+    pipe.send("ready")
+    pipe.recv()
+    try:
+        agreement.exchange("news")
+    except AgreementError as error:
+        pipe.send(str(error))
+
+
+def test_a_rank_that_ends_ends_an_exchange(tmp_path: Path) -> None:
+    with Processes(2, tmp_path, exchange_with_the_dead) as processes:
+        assert [processes.receive(rank) for rank in range(2)] == ["ready"] * 2
+        processes.processes[1].kill()
+        processes.processes[1].join()
+        processes.pipes[0].send("go")
+        assert "has not answered rank 0" in processes.receive(0)

@@ -165,6 +165,20 @@ def test_parallelism(field):
     assert "--" + field.replace("_", "-") + " 2 cannot work" in problem(**UNIFIED, **{field: 2})
 
 
+JOINT = {"dp_size": 4, "enable_dp_attention": True, "tp_size": 4}
+RESOLVED = {"dp_size": 1, "attn_dp_size": 4, "tp_size": 4}
+"""The same, as SGLang resolves it."""
+
+
+@pytest.mark.parametrize(("joint", "option"), [(JOINT, "--dp-size"), (RESOLVED, "--attn-dp-size")])
+def test_attention_of_each_rank_for_itself_works_on_prefill_servers_of_one_node(joint, option):
+    assert problem(**joint) is None
+    assert "cannot work" in problem(**UNIFIED, **joint)
+    for beside in ({"tp_size": 8}, {"nnodes": 2}, {"enable_hierarchical_cache": True}):
+        [given] = (f"--{name.replace('_', '-')}" for name in beside)
+        assert problem(**joint | beside).startswith(f"{option} 4 cannot work with FlowPrefill: beside {given}")
+
+
 def test_a_server_that_prefills_and_decodes_works_with_what_flowprefill_sets():
     assert problem(**UNIFIED) is None
     stock = SimpleNamespace(**(WORKS | UNIFIED | {"disable_overlap_schedule": False, "prefill_decode_interval": 4}))

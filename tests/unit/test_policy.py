@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -189,6 +191,58 @@ def test_a_request_joins_only_where_every_member_keeps_most_of_its_time() -> Non
     too_slow = Job(Sized(40), 0.0, 9.0, 0.4)  # 0.8 s together is more than the first one's 0.5 s
     assert batch_of([tight, fits, too_slow]) == [tight, fits]
     assert batch_of([tight, fits, too_slow], policy="s-edf-paper") == [tight, fits, too_slow]
+
+
+@dataclass
+class Placed:
+    tokens: int
+    place: int
+
+
+def joint_batch(jobs: list[Job[Placed]], max_batch_tokens: int = 100) -> list[Job[Placed]]:
+    scheduler: Policy[Placed, str] = make_policy("s-edf", Limits(4, max_batch_tokens), 1e9)
+    for entry in jobs:
+        scheduler.add(entry)
+    winner: Any = scheduler.pick(0.0, None)
+
+    def tokens(item: Placed) -> int:
+        return item.tokens
+
+    def place(item: Placed) -> int:
+        return item.place
+
+    def predict_s(items: Sequence[Placed]) -> float:
+        return sum(item.tokens for item in items) / 100
+
+    batch = scheduler.batch(winner, 0.0, tokens, predict_s, place)
+    return [*batch, *scheduler.beside(batch, 0.0, tokens, predict_s, place)]
+
+
+def placed(place: int, tokens: int, deadline_s: float) -> Job[Placed]:
+    return Job(Placed(tokens, place), 0.0, deadline_s, tokens / 100)
+
+
+def test_other_places_compute_beside_the_winner_what_takes_no_longer_than_its_batch() -> None:
+    winner = placed(0, 200, 3.0)  # fills a batch by itself, and has no more than half of its time left
+    same, as_long, longer = placed(0, 20, 50.0), placed(1, 150, 60.0), placed(2, 220, 70.0)
+    more, too_many = placed(1, 50, 80.0), placed(1, 1, 90.0)
+    assert joint_batch([winner, same, as_long, longer, more, too_many]) == [winner, as_long, more]
+
+
+def test_who_runs_beside_a_long_winner_keeps_most_of_its_time() -> None:
+    winner = placed(0, 200, 3.0)
+    urgent, patient = placed(1, 10, 3.5), placed(1, 10, 2.1 / BATCH_SHARE)
+    assert joint_batch([winner, urgent, patient]) == [winner, patient]
+    hopeless = placed(1, 100, 0.5)
+    assert joint_batch([winner, hopeless]) == [winner, hopeless]
+
+
+def test_a_winner_with_time_lets_others_take_longer_than_itself() -> None:
+    winner, longer = placed(0, 20, 8.0), placed(1, 90, 50.0)
+    longest = placed(2, 110, 50.0)  # more tokens than a batch may have
+    assert joint_batch([winner, longer, longest]) == [winner, longer]
+    winner.deadline_s = 0.8 / BATCH_SHARE
+    assert joint_batch([winner, longer]) == [winner]
 
 
 @given(

@@ -74,7 +74,7 @@ PART: Final = Part(
         ),
         *attributes(
             SCHEDULER,
-            "disaggregation_mode device max_running_requests max_total_num_tokens model_config tp_size",
+            "disaggregation_mode device max_running_requests max_total_num_tokens model_config tp_size attn_dp_enabled",
             "says what kind of server this is, and how large",
             "the server does not start",
         ),

@@ -1,0 +1,43 @@
+"""Data-parallel attention on the portable CPU platform: PyTorch copies rows, from host memory that is not pinned.
+
+Targets: ``memcpy`` of ``layers/dp_attention.py``, which moves each rank's rows into the batch of all ranks and
+back, by a Triton kernel everywhere but on SGLang's own CPU engine; and ``torch`` in the module of ``ForwardBatch``,
+which asks it for a pinned tensor there. Without this seam a server with ``--enable-dp-attention`` fails at its first
+forward pass. Taken before SGLang makes its scheduler, where its ranks have attention of their own.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, Final
+
+from sgl_flowprefill.patches.base import expect, resolve
+from sgl_flowprefill.patches.lora_cpu import Unpinned
+
+SEAM: Final = "dp_attention_cpu"
+CONFIGURE: Final = "sglang.srt.managers.scheduler.configure_scheduler_process"
+COPY: Final = "sglang.srt.layers.dp_attention.memcpy"
+COPY_ON_CPU: Final = "sglang.srt.layers.dp_attention.memcpy_cpu"
+BATCH: Final = "sglang.srt.model_executor.forward_batch_info.ForwardBatch"
+
+
+def apply() -> None:
+    """Register the hook. Only for processes on the portable CPU platform."""
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    HookRegistry.register(CONFIGURE, _take_where_it_is_on, HookType.BEFORE)
+
+
+def _take_where_it_is_on(*_args: Any, **_kwargs: Any) -> None:
+    from sglang.srt.runtime_context import get_parallel
+
+    if get_parallel().attn_dp_size > 1:
+        take()
+
+
+def take() -> None:
+    """Take the seam. Raises SeamError."""
+    expect(SEAM)
+    copy = resolve(SEAM, COPY)
+    setattr(sys.modules[copy.__module__], copy.__name__, resolve(SEAM, COPY_ON_CPU))
+    vars(sys.modules[resolve(SEAM, BATCH).__module__])["torch"] = Unpinned()

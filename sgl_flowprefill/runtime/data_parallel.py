@@ -1,0 +1,338 @@
+"""Data-parallel attention: the requests of several ranks, which run in joint forward passes, as those of one server.
+
+Each rank has requests, KV cache and attention of its own, and all compute the MLPs of a forward pass together. So a
+task is one pass of all ranks, to which each contributes a batch of its own or an idle one, and what is decided is
+decided about the requests of all: every rank knows those of the others, by what they cost and when they are due, and in
+the same order. With that, the hub does what it does for tensor parallelism: rank 0 decides, and all run the same tasks
+to the same preemption checkpoints (docs/architecture.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import chain, count
+from typing import Any, ClassVar, Final, NamedTuple
+
+import torch
+from sglang.srt.disaggregation.utils import is_aborted
+from sglang.srt.observability.req_time_stats import ReqTimeStatsBase
+
+from sgl_flowprefill.deadline import objective, received_s
+from sgl_flowprefill.hub.role import Arrival
+from sgl_flowprefill.hub.task import NO_TASK, PrefillTask
+from sgl_flowprefill.profiling.measure import SchedulerEngine
+from sgl_flowprefill.runtime.agreement import Agreement
+from sgl_flowprefill.runtime.executor import Executor
+from sgl_flowprefill.runtime.prefill_role import PrefillRole
+from sgl_flowprefill.slo import Objective
+from sgl_flowprefill.ttft import PrefillShape
+
+PARTS: Final = "flowprefill_parts"
+"""Attribute of SGLang's ScheduleBatch: the ``Parts`` of the joint pass that it belongs to."""
+SHORT_TOKENS: Final = 8
+"""Tokens of the joint pass by which ranks are checked at start."""
+
+
+@dataclass(eq=False, slots=True)
+class RemoteRequest:
+    """A request of another rank."""
+
+    rid: str
+    rank: int
+    origin_input_ids: Sequence[int]
+    """Stands for its prompt, of which the length alone is known here."""
+    origin_input_ids_unpadded: Sequence[int]
+    shape: PrefillShape | None = None
+    """What it costs, as its rank has matched it last."""
+    time_stats: ClassVar[Any] = ReqTimeStatsBase()
+    """Its trace is written at its own rank."""
+
+
+class Noted(NamedTuple):
+    """A request has come to a rank."""
+
+    number: int
+    rid: str
+    prompt_tokens: int
+    received_s: float
+    objective: Objective
+
+
+class Ended(NamedTuple):
+    """The client hears the last of a request from its rank (``EventRecorder.answered``)."""
+
+    number: int
+    reason: str | None
+    http_status: int | None
+
+
+class Tidings(NamedTuple):
+    """What has happened at a rank since it was last asked. Requests go by the number that their rank gave them."""
+
+    has_freed: bool
+    """Whether KV cache has been freed."""
+    noted: list[Noted]
+    left: list[int]
+    """Requests that could be started, and wait no longer."""
+    ended: list[Ended]
+    """Not of requests that wait still."""
+    matched: list[tuple[int, PrefillShape]]
+    """Requests that wait and whose prompts have been matched again, with what they cost now."""
+    given_up: list[int]
+    """Ids of tasks in which nobody waits any more for a request of this rank, which has some in them."""
+
+
+class Startable(NamedTuple):
+    """A request of a rank can be started from now on: what an ``Arrival`` says of it."""
+
+    number: int
+    shape: PrefillShape
+    received_s: float
+    deadline_s: float
+    readable_s: float
+    logprob_rows: int
+    objective: Objective | None
+
+
+class Parts(NamedTuple):
+    """What a joint pass computes."""
+
+    reqs: list[Any]
+    """Those of all ranks, in their order of priority."""
+    shapes: list[PrefillShape]
+    """The part of the rank with the most to compute, for which the others wait."""
+
+
+@dataclass(eq=False)
+class DataParallelRole(PrefillRole):
+    """What the hub asks of one rank of a prefill server with data-parallel attention, about the requests of all."""
+
+    agreement: Agreement
+    _counter: Iterator[int] = field(default_factory=count, init=False)
+    _numbers: dict[Any, int] = field(default_factory=dict, init=False)
+    """The requests of this rank that the others know, by what they are called there."""
+    _startable: dict[Any, int] = field(default_factory=dict, init=False)
+    """Those of them that can be started and have not been."""
+    _remote: dict[tuple[int, int], RemoteRequest] = field(default_factory=dict, init=False)
+    """The requests of the other ranks, by rank and number."""
+    _remote_startable: dict[RemoteRequest, None] = field(default_factory=dict, init=False)
+    _given_up: dict[int, set[int]] = field(default_factory=dict, init=False)
+    """By id of a task, the ranks at which nobody waits for it."""
+    _noted: list[Noted] = field(default_factory=list, init=False)
+    _ended: list[Ended] = field(default_factory=list, init=False)
+    _matched: list[tuple[int, PrefillShape]] = field(default_factory=list, init=False)
+    """What the others have still to be told."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.recorder.on_answer(self._note_end)
+
+    # ---- what the hub asks ----------------------------------------------------------------------------------------
+
+    def take_news(self, stalls_due: bool) -> bool:
+        """That of this rank, and what the others have to tell. Whether KV cache has been freed at any of them."""
+        has_freed = super().take_news(stalls_due)
+        if stalls_due:
+            self._forget_lost()
+        left, ended = self._take_left(), self._take_ended()
+        own = Tidings(has_freed, self._noted, left, ended, self._matched, self._take_given_up())
+        self._noted, self._matched = [], []
+        for rank, tidings in enumerate(self.agreement.exchange(own if any(own) else None)):
+            if tidings is not None:
+                has_freed = has_freed or tidings.has_freed
+                for task in tidings.given_up:
+                    self._given_up.setdefault(task, set()).add(rank)
+                if rank != self.agreement.rank:
+                    self._hear(rank, tidings)
+        return has_freed
+
+    def arrived(self) -> Iterator[Arrival]:
+        """The requests of all ranks that have bootstrapped, rank by rank."""
+        own = [arrival._replace(place=self.agreement.rank) for arrival in super().arrived()]
+        for arrival in own:
+            self._startable[arrival.req] = self._number(arrival.req)
+        told = [Startable(self._startable[one.req], one.shape, *one[3:7], one.objective) for one in own]
+        for rank, theirs in enumerate(self.agreement.exchange(told or None)):
+            if rank == self.agreement.rank:
+                yield from own
+            else:
+                yield from (self._arrival(rank, one) for one in theirs or ())
+
+    def waiting(self) -> Collection[Any]:
+        return [*self.scheduler.waiting_queue, *self._remote_startable]
+
+    def abandoned(self, live: Sequence[PrefillTask]) -> list[PrefillTask]:
+        """A task goes on while a request of any rank is waited for."""
+        self._given_up = {task.id: self._given_up[task.id] for task in live if task.id in self._given_up}
+        return [task for task in live if self._given_up.get(task.id, set()).issuperset(self._ranks(task))]
+
+    def match(self, req: Any) -> PrefillShape:
+        """A request of another rank costs what that has said last."""
+        if isinstance(remote := req, RemoteRequest):
+            assert remote.shape is not None
+            return remote.shape
+        shape = super().match(req)
+        if req in self._startable:
+            self._matched.append((self._startable[req], shape))
+        return shape
+
+    def make_batch(self, reqs: Sequence[Any]) -> Any | None:
+        """This rank's part of a joint pass over ``reqs``, of all ranks, which may be idle. None at all ranks where the
+        rank of the first has no KV cache for it: what would join it there and elsewhere stays as it is.
+        """
+        own = [req for req in reqs if not isinstance(req, RemoteRequest)]
+        begins = bool(own) and own[0] is reqs[0]
+        batch = super().make_batch(own) if begins else None
+        if not any(self.agreement.exchange(batch is not None or None)):
+            return None
+        if own and not begins:
+            batch = super().make_batch(own)
+        admitted = [] if batch is None else list(zip(map(reqs.index, batch.reqs), super().shapes(batch), strict=True))
+        # Where this rank has no batch, SGLang makes it an idle one.
+        batch = self.scheduler.dp_attn_adapter.maybe_prepare_mlp_sync_batch(batch)
+        of_ranks = [part or [] for part in self.agreement.exchange(admitted or None)]
+        started = [reqs[place] for place, _ in sorted(chain.from_iterable(of_ranks))]
+        for req in started:
+            self._startable.pop(req, None)
+            self._remote_startable.pop(req, None)
+        setattr(batch, PARTS, Parts(started, max(([shape for _, shape in part] for part in of_ranks), key=_most)))
+        return batch
+
+    def requests(self, batch: Any) -> Sequence[Any]:
+        return parts(batch).reqs
+
+    def shapes(self, batch: Any) -> list[PrefillShape]:
+        return parts(batch).shapes
+
+    def finish(self, task: PrefillTask) -> None:
+        if task.batch.reqs:
+            super().finish(task)
+
+    def drop(self, task: PrefillTask) -> None:
+        if task.batch.reqs:
+            super().drop(task)
+
+    # ---- what SGLang's scheduler tells ------------------------------------------------------------------------------
+
+    def note_arrival(self, req: Any) -> None:
+        super().note_arrival(req)
+        self._number(req)
+
+    # ---- the rest -------------------------------------------------------------------------------------------------
+
+    @property
+    def not_ready(self) -> int:
+        computed = sum(isinstance(req, RemoteRequest) for task in self.tasks.prefills for req in task.reqs)
+        return super().not_ready + len(self._remote) - len(self._remote_startable) - computed
+
+    def held(self) -> list[Any]:
+        return [*super().held(), *self._remote.values()]
+
+    def agree_on(self, found: bool) -> bool:
+        """Each rank compiles the grammars of its own requests."""
+        return found
+
+    def _number(self, req: Any) -> int:
+        """What ``req`` of this rank is called at the others, which are told of it the first time."""
+        number = self._numbers.get(req)
+        if number is None:
+            number = self._numbers[req] = next(self._counter)
+            promised = objective(req, self.resolver)
+            self._noted.append(Noted(number, req.rid, len(req.origin_input_ids), received_s(req), promised))
+        return number
+
+    def _note_end(self, req: Any, reason: str | None, http_status: int | None) -> None:
+        number = self._numbers.pop(req, None)
+        if number is not None:
+            self._ended.append(Ended(number, reason, http_status))
+
+    def _take_left(self) -> list[int]:
+        """The numbers of the requests that could be started and that SGLang has dropped."""
+        queue = self.scheduler.waiting_queue
+        if len(queue) == len(self._startable):
+            return []
+        waiting = set(queue)
+        return [self._startable.pop(req) for req in list(self._startable) if req not in waiting]
+
+    def _take_ended(self) -> list[Ended]:
+        waiting = set(self._startable.values())
+        ended, self._ended = self._ended, [one for one in self._ended if one.number in waiting]
+        return [one for one in ended if one.number not in waiting]
+
+    def _take_given_up(self) -> list[int]:
+        rank = self.agreement.rank
+        return [
+            task.id
+            for task in self.tasks.live
+            if task.batch.reqs and rank not in self._given_up.get(task.id, ()) and all(map(is_aborted, task.batch.reqs))
+        ]
+
+    def _hear(self, rank: int, tidings: Tidings) -> None:
+        """Another ``rank`` has something to tell."""
+        for noted in tidings.noted:
+            prompt = range(noted.prompt_tokens)
+            req = self._remote[rank, noted.number] = RemoteRequest(noted.rid, rank, prompt, prompt)
+            self.recorder.arrived(req, noted.received_s, noted.objective)
+        for number in tidings.left:
+            self._remote_startable.pop(self._remote[rank, number], None)
+        for number, shape in tidings.matched:
+            self._remote[rank, number].shape = shape
+            self.scheduler.hub.work.waiting.note_outdated(self._remote[rank, number])
+        for ended in tidings.ended:
+            self.recorder.answered(self._remote.pop((rank, ended.number)), ended.reason, ended.http_status)
+
+    def _arrival(self, rank: int, one: Startable) -> Arrival:
+        req = self._remote[rank, one.number]
+        self._remote_startable[req] = None
+        # Without its prompt: what is cached here does not concern it.
+        return Arrival(req, (), *one[1:6], objective=one.objective, place=rank)
+
+    def _ranks(self, task: PrefillTask) -> set[int]:
+        """The ranks that have requests in ``task``."""
+        return {one.rank if isinstance(one, RemoteRequest) else self.agreement.rank for one in task.reqs}
+
+    def _forget_lost(self) -> None:
+        """Requests that have left SGLang's queues on a way that nothing else knows of have ended for the others too."""
+        held: Iterable[Any] = chain(
+            super().held(), self.scheduler.disagg_prefill_inflight_queue, self.scheduler.grammar_manager.grammar_queue
+        )
+        for req in self._numbers.keys() - set(held):
+            self._note_end(req, "it is in none of the scheduler's queues", None)
+
+
+def check_idle_pass(role: DataParallelRole, executor: Executor, checkpoints: int) -> None:
+    """Raise SystemExit where a rank without a token passes other preemption checkpoints than those with some: they
+    would be suspended behind different layers, and wait for each other for ever.
+    """
+    engine, runner = SchedulerEngine(role), role.scheduler.tp_worker.model_runner
+    if role.agreement.rank == 0:
+        batch = engine.make_batch((PrefillShape(SHORT_TOKENS),))
+    else:
+        batch = role.make_batch([RemoteRequest("of the first rank", 0, (), ())])
+    task = PrefillTask(NO_TASK, batch, [], [], 0.0, 0.0, 0.0, attn_backend=runner.attn_backend)
+    interrupted, executor.interrupted = executor.interrupted, lambda: False
+    with torch.no_grad():
+        executor.run(task, role.forward)
+    executor.interrupted = interrupted
+    engine.free(batch)
+    passed = role.agreement.exchange(task.operators_passed)
+    if task.failure is not None:
+        raise SystemExit(f"sgl-flowprefill: a joint forward pass fails:\n{task.failure.traceback}")
+    if set(passed) != {checkpoints}:
+        raise SystemExit(
+            f"sgl-flowprefill: with data-parallel attention, {type(runner.model).__name__} skips layers at ranks that "
+            f"are idle (of {checkpoints}, its ranks run {', '.join(map(str, passed))}), so its ranks cannot be "
+            "suspended together; leave --enable-dp-attention out, or serve it without FlowPrefill"
+        )
+
+
+def _most(part: Sequence[PrefillShape]) -> tuple[int, int]:
+    """By what parts of a joint pass are compared, which a rank each computes."""
+    return sum(shape.new_tokens for shape in part), sum(shape.cached_tokens for shape in part)
+
+
+def parts(batch: Any) -> Parts:
+    """What the joint pass computes that ``batch``, a rank's ScheduleBatch, belongs to."""
+    found: Parts = getattr(batch, PARTS)
+    return found

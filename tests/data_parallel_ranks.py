@@ -1,0 +1,146 @@
+"""Real scheduler processes of a prefill server with data-parallel attention: see ``tests.ranks``."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import zmq
+
+from sgl_flowprefill.cluster.preflight import free_port
+from sgl_flowprefill.model import EmbeddedModel, embedded_model_path
+from tests.ranks import Ranks, run_rank
+
+
+def qwen3(model: EmbeddedModel, directory: Path) -> Path:
+    """The embedded model as a Qwen3, whose attention SGLang can keep whole at each rank, as it cannot a Llama's."""
+    from safetensors.torch import load_file, save_file
+
+    path = shutil.copytree(embedded_model_path(model), directory / "qwen3")
+    weights = load_file(path / "model.safetensors")
+    for layer in range(model.layers):
+        for name in ("q_norm", "k_norm"):
+            weights[f"model.layers.{layer}.self_attn.{name}.weight"] = torch.ones(model.head_dim)
+    save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((path / "config.json").read_text())
+    config |= {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}
+    (path / "config.json").write_text(json.dumps(config))
+    return path
+
+
+class DataParallelRanks(Ranks):
+    """Ranks with requests of their own, and all their attention."""
+
+    def __init__(self, model_path: str, tp: int, *arguments: Any, **options: Any) -> None:
+        super().__init__(model_path, tp, *arguments, **options)
+        self.settings: Mapping[str, Any] = {
+            **Ranks.settings,
+            "dp_size": tp,
+            "enable_dp_attention": True,
+            "port": free_port("127.0.0.1"),
+        }
+        self._rank_of: dict[str, int] = {}
+
+    def bind_inputs(self, args: Any, ports: Any, tp: int) -> list[Any]:
+        """As SGLang's data-parallel controller does."""
+        from sglang.srt.server_args import PortArgs
+
+        numbers = [free_port("127.0.0.1") for _ in range(tp)]
+        self._inputs = [self._bind(zmq.PUSH, f"tcp://127.0.0.1:{number}") for number in numbers]
+        of_ranks = [PortArgs.init_new(args, rank, numbers) for rank in range(tp)]
+        for own in of_ranks:
+            own.nccl_port, own.instance_id = ports.nccl_port, ports.instance_id
+        return of_ranks
+
+    @staticmethod
+    def run_rank(*work: Any) -> None:
+        os.environ["FLOWPREFILL_MAX_BATCH_TOKENS"] = "1"  # a task for each request, and what takes no longer beside it
+        rank = work[2]
+        run_rank(*work, rank)
+
+    def submit(self, rid: str, prompt: Sequence[int], ttft_slo_s: float | None = None, rank: int = 0) -> None:
+        self._rank_of[rid] = rank
+        super().submit(rid, prompt, ttft_slo_s, rank)
+
+    def ranks_of(self, rid: str) -> Iterable[int]:
+        return [self._rank_of[rid]]
+
+    def rests(self, rank: int) -> list[dict[str, int]]:
+        """What was free at ``rank`` each time that it had nothing to do (``note_rests``)."""
+        return [json.loads(line) for line in _rests_path(self.event_log, rank).read_text().splitlines()]
+
+    def passes(self, rank: int) -> list[dict[str, Any]]:
+        """The joint passes that ``rank`` took part in (``note_passes``)."""
+        return [json.loads(line) for line in _passes_path(self.event_log, rank).read_text().splitlines()]
+
+
+def note_rests(scheduler: Any, rank: int) -> None:
+    """Write a line each time that SGLang does its housekeeping with nothing under way: the KV cache and request rows
+    that somebody holds, and how many nodes of the radix tree are locked.
+    """
+    notes = open(_rests_path(os.environ["FLOWPREFILL_EVENT_LOG"], rank), "w", buffering=1)  # noqa: SIM115
+    on_idle = scheduler.on_idle
+
+    def noted_on_idle() -> None:
+        on_idle()
+        if scheduler.is_fully_idle():
+            tree, allocator, rows = (
+                scheduler.tree_cache,
+                scheduler.token_to_kv_pool_allocator,
+                scheduler.req_to_token_pool,
+            )
+            held = scheduler.max_total_num_tokens - allocator.available_size() - tree.evictable_size()
+            line = {"held": held, "locked": tree.protected_size(), "rows": rows.size - rows.available_size()}
+            notes.write(json.dumps(line) + "\n")
+
+    scheduler.on_idle = noted_on_idle
+
+
+def note_passes(scheduler: Any, rank: int) -> None:
+    """Write a line for each joint pass that is done: its id, the requests of this rank and of all, and whether other
+    ranks had tokens of theirs in it.
+    """
+    notes = open(_passes_path(os.environ["FLOWPREFILL_EVENT_LOG"], rank), "w", buffering=1)  # noqa: SIM115
+    role = scheduler.role
+    finish = role.finish
+
+    def noted_finish(task: Any) -> None:
+        line = {
+            "task": task.id,
+            "own": [req.rid for req in task.batch.reqs],
+            "all": task.rids,
+            "checkpoints": task.operators_passed,
+            "points": task.points_passed,
+        }
+        notes.write(json.dumps(line) + "\n")
+        finish(task)
+
+    role.finish = noted_finish
+
+
+def lack_kv_cache_now_and_then(scheduler: Any, rank: int, probability: float = 0.1) -> None:
+    """Let SGLang's admission find no KV cache by chance, at each rank by itself."""
+    rng = random.Random(rank)
+    admit = scheduler.get_new_batch_prefill
+
+    def admit_by_chance(running_batch: Any) -> Any:
+        if rng.random() < probability:
+            return SimpleNamespace(batch_to_run=None, running_batch=running_batch)
+        return admit(running_batch)
+
+    scheduler.get_new_batch_prefill = admit_by_chance
+
+
+def _rests_path(event_log: str | Path, rank: int) -> Path:
+    return Path(event_log).with_name(f"rests-{rank}.jsonl")
+
+
+def _passes_path(event_log: str | Path, rank: int) -> Path:
+    return Path(event_log).with_name(f"passes-{rank}.jsonl")

@@ -1,0 +1,170 @@
+"""Two scheduler processes with data-parallel attention: joint prefills that are suspended together, requests apart."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sgl_flowprefill.model import EmbeddedModel
+from tests.data_parallel_ranks import (
+    DataParallelRanks,
+    lack_kv_cache_now_and_then,
+    note_passes,
+    note_rests,
+    qwen3,
+)
+from tests.engine import generate_request
+from tests.prompts import prompt
+from tests.ranks import Chaos
+from tests.reference import Comparison, Reference
+
+MODEL = EmbeddedModel(heads=2, layers=10, context_tokens=4608)
+SHARED = prompt(99, 300)
+PROMPTS = {
+    f"r{i:02}": prompt(i, tokens, SHARED if i % 3 else None)
+    for i, tokens in enumerate([40, 500, 2900, 350, 1300, 310, 7, 4000, 900, 330, 64, 1700])
+}
+
+
+@pytest.fixture(scope="module")
+def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return qwen3(MODEL, tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def reference(model_path: Path) -> Reference:
+    return Reference(model_path)
+
+
+@pytest.fixture
+def comparison(reference: Reference) -> Iterator[Comparison]:
+    comparison = Comparison(reference)
+    yield comparison
+    print(f"\n{comparison}")
+
+
+def prepare(scheduler: Any, rank: int) -> None:
+    note_rests(scheduler, rank)
+    note_passes(scheduler, rank)
+    lack_kv_cache_now_and_then(scheduler, rank)
+
+
+@pytest.fixture(scope="module")
+def ranks(model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[DataParallelRanks]:
+    chaos = Chaos(seed=1, switch_probability=0.9)
+    with DataParallelRanks(str(model_path), 2, tmp_path_factory.mktemp("two"), chaos, prepare=prepare) as two:
+        yield two
+
+
+def test_requests_that_come_at_random_to_both_ranks_get_the_answers_and_kv_of_transformers(
+    ranks: DataParallelRanks, comparison: Comparison
+) -> None:
+    rng = random.Random(5)
+    asked = {f"{rid}-{i}": tokens for i in range(3) for rid, tokens in PROMPTS.items()}
+    for name, tokens in asked.items():
+        ranks.submit(name, tokens, ttft_slo_s=100.0, rank=rng.randrange(2))
+        time.sleep(rng.random() * 0.1)
+    ranks.finish(list(asked))
+    ranks.compare(comparison, asked)
+    assert comparison.counts["KV caches"] == len(asked)
+    suspensions = ranks.preemptions()
+    first, second = ranks.passes(0), ranks.passes(1)
+    same = ("task", "all", "checkpoints", "points")
+    assert [[one[key] for key in same] for one in first] == [[one[key] for key in same] for one in second]
+    idle = sum(not one["own"] for one in first + second)
+    both = sum(bool(a["own"]) and bool(b["own"]) for a, b in zip(first, second, strict=True))
+    print(f"\n{len(first)} joint passes with {suspensions} suspensions, {both} of requests of both ranks")
+    print(f"{idle} times, a rank was idle in one")
+    assert suspensions >= 25  # as many as arrivals leave tasks to suspend
+    assert idle
+    assert both
+
+
+def assert_nothing_is_held(ranks: DataParallelRanks) -> None:
+    """Wait until both ranks have done their housekeeping twice more, with nothing to do."""
+    for rank in range(2):
+        before, deadline_s = len(ranks.rests(rank)), time.monotonic() + 30.0
+        while len(ranks.rests(rank)) < before + 2:
+            assert time.monotonic() < deadline_s, "a rank has something to do though all is answered"
+            time.sleep(0.2)
+        assert ranks.rests(rank)[-1] == {"held": 0, "locked": 0, "rows": 0}
+
+
+def test_clients_that_leave_are_dropped_by_their_rank_and_nothing_stays_behind(
+    ranks: DataParallelRanks, comparison: Comparison
+) -> None:
+    rng = random.Random(7)
+    kept: dict[str, list[int]] = {}
+    for i in range(4):
+        for rid, tokens in PROMPTS.items():
+            name = f"a{i}-{rid}"
+            ranks.submit(name, tokens, rank=rng.randrange(2))
+            time.sleep(rng.random() * 0.05)
+            if rng.random() < 0.3:
+                ranks.abort(name)
+            else:
+                kept[name] = tokens
+    ranks.finish(list(kept))
+    ranks.compare(comparison, kept)
+    assert comparison.counts["answers"] == len(kept)
+    assert_nothing_is_held(ranks)
+
+
+def test_a_request_of_either_rank_ends_the_sleep_of_both(ranks: DataParallelRanks, comparison: Comparison) -> None:
+    took_s = []
+    asked = {f"s{i:02}": prompt(300 + i, 20) for i in range(16)}
+    for i, (name, tokens) in enumerate(asked.items()):
+        time.sleep(0.3)
+        started_s = time.monotonic()
+        ranks.submit(name, tokens, rank=i % 2)
+        ranks.finish([name])
+        took_s.append(time.monotonic() - started_s)
+    ranks.compare(comparison, asked)
+    print(f"\nanswered within {max(took_s):.3f} s, {sorted(took_s)[len(took_s) // 2]:.3f} s at the median")
+    assert sorted(took_s)[len(took_s) // 2] < 0.5, "a rank slept through an arrival"
+
+
+def test_each_rank_compiles_the_grammars_of_its_requests(ranks: DataParallelRanks, comparison: Comparison) -> None:
+    beside = {f"beside-g{i}": prompt(80 + i, 1000) for i in range(6)}
+    for i, (name, tokens) in enumerate(beside.items()):
+        request = generate_request(f"g{i}", prompt(70 + i, 200), 10_000 + i)
+        request.sampling_params.regex = f"[a-z]{{1,{4 + i % 3}}}"
+        ranks.send(request, rank=i % 2)
+        ranks.submit(name, tokens, rank=(i + 1) % 2)
+    grammars = [f"g{i}" for i in range(6)]
+    ranks.finish([*grammars, *beside])
+    assert all(ranks.tokens[name] is not None for name in grammars)
+    ranks.compare(comparison, beside)
+
+
+def test_a_pause_lets_started_prefills_of_both_ranks_finish(ranks: DataParallelRanks, comparison: Comparison) -> None:
+    from sglang.srt.managers.io_struct import ContinueGenerationReqInput, PauseGenerationReqInput
+
+    prompts = {f"p{i}": prompt(50 + i, 3000) for i in range(4)}
+    for i, (name, tokens) in enumerate(prompts.items()):
+        ranks.submit(name, tokens, rank=i % 2)
+    time.sleep(0.3)
+    ranks.send(PauseGenerationReqInput(mode="in_place"))
+    time.sleep(2.0)
+    prompts["late"] = prompt(60, 100)
+    ranks.submit("late", prompts["late"], rank=1)
+    ranks.take(1.0)
+    assert "late" not in ranks.tokens
+    ranks.send(ContinueGenerationReqInput())
+    ranks.finish(list(prompts))
+    ranks.compare(comparison, prompts)
+
+
+def test_the_end_of_a_rank_ends_the_other_with_its_name(ranks: DataParallelRanks) -> None:
+    first, second = ranks.processes
+    for i in range(8):
+        ranks.submit(f"k{i}", prompt(i, 3000), rank=i % 2)
+    second.kill()
+    first.join(30.0)
+    assert not first.is_alive()
+    assert f"tensor-parallel rank 1 (process {second.pid}) has ended" in Path(ranks.log).read_text()

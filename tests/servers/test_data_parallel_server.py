@@ -1,0 +1,79 @@
+"""A prefill server with data-parallel attention and a decode server behind the gateway, as users start them."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import requests
+
+from sgl_flowprefill.cluster import Cluster, ClusterConfig
+from sgl_flowprefill.config import FlowPrefillConfig
+from sgl_flowprefill.events import read_events
+from sgl_flowprefill.model import EmbeddedModel
+from tests.data_parallel_ranks import qwen3
+from tests.prompts import prompt
+from tests.reference import TOKENS, Comparison, Reference
+
+MODEL = EmbeddedModel(heads=2, layers=4, context_tokens=8192)
+ARGS = ("--tp", "2", "--dp", "2", "--enable-dp-attention", "--enable-metrics")
+ASKED = {
+    **{f"long {i}": (prompt(10 + i, 7000 - 500 * i), 60.0 - i) for i in range(6)},
+    **{f"shared {i}": (prompt(40 + i, 500 + 90 * i, prompt(1, 400)), 8.0) for i in range(8)},
+    **{f"urgent {i}": (prompt(70 + i, 40 + 20 * i), 0.5) for i in range(10)},
+}
+"""Long prompts with loose objectives first, then tighter ones, each with its objective."""
+
+
+async def ask_all(url: str) -> dict[str, tuple[list[int], list[float]]]:
+    """Output tokens and their log probabilities of each of ASKED, sent 60 ms apart."""
+
+    async def one(session: aiohttp.ClientSession, delay_s: float, tokens: list[int], slo_s: float) -> Any:
+        await asyncio.sleep(delay_s)
+        sampling = {"max_new_tokens": TOKENS, "temperature": 0, "custom_params": {"ttft_slo": slo_s}}
+        body = {"input_ids": tokens, "sampling_params": sampling, "return_logprob": True}
+        async with session.post(url + "/generate", json=body) as response:
+            assert response.status == 200, await response.text()
+            entries = (await response.json())["meta_info"]["output_token_logprobs"]
+        return [entry[1] for entry in entries], [entry[0] for entry in entries]
+
+    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(300)) as session:
+        jobs = [one(session, 0.06 * i, tokens, slo_s) for i, (tokens, slo_s) in enumerate(ASKED.values())]
+        return dict(zip(ASKED, await asyncio.gather(*jobs), strict=True))
+
+
+def test_answers_are_those_of_transformers_and_the_log_has_the_requests_of_both_ranks(
+    no_cluster: None, tmp_path: Path
+) -> None:
+    model_path, log = qwen3(MODEL, tmp_path), tmp_path / "events.jsonl"
+    options = FlowPrefillConfig(event_log=str(log), exploration_share=0)
+    config = ClusterConfig(True, model_path, prefill_args=ARGS, log_dir=tmp_path, options=options)
+    with Cluster(config, on_progress=print) as cluster:
+        start_s = time.monotonic()
+        answers = asyncio.run(ask_all(cluster.url))
+        assert requests.get(cluster.prefill_url + "/health", timeout=30).status_code == 200
+        state = requests.get(cluster.prefill_url + "/flowprefill/state", timeout=30)
+        assert state.ok, state.text
+        time.sleep(6.0)  # the log reaches the file when the scheduler turns idle, and tells of transfers a second later
+        cluster.check()
+    comparison = Comparison(Reference(model_path))
+    for name, (tokens, logprobs) in answers.items():
+        comparison.answer(name, ASKED[name][0], tokens, logprobs)
+    comparison.assert_same()
+    assert comparison.counts["log probabilities"] == TOKENS * len(ASKED)
+
+    events = [event for event in read_events(log) if event.t_s >= start_s]
+    arrived = {
+        event.rid
+        for event in events
+        if event.kind == "arrival" and event.ttft_slo_s in {slo for _, slo in ASKED.values()}
+    }
+    left = {event.rid for event in events if event.kind == "leave"}
+    suspensions = sum(event.kind == "suspend" for event in events)
+    print(f"{comparison}; {suspensions} suspensions")
+    assert len(arrived) == len(ASKED)
+    assert arrived <= left
+    assert suspensions >= 3
