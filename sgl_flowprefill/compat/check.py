@@ -155,6 +155,7 @@ def _data_parallel(server_args: Any) -> Iterator[Refusal]:
         ("tp_size", (given("tp_size") or 1) != ranks, SHARED_ATTENTION),
         ("nnodes", ABOVE_ONE.holds(given("nnodes")), ONE_MACHINE),
         ("enable_hierarchical_cache", bool(given("enable_hierarchical_cache")), OWN_PREFIXES),
+        ("speculative_algorithm", GIVEN.holds(given("speculative_algorithm")), DRAFTS_BESIDE),
     ):
         if is_refused:
             sentence = _cannot_work(shown(option, ranks), f"beside {shown(other, given(other) or 1)}, {why}")

@@ -38,8 +38,8 @@ EXPERT_ADAPTERS: Final = "adapters of experts have not been checked to keep the 
 DRAFTS: Final = "what its prefills compute for the decode server has not been compared; use EAGLE, EAGLE3 or NEXTN"
 DRAFT_STEPS: Final = "when decode steps start is decided by steps that give each stream one token"
 DRAFTS_BESIDE: Final = "drafts have not been compared together with it"
-BESIDE_DRAFTS: Final = ("enable_dp_attention", "enable_hierarchical_cache", "enable_lora", "lora_paths")
-"""Options with which ``--speculative-algorithm`` is refused."""
+BESIDE_DRAFTS: Final = ("enable_hierarchical_cache", "enable_lora", "lora_paths")
+"""Options with which ``--speculative-algorithm`` is refused, besides those of data-parallel attention."""
 EXPERTS: Final = "the experts of one forward pass at a time are counted"
 REPLICAS: Final = (
     "its ranks are replicas, one of which a request gets by its number; start as many servers, for which launch.py has "
@@ -266,7 +266,8 @@ PARALLEL: Final = Group(
             "enable_dp_attention attn_dp_size",
             "a prefill is a forward pass of all ranks, which are suspended together, behind a layer. "
             f"**Refused** with fewer than `--tp-size` ranks of attention ({SHARED_ATTENTION}), with `--nnodes` above 1 "
-            f"({ONE_MACHINE}), and with `--enable-hierarchical-cache` ({OWN_PREFIXES})",
+            f"({ONE_MACHINE}), with `--enable-hierarchical-cache` ({OWN_PREFIXES}), and with `--speculative-algorithm` "
+            f"({DRAFTS_BESIDE})",
             ("prefill",),
         ),
         refuse("enable_dp_attention", JOINT_STEPS, servers=("unified",)),

@@ -174,7 +174,8 @@ RESOLVED = {"dp_size": 1, "attn_dp_size": 4, "tp_size": 4}
 def test_attention_of_each_rank_for_itself_works_on_prefill_servers_of_one_node(joint, option):
     assert problem(**joint) is None
     assert "cannot work" in problem(**UNIFIED, **joint)
-    for beside in ({"tp_size": 8}, {"nnodes": 2}, {"enable_hierarchical_cache": True}):
+    drafts = {"speculative_algorithm": "EAGLE"}
+    for beside in ({"tp_size": 8}, {"nnodes": 2}, {"enable_hierarchical_cache": True}, drafts):
         [given] = (f"--{name.replace('_', '-')}" for name in beside)
         assert problem(**joint | beside).startswith(f"{option} 4 cannot work with FlowPrefill: beside {given}")
 
