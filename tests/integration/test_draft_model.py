@@ -21,7 +21,11 @@ from tests.drafts import Draft, DraftedPrefill, DraftedRounds, StockPrefill
 from tests.prompts import population
 from tests.remote import Remote
 
-DRAFTS = (Draft("EAGLE"), Draft("EAGLE3"))
+DRAFTS = (
+    pytest.param(Draft("EAGLE"), marks=pytest.mark.stress, id="EAGLE"),
+    pytest.param(Draft("EAGLE3"), id="EAGLE3"),
+)
+"""The one that keeps most for its draft runs always."""
 PROMPTS = population(40, longest_tokens=1500)
 
 
@@ -30,12 +34,12 @@ def started(make: Callable[..., Any], draft: Draft, folder: Any) -> Iterator[Rem
         yield remote
 
 
-@pytest.fixture(scope="module", params=DRAFTS, ids=lambda draft: draft.algorithm)
+@pytest.fixture(scope="module", params=DRAFTS)
 def remote(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Remote]:
     yield from started(DraftedPrefill, request.param, tmp_path_factory.mktemp("drafts"))
 
 
-@pytest.fixture(scope="module", params=DRAFTS, ids=lambda draft: draft.algorithm)
+@pytest.fixture(scope="module", params=DRAFTS)
 def stock(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Remote]:
     yield from started(StockPrefill, request.param, tmp_path_factory.mktemp("stock"))
 
@@ -101,6 +105,7 @@ def hand_over(engine: StockPrefill, prompts: int) -> tuple[str, Counter[str]]:
     return str(comparison), comparison.counts
 
 
+@pytest.mark.stress
 def test_sglangs_own_scheduler_hands_over_the_same(stock: Remote) -> None:
     text, counts = stock.call(hand_over, 16)
     print(text)

@@ -56,6 +56,7 @@ def read_draft(folder: Path, rank: int, rid: str, tokens: int, timeout_s: float 
         time.sleep(0.01)
 
 
+@pytest.mark.stress
 @pytest.mark.parametrize("algorithm", ["EAGLE", "EAGLE3"])
 def test_two_ranks_that_are_preempted_all_the_time_hand_over_what_drafts_begin_with(
     algorithm: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
