@@ -38,7 +38,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def profile(directory: Path) -> Path:
     """A profile whose run was interrupted once."""
     partial = directory / "p.partial.parquet"
-    run = subprocess.Popen(command(directory, "--budget-s", "100", *OPTIONS), cwd=ROOT, start_new_session=True)
+    run = subprocess.Popen(command(directory, "--budget-s", "40", *OPTIONS), cwd=ROOT, start_new_session=True)
     started_s = time.monotonic()
     while not partial.exists():
         assert run.poll() is None, (directory / "profile.log").read_text()[-2000:]
