@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+import pytest
 import requests
 
 from sgl_flowprefill.cluster import Cluster, ClusterConfig
@@ -45,6 +46,7 @@ async def ask_all(url: str) -> dict[str, tuple[list[int], list[float]]]:
         return dict(zip(ASKED, await asyncio.gather(*jobs), strict=True))
 
 
+@pytest.mark.stress
 def test_answers_are_those_of_transformers_and_the_log_has_the_requests_of_both_ranks(
     no_cluster: None, tmp_path: Path
 ) -> None:
