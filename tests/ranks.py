@@ -185,7 +185,7 @@ class Ranks:
             some = True
         return some
 
-    def finish(self, rids: Sequence[str], silence_s: float = 60.0) -> None:
+    def finish(self, rids: Sequence[str], silence_s: float = 180.0) -> None:
         """Wait until all of ``rids`` are answered; an AssertionError when nothing comes for ``silence_s``."""
         while missing := [rid for rid in rids if rid not in self.tokens]:
             deadline_s = time.monotonic() + silence_s
