@@ -16,7 +16,7 @@ import zmq
 
 from sgl_flowprefill.cluster.preflight import free_port
 from sgl_flowprefill.model import EmbeddedModel, embedded_model_path
-from tests.ranks import Ranks, run_rank
+from tests.ranks import Ranks, notes_at, run_rank
 
 
 def qwen3(model: EmbeddedModel, directory: Path) -> Path:
@@ -85,7 +85,7 @@ def note_rests(scheduler: Any, rank: int) -> None:
     """Write a line each time that SGLang does its housekeeping with nothing under way: the KV cache and request rows
     that somebody holds, and how many nodes of the radix tree are locked.
     """
-    notes = open(_rests_path(os.environ["FLOWPREFILL_EVENT_LOG"], rank), "w", buffering=1)  # noqa: SIM115
+    notes = notes_at(_rests_path(os.environ["FLOWPREFILL_EVENT_LOG"], rank))
     on_idle = scheduler.on_idle
 
     def noted_on_idle() -> None:
@@ -107,7 +107,7 @@ def note_passes(scheduler: Any, rank: int) -> None:
     """Write a line for each joint pass that is done: its id, the requests of this rank and of all, and whether other
     ranks had tokens of theirs in it.
     """
-    notes = open(_passes_path(os.environ["FLOWPREFILL_EVENT_LOG"], rank), "w", buffering=1)  # noqa: SIM115
+    notes = notes_at(_passes_path(os.environ["FLOWPREFILL_EVENT_LOG"], rank))
     role = scheduler.role
     finish = role.finish
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace, TracebackType
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 import zmq
@@ -399,7 +399,7 @@ def offer_models(scheduler: Any, rank: int) -> None:
         FollowingTTFT(known, 0.75, broadcast) if rank else LearningTTFT(known, 0.75, Offering(None, set()), broadcast)
     )
     hub.work.ttft = hub.learning = ttft
-    notes = open(_adoptions_path(os.environ["FLOWPREFILL_EVENT_LOG"], rank), "w", buffering=1)  # noqa: SIM115
+    notes = notes_at(_adoptions_path(os.environ["FLOWPREFILL_EVENT_LOG"], rank))
     adopt = ttft.adopt
 
     def noted_adopt() -> None:
@@ -415,6 +415,11 @@ def offer_models(scheduler: Any, rank: int) -> None:
     ttft.adopt = noted_adopt
 
 
+def notes_at(path: Path) -> TextIO:
+    """Where a rank writes lines, for as long as its process lives."""
+    return open(path, "w", buffering=1)
+
+
 def note_matches(scheduler: Any, rank: int) -> None:
     """Write a line for each prompt that is matched with the radix cache, with whether its request was about to start,
     and for each batch that is started. Requests that only wait are not matched again, and nothing starts beside a task
@@ -425,7 +430,7 @@ def note_matches(scheduler: Any, rank: int) -> None:
     hub_module.MATCHES = 0  # type: ignore[misc]
     hub, role = scheduler.hub, scheduler.role
     match, make_batch, choose = role.match, role.make_batch, hub.choose
-    notes = open(_matches_path(os.environ["FLOWPREFILL_EVENT_LOG"], rank), "w", buffering=1)  # noqa: SIM115
+    notes = notes_at(_matches_path(os.environ["FLOWPREFILL_EVENT_LOG"], rank))
     choosing = False
 
     def noted_choose() -> Any:
@@ -461,7 +466,7 @@ def note_finishes(scheduler: Any, path: Path) -> None:
     """
     role, device = scheduler.role, scheduler.hub.device
     finish, wait = role.finish, device.wait
-    notes = open(path, "w", buffering=1)  # noqa: SIM115 - lives as long as the process
+    notes = notes_at(path)
     waited_for = None
 
     def noted_wait(event: Any, interrupted: Any) -> bool:

@@ -209,7 +209,7 @@ def _importable(path: str) -> str:
 
 
 def parts_checked(root: Path = ROOT) -> set[str]:
-    """Names of the parts of the table that ``expect`` is called with, as strings or as a module's ``SEAM``."""
+    """Names of the parts of the table that ``expect`` or ``require`` is called with, as strings or as a module's ``SEAM``."""
     found: set[str] = set()
     for _, module in _modules(root):
         seams = {
@@ -220,7 +220,7 @@ def parts_checked(root: Path = ROOT) -> set[str]:
             and isinstance(node.value, ast.Constant)
         }
         for node in ast.walk(module):
-            if isinstance(node, ast.Call) and _last(node.func) == "expect":
+            if isinstance(node, ast.Call) and _last(node.func) in ("expect", "require"):
                 for argument in ast.walk(node):
                     if isinstance(argument, ast.Constant) and isinstance(argument.value, str):
                         found.add(argument.value)

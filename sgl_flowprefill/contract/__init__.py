@@ -1,6 +1,6 @@
 """What this project expects of SGLang, in one table, and whether an SGLang is so."""
 
-from sgl_flowprefill.contract.check import SeamError, expect, verdicts
+from sgl_flowprefill.contract.check import SeamError, expect, require, verdicts
 from sgl_flowprefill.contract.row import Part, Row, Verdict
 from sgl_flowprefill.contract.sources import Tree
 from sgl_flowprefill.contract.table import PARTS
@@ -16,6 +16,7 @@ __all__ = [
     "expect",
     "installed",
     "is_supported",
+    "require",
     "supported",
     "verdicts",
 ]

@@ -29,6 +29,14 @@ def expect(*names: str) -> None:
         raise SeamError(_refusal(*wrong[0], more=len(wrong) - 1))
 
 
+def require(*names: str) -> None:
+    """As ``expect``, for a server that cannot start otherwise. Raises SystemExit with one line."""
+    try:
+        expect(*names)
+    except SeamError as error:
+        raise SystemExit(f"sgl-flowprefill: {error}") from error
+
+
 def verdicts(tree: Tree, parts: Iterable[Part] = PARTS) -> Iterator[tuple[Part, Verdict]]:
     """Each row of ``parts`` with what ``tree`` has; a folder with another SGLang has nothing else that is checked."""
     for part in parts:

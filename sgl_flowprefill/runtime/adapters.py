@@ -15,7 +15,7 @@ from typing import Any, Final, Protocol
 
 from sglang.srt.lora.lora_drainer import LoRADrainer
 
-from sgl_flowprefill.contract import SeamError, expect
+from sgl_flowprefill.contract import require
 
 BATCH_STATE: Final = (
     "batch_info",
@@ -114,10 +114,7 @@ def adapters(scheduler: Any, computed: Callable[[], Iterable[Any]], drain_after_
     """
     if not scheduler.enable_lora:
         return NoAdapters()
-    try:
-        expect("adapters")
-    except SeamError as error:
-        raise SystemExit(f"sgl-flowprefill: {error}") from error
+    require("adapters")
     manager = scheduler.tp_worker.model_runner.lora_manager
     if manager.lora_backend.is_moe_lora:
         raise SystemExit(EXPERTS)

@@ -14,8 +14,6 @@ from typing import Any, Final
 from sglang.srt.runtime_context import get_flags
 from torch import nn
 
-from sgl_flowprefill.contract import SeamError, expect
-
 DRAFT_BACKEND: Final = "flowprefill_draft_backend"
 """Attribute of the target's attention backends: the draft's, which computes the same batches."""
 EAGLE3_LAYERS: Final = ("low", "middle", "high")
@@ -25,17 +23,9 @@ FLAGS: Final = ("runner_backend", "a2a_backend", "disable_fp4_allgather", "specu
 
 
 def draft_runner(scheduler: Any) -> Any | None:
-    """The draft's model runner, if SGLang's ``scheduler`` has one. Raises SystemExit with one line for an SGLang whose
-    drafts are not as expected.
-    """
+    """The draft's model runner, if SGLang's ``scheduler`` has one."""
     worker = scheduler.draft_worker
-    if worker is None:
-        return None
-    try:
-        expect("draft_model")
-    except SeamError as error:
-        raise SystemExit(f"sgl-flowprefill: {error}") from error
-    return worker.draft_worker.draft_runner
+    return None if worker is None else worker.draft_worker.draft_runner
 
 
 def whole_model(scheduler: Any) -> nn.Module:

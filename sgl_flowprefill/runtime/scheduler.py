@@ -7,7 +7,7 @@ from typing import Any, Final
 import torch
 
 from sgl_flowprefill.config import FlowPrefillConfig
-from sgl_flowprefill.contract import expect
+from sgl_flowprefill.contract import require
 from sgl_flowprefill.hub.loop import Hub
 from sgl_flowprefill.patches import wakeups
 from sgl_flowprefill.runtime.data_parallel import DataParallelRole
@@ -28,8 +28,10 @@ class FlowPrefillScheduler(HubScheduler):
     def build_hub(self, config: FlowPrefillConfig) -> Hub[PrefillRole]:
         wakeups.expect_applied()
         role: type[PrefillRole] = PrefillRole
+        if self.draft_worker is not None:
+            require("draft_model")
         if self.attn_dp_enabled:
-            expect("data_parallel")
+            require("data_parallel")
             role = DataParallelRole
         hub = build(self, config, role.make)
         wakeups.subscribe(hub.role.note_transfer_status)

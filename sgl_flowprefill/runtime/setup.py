@@ -98,7 +98,8 @@ def build(
     else:
         news = lambda: events.pending() or tasks.result_arrived()  # noqa: E731
     agreement = _meet_ranks(scheduler, config, wakeup, device, news)
-    if isinstance(agreement, Agreement):
+    if is_joint:
+        assert isinstance(agreement, Agreement)
         called = agreement.exchange(events.address if isinstance(events, CalledEvents) else None)
         if isinstance(events, CallingEvents):
             events.ranks = [address for address in called if address is not None]

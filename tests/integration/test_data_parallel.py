@@ -41,13 +41,6 @@ def reference(model_path: Path) -> Reference:
     return Reference(model_path)
 
 
-@pytest.fixture
-def comparison(reference: Reference) -> Iterator[Comparison]:
-    comparison = Comparison(reference)
-    yield comparison
-    print(f"\n{comparison}")
-
-
 def prepare(scheduler: Any, rank: int) -> None:
     note_rests(scheduler, rank)
     note_passes(scheduler, rank)

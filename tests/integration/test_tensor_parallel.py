@@ -29,11 +29,9 @@ def model_path() -> str:
     return str(embedded_model_path(TWO_HEADS))
 
 
-@pytest.fixture
-def comparison(two_heads: Reference) -> Iterator[Comparison]:
-    comparison = Comparison(two_heads)
-    yield comparison
-    print(f"\n{comparison}")
+@pytest.fixture(scope="session")
+def reference(two_heads: Reference) -> Reference:
+    return two_heads
 
 
 def prepare(scheduler: Any, rank: int) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -23,11 +22,9 @@ ASKED = {
 }
 
 
-@pytest.fixture
-def comparison(two_heads: Reference) -> Iterator[Comparison]:
-    comparison = Comparison(two_heads)
-    yield comparison
-    print(f"\n{comparison}")
+@pytest.fixture(scope="session")
+def reference(two_heads: Reference) -> Reference:
+    return two_heads
 
 
 @pytest.mark.parametrize(

@@ -29,8 +29,8 @@ ASKED = {
 """Long prompts with loose objectives first, then tighter ones, each with its objective."""
 
 
-async def ask_all(url: str) -> dict[str, tuple[list[int], list[float]]]:
-    """Output tokens and their log probabilities of each of ASKED, sent 60 ms apart."""
+async def ask_all(url: str) -> dict[str, dict[str, Any]]:
+    """What ``meta_info`` says of the answer to each of ASKED, sent 60 ms apart."""
 
     async def one(session: aiohttp.ClientSession, delay_s: float, tokens: list[int], slo_s: float) -> Any:
         await asyncio.sleep(delay_s)
@@ -38,8 +38,7 @@ async def ask_all(url: str) -> dict[str, tuple[list[int], list[float]]]:
         body = {"input_ids": tokens, "sampling_params": sampling, "return_logprob": True}
         async with session.post(url + "/generate", json=body) as response:
             assert response.status == 200, await response.text()
-            entries = (await response.json())["meta_info"]["output_token_logprobs"]
-        return [entry[1] for entry in entries], [entry[0] for entry in entries]
+            return (await response.json())["meta_info"]
 
     async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(300)) as session:
         jobs = [one(session, 0.06 * i, tokens, slo_s) for i, (tokens, slo_s) in enumerate(ASKED.values())]
@@ -63,8 +62,8 @@ def test_answers_are_those_of_transformers_and_the_log_has_the_requests_of_both_
         time.sleep(6.0)  # the log reaches the file when the scheduler turns idle, and tells of transfers a second later
         cluster.check()
     comparison = Comparison(Reference(model_path))
-    for name, (tokens, logprobs) in answers.items():
-        comparison.answer(name, ASKED[name][0], tokens, logprobs)
+    for name, meta_info in answers.items():
+        comparison.generated(name, ASKED[name][0], meta_info)
     comparison.assert_same()
     assert comparison.counts["log probabilities"] == TOKENS * len(ASKED)
 

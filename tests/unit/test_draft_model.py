@@ -13,12 +13,12 @@ import torch
 from sglang.srt.runtime_context import get_flags
 from torch import nn
 
-from sgl_flowprefill.compat import incompatible_option
 from sgl_flowprefill.runtime.checkpoints import find_decoder_layers
 from sgl_flowprefill.runtime.draft_model import draft_backend_of, kept_hidden_states, whole_model
 from sgl_flowprefill.runtime.forward_state import ForwardState
 from sgl_flowprefill.runtime.memory import Activations
 from sgl_flowprefill.runtime.slots import AttentionSlots
+from tests.unit.test_compat import problem
 
 
 class RadixAttention(nn.Module):
@@ -141,23 +141,9 @@ def test_hidden_states_that_are_kept_for_the_draft_are_counted() -> None:
     assert drafted.running_bytes(10) - alone.running_bytes(10) == 2 * 10 * 2 * 4 * 2
 
 
-def refusal(**options: Any) -> str | None:
-    works = {
-        "disaggregation_mode": "prefill",
-        "disaggregation_transfer_backend": "nixl",
-        "disable_overlap_schedule": True,
-        "cuda_graph_backend_prefill": "disabled",
-        "chunked_prefill_size": -1,
-        "schedule_policy": "fcfs",
-        "device": None,
-        "tp_size": 1,
-    }
-    return incompatible_option(SimpleNamespace(**(works | options)), {})
-
-
 @pytest.mark.parametrize("algorithm", ["EAGLE", "EAGLE3", "NEXTN", "eagle3"])
 def test_a_prefill_server_with_a_draft_starts(algorithm: str) -> None:
-    assert refusal(speculative_algorithm=algorithm, speculative_draft_model_path="draft") is None
+    assert problem(speculative_algorithm=algorithm, speculative_draft_model_path="draft") is None
 
 
 @pytest.mark.parametrize(
@@ -172,6 +158,6 @@ def test_a_prefill_server_with_a_draft_starts(algorithm: str) -> None:
     ],
 )
 def test_what_has_not_been_compared_with_a_draft_is_refused(options: dict[str, Any], given: str) -> None:
-    text = refusal(**options)
+    text = problem(**options)
     assert text is not None
     assert text.startswith(f"{given} cannot work with FlowPrefill: ")
