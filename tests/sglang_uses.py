@@ -209,7 +209,7 @@ def _importable(path: str) -> str:
 
 
 def parts_checked(root: Path = ROOT) -> set[str]:
-    """Names of the parts of the table that ``expect`` and ``require`` are called with, strings or a module's ``SEAM``."""
+    """Names of the parts that ``expect`` and ``require`` are called with, as strings or as a module's ``SEAM``."""
     found: set[str] = set()
     for _, module in _modules(root):
         seams = {
