@@ -26,7 +26,14 @@ settings.register_profile("busy machine", deadline=None, suppress_health_check=[
 settings.load_profile("busy machine")
 
 FOLDERS = ("servers", "integration", "unit", "stress")
-CLUSTERS = ("stock_unified_server", "unified_server", "flowprefill_cluster", "stock_cluster", "no_cluster")
+CLUSTERS = (
+    "stock_unified_server",
+    "fresh_unified_server",
+    "unified_server",
+    "flowprefill_cluster",
+    "stock_cluster",
+    "no_cluster",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -7,7 +7,6 @@ their event loops. Requests carry SGLang's fake bootstrap host, so no KV is sent
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import signal
 import time
@@ -23,6 +22,7 @@ import zmq
 from sgl_flowprefill.cluster.preflight import free_port
 from sgl_flowprefill.events import read_events
 from sgl_flowprefill.hub.task import STEP
+from tests import warm
 from tests.engine import generate_request
 from tests.kv import watch_kv
 from tests.late_device import LateDevice
@@ -102,10 +102,9 @@ class Ranks:
         self._bind(zmq.PULL, ports.tokenizer_ipc_name)
         self._bind(zmq.DEALER, ports.rpc_ipc_name)
         rank_ports = self.bind_inputs(node_args[0], ports, tp)
-        spawn = multiprocessing.get_context("spawn")
         self.processes, pipes = [], []
         for rank in range(tp):
-            receiver, sender = spawn.Pipe(duplex=False)
+            receiver, sender = warm.CONTEXT.Pipe(duplex=False)
             args = node_args[rank * nodes // tp]
             late = self._late[rank] if self._late else None
             work = (
@@ -119,7 +118,7 @@ class Ranks:
                 late,
                 self._prepare,
             )
-            self.processes.append(spawn.Process(target=self.run_rank, args=work, daemon=True))
+            self.processes.append(warm.CONTEXT.Process(target=warm.warm(self.run_rank), args=work, daemon=True))
             self.processes[-1].start()
             sender.close()
             pipes.append(receiver)

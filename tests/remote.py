@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from typing import Any, TypeVar
 
+from tests import warm
 from tests.engine import Engine
 
 _engine: Any = None
@@ -19,7 +19,7 @@ class Remote:
 
     def __init__(self, make: Callable[..., Engine], *arguments: Any, **options: Any) -> None:
         self._pool = ProcessPoolExecutor(
-            1, mp_context=get_context("spawn"), initializer=_make, initargs=(make, arguments, options)
+            1, mp_context=warm.CONTEXT, initializer=warm.warm(_make), initargs=(make, arguments, options)
         )
 
     def call(self, function: Callable[..., Outcome], *arguments: Any) -> Outcome:

@@ -29,32 +29,47 @@ from tests.unified_engine import StockEngine, UnifiedEngine, flush_log, log_to, 
 from tests.unified_rounds import Rounds, play_and_flush
 
 ASKS = asks(60, seed=3)
+CONTEXT_TOKENS = 16_384
+"""SGLang's checks of the KV pool look at a whole row of each request, in every turn."""
+AMPLE_TOKENS = 20_000
 SMALL_POOL_TOKENS = 4000
 SMALL_ASKS = asks(40, seed=4, longest_tokens=1500, longest_answer_tokens=60, always_ignore_eos=True)
 
 
 @pytest.fixture(scope="module")
 def stock() -> Iterator[Stock]:
-    remote = Remote(StockEngine, str(embedded_model_path()))
+    remote = Remote(StockEngine, str(embedded_model_path()), context_length=CONTEXT_TOKENS)
     yield Stock(remote)
     remote.close()
 
 
+def started(max_total_tokens: int, environment: Mapping[str, str] | None = None) -> closing[Remote]:
+    return closing(
+        Remote(
+            UnifiedEngine,
+            str(embedded_model_path()),
+            environment,
+            max_total_tokens=max_total_tokens,
+            context_length=CONTEXT_TOKENS,
+        )
+    )
+
+
 @pytest.fixture(scope="module")
 def unified_engine() -> Iterator[Remote]:
-    with closing(Remote(UnifiedEngine, str(embedded_model_path()))) as remote:
+    with started(AMPLE_TOKENS) as remote:
         yield remote
 
 
 @pytest.fixture(scope="module")
 def small_engine() -> Iterator[Remote]:
-    with closing(Remote(UnifiedEngine, str(embedded_model_path()), max_total_tokens=SMALL_POOL_TOKENS)) as remote:
+    with started(SMALL_POOL_TOKENS) as remote:
         yield remote
 
 
 @pytest.fixture(scope="module")
 def tight_engine() -> Iterator[Remote]:
-    with closing(Remote(UnifiedEngine, str(embedded_model_path()), max_total_tokens=scenarios.TIGHT_TOKENS)) as remote:
+    with started(scenarios.TIGHT_TOKENS) as remote:
         yield remote
 
 
@@ -290,10 +305,7 @@ def test_rounds_with_barely_enough_kv_cache_give_prefills_back_and_change_no_ans
 
 @pytest.mark.stress
 def test_streams_that_are_retracted_all_the_time_get_the_same_answers(comparison: StockComparison) -> None:
-    remote = Remote(
-        UnifiedEngine, str(embedded_model_path()), {"SGLANG_TEST_RETRACT": "1"}, max_total_tokens=2 * SMALL_POOL_TOKENS
-    )
-    with closing(remote):
+    with started(2 * SMALL_POOL_TOKENS, {"SGLANG_TEST_RETRACT": "1"}) as remote:
         rounds = Rounds(remote, comparison, without_penalties(SMALL_ASKS))
         rounds.run(4, first=200)
     print(rounds)

@@ -16,6 +16,7 @@ from sgl_flowprefill.cluster import Cluster, ClusterConfig
 from sgl_flowprefill.config import FlowPrefillConfig
 from sgl_flowprefill.events import read_events
 from tests import faults
+from tests.otlp import Collector, collecting
 from tests.wall_clock import WallClock
 
 
@@ -45,17 +46,24 @@ smg_priorities: {bulk: batch}
 class OneCluster:
     """Holds the cluster that runs; asking for another kind ends it first, since both want the same cores."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, collector: Collector) -> None:
         self._directory = directory
+        self._collector = collector
         self._stack = ExitStack()
         self._kind: str | None = None
+        self.since_s = 0.0
+        """When the one that runs began to be started."""
 
-    def get(self, *, flowprefill: bool, unified: bool = False) -> Cluster:
+    def get(self, *, flowprefill: bool, unified: bool = False, fresh: bool = False) -> Cluster:
+        """A cluster of that kind; if it shall be ``fresh``, no test has had it before."""
         kind = ("flowprefill" if flowprefill else "stock") + ("-unified" if unified else "")
-        if self._kind != kind:
+        if self._kind != kind or fresh:
             self.close()
+            self.since_s = time.monotonic()
             unchunked = () if flowprefill else ("--chunked-prefill-size", "-1")  # as stock comes, FlowPrefill sets it
             args = (*unchunked, "--enable-metrics")
+            if flowprefill and unified:
+                args += ("--enable-trace", "--otlp-traces-endpoint", self._collector.endpoint)
             event_log = self._directory / ("events-unified.jsonl" if unified else "events.jsonl")
             policy = self._directory / "slo-policy.yaml"
             policy.write_text(SLO_POLICY)
@@ -91,8 +99,17 @@ def wall_clock(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WallClock]:
 
 
 @pytest.fixture(scope="session")
-def one_cluster(tmp_path_factory: pytest.TempPathFactory, wall_clock: WallClock) -> Iterator[OneCluster]:
-    cluster = OneCluster(tmp_path_factory.mktemp("cluster"))
+def collector() -> Iterator[Collector]:
+    """Has the request traces of the unified server with FlowPrefill."""
+    with collecting() as collector:
+        yield collector
+
+
+@pytest.fixture(scope="session")
+def one_cluster(
+    tmp_path_factory: pytest.TempPathFactory, wall_clock: WallClock, collector: Collector
+) -> Iterator[OneCluster]:
+    cluster = OneCluster(tmp_path_factory.mktemp("cluster"), collector)
     yield cluster
     cluster.close()
 
@@ -113,6 +130,12 @@ def stock_cluster(one_cluster: OneCluster) -> Cluster:
 def unified_server(one_cluster: OneCluster) -> Cluster:
     """One server that prefills and decodes, with FlowPrefill; its event log is as above."""
     return one_cluster.get(flowprefill=True, unified=True)
+
+
+@pytest.fixture
+def fresh_unified_server(one_cluster: OneCluster) -> Cluster:
+    """As ``unified_server``, which nobody has asked for anything yet but SGLang itself, when it starts."""
+    return one_cluster.get(flowprefill=True, unified=True, fresh=True)
 
 
 @pytest.fixture

@@ -107,6 +107,7 @@ class TestFlowPrefill(Answers):
         return flowprefill_cluster
 
 
+@pytest.mark.stress
 class TestSGLangsOwnScheduler(Answers):
     @pytest.fixture
     def cluster(self, stock_cluster):
@@ -322,7 +323,7 @@ def test_a_server_that_cannot_start_shows_why(launch, tmp_path):
     model = tmp_path / "model"
     model.mkdir()
     (model / "config.json").write_text('{"architectures": ["NoSuchModel"], "model_type": "llama"}')
-    launcher = launch("--model-path", str(model))
+    launcher = launch("--unified", "--model-path", str(model))
     assert launcher.process.wait(START_TIMEOUT_S) == 1
     assert "server has ended" in launcher.text()
 

@@ -72,10 +72,8 @@ class Run(NamedTuple):
 
 
 @pytest.fixture
-def run(no_cluster: None, one_cluster: OneCluster) -> Run:
-    """A unified server that nobody has asked for anything yet but SGLang itself, when it starts."""
-    since_s = time.monotonic()
-    return Run(one_cluster.get(flowprefill=True, unified=True), since_s)
+def run(fresh_unified_server: Cluster, one_cluster: OneCluster) -> Run:
+    return Run(fresh_unified_server, one_cluster.since_s)
 
 
 def ask(url: str, rid: str, tokens: int, slo_s: float, slo_class: str = "default", **sampling: Any) -> Any:

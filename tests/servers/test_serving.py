@@ -406,6 +406,7 @@ class TestFlowPrefillWhileTheWallClockIsSet:
         assert requests.get(url, timeout=30).status_code == 200
 
 
+@pytest.mark.stress
 class TestAgainstSGLangsOwnScheduler:
     def test_the_same_tokens_and_log_probabilities(self, replayed: Replayed, stock_cluster: Cluster) -> None:
         stock = asyncio.run(replay_mix(stock_cluster))

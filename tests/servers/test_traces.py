@@ -4,23 +4,18 @@ from __future__ import annotations
 
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from itertools import pairwise
-from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import pytest
 import requests
 
-pytest.importorskip("opentelemetry.sdk", reason="pip install 'sglang[tracing]'")
-
-from sgl_flowprefill.cluster import Cluster, ClusterConfig
+from sgl_flowprefill.cluster import Cluster
 from sgl_flowprefill.cluster.top_command import documents
-from sgl_flowprefill.config import FlowPrefillConfig
 from sgl_flowprefill.live.state import State
-from tests.otlp import Collector, Span, collecting
+from tests.otlp import Collector, Span
 from tests.prompts import prompt
 
 LONG_TOKENS: Final = 9000
@@ -51,19 +46,6 @@ def ask(url: str, rid: str, tokens: int, slo_s: float, output_tokens: int = 2) -
     headers = {"traceparent": f"00-{trace}-00000000000000aa-01"}
     answer = requests.post(f"{url}/generate", json=body, headers=headers, timeout=TIMEOUT_S).json()
     return Asked(trace, answer["meta_info"]["flowprefill"])
-
-
-@pytest.fixture
-def traced(no_cluster: None, tmp_path: Path) -> Iterator[tuple[Cluster, Collector]]:
-    """A unified server that writes traces, and what collects them."""
-    with ExitStack() as stack:
-        collector = stack.enter_context(collecting())
-        args = ("--enable-trace", "--otlp-traces-endpoint", collector.endpoint)
-        options = FlowPrefillConfig(exploration_share=0)
-        config = ClusterConfig(
-            flowprefill=True, prefill=0, decode=0, unified=1, server_args=args, log_dir=tmp_path, options=options
-        )
-        yield stack.enter_context(Cluster(config, on_progress=print)), collector
 
 
 def wait_until(url: str, what: Callable[[State], bool]) -> None:
@@ -100,10 +82,9 @@ def collected(collector: Collector, traces: set[str]) -> dict[str, list[Span]]:
 
 
 def test_a_request_trace_says_where_its_prefill_was_suspended_and_what_became_of_it(
-    traced: tuple[Cluster, Collector],
+    unified_server: Cluster, collector: Collector
 ) -> None:
-    server, collector = traced
-    asked = asked_together(server.url)
+    asked = asked_together(unified_server.url)
     spans = collected(collector, {one.trace for one in asked.values()})
     by_name = {rid: {span.name: span for span in spans[one.trace]} for rid, one in asked.items()}
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import multiprocessing
 import os
 import random
 import signal
@@ -19,11 +18,9 @@ import torch.distributed as dist
 
 from sgl_flowprefill.runtime.agreement import Agreement, AgreementError, Follower, Leader, SharedWord, new_shared_page
 from sgl_flowprefill.runtime.wakeup import Wakeup
+from tests import warm
 
 ROUNDS = 300
-FORKS = multiprocessing.get_context("forkserver")
-"""Processes without any of the tests' own state, as spawned ones are, but torch is imported once for all of them."""
-FORKS.set_forkserver_preload([__name__])
 
 
 class Processes:
@@ -33,9 +30,9 @@ class Processes:
         self.pipes: list[Connection] = []
         self.processes = []
         for rank in range(count):
-            ours, theirs = FORKS.Pipe()
+            ours, theirs = warm.CONTEXT.Pipe()
             work = (rank, count, str(directory / "rendezvous"), theirs, body, arguments)
-            self.processes.append(FORKS.Process(target=_in_group, args=work, daemon=True))
+            self.processes.append(warm.CONTEXT.Process(target=warm.warm(_in_group), args=work, daemon=True))
             self.processes[-1].start()
             self.pipes.append(ours)
 

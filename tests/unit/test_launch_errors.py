@@ -321,8 +321,8 @@ def test_a_server_finds_the_key_in_its_arguments_and_masks_it_in_its_log(tmp_pat
 
 
 def test_the_ports_of_servers_are_free_where_they_listen(refusal):
-    with socket.create_server(("127.0.0.2", 0)) as server:
-        port = server.getsockname()[1]
+    port = cli.preflight.free_port("127.0.0.1")
+    with socket.create_server(("127.0.0.2", port)):
         cli.preflight.prepare(cli.parse(["--host", "127.0.0.2", "--ports", f"0,{port}"]))
         assert f"port {port} (gateway)" in refusal("--host", "127.0.0.2", "--ports", str(port))
 
