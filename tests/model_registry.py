@@ -46,7 +46,7 @@ REFUSED = {
     r"NextN$|MTP$|Eagle3?$|^Eagle3|DSpark|^DFlash|DraftModel$|Assistant": "draft model: `--speculative-algorithm`",
     r"^LLaDA2|^SDAR|^DiffusionGemma": "diffusion: `--dllm-algorithm`",
 }
-"""Name of the class: the option that serves it, which ``compat`` refuses."""
+"""Name of the class: the option that serves it, in which it is no model by itself, or which ``compat`` refuses."""
 
 
 @dataclass(frozen=True)
