@@ -138,7 +138,7 @@ class FlowPrefillConfig(BaseModel):
     profile: str | None = Field(
         default=None,
         description="profile of `launch.py profile` to predict TTFT with; without it, the one in the cache, which the "
-        "first start measures in at most 20 s",
+        "first start measures in at most 20 s (5 s on a GPU)",
     )
     learning: bool = Field(
         default=True,
