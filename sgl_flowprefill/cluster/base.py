@@ -10,6 +10,8 @@ from typing import Final
 from sgl_flowprefill.config import FlowPrefillConfig
 
 GATEWAY_PORT: Final = 30000
+LIVE_PORT: Final = 30001
+"""Where a launcher shows what its servers do, if nobody else is there."""
 MAX_PORT: Final = 65535
 LOOPBACK: Final = "127.0.0.1"
 KEY_VARIABLE: Final = "FLOWPREFILL_API_KEY"
@@ -89,8 +91,8 @@ class ClusterConfig:
     """What servers and gateway ask of their clients as a bearer token."""
     api_key_in_shell: str = "$" + KEY_VARIABLE
     """How a shell is told the key, without showing it."""
-    live_port: int = 0
-    """Where the launcher shows what a cluster's servers do; 0 is any free port."""
+    live_port: int | None = None
+    """Where the launcher shows what a cluster's servers do; 0 is any free port, None LIVE_PORT or any free one."""
     log_dir: Path = Path("out/logs")
     options: FlowPrefillConfig = field(default_factory=FlowPrefillConfig)
     startup_timeout_s: float = 1800.0

@@ -21,6 +21,7 @@ from sgl_flowprefill.cluster import preflight
 from sgl_flowprefill.cluster.base import (
     GATEWAY_PORT,
     KEY_VARIABLE,
+    LIVE_PORT,
     LOOPBACK,
     MAX_PORT,
     UNIFIED_PORTS,
@@ -252,11 +253,11 @@ def _ports(arguments: argparse.Namespace) -> Ports:
     return Ports(**{arguments.role: ports.gateway})
 
 
-def _live_port(arguments: argparse.Namespace, part: Part) -> int:
+def _live_port(arguments: argparse.Namespace, part: Part) -> int | None:
     """Raises StartError."""
     text = arguments.live_port
     if text is None:
-        return 0
+        return None
     if not text.isdigit() or int(text) > MAX_PORT:
         raise StartError(f"--live-port {text}: expected a port number, at most {MAX_PORT} (0: any free one)")
     if not (part.prefill or part.unified) or (part.unified == 1 and part.join is None):
@@ -354,7 +355,8 @@ def _parser() -> argparse.ArgumentParser:
                         "--role and --unified, one port; with --unified N, GATEWAY,UNIFIED")  # fmt: skip
     parser.add_argument("--port", metavar="PORT", help="with --unified, where clients send their requests")
     parser.add_argument("--live-port", metavar="PORT", help="where the launcher shows what a cluster's servers do now "
-                        "(default: any free port, which it prints)")  # fmt: skip
+                        "(default: "
+                        f"{LIVE_PORT}, or if that is taken any free port; it prints which)")  # fmt: skip
     parser.add_argument("--api-key-file", metavar="FILE", type=Path, help="file with the key that servers and gateway "
                         "ask of their clients as a bearer token; the same on each machine of a cluster (default: the "
                         f"environment variable {KEY_VARIABLE}, or no key)")  # fmt: skip

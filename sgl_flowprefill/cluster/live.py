@@ -15,8 +15,9 @@ import aiohttp
 import uvicorn
 from starlette.applications import Starlette
 
-from sgl_flowprefill.cluster.base import StartError
+from sgl_flowprefill.cluster.base import LIVE_PORT, StartError
 from sgl_flowprefill.cluster.gateway import bearer
+from sgl_flowprefill.cluster.preflight import is_free
 from sgl_flowprefill.live import EVENTS, PAGE, STATE
 from sgl_flowprefill.live.board import BIN_S, WINDOW_S
 from sgl_flowprefill.live.feed import EVERY_S, Feed
@@ -92,8 +93,12 @@ async def documents(content: aiohttp.StreamReader) -> AsyncIterator[Document]:
 
 
 @contextmanager
-def page(urls: Mapping[str, str], host: str, port: int, api_key: str | None) -> Iterator[str]:
-    """A context in which the servers at ``urls`` can be watched at the yielded URL. Raises StartError."""
+def page(urls: Mapping[str, str], host: str, port: int | None, api_key: str | None) -> Iterator[str]:
+    """A context in which the servers at ``urls`` can be watched at the yielded URL: at ``port``, or without one at
+    LIVE_PORT if it is free. Raises StartError.
+    """
+    if port is None:
+        port = LIVE_PORT if is_free(host, LIVE_PORT) else 0
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -13,9 +13,10 @@ import requests
 from rich.console import Console
 from rich.live import Live
 
-from sgl_flowprefill.cluster.base import GATEWAY_PORT, KEY_VARIABLE, LOOPBACK, StartError
+from sgl_flowprefill.cluster.base import GATEWAY_PORT, KEY_VARIABLE, LIVE_PORT, LOOPBACK, StartError
 from sgl_flowprefill.cluster.gateway import bearer
 from sgl_flowprefill.cluster.parsing import Parser, text_of_key_file
+from sgl_flowprefill.cluster.preflight import is_free
 from sgl_flowprefill.live import PAGE, STATE
 from sgl_flowprefill.live.state import Document, decode_document
 from sgl_flowprefill.live.terminal import screen
@@ -33,7 +34,7 @@ UNAUTHORIZED: Final = 401
 def main(argv: Sequence[str]) -> int:
     """Show what is told until it is interrupted or the server ends; returns the exit code."""
     arguments = _parser().parse_args(argv)
-    url = arguments.url.removesuffix("/").removesuffix(PAGE)
+    url = (arguments.url or _default_url()).removesuffix("/").removesuffix(PAGE)
     console = Console()
     if not console.is_terminal and "COLUMNS" not in os.environ:
         console.width = WIDE
@@ -77,6 +78,12 @@ def documents(url: str, api_key: str | None) -> Iterator[Document]:
             yield decode_document(line.removeprefix(b"data: "))
 
 
+def _default_url() -> str:
+    """A launcher's page is at LIVE_PORT, the default port of its gateway has none."""
+    port = GATEWAY_PORT if is_free(LOOPBACK, LIVE_PORT) else LIVE_PORT
+    return f"http://{LOOPBACK}:{port}"
+
+
 def _key(file: Path | None) -> str | None:
     """Raises StartError."""
     if file is None:
@@ -91,8 +98,9 @@ def _parser() -> argparse.ArgumentParser:
         "the objectives of the last minutes, and the last misses with their causes.",
         allow_abbrev=False,
     )
-    parser.add_argument("--url", default=f"http://{LOOPBACK}:{GATEWAY_PORT}", metavar="URL", help="of a server that "
-                        "prefills, or of a cluster's launcher, which prints it (default %(default)s)")  # fmt: skip
+    parser.add_argument("--url", metavar="URL", help="of a server that prefills, or of a cluster's launcher, which "
+                        f"prints it (default: what this machine has at port {LIVE_PORT}, a launcher's, or "
+                        f"{GATEWAY_PORT}, a unified server's)")  # fmt: skip
     parser.add_argument("--once", action="store_true", help="print the present state and end, as without a terminal")
     parser.add_argument("--api-key-file", metavar="FILE", type=Path, help="file with the server's API key (default: "
                         f"the environment variable {KEY_VARIABLE}, or none)")  # fmt: skip

@@ -108,6 +108,22 @@ def test_a_port_that_is_taken_is_named() -> None:
             pass
 
 
+def test_a_launchers_page_is_where_top_looks_for_it_if_nobody_else_is_there(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    port, gateway_port = free_port(), free_port()
+    for module in ("live", "top_command"):
+        monkeypatch.setattr(f"sgl_flowprefill.cluster.{module}.LIVE_PORT", port)
+    monkeypatch.setattr("sgl_flowprefill.cluster.top_command.GATEWAY_PORT", gateway_port)
+    with page({}, "127.0.0.1", None, None) as first, page({}, "127.0.0.1", None, None) as second:
+        assert first == f"http://127.0.0.1:{port}{PAGE}"
+        assert second != first
+        assert main(["top", "--once"]) == 0
+    assert capsys.readouterr().err == ""
+    assert main(["top", "--once"]) == EXIT_CANNOT_START
+    assert f"http://127.0.0.1:{gateway_port}: nothing answers there" in capsys.readouterr().err
+
+
 def test_only_a_launcher_with_servers_behind_a_gateway_has_a_page_of_its_own() -> None:
     assert parse(["--flowprefill"]).has_live_page
     assert parse(["--flowprefill", "--unified", "2", "--live-port", "7000"]).live_port == 7000
