@@ -83,6 +83,21 @@ def test_openai_completions(cluster: Cluster, openai: OpenAI, comparison: Compar
     assert objectives_since(cluster, start_s) == [TTFT_SLO_S] * 2
 
 
+def test_openai_answers_say_what_became_of_their_requests(cluster: Cluster, openai: OpenAI) -> None:
+    asked: Any = {"model": MODEL, "max_tokens": TOKENS, "temperature": 0, "extra_body": SLO}
+    chat, completion = asked | {"messages": MESSAGES}, asked | {"prompt": PROMPT}
+    answers = [
+        openai.chat.completions.create(**chat),
+        openai.completions.create(**completion),
+        *openai.chat.completions.create(**chat, stream=True),
+        *openai.completions.create(**completion, stream=True),
+    ]
+    told = [answer.model_dump().get("metadata") or {} for answer in answers]
+    reports = [metadata["flowprefill"] for metadata in told if "flowprefill" in metadata]
+    assert [report["ttft_slo_s"] for report in reports] == [TTFT_SLO_S] * 4
+    assert all(report["met"] is not None for report in reports)
+
+
 def test_openai_responses(cluster: Cluster, openai: OpenAI, comparison: Comparison) -> None:
     """The gateway's own idea of this endpoint has no place for an objective."""
     start_s = time.monotonic()
