@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from typing import Any, TypeVar
 
 from tests import warm
@@ -17,10 +18,10 @@ Outcome = TypeVar("Outcome")
 class Remote:
     """An engine in a process of its own, in which functions of it are called."""
 
-    def __init__(self, make: Callable[..., Engine], *arguments: Any, **options: Any) -> None:
-        self._pool = ProcessPoolExecutor(
-            1, mp_context=warm.CONTEXT, initializer=warm.warm(_make), initargs=(make, arguments, options)
-        )
+    def __init__(self, make: Callable[..., Engine], *arguments: Any, is_warm: bool = True, **options: Any) -> None:
+        """``is_warm``: SGLang may have been imported before ``make`` sets an environment."""
+        context, first = (warm.CONTEXT, warm.warm(_make)) if is_warm else (get_context("spawn"), _make)
+        self._pool = ProcessPoolExecutor(1, mp_context=context, initializer=first, initargs=(make, arguments, options))
 
     def call(self, function: Callable[..., Outcome], *arguments: Any) -> Outcome:
         """What ``function(engine, *arguments)`` returns or raises there."""

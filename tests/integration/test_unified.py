@@ -49,6 +49,7 @@ def started(max_total_tokens: int, environment: Mapping[str, str] | None = None)
             UnifiedEngine,
             str(embedded_model_path()),
             environment,
+            is_warm=environment is None,
             max_total_tokens=max_total_tokens,
             context_length=CONTEXT_TOKENS,
         )
