@@ -204,6 +204,7 @@ def step_beside_a_load(engine: LateUnified) -> tuple[dict[str, Answer], int]:
     were under way.
     """
     engine.assert_clean()
+    engine.forget()
     engine.submit("first", Ask(tuple(prompt(71, 600)), 1))
     engine.run()
     for i in range(8):
@@ -240,6 +241,7 @@ def step_of_a_stream_that_was_loaded(engine: LateUnified) -> tuple[dict[str, Ans
     under way before it, and behind it.
     """
     engine.assert_clean()
+    engine.forget()
     for rid in ("first", "other"):
         engine.submit(rid, Ask(tuple(PREFIX_OF[rid]), 1))
         engine.run()
