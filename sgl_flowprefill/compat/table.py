@@ -263,8 +263,8 @@ PARALLEL: Final = Group(
         leave("pp_max_micro_batch_size pp_async_batch_depth", "go with --pp-size, which is refused above 1"),
         leave(
             "enable_dp_attention attn_dp_size",
-            "a prefill is a forward pass of all ranks, which are suspended together, behind a layer, and a decode step is "
-            "a pass of all ranks. "
+            "a prefill is a forward pass of all ranks, which are suspended together, behind a layer, and a decode step "
+            "is one of all, too. "
             f"**Refused** with fewer than `--tp-size` ranks of attention ({SHARED_ATTENTION}), with `--nnodes` above 1 "
             f"({ONE_MACHINE}), with `--enable-hierarchical-cache` ({OWN_PREFIXES}), and with `--speculative-algorithm` "
             f"({DRAFTS_BESIDE})",
