@@ -214,8 +214,7 @@ class JointRole(SchedulerRole):
         if own and not begins:
             batch = super().make_batch(own)
         admitted = [] if batch is None else list(zip(map(reqs.index, batch.reqs), super().shapes(batch), strict=True))
-        # Where this rank has no batch, SGLang makes it an idle one.
-        batch = self.scheduler.dp_attn_adapter.maybe_prepare_mlp_sync_batch(batch)
+        batch = self.as_part(batch)
         of_ranks = [part or [] for part in self.agreement.exchange(admitted or None)]
         started = [reqs[place] for place, _ in sorted(chain.from_iterable(of_ranks))]
         for req in started:
@@ -224,6 +223,10 @@ class JointRole(SchedulerRole):
         shapes = [[shape for _, shape in part] for part in of_ranks]
         setattr(batch, PARTS, Parts(started, max(shapes, key=_most), [sum(map(sum, part)) for part in shapes]))
         return batch
+
+    def as_part(self, batch: Any | None) -> Any:
+        """Where this rank has no ``batch``, SGLang makes it an idle one."""
+        return self.scheduler.dp_attn_adapter.maybe_prepare_mlp_sync_batch(batch)
 
     def requests(self, batch: Any) -> Sequence[Any]:
         return parts(batch).reqs

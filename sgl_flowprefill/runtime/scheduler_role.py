@@ -142,6 +142,10 @@ class SchedulerRole(ABC):
         """Those of ``reqs`` whose adapters find a slot (``Work.fitting``)."""
         return self.adapters.fitting(reqs, self.computed())
 
+    def as_part(self, batch: Any) -> Any:
+        """``batch``, which is to be computed, as this rank's part of what all ranks compute together, if they do."""
+        return batch
+
     def held_tokens(self, task: PrefillTask) -> int:
         """KV cache that ``task`` would give back where the next step lacks some (``Work.held_tokens``)."""
         return all_tokens(task)
