@@ -5,7 +5,8 @@ Targets: ``memcpy`` of ``layers/dp_attention.py``, which moves each rank's rows 
 back, by a Triton kernel everywhere but on SGLang's own CPU engine; ``torch`` in the module of ``ForwardBatch``,
 which asks it for a pinned tensor there; and ``reg_all_gather_into_tensor`` and ``reg_reduce_scatter_tensor``, by which
 decode steps gather and scatter, which PyTorch knows as operators of accelerators alone. Without this seam a server with
-``--enable-dp-attention`` fails at its first forward pass, and one that decodes at its first step. Taken before SGLang makes its scheduler, where its ranks have attention of their own.
+``--enable-dp-attention`` fails at its first forward pass, and one that decodes at its first step. Taken before SGLang
+makes its scheduler, where its ranks have attention of their own.
 """
 
 from __future__ import annotations
