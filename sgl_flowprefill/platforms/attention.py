@@ -98,9 +98,7 @@ class PortableCpuAttention(AttentionBackend):
         mode = forward_batch.forward_mode
         if mode.is_target_verify() or mode.is_draft_extend_v2():
             raise NotImplementedError(f"--attention-backend {ATTENTION_BACKEND} does not serve speculative decoding")
-        if (
-            mode.is_idle()
-        ):  # the rows that make a step of data-parallel attention as long at each rank attend to nothing
+        if mode.is_idle():  # rows that make a joint step as long at this rank as at others attend to nothing
             self.forward_metadata = []
             return
         kv_lens: list[int] = forward_batch.seq_lens_cpu.tolist()
