@@ -150,6 +150,10 @@ class JointRole(SchedulerRole):
         """``arrived`` of this rank."""
 
     @abstractmethod
+    def own_waiting(self) -> Collection[Any]:
+        """``waiting`` of this rank."""
+
+    @abstractmethod
     def unanswered(self) -> Iterable[Any]:
         """The requests that are at this rank, but those whose grammars are being compiled."""
 
@@ -185,7 +189,7 @@ class JointRole(SchedulerRole):
                 yield from (self._arrival(rank, one) for one in theirs or ())
 
     def waiting(self) -> Collection[Any]:
-        return [*super().waiting(), *self._remote_startable]
+        return [*self.own_waiting(), *self._remote_startable]
 
     def abandoned(self, live: Sequence[PrefillTask]) -> list[PrefillTask]:
         """A task goes on while a request of any rank is waited for."""
@@ -276,7 +280,7 @@ class JointRole(SchedulerRole):
 
     def _take_left(self) -> list[int]:
         """The numbers of the requests that could be started and that SGLang has dropped."""
-        queue = super().waiting()
+        queue = self.own_waiting()
         if len(queue) == len(self._startable):
             return []
         waiting = set(queue)
@@ -335,6 +339,9 @@ class DataParallelRole(JointRole, PrefillRole):
 
     def own_arrivals(self) -> Iterable[Arrival]:
         return PrefillRole.arrived(self)
+
+    def own_waiting(self) -> Collection[Any]:
+        return PrefillRole.waiting(self)
 
     def unanswered(self) -> Iterable[Any]:
         return chain(PrefillRole.held(self), self.scheduler.disagg_prefill_inflight_queue)

@@ -9,15 +9,15 @@ has paused. What becomes of the KV cache of a rank, and so which of its streams 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, count
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from sgl_flowprefill.hub.role import Arrival
 from sgl_flowprefill.hub.task import PrefillTask
 from sgl_flowprefill.policy import Stream
-from sgl_flowprefill.runtime.data_parallel import PARTS, JointRole, parts
+from sgl_flowprefill.runtime.data_parallel import PARTS, JointRole, RemoteRequest, parts
 from sgl_flowprefill.runtime.unified_role import UnifiedRole
 
 
@@ -50,19 +50,44 @@ class JointUnifiedRole(JointRole, UnifiedRole):
     """What the others have still to be told."""
     _lacking: list[int] = field(default_factory=list, init=False)
     """The ranks at which the next step lacks KV cache that tasks could give back."""
+    _gave_way: bool = field(default=False, init=False)
+    """Whether requests have been kept out since the last look."""
 
     # ---- what is this rank's alone ----------------------------------------------------------------------------------
 
     def own_news(self, stalls_due: bool) -> bool:
-        return UnifiedRole.take_news(self, stalls_due)
+        """Requests that were kept out come again when KV cache has been freed here, or may have been."""
+        has_freed = UnifiedRole.take_news(self, stalls_due)
+        if self.kept_out:
+            waiting = set(self.scheduler.waiting_queue)
+            self.kept_out = [req for req in self.kept_out if req in waiting]
+            if has_freed or stalls_due:
+                self.not_told += self.kept_out
+                self.kept_out = []
+        gave_way, self._gave_way = self._gave_way, False
+        return has_freed or gave_way
 
     def own_arrivals(self) -> Iterable[Arrival]:
         return UnifiedRole.arrived(self)
 
-    def unanswered(self) -> Iterable[object]:
+    def own_waiting(self) -> Collection[Any]:
+        return UnifiedRole.waiting(self)
+
+    def unanswered(self) -> Iterable[Any]:
         return chain(UnifiedRole.held(self), self.streams)
 
     # ---- what the hub asks ----------------------------------------------------------------------------------------
+
+    def make_batch(self, reqs: Sequence[Any]) -> Any | None:
+        """Where this rank has no KV cache for the first of ``reqs``, its requests do not stand in the way of those of
+        others: streams may hold it for long.
+        """
+        batch = super().make_batch(reqs)
+        if batch is None and not isinstance(reqs[0], RemoteRequest):
+            self.kept_out += self.own_waiting()
+            self._gave_way = True
+            self.wakeup.notify()
+        return batch
 
     def finish(self, task: PrefillTask) -> None:
         self.note_computed(task)

@@ -90,8 +90,8 @@ class UnifiedRole(SchedulerRole):
     something else.
     """
     kept_out: list[Any] = field(default_factory=list, init=False)
-    """Requests in SGLang's waiting queue whose adapters find no slot beside those of streams, unknown to the hub: they
-    come again when they do.
+    """Requests in SGLang's waiting queue, unknown to the hub: their adapters find no slot beside those of streams, or
+    this is one of several ranks and has no KV cache for them. They come again when there is some.
     """
     _held_adapters: set[str | None] = field(default_factory=set, init=False)
     """Those of the streams, at the last look."""
