@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from tests.data_parallel_ranks import DataParallelRanks, note_passes, note_rests
+from tests.data_parallel_ranks import DataParallelRanks, lack_kv_cache_now_and_then, note_passes, note_rests
 from tests.ranks import notes_at
 from tests.unified_asks import Ask
 from tests.unified_ranks import UnifiedRanks, run_unified_rank
@@ -32,10 +32,11 @@ class JointUnifiedRanks(DataParallelRanks, UnifiedRanks):
 
 
 def note_all(scheduler: Any, rank: int) -> None:
-    """Write lines for joint passes, for steps, and for what is held at rest."""
+    """Write lines for joint passes, for steps, and for what is held at rest; let admission fail now and then."""
     note_rests(scheduler, rank)
     note_passes(scheduler, rank)
     note_steps(scheduler, rank)
+    lack_kv_cache_now_and_then(scheduler, rank)
 
 
 def note_steps(scheduler: Any, rank: int) -> None:
