@@ -1,4 +1,4 @@
-"""Servers with data-parallel attention, as users start them: one beside a decode server, and one that decodes itself."""
+"""Servers with data-parallel attention, as users start them: one beside a decode server, one that decodes itself."""
 
 from __future__ import annotations
 
