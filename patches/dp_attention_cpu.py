@@ -1,13 +1,17 @@
-"""Data-parallel attention on the portable CPU platform: PyTorch copies rows, from host memory that is not pinned.
+"""Data-parallel attention on the portable CPU platform: PyTorch copies and gathers rows, in host memory that is not
+pinned.
 
 Targets: ``memcpy`` of ``layers/dp_attention.py``, which moves each rank's rows into the batch of all ranks and
-back, by a Triton kernel everywhere but on SGLang's own CPU engine; and ``torch`` in the module of ``ForwardBatch``,
-which asks it for a pinned tensor there. Without this seam a server with ``--enable-dp-attention`` fails at its first
-forward pass. Taken before SGLang makes its scheduler, where its ranks have attention of their own.
+back, by a Triton kernel everywhere but on SGLang's own CPU engine; ``torch`` in the module of ``ForwardBatch``,
+which asks it for a pinned tensor there; and ``reg_all_gather_into_tensor`` and ``reg_reduce_scatter_tensor``, by which
+decode steps gather and scatter, which PyTorch knows as operators of accelerators alone. Without this seam a server with
+``--enable-dp-attention`` fails at its first forward pass, and one that decodes at its first step. Taken before SGLang
+makes its scheduler, where its ranks have attention of their own.
 """
 
 from __future__ import annotations
 
+import inspect
 import sys
 from typing import Any, Final
 
@@ -19,6 +23,10 @@ CONFIGURE: Final = "sglang.srt.managers.scheduler.configure_scheduler_process"
 COPY: Final = "sglang.srt.layers.dp_attention.memcpy"
 COPY_ON_CPU: Final = "sglang.srt.layers.dp_attention.memcpy_cpu"
 BATCH: Final = "sglang.srt.model_executor.forward_batch_info.ForwardBatch"
+OPERATORS: Final = (
+    "sglang.srt.distributed.parallel_state.reg_all_gather_into_tensor",
+    "sglang.srt.distributed.parallel_state.reg_reduce_scatter_tensor",
+)
 
 
 def apply() -> None:
@@ -41,3 +49,6 @@ def take() -> None:
     copy = resolve(SEAM, COPY)
     setattr(sys.modules[copy.__module__], copy.__name__, resolve(SEAM, COPY_ON_CPU))
     vars(sys.modules[resolve(SEAM, BATCH).__module__])["torch"] = Unpinned()
+    for target in OPERATORS:
+        operator = resolve(SEAM, target)
+        setattr(sys.modules[operator.__module__], operator.__name__, inspect.unwrap(operator))

@@ -73,6 +73,7 @@ class SchedulerEngine:
                     req.output_ids.append(token)
                 started_s = time.perf_counter()
                 batch.prepare_for_decode()
+                batch = self._role.as_part(batch)
                 found = self.scheduler.run_batch(batch).next_token_ids.tolist()
                 times_s.append(time.perf_counter() - started_s)
         self.free(batch)

@@ -6,7 +6,7 @@ import json
 import os
 import random
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -40,8 +40,8 @@ class DataParallelRanks(Ranks):
 
     def __init__(self, model_path: str, tp: int, *arguments: Any, **options: Any) -> None:
         super().__init__(model_path, tp, *arguments, **options)
-        self.settings: Mapping[str, Any] = {
-            **Ranks.settings,
+        self.settings = {
+            **type(self).settings,
             "dp_size": tp,
             "enable_dp_attention": True,
             "port": free_port("127.0.0.1"),

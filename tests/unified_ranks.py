@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import count
 from typing import Any
 
@@ -27,10 +27,10 @@ class UnifiedRanks(Ranks):
 
     @staticmethod
     def run_rank(*work: Any) -> None:
-        _run_unified_rank(*work)
+        run_unified_rank(*work)
 
-    def ask(self, rid: str, ask: Ask) -> None:
-        self.send(ask.message(rid, None))
+    def ask(self, rid: str, ask: Ask, rank: int = 0) -> None:
+        self.send(ask.message(rid, None), rank)
 
     def take(self, timeout_s: float) -> bool:
         from sglang.srt.managers.io_struct import sock_recv
@@ -57,7 +57,7 @@ class UnifiedRanks(Ranks):
         comparison.assert_same()
 
 
-def _run_unified_rank(
+def run_unified_rank(
     args: Any,
     ports: Any,
     rank: int,
@@ -66,7 +66,8 @@ def _run_unified_rank(
     log: str,
     chaos: Chaos | None,
     late: float | None,
-    *_: Any,
+    prepare: Callable[[Any, int], object] | None,
+    dp_rank: int | None = None,
 ) -> None:
     become_rank(args, event_log, log)
     from sglang.srt.managers.scheduler import run_scheduler_process
@@ -83,7 +84,7 @@ def _run_unified_rank(
     def with_chaos(scheduler: Any, *arguments: Any) -> None:
         init(scheduler, *arguments)
         if chaos is not None:
-            _lack_kv_cache_now_and_then(scheduler.role)
+            _lack_kv_cache_now_and_then()
         if chaos is not None and rank == 0:
             rng, hub = random.Random(chaos.seed), scheduler.hub
             hub.work.colocated.next = coin(hub.work.colocated, rng, Counter())
@@ -91,12 +92,16 @@ def _run_unified_rank(
             agree_on_interruptions(scheduler)
         if late is not None:
             note_finishes(scheduler, finishes_path(log, rank))
+        if prepare is not None:
+            prepare(scheduler, rank)
 
     UnifiedScheduler.__init__ = with_chaos  # type: ignore[method-assign]
-    run_scheduler_process(args, ports, rank, rank, 0, None, pipe)
+    run_scheduler_process(args, ports, rank, rank, 0, dp_rank, pipe)
 
 
-def _lack_kv_cache_now_and_then(role: Any) -> None:
+def _lack_kv_cache_now_and_then() -> None:
     """Every fifth time that a step is asked what it lacks, it lacks a token, on each rank."""
+    from sgl_flowprefill.runtime.unified_role import UnifiedRole
+
     looks = count(1)
-    role.missing_tokens = lambda: int(next(looks) % 5 == 0)
+    UnifiedRole.missing_tokens = lambda role: int(next(looks) % 5 == 0)  # type: ignore[method-assign]

@@ -128,15 +128,14 @@ def refusals(server_args: Any, env: Mapping[str, str] | None = None) -> Iterator
         if GIVEN.holds(value):
             given = f"{shown('speculative_algorithm', algorithm)} with {shown(option, value)}"
             yield Refusal("speculative_algorithm", given, _cannot_work(given, DRAFTS_BESIDE))
-    if server == "prefill":
-        yield from _data_parallel(server_args)
+    yield from _data_parallel(server_args)
     for name, why in REFUSED_ENVIRONMENT.items():
         if _is_on(name, env):
             yield Refusal(name, f"{name}={env[name]}", f"{_cannot_work(f'{name}={env[name]}', why)}; unset it")
 
 
 def _data_parallel(server_args: Any) -> Iterator[Refusal]:
-    """What a prefill server cannot start with for its data parallelism. SGLang makes ``--dp-size`` that of attention
+    """What a server cannot start with for its data parallelism. SGLang makes ``--dp-size`` that of attention
     where the deprecated ``--enable-dp-attention`` says so.
     """
 

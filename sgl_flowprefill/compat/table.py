@@ -45,7 +45,6 @@ REPLICAS: Final = (
     "its ranks are replicas, one of which a request gets by its number; start as many servers, for which launch.py has "
     "--prefill N and --unified N"
 )
-JOINT_STEPS: Final = "a decode step would have to be a step of all ranks, and is one of its own streams"
 SHARED_ATTENTION: Final = "ranks that share the attention of their requests have not been checked with others that do"
 ONE_MACHINE: Final = "a rank that sleeps is woken by those of its machine alone"
 ONE_SENDER: Final = "all ranks have to get a pause or a change of weights in the same round"
@@ -264,16 +263,13 @@ PARALLEL: Final = Group(
         leave("pp_max_micro_batch_size pp_async_batch_depth", "go with --pp-size, which is refused above 1"),
         leave(
             "enable_dp_attention attn_dp_size",
-            "a prefill is a forward pass of all ranks, which are suspended together, behind a layer. "
+            "a prefill is a forward pass of all ranks, which are suspended together, behind a layer, and a decode step "
+            "is one of all, too. "
             f"**Refused** with fewer than `--tp-size` ranks of attention ({SHARED_ATTENTION}), with `--nnodes` above 1 "
             f"({ONE_MACHINE}), with `--enable-hierarchical-cache` ({OWN_PREFIXES}), and with `--speculative-algorithm` "
             f"({DRAFTS_BESIDE})",
-            ("prefill",),
         ),
-        refuse("enable_dp_attention", JOINT_STEPS, servers=("unified",)),
-        refuse("attn_dp_size", JOINT_STEPS, ABOVE_ONE, servers=("unified",)),
-        leave("dp_size", f"goes with DP attention. **Refused** above 1 without: {REPLICAS}", ("prefill",)),
-        refuse("dp_size", REPLICAS, ABOVE_ONE, servers=("unified",)),
+        leave("dp_size", f"goes with DP attention. **Refused** above 1 without: {REPLICAS}"),
         refuse("enable_dp_attention_local_control_broadcast", ONE_SENDER),
         leave(
             "load_balance_method enable_dp_lm_head enable_tp_lm_head_all_to_all enable_dense_mlp_attn_tp "

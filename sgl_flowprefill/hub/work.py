@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -24,6 +23,11 @@ Choice = PrefillTask | list[Job[WaitingRequest]] | Literal[Act.STEP] | None
 def all_of(reqs: Sequence[Any]) -> Sequence[Any]:
     """The requests that there are adapters for, on a device without any."""
     return reqs
+
+
+def all_tokens(task: PrefillTask) -> int:
+    """The KV cache of ``task``, on a device that has all of it."""
+    return sum(map(sum, task.shapes))
 
 
 def half(shapes: Sequence[PrefillShape]) -> float:
@@ -50,6 +54,8 @@ class Work:
     """Those of some requests that the device has adapters for, beside all that it computes, each with those before it.
     Where it computes nothing, the first of them is one.
     """
+    held_tokens: Callable[[PrefillTask], int] = all_tokens
+    """KV cache that a task would give back where the next step lacks some."""
     batch_tokens: Callable[[], int] | None = None
     """Most new tokens of a batch, by what the TTFT model knows; None: as the policy's limits say."""
     places: int = 1
@@ -170,13 +176,10 @@ class Work:
     def to_give_back(self, now_s: float, tokens: int) -> list[PrefillTask]:
         """The tasks that are given up so that ``tokens`` of KV cache get free for streams."""
 
-        def held_tokens(task: PrefillTask) -> int:
-            return sum(map(sum, task.shapes))
-
         def executed_s(task: PrefillTask) -> float:
             return task.predicted_s - self.remaining_s(task)
 
-        return [job.item for job in self.colocated.give_back(now_s, tokens, held_tokens, executed_s)]
+        return [job.item for job in self.colocated.give_back(now_s, tokens, self.held_tokens, executed_s)]
 
     def as_numbers(self, choice: Choice) -> list[int]:
         """``choice`` for other ranks, which have the same tasks and requests: a task's id, NO_TASK and requests, or
@@ -210,12 +213,15 @@ class Work:
         streams.
         """
         live = self.tasks.live
-        shapes = [shape for task in live for shape in task.shapes] + [job.item.shape for job in jobs]
-        if not self.colocated.may_join(len(shapes), sum(map(sum, shapes))):
+        shapes = [shape for task in live for shape in task.shapes]
+        beside = [[job.item.shape for job in jobs if job.item.place == place] for place in set(map(_place_of, jobs))]
+        requests = len(shapes) + max(map(len, beside))
+        tokens = sum(map(sum, shapes)) + max(sum(map(sum, part)) for part in beside)
+        if not self.colocated.may_join(requests, tokens):
             return False
         return not live or self.memory.admits(
             [task.new_tokens for task in live],
-            max(_tokens_by_place(jobs).values()),
+            max(sum(shape.new_tokens for shape in part) for part in beside),
             max([sum(job.item.logprob_rows for job in jobs), *(task.logprob_rows for task in live)]),
         )
 
@@ -295,12 +301,9 @@ def _new_tokens(request: WaitingRequest) -> int:
     return request.shape.new_tokens
 
 
-def _tokens_by_place(jobs: Iterable[Job[WaitingRequest]]) -> Counter[int]:
-    tokens: Counter[int] = Counter()
-    for job in jobs:
-        tokens[job.item.place] += job.item.shape.new_tokens
-    return tokens
-
-
 def _place(request: WaitingRequest) -> int:
     return request.place
+
+
+def _place_of(job: Job[WaitingRequest]) -> int:
+    return job.item.place

@@ -98,6 +98,9 @@ class PortableCpuAttention(AttentionBackend):
         mode = forward_batch.forward_mode
         if mode.is_target_verify() or mode.is_draft_extend_v2():
             raise NotImplementedError(f"--attention-backend {ATTENTION_BACKEND} does not serve speculative decoding")
+        if mode.is_idle():  # rows that make a joint step as long at this rank as at others attend to nothing
+            self.forward_metadata = []
+            return
         kv_lens: list[int] = forward_batch.seq_lens_cpu.tolist()
         query_lens = [1] * len(kv_lens) if mode.is_decode() else list(forward_batch.extend_seq_lens_cpu)
         pool_indices = forward_batch.req_pool_indices.tolist()

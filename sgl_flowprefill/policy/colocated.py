@@ -56,7 +56,9 @@ class RunningStep:
 
     begin_s: float
     requests: int
+    widest: int
     context_tokens: int
+    """What the time of a step depends on (``Streams``)."""
     load: DecodeLoad
 
 
@@ -118,7 +120,8 @@ class ColocatedPolicy(Generic[R, K]):
     def began(self, begin_s: float) -> None:
         """A step over the streams of now begins. Streams that join before it has ended take part in the next one."""
         assert self.step is None, "one step at a time"
-        self.step = RunningStep(begin_s, self.streams.requests, self.streams.context_tokens, self.load)
+        streams = self.streams
+        self.step = RunningStep(begin_s, streams.requests, streams.widest, streams.context_tokens, self.load)
         self.streams.begin_step()
 
     def stepped(self, end_s: float, ended: Iterable[Stream] = (), took_s: float | None = None) -> None:
@@ -129,7 +132,7 @@ class ColocatedPolicy(Generic[R, K]):
         assert step is not None, "a step that ends has begun"
         if step.begin_s >= step.load.start_by_s:  # one that ran early, for want of prefills, shows no lateness
             self.margin.observe(end_s - step.load.start_by_s - step.load.step_s)
-        self._model.observe(step.requests, step.context_tokens, end_s - step.begin_s if took_s is None else took_s)
+        self._model.observe(step.widest, step.context_tokens, end_s - step.begin_s if took_s is None else took_s)
         self.streams.stepped(end_s)
         self.left(ended)
 
@@ -183,7 +186,8 @@ class ColocatedPolicy(Generic[R, K]):
 
         Their requests wait again. First those that are less than half done; of these, those that the prefill policy
         would let go; of these, those that have executed least for the KV cache that they hold. Tasks need no more KV
-        cache to end, and with none left the server is a stock one, so nothing can deadlock.
+        cache to end, and with none left the server is a stock one, so nothing can deadlock. Tasks that hold none where
+        it is lacking go on.
         """
 
         def order(job: Job[K]) -> tuple[bool, bool, float, int]:
@@ -199,8 +203,9 @@ class ColocatedPolicy(Generic[R, K]):
         for job in sorted(self.prefills.started, key=order):
             if tokens <= 0:
                 break
-            given.append(job)
-            tokens -= held_tokens(job.item)
+            if held_tokens(job.item) > 0:
+                given.append(job)
+                tokens -= held_tokens(job.item)
         return given
 
     def _first_returning(self, running: Job[K] | None, admit: bool) -> Job[R] | None:

@@ -38,6 +38,8 @@ class Stream:
     """Tokens of its prompt and its answer when it joined."""
     joined_s: float
     """When its last token before it joined had come."""
+    place: int = 0
+    """The part of the engine that computes it (``hub.work.Work.places``)."""
     joined_at: int = field(default=0, init=False)
     """Steps that had begun when it joined."""
 
@@ -111,7 +113,6 @@ class Streams:
 
     def __init__(self) -> None:
         self.requests = 0
-        self.context_tokens = 0
         self.last_step_s = -math.inf
         """When the last step ended."""
         self._begun = 0
@@ -122,18 +123,23 @@ class Streams:
         """Objectives of the streams that the last step served, with how many have each."""
         self._joined: list[Stream] = []
         """Streams that no step has served yet."""
+        self._requests_at: Counter[int] = Counter()
+        self._context_tokens_at: Counter[int] = Counter()
+        """The streams of each place, and the tokens that these have together."""
 
     def join(self, stream: Stream) -> None:
         """``stream`` takes part in the next step that begins."""
         stream.joined_at = self._begun
         self.requests += 1
-        self.context_tokens += stream.context_tokens
+        self._requests_at[stream.place] += 1
+        self._context_tokens_at[stream.place] += stream.context_tokens
         self._joined.append(stream)
 
     def leave(self, stream: Stream) -> None:
         """``stream`` is over, or is retracted."""
         self.requests -= 1
-        self.context_tokens -= self.context_of(stream)
+        self._requests_at[stream.place] -= 1
+        self._context_tokens_at[stream.place] -= self.context_of(stream)
         if stream.joined_at >= self._ended:
             self._joined.remove(stream)
         else:
@@ -160,13 +166,24 @@ class Streams:
         self._ended = self._begun
         self.last_step_s = end_s
         late = [stream for stream in self._joined if stream.joined_at == self._begun]
-        self.context_tokens += self.requests - len(late)
+        self._context_tokens_at.update(self._requests_at)
+        self._context_tokens_at.subtract(stream.place for stream in late)
         self._stepped.update(stream.tbt_s for stream in self._joined if stream.joined_at < self._begun)
         self._joined = late
 
     def context_of(self, stream: Stream) -> int:
         """Tokens of its prompt and its answer by now."""
         return stream.context_tokens + max(0, self._ended - stream.joined_at)
+
+    @property
+    def widest(self) -> int:
+        """The most streams of one place: all places compute a step together, which takes what that of these does."""
+        return max(self._requests_at.values(), default=0)
+
+    @property
+    def context_tokens(self) -> int:
+        """The most tokens that the streams of one place have together."""
+        return max(self._context_tokens_at.values(), default=0)
 
     @property
     def due_s(self) -> float:
@@ -233,7 +250,7 @@ def decode_load(streams: Streams, model: StepModel, limits: DecodeLimits, margin
     """
     if not streams.requests:
         return NO_LOAD
-    step_s = model.predict_s(streams.requests, streams.context_tokens)
+    step_s = model.predict_s(streams.widest, streams.context_tokens)
     least_period_s = step_s / limits.max_share
     rested_s = streams.last_step_s + least_period_s - step_s
     return DecodeLoad(
@@ -244,11 +261,11 @@ def decode_load(streams: Streams, model: StepModel, limits: DecodeLimits, margin
 
 
 def may_join(streams: Streams, requests: int, tokens: int, model: StepModel, limits: DecodeLimits) -> bool:
-    """Whether ``requests`` with ``tokens`` in all, those of live tasks among them, may join the streams.
+    """Whether ``requests`` with ``tokens`` in all, those of live tasks among them, may join the streams of a place.
 
     A step over all must fit the tightest objective and leave prefills their share. Objectives that this server would
     miss with one stream alone bar nobody.
     """
     reachable_s = model.predict_s(1, 0) / limits.max_share
-    step_s = model.predict_s(streams.requests + requests, streams.context_tokens + tokens)
+    step_s = model.predict_s(streams.widest + requests, streams.context_tokens + tokens)
     return step_s <= limits.max_share * streams.tightest_s(at_least_s=reachable_s)

@@ -9,6 +9,7 @@ to the same preemption checkpoints (docs/architecture.md).
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, count
@@ -25,6 +26,7 @@ from sgl_flowprefill.profiling.measure import SchedulerEngine
 from sgl_flowprefill.runtime.agreement import Agreement
 from sgl_flowprefill.runtime.executor import Executor
 from sgl_flowprefill.runtime.prefill_role import PrefillRole
+from sgl_flowprefill.runtime.scheduler_role import SchedulerRole
 from sgl_flowprefill.slo import Objective
 from sgl_flowprefill.ttft import PrefillShape
 
@@ -45,6 +47,8 @@ class RemoteRequest:
     origin_input_ids_unpadded: Sequence[int]
     shape: PrefillShape | None = None
     """What it costs, as its rank has matched it last."""
+    is_computed: bool = False
+    """Whether its prefill has run."""
     time_stats: ClassVar[Any] = ReqTimeStatsBase()
     """Its trace is written at its own rank."""
 
@@ -92,7 +96,9 @@ class Startable(NamedTuple):
     deadline_s: float
     readable_s: float
     logprob_rows: int
+    retracted: bool
     objective: Objective | None
+    has_run: bool
 
 
 class Parts(NamedTuple):
@@ -102,11 +108,16 @@ class Parts(NamedTuple):
     """Those of all ranks, in their order of priority."""
     shapes: list[PrefillShape]
     """The part of the rank with the most to compute, for which the others wait."""
+    tokens: list[int]
+    """New and cached tokens, by rank."""
 
 
 @dataclass(eq=False)
-class DataParallelRole(PrefillRole):
-    """What the hub asks of one rank of a prefill server with data-parallel attention, about the requests of all."""
+class JointRole(SchedulerRole):
+    """What the hub asks of one rank of a server with data-parallel attention, about the requests of all.
+
+    A subclass is a role of a server without, too, which is asked about the requests of this rank.
+    """
 
     agreement: Agreement
     _counter: Iterator[int] = field(default_factory=count, init=False)
@@ -128,14 +139,32 @@ class DataParallelRole(PrefillRole):
         super().__post_init__()
         self.recorder.on_answer(self._note_end)
 
+    # ---- what is this rank's alone ----------------------------------------------------------------------------------
+
+    @abstractmethod
+    def own_news(self, stalls_due: bool) -> bool:
+        """``take_news`` of this rank."""
+
+    @abstractmethod
+    def own_arrivals(self) -> Iterable[Arrival]:
+        """``arrived`` of this rank."""
+
+    @abstractmethod
+    def own_waiting(self) -> Collection[Any]:
+        """``waiting`` of this rank."""
+
+    @abstractmethod
+    def unanswered(self) -> Iterable[Any]:
+        """The requests that are at this rank, but those whose grammars are being compiled."""
+
     # ---- what the hub asks ----------------------------------------------------------------------------------------
 
     def take_news(self, stalls_due: bool) -> bool:
         """That of this rank, and what the others have to tell. Whether KV cache has been freed at any of them."""
-        has_freed = super().take_news(stalls_due)
+        has_freed = self.own_news(stalls_due)
         if stalls_due:
             self._forget_lost()
-        left, ended = self._take_left(), self._take_ended()
+        left, ended = self._take_left(), self._take_answered()
         own = Tidings(has_freed, self._noted, left, ended, self._matched, self._take_given_up())
         self._noted, self._matched = [], []
         for rank, tidings in enumerate(self.agreement.exchange(own if any(own) else None)):
@@ -148,11 +177,11 @@ class DataParallelRole(PrefillRole):
         return has_freed
 
     def arrived(self) -> Iterator[Arrival]:
-        """The requests of all ranks that have bootstrapped, rank by rank."""
-        own = [arrival._replace(place=self.agreement.rank) for arrival in super().arrived()]
+        """The requests of all ranks that can be started, rank by rank."""
+        own = [arrival._replace(place=self.agreement.rank) for arrival in self.own_arrivals()]
         for arrival in own:
             self._startable[arrival.req] = self._number(arrival.req)
-        told = [Startable(self._startable[one.req], one.shape, *one[3:7], one.objective) for one in own]
+        told = [Startable(self._startable[one.req], one.shape, *one[3:10]) for one in own]
         for rank, theirs in enumerate(self.agreement.exchange(told or None)):
             if rank == self.agreement.rank:
                 yield from own
@@ -160,7 +189,7 @@ class DataParallelRole(PrefillRole):
                 yield from (self._arrival(rank, one) for one in theirs or ())
 
     def waiting(self) -> Collection[Any]:
-        return [*self.scheduler.waiting_queue, *self._remote_startable]
+        return [*self.own_waiting(), *self._remote_startable]
 
     def abandoned(self, live: Sequence[PrefillTask]) -> list[PrefillTask]:
         """A task goes on while a request of any rank is waited for."""
@@ -189,15 +218,19 @@ class DataParallelRole(PrefillRole):
         if own and not begins:
             batch = super().make_batch(own)
         admitted = [] if batch is None else list(zip(map(reqs.index, batch.reqs), super().shapes(batch), strict=True))
-        # Where this rank has no batch, SGLang makes it an idle one.
-        batch = self.scheduler.dp_attn_adapter.maybe_prepare_mlp_sync_batch(batch)
+        batch = self.as_part(batch)
         of_ranks = [part or [] for part in self.agreement.exchange(admitted or None)]
         started = [reqs[place] for place, _ in sorted(chain.from_iterable(of_ranks))]
         for req in started:
             self._startable.pop(req, None)
             self._remote_startable.pop(req, None)
-        setattr(batch, PARTS, Parts(started, max(([shape for _, shape in part] for part in of_ranks), key=_most)))
+        shapes = [[shape for _, shape in part] for part in of_ranks]
+        setattr(batch, PARTS, Parts(started, max(shapes, key=_most), [sum(map(sum, part)) for part in shapes]))
         return batch
+
+    def as_part(self, batch: Any | None) -> Any:
+        """Where this rank has no ``batch``, SGLang makes it an idle one."""
+        return self.scheduler.dp_attn_adapter.maybe_prepare_mlp_sync_batch(batch)
 
     def requests(self, batch: Any) -> Sequence[Any]:
         return parts(batch).reqs
@@ -205,13 +238,11 @@ class DataParallelRole(PrefillRole):
     def shapes(self, batch: Any) -> list[PrefillShape]:
         return parts(batch).shapes
 
-    def finish(self, task: PrefillTask) -> None:
-        if task.batch.reqs:
-            super().finish(task)
-
-    def drop(self, task: PrefillTask) -> None:
-        if task.batch.reqs:
-            super().drop(task)
+    def note_computed(self, task: PrefillTask) -> None:
+        """The prefills of the requests of ``task`` have run."""
+        for req in task.reqs:
+            if isinstance(req, RemoteRequest):
+                req.is_computed = True
 
     # ---- what SGLang's scheduler tells ------------------------------------------------------------------------------
 
@@ -223,8 +254,8 @@ class DataParallelRole(PrefillRole):
 
     @property
     def not_ready(self) -> int:
-        computed = sum(isinstance(req, RemoteRequest) for task in self.tasks.prefills for req in task.reqs)
-        return super().not_ready + len(self._remote) - len(self._remote_startable) - computed
+        known = {*self._remote_startable, *chain.from_iterable(task.reqs for task in self.tasks.prefills)}
+        return super().not_ready + sum(not (req.is_computed or req in known) for req in self._remote.values())
 
     def held(self) -> list[Any]:
         return [*super().held(), *self._remote.values()]
@@ -249,13 +280,13 @@ class DataParallelRole(PrefillRole):
 
     def _take_left(self) -> list[int]:
         """The numbers of the requests that could be started and that SGLang has dropped."""
-        queue = self.scheduler.waiting_queue
+        queue = self.own_waiting()
         if len(queue) == len(self._startable):
             return []
         waiting = set(queue)
         return [self._startable.pop(req) for req in list(self._startable) if req not in waiting]
 
-    def _take_ended(self) -> list[Ended]:
+    def _take_answered(self) -> list[Ended]:
         waiting = set(self._startable.values())
         ended, self._ended = self._ended, [one for one in self._ended if one.number in waiting]
         return [one for one in ended if one.number not in waiting]
@@ -286,7 +317,7 @@ class DataParallelRole(PrefillRole):
         req = self._remote[rank, one.number]
         self._remote_startable[req] = None
         # Without its prompt: what is cached here does not concern it.
-        return Arrival(req, (), *one[1:6], objective=one.objective, place=rank)
+        return Arrival(req, (), *one[1:], place=rank)
 
     def _ranks(self, task: PrefillTask) -> set[int]:
         """The ranks that have requests in ``task``."""
@@ -294,14 +325,38 @@ class DataParallelRole(PrefillRole):
 
     def _forget_lost(self) -> None:
         """Requests that have left SGLang's queues on a way that nothing else knows of have ended for the others too."""
-        held: Iterable[Any] = chain(
-            super().held(), self.scheduler.disagg_prefill_inflight_queue, self.scheduler.grammar_manager.grammar_queue
-        )
-        for req in self._numbers.keys() - set(held):
+        held = {*self.unanswered(), *self.scheduler.grammar_manager.grammar_queue}
+        for req in self._numbers.keys() - held:
             self._note_end(req, "it is in none of the scheduler's queues", None)
 
 
-def check_idle_pass(role: DataParallelRole, executor: Executor, checkpoints: int) -> None:
+@dataclass(eq=False)
+class DataParallelRole(JointRole, PrefillRole):
+    """What the hub asks of one rank of a prefill server with data-parallel attention."""
+
+    def own_news(self, stalls_due: bool) -> bool:
+        return PrefillRole.take_news(self, stalls_due)
+
+    def own_arrivals(self) -> Iterable[Arrival]:
+        return PrefillRole.arrived(self)
+
+    def own_waiting(self) -> Collection[Any]:
+        return PrefillRole.waiting(self)
+
+    def unanswered(self) -> Iterable[Any]:
+        return chain(PrefillRole.held(self), self.scheduler.disagg_prefill_inflight_queue)
+
+    def finish(self, task: PrefillTask) -> None:
+        self.note_computed(task)
+        if task.batch.reqs:
+            PrefillRole.finish(self, task)
+
+    def drop(self, task: PrefillTask) -> None:
+        if task.batch.reqs:
+            PrefillRole.drop(self, task)
+
+
+def check_idle_pass(role: JointRole, executor: Executor, checkpoints: int) -> None:
     """Raise SystemExit where a rank without a token passes other preemption checkpoints than those with some: they
     would be suspended behind different layers, and wait for each other for ever.
     """

@@ -23,7 +23,7 @@ from sgl_flowprefill.hub.role import Arrival, Decoder, NoStreams
 from sgl_flowprefill.hub.snapshot import snapshot
 from sgl_flowprefill.hub.task import PrefillTask, Tasks
 from sgl_flowprefill.hub.waiting import BLOCK_TOKENS, WaitingRequest
-from sgl_flowprefill.hub.work import Work
+from sgl_flowprefill.hub.work import Work, all_tokens
 from sgl_flowprefill.live.state import State
 from sgl_flowprefill.policy import ColocatedPolicy, Policy
 from sgl_flowprefill.runtime.adapters import Adapters, NoAdapters, adapters
@@ -141,6 +141,14 @@ class SchedulerRole(ABC):
     def fitting(self, reqs: Sequence[Any]) -> Sequence[Any]:
         """Those of ``reqs`` whose adapters find a slot (``Work.fitting``)."""
         return self.adapters.fitting(reqs, self.computed())
+
+    def as_part(self, batch: Any) -> Any:
+        """``batch``, which is to be computed, as this rank's part of what all ranks compute together, if they do."""
+        return batch
+
+    def held_tokens(self, task: PrefillTask) -> int:
+        """KV cache that ``task`` would give back where the next step lacks some (``Work.held_tokens``)."""
+        return all_tokens(task)
 
     def requests(self, batch: Any) -> Sequence[Any]:
         reqs: list[Any] = batch.reqs

@@ -31,7 +31,7 @@ from sgl_flowprefill.profiling.measure import SchedulerEngine
 from sgl_flowprefill.runtime.agreement import Agreement
 from sgl_flowprefill.runtime.checkpoints import find_decoder_layers, install_checkpoints
 from sgl_flowprefill.runtime.cuda_device import make_device
-from sgl_flowprefill.runtime.data_parallel import DataParallelRole, check_idle_pass
+from sgl_flowprefill.runtime.data_parallel import JointRole, check_idle_pass
 from sgl_flowprefill.runtime.draft_model import draft_runner, kept_hidden_states, whole_model
 from sgl_flowprefill.runtime.event_recorder import AnswerReports, EventRecorder
 from sgl_flowprefill.runtime.executor import Executor
@@ -65,6 +65,11 @@ NO_SHEDDING: Final = (
     "decode (--unified): the clients of this prefill server are answered by a decode server, which would say 500; "
     "leave the options out"
 )
+NO_JOINT_SHEDDING: Final = (
+    "sgl-flowprefill: --flowprefill-overload shed and --flowprefill-max-queued-tokens cannot work with data-parallel "
+    "attention yet: the rank that decides knows why a request is refused, and does not answer those of the others; "
+    "leave the options out"
+)
 
 
 def build(
@@ -85,6 +90,8 @@ def build(
             raise SystemExit(f"sgl-flowprefill: {unchecked}")
     if config.refuses and not decodes:
         raise SystemExit(NO_SHEDDING)
+    if config.refuses and scheduler.attn_dp_enabled:
+        raise SystemExit(NO_JOINT_SHEDDING)
     if scheduler.enable_priority_scheduling and config.priority_ttft_slo is None and config.slo_policy is None:
         logger.warning(UNUSED_PRIORITIES)
     wakeup = Wakeup()
@@ -153,6 +160,7 @@ def build(
         attention_share,
         shedding=shedding,
         fitting=role.fitting,
+        held_tokens=role.held_tokens,
         batch_tokens=batch_tokens,
         places=places,
     )
@@ -182,10 +190,10 @@ def build(
         refuse=role.shed,
         match_rounds=1 if is_joint else MATCH_ROUNDS,  # each rank matches its own requests
     )
-    if isinstance(role, DataParallelRole):
+    if isinstance(role, JointRole):
         check_idle_pass(role, executor, progress.checkpoints)
     scheduler.output_streamer.recorder = recorder
-    if config.answer_report and agreement.decides:
+    if config.answer_report and (agreement.decides or (is_joint and decodes)):
         scheduler.output_streamer.reports = AnswerReports(recorder)
     # A full collection of all that has been imported would stop a prefill for half a second.
     gc.collect()

@@ -90,8 +90,8 @@ class UnifiedRole(SchedulerRole):
     something else.
     """
     kept_out: list[Any] = field(default_factory=list, init=False)
-    """Requests in SGLang's waiting queue whose adapters find no slot beside those of streams, unknown to the hub: they
-    come again when they do.
+    """Requests in SGLang's waiting queue, unknown to the hub: their adapters find no slot beside those of streams, or
+    this is one of several ranks and has no KV cache for them. They come again when there is some.
     """
     _held_adapters: set[str | None] = field(default_factory=set, init=False)
     """Those of the streams, at the last look."""
@@ -142,7 +142,7 @@ class UnifiedRole(SchedulerRole):
         self.kept_out = [req for req in queue if req in out]
 
     def arrived(self) -> Iterator[Arrival]:
-        if self.held_back and not (self.tasks.live or self.tasks.finishing or self.streams):
+        if self.held_back and not (self.streams or any(batch.reqs for batch in self.in_flight())):
             self._freed()  # nobody is left who could free some
         queued, self.not_told = self.not_told, []
         yield from map(self.as_arrival, queued)
@@ -179,22 +179,37 @@ class UnifiedRole(SchedulerRole):
 
     def finish(self, task: PrefillTask) -> None:
         """The first tokens; requests that have not ended with these are streams from now on."""
+        self.tell_policy(joined=self.new_streams(task))
+
+    def new_streams(self, task: PrefillTask) -> list[Stream]:
+        """The streams that ``task`` leaves, once its result has been processed."""
         scheduler, batch = self.scheduler, task.batch
         # SGLang counts as prefill time what has passed since the launch: here, steps and other prefills among it.
         batch.launch_ts = time.monotonic() - task.executed_s
         scheduler._prev_prefill_end_ts = None
-        super().finish(task)
+        SchedulerRole.finish(self, task)
         batch.hicache_consumer_index = -1  # its load is over, and its decode steps would wait for those of others
         members = len(batch.reqs)
         batch.filter_batch()
-        if not batch.is_empty():
-            now_s = time.monotonic()
-            self.joining.append(batch)
-            joined = {req: Stream(objective(req, self.resolver).tbt_s, req.seqlen, now_s) for req in batch.reqs}
-            self.streams |= joined
-            self.policy.joined(joined.values())
         if len(batch.reqs) < members:
             self._freed()
+        if batch.is_empty():
+            return []
+        now_s = time.monotonic()
+        self.joining.append(batch)
+        joined = {req: Stream(objective(req, self.resolver).tbt_s, req.seqlen, now_s) for req in batch.reqs}
+        self.streams |= joined
+        return list(joined.values())
+
+    def tell_policy(self, joined: Sequence[Stream] = (), left: Sequence[Stream] = ()) -> None:
+        """Streams have joined, or left outside a step."""
+        if joined:
+            self.policy.joined(joined)
+        if left:
+            self.policy.left(left)
+
+    def note_paused(self) -> None:
+        """SGLang has paused, and may have retracted streams."""
 
     def drop(self, task: PrefillTask) -> None:
         fail_unless_aborted(task.batch.reqs, task.failure)
@@ -208,8 +223,8 @@ class UnifiedRole(SchedulerRole):
         scheduler, begin_s, begin = self.scheduler, time.monotonic(), self.device.stamp()
         plan = scheduler.get_next_batch_to_run(scheduler.running_batch, self.join())
         scheduler.running_batch, batch = plan.running_batch, plan.batch_to_run
+        self.tell_policy(left=self._take_ended() if batch is None else ())
         if batch is None:
-            self.policy.left(self._take_ended())
             return None
         self.policy.began(begin_s)
         scheduler.cur_batch_for_debug = batch
@@ -228,9 +243,13 @@ class UnifiedRole(SchedulerRole):
         took_s = step.executed_s + end_s - arrived_s
         tokens, late = self.policy.streams.late_tokens(end_s)
         self.recorder.stepped(begun.requests, begun.begin_s, end_s, begun.load.start_by_s, took_s, tokens, late)
-        self.policy.stepped(end_s, self._take_ended(), took_s=took_s)
+        self.policy.stepped(end_s, self.ended_streams(), took_s=took_s)
         self.steps += 1
         self.step_s += took_s
+
+    def ended_streams(self) -> list[Stream]:
+        """The streams for which the step that has run was the last."""
+        return self._take_ended()
 
     def _take_ended(self) -> list[Stream]:
         """The streams that are over, with the KV cache that they held."""
@@ -302,9 +321,13 @@ class UnifiedRole(SchedulerRole):
         """``req`` has come, or comes back: it was retracted."""
         if req in self.streams:
             self.retractions += 1
-            self.policy.left([self.streams.pop(req)])
+            self.note_retracted(self.streams.pop(req))
         if not req.is_retracted:
             super().note_arrival(req)
+
+    def note_retracted(self, stream: Stream) -> None:
+        """``stream`` has lost its KV cache."""
+        self.policy.left([stream])
 
     def note_queued(self, req: Any) -> None:
         """``req`` is in SGLang's waiting queue."""

@@ -14,8 +14,10 @@ from sglang.srt.managers.schedule_batch import FINISH_ABORT
 from sglang.srt.managers.scheduler import NextBatchPlan
 
 from sgl_flowprefill.config import FlowPrefillConfig
+from sgl_flowprefill.contract import require
 from sgl_flowprefill.hub.loop import Hub
 from sgl_flowprefill.runtime.hub_scheduler import HubScheduler
+from sgl_flowprefill.runtime.joint_unified import JointUnifiedRole
 from sgl_flowprefill.runtime.setup import build
 from sgl_flowprefill.runtime.unified_role import InFlight, ReservingAdder, UnifiedRole
 
@@ -34,7 +36,11 @@ class UnifiedScheduler(HubScheduler):
     load_inquirer: Any
 
     def build_hub(self, config: FlowPrefillConfig) -> Hub[UnifiedRole]:
-        return build(self, config, UnifiedRole.make, decodes=True)
+        role: type[UnifiedRole] = UnifiedRole
+        if self.attn_dp_enabled:
+            require("data_parallel")
+            role = JointUnifiedRole
+        return build(self, config, role.make, decodes=True)
 
     @torch.no_grad()
     def event_loop_normal(self) -> None:
@@ -65,6 +71,7 @@ class UnifiedScheduler(HubScheduler):
         if self.last_batch is not None:  # a pause in place leaves all where it is
             self.role.joining.append(self.last_batch)
             self.last_batch = None
+        self.role.note_paused()
 
     # ---- admission: the hub's alone -------------------------------------------------------------------------------
 

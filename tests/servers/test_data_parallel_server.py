@@ -1,4 +1,4 @@
-"""A prefill server with data-parallel attention and a decode server behind the gateway, as users start them."""
+"""Servers with data-parallel attention, as users start them: one beside a decode server, one that decodes itself."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import aiohttp
 import pytest
 import requests
 
+from sgl_flowprefill.answers import REPORT_KEY
 from sgl_flowprefill.cluster import Cluster, ClusterConfig
 from sgl_flowprefill.config import FlowPrefillConfig
 from sgl_flowprefill.events import read_events
@@ -46,12 +47,15 @@ async def ask_all(url: str) -> dict[str, dict[str, Any]]:
 
 
 @pytest.mark.stress
+@pytest.mark.parametrize(
+    "servers", [{"prefill_args": ARGS}, {"server_args": ARGS, "unified": 1}], ids=["prefill", "unified"]
+)
 def test_answers_are_those_of_transformers_and_the_log_has_the_requests_of_both_ranks(
-    no_cluster: None, tmp_path: Path
+    no_cluster: None, tmp_path: Path, servers: dict[str, Any]
 ) -> None:
     model_path, log = qwen3(MODEL, tmp_path), tmp_path / "events.jsonl"
     options = FlowPrefillConfig(event_log=str(log), exploration_share=0)
-    config = ClusterConfig(True, model_path, prefill_args=ARGS, log_dir=tmp_path, options=options)
+    config = ClusterConfig(True, model_path, log_dir=tmp_path, options=options, **servers)
     with Cluster(config, on_progress=print) as cluster:
         start_s = time.monotonic()
         answers = asyncio.run(ask_all(cluster.url))
@@ -66,6 +70,8 @@ def test_answers_are_those_of_transformers_and_the_log_has_the_requests_of_both_
         comparison.generated(name, ASKED[name][0], meta_info)
     comparison.assert_same()
     assert comparison.counts["log probabilities"] == TOKENS * len(ASKED)
+    if "unified" in servers:
+        assert all(meta_info[REPORT_KEY]["met"] is not None for meta_info in answers.values()), "a rank does not report"
 
     events = [event for event in read_events(log) if event.t_s >= start_s]
     arrived = {

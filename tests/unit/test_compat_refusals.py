@@ -47,7 +47,6 @@ REFUSED: Final = (
     ("both", "use_ray", True),
     ("both", "smg_grpc_mode", True),
     ("both", "grpc_mode", True),
-    ("unified", "enable_dp_attention", True),
     ("both", "enable_dp_attention_local_control_broadcast", True),
     ("both", "pp_size", 2),
     ("both", "dp_size", 2),

@@ -110,6 +110,23 @@ def test_context_grows_with_each_step_and_leaves_with_its_stream() -> None:
     assert (streams.requests, streams.context_tokens, streams.due_s) == (0, 0, math.inf)
 
 
+def test_a_step_takes_what_the_place_with_the_most_streams_or_tokens_has() -> None:
+    """Of several ranks that step together, the others wait for it."""
+    streams = Streams()
+    many = [Stream(0.1, 10, 0.0, place=1) for _ in range(3)]
+    long = Stream(0.1, 1000, 0.0, place=0)
+    for stream in (*many, long):
+        streams.join(stream)
+    assert (streams.requests, streams.widest, streams.context_tokens) == (4, 3, 1000)
+    load = decode_load(streams, Linear(per_token_s=1e-6), DecodeLimits(), margin_s=0.0)
+    assert load.step_s == pytest.approx(Linear(per_token_s=1e-6).predict_s(3, 1000))
+    streams.begin_step()
+    streams.stepped(1.0)
+    assert streams.context_tokens == 1001
+    streams.leave(long)
+    assert (streams.requests, streams.widest, streams.context_tokens) == (3, 3, 33)
+
+
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.tuples(st.sampled_from(["join", "leave", "begin", "step"]), st.integers(0, 5)), max_size=40))
 def test_sums_over_streams_are_those_of_the_streams_one_by_one(script: list[tuple[str, int]]) -> None:
@@ -353,6 +370,9 @@ def test_tasks_that_are_hardly_begun_and_not_kept_are_given_back_first() -> None
     assert given(11) == ["late", "kept, costly"]
     assert given(1011) == ["late", "kept, costly", "kept, cheap"]
     assert given(10_000) == ["late", "kept, costly", "kept, cheap", "half"]
+    held["late"] = 0
+    assert given(10) == ["kept, costly"], "what holds none where it is lacking goes on"
+    assert given(10_000) == ["kept, costly", "kept, cheap", "half"]
 
 
 # ---- decode time is charged to the feasible set ---------------------------------------------------------------------

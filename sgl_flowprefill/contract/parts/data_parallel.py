@@ -49,6 +49,13 @@ PART: Final = Part(
         ),
         source(
             "assumes",
+            f"{SCHEDULER}.get_next_batch_to_run",
+            ["ret = self.dp_attn_adapter.maybe_prepare_mlp_sync_batch(", "ret, need_sync=need_mlp_sync"],
+            "makes an idle batch of a decode step at a rank that has no streams, and none where no rank has any",
+            JOINT,
+        ),
+        source(
+            "assumes",
             "sglang.srt.managers.scheduler_components.request_receiver:"
             "SchedulerRequestReceiver._broadcast_reqs_across_ranks",
             ["work_reqs = attn_cp_tp_broadcast_pyobj(work_reqs)", "src=tp_group.ranks[0]"],

@@ -8,6 +8,7 @@ from sgl_flowprefill.contract.row import Part, rows, source
 
 ATTENTION: Final = "sglang.srt.layers.dp_attention:"
 BATCH: Final = "sglang.srt.model_executor.forward_batch_info:"
+RANKS: Final = "sglang.srt.distributed.parallel_state:"
 RUNS: Final = "servers with data-parallel attention run nothing without an accelerator"
 
 PART: Final = Part(
@@ -31,6 +32,28 @@ PART: Final = Part(
             f"{BATCH}ForwardBatch.prepare_mlp_sync_batch",
             ["torch.tensor(", "pin_memory=self.use_pin_memory"],
             "asks for pinned memory",
+            RUNS,
+        ),
+        *rows(
+            "hooks",
+            RANKS,
+            "reg_all_gather_into_tensor(output, input, group_name)",
+            "gathers the rows of all ranks in a decode step",
+            RUNS,
+        ),
+        *rows("hooks", RANKS, "reg_reduce_scatter_tensor(output, input, group_name)", "scatters sums of them", RUNS),
+        source(
+            "assumes",
+            f"{RANKS}GroupCoordinator.all_gather_into_tensor",
+            ["reg_all_gather_into_tensor(output, input, group_name=self.unique_name)"],
+            "gathers by that",
+            RUNS,
+        ),
+        source(
+            "assumes",
+            f"{RANKS}GroupCoordinator.reduce_scatter_tensor",
+            ["reg_reduce_scatter_tensor(output, input, group_name=self.unique_name)"],
+            "scatters by that",
             RUNS,
         ),
     ),
