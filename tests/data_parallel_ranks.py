@@ -6,6 +6,7 @@ import json
 import os
 import random
 import shutil
+import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -75,6 +76,15 @@ class DataParallelRanks(Ranks):
     def rests(self, rank: int) -> list[dict[str, int]]:
         """What was free at ``rank`` each time that it had nothing to do (``note_rests``)."""
         return [json.loads(line) for line in _rests_path(self.event_log, rank).read_text().splitlines()]
+
+    def assert_nothing_is_held(self, timeout_s: float) -> None:
+        """Wait until all ranks have done their housekeeping twice more, with nothing to do."""
+        for rank in range(len(self.processes)):
+            before, deadline_s = len(self.rests(rank)), time.monotonic() + timeout_s
+            while len(self.rests(rank)) < before + 2:
+                assert time.monotonic() < deadline_s, "a rank has something to do though all is answered"
+                time.sleep(0.2)
+            assert self.rests(rank)[-1] == {"held": 0, "locked": 0, "rows": 0}
 
     def passes(self, rank: int) -> list[dict[str, Any]]:
         """The joint passes that ``rank`` took part in (``note_passes``)."""

@@ -126,7 +126,7 @@ class StockEngine(AnsweringEngine):
 
 
 class UnifiedEngine(AnsweringEngine):
-    """FlowPrefill's scheduler, in the hub's loop. SGLang's checks of the KV pool run at the begin of every turn."""
+    """FlowPrefill's scheduler, in the hub's loop. SGLang's checks of the KV pool run at the beginning of every turn."""
 
     def __init__(self, model_path: str, environment: Mapping[str, str] | None = None, **server_args: Any) -> None:
         super().__init__(

@@ -355,8 +355,7 @@ def _parser() -> argparse.ArgumentParser:
                         "--role and --unified, one port; with --unified N, GATEWAY,UNIFIED")  # fmt: skip
     parser.add_argument("--port", metavar="PORT", help="with --unified, where clients send their requests")
     parser.add_argument("--live-port", metavar="PORT", help="where the launcher shows what a cluster's servers do now "
-                        "(default: "
-                        f"{LIVE_PORT}, or if that is taken any free port; it prints which)")  # fmt: skip
+                        f"(default: {LIVE_PORT}, or if that is taken any free port; it prints which)")  # fmt: skip
     parser.add_argument("--api-key-file", metavar="FILE", type=Path, help="file with the key that servers and gateway "
                         "ask of their clients as a bearer token; the same on each machine of a cluster (default: the "
                         f"environment variable {KEY_VARIABLE}, or no key)")  # fmt: skip

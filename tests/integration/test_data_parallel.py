@@ -78,16 +78,6 @@ def test_requests_that_come_at_random_to_both_ranks_get_the_answers_and_kv_of_tr
     assert both
 
 
-def assert_nothing_is_held(ranks: DataParallelRanks) -> None:
-    """Wait until both ranks have done their housekeeping twice more, with nothing to do."""
-    for rank in range(2):
-        before, deadline_s = len(ranks.rests(rank)), time.monotonic() + 30.0
-        while len(ranks.rests(rank)) < before + 2:
-            assert time.monotonic() < deadline_s, "a rank has something to do though all is answered"
-            time.sleep(0.2)
-        assert ranks.rests(rank)[-1] == {"held": 0, "locked": 0, "rows": 0}
-
-
 def test_clients_that_leave_are_dropped_by_their_rank_and_nothing_stays_behind(
     ranks: DataParallelRanks, comparison: Comparison
 ) -> None:
@@ -105,7 +95,7 @@ def test_clients_that_leave_are_dropped_by_their_rank_and_nothing_stays_behind(
     ranks.finish(list(kept))
     ranks.compare(comparison, kept)
     assert comparison.counts["answers"] == len(kept)
-    assert_nothing_is_held(ranks)
+    ranks.assert_nothing_is_held(30.0)
 
 
 def test_a_request_of_either_rank_ends_the_sleep_of_both(ranks: DataParallelRanks, comparison: Comparison) -> None:

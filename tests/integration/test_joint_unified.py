@@ -59,16 +59,6 @@ def assert_the_same_at_both_ranks(ranks: JointUnifiedRanks) -> None:
     assert [streams for streams, _ in steps[0]] == computed, "the policy knows of other streams than there are"
 
 
-def assert_nothing_is_held(ranks: JointUnifiedRanks) -> None:
-    """Wait until both ranks have done their housekeeping twice more, with nothing to do."""
-    for rank in range(2):
-        before, deadline_s = len(ranks.rests(rank)), time.monotonic() + 60.0
-        while len(ranks.rests(rank)) < before + 2:
-            assert time.monotonic() < deadline_s, "a rank has something to do though all is answered"
-            time.sleep(0.2)
-        assert ranks.rests(rank)[-1] == {"held": 0, "locked": 0, "rows": 0}
-
-
 @pytest.mark.parametrize("times", [2, pytest.param(8, marks=pytest.mark.stress)])
 def test_joint_steps_at_random_points_inside_joint_prefills_give_the_answers_of_transformers(
     ranks: JointUnifiedRanks, comparison: Comparison, times: int
@@ -111,7 +101,7 @@ def test_clients_that_leave_are_dropped_by_their_rank_and_nothing_stays_behind(
     ranks.finish(list(kept))
     ranks.compare_answers(comparison, kept)
     assert comparison.counts["answers"] == len(kept)
-    assert_nothing_is_held(ranks)
+    ranks.assert_nothing_is_held(60.0)
 
 
 @pytest.mark.stress
@@ -135,7 +125,7 @@ def test_a_pause_that_retracts_streams_of_both_ranks_has_their_answers_go_on(
     ranks.finish(list(long))
     ranks.compare_answers(comparison, long)
     assert_the_same_at_both_ranks(ranks)
-    assert_nothing_is_held(ranks)
+    ranks.assert_nothing_is_held(60.0)
 
 
 @pytest.mark.stress
