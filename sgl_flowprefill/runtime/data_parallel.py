@@ -255,7 +255,7 @@ class JointRole(SchedulerRole):
     @property
     def not_ready(self) -> int:
         known = {*self._remote_startable, *chain.from_iterable(task.reqs for task in self.tasks.prefills)}
-        return super().not_ready + sum(not (req.is_computed or req in known) for req in self._remote.values())
+        return super().not_ready + sum(not (one.is_computed or one in known) for one in self._remote.values())
 
     def held(self) -> list[Any]:
         return [*super().held(), *self._remote.values()]

@@ -52,7 +52,7 @@ make docs
     tests/unit/test_site.py::test_every_page_is_there_and_every_link_leads_somewhere
 \S+ launch.py --flowprefill
     tests/servers/test_cluster.py::TestFlowPrefill
-\S+ launch.py --flowprefill …|\S+ launch.py top .*
+\S+ launch.py --flowprefill …|\S+ launch.py top\b.*
     tests/servers/test_live.py::test_the_page_of_a_cluster_shows_the_servers_behind_the_gateway
 \S+ launch.py --flowprefill --ports 30000,30001 --enable-metrics
     tests/servers/test_cluster.py::TestFlowPrefill
