@@ -15,7 +15,6 @@ from sgl_flowprefill.compat.page import EXAMPLES, compatibility_page
 from sgl_flowprefill.compat.row import MODE, SERVERS, Group, Row, Server, flag
 from sgl_flowprefill.compat.table import (
     CHECKED_ATTENTION_BACKENDS,
-    PREFETCHES,
     READ_OPTIONS,
     REFUSED_ENVIRONMENT,
     ROWS,
@@ -27,7 +26,6 @@ __all__ = [
     "CHECKED_ATTENTION_BACKENDS",
     "EXAMPLES",
     "MODE",
-    "PREFETCHES",
     "READ_OPTIONS",
     "REFUSED_ENVIRONMENT",
     "ROWS",

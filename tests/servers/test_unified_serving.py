@@ -426,12 +426,12 @@ def test_an_idle_server_sleeps_and_can_be_flushed(server: Server) -> None:
 @pytest.mark.stress
 def test_a_command_line_that_cannot_work_ends_with_one_line_before_the_model_is_loaded() -> None:
     command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(embedded_model_path())]
-    command += [*AGENTS.options, "--hicache-storage-backend", "file"]
+    command += [*AGENTS.options, "--hicache-host-memory-mode", "buffer_only"]
     env = os.environ | {"FLOWPREFILL": "1", "SGLANG_PLATFORM": "flowprefill_cpu"}
     ended = subprocess.run(command, env=env, capture_output=True, text=True, timeout=START_S)
     assert ended.returncode == 2
     [line] = [line for line in ended.stderr.splitlines() if line.startswith("sgl-flowprefill: ")]
-    assert line.startswith("sgl-flowprefill: --hicache-storage-backend file cannot work with FlowPrefill: ")
+    assert line.startswith("sgl-flowprefill: --hicache-host-memory-mode buffer_only cannot work with FlowPrefill: ")
 
 
 @pytest.mark.stress
