@@ -51,9 +51,10 @@ def store(engine: StoredPrefill, *prompts: list[int]) -> None:
     engine.answers.clear()
 
 
-def ask_again(engine: StoredPrefill) -> tuple[Comparison, int, int, str]:
+def ask_again(engine: StoredPrefill, seed: int = 1000) -> tuple[Comparison, int, int, str]:
     """A prompt that was computed, and flushed from device and host, is asked for, with another end."""
-    first, again = prompt(71, 600), prompt(72, 700, prompt(71, 600))
+    first = prompt(seed, 600)
+    again = prompt(seed + 1, 700, first)
     store(engine, first)
     comparison = Comparison(Reference(embedded_model_path()))
     rounds = Rounds(engine, comparison, [])
@@ -75,14 +76,14 @@ def test_a_flushed_prefix_comes_back_from_storage(remote: Remote) -> None:
     assert stored_tokens == cached_tokens == 600
 
 
-def ask_behind_a_gate(engine: StoredPrefill, policy_name: str) -> dict[str, Any]:
+def ask_behind_a_gate(engine: StoredPrefill, policy_name: str, seed: int) -> dict[str, Any]:
     """What becomes of a request whose prefix cannot be read yet, beside one that has none in storage."""
-    first, other = prompt(81, 600), prompt(83, 300)
+    first, other = prompt(seed, 600), prompt(seed + 1, 300)
     store(engine, first)
     seen: dict[str, Any] = {}
     with policy(engine, policy_name, timeout_s=2.0), gate(engine) as is_open:
         since_s = time.monotonic()
-        engine.submit("waits", prompt(82, 700, first), logprobs=True)
+        engine.submit("waits", prompt(seed + 2, 700, first), logprobs=True)
         engine.submit("other", other)
         while "other" not in engine.answers or (policy_name != "wait_complete" and "waits" not in engine.answers):
             if not engine.turn():
@@ -97,20 +98,20 @@ def ask_behind_a_gate(engine: StoredPrefill, policy_name: str) -> dict[str, Any]
 
 
 def test_a_request_waits_for_all_that_storage_has_while_others_run(remote: Remote) -> None:
-    seen = remote.call(ask_behind_a_gate, "wait_complete")
+    seen = remote.call(ask_behind_a_gate, "wait_complete", 2000)
     assert not seen["is answered behind the gate"]
     assert seen["tokens from storage"] == 600
 
 
 def test_a_request_that_waits_for_storage_is_woken_when_its_time_is_over(remote: Remote) -> None:
-    seen = remote.call(ask_behind_a_gate, "timeout")
+    seen = remote.call(ask_behind_a_gate, "timeout", 2010)
     assert seen["is answered behind the gate"]
     assert seen["after_s"] >= 2.0
     assert seen["tokens from storage"] == 0
 
 
 def test_a_request_that_need_not_wait_for_storage_does_not(remote: Remote) -> None:
-    seen = remote.call(ask_behind_a_gate, "best_effort")
+    seen = remote.call(ask_behind_a_gate, "best_effort", 2020)
     assert seen["is answered behind the gate"]
     assert seen["tokens from storage"] == 0
 
@@ -141,9 +142,10 @@ def test_who_leaves_while_storage_is_read_leaves_nothing_behind(remote: Remote) 
     assert not answered
 
 
-def lose_what_was_matched(engine: StoredPrefill) -> tuple[Comparison, int, int]:
+def lose_what_was_matched(engine: StoredPrefill, seed: int = 3000) -> tuple[Comparison, int, int]:
     """A request waits, whose prefix is on the device and loses its place there and in host memory before it starts."""
-    first, asked = prompt(61, 600), prompt(62, 700, prompt(61, 600))
+    first = prompt(seed, 600)
+    asked = prompt(seed + 1, 700, first)
     store(engine, first)
     engine.submit("there", first)
     engine.run()
@@ -156,7 +158,9 @@ def lose_what_was_matched(engine: StoredPrefill) -> tuple[Comparison, int, int]:
     engine.evict()
     del engine.hub.work.policy.pick
     shape = engine.hub.role.match(engine.scheduler.waiting_queue[0])
+    usual_s, engine.hub.stall_check_s = engine.hub.stall_check_s, 1e9  # which would find it startable a second later
     engine.run()
+    engine.hub.stall_check_s = usual_s
     rounds.compare("loses", asked)
     rounds.close()
     tokens = from_storage(engine, "loses")
