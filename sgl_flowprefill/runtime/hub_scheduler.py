@@ -111,8 +111,10 @@ class HubScheduler(Scheduler):
         return attached
 
     def _process_storage_prefetch_retries(self) -> None:
-        """Of the requests that the hub knows: the others wait for storage already, or for something else."""
-        waiting_queue, self.waiting_queue = self.waiting_queue, list(self.role.waiting())
+        """Of the requests that the hub knows: the others wait for storage already, or for something else. Some may have
+        left since the last look, and are not counted.
+        """
+        waiting_queue, self.waiting_queue = self.waiting_queue, list(iter(self.role.waiting()))
         super()._process_storage_prefetch_retries()
         self.waiting_queue = waiting_queue
 
