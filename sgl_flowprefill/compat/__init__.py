@@ -18,6 +18,7 @@ from sgl_flowprefill.compat.table import (
     READ_OPTIONS,
     REFUSED_ENVIRONMENT,
     ROWS,
+    STORAGE_RANKS,
     TABLE,
     UNSET_ENVIRONMENT,
 )
@@ -30,6 +31,7 @@ __all__ = [
     "REFUSED_ENVIRONMENT",
     "ROWS",
     "SERVERS",
+    "STORAGE_RANKS",
     "TABLE",
     "UNSET_ENVIRONMENT",
     "Change",

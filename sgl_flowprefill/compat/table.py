@@ -31,6 +31,7 @@ NO_GRAPHS: Final = "a captured graph cannot be suspended between its operators"
 UNCAPTURED: Final = f"{NO_EFFECT}: prefills are not captured"
 ONE_CHUNK: Final = "its buffers hold the tokens of one chunk, and a prompt is prefilled whole"
 TRANSFERS: Final = "SGLang waits for its transfers layer by layer in one forward pass at a time"
+STORAGE_RANKS: Final = "what each rank reads from it at its own pace has not been compared"
 STAGED: Final = "what it reads from storage is of one request and no cached prefix, and has not been compared"
 LORA_KERNELS: Final = "it has not been checked to keep the batches of suspended prefills apart; use csgmv or triton"
 ADAPTER_RANKS: Final = "adapters that are split between ranks have not been compared"
@@ -228,7 +229,10 @@ CACHES: Final = Group(
             "hicache_mem_layout",
             "goes with --enable-hierarchical-cache",
         ),
-        leave("hicache_storage_backend", "goes with --enable-hierarchical-cache"),
+        leave(
+            "hicache_storage_backend",
+            f"goes with --enable-hierarchical-cache. **Refused** with `--tp-size` above 1: {STORAGE_RANKS}",
+        ),
         leave(
             "hicache_storage_prefetch_policy hicache_storage_backend_extra_config",
             "go with --hicache-storage-backend. The policy chooses among requests that it lets start",

@@ -9,7 +9,7 @@ from sglang.srt.arg_groups.overrides import resolving_view
 from sglang.srt.managers import io_struct
 from sglang.srt.managers.scheduler import Scheduler
 
-from sgl_flowprefill.compat import incompatible_option
+from sgl_flowprefill.compat import STORAGE_RANKS, incompatible_option
 from sgl_flowprefill.config import FlowPrefillConfig
 from sgl_flowprefill.contract import SeamError, expect
 from sgl_flowprefill.hub.loop import Hub
@@ -101,6 +101,9 @@ class HubScheduler(Scheduler):
 
     def attach_hicache_storage_wrapped(self, recv_req: Any) -> Any:
         """A storage that comes to a running server is one to listen to."""
+        if self.tp_size > 1:
+            message = f"a storage cannot work with FlowPrefill beside --tp-size {self.tp_size}: {STORAGE_RANKS}"
+            return io_struct.AttachHiCacheStorageReqOutput(success=False, message=message)
         try:
             expect("storage")
         except SeamError as error:
