@@ -16,8 +16,8 @@ from sgl_flowprefill.model import embedded_model_path
 from tests.engine import Engine, PrefillEngine, Unfinished
 from tests.unified_engine import UnifiedEngine
 
-LONGEST_SLEEP_S: Final = 30.0
-"""What nobody wakes from is an error."""
+LONGEST_SLEEP_S: Final = 300.0
+"""What nobody wakes from is an error. SGLang compiles its hashes of pages when they are first wanted."""
 THRESHOLD_TOKENS: Final = 64
 """Shorter prefixes are not read."""
 
