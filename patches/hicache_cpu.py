@@ -4,13 +4,14 @@ Targets: ``ALLOC_MEMORY_FUNCS`` (mem_cache/pool_host/common.py), SGLang's own ta
 host pools, which has no entry for "cpu" and falls back to ``cudaHostRegister``; and ``transfer_kv_direct`` in the
 modules of both host pools, which they import from sgl-kernel on CUDA, ROCm and XPU only. Without this seam a server
 with ``--enable-hierarchical-cache`` fails at start. And ``HICACHE_HOST_MEMORY_RESERVE_BYTES``: SGLang leaves 10 GiB of
-host memory free, more than a small machine has.
+host memory free, more than a small machine has. And ``get_dummy_flat_data_page`` of these pools, the memory into which
+a page is read from storage, which they pin: without this seam, nothing is ever read.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 import torch
@@ -27,6 +28,7 @@ POOLS: Final = (
     "sglang.srt.mem_cache.pool_host.mla.MLATokenToKVPoolHost",
 )
 COPY: Final = "transfer_kv_direct"
+PAGE: Final = "get_dummy_flat_data_page"
 
 
 def apply() -> None:
@@ -36,13 +38,25 @@ def apply() -> None:
     module, _, name = RESERVE.rpartition(".")
     setattr(sys.modules[module], name, RESERVED_BYTES)
     for pool in POOLS:
-        setattr(sys.modules[resolve(SEAM, pool).__module__], COPY, copy)
+        kind = resolve(SEAM, pool)
+        setattr(sys.modules[kind.__module__], COPY, copy)
+        setattr(kind, PAGE, unpinned(getattr(kind, PAGE)))
 
 
 def allocate(*args: Any, **options: Any) -> torch.Tensor:
     """Memory of a host pool, as SGLang allocates it where it is not registered."""
     memory: torch.Tensor = resolve(SEAM, ALLOCATOR)(*args, **options | {"pin_memory": False})
     return memory
+
+
+def unpinned(page: Callable[[Any], torch.Tensor]) -> Callable[[Any], torch.Tensor]:
+    """``page`` of a host pool that pins no memory."""
+
+    def of(pool: Any) -> torch.Tensor:
+        pool.pin_memory = False
+        return page(pool)
+
+    return of
 
 
 def copy(

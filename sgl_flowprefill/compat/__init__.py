@@ -15,10 +15,10 @@ from sgl_flowprefill.compat.page import EXAMPLES, compatibility_page
 from sgl_flowprefill.compat.row import MODE, SERVERS, Group, Row, Server, flag
 from sgl_flowprefill.compat.table import (
     CHECKED_ATTENTION_BACKENDS,
-    PREFETCHES,
     READ_OPTIONS,
     REFUSED_ENVIRONMENT,
     ROWS,
+    STORAGE_RANKS,
     TABLE,
     UNSET_ENVIRONMENT,
 )
@@ -27,11 +27,11 @@ __all__ = [
     "CHECKED_ATTENTION_BACKENDS",
     "EXAMPLES",
     "MODE",
-    "PREFETCHES",
     "READ_OPTIONS",
     "REFUSED_ENVIRONMENT",
     "ROWS",
     "SERVERS",
+    "STORAGE_RANKS",
     "TABLE",
     "UNSET_ENVIRONMENT",
     "Change",

@@ -24,6 +24,7 @@ from sgl_flowprefill.compat.table import (
     REPLICAS,
     ROWS,
     SHARED_ATTENTION,
+    STORAGE_RANKS,
     UNSET_ENVIRONMENT,
 )
 
@@ -122,6 +123,10 @@ def refusals(server_args: Any, env: Mapping[str, str] | None = None) -> Iterator
     if has_adapters and ABOVE_ONE.holds(getattr(server_args, "tp_size", None)):
         given = f"--enable-lora with {shown('tp_size', server_args.tp_size)}"
         yield Refusal("enable_lora", given, _cannot_work(given, ADAPTER_RANKS))
+    storage = getattr(server_args, "hicache_storage_backend", None)
+    if GIVEN.holds(storage) and ABOVE_ONE.holds(getattr(server_args, "tp_size", None)):
+        given = f"{shown('hicache_storage_backend', storage)} with {shown('tp_size', server_args.tp_size)}"
+        yield Refusal("hicache_storage_backend", given, _cannot_work(given, STORAGE_RANKS))
     algorithm = getattr(server_args, "speculative_algorithm", None)
     for option in BESIDE_DRAFTS if GIVEN.holds(algorithm) else ():
         value = getattr(server_args, option, None)

@@ -31,7 +31,8 @@ NO_GRAPHS: Final = "a captured graph cannot be suspended between its operators"
 UNCAPTURED: Final = f"{NO_EFFECT}: prefills are not captured"
 ONE_CHUNK: Final = "its buffers hold the tokens of one chunk, and a prompt is prefilled whole"
 TRANSFERS: Final = "SGLang waits for its transfers layer by layer in one forward pass at a time"
-PREFETCHES: Final = "requests wait for what is read from its storage, which wakes nobody when it is there"
+STORAGE_RANKS: Final = "what each rank reads from it at its own pace has not been compared"
+STAGED: Final = "what it reads from storage is of one request and no cached prefix, and has not been compared"
 LORA_KERNELS: Final = "it has not been checked to keep the batches of suspended prefills apart; use csgmv or triton"
 ADAPTER_RANKS: Final = "adapters that are split between ranks have not been compared"
 EXPERT_ADAPTERS: Final = "adapters of experts have not been checked to keep the batches of suspended prefills apart"
@@ -228,12 +229,19 @@ CACHES: Final = Group(
             "hicache_mem_layout",
             "goes with --enable-hierarchical-cache",
         ),
-        refuse("hicache_storage_backend", PREFETCHES),
         leave(
-            "hicache_host_memory_mode hicache_storage_prefetch_policy hicache_storage_backend_extra_config "
-            "hicache_storage_prefetch_retry_poll_interval hicache_storage_prefetch_retry_max_attempts",
-            "go with --hicache-storage-backend, which is refused",
+            "hicache_storage_backend",
+            f"goes with --enable-hierarchical-cache. **Refused** with `--tp-size` above 1: {STORAGE_RANKS}",
         ),
+        leave(
+            "hicache_storage_prefetch_policy hicache_storage_backend_extra_config",
+            "go with --hicache-storage-backend. The policy chooses among requests that it lets start",
+        ),
+        leave(
+            "hicache_storage_prefetch_retry_poll_interval hicache_storage_prefetch_retry_max_attempts",
+            "go with --hicache-storage-backend. A pass is a start of a task, or a decode step",
+        ),
+        refuse("hicache_host_memory_mode", STAGED, one_of("buffer_only")),
         refuse(("enable_lmcache", "enable_flexkv", "enable_unified_cache_external_linker"), TRANSFERS),
         leave(
             "lmcache_config_file flexkv_config_file unified_cache_external_linker_backend "

@@ -9,8 +9,9 @@ from sglang.srt.arg_groups.overrides import resolving_view
 from sglang.srt.managers import io_struct
 from sglang.srt.managers.scheduler import Scheduler
 
-from sgl_flowprefill.compat import PREFETCHES, incompatible_option
+from sgl_flowprefill.compat import STORAGE_RANKS, incompatible_option
 from sgl_flowprefill.config import FlowPrefillConfig
+from sgl_flowprefill.contract import SeamError, expect
 from sgl_flowprefill.hub.loop import Hub
 from sgl_flowprefill.live.ask import KEY, MOST_EVENTS, Ask
 from sgl_flowprefill.live.state import Answer, encode_answer
@@ -96,10 +97,33 @@ class HubScheduler(Scheduler):
         self.hub.finish_started()
         super().pause_generation(recv_req)
 
+    # ---- prefixes in storage --------------------------------------------------------------------------------------
+
     def attach_hicache_storage_wrapped(self, recv_req: Any) -> Any:
-        """What ``--hicache-storage-backend`` is refused for is refused of a running server, too."""
-        message = f"a storage backend cannot work with FlowPrefill: {PREFETCHES}"
-        return io_struct.AttachHiCacheStorageReqOutput(success=False, message=message)
+        """A storage that comes to a running server is one to listen to."""
+        if self.tp_size > 1:
+            message = f"a storage cannot work with FlowPrefill beside --tp-size {self.tp_size}: {STORAGE_RANKS}"
+            return io_struct.AttachHiCacheStorageReqOutput(success=False, message=message)
+        try:
+            expect("storage")
+        except SeamError as error:
+            return io_struct.AttachHiCacheStorageReqOutput(success=False, message=str(error))
+        attached = super().attach_hicache_storage_wrapped(recv_req)
+        if attached.success:
+            self.role.reads.listen()
+        return attached
+
+    def _process_storage_prefetch_retries(self) -> None:
+        """Of the requests that the hub knows: the others wait for storage already, or for something else. Some may have
+        left since the last look, and are not counted.
+        """
+        waiting_queue, self.waiting_queue = self.waiting_queue, list(iter(self.role.waiting()))
+        super()._process_storage_prefetch_retries()
+        self.waiting_queue = waiting_queue
+
+    def _retry_storage_prefetch(self, req: Any, storage_hit_end: int | None = None) -> None:
+        super()._retry_storage_prefetch(req, storage_hit_end)
+        self.role.reads.begun_again(req)
 
     # ---- what SGLang asks a scheduler -----------------------------------------------------------------------------
 

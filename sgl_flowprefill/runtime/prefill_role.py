@@ -13,7 +13,7 @@ from sglang.srt.disaggregation.base import KVPoll
 from sgl_flowprefill.deadline import objective, received_s, sent_s
 from sgl_flowprefill.hub.role import Arrival
 from sgl_flowprefill.hub.task import PrefillTask
-from sgl_flowprefill.runtime.scheduler_role import SchedulerRole, fail_unless_aborted, input_logprobs
+from sgl_flowprefill.runtime.scheduler_role import SchedulerRole, fail_unless_aborted, input_logprobs, noticed_s
 
 STALL_CHECK_REQUESTS: Final = 512
 """Most waiting requests that are looked at for stalls: SGLang takes about 1.5 us each, and a prefill may be stopped."""
@@ -39,12 +39,14 @@ class PrefillRole(SchedulerRole):
             self.drop_stalled()
             self.forget_rooms()
             self.recorder.close_lost(self.held())
+        self.reads.forget_all_but(self.scheduler.waiting_queue)
         return has_sent or has_transferred
 
     def arrived(self) -> Iterator[Arrival]:
-        """Requests that have bootstrapped."""
-        for req in self.scheduler.disagg_prefill_bootstrap_queue.pop_bootstrapped():
-            self.scheduler.waiting_queue.append(req)
+        """Requests that have bootstrapped, and do not wait for prefixes from storage."""
+        bootstrapped = self.scheduler.disagg_prefill_bootstrap_queue.pop_bootstrapped()
+        self.scheduler.waiting_queue.extend(bootstrapped)
+        for req in self.may_start(bootstrapped):
             arrival_s, promised = received_s(req), objective(req, self.resolver)
             yield Arrival(
                 req=req,
@@ -52,7 +54,7 @@ class PrefillRole(SchedulerRole):
                 prompt=req.origin_input_ids,
                 received_s=arrival_s,
                 deadline_s=arrival_s + promised.ttft_s,
-                readable_s=max(sent_s(req), self.bootstrapped_s.pop(req.bootstrap_room, 0.0)),
+                readable_s=max(sent_s(req), self.bootstrapped_s.pop(req.bootstrap_room, 0.0), noticed_s(req)),
                 logprob_rows=input_logprobs(req),
                 objective=promised,
             )
@@ -123,7 +125,7 @@ class PrefillRole(SchedulerRole):
 
     @property
     def not_ready(self) -> int:
-        return len(self.scheduler.disagg_prefill_bootstrap_queue.queue)
+        return super().not_ready + len(self.scheduler.disagg_prefill_bootstrap_queue.queue)
 
     def held(self) -> list[Any]:
         return [*self.scheduler.disagg_prefill_bootstrap_queue.queue, *super().held()]

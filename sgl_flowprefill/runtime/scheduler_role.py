@@ -29,6 +29,7 @@ from sgl_flowprefill.policy import ColocatedPolicy, Policy
 from sgl_flowprefill.runtime.adapters import Adapters, NoAdapters, adapters
 from sgl_flowprefill.runtime.event_recorder import EventRecorder
 from sgl_flowprefill.runtime.host_cache import HostCache, host_cache
+from sgl_flowprefill.runtime.storage import READ_S, NoReads, storage_reads
 from sgl_flowprefill.runtime.wakeup import Wakeup
 from sgl_flowprefill.slo.resolve import Resolver
 from sgl_flowprefill.ttft import PrefillShape
@@ -36,6 +37,23 @@ from sgl_flowprefill.ttft import PrefillShape
 RECENT_PROMPTS: Final = 16
 COMPILES_SINCE: Final = "flowprefill_compiles_since_s"
 """Attribute of SGLang's Req: when its grammar began to be compiled here."""
+
+
+@dataclass(frozen=True)
+class Without(Collection[Any]):
+    """Requests that wait ``without`` some of them, which are counted without a look at each."""
+
+    waiting: Collection[Any]
+    without: Collection[Any]
+
+    def __len__(self) -> int:
+        return len(self.waiting) - len(self.without)
+
+    def __iter__(self) -> Iterator[Any]:
+        return (req for req in self.waiting if req not in self.without)
+
+    def __contains__(self, req: object) -> bool:
+        return req in self.waiting and req not in self.without
 
 
 @dataclass(eq=False)
@@ -56,11 +74,16 @@ class SchedulerRole(ABC):
     """Prompts of the last tasks: prefixes that are probably cached."""
     host_cache: HostCache = field(init=False)
     """Prefixes that the device had no room for."""
+    reads: NoReads = field(init=False)
+    """Prefixes that are read from storage."""
     adapters: Adapters = field(default_factory=NoAdapters, init=False)
     """What requests ask for beside the base model."""
+    _has_lost_prefix: bool = field(default=False, init=False)
+    """Whether, since the last look, no batch was made because its first request has to wait for storage again."""
 
     def __post_init__(self) -> None:
         self.host_cache = host_cache(self.scheduler, self.wakeup.notify)
+        self.reads = storage_reads(self.scheduler, self.wakeup.notify)
 
     @classmethod
     def make(cls, config: FlowPrefillConfig, scheduler: Any, *parts: Any) -> Self:
@@ -103,8 +126,7 @@ class SchedulerRole(ABC):
     def drop(self, task: PrefillTask) -> None: ...
 
     def waiting(self) -> Collection[Any]:
-        queue: list[Any] = self.scheduler.waiting_queue
-        return queue
+        return Without(self.scheduler.waiting_queue, self.reads.awaited)
 
     def abandoned(self, live: Sequence[PrefillTask]) -> list[PrefillTask]:
         """A request that leaves a batch in which others stay is computed to the end with it, and freed with the result:
@@ -123,7 +145,10 @@ class SchedulerRole(ABC):
         """SGLang's own admission (prefix match, KV and slot allocation) for ``reqs`` alone, in their order, and what
         its loop does with a new batch.
         """
-        scheduler = self.scheduler
+        scheduler, winner, reqs = self.scheduler, reqs[0], self.reads.with_prefixes(reqs)
+        if not reqs or reqs[0] is not winner:
+            self._has_lost_prefix = True
+            return None
         chosen = set(reqs)
         others = [req for req in scheduler.waiting_queue if req not in chosen]
         scheduler.waiting_queue = list(reqs)
@@ -136,6 +161,7 @@ class SchedulerRole(ABC):
         grammars.grammar_queue = compiling
         scheduler.waiting_queue = scheduler.waiting_queue + others
         self.host_cache.after_batch(batch)
+        self.reads.pass_by()
         return scheduler.ngram_embedding_manager.prepare_for_forward(batch, chunked_req=scheduler.chunked_req)
 
     def fitting(self, reqs: Sequence[Any]) -> Sequence[Any]:
@@ -207,7 +233,7 @@ class SchedulerRole(ABC):
     @property
     def not_ready(self) -> int:
         """Requests that have arrived and that the hub cannot start yet."""
-        return 0
+        return len(self.reads.awaited)
 
     def snapshot(self, work: Work, now_s: float, kv_is_short: bool) -> State:
         """What those are told who watch: what runs and waits at ``now_s``."""
@@ -233,19 +259,28 @@ class SchedulerRole(ABC):
         """All requests that have arrived here and whose prefill has not run."""
         return [*self.scheduler.waiting_queue, *chain.from_iterable(task.batch.reqs for task in self.tasks.prefills)]
 
+    def may_start(self, queued: Sequence[Any]) -> Sequence[Any]:
+        """Those of the ``queued`` requests, and of those that waited for storage, that may start now."""
+        ready = self.reads.may_start(queued)
+        ended = self.reads.take_ended()
+        if ended:
+            self.scheduler.hub.work.waiting.cached([req.origin_input_ids for req in ended])
+        return ready
+
     def take_messages(self) -> bool:
-        """Arrivals, aborts and health checks; compiled grammars; transfers of the cache in host memory. Whether there
-        were some of the latter that have ended.
+        """Arrivals, aborts and health checks; compiled grammars; transfers of the cache in host memory. Whether a batch
+        that could not be made may be possible now, for one of the latter has ended or its first request waits.
         """
         scheduler = self.scheduler
         has_transferred = self.host_cache.take_news()  # before a message that asks for a server without any
+        has_lost_prefix, self._has_lost_prefix = self._has_lost_prefix, False
         scheduler.ingest_requests()
         while scheduler.return_health_check_ipcs:  # SGLang answers one a round; here the next may be long in coming
             scheduler.maybe_send_health_check_signal()
         if self.has_compiled_grammars():
             for req in scheduler.grammar_manager.get_ready_grammar_requests():
                 scheduler._add_request_to_queue(req)
-        return has_transferred
+        return has_transferred or has_lost_prefix
 
     def has_compiled_grammars(self) -> bool:
         """Whether SGLang would find something among the grammars: its look waits for those that are not ready.
@@ -269,6 +304,11 @@ class SchedulerRole(ABC):
     def agree_on(self, found: bool) -> bool:
         """Whether the rank that decides has ``found`` something, at all ranks that have the same requests."""
         return bool(self.agreement.agree([found])[0])
+
+
+def noticed_s(req: Any) -> float:
+    """When the hub noticed that ``req``, which had to wait for storage, may start; 0 for one that had not."""
+    return float(getattr(req, READ_S, 0.0))
 
 
 def fail_unless_aborted(reqs: Sequence[Any], failure: Failure | None) -> None:

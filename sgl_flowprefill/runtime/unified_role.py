@@ -30,7 +30,13 @@ from sgl_flowprefill.patches.overload import RETRY_AFTER
 from sgl_flowprefill.policy import ColocatedPolicy, DecodeLimits, Policy, Stream
 from sgl_flowprefill.profiling.steps import LearnedSteps
 from sgl_flowprefill.runtime.adapters import Adapters, NoAdapters
-from sgl_flowprefill.runtime.scheduler_role import SchedulerRole, fail_unless_aborted, input_logprobs
+from sgl_flowprefill.runtime.scheduler_role import (
+    SchedulerRole,
+    Without,
+    fail_unless_aborted,
+    input_logprobs,
+    noticed_s,
+)
 from sgl_flowprefill.runtime.step_profile import load_or_measure_steps
 
 HAS_RUN: Final = "flowprefill_has_run"
@@ -43,23 +49,6 @@ class InFlight:
     """Requests that hold KV cache and are not in SGLang's running batch, as SGLang's checks read a batch."""
 
     reqs: list[Any]
-
-
-@dataclass(frozen=True)
-class Without(Collection[Any]):
-    """Requests that wait ``without`` some of them, which are counted without a look at each."""
-
-    waiting: Collection[Any]
-    without: Collection[Any]
-
-    def __len__(self) -> int:
-        return len(self.waiting) - len(self.without)
-
-    def __iter__(self) -> Iterator[Any]:
-        return (req for req in self.waiting if req not in self.without)
-
-    def __contains__(self, req: object) -> bool:
-        return req in self.waiting and req not in self.without
 
 
 @dataclass(eq=False)
@@ -121,6 +110,7 @@ class UnifiedRole(SchedulerRole):
         if self.take_messages():
             self._freed()
         self._forget_ended()
+        self.not_told = list(self.may_start(self.not_told))
         if stalls_due:
             self.recorder.close_lost(self.held())
         if not isinstance(self.adapters, NoAdapters):
@@ -134,7 +124,7 @@ class UnifiedRole(SchedulerRole):
         if held == self._held_adapters and not self.not_told and not self.kept_out:
             return
         self._held_adapters = held
-        unknown, was_out = set(self.held_back), set(self.kept_out)
+        unknown, was_out = {*self.held_back, *self.reads.awaited}, set(self.kept_out)
         queue = [req for req in self.scheduler.waiting_queue if req not in unknown]
         out = adapters.kept_out(queue, self.streams)
         come_again = [req for req in queue if req not in out and req in was_out]
@@ -160,7 +150,7 @@ class UnifiedRole(SchedulerRole):
             prompt=array("q", [*req.origin_input_ids, *req.output_ids]) if is_retracted else req.origin_input_ids,
             received_s=since_s,
             deadline_s=since_s + promised.ttft_s,
-            readable_s=since_s if is_retracted else sent_s(req) or arrived_s,
+            readable_s=max(since_s if is_retracted else sent_s(req) or arrived_s, noticed_s(req)),
             logprob_rows=input_logprobs(req),
             retracted=is_retracted,
             objective=promised,
@@ -168,7 +158,8 @@ class UnifiedRole(SchedulerRole):
         )
 
     def waiting(self) -> Collection[Any]:
-        return Without(super().waiting(), {*self.not_told, *self.held_back, *self.kept_out})
+        unknown = {*self.not_told, *self.held_back, *self.kept_out, *self.reads.awaited}
+        return Without(self.scheduler.waiting_queue, unknown)
 
     def make_batch(self, reqs: Sequence[Any]) -> Any | None:
         self.is_admitting = True
@@ -357,10 +348,11 @@ class UnifiedRole(SchedulerRole):
 
     @property
     def not_ready(self) -> int:
-        return len(self.held_back) + len(self.kept_out)
+        return super().not_ready + len(self.held_back) + len(self.kept_out)
 
     def _forget_ended(self) -> None:
         """Requests of which the hub has not been told may have been aborted or refused."""
+        self.reads.forget_all_but(self.scheduler.waiting_queue)
         ended = {*self.not_told, *self.held_back}
         for req in reversed(self.scheduler.waiting_queue):  # near its end, where requests are put
             if not ended:

@@ -361,20 +361,6 @@ def test_what_has_been_transferred_does_not_keep_a_server_busy(remote: Remote) -
     assert flushed
 
 
-def attach(engine: Late) -> tuple[bool, str]:
-    """Whether a storage can be attached, and what is said."""
-    from sglang.srt.managers.io_struct import AttachHiCacheStorageReqInput
-
-    answer = engine.scheduler._request_dispatcher(AttachHiCacheStorageReqInput(hicache_storage_backend="file"))
-    return answer.success, answer.message
-
-
-def test_a_storage_is_refused_of_a_running_server(remote: Remote) -> None:
-    attached, message = remote.call(attach)
-    assert not attached
-    assert "which wakes nobody" in message
-
-
 def wake_up(engine: Late) -> bool:
     """Whether the hub, which sleeps, is woken by the end of a transfer."""
     engine.submit("last", prompt(83, 700))

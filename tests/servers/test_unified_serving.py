@@ -426,12 +426,12 @@ def test_an_idle_server_sleeps_and_can_be_flushed(server: Server) -> None:
 @pytest.mark.stress
 def test_a_command_line_that_cannot_work_ends_with_one_line_before_the_model_is_loaded() -> None:
     command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(embedded_model_path())]
-    command += [*AGENTS.options, "--hicache-storage-backend", "file"]
+    command += [*AGENTS.options, "--hicache-host-memory-mode", "buffer_only"]
     env = os.environ | {"FLOWPREFILL": "1", "SGLANG_PLATFORM": "flowprefill_cpu"}
     ended = subprocess.run(command, env=env, capture_output=True, text=True, timeout=START_S)
     assert ended.returncode == 2
     [line] = [line for line in ended.stderr.splitlines() if line.startswith("sgl-flowprefill: ")]
-    assert line.startswith("sgl-flowprefill: --hicache-storage-backend file cannot work with FlowPrefill: ")
+    assert line.startswith("sgl-flowprefill: --hicache-host-memory-mode buffer_only cannot work with FlowPrefill: ")
 
 
 @pytest.mark.stress
@@ -456,3 +456,33 @@ def test_the_command_line_of_agents_serves_turns_whose_prefixes_come_back_from_h
     loaded = re.findall(r"^sglang:load_back_tokens_total\{.*\} (\S+)$", metrics, re.MULTILINE)
     print("tokens loaded from host memory:", loaded)
     assert sum(map(float, loaded)) >= 700
+
+
+@pytest.mark.stress
+def test_the_command_line_of_agents_serves_turns_whose_prefixes_come_back_from_storage(
+    comparison: Comparison, tmp_path: Path
+) -> None:
+    """Conversations of several turns on a server that is flushed after each."""
+    turns = {i: prompt(970 + i, 700) for i in range(6)}
+    options = ("--hicache-storage-backend", "file", "--file-storage-path", str(tmp_path / "storage"))
+    options += ("--hicache-storage-prefetch-policy", "wait_complete")
+
+    async def next_turns(server: Server) -> dict[int, Any]:
+        async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(300)) as session:
+            asked = [stream(session, server.url, body(tokens, TOKENS, ttft_slo=60.0)) for tokens in turns.values()]
+            return {i: answer for i, (answer, _) in zip(turns, await asyncio.gather(*asked), strict=True)}
+
+    with serving(tmp_path, "--max-total-tokens", "9000", *AGENTS.options, *options) as server:
+        for _ in range(4):
+            for i, answer in asyncio.run(next_turns(server)).items():
+                comparison.generated(f"conversation {i}", turns[i], {"output_token_logprobs": answer})
+                turns[i] = [*turns[i], *(token for _, token, _ in answer), *prompt(1000 + len(turns[i]) + i, 60)]
+            deadline_s = time.monotonic() + 60
+            while requests.post(server.url + "/flush_cache", timeout=30).status_code != 200:  # all is written first
+                assert time.monotonic() < deadline_s
+                time.sleep(0.1)
+        metrics = requests.get(server.url + "/metrics", timeout=30).text
+    assert_compared(comparison, answers=24)
+    read = re.findall(r"^sglang:prefetched_tokens_total\{.*\} (\S+)$", metrics, re.MULTILINE)
+    print("tokens read from storage:", read)
+    assert sum(map(float, read)) >= 3 * 6 * 700

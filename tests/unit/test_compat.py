@@ -249,6 +249,13 @@ def test_the_page_of_the_docs_is_what_the_table_says():
     assert page.read_text() == compatibility_page(), "python -m sgl_flowprefill.compat > docs/compatibility.md"
 
 
+@pytest.mark.parametrize("server", [{}, UNIFIED])
+def test_a_storage_works_on_one_rank(server):
+    storage = {"enable_hierarchical_cache": True, "hicache_storage_backend": "file"}
+    assert problem(**storage, **server) is None
+    assert problem(**storage, **server, tp_size=2).startswith("--hicache-storage-backend file with --tp-size 2 cannot")
+
+
 @pytest.mark.parametrize("adapters", [{"enable_lora": True}, {"lora_paths": ["a=b"]}])
 @pytest.mark.parametrize("server", [{}, UNIFIED])
 def test_adapters_work_on_one_rank(adapters, server):

@@ -27,7 +27,7 @@ REFUSED: Final = (
     ("both", "enable_multi_layer_eagle", True),
     ("both", "speculative_draft_attention_backend", "fa4"),
     ("both", "enable_unified_memory", True),
-    ("both", "hicache_storage_backend", "file"),
+    ("both", "hicache_host_memory_mode", "buffer_only"),
     ("both", "enable_lmcache", True),
     ("both", "enable_flexkv", True),
     ("both", "enable_unified_cache_external_linker", True),

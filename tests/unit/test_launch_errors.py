@@ -147,7 +147,7 @@ def test_a_misspelt_option_in_the_environment(refusal, monkeypatch):
     ("options", "text"),
     [
         (["--pp-size", "2"], "--pp-size 2 cannot work with FlowPrefill"),
-        (["--hicache-storage-backend", "file"], "--hicache-storage-backend file cannot work with FlowPrefill"),
+        (["--enable-unified-memory"], "--enable-unified-memory cannot work with FlowPrefill"),
         (["--prefill-args", "--enable-lora --tp 2"], "--enable-lora with --tp-size 2 cannot work with FlowPrefill"),
         (["--no-such-option"], "--no-such-option"),
         (["--decode-args", "--max-total-tokens many"], "--max-total-tokens"),

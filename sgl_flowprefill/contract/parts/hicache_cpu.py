@@ -38,6 +38,17 @@ PART: Final = Part(
             for module, pool in (("mha", "MHATokenToKVPoolHost"), ("mla", "MLATokenToKVPoolHost"))
             for method in ("load_to_device_per_layer", "backup_from_device_all_layer")
         ),
+        *(
+            source(
+                "hooks",
+                f"{POOLS}.{module}:{pool}.get_dummy_flat_data_page",
+                ["pin_memory=self.pin_memory"],
+                "is the memory into which a page is read from storage",
+                "nothing is read from storage without an accelerator",
+                "(self)",
+            )
+            for module, pool in (("mha", "MHATokenToKVPoolHost"), ("mla", "MLATokenToKVPoolHost"))
+        ),
         source(
             "assumes",
             f"{POOLS}.mha:MHATokenToKVPoolHost.init_kv_buffer",

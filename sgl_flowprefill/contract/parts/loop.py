@@ -71,18 +71,11 @@ PART: Final = Part(
             "requests do not end in the event log",
         ),
         *rows(
-            "overrides",
-            SCHEDULER,
-            "attach_hicache_storage_wrapped(self, recv_req)",
-            "attaches a storage to the cache in host memory of a running server",
-            "requests wait for prefetches that wake nobody",
-        ),
-        *rows(
             "calls",
             "sglang.srt.managers.io_struct:",
             "AttachHiCacheStorageReqOutput",
-            "refuses that",
-            "a server ends when somebody tries",
+            "refuses a storage that is not as expected",
+            "a server ends when somebody attaches one",
         ),
         *rows(
             "overrides",
