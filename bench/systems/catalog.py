@@ -65,12 +65,12 @@ TUNING: Final = (
     *(f"unified-stock-{order}-1024-mixed" for order in ("fcfs", "lpm", "hrrn", "priority")),
     *(
         f"unified-stock-spf-{chunk_tokens}{how}"
-        for chunk_tokens in (256, 512, 768, 1024)
+        for chunk_tokens in (256, 512, 768, 1024, 2048)
         for how in ("-mixed", "-mixed-interval-1", "-mixed-interval-2", "-interval-1", "-interval-2")
     ),
 )
 """Settings of SGLang that a tuning tries, beside the default: each of its orders, and shortest prefill first, which
-stands out in simulations, in four sizes of chunks with all that lets streams take part."""
+stands out in simulations, in five sizes of chunks with all that lets streams take part."""
 VARIANTS: Final[Mapping[str, DecodeLimits]] = {
     "uncharged": DecodeLimits(charged=False),
     "ahead": DecodeLimits(ahead=True),
