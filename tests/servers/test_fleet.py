@@ -170,7 +170,7 @@ def compare(comparison, answers):
 
 @contextmanager
 def gateway_alone(directory, *options, key=None):
-    """URL of a gateway without servers, which ends cleanly afterwards. It asks its clients for ``key``, if there is one."""
+    """URL of a gateway without servers, which asks its clients for ``key``, if there is one, and ends cleanly."""
     output = directory / "output"
     command = [sys.executable, "launch.py", "--role", "gateway", *options, "--ports", "0", "--log-dir", str(directory)]
     env = os.environ | ({} if key is None else {KEY_VARIABLE: key})
@@ -193,7 +193,7 @@ def gateway_alone(directory, *options, key=None):
 
 @contextmanager
 def unified_worker(key=None):
-    """A server that says what smg asks of one, and answers every prompt alike; to those who have its ``key``, as SGLang."""
+    """A server that says what smg asks of one, and answers every prompt alike, if it is shown its ``key``."""
 
     def answer(path, headers):
         if key is not None and not path.startswith("/health") and headers.get("Authorization") != f"Bearer {key}":

@@ -72,6 +72,7 @@ async def beside_a_long_prompt(url: str, seed: int) -> Beside:
     return found
 
 
+@pytest.mark.stress  # tests/servers/test_unified_serving.py has another that compares their tokens as well
 def test_streams_get_their_tokens_while_a_long_prompt_is_prefilled(unified_server: Cluster) -> None:
     beside = asyncio.run(beside_a_long_prompt(unified_server.url, seed=3000))
     assert beside.longest_gap_s < TBT_SLO_S + LATE_S
@@ -149,7 +150,9 @@ def test_answers_under_load_are_those_of_transformers(our_answers: list[Any], co
 
 @pytest.mark.stress
 @pytest.mark.usefixtures("unified_server")
-def test_answers_under_load_are_those_of_sglangs_own_scheduler(stock_answers: list[Any], our_answers: list[Any]) -> None:
+def test_answers_under_load_are_those_of_sglangs_own_scheduler(
+    stock_answers: list[Any], our_answers: list[Any]
+) -> None:
     for number, (answer, expected) in enumerate(zip(our_answers, stock_answers, strict=True)):
         assert answer[0] == expected[0], number
         assert answer[1] == pytest.approx(expected[1], abs=1e-3), number
