@@ -249,14 +249,16 @@ IN_THE_MIDDLE_S = 2.0
 def test_a_server_that_ends_while_it_starts_ends_its_launcher_which_shows_the_log(launch, memory):
     launcher = launch("--flowprefill", memory=memory)
     launcher.wait_for("starting the prefill and decode servers")
-    time.sleep(IN_THE_MIDDLE_S)
+    log, line = launcher.logs / "decode.log", phases.importing("sglang.launch_server")
+    while not log.exists() or line not in log.read_text():
+        assert launcher.process.poll() is None
+        time.sleep(0.1)
     started = launcher.remember()
     victim = next(server for server in started.servers if "decode" in server.cmdline())
     victim.kill()
     assert launcher.process.wait(20) == 1
-    log = launcher.logs / "decode.log"
     assert f"the decode server has ended (killed by signal 9). The last lines of {log}:\n" in launcher.text()
-    assert phases.importing("sglang.launch_server") in launcher.text()
+    assert line in launcher.text()
     started.assert_nothing_is_left(memory)
 
 

@@ -91,9 +91,7 @@ def launcher(one_cluster: OneCluster, tmp_path_factory: pytest.TempPathFactory) 
     options += ("--flowprefill-exploration-share", "0")  # its CPU time is measured while it is idle, for seconds only
     options += ("--max-total-tokens", "60000", "--enable-metrics", *PRIORITIES.options)
     with private_memory(directory) as memory:
-        launcher = Launch(
-            directory, "--flowprefill", "--unified", *options, memory=memory, env={KEY_VARIABLE: KEY}
-        )
+        launcher = Launch(directory, "--flowprefill", "--unified", *options, memory=memory, env={KEY_VARIABLE: KEY})
         try:
             launcher.curl_line()
             yield launcher
