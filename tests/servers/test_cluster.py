@@ -26,6 +26,7 @@ from tests.launched import (
     is_guard,
     private_memory,
 )
+from tests.processes import still_alive
 from tests.reference import TOKENS
 
 SLO = {"custom_params": {"ttft_slo": 5.0}}
@@ -166,11 +167,9 @@ def test_a_cluster_ends_when_a_scheduler_dies_and_leaves_nothing(ending_cluster,
     assert len(started.processes) > 6
     victim = next(process for process in started.processes if process.name() == "sglang::scheduler")
     victim.kill()
-    give_up_s = time.monotonic() + 20
+    assert still_alive([victim], within_s=20) == []
     with pytest.raises(ClusterError, match=f"process {victim.pid} of the prefill server has ended") as ended:
-        while time.monotonic() < give_up_s:
-            ending_cluster.check()
-            time.sleep(0.1)
+        ending_cluster.wait()
     assert "The last lines of " in str(ended.value)
     one_cluster.close()
     started.assert_nothing_is_left()
