@@ -31,6 +31,7 @@ CLUSTERS = (
     "fresh_unified_server",
     "unified_server",
     "flowprefill_cluster",
+    "ending_cluster",
     "stock_cluster",
     "no_cluster",
 )
