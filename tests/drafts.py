@@ -279,9 +279,7 @@ class DraftedPrefill(PrefillEngine):
     """A prefill server with a draft model."""
 
     def __init__(self, draft: Draft, path: str) -> None:
-        super().__init__(
-            draft.model_path, first_start_s=FIRST_START_S, **options(draft, path), max_total_tokens=30_000
-        )
+        super().__init__(draft.model_path, first_start_s=FIRST_START_S, **options(draft, path), max_total_tokens=30_000)
         self.comparison = DraftComparison(draft)
         self.seen: Counter[str] = Counter()
         self._watch_flags()

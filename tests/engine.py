@@ -117,8 +117,8 @@ def keep_freed_memory() -> None:
 
 
 def compile_nothing() -> None:
-    """Let this process run as Python what SGLang compiles: a compiler takes longer than most tests, and what it makes is
-    tested with the servers.
+    """Let this process run as Python what SGLang compiles: a compiler takes longer than most tests, and servers are
+    tested with what it makes.
     """
     torch.compiler.set_stance("force_eager")
 

@@ -55,9 +55,7 @@ class Played:
     seen: Counter[str]
 
 
-def play(
-    engine: DraftedPrefill, rounds: int, first: int = 0, prompts: Sequence[Sequence[int]] = PROMPTS
-) -> Played:
+def play(engine: DraftedPrefill, rounds: int, first: int = 0, prompts: Sequence[Sequence[int]] = PROMPTS) -> Played:
     comparison = engine.comparison
     comparison.counts.clear()
     comparison.differences.clear()
