@@ -30,7 +30,8 @@ from tests.unified_rounds import Rounds, play_and_flush
 
 ASKS = asks(60, seed=3)
 """More than most tests need: SGLang computes each of them alone."""
-FEW_ASKS = ASKS[:24]
+FEW_ASKS = ASKS[:26]
+"""Of all kinds."""
 CONTEXT_TOKENS = 16_384
 """SGLang's checks of the KV pool look at a whole row of each request, in every turn."""
 AMPLE_TOKENS = 20_000
@@ -180,7 +181,7 @@ def comparison(stock: Stock) -> Iterator[StockComparison]:
 # ---- answers ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("requests", [16, pytest.param(60, marks=pytest.mark.stress)])
+@pytest.mark.parametrize("requests", [len(FEW_ASKS), pytest.param(len(ASKS), marks=pytest.mark.stress)])
 def test_the_policy_serves_requests_of_all_kinds(unified: Remote, comparison: StockComparison, requests: int) -> None:
     asked = {f"p{i}": ask for i, ask in enumerate(ASKS[:requests])}
     played = unified.call(scenarios.serve, asked)
