@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,9 @@ from typing import Any
 import torch
 
 from sgl_flowprefill.policy import Limits
+from tests import warm
 from tests.chaos import chaos
-from tests.engine import Answer, PrefillEngine
+from tests.engine import FIRST_START_S, Answer, PrefillEngine
 from tests.prompts import prompt
 from tests.reference import TOKENS, Comparison, Reference
 
@@ -151,7 +153,7 @@ def preempt(name: str) -> Outcome:
     family = FAMILIES[name]
     with tempfile.TemporaryDirectory() as directory:
         reference = Reference(write_checkpoint(family, Path(directory)), keep_kv=False)
-        engine = PrefillEngine(directory, skip_tokenizer_init=True)
+        engine = PrefillEngine(directory, first_start_s=FIRST_START_S, skip_tokenizer_init=True)
     shared = prompt(99, 300)
     prompts = {f"r{i}": prompt(i, n, shared if i % 2 else None) for i, n in enumerate(LENGTHS)}
     _ask(engine, {"first": shared + prompt(5, 20)})
@@ -178,6 +180,16 @@ def preempt(name: str) -> Outcome:
         largest=dict(comparison.largest),
         differences=dict(comparison.differences),
     )
+
+
+def preempt_in_warm_process(name: str, timeout_s: float = 300) -> Outcome:
+    """``preempt`` in a process of its own, which finds SGLang imported."""
+    with ProcessPoolExecutor(1, mp_context=warm.CONTEXT, initializer=warm.warm(_nothing)) as pool:
+        return pool.submit(preempt, name).result(timeout_s)
+
+
+def _nothing() -> None:
+    pass
 
 
 def preempt_in_subprocess(name: str, timeout_s: float = 300) -> Outcome:
