@@ -13,17 +13,26 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing import connection
-from typing import Any
+from typing import Any, TypeVar
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["tests.warm_imports"])
 
+Outcome = TypeVar("Outcome")
 
-def warm(function: Callable[..., Any]) -> Callable[..., Any]:
+
+def warm(function: Callable[..., Outcome]) -> Callable[..., Outcome]:
     """``function``, to be the first that a process of CONTEXT calls: in the environment that is now this process's."""
     return partial(_call, dict(os.environ), function)
+
+
+def call(function: Callable[..., Outcome], *arguments: Any) -> Outcome:
+    """What ``function(*arguments)`` returns or raises in a process of its own, in which it is the first to be called."""
+    with ProcessPoolExecutor(1, mp_context=CONTEXT) as pool:
+        return pool.submit(warm(function), *arguments).result()
 
 
 def _call(environment: dict[str, str], function: Callable[..., Any], *arguments: Any) -> Any:
