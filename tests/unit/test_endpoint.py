@@ -21,7 +21,7 @@ from sgl_flowprefill.bench.capacity.campaign import Campaign, Goal
 from sgl_flowprefill.bench.capacity.prober import Plan, Prober
 from sgl_flowprefill.bench.capacity.probes import ProbeLog
 from sgl_flowprefill.bench.capacity.results import GoodputResult
-from sgl_flowprefill.bench.loadgen import calibrate
+from sgl_flowprefill.bench.loadgen import calibrate, decode_rate
 from sgl_flowprefill.bench.loadgen import replay as replay_module
 from sgl_flowprefill.bench.loadgen.calibrate import REFERENCE_TTFT_S
 from sgl_flowprefill.bench.systems import endpoint as endpoint_module
@@ -152,7 +152,10 @@ def test_an_endpoint_gets_what_it_takes(
     assert "custom_params" not in server.bodies[-1]
 
 
-def test_isolated_requests_and_decoding_are_measured_through_it(server: OpenAiServer) -> None:
+def test_isolated_requests_and_decoding_are_measured_through_it(
+    server: OpenAiServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decode_rate, "STREAM_ANSWER_TOKENS", 40)
     server.delay_s = lambda tokens: 1e-5 * tokens
     server.s_per_answer_token = 0.02
     found = reached(server)
