@@ -1,4 +1,5 @@
-"""Processes that start warm: forked from one that has imported SGLang and transformers, and has done nothing else.
+"""Processes that start warm: forked from one that has imported SGLang, transformers and pytest, and has done nothing
+else.
 
 A process of SGLang is busy with imports for longer than most tests need it. Servers start as they do for users; engines
 and ranks that tests start by themselves start here. They have none of the state of the test's process but its
