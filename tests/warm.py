@@ -31,7 +31,7 @@ def warm(function: Callable[..., Outcome]) -> Callable[..., Outcome]:
 
 
 def call(function: Callable[..., Outcome], *arguments: Any) -> Outcome:
-    """What ``function(*arguments)`` returns or raises in a process of its own, in which it is the first to be called."""
+    """What ``function(*arguments)`` returns or raises in a process of its own, which calls nothing else before."""
     with ProcessPoolExecutor(1, mp_context=CONTEXT) as pool:
         return pool.submit(warm(function), *arguments).result()
 
