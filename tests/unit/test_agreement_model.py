@@ -442,7 +442,7 @@ def test_ranks_run_decode_steps_and_give_tasks_back_in_the_same_state(model: Mod
     [
         Model(2, 3, frozenset((2, 4))),
         Model(2, 3, frozenset(), late=True),
-        Model(3, 1, frozenset(), (2, 1)),
+        Model(3, 1, frozenset(), SHORT),
         Model(2, 1, frozenset((1, 3)), SHORT, steps=1, kv=1),
     ],
 )
