@@ -6,6 +6,7 @@ other; file after file of the rest in the other, and in the first one when it is
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -47,6 +48,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return FOLDERS.index(item.path.parent.name), cluster
 
     items.sort(key=place)
+
+
+def pytest_collection_finish() -> None:
+    """What all tests have imported is no garbage: whoever collects need not look at it each time."""
+    gc.freeze()
 
 
 class ServersTogether(LoadScopeScheduling):
@@ -101,3 +107,14 @@ def comparison(reference: Reference) -> Iterator[Comparison]:
     comparison = Comparison(reference)
     yield comparison
     print(f"\n{comparison}")
+
+
+@pytest.fixture(scope="module")
+def quick_replays() -> Iterator[None]:
+    """Replays begin soon, and look for garbage once: not among all that tests have imported, each time anew."""
+    gc.collect()
+    gc.freeze()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gc, "unfreeze", lambda: None)
+        patch.setattr("sgl_flowprefill.bench.loadgen.replay.LEAD_S", 0.1)
+        yield
