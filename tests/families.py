@@ -12,7 +12,6 @@ import os
 import subprocess
 import sys
 import tempfile
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,6 @@ from typing import Any
 import torch
 
 from sgl_flowprefill.policy import Limits
-from tests import warm
 from tests.chaos import chaos
 from tests.engine import FIRST_START_S, Answer, PrefillEngine
 from tests.prompts import prompt
@@ -180,16 +178,6 @@ def preempt(name: str) -> Outcome:
         largest=dict(comparison.largest),
         differences=dict(comparison.differences),
     )
-
-
-def preempt_in_warm_process(name: str, timeout_s: float = 300) -> Outcome:
-    """``preempt`` in a process of its own, which finds SGLang imported."""
-    with ProcessPoolExecutor(1, mp_context=warm.CONTEXT, initializer=warm.warm(_nothing)) as pool:
-        return pool.submit(preempt, name).result(timeout_s)
-
-
-def _nothing() -> None:
-    pass
 
 
 def preempt_in_subprocess(name: str, timeout_s: float = 300) -> Outcome:
