@@ -89,6 +89,8 @@ def engine(shared_engine: PrefillEngine) -> Iterator[PrefillEngine]:
     calm(shared_engine)
     hub.work.policy.limits = limits
     shared_engine.use(device)
+    if not shared_engine.scheduler.is_fully_idle():
+        shared_engine.abandon()
 
 
 @pytest.fixture(scope="session")

@@ -223,6 +223,14 @@ class Engine(ABC):
                 return
         raise Unfinished(f"still not idle after {limit} turns")
 
+    def abandon(self) -> None:
+        """End what a test has left behind that has failed: the next one finds nothing of it."""
+        from sglang.srt.managers.io_struct import AbortReq
+
+        self.receive(AbortReq(rid="", abort_all=True))
+        self.run()
+        self.scheduler.flush_cache()
+
     def assert_clean(self) -> None:
         """SGLang's own idle checks pass (KV pool, request rows, radix tree), and everything can be flushed."""
         scheduler = self.scheduler

@@ -6,17 +6,27 @@ import itertools
 import os
 import random
 import signal
+import subprocess
 import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 import torch.distributed as dist
 
-from sgl_flowprefill.runtime.agreement import Agreement, AgreementError, Follower, Leader, SharedWord, new_shared_page
+from sgl_flowprefill.runtime.agreement import (
+    Agreement,
+    AgreementError,
+    Follower,
+    Leader,
+    SharedWord,
+    has_ended,
+    new_shared_page,
+)
 from sgl_flowprefill.runtime.wakeup import Wakeup
 from tests import warm
 
@@ -150,6 +160,18 @@ def test_a_rank_that_ends_is_named_by_the_others(lost: int, tmp_path: Path) -> N
         process_id = processes.processes[lost].pid
         expected = f"tensor-parallel rank {lost} (process {process_id}) has ended"
         assert expected in processes.receive(1 - lost, timeout_s=20.0)
+
+
+def test_a_rank_that_is_reaped_while_it_is_looked_at_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    child = subprocess.Popen(["true"])
+    process = psutil.Process(child.pid)
+
+    def before_it_is_reaped() -> bool:
+        child.wait()
+        return True
+
+    monkeypatch.setattr(process, "is_running", before_it_is_reaped)
+    assert has_ended(process)
 
 
 def run_ahead(rank: int, pipe: Connection) -> None:
