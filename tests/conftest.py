@@ -1,7 +1,8 @@
 """Order of the tests, and what runs beside what. What a process has one of: an engine, a reference.
 
 ``make test`` runs two processes side by side (pytest-xdist): ``tests/servers`` in one, one kind of servers after the
-other; file after file of the rest in the other, and in the first one when it is done with the servers.
+other; file after file of the rest in the other, engines first, and in the first one from the last file on when it is
+done with the servers: it would have to start another engine.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from sgl_flowprefill.model import embedded_model_path
 
 if TYPE_CHECKING:  # they import torch, which most unit tests do without
     from xdist.remote import Producer
+    from xdist.workermanage import WorkerController
 
     from tests.engine import PrefillEngine
     from tests.reference import Comparison, Reference
@@ -55,12 +57,21 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+SERVERS = "servers"
+"""What is run by one process, one test after the other."""
+
+
 class ServersTogether(LoadScopeScheduling):
     """Gives all tests with servers to one process, and every other file to one."""
 
     def _split_scope(self, nodeid: str) -> str:
         file = nodeid.split("::", 1)[0]
-        return "servers" if file.startswith("tests/servers/") else file
+        return SERVERS if file.startswith("tests/servers/") else file
+
+    def _assign_work_unit(self, node: WorkerController) -> None:
+        if SERVERS in self.assigned_work.get(node, ()):
+            self.workqueue.move_to_end(next(reversed(self.workqueue)), last=False)
+        super()._assign_work_unit(node)
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> ServersTogether:
