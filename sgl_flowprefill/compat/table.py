@@ -41,7 +41,10 @@ DRAFT_STEPS: Final = "when decode steps start is decided by steps that give each
 DRAFTS_BESIDE: Final = "drafts have not been compared together with it"
 BESIDE_DRAFTS: Final = ("enable_hierarchical_cache", "enable_lora", "lora_paths")
 """Options with which ``--speculative-algorithm`` is refused, besides those of data-parallel attention."""
-EXPERTS: Final = "the experts of one forward pass at a time are counted"
+REBALANCING: Final = (
+    "it moves experts to other ranks when a forward pass ends, beside suspended ones, which could not be tried: SGLang "
+    "runs experts of several ranks on accelerators alone"
+)
 REPLICAS: Final = (
     "its ranks are replicas, one of which a request gets by its number; start as many servers, for which launch.py has "
     "--prefill N and --unified N"
@@ -316,12 +319,16 @@ EXPERT_PARALLEL: Final = Group(
             "deepep_v2_mode enable_w4a4_mxfp4_megamoe flashinfer_a2a_dispatch_type",
             "go with values of --moe-a2a-backend that are refused",
         ),
-        refuse("enable_eplb", EXPERTS),
-        refuse(("expert_distribution_recorder_mode", "expert_balancedness_report_mode"), EXPERTS),
+        refuse("enable_eplb", REBALANCING),
         leave(
             "eplb_algorithm eplb_rebalance_num_iterations eplb_rebalance_layers_per_chunk "
-            "eplb_min_rebalancing_utilization_threshold expert_distribution_recorder_buffer_size",
-            "go with --enable-eplb and --expert-distribution-recorder-mode, which are refused",
+            "eplb_min_rebalancing_utilization_threshold",
+            "go with --enable-eplb, which is refused",
+        ),
+        refuse("expert_distribution_recorder_mode", ONE_CHUNK, one_of("per_token")),
+        leave(
+            "expert_distribution_recorder_buffer_size expert_balancedness_report_mode",
+            "experts are counted for each forward pass apart, of prefills that have run to their ends",
         ),
         leave("ep_num_redundant_experts ep_dispatch_algorithm init_expert_location enable_waterfill fuseep_mode"),
         leave("elastic_ep_backend enable_elastic_expert_backup ep_join_mode elastic_ep_scale_timeout"),

@@ -218,7 +218,7 @@ def test_variables(name, monkeypatch):
         ({"prefill_attention_backend": "fa4"}, "--prefill-attention-backend fa4 cannot work with FlowPrefill"),
         ({"schedule_policy": "lpm"}, "--schedule-policy lpm"),
         ({"kv_canary": "log"}, "--kv-canary log cannot work"),
-        ({"expert_distribution_recorder_mode": "stat"}, "--expert-distribution-recorder-mode stat cannot work"),
+        ({"expert_distribution_recorder_mode": "per_token"}, "--expert-distribution-recorder-mode per_token cannot"),
         ({"speculative_algorithm": "NGRAM"}, "--speculative-algorithm NGRAM cannot work"),
     ],
 )
@@ -237,6 +237,12 @@ def test_a_canary_that_is_off():
 
 def test_the_cpu_has_no_graphs_to_disable():
     assert problem(cuda_graph_backend_prefill=None, device="cpu") is None
+
+
+@pytest.mark.parametrize("mode", ["stat", "stat_approx", "per_pass"])
+@pytest.mark.parametrize("server", [{}, UNIFIED])
+def test_experts_of_each_forward_pass_can_be_counted(mode, server):
+    assert problem(**server, expert_distribution_recorder_mode=mode, expert_balancedness_report_mode="both") is None
 
 
 @pytest.mark.parametrize("switch", ["disable_cuda_graph", "disable_prefill_cuda_graph"])

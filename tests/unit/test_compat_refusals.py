@@ -40,7 +40,7 @@ REFUSED: Final = (
     ("both", "language_only", True),
     ("both", "enable_forward_pass_metrics", True),
     ("both", "enable_eplb", True),
-    ("both", "expert_distribution_recorder_mode", "stat"),
+    ("both", "expert_distribution_recorder_mode", "per_token"),
     ("both", "enable_return_routed_experts", True),
     ("both", "enable_return_indexer_topk", True),
     ("both", "kv_canary", "log"),
