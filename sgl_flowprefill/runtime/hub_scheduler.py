@@ -80,7 +80,7 @@ class HubScheduler(Scheduler):
         before a record of experts begins or ends, started tasks run to their end.
         """
         if any(isinstance(message, ASKS_FOR_WHOLE_PASSES) for message in recv_reqs):
-            self.hub.finish_started()
+            self.finish_started()
         compiling = len(self.grammar_manager.grammar_queue)
         super().process_input_requests(recv_reqs)
         self.role.note_compiling(self.grammar_manager.grammar_queue[compiling:])
@@ -100,8 +100,13 @@ class HubScheduler(Scheduler):
 
     def pause_generation(self, recv_req: Any) -> None:
         """Started tasks run to their end first: a pause may be there to change the weights under them."""
-        self.hub.finish_started()
+        self.finish_started()
         super().pause_generation(recv_req)
+
+    def finish_started(self) -> None:
+        """Run all started tasks to their ends, and move experts then, if they are to."""
+        self.hub.finish_started()
+        self.role.rebalancing.move()
 
     # ---- prefixes in storage --------------------------------------------------------------------------------------
 

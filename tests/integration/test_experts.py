@@ -5,6 +5,7 @@ What is counted of each is compared with where transformers routes the tokens th
 
 from __future__ import annotations
 
+import json
 import pickle
 import random
 import time
@@ -14,7 +15,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 from unittest.mock import patch
 
 import pytest
@@ -36,7 +37,7 @@ from tests.experts import (
     watch,
 )
 from tests.prompts import population, prompt
-from tests.ranks import Chaos, Ranks
+from tests.ranks import Chaos, Ranks, notes_at
 from tests.remote import Remote
 from tests.unified_asks import Ask
 from tests.unified_rounds import play
@@ -303,6 +304,100 @@ def test_two_ranks_that_are_preempted_all_the_time_count_the_same_passes(
     assert [one.parts for one in first] == [one.parts for one in second]
     assert judge.counts["passes"] == judge.counts["reported"] == len(prompts)
     assert judge.comparison.counts["answers"] == len(prompts)
+    assert preemptions >= 30
+
+
+REBALANCED: Final = {
+    "ep_size": 2,
+    "enable_eplb": True,
+    "eplb_rebalance_num_iterations": 4,
+    "ep_num_redundant_experts": 2,
+}
+"""Experts move between two ranks after every four passes, and two of them are at both."""
+
+
+def note_moves(folder: Path, scheduler: Any, rank: int) -> None:
+    """Write a line for each time that experts move, what has been counted for it, and each pass."""
+    from sglang.srt.eplb.expert_distribution import get_global_expert_distribution_recorder
+    from sglang.srt.eplb.expert_location import get_global_expert_location_metadata
+
+    note_passes(folder, scheduler, rank)
+    tasks, manager = scheduler.hub.work.tasks, scheduler.tp_worker.model_runner.eplb_manager
+    recorder, notes = get_global_expert_distribution_recorder(), notes_at(moves_path(folder, rank))
+    dump_record, rebalance, note_pass = recorder.dump_record, manager.rebalance, manager.on_forward_pass_end
+    counted: list[torch.Tensor] = []
+    suspended: list[int] = []
+
+    def noted_dump(output_mode: str = "file") -> Any:
+        output = dump_record("object")
+        counted.append(output["logical_count"].clone())
+        torch.save(torch.cat(counted), counts_path(folder, rank))
+        return output
+
+    def noted_end() -> None:
+        note_pass()
+        suspended.append(sum(task.points_passed > 0 for task in tasks.live) - 1)
+
+    def noted_rebalance() -> Iterator[None]:
+        before = get_global_expert_location_metadata().physical_to_logical_map.clone()
+        live, started = len(tasks.live), tasks.started
+        yield from rebalance()
+        moved = int((get_global_expert_location_metadata().physical_to_logical_map != before).sum())
+        note = {"live": live, "started": started, "moved": moved, "suspended": list(suspended)}
+        notes.write(json.dumps(note) + "\n")
+        suspended.clear()
+
+    recorder.dump_record, manager.rebalance, manager.on_forward_pass_end = noted_dump, noted_rebalance, noted_end
+
+
+def moves_path(folder: Path, rank: int) -> Path:
+    return folder / f"moves-{rank}.jsonl"
+
+
+def counts_path(folder: Path, rank: int) -> Path:
+    return folder / f"counts-{rank}"
+
+
+@pytest.mark.stress
+def test_experts_move_between_two_ranks_while_nothing_is_suspended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sglang.srt.managers.io_struct import ExpertDistributionReq, ExpertDistributionReqType
+
+    monkeypatch.setenv("FLOWPREFILL_MAX_BATCH_TOKENS", "1")  # a task for each request
+    for name, value in environment(tmp_path).items():
+        monkeypatch.setenv(name, value)
+    prompts = {f"r{i:02}": prompt(i, 40 + 97 * i % 700) for i in range(24)}
+    path = checkpoint(tmp_path)
+    two = Ranks(path, 2, tmp_path, Chaos(seed=1, switch_probability=0.9), prepare=partial(note_moves, tmp_path))
+    two.settings = {**two.settings, **options("stat"), **REBALANCED}
+    with two as ranks:
+        for rid, tokens in prompts.items():
+            ranks.submit(rid, tokens, ttft_slo_s=100.0)
+        ranks.finish(list(prompts))
+        preemptions = ranks.preemptions()
+        seen = counts_path(tmp_path, 0).stat().st_mtime_ns
+        ranks.send(ExpertDistributionReq(action=ExpertDistributionReqType.DUMP_RECORD))
+        deadline_s = time.monotonic() + 60
+        while counts_path(tmp_path, 0).stat().st_mtime_ns == seen:
+            assert time.monotonic() < deadline_s, "no record is written"
+            time.sleep(0.1)
+        time.sleep(1)
+    judge = Judge(path)
+    judge.compare(torch.load(counts_path(tmp_path, 0)), read_passes(tmp_path, 0), ranks=2)
+    for rid, tokens in prompts.items():
+        token = ranks.tokens[rid]
+        judge.comparison.answer(rid, tokens, [] if token is None else [token], [ranks.logprobs[rid]])
+    judge.comparison.assert_same()
+    first, second = ([json.loads(line) for line in moves_path(tmp_path, rank).open()] for rank in range(2))
+    print(f"{judge}; {judge.comparison}; {preemptions} suspensions; {first}")
+    assert first == second
+    assert len(first) >= 3
+    assert {note["live"] for note in first} == {0}
+    assert all(note["moved"] for note in first[:1])
+    assert max(note["suspended"][-1] for note in first) == 0
+    assert max(max(note["suspended"]) for note in first) >= 2
+    assert judge.counts["passes"] == len(prompts)
     assert preemptions >= 30
 
 
