@@ -60,7 +60,7 @@ def of_this_rank(forward: Callable[..., Any]) -> Callable[..., Any]:
 
     def moe_forward_native(layer: Any, x: torch.Tensor, topk_output: Any, moe_runner_config: Any) -> torch.Tensor:
         if layer.moe_ep_size == 1:
-            return torch.as_tensor(forward(layer, x, topk_output, moe_runner_config))
+            return forward(layer, x, topk_output, moe_runner_config)
         tokens, choices = (topk_output.topk_ids >= 0).nonzero(as_tuple=True)
         total = torch.zeros_like(x)
         if len(tokens) == 0:
