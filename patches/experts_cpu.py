@@ -1,8 +1,8 @@
 """Experts on the portable CPU platform: a device that captures no graphs and caches no memory, and ranks that each have
 some of the experts.
 
-Targets: ``torch`` in the modules of ``sglang.srt.eplb`` that ask PyTorch's module of the device whether a graph is being
-captured, and have it free cached memory; that of the CPU knows neither. And ``moe_forward_native``
+Targets: ``torch`` in the modules of ``sglang.srt.eplb`` that ask PyTorch's module of the device whether a graph is
+being captured, and have it free cached memory; that of the CPU knows neither. And ``moe_forward_native``
 (layers/moe/fused_moe_native.py), SGLang's experts in PyTorch, which takes the -1 that stands for an expert of another
 rank for an expert. Without this seam a server with ``--expert-distribution-recorder-mode`` fails at its first forward
 pass or dump, and one with ``--ep-size`` above 1 at its first forward pass.

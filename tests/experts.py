@@ -228,10 +228,10 @@ class Judge:
                 expected.scatter_add_(1, chosen, torch.ones_like(chosen))
                 ties += int(routes[part.tokens].ties[:, computed].sum())
             off = int((counts.long() - ranks * expected).abs().sum())
-            rids = ", ".join(part.rid for part in one.parts)
-            assert off <= 2 * ranks * ties, f"pass {number} ({rids}) is not as transformers routes it: off by {off}, {ties} ties"
+            name = f"pass {number} ({', '.join(part.rid for part in one.parts)})"
+            assert off <= 2 * ranks * ties, f"{name} is not as transformers routes it: off by {off}, {ties} ties"
             routed = ranks * self.layers * one.computed_tokens * self.chosen
-            assert one.reported in (None, routed), f"{one.reported} of {routed} are reported of pass {number} ({rids})"
+            assert one.reported in (None, routed), f"{one.reported} of {routed} are reported of {name}"
             self.counts["passes"] += 1
             self.counts["tokens"] += one.computed_tokens
             self.counts["ties"] += ties

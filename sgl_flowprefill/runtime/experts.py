@@ -1,8 +1,8 @@
 """SGLang's statistics of experts, of several forward passes at once.
 
-SGLang's recorder counts to which experts the tokens of a forward pass go, layer by layer, and takes the counts over when
-the pass ends. Here other passes run while one is suspended, so what the recorder keeps of a pass (which pass and layer
-it is in, and what has been counted) belongs to that pass: a task has places of its own, which a switch puts in place.
+SGLang's recorder counts to which experts the tokens of a forward pass go, layer by layer, and takes the counts over
+when the pass ends. Here other passes run while one is suspended, so what the recorder keeps of a pass (which pass and
+layer it is in, and what has been counted) belongs to that pass: each task has its own, which a switch puts in place.
 Decode steps count into SGLang's own, as captured graphs of them do.
 
 A pass that does not end is no pass: what was counted of it is dropped. Nor is one that nobody has asked for.

@@ -281,7 +281,8 @@ def test_two_ranks_that_are_preempted_all_the_time_count_the_same_passes(
     variables = environment(tmp_path)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    prompts = {f"r{i:02}": prompt(i, tokens) for i, tokens in enumerate([40, 500, 1300, 350, 900, 310, 7, 700, 330, 64])}
+    lengths = (40, 500, 1300, 350, 900, 310, 7, 700, 330, 64)
+    prompts = {f"r{i:02}": prompt(i, tokens) for i, tokens in enumerate(lengths)}
     path = checkpoint(tmp_path)
     two = Ranks(path, 2, tmp_path, Chaos(seed=1, switch_probability=0.9), prepare=partial(note_passes, tmp_path))
     two.settings = {**two.settings, **options("stat")}
@@ -440,7 +441,7 @@ def take_out(engine: CountingPrefill) -> None:
 @pytest.mark.parametrize("defect", [counts_are_not_saved, prefills_that_are_given_up_are_counted])
 def test_a_defect_is_caught(prefill: Remote, defect: Callable[[CountingPrefill], Any]) -> None:
     prefill.call(plant, defect)
-    with pytest.raises(AssertionError, match=r"pass \d+ .* is not as transformers routes it|passes are counted") as caught:
+    with pytest.raises(AssertionError, match=r"not as transformers routes it|passes are counted") as caught:
         prefill.call(play_rounds, 4, 500)
     print(str(caught.value)[:300])
     prefill.call(take_out)
