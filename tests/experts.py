@@ -240,5 +240,3 @@ class Judge:
 
     def __str__(self) -> str:
         return ", ".join(f"{count:,} {what}" for what, count in self.counts.items())
-
-

@@ -35,8 +35,8 @@ CHANGES_WEIGHTS: Final = (
 """Messages that may put other weights or none where a prefill reads them (a check may overwrite them, a remote call may
 do anything). Others that do are refused with what they belong to (``compat``)."""
 ASKS_FOR_WHOLE_PASSES: Final = (*CHANGES_WEIGHTS, io_struct.ExpertDistributionReq)
-"""Messages before which started tasks run to their ends. The last one begins, ends or writes a record of experts, which is
-of whole forward passes."""
+"""Messages before which started tasks run to their ends. The last one begins, ends or writes a record of experts, which
+is of whole forward passes."""
 
 
 class HubScheduler(Scheduler):
@@ -76,8 +76,8 @@ class HubScheduler(Scheduler):
     # ---- requests that come and go --------------------------------------------------------------------------------
 
     def process_input_requests(self, recv_reqs: list[Any]) -> None:
-        """A request whose grammar is not compiled yet will come with an event of its own. Before the weights change, and
-        before a record of experts begins or ends, started tasks run to their end.
+        """A request whose grammar is not compiled yet will come with an event of its own. Before the weights change,
+        and before a record of experts begins or ends, started tasks run to their end.
         """
         if any(isinstance(message, ASKS_FOR_WHOLE_PASSES) for message in recv_reqs):
             self.finish_started()

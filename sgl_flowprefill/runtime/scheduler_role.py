@@ -272,9 +272,9 @@ class SchedulerRole(ABC):
         return ready
 
     def take_messages(self) -> bool:
-        """Arrivals, aborts and health checks; compiled grammars; transfers of the cache in host memory; that it is time to
-        move experts. Whether a batch that could not be made may be possible now, for a transfer has ended or its first
-        request waits.
+        """Arrivals, aborts and health checks; compiled grammars; transfers of the cache in host memory; that it is time
+        to move experts. Whether a batch that could not be made may be possible now, for a transfer has ended or its
+        first request waits.
         """
         scheduler = self.scheduler
         if self.rebalancing.is_due:
