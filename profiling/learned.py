@@ -104,6 +104,9 @@ def write_learned(path: Path, learned: Learned) -> None:
 def read_learned(path: Path) -> Learned:
     """Read what was learned. Raises ProfileError for a file that is damaged or of another version."""
     try:
+        with zipfile.ZipFile(path) as archive:
+            if damaged := archive.testzip():  # numpy would read what it contains before its checksum
+                raise zipfile.BadZipFile(damaged)
         with np.load(path, allow_pickle=False) as arrays:
             meta = _Meta.model_validate_json(str(arrays["meta"]))
             if meta.format != FORMAT:
@@ -118,7 +121,7 @@ def read_learned(path: Path) -> Learned:
         raise
     except OSError as error:
         raise ProfileError(f"{path}: {error.strerror or error}") from None
-    except (ValueError, KeyError, IndexError, zipfile.BadZipFile, EOFError, zlib.error):
+    except (ValueError, KeyError, IndexError, RuntimeError, zipfile.BadZipFile, EOFError, zlib.error):
         raise ProfileError(f"{path}: not what a server has learned") from None
     is_sound = (
         model.is_sound()

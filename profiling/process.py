@@ -33,7 +33,7 @@ def main(argv: Sequence[str]) -> int:
     signal.signal(signal.SIGTERM, _interrupt)
     signal.signal(signal.SIGINT, _interrupt)
     try:
-        _measure(make_scheduler(server_options), own.output, own.budget_s, reports)
+        measure(make_scheduler(server_options), own.output, own.budget_s, reports)
     except KeyboardInterrupt:
         return 0
     except SystemExit as error:
@@ -79,7 +79,10 @@ def serving_stream(scheduler: Any) -> AbstractContextManager[Any]:
     return context
 
 
-def _measure(scheduler: Any, output: Path | None, budget_s: float, reports: IO[str]) -> None:
+def measure(scheduler: Any, output: Path | None, budget_s: float, reports: IO[str]) -> None:
+    """Measure for about ``budget_s``, go on with what an interrupted run has left, and write to ``output``, or where
+    servers find it. What happens is told to ``reports``.
+    """
     from sgl_flowprefill.profiling.measure import SchedulerEngine
     from sgl_flowprefill.runtime.profile import current_setting, profile_path
 

@@ -18,7 +18,7 @@ import torch
 from sgl_flowprefill.model import embedded_model_path
 from sgl_flowprefill.model.embedded import EmbeddedModel
 from tests.chaos import Rounds
-from tests.engine import Engine, PrefillEngine, generate_request
+from tests.engine import FIRST_START_S, Engine, PrefillEngine, generate_request
 from tests.reference import TOKENS, Comparison, Reference
 from tests.unified_asks import Answer, Ask
 from tests.unified_engine import UnifiedEngine
@@ -161,7 +161,7 @@ class AdaptedPrefill(PrefillEngine):
     """A prefill server with adapters."""
 
     def __init__(self, paths: Sequence[str], **server_args: Any) -> None:
-        super().__init__(str(model_path()), **options(paths), **server_args)
+        super().__init__(str(model_path()), first_start_s=FIRST_START_S, **options(paths), **server_args)
         self.asked: dict[str, str | None] = {}
         """The adapter that each request asks for."""
         self.lora_ids = ids_of(self)
@@ -189,7 +189,7 @@ class AdaptedUnified(UnifiedEngine):
     """A server with adapters that decodes, too."""
 
     def __init__(self, paths: Sequence[str], **server_args: Any) -> None:
-        super().__init__(str(model_path()), **options(paths), **server_args)
+        super().__init__(str(model_path()), first_start_s=FIRST_START_S, **options(paths), **server_args)
         self.slots = Seen()
         self.slots.watch(self)
 

@@ -6,6 +6,7 @@ other; file after file of the rest in the other, and in the first one when it is
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -31,6 +32,7 @@ CLUSTERS = (
     "fresh_unified_server",
     "unified_server",
     "flowprefill_cluster",
+    "ending_cluster",
     "stock_cluster",
     "no_cluster",
 )
@@ -46,6 +48,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return FOLDERS.index(item.path.parent.name), cluster
 
     items.sort(key=place)
+
+
+def pytest_collection_finish() -> None:
+    """What all tests have imported is no garbage: whoever collects need not look at it each time."""
+    gc.freeze()
 
 
 class ServersTogether(LoadScopeScheduling):
@@ -82,6 +89,8 @@ def engine(shared_engine: PrefillEngine) -> Iterator[PrefillEngine]:
     calm(shared_engine)
     hub.work.policy.limits = limits
     shared_engine.use(device)
+    if not shared_engine.scheduler.is_fully_idle():
+        shared_engine.abandon()
 
 
 @pytest.fixture(scope="session")
@@ -100,3 +109,14 @@ def comparison(reference: Reference) -> Iterator[Comparison]:
     comparison = Comparison(reference)
     yield comparison
     print(f"\n{comparison}")
+
+
+@pytest.fixture(scope="module")
+def quick_replays() -> Iterator[None]:
+    """Replays begin soon, and look for garbage once: not among all that tests have imported, each time anew."""
+    gc.collect()
+    gc.freeze()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gc, "unfreeze", lambda: None)
+        patch.setattr("sgl_flowprefill.bench.loadgen.replay.LEAD_S", 0.1)
+        yield

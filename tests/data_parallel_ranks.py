@@ -6,6 +6,7 @@ import json
 import os
 import random
 import shutil
+import tempfile
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -20,11 +21,27 @@ from sgl_flowprefill.model import EmbeddedModel, embedded_model_path
 from tests.ranks import Ranks, notes_at, run_rank
 
 
-def qwen3(model: EmbeddedModel, directory: Path) -> Path:
-    """The embedded model as a Qwen3, whose attention SGLang can keep whole at each rank, as it cannot a Llama's."""
+def qwen3(model: EmbeddedModel) -> Path:
+    """The embedded model as a Qwen3, whose attention SGLang can keep whole at each rank, as it cannot a Llama's. It is
+    kept in the cache, as that is: what ranks measure of it at their first start, they find at the next.
+    """
+    llama = embedded_model_path(model)
+    path = llama.with_name(f"{llama.name}-qwen3")
+    if not path.is_dir():
+        with tempfile.TemporaryDirectory(dir=path.parent) as partial:
+            written = _write_qwen3(model, llama, Path(partial) / path.name)
+            try:
+                written.rename(path)
+            except OSError:
+                if not path.is_dir():  # else another process made it first
+                    raise
+    return path
+
+
+def _write_qwen3(model: EmbeddedModel, llama: Path, path: Path) -> Path:
     from safetensors.torch import load_file, save_file
 
-    path = shutil.copytree(embedded_model_path(model), directory / "qwen3")
+    shutil.copytree(llama, path)
     weights = load_file(path / "model.safetensors")
     for layer in range(model.layers):
         for name in ("q_norm", "k_norm"):

@@ -20,7 +20,7 @@ from torch import nn
 from sgl_flowprefill.model import embedded_model_path
 from sgl_flowprefill.model.embedded import VOCAB_SIZE, EmbeddedModel
 from tests.chaos import Rounds
-from tests.engine import Engine, PrefillEngine, generate_request
+from tests.engine import FIRST_START_S, Engine, PrefillEngine, generate_request
 from tests.kv import kv_at, watch_sends
 from tests.reference import KV_TOLERANCE, LOGPROB_TOLERANCE, Comparison, Kv, Reference
 
@@ -279,7 +279,7 @@ class DraftedPrefill(PrefillEngine):
     """A prefill server with a draft model."""
 
     def __init__(self, draft: Draft, path: str) -> None:
-        super().__init__(draft.model_path, **options(draft, path), max_total_tokens=30_000)
+        super().__init__(draft.model_path, first_start_s=FIRST_START_S, **options(draft, path), max_total_tokens=30_000)
         self.comparison = DraftComparison(draft)
         self.seen: Counter[str] = Counter()
         self._watch_flags()

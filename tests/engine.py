@@ -23,6 +23,8 @@ M_TRIM_THRESHOLD: Final = -1
 M_TOP_PAD: Final = -2
 M_MMAP_MAX: Final = -4
 """Parameters of glibc's mallopt (malloc.h)."""
+FIRST_START_S: Final = 4.0
+"""How long models that tests alone serve are measured: what they are predicted to take says little of their tests."""
 
 
 @dataclass
@@ -114,13 +116,31 @@ def keep_freed_memory() -> None:
         assert glibc.mallopt(parameter, value) == 1
 
 
-def make_scheduler(scheduler: str, model_path: str, **server_args: Any) -> Any:
-    """The scheduler of that dotted name, as in a process that SGLang spawns for it."""
+def compile_nothing() -> None:
+    """Let this process run as Python what SGLang compiles: a compiler takes longer than most tests, and servers are
+    tested with what it makes.
+    """
+    torch.compiler.set_stance("force_eager")
+
+
+def measure_for(first_start_s: float) -> None:
+    """Let a server that is made in this process, and finds no profile, measure one within that time."""
+    from sgl_flowprefill.runtime import profile
+
+    profile.FIRST_START_S = first_start_s  # type: ignore[misc]
+
+
+def make_scheduler(scheduler: str, model_path: str, first_start_s: float | None = None, **server_args: Any) -> Any:
+    """The scheduler of that dotted name, as in a process that SGLang spawns for it.
+
+    ``first_start_s``: how long it measures where no profile is cached, for models that tests alone serve.
+    """
     os.environ["SGLANG_EAGER_INPUT_NO_COPY"] = "1"
     # What tests do to an engine is nothing that servers should know of it from then on.
     os.environ.setdefault("FLOWPREFILL_LEARNING", "false")
     os.environ.setdefault("FLOWPREFILL_MAX_BATCH_TOKENS", "2048")  # whatever the profile of a busy machine says of it
     torch.set_num_threads(1)
+    compile_nothing()
     import sglang.srt.managers.scheduler  # noqa: F401 - what tells the plugin that this process runs one
     from sglang.srt.plugins import load_plugins
     from sglang.srt.runtime_context import SpawnRanks, get_disagg, publish
@@ -131,6 +151,8 @@ def make_scheduler(scheduler: str, model_path: str, **server_args: Any) -> Any:
     before_0_5_23.apply()
     request_times.apply()
     load_plugins()
+    if first_start_s is not None:
+        measure_for(first_start_s)
     settings: dict[str, Any] = {
         "disable_overlap_schedule": True,
         "chunked_prefill_size": -1,
@@ -200,6 +222,14 @@ class Engine(ABC):
             if not self.turn() and self.scheduler.is_fully_idle():
                 return
         raise Unfinished(f"still not idle after {limit} turns")
+
+    def abandon(self) -> None:
+        """End what a test has left behind that has failed: the next one finds nothing of it."""
+        from sglang.srt.managers.io_struct import AbortReq
+
+        self.receive(AbortReq(rid="", abort_all=True))
+        self.run()
+        self.scheduler.flush_cache()
 
     def assert_clean(self) -> None:
         """SGLang's own idle checks pass (KV pool, request rows, radix tree), and everything can be flushed."""

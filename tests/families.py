@@ -20,7 +20,7 @@ import torch
 
 from sgl_flowprefill.policy import Limits
 from tests.chaos import chaos
-from tests.engine import Answer, PrefillEngine
+from tests.engine import FIRST_START_S, Answer, PrefillEngine
 from tests.prompts import prompt
 from tests.reference import TOKENS, Comparison, Reference
 
@@ -151,7 +151,7 @@ def preempt(name: str) -> Outcome:
     family = FAMILIES[name]
     with tempfile.TemporaryDirectory() as directory:
         reference = Reference(write_checkpoint(family, Path(directory)), keep_kv=False)
-        engine = PrefillEngine(directory, skip_tokenizer_init=True)
+        engine = PrefillEngine(directory, first_start_s=FIRST_START_S, skip_tokenizer_init=True)
     shared = prompt(99, 300)
     prompts = {f"r{i}": prompt(i, n, shared if i % 2 else None) for i, n in enumerate(LENGTHS)}
     _ask(engine, {"first": shared + prompt(5, 20)})

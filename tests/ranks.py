@@ -23,7 +23,7 @@ from sgl_flowprefill.cluster.preflight import free_port
 from sgl_flowprefill.events import read_events
 from sgl_flowprefill.hub.task import STEP
 from tests import warm
-from tests.engine import generate_request
+from tests.engine import FIRST_START_S, compile_nothing, generate_request, measure_for
 from tests.kv import watch_kv
 from tests.late_device import LateDevice
 from tests.reference import Comparison, Kv
@@ -271,6 +271,7 @@ def run_rank(
     from sglang.srt.runtime_context import get_disagg
 
     load_plugins()
+    measure_for(FIRST_START_S)
     from sgl_flowprefill.runtime import setup
     from sgl_flowprefill.runtime.scheduler import FlowPrefillScheduler
 
@@ -307,6 +308,7 @@ def become_rank(args: Any, event_log: str, log: str) -> None:
         "SGLANG_CPU_OMP_THREADS_BIND": bind,
     }
     torch.set_num_threads(1)
+    compile_nothing()
 
 
 def _unleash(scheduler: Any, chaos: Chaos) -> None:

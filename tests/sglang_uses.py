@@ -11,6 +11,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Final
 
@@ -126,7 +127,13 @@ def _modules(root: Path) -> Iterator[tuple[str, ast.Module]]:
         name, real = str(file.relative_to(root)), file.resolve()
         if file.is_file() and real not in seen and not name.startswith(NOT_USES):
             seen.add(real)  # what is linked into the package is one file
-            yield str(real.relative_to(root.resolve())), ast.parse(file.read_text())
+            yield str(real.relative_to(root.resolve())), _parsed(file.read_text())
+
+
+@cache
+def _parsed(text: str) -> ast.Module:
+    """Most files of a copy of the project are as they are here."""
+    return ast.parse(text)
 
 
 def _imports(module: ast.Module) -> dict[str, str]:
@@ -153,19 +160,24 @@ class Subclass:
 def _subclasses(tree: Tree, modules: dict[str, ast.Module]) -> dict[str, Subclass]:
     """By name: names of classes are unique in this project where they are below SGLang's."""
     found: dict[str, Subclass] = {}
+    classes = [
+        (path, node, imports)
+        for path, module in modules.items()
+        for imports in [_imports(module)]
+        for node in ast.walk(module)
+        if isinstance(node, ast.ClassDef)
+    ]
     size = -1
     while size != len(found):
         size = len(found)
-        for path, module in modules.items():
-            imports = _imports(module)
-            for node in ast.walk(module):
-                if not isinstance(node, ast.ClassDef) or node.name in found:
-                    continue
-                names = [base.id for base in node.bases if isinstance(base, ast.Name)]
-                bases = [target(tree, imports[n]) for n in names if imports.get(n, "").startswith("sglang.")]
-                bases += [base for n in names if n in found for base in found[n].bases]
-                if bases:
-                    found[node.name] = Subclass(path, node, [base for base in bases if base])
+        for path, node, imports in classes:
+            if node.name in found:
+                continue
+            names = [base.id for base in node.bases if isinstance(base, ast.Name)]
+            bases = [target(tree, imports[n]) for n in names if imports.get(n, "").startswith("sglang.")]
+            bases += [base for n in names if n in found for base in found[n].bases]
+            if bases:
+                found[node.name] = Subclass(path, node, [base for base in bases if base])
     return found
 
 

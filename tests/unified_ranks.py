@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from itertools import count
 from typing import Any
 
+from tests.engine import FIRST_START_S, measure_for
 from tests.late_device import LateDevice
 from tests.ranks import Chaos, Ranks, agree_on_interruptions, become_rank, finishes_path, note_finishes
 from tests.reference import Comparison
@@ -74,6 +75,7 @@ def run_unified_rank(
     from sglang.srt.plugins import load_plugins
 
     load_plugins()
+    measure_for(FIRST_START_S)
     from sgl_flowprefill.runtime import setup
     from sgl_flowprefill.runtime.unified_scheduler import UnifiedScheduler
 

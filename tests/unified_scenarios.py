@@ -38,14 +38,14 @@ BAD: Final = Ask((*prompt(505, 700), MARKER), 4, (("ignore_eos", True),), ttft_s
 FIRST_TURN: Final = Ask(tuple(prompt(520, 300)), 24, (("ignore_eos", True),), ttft_slo_s=20.0)
 """The first turn of a chat."""
 
-TIGHT_TOKENS: Final = 1500
+TIGHT_TOKENS: Final = 400
 """KV cache of an engine for what follows."""
-GROWING: Final = {f"s{i}": Ask(tuple(prompt(700 + i, 200)), 500, (("min_new_tokens", 500),)) for i in range(2)}
-"""Streams of which admission takes it that they may end early, and which do not: 1,400 tokens in the end."""
-LATE: Final = {"late": Ask(tuple(prompt(710, 300)), 4, (("ignore_eos", True),))}
+GROWING: Final = {f"s{i}": Ask(tuple(prompt(700 + i, 50)), 130, (("min_new_tokens", 130),)) for i in range(2)}
+"""Streams of which admission takes it that they may end early, and which do not: 360 tokens in the end."""
+LATE: Final = {"late": Ask(tuple(prompt(710, 80)), 4, (("ignore_eos", True),))}
 """A prompt that is admitted beside them, and does not fit in the end."""
-RESERVED: Final = {f"a{i}": Ask(tuple(prompt(720 + i, 100)), 180, (("ignore_eos", True),)) for i in range(6)}
-"""Requests that take 1,680 tokens of KV cache in the end, and 600 at first."""
+RESERVED: Final = {f"a{i}": Ask(tuple(prompt(720 + i, 25)), 50, (("ignore_eos", True),)) for i in range(6)}
+"""Requests that take 450 tokens of KV cache in the end, and 150 at first."""
 
 
 def serve(engine: UnifiedEngine, asked: Mapping[str, Ask]) -> Play:
@@ -131,13 +131,13 @@ def shed(engine: UnifiedEngine) -> ShedPlay:
     engine.hub.recorder.listen(shadows.read)
     usual, work.colocated.prefills = work.colocated.prefills, make_policy("edf", work.policy.limits, 60.0)
     work.shedding, engine.hub.sheds = Shedding(), True
-    wait_s = 2 * work.ttft.predict_s([PrefillShape(1500, 0)])
+    wait_s = 2 * work.ttft.predict_s([PrefillShape(600, 0)])
     ends = (("ignore_eos", True),)
     asked = {
-        "first": Ask(tuple(prompt(740, 12_000)), 2, ends, ttft_slo_s=0.001),
-        "goes": Ask(tuple(prompt(741, 1500)), 2, ends, ttft_slo_s=wait_s, sheddable=True),
-        "late": Ask(tuple(prompt(742, 1500)), 2, ends, ttft_slo_s=wait_s),
-        "stays": Ask(tuple(prompt(743, 1500)), 2, ends, ttft_slo_s=600.0, sheddable=True),
+        "first": Ask(tuple(prompt(740, 6000)), 2, ends, ttft_slo_s=0.001),
+        "goes": Ask(tuple(prompt(741, 600)), 2, ends, ttft_slo_s=wait_s, sheddable=True),
+        "late": Ask(tuple(prompt(742, 600)), 2, ends, ttft_slo_s=wait_s),
+        "stays": Ask(tuple(prompt(743, 600)), 2, ends, ttft_slo_s=600.0, sheddable=True),
     }
     try:
         for rid, ask in asked.items():

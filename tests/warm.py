@@ -1,4 +1,5 @@
-"""Processes that start warm: forked from one that has imported SGLang and transformers, and has done nothing else.
+"""Processes that start warm: forked from one that has imported SGLang, transformers and pytest, and has done nothing
+else.
 
 A process of SGLang is busy with imports for longer than most tests need it. Servers start as they do for users; engines
 and ranks that tests start by themselves start here. They have none of the state of the test's process but its
@@ -13,17 +14,26 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing import connection
-from typing import Any
+from typing import Any, TypeVar
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["tests.warm_imports"])
 
+Outcome = TypeVar("Outcome")
 
-def warm(function: Callable[..., Any]) -> Callable[..., Any]:
+
+def warm(function: Callable[..., Outcome]) -> Callable[..., Outcome]:
     """``function``, to be the first that a process of CONTEXT calls: in the environment that is now this process's."""
     return partial(_call, dict(os.environ), function)
+
+
+def call(function: Callable[..., Outcome], *arguments: Any) -> Outcome:
+    """What ``function(*arguments)`` returns or raises in a process of its own, which calls nothing else before."""
+    with ProcessPoolExecutor(1, mp_context=CONTEXT) as pool:
+        return pool.submit(warm(function), *arguments).result()
 
 
 def _call(environment: dict[str, str], function: Callable[..., Any], *arguments: Any) -> Any:

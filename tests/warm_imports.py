@@ -6,6 +6,8 @@ import signal
 signal.signal(signal.SIGQUIT, signal.SIG_IGN)  # a rank that fails sends it to its parent
 gc.disable()
 
+import hypothesis  # noqa: E402, F401 - what modules of tests import, from which functions are called
+import pytest  # noqa: E402, F401
 import sglang.srt.managers.scheduler  # noqa: E402
 import sglang.srt.models.registry  # noqa: E402, F401
 import transformers  # noqa: E402, F401

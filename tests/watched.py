@@ -67,7 +67,9 @@ def served(scheduler: Scheduler, api_key: str | None = None) -> Iterator[str]:
     """The URL of an app with the routes of those who watch."""
     feed = SchedulerFeed("prefill", scheduler.ask)
     app = Starlette(routes=routes(lambda: feed, api_key))
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", timeout_graceful_shutdown=1))
+    server = uvicorn.Server(
+        uvicorn.Config(app, port=0, log_config=None, log_level="warning", timeout_graceful_shutdown=1)
+    )
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     while not server.started:

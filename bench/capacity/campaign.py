@@ -156,7 +156,7 @@ class Campaign:
         return [other for other in self.systems if other.is_stock and other is not system]
 
     def _bracket(self, system: System, seed: int, attainment: float) -> Bracket:
-        return bracket(self.log.verdicts(system.name, seed, attainment))
+        return self.log.bracket(system.name, seed, attainment)
 
     def _mean_bracket(self, system: System, attainment: float) -> Bracket:
         return mean_bracket(self._bracket(system, seed, attainment) for seed in range(self.plan.seeds))
@@ -331,7 +331,7 @@ class Campaign:
         self.prober.say(f"  {rate_rps:.2f} req/s, seed {seed}{slos}: {outcome(probe)}{bounds}; {self._left()}")
 
     def _bounds(self, probe: Probe, attainment: float) -> str:
-        low_rps, high_rps = bracket(self.log.verdicts(probe.system, probe.seed, attainment))
+        low_rps, high_rps = self.log.bracket(probe.system, probe.seed, attainment)
         return f"{attainment:.0%} ends between {low_rps:.2f} and {high_rps:.2f} req/s"
 
     def _left(self) -> str:

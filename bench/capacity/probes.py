@@ -14,7 +14,7 @@ from typing import Any, Final
 
 import orjson
 
-from sgl_flowprefill.bench.capacity.rate_search import Verdict, decided
+from sgl_flowprefill.bench.capacity.rate_search import Bracket, Verdict, bracket, decided
 from sgl_flowprefill.bench.loadgen.replay import ClientReport, ReplayRun, RequestResult
 from sgl_flowprefill.bench.metrics.joint import Judge, meets
 from sgl_flowprefill.profiling.steps import Step
@@ -77,6 +77,8 @@ class ProbeLog:
         """By system: decode steps of all starts of its servers, where they were measured."""
         self.facts: dict[str, Any] = {}
         """What is fixed once in a run: the time scale, the rate at which systems are compared."""
+        self._judged: dict[tuple[str, int, float], tuple[list[Verdict], Bracket]] = {}
+        """By system, seed and attainment: what the probes so far say of it."""
         path.parent.mkdir(parents=True, exist_ok=True)
         rows = list(_rows(path)) if path.exists() else []
         found = {**BEFORE, **(rows[0]["settings"] if rows else settings)}
@@ -103,6 +105,7 @@ class ProbeLog:
             run = dataclasses.replace(run, results=[dataclasses.replace(result, tbt_s=()) for result in run.results])
             probe = dataclasses.replace(probe, run=run)
         self.probes.append(probe)
+        self._judged.clear()
         self._append({"kind": "probe", **dataclasses.asdict(probe)})
 
     def add_solo(self, system: str, ttft_s: Mapping[int, float]) -> None:
@@ -127,12 +130,24 @@ class ProbeLog:
 
     def verdicts(self, system: str, seed: int, attainment: float) -> list[Verdict]:
         """What the probes of a system and seed say about ``attainment``."""
-        verdicts = ((p.rate_rps, decided(p.met, p.missed, p.total, attainment)) for p in self.of(system, seed))
-        return [(rate_rps, kept) for rate_rps, kept in verdicts if kept is not None]
+        return self._judge(system, seed, attainment)[0]
+
+    def bracket(self, system: str, seed: int, attainment: float) -> Bracket:
+        """Where a system stops to keep ``attainment`` on a seed, by its probes."""
+        return self._judge(system, seed, attainment)[1]
 
     def complete_at(self, rate_rps: float, system: str, seed: int, slo_scale: float = 1.0) -> Probe | None:
         """The probe at exactly ``rate_rps`` that was not stopped early, if there is one."""
         return next((p for p in self.of(system, seed, slo_scale) if p.rate_rps == rate_rps and p.complete), None)
+
+    def _judge(self, system: str, seed: int, attainment: float) -> tuple[list[Verdict], Bracket]:
+        """A search asks for the same many times between two probes."""
+        key = system, seed, attainment
+        if key not in self._judged:
+            found = ((p.rate_rps, decided(p.met, p.missed, p.total, attainment)) for p in self.of(system, seed))
+            verdicts = [(rate_rps, kept) for rate_rps, kept in found if kept is not None]
+            self._judged[key] = verdicts, bracket(verdicts)
+        return self._judged[key]
 
     def _append(self, row: Mapping[str, Any]) -> None:
         with self._path.open("ab") as file:

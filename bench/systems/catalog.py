@@ -56,7 +56,7 @@ UNCHUNKED_FCFS: Final = "stock-fcfs"
 
 UNIFIED: Final = "unified"
 """FlowPrefill on one server, and how the names of all unified systems begin."""
-UNIFIED_CHUNKS: Final = (None, 256, 512, 640, 768, 896, 1024, 2048, 4096, 8192)
+UNIFIED_CHUNKS: Final = (None, 256, 512, 640, 768, 896, 1024, 1280, 1536, 2048, 4096, 8192)
 INTERVALS: Final = (0, 1, 2, 4)
 """``--prefill-decode-interval``: decode steps behind each forward of prompts."""
 RIVAL: Final = rival()
@@ -65,12 +65,12 @@ TUNING: Final = (
     *(f"unified-stock-{order}-1024-mixed" for order in ("fcfs", "lpm", "hrrn", "priority")),
     *(
         f"unified-stock-spf-{chunk_tokens}{how}"
-        for chunk_tokens in (256, 512, 768, 1024)
+        for chunk_tokens in (256, 512, 768, 1024, 1280, 1536, 2048)
         for how in ("-mixed", "-mixed-interval-1", "-mixed-interval-2", "-interval-1", "-interval-2")
     ),
 )
 """Settings of SGLang that a tuning tries, beside the default: each of its orders, and shortest prefill first, which
-stands out in simulations, in four sizes of chunks with all that lets streams take part."""
+stands out in simulations, in seven sizes of chunks with all that lets streams take part."""
 VARIANTS: Final[Mapping[str, DecodeLimits]] = {
     "uncharged": DecodeLimits(charged=False),
     "ahead": DecodeLimits(ahead=True),

@@ -110,7 +110,7 @@ def page(urls: Mapping[str, str], host: str, port: int | None, api_key: str | No
         raise StartError(f"--live-port {port}: {error.strerror}; name another port, or 0 for any free one") from None
     feed = cache(lambda: ClusterFeed(urls, api_key))  # made at the first request, in the event loop of the page
     app = Starlette(routes=routes(feed, api_key))
-    server = uvicorn.Server(uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=1))
+    server = uvicorn.Server(uvicorn.Config(app, log_config=None, log_level="error", timeout_graceful_shutdown=1))
     thread = threading.Thread(target=server.run, args=([listener],), name="live page", daemon=True)
     thread.start()
     shown = f"[{host}]" if ":" in host else host

@@ -253,7 +253,11 @@ CACHES: Final = Group(
             "its transition from prefill to decode is tied to SGLang's own scheduling of batches",
             servers=("unified",),
         ),
-        leave("enable_hisparse", servers=("prefill",)),
+        leave(
+            "enable_hisparse",
+            "the decode server of a pair is what uses it, SGLang's prefill server does not; not run",
+            servers=("prefill",),
+        ),
         leave("hisparse_config", "goes with --enable-hisparse"),
         refuse(
             "enable_unified_memory", "it moves the KV cache of a suspended prefill, which writes on to where that was"

@@ -366,11 +366,19 @@ class Agreement:
     def _look_for_the_lost(self, error: Exception | None = None) -> None:
         """Raise AgreementError, because of ``error``, if a rank of this node has ended."""
         for rank, process in self._peers.items():
-            if not process.is_running() or process.status() == psutil.STATUS_ZOMBIE:
+            if has_ended(process):
                 raise AgreementError(
                     f"tensor-parallel rank {rank} (process {process.pid}) has ended, and its server cannot go on "
                     "without it"
                 ) from error
+
+
+def has_ended(process: psutil.Process) -> bool:
+    """Whether ``process`` has, be it reaped or not."""
+    try:
+        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:  # it was reaped between the two looks
+        return True
 
 
 def _wait(work: Any, limit_s: float) -> None:

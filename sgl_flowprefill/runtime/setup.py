@@ -8,7 +8,7 @@ import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, Final, NoReturn, TypeVar
 
@@ -85,16 +85,7 @@ def build(
     tasks = Tasks()
     model_runner = scheduler.tp_worker.model_runner
     draft, model = draft_runner(scheduler), whole_model(scheduler)
-    for runner in (model_runner, *(() if draft is None else (draft,))):
-        unchecked = unchecked_attention_backend(runner.prefill_attention_backend_str)
-        if unchecked is not None:
-            raise SystemExit(f"sgl-flowprefill: {unchecked}")
-    if config.refuses and not decodes:
-        raise SystemExit(NO_SHEDDING)
-    if config.refuses and scheduler.attn_dp_enabled:
-        raise SystemExit(NO_JOINT_SHEDDING)
-    if scheduler.enable_priority_scheduling and config.priority_ttft_slo is None and config.slo_policy is None:
-        logger.warning(UNUSED_PRIORITIES)
+    check_settings(scheduler, config, decodes, (model_runner,) if draft is None else (model_runner, draft))
     wakeup = Wakeup()
     device = make_device(scheduler.device, config.lookahead)
     is_joint = bool(scheduler.attn_dp_enabled)  # each rank has requests of its own, and all compute them together
@@ -209,6 +200,21 @@ def build(
         limits.max_batch_tokens,
     )
     return hub
+
+
+def check_settings(scheduler: Any, config: FlowPrefillConfig, decodes: bool, model_runners: Iterable[Any]) -> None:
+    """Raises SystemExit with one line for settings that cannot be served together, of which the command line alone does
+    not tell."""
+    for runner in model_runners:
+        unchecked = unchecked_attention_backend(runner.prefill_attention_backend_str)
+        if unchecked is not None:
+            raise SystemExit(f"sgl-flowprefill: {unchecked}")
+    if config.refuses and not decodes:
+        raise SystemExit(NO_SHEDDING)
+    if config.refuses and scheduler.attn_dp_enabled:
+        raise SystemExit(NO_JOINT_SHEDDING)
+    if scheduler.enable_priority_scheduling and config.priority_ttft_slo is None and config.slo_policy is None:
+        logger.warning(UNUSED_PRIORITIES)
 
 
 def _events(scheduler: Any, wakeup: Wakeup, is_joint: bool) -> EventSource | Woken:

@@ -7,7 +7,8 @@ import sys
 
 import pytest
 
-from tests.families import preempt_in_subprocess
+from tests import warm
+from tests.families import preempt
 
 FAMILIES = ("DeepSeek-V2-Lite",)
 """Experts and latent attention. Nearly all other tests serve a Llama; every family runs in tests/stress."""
@@ -15,7 +16,7 @@ FAMILIES = ("DeepSeek-V2-Lite",)
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_family_that_is_suspended_all_the_time_gets_the_answers_of_transformers(name: str) -> None:
-    outcome = preempt_in_subprocess(name, 500)
+    outcome = warm.call(preempt, name)
     print(name, outcome)
     outcome.check()
 

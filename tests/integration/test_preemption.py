@@ -22,7 +22,7 @@ from tests.engine import PrefillEngine, generate_request
 from tests.prompts import population, prompt
 from tests.reference import Comparison
 
-PROMPTS = population(70, longest_tokens=2000)
+PROMPTS = population(24, longest_tokens=2000)
 
 
 @pytest.fixture
@@ -75,19 +75,19 @@ def test_log_probabilities_of_a_long_prompt_are_computed_in_the_chunks_that_its_
         return get_logits(self, states, *args, **kwargs)
 
     monkeypatch.setattr(LogitsProcessor, "_get_logits", watched)
-    tokens = prompt(88, 5000)
+    tokens = prompt(88, 2500)
     scheduler.hub.executor.interrupted = lambda: True
     engine.submit("long", tokens, inputs_from=0)
     engine.turn()
-    assert scheduler.hub.work.tasks.live[0].logprob_rows == 5000
+    assert scheduler.hub.work.tasks.live[0].logprob_rows == 2500
     engine.run()
     assert max(rows) == scheduler.hub.work.memory.activations.logits_chunk_tokens == 2048
-    assert sum(rows) >= 5000
+    assert sum(rows) >= 2500
     answer = engine.answers["long"]
     comparison.answer("long", tokens, [answer.token], [answer.logprob])
     comparison.inputs("long", tokens, answer.input_logprobs[1:])
     comparison.assert_same()
-    assert comparison.counts["log probabilities of prompts"] == 4999
+    assert comparison.counts["log probabilities of prompts"] == 2499
     engine.assert_clean()
 
 
@@ -134,14 +134,16 @@ def test_a_grammar_that_is_compiled_during_a_prefill_interrupts_it(
 ) -> None:
     scheduler = engine.scheduler
     backend = scheduler.grammar_manager.grammar_backend
-    compile_it, may_end = backend._init_value_dispatch, threading.Event()
+    # What takes how long is decided here: the first compilation of a process may outlast the prefill.
+    compiled, may_end = backend._init_value_dispatch(("regex", "[a-z]+"), False), threading.Event()
 
-    def compile_late(*key: Any) -> Any:
+    def compile_late(key: Any, require_reasoning: bool) -> Any:
+        assert key == ("regex", "[a-z]+")
         may_end.wait(30.0)
-        return compile_it(*key)
+        return compiled
 
     monkeypatch.setattr(backend, "_init_value_dispatch", compile_late)
-    short, long = prompt(2, 20), prompt(1, 8000)
+    short, long = prompt(2, 20), prompt(1, 4000)
     constrained = generate_request("constrained", short, 1, ttft_slo_s=20.0, logprobs=True)
     constrained.sampling_params.regex = "[a-z]+"
     engine.receive(constrained)
@@ -270,8 +272,9 @@ def test_other_weights_do_not_meet_a_prefill_that_has_started(
         engine.receive(UpdateWeightFromDiskReqInput(model_path="other", load_format=None))
         engine.run()
     finally:
-        for parameter in model.parameters():
-            parameter.data.neg_()
+        if live:
+            for parameter in model.parameters():
+                parameter.data.neg_()
     assert live == [0]
     for rid, tokens in prompts.items():
         rounds.compare(rid, tokens)
@@ -281,8 +284,9 @@ def test_other_weights_do_not_meet_a_prefill_that_has_started(
 
 def test_more_kv_than_there_is_waits_for_tasks_that_hold_it(engine: PrefillEngine, rounds: Rounds) -> None:
     allocator = engine.scheduler.token_to_kv_pool_allocator
-    taken = allocator.alloc(allocator.available_size() - 20_000)
-    prompts = {f"k{i}": prompt(i, 2000) for i in range(14)}
+    taken = allocator.alloc(allocator.available_size() - 7000)
+    engine.scheduler.hub.work.policy.limits = Limits(max_suspended=100, max_batch_tokens=1)
+    prompts = {f"k{i}": prompt(i, 700) for i in range(14)}
     rounds.ask(random.Random(4), prompts, with_inputs=set(), dropped=set(), switch_probability=0.5, at_once=True)
     rounds.comparison.assert_same()
     assert rounds.comparison.counts["answers"] == len(prompts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import signal
@@ -17,6 +18,7 @@ from sgl_flowprefill.config import FlowPrefillConfig
 from sgl_flowprefill.model import embedded_model_path
 from sgl_flowprefill.profiling import read_profile, write_profile
 from sgl_flowprefill.profiling.fitted import fit
+from sgl_flowprefill.profiling.process import measure
 from tests.engine import PrefillEngine
 
 ROOT = Path(__file__).parents[2]
@@ -28,17 +30,46 @@ def command(directory: Path, *arguments: str) -> list[str]:
     return [sys.executable, "launch.py", "profile", *output, *arguments]
 
 
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="module", params=["here", pytest.param("by the command", marks=pytest.mark.stress)])
+def profile(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A profile whose run was interrupted once, and resumed: ``here`` by the engine of this process, which spares the
+    command another start.
+    """
+    directory = tmp_path_factory.mktemp("profile")
+    path, partial = directory / "p.parquet", directory / "p.partial.parquet"
+    interrupt(directory, partial)
+    kept = read_profile(partial)
+    assert kept.rows
+    # The design of a long budget would take long to complete.
+    kept.longest_tokens = 256
+    kept.rows = [row for row in kept.rows if max(new + cached for new, cached in row.shape) <= 256]
+    if request.param == "here":
+        from sgl_flowprefill.runtime.profile import current_setting
+
+        engine = request.getfixturevalue("shared_engine")
+        kept.setting = current_setting(engine.scheduler)  # this process has one thread
+        write_profile(partial, kept)
+        reports = io.StringIO()
+        measure(engine.scheduler, path, 6.0, reports)
+        engine.assert_clean()
+        end = json.loads(reports.getvalue().splitlines()[-1])
+        assert (end["path"], end["complete"]) == (str(path), True)
+    else:
+        write_profile(partial, kept)
+        arguments = command(directory, "--budget-s", "12", *OPTIONS)
+        done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+    resumed = read_profile(path)
+    assert resumed.complete
+    assert resumed.rows[: len(kept.rows)] == kept.rows
+    assert len(resumed.rows) > len(kept.rows)
+    return path
+
+
+def interrupt(directory: Path, partial: Path) -> None:
+    """Start the command, and end it when it has saved something."""
     embedded_model_path()
-    return tmp_path_factory.mktemp("profile")
-
-
-@pytest.fixture(scope="module")
-def profile(directory: Path) -> Path:
-    """A profile whose run was interrupted once."""
-    partial = directory / "p.partial.parquet"
-    run = subprocess.Popen(command(directory, "--budget-s", "40", *OPTIONS), cwd=ROOT, start_new_session=True)
+    run = subprocess.Popen(command(directory, "--budget-s", "20", *OPTIONS), cwd=ROOT, start_new_session=True)
     started_s = time.monotonic()
     while not partial.exists():
         assert run.poll() is None, (directory / "profile.log").read_text()[-2000:]
@@ -46,18 +77,6 @@ def profile(directory: Path) -> Path:
         time.sleep(0.2)
     run.send_signal(signal.SIGINT)
     assert run.wait(60) == 1
-    kept = read_profile(partial)
-    assert kept.rows
-    # The design of a long budget would take long to complete.
-    kept.longest_tokens = 256
-    kept.rows = [row for row in kept.rows if max(new + cached for new, cached in row.shape) <= 256]
-    write_profile(partial, kept)
-    done = subprocess.run(command(directory, "--budget-s", "12", *OPTIONS), cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    resumed = read_profile(directory / "p.parquet")
-    assert resumed.complete
-    assert resumed.rows[: len(kept.rows)] == kept.rows
-    return directory / "p.parquet"
 
 
 def test_it_has_operator_times_that_fit_into_the_whole(profile: Path) -> None:

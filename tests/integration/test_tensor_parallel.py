@@ -12,16 +12,10 @@ import pytest
 
 from sgl_flowprefill.model import embedded_model_path
 from tests.engine import generate_request
-from tests.integration.conftest import TWO_HEADS
+from tests.integration.conftest import PROMPTS, SHARED, TWO_HEADS
 from tests.prompts import prompt
 from tests.ranks import ALONE, OFFER_TASKS, Chaos, Ranks, note_matches, offer_models
 from tests.reference import Comparison, Reference
-
-SHARED = prompt(99, 300)
-PROMPTS = {
-    f"r{i:02}": prompt(i, tokens, SHARED if i % 2 else None)
-    for i, tokens in enumerate([40, 500, 2900, 350, 1300, 310, 7, 4000, 900, 330, 64, 1700])
-}
 
 
 @pytest.fixture(scope="module")
@@ -123,12 +117,13 @@ def test_both_ranks_adopt_a_model_at_the_same_operator_of_the_same_task(ranks: R
     assert all(any(passed for _, passed in note["live"]) for note in first), "each beside a suspended prefill"
 
 
-def test_clients_that_leave_are_dropped_by_both_ranks(ranks: Ranks, comparison: Comparison) -> None:
+@pytest.mark.parametrize("times", [2, pytest.param(5, marks=pytest.mark.stress)])
+def test_clients_that_leave_are_dropped_by_both_ranks(ranks: Ranks, comparison: Comparison, times: int) -> None:
     rng = random.Random(7)
     kept: dict[str, list[int]] = {}
-    for i in range(5):
+    for i in range(times):
         for rid, tokens in PROMPTS.items():
-            name = f"a{i}-{rid}"
+            name = f"a{times}-{i}-{rid}"
             ranks.submit(name, tokens)
             time.sleep(rng.random() * 0.02)
             if rng.random() < 0.3:
@@ -142,7 +137,7 @@ def test_clients_that_leave_are_dropped_by_both_ranks(ranks: Ranks, comparison: 
 
 def test_both_ranks_compile_the_grammars_of_requests(ranks: Ranks, comparison: Comparison) -> None:
     names = [f"g{i}" for i in range(6)]
-    beside = {f"beside-{name}": prompt(80 + i, 1000) for i, name in enumerate(names)}
+    beside = {f"beside-{name}": prompt(80 + i, 500) for i, name in enumerate(names)}
     for i, name in enumerate(names):
         request = generate_request(name, prompt(70 + i, 200), 10_000 + i)
         request.sampling_params.regex = f"[a-z]{{1,{4 + i % 3}}}"
@@ -156,12 +151,12 @@ def test_both_ranks_compile_the_grammars_of_requests(ranks: Ranks, comparison: C
 def test_a_pause_lets_started_prefills_finish_on_both_ranks(ranks: Ranks, comparison: Comparison) -> None:
     from sglang.srt.managers.io_struct import ContinueGenerationReqInput, PauseGenerationReqInput
 
-    prompts = {f"p{i}": prompt(50 + i, 3000) for i in range(4)}
+    prompts = {f"p{i}": prompt(50 + i, 1500) for i in range(4)}
     for name, tokens in prompts.items():
         ranks.submit(name, tokens)
-    time.sleep(0.3)
+    time.sleep(0.1)
     ranks.send(PauseGenerationReqInput(mode="in_place"))
-    time.sleep(2.0)
+    time.sleep(1.0)
     prompts["late"] = prompt(60, 100)
     ranks.submit("late", prompts["late"])
     ranks.take(1.0)

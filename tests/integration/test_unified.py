@@ -29,11 +29,17 @@ from tests.unified_engine import StockEngine, UnifiedEngine, flush_log, log_to, 
 from tests.unified_rounds import Rounds, play_and_flush
 
 ASKS = asks(60, seed=3)
+"""More than most tests need: SGLang computes each of them alone."""
+FEW_ASKS = ASKS[:26]
+"""Of all kinds."""
 CONTEXT_TOKENS = 16_384
 """SGLang's checks of the KV pool look at a whole row of each request, in every turn."""
 AMPLE_TOKENS = 20_000
 SMALL_POOL_TOKENS = 4000
 SMALL_ASKS = asks(40, seed=4, longest_tokens=1500, longest_answer_tokens=60, always_ignore_eos=True)
+FEW_SMALL_ASKS = asks(16, seed=4, longest_tokens=1500, longest_answer_tokens=40, always_ignore_eos=True)
+PLAIN_ASKS = [Ask(tuple(prompt(600 + i, 90 + 80 * i)), 24, (("ignore_eos", True),)) for i in range(6)]
+"""What tests of stops learn from where answers can be stopped."""
 
 
 @pytest.fixture(scope="module")
@@ -175,8 +181,9 @@ def comparison(stock: Stock) -> Iterator[StockComparison]:
 # ---- answers ---------------------------------------------------------------------------------------------------------
 
 
-def test_the_policy_serves_requests_of_all_kinds(unified: Remote, comparison: StockComparison) -> None:
-    asked = {f"p{i}": ask for i, ask in enumerate(ASKS[:30])}
+@pytest.mark.parametrize("requests", [len(FEW_ASKS), pytest.param(len(ASKS), marks=pytest.mark.stress)])
+def test_the_policy_serves_requests_of_all_kinds(unified: Remote, comparison: StockComparison, requests: int) -> None:
+    asked = {f"p{i}": ask for i, ask in enumerate(ASKS[:requests])}
     played = unified.call(scenarios.serve, asked)
     comparison.compare(asked, played.answers)
     comparison.assert_same()
@@ -190,10 +197,10 @@ def test_stop_tokens_end_answers_where_they_do_on_sglang(
     unified: Remote, comparison: StockComparison, stock: Stock
 ) -> None:
     """Each request is asked to stop at what it says itself."""
-    plain = [Ask(tuple(prompt(600 + i, 100 + 90 * i)), 20, (("ignore_eos", True),)) for i in range(6)]
+    answers = stock.answers(PLAIN_ASKS)
     asked = {}
-    for i, ask in enumerate(plain):
-        tokens = stock.answers([ask])[ask].tokens
+    for i, ask in enumerate(PLAIN_ASKS):
+        tokens = answers[ask].tokens
         asked[f"t{i}"] = Ask(ask.prompt, 20, (("stop_token_ids", (tokens[7],)),))
     played = unified.call(scenarios.serve, asked)
     comparison.compare(asked, played.answers)
@@ -205,11 +212,10 @@ def test_stop_strings_end_answers_where_they_do_on_sglang(
     unified: Remote, comparison: StockComparison, stock: Stock
 ) -> None:
     """Each request is asked to stop at some characters of what it says itself, whatever tokens they are in."""
-    plain = [Ask(tuple(prompt(610 + i, 90 + 80 * i)), 24, (("ignore_eos", True),)) for i in range(6)]
-    answers = stock.answers(plain)
-    texts = stock.call(scenarios.texts, [answers[ask].tokens for ask in plain])
+    answers = stock.answers(PLAIN_ASKS)
+    texts = stock.call(scenarios.texts, [answers[ask].tokens for ask in PLAIN_ASKS])
     asked = {}
-    for i, (ask, text) in enumerate(zip(plain, texts, strict=True)):
+    for i, (ask, text) in enumerate(zip(PLAIN_ASKS, texts, strict=True)):
         begin = len(text) // 3 + i
         asked[f"w{i}"] = Ask(ask.prompt, 24, (("ignore_eos", True), ("stop", text[begin : begin + 5])))
     played = unified.call(scenarios.serve, asked)
@@ -256,7 +262,7 @@ def test_steps_and_suspensions_at_random_points_change_no_answer(
     unified: Remote, comparison: StockComparison, seed: int
 ) -> None:
     rng = random.Random(seed)
-    asked = {f"c{i}": rng.choice(ASKS) for i in range(12)}
+    asked = {f"c{i}": rng.choice(FEW_ASKS) for i in range(12)}
     played = unified.call(play_and_flush, asked, set(), seed, rng.choice([0.1, 0.4, 0.9]))
     comparison.compare(asked, played.answers)
     comparison.assert_same()
@@ -266,15 +272,25 @@ def test_steps_and_suspensions_at_random_points_change_no_answer(
     assert played.seen["checks of the KV pool"] >= 100
 
 
-def test_rounds_of_steps_suspensions_and_aborts_change_no_answer(unified: Remote, comparison: StockComparison) -> None:
-    rounds = Rounds(unified, comparison, ASKS)
-    rounds.run(6)
-    for number in range(6, 30):
-        if rounds.seen["steps inside prefills"] >= 100:  # how many fit into a round depends on the machine's speed
+@pytest.mark.parametrize(
+    ("pool", "least_rounds", "inside"),
+    [
+        pytest.param(FEW_ASKS, 4, 60, id="few"),
+        pytest.param(ASKS, 6, 100, id="many", marks=pytest.mark.stress),
+    ],
+)
+def test_rounds_of_steps_suspensions_and_aborts_change_no_answer(
+    unified: Remote, comparison: StockComparison, pool: list[Ask], least_rounds: int, inside: int
+) -> None:
+    rounds = Rounds(unified, comparison, pool)
+    rounds.run(least_rounds)
+    for number in range(least_rounds, 30):
+        has_steps = rounds.seen["steps inside prefills"] >= inside  # how many fit in depends on the machine's speed
+        if has_steps and comparison.counts["log probabilities of prompts"] >= 300:
             break
         rounds.run(1, first=number)
     print(rounds)
-    assert rounds.seen["steps inside prefills"] >= 100
+    assert rounds.seen["steps inside prefills"] >= inside
     assert comparison.counts["aborts"] >= 3
     assert comparison.counts["log probabilities of prompts"] >= 300
 
@@ -295,10 +311,14 @@ def test_rounds_of_steps_whose_tokens_come_late_change_no_answer(unified: Remote
     assert comparison.counts["answers"] >= 15
 
 
+@pytest.mark.parametrize(
+    "pool",
+    [pytest.param(FEW_SMALL_ASKS, id="few"), pytest.param(SMALL_ASKS, id="many", marks=pytest.mark.stress)],
+)
 def test_rounds_with_barely_enough_kv_cache_give_prefills_back_and_change_no_answer(
-    small: Remote, comparison: StockComparison
+    small: Remote, comparison: StockComparison, pool: list[Ask]
 ) -> None:
-    rounds = Rounds(small, comparison, SMALL_ASKS)
+    rounds = Rounds(small, comparison, pool)
     rounds.run(4, first=100)
     print(rounds)
     assert comparison.counts["answers"] >= 12
@@ -506,7 +526,7 @@ def test_started_prefills_and_joining_requests_are_load(unified: Remote, late: b
 def test_shapes_that_are_explored_between_requests_change_no_answer(
     unified: Remote, comparison: StockComparison
 ) -> None:
-    asked = {f"e{i}": ask for i, ask in enumerate(ASKS[30:42])}
+    asked = {f"e{i}": ask for i, ask in enumerate(FEW_ASKS[-12:])}
     answers, state = unified.call(serve_and_explore, asked)
     comparison.compare(asked, answers)
     comparison.assert_same()

@@ -8,18 +8,13 @@ import pytest
 
 from sgl_flowprefill.events import read_events
 from sgl_flowprefill.model import embedded_model_path
-from tests.integration.conftest import TWO_HEADS
-from tests.prompts import prompt
+from tests.integration.conftest import PROMPTS, TWO_HEADS
 from tests.ranks import Chaos
 from tests.reference import TOKENS, Comparison, Reference
 from tests.unified_asks import Ask
 from tests.unified_ranks import UnifiedRanks
 
-SHARED = prompt(99, 300)
-ASKED = {
-    f"r{i:02}": Ask(tuple(prompt(i, tokens, SHARED if i % 2 else None)), TOKENS, (("ignore_eos", True),))
-    for i, tokens in enumerate([40, 500, 1900, 350, 1300, 310, 7, 2500, 900, 330, 64, 1700])
-}
+ASKED = {rid: Ask(tuple(tokens), TOKENS, (("ignore_eos", True),)) for rid, tokens in PROMPTS.items()}
 
 
 @pytest.fixture(scope="session")
@@ -28,20 +23,22 @@ def reference(two_heads: Reference) -> Reference:
 
 
 @pytest.mark.parametrize(
-    "pass_probabilities",
+    ("pass_probabilities", "times"),
     [
-        None,
-        pytest.param((0.02, 0.9), id="rank 0 late", marks=pytest.mark.stress),
-        pytest.param((0.9, 0.02), id="follower late", marks=pytest.mark.stress),
+        pytest.param(None, 2, id="in time"),
+        pytest.param(None, 3, id="in time, more", marks=pytest.mark.stress),
+        pytest.param((0.02, 0.9), 5, id="rank 0 late", marks=pytest.mark.stress),
+        pytest.param((0.9, 0.02), 5, id="follower late", marks=pytest.mark.stress),
     ],
 )
 def test_two_ranks_with_steps_at_random_points_inside_suspended_prefills_give_the_answers_of_transformers(
-    comparison: Comparison, tmp_path: Path, pass_probabilities: tuple[float, float] | None
+    comparison: Comparison, tmp_path: Path, pass_probabilities: tuple[float, float] | None, times: int
 ) -> None:
-    """Where each rank's device is late by itself, rank 0 says when the result of a step is processed, too."""
+    """Where each rank's device is late by itself, rank 0 says when the result of a step is processed, too. Tokens that
+    come late make fewer steps, so there are more requests.
+    """
     model_path, chaos = str(embedded_model_path(TWO_HEADS)), Chaos(seed=2, switch_probability=0.7)
     with UnifiedRanks(model_path, 2, tmp_path, chaos, pass_probabilities=pass_probabilities) as ranks:
-        times = 3 if pass_probabilities is None else 5  # tokens that come late make fewer steps
         asked = {f"{rid}-{i}": ask for i in range(times) for rid, ask in ASKED.items()}
         for rid, ask in asked.items():
             ranks.ask(rid, ask)

@@ -53,13 +53,15 @@ class OneCluster:
         self._kind: str | None = None
         self.since_s = 0.0
         """When the one that runs began to be started."""
+        self.said: list[str] = []
+        """What was said while it was started."""
 
     def get(self, *, flowprefill: bool, unified: bool = False, fresh: bool = False) -> Cluster:
         """A cluster of that kind; if it shall be ``fresh``, no test has had it before."""
         kind = ("flowprefill" if flowprefill else "stock") + ("-unified" if unified else "")
         if self._kind != kind or fresh:
             self.close()
-            self.since_s = time.monotonic()
+            self.since_s, self.said = time.monotonic(), []
             unchunked = () if flowprefill else ("--chunked-prefill-size", "-1")  # as stock comes, FlowPrefill sets it
             args = (*unchunked, "--enable-metrics")
             if flowprefill and unified:
@@ -78,7 +80,7 @@ class OneCluster:
                 config = dataclasses.replace(config, prefill=0, decode=0, unified=1, prefill_args=(), server_args=args)
             with pytest.MonkeyPatch.context() as environment:
                 environment.setenv("PYTHONPATH", str(faults.PLUGIN), prepend=os.pathsep)
-                self._cluster = self._stack.enter_context(Cluster(config, on_progress=print))
+                self._cluster = self._stack.enter_context(Cluster(config, on_progress=self._say))
             self._kind = kind
         self._cluster.check()
         return self._cluster
@@ -86,6 +88,10 @@ class OneCluster:
     def close(self) -> None:
         self._stack.close()
         self._kind = None
+
+    def _say(self, line: str) -> None:
+        print(line)
+        self.said.append(line)
 
 
 @pytest.fixture(scope="session")
@@ -118,6 +124,13 @@ def one_cluster(
 def flowprefill_cluster(one_cluster: OneCluster) -> Cluster:
     """A cluster with FlowPrefill; its event log is ``cluster.config.options.event_log``."""
     return one_cluster.get(flowprefill=True)
+
+
+@pytest.fixture
+def ending_cluster(one_cluster: OneCluster) -> Iterator[Cluster]:
+    """As ``flowprefill_cluster``, for tests that end it: no other has it afterwards."""
+    yield one_cluster.get(flowprefill=True)
+    one_cluster.close()
 
 
 @pytest.fixture

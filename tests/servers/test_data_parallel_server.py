@@ -53,7 +53,7 @@ async def ask_all(url: str) -> dict[str, dict[str, Any]]:
 def test_answers_are_those_of_transformers_and_the_log_has_the_requests_of_both_ranks(
     no_cluster: None, tmp_path: Path, servers: dict[str, Any]
 ) -> None:
-    model_path, log = qwen3(MODEL, tmp_path), tmp_path / "events.jsonl"
+    model_path, log = qwen3(MODEL), tmp_path / "events.jsonl"
     options = FlowPrefillConfig(event_log=str(log), exploration_share=0)
     config = ClusterConfig(True, model_path, log_dir=tmp_path, options=options, **servers)
     with Cluster(config, on_progress=print) as cluster:

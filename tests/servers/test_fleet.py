@@ -5,6 +5,7 @@ Each answer is compared with transformers', whichever server has computed it.
 
 import itertools
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -19,10 +20,12 @@ import pytest
 import requests
 
 from sgl_flowprefill.cluster import Cluster, ClusterConfig, guard
-from sgl_flowprefill.cluster.gateway import Gateway, Worker
+from sgl_flowprefill.cluster.base import KEY_VARIABLE
+from sgl_flowprefill.cluster.gateway import Gateway, Worker, bearer
 from sgl_flowprefill.config import FlowPrefillConfig
 from sgl_flowprefill.events import read_events
 from tests.http_server import answering
+from tests.launched import KEY
 from tests.reference import TOKENS
 
 ROOT = Path(__file__).parents[2]
@@ -166,13 +169,14 @@ def compare(comparison, answers):
 
 
 @contextmanager
-def gateway_alone(directory, *options):
-    """URL of a gateway without servers, which ends cleanly afterwards."""
+def gateway_alone(directory, *options, key=None):
+    """URL of a gateway without servers, which asks its clients for ``key``, if there is one, and ends cleanly."""
     output = directory / "output"
     command = [sys.executable, "launch.py", "--role", "gateway", *options, "--ports", "0", "--log-dir", str(directory)]
+    env = os.environ | ({} if key is None else {KEY_VARIABLE: key})
     with (
         open(output, "w") as file,
-        subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT) as process,
+        subprocess.Popen(command, cwd=ROOT, env=env, stdout=file, stderr=subprocess.STDOUT) as process,
     ):
         try:
             while "the gateway listens at" not in output.read_text():
@@ -188,10 +192,12 @@ def gateway_alone(directory, *options):
 
 
 @contextmanager
-def unified_worker():
-    """A server that says what smg asks of one, and answers every prompt alike."""
+def unified_worker(key=None):
+    """A server that says what smg asks of one, and answers every prompt alike, if it is shown its ``key``."""
 
     def answer(path, headers):
+        if key is not None and not path.startswith("/health") and headers.get("Authorization") != f"Bearer {key}":
+            return 401, "{}"
         about = {"model_path": "embedded", "served_model_name": "embedded", "is_generation": True}
         return 200, json.dumps(about | {"text": "from the unified server"})
 
@@ -200,11 +206,16 @@ def unified_worker():
 
 
 def test_a_gateway_alone_is_ready_when_servers_have_joined_and_ends_cleanly(tmp_path):
-    with gateway_alone(tmp_path, "--unified") as url, unified_worker() as worker:
-        ensure(Gateway(url), worker, START_S)
-        assert [listed["worker_type"] for listed in Gateway(url).workers()] == ["regular"]
-        answer = requests.post(f"{url}/generate", json={"text": "Hello"}, timeout=30)
+    """With a key, which its clients have to show, and which it shows to the servers."""
+    with gateway_alone(tmp_path, "--unified", key=KEY) as url, unified_worker(KEY) as worker:
+        gateway = Gateway(url, KEY)
+        ensure(gateway, worker, START_S)
+        assert [listed["worker_type"] for listed in gateway.workers()] == ["regular"]
+        assert requests.post(f"{url}/generate", json={"text": "Hello"}, timeout=30).status_code == 401
+        answer = requests.post(f"{url}/generate", json={"text": "Hello"}, headers=bearer(KEY), timeout=30)
         assert answer.json()["text"] == "from the unified server"
+    outputs = [(tmp_path / name).read_text() for name in ("output", "gateway.log")]
+    assert [output for output in outputs if KEY in output] == []
 
 
 def test_a_gateway_of_prefill_and_decode_servers_is_not_taken_for_one_that_routes_to_a_unified_server(tmp_path):

@@ -72,6 +72,7 @@ async def beside_a_long_prompt(url: str, seed: int) -> Beside:
     return found
 
 
+@pytest.mark.stress  # tests/servers/test_unified_serving.py has another that compares their tokens as well
 def test_streams_get_their_tokens_while_a_long_prompt_is_prefilled(unified_server: Cluster) -> None:
     beside = asyncio.run(beside_a_long_prompt(unified_server.url, seed=3000))
     assert beside.longest_gap_s < TBT_SLO_S + LATE_S
@@ -88,6 +89,7 @@ def test_every_panel_and_alert_has_an_answer_of_a_prometheus_that_scrapes_it(
         assert prometheus.value(f"{TBT_MET.series} + {TBT_MISSED.series}") >= 7
 
 
+@pytest.mark.stress
 def test_sglangs_own_scheduler_lets_streams_wait_for_a_long_prompt(stock_unified_server: Cluster) -> None:
     beside = asyncio.run(beside_a_long_prompt(stock_unified_server.url, seed=4000))
     assert beside.longest_gap_s > TBT_SLO_S + LATE_S, "if they did not wait, the test before this one shows nothing"
@@ -126,20 +128,34 @@ def stock_answers(one_cluster: OneCluster) -> list[Any]:
     return answers_under_load(one_cluster.get(flowprefill=False, unified=True))
 
 
+@pytest.mark.stress
 def test_sglangs_own_scheduler_answers(stock_unified_server: Cluster, stock_answers: list[Any]) -> None:
     assert all(len(tokens) == 24 for tokens, _ in stock_answers)
 
 
-def test_answers_under_load_are_those_of_sglangs_own_scheduler_and_of_transformers(
-    stock_answers: list[Any], unified_server: Cluster, comparison: Comparison
-) -> None:
-    answers = answers_under_load(unified_server)
-    for number, (answer, expected) in enumerate(zip(answers, stock_answers, strict=True)):
-        assert answer[0] == expected[0], number
-        assert answer[1] == pytest.approx(expected[1], abs=1e-3), number
-        comparison.answer(f"request {number}", UNDER_LOAD[number], answer[0], answer[1][:TOKENS])
+@pytest.fixture(scope="session")
+def our_answers(one_cluster: OneCluster) -> list[Any]:
+    """As ``stock_answers``, of the server with FlowPrefill."""
+    return answers_under_load(one_cluster.get(flowprefill=True, unified=True))
+
+
+@pytest.mark.usefixtures("unified_server")  # conftest orders tests by the names of their clusters
+def test_answers_under_load_are_those_of_transformers(our_answers: list[Any], comparison: Comparison) -> None:
+    for number, (tokens, logprobs) in enumerate(our_answers):
+        assert len(tokens) == 24
+        comparison.answer(f"request {number}", UNDER_LOAD[number], tokens, logprobs)
     comparison.assert_same()
     assert comparison.counts["log probabilities"] == TOKENS * len(UNDER_LOAD)
+
+
+@pytest.mark.stress
+@pytest.mark.usefixtures("unified_server")
+def test_answers_under_load_are_those_of_sglangs_own_scheduler(
+    stock_answers: list[Any], our_answers: list[Any]
+) -> None:
+    for number, (answer, expected) in enumerate(zip(our_answers, stock_answers, strict=True)):
+        assert answer[0] == expected[0], number
+        assert answer[1] == pytest.approx(expected[1], abs=1e-3), number
 
 
 CHOICES = 3
@@ -197,19 +213,53 @@ def stock_choices(one_cluster: OneCluster) -> list[Choice]:
     return choices_under_load(one_cluster.get(flowprefill=False, unified=True))
 
 
-def test_sglangs_own_scheduler_has_several_answers_and_stops_at_strings(
-    stock_unified_server: Cluster, stock_choices: list[Choice]
-) -> None:
-    reasons = [one.finish_reason["type"] for one in stock_choices]
+@pytest.fixture(scope="session")
+def our_choices(one_cluster: OneCluster) -> list[Choice]:
+    """As ``stock_choices``, of the server with FlowPrefill."""
+    return choices_under_load(one_cluster.get(flowprefill=True, unified=True))
+
+
+def assert_ends(choices: list[Choice]) -> None:
+    """Those that are to stop at a string do, and the others have their length."""
     stopped = len(ASKED_TO_STOP)
+    reasons = [one.finish_reason["type"] for one in choices]
     assert reasons == ["length"] * (stopped + 1 + CHOICES * len(ASKED_FOR_CHOICES)) + ["stop"] * stopped
 
 
-def test_several_answers_and_stop_strings_are_those_of_sglangs_own_scheduler(
-    stock_choices: list[Choice], unified_server: Cluster
+@pytest.mark.usefixtures("unified_server")
+def test_several_answers_and_stop_strings_are_those_of_transformers(
+    our_choices: list[Choice], comparison: Comparison
 ) -> None:
-    choices = choices_under_load(unified_server)
-    for number, (one, expected) in enumerate(zip(choices, stock_choices, strict=True)):
+    """Of an answer that stops, also all of its tokens and its text are those of the answer that does not."""
+    assert_ends(our_choices)
+    asked = [*ASKED_TO_STOP, BESIDE, *(tokens for tokens in ASKED_FOR_CHOICES for _ in range(CHOICES))]
+    for tokens, one in zip(asked, our_choices, strict=False):
+        assert len(one.tokens) == 24
+        comparison.answer(f"{len(tokens)} tokens", tokens, one.tokens, one.logprobs)
+    comparison.assert_same()
+    assert comparison.counts["log probabilities"] == TOKENS * len(asked)
+    stopped = our_choices[len(asked) :]
+    for plain, one in zip(our_choices[: len(stopped)], stopped, strict=True):
+        stop = one.finish_reason["matched"]
+        assert stop == plain.text[len(plain.text) // 2 :][:5]
+        assert one.text == plain.text[: plain.text.index(stop)]
+        assert one.tokens == plain.tokens[: len(one.tokens)]
+        assert one.logprobs == pytest.approx(plain.logprobs[: len(one.tokens)], abs=1e-3)
+
+
+@pytest.mark.stress
+def test_sglangs_own_scheduler_has_several_answers_and_stops_at_strings(
+    stock_unified_server: Cluster, stock_choices: list[Choice]
+) -> None:
+    assert_ends(stock_choices)
+
+
+@pytest.mark.stress
+@pytest.mark.usefixtures("unified_server")
+def test_several_answers_and_stop_strings_are_those_of_sglangs_own_scheduler(
+    stock_choices: list[Choice], our_choices: list[Choice]
+) -> None:
+    for number, (one, expected) in enumerate(zip(our_choices, stock_choices, strict=True)):
         assert one.tokens == expected.tokens, number
         assert one._replace(logprobs=[]) == expected._replace(logprobs=[]), number
         assert one.logprobs == pytest.approx(expected.logprobs, abs=1e-3), number

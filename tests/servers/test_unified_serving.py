@@ -1,5 +1,6 @@
-"""A real server that prefills and decodes, over HTTP, started as in a user's own launcher, with options of stock SGLang
-that FlowPrefill sets itself."""
+"""A real server that prefills and decodes, over HTTP, with options of stock SGLang that FlowPrefill sets itself: its
+launcher's API key, its answers, and that it ends with its launcher. Some start as in a user's own launcher.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ import asyncio
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -22,13 +24,25 @@ import psutil
 import pytest
 import requests
 
+from sgl_flowprefill.cluster.base import KEY_VARIABLE
+from sgl_flowprefill.cluster.gateway import bearer
 from sgl_flowprefill.cluster.preflight import free_port
 from sgl_flowprefill.compat import EXAMPLES
 from sgl_flowprefill.events import Arrival, Step, read_events
 from sgl_flowprefill.model import embedded_model_path
 from sgl_flowprefill.timeline import History
+from tests.launched import (
+    KEY,
+    Launch,
+    assert_curl_line_works,
+    assert_nobody_sees_the_key,
+    end_and_assert_nothing_is_left,
+    private_memory,
+)
+from tests.processes import alive
 from tests.prompts import prompt
 from tests.reference import TOKENS, Comparison
+from tests.servers.conftest import OneCluster
 
 pytestmark = pytest.mark.usefixtures("no_cluster")
 
@@ -44,19 +58,52 @@ MAX_QUIET_IDLE_SHARE = 0.02
 @dataclass
 class Server:
     url: str
-    process: subprocess.Popen[bytes]
+    process: psutil.Process
+    """What SGLang's command runs as."""
     event_log: Path
     log: Path
+    key: str | None = None
+    """What it asks of its clients."""
 
-    def post(self, path: str, body: dict[str, Any], timeout_s: float = 120.0) -> requests.Response:
-        return requests.post(self.url + path, json=body, timeout=timeout_s)
+    def get(self, path: str) -> requests.Response:
+        return requests.get(self.url + path, headers=bearer(self.key), timeout=60)
+
+    def post(self, path: str, body: dict[str, Any] | None = None, **how: Any) -> requests.Response:
+        return requests.post(self.url + path, json=body, headers=bearer(self.key), **({"timeout": 120.0} | how))
+
+    def session(self) -> aiohttp.ClientSession:
+        return aiohttp.ClientSession(headers=bearer(self.key), timeout=aiohttp.ClientTimeout(300))
 
     def state(self) -> dict[str, Any]:
         """What the server says of its decode steps."""
-        info = requests.get(self.url + "/server_info", timeout=60).json()
-        [internal] = info["internal_states"]
+        [internal] = self.get("/server_info").json()["internal_states"]
         found: dict[str, Any] = internal["flowprefill_decode"]
         return found
+
+
+@pytest.fixture(scope="module")
+def launcher(one_cluster: OneCluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launch]:
+    """Has a server of its own, whose key is KEY."""
+    one_cluster.close()  # both want the same cores
+    directory = tmp_path_factory.mktemp("unified")
+    options = ("--flowprefill-event-log", str(directory / "events.jsonl"), "--flowprefill-priority-ttft-slo", CLASSES)
+    options += ("--flowprefill-overload", "shed")
+    options += ("--flowprefill-exploration-share", "0")  # its CPU time is measured while it is idle, for seconds only
+    options += ("--max-total-tokens", "60000", "--enable-metrics", *PRIORITIES.options)
+    with private_memory(directory) as memory:
+        launcher = Launch(directory, "--flowprefill", "--unified", *options, memory=memory, env={KEY_VARIABLE: KEY})
+        try:
+            launcher.curl_line()
+            yield launcher
+        finally:
+            launcher.kill()
+
+
+@pytest.fixture(scope="module")
+def server(launcher: Launch) -> Server:
+    [process] = launcher.remember().servers
+    url = launcher.curl_url.removesuffix("/v1/completions")
+    return Server(url, process, launcher.logs.parent / "events.jsonl", launcher.logs / "unified.log", KEY)
 
 
 @contextmanager
@@ -69,7 +116,7 @@ def serving(directory: Path, *options: str) -> Iterator[Server]:
         "FLOWPREFILL_EVENT_LOG": str(directory / "events.jsonl"),
         "FLOWPREFILL_PRIORITY_TTFT_SLO": CLASSES,
         "FLOWPREFILL_OVERLOAD": "shed",
-        "FLOWPREFILL_EXPLORATION_SHARE": "0",  # its CPU time is measured while it is idle, for seconds only
+        "FLOWPREFILL_EXPLORATION_SHARE": "0",
         "SGLANG_PLATFORM": "flowprefill_cpu",
         "OMP_NUM_THREADS": "1",
         "MKL_NUM_THREADS": "1",
@@ -79,7 +126,7 @@ def serving(directory: Path, *options: str) -> Iterator[Server]:
     command += [*options]
     with open(log, "wb") as output:
         process = subprocess.Popen(command, env=env, stdout=output, stderr=output)
-    found = Server(f"http://127.0.0.1:{port}", process, directory / "events.jsonl", log)
+    found = Server(f"http://127.0.0.1:{port}", psutil.Process(process.pid), directory / "events.jsonl", log)
     try:
         deadline_s = time.monotonic() + START_S
         while True:
@@ -93,7 +140,7 @@ def serving(directory: Path, *options: str) -> Iterator[Server]:
             time.sleep(0.5)
         yield found
     finally:
-        children = psutil.Process(process.pid).children(recursive=True)
+        children = found.process.children(recursive=True)
         process.terminate()
         try:
             process.wait(30)
@@ -104,11 +151,14 @@ def serving(directory: Path, *options: str) -> Iterator[Server]:
                 child.kill()
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    options = ("--max-total-tokens", "60000", "--enable-metrics", *PRIORITIES.options)
-    with serving(tmp_path_factory.mktemp("unified"), *options) as found:
-        yield found
+def test_its_launcher_prints_a_curl_line_that_works_and_nobody_sees_the_key(launcher: Launch, server: Server) -> None:
+    assert "waiting for the unified server (" in launcher.text()
+    assert "on one server at http://127.0.0.1:" in launcher.text()
+    assert_curl_line_works(launcher)
+    assert requests.post(f"{server.url}/generate", json={"text": "Hello"}, timeout=60).status_code == 401
+    started = launcher.remember().processes
+    assert [process for process in started if process.name().startswith("smg")] == []
+    assert_nobody_sees_the_key(launcher, "unified")
 
 
 def body(tokens: list[int], output_tokens: int, **objectives: float) -> dict[str, Any]:
@@ -143,7 +193,7 @@ def test_streams_get_their_tokens_while_a_long_prompt_is_prefilled(server: Serve
     long = prompt(810, 9000)
 
     async def all_of_them() -> Any:
-        async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(300)) as session:
+        async with server.session() as session:
             streams = [
                 asyncio.create_task(stream(session, server.url, body(tokens, 60, tbt_slo=0.15))) for tokens in prompts
             ]
@@ -184,7 +234,7 @@ def test_what_the_command_line_asks_of_sglangs_scheduler_is_set_with_a_line_for_
         "--disable-priority-preemption is True (was False)",
     ):
         assert len([line for line in lines if words in line]) == 1, words
-    info = requests.get(server.url + "/server_info", timeout=60).json()
+    info = server.get("/server_info").json()
     assert info["chunked_prefill_size"] == -1
     assert info["enable_priority_scheduling"] is True
 
@@ -194,7 +244,7 @@ def test_a_priority_stands_for_an_objective_and_a_batch_of_several_is_served(ser
     asked = {"urgent": -3, "usual": 10, "no priority": None, "later": 15, "idle": 99, "own": 99}
 
     async def all_of_them() -> list[list[int]]:
-        async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(300)) as session:
+        async with server.session() as session:
             answers = []
             for number, (name, priority) in enumerate(asked.items()):
                 objective = {"ttft_slo": 7.0} if name == "own" else {}
@@ -307,53 +357,47 @@ def test_an_answer_says_what_the_event_log_says_of_its_request(server: Server, e
     assert told["predicted_s"] == logged.course.alone_s
 
 
-@pytest.mark.parametrize(
-    ("path", "way"),
-    [
-        ("/generate", "ids"),
-        ("/v1/completions", "ids"),
-        ("/v1/completions", "list"),
-        ("/v1/responses", "text"),
-        ("/v1/messages", "text"),
-    ],
-)
-def test_an_overloaded_server_says_429_and_when_to_come_back(server: Server, path: str, way: str) -> None:
-    """Behind requests that may not be refused, and of which not all can be met. The one that may be is the longest."""
+def test_an_overloaded_server_says_429_and_when_to_come_back(server: Server) -> None:
+    """Each API, behind requests that may not be refused and of which not all can be met. Those that may be are the
+    longest."""
     from transformers import AutoTokenizer
 
-    first = 5000 + 20 * (len(path) + 10 * len(way))  # no prompt of the other endpoints, which would be cached
-    probe = server.post("/generate", body(prompt(first, 2000), 1, ttft_slo=60.0)).json()
+    probe = server.post("/generate", body(prompt(5000, 2000), 1, ttft_slo=60.0)).json()
     one_s = probe["meta_info"]["flowprefill"]["predicted_s"]
     sheddable = {"custom_params": {"ttft_slo": 4.6 * one_s, "sheddable": True}}
-    ids = prompt(first + 19, 2500)
-    text = AutoTokenizer.from_pretrained(embedded_model_path(), local_files_only=True).decode(ids)
-    asked: dict[str, Any] = {
-        "/generate": {"input_ids": ids, "sampling_params": {"max_new_tokens": 2, **sheddable}},
-        "/v1/completions": {"prompt": [ids, ids[:20]] if way == "list" else ids, "max_tokens": 2, **sheddable},
-        "/v1/responses": {"input": text, "max_output_tokens": 2, **sheddable},
-        "/v1/messages": {"messages": [{"role": "user", "content": text}], "max_tokens": 2, **sheddable},
-    }[path]
-    if path != "/generate":
-        asked["model"] = "embedded"
+    tokenizer = AutoTokenizer.from_pretrained(embedded_model_path(), local_files_only=True)
+    ids = [prompt(5100 + number, 2500) for number in range(5)]
+    texts = [tokenizer.decode(tokens) for tokens in ids[3:]]
+    model = {"model": "embedded"}
+    asked: list[tuple[str, dict[str, Any]]] = [
+        ("/generate", {"input_ids": ids[0], "sampling_params": {"max_new_tokens": 2, **sheddable}}),
+        ("/v1/completions", model | {"prompt": ids[1], "max_tokens": 2, **sheddable}),
+        ("/v1/completions", model | {"prompt": [ids[2], ids[2][:20]], "max_tokens": 2, **sheddable}),
+        ("/v1/responses", model | {"input": texts[0], "max_output_tokens": 2, **sheddable}),
+        ("/v1/messages", model | {"messages": [{"role": "user", "content": texts[1]}], "max_tokens": 2, **sheddable}),
+    ]
 
-    async def all_of_them() -> tuple[int, dict[str, str], str]:
-        async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(300)) as session:
+    async def refusal(session: aiohttp.ClientSession, path: str, request: dict[str, Any]) -> tuple[int, str, str]:
+        async with session.post(server.url + path, json=request) as response:
+            return response.status, response.headers.get("Retry-After", ""), await response.text()
+
+    async def all_of_them() -> list[tuple[int, str, str]]:
+        async with server.session() as session:
             others = [
                 asyncio.create_task(
-                    stream(session, server.url, body(prompt(first + 1 + n, 2000), 2, ttft_slo=4.5 * one_s))
+                    stream(session, server.url, body(prompt(5001 + number, 2000), 2, ttft_slo=4.5 * one_s))
                 )
-                for n in range(10)
+                for number in range(10)
             ]
             await asyncio.sleep(0.02)
-            async with session.post(server.url + path, json=asked) as response:
-                refusal = response.status, dict(response.headers), await response.text()
+            refusals = await asyncio.gather(*(refusal(session, path, request) for path, request in asked))
             await asyncio.gather(*others)
-            return refusal
+            return refusals
 
-    status, headers, told = asyncio.run(all_of_them())
-    assert status == 429, told
-    assert int(headers["Retry-After"]) >= 1
-    assert f"Try again after {headers['Retry-After']} s" in told
+    for (path, _), (status, retry_after, told) in zip(asked, asyncio.run(all_of_them()), strict=True):
+        assert status == 429, (path, told)
+        assert int(retry_after) >= 1
+        assert f"Try again after {retry_after} s" in told, path
 
 
 @pytest.mark.parametrize("value", [-1, 0, "soon", True])
@@ -381,7 +425,7 @@ def test_beam_search_is_refused_with_a_sentence(server: Server) -> None:
 
 def test_a_client_that_leaves_frees_its_stream(server: Server) -> None:
     request = body(prompt(850, 200), 20_000) | {"stream": True}  # minutes
-    with requests.post(server.url + "/generate", json=request, stream=True, timeout=60) as response:
+    with server.post("/generate", request, stream=True) as response:
         lines = response.iter_lines()  # kept: an iterator that is thrown away closes the connection
         first = next(lines)
         state = server.state()
@@ -395,8 +439,7 @@ def test_a_client_that_leaves_frees_its_stream(server: Server) -> None:
 def idle_shares(server: Server, seconds: float) -> dict[str, float]:
     """Share of a core that each process of an idle server takes, by the process's name."""
     time.sleep(1.0)
-    leader = psutil.Process(server.process.pid)
-    processes = [leader, *leader.children(recursive=True)]
+    processes = [server.process, *server.process.children(recursive=True)]
     for process in processes:
         process.cpu_percent()
     time.sleep(seconds)
@@ -417,10 +460,16 @@ def test_an_idle_scheduler_takes_less_than_2_percent_of_a_core(server: Server) -
 
 def test_an_idle_server_sleeps_and_can_be_flushed(server: Server) -> None:
     assert scheduler_share(idle_shares(server, seconds=4.0)) < MAX_IDLE_SHARE
-    assert requests.post(server.url + "/flush_cache", timeout=30).status_code == 200
-    metrics = requests.get(server.url + "/metrics", timeout=30).text
+    assert server.post("/flush_cache").status_code == 200
+    metrics = server.get("/metrics").text
     assert "flowprefill:decode_step_seconds_total" in metrics
-    assert server.process.poll() is None
+    assert alive(server.process)
+
+
+def test_it_ends_with_its_launcher_and_leaves_nothing(launcher: Launch) -> None:
+    """The last test that uses it."""
+    assert launcher.memory is None or launcher.memory.files()
+    end_and_assert_nothing_is_left(launcher, signal.SIGINT)
 
 
 @pytest.mark.stress
@@ -442,7 +491,7 @@ def test_the_command_line_of_agents_serves_turns_whose_prefixes_come_back_from_h
     turns = {i: prompt(870 + i, 700) for i in range(12)}
 
     async def next_turns(server: Server) -> dict[int, Any]:
-        async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(300)) as session:
+        async with server.session() as session:
             asked = [stream(session, server.url, body(tokens, TOKENS, ttft_slo=60.0)) for tokens in turns.values()]
             return {i: answer for i, (answer, _) in zip(turns, await asyncio.gather(*asked), strict=True)}
 
@@ -451,7 +500,7 @@ def test_the_command_line_of_agents_serves_turns_whose_prefixes_come_back_from_h
             for i, answer in asyncio.run(next_turns(server)).items():
                 comparison.generated(f"conversation {i}", turns[i], {"output_token_logprobs": answer})
                 turns[i] = [*turns[i], *(token for _, token, _ in answer), *prompt(900 + len(turns[i]) + i, 60)]
-        metrics = requests.get(server.url + "/metrics", timeout=30).text
+        metrics = server.get("/metrics").text
     assert_compared(comparison, answers=48)
     loaded = re.findall(r"^sglang:load_back_tokens_total\{.*\} (\S+)$", metrics, re.MULTILINE)
     print("tokens loaded from host memory:", loaded)
@@ -468,7 +517,7 @@ def test_the_command_line_of_agents_serves_turns_whose_prefixes_come_back_from_s
     options += ("--hicache-storage-prefetch-policy", "wait_complete")
 
     async def next_turns(server: Server) -> dict[int, Any]:
-        async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(300)) as session:
+        async with server.session() as session:
             asked = [stream(session, server.url, body(tokens, TOKENS, ttft_slo=60.0)) for tokens in turns.values()]
             return {i: answer for i, (answer, _) in zip(turns, await asyncio.gather(*asked), strict=True)}
 
@@ -478,10 +527,10 @@ def test_the_command_line_of_agents_serves_turns_whose_prefixes_come_back_from_s
                 comparison.generated(f"conversation {i}", turns[i], {"output_token_logprobs": answer})
                 turns[i] = [*turns[i], *(token for _, token, _ in answer), *prompt(1000 + len(turns[i]) + i, 60)]
             deadline_s = time.monotonic() + 60
-            while requests.post(server.url + "/flush_cache", timeout=30).status_code != 200:  # all is written first
+            while server.post("/flush_cache").status_code != 200:  # all is written first
                 assert time.monotonic() < deadline_s
                 time.sleep(0.1)
-        metrics = requests.get(server.url + "/metrics", timeout=30).text
+        metrics = server.get("/metrics").text
     assert_compared(comparison, answers=24)
     read = re.findall(r"^sglang:prefetched_tokens_total\{.*\} (\S+)$", metrics, re.MULTILINE)
     print("tokens read from storage:", read)

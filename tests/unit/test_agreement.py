@@ -6,21 +6,29 @@ import itertools
 import os
 import random
 import signal
+import subprocess
 import time
 from collections.abc import Callable
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 import torch.distributed as dist
 
-from sgl_flowprefill.runtime.agreement import Agreement, AgreementError, Follower, Leader, SharedWord, new_shared_page
+from sgl_flowprefill.runtime.agreement import (
+    Agreement,
+    AgreementError,
+    Follower,
+    Leader,
+    SharedWord,
+    has_ended,
+    new_shared_page,
+)
 from sgl_flowprefill.runtime.wakeup import Wakeup
 from tests import warm
-
-ROUNDS = 300
 
 
 class Processes:
@@ -58,13 +66,13 @@ def _in_group(
     time.sleep(60)  # until it is killed: a rank that ends closes the others' connections
 
 
-def run_rounds(rank: int, pipe: Connection, nodes: int, collectives: bool) -> None:
+def run_rounds(rank: int, pipe: Connection, rounds: int, nodes: int, collectives: bool) -> None:
     """Rounds of tasks of random length, with an event now and then; where each round ended, and if at a stop."""
     events, pace = random.Random(0), random.Random(rank)
     pending = None if rank else lambda: events.random() < 0.1
     agreement = Agreement(dist.group.WORLD, Wakeup(), pending, nodes=nodes, wait_s=30.0)
     ends = []
-    for _ in range(ROUNDS):
+    for _ in range(rounds):
         (length,) = agreement.agree([events.randrange(1, 40)] if rank == 0 else [])
         point, stopped = 0, False
         while point < length and not stopped:
@@ -79,14 +87,15 @@ def run_rounds(rank: int, pipe: Connection, nodes: int, collectives: bool) -> No
 
 @pytest.mark.parametrize("collectives", [False, True], ids=["apart", "collectives"])
 @pytest.mark.parametrize(("ranks", "nodes"), [(2, 1), (4, 2)])
+@pytest.mark.parametrize("rounds", [100, pytest.param(1000, marks=pytest.mark.stress)])
 def test_all_ranks_leave_every_round_at_the_same_point(
-    ranks: int, nodes: int, collectives: bool, tmp_path: Path
+    rounds: int, ranks: int, nodes: int, collectives: bool, tmp_path: Path
 ) -> None:
-    with Processes(ranks, tmp_path, run_rounds, nodes, collectives) as processes:
+    with Processes(ranks, tmp_path, run_rounds, rounds, nodes, collectives) as processes:
         ends = [processes.receive(rank) for rank in range(ranks)]
     assert all(other == ends[0] for other in ends)
     stops = sum(stopped for _, _, stopped in ends[0])
-    assert ROUNDS / 2 < stops < ROUNDS
+    assert rounds / 2 < stops < rounds
     assert all(point == length or stopped for length, point, stopped in ends[0])
 
 
@@ -153,6 +162,18 @@ def test_a_rank_that_ends_is_named_by_the_others(lost: int, tmp_path: Path) -> N
         assert expected in processes.receive(1 - lost, timeout_s=20.0)
 
 
+def test_a_rank_that_is_reaped_while_it_is_looked_at_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    child = subprocess.Popen(["true"])
+    process = psutil.Process(child.pid)
+
+    def before_it_is_reaped() -> bool:
+        child.wait()
+        return True
+
+    monkeypatch.setattr(process, "is_running", before_it_is_reaped)
+    assert has_ended(process)
+
+
 def run_ahead(rank: int, pipe: Connection) -> None:
     """Rank 0 never comes to the interruption point for whose permission the other rank waits."""
     agreement = Agreement(dist.group.WORLD, Wakeup(), (lambda: False) if rank == 0 else None)
@@ -195,12 +216,12 @@ def test_time_for_which_all_ranks_are_stopped_does_not_count(tmp_path: Path) -> 
             assert process_id is not None
             os.kill(process_id, signal.SIGSTOP)
             time.sleep(0.2)
-        time.sleep(5.0)
+        time.sleep(4.0)
         for process_id in reversed(ids):
             assert process_id is not None
             os.kill(process_id, signal.SIGCONT)
             time.sleep(0.2)
-        assert not any(pipe.poll(3.0) for pipe in processes.pipes), "a rank has given the other up"
+        assert not wait(processes.pipes, 3.0), "a rank has given the other up"
         assert all(process.is_alive() for process in processes.processes)
 
 

@@ -14,6 +14,9 @@ Before a step, each rank finds out by itself whether KV cache is lacking (``lack
 processed. While it is, the ranks meet again, and rank 0 says which tasks that have started give theirs back; these
 begin anew. Then the step is queued, by each rank when it comes to it. All ranks have to process, to give back and to
 step in the same order and at the same points of all tasks: their ``history`` is the same, as far as it goes.
+
+States that differ only in what nobody will read again are one state (``State.forgetting``), and so are those that
+differ in the order of the ranks behind the first.
 """
 
 from __future__ import annotations
@@ -77,6 +80,13 @@ class Rank(NamedTuple):
     """Steps that have been queued."""
     history: tuple[Deed, ...] = ()
 
+    def forgetting(self, done: int) -> Rank:
+        """The same with the first ``done`` deeds of its history as if nothing had been passed."""
+        if not done:
+            return self
+        before = (deed._replace(passed=()) for deed in self.history[:done])
+        return self._replace(history=(*before, *self.history[done:]))
+
 
 class State(NamedTuple):
     word: int
@@ -97,6 +107,17 @@ class State(NamedTuple):
         """The same with the ranks behind the first, which are alike, in an order of their own."""
         first, *others = self.ranks
         return self._replace(ranks=(first, *sorted(others)))
+
+    def forgetting(self) -> State:
+        """The same without what nobody reads again: what was said in rounds that all ranks have begun, and where they
+        were when they did what all have done. How much that was stays.
+        """
+        begun = min(rank.round for rank in self.ranks)
+        done = min(len(rank.history) for rank in self.ranks)
+        return self._replace(
+            said=(*((),) * begun, *self.said[begun:]),
+            ranks=tuple(rank.forgetting(done) for rank in self.ranks),
+        )
 
 
 @dataclass(frozen=True)
@@ -120,6 +141,8 @@ class Model:
     """A mistake: ranks other than 0 have the task give back that has passed the fewest points."""
     counts_arrived: bool = False
     """A mistake: what has arrived counts before it is processed, when a rank finds out whether KV cache is lacking."""
+    forgets: bool = True
+    """Whether states are one that differ only in what nobody reads again."""
     leader: type[Leader] = Leader
     follower: type[Follower] = Follower
 
@@ -340,20 +363,29 @@ class Model:
         return sum(deed.what == "processed" for deed in rank.history) == len(self.points) + self.steps
 
 
-def search(model: Model) -> int:
-    """Visit every state that can be reached; their number. Raises Wrong for one that must not be."""
-    frontier = list(model.start())
+def reached(model: Model) -> set[State]:
+    """Visit every state that can be reached, one of those that are alike. Raises Wrong for one that must not be."""
+
+    def alike(state: State) -> State:
+        return (state.forgetting() if model.forgets else state).sorted()
+
+    frontier = [alike(state) for state in model.start()]
     seen = set(frontier)
     while frontier:
         state = frontier.pop()
-        following = [after.sorted() for after in model.successors(state)]
+        following = [alike(after) for after in model.successors(state)]
         if not following and not all(map(model.is_over, state.ranks)):
             raise Wrong(f"nobody can go on in {state}")
         for after in following:
             if after not in seen:
                 seen.add(after)
                 frontier.append(after)
-    return len(seen)
+    return seen
+
+
+def search(model: Model) -> int:
+    """The number of states that can be reached. Raises Wrong for one that must not be."""
+    return len(reached(model))
 
 
 COLLECTIVES = [(), (1, 2, 3, 4, 5, 6, 7), (2, 4), (7,)]
@@ -386,8 +418,8 @@ def test_results_of_steps_are_processed_at_the_same_place_by_all_ranks(ranks: in
 @pytest.mark.parametrize(
     "model",
     [
-        Model(2, 1, frozenset(), SHORT, steps=1, kv=1),
-        Model(2, 1, frozenset((1, 3)), SHORT, steps=1, kv=1),
+        Model(2, 1, frozenset(), SHORT, steps=1, kv=1, forgets=False),
+        Model(2, 1, frozenset((1, 3)), SHORT, steps=1, kv=1, forgets=False),
         Model(2, 2, frozenset((1, 2, 3, 4)), (4, 3), steps=2, kv=2),
         Model(3, 1, frozenset((2,)), SHORT, steps=1, kv=1),
         Model(2, 1, frozenset(), SHORT, late=True, steps=1, kv=1),
@@ -403,6 +435,24 @@ def test_ranks_run_decode_steps_and_give_tasks_back_in_the_same_state(model: Mod
     print(f"{model}: {states} states")
     assert states > 5000
     assert states > search(replace(model, kv=PLENTY)) > search(replace(model, steps=0, kv=PLENTY))
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        Model(2, 3, frozenset((2, 4))),
+        Model(2, 3, frozenset(), late=True),
+        Model(3, 1, frozenset(), SHORT),
+        Model(2, 1, frozenset((1, 3)), SHORT, steps=1, kv=1),
+    ],
+)
+def test_what_is_forgotten_loses_no_state(model: Model) -> None:
+    """A search that forgets nothing comes to the same states."""
+    every = reached(replace(model, forgets=False))
+    once = reached(model)
+    assert {state.forgetting().sorted() for state in every} == once
+    print(f"{model}: {len(every)} states, {len(once)} without what nobody reads again")
+    assert 1000 < len(once) < len(every)
 
 
 class UncheckedFollower(Follower):

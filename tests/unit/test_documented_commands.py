@@ -79,7 +79,7 @@ python -m venv aiperf .*
 \S*pip install 'sglang\[tracing\]'
     is another project's
 \S+ launch.py --flowprefill --unified --model-path MODEL
-    tests/servers/test_cluster.py::test_one_server_has_the_port_keeps_its_key_and_ends_with_its_launcher
+    tests/servers/test_unified_serving.py::test_its_launcher_prints_a_curl_line_that_works_and_nobody_sees_the_key
 \S+ launch.py --flowprefill --unified 2( --model-path MODEL)?
     tests/servers/test_fleet.py::test_a_server_that_dies_under_load_costs_only_its_own_requests_and_comes_back
 \S+ launch.py --flowprefill --api-key-file key

@@ -21,6 +21,7 @@ from sgl_flowprefill.bench.capacity.campaign import Campaign, Goal
 from sgl_flowprefill.bench.capacity.prober import Plan, Prober
 from sgl_flowprefill.bench.capacity.probes import ProbeLog
 from sgl_flowprefill.bench.capacity.results import GoodputResult
+from sgl_flowprefill.bench.loadgen import calibrate, decode_rate
 from sgl_flowprefill.bench.loadgen import replay as replay_module
 from sgl_flowprefill.bench.loadgen.calibrate import REFERENCE_TTFT_S
 from sgl_flowprefill.bench.systems import endpoint as endpoint_module
@@ -33,6 +34,8 @@ from sgl_flowprefill.bench.workloads.synthetic import workload
 from sgl_flowprefill.bench.workloads.trace import Trace, TraceRequest
 from sgl_flowprefill.config import FlowPrefillConfig
 from sgl_flowprefill.provenance import read_result
+
+pytestmark = pytest.mark.usefixtures("quick_replays")
 
 S_PER_TOKEN = 2e-6
 EXTENSIONS = {"ignore_eos", "custom_params"}
@@ -149,7 +152,10 @@ def test_an_endpoint_gets_what_it_takes(
     assert "custom_params" not in server.bodies[-1]
 
 
-def test_isolated_requests_and_decoding_are_measured_through_it(server: OpenAiServer) -> None:
+def test_isolated_requests_and_decoding_are_measured_through_it(
+    server: OpenAiServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decode_rate, "STREAM_ANSWER_TOKENS", 40)
     server.delay_s = lambda tokens: 1e-5 * tokens
     server.s_per_answer_token = 0.02
     found = reached(server)
@@ -249,6 +255,8 @@ def test_a_capacity_search_finds_the_rate_of_an_endpoint_and_does_not_simulate_i
     server: OpenAiServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(replay_module, "MAX_LATENESS_OF_SLO", 100.0)  # a busy machine is not what is tested
+    monkeypatch.setattr(calibrate, "REPEATS", 1)
+    monkeypatch.setattr(endpoint_module, "REST_POLL_S", 0.05)
     server.delay_s = lambda tokens: 2e-5 * tokens
     server.turns = asyncio.Semaphore(1)
     system = endpoint(f"vllm={server.url}")
@@ -278,7 +286,7 @@ def test_a_capacity_search_finds_the_rate_of_an_endpoint_and_does_not_simulate_i
 
 def test_the_demo_replays_its_trace_on_an_endpoint_and_says_what_it_is(server: OpenAiServer, tmp_path: Path) -> None:
     server.delay_s = lambda tokens: 1e-5 * tokens
-    options = ["--trace", "mixed", "--duration", "6", "--time-scale", "1", "--max-output-tokens", "2"]
+    options = ["--trace", "mixed", "--duration", "4", "--time-scale", "1", "--max-output-tokens", "2"]
     code = main(["demo", "--systems", "", "--endpoint", f"vllm={server.url}/v1", "--out", str(tmp_path), *options])
     document = read_result(tmp_path / "report.json").figures
     assert code == 0

@@ -22,13 +22,17 @@ def test_an_event_with_many_waiting_costs_no_more_than_a_few_with_some(policy: s
     """CPU time of this process, the best of three: other processes do not count, and one odd run does not either."""
     new_policy = partial(make_policy, policy, Limits(16, 2048), 60.0)
 
-    def best_of_three(waiting: int) -> tuple[float, float]:
-        costs = [event_cost(new_policy, KINDS[kind], waiting, events=500) for _ in range(3)]
-        return min(cost.p50_s for cost in costs), min(cost.p99_s for cost in costs)
+    def times_s(waiting: int) -> tuple[float, float]:
+        cost = event_cost(new_policy, KINDS[kind], waiting, events=500)
+        return cost.p50_s, cost.p99_s
 
-    few, many = best_of_three(100), best_of_three(20_000)
-    assert many[0] < 10 * few[0]
-    assert many[1] < 10 * few[1]
+    few_p50_s, few_p99_s = map(min, *(times_s(100) for _ in range(3)))
+    many_p50_s, many_p99_s = times_s(20_000)
+    for _ in range(2):
+        if many_p50_s >= 10 * few_p50_s or many_p99_s >= 10 * few_p99_s:  # odd, or more than it may be
+            many_p50_s, many_p99_s = map(min, (many_p50_s, many_p99_s), times_s(20_000))
+    assert many_p50_s < 10 * few_p50_s
+    assert many_p99_s < 10 * few_p99_s
 
 
 def test_the_forecast_never_looks_at_all_that_arrived_at_once() -> None:

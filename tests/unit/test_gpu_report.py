@@ -169,21 +169,21 @@ def test_a_phase_reads_what_another_has_found(tmp_path: Path) -> None:
     assert request.earlier(second.name) == request.earlier("never begun") == {}
 
 
-def broken(name: str = "operators", is_optional: bool = False) -> Phase:
-    """A phase that fails: it is not given the engine that it needs."""
+def broken(name: str = "lookahead", is_optional: bool = False) -> Phase:
+    """A phase that fails: it is not given the engine that it needs. Its module imports little."""
     return Phase(name, "Broken", 1.0, has_engine=False, is_optional=is_optional)
 
 
 def test_a_phase_that_fails_says_so_and_the_next_one_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    phases = [broken(), broken("operators:again", is_optional=True), plan((None,))[0]]
+    phases = [broken(), broken("lookahead:again", is_optional=True), plan((None,))[0]]
     monkeypatch.setattr(command, "plan", lambda backends, unified: phases)
     out = tmp_path / "report"
     assert launch(["gpu-report", "--out", str(out), "--budget-s", "1000"]) == command.EXIT_FAILED
     document = json.loads((out / "report.json").read_text())
     found = document["phases"]
     assert [found[phase.name]["state"] for phase in phases] == ["FAILED", "not here", "measured"]
-    assert "TypeError" in found["operators"]["line"]
-    assert "Traceback" in found["operators"]["log"]
+    assert "TypeError" in found["lookahead"]["line"]
+    assert "Traceback" in found["lookahead"]["log"]
     assert found["machine"]["figures"]["product_flop_per_s"] > 1e9
     assert json.loads((out / "phases" / "machine.json").read_text()) == found["machine"]
     assert document["ended"] == "finished"
@@ -191,7 +191,7 @@ def test_a_phase_that_fails_says_so_and_the_next_one_goes_on(tmp_path: Path, mon
 
 
 def test_what_does_not_fit_into_the_budget_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(command, "plan", lambda backends, unified: [plan((None,))[0], broken(), broken("operators:2")])
+    monkeypatch.setattr(command, "plan", lambda backends, unified: [plan((None,))[0], broken(), broken("lookahead:2")])
     assert launch(["gpu-report", "--out", str(tmp_path / "report"), "--budget-s", "0.1"]) == 0
     found = json.loads((tmp_path / "report" / "report.json").read_text())["phases"]
     assert [one["state"] for one in found.values()] == ["measured", "left out", "left out"]

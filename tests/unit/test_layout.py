@@ -26,8 +26,7 @@ FOLDERS = ("bench", "patches", "profiling")
 NO_SOURCE = shutil.ignore_patterns(".*", "out", "build", "dist", "*.egg-info", "__pycache__")
 KEY = "deploy/kubernetes/api-key.txt"
 BUILD_SDIST = "import sys; from setuptools.build_meta import build_sdist; build_sdist(sys.argv[1])"
-
-
+BUILD_WHEEL = BUILD_SDIST.replace("build_sdist", "build_wheel")
 BUILD_EDITABLE = BUILD_SDIST.replace("build_sdist", "build_editable")
 FIND = """
 import importlib.util, json, pkgutil, site, sys
@@ -52,7 +51,15 @@ def run(*command, cwd, **variables):
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=240)
 
 
-def build_wheel(source, directory):
+def build(code, source, directory, pattern):
+    """The file that ``code`` builds in ``directory`` from the tree ``source``, as build programs call setuptools."""
+    result = run(sys.executable, "-c", code, str(directory), cwd=source)
+    assert result.returncode == 0, result.stderr
+    [file] = directory.glob(pattern)
+    return file
+
+
+def pip_wheel(source, directory):
     options = ("--no-deps", "--no-index", "--no-build-isolation", "--wheel-dir", str(directory))
     result = run(sys.executable, "-m", "pip", "wheel", *options, str(source), cwd=directory.parent)
     assert result.returncode == 0, result.stderr
@@ -70,16 +77,12 @@ def checkout(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def wheel(checkout, tmp_path_factory):
-    return build_wheel(checkout, tmp_path_factory.mktemp("wheel"))
+    return build(BUILD_WHEEL, checkout, tmp_path_factory.mktemp("wheel"), "*.whl")
 
 
 @pytest.fixture(scope="module")
 def sdist(checkout, tmp_path_factory):
-    directory = tmp_path_factory.mktemp("sdist")
-    result = run(sys.executable, "-c", BUILD_SDIST, str(directory), cwd=checkout)
-    assert result.returncode == 0, result.stderr
-    [archive] = directory.glob("*.tar.gz")
-    return archive
+    return build(BUILD_SDIST, checkout, tmp_path_factory.mktemp("sdist"), "*.tar.gz")
 
 
 def modules_and_data(wheel):
@@ -116,7 +119,7 @@ def test_the_source_distribution_has_the_folders_once_and_builds_the_same_wheel(
     assert KEY not in members
     assert str(Path(KEY).with_name("prefill.yaml")) in members
     assert {"mkdocs.yml", "docs/index.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md"} < members.keys()
-    rebuilt = build_wheel(sdist, tmp_path / "wheel")
+    rebuilt = pip_wheel(sdist, tmp_path / "wheel")
     assert modules_and_data(rebuilt) == modules_and_data(wheel)
 
 
@@ -128,7 +131,7 @@ def test_an_installation_from_a_repository_has_the_same_files(checkout, wheel, t
     for command in (("init", "-q"), ("add", "."), ("commit", "-q", "-m", "all")):
         result = run("git", *identity, *command, cwd=repository)
         assert result.returncode == 0, result.stderr
-    cloned = build_wheel(f"git+file://{repository}", tmp_path / "wheel")
+    cloned = pip_wheel(f"git+file://{repository}", tmp_path / "wheel")
     assert modules_and_data(cloned) == modules_and_data(wheel)
 
 
@@ -210,9 +213,7 @@ def test_programs_explain_themselves_without_torch_and_sglang(installed, tmp_pat
 
 def test_an_editable_installation_finds_the_same_modules_in_the_tree(checkout, wheel, tmp_path):
     """What ``pip install -e`` puts into site-packages leads to every module and file of the tree."""
-    result = run(sys.executable, "-c", BUILD_EDITABLE, str(tmp_path), cwd=checkout)
-    assert result.returncode == 0, result.stderr
-    [editable] = tmp_path.glob("*.whl")
+    editable = build(BUILD_EDITABLE, checkout, tmp_path, "*.whl")
     ZipFile(editable).extractall(tmp_path / "site")
     result = run(sys.executable, "-S", "-c", FIND, str(tmp_path / "site"), cwd=tmp_path)
     assert result.returncode == 0, result.stderr
@@ -318,25 +319,31 @@ def private_names(tree: ast.AST) -> set[str]:
     return set(filter(PRIVATE.fullmatch, names))
 
 
-def reached_into(tree: ast.AST, ours: set[str], of_class: frozenset[str] = frozenset()) -> Iterator[tuple[int, str]]:
-    """Line and text of each use of a name in ``ours`` outside of what defines it. ``of_class``: names of the class that
-    ``tree`` is in, which its methods may ask other instances for."""
-    match tree:
-        case ast.ClassDef():
-            of_class = of_class | private_names(tree)
-        case ast.Attribute(value=ast.Name(id="self" | "cls") | ast.Call(func=ast.Name(id="super"))):
-            pass
-        case ast.Attribute(attr=name) if name in ours - of_class and ast.unparse(tree) not in FOREIGN:
-            yield tree.lineno, ast.unparse(tree)
-        case ast.ImportFrom(names=names):
-            yield from ((tree.lineno, f"import {alias.name}") for alias in names if alias.name in ours)
-        case ast.Call(args=arguments):
-            for argument in arguments:  # of monkeypatch.setattr, patch.object, getattr …
-                match argument:
-                    case ast.Constant(value=str(text)) if text.rpartition(".")[2] in ours:
-                        yield tree.lineno, f'"{text}"'
-    for child in ast.iter_child_nodes(tree):
-        yield from reached_into(child, ours, of_class)
+WITHOUT_PARTS = (ast.Name, ast.Constant, ast.expr_context, ast.operator, ast.alias)
+"""Nodes in which nothing reaches into anything by itself."""
+
+
+def reached_into(tree: ast.AST, ours: set[str]) -> Iterator[tuple[int, str]]:
+    """Line and text of each use of a name in ``ours`` outside of what defines it. Methods of a class may ask other
+    instances for the names of the class."""
+    left: list[tuple[ast.AST, frozenset[str]]] = [(tree, frozenset())]
+    while left:
+        node, of_class = left.pop()
+        match node:
+            case ast.ClassDef():
+                of_class = of_class | private_names(node)
+            case ast.Attribute(value=ast.Name(id="self" | "cls") | ast.Call(func=ast.Name(id="super"))):
+                pass
+            case ast.Attribute(attr=name) if name in ours and name not in of_class and ast.unparse(node) not in FOREIGN:
+                yield node.lineno, ast.unparse(node)
+            case ast.ImportFrom(names=names):
+                yield from ((node.lineno, f"import {alias.name}") for alias in names if alias.name in ours)
+            case ast.Call(args=arguments):
+                for argument in arguments:  # of monkeypatch.setattr, patch.object, getattr …
+                    match argument:
+                        case ast.Constant(value=str(text)) if text.rpartition(".")[2] in ours:
+                            yield node.lineno, f'"{text}"'
+        left += ((part, of_class) for part in ast.iter_child_nodes(node) if not isinstance(part, WITHOUT_PARTS))
 
 
 def test_nothing_reaches_into_an_underscore_name_of_another_object_of_ours() -> None:

@@ -244,6 +244,21 @@ def test_a_damaged_file_is_found_out(tmp_path_factory: pytest.TempPathFactory, d
         np.testing.assert_array_equal(found.rows, KNOWN.rows)
 
 
+@pytest.mark.parametrize(
+    ("part", "offset", "bit"), [(b"), }", 0, 2), (b"PK\x01\x02", 8, 0)], ids=["shape", "encrypted"]
+)
+def test_damage_to_what_says_how_to_read_a_file_is_found_out(
+    tmp_path: Path, part: bytes, offset: int, bit: int
+) -> None:
+    path = learned_path(tmp_path / "p.parquet")
+    write_learned(path, KNOWN)
+    body = bytearray(path.read_bytes())
+    body[body.index(part, body.index(b"rows.npy")) + offset] ^= 1 << bit
+    path.write_bytes(body)
+    with pytest.raises(ProfileError, match="not what a server has learned"):
+        read_learned(path)
+
+
 def test_numbers_that_no_server_can_have_learned_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "p.learned.npz"
     model = KNOWN.fitted.model

@@ -24,6 +24,7 @@ from sgl_flowprefill.patches import overload
 from sgl_flowprefill.policy import Job, Limits, Policy, make_policy
 from sgl_flowprefill.policy.decode import NO_LOAD, DecodeLoad
 from sgl_flowprefill.policy.orders.feasible import FeasibleSet
+from sgl_flowprefill.runtime.setup import check_settings
 from sgl_flowprefill.shadow import MOST_FOLLOWED, Shadows
 from sgl_flowprefill.slo import Objective
 from sgl_flowprefill.ttft import PrefillShape
@@ -179,6 +180,20 @@ def test_limits_are_by_class(tmp_path: Path) -> None:
     assert not FlowPrefillConfig().refuses
     with pytest.raises(ConfigError, match=r"no class is called batch; there are default, by --flowprefill-slo-policy"):
         FlowPrefillConfig.parse(limits)
+
+
+@pytest.mark.parametrize(("decodes", "attn_dp_enabled"), [(False, False), (False, True), (True, True)])
+@pytest.mark.parametrize("options", [{"overload": "shed"}, {"max_queued_tokens": "default:100000"}])
+def test_a_server_that_cannot_refuse_requests_does_not_start(
+    options: dict[str, str], decodes: bool, attn_dp_enabled: bool
+) -> None:
+    scheduler = SimpleNamespace(attn_dp_enabled=attn_dp_enabled, enable_priority_scheduling=False)
+    config = FlowPrefillConfig.parse(options)
+    check_settings(scheduler, FlowPrefillConfig(), decodes, [])
+    check_settings(SimpleNamespace(attn_dp_enabled=False, enable_priority_scheduling=False), config, True, [])
+    why = "cannot work with data-parallel attention" if decodes else "for servers that prefill and decode"
+    with pytest.raises(SystemExit, match=rf"--flowprefill-overload shed and --flowprefill-max-queued-tokens .*{why}"):
+        check_settings(scheduler, config, decodes, [])
 
 
 def test_the_backlog_is_the_predicted_work_of_all_jobs() -> None:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
+import resource
 import threading
 import time
 from collections import defaultdict
@@ -16,6 +15,7 @@ import pytest
 
 pytest.importorskip("sglang")
 
+import torch
 import zmq
 from hypothesis import given
 from hypothesis import strategies as st
@@ -39,6 +39,7 @@ from sgl_flowprefill.patches import (
 )
 from sgl_flowprefill.patches.base import SeamError
 from sgl_flowprefill.policy.places import PlaceOrder
+from tests import warm
 
 
 @pytest.fixture(autouse=True)
@@ -135,26 +136,23 @@ def test_token_ids_are_checked_as_by_sglang(value: Any) -> None:
             assert token_ids.decode(lambda _: [], value) == value
 
 
-NIXL_AGENT = """
-import resource, time
-from sglang.srt.plugins.hook_registry import HookRegistry
-from sgl_flowprefill.patches import nixl_sleep
-nixl_sleep.apply()
-HookRegistry.apply_hooks()
-from nixl._api import nixl_agent, nixl_agent_config
-agent = nixl_agent("sleeper", nixl_agent_config(backends=["UCX"]))
-time.sleep(0.5)
-before = resource.getrusage(resource.RUSAGE_SELF)
-time.sleep(2)
-after = resource.getrusage(resource.RUSAGE_SELF)
-print(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
-"""
+def idle_agent_cpu_s() -> float:
+    """CPU time of a process with an agent, in two seconds in which nothing happens."""
+    nixl_sleep.apply()
+    HookRegistry.apply_hooks()
+    from nixl._api import nixl_agent, nixl_agent_config
+
+    agent = nixl_agent("sleeper", nixl_agent_config(backends=["UCX"]))
+    time.sleep(0.5)
+    before = resource.getrusage(resource.RUSAGE_SELF)
+    time.sleep(2)
+    after = resource.getrusage(resource.RUSAGE_SELF)
+    del agent
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
 def test_an_idle_nixl_agent_uses_no_cpu() -> None:
-    result = subprocess.run([sys.executable, "-c", NIXL_AGENT], capture_output=True, text=True, timeout=120)
-    assert result.returncode == 0, result.stderr
-    assert float(result.stdout.split()[-1]) < 0.2
+    assert warm.call(idle_agent_cpu_s) < 0.2
 
 
 class IdleScheduler:
@@ -241,22 +239,23 @@ def test_cpus_that_are_not_there_are_refused(text: str, monkeypatch: pytest.Monk
         affinity.parse_cpus(text)
 
 
-BIND = """
-import os, threading, torch
-stop = threading.Event()
-threading.Thread(target=stop.wait).start()
-from sgl_flowprefill.patches.affinity import bind
-cpu = min(os.sched_getaffinity(0))
-bind({cpu})
-threads = [os.sched_getaffinity(int(thread)) for thread in os.listdir("/proc/self/task")]
-stop.set()
-assert len(threads) > 1 and all(cpus == {cpu} for cpus in threads), threads
-assert torch.get_num_threads() == 1
-"""
+def bound() -> tuple[int, list[set[int]], int]:
+    """A CPU that this process was bound to, those of each of its threads, and the number of PyTorch's threads."""
+    stop = threading.Event()
+    threading.Thread(target=stop.wait).start()
+    torch.set_num_threads(2)
+    cpu = min(os.sched_getaffinity(0))
+    affinity.bind({cpu})
+    threads = [os.sched_getaffinity(int(thread)) for thread in os.listdir("/proc/self/task")]
+    stop.set()
+    return cpu, threads, torch.get_num_threads()
 
 
 def test_binding_covers_every_thread_and_the_number_of_torch_threads() -> None:
-    subprocess.run([sys.executable, "-c", BIND], check=True, timeout=120)
+    cpu, threads, torch_threads = warm.call(bound)
+    assert len(threads) > 1
+    assert all(cpus == {cpu} for cpus in threads), threads
+    assert torch_threads == 1
 
 
 def waiting_request(rid: str, arrival_s: float, custom_params: Any) -> SimpleNamespace:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -43,6 +44,7 @@ def request(
     return Job(item, arrival_s, deadline_s, work_s, number=number, pace=random.choice(paces), weight=weight)
 
 
+@functools.cache
 def decisions(kind: str, seed: int, paces_change: bool = True, weight: float = 1.0) -> str:
     """Digest of what the policy says while requests come, go, change and are done, tasks too, and paces change."""
     random, decided = Random(seed), hashlib.sha256()

@@ -26,6 +26,8 @@ from sgl_flowprefill.bench.metrics.joint import meets
 from sgl_flowprefill.bench.workloads.prompts import PromptBuilder
 from sgl_flowprefill.bench.workloads.trace import Trace, TraceRequest
 
+pytestmark = pytest.mark.usefixtures("quick_replays")
+
 TTFT_S = 0.05
 TBT_S = 0.02
 PROMPTS = PromptBuilder(seed=1, first_token_id=100, end_token_id=200)

@@ -10,11 +10,13 @@ from pathlib import Path
 import pytest
 
 from sgl_flowprefill.bench.__main__ import main
+from sgl_flowprefill.bench.cli import simulate as simulate_command
 from sgl_flowprefill.bench.simulator.checkpoints import Checkpoints, Preemption
 from sgl_flowprefill.bench.simulator.cost import LLAMA_8B, MODELS, CostModel, cost_model, fit, fit_published
 from sgl_flowprefill.bench.simulator.instance import Machine
 from sgl_flowprefill.bench.simulator.requests import Conditions, resampled
 from sgl_flowprefill.bench.simulator.search import fewest_instances, highest, max_limit_rps, max_rate_rps
+from sgl_flowprefill.bench.simulator.speed import KINDS
 from sgl_flowprefill.bench.simulator.stock import MAX_PREFILL_TOKENS
 from sgl_flowprefill.bench.simulator.systems import Run, Setup, Simulated, SimulatedStock
 from sgl_flowprefill.bench.simulator.systems import run as simulate
@@ -264,13 +266,20 @@ def test_an_unknown_system_is_refused_with_the_names_there_are() -> None:
 
 
 @pytest.mark.parametrize("action", [[], ["--goodput"], ["--plan", "--attainment", "0.9"], ["--speed"]])
-def test_the_command_writes_its_figures(action: list[str], tmp_path: Path) -> None:
+def test_the_command_writes_its_figures(action: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(simulate_command, "QUEUE_LENGTHS", (100, 1000))
+    monkeypatch.setattr(simulate_command, "PLACES_WAITED_FOR", (100,))
     out = tmp_path / "figures.json"
     options = ["--requests", "100", "--seeds", "1", "--policy", "s-edf", "stock-fcfs", "--rate", "5", "--out", str(out)]
     assert main(["simulate", *action, *options]) == 0
     report = json.loads(out.read_text())
     if "--speed" in action:
         assert report["speed"]["s-edf"]["requests_per_s"] > 0
+        costs = report["speed"]["s-edf"]["event_cost"]
+        assert costs.keys() == KINDS.keys()
+        assert all(cost.keys() == {"100", "1000"} for cost in costs.values())
+        assert all(one["p50_s"] > 0 for cost in costs.values() for one in cost.values())
+        assert report["speed"]["order_of_places"]["100"]["p50_s"] > 0
     else:
         assert report["traces"]["qwen-like"]
 

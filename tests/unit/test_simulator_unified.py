@@ -257,7 +257,7 @@ def test_the_tuned_search_finds_what_a_search_of_all_finds() -> None:
 
 
 def test_settings_of_stock_are_all_combinations_and_unknown_ones_are_refused() -> None:
-    assert len(UNIFIED_STOCK) == 5 * (10 + 9) * 4
+    assert len(UNIFIED_STOCK) == 5 * (12 + 11) * 4
     chosen = find("stock-spf-768-mixed-interval-2", "unified")
     assert chosen is UNIFIED_STOCK["unified-stock-spf-768-mixed-interval-2"] is find(chosen.name)
     for name in VARIANTS:

@@ -148,7 +148,7 @@ def test_unified_systems_that_are_not_listed_are_found_by_name_and_by_glob() -> 
 def test_a_race_over_the_listed_settings_is_the_tuning() -> None:
     tuned = {system.name for system in select(["unified-sglang", "unified-stock-*"])}
     assert tuned == {"unified-sglang", *TUNING}
-    for chunk_tokens in (256, 512, 1024):
+    for chunk_tokens in (256, 512, 1024, 2048):
         for interval in ("", "-interval-1", "-interval-2"):
             assert f"unified-stock-spf-{chunk_tokens}-mixed{interval}" in tuned
     assert {"unified-stock-hrrn-1024-mixed", "unified-stock-priority-1024-mixed"} < tuned

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import functools
 import math
 import random
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -113,8 +116,8 @@ class Server:
         """Tasks after which a model was adopted."""
         return self.ttft.adopted
 
-    def run(self, batches: Sequence[Batch], cost: Cost, noise: float = 0.02, seed: int = 0) -> None:
-        rng = random.Random(seed)
+    def run(self, batches: Sequence[Batch], cost: Cost, noise: float = 0.02, rng: random.Random | None = None) -> None:
+        rng = rng or random.Random(0)
         for batch in batches:
             measured_s = cost(batch) * math.exp(rng.gauss(0, noise))
             prediction = self.ttft.observe(batch, measured_s)
@@ -341,9 +344,23 @@ def test_the_arrays_predict_as_the_kernels_do() -> None:
 # ---- a server that learns ------------------------------------------------------------------------------------------
 
 
+@functools.cache
+def _usual() -> dict[int, Server]:
+    server, rng, batches = Server(), random.Random(0), tasks(600)
+    found = {}
+    for begin, end in pairwise((0, 400, 500, 600)):
+        server.run(batches[begin:end], cost_s, rng=rng)
+        found[end] = copy.deepcopy(server)
+    return found
+
+
+def usual(count: int) -> Server:
+    """A server that learns, after the first ``count`` of ``tasks``, one of 400, 500 and 600."""
+    return copy.deepcopy(_usual()[count])
+
+
 def test_after_300_tasks_the_newest_200_are_predicted() -> None:
-    server = Server()
-    server.run(tasks(500), cost_s)
+    server = usual(500)
     assert np.median(server.apes[300:]) < 0.03
     assert np.quantile(server.apes[300:], 0.9) < 0.08
 
@@ -367,16 +384,14 @@ def test_a_profile_of_another_machine_is_noticed_within_100_tasks_and_right_with
 
 
 def test_an_engine_that_becomes_another_in_the_middle_is_learned_within_200_tasks() -> None:
-    server = Server()
-    server.run(tasks(600), cost_s)
+    server = usual(600)
     server.run(tasks(400, 1), lambda batch: 2 * slow_attention(batch))
     assert np.median(server.apes[800:]) < 0.03
     assert np.quantile(server.apes[800:], 0.9) < 0.08
 
 
 def test_an_engine_that_slows_by_half_in_the_middle_is_followed_at_once_and_changes_no_model() -> None:
-    server = Server()
-    server.run(tasks(400), cost_s)
+    server = usual(400)
     before = list(server.adopted)
     server.run(tasks(400, 1), lambda batch: 1.5 * cost_s(batch))
     assert np.median(server.apes[420:]) < 0.03
@@ -399,8 +414,7 @@ def test_a_simulated_server_learns_what_its_machine_takes() -> None:
 
 
 def test_poisoned_tasks_leave_the_model_as_it_is() -> None:
-    clean, poisoned = Server(), Server()
-    clean.run(tasks(500), cost_s)
+    clean, poisoned = usual(500), Server()
     rng = random.Random(5)
     poisoned.run(tasks(500), lambda batch: cost_s(batch) * (rng.choice([1e-6, 50.0]) if rng.random() < 0.05 else 1.0))
     ratios = poisoned.ttft.model.predict_rows_s(PROFILE[:, :COUNT])

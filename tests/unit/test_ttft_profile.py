@@ -27,6 +27,12 @@ from sgl_flowprefill.ttft import PrefillShape
 SETTING = Setting(model="m-1", device="made up", dtype="float32", attention_backend="none", threads=1, sglang="0")
 
 
+@pytest.fixture(autouse=True)
+def few_repeats(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a prediction costs is no figure that is looked at here."""
+    monkeypatch.setattr("sgl_flowprefill.profiling.report.COST_REPEATS", 2)
+
+
 class MadeUpEngine:
     """Takes the time that a formula says, on a clock of its own; interrupts itself on request."""
 
@@ -296,7 +302,7 @@ def test_the_report_has_the_figures(tmp_path: Path) -> None:
 
 def test_the_command_reports_on_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "p.parquet"
-    profiled(path, MadeUpEngine())
+    profiled(path, MadeUpEngine(), budget_s=20.0)
     assert profile_command.main(["--report", "-o", str(path)]) == 0
     out = capsys.readouterr().out
     assert "cubic" in out
@@ -307,7 +313,7 @@ def test_the_report_as_json_says_where_its_figures_come_from(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "p.parquet"
-    profiled(path, MadeUpEngine())
+    profiled(path, MadeUpEngine(), budget_s=20.0)
     assert profile_command.main(["--report", "--json", "-o", str(path)]) == 0
     document = json.loads(capsys.readouterr().out)
     assert document.keys() >= set(PROVENANCE)

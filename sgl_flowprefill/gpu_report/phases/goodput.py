@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import itertools
 import math
 import time
@@ -260,7 +261,7 @@ def _simulated(lone: MeasuredServer, trace: Trace, setup: Setup, judge: Judge) -
 def trace_at(rate_rps: float, scale: float, duration_s: float, decode_tokens_per_s: float | None) -> Trace:
     """The trace at a rate; its answers are a token each, or what the server carries of them beside its prefills."""
     count = 1 << math.ceil(math.log2(1.5 * rate_rps * duration_s + 50))
-    drawn = qwen_like(count, SEED).scaled(rate_scale=rate_rps * scale / QWEN_RATE_RPS, time_scale=scale)
+    drawn = _drawn(count).scaled(rate_scale=rate_rps * scale / QWEN_RATE_RPS, time_scale=scale)
     new = [
         dataclasses.replace(one, prompt_tokens=one.new_tokens, hash_ids=(), shared_tokens=0)
         for one in drawn.until(duration_s).requests
@@ -269,6 +270,12 @@ def trace_at(rate_rps: float, scale: float, duration_s: float, decode_tokens_per
     if decode_tokens_per_s is None or not new:
         return Answers(max_tokens=1).of(trace)
     return Answers.carried(trace, rate_rps, decode_tokens_per_s, UNIFIED_DECODE_SHARE).of(trace)
+
+
+@functools.cache
+def _drawn(count: int) -> Trace:
+    """The first ``count`` requests, at the workload's own rate: a search asks for them at many rates."""
+    return qwen_like(count, SEED)
 
 
 def replayed(lone: MeasuredServer, trace: Trace, prompts: PromptBuilder, judge: Judge) -> dict[str, Any]:
