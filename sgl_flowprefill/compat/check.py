@@ -20,6 +20,7 @@ from sgl_flowprefill.compat.table import (
     GRAPH_CONFIG,
     ONE_MACHINE,
     OWN_PREFIXES,
+    RANKS_THAT_FAIL,
     REFUSED_ENVIRONMENT,
     REPLICAS,
     ROWS,
@@ -133,6 +134,10 @@ def refusals(server_args: Any, env: Mapping[str, str] | None = None) -> Iterator
         if GIVEN.holds(value):
             given = f"{shown('speculative_algorithm', algorithm)} with {shown(option, value)}"
             yield Refusal("speculative_algorithm", given, _cannot_work(given, DRAFTS_BESIDE))
+    elastic = getattr(server_args, "elastic_ep_backend", None)
+    if getattr(server_args, "enable_eplb", False) and GIVEN.holds(elastic):
+        given = f"--enable-eplb with {shown('elastic_ep_backend', elastic)}"
+        yield Refusal("enable_eplb", given, _cannot_work(given, RANKS_THAT_FAIL))
     yield from _data_parallel(server_args)
     for name, why in REFUSED_ENVIRONMENT.items():
         if _is_on(name, env):

@@ -41,7 +41,8 @@ DRAFT_STEPS: Final = "when decode steps start is decided by steps that give each
 DRAFTS_BESIDE: Final = "drafts have not been compared together with it"
 BESIDE_DRAFTS: Final = ("enable_hierarchical_cache", "enable_lora", "lora_paths")
 """Options with which ``--speculative-algorithm`` is refused, besides those of data-parallel attention."""
-REBALANCING: Final = "experts that move between ranks while prefills are suspended have not been compared"
+REBALANCING: Final = "experts move between ranks when nothing is suspended"
+RANKS_THAT_FAIL: Final = "when a rank has failed, experts move in the middle of a forward pass, beside suspended ones"
 REPLICAS: Final = (
     "its ranks are replicas, one of which a request gets by its number; start as many servers, for which launch.py has "
     "--prefill N and --unified N"
@@ -320,12 +321,11 @@ EXPERT_PARALLEL: Final = Group(
             "deepep_v2_mode enable_w4a4_mxfp4_megamoe flashinfer_a2a_dispatch_type",
             "go with values of --moe-a2a-backend that are refused",
         ),
-        refuse("enable_eplb", REBALANCING),
         leave(
-            "eplb_algorithm eplb_rebalance_num_iterations eplb_rebalance_layers_per_chunk "
-            "eplb_min_rebalancing_utilization_threshold",
-            "go with --enable-eplb, which is refused",
+            "enable_eplb eplb_algorithm eplb_rebalance_num_iterations eplb_min_rebalancing_utilization_threshold",
+            f"{REBALANCING}. **Refused** with `--elastic-ep-backend`: {RANKS_THAT_FAIL}",
         ),
+        leave("eplb_rebalance_layers_per_chunk", f"{NO_EFFECT}: all layers move at once, when nothing is suspended"),
         refuse("expert_distribution_recorder_mode", ONE_CHUNK, one_of("per_token")),
         leave(
             "expert_distribution_recorder_buffer_size expert_balancedness_report_mode",

@@ -359,7 +359,6 @@ def counts_path(folder: Path, rank: int) -> Path:
     return folder / f"counts-{rank}"
 
 
-@pytest.mark.skip(reason="--enable-eplb is refused until this has been run")
 @pytest.mark.stress
 def test_experts_move_between_two_ranks_while_nothing_is_suspended(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

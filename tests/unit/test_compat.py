@@ -245,6 +245,13 @@ def test_experts_of_each_forward_pass_can_be_counted(mode, server):
     assert problem(**server, expert_distribution_recorder_mode=mode, expert_balancedness_report_mode="both") is None
 
 
+@pytest.mark.parametrize("server", [{}, UNIFIED])
+def test_experts_move_but_not_when_a_rank_fails(server):
+    assert problem(**server, enable_eplb=True, ep_size=2, tp_size=2) is None
+    text = problem(**server, enable_eplb=True, elastic_ep_backend="nixl")
+    assert text.startswith("--enable-eplb with --elastic-ep-backend nixl cannot work with FlowPrefill: ")
+
+
 @pytest.mark.parametrize("switch", ["disable_cuda_graph", "disable_prefill_cuda_graph"])
 def test_sglangs_older_switches_disable_graphs_too(switch):
     assert problem(cuda_graph_backend_prefill=None, **{switch: True}) is None

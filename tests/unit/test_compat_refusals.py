@@ -39,7 +39,6 @@ REFUSED: Final = (
     ("both", "encoder_only", True),
     ("both", "language_only", True),
     ("both", "enable_forward_pass_metrics", True),
-    ("both", "enable_eplb", True),
     ("both", "expert_distribution_recorder_mode", "per_token"),
     ("both", "enable_return_routed_experts", True),
     ("both", "enable_return_indexer_topk", True),
