@@ -18,6 +18,7 @@ from sgl_flowprefill.compat.table import (
     BESIDE_DRAFTS,
     DRAFTS_BESIDE,
     GRAPH_CONFIG,
+    MOVES_BESIDE,
     ONE_MACHINE,
     OWN_PREFIXES,
     RANKS_THAT_FAIL,
@@ -165,6 +166,7 @@ def _data_parallel(server_args: Any) -> Iterator[Refusal]:
         ("nnodes", ABOVE_ONE.holds(given("nnodes")), ONE_MACHINE),
         ("enable_hierarchical_cache", bool(given("enable_hierarchical_cache")), OWN_PREFIXES),
         ("speculative_algorithm", GIVEN.holds(given("speculative_algorithm")), DRAFTS_BESIDE),
+        ("enable_eplb", bool(given("enable_eplb")), MOVES_BESIDE),
     ):
         if is_refused:
             sentence = _cannot_work(shown(option, ranks), f"beside {shown(other, given(other) or 1)}, {why}")

@@ -42,6 +42,8 @@ DRAFTS_BESIDE: Final = "drafts have not been compared together with it"
 BESIDE_DRAFTS: Final = ("enable_hierarchical_cache", "enable_lora", "lora_paths")
 """Options with which ``--speculative-algorithm`` is refused, besides those of data-parallel attention."""
 REBALANCING: Final = "experts move between ranks when nothing is suspended"
+STEPS_BETWEEN_MOVES: Final = "experts that move between decode steps have not been compared"
+MOVES_BESIDE: Final = "experts that move have not been compared together with it"
 RANKS_THAT_FAIL: Final = "when a rank has failed, experts move in the middle of a forward pass, beside suspended ones"
 REPLICAS: Final = (
     "its ranks are replicas, one of which a request gets by its number; start as many servers, for which launch.py has "
@@ -321,8 +323,9 @@ EXPERT_PARALLEL: Final = Group(
             "deepep_v2_mode enable_w4a4_mxfp4_megamoe flashinfer_a2a_dispatch_type",
             "go with values of --moe-a2a-backend that are refused",
         ),
+        refuse("enable_eplb", STEPS_BETWEEN_MOVES, servers=("unified",)),
         leave(
-            "enable_eplb eplb_algorithm eplb_rebalance_num_iterations eplb_min_rebalancing_utilization_threshold",
+            "eplb_algorithm eplb_rebalance_num_iterations eplb_min_rebalancing_utilization_threshold",
             f"{REBALANCING}. **Refused** with `--elastic-ep-backend`: {RANKS_THAT_FAIL}",
         ),
         leave("eplb_rebalance_layers_per_chunk", f"{NO_EFFECT}: all layers move at once, when nothing is suspended"),

@@ -245,11 +245,12 @@ def test_experts_of_each_forward_pass_can_be_counted(mode, server):
     assert problem(**server, expert_distribution_recorder_mode=mode, expert_balancedness_report_mode="both") is None
 
 
-@pytest.mark.parametrize("server", [{}, UNIFIED])
-def test_experts_move_but_not_when_a_rank_fails(server):
-    assert problem(**server, enable_eplb=True, ep_size=2, tp_size=2) is None
-    text = problem(**server, enable_eplb=True, elastic_ep_backend="nixl")
+def test_experts_move_but_not_when_a_rank_fails_beside_streams_or_where_ranks_have_requests_of_their_own():
+    assert problem(enable_eplb=True, ep_size=2, tp_size=2) is None
+    text = problem(enable_eplb=True, elastic_ep_backend="nixl")
     assert text.startswith("--enable-eplb with --elastic-ep-backend nixl cannot work with FlowPrefill: ")
+    assert "decode steps" in problem(**UNIFIED, enable_eplb=True, ep_size=2, tp_size=2)
+    assert "beside --enable-eplb" in problem(enable_eplb=True, tp_size=2, attn_dp_size=2)
 
 
 @pytest.mark.parametrize("switch", ["disable_cuda_graph", "disable_prefill_cuda_graph"])
