@@ -136,11 +136,12 @@ def _take_platform_seams() -> None:
             token_ids.apply()
     if "sglang.srt.managers.scheduler" in sys.modules:
         if platforms.is_active():
-            from sgl_flowprefill.patches import cpu_tp, dp_attention_cpu, draft_cpu, hicache_cpu, lora_cpu
+            from sgl_flowprefill.patches import cpu_tp, dp_attention_cpu, draft_cpu, experts_cpu, hicache_cpu, lora_cpu
 
             expect("cpu_attention")
             cpu_tp.apply()
             draft_cpu.apply()
+            experts_cpu.apply()
             hicache_cpu.apply()
             lora_cpu.apply()
             dp_attention_cpu.apply()

@@ -28,6 +28,8 @@ class ShortPrompts(SchedulerEngine):
 
 def explorer_of(engine: Engine, ttft: RefittedTTFT | None = None) -> Explorer:
     """Explores on ``engine`` whenever it is asked to. What it learns, ``ttft`` knows, and nothing else."""
+    from sgl_flowprefill.runtime.experts import uncounted
+
     hub = engine.hub
     hours = iter(range(10**9))
     return Explorer(
@@ -39,6 +41,7 @@ def explorer_of(engine: Engine, ttft: RefittedTTFT | None = None) -> Explorer:
         hub.recorder,
         share=0.5,
         now_s=lambda: 3600.0 * next(hours),
+        uncounted=uncounted,
     )
 
 

@@ -98,8 +98,10 @@ class Ranks:
             node_args.append(args)
         ports = PortArgs.init_new(node_args[0])
         self._context = zmq.Context()
-        self._answers = self._bind(zmq.PULL, ports.detokenizer_ipc_name)
-        self._bind(zmq.PULL, ports.tokenizer_ipc_name)
+        tokenizer, detokenizer = (
+            self._bind(zmq.PULL, name) for name in (ports.tokenizer_ipc_name, ports.detokenizer_ipc_name)
+        )
+        self._answers = tokenizer if node_args[0].skip_tokenizer_init else detokenizer
         self._bind(zmq.DEALER, ports.rpc_ipc_name)
         rank_ports = self.bind_inputs(node_args[0], ports, tp)
         self.processes, pipes = [], []
@@ -172,6 +174,8 @@ class Ranks:
         some = False
         while self._answers.poll(0 if some else int(timeout_s * 1e3)):
             output = sock_recv(self._answers)
+            if not hasattr(output, "finished_reasons"):
+                continue  # the end of something that was asked of the server, not of a request
             logprobs = output.output_token_logprobs_val or [None] * len(output.rids)
             for rid, ids, values, reason in zip(
                 output.rids, output.output_ids, logprobs, output.finished_reasons, strict=True

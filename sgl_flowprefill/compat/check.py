@@ -18,8 +18,10 @@ from sgl_flowprefill.compat.table import (
     BESIDE_DRAFTS,
     DRAFTS_BESIDE,
     GRAPH_CONFIG,
+    MOVES_BESIDE,
     ONE_MACHINE,
     OWN_PREFIXES,
+    RANKS_THAT_FAIL,
     REFUSED_ENVIRONMENT,
     REPLICAS,
     ROWS,
@@ -133,6 +135,10 @@ def refusals(server_args: Any, env: Mapping[str, str] | None = None) -> Iterator
         if GIVEN.holds(value):
             given = f"{shown('speculative_algorithm', algorithm)} with {shown(option, value)}"
             yield Refusal("speculative_algorithm", given, _cannot_work(given, DRAFTS_BESIDE))
+    elastic = getattr(server_args, "elastic_ep_backend", None)
+    if getattr(server_args, "enable_eplb", False) and GIVEN.holds(elastic):
+        given = f"--enable-eplb with {shown('elastic_ep_backend', elastic)}"
+        yield Refusal("enable_eplb", given, _cannot_work(given, RANKS_THAT_FAIL))
     yield from _data_parallel(server_args)
     for name, why in REFUSED_ENVIRONMENT.items():
         if _is_on(name, env):
@@ -160,6 +166,7 @@ def _data_parallel(server_args: Any) -> Iterator[Refusal]:
         ("nnodes", ABOVE_ONE.holds(given("nnodes")), ONE_MACHINE),
         ("enable_hierarchical_cache", bool(given("enable_hierarchical_cache")), OWN_PREFIXES),
         ("speculative_algorithm", GIVEN.holds(given("speculative_algorithm")), DRAFTS_BESIDE),
+        ("enable_eplb", bool(given("enable_eplb")), MOVES_BESIDE),
     ):
         if is_refused:
             sentence = _cannot_work(shown(option, ranks), f"beside {shown(other, given(other) or 1)}, {why}")

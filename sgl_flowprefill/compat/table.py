@@ -41,7 +41,10 @@ DRAFT_STEPS: Final = "when decode steps start is decided by steps that give each
 DRAFTS_BESIDE: Final = "drafts have not been compared together with it"
 BESIDE_DRAFTS: Final = ("enable_hierarchical_cache", "enable_lora", "lora_paths")
 """Options with which ``--speculative-algorithm`` is refused, besides those of data-parallel attention."""
-EXPERTS: Final = "the experts of one forward pass at a time are counted"
+REBALANCING: Final = "experts move between ranks when nothing is suspended"
+STEPS_BETWEEN_MOVES: Final = "experts that move between decode steps have not been compared"
+MOVES_BESIDE: Final = "experts that move have not been compared together with it"
+RANKS_THAT_FAIL: Final = "when a rank has failed, experts move in the middle of a forward pass, beside suspended ones"
 REPLICAS: Final = (
     "its ranks are replicas, one of which a request gets by its number; start as many servers, for which launch.py has "
     "--prefill N and --unified N"
@@ -320,12 +323,16 @@ EXPERT_PARALLEL: Final = Group(
             "deepep_v2_mode enable_w4a4_mxfp4_megamoe flashinfer_a2a_dispatch_type",
             "go with values of --moe-a2a-backend that are refused",
         ),
-        refuse("enable_eplb", EXPERTS),
-        refuse(("expert_distribution_recorder_mode", "expert_balancedness_report_mode"), EXPERTS),
+        refuse("enable_eplb", STEPS_BETWEEN_MOVES, servers=("unified",)),
         leave(
-            "eplb_algorithm eplb_rebalance_num_iterations eplb_rebalance_layers_per_chunk "
-            "eplb_min_rebalancing_utilization_threshold expert_distribution_recorder_buffer_size",
-            "go with --enable-eplb and --expert-distribution-recorder-mode, which are refused",
+            "eplb_algorithm eplb_rebalance_num_iterations eplb_min_rebalancing_utilization_threshold",
+            f"{REBALANCING}. **Refused** with `--elastic-ep-backend`: {RANKS_THAT_FAIL}",
+        ),
+        leave("eplb_rebalance_layers_per_chunk", f"{NO_EFFECT}: all layers move at once, when nothing is suspended"),
+        refuse("expert_distribution_recorder_mode", ONE_CHUNK, one_of("per_token")),
+        leave(
+            "expert_distribution_recorder_buffer_size expert_balancedness_report_mode",
+            "experts are counted for each forward pass apart, of prefills that have run to their ends",
         ),
         leave("ep_num_redundant_experts ep_dispatch_algorithm init_expert_location enable_waterfill fuseep_mode"),
         leave("elastic_ep_backend enable_elastic_expert_backup ep_join_mode elastic_ep_scale_timeout"),

@@ -14,6 +14,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from math import inf, log
 from typing import Any, Final, NamedTuple, Protocol
@@ -85,6 +86,8 @@ class Explorer(Exploration):
     quiet_s: float = QUIET_S
     rest_s: float = REST_S
     now_s: Callable[[], float] = time.monotonic
+    uncounted: Callable[[], AbstractContextManager[None]] = nullcontext
+    """A context in which SGLang counts nothing that runs."""
     _ended: int = field(default=0, init=False)
     _given_up: int = field(default=0, init=False)
     _total_s: float = field(default=0.0, init=False)
@@ -152,10 +155,11 @@ class Explorer(Exploration):
         task = PrefillTask(
             NO_TASK, batch, [], shapes, arrival_s=0.0, deadline_s=inf, predicted_s=0.0, attn_backend=slot
         )
-        self.executor.run(task, forward)
-        if not task.done:
-            self.executor.cancel(task)
-        elif task.result.copy_done is not None:
+        with self.uncounted():
+            self.executor.run(task, forward)
+            if not task.done:
+                self.executor.cancel(task)
+        if task.done and task.result.copy_done is not None:
             self.device.wait(task.result.copy_done, lambda: False)
         self.slots.give_back(slot)
         self.engine.free(batch)

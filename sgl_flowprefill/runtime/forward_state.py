@@ -16,6 +16,7 @@ from sglang.srt.runtime_context import get_forward, get_model
 
 from sgl_flowprefill.runtime.adapters import batch_state
 from sgl_flowprefill.runtime.draft_model import draft_backend_of, draft_flags, set_draft_flags
+from sgl_flowprefill.runtime.experts import of_new_pass, pass_state, set_pass_state
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,8 @@ class ForwardState:
     """The draft model's, if there is one. Its attention backend is the one that belongs to ``attn_backend``."""
     draft_flags: dict[str, Any] = field(default_factory=dict)
     """What SGLang has set for the draft's part of it."""
+    experts: dict[str, Any] = field(default_factory=dict)
+    """What SGLang's recorder of experts keeps of it, if there is one."""
 
     @classmethod
     def capture(
@@ -60,6 +63,7 @@ class ForwardState:
             adapters=batch_state(model_runner),
             draft_runner=draft_runner,
             draft_flags={} if draft_runner is None else draft_flags(),
+            experts=pass_state(),
         )
 
     def install(self, model_runner: Any) -> None:
@@ -76,9 +80,12 @@ class ForwardState:
         if self.draft_runner is not None:
             self.draft_runner.attn_backend = draft_backend_of(self.attn_backend)
             set_draft_flags(self.draft_flags)
+        if self.experts:
+            set_pass_state(self.experts)
 
     def with_backend(self, attn_backend: Any) -> ForwardState:
-        return replace(self, attn_backend=attn_backend)
+        """That of a forward pass that is about to begin. ``self``: that of none."""
+        return replace(self, attn_backend=attn_backend, experts=of_new_pass(self.experts))
 
 
 def _gathered() -> tuple[Any, ...]:

@@ -16,6 +16,7 @@ from sgl_flowprefill.hub.loop import Hub
 from sgl_flowprefill.live.ask import KEY, MOST_EVENTS, Ask
 from sgl_flowprefill.live.state import Answer, encode_answer
 from sgl_flowprefill.runtime.event_recorder import RecordedStreamer
+from sgl_flowprefill.runtime.experts import keep_whole_passes, uncounted
 from sgl_flowprefill.runtime.setup import end_server
 from sgl_flowprefill.shadow import Shadows
 
@@ -33,6 +34,9 @@ CHANGES_WEIGHTS: Final = (
 )
 """Messages that may put other weights or none where a prefill reads them (a check may overwrite them, a remote call may
 do anything). Others that do are refused with what they belong to (``compat``)."""
+ASKS_FOR_WHOLE_PASSES: Final = (*CHANGES_WEIGHTS, io_struct.ExpertDistributionReq)
+"""Messages before which started tasks run to their ends. The last one begins, ends or writes a record of experts, which
+is of whole forward passes."""
 
 
 class HubScheduler(Scheduler):
@@ -53,7 +57,9 @@ class HubScheduler(Scheduler):
         super().__init__(server_args, *args, **kwargs)
         try:
             # The environment of another node may differ.
-            self.hub = self.build_hub(self.tp_group.broadcast_object(FlowPrefillConfig.from_env()))
+            keep_whole_passes()
+            with uncounted():
+                self.hub = self.build_hub(self.tp_group.broadcast_object(FlowPrefillConfig.from_env()))
         except SystemExit as impossible:
             end_server(impossible)
         feed_watchdogs(self)
@@ -71,10 +77,10 @@ class HubScheduler(Scheduler):
 
     def process_input_requests(self, recv_reqs: list[Any]) -> None:
         """A request whose grammar is not compiled yet will come with an event of its own. Before the weights change,
-        started tasks run to their end.
+        and before a record of experts begins or ends, started tasks run to their end.
         """
-        if any(isinstance(message, CHANGES_WEIGHTS) for message in recv_reqs):
-            self.hub.finish_started()
+        if any(isinstance(message, ASKS_FOR_WHOLE_PASSES) for message in recv_reqs):
+            self.finish_started()
         compiling = len(self.grammar_manager.grammar_queue)
         super().process_input_requests(recv_reqs)
         self.role.note_compiling(self.grammar_manager.grammar_queue[compiling:])
@@ -94,8 +100,13 @@ class HubScheduler(Scheduler):
 
     def pause_generation(self, recv_req: Any) -> None:
         """Started tasks run to their end first: a pause may be there to change the weights under them."""
-        self.hub.finish_started()
+        self.finish_started()
         super().pause_generation(recv_req)
+
+    def finish_started(self) -> None:
+        """Run all started tasks to their ends, and move experts then, if they are to."""
+        self.hub.finish_started()
+        self.role.rebalancing.move()
 
     # ---- prefixes in storage --------------------------------------------------------------------------------------
 

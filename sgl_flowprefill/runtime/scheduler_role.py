@@ -29,6 +29,7 @@ from sgl_flowprefill.policy import ColocatedPolicy, Policy
 from sgl_flowprefill.runtime.adapters import Adapters, NoAdapters, adapters
 from sgl_flowprefill.runtime.event_recorder import EventRecorder
 from sgl_flowprefill.runtime.host_cache import HostCache, host_cache
+from sgl_flowprefill.runtime.rebalancing import NoRebalancing, rebalancing
 from sgl_flowprefill.runtime.storage import READ_S, NoReads, storage_reads
 from sgl_flowprefill.runtime.wakeup import Wakeup
 from sgl_flowprefill.slo.resolve import Resolver
@@ -78,6 +79,8 @@ class SchedulerRole(ABC):
     """Prefixes that are read from storage."""
     adapters: Adapters = field(default_factory=NoAdapters, init=False)
     """What requests ask for beside the base model."""
+    rebalancing: NoRebalancing = field(default_factory=NoRebalancing, init=False)
+    """Experts that move between ranks."""
     _has_lost_prefix: bool = field(default=False, init=False)
     """Whether, since the last look, no batch was made because its first request has to wait for storage again."""
 
@@ -91,6 +94,7 @@ class SchedulerRole(ABC):
         role = cls(scheduler, resolver(config), *parts)
         role.policy_name = config.order
         role.adapters = adapters(scheduler, role.computed, config.max_starvation_s)
+        role.rebalancing = rebalancing(scheduler)
         return role
 
     # ---- what its hub is made of ------------------------------------------------------------------------------------
@@ -268,10 +272,13 @@ class SchedulerRole(ABC):
         return ready
 
     def take_messages(self) -> bool:
-        """Arrivals, aborts and health checks; compiled grammars; transfers of the cache in host memory. Whether a batch
-        that could not be made may be possible now, for one of the latter has ended or its first request waits.
+        """Arrivals, aborts and health checks; compiled grammars; transfers of the cache in host memory; that it is time
+        to move experts. Whether a batch that could not be made may be possible now, for a transfer has ended or its
+        first request waits.
         """
         scheduler = self.scheduler
+        if self.rebalancing.is_due:
+            scheduler.finish_started()
         has_transferred = self.host_cache.take_news()  # before a message that asks for a server without any
         has_lost_prefix, self._has_lost_prefix = self._has_lost_prefix, False
         scheduler.ingest_requests()

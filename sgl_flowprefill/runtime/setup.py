@@ -35,6 +35,7 @@ from sgl_flowprefill.runtime.data_parallel import JointRole, check_idle_pass
 from sgl_flowprefill.runtime.draft_model import draft_runner, kept_hidden_states, whole_model
 from sgl_flowprefill.runtime.event_recorder import AnswerReports, EventRecorder
 from sgl_flowprefill.runtime.executor import Executor
+from sgl_flowprefill.runtime.experts import uncounted
 from sgl_flowprefill.runtime.exploration import Explorer
 from sgl_flowprefill.runtime.forward_state import ForwardState
 from sgl_flowprefill.runtime.learner import LearningTTFT
@@ -163,7 +164,8 @@ def build(
             logger.info("FlowPrefill does not explore: the tensor-parallel ranks would have to meet for it")
         elif config.exploration_share:
             engine = SchedulerEngine(role)
-            exploration = Explorer(engine, executor, slots, device, ttft, recorder, config.exploration_share)
+            share = config.exploration_share
+            exploration = Explorer(engine, executor, slots, device, ttft, recorder, share, uncounted=uncounted)
     hub = Hub(
         role,
         work,

@@ -65,7 +65,7 @@ class UnifiedScheduler(HubScheduler):
 
     def pause_generation(self, recv_req: Any) -> None:
         """Requests that were about to join the running batch are retracted with it, where that is asked for."""
-        self.hub.finish_started()
+        self.finish_started()
         self.last_batch = self.role.join()
         super().pause_generation(recv_req)
         if self.last_batch is not None:  # a pause in place leaves all where it is

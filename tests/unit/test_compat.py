@@ -218,7 +218,7 @@ def test_variables(name, monkeypatch):
         ({"prefill_attention_backend": "fa4"}, "--prefill-attention-backend fa4 cannot work with FlowPrefill"),
         ({"schedule_policy": "lpm"}, "--schedule-policy lpm"),
         ({"kv_canary": "log"}, "--kv-canary log cannot work"),
-        ({"expert_distribution_recorder_mode": "stat"}, "--expert-distribution-recorder-mode stat cannot work"),
+        ({"expert_distribution_recorder_mode": "per_token"}, "--expert-distribution-recorder-mode per_token cannot"),
         ({"speculative_algorithm": "NGRAM"}, "--speculative-algorithm NGRAM cannot work"),
     ],
 )
@@ -237,6 +237,20 @@ def test_a_canary_that_is_off():
 
 def test_the_cpu_has_no_graphs_to_disable():
     assert problem(cuda_graph_backend_prefill=None, device="cpu") is None
+
+
+@pytest.mark.parametrize("mode", ["stat", "stat_approx", "per_pass"])
+@pytest.mark.parametrize("server", [{}, UNIFIED])
+def test_experts_of_each_forward_pass_can_be_counted(mode, server):
+    assert problem(**server, expert_distribution_recorder_mode=mode, expert_balancedness_report_mode="both") is None
+
+
+def test_experts_move_but_not_when_a_rank_fails_beside_streams_or_where_ranks_have_requests_of_their_own():
+    assert problem(enable_eplb=True, ep_size=2, tp_size=2) is None
+    text = problem(enable_eplb=True, elastic_ep_backend="nixl")
+    assert text.startswith("--enable-eplb with --elastic-ep-backend nixl cannot work with FlowPrefill: ")
+    assert "decode steps" in problem(**UNIFIED, enable_eplb=True, ep_size=2, tp_size=2)
+    assert "beside --enable-eplb" in problem(enable_eplb=True, tp_size=2, attn_dp_size=2)
 
 
 @pytest.mark.parametrize("switch", ["disable_cuda_graph", "disable_prefill_cuda_graph"])

@@ -133,5 +133,12 @@ PART: Final = Part(
             "is a message that may put other weights where a prefill reads them",
             "weights change under suspended prefills",
         ),
+        *rows(
+            "reads",
+            "sglang.srt.managers.io_struct:",
+            "ExpertDistributionReq",
+            "is a message that begins, ends or writes a record of experts",
+            "records of experts have parts of prefills",
+        ),
     ),
 )
