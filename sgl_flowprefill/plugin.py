@@ -147,7 +147,8 @@ def _take_platform_seams() -> None:
             dp_attention_cpu.apply()
         from sgl_flowprefill.patches import affinity, decode_idle, wakeups
 
-        wakeups.apply()
+        if is_enabled() or decode_idle.is_enabled():
+            wakeups.apply()
         if lone_prefill.is_enabled():
             lone_prefill.apply()
         if made_weights.is_enabled():

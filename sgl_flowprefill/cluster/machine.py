@@ -12,6 +12,8 @@ from typing import Final
 import psutil
 
 CGROUP: Final = Path("/sys/fs/cgroup")
+HOPPER_MAJOR: Final = 9
+"""The first part of the compute capability of NVIDIA's Hopper generation."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,20 @@ def gpu_count() -> int:
     if visible is not None:
         return len([gpu for gpu in visible.split(",") if gpu.strip() and gpu.strip() != "-1"])
     return sum(path.name.removeprefix("nvidia").isdigit() for path in Path("/dev").glob("nvidia*"))
+
+
+def is_hopper() -> bool:
+    """Whether the first GPU that SGLang would see is one of NVIDIA's Hopper generation, without loading CUDA."""
+    first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0].strip()
+    try:
+        import pynvml  # type: ignore[import-untyped]
+
+        pynvml.nvmlInit()
+        of = pynvml.nvmlDeviceGetHandleByIndex if first.isdigit() else pynvml.nvmlDeviceGetHandleByUUID
+        major, _ = pynvml.nvmlDeviceGetCudaComputeCapability(of(int(first) if first.isdigit() else first))
+    except Exception:  # no GPU, no driver, or a container that may not ask
+        return False
+    return bool(major == HOPPER_MAJOR)
 
 
 def _cgroup_values(name: str) -> list[str]:

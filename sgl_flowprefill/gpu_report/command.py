@@ -29,7 +29,7 @@ from sgl_flowprefill.cluster.parsing import Parser, seconds
 from sgl_flowprefill.cluster.process import Guard
 from sgl_flowprefill.config import FlowPrefillConfig
 from sgl_flowprefill.gpu_report.document import Document
-from sgl_flowprefill.gpu_report.phases import BACKENDS, Phase, plan
+from sgl_flowprefill.gpu_report.phases import Phase, plan, to_check
 from sgl_flowprefill.gpu_report.phases.base import phase_file
 from sgl_flowprefill.gpu_report.shapes import SHAPES, shape_path
 from sgl_flowprefill.gpu_report.tuning import choose
@@ -93,8 +93,8 @@ class Report:
         self._engine_start_s = math.inf
         """The shortest start of an engine so far: the first may have had to compile kernels."""
         asked = last_value(server_args, BACKEND_OPTION)
-        backends = dict.fromkeys(([asked] if asked else []) + list(BACKENDS)) if self._on_card else (None,)
-        self.phases = plan(tuple(backends), arguments.unified)
+        backends = to_check(asked, machine.is_hopper()) if self._on_card else (None,)
+        self.phases = plan(backends, arguments.unified, asked)
         _clear(arguments.out)
         self._log_dir: Path = arguments.out / "logs"
         self._log_dir.mkdir(parents=True)

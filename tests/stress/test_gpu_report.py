@@ -153,7 +153,7 @@ def test_a_shape_is_served_with_weights_that_tell_prompts_apart(
 ) -> None:
     """The checks have the whole budget, so that a slow start of the engine leaves them enough of it."""
     phases = [phase for phase in plan((None,)) if phase.module == "checks"]
-    monkeypatch.setattr(command, "plan", lambda backends, unified: phases)
+    monkeypatch.setattr(command, "plan", lambda *_: phases)
     out = tmp_path / "report"
     options = ["--shape", "llama-small", "--context-length", "2048", "--budget-s", "120"]
     assert launch(["gpu-report", "--out", str(out), *options]) in (0, command.EXIT_FAILED)
@@ -171,7 +171,7 @@ def test_servers_that_decode_are_compared_where_that_is_asked_for(
 ) -> None:
     wanted = ("operators", "steps", UNIFIED_GOODPUT)
     phases = [phase for phase in plan((None,), unified=True) if phase.name in wanted]
-    monkeypatch.setattr(command, "plan", lambda backends, unified: phases if unified else [])
+    monkeypatch.setattr(command, "plan", lambda _, unified, asked: phases if unified else [])
     out = tmp_path / "report"
     assert launch(["gpu-report", "--unified", "--out", str(out), "--budget-s", "200"]) in (0, command.EXIT_FAILED)
     document = read(out)

@@ -30,12 +30,12 @@ from torch import nn
 pytest.importorskip("sglang")
 
 from sgl_flowprefill import provenance
-from sgl_flowprefill.cluster import ClusterConfig, preflight
+from sgl_flowprefill.cluster import ClusterConfig, machine, preflight
 from sgl_flowprefill.cluster.cli import main as launch
 from sgl_flowprefill.gpu_report import command
 from sgl_flowprefill.gpu_report.document import Document
 from sgl_flowprefill.gpu_report.page import render_page
-from sgl_flowprefill.gpu_report.phases import Phase, plan
+from sgl_flowprefill.gpu_report.phases import Phase, plan, to_check
 from sgl_flowprefill.gpu_report.phases.base import Budget, Request
 from sgl_flowprefill.gpu_report.phases.goodput import COMPARED_UNIFIED, PrefillOnlyApi, systems_that_fit
 from sgl_flowprefill.gpu_report.shapes import SHAPES, shape_path
@@ -106,13 +106,39 @@ def test_what_a_card_alone_can_show_is_named_on_the_cpu_engine() -> None:
 
 
 @pytest.mark.parametrize(
-    ("backends", "optional"),
-    [(("flashinfer", "triton", "fa3"), ["fa3"]), (("triton", "flashinfer", "fa3"), ["fa3"]), (("fa3", "triton"), [])],
+    ("asked", "hopper", "backends", "optional"),
+    [
+        (None, False, ("flashinfer", "triton", "fa3"), ["fa3"]),
+        (None, True, ("fa3", "flashinfer", "triton"), ["fa3"]),
+        ("triton", True, ("triton", "fa3", "flashinfer"), ["fa3"]),
+        ("fa3", False, ("fa3", "flashinfer", "triton"), []),
+    ],
 )
-def test_only_a_backend_that_needs_sglang_kernel_may_be_missing_and_not_where_it_is_asked_for(
-    backends: tuple[str, ...], optional: list[str]
+def test_what_was_asked_for_is_preferred_and_then_what_sglang_chooses_and_it_may_be_missing_unless_asked_for(
+    asked: str | None, hopper: bool, backends: tuple[str, ...], optional: list[str]
 ) -> None:
-    assert [phase.backend for phase in plan(backends) if phase.is_optional] == optional
+    assert to_check(asked, hopper) == backends
+    assert [phase.backend for phase in plan(backends, asked=asked) if phase.is_optional] == optional
+
+
+@pytest.mark.parametrize(("major", "hopper"), [(9, True), (8, False), (10, False)])
+def test_a_hopper_is_known_by_its_compute_capability(major: int, hopper: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[object] = []
+    library = SimpleNamespace(
+        nvmlInit=lambda: None,
+        nvmlDeviceGetHandleByIndex=asked.append,
+        nvmlDeviceGetHandleByUUID=asked.append,
+        nvmlDeviceGetCudaComputeCapability=lambda handle: (major, 0),
+    )
+    monkeypatch.setitem(sys.modules, "pynvml", library)
+    for visible in ("2,3", "GPU-8f"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        assert machine.is_hopper() is hopper
+    assert asked == [2, "GPU-8f"]
+
+
+def test_where_nobody_can_be_asked_there_is_no_hopper() -> None:
+    assert not machine.is_hopper()
 
 
 @pytest.mark.parametrize("asked", [[], ["--unified"]])
@@ -176,7 +202,7 @@ def broken(name: str = "lookahead", is_optional: bool = False) -> Phase:
 
 def test_a_phase_that_fails_says_so_and_the_next_one_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     phases = [broken(), broken("lookahead:again", is_optional=True), plan((None,))[0]]
-    monkeypatch.setattr(command, "plan", lambda backends, unified: phases)
+    monkeypatch.setattr(command, "plan", lambda *_: phases)
     out = tmp_path / "report"
     assert launch(["gpu-report", "--out", str(out), "--budget-s", "1000"]) == command.EXIT_FAILED
     document = json.loads((out / "report.json").read_text())
@@ -191,7 +217,7 @@ def test_a_phase_that_fails_says_so_and_the_next_one_goes_on(tmp_path: Path, mon
 
 
 def test_what_does_not_fit_into_the_budget_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(command, "plan", lambda backends, unified: [plan((None,))[0], broken(), broken("lookahead:2")])
+    monkeypatch.setattr(command, "plan", lambda *_: [plan((None,))[0], broken(), broken("lookahead:2")])
     assert launch(["gpu-report", "--out", str(tmp_path / "report"), "--budget-s", "0.1"]) == 0
     found = json.loads((tmp_path / "report" / "report.json").read_text())["phases"]
     assert [one["state"] for one in found.values()] == ["measured", "left out", "left out"]
@@ -253,8 +279,8 @@ def test_a_phase_begins_when_what_the_one_before_it_has_found_is_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A busy machine keeps it late, when the next phase's process has long been there."""
-    machine = plan((None,))[0]
-    monkeypatch.setattr(command, "plan", lambda backends, unified: [machine, replace(machine, name="machine:again")])
+    machines = plan((None,))[0]
+    monkeypatch.setattr(command, "plan", lambda *_: [machines, replace(machines, name="machine:again")])
     started: list[subprocess.Popen[str]] = []
     start, note = command.Report.start, Document.note
     ahead: list[list[int]] = []
@@ -265,7 +291,7 @@ def test_a_phase_begins_when_what_the_one_before_it_has_found_is_kept(
         return running
 
     def note_late(document: Document, phase: Phase, found: Mapping[str, Any], elapsed_s: float) -> None:
-        if phase is machine:
+        if phase is machines:
             first, second = started
             os.waitid(os.P_PID, first.pid, os.WEXITED | os.WNOWAIT)
             words = psutil.Process(second.pid).cmdline()

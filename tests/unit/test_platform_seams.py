@@ -7,7 +7,7 @@ import resource
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,10 +20,11 @@ import zmq
 from hypothesis import given
 from hypothesis import strategies as st
 from sglang.api.v1 import api_types
+from sglang.srt.disaggregation.common.conn import CommonKVManager
 from sglang.srt.entrypoints.api_contract import generate_contract_error
 from sglang.srt.plugins.hook_registry import HookRegistry
 
-from sgl_flowprefill.config import ConfigError, FlowPrefillConfig
+from sgl_flowprefill.config import ENV_SWITCH, ConfigError, FlowPrefillConfig
 from sgl_flowprefill.contract import installed, supported
 from sgl_flowprefill.patches import (
     affinity,
@@ -191,6 +192,26 @@ def slept_s(sleeper: decode_idle.DecodeSleeper) -> float:
     start = time.monotonic()
     sleeper.sleep()
     return time.monotonic() - start
+
+
+def hears_of_transfers() -> bool:
+    """Whether a process that runs a scheduler hears of them, with the plugin in the environment that is now."""
+    import sglang.srt.managers.scheduler  # noqa: F401 - what tells the plugin that this process runs one
+    from sglang.srt.plugins import load_plugins
+
+    load_plugins()
+    return hasattr(CommonKVManager.update_status, "__wrapped__")
+
+
+@pytest.mark.parametrize(("variables", "hears"), [({}, False), ({decode_idle.ENV_SWITCH: "1"}, True)])
+def test_who_has_nothing_of_the_plugin_on_has_no_hook(
+    variables: Mapping[str, str], hears: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in (ENV_SWITCH, decode_idle.ENV_SWITCH):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert warm.call(hears_of_transfers) is hears
 
 
 def test_a_request_ends_the_sleep(scheduler: IdleScheduler, wakeup: int) -> None:

@@ -41,9 +41,17 @@ OPTIONAL_BACKEND: Final = "fa3"
 """The one whose kernels are sglang-kernel's, for some cards and one PyTorch; others are compiled where they run."""
 
 
-def plan(backends: tuple[str | None, ...], unified: bool = False) -> list[Phase]:
-    """All phases; ``backends`` are checked one by one, None being the engine's own, and the first is the one that was
-    asked for. ``unified``: whether the servers that are compared at the end decode, too.
+def to_check(asked: str | None, hopper: bool) -> tuple[str, ...]:
+    """The backends to check, in the order in which later phases prefer them: what was ``asked`` for, and then what
+    SGLang itself chooses for the card (FlashAttention 3 on a Hopper, since FlashInfer is slower there).
+    """
+    own = [OPTIONAL_BACKEND] if hopper else []
+    return tuple(dict.fromkeys([*([asked] if asked else []), *own, *BACKENDS]))
+
+
+def plan(backends: tuple[str | None, ...], unified: bool = False, asked: str | None = None) -> list[Phase]:
+    """All phases; ``backends`` are checked one by one, None being the engine's own. ``unified``: whether the servers
+    that are compared at the end decode, too. ``asked``: the backend that a user has asked for.
     """
     checks = [
         Phase(
@@ -51,7 +59,7 @@ def plan(backends: tuple[str | None, ...], unified: bool = False) -> list[Phase]
             f"The doctor's checks, {backend or 'its own attention'}",
             3.0 if index == 0 else 2.0,
             backend=backend,
-            is_optional=backend == OPTIONAL_BACKEND and index > 0,
+            is_optional=backend == OPTIONAL_BACKEND and backend != asked,
         )
         for index, backend in enumerate(backends)
     ]

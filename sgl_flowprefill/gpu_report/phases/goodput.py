@@ -123,7 +123,7 @@ def measure(request: Request) -> Iterator[Outcome]:
         for server in servers:
             stack.callback(server.server.resume)  # what is stopped does not end
         _wait(servers[0])
-        lost = {}
+        lost = {SYSTEMS[name].label: "no place for its server on the card" for name in names[len(systems) :]}
         for server in servers[1:]:
             try:
                 _wait(server)
