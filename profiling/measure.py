@@ -38,7 +38,9 @@ class SchedulerEngine:
     @property
     def limit_tokens(self) -> int:
         """Longest prompt that fits the model's context, with KV cache left for a cached prompt of the same length."""
-        return int(min(self.scheduler.model_config.context_len - 1, self.scheduler.max_total_num_tokens // 2 - 64))
+        scheduler = self.scheduler
+        kv_tokens = scheduler.max_total_num_tokens // 2 - 64
+        return int(min(scheduler.model_config.context_len - 1, kv_tokens, scheduler.max_req_input_len - 1))
 
     def cache_prefix(self, tokens: int) -> None:
         """Leave the KV of one prompt of ``tokens`` in the radix cache: any part of it can be a cached prefix."""
@@ -82,8 +84,9 @@ class SchedulerEngine:
     # ---- batches that others run ------------------------------------------------------------------------------------
 
     def can_run(self) -> bool:
-        """Whether the server is not paused, and has its weights and KV cache in memory."""
-        return not self._role.is_paused and not self.scheduler.weight_updater.offload_tags
+        """Whether the server is not paused, and has its weights, as they are served, and KV cache in memory."""
+        updater = self.scheduler.weight_updater
+        return not self._role.is_paused and not updater.offload_tags and updater._session is None
 
     def find_prefix(self) -> int:
         """Begin prompts with the prompt of a recent task from now on, with that of which most is cached; how many of

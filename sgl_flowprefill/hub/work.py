@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from sgl_flowprefill.hub.parts import TTFT, Memory
 from sgl_flowprefill.hub.progress import Progress
@@ -13,11 +13,13 @@ from sgl_flowprefill.hub.role import Arrival
 from sgl_flowprefill.hub.shedding import Refusal, Shedding, retry_after_s
 from sgl_flowprefill.hub.task import NO_TASK, STEP, PrefillTask, Tasks
 from sgl_flowprefill.hub.waiting import WaitingRequest, WaitingRequests
-from sgl_flowprefill.policy import Act, ColocatedPolicy, Job, Policy
+from sgl_flowprefill.policy import Act, ColocatedPolicy, Job, Policy, Standing
 from sgl_flowprefill.ttft import Prediction, PrefillShape
 
 Choice = PrefillTask | list[Job[WaitingRequest]] | Literal[Act.STEP] | None
 """What runs next: a task that has started, the requests for a new one in order of priority, or a decode step."""
+MOST_PASSED_OVER: Final = 8
+"""Requests that an event passes over, at most: each is one more choice."""
 
 
 def all_of(reqs: Sequence[Any]) -> Sequence[Any]:
@@ -146,9 +148,10 @@ class Work:
 
     # ---- choosing -------------------------------------------------------------------------------------------------
 
-    def choose(self, now_s: float, admit: bool, last: bool) -> Choice:
+    def choose(self, now_s: float, admit: bool, last: bool, passed_over: int = 0) -> Choice:
         """The policy's choice. Requests that do not fit beside the live tasks stay out of it, unless some are to be
-        matched again before the choice is made anew: not so if it is the ``last``.
+        matched again before the choice is made anew: not so if it is the ``last``. ``passed_over``: requests that the
+        policy prefers and that are out of it for now, as they may not join the streams yet.
         """
         running = self.tasks.running.job if self.tasks.running else None
         turn = self.colocated.next(now_s, running, admit)
@@ -166,8 +169,16 @@ class Work:
         jobs = self._with_adapters(jobs)
         while jobs and not self._fits(jobs):
             jobs = jobs[:-1]  # the winner is the first: those that join it stay out where they do not fit beside it
+        if jobs:
+            return jobs
+        if passed_over < MOST_PASSED_OVER and self._may_pass_over(job, now_s):
+            self.policy.remove(job)
+            try:
+                return self.choose(now_s, admit, last, passed_over + 1)
+            finally:
+                self.policy.add(job)
         # Where not even the winner fits beside the tasks, these go on.
-        return jobs or self.choose(now_s, admit=False, last=True)
+        return self.choose(now_s, admit=False, last=True)
 
     def plan_step(self) -> None:
         """The next step starts when the streams of now need it, whatever else is chosen."""
@@ -212,18 +223,30 @@ class Work:
         """Whether the activations of a task of ``jobs`` fit beside the live tasks', and its requests among the
         streams.
         """
-        live = self.tasks.live
-        shapes = [shape for task in live for shape in task.shapes]
-        beside = [[job.item.shape for job in jobs if job.item.place == place] for place in set(map(_place_of, jobs))]
-        requests = len(shapes) + max(map(len, beside))
-        tokens = sum(map(sum, shapes)) + max(sum(map(sum, part)) for part in beside)
-        if not self.colocated.may_join(requests, tokens):
+        if not self._may_join(jobs):
             return False
+        live = self.tasks.live
         return not live or self.memory.admits(
             [task.new_tokens for task in live],
-            max(sum(shape.new_tokens for shape in part) for part in beside),
+            max(sum(shape.new_tokens for shape in part) for part in _by_place(jobs)),
             max([sum(job.item.logprob_rows for job in jobs), *(task.logprob_rows for task in live)]),
         )
+
+    def _may_join(self, jobs: Sequence[Job[WaitingRequest]]) -> bool:
+        """Whether the streams can become as many as with those of all tasks and ``jobs``."""
+        shapes = [shape for task in self.tasks.live for shape in task.shapes]
+        parts = _by_place(jobs)
+        requests = len(shapes) + max(map(len, parts))
+        return self.colocated.may_join(requests, sum(map(sum, shapes)) + max(sum(map(sum, part)) for part in parts))
+
+    def _may_pass_over(self, winner: Job[WaitingRequest], now_s: float) -> bool:
+        """Whether others may start before ``winner``, which has to wait for streams to end: a small request need not
+        wait for them, too. Whoever has starved, was a stream before, or is in line by a fixed order, is waited for.
+        """
+        if self.colocated.returns(winner) or self._may_join([winner]):
+            return False
+        [standing] = self.policy.standings([winner], now_s)
+        return standing not in (Standing.STARVED, Standing.IN_LINE)
 
     def _predict_s(self, requests: Sequence[WaitingRequest]) -> float:
         return self.ttft.predict_s([request.shape for request in requests])
@@ -305,5 +328,7 @@ def _place(request: WaitingRequest) -> int:
     return request.place
 
 
-def _place_of(job: Job[WaitingRequest]) -> int:
-    return job.item.place
+def _by_place(jobs: Sequence[Job[WaitingRequest]]) -> list[list[PrefillShape]]:
+    """The shapes of ``jobs``, those of each place together."""
+    places = {job.item.place for job in jobs}
+    return [[job.item.shape for job in jobs if job.item.place == place] for place in places]

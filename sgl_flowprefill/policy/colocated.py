@@ -112,6 +112,10 @@ class ColocatedPolicy(Generic[R, K]):
         """``job``, which waits among the prefills, was a stream and has been retracted: it starts before all others."""
         self._returning.append(job)
 
+    def returns(self, job: Job[R]) -> bool:
+        """Whether the waiting ``job`` was a stream, and starts before all others."""
+        return any(other is job for other in self._returning)
+
     def waits_no_longer(self, job: Job[R]) -> None:
         """``job`` has started, or is not wanted any more."""
         if self._returning:

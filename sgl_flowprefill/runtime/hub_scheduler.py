@@ -17,6 +17,7 @@ from sgl_flowprefill.live.ask import KEY, MOST_EVENTS, Ask
 from sgl_flowprefill.live.state import Answer, encode_answer
 from sgl_flowprefill.runtime.event_recorder import RecordedStreamer
 from sgl_flowprefill.runtime.experts import keep_whole_passes, uncounted
+from sgl_flowprefill.runtime.memory import sliding_window_limit
 from sgl_flowprefill.runtime.setup import end_server
 from sgl_flowprefill.shadow import Shadows
 
@@ -44,6 +45,8 @@ class HubScheduler(Scheduler):
 
     waiting_queue: list[Any]
     max_running_requests: int
+    max_req_input_len: int
+    token_to_kv_pool_allocator: Any
     hub: Hub[Any]
     shadows: Shadows | None = None
     """What would have become of shed requests, on a server that sheds."""
@@ -55,6 +58,8 @@ class HubScheduler(Scheduler):
         if refusal is not None:  # of a server that was started past patches.options
             end_server(SystemExit(f"sgl-flowprefill: {refusal}"))
         super().__init__(server_args, *args, **kwargs)
+        # SGLang refuses prompts of so many tokens, and tells its tokenizer process.
+        self.max_req_input_len = min(self.max_req_input_len, sliding_window_limit(self.token_to_kv_pool_allocator))
         try:
             # The environment of another node may differ.
             keep_whole_passes()

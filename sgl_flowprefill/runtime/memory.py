@@ -7,6 +7,7 @@ which tasks may be live at the same time, as the KV pool does.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -21,6 +22,17 @@ logger = logging.getLogger(__name__)
 MIB: Final = 1 << 20
 LIVE_BESIDE_SUSPENDED: Final = 2
 """Tasks that hold attention state without being suspended: the one that runs, and one whose result is on its way."""
+
+
+def sliding_window_limit(allocator: Any) -> float:
+    """The fewest tokens of a prompt that never fits into the KV pool of ``allocator``, as layers with a sliding window
+    have a smaller pool of their own, through which SGLang would take it in chunks (``SWAPrefillBudget``); infinity
+    where they have none, or one that keeps no more than the window.
+    """
+    pool_tokens = getattr(allocator, "size_swa", None)
+    if pool_tokens is None or getattr(allocator, "swa_req_ring", False):
+        return math.inf
+    return int(pool_tokens) - 2 * int(allocator.page_size) + 1  # its last page, and one that SGLang keeps free
 
 
 @dataclass(frozen=True)

@@ -206,6 +206,7 @@ class SchedulerRole(ABC):
         scheduler.cur_batch_for_debug = None
         scheduler._sched_idled = True
         scheduler.on_idle()
+        scheduler.flush_wrapper.check_pending()  # SGLang does so when it looks for messages, as it does all the time
         self.host_cache.wake_when_done()
         return bool(scheduler.is_fully_idle())
 

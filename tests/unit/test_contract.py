@@ -26,8 +26,9 @@ from tests import warm
 
 ROWS = [row for part in PARTS for row in part.rows]
 SGLANG = Path(sglang.__file__).parent
-MOST_S = 0.5
-"""CPU time of a check of all parts at once: measured 0.1 to 0.15 s, and a process checks a part of them."""
+MOST_S = 1.0
+"""CPU time of a check of all parts at once: measured 0.1 s, and 0.5 s on a slow core; a process checks a part of
+them."""
 
 
 class Changed(Tree):
@@ -257,7 +258,7 @@ def checks_s() -> tuple[float, float]:
     return scheduler_s - begin_s, time.process_time() - scheduler_s
 
 
-def test_the_check_at_start_takes_a_tenth_of_a_second() -> None:
+def test_the_check_at_start_takes_less_than_a_second() -> None:
     scheduler_s, all_s = warm.call(checks_s)
     print(f"{len(ROWS)} rows: a prefill scheduler's parts {scheduler_s:.3f} s of CPU time, then all {all_s:.3f} s")
     assert scheduler_s < MOST_S

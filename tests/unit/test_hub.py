@@ -451,6 +451,38 @@ def test_requests_that_wait_no_longer_are_withdrawn_from_the_policy_and_those_th
     assert [job.item.req for job in policy.waiting] == ["stays"]
 
 
+@pytest.mark.parametrize(
+    ("policy_name", "waited_s", "passed_over"),
+    [("feasible", 0.0, True), ("s-edf", 0.0, True), ("feasible", 70.0, False), ("fcfs", 0.0, False)],
+)
+def test_small_requests_do_not_wait_for_streams_to_end_with_one_that_may_not_join_them_unless_it_has_starved(
+    policy_name: str, waited_s: float, passed_over: bool
+) -> None:
+    ttft: Any = SimpleNamespace(
+        predict_s=lambda shapes: 1e-3 * sum(shape.new_tokens for shape in shapes), pace=lambda shapes: Pace(1.0)
+    )
+    unlimited: Any = TaskMemory(Activations(1, 1, 1, None), math.inf)
+    policy = make_policy(policy_name, Limits(16, 1), 60.0)
+    colocated = ColocatedPolicy(policy, LinearSteps(0.030, 3e-4, 4e-7), DecodeLimits())
+    work = Work(colocated, ttft, unlimited, Progress([]), Tasks())
+    streams = [Stream(0.1, 1000, 0.0) for _ in range(60)]
+    colocated.joined(streams)  # 72 ms a step of the 90 that it may take
+    work.add(Arrival("large", array("q", range(200)), PrefillShape(200, 100_000), 0, 5.0, 0.0))
+    work.add(Arrival("small", array("q", range(300)), PrefillShape(300, 0), 1, 100.0, 0.0))
+    work.add(Arrival("least", array("q", range(100)), PrefillShape(100, 0), 2, 101.0, 0.0))
+    colocated.began(waited_s)  # so that the steps' own turn is not the question
+
+    def chosen() -> list[str]:
+        choice = work.choose(waited_s, admit=True, last=False)
+        return [job.item.req for job in choice] if isinstance(choice, list) else []
+
+    for _ in range(3):
+        assert chosen() == (["small"] if passed_over else [])
+        assert policy.first_waiting(waited_s, 1)[0].item.req == "large"
+    colocated.left(streams[15:])
+    assert chosen() == ["large"]
+
+
 def test_requests_that_begin_alike_are_matched_again_when_one_of_them_has_been_computed() -> None:
     pace = Pace(2.0)
     ttft: Any = SimpleNamespace(

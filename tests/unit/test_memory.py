@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,7 +14,7 @@ pytest.importorskip("sglang")
 from sglang.srt.environ import envs
 
 from sgl_flowprefill.runtime import memory
-from sgl_flowprefill.runtime.memory import MIB, Activations, TaskMemory, budget
+from sgl_flowprefill.runtime.memory import MIB, Activations, TaskMemory, budget, sliding_window_limit
 from sgl_flowprefill.runtime.slots import AttentionSlots
 
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, INTERMEDIATE = 4096, 32, 8, 128, 14336
@@ -38,6 +39,31 @@ def test_activations_of_an_8b_model() -> None:
     assert whole.running_bytes(10_000) == 10_000 * (4 * HIDDEN + 3 * INTERMEDIATE) * 2
     assert tiled.running_bytes(100_000) == 100_000 * (4 * HIDDEN + 2 * (HEADS + KV_HEADS) * HEAD_DIM) * 2
     assert tiled.running_bytes(2000) == whole.running_bytes(2000)
+
+
+@pytest.mark.parametrize("page_tokens", [1, 16, 64])
+def test_a_prompt_that_the_pool_of_sliding_windows_never_takes_whole_is_refused_and_the_longest_it_takes_is_not(
+    page_tokens: int,
+) -> None:
+    from sglang.srt.mem_cache.prefill_budget import SWAPrefillBudget
+
+    allocator = SimpleNamespace(size_swa=4096, page_size=page_tokens, swa_req_ring=False)
+    budget: Any = SWAPrefillBudget.__new__(SWAPrefillBudget)
+    budget.allocator, budget.page_size, budget.req_ring = allocator, page_tokens, False
+    budget.tree_cache = SimpleNamespace(sliding_window_size=512)
+
+    def fits(tokens: int) -> bool:
+        return not budget.swa_never_fits(budget.ceil_paged_tokens(tokens), 100)
+
+    limit = int(sliding_window_limit(allocator))
+    assert fits(limit - 1)
+    assert not fits(limit + page_tokens)
+    assert limit == min(tokens for tokens in range(4096) if not fits(tokens))
+
+
+def test_pools_of_whole_prompts_or_of_windows_alone_refuse_none_for_their_length() -> None:
+    assert sliding_window_limit(SimpleNamespace(page_size=1)) == math.inf
+    assert sliding_window_limit(SimpleNamespace(size_swa=64, page_size=1, swa_req_ring=True)) == math.inf
 
 
 def test_experts_count_as_often_as_they_are_visited() -> None:

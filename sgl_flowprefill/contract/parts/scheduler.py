@@ -92,15 +92,46 @@ PART: Final = Part(
         ),
         *attributes(
             "sglang.srt.managers.scheduler_components.weight_updater:SchedulerWeightUpdaterManager",
-            "offload_tags",
-            "tells whether weights and KV cache are in memory",
+            "offload_tags _session",
+            "tells whether weights and KV cache are in memory, and no weights are being changed",
             "exploration runs without them",
+        ),
+        *attributes(
+            SCHEDULER,
+            "flush_wrapper",
+            "flushes the cache, where somebody waits for it, when nothing is left to do",
+            "who asks for a flush waits for it until the next request comes",
+        ),
+        *rows(
+            "calls",
+            "sglang.srt.managers.scheduler_components.flush_wrapper:",
+            "SchedulerFlushWrapper.check_pending(self)",
+            "flushes the cache, where somebody waits for it, when nothing is left to do",
+            "who asks for a flush waits for it until the next request comes",
+        ),
+        *attributes(
+            SCHEDULER,
+            "max_req_input_len",
+            "is how many tokens a prompt may not have",
+            "a prompt that fits into no pool waits for ever, and others behind it",
+        ),
+        *attributes(
+            "sglang.srt.mem_cache.allocator.swa:SWATokenToKVPoolAllocator",
+            "size_swa swa_req_ring",
+            "tells how many tokens the pool of layers with a sliding window holds, of a whole prompt or of its window",
+            "a prompt that fits into no pool waits for ever, and others behind it",
         ),
         *attributes(
             SCHEDULER,
             "page_size req_to_token_pool token_to_kv_pool_allocator",
             "tells how much KV cache is free",
             "exploration evicts cached prefixes",
+        ),
+        *attributes(
+            "sglang.srt.mem_cache.allocator.base:BaseTokenToKVPoolAllocator",
+            "page_size",
+            "is how many tokens a page of the KV pool holds",
+            "a prompt that fits into no pool waits for ever, and others behind it",
         ),
         *rows(
             "calls",
