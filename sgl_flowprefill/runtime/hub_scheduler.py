@@ -59,7 +59,8 @@ class HubScheduler(Scheduler):
             end_server(SystemExit(f"sgl-flowprefill: {refusal}"))
         super().__init__(server_args, *args, **kwargs)
         # SGLang refuses prompts of so many tokens, and tells its tokenizer process.
-        self.max_req_input_len = min(self.max_req_input_len, sliding_window_limit(self.token_to_kv_pool_allocator))
+        limit = sliding_window_limit(self.token_to_kv_pool_allocator)
+        self.max_req_input_len = int(min(self.max_req_input_len, limit))
         try:
             # The environment of another node may differ.
             keep_whole_passes()
