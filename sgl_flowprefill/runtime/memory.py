@@ -20,6 +20,11 @@ from sgl_flowprefill.runtime.slots import AttentionSlots
 logger = logging.getLogger(__name__)
 
 MIB: Final = 1 << 20
+IN_PIECES: Final = 0.05
+"""Share of free memory that is left alone: what is freed comes back in pieces, and images are encoded in some of it."""
+STEP_BYTES: Final = 12
+"""Bytes that a decode step takes for each stream and token of the vocabulary: logits, those by temperature, and log
+probabilities in float32 (SGLang's ``Sampler``)."""
 LIVE_BESIDE_SUSPENDED: Final = 2
 """Tasks that hold attention state without being suspended: the one that runs, and one whose result is on its way."""
 
@@ -123,8 +128,11 @@ class TaskMemory:
         mlp_tile_tokens: Callable[[], int] | None,
         kept_hidden_states: int = 0,
         gathered: int = 1,
+        streams: int = 0,
     ) -> TaskMemory:
-        """Measure what is free and what a task needs. Raises SystemExit with one line when that does not fit."""
+        """Measure what is free and what a task needs, beside decode steps over up to so many ``streams``. Raises
+        SystemExit with one line when that does not fit.
+        """
         config = model_runner.model_config
         activations = Activations.of(config, model_runner.dtype.itemsize, mlp_tile_tokens, kept_hidden_states, gathered)
         if model_runner.device != "cuda":
@@ -138,6 +146,7 @@ class TaskMemory:
             slots_bytes=slots_bytes,
             longest_bytes=activations.running_bytes(longest_tokens),
             tasks=tasks,
+            steps_bytes=streams * config.vocab_size * STEP_BYTES,
         )
         logger.info(
             "FlowPrefill: %d tasks need %d MiB of attention state, %d of them as they come; %d MiB are left for "
@@ -162,8 +171,10 @@ class TaskMemory:
         return max(running, ending) <= self.budget_bytes
 
 
-def budget(free_bytes: int, slots_bytes: int, longest_bytes: int, tasks: int) -> int:
-    """What is left for activations. Raises SystemExit when that is not even enough for the longest prompt alone."""
+def budget(free_bytes: int, slots_bytes: int, longest_bytes: int, tasks: int, steps_bytes: int = 0) -> int:
+    """What is left for activations, without what decode steps take and what is lost to pieces, but at least what the
+    longest prompt takes alone. Raises SystemExit when there is not even that.
+    """
     left_bytes = free_bytes - slots_bytes
     if left_bytes < longest_bytes:
         raise SystemExit(
@@ -172,7 +183,7 @@ def budget(free_bytes: int, slots_bytes: int, longest_bytes: int, tasks: int) ->
             f"and {free_bytes // MIB} MiB are free: lower --mem-fraction-static or --flowprefill-max-suspended, or set "
             "--context-length"
         )
-    return left_bytes
+    return max(longest_bytes, left_bytes - steps_bytes - int(IN_PIECES * free_bytes))
 
 
 def free_device_bytes() -> int:

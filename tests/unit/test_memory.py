@@ -82,6 +82,14 @@ def test_a_start_without_enough_memory_says_what_to_lower() -> None:
     assert "\n" not in sentence
 
 
+def test_decode_steps_and_what_is_in_pieces_come_off_what_suspended_prefills_may_hold() -> None:
+    def left(free_bytes: int) -> int:
+        return budget(free_bytes, 300 * MIB, longest_bytes=600 * MIB, tasks=18, steps_bytes=100 * MIB)
+
+    assert left(2000 * MIB) == (2000 - 300 - 100 - 100) * MIB
+    assert left(950 * MIB) == 600 * MIB, "the longest prompt can be computed alone"
+
+
 def test_tasks_start_while_their_activations_fit() -> None:
     activations = Activations(hidden=1, attention=5, mlp=7, mlp_tile_tokens=None)
     tasks = TaskMemory(activations, budget_bytes=11_000)
@@ -129,11 +137,13 @@ def test_the_plan_measures_a_slot_and_counts_all_of_them(monkeypatch: pytest.Mon
     monkeypatch.setattr(memory, "free_device_bytes", lambda: 8000 * MIB)
     slots = AttentionSlots(runner, None)
     plan = TaskMemory.plan(runner, slots, max_suspended=16, mlp_tile_tokens=lambda: 4096)
-    assert plan.budget_bytes == (8000 - 16 * 32) * MIB
+    assert plan.budget_bytes == (8000 - 16 * 32 - 400) * MIB
     assert allocated[0] == 32 * MIB, "one slot is made ahead, the others when they are needed"
     taken = [slots.take() for _ in range(3)]
     assert len(set(map(id, taken))) == 3
     assert allocated[0] == 64 * MIB
+    decoding = TaskMemory.plan(runner, slots, max_suspended=16, mlp_tile_tokens=lambda: 4096, streams=64)
+    assert plan.budget_bytes - decoding.budget_bytes == 64 * 128_256 * 3 * 4
     monkeypatch.setattr(memory, "free_device_bytes", lambda: 500 * MIB)
     with pytest.raises(SystemExit, match="18 tasks need"):
         TaskMemory.plan(runner, slots, max_suspended=16, mlp_tile_tokens=lambda: 4096)
