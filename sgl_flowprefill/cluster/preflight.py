@@ -25,6 +25,7 @@ from sgl_flowprefill.cluster import machine
 from sgl_flowprefill.cluster.base import GATEWAY_PORT, LOOPBACK, MAX_PORT, ClusterConfig, Ports, StartError
 from sgl_flowprefill.cluster.commands import CPU_PLATFORM, ROLES, Layout, last_value
 from sgl_flowprefill.cluster.gateway import Gateway
+from sgl_flowprefill.cluster.proxies import ask_directly
 from sgl_flowprefill.compat import incompatible_option, take_over
 from sgl_flowprefill.model import embedded_model_path
 
@@ -49,9 +50,11 @@ SERVER_BYTES: Final = 3_000_000_000
 
 
 def prepare(config: ClusterConfig) -> Layout:
-    """Check everything; returns what to start."""
+    """Check everything; returns what to start. From now on, this process asks the cluster without a proxy."""
     host = _reachable_host(config)
+    ask_directly(host)
     if config.join is not None:
+        ask_directly(urlsplit(config.join).hostname)
         _check_gateway(Gateway(config.join, config.api_key), "unified" if config.unified else "pair")
     on_cpu = _runs_on_cpu(config)
     servers = config.prefill + config.decode + config.unified
