@@ -57,9 +57,11 @@ def test_the_gateway_that_servers_join_is_asked_without_the_proxy(host: str) -> 
 
 
 def test_top_asks_the_server_that_it_is_told_of_without_the_proxy() -> None:
-    with answering(lambda path, headers: (200 if path == STATE else 404, "")) as url:
-        with pytest.raises(StartError, match=r"is no server with FlowPrefill \(status 200\)"):
-            next(documents(url, None))
+    with (
+        answering(lambda path, headers: (200 if path == STATE else 404, "")) as url,
+        pytest.raises(StartError, match=r"is no server with FlowPrefill \(status 200\)"),
+    ):
+        next(documents(url, None))
     with pytest.raises(StartError, match=r"--url http://\[no: nothing answers there"):
         next(documents("http://[no", None))
 
