@@ -160,10 +160,12 @@ def read_options(options: Sequence[str]) -> argparse.Namespace:
 
 
 def _runs_on_cpu(config: ClusterConfig) -> bool:
+    """Attention kernels of GPUs serve no heads as small as the embedded model's."""
     device = last_value(config.server_args, "--device")
     if device:
         return device == "cpu"
-    return os.environ.get("SGLANG_PLATFORM") == CPU_PLATFORM or machine.gpu_count() == 0
+    is_embedded = config.model_path is None
+    return is_embedded or os.environ.get("SGLANG_PLATFORM") == CPU_PLATFORM or machine.gpu_count() == 0
 
 
 def made_model(model: EmbeddedModel | None = None) -> str:
