@@ -8,6 +8,9 @@ ignores the ``custom_params`` at the top of a ``/generate``, Responses or Anthro
 A wrong objective raises a ValueError there, which is a 400 of /v1/completions and /v1/chat/completions, streams too.
 Where an endpoint would make it an error event under status 200 it is looked for before: ``serve_generate_request`` for
 /generate and /vertex_generate, ``create_responses`` and ``handle_messages`` for /v1/responses and /v1/messages.
+
+The time of receipt, from which deadlines count, is the server's. SGLang would take that of a /generate body, and for a
+request without one it would begin to count anew for each of ``n`` samples, once their prompt has been prefilled.
 """
 
 from __future__ import annotations
@@ -30,12 +33,13 @@ from sgl_flowprefill.slo.policy import PolicyError, SloPolicy
 from sgl_flowprefill.slo.policy_file import PolicyFile
 from sgl_flowprefill.slo.resolve import Ask, Request, Resolver
 
+GENERATE: Final = "sglang.srt.entrypoints.http_server.serve_generate_request"
 STREAMING: Final = (
-    "sglang.srt.entrypoints.http_server.serve_generate_request",
     "sglang.srt.entrypoints.openai.serving_responses.OpenAIServingResponses.create_responses",
     "sglang.srt.entrypoints.anthropic.serving.AnthropicServing.handle_messages",
 )
-"""Endpoints that begin a stream before they look at its request. All end with the HTTP request as an argument."""
+"""The other endpoints that begin a stream before they look at its request. All end with the HTTP request as an
+argument."""
 REQUEST: Final = "sglang.srt.managers.tokenizer_manager.TokenizerManager.generate_request"
 PROMPT: Final = "sglang.srt.managers.tokenizer_manager.TokenizerManager._create_tokenized_object"
 
@@ -71,6 +75,7 @@ def apply(config: FlowPrefillConfig) -> None:
         except PolicyError as error:
             raise ConfigError(f"--flowprefill-slo-policy: {error}") from None
         file.watch()
+    HookRegistry.register(GENERATE, objectives.receive, HookType.AROUND)
     for target in STREAMING:
         HookRegistry.register(target, objectives.check_first, HookType.AROUND)
     HookRegistry.register(REQUEST, objectives.read_request, HookType.AROUND)
@@ -82,11 +87,17 @@ class Objectives:
     """The hooks that know the server's policy."""
 
     resolver: Resolver
-    clock: Callable[[], float] = time.monotonic
+    clock: Callable[[], float] = time.perf_counter
+    """SGLang's clock for when a request was received."""
 
     def use(self, policy: SloPolicy) -> None:
         """Requests from now on go by ``policy``; those that have come go on by the one before."""
         self.resolver = replace(self.resolver, policy=policy)
+
+    async def receive(self, original: Callable[..., Awaitable[Any]], obj: Any, request: Any) -> Any:
+        """The hook of /generate and /vertex_generate: the request is received now, whatever its body says."""
+        obj.received_time = self.clock()
+        return await self.check_first(original, obj, request)
 
     async def check_first(self, original: Callable[..., Awaitable[Any]], *args: Any) -> Any:
         """The hook of endpoints that stream: a wrong objective is the API's own 400."""
@@ -106,7 +117,11 @@ class Objectives:
     async def read_request(
         self, original: Callable[..., AsyncGenerator[Any, None]], manager: Any, obj: Any, request: Any = None
     ) -> AsyncIterator[Any]:
-        """The hook of every request: what its HTTP request says goes to each of its prompts."""
+        """The hook of every request: what its HTTP request says, and when it was received, goes to each of its prompts
+        and samples.
+        """
+        if obj.received_time is None:
+            obj.received_time = self.clock()
         _, from_http = await self._read(request)
         obj.sampling_params = with_objective(obj.sampling_params, from_http.custom_params)
         _FROM_HTTP.set(from_http)

@@ -20,6 +20,7 @@ from sgl_flowprefill.cluster import machine
 from sgl_flowprefill.cluster.base import KEY_VARIABLE, LOOPBACK, ClusterConfig, Ports
 from sgl_flowprefill.cluster.machine import CpuPlan, shares
 from sgl_flowprefill.config import ENV_PREFIX, ENV_SWITCH, FlowPrefillConfig
+from sgl_flowprefill.paths import CACHE_VARIABLE
 
 Role = Literal["prefill", "decode", "unified"]
 ROLES: Final[tuple[Role, ...]] = ("prefill", "decode", "unified")
@@ -43,7 +44,6 @@ DECODE_PLACES: Final = ("--max-running-requests", "4096")
 DECODE_KV_TOKENS: Final = 1 << 20
 """The decode server gives a request a running slot and KV cache, first come first served, before its prefill may start.
 When they run out, an urgent request waits for long ones that wait for the prefill server, whatever the order there."""
-CACHE_VARIABLE: Final = ENV_PREFIX + "CACHE_DIR"
 RUN: Final = (sys.executable, "-m", "sgl_flowprefill.cluster.serve")
 """Runs a module with the API key, which no command line shows."""
 
@@ -56,7 +56,7 @@ class Layout:
     model_path: str
     ports: Ports
     cpus: CpuPlan | None
-    """How a machine without a GPU is shared; None on a machine with GPUs."""
+    """How servers on the CPU share this machine; None for servers on GPUs."""
     host: str
     """Address at which other machines reach the servers; the configured one may stand for all addresses."""
 
@@ -153,6 +153,7 @@ class Layout:
                 env["SGLANG_EAGER_INPUT_NO_COPY"] = "1"
         if self.cpus is not None:
             env["SGLANG_PLATFORM"] = CPU_PLATFORM
+            env["CUDA_VISIBLE_DEVICES"] = ""
             env.update(CPU_ALLOCATOR)
             if role != "decode":
                 cpus = self.cpus.scheduler_of(index, self.prefilling)
@@ -171,7 +172,12 @@ class Layout:
         if self.cpus is None:
             return "GPU"
         dtype = last_value(self.config.server_args, "--dtype") or "float32"
-        return f"the CPU in {dtype}" if machine.gpu_count() else f"the CPU in {dtype}, as no NVIDIA GPU is visible"
+        why = ""
+        if not machine.gpu_count():
+            why = ", as no NVIDIA GPU is visible"
+        elif self.config.model_path is None and not last_value(self.config.server_args, "--device"):
+            why = ", as the embedded model is for CPUs; name another with --model-path"
+        return f"the CPU in {dtype}{why}"
 
     def gpus_needed(self) -> int:
         return sum(self.count(role) * self._gpus(role) for role in ROLES)

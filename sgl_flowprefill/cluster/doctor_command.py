@@ -18,7 +18,6 @@ from sgl_flowprefill.cluster.base import ClusterConfig, Ports, StartError
 from sgl_flowprefill.cluster.parsing import Parser
 from sgl_flowprefill.cluster.process import Guard
 from sgl_flowprefill.config import ConfigError, FlowPrefillConfig
-from sgl_flowprefill.model import embedded_model_path
 from sgl_flowprefill.model.embedded import EmbeddedModel
 
 EXIT_FAILED: Final = 1
@@ -55,7 +54,7 @@ def main(argv: Sequence[str], read_launcher: explain_command.ReadLauncher) -> in
 def _check(arguments: argparse.Namespace, server_args: Sequence[str]) -> int:
     model = arguments.model_path
     if model is None and machine.gpu_count():
-        model = str(embedded_model_path(GPU_MODEL))
+        model = preflight.made_model(GPU_MODEL)
     layout = preflight.prepare(
         ClusterConfig(
             flowprefill=True,

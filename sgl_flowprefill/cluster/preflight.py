@@ -25,8 +25,11 @@ from sgl_flowprefill.cluster import machine
 from sgl_flowprefill.cluster.base import GATEWAY_PORT, LOOPBACK, MAX_PORT, ClusterConfig, Ports, StartError
 from sgl_flowprefill.cluster.commands import CPU_PLATFORM, ROLES, Layout, last_value
 from sgl_flowprefill.cluster.gateway import Gateway
+from sgl_flowprefill.cluster.proxies import ask_directly
 from sgl_flowprefill.compat import incompatible_option, take_over
 from sgl_flowprefill.model import embedded_model_path
+from sgl_flowprefill.model.embedded import EmbeddedModel
+from sgl_flowprefill.paths import CACHE_VARIABLE
 
 OWN_OPTIONS: Final = {
     "--model-path": "--model-path of the launcher",
@@ -44,18 +47,23 @@ FREE_PORTS: Final = range(20000, 30000)
 """Below the kernel's range for outgoing connections, which would otherwise take a port between check and use."""
 FOREIGN_WORKERS: Final = {"pair": {"regular": "unified"}, "unified": {"prefill": "prefill", "decode": "decode"}}
 """Servers beside which those of a kind get no requests, by smg's names of them."""
+GGUF_ON_HUB: Final = re.compile(r"\w[\w.-]*/[\w.-]+(:[\w.-]+|/.+\.gguf)")
+"""SGLang's names of GGUF files on the Hugging Face hub: OWNER/REPOSITORY:QUANTIZATION, and with the file's path."""
+MODELSCOPE_VARIABLE: Final = "SGLANG_USE_MODELSCOPE"
 SERVER_BYTES: Final = 3_000_000_000
 """Memory that an SGLang server's processes take without weights and KV cache."""
 
 
 def prepare(config: ClusterConfig) -> Layout:
-    """Check everything; returns what to start."""
+    """Check everything; returns what to start. From now on, this process asks the cluster without a proxy."""
     host = _reachable_host(config)
+    ask_directly(host)
     if config.join is not None:
+        ask_directly(urlsplit(config.join).hostname)
         _check_gateway(Gateway(config.join, config.api_key), "unified" if config.unified else "pair")
     on_cpu = _runs_on_cpu(config)
     servers = config.prefill + config.decode + config.unified
-    model_path = _find_model(config.model_path) if servers else ""
+    model_path = _find_model(config) if servers else ""
     layout = Layout(
         config=config,
         model_path=model_path,
@@ -152,27 +160,53 @@ def read_options(options: Sequence[str]) -> argparse.Namespace:
 
 
 def _runs_on_cpu(config: ClusterConfig) -> bool:
+    """Attention kernels of GPUs serve no heads as small as the embedded model's."""
     device = last_value(config.server_args, "--device")
     if device:
         return device == "cpu"
-    return os.environ.get("SGLANG_PLATFORM") == CPU_PLATFORM or machine.gpu_count() == 0
+    is_embedded = config.model_path is None
+    return is_embedded or os.environ.get("SGLANG_PLATFORM") == CPU_PLATFORM or machine.gpu_count() == 0
 
 
-def _find_model(model: str | Path | None) -> str:
+def made_model(model: EmbeddedModel | None = None) -> str:
+    """Directory of the embedded model, or of another one of its kind. Raises StartError."""
+    try:
+        return str(embedded_model_path(model))
+    except (OSError, RuntimeError) as error:
+        raise StartError(
+            f"no model can be kept in the cache ({error}); set {CACHE_VARIABLE} to a directory that this user can "
+            "write, or give --model-path"
+        ) from None
+
+
+def _find_model(config: ClusterConfig) -> str:
+    model = config.model_path
     if model is None:
-        return str(embedded_model_path())
+        return made_model()
     path = Path(model).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise StartError(f"model {model}: the directory has no config.json, so it is no Hugging Face model")
         return str(path)
+    if path.suffix == ".gguf" and path.is_file():
+        return str(path)
+    if _is_found_by_sglang(str(model)):
+        return str(model)
     if path.exists() or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(model)):
         raise StartError(f"model {model}: no such directory (give a model directory or a Hugging Face model id)")
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        RemoteEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
 
     try:
-        hf_hub_download(str(model), "config.json")
+        hf_hub_download(str(model), "config.json", revision=last_value(config.server_args, "--revision"))
+    except RemoteEntryNotFoundError:
+        pass  # SGLang looks for a GGUF file there
     except GatedRepoError:
         raise StartError(
             f"model {model}: gated; accept its licence at https://huggingface.co/{model} and set HF_TOKEN to a token "
@@ -187,6 +221,12 @@ def _find_model(model: str | Path | None) -> str:
         reason = str(error).strip().splitlines()[0]
         raise StartError(f"model {model}: no such directory, and not on the Hugging Face hub ({reason})") from None
     return str(model)
+
+
+def _is_found_by_sglang(model: str) -> bool:
+    """Whether a model is where only SGLang looks: at a URL, on ModelScope, or in a GGUF file on the hub."""
+    uses_modelscope = os.environ.get(MODELSCOPE_VARIABLE, "").lower() in ("true", "1", "yes", "y")
+    return uses_modelscope or "://" in model or bool(GGUF_ON_HUB.fullmatch(model))
 
 
 def own_address(gateway: str) -> str:

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final
+from urllib.parse import urlsplit
 
 import requests
 from rich.console import Console
@@ -17,6 +18,7 @@ from sgl_flowprefill.cluster.base import GATEWAY_PORT, KEY_VARIABLE, LIVE_PORT, 
 from sgl_flowprefill.cluster.gateway import bearer
 from sgl_flowprefill.cluster.parsing import Parser, text_of_key_file
 from sgl_flowprefill.cluster.preflight import is_free
+from sgl_flowprefill.cluster.proxies import ask_directly
 from sgl_flowprefill.live import PAGE, STATE
 from sgl_flowprefill.live.state import Document, decode_document
 from sgl_flowprefill.live.terminal import screen
@@ -61,10 +63,11 @@ def main(argv: Sequence[str]) -> int:
 def documents(url: str, api_key: str | None) -> Iterator[Document]:
     """What the server at ``url`` tells those who watch. Raises StartError where there is none that does."""
     try:
+        ask_directly(urlsplit(url).hostname)
         response = requests.get(
             url + STATE, headers=bearer(api_key), stream=True, timeout=(CONNECT_S, SILENCE_S), allow_redirects=False
         )
-    except requests.RequestException as error:
+    except (requests.RequestException, ValueError) as error:
         raise StartError(f"--url {url}: nothing answers there ({type(error).__name__})") from None
     if response.status_code == UNAUTHORIZED:
         raise StartError(f"--url {url} asks for an API key: give --api-key-file, or set {KEY_VARIABLE}")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from sgl_flowprefill.model import embedded_model_path
+from sgl_flowprefill.cluster.preflight import made_model
 from sgl_flowprefill.model.embedded import VOCAB_SIZE, EmbeddedModel
 
 
@@ -47,5 +47,5 @@ then decodes by FlashInfer's paged prefill, and with fewer by another module, wh
 
 
 def shape_path(name: str) -> Path:
-    """Directory of the shape; made on first use, and kept in the cache."""
-    return embedded_model_path(SHAPES[name])
+    """Directory of the shape; made on first use, and kept in the cache. Raises StartError."""
+    return Path(made_model(SHAPES[name]))

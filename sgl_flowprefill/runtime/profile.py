@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import platform
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -103,7 +104,7 @@ def _name(model_config: Any) -> str:
 def _find(setting: Setting, config: FlowPrefillConfig) -> Profile | SystemExit | None:
     """The profile that is named or cached, if a model can be fitted to it; why the named one cannot be used."""
     path = profile_path(setting) if config.profile is None else Path(config.profile)
-    if config.profile is None and not path.exists():
+    if config.profile is None and not os.path.exists(path):  # nor in a folder that cannot be entered
         return None
     try:
         profile = read_profile(path)
@@ -128,7 +129,7 @@ def _find(setting: Setting, config: FlowPrefillConfig) -> Profile | SystemExit |
 
 def _learned(path: Path, known: Learned) -> Learned:
     """What has been learned since ``known`` was; itself if nothing has, or if that cannot be used."""
-    if not path.exists():
+    if not os.path.exists(path):
         return known
     try:
         learned = read_learned(path)

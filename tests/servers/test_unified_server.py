@@ -347,6 +347,26 @@ def test_each_way_of_asking_gives_the_objective_that_the_scheduler_sees(unified_
     assert [(one.ttft_slo_s, one.slo_class, one.slo_source) for one in arrivals] == [seen for _, _, seen in ASKS]
 
 
+@pytest.mark.parametrize("claimed_s", [1_790_000_000.0, -1.0])
+@pytest.mark.parametrize("path", ["/generate", "/vertex_generate"])
+def test_deadlines_of_all_samples_count_from_when_the_server_received_their_request(
+    unified_server: Cluster, path: str, claimed_s: float
+) -> None:
+    sampling = {"n": 2, "max_new_tokens": 1, "custom_params": {"ttft_slo": 2.0}}
+    parameters = {"sampling_params": sampling, "received_time": claimed_s}
+    body: dict[str, Any] = {
+        "/generate": {"text": " bake lomi", **parameters},
+        "/vertex_generate": {"instances": [{"text": " bake lomi"}], "parameters": parameters},
+    }[path]
+    start_s = time.monotonic()
+    requests.post(unified_server.url + path, json=body, timeout=60).raise_for_status()
+    end_s = time.monotonic()
+    arrivals = seen_by_the_scheduler(unified_server, start_s, 3)  # the prompt, and after that two samples
+    assert len({one.received_s for one in arrivals}) == 1
+    assert start_s <= arrivals[0].received_s <= end_s
+    assert {round(one.deadline_s - one.received_s, 6) for one in arrivals} == {2.0}
+
+
 @pytest.mark.parametrize("is_stream", [False, True])
 @pytest.mark.parametrize("path", ENDPOINTS)
 def test_a_wrong_objective_is_a_400_of_each_api_and_never_scheduled(

@@ -39,7 +39,7 @@ def test_servers_that_join_listen_on_the_host():
 
 def test_unified_servers_can_share_a_gpu(monkeypatch):
     monkeypatch.setattr(machine, "gpu_count", lambda: 1)
-    share = ["--base-gpu-id", "0", "--mem-fraction-static", "0.4"]
+    share = ["--device", "cuda", "--base-gpu-id", "0", "--mem-fraction-static", "0.4"]
     layout = preflight.prepare(cli.parse(["--unified", "2", "--port", "0", *share]))
     assert [options_of(layout, *server)["--base-gpu-id"] for server in layout.servers] == ["0", "0"]
 
@@ -49,6 +49,7 @@ def test_several_unified_servers_stand_behind_a_gateway(monkeypatch, flowprefill
     monkeypatch.setattr(machine, "gpu_count", lambda: 4)
     switch = ["--flowprefill", "--flowprefill-event-log", "out/events.jsonl"] if flowprefill else []
     options = [*switch, "--unified", "2", "--tp", "2", "--host", "0.0.0.0", "--ports", "0,29200", "--api-key", "secret"]
+    options += ["--device", "cuda"]
     layout = preflight.prepare(cli.parse([*options, "--gateway-args", "--policy cache_aware"]))
     assert layout.servers == [("unified", 0), ("unified", 1)]
     assert not layout.is_single
@@ -133,23 +134,41 @@ def test_a_unified_server_has_its_ranks_in_cpus_and_gpus(monkeypatch):
     layout = preflight.prepare(cli.parse(["--unified", "--port", "0", "--tp", "2"]))
     assert layout.server_env("unified")["FLOWPREFILL_SCHEDULER_CPUS"].count("|") == 1
     monkeypatch.setattr(machine, "gpu_count", lambda: 2)
-    layout = preflight.prepare(cli.parse(["--unified", "--port", "0", "--tp", "2"]))
+    layout = preflight.prepare(cli.parse(["--unified", "--port", "0", "--tp", "2", "--device", "cuda"]))
     assert layout.gpus_needed() == 2
     assert options_of(layout, "unified", 0)["--base-gpu-id"] == "0"
 
 
-def test_the_device_is_named(monkeypatch):
-    layout = preflight.prepare(cli.parse(["--ports", "0"]))
-    assert layout.device() == "the CPU in float32, as no NVIDIA GPU is visible"
-    monkeypatch.setattr(machine, "gpu_count", lambda: 2)
-    assert preflight.prepare(cli.parse(["--ports", "0", "--device", "cpu"])).device() == "the CPU in float32"
-    assert preflight.prepare(cli.parse(["--ports", "0"])).device() == "GPU"
+@pytest.mark.parametrize(
+    ("gpus", "options", "device"),
+    [
+        (0, [], "the CPU in float32, as no NVIDIA GPU is visible"),
+        (0, ["--model-path", "MODEL"], "the CPU in float32, as no NVIDIA GPU is visible"),
+        (2, [], "the CPU in float32, as the embedded model is for CPUs; name another with --model-path"),
+        (2, ["--device", "cpu"], "the CPU in float32"),
+        (2, ["--model-path", "MODEL", "--device", "cpu", "--dtype", "bfloat16"], "the CPU in bfloat16"),
+        (2, ["--model-path", "MODEL"], "GPU"),
+        (2, ["--device", "cuda"], "GPU"),
+    ],
+)
+def test_the_device_is_chosen_and_named(gpus, options, device, monkeypatch, tmp_path):
+    monkeypatch.setattr(machine, "gpu_count", lambda: gpus)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    (tmp_path / "config.json").write_text("{}")
+    options = [str(tmp_path) if option == "MODEL" else option for option in options]
+    layout = preflight.prepare(cli.parse(["--ports", "0", *options]))
+    assert layout.device() == device
+    on_cpu = device != "GPU"
+    for role in ("prefill", "decode"):
+        env = layout.server_env(role)
+        assert env["CUDA_VISIBLE_DEVICES"] == ("" if on_cpu else "0,1")
+        assert env.get("SGLANG_PLATFORM") == ("flowprefill_cpu" if on_cpu else None)
 
 
 def test_each_server_has_ports_gpus_and_an_event_log_of_its_own(monkeypatch):
     monkeypatch.setattr(machine, "gpu_count", lambda: 4)
     config = cli.parse(
-        ["--flowprefill", "--prefill", "2", "--decode", "2", "--ports", "0,29100,29200,29300",
+        ["--flowprefill", "--prefill", "2", "--decode", "2", "--ports", "0,29100,29200,29300", "--device", "cuda",
          "--flowprefill-event-log", "out/events.jsonl"]
     )  # fmt: skip
     layout = preflight.prepare(config)
@@ -243,6 +262,6 @@ def test_tensor_parallel_servers_get_cpus_by_rank_and_gpus_one_after_the_other(o
     layout = preflight.prepare(cli.parse(["--flowprefill", "--ports", "0", *options]))
     assert layout.server_env("prefill")["FLOWPREFILL_SCHEDULER_CPUS"].count("|") == 1
     monkeypatch.setattr(machine, "gpu_count", lambda: 4)
-    layout = preflight.prepare(cli.parse(["--flowprefill", "--ports", "0", *options]))
+    layout = preflight.prepare(cli.parse(["--flowprefill", "--ports", "0", "--device", "cuda", *options]))
     command = layout.server_options("decode")
     assert command[command.index("--base-gpu-id") + 1] == "2"

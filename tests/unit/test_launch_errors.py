@@ -16,6 +16,7 @@ from huggingface_hub import errors
 
 from sgl_flowprefill.cluster import Ports, StartError, cli, machine, preflight
 from sgl_flowprefill.cluster.process import Guard
+from sgl_flowprefill.gpu_report.shapes import shape_path
 from tests.http_server import answering
 
 
@@ -74,7 +75,7 @@ def test_a_missing_model(refusal, model):
 def test_a_model_id_that_the_hub_does_not_have(refusal, monkeypatch):
     from huggingface_hub.errors import LocalEntryNotFoundError
 
-    def fail(*args):
+    def fail(*args, **options):
         raise LocalEntryNotFoundError("cannot reach the hub")
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", fail)
@@ -85,7 +86,7 @@ def test_a_model_id_that_the_hub_does_not_have(refusal, monkeypatch):
     ("error", "text"), [("GatedRepoError", "gated; accept its licence"), ("RepositoryNotFoundError", "check the name")]
 )
 def test_a_model_that_the_hub_shows_to_some(refusal, monkeypatch, error, text):
-    def fail(*args):
+    def fail(*args, **options):
         raise getattr(errors, error)("401 Client Error.", response=SimpleNamespace(headers={}, request=None))
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", fail)
@@ -93,6 +94,68 @@ def test_a_model_that_the_hub_shows_to_some(refusal, monkeypatch, error, text):
     assert "model somebody/something: " in line
     assert text in line
     assert "set HF_TOKEN" in line
+
+
+@pytest.mark.parametrize(
+    ("model", "modelscope"),
+    [
+        ("s3://bucket/model", ""),
+        ("gs://bucket/model", ""),
+        ("redis://host:6379/model", ""),
+        ("Qwen/Qwen3-0.6B", "true"),
+        ("Qwen/Qwen3-0.6B", "1"),
+        ("somebody/something-GGUF:Q4_K_M", ""),
+        ("somebody/something-GGUF/folder/model.gguf", ""),
+        ("model.gguf", ""),
+    ],
+)
+def test_a_model_that_only_sglang_finds_is_left_to_it(model, modelscope, monkeypatch, tmp_path):
+    def fail(*args, **options):
+        raise errors.LocalEntryNotFoundError("cannot reach the hub")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", fail)
+    monkeypatch.setenv("SGLANG_USE_MODELSCOPE", modelscope)
+    (tmp_path / "model.gguf").touch()
+    assert preflight.prepare(cli.parse(["--ports", "0", "--model-path", model])).model_path == model
+
+
+@pytest.mark.parametrize("model", ["/no/such/model.gguf", "./model.gguf", "somebody/something:", "some:thing"])
+def test_a_gguf_file_that_is_none(refusal, model):
+    assert f"model {model}: no such directory" in refusal("--model-path", model)
+
+
+@pytest.mark.parametrize(("options", "revision"), [([], None), (["--revision", "v2"], "v2"), (["--revision=v3"], "v3")])
+def test_a_model_is_looked_for_at_its_revision(options, revision, monkeypatch):
+    asked = []
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *args, **options: asked.append((args, options)))
+    preflight.prepare(cli.parse(["--ports", "0", "--model-path", "somebody/something", *options]))
+    assert asked == [(("somebody/something", "config.json"), {"revision": revision})]
+
+
+def test_a_repository_of_gguf_files_is_left_to_sglang(monkeypatch):
+    def fail(*args, **options):
+        raise errors.RemoteEntryNotFoundError("no config.json", response=SimpleNamespace(headers={}, request=None))
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", fail)
+    model = "somebody/something-GGUF"
+    assert preflight.prepare(cli.parse(["--ports", "0", "--model-path", model])).model_path == model
+
+
+def test_a_cache_that_cannot_be_entered(refusal, monkeypatch, tmp_path):
+    remedy = "set FLOWPREFILL_CACHE_DIR to a directory that this user can write, or give --model-path"
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("FLOWPREFILL_CACHE_DIR", str(tmp_path / "file" / "cache"))
+    line = refusal("--flowprefill")
+    assert f"no model can be kept in the cache ([Errno 20] Not a directory: '{tmp_path}/file/cache'" in line
+    assert line.endswith(remedy)
+
+    def forbidden(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "is_dir", forbidden)
+    assert "Permission denied" in refusal("--flowprefill")
+    with pytest.raises(StartError, match=remedy):
+        shape_path("llama-small")
 
 
 def test_a_directory_that_is_no_checkpoint(refusal, tmp_path):
@@ -117,8 +180,8 @@ def test_memory_of_weights_that_are_float32_already(refusal, monkeypatch, tmp_pa
 
 def test_one_gpu_for_two_servers(refusal, monkeypatch):
     monkeypatch.setattr(machine, "gpu_count", lambda: 1)
-    assert "need 2 GPUs and there is 1" in refusal("--flowprefill")
-    assert "need 4 GPUs and there is 1" in refusal("--flowprefill", "--tp", "2")
+    assert "need 2 GPUs and there is 1" in refusal("--flowprefill", "--device", "cuda")
+    assert "need 4 GPUs and there is 1" in refusal("--flowprefill", "--device", "cuda", "--tp", "2")
 
 
 @pytest.mark.parametrize(
@@ -236,7 +299,7 @@ def test_memory_for_every_server(refusal, monkeypatch):
 
 def test_gpus_for_every_server(refusal, monkeypatch):
     monkeypatch.setattr(machine, "gpu_count", lambda: 3)
-    options = ["--prefill", "2", "--decode-args", "--tp 2"]
+    options = ["--prefill", "2", "--decode-args", "--tp 2", "--device", "cuda"]
     assert "prefill-0, prefill-1 and decode need 4 GPUs and there are 3" in refusal(*options)
 
 
@@ -376,6 +439,7 @@ def test_a_fleet_of_unified_servers_that_cannot_work(refusal, options, text):
 @pytest.mark.parametrize(("gpus", "options", "fewer"), [(1, [], 1), (3, ["--tp", "2"], 1), (5, ["--tp", "2"], 2)])
 def test_too_few_gpus_for_every_unified_server(refusal, monkeypatch, gpus, options, fewer):
     monkeypatch.setattr(machine, "gpu_count", lambda: gpus)
+    options = [*options, "--device", "cuda"]
     line = refusal("--unified", "3", *options)
     assert "unified-0, unified-1 and unified-2 need" in line
     assert f"and there {'is' if gpus == 1 else 'are'} {gpus}; start fewer (--unified {fewer})" in line
@@ -419,7 +483,7 @@ def test_a_port_in_use_of_a_unified_server(refusal, busy_port):
 
 def test_too_few_gpus_for_a_unified_server(refusal, monkeypatch):
     monkeypatch.setattr(machine, "gpu_count", lambda: 1)
-    line = refusal("--unified", "--tp", "2")
+    line = refusal("--unified", "--tp", "2", "--device", "cuda")
     assert "the unified server needs 2 GPUs and there is 1; give a smaller --tp, or serve with --device cpu" in line
 
 

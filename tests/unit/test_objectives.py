@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import json
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
@@ -17,6 +18,8 @@ from starlette.datastructures import Headers
 pytest.importorskip("sglang")
 
 from fastapi import HTTPException
+from sglang.srt.managers.io_struct import GenerateReqInput
+from sglang.srt.observability.req_time_stats import APIServerReqTimeStats
 from starlette.requests import Request as HttpRequest
 
 from sgl_flowprefill.config import FlowPrefillConfig
@@ -286,7 +289,7 @@ async def passed(hooks: Objectives, request: Any, sampling: Any = None, priority
         assert hooks.resolve(tokenized, manager, obj, obj.text, None) is None
         yield tokenized.sampling_params.custom_params
 
-    obj = SimpleNamespace(text="a b c", sampling_params=sampling, priority=priority)
+    obj = SimpleNamespace(text="a b c", sampling_params=sampling, priority=priority, received_time=None)
     async for answer in hooks.read_request(generate_request, MANAGER, obj, request):
         return dict(answer)
     raise AssertionError("no answer")
@@ -345,7 +348,7 @@ def test_a_request_goes_by_one_policy_to_its_end_and_the_next_one_by_the_next() 
         yield found
 
     async def answer() -> Any:
-        obj = SimpleNamespace(sampling_params=None, priority=10)
+        obj = SimpleNamespace(sampling_params=None, priority=10, received_time=None)
         return await anext(aiter(hooks.read_request(a_list, MANAGER, obj, http({}))))
 
     assert asyncio.run(answer()) == [0.5, 0.5]
@@ -391,3 +394,37 @@ def test_a_stream_with_a_wrong_objective_is_a_400_before_it_begins(
     sampling = body.get("sampling_params")
     with pytest.raises(SloError, match=sentence):
         asyncio.run(passed(hooks, http(body, headers), sampling[-1] if isinstance(sampling, list) else sampling))
+
+
+@pytest.mark.parametrize("claimed_s", [None, 1_790_000_000.0, -1.0])
+def test_a_generate_request_is_received_when_it_comes_whatever_its_body_says(claimed_s: float | None) -> None:
+    async def received_s(obj: GenerateReqInput, request: Any) -> float | None:
+        return obj.received_time
+
+    hooks = Objectives(policed(), clock=lambda: 5.0)
+    obj = GenerateReqInput(text="a b c", received_time=claimed_s)
+    assert asyncio.run(hooks.receive(received_s, obj, http({"received_time": claimed_s}))) == 5.0
+
+
+@pytest.mark.parametrize("by_endpoint_s", [None, 4.0], ids=["sglang.Engine", "OpenAI"])
+@pytest.mark.parametrize("prompts", ["a b c", ["a b c", "d"]], ids=["one", "two"])
+def test_all_samples_of_a_prompt_count_from_when_their_request_was_received(
+    prompts: str | list[str], by_endpoint_s: float | None
+) -> None:
+    """SGLang prefills their prompt first, and makes copies of the request after that."""
+    now_s = iter([5.0])
+
+    async def samples(manager: Any, obj: GenerateReqInput, request: Any) -> AsyncIterator[float]:
+        obj.normalize_batch_and_arguments()
+        for number in range(obj.batch_size):
+            for _ in range(obj.parallel_sample_num):
+                stats = APIServerReqTimeStats()
+                stats.set_created_time(copy.copy(obj[number]).received_time)
+                yield stats.created_time
+
+    async def received_s(obj: GenerateReqInput) -> set[float]:
+        return {time_s async for time_s in hooks.read_request(samples, MANAGER, obj, None)}
+
+    hooks = Objectives(policed(), clock=lambda: next(now_s))
+    obj = GenerateReqInput(text=prompts, sampling_params={"n": 2}, received_time=by_endpoint_s)
+    assert asyncio.run(received_s(obj)) == {by_endpoint_s or 5.0}

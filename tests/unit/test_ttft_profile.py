@@ -9,13 +9,16 @@ import random
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from sgl_flowprefill.cluster import profile_command
+from sgl_flowprefill.config import FlowPrefillConfig
 from sgl_flowprefill.profiling import Profile, ProfileError, Row, Setting, make_design, read_profile, write_profile
 from sgl_flowprefill.profiling.design import Shape, references
 from sgl_flowprefill.profiling.ranks import Done, Leader, follow
@@ -283,6 +286,32 @@ def test_what_is_no_profile_is_refused(tmp_path: Path) -> None:
 def test_a_difference_between_settings_is_named() -> None:
     other = SETTING.model_copy(update={"threads": 4, "device": "another"})
     assert SETTING.difference(other) == "device made up, not another, threads 1, not 4"
+
+
+def test_a_cache_that_cannot_be_entered_costs_a_start_a_measurement_and_a_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from sgl_flowprefill.runtime import profile
+
+    cache, stat = tmp_path / "no directory" / "cache", os.stat
+    cache.parent.touch()
+
+    def forbidding(path: Any, *args: Any, **options: Any) -> os.stat_result:
+        if str(path).startswith(str(cache)):
+            raise PermissionError(13, "Permission denied", str(path))
+        return stat(path, *args, **options)
+
+    engine = MadeUpEngine()
+    ranks = SimpleNamespace(rank_in_group=0, world_size=1, broadcast_object=lambda value: value)
+    role: Any = SimpleNamespace(scheduler=SimpleNamespace(tp_group=ranks, device="cpu"))
+    monkeypatch.setenv("FLOWPREFILL_CACHE_DIR", str(cache))
+    monkeypatch.setattr(profile, "current_setting", lambda scheduler: SETTING)
+    monkeypatch.setattr(profile, "SchedulerEngine", lambda role: engine)
+    monkeypatch.setattr(profile, "run_profile", partial(run_profile, clock=engine.clock))
+    monkeypatch.setattr(os, "stat", forbidding)
+    ttft, _ = profile.load_or_measure(role, FlowPrefillConfig())
+    assert ttft.model.predict_s([PrefillShape(64)]) > 0
+    assert [record.message for record in caplog.records if "cannot keep the profile" in record.message]
 
 
 def test_the_report_has_the_figures(tmp_path: Path) -> None:

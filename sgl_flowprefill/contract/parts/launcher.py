@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from sgl_flowprefill.contract.row import Part, Row, rows
+from sgl_flowprefill.contract.row import Part, Row, attributes, rows, source
 
 PART: Final = Part(
     "launcher",
@@ -31,6 +31,26 @@ PART: Final = Part(
             "ConfigArgumentMerger ConfigArgumentMerger.merge_config_with_args(self, cli_args)",
             "reads a --config file",
             "options in a --config file are not seen",
+        ),
+        *attributes(
+            "sglang.srt.environ:Envs",
+            "SGLANG_USE_MODELSCOPE",
+            "has models looked for on ModelScope, where the launcher does not look",
+            "the launcher refuses models of ModelScope",
+        ),
+        source(
+            "assumes",
+            "sglang.srt.utils.common:is_remote_url",
+            ['pattern = r"(.+)://(.*)"'],
+            "takes every path with :// for a URL",
+            "the launcher refuses models in object storage",
+        ),
+        source(
+            "assumes",
+            "sglang.srt.utils.hf_transformers.common:resolve_hf_gguf_reference",
+            ['if ":" in model:', 'if len(parts) > 2 and model.endswith(".gguf"):'],
+            "finds GGUF files on the hub by these names",
+            "the launcher refuses GGUF files on the hub, or begins to serve a name that is none",
         ),
     ),
 )

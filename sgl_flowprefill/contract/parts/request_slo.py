@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from sgl_flowprefill.contract.row import Part, attributes, rows
+from sgl_flowprefill.contract.row import Part, attributes, rows, source
 from sgl_flowprefill.contract.symbols import HTTP
 
 PART: Final = Part(
@@ -16,8 +16,8 @@ PART: Final = Part(
             "hooks",
             HTTP,
             "serve_generate_request(obj, request)",
-            "checks the objective of a /generate request before a stream begins",
-            "an invalid objective is an error event under status 200",
+            "checks the objective of a /generate request before a stream begins, and sets when it was received",
+            "an invalid objective is an error event under status 200, and clients move their deadlines",
         ),
         *rows(
             "hooks",
@@ -46,6 +46,20 @@ PART: Final = Part(
             "TokenizerManager._create_tokenized_object(self, obj, ...)",
             "is where the objective of every prompt is resolved and written into its custom_params",
             "classes, the policy file and headers have no effect",
+        ),
+        source(
+            "assumes",
+            "sglang.srt.managers.tokenizer_manager:TokenizerManager._init_req_state",
+            ["created_time = obj.received_time", "time_stats.set_created_time(created_time)"],
+            "takes the time at which a request was received from it, also for each of several samples",
+            "clients move their deadlines, and those of several samples count from when their prompt was prefilled",
+        ),
+        source(
+            "assumes",
+            "sglang.srt.managers.io_struct:GenerateReqInput.__getitem__",
+            ["received_time=self.received_time"],
+            "gives each prompt of a list the time at which the request was received",
+            "deadlines of several samples count from when their prompt was prefilled",
         ),
         *attributes(
             "sglang.srt.managers.tokenizer_manager:TokenizerManager",
@@ -82,6 +96,12 @@ PART: Final = Part(
             "sampling_params priority",
             "is where the objective of a request belongs, and the priority that stands for one",
             "an objective at the top of a /generate body is ignored",
+        ),
+        *attributes(
+            "sglang.srt.managers.io_struct:GenerateReqInput",
+            "received_time",
+            "is when a request was received",
+            "clients move their deadlines",
         ),
     ),
 )
