@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 from huggingface_hub import errors
 
-from sgl_flowprefill.cluster import Ports, StartError, cli, machine, preflight
+from sgl_flowprefill.cluster import Ports, StartError, cli, logs, machine, preflight
 from sgl_flowprefill.cluster.process import Guard
 from tests.http_server import answering
 
@@ -132,6 +132,34 @@ def test_one_gpu_for_two_servers(refusal, monkeypatch):
 )
 def test_a_wrong_flowprefill_option(refusal, options, text):
     assert text in refusal("--flowprefill", *options)
+
+
+@pytest.mark.parametrize("in_the_way", ["logs", "logs/decode.log"])
+def test_logs_that_cannot_be_written(refusal, tmp_path, in_the_way):
+    folder, path = tmp_path / "logs", tmp_path / in_the_way
+    path.touch() if path == folder else path.mkdir(parents=True)
+    line = refusal("--ports", "0", "--log-dir", str(folder))
+    assert f"the log {folder}/" in line
+    assert "cannot be written (" in line
+    assert "name another directory with --log-dir" in line
+
+
+@pytest.mark.parametrize("name", ["decode", "gateway"])
+def test_the_logs_of_another_launcher_that_runs(refusal, tmp_path, name):
+    log = tmp_path / "out" / "logs" / f"{name}.log"
+    with logs.held(log):
+        log.write_text("a line of the other's")
+        line = refusal("--ports", "0")
+        assert f"another launcher that is running has its log in out/logs/{name}.log" in line
+        assert "give this one another directory with --log-dir" in line
+        assert log.read_text() == "a line of the other's"
+    with pytest.raises(AssertionError, match="a server was about to start"):
+        cli.main(["--ports", "0"])
+
+
+def test_launchers_in_one_directory_whose_logs_differ_run_beside_each_other(tmp_path):
+    with logs.held(tmp_path / "out/logs/prefill.log"), pytest.raises(AssertionError, match="a server was about to st"):
+        cli.main(["--role", "gateway", "--ports", "0"])
 
 
 def test_a_misspelt_option_in_the_environment(refusal, monkeypatch):
