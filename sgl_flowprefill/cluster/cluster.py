@@ -189,7 +189,8 @@ class Cluster:
 
     def _start_gateway(self) -> None:
         layout = self._layout
-        metrics_port = preflight.free_port(self.config.host, taken=vars(layout.ports).values())
+        taken = [*vars(layout.ports).values(), self.config.live_port or 0]
+        metrics_port = preflight.free_port(self.config.host, taken)
         command, log = layout.gateway_command(metrics_port), self.config.log(GATEWAY)
         self._gateway_server = self._guard.start(GATEWAY, command, layout.gateway_env(), log)
         routing = Routing(self._gateway, len(self._members))

@@ -66,6 +66,7 @@ def prepare(config: ClusterConfig) -> Layout:
             config.decode,
             config.worker_host,
             unified=0 if config.is_one_server else config.unified,
+            live=config.live_port if config.has_live_page else None,
         ),
         cpus=None,
         host=host,
@@ -82,11 +83,21 @@ def prepare(config: ClusterConfig) -> Layout:
 
 
 def choose_ports(
-    host: str, ports: Ports, prefill: int = 1, decode: int = 1, worker_host: str = LOOPBACK, *, unified: int = 0
+    host: str,
+    ports: Ports,
+    prefill: int = 1,
+    decode: int = 1,
+    worker_host: str = LOOPBACK,
+    *,
+    unified: int = 0,
+    live: int | None = None,
 ) -> Ports:
     """Check the given ports and replace each 0 by a free port, or by the first of as many as there are servers. What
     clients send their requests to listens on ``host``, all servers behind a gateway on ``worker_host``; ``unified`` are
-    those behind one."""
+    those behind one. ``live`` is where the launcher will listen on ``host``, if that is given."""
+    another = "name another port, or 0 for any free one"
+    if live and not is_free(host, live):
+        raise StartError(f"--live-port {live} is in use; {another}")
     counts = {"gateway": 1, "prefill": prefill, "decode": decode, "unified": unified, "bootstrap": prefill}
     is_one = not prefill and not decode and not unified
     chosen: dict[str, int] = {}
@@ -94,12 +105,14 @@ def choose_ports(
     for name, count in counts.items():
         first, address = getattr(ports, name), host if name == "gateway" else worker_host
         if not first:
-            first = free_port(address, taken, count)
+            first = free_port(address, {*taken, live or 0}, count)
         for port in range(first, first + count):
             if port in taken or port > MAX_PORT:
                 raise StartError(
                     f"port {port} ({name}): {count} servers count up from {first}; choose ports further apart"
                 )
+            if port == live:
+                raise StartError(f"--live-port {live} is a port of the servers ({name}), too; {another}")
             if not is_free(address, port):
                 several = "GATEWAY,UNIFIED" if unified else "GATEWAY,PREFILL,…"
                 whose, others = ("", "PORT") if is_one else (f" ({name})", several)

@@ -56,6 +56,35 @@ def test_a_port_in_use(refusal, busy_port, place):
     assert f"port {busy_port}" in refusal("--ports", ",".join(ports))
 
 
+def test_a_live_port_in_use(refusal, busy_port):
+    for servers in ([], ["--unified", "2"], ["--role", "prefill", "--join", "http://127.0.0.1:1"]):
+        line = refusal("--flowprefill", *servers, "--ports", "0", "--live-port", str(busy_port))
+        assert f"--live-port {busy_port} is in use; name another port, or 0 for any free one" in line
+    with pytest.raises(AssertionError, match="a server was about to start"):
+        cli.main(["--ports", "0", "--live-port", str(busy_port)])  # without FlowPrefill there is no page
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        (["--ports", "29555"], "gateway"),
+        (["--ports", "0,0,29555"], "decode"),
+        (["--ports", "0,29554", "--prefill", "2"], "prefill"),
+        (["--ports", "0,29554", "--unified", "2"], "unified"),
+        (["--ports", "0,0,0,29554", "--prefill", "2"], "bootstrap"),
+    ],
+)
+def test_a_live_port_that_a_server_is_to_have(refusal, options, name):
+    line = refusal("--flowprefill", *options, "--live-port", "29555")
+    assert f"--live-port 29555 is a port of the servers ({name}), too; name another port, or 0 for any free one" in line
+
+
+def test_no_server_gets_the_port_of_the_live_page(monkeypatch):
+    monkeypatch.setattr(preflight, "FREE_PORTS", range(29550, 29555))
+    ports = preflight.choose_ports("127.0.0.1", Ports(), live=29552)
+    assert set(vars(ports).values()) == {29550, 29551, 29553, 29554}
+
+
 @pytest.mark.parametrize("ports", ["x", "1,2,3,4,5", "70000", "-1", "29001,29001", ""])
 def test_ports_that_are_none(refusal, ports):
     assert "--ports" in refusal(f"--ports={ports}")
