@@ -29,6 +29,8 @@ GATEWAY: Final = "gateway"
 TP_OPTIONS: Final = ("--tensor-parallel-size", "--tp-size", "--tp")
 PARALLEL_OPTIONS: Final = (TP_OPTIONS, ("--pipeline-parallel-size", "--pp-size"))
 """SGLang options whose product is the number of GPUs of a server."""
+GUIDING_OPTIONS: Final = (*PARALLEL_OPTIONS, ("--base-gpu-id",), ("--device",), ("--dtype",))
+"""SGLang options, by all their names, by which servers are placed and described."""
 GATEWAY_TIMEOUT_S: Final = 1800
 GATEWAY_GRACE_S: Final = 60
 GATEWAY_RETRIES: Final = ("--retry-max-retries", "4", "--retry-initial-backoff-ms", "500")

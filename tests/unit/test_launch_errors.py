@@ -233,6 +233,39 @@ def test_a_config_file_with_a_key_or_a_certificate(refusal, tmp_path, line):
     assert "the decode server's --config sets api-key or ssl-certfile" in text
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "reason"),
+    [
+        ("missing.yaml", None, "Config file not found"),
+        ("file.json", "{}", "must be YAML"),
+        ("list.yaml", "- tp", "must contain a dictionary"),
+        ("broken.yaml", "tp: [\n2", "while parsing"),
+        ("number.yaml", "5: 2", "'int' object"),
+        ("folder.yaml", None, "Is a directory"),
+    ],
+)
+@pytest.mark.parametrize("role", ["all", "prefill"])
+def test_a_config_file_that_cannot_be_read(refusal, caplog, tmp_path, name, text, reason, role):
+    file = tmp_path / name
+    if text is not None:
+        file.write_text(text)
+    elif name.startswith("folder"):
+        file.mkdir()
+    options = ["--config", str(file)] if role == "all" else ["--prefill-args", f"--config {file}"]
+    line = refusal("--ports", "0", *options)
+    assert f"--config {file}: " in line
+    assert reason in line
+    assert line.endswith("; a server takes one YAML file of SGLang's options")
+    assert not caplog.records, "which would be more lines"
+
+
+def test_a_second_config_file_of_a_server(refusal, tmp_path):
+    for name in ("one.yaml", "two.yaml"):
+        (tmp_path / name).write_text("enable-metrics: true")
+    options = ["--config", "one.yaml", "--prefill-args", "--config two.yaml"]
+    assert "a server takes one YAML file of SGLang's options" in refusal("--ports", "0", *options)
+
+
 def test_the_same_options_are_fine_for_sglangs_own_scheduler():
     config = cli.parse(["--ports", "0", "--prefill-args", "--chunked-prefill-size 2048"])
     assert preflight.prepare(config).server_options("prefill")[-2:] == ["--chunked-prefill-size", "2048"]
