@@ -13,6 +13,7 @@ neither arrival nor ``leave``.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -24,6 +25,9 @@ from msgspec import UNSET, Meta, Struct, UnsetType
 logger = logging.getLogger(__name__)
 
 OPTION: Final = "--flowprefill-event-log"
+LINE_BEGIN: Final = b'{"event":"'
+LONGEST_LINE_BYTES: Final = 1 << 20
+"""How far back from its end a log is searched for its last whole line."""
 
 
 def rounded(time_s: float | None) -> float | None:
@@ -220,7 +224,7 @@ class EventLogError(ValueError):
 class EventLog:
     """Appends events to a file, keeps the last ones in memory, and hands them to listeners, or drops them where nobody
     hears of them. Lines reach the file at ``flush`` at the latest. A file that cannot be written any more, such as on a
-    full disk, is given up: serving goes on.
+    full disk, is given up: serving goes on. A last line that an earlier process left unfinished is removed.
     """
 
     def __init__(self, path: str | Path | None, recent: RecentEvents | None = None) -> None:
@@ -230,6 +234,7 @@ class EventLog:
         self._file: IO[bytes] | None = None
         if path is not None:
             Path(path).parent.mkdir(parents=True, exist_ok=True)
+            _remove_cut_line(Path(path))
             self._file = open(path, "ab", buffering=1 << 16)  # noqa: SIM115 - lives as long as the process
 
     @property
@@ -271,6 +276,20 @@ class EventLog:
         logger.error("No more events are written to %s: %s", file.name, error)
         with suppress(OSError):
             file.close()
+
+
+def _remove_cut_line(path: Path) -> None:
+    """Cut the log at ``path`` back to its last whole line: the next one would be glued to what a killed process or a
+    full disk has left of a line. What no line of an event log begins with stays.
+    """
+    if not path.is_file():  # there is none yet, or it is a device
+        return
+    with open(path, "r+b") as file:
+        size_bytes = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size_bytes - LONGEST_LINE_BYTES))
+        cut = file.read().rpartition(b"\n")[2]
+        if cut and LINE_BEGIN.startswith(cut[: len(LINE_BEGIN)]):
+            file.truncate(size_bytes - len(cut))
 
 
 def read_events(path: str | Path) -> Iterator[AnyEvent]:

@@ -114,6 +114,10 @@ class ClusterConfig:
         prefilling = self.prefill + self.unified
         return self.flowprefill and bool(self.options.recent_events and prefilling) and not self.is_one_server
 
+    def log(self, name: str) -> Path:
+        """Log file of a server or of the gateway."""
+        return self.log_dir / f"{name}.log"
+
     @property
     def worker_host(self) -> str:
         """Address that servers listen on. Only the gateway on the same machine needs to reach the servers behind it."""

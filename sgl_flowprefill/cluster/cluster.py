@@ -13,9 +13,9 @@ from typing import Any, Final
 
 import requests
 
-from sgl_flowprefill.cluster import preflight
-from sgl_flowprefill.cluster.base import ClusterConfig, ClusterError, StartError
-from sgl_flowprefill.cluster.commands import Layout
+from sgl_flowprefill.cluster import logs, preflight
+from sgl_flowprefill.cluster.base import ClusterConfig, ClusterError
+from sgl_flowprefill.cluster.commands import GATEWAY, Layout
 from sgl_flowprefill.cluster.gateway import Gateway, Routing, bearer
 from sgl_flowprefill.cluster.machine import CpuPlan
 from sgl_flowprefill.cluster.members import Members, bind
@@ -55,6 +55,8 @@ class Cluster:
         self._gateway = Gateway(self.url, self.config.api_key)
         self._members = Members(self._layout, self._gateway, self._guard, self._say)
         with self._stack:
+            for name in self._layout.process_names:
+                self._stack.enter_context(logs.held(self.config.log(name)))
             self._stack.enter_context(self._guard)
             self._start()
             self._stack = self._stack.pop_all()
@@ -153,10 +155,6 @@ class Cluster:
 
     def _start(self) -> None:
         begin_s = time.monotonic()
-        try:
-            self.config.log_dir.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise StartError(f"--log-dir {self.config.log_dir}: {error.strerror}") from None
         if self._layout.servers:
             self._start_servers(begin_s)
         if self.config.join:
@@ -191,11 +189,10 @@ class Cluster:
 
     def _start_gateway(self) -> None:
         layout = self._layout
-        metrics_port = preflight.free_port(self.config.host, taken=vars(layout.ports).values())
-        log = self.config.log_dir / "gateway.log"
-        self._gateway_server = self._guard.start(
-            "gateway", layout.gateway_command(metrics_port), layout.gateway_env(), log
-        )
+        taken = [*vars(layout.ports).values(), self.config.live_port or 0]
+        metrics_port = preflight.free_port(self.config.host, taken)
+        command, log = layout.gateway_command(metrics_port), self.config.log(GATEWAY)
+        self._gateway_server = self._guard.start(GATEWAY, command, layout.gateway_env(), log)
         routing = Routing(self._gateway, len(self._members))
         self._waiting.until("the gateway", routing.is_complete, routing.phase)
 

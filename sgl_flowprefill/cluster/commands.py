@@ -24,10 +24,14 @@ from sgl_flowprefill.paths import CACHE_VARIABLE
 
 Role = Literal["prefill", "decode", "unified"]
 ROLES: Final[tuple[Role, ...]] = ("prefill", "decode", "unified")
+GATEWAY: Final = "gateway"
+"""Name of the gateway in messages and of its log."""
 
 TP_OPTIONS: Final = ("--tensor-parallel-size", "--tp-size", "--tp")
 PARALLEL_OPTIONS: Final = (TP_OPTIONS, ("--pipeline-parallel-size", "--pp-size"))
 """SGLang options whose product is the number of GPUs of a server."""
+GUIDING_OPTIONS: Final = (*PARALLEL_OPTIONS, ("--base-gpu-id",), ("--device",), ("--dtype",), ("--revision",))
+"""SGLang options, by all their names, by which servers are placed, described, and their model is found."""
 GATEWAY_TIMEOUT_S: Final = 1800
 GATEWAY_GRACE_S: Final = 60
 GATEWAY_RETRIES: Final = ("--retry-max-retries", "4", "--retry-initial-backoff-ms", "500")
@@ -97,6 +101,12 @@ class Layout:
     def name(self, role: Role, index: int) -> str:
         """Name of a server in messages and of its log: with its number where there are several."""
         return role if self.count(role) == 1 else f"{role}-{index}"
+
+    @property
+    def process_names(self) -> list[str]:
+        """Names of all that is started here, each of which has a log."""
+        servers = [self.name(role, index) for role, index in self.servers]
+        return [*servers, GATEWAY] if self.config.has_gateway else servers
 
     def event_log(self, role: Role, index: int = 0) -> Path | None:
         """Event log of a server, if there is one."""

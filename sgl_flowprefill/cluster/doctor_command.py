@@ -66,7 +66,6 @@ def _check(arguments: argparse.Namespace, server_args: Sequence[str]) -> int:
         )
     )
     log = arguments.log_dir / "doctor.log"
-    log.parent.mkdir(parents=True, exist_ok=True)
     findings: list[dict[str, Any]] = []
     command = [sys.executable, "-m", "sgl_flowprefill.runtime.selfcheck", *layout.server_options("prefill")]
     with Guard() as guard:

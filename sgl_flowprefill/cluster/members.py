@@ -12,7 +12,7 @@ import requests
 
 from sgl_flowprefill.cluster import phases, preflight
 from sgl_flowprefill.cluster.asked import Asked
-from sgl_flowprefill.cluster.base import ClusterError
+from sgl_flowprefill.cluster.base import ClusterError, StartError
 from sgl_flowprefill.cluster.commands import Layout, Role
 from sgl_flowprefill.cluster.gateway import Errands, Gateway, Worker
 from sgl_flowprefill.cluster.process import Guard, Server
@@ -176,15 +176,18 @@ class Members:
     def _launch(self, member: Member) -> None:
         layout, role, index = self._layout, member.role, member.index
         command = layout.server_command(role, index, member.bootstrap)
-        log = self._config.log_dir / f"{member.name}.log"
-        member.server = self._guard.start(member.name, command, layout.server_env(role, index), log)
+        env, log = layout.server_env(role, index), self._config.log(member.name)
+        member.server = self._guard.start(member.name, command, env, log)
         member.up_since_s = member.health = member.seen = None
 
     def _start_again(self, member: Member) -> None:
         """Start a server at its old address, but with another bootstrap port. A decode server that has not noticed the
         end of a prefill server would go on to use what it had learned there: rank addresses that are gone."""
-        member.bootstrap = preflight.free_port(self._config.worker_host)
-        self._launch(member)
+        try:
+            member.bootstrap = preflight.free_port(self._config.worker_host)
+            self._launch(member)
+        except StartError as error:
+            self._say(f"the {member.name} server cannot be started: {error}\n{self._put_off(member)}")
 
     def _look_after(self, member: Member, server: Server) -> None:
         """See whether a server that was started again is up."""
@@ -216,11 +219,18 @@ class Members:
         now_s = self._clock()
         if member.up_since_s is not None and now_s - member.up_since_s > LONGEST_BACK_OFF_S:
             member.back_off_s = 1.0
-        member.server, member.up_since_s, member.start_at_s = None, None, now_s + member.back_off_s
+        member.server, member.up_since_s = None, None
+        later = self._put_off(member)
         self._errands.add(partial(self.leave, member))
         self._guard.end(server)
-        self._say(f"{ended}\nIt is started again in {member.back_off_s:.0f} s; the others go on")
-        member.back_off_s = min(2 * member.back_off_s, LONGEST_BACK_OFF_S)
+        self._say(f"{ended}\n{later}")
+
+    def _put_off(self, member: Member) -> str:
+        """Let the next start of a server wait, longer each time; the sentence that says so."""
+        pause_s = member.back_off_s
+        member.start_at_s = self._clock() + pause_s
+        member.back_off_s = min(2 * pause_s, LONGEST_BACK_OFF_S)
+        return f"It is started again in {pause_s:.0f} s; the others go on"
 
 
 def bind(server: Server, layout: Layout) -> None:

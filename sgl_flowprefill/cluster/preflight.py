@@ -9,6 +9,7 @@ import argparse
 import dataclasses
 import ipaddress
 import json
+import logging
 import os
 import random
 import re
@@ -23,7 +24,7 @@ import requests
 
 from sgl_flowprefill.cluster import machine
 from sgl_flowprefill.cluster.base import GATEWAY_PORT, LOOPBACK, MAX_PORT, ClusterConfig, Ports, StartError
-from sgl_flowprefill.cluster.commands import CPU_PLATFORM, ROLES, Layout, last_value
+from sgl_flowprefill.cluster.commands import CPU_PLATFORM, GUIDING_OPTIONS, ROLES, Layout, last_value
 from sgl_flowprefill.cluster.gateway import Gateway
 from sgl_flowprefill.cluster.proxies import ask_directly
 from sgl_flowprefill.compat import incompatible_option, take_over
@@ -41,6 +42,8 @@ OWN_OPTIONS: Final = {
     "--disaggregation-mode": "nothing: the launcher starts servers of each mode, or with --unified servers of none",
 }
 """SGLang options that the launcher sets itself, and what to use instead."""
+CONFIG: Final = "--config"
+"""SGLang's option that names a file with options."""
 TLS_OPTIONS: Final = ("--ssl-", "--enable-ssl-", "--tls-")
 """How options of SGLang and smg begin that make them speak TLS."""
 FREE_PORTS: Final = range(20000, 30000)
@@ -56,6 +59,7 @@ SERVER_BYTES: Final = 3_000_000_000
 
 def prepare(config: ClusterConfig) -> Layout:
     """Check everything; returns what to start. From now on, this process asks the cluster without a proxy."""
+    config = _with_config_files(config)
     host = _reachable_host(config)
     ask_directly(host)
     if config.join is not None:
@@ -74,6 +78,7 @@ def prepare(config: ClusterConfig) -> Layout:
             config.decode,
             config.worker_host,
             unified=0 if config.is_one_server else config.unified,
+            live=config.live_port if config.has_live_page else None,
         ),
         cpus=None,
         host=host,
@@ -90,11 +95,21 @@ def prepare(config: ClusterConfig) -> Layout:
 
 
 def choose_ports(
-    host: str, ports: Ports, prefill: int = 1, decode: int = 1, worker_host: str = LOOPBACK, *, unified: int = 0
+    host: str,
+    ports: Ports,
+    prefill: int = 1,
+    decode: int = 1,
+    worker_host: str = LOOPBACK,
+    *,
+    unified: int = 0,
+    live: int | None = None,
 ) -> Ports:
     """Check the given ports and replace each 0 by a free port, or by the first of as many as there are servers. What
     clients send their requests to listens on ``host``, all servers behind a gateway on ``worker_host``; ``unified`` are
-    those behind one."""
+    those behind one. ``live`` is where the launcher will listen on ``host``, if that is given."""
+    another = "name another port, or 0 for any free one"
+    if live and not is_free(host, live):
+        raise StartError(f"--live-port {live} is in use; {another}")
     counts = {"gateway": 1, "prefill": prefill, "decode": decode, "unified": unified, "bootstrap": prefill}
     is_one = not prefill and not decode and not unified
     chosen: dict[str, int] = {}
@@ -102,12 +117,14 @@ def choose_ports(
     for name, count in counts.items():
         first, address = getattr(ports, name), host if name == "gateway" else worker_host
         if not first:
-            first = free_port(address, taken, count)
+            first = free_port(address, {*taken, live or 0}, count)
         for port in range(first, first + count):
             if port in taken or port > MAX_PORT:
                 raise StartError(
                     f"port {port} ({name}): {count} servers count up from {first}; choose ports further apart"
                 )
+            if port == live:
+                raise StartError(f"--live-port {live} is a port of the servers ({name}), too; {another}")
             if not is_free(address, port):
                 several = "GATEWAY,UNIFIED" if unified else "GATEWAY,PREFILL,…"
                 whose, others = ("", "PORT") if is_one else (f" ({name})", several)
@@ -147,16 +164,54 @@ def is_free(host: str, port: int) -> bool:
 
 def read_options(options: Sequence[str]) -> argparse.Namespace:
     """Read options the way that SGLang's command line does. Raises StartError."""
+    parser = _sglang_parser()
+    return parser.parse_args(_merged(parser, options))
+
+
+def _sglang_parser() -> SGLangParser:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from sglang.srt.server_args import ServerArgs
-        from sglang.srt.utils.server_args_config_parser import ConfigArgumentMerger
 
     parser = SGLangParser(prog="SGLang", add_help=False)
     ServerArgs.add_cli_args(parser)
-    if "--config" in options:
-        options = ConfigArgumentMerger(parser).merge_config_with_args(list(options))
-    return parser.parse_args(options)
+    return parser
+
+
+def _merged(parser: SGLangParser, options: Sequence[str]) -> list[str]:
+    """``options`` with those of a --config file, which come first, in place of its name. Raises StartError."""
+    if CONFIG not in options:
+        return list(options)
+    from sglang.srt.utils.server_args_config_parser import ConfigArgumentMerger
+
+    # It logs what it raises.
+    logging.getLogger("sglang.srt.utils.server_args_config_parser").setLevel(logging.CRITICAL)
+    try:
+        return list(ConfigArgumentMerger(parser).merge_config_with_args(list(options)))
+    except Exception as error:  # a wrong file leads to many kinds
+        file = last_value(options, CONFIG)
+        reason = " ".join(str(error).split())
+        raise StartError(f"{CONFIG} {file}: {reason}; a server takes one YAML file of SGLang's options") from None
+
+
+def _with_config_files(config: ClusterConfig) -> ClusterConfig:
+    """``config`` with what the launcher goes by in --config files also among the options themselves. The servers read
+    the files: no list of processes shows the rest of them. Raises StartError."""
+    return dataclasses.replace(
+        config,
+        server_args=_with_config_file(config.server_args),
+        prefill_args=_with_config_file(config.prefill_args),
+        decode_args=_with_config_file(config.decode_args),
+    )
+
+
+def _with_config_file(args: Sequence[str]) -> list[str]:
+    args = [part for arg in args for part in (arg.split("=", 1) if arg.startswith(f"{CONFIG}=") else [arg])]
+    if CONFIG not in args:  # SGLang's parser takes seconds to import
+        return args
+    merged = _merged(_sglang_parser(), args)
+    values = {names[0]: last_value(merged, *names) for names in GUIDING_OPTIONS}
+    return [*args, *(f"{option}={value}" for option, value in values.items() if value is not None)]
 
 
 def _runs_on_cpu(config: ClusterConfig) -> bool:

@@ -7,7 +7,6 @@ import secrets
 import shutil
 import subprocess
 import sys
-from collections import deque
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -16,10 +15,9 @@ from typing import Final
 
 import psutil
 
-from sgl_flowprefill.cluster import guard
+from sgl_flowprefill.cluster import guard, logs
 from sgl_flowprefill.cluster.base import ClusterError
 
-LAST_LINES: Final = 25
 SGLANG_TITLE: Final = "sglang::"
 """How the names of SGLang's own processes begin: schedulers, detokenizers and what distributes requests to them."""
 GUARD_S: Final = guard.PATIENCE_S + guard.TRACKER_S
@@ -31,12 +29,10 @@ REAP_S: Final = 1.0
 class Server:
     """A running server. It leads a session of its own, so a Ctrl-C in the terminal reaches the launcher only."""
 
-    def __init__(
-        self, name: str, command: Sequence[str], env: Mapping[str, str], log: Path, append: bool = False
-    ) -> None:
+    def __init__(self, name: str, command: Sequence[str], env: Mapping[str, str], log: Path) -> None:
         self.name = name
         self.log = log
-        with open(log, "ab" if append else "wb") as output:
+        with logs.opened(log) as output:
             self.log_start = output.tell()
             """Where the server's own lines begin in its log."""
             self._process = subprocess.Popen(
@@ -114,8 +110,7 @@ class Server:
 
     def last_lines(self) -> str:
         """The last lines of the server's log."""
-        with open(self.log, errors="replace") as file:
-            return "".join(deque(file, LAST_LINES)).strip()
+        return logs.last_lines(self.log)
 
     def last_words(self, how: str) -> str:
         """How the server has ended, with the last lines of its log."""
@@ -149,7 +144,6 @@ class Guard:
     def __enter__(self) -> Guard:
         self._servers: list[Server] = []
         self._followed: list[guard.Session] = []
-        self._logs: set[Path] = set()
         self._segments_before = set(os.listdir(guard.SHM))
         self._process = subprocess.Popen(
             [sys.executable, "-S", guard.__file__], stdin=subprocess.PIPE, text=True, start_new_session=True
@@ -163,17 +157,18 @@ class Guard:
         return self
 
     def start(self, name: str, command: Sequence[str], env: Mapping[str, str], log: Path) -> Server:
-        """Start a server whose temporary files go to the guard's directory. One started again appends to its log."""
-        server = Server(name, command, dict(env) | {"TMPDIR": str(self.directory)}, log, append=log in self._logs)
-        self._logs.add(log)
+        """Start a server whose temporary files go to the guard's directory, and whose lines go to the end of ``log``.
+        Raises StartError for a log that cannot be written."""
+        server = Server(name, command, dict(env) | {"TMPDIR": str(self.directory)}, log)
         self._servers.append(server)
         self._tell(f"session {server.pid}")
         return server
 
     def follow(self, command: Sequence[str], env: Mapping[str, str], log: Path) -> subprocess.Popen[str]:
         """Start a process that reports on its standard output and writes its log to standard error. ``wait`` for it
-        rather than poll it, so that its number stays its own until the guard knows that it has ended."""
-        with open(log, "wb") as errors:
+        rather than poll it, so that its number stays its own until the guard knows that it has ended. Raises StartError
+        for a log that cannot be written."""
+        with logs.opened(log, anew=True) as errors:
             process = subprocess.Popen(
                 command,
                 env=dict(env) | {"TMPDIR": str(self.directory)},

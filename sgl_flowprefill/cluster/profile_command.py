@@ -68,7 +68,6 @@ def _profile(arguments: argparse.Namespace, server_args: Sequence[str]) -> int:
     if arguments.output is not None:
         command += ["--output", str(arguments.output.absolute())]
     log = arguments.log_dir / "profile.log"
-    log.parent.mkdir(parents=True, exist_ok=True)
     with Guard() as guard:
         process = guard.follow([*command, *layout.server_options("prefill")], layout.server_env("prefill"), log)
         end = _measure(guard, process, arguments.budget_s)

@@ -324,6 +324,7 @@ EXPERT_PARALLEL: Final = Group(
             "go with values of --moe-a2a-backend that are refused",
         ),
         refuse("enable_eplb", STEPS_BETWEEN_MOVES, servers=("unified",)),
+        leave("enable_eplb", REBALANCING, servers=("prefill",)),
         leave(
             "eplb_algorithm eplb_rebalance_num_iterations eplb_min_rebalancing_utilization_threshold",
             f"{REBALANCING}. **Refused** with `--elastic-ep-backend`: {RANKS_THAT_FAIL}",

@@ -4,7 +4,8 @@ from itertools import pairwise
 
 import pytest
 
-from sgl_flowprefill.cluster import Ports, cli, machine, preflight
+from sgl_flowprefill.cluster import Ports, StartError, cli, machine, preflight
+from sgl_flowprefill.cluster.commands import last_value
 
 
 @pytest.fixture(autouse=True)
@@ -265,3 +266,61 @@ def test_tensor_parallel_servers_get_cpus_by_rank_and_gpus_one_after_the_other(o
     layout = preflight.prepare(cli.parse(["--flowprefill", "--ports", "0", "--device", "cuda", *options]))
     command = layout.server_options("decode")
     assert command[command.index("--base-gpu-id") + 1] == "2"
+
+
+@pytest.fixture
+def config_file(tmp_path):
+    def write(text, name="sglang.yaml"):
+        (tmp_path / name).write_text(text)
+        return str(tmp_path / name)
+
+    return write
+
+
+def on_gpus(*options):
+    return preflight.prepare(cli.parse(["--ports", "0", "--device", "cuda", *options]))
+
+
+def gpus_of(layout):
+    return [last_value(layout.server_options(*server), "--base-gpu-id") for server in layout.servers]
+
+
+@pytest.mark.parametrize("name", ["tensor-parallel-size", "tp-size", "tp", "pipeline-parallel-size"])
+@pytest.mark.parametrize("form", ["--config {}", "--config={}"])
+def test_servers_whose_config_file_asks_for_several_gpus_share_none(monkeypatch, config_file, name, form):
+    monkeypatch.setattr(machine, "gpu_count", lambda: 4)
+    config = form.format(config_file(f"{name}: 2"))
+    assert gpus_of(on_gpus(*config.split())) == ["0", "2"]
+    layout = on_gpus("--prefill-args", config)
+    assert gpus_of(layout) == ["0", "2"]
+    assert layout.gpus_needed() == 3
+    with pytest.raises(StartError, match="decode-1 need 8 GPUs and there are 4"):
+        on_gpus("--decode", "2", "--prefill", "2", *config.split())
+
+
+def test_a_config_file_says_where_a_server_computes(monkeypatch, config_file):
+    monkeypatch.setattr(machine, "gpu_count", lambda: 1)
+    layout = preflight.prepare(cli.parse(["--ports", "0", "--config", config_file("device: cpu\ndtype: bfloat16")]))
+    assert layout.device() == "the CPU in bfloat16"
+    shared = config_file("base-gpu-id: 0\nmem-fraction-static: 0.4")
+    layout = on_gpus("--decode-args", f"--config {shared}")
+    assert gpus_of(layout) == ["0", "0"]
+
+
+def test_options_of_the_command_line_win_over_those_of_a_config_file(monkeypatch, config_file):
+    monkeypatch.setattr(machine, "gpu_count", lambda: 8)
+    file = config_file("tp: 4")
+    for options in (["--tp", "2", "--config", file], ["--config", file, "--tp-size=2"]):
+        assert gpus_of(on_gpus(*options)) == ["0", "2"]
+    options = ["--config", file, "--prefill-args", "--tp 1"]
+    assert gpus_of(on_gpus(*options)) == ["0", "1"]
+
+
+def test_what_else_a_config_file_has_is_in_no_command_line(config_file):
+    file = config_file("admin-api-key: secret\ntp: 2")
+    layout = preflight.prepare(cli.parse(["--ports", "0", "--config", file]))
+    command = layout.server_command("prefill")
+    assert command[command.index("--config") + 1] == file
+    assert "secret" not in repr(command)
+    options = preflight.read_options(layout.server_options("prefill"))
+    assert (options.admin_api_key, options.tp_size) == ("secret", 2)

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import sys
 import threading
@@ -173,7 +174,7 @@ def restarting(monkeypatch, tmp_path):
     monkeypatch.setattr(machine, "available_memory_bytes", lambda: 64 * 10**9)
     config = cli.parse(["--prefill", "2", "--ports", "0", "--startup-timeout-s", "5"])
     layout = preflight.prepare(config)
-    guard, gateway, said, clock = FakeGuard(tmp_path), Gateway(layout.url), [], Clock()
+    guard, gateway, said, clock = FakeGuard(tmp_path / "logs"), Gateway(layout.url), [], Clock()
     members = Members(layout, gateway, guard, said.append, clock)
     members.launch()
     for member in members:
@@ -226,6 +227,39 @@ def test_a_server_that_does_not_come_back_in_time_is_started_again(restarting):
     assert "the prefill-0 server did not come up within 5 s (--startup-timeout-s): no connection. The" in said
     assert "started again in 1 s" in said
     restarting.clock.now_s += 1
+    restarting.members.check()
+    assert member.server is restarting.guard.started[-1]
+
+
+def test_a_server_is_started_again_although_its_logs_were_removed(restarting):
+    member, clock = restarting.second, restarting.clock
+    restarting.members.is_up(restarting.first)
+    shutil.rmtree(member.server.log.parent)
+    psutil.Process(member.server.pid).kill()
+    while member.server is not None:
+        restarting.members.check()
+    assert "prefill-1 server has ended (killed by signal 9)" in restarting.said[0]
+    clock.now_s += 1
+    restarting.members.check()
+    assert member.server is restarting.guard.started[-1]
+    assert member.server.log.exists()
+
+
+def test_a_server_whose_log_cannot_be_written_is_started_again_later(restarting):
+    member, clock, folder = restarting.second, restarting.clock, restarting.guard.directory
+    restarting.members.is_up(restarting.first)
+    shutil.rmtree(folder)
+    folder.touch()
+    psutil.Process(member.server.pid).kill()
+    while member.server is not None:
+        restarting.members.check()
+    clock.now_s += 1
+    restarting.members.check()
+    assert member.server is None
+    assert "the prefill-1 server cannot be started: the log " in restarting.said[1]
+    assert "It is started again in 2 s; the others go on" in restarting.said[1]
+    folder.unlink()
+    clock.now_s += 2
     restarting.members.check()
     assert member.server is restarting.guard.started[-1]
 

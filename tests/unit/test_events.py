@@ -160,6 +160,26 @@ def test_a_line_that_is_no_event_is_named_with_the_remedy(tmp_path: Path, line: 
     assert said.endswith("name the file of --flowprefill-event-log")
 
 
+@pytest.mark.parametrize("left_bytes", [1, 20, 0], ids=["one byte is left", "more is left", "all is gone"])
+@pytest.mark.parametrize("whole_lines", [0, 2])
+def test_a_log_with_a_line_that_was_cut_off_can_be_read_after_a_restart(
+    tmp_path: Path, whole_lines: int, left_bytes: int
+) -> None:
+    path = written(tmp_path / "events.jsonl", TWO_REQUESTS[: whole_lines + 1])
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(lines[:-1]) + lines[-1][:left_bytes])
+    written(path, TWO_REQUESTS[3:])
+    assert list(read_events(path)) == TWO_REQUESTS[:whole_lines] + TWO_REQUESTS[3:]
+
+
+@pytest.mark.parametrize("text", ["notes without an end", "x" * (3 << 20)])
+def test_a_file_that_is_no_event_log_keeps_what_it_has(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "notes"
+    path.write_text(text)
+    written(path, TWO_REQUESTS[:1])
+    assert path.read_text().startswith(text)
+
+
 def test_logs_of_later_versions_may_have_more_fields(tmp_path: Path) -> None:
     path = tmp_path / "events.jsonl"
     path.write_text('{"event": "resume", "t_s": 1.0, "task": 1, "rids": [], "checkpoint": 0, "rank": 3}\n')

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 from huggingface_hub import errors
 
-from sgl_flowprefill.cluster import Ports, StartError, cli, machine, preflight
+from sgl_flowprefill.cluster import Ports, StartError, cli, logs, machine, preflight
 from sgl_flowprefill.cluster.process import Guard
 from sgl_flowprefill.gpu_report.shapes import shape_path
 from tests.http_server import answering
@@ -55,6 +55,35 @@ def test_a_port_in_use(refusal, busy_port, place):
     ports = ["0"] * 4
     ports[place] = str(busy_port)
     assert f"port {busy_port}" in refusal("--ports", ",".join(ports))
+
+
+def test_a_live_port_in_use(refusal, busy_port):
+    for servers in ([], ["--unified", "2"], ["--role", "prefill", "--join", "http://127.0.0.1:1"]):
+        line = refusal("--flowprefill", *servers, "--ports", "0", "--live-port", str(busy_port))
+        assert f"--live-port {busy_port} is in use; name another port, or 0 for any free one" in line
+    with pytest.raises(AssertionError, match="a server was about to start"):
+        cli.main(["--ports", "0", "--live-port", str(busy_port)])  # without FlowPrefill there is no page
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        (["--ports", "29555"], "gateway"),
+        (["--ports", "0,0,29555"], "decode"),
+        (["--ports", "0,29554", "--prefill", "2"], "prefill"),
+        (["--ports", "0,29554", "--unified", "2"], "unified"),
+        (["--ports", "0,0,0,29554", "--prefill", "2"], "bootstrap"),
+    ],
+)
+def test_a_live_port_that_a_server_is_to_have(refusal, options, name):
+    line = refusal("--flowprefill", *options, "--live-port", "29555")
+    assert f"--live-port 29555 is a port of the servers ({name}), too; name another port, or 0 for any free one" in line
+
+
+def test_no_server_gets_the_port_of_the_live_page(monkeypatch):
+    monkeypatch.setattr(preflight, "FREE_PORTS", range(29550, 29555))
+    ports = preflight.choose_ports("127.0.0.1", Ports(), live=29552)
+    assert set(vars(ports).values()) == {29550, 29551, 29553, 29554}
 
 
 @pytest.mark.parametrize("ports", ["x", "1,2,3,4,5", "70000", "-1", "29001,29001", ""])
@@ -197,6 +226,34 @@ def test_a_wrong_flowprefill_option(refusal, options, text):
     assert text in refusal("--flowprefill", *options)
 
 
+@pytest.mark.parametrize("in_the_way", ["logs", "logs/decode.log"])
+def test_logs_that_cannot_be_written(refusal, tmp_path, in_the_way):
+    folder, path = tmp_path / "logs", tmp_path / in_the_way
+    path.touch() if path == folder else path.mkdir(parents=True)
+    line = refusal("--ports", "0", "--log-dir", str(folder))
+    assert f"the log {folder}/" in line
+    assert "cannot be written (" in line
+    assert "name another directory with --log-dir" in line
+
+
+@pytest.mark.parametrize("name", ["decode", "gateway"])
+def test_the_logs_of_another_launcher_that_runs(refusal, tmp_path, name):
+    log = tmp_path / "out" / "logs" / f"{name}.log"
+    with logs.held(log):
+        log.write_text("a line of the other's")
+        line = refusal("--ports", "0")
+        assert f"another launcher that is running has its log in out/logs/{name}.log" in line
+        assert "give this one another directory with --log-dir" in line
+        assert log.read_text() == "a line of the other's"
+    with pytest.raises(AssertionError, match="a server was about to start"):
+        cli.main(["--ports", "0"])
+
+
+def test_launchers_in_one_directory_whose_logs_differ_run_beside_each_other(tmp_path):
+    with logs.held(tmp_path / "out/logs/prefill.log"), pytest.raises(AssertionError, match="a server was about to st"):
+        cli.main(["--role", "gateway", "--ports", "0"])
+
+
 def test_a_misspelt_option_in_the_environment(refusal, monkeypatch):
     monkeypatch.setenv("FLOWPREFILL_PORT_30000_TCP_ADDR", "10.0.0.1")  # of a Kubernetes service
     assert "FLOWPREFILL_PORT" not in refusal("--flowprefill", "--pp-size", "2")
@@ -237,6 +294,39 @@ def test_a_config_file_with_a_key_or_a_certificate(refusal, tmp_path, line):
     (tmp_path / "config.yaml").write_text(line)
     text = refusal("--decode-args", f"--config {tmp_path / 'config.yaml'}")
     assert "the decode server's --config sets api-key or ssl-certfile" in text
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "reason"),
+    [
+        ("missing.yaml", None, "Config file not found"),
+        ("file.json", "{}", "must be YAML"),
+        ("list.yaml", "- tp", "must contain a dictionary"),
+        ("broken.yaml", "tp: [\n2", "while parsing"),
+        ("number.yaml", "5: 2", "'int' object"),
+        ("folder.yaml", None, "Is a directory"),
+    ],
+)
+@pytest.mark.parametrize("role", ["all", "prefill"])
+def test_a_config_file_that_cannot_be_read(refusal, caplog, tmp_path, name, text, reason, role):
+    file = tmp_path / name
+    if text is not None:
+        file.write_text(text)
+    elif name.startswith("folder"):
+        file.mkdir()
+    options = ["--config", str(file)] if role == "all" else ["--prefill-args", f"--config {file}"]
+    line = refusal("--ports", "0", *options)
+    assert f"--config {file}: " in line
+    assert reason in line
+    assert line.endswith("; a server takes one YAML file of SGLang's options")
+    assert not caplog.records, "which would be more lines"
+
+
+def test_a_second_config_file_of_a_server(refusal, tmp_path):
+    for name in ("one.yaml", "two.yaml"):
+        (tmp_path / name).write_text("enable-metrics: true")
+    options = ["--config", "one.yaml", "--prefill-args", "--config two.yaml"]
+    assert "a server takes one YAML file of SGLang's options" in refusal("--ports", "0", *options)
 
 
 def test_the_same_options_are_fine_for_sglangs_own_scheduler():
