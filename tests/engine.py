@@ -146,10 +146,11 @@ def make_scheduler(scheduler: str, model_path: str, first_start_s: float | None 
     from sglang.srt.runtime_context import SpawnRanks, get_disagg, publish
     from sglang.srt.server_args import PortArgs, ServerArgs
 
-    from sgl_flowprefill.patches import before_0_5_23, request_times
+    from sgl_flowprefill.patches import before_0_5_23, request_times, wakeups
 
     before_0_5_23.apply()
     request_times.apply()
+    wakeups.apply()
     load_plugins()
     if first_start_s is not None:
         measure_for(first_start_s)

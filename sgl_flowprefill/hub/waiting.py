@@ -1,5 +1,5 @@
 """The requests that could be started now: the job of each, its number, since when it could have been read, and which
-have an outdated prefix match: more of their prompts has been cached since.
+have an outdated prefix match: more of their prompts has been cached since, or some of what was may be evicted.
 """
 
 from __future__ import annotations
@@ -37,6 +37,8 @@ class WaitingRequest:
     """The part of the engine that computes it."""
     watched: int | None = None
     """Hash of its prompt up to the first whole block that is not cached."""
+    matched_at: int = 0
+    """Evictions (``WaitingRequests.evicted``) before the last prefix match."""
 
 
 class WaitingRequests:
@@ -52,6 +54,7 @@ class WaitingRequests:
         """By the hash of a prompt's beginning, up to the first block that is not cached: the requests that begin so."""
         self._outdated: dict[Any, None] = {}
         """Requests with an outdated prefix match, in the order in which more of their prompts was cached."""
+        self._evictions = 0
 
     def __len__(self) -> int:
         return len(self._jobs)
@@ -70,12 +73,14 @@ class WaitingRequests:
         self.news_readable_s = min(self.news_readable_s, waiting.readable_s)
         self._jobs[waiting.req] = job
         self._by_number[waiting.number] = job
+        waiting.matched_at = self._evictions
         self._watch(waiting)
 
     def matched(self, job: Job[WaitingRequest], shape: PrefillShape) -> None:
         """``job`` costs ``shape`` by the cached prefix that it has now."""
         self._unwatch(job.item)
         job.item.shape = shape
+        job.item.matched_at = self._evictions
         self._watch(job.item)
 
     def cached(self, prompts: Iterable[Sequence[int]]) -> None:
@@ -91,16 +96,21 @@ class WaitingRequests:
         if req in self._jobs:
             self._outdated[req] = None
 
+    def evicted(self) -> None:
+        """Something was evicted from the cache: a cached prefix may be shorter than it was when it was matched. Those
+        of requests that are about to start are matched again.
+        """
+        self._evictions += 1
+
     def outdated(self, most: int | None = None) -> list[Job[WaitingRequest]]:
-        """Requests with an outdated prefix match, ``most`` of them at most, in the order in which more was cached."""
+        """Requests of whose prompts more has been cached, ``most`` of them at most, in the order in which it was."""
         return [self._jobs[req] for req in islice(self._outdated, most)] if self._outdated else []
 
-    @property
-    def any_outdated(self) -> bool:
-        return bool(self._outdated)
-
     def is_outdated(self, job: Job[WaitingRequest]) -> bool:
-        return job.item.req in self._outdated
+        """Whether more of its prompt has been cached since it was matched, or some of what was may be evicted."""
+        waiting = job.item
+        may_be_evicted = waiting.matched_at != self._evictions and waiting.shape.cached_tokens > 0
+        return may_be_evicted or waiting.req in self._outdated
 
     @property
     def watches(self) -> bool:

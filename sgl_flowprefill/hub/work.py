@@ -136,7 +136,7 @@ class Work:
 
     def match_again(self, jobs: Iterable[Job[WaitingRequest]], match: Callable[[Any], PrefillShape]) -> bool:
         """Match again those of ``jobs`` that have an outdated prefix match. Whether there were any."""
-        outdated = list(filter(self.waiting.is_outdated, jobs)) if self.waiting.any_outdated else []
+        outdated = list(filter(self.waiting.is_outdated, jobs))
         for job in outdated:
             self._take(job)
             shape = match(job.item.req)
@@ -164,7 +164,7 @@ class Work:
         jobs = self.policy.batch(job, now_s, _new_tokens, self._predict_s, _place)
         if self.places > 1:
             jobs += self.policy.beside(jobs, now_s, _new_tokens, self._predict_s, _place)
-        if not last and self.waiting.any_outdated and any(map(self.waiting.is_outdated, jobs)):
+        if not last and any(map(self.waiting.is_outdated, jobs)):
             return jobs
         jobs = self._with_adapters(jobs)
         while jobs and not self._fits(jobs):

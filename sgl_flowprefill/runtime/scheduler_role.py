@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from itertools import chain
@@ -333,3 +333,14 @@ def input_logprobs(req: Any) -> int:
     if not req.return_logprob or req.logprob_start_len < 0:
         return 0
     return max(0, len(req.origin_input_ids) - int(req.logprob_start_len))
+
+
+def tell_of_evictions(tree_cache: Any, evicted: Callable[[], None]) -> None:
+    """Call ``evicted`` each time that ``tree_cache`` gives up cached prefixes."""
+    evict = tree_cache.evict
+
+    def evict_and_tell(params: Any) -> Any:
+        evicted()
+        return evict(params)
+
+    tree_cache.evict = evict_and_tell

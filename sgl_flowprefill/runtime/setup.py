@@ -43,7 +43,7 @@ from sgl_flowprefill.runtime.memory import TaskMemory
 from sgl_flowprefill.runtime.metrics import Metrics
 from sgl_flowprefill.runtime.profile import load_or_measure
 from sgl_flowprefill.runtime.request_spans import SpanRecorder
-from sgl_flowprefill.runtime.scheduler_role import SchedulerRole
+from sgl_flowprefill.runtime.scheduler_role import SchedulerRole, tell_of_evictions
 from sgl_flowprefill.runtime.slots import AttentionSlots
 from sgl_flowprefill.runtime.tiles import WHOLE, TilePlan, TileSizes, find_norms, has_whole_mlps, tile_layers
 from sgl_flowprefill.runtime.wakeup import CalledEvents, CallingEvents, EventSource, Wakeup, Woken, scheduler_events
@@ -183,6 +183,7 @@ def build(
         refuse=role.shed,
         match_rounds=1 if is_joint else MATCH_ROUNDS,  # each rank matches its own requests
     )
+    tell_of_evictions(scheduler.tree_cache, work.waiting.evicted)
     if isinstance(role, JointRole):
         check_idle_pass(role, executor, progress.checkpoints)
     scheduler.output_streamer.recorder = recorder

@@ -481,6 +481,32 @@ def test_a_prefix_that_is_cached_meanwhile_makes_the_requests_that_wait_cheaper(
     engine.assert_clean()
 
 
+def test_a_request_whose_cached_prefix_is_evicted_while_it_waits_is_judged_by_what_is_left(
+    engine: PrefillEngine, rounds: Rounds
+) -> None:
+    from sglang.srt.mem_cache.base_prefix_cache import EvictParams
+
+    hub, prefix = engine.scheduler.hub, prompt(61, 1500)
+    engine.submit("first", prefix + prompt(62, 20))
+    engine.run()
+    tokens = {"cached": prefix + prompt(63, 40), "other": prompt(64, 500)}
+    for rid, due_s in (("cached", 50.0), ("other", 60.0)):
+        engine.submit(rid, tokens[rid], ttft_slo_s=due_s, logprobs=True)
+    hub.look()
+    jobs = {job.item.req.rid: job for job in hub.work.policy.first_waiting(time.monotonic(), 2)}
+    assert jobs["cached"].item.shape.new_tokens == 40
+    hub.work.policy.limits = Limits(max_suspended=100, max_batch_tokens=600)
+    assert [job.item.req.rid for job in hub.choose()] == ["cached", "other"]
+    engine.scheduler.tree_cache.evict(EvictParams(num_tokens=1000))
+    assert [job.item.req.rid for job in hub.choose()] == ["cached"], "the two are more than a batch now"
+    assert jobs["cached"].item.shape.new_tokens >= 1000
+    engine.run()
+    for rid in tokens:
+        rounds.compare(rid, tokens[rid])
+    assert_compared(rounds, 2)
+    engine.assert_clean()
+
+
 def test_a_request_about_to_start_is_matched_before_it_is_judged(engine: PrefillEngine, rounds: Rounds) -> None:
     """What another could be started for, had its price not dropped at the same event."""
     scheduler = engine.scheduler

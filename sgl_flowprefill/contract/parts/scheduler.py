@@ -109,6 +109,13 @@ PART: Final = Part(
             "flushes the cache, where somebody waits for it, when nothing is left to do",
             "who asks for a flush waits for it until the next request comes",
         ),
+        *rows(
+            "hooks",
+            "sglang.srt.mem_cache.base_prefix_cache:",
+            "BasePrefixCache.evict(self, params)",
+            "gives up cached prefixes",
+            "a prompt is taken for a short one whose cached prefix is gone, and delays what starts with it",
+        ),
         *attributes(
             SCHEDULER,
             "max_req_input_len",
