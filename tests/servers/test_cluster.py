@@ -278,7 +278,7 @@ def test_a_launcher_that_is_ended_while_it_starts_leaves_nothing(launch, memory,
 def test_a_launcher_that_is_ended_while_it_serves_leaves_nothing(launch, memory, end):
     launcher = launch("--flowprefill", memory=memory)
     launcher.curl_line()
-    assert memory is None or len(memory.files()) > 4
+    assert memory is None or len(memory.files()) >= 4  # there is something to leave behind
     end_and_assert_nothing_is_left(launcher, end)
 
 
