@@ -481,6 +481,26 @@ def test_a_prefix_that_is_cached_meanwhile_makes_the_requests_that_wait_cheaper(
     engine.assert_clean()
 
 
+def test_a_flush_that_waits_for_the_end_of_all_is_done_when_nothing_is_left_and_needs_no_other_request(
+    engine: PrefillEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sglang.srt.managers.io_struct import FlushCacheReqInput
+
+    scheduler = engine.scheduler
+    answers: list[bool] = []
+    monkeypatch.setattr(scheduler.flush_wrapper, "_send_output", lambda output, asked: answers.append(output.success))
+    scheduler.hub.executor.interrupted = lambda: True
+    engine.submit("suspended", prompt(65, 900), ttft_slo_s=50.0)
+    engine.turn()
+    engine.receive(FlushCacheReqInput(timeout_s=100.0))
+    engine.run()
+    assert not answers
+    assert scheduler.role.rest(), "the server has nothing to do"
+    assert answers == [True]
+    assert scheduler.tree_cache.evictable_size() == 0
+    engine.assert_clean()
+
+
 def test_a_request_whose_cached_prefix_is_evicted_while_it_waits_is_judged_by_what_is_left(
     engine: PrefillEngine, rounds: Rounds
 ) -> None:
