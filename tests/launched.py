@@ -23,8 +23,9 @@ from sgl_flowprefill import paths
 from sgl_flowprefill.cluster import phases
 from sgl_flowprefill.cluster.base import KEY_VARIABLE
 from sgl_flowprefill.cluster.guard import SHM, look, mapped_segments
+from sgl_flowprefill.processes import is_alive
 from tests.namespaces import PrivateMemory, unshare
-from tests.processes import alive, still_alive
+from tests.processes import still_alive
 from tests.stopwatch import Stopwatch
 
 ROOT: Final = Path(__file__).parents[1]
@@ -193,7 +194,7 @@ def end_and_assert_nothing_is_left(launcher: Launch, end: signal.Signals | str) 
         launcher.process.send_signal(end)
     else:
         remembered.guard.kill()
-    while all(alive(server) for server in servers):
+    while all(is_alive(server) for server in servers):
         assert watch.passed_s < END_S, f"{end!r}: no server was killed: {launcher.text()}"
         time.sleep(0.01)
     decided_s = watch.passed_s

@@ -7,17 +7,12 @@ from collections.abc import Sequence
 
 import psutil
 
-
-def alive(process: psutil.Process) -> bool:
-    try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
+from sgl_flowprefill.processes import is_alive
 
 
 def still_alive(processes: Sequence[psutil.Process], within_s: float = 30.0) -> list[psutil.Process]:
     """The processes of ``processes`` that have not ended within ``within_s`` seconds."""
     give_up_s = time.monotonic() + within_s
-    while (left := [process for process in processes if alive(process)]) and time.monotonic() < give_up_s:
+    while (left := [process for process in processes if is_alive(process)]) and time.monotonic() < give_up_s:
         time.sleep(0.05)
     return left

@@ -17,6 +17,7 @@ import psutil
 
 from sgl_flowprefill.cluster import guard, logs
 from sgl_flowprefill.cluster.base import ClusterError
+from sgl_flowprefill.processes import is_alive
 
 SGLANG_TITLE: Final = "sglang::"
 """How the names of SGLang's own processes begin: schedulers, detokenizers and what distributes requests to them."""
@@ -63,7 +64,7 @@ class Server:
         if how is not None:
             return f"the {self.name} server has ended ({how})"
         for child in self._children:
-            if not _is_alive(child):
+            if not is_alive(child):
                 return f"process {child.pid} of the {self.name} server has ended"
         return None
 
@@ -237,12 +238,6 @@ def _title(process: psutil.Process) -> str:
     with suppress(psutil.NoSuchProcess):
         return str(process.name())
     return ""
-
-
-def _is_alive(process: psutil.Process) -> bool:
-    with suppress(psutil.NoSuchProcess):
-        return bool(process.is_running()) and process.status() != psutil.STATUS_ZOMBIE
-    return False
 
 
 def _bind_threads(process: psutil.Process, cpus: Sequence[int]) -> None:

@@ -32,6 +32,7 @@ import psutil
 import torch
 import torch.distributed as dist
 
+from sgl_flowprefill.processes import is_alive
 from sgl_flowprefill.runtime.wakeup import Address, Wakeup
 
 POINTS_PER_ROUND: Final = 1 << 24
@@ -366,19 +367,11 @@ class Agreement:
     def _look_for_the_lost(self, error: Exception | None = None) -> None:
         """Raise AgreementError, because of ``error``, if a rank of this node has ended."""
         for rank, process in self._peers.items():
-            if has_ended(process):
+            if not is_alive(process):
                 raise AgreementError(
                     f"tensor-parallel rank {rank} (process {process.pid}) has ended, and its server cannot go on "
                     "without it"
                 ) from error
-
-
-def has_ended(process: psutil.Process) -> bool:
-    """Whether ``process`` has, be it reaped or not."""
-    try:
-        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:  # it was reaped between the two looks
-        return True
 
 
 def _wait(work: Any, limit_s: float) -> None:

@@ -30,6 +30,7 @@ from sgl_flowprefill.cluster.preflight import free_port
 from sgl_flowprefill.compat import EXAMPLES
 from sgl_flowprefill.events import Arrival, Step, read_events
 from sgl_flowprefill.model import embedded_model_path
+from sgl_flowprefill.processes import is_alive
 from sgl_flowprefill.timeline import History
 from tests.launched import (
     KEY,
@@ -39,7 +40,6 @@ from tests.launched import (
     end_and_assert_nothing_is_left,
     private_memory,
 )
-from tests.processes import alive
 from tests.prompts import prompt
 from tests.reference import TOKENS, Comparison
 from tests.servers.conftest import OneCluster
@@ -463,7 +463,7 @@ def test_an_idle_server_sleeps_and_can_be_flushed(server: Server) -> None:
     assert server.post("/flush_cache").status_code == 200
     metrics = server.get("/metrics").text
     assert "flowprefill:decode_step_seconds_total" in metrics
-    assert alive(server.process)
+    assert is_alive(server.process)
 
 
 def test_it_ends_with_its_launcher_and_leaves_nothing(launcher: Launch) -> None:

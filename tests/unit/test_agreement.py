@@ -18,15 +18,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from sgl_flowprefill.runtime.agreement import (
-    Agreement,
-    AgreementError,
-    Follower,
-    Leader,
-    SharedWord,
-    has_ended,
-    new_shared_page,
-)
+from sgl_flowprefill.processes import is_alive
+from sgl_flowprefill.runtime.agreement import Agreement, AgreementError, Follower, Leader, SharedWord, new_shared_page
 from sgl_flowprefill.runtime.wakeup import Wakeup
 from tests import warm
 
@@ -171,7 +164,7 @@ def test_a_rank_that_is_reaped_while_it_is_looked_at_has_ended(monkeypatch: pyte
         return True
 
     monkeypatch.setattr(process, "is_running", before_it_is_reaped)
-    assert has_ended(process)
+    assert not is_alive(process)
 
 
 def run_ahead(rank: int, pipe: Connection) -> None:

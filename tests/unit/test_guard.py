@@ -12,8 +12,8 @@ import psutil
 import pytest
 
 from sgl_flowprefill.cluster.process import Guard
+from sgl_flowprefill.processes import is_alive
 from tests.namespaces import unshare_pids
-from tests.processes import alive
 
 SERVER = """
 import subprocess, sys, tempfile, time
@@ -52,7 +52,7 @@ def start(guard, tmp_path, child=CHILD):
 
 
 def gone(pid):
-    return not psutil.pid_exists(pid) or not alive(psutil.Process(pid))
+    return not psutil.pid_exists(pid) or not is_alive(psutil.Process(pid))
 
 
 def wait_until(done, timeout_s=30):
