@@ -21,6 +21,7 @@ from sgl_flowprefill.hub.waiting import WaitingRequest
 from sgl_flowprefill.hub.work import Work
 from sgl_flowprefill.pace import AS_PREDICTED, Pace
 from sgl_flowprefill.policy import Act, ColocatedPolicy, Policy
+from sgl_flowprefill.slo import Objective
 from sgl_flowprefill.ttft import Prediction, PrefillShape
 
 
@@ -94,6 +95,11 @@ class SimTTFT:
 UNOBSERVED: Final = Prediction(0.0, 0.0, 0.0)
 
 
+def objective_of(request: SimRequest) -> Objective:
+    """What ``request`` is promised."""
+    return Objective(request.deadline_s - request.arrival_s, request.tbt_slo_s)
+
+
 class SimEngine:
     """The engine that the hub of an instance drives: KV cache, and forward passes that take their time."""
 
@@ -121,7 +127,8 @@ class SimEngine:
     def come(self, request: SimRequest) -> None:
         """``request`` can be started from now on."""
         shape = SimShape.of(request, self._cost)
-        self._come.append(Arrival(request, (), shape, request.arrival_s, request.deadline_s, request.ready_s))
+        arrival = Arrival(request, (), shape, request.arrival_s, request.deadline_s, request.ready_s)
+        self._come.append(arrival._replace(objective=objective_of(request)))
 
     def take_news(self, stalls_due: bool) -> bool:
         return self.kv.release(self.now_s)

@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from sgl_flowprefill.bench.simulator.checkpoints import Preemption
-from sgl_flowprefill.bench.simulator.flowprefill import Blocking, HubInstance, SimBatch, SimEngine, SimShape, SimTTFT
+from sgl_flowprefill.bench.simulator.flowprefill import (
+    Blocking,
+    HubInstance,
+    SimBatch,
+    SimEngine,
+    SimShape,
+    SimTTFT,
+    objective_of,
+)
 from sgl_flowprefill.bench.simulator.instance import Machine
 from sgl_flowprefill.bench.simulator.requests import SimRequest
 from sgl_flowprefill.bench.simulator.step_cost import StepCost
@@ -85,7 +93,8 @@ class UnifiedEngine(SimEngine, Decoder):
             # Due one objective from now on: its old deadline would make it infeasible.
             due_s = self.now_s + request.deadline_s - request.arrival_s
             shape = SimShape.of(request, self._cost)
-            self._come.append(Arrival(request, (), shape, self.now_s, due_s, self.now_s, retracted=True))
+            arrival = Arrival(request, (), shape, self.now_s, due_s, self.now_s, retracted=True)
+            self._come.append(arrival._replace(objective=objective_of(request)))
             self._is_short = True
         self.policy.began(self.now_s)
         return DecodeStep(SimStep())

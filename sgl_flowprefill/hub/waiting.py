@@ -35,6 +35,8 @@ class WaitingRequest:
     """Tokens of its prompt whose log probabilities are asked for."""
     place: int = 0
     """The part of the engine that computes it."""
+    tbt_s: float = math.inf
+    """Objective for the time between its tokens."""
     watched: int | None = None
     """Hash of its prompt up to the first whole block that is not cached."""
     matched_at: int = 0

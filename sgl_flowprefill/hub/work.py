@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Any, Final, Literal
 
 from sgl_flowprefill.hub.parts import TTFT, Memory
@@ -13,7 +14,7 @@ from sgl_flowprefill.hub.role import Arrival
 from sgl_flowprefill.hub.shedding import Refusal, Shedding, retry_after_s
 from sgl_flowprefill.hub.task import NO_TASK, STEP, PrefillTask, Tasks
 from sgl_flowprefill.hub.waiting import WaitingRequest, WaitingRequests
-from sgl_flowprefill.policy import Act, ColocatedPolicy, Job, Policy, Standing
+from sgl_flowprefill.policy import Act, ColocatedPolicy, Job, Joiner, Policy, Standing
 from sgl_flowprefill.ttft import Prediction, PrefillShape
 
 Choice = PrefillTask | list[Job[WaitingRequest]] | Literal[Act.STEP] | None
@@ -82,6 +83,7 @@ class Work:
             arrival.readable_s,
             arrival.logprob_rows,
             arrival.place,
+            math.inf if arrival.objective is None else arrival.objective.tbt_s,
         )
         shapes = (arrival.shape,)
         pace = self.ttft.pace(shapes)
@@ -233,11 +235,17 @@ class Work:
         )
 
     def _may_join(self, jobs: Sequence[Job[WaitingRequest]]) -> bool:
-        """Whether the streams can become as many as with those of all tasks and ``jobs``."""
-        shapes = [shape for task in self.tasks.live for shape in task.shapes]
+        """Whether the streams can become as many as with those of all tasks and ``jobs``. One that was a stream before
+        comes back whatever it asks for itself: somebody waits for the rest of its answer.
+        """
+        live = self.tasks.live
+        shapes = [shape for task in live for shape in task.shapes]
         parts = _by_place(jobs)
         requests = len(shapes) + max(map(len, parts))
-        return self.colocated.may_join(requests, sum(map(sum, shapes)) + max(sum(map(sum, part)) for part in parts))
+        tokens = sum(map(sum, shapes)) + max(sum(map(sum, part)) for part in parts)
+        new = [job.item for job in jobs if not self.colocated.returns(job)]
+        members = chain(new, *(task.members for task in live))
+        return self.colocated.may_join(requests, tokens, (Joiner(one.tbt_s, sum(one.shape)) for one in members))
 
     def _may_pass_over(self, winner: Job[WaitingRequest], now_s: float) -> bool:
         """Whether others may start before ``winner``, which has to wait for streams to end: a small request need not

@@ -3,7 +3,7 @@
 from sgl_flowprefill.policy import orders
 from sgl_flowprefill.policy.base import Job, Limits, Policy, Standing
 from sgl_flowprefill.policy.colocated import Act, ColocatedPolicy, Turn
-from sgl_flowprefill.policy.decode import DecodeLimits, Stream
+from sgl_flowprefill.policy.decode import DecodeLimits, Joiner, Stream
 from sgl_flowprefill.policy.registry import POLICIES, discover, make_policy, register
 
 discover(orders)
@@ -14,6 +14,7 @@ __all__ = [
     "ColocatedPolicy",
     "DecodeLimits",
     "Job",
+    "Joiner",
     "Limits",
     "Policy",
     "Standing",

@@ -15,6 +15,7 @@ from sgl_flowprefill.policy.decode import (
     CorrectedSteps,
     DecodeLimits,
     DecodeLoad,
+    Joiner,
     Margin,
     NoSteps,
     StepModel,
@@ -173,11 +174,11 @@ class ColocatedPolicy(Generic[R, K]):
             return Turn(Act.STEP if self.may_step else Act.NOTHING)
         return Turn(Act.TASK if job.started else Act.START, job, self.step_by_s)
 
-    def may_join(self, requests: int, tokens: int) -> bool:
+    def may_join(self, requests: int, tokens: int, joiners: Iterable[Joiner] = ()) -> bool:
         """Whether a task may start after which ``requests`` with ``tokens``, those of live tasks among them, join the
-        streams.
+        streams. ``joiners``: what is known of each.
         """
-        return may_join(self.streams, requests, tokens, self._model, self.limits)
+        return may_join(self.streams, requests, tokens, self._model, self.limits, joiners)
 
     def give_back(
         self,

@@ -10,8 +10,9 @@ from __future__ import annotations
 import math
 from bisect import bisect_left, insort
 from collections import Counter, deque
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Final, Protocol, runtime_checkable
+from typing import Final, NamedTuple, Protocol, runtime_checkable
 
 MARGIN_QUANTILE: Final = 0.998
 """Share of steps that shall end in time: an answer of 300 tokens may have three late ones."""
@@ -42,6 +43,15 @@ class Stream:
     """The part of the engine that computes it (``hub.work.Work.places``)."""
     joined_at: int = field(default=0, init=False)
     """Steps that had begun when it joined."""
+
+
+class Joiner(NamedTuple):
+    """A request that has no token yet and will be a stream."""
+
+    tbt_s: float
+    """Objective for the time between its tokens."""
+    context_tokens: int
+    """Tokens of its prompt."""
 
 
 class StepModel(Protocol):
@@ -260,12 +270,24 @@ def decode_load(streams: Streams, model: StepModel, limits: DecodeLimits, margin
     )
 
 
-def may_join(streams: Streams, requests: int, tokens: int, model: StepModel, limits: DecodeLimits) -> bool:
+def may_join(
+    streams: Streams,
+    requests: int,
+    tokens: int,
+    model: StepModel,
+    limits: DecodeLimits,
+    joiners: Iterable[Joiner] = (),
+) -> bool:
     """Whether ``requests`` with ``tokens`` in all, those of live tasks among them, may join the streams of a place.
 
-    A step over all must fit the tightest objective and leave prefills their share. Objectives that this server would
-    miss with one stream alone bar nobody.
+    A step over all must fit the tightest objective and leave prefills their share: the tightest of the streams, and of
+    the ``joiners``, which are these requests. Objectives that this server would miss with one stream alone bar nobody,
+    nor does that of a joiner whose own prompt is too long for it: it would be let in beside nobody. So an empty server
+    lets in any single request.
     """
     reachable_s = model.predict_s(1, 0) / limits.max_share
     step_s = model.predict_s(streams.widest + requests, streams.context_tokens + tokens)
-    return step_s <= limits.max_share * streams.tightest_s(at_least_s=reachable_s)
+    if step_s > limits.max_share * streams.tightest_s(at_least_s=reachable_s):
+        return False
+    too_tight = (one for one in joiners if step_s > limits.max_share * one.tbt_s)
+    return not any(model.predict_s(1, one.context_tokens) <= limits.max_share * one.tbt_s for one in too_tight)

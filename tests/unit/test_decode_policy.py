@@ -13,7 +13,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from sgl_flowprefill.policy import Act, ColocatedPolicy, DecodeLimits, Job, Limits, Stream, make_policy
+from sgl_flowprefill.policy import Act, ColocatedPolicy, DecodeLimits, Job, Joiner, Limits, Stream, make_policy
 from sgl_flowprefill.policy.decode import (
     MARGIN_FACTOR,
     MARGIN_STEPS,
@@ -225,6 +225,53 @@ def test_a_request_starts_only_where_all_still_fit_the_tightest_objective() -> N
     assert not may_join(streams, 9, 4_000, Linear(per_token_s=1e-7), limits), "contexts count"
     assert may_join(Streams(), 10_000, 0, Linear(), limits), "nobody waits for ever for an empty server"
     assert may_join(streams_of(0.011), 10_000, 0, Linear(), limits), "what one stream alone would miss bars nobody"
+
+
+def test_a_request_starts_only_where_its_own_objective_holds_beside_the_streams() -> None:
+    limits = DecodeLimits(max_share=0.9)
+    lax = streams_of(*[1.0] * 39)  # with one more, 10 + 40 ms a step
+
+    def joins(*joiners: Joiner, streams: Streams = lax, per_token_s: float = 0.0) -> bool:
+        tokens = sum(one.context_tokens for one in joiners)
+        return may_join(streams, len(joiners), tokens, Linear(per_token_s=per_token_s), limits, joiners)
+
+    assert joins(Joiner(0.056, 100))
+    assert not joins(Joiner(0.055, 100))
+    assert not joins(Joiner(1.0, 100), Joiner(0.056, 100)), "together, a step takes 51 ms of 50.4"
+    assert joins(Joiner(0.055, 100), streams=streams_of(*[1.0] * 38)), "once a stream has ended"
+    assert joins(Joiner(0.055, 100), streams=Streams())
+
+
+def test_an_objective_that_would_not_hold_alone_is_no_reason_to_wait() -> None:
+    limits, streams = DecodeLimits(max_share=0.9), streams_of(*[1.0] * 39)
+    assert may_join(streams, 1, 100, Linear(), limits, [Joiner(0.0122, 100)]), "11 ms of 10.98"
+    assert not may_join(streams, 1, 100, Linear(), limits, [Joiner(0.0123, 100)])
+    long = Linear(per_token_s=1e-6)
+    assert not may_join(streams, 1, 30_000, long, limits, [Joiner(0.055, 30_000)]), "41 ms alone, of 49.5"
+    assert may_join(streams, 1, 40_000, long, limits, [Joiner(0.055, 40_000)]), "51 ms"
+
+
+@given(st.floats(1e-4, 10.0), st.integers(1, 200_000))
+def test_an_empty_server_lets_in_any_request(tbt_s: float, tokens: int) -> None:
+    model = Linear(per_token_s=1e-6)
+    assert may_join(Streams(), 1, tokens, model, DecodeLimits(), [Joiner(tbt_s, tokens)])
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.sampled_from([0.011, 0.02, 0.05, 0.1, 1.0]), min_size=1, max_size=60), st.sampled_from([0.5, 0.9]))
+def test_streams_that_were_let_in_leave_the_objectives_of_all_room_for_a_step(
+    objectives_s: list[float], share: float
+) -> None:
+    """In whatever order they come, but for objectives that no stream could have here."""
+    limits, streams, in_s = DecodeLimits(max_share=share), Streams(), []
+    alone_s = Linear().predict_s(1, 0)
+    for tbt_s in objectives_s:
+        if may_join(streams, 1, 100, Linear(), limits, [Joiner(tbt_s, 100)]):
+            streams.join(Stream(tbt_s, 100, 0.0))
+            in_s.append(tbt_s)
+    assert in_s
+    step_s = Linear().predict_s(len(in_s), 0)
+    assert all(step_s <= share * tbt_s for tbt_s in in_s if alone_s <= share * tbt_s)
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0, -0.1])

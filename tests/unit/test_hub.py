@@ -45,6 +45,7 @@ from sgl_flowprefill.runtime.scheduler_role import input_logprobs
 from sgl_flowprefill.runtime.unified_role import UnifiedRole
 from sgl_flowprefill.runtime.unified_scheduler import UnifiedScheduler
 from sgl_flowprefill.runtime.wakeup import Wakeup
+from sgl_flowprefill.slo import Objective
 from sgl_flowprefill.ttft import YARDSTICK, AdaptiveTTFT, PrefillShape
 from tests.simulated_device import HostCosts, Model, SimulatedDevice, SimulatedRequest, SimulatedServer
 
@@ -126,7 +127,7 @@ def test_a_winner_starts_without_those_that_do_not_fit_beside_it() -> None:
     hub.work.policy.limits = Limits(max_suspended=16, max_batch_tokens=10_000)
     hub.look()
     activations = Activations(hidden=1, attention=20, mlp=1, mlp_tile_tokens=None)
-    hub.work.tasks.live = [SimpleNamespace(new_tokens=30_000, logprob_rows=0, shapes=[])]  # type: ignore[list-item]
+    hub.work.tasks.live = [SimpleNamespace(new_tokens=30_000, logprob_rows=0, shapes=[], members=[])]  # type: ignore[list-item]
 
     def chosen(room_tokens: int) -> list[int]:
         """Prompts that start together, beside a live task and ``room_tokens`` more."""
@@ -149,7 +150,7 @@ def test_log_probabilities_of_a_long_prompt_keep_it_from_starting_where_they_wou
         requests = [SimulatedRequest("r", 0.0, 64, 100.0, logprob_rows=logprob_rows)]
         hub = SimulatedServer(SimulatedDevice(0, HostCosts()), model, requests).hub
         hub.look()
-        hub.work.tasks.live = [SimpleNamespace(new_tokens=1000, logprob_rows=0, shapes=[])]  # type: ignore[list-item]
+        hub.work.tasks.live = [SimpleNamespace(new_tokens=1000, logprob_rows=0, shapes=[], members=[])]  # type: ignore[list-item]
         hub.work.memory = TaskMemory(activations, activations.running_bytes(1000) + 64 * 4)
         assert isinstance(hub.choose(), list) == (logprob_rows == 0)
 
@@ -481,6 +482,49 @@ def test_small_requests_do_not_wait_for_streams_to_end_with_one_that_may_not_joi
         assert policy.first_waiting(waited_s, 1)[0].item.req == "large"
     colocated.left(streams[15:])
     assert chosen() == ["large"]
+
+
+@pytest.mark.parametrize("retracted", [False, True])
+def test_a_request_waits_for_a_load_of_streams_at_which_its_own_objective_holds_unless_it_was_a_stream(
+    retracted: bool,
+) -> None:
+    ttft: Any = SimpleNamespace(
+        predict_s=lambda shapes: 1e-3 * sum(shape.new_tokens for shape in shapes), pace=lambda shapes: Pace(1.0)
+    )
+    unlimited: Any = TaskMemory(Activations(1, 1, 1, None), math.inf)
+    policy = make_policy("feasible", Limits(16, 1), 60.0)
+    colocated = ColocatedPolicy(policy, LinearSteps(0.030, 3e-4, 0.0), DecodeLimits())
+    work = Work(colocated, ttft, unlimited, Progress([]), Tasks())
+    streams = [Stream(1.0, 1000, 0.0) for _ in range(60)]
+    colocated.joined(streams)  # with one more, 48.3 ms a step
+    tight = Arrival("tight", array("q", range(200)), PrefillShape(200, 0), 0.0, 5.0, 0.0)
+    work.add(tight._replace(retracted=retracted, objective=Objective(5.0, 0.05)))
+    lax = Arrival("lax", array("q", range(300)), PrefillShape(300, 0), 0.0, 100.0, 0.0)
+    work.add(lax._replace(objective=Objective(100.0, 1.0)))
+    colocated.began(0.0)  # so that the steps' own turn is not the question
+
+    def chosen() -> list[str]:
+        choice = work.choose(0.0, admit=True, last=False)
+        return [job.item.req for job in choice] if isinstance(choice, list) else []
+
+    assert chosen() == (["tight"] if retracted else ["lax"])
+    colocated.left(streams[45:])  # 43.8 ms a step, of 45
+    assert chosen() == ["tight"]
+
+
+def test_the_objective_of_a_prefill_that_has_started_counts_where_others_want_to_join() -> None:
+    ttft: Any = SimpleNamespace(predict_s=lambda shapes: 1.0, pace=lambda shapes: Pace(1.0))
+    unlimited: Any = TaskMemory(Activations(1, 1, 1, None), math.inf)
+    colocated = ColocatedPolicy(make_policy("edf", Limits(16, 1), 60.0), LinearSteps(0.030, 1e-2, 0.0), DecodeLimits())
+    work = Work(colocated, ttft, unlimited, Progress([]), Tasks())
+    shape = PrefillShape(200, 0)
+    tight = work.add(Arrival("tight", (), shape, 0.0, 50.0, 0.0, objective=Objective(50.0, 0.05)))
+    task = work.start(tight, SimpleNamespace(reqs=["tight"]), ["tight"], [shape], 0)
+    work.add(Arrival("lax", (), shape, 0.0, 5.0, 0.0, objective=Objective(5.0, 1.0)))
+    assert work.choose(0.0, admit=True, last=False) is task, "50 ms a step for both, of 45"
+    work.end(task)
+    [winner] = work.choose(0.0, admit=True, last=False)  # type: ignore[misc]
+    assert winner.item.req == "lax"
 
 
 def test_requests_that_begin_alike_are_matched_again_when_one_of_them_has_been_computed() -> None:
