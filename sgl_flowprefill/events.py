@@ -160,7 +160,7 @@ class Fail(Event, tag="fail"):
 
 
 class GiveBack(Event, tag="give_back"):
-    """a task is unwound, because streams need its KV cache; its requests wait again"""
+    """a task is unwound, because streams need its KV cache or its device memory; its requests wait again"""
 
     task: int
     rids: list[str]

@@ -1,9 +1,12 @@
-"""A model that raises in the middle of the forward pass of chosen prompts."""
+"""A model that raises in the middle of the forward pass of chosen prompts, or of decode steps."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -41,6 +44,71 @@ def raise_in_marked_prompts(scheduler: Any, fault: str, checkpoint: int, marker:
             raise FAULTS[fault]()
 
     return [module.register_forward_pre_hook(hook) for module in _operators(scheduler)]
+
+
+STEP_PLACES: Final = ("first operator", "logits", "sampled")
+"""Where a decode step can run out of memory: it has written nothing; KV cache in all layers; it has its tokens, too."""
+
+
+@dataclass
+class StepAttempts:
+    """What became of the forward passes of decode steps."""
+
+    failed: int = 0
+    still_held: int = 0
+    """Tensors of a pass that failed which were not free when the next one began."""
+    _layer_inputs: list[Any] = field(default_factory=list)
+
+    def begin(self) -> None:
+        self.still_held += sum(tensor() is not None for tensor in self._layer_inputs)
+        self.end()
+
+    def hold(self, tensor: Any) -> None:
+        self._layer_inputs.append(weakref.ref(tensor))
+
+    def end(self) -> None:
+        self._layer_inputs.clear()
+
+
+@contextmanager
+def without_memory_for_steps(scheduler: Any, place: Callable[[], str | None]) -> Iterator[StepAttempts]:
+    """In it, the forward pass of a decode step runs out of memory at the ``place`` that is said when it begins."""
+    executor, runner = scheduler.hub.executor, scheduler.tp_worker.model_runner
+    operators, attempts = _operators(scheduler), StepAttempts()
+    fails_at: str | None = None
+
+    def is_step() -> bool:
+        return executor.running is None and scheduler.cur_batch_for_debug.forward_mode.is_decode()
+
+    def passed(here: str) -> None:
+        if is_step() and fails_at == here:
+            attempts.failed += 1
+            raise FAULTS["memory"]()
+
+    def first(*_: Any) -> None:
+        nonlocal fails_at
+        if is_step():
+            attempts.begin()
+            fails_at = place()
+        passed("first operator")
+
+    def in_a_layer(_module: Any, args: Any) -> None:
+        if is_step():
+            attempts.hold(args[0])
+
+    [logits] = [module for module in operators if type(module).__name__ == "LogitsProcessor"]
+    hooks = [
+        operators[0].register_forward_pre_hook(first),
+        runner.model.model.layers[1].mlp.register_forward_pre_hook(in_a_layer),
+        logits.register_forward_pre_hook(lambda *_: passed("logits")),
+        runner.sampler.register_forward_hook(lambda *_: passed("sampled")),
+    ]
+    try:
+        yield attempts
+    finally:
+        attempts.end()
+        for hook in hooks:
+            hook.remove()
 
 
 PLUGIN: Final = Path(__file__).parent / "fault_plugin"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
+import random
 import threading
 import time
 from collections import Counter
@@ -14,17 +16,18 @@ from itertools import pairwise
 from typing import Any, Final
 from unittest.mock import patch
 
+from sgl_flowprefill.hub.failure import StepOutOfMemory
 from sgl_flowprefill.hub.shedding import Shedding
 from sgl_flowprefill.policy import Act, Limits, make_policy
 from sgl_flowprefill.policy.colocated import Turn
 from sgl_flowprefill.shadow import Shadows
 from sgl_flowprefill.ttft import PrefillShape
-from tests.faults import MARKER, raise_in_marked_prompts
+from tests.faults import MARKER, STEP_PLACES, StepAttempts, raise_in_marked_prompts, without_memory_for_steps
 from tests.late_device import LateDevice
 from tests.prompts import prompt
 from tests.unified_asks import Answer, Ask
 from tests.unified_engine import AnsweringEngine, StockEngine, UnifiedEngine, state_of
-from tests.unified_rounds import Play
+from tests.unified_rounds import Play, play_and_flush
 
 STREAM: Final = Ask(tuple(prompt(501, 60)), 40, (("ignore_eos", True),), tbt_slo_s=5.0)
 """A request that decodes while others are prefilled, which on a slow machine too are done before it."""
@@ -381,6 +384,79 @@ def fail_in_a_batch(engine: UnifiedEngine) -> Failed:
     for rid, ask in again.items():
         engine.submit(rid, ask)
     return Failed(_played(engine), again, errors)
+
+
+# ---- decode steps without device memory ------------------------------------------------------------------------------
+
+PENALISED: Final = Ask(tuple(prompt(507, 200)), 40, (("ignore_eos", True), ("frequency_penalty", 1.5)))
+WORDED: Final = Ask(tuple(prompt(508, 150)), 40, (("regex", "[a-z ]+"), ("min_new_tokens", 40)))
+"""Streams whose tokens hang on those before, which a step counts once."""
+
+
+@dataclass
+class WithoutMemory:
+    play: Play
+    asked: dict[str, Ask]
+    attempts: StepAttempts
+    error: str
+    """What was raised, and its cause."""
+
+
+def _streams_of_all_kinds(engine: UnifiedEngine) -> dict[str, Ask]:
+    asked = {"worded": WORDED, "penalised": PENALISED, "stays": STREAM}
+    _anew(engine)
+    for rid, ask in asked.items():
+        engine.submit(rid, ask)
+        _until(engine, lambda rid=rid: state_of(engine, rid) != "compiling")
+    _until(engine, lambda: all(state_of(engine, rid) in ("joining", "decoding") for rid in asked))
+    return asked
+
+
+def step_without_memory(engine: UnifiedEngine, place: str, times: int) -> WithoutMemory:
+    """A step runs out of memory so many times, while two prefills are live that have run."""
+    asked = _streams_of_all_kinds(engine) | {"goes": LONG, "urgent": URGENT}
+    before = engine.hub.role.given_back
+    _suspended(engine)
+    failures = iter([place] * times)
+    gc.disable()
+    try:
+        with without_memory_for_steps(engine.scheduler, lambda: next(failures, None)) as attempts:
+            engine.step()
+    finally:
+        gc.enable()
+    engine.seen["given back"] += engine.hub.role.given_back - before
+    for rid in ("goes", "urgent"):
+        engine.seen[state_of(engine, rid)] += 1
+    _calm(engine)
+    return WithoutMemory(_played(engine), asked, attempts, "")
+
+
+def step_without_memory_and_prefills(engine: UnifiedEngine, place: str) -> WithoutMemory:
+    """A step runs out of memory while there are streams alone; then it runs again, as if there was some at once."""
+    asked, error = _streams_of_all_kinds(engine), ""
+    failures = iter([place])
+    with without_memory_for_steps(engine.scheduler, lambda: next(failures, None)) as attempts:
+        try:
+            engine.step()
+        except StepOutOfMemory as raised:
+            error = f"{raised}: {type(raised.__cause__).__name__}"
+        engine.step()
+    return WithoutMemory(_played(engine), asked, attempts, error)
+
+
+def steps_without_memory_by_chance(
+    engine: UnifiedEngine, asked: Mapping[str, Ask], seed: int, probability: float
+) -> WithoutMemory:
+    """A round in which steps run out of memory with that ``probability``, while prefills are live that have run."""
+    rng, tasks = random.Random(seed), engine.hub.work.tasks
+
+    def place() -> str | None:
+        fails = any(task.has_run for task in tasks.live) and rng.random() < probability
+        return rng.choice(STEP_PLACES) if fails else None
+
+    with without_memory_for_steps(engine.scheduler, place) as attempts:
+        played = play_and_flush(engine, asked, set(), seed, 0.4)
+    return WithoutMemory(played, dict(asked), attempts, "")
 
 
 # ---- pauses, flushes, weights, timeouts ------------------------------------------------------------------------------

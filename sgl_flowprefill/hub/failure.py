@@ -1,4 +1,4 @@
-"""A forward pass that raised: what its requests are told, and the place of the error, on which all ranks must agree."""
+"""Forward passes that raised: what requests are told, where it was, on which ranks must agree, and what runs again."""
 
 from __future__ import annotations
 
@@ -35,3 +35,15 @@ class Failure:
     def message(self) -> str:
         """The answer to the requests."""
         return f"the prefill of this request failed ({self.kind}); the log of the prefill server has error {self.id}"
+
+
+class StepOutOfMemory(Exception):
+    """The device has no memory for a decode step. Nothing of it has been kept, and it can run again as it is."""
+
+    def __init__(self, failure: Failure, streams: int) -> None:
+        super().__init__(
+            f"the device has no memory for a decode step of {streams} requests, and no prefill is suspended that could "
+            "give its own back: lower --mem-fraction-static or --max-running-requests"
+        )
+        self.failure = failure
+        self.streams = streams

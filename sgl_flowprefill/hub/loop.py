@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final, Generic, Literal, NamedTuple, TypeVar
 
 from sgl_flowprefill.hub.device import Device
+from sgl_flowprefill.hub.failure import StepOutOfMemory
 from sgl_flowprefill.hub.parts import Agreement, Events, Executor, Exploration, Learning, Recorder, Slots, Tiles
 from sgl_flowprefill.hub.role import Decoder, NoStreams, Role
 from sgl_flowprefill.hub.task import NO_TASK, DecodeStep, PrefillTask
@@ -34,6 +35,10 @@ MATCHES: Final = 1
 """Waiting requests with an outdated prefix match that a turn matches again, besides those about to start."""
 MATCH_ROUNDS: Final = 3
 """``Hub.match_rounds``, where all ranks have the same requests."""
+NO_MEMORY: Final = (
+    "FlowPrefill: the device has no memory for a decode step of %d requests, so a prefill of %d gives its own back and "
+    "will start again; lower --mem-fraction-static if this comes often (error %s):\n%s"
+)
 
 
 def refuse_nothing(reasons: Mapping[Any, str], retry_after_s: int) -> None:
@@ -210,7 +215,7 @@ class Hub(Generic[RoleT]):
     def step(self) -> None:
         """Queue a decode step. What runs next is queued behind it, while its tokens are on their way to the host."""
         self.make_room_for_step()
-        step = self.decoder.step()
+        step = self._queued_step()
         if step is not None:
             self.work.tasks.finishing.append(step)
             self.finish_arrived()
@@ -222,6 +227,25 @@ class Hub(Generic[RoleT]):
             given = self.work.to_give_back(self.now_s(), missing_tokens) if self.agreement.decides else []
             for number in self.agreement.agree([task.id for task in given]):
                 self.give_back(self.work.tasks.numbered(number))
+
+    def _queued_step(self) -> DecodeStep | None:
+        """The decode step. Where the device has no memory for it, tasks that have run give theirs back, one after the
+        other, until it has; without any, the server ends as SGLang's does.
+        """
+        while True:
+            try:
+                return self.decoder.step()
+            except StepOutOfMemory as error:
+                if not any(task.has_run for task in self.work.tasks.live):
+                    raise
+                failure, streams = error.failure, error.streams
+            # Here, and not above: the error's traceback holds what the step had computed.
+            self.agreement.agree(failed_at=failure.place)
+            given = self.work.to_unwind(self.now_s()) if self.agreement.decides else []
+            for number in self.agreement.agree([task.id for task in given]):
+                task = self.work.tasks.numbered(number)
+                logger.warning(NO_MEMORY, streams, len(task.shapes), failure.id, failure.traceback)
+                self.give_back(task)
 
     def give_back(self, task: PrefillTask) -> None:
         """Unwind a task whose requests wait again. Its KV cache, not computed, never becomes a cached prefix."""

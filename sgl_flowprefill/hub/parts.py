@@ -160,7 +160,7 @@ class Recorder:
         """``task`` is unwound: nobody waits for it any more."""
 
     def given_back(self, task: PrefillTask) -> None:
-        """``task`` is unwound, and its requests wait again: streams need its KV cache."""
+        """``task`` is unwound, and its requests wait again: streams need its KV cache or its memory."""
 
     def failed(self, task: PrefillTask, failure: Failure) -> None:
         """The forward pass of ``task`` has raised."""

@@ -108,7 +108,8 @@ class Decoder(Protocol):
         """Queue one forward pass that gives every stream its next token. Tasks that have finished join before it. None
         if no stream is left.
 
-        Until it has ended the hub asks for no other, and the streams that it computes stay as they are.
+        Until it has ended the hub asks for no other, and the streams that it computes stay as they are. Raises
+        StepOutOfMemory where the device has no memory for it: the next call runs the same step again.
         """
 
     def finish_step(self, step: DecodeStep) -> None:

@@ -188,11 +188,19 @@ class Work:
 
     def to_give_back(self, now_s: float, tokens: int) -> list[PrefillTask]:
         """The tasks that are given up so that ``tokens`` of KV cache get free for streams."""
+        return self._given_up(now_s, tokens, self.held_tokens)
 
+    def to_unwind(self, now_s: float) -> list[PrefillTask]:
+        """The task that is given up first so that device memory gets free for streams. There is none where no task has
+        begun to run: the others hold KV cache alone.
+        """
+        return self._given_up(now_s, 1, lambda task: max(1, task.new_tokens) if task.has_run else 0)
+
+    def _given_up(self, now_s: float, tokens: int, held_tokens: Callable[[PrefillTask], int]) -> list[PrefillTask]:
         def executed_s(task: PrefillTask) -> float:
             return task.predicted_s - self.remaining_s(task)
 
-        return [job.item for job in self.colocated.give_back(now_s, tokens, self.held_tokens, executed_s)]
+        return [job.item for job in self.colocated.give_back(now_s, tokens, held_tokens, executed_s)]
 
     def as_numbers(self, choice: Choice) -> list[int]:
         """``choice`` for other ranks, which have the same tasks and requests: a task's id, NO_TASK and requests, or

@@ -212,7 +212,7 @@ class EventRecorder(EventLog, Recorder):
         self.write(Abort, time.monotonic(), rids=rids, task=task.id, checkpoint=task.operators_passed)
 
     def given_back(self, task: PrefillTask) -> None:
-        """``task`` is unwound, because streams need its KV cache."""
+        """``task`` is unwound, because streams need its KV cache or its device memory."""
         self._suspended.pop(task.id, None)
         self.write(GiveBack, time.monotonic(), task=task.id, rids=task.rids, checkpoint=task.operators_passed)
         if self._metrics is not None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextvars
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
@@ -107,6 +108,16 @@ class Executor:
                 self._switch(task, forward.greenlet.throw)
             # The next plan in its attention slot overwrites host buffers that queued copies may still read.
             self.device.drain()
+
+    @contextmanager
+    def restoring(self) -> Iterator[None]:
+        """A context for a forward pass outside of tasks: where it raises, the process's state is again as it was."""
+        state = self._capture(self._model_runner)
+        try:
+            yield
+        except Exception:
+            state.install(self._model_runner)
+            raise
 
     def _switch(self, task: PrefillTask, switch: Callable[[], Any]) -> None:
         hub_state = self._capture(self._model_runner)

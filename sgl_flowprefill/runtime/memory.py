@@ -14,6 +14,8 @@ from typing import Any, Final
 
 import torch
 from sglang.srt.environ import envs
+from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, MLATokenToKVPool, ReqToTokenPool
+from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
 
 from sgl_flowprefill.runtime.slots import AttentionSlots
 
@@ -27,6 +29,22 @@ STEP_BYTES: Final = 12
 probabilities in float32 (SGLang's ``Sampler``)."""
 LIVE_BESIDE_SUSPENDED: Final = 2
 """Tasks that hold attention state without being suspended: the one that runs, and one whose result is on its way."""
+
+
+PLAIN_POOLS: Final = (MHATokenToKVPool, MLATokenToKVPool, SWAKVPool)
+"""KV pools in which a forward pass writes a token's keys and values to its slot, and nothing else."""
+
+
+def steps_run_again(model_runner: Any) -> bool:
+    """Whether a decode step that did not get to its end can run again: it has written KV cache alone, and will write
+    the same. Layers that keep a state of a whole sequence (Mamba, linear attention) would advance it twice, and so
+    would watermarks. Pools of other classes are not known to keep nothing else.
+    """
+    return (
+        type(model_runner.req_to_token_pool) is ReqToTokenPool
+        and type(model_runner.token_to_kv_pool) in PLAIN_POOLS
+        and getattr(model_runner, "watermark_state", None) is None
+    )
 
 
 def sliding_window_limit(allocator: Any) -> float:

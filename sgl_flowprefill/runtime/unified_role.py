@@ -15,6 +15,7 @@ from http import HTTPStatus
 from itertools import chain
 from typing import Any, Final
 
+import torch
 from sglang.srt.environ import envs
 from sglang.srt.managers.io_struct import AbortReq
 from sglang.srt.managers.schedule_batch import release_req
@@ -23,6 +24,7 @@ from sglang.srt.mem_cache.common import release_kv_cache
 
 from sgl_flowprefill.config import FlowPrefillConfig
 from sgl_flowprefill.deadline import objective, received_s, sent_s
+from sgl_flowprefill.hub.failure import Failure, StepOutOfMemory
 from sgl_flowprefill.hub.role import Arrival, Decoder
 from sgl_flowprefill.hub.task import DecodeStep, PrefillTask
 from sgl_flowprefill.hub.waiting import WaitingRequest
@@ -30,6 +32,7 @@ from sgl_flowprefill.patches.overload import RETRY_AFTER
 from sgl_flowprefill.policy import ColocatedPolicy, DecodeLimits, Policy, Stream
 from sgl_flowprefill.profiling.steps import LearnedSteps
 from sgl_flowprefill.runtime.adapters import Adapters, NoAdapters
+from sgl_flowprefill.runtime.memory import steps_run_again
 from sgl_flowprefill.runtime.scheduler_role import (
     SchedulerRole,
     Without,
@@ -82,6 +85,8 @@ class UnifiedRole(SchedulerRole):
     """Requests in SGLang's waiting queue, unknown to the hub: their adapters find no slot beside those of streams, or
     this is one of several ranks and has no KV cache for them. They come again when there is some.
     """
+    _to_run_again: Any | None = field(default=None, init=False)
+    """The batch of a step that has begun, and for which the device had no memory."""
     _held_adapters: set[str | None] = field(default_factory=set, init=False)
     """Those of the streams, at the last look."""
     _has_freed: bool = field(default=False, init=False)
@@ -211,7 +216,21 @@ class UnifiedRole(SchedulerRole):
     # ---- decode steps -----------------------------------------------------------------------------------------------
 
     def step(self) -> DecodeStep | None:
-        scheduler, begin_s, begin = self.scheduler, time.monotonic(), self.device.stamp()
+        begin = self.device.stamp()
+        batch, self._to_run_again = self._to_run_again, None
+        if batch is None:
+            batch = self._next_step()
+        if batch is None:
+            return None
+        result = self._run(batch)
+        self.device.fetch(batch, result)
+        # SGLang learns what decoding costs from launch to launch of steps between which nothing else ran.
+        batch.after_idle_gap = batch.after_idle_gap or bool(self.tasks.live)
+        return DecodeStep(result, batch, [(begin, self.device.stamp())])
+
+    def _next_step(self) -> Any | None:
+        """The streams as a batch that is ready for its forward pass: a step has begun. None without any."""
+        scheduler, begin_s = self.scheduler, time.monotonic()
         plan = scheduler.get_next_batch_to_run(scheduler.running_batch, self.join())
         scheduler.running_batch, batch = plan.running_batch, plan.batch_to_run
         self.tell_policy(left=self._take_ended() if batch is None else ())
@@ -219,11 +238,27 @@ class UnifiedRole(SchedulerRole):
             return None
         self.policy.began(begin_s)
         scheduler.cur_batch_for_debug = batch
-        result = scheduler.run_batch(batch)
-        self.device.fetch(batch, result)
-        # SGLang learns what decoding costs from launch to launch of steps between which nothing else ran.
-        batch.after_idle_gap = batch.after_idle_gap or bool(self.tasks.live)
-        return DecodeStep(result, batch, [(begin, self.device.stamp())])
+        return batch
+
+    def _run(self, batch: Any) -> Any:
+        """The forward pass of a step, with its sampling. It can run again while its tokens have not been put where the
+        next step finds them: what it reads is as it was, and what it wrote it writes again, into the same slots.
+        """
+        scheduler = self.scheduler
+        try:
+            with scheduler.hub.executor.restoring():
+                return scheduler.run_batch(batch)
+        except torch.OutOfMemoryError as error:
+            # SGLang takes the input from the batch when the tokens are in their place, and before they are asked for.
+            if batch.input_ids is None or not steps_run_again(scheduler.tp_worker.model_runner):
+                raise
+            failure = Failure.of(error, 0, [req.rid for req in batch.reqs])
+            self._to_run_again = batch
+            scheduler._sched_idled = True  # the time from this launch to the next says nothing
+            # The next plan of its attention overwrites host buffers that queued copies may still read.
+            self.device.record()
+            self.device.drain()
+            raise StepOutOfMemory(failure, len(batch.reqs)) from error
 
     def finish_step(self, step: DecodeStep) -> None:
         arrived_s, begun = time.monotonic(), self.policy.step

@@ -20,7 +20,7 @@ from sgl_flowprefill.model import embedded_model_path
 from sgl_flowprefill.timeline import History
 from tests import unified_scenarios as scenarios
 from tests.exploring import serve_and_explore
-from tests.faults import FAULTS
+from tests.faults import FAULTS, STEP_PLACES
 from tests.prompts import prompt
 from tests.remote import Remote
 from tests.unified_asks import Ask, asks, without_penalties
@@ -456,6 +456,47 @@ def test_all_requests_of_a_batch_that_fails_are_answered_but_those_that_have_lef
     comparison.compare(failed.asked, failed.play.answers)
     comparison.assert_same()
     assert comparison.counts["answers"] == 3
+
+
+@pytest.mark.parametrize("times", [1, 2])
+@pytest.mark.parametrize("place", STEP_PLACES)
+def test_a_step_without_device_memory_takes_that_of_prefills_and_runs_again(
+    unified: Remote, comparison: StockComparison, event_log: Path, place: str, times: int
+) -> None:
+    played = unified.call(scenarios.step_without_memory, place, times)
+    assert (played.attempts.failed, played.play.seen["given back"]) == (times, times)
+    assert played.attempts.still_held == 0, "what the failed pass held was not free for the next one"
+    comparison.compare(played.asked, played.play.answers)
+    comparison.assert_same()
+    assert comparison.counts["answers"] == 5
+    events = events_of(unified, event_log)
+    assert ends_of(events) == dict.fromkeys(played.asked, "complete")
+    assert sum(event.kind == "give_back" for event in events) == times
+
+
+def test_a_step_without_device_memory_is_an_error_where_no_prefill_can_give_some_back(
+    unified: Remote, comparison: StockComparison
+) -> None:
+    for place in STEP_PLACES:
+        played = unified.call(scenarios.step_without_memory_and_prefills, place)
+        assert "no prefill is suspended that could give its own back: lower --mem-fraction-static" in played.error
+        assert played.error.endswith("OutOfMemoryError")
+        comparison.compare(played.asked, played.play.answers)
+    comparison.assert_same()
+
+
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.stress) for seed in range(1, 6))])
+def test_steps_without_device_memory_by_chance_change_no_answer(
+    unified: Remote, comparison: StockComparison, seed: int
+) -> None:
+    rng = random.Random(100 + seed)
+    asked = {f"o{i}": rng.choice(FEW_ASKS) for i in range(12)}
+    played = unified.call(scenarios.steps_without_memory_by_chance, asked, seed, 0.3)
+    comparison.compare(asked, played.play.answers)
+    comparison.assert_same()
+    print(played.attempts, dict(played.play.seen))
+    assert played.attempts.failed >= 3
+    assert played.play.seen["given back"] >= played.attempts.failed
 
 
 def assert_logged(failed: scenarios.Failed, rid: str, error: str) -> None:

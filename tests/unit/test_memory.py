@@ -14,7 +14,14 @@ pytest.importorskip("sglang")
 from sglang.srt.environ import envs
 
 from sgl_flowprefill.runtime import memory
-from sgl_flowprefill.runtime.memory import MIB, Activations, TaskMemory, budget, sliding_window_limit
+from sgl_flowprefill.runtime.memory import (
+    MIB,
+    Activations,
+    TaskMemory,
+    budget,
+    sliding_window_limit,
+    steps_run_again,
+)
 from sgl_flowprefill.runtime.slots import AttentionSlots
 
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, INTERMEDIATE = 4096, 32, 8, 128, 14336
@@ -64,6 +71,31 @@ def test_a_prompt_that_the_pool_of_sliding_windows_never_takes_whole_is_refused_
 def test_pools_of_whole_prompts_or_of_windows_alone_refuse_none_for_their_length() -> None:
     assert sliding_window_limit(SimpleNamespace(page_size=1)) == math.inf
     assert sliding_window_limit(SimpleNamespace(size_swa=64, page_size=1, swa_req_ring=True)) == math.inf
+
+
+def test_a_step_runs_again_only_where_it_writes_kv_cache_alone() -> None:
+    from sglang.srt.mem_cache.memory_pool import (
+        HybridLinearKVPool,
+        HybridReqToTokenPool,
+        MHATokenToKVPool,
+        MLATokenToKVPool,
+        ReqToTokenPool,
+    )
+    from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
+
+    class OfAPlatform(MHATokenToKVPool):
+        pass
+
+    def runs_again(rows: type, kv: type, **attributes: Any) -> bool:
+        pools = {"req_to_token_pool": rows.__new__(rows), "token_to_kv_pool": kv.__new__(kv)}
+        return steps_run_again(SimpleNamespace(**pools, **attributes))
+
+    for plain in (MHATokenToKVPool, MLATokenToKVPool, SWAKVPool):
+        assert runs_again(ReqToTokenPool, plain)
+        assert not runs_again(HybridReqToTokenPool, plain), "its layers keep the state of a sequence"
+        assert not runs_again(ReqToTokenPool, plain, watermark_state=object())
+    assert not runs_again(ReqToTokenPool, HybridLinearKVPool)
+    assert not runs_again(ReqToTokenPool, OfAPlatform), "nobody knows what it keeps"
 
 
 def test_experts_count_as_often_as_they_are_visited() -> None:

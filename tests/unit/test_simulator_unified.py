@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,8 @@ from sgl_flowprefill.bench.simulator.unified import SimStep, UnifiedInstance
 from sgl_flowprefill.bench.systems.catalog import UNIFIED_HEADLINE, UNIFIED_STOCK, VARIANTS, find, simulated
 from sgl_flowprefill.bench.workloads.synthetic import mixed, qwen_like
 from sgl_flowprefill.bench.workloads.trace import Trace, TraceRequest
+from sgl_flowprefill.hub.failure import Failure, StepOutOfMemory
+from sgl_flowprefill.hub.parts import OneRank
 from sgl_flowprefill.hub.task import DecodeStep, PrefillTask
 from sgl_flowprefill.policy import Act, DecodeLimits, Limits, Stream
 
@@ -368,6 +370,60 @@ def test_a_step_takes_kv_cache_from_tasks_until_it_has_enough_or_none_is_left(wa
     hub.step()
     assert steps.given == given
     assert len(steps.begun_s) == 1
+    assert [task.id for task in hub.work.tasks.live] == [number for number in (0, 1) if number not in given]
+
+
+class StepsWithoutMemory(StepsWithoutRoom):
+    """Steps for which the device has no memory until ``wanted`` tasks have been given back."""
+
+    def step(self) -> DecodeStep:
+        if len(self.given) < self._wanted:
+            raise StepOutOfMemory(Failure("OutOfMemoryError", 7, "0123456789ab", "Traceback"), 3)
+        return super().step()
+
+    def missing_tokens(self) -> int:
+        return 0
+
+
+class Meetings(OneRank):
+    """Keeps where it was said that something has failed."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda: False)
+        self.failed_at: list[int] = []
+
+    def agree(self, values: Sequence[int] = (), failed_at: int = 0) -> Sequence[int]:
+        if failed_at:
+            self.failed_at.append(failed_at)
+        return values
+
+
+@pytest.mark.parametrize(
+    ("wanted", "has_run", "given"),
+    [(0, [0, 1], []), (1, [0, 1], [0]), (2, [0, 1], [0, 1]), (3, [0, 1], [0, 1]), (1, [1], [1]), (1, [], [])],
+)
+def test_a_step_takes_device_memory_from_tasks_that_have_run_until_it_has_enough_or_none_is_left(
+    wanted: int, has_run: list[int], given: list[int]
+) -> None:
+    instance = unified("feasible").new_instance(toy_setup())
+    assert isinstance(instance, UnifiedInstance)
+    hub = instance.hub
+    for request in prepare(trace_of((0.0, 1000, 1, 9.0, 0.1), (0.0, 900, 1, 0.95, 0.1)), TOY, toy_setup().conditions):
+        instance.submit(request, 0.0)
+    instance.step()
+    assert [task.id for task in hub.work.tasks.live] == [0, 1]
+    for task in hub.work.tasks.live:
+        task.has_run = task.id in has_run
+    hub.decoder = steps = StepsWithoutMemory(instance, wanted)
+    hub.agreement = meetings = Meetings()
+    if len(given) < wanted:
+        with pytest.raises(StepOutOfMemory, match="decode step of 3 requests, and no prefill is suspended"):
+            hub.step()
+    else:
+        hub.step()
+    assert steps.given == given
+    assert len(steps.begun_s) == (len(given) >= wanted)
+    assert meetings.failed_at == [7] * len(given), "all ranks have failed at the same place, or none goes on"
     assert [task.id for task in hub.work.tasks.live] == [number for number in (0, 1) if number not in given]
 
 

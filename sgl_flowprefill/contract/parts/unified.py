@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from typing import Final
 
-from sgl_flowprefill.contract.row import Part, attributes, rows, source
+from sgl_flowprefill.contract.row import Part, Row, attributes, rows, source
+from sgl_flowprefill.contract.symbols import MODEL_RUNNER
 
 SCHEDULER: Final = "sglang.srt.managers.scheduler:Scheduler"
 REQ: Final = "sglang.srt.managers.schedule_batch:Req"
 BATCH: Final = "sglang.srt.managers.schedule_batch:ScheduleBatch"
 ADDER: Final = "sglang.srt.managers.schedule_policy:PrefillAdder"
 CHECKER: Final = "sglang.srt.managers.scheduler_components.invariant_checker:SchedulerInvariantChecker"
+POOLS: Final = "sglang.srt.mem_cache"
 ALLOCATOR: Final = "sglang.srt.mem_cache.allocator.base:BaseTokenToKVPoolAllocator"
 
 LOOP_CALLS: Final = (
@@ -36,6 +38,15 @@ STEP_CALLS: Final = (
     "return NextBatchPlan(batch_to_run=ret, running_batch=running_batch)",
 )
 """What makes a decode step of SGLang's function for the next batch: finished prefills join, and none is started."""
+
+STEP_RUNS: Final = (
+    "resolve_forward_inputs(batch, self.future_map)",
+    "batch_result = self.model_worker.forward_batch_generation(",
+    "batch, batch.req_pool_indices, batch_result",
+    "batch.input_ids = None",
+)
+"""A step takes its input from the batch, and takes it away when its tokens are where the next one finds its input."""
+WATERMARKS: Final = "is there where tokens that are sampled change what is sampled next, beside the KV cache"
 
 PART: Final = Part(
     "unified",
@@ -194,6 +205,40 @@ PART: Final = Part(
             "check_decode_capacity(self, num_tokens, tree_cache, requests, spec_algorithm) available_size(self)",
             "says whether the next decode step has KV cache",
             "streams are retracted while prefills could give theirs back",
+        ),
+        source(
+            "assumes",
+            f"{SCHEDULER}.run_batch",
+            STEP_RUNS,
+            "runs a step again for which the device had no memory, if its input is still there",
+            "a step that runs again reads tokens that it has sampled itself",
+        ),
+        *attributes(
+            BATCH,
+            "input_ids",
+            "is there while a step has not put its tokens where the next one finds them",
+            "no step can run again for which the device had no memory",
+        ),
+        *rows(
+            "calls",
+            f"{POOLS}.memory_pool:",
+            "MHATokenToKVPool MLATokenToKVPool ReqToTokenPool",
+            "holds KV cache, and nothing that a second run of a step would change",
+            "no step can run again for which the device had no memory",
+        ),
+        *rows(
+            "calls",
+            f"{POOLS}.swa_memory_pool:",
+            "SWAKVPool",
+            "holds KV cache, and nothing that a second run of a step would change",
+            "no step can run again for which the device had no memory",
+        ),
+        *attributes(
+            MODEL_RUNNER,
+            "watermark_state",
+            WATERMARKS,
+            "a step that runs again counts twice for watermarks",
+            otherwise=Row(MODEL_RUNNER, "reads", WATERMARKS, "a step that runs again counts twice for watermarks"),
         ),
         *attributes(
             CHECKER,
