@@ -386,6 +386,44 @@ def fail_in_a_batch(engine: UnifiedEngine) -> Failed:
     return Failed(_played(engine), again, errors)
 
 
+# ---- what never fits -------------------------------------------------------------------------------------------------
+
+NO_ROOM: Final = Ask(tuple(prompt(750, 200)), 4, (("ignore_eos", True),), ttft_slo_s=100.0)
+BEHIND: Final = Ask(tuple(prompt(751, 60)), 4, (("ignore_eos", True),), ttft_slo_s=600.0)
+"""A request that is due after it."""
+FIXED: Final = {
+    "clipped": Ask(tuple(prompt(752, 340)), 1000, (("ignore_eos", True),)),
+    "fits": Ask(tuple(prompt(753, 340)), TIGHT_TOKENS - 343, (("ignore_eos", True),)),
+    "behind": BEHIND,
+}
+"""Answers of fixed lengths. SGLang clips the first one to one token more than its admission takes without a cache of
+prefixes.
+"""
+
+
+def never_admitted(engine: UnifiedEngine) -> Play:
+    """A request that SGLang's admission does not take, as it asks for a longer answer than when it arrived. While
+    another holds KV cache, that may be the reason; then it is in front of one that would be taken.
+    """
+    _anew(engine)
+    hub = engine.hub
+    engine.submit("stays", STREAM)
+    _until(engine, lambda: state_of(engine, "stays") == "decoding")
+    usual, hub.stall_check_s = hub.stall_check_s, 0.0  # KV cache is asked for anew in each turn
+    try:
+        engine.submit("no room", NO_ROOM)
+        [req] = engine.scheduler.waiting_queue
+        req.sampling_params.max_new_tokens = 10_000
+        engine.submit("behind", BEHIND)
+        for _ in range(10):
+            engine.turn()
+        for rid in ("stays", "no room"):
+            engine.seen[f"{rid}: {state_of(engine, rid)}"] += 1
+        return _played(engine)
+    finally:
+        hub.stall_check_s = usual
+
+
 # ---- decode steps without device memory ------------------------------------------------------------------------------
 
 PENALISED: Final = Ask(tuple(prompt(507, 200)), 40, (("ignore_eos", True), ("frequency_penalty", 1.5)))

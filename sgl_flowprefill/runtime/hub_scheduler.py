@@ -6,6 +6,7 @@ from abc import abstractmethod
 from typing import Any, Final
 
 from sglang.srt.arg_groups.overrides import resolving_view
+from sglang.srt.disaggregation.utils import is_aborted
 from sglang.srt.managers import io_struct
 from sglang.srt.managers.scheduler import Scheduler
 
@@ -17,7 +18,7 @@ from sgl_flowprefill.live.ask import KEY, MOST_EVENTS, Ask
 from sgl_flowprefill.live.state import Answer, encode_answer
 from sgl_flowprefill.runtime.event_recorder import RecordedStreamer
 from sgl_flowprefill.runtime.experts import keep_whole_passes, uncounted
-from sgl_flowprefill.runtime.memory import sliding_window_limit
+from sgl_flowprefill.runtime.memory import EmptyPool, sliding_window_limit
 from sgl_flowprefill.runtime.setup import end_server
 from sgl_flowprefill.shadow import Shadows
 
@@ -35,6 +36,12 @@ CHANGES_WEIGHTS: Final = (
 )
 """Messages that may put other weights or none where a prefill reads them (a check may overwrite them, a remote call may
 do anything). Others that do are refused with what they belong to (``compat``)."""
+NEVER_FITS: Final = (
+    "The KV cache of this server never has room for this request: its prompt has {prompt_tokens} tokens, its answer "
+    "may have {answer_tokens}, and there is room for {pool_tokens} tokens in pages of {page_tokens}, of which some "
+    "stay free. Shorten the prompt or lower max_tokens; a server holds more with a higher --mem-fraction-static or "
+    "--max-total-tokens."
+)
 ASKS_FOR_WHOLE_PASSES: Final = (*CHANGES_WEIGHTS, io_struct.ExpertDistributionReq)
 """Messages before which started tasks run to their ends. The last one begins, ends or writes a record of experts, which
 is of whole forward passes."""
@@ -47,6 +54,9 @@ class HubScheduler(Scheduler):
     max_running_requests: int
     max_req_input_len: int
     token_to_kv_pool_allocator: Any
+    tree_cache: Any
+    max_total_num_tokens: int
+    empty_pool: EmptyPool
     hub: Hub[Any]
     shadows: Shadows | None = None
     """What would have become of shed requests, on a server that sheds."""
@@ -61,6 +71,7 @@ class HubScheduler(Scheduler):
         # SGLang refuses prompts of so many tokens, and tells its tokenizer process.
         limit = sliding_window_limit(self.token_to_kv_pool_allocator)
         self.max_req_input_len = int(min(self.max_req_input_len, limit))
+        self.empty_pool = EmptyPool.of(self.token_to_kv_pool_allocator)
         try:
             # The environment of another node may differ.
             keep_whole_passes()
@@ -92,8 +103,27 @@ class HubScheduler(Scheduler):
         self.role.note_compiling(self.grammar_manager.grammar_queue[compiling:])
 
     def _add_request_to_queue(self, req: Any, is_retracted: bool = False) -> None:
+        if not is_retracted:
+            self.refuse_what_never_fits(req)
         self.role.note_arrival(req)
         super()._add_request_to_queue(req, is_retracted)
+
+    def refuse_what_never_fits(self, req: Any) -> None:
+        """``req``, which arrives, ends with an error if it would wait for ever, and others behind it."""
+        if is_aborted(req):
+            return
+        is_fixed = req.sampling_params.ignore_eos and getattr(self.tree_cache, "disable", True)
+        if not self.empty_pool.takes(req.seqlen, self.role.answer_tokens(req), is_fixed):
+            req.set_finish_with_abort(self.never_fits(req))
+
+    def never_fits(self, req: Any) -> str:
+        """What the client of ``req`` is told, for which there is no room on an empty server."""
+        return NEVER_FITS.format(
+            prompt_tokens=req.seqlen,
+            answer_tokens=self.role.answer_tokens(req),
+            pool_tokens=self.max_total_num_tokens,
+            page_tokens=self.empty_pool.page_tokens,
+        )
 
     def abort_request(self, recv_req: Any) -> None:
         self.role.note_abort(recv_req.rid, recv_req.abort_all)

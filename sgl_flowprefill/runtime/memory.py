@@ -14,6 +14,8 @@ from typing import Any, Final
 
 import torch
 from sglang.srt.environ import envs
+from sglang.srt.managers.schedule_policy import CLIP_MAX_NEW_TOKENS
+from sglang.srt.mem_cache.allocator.base import BaseTokenToKVPoolAllocator
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, MLATokenToKVPool, ReqToTokenPool
 from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
 
@@ -56,6 +58,31 @@ def sliding_window_limit(allocator: Any) -> float:
     if pool_tokens is None or getattr(allocator, "swa_req_ring", False):
         return math.inf
     return int(pool_tokens) - 2 * int(allocator.page_size) + 1  # its last page, and one that SGLang keeps free
+
+
+@dataclass(frozen=True)
+class EmptyPool:
+    """SGLang's KV pool while nobody holds any of it, as its admission counts (``PrefillAdder``)."""
+
+    tokens: float
+    """Infinity where admission does not count the tokens of one pool."""
+    page_tokens: int
+
+    @classmethod
+    def of(cls, allocator: Any) -> EmptyPool:
+        """The pool of ``allocator``, of which nothing is taken."""
+        counts_tokens = type(allocator).create_prefill_budget is BaseTokenToKVPoolAllocator.create_prefill_budget
+        return cls(allocator.available_size() if counts_tokens else math.inf, allocator.page_size)
+
+    def takes(self, prompt_tokens: int, answer_tokens: int, is_fixed: bool) -> bool:
+        """Whether a prompt is admitted, with an answer of up to ``answer_tokens``. ``is_fixed``: the answer is of so
+        many tokens for certain, and no prefixes are cached; SGLang keeps a token more free for those.
+        """
+        if not is_fixed:
+            return prompt_tokens + min(answer_tokens, CLIP_MAX_NEW_TOKENS) + self.page_tokens < self.tokens
+        prompt_tokens = -(-prompt_tokens // self.page_tokens) * self.page_tokens
+        left_tokens = self.tokens - prompt_tokens - self.page_tokens
+        return left_tokens > answer_tokens + 1 if answer_tokens else left_tokens >= 0
 
 
 @dataclass(frozen=True)

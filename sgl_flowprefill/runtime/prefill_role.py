@@ -76,11 +76,14 @@ class PrefillRole(SchedulerRole):
     def drop(self, task: PrefillTask) -> None:
         scheduler, batch = self.scheduler, task.batch
         fail_unless_aborted(batch.reqs, task.failure)
-        dropped = [req for req in batch.reqs if scheduler._retire_aborted_prefill_result(req)]
-        for req in dropped:
-            req.time_stats.set_completion_time()
-        scheduler.output_streamer.stream_output(dropped, any(req.return_logprob for req in dropped))
+        self._retire(batch.reqs)
         scheduler._maybe_clear_mm_inputs(batch)
+
+    def retire(self, req: Any) -> None:
+        self._retire([req])
+
+    def answer_tokens(self, req: Any) -> int:
+        return 1
 
     # ---- what SGLang's scheduler tells ------------------------------------------------------------------------------
 
@@ -135,6 +138,14 @@ class PrefillRole(SchedulerRole):
         rooms = [req.bootstrap_room for req in self.scheduler.disagg_prefill_bootstrap_queue.queue]
         known = self.bootstrapped_s  # a transfer thread may change it meanwhile
         self.bootstrapped_s = {room: since_s for room in rooms if (since_s := known.get(room)) is not None}
+
+    def _retire(self, reqs: Sequence[Any]) -> None:
+        """Free what ``reqs`` hold that have not been retired yet, and answer these."""
+        scheduler = self.scheduler
+        retired = [req for req in reqs if scheduler._retire_aborted_prefill_result(req)]
+        for req in retired:
+            req.time_stats.set_completion_time()
+        scheduler.output_streamer.stream_output(retired, any(req.return_logprob for req in retired))
 
     def _cached_tokens(self) -> int:
         tree = self.scheduler.tree_cache

@@ -36,6 +36,12 @@ from sgl_flowprefill.slo.resolve import Resolver
 from sgl_flowprefill.ttft import PrefillShape
 
 RECENT_PROMPTS: Final = 16
+STARTS_IN_VAIN: Final = 3
+"""Times that a request may find no KV cache on an empty server before it is refused: a second or so apart, for what is
+over by then, such as a load from the host that did not begin.
+"""
+IN_VAIN: Final = "flowprefill_starts_in_vain"
+"""Attribute of SGLang's Req: how often it has found none there."""
 COMPILES_SINCE: Final = "flowprefill_compiles_since_s"
 """Attribute of SGLang's Req: when its grammar began to be compiled here."""
 
@@ -81,8 +87,10 @@ class SchedulerRole(ABC):
     """What requests ask for beside the base model."""
     rebalancing: NoRebalancing = field(default_factory=NoRebalancing, init=False)
     """Experts that move between ranks."""
-    _has_lost_prefix: bool = field(default=False, init=False)
-    """Whether, since the last look, no batch was made because its first request has to wait for storage again."""
+    _looks_again: bool = field(default=False, init=False)
+    """Whether, since the last look, no batch was made for a reason that is none for others: the first request has to
+    wait for storage again, or has been refused.
+    """
 
     def __post_init__(self) -> None:
         self.host_cache = host_cache(self.scheduler, self.wakeup.notify)
@@ -129,6 +137,14 @@ class SchedulerRole(ABC):
     @abstractmethod
     def drop(self, task: PrefillTask) -> None: ...
 
+    @abstractmethod
+    def retire(self, req: Any) -> None:
+        """Answer ``req``, which is to end and waits in none of SGLang's queues any more, and free what it holds."""
+
+    @abstractmethod
+    def answer_tokens(self, req: Any) -> int:
+        """The most tokens of its answer that are still to be computed here."""
+
     def waiting(self) -> Collection[Any]:
         return Without(self.scheduler.waiting_queue, self.reads.awaited)
 
@@ -151,7 +167,7 @@ class SchedulerRole(ABC):
         """
         scheduler, winner, reqs = self.scheduler, reqs[0], self.reads.with_prefixes(reqs)
         if not reqs or reqs[0] is not winner:
-            self._has_lost_prefix = True
+            self._looks_again = True
             return None
         chosen = set(reqs)
         others = [req for req in scheduler.waiting_queue if req not in chosen]
@@ -166,7 +182,28 @@ class SchedulerRole(ABC):
         scheduler.waiting_queue = scheduler.waiting_queue + others
         self.host_cache.after_batch(batch)
         self.reads.pass_by()
+        if batch is None:
+            self._note_start_in_vain(winner)
         return scheduler.ngram_embedding_manager.prepare_for_forward(batch, chunked_req=scheduler.chunked_req)
+
+    def _note_start_in_vain(self, req: Any) -> None:
+        """SGLang has not admitted ``req``. If it does not though nobody holds KV cache, it never will: ``req`` is
+        refused, so that nobody waits behind it. What cannot be told when it arrives, such as of pools of several kinds,
+        ends here.
+        """
+        scheduler = self.scheduler
+        rows = scheduler.req_to_token_pool
+        if rows.available_size() < rows.size or scheduler.tree_cache.protected_size() > 0:
+            return
+        in_vain = getattr(req, IN_VAIN, 0) + 1
+        setattr(req, IN_VAIN, in_vain)
+        if in_vain < STARTS_IN_VAIN:
+            return
+        scheduler.waiting_queue = [other for other in scheduler.waiting_queue if other is not req]
+        req.set_finish_with_abort(scheduler.never_fits(req))
+        self.retire(req)
+        self._looks_again = True
+        self.wakeup.notify()
 
     def fitting(self, reqs: Sequence[Any]) -> Sequence[Any]:
         """Those of ``reqs`` whose adapters find a slot (``Work.fitting``)."""
@@ -281,14 +318,14 @@ class SchedulerRole(ABC):
         if self.rebalancing.is_due:
             scheduler.finish_started()
         has_transferred = self.host_cache.take_news()  # before a message that asks for a server without any
-        has_lost_prefix, self._has_lost_prefix = self._has_lost_prefix, False
+        looks_again, self._looks_again = self._looks_again, False
         scheduler.ingest_requests()
         while scheduler.return_health_check_ipcs:  # SGLang answers one a round; here the next may be long in coming
             scheduler.maybe_send_health_check_signal()
         if self.has_compiled_grammars():
             for req in scheduler.grammar_manager.get_ready_grammar_requests():
                 scheduler._add_request_to_queue(req)
-        return has_transferred or has_lost_prefix
+        return has_transferred or looks_again
 
     def has_compiled_grammars(self) -> bool:
         """Whether SGLang would find something among the grammars: its look waits for those that are not ready.

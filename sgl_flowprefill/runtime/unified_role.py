@@ -213,6 +213,12 @@ class UnifiedRole(SchedulerRole):
         self.scheduler._maybe_clear_mm_inputs(task.batch)
         self._freed()
 
+    def retire(self, req: Any) -> None:
+        self.scheduler.retire_unadmitted_request(req)
+
+    def answer_tokens(self, req: Any) -> int:
+        return max(0, int(req.sampling_params.max_new_tokens) - len(req.output_ids))
+
     # ---- decode steps -----------------------------------------------------------------------------------------------
 
     def step(self) -> DecodeStep | None:

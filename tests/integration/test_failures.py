@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from sgl_flowprefill.policy import Limits
+from sgl_flowprefill.runtime.memory import EmptyPool
 from tests.chaos import chaos
 from tests.engine import PrefillEngine
 from tests.faults import FAULTS, MARKER, ModelFault, raise_in_marked_prompts
@@ -192,4 +193,44 @@ def test_errors_that_no_prefill_can_be_blamed_for_end_the_server(
         engine.run()
     engine.abort("bad")
     engine.run()
+    engine.assert_clean()
+
+
+def test_a_prompt_for_which_there_is_no_room_on_an_empty_server_is_refused_and_nobody_waits_behind_it(
+    engine: PrefillEngine,
+    comparison: Comparison,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    scheduler = engine.scheduler
+    monkeypatch.setattr(scheduler.hub, "stall_check_s", 0.0)  # KV cache is asked for anew in each turn
+    engine.submit("no room", prompt(1, 57_000), ttft_slo_s=1e5)
+    [req] = scheduler.disagg_prefill_bootstrap_queue.queue
+    req.sampling_params.max_new_tokens = 10_000  # SGLang asks for room for one token at a prefill server
+    engine.submit("behind", prompt(2, 300), ttft_slo_s=1e6, logprobs=True)
+    engine.run()
+    reason = engine.answers["no room"].req.finished_reason.to_json()
+    assert (reason["type"], reason["status_code"]) == ("abort", 400)
+    assert re.search(r"prompt has 57000 tokens, .* 60000 tokens in pages of 1,.* --max-total-tokens", reason["message"])
+    behind = engine.answers["behind"]
+    comparison.answer("behind", prompt(2, 300), [behind.token], [behind.logprob])
+    comparison.assert_same()
+    assert comparison.counts["log probabilities"] == 1
+    engine.assert_clean()
+
+
+def test_a_prompt_that_never_fits_by_the_size_of_the_pool_is_refused_when_it_arrives(
+    engine: PrefillEngine,
+    comparison: Comparison,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As with pages of 64 tokens, of which a prompt leaves less than one free."""
+    monkeypatch.setattr(engine.scheduler, "empty_pool", EmptyPool(448, 64))
+    engine.submit("no room", prompt(1, 383))
+    assert engine.answers["no room"].req.finished_reason.to_json()["status_code"] == 400
+    engine.submit("fits", prompt(2, 382), logprobs=True)
+    engine.run()
+    fits = engine.answers["fits"]
+    comparison.answer("fits", prompt(2, 382), [fits.token], [fits.logprob])
+    comparison.assert_same()
+    assert comparison.counts["log probabilities"] == 1
     engine.assert_clean()

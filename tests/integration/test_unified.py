@@ -49,7 +49,7 @@ def stock() -> Iterator[Stock]:
     remote.close()
 
 
-def started(max_total_tokens: int, environment: Mapping[str, str] | None = None) -> closing[Remote]:
+def started(max_total_tokens: int, environment: Mapping[str, str] | None = None, **server_args: Any) -> closing[Remote]:
     return closing(
         Remote(
             UnifiedEngine,
@@ -58,6 +58,7 @@ def started(max_total_tokens: int, environment: Mapping[str, str] | None = None)
             is_warm=environment is None,
             max_total_tokens=max_total_tokens,
             context_length=CONTEXT_TOKENS,
+            **server_args,
         )
     )
 
@@ -366,6 +367,32 @@ def test_admission_reserves_what_started_prefills_will_answer(tight: Remote, com
     comparison.compare(scenarios.RESERVED, played.answers)
     comparison.assert_same()
     assert played.seen["given back"] == played.seen["retractions"] == 0
+
+
+def test_a_request_for_which_there_is_no_room_on_an_empty_server_is_refused_and_nobody_waits_behind_it(
+    tight: Remote, comparison: StockComparison, event_log: Path
+) -> None:
+    played = tight.call(scenarios.never_admitted)
+    assert played.seen["stays: decoding"] == played.seen["no room: waiting"] == 1, dict(played.seen)
+    refused = played.answers.pop("no room")
+    assert (refused.reason, refused.status, refused.tokens) == ("abort", 400, ())
+    assert re.search(r"prompt has 200 tokens, .* 400 tokens in pages of 1,.* --mem-fraction-static", refused.detail)
+    asked = {"stays": scenarios.STREAM, "behind": scenarios.BEHIND}
+    comparison.compare(asked, played.answers)
+    comparison.assert_same()
+    events = events_of(tight, event_log)
+    assert ends_of(events) == dict.fromkeys(asked, "complete") | {"no room": "fail"}
+    assert not any(isinstance(event, Start) and "no room" in event.rids for event in events)
+
+
+def test_what_never_fits_by_the_size_of_the_pool_is_refused_when_it_arrives(comparison: StockComparison) -> None:
+    with started(scenarios.TIGHT_TOKENS, disable_radix_cache=True) as remote:
+        played = remote.call(scenarios.serve, scenarios.FIXED)
+    refused = played.answers.pop("clipped")
+    assert (refused.reason, refused.status, refused.tokens) == ("abort", 400, ())
+    assert "prompt has 340 tokens, its answer may have 58, and there is room for 400 tokens" in refused.detail
+    comparison.compare({rid: scenarios.FIXED[rid] for rid in ("fits", "behind")}, played.answers)
+    comparison.assert_same()
 
 
 # ---- overload --------------------------------------------------------------------------------------------------------

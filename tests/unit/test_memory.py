@@ -17,6 +17,7 @@ from sgl_flowprefill.runtime import memory
 from sgl_flowprefill.runtime.memory import (
     MIB,
     Activations,
+    EmptyPool,
     TaskMemory,
     budget,
     sliding_window_limit,
@@ -66,6 +67,91 @@ def test_a_prompt_that_the_pool_of_sliding_windows_never_takes_whole_is_refused_
     assert fits(limit - 1)
     assert not fits(limit + page_tokens)
     assert limit == min(tokens for tokens in range(4096) if not fits(tokens))
+
+
+def admits(capacity_tokens: int, page_tokens: int, prompt_tokens: int, answer_tokens: int, is_fixed: bool) -> bool:
+    """Whether SGLang's own admission takes a request into an empty pool."""
+    from sglang.srt.managers.schedule_policy import PrefillAdder
+    from sglang.srt.mem_cache.prefill_budget import PrefillBudget
+
+    class Adder(PrefillAdder):
+        def __init__(self) -> None:
+            self.page_size = self.per_req_token_overhead = page_tokens
+            self.token_to_kv_pool_allocator = allocator
+            self.tree_cache, self.running_batch = tree, None
+            self.memory_budget = PrefillBudget(allocator, tree)
+            self.can_run_list, self.req_states, self.new_token_ratio = [], None, 0.7
+            self.is_hybrid_swa, self._mamba_slot_cost = False, 0
+            self.rem_chunk_tokens = self.rem_mamba_slots = None
+            self.prefill_delayer_single_pass = self.dllm_config = self.kv_shard_scratch_spec = None
+            self.rem_input_tokens, self.exact_chunk_fill = 1 << 30, False
+            self.log_hit_tokens = self.log_input_tokens = self.log_replay_tokens = 0
+
+    allocator: Any = SimpleNamespace(
+        page_size=page_tokens, available_size=lambda: capacity_tokens, request_slot_reserve=lambda **_: 0
+    )
+    tree: Any = SimpleNamespace(evictable_size=lambda: 0, supports_mamba=lambda: False)
+    req: Any = SimpleNamespace(
+        full_untruncated_fill_ids=range(prompt_tokens),
+        origin_input_ids=range(prompt_tokens),
+        output_ids=[],
+        prefix_len=0,
+        extend_len=prompt_tokens,
+        retracted_stain=False,
+        auxiliary_swa_host_hit_length=0,
+        kv=SimpleNamespace(req_pool_idx=None),
+        sampling_params=SimpleNamespace(max_new_tokens=answer_tokens, ignore_eos=is_fixed),
+    )
+    adder = Adder()
+    if is_fixed:
+        adder.add_one_req_ignore_eos(req)
+        return req in adder.can_run_list
+    fits, _ = adder.memory_budget.check_prefill(
+        extend_input_len=prompt_tokens,
+        total_tokens=prompt_tokens + answer_tokens + page_tokens,
+        max_new_tokens=answer_tokens,
+        input_tokens=prompt_tokens,
+        swa_host_hit_length=0,
+        chunk_limit=None,
+    )
+    return fits
+
+
+@pytest.mark.parametrize("is_fixed", [False, True])
+@pytest.mark.parametrize("page_tokens", [1, 16, 64])
+def test_what_is_refused_is_what_sglang_would_never_admit(page_tokens: int, is_fixed: bool) -> None:
+    pool, seen = EmptyPool(256, page_tokens), set()
+    for prompt_tokens in range(1, 257):
+        for answer_tokens in {0, 1, 2, 50, *range(max(0, 250 - prompt_tokens - page_tokens), 260 - prompt_tokens)}:
+            takes = admits(256, page_tokens, prompt_tokens, answer_tokens, is_fixed)
+            assert pool.takes(prompt_tokens, answer_tokens, is_fixed) == takes, (prompt_tokens, answer_tokens)
+            seen.add(takes)
+    assert seen == {False, True}
+
+
+def test_only_of_a_pool_that_is_counted_in_tokens_it_is_known_what_never_fits() -> None:
+    from sglang.srt.mem_cache.allocator.base import BaseTokenToKVPoolAllocator
+    from sglang.srt.mem_cache.allocator.swa import SWATokenToKVPoolAllocator
+
+    class Plain(BaseTokenToKVPoolAllocator):
+        page_size = 16
+
+        def __init__(self) -> None:
+            pass
+
+        def available_size(self) -> int:
+            return 100
+
+    class Windows(SWATokenToKVPoolAllocator):
+        page_size = 16
+
+        def __init__(self) -> None:
+            pass
+
+    Plain.__abstractmethods__ = Windows.__abstractmethods__ = frozenset()  # type: ignore[attr-defined]
+    assert EmptyPool.of(Plain()) == EmptyPool(100, 16)
+    assert EmptyPool.of(Windows()) == EmptyPool(math.inf, 16)
+    assert EmptyPool.of(Windows()).takes(10**9, 10**9, is_fixed=True)
 
 
 def test_pools_of_whole_prompts_or_of_windows_alone_refuse_none_for_their_length() -> None:

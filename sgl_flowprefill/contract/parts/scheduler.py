@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from typing import Final
 
-from sgl_flowprefill.contract.row import Part, Row, attributes, rows
-from sgl_flowprefill.contract.symbols import CONTEXT, OPTIONS, SCHEDULER
+from sgl_flowprefill.contract.row import Part, Row, attributes, rows, source
+from sgl_flowprefill.contract.symbols import CONTEXT, OPTIONS, REQ, SCHEDULER
+
+ADDER: Final = "sglang.srt.managers.schedule_policy:PrefillAdder"
+NEVER_ENDS: Final = "a prompt that fits into no pool waits for ever, and others behind it"
 
 PART: Final = Part(
     "scheduler",
@@ -120,13 +123,13 @@ PART: Final = Part(
             SCHEDULER,
             "max_req_input_len",
             "is how many tokens a prompt may not have",
-            "a prompt that fits into no pool waits for ever, and others behind it",
+            NEVER_ENDS,
         ),
         *attributes(
             "sglang.srt.mem_cache.allocator.swa:SWATokenToKVPoolAllocator",
             "size_swa swa_req_ring",
             "tells how many tokens the pool of layers with a sliding window holds, of a whole prompt or of its window",
-            "a prompt that fits into no pool waits for ever, and others behind it",
+            NEVER_ENDS,
         ),
         *attributes(
             SCHEDULER,
@@ -134,11 +137,69 @@ PART: Final = Part(
             "tells how much KV cache is free",
             "exploration evicts cached prefixes",
         ),
+        *rows(
+            "calls",
+            "sglang.srt.mem_cache.allocator.base:",
+            "BaseTokenToKVPoolAllocator BaseTokenToKVPoolAllocator.create_prefill_budget(self, tree_cache, ...)",
+            "says whether admission counts the tokens of one pool",
+            NEVER_ENDS,
+        ),
+        source(
+            "assumes",
+            "sglang.srt.mem_cache.prefill_budget:PrefillBudget.check_prefill",
+            ["if total_tokens < self.remaining_total"],
+            "admits a prompt with its answer, and counts both as they are counted when a request arrives",
+            NEVER_ENDS,
+        ),
+        source(
+            "assumes",
+            f"{ADDER}.add_one_req",
+            [
+                'req.sampling_params.ignore_eos and getattr(self.tree_cache, "disable", True)',
+                "total_tokens = cand_extend_input_len + max_new + self.per_req_token_overhead",
+            ],
+            "admits a prompt with its answer, and counts both as they are counted when a request arrives",
+            NEVER_ENDS,
+        ),
+        source(
+            "assumes",
+            f"{ADDER}.add_one_req_ignore_eos",
+            ["if min_free_tokens <= IGNORE_EOS_RESERVE_TOKENS * bs", "if tokens_left <= 0"],
+            "admits a prompt with an answer of a fixed length where no prefixes are cached",
+            NEVER_ENDS,
+        ),
+        *rows(
+            "reads",
+            "sglang.srt.managers.schedule_policy:",
+            "CLIP_MAX_NEW_TOKENS",
+            "is how much of an answer admission wants room for",
+            NEVER_ENDS,
+        ),
+        *attributes(
+            "sglang.srt.sampling.sampling_params:SamplingParams",
+            "max_new_tokens ignore_eos",
+            "says how long an answer may be",
+            NEVER_ENDS,
+        ),
+        *rows(
+            "calls",
+            REQ,
+            "set_finish_with_abort(self, error_msg, ...)",
+            "ends a request that fits into no pool",
+            NEVER_ENDS,
+        ),
+        *attributes(REQ, "seqlen", "says how long a prompt is", NEVER_ENDS),
+        *attributes(
+            "sglang.srt.mem_cache.memory_pool:ReqToTokenPool",
+            "size",
+            "tells whether any request holds KV cache",
+            NEVER_ENDS,
+        ),
         *attributes(
             "sglang.srt.mem_cache.allocator.base:BaseTokenToKVPoolAllocator",
             "page_size",
             "is how many tokens a page of the KV pool holds",
-            "a prompt that fits into no pool waits for ever, and others behind it",
+            NEVER_ENDS,
         ),
         *rows(
             "calls",
