@@ -342,7 +342,7 @@ GIVEN_BACK: Final = _row(
     "given_back",
     Kind.COUNTER,
     Unit.TASKS,
-    "Started prefills given up because streams needed their KV cache.",
+    "Started prefills given up because streams needed their KV cache or their device memory.",
     "the hub, at each",
     unified=True,
 )
