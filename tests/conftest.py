@@ -24,6 +24,8 @@ if TYPE_CHECKING:  # they import torch, which most unit tests do without
     from tests.engine import PrefillEngine
     from tests.reference import Comparison, Reference
 
+gc.disable()  # until all is imported: nothing of that is garbage
+
 # Generated examples say nothing about time: a busy machine is no failure.
 settings.register_profile("busy machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("busy machine")
@@ -55,6 +57,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_collection_finish() -> None:
     """What all tests have imported is no garbage: whoever collects need not look at it each time."""
     gc.freeze()
+    gc.enable()
 
 
 SERVERS = "servers"
