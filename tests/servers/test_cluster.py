@@ -176,7 +176,7 @@ def test_a_cluster_ends_when_a_scheduler_dies_and_leaves_nothing(ending_cluster,
 
 
 def assert_it_names(victim, text):
-    """``text`` names the process that has ended first: by itself, or in SGLang's last lines, where SGLang was faster."""
+    """``text`` names the process that has ended first: itself, or in SGLang's last lines, where SGLang was faster."""
     assert "The last lines of " in text
     assert f"process {victim.pid} of the " in text or f"(pid={victim.pid}) crashed" in text
 
