@@ -53,7 +53,7 @@ def main(argv: Sequence[str], read_launcher: explain_command.ReadLauncher) -> in
 
 def _check(arguments: argparse.Namespace, server_args: Sequence[str]) -> int:
     model = arguments.model_path
-    if model is None and machine.gpu_count():
+    if model is None and not preflight.runs_on_cpu(server_args):
         model = preflight.made_model(GPU_MODEL)
     layout = preflight.prepare(
         ClusterConfig(

@@ -77,7 +77,7 @@ class Report:
     """One run."""
 
     def __init__(self, arguments: argparse.Namespace, server_args: Sequence[str]) -> None:
-        self._on_card = bool(machine.gpu_count()) and last_value(server_args, "--device") != "cpu"
+        self._on_card = not preflight.runs_on_cpu(server_args)
         shape = arguments.shape
         if shape is None and arguments.model_path is None and self._on_card:
             shape = DEFAULT_SHAPE

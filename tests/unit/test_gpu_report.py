@@ -141,6 +141,21 @@ def test_where_nobody_can_be_asked_there_is_no_hopper() -> None:
     assert not machine.is_hopper()
 
 
+@pytest.mark.parametrize(
+    ("options", "platform", "device"),
+    [([], "", "GPU"), (["--device", "cpu"], "", "CPU"), ([], "flowprefill_cpu", "CPU")],
+)
+def test_attention_backends_of_a_card_are_checked_unless_servers_run_on_the_cpu(
+    options: list[str], platform: str, device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "gpu_count", lambda: 1)
+    monkeypatch.setenv("SGLANG_PLATFORM", platform)
+    report = command.Report(command.make_parser().parse_args(["--out", str(tmp_path / "report")]), options)
+    assert device in report.layout(None).device()
+    backends = {phase.backend for phase in report.phases if phase.module == "checks"}
+    assert backends == ({"flashinfer", "triton", "fa3"} if device == "GPU" else {None})
+
+
 @pytest.mark.parametrize("asked", [[], ["--unified"]])
 def test_decode_steps_are_measured_on_the_engine_of_a_unified_server(asked: list[str], tmp_path: Path) -> None:
     report = command.Report(command.make_parser().parse_args(["--out", str(tmp_path / "report"), *asked]), [])
