@@ -1,4 +1,4 @@
-"""What the hub asks of the engine that it drives: SGLang's scheduler as a prefill server, or a simulated one."""
+"""What the hub asks of the engine that it drives: SGLang's scheduler as one kind of server, or a simulated one."""
 
 from __future__ import annotations
 
