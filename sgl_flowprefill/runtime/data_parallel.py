@@ -24,6 +24,7 @@ from sgl_flowprefill.hub.role import Arrival
 from sgl_flowprefill.hub.task import NO_TASK, PrefillTask
 from sgl_flowprefill.profiling.measure import SchedulerEngine
 from sgl_flowprefill.runtime.agreement import Agreement
+from sgl_flowprefill.runtime.event_recorder import LOST
 from sgl_flowprefill.runtime.executor import Executor
 from sgl_flowprefill.runtime.prefill_role import PrefillRole
 from sgl_flowprefill.runtime.scheduler_role import SchedulerRole
@@ -324,10 +325,10 @@ class JointRole(SchedulerRole):
         return {one.rank if isinstance(one, RemoteRequest) else self.agreement.rank for one in task.reqs}
 
     def _forget_lost(self) -> None:
-        """Requests that have left SGLang's queues on a way that nothing else knows of have ended for the others too."""
+        """Requests that are lost have ended for the others too."""
         held = {*self.unanswered(), *self.scheduler.grammar_manager.grammar_queue}
         for req in self._numbers.keys() - held:
-            self._note_end(req, "it is in none of the scheduler's queues", None)
+            self._note_end(req, LOST, None)
 
 
 @dataclass(eq=False)
