@@ -88,20 +88,6 @@ class Tidings(NamedTuple):
     """Ids of tasks in which nobody waits any more for a request of this rank, which has some in them."""
 
 
-class Startable(NamedTuple):
-    """A request of a rank can be started from now on: what an ``Arrival`` says of it."""
-
-    number: int
-    shape: PrefillShape
-    received_s: float
-    deadline_s: float
-    readable_s: float
-    logprob_rows: int
-    retracted: bool
-    objective: Objective | None
-    has_run: bool
-
-
 class Parts(NamedTuple):
     """What a joint pass computes."""
 
@@ -182,7 +168,8 @@ class JointRole(SchedulerRole):
         own = [arrival._replace(place=self.agreement.rank) for arrival in self.own_arrivals()]
         for arrival in own:
             self._startable[arrival.req] = self._number(arrival.req)
-        told = [Startable(self._startable[one.req], one.shape, *one[3:10]) for one in own]
+        # Without its prompt: what is cached at other ranks does not concern it.
+        told = [one._replace(req=self._startable[one.req], prompt=()) for one in own]
         for rank, theirs in enumerate(self.agreement.exchange(told or None)):
             if rank == self.agreement.rank:
                 yield from own
@@ -314,11 +301,11 @@ class JointRole(SchedulerRole):
         for ended in tidings.ended:
             self.recorder.answered(self._remote.pop((rank, ended.number)), ended.reason, ended.http_status)
 
-    def _arrival(self, rank: int, one: Startable) -> Arrival:
-        req = self._remote[rank, one.number]
+    def _arrival(self, rank: int, told: Arrival) -> Arrival:
+        """What another ``rank`` has ``told``, by the number that the request has there."""
+        req = self._remote[rank, told.req]
         self._remote_startable[req] = None
-        # Without its prompt: what is cached here does not concern it.
-        return Arrival(req, (), *one[1:], place=rank)
+        return told._replace(req=req)
 
     def _ranks(self, task: PrefillTask) -> set[int]:
         """The ranks that have requests in ``task``."""
