@@ -29,7 +29,7 @@ from sgl_flowprefill.hub.waiting import WaitingRequest
 from sgl_flowprefill.patches.overload import RETRY_AFTER
 from sgl_flowprefill.policy import ColocatedPolicy, DecodeLimits, Policy, Stream
 from sgl_flowprefill.profiling.steps import LearnedSteps
-from sgl_flowprefill.runtime.adapters import Adapters, NoAdapters
+from sgl_flowprefill.runtime.adapters import LoRA
 from sgl_flowprefill.runtime.scheduler_role import (
     SchedulerRole,
     Without,
@@ -113,12 +113,12 @@ class UnifiedRole(SchedulerRole):
         self.not_told = list(self.may_start(self.not_told))
         if stalls_due:
             self.recorder.close_lost(self.held())
-        if not isinstance(self.adapters, NoAdapters):
+        if isinstance(self.adapters, LoRA):
             self._keep_out(self.adapters)
         has_freed, self._has_freed = self._has_freed, False
         return has_freed
 
-    def _keep_out(self, adapters: Adapters) -> None:
+    def _keep_out(self, adapters: LoRA) -> None:
         """Streams may hold slots for long: requests that need one of these must not stand in the way of others."""
         held = {req.lora_id for req in self.streams}
         if held == self._held_adapters and not self.not_told and not self.kept_out:
