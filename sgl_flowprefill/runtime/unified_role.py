@@ -39,7 +39,7 @@ from sgl_flowprefill.runtime.scheduler_role import (
 )
 from sgl_flowprefill.runtime.step_profile import load_or_measure_steps
 
-HAS_RUN: Final = "flowprefill_has_run"
+GIVEN_BACK: Final = "flowprefill_given_back"
 """Attribute of SGLang's Req: a prefill of it has begun, and was given back."""
 SHED: Final = "The server is overloaded: {why}. Try again after {retry_after_s} s."
 
@@ -154,7 +154,7 @@ class UnifiedRole(SchedulerRole):
             logprob_rows=input_logprobs(req),
             retracted=is_retracted,
             objective=promised,
-            has_run=getattr(req, HAS_RUN, False),
+            was_given_back=getattr(req, GIVEN_BACK, False),
         )
 
     def waiting(self) -> Collection[Any]:
@@ -289,7 +289,7 @@ class UnifiedRole(SchedulerRole):
                 scheduler.waiting_queue.append(req)
                 req.time_stats.set_wait_queue_entry_time()
                 self.held_back.append(req)
-                setattr(req, HAS_RUN, True)
+                setattr(req, GIVEN_BACK, True)
         self.given_back += 1
 
     def shed(self, reasons: Mapping[Any, str], retry_after_s: int) -> None:
