@@ -18,7 +18,8 @@ import zmq
 
 from sgl_flowprefill.cluster.preflight import free_port
 from sgl_flowprefill.model import EmbeddedModel, embedded_model_path
-from tests.ranks import Ranks, notes_at, run_rank
+from tests.rank_notes import notes_at
+from tests.ranks import Ranks, run_rank
 
 
 def qwen3(model: EmbeddedModel) -> Path:

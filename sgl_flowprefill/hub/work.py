@@ -223,19 +223,21 @@ class Work:
         """Whether the activations of a task of ``jobs`` fit beside the live tasks', and its requests among the
         streams.
         """
-        if not self._may_join(jobs):
+        parts = _by_place(jobs)
+        if not self._may_join(parts):
             return False
         live = self.tasks.live
         return not live or self.memory.admits(
             [task.new_tokens for task in live],
-            max(sum(shape.new_tokens for shape in part) for part in _by_place(jobs)),
+            max(sum(shape.new_tokens for shape in part) for part in parts),
             max([sum(job.item.logprob_rows for job in jobs), *(task.logprob_rows for task in live)]),
         )
 
-    def _may_join(self, jobs: Sequence[Job[WaitingRequest]]) -> bool:
-        """Whether the streams can become as many as with those of all tasks and ``jobs``."""
+    def _may_join(self, parts: Sequence[Sequence[PrefillShape]]) -> bool:
+        """Whether the streams can become as many as with those of all tasks and of requests, whose shapes are in
+        ``parts``, one for each place.
+        """
         shapes = [shape for task in self.tasks.live for shape in task.shapes]
-        parts = _by_place(jobs)
         requests = len(shapes) + max(map(len, parts))
         return self.colocated.may_join(requests, sum(map(sum, shapes)) + max(sum(map(sum, part)) for part in parts))
 
@@ -243,7 +245,7 @@ class Work:
         """Whether others may start before ``winner``, which has to wait for streams to end: a small request need not
         wait for them, too. Whoever has starved, was a stream before, or is in line by a fixed order, is waited for.
         """
-        if self.colocated.returns(winner) or self._may_join([winner]):
+        if self.colocated.returns(winner) or self._may_join([[winner.item.shape]]):
             return False
         [standing] = self.policy.standings([winner], now_s)
         return standing not in (Standing.STARVED, Standing.IN_LINE)

@@ -147,5 +147,6 @@ class JointUnifiedRole(JointRole, UnifiedRole):
         return all_joined, all_left
 
     def _hear_of(self, rank: int, one: Joined) -> Stream:
-        stream = self._remote_streams[rank, one.number] = Stream(*one[1:], place=rank)
+        stream = Stream(one.tbt_s, one.context_tokens, one.joined_s, rank)
+        self._remote_streams[rank, one.number] = stream
         return stream

@@ -29,7 +29,7 @@ from sgl_flowprefill.hub.waiting import WaitingRequest
 from sgl_flowprefill.patches.overload import RETRY_AFTER
 from sgl_flowprefill.policy import ColocatedPolicy, DecodeLimits, Policy, Stream
 from sgl_flowprefill.profiling.steps import LearnedSteps
-from sgl_flowprefill.runtime.adapters import Adapters, NoAdapters
+from sgl_flowprefill.runtime.adapters import LoRA
 from sgl_flowprefill.runtime.scheduler_role import (
     SchedulerRole,
     Without,
@@ -39,7 +39,7 @@ from sgl_flowprefill.runtime.scheduler_role import (
 )
 from sgl_flowprefill.runtime.step_profile import load_or_measure_steps
 
-HAS_RUN: Final = "flowprefill_has_run"
+GIVEN_BACK: Final = "flowprefill_given_back"
 """Attribute of SGLang's Req: a prefill of it has begun, and was given back."""
 SHED: Final = "The server is overloaded: {why}. Try again after {retry_after_s} s."
 
@@ -113,12 +113,12 @@ class UnifiedRole(SchedulerRole):
         self.not_told = list(self.may_start(self.not_told))
         if stalls_due:
             self.recorder.close_lost(self.held())
-        if not isinstance(self.adapters, NoAdapters):
+        if isinstance(self.adapters, LoRA):
             self._keep_out(self.adapters)
         has_freed, self._has_freed = self._has_freed, False
         return has_freed
 
-    def _keep_out(self, adapters: Adapters) -> None:
+    def _keep_out(self, adapters: LoRA) -> None:
         """Streams may hold slots for long: requests that need one of these must not stand in the way of others."""
         held = {req.lora_id for req in self.streams}
         if held == self._held_adapters and not self.not_told and not self.kept_out:
@@ -154,7 +154,7 @@ class UnifiedRole(SchedulerRole):
             logprob_rows=input_logprobs(req),
             retracted=is_retracted,
             objective=promised,
-            has_run=getattr(req, HAS_RUN, False),
+            was_given_back=getattr(req, GIVEN_BACK, False),
         )
 
     def waiting(self) -> Collection[Any]:
@@ -289,7 +289,7 @@ class UnifiedRole(SchedulerRole):
                 scheduler.waiting_queue.append(req)
                 req.time_stats.set_wait_queue_entry_time()
                 self.held_back.append(req)
-                setattr(req, HAS_RUN, True)
+                setattr(req, GIVEN_BACK, True)
         self.given_back += 1
 
     def shed(self, reasons: Mapping[Any, str], retry_after_s: int) -> None:

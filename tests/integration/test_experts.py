@@ -37,7 +37,8 @@ from tests.experts import (
     watch,
 )
 from tests.prompts import population, prompt
-from tests.ranks import Chaos, Ranks, notes_at
+from tests.rank_notes import notes_at
+from tests.ranks import Chaos, Ranks
 from tests.remote import Remote
 from tests.unified_asks import Ask
 from tests.unified_rounds import play
