@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 from rich.console import Console
 
-from sgl_flowprefill.bench.capacity.probes import Probe, ProbeLog
+from sgl_flowprefill.bench.capacity.probes import FILE_DIGEST, Probe, ProbeLog
 from sgl_flowprefill.bench.capacity.rate_search import decided
 from sgl_flowprefill.bench.loadgen.calibrate import median_of, time_scale
 from sgl_flowprefill.bench.loadgen.progress import ReplayProgress
@@ -55,6 +55,7 @@ class Plan:
         """What all probes have in common; there may be more seeds when a run is resumed."""
         return {
             "workload": self.workload.name,
+            FILE_DIGEST: self.workload.file_digest,
             "duration_s": self.duration_s,
             "max_output_tokens": self.max_output_tokens,
             "judge": self.judge,

@@ -7,6 +7,7 @@ length *k*. Times are those of the paper's setup (Llama-3.1-8B on one A800); ``T
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ OPEN_CHATS: Final = 64
 
 GOLDEN_RATIO: Final = 0.6180339887498949
 """Share of a trace file between the places at which seeds begin: the places of few seeds and of many lie well apart."""
+DIGEST_CHARS: Final = 16
 
 
 @dataclass(frozen=True)
@@ -196,6 +198,8 @@ class Workload:
     rate_rps: float
     draw: Callable[[int, int], Trace]
     """(number of requests, seed) -> Trace. Fewer requests are the beginning of more."""
+    file_digest: str | None = None
+    """Tells what a trace file holds; None for a built-in workload."""
 
 
 def workload(name: str) -> Workload:
@@ -209,7 +213,8 @@ def workload(name: str) -> Workload:
     if not Path(name).is_file():
         raise ValueError(f"workload {name!r} is no file and none of {', '.join(WORKLOADS)}")
     whole = load_trace(Path(name))
-    return Workload(whole.name, whole.rate_rps, partial(_from_place, whole))
+    digest = hashlib.sha256(Path(name).read_bytes()).hexdigest()[:DIGEST_CHARS]
+    return Workload(whole.name, whole.rate_rps, partial(_from_place, whole), digest)
 
 
 def _from_place(whole: Trace, requests: int, seed: int) -> Trace:

@@ -26,7 +26,6 @@ from sgl_flowprefill.bench.simulator.measured import saturation_rps
 from sgl_flowprefill.bench.simulator.systems import run as simulated
 from sgl_flowprefill.bench.systems.catalog import SYSTEMS, select
 from sgl_flowprefill.bench.workloads.answers import DECODE_SHARE
-from sgl_flowprefill.bench.workloads.synthetic import workload
 from sgl_flowprefill.provenance import PROVENANCE, read_result
 from tests.simulated_servers import (
     DECODE_TOKENS_PER_S,
@@ -447,22 +446,3 @@ def test_intervals_are_bootstraps_over_seeds_and_ratios_are_paired() -> None:
     assert ratio_estimate(ours, {0: 0.0, 1: 0.0, 2: 0.0}) is None
     assert ratio_estimate({0: np.inf}, {0: 1.0}) is None
     assert mean_estimate({}) is None
-
-
-def test_a_trace_file_gives_every_seed_a_place_of_its_own(tmp_path: Path) -> None:
-    path = tmp_path / "trace.jsonl"
-    path.write_text(
-        "".join(
-            json.dumps({"timestamp": at * 500, "input_length": 100 + at, "output_length": 5, "hash_ids": [at]}) + "\n"
-            for at in range(100)
-        )
-    )
-    traces = [workload(str(path)).draw(60, seed) for seed in range(3)]
-    assert len({trace.requests[0].prompt_tokens for trace in traces}) == 3
-    for trace in traces:
-        arrivals_s = [request.arrival_s for request in trace.requests]
-        assert len(trace.requests) == 60
-        assert arrivals_s == sorted(arrivals_s)
-        assert arrivals_s[0] == 0.0
-    with pytest.raises(ValueError, match="no file and none of qwen-like, mixed"):
-        workload("qwenlike")
