@@ -15,16 +15,16 @@ from rich.console import Console
 
 from sgl_flowprefill.bench.capacity.campaign import Campaign, Goal
 from sgl_flowprefill.bench.capacity.prober import Plan, Prober
-from sgl_flowprefill.bench.capacity.probes import ProbeLog
+from sgl_flowprefill.bench.capacity.probes import Probe, ProbeLog
 from sgl_flowprefill.bench.loadgen.calibrate import REFERENCE_TTFT_S
-from sgl_flowprefill.bench.loadgen.replay import ClientReport, Enough, ReplayRun
+from sgl_flowprefill.bench.loadgen.replay import ClientReport, Enough, ReplayRun, RequestResult
 from sgl_flowprefill.bench.metrics.joint import Judge
 from sgl_flowprefill.bench.simulator.measured import Engine, measured_setup
 from sgl_flowprefill.bench.simulator.requests import results
 from sgl_flowprefill.bench.simulator.systems import Setup
 from sgl_flowprefill.bench.simulator.systems import run as simulated
 from sgl_flowprefill.bench.systems.catalog import System, select
-from sgl_flowprefill.bench.workloads.synthetic import workload
+from sgl_flowprefill.bench.workloads.synthetic import Workload, workload
 from sgl_flowprefill.bench.workloads.trace import Trace
 from sgl_flowprefill.config import FlowPrefillConfig
 from sgl_flowprefill.profiling import Profile, Row, Setting, write_profile
@@ -129,10 +129,19 @@ def campaign_of(
     duration_s: float = 60.0,
     max_output_tokens: int | None = 8,
     judge: Judge = "ttft",
+    replayed: Workload = WORKLOAD,
     **goal: Any,
 ) -> Campaign:
     """A search among systems, which keeps its log in ``folder``."""
-    plan = Plan(WORKLOAD, seeds, duration_s, max_output_tokens, judge)
+    plan = Plan(replayed, seeds, duration_s, max_output_tokens, judge)
     log = ProbeLog(folder / "probes.jsonl", plan.settings())
     prober = Prober(plan, log, model.serve, Console(file=StringIO(), width=200), OPTIONS)
     return Campaign(prober, select(names), dataclasses.replace(Goal((0.9, 0.99), precision=1.1), **goal))
+
+
+def verdict(system: str, seed: int, rate_rps: float, kept: bool) -> Probe:
+    """A probe of one request, which was in time or late."""
+    result = RequestResult(0, "text", 10, 1, 0, 1.0, 1.0, 0.0, 0.0, 0.5 if kept else 2.0, 2.0, (), 0, None)
+    return Probe(
+        system, rate_rps, seed, 1, ReplayRun([result], 0.0, 1.0, ClientReport(0.0, 0.0, 0.0, 0.1, None), False), None
+    )

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from itertools import count
+from itertools import count, pairwise
 from pathlib import Path
 from typing import Final
 
@@ -200,6 +200,17 @@ class Workload:
     """(number of requests, seed) -> Trace. Fewer requests are the beginning of more."""
     file_digest: str | None = None
     """Tells what a trace file holds; None for a built-in workload."""
+    file_requests: int | None = None
+    """How many a trace file holds; None for a built-in workload, which has no end."""
+
+    def apart(self, seeds: int) -> int | None:
+        """How long the traces of ``seeds`` seeds can be before a request is in two of them, or twice in one; None for a
+        built-in workload, which draws all anew.
+        """
+        if self.file_requests is None:
+            return None
+        places = sorted(_place(self.file_requests, seed) for seed in range(seeds))
+        return min(after - before for before, after in pairwise([*places, places[0] + self.file_requests]))
 
 
 def workload(name: str) -> Workload:
@@ -214,19 +225,35 @@ def workload(name: str) -> Workload:
         raise ValueError(f"workload {name!r} is no file and none of {', '.join(WORKLOADS)}")
     whole = load_trace(Path(name))
     digest = hashlib.sha256(Path(name).read_bytes()).hexdigest()[:DIGEST_CHARS]
-    return Workload(whole.name, whole.rate_rps, partial(_from_place, whole), digest)
+    return Workload(whole.name, whole.rate_rps, partial(_from_place, whole), digest, len(whole.requests))
+
+
+def _place(requests: int, seed: int) -> int:
+    """Where a seed begins in a trace file of that many requests."""
+    return int(requests * (seed * GOLDEN_RATIO % 1))
 
 
 def _from_place(whole: Trace, requests: int, seed: int) -> Trace:
-    """``requests`` of a trace, from a place that depends on ``seed`` on; after its end it begins again."""
-    first = int(len(whole.requests) * (seed * GOLDEN_RATIO % 1))
-    turned = [*whole.requests[first:], *whole.requests[:first]]
+    """``requests`` of a trace, from a place that depends on ``seed`` on. After its end it begins again, with other
+    prompts, which share as much among themselves.
+    """
+    there = len(whole.requests)
+    first = _place(there, seed)
+    begin_s = whole.requests[first].arrival_s
     span_s = whole.requests[-1].arrival_s + 1 / whole.rate_rps
-    begin_s = turned[0].arrival_s
-    moved = [
-        dataclasses.replace(request, arrival_s=(request.arrival_s - begin_s) % span_s) for request in turned[:requests]
-    ]
-    return Trace(whole.name, share_prefixes(moved))
+    ids = 1 + max(max(request.hash_ids, default=0) for request in whole.requests)
+    drawn = []
+    for place in range(first, first + requests):
+        again, at = divmod(place, there)
+        request = whole.requests[at]
+        drawn.append(
+            dataclasses.replace(
+                request,
+                arrival_s=request.arrival_s + again * span_s - begin_s,
+                hash_ids=tuple(block + again * ids for block in request.hash_ids),
+            )
+        )
+    return Trace(whole.name, share_prefixes(drawn))
 
 
 def _continued_chat(

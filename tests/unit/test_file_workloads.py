@@ -1,7 +1,10 @@
-"""Trace files of which probes are made: where seeds begin, and whether a log is of the same file."""
+"""Trace files of which probes are made: where seeds begin, what comes behind the end, and whether a log is of the same
+file.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterable
 from contextlib import nullcontext
@@ -13,7 +16,10 @@ import pytest
 
 from sgl_flowprefill.bench.capacity.prober import Plan
 from sgl_flowprefill.bench.capacity.probes import ProbeLog
+from sgl_flowprefill.bench.capacity.results import GoodputResult
+from sgl_flowprefill.bench.workloads.prompts import PromptBuilder
 from sgl_flowprefill.bench.workloads.synthetic import workload
+from tests.simulated_servers import Model, campaign_of, verdict, write_toy_profile
 
 
 def trace_file(path: Path, times_s: Iterable[float], first_tokens: int = 100) -> Path:
@@ -43,6 +49,51 @@ def test_every_seed_has_a_place_of_its_own(tmp_path: Path) -> None:
         assert arrivals_s[0] == 0.0
     with pytest.raises(ValueError, match="no file and none of qwen-like, mixed"):
         workload("qwenlike")
+
+
+def test_a_probe_is_as_long_and_has_the_rate_that_is_asked_for(tmp_path: Path) -> None:
+    times_s = np.cumsum(np.where(np.arange(400) % 100 < 50, 2.0, 0.25))  # quiet and busy in turns
+    plan = Plan(workload(str(trace_file(tmp_path / "trace.jsonl", times_s))), 3, 60.0)
+    for seed in range(3):
+        for rate_rps in (0.35, 2.0, 5.0, 20.0):
+            trace = plan.trace(seed, rate_rps, scale=3.0)
+            assert len(trace.requests) == round(60.0 * rate_rps)
+            assert trace.rate_rps == pytest.approx(rate_rps)
+            assert trace.requests[-1].arrival_s == pytest.approx(60.0)
+            assert trace.requests[0].ttft_slo_s == 3 * 0.5
+        few, many = plan.trace(seed, 2.0, 1.0).requests, plan.trace(seed, 4.0, 1.0).requests
+        assert [one.prompt_tokens for one in few] == [one.prompt_tokens for one in many[:120]]
+
+
+def test_behind_its_end_a_file_begins_again_with_other_prompts(tmp_path: Path) -> None:
+    plan = Plan(workload(str(trace_file(tmp_path / "trace.jsonl", range(100), first_tokens=600))), 2, 60.0)
+    for seed, first in ((0, 0), (1, 61)):
+        trace = plan.trace(seed, rate_rps=5.0, scale=1.0)
+        expected = [600 + (first + place) % 100 for place in range(300)]
+        assert [request.prompt_tokens for request in trace.requests] == expected
+        prompts = [PromptBuilder(seed).build(request, index) for index, request in enumerate(trace.requests)]
+        rounds = [(first + place) // 100 for place in range(300)]
+        for number, (prompt, request) in enumerate(zip(prompts, trace.requests, strict=True)):
+            shared = [before[:512] == prompt[:512] for before in prompts[:number]]
+            assert shared == [before == rounds[number] for before in rounds[:number]]
+            assert request.shared_tokens == (512 if any(shared) else 0)
+        arrivals_s = [request.arrival_s for request in trace.requests]
+        assert np.diff(arrivals_s) == pytest.approx(arrivals_s[1], rel=0.05), "a round follows the one before"
+
+
+def test_seeds_that_have_requests_in_common_are_a_problem(tmp_path: Path) -> None:
+    profile = write_toy_profile(tmp_path)
+    short = workload(str(trace_file(tmp_path / "short.jsonl", range(100))))
+    assert [short.apart(seeds) for seeds in (1, 2, 3)] == [100, 39, 23], "they begin at 0, 61 and 23"
+    assert workload("mixed").apart(3) is None
+    for seeds, total, is_problem in ((1, 100, False), (1, 101, True), (3, 23, False), (3, 24, True)):
+        folder = tmp_path / f"{seeds} {total}"
+        campaign = campaign_of(Model(profile), folder, ("stock-fcfs",), seeds, attainments=(0.9,), replayed=short)
+        campaign.run(budget_s=0.0)
+        campaign.log.add(dataclasses.replace(verdict("stock-fcfs", 0, 1.0, True), total=total))
+        problems = GoodputResult.of(campaign, "").problems
+        expected = f"short.jsonl has 100 requests and probes have up to {total}: some are in several seeds"
+        assert [problem.startswith(expected) for problem in problems] == [True] * is_problem
 
 
 def test_probes_of_another_file_of_the_same_name_are_refused(tmp_path: Path) -> None:

@@ -19,7 +19,6 @@ from sgl_flowprefill.bench.capacity.prober import Plan
 from sgl_flowprefill.bench.capacity.probes import Probe
 from sgl_flowprefill.bench.capacity.results import GoodputResult, SystemFigures, mean_estimate, ratio_estimate
 from sgl_flowprefill.bench.cli.goodput import publish
-from sgl_flowprefill.bench.loadgen.replay import ClientReport, ReplayRun, RequestResult
 from sgl_flowprefill.bench.reports.goodput import cells, rates_table, render_html
 from sgl_flowprefill.bench.simulator.joint import attainments
 from sgl_flowprefill.bench.simulator.measured import saturation_rps
@@ -34,6 +33,7 @@ from tests.simulated_servers import (
     SOLO_TTFT_S,
     Model,
     campaign_of,
+    verdict,
     write_toy_profile,
 )
 
@@ -408,13 +408,6 @@ def test_a_race_is_decided_by_the_mean_over_seeds(profile: Path, tmp_path: Path)
     assert rate is not None
     assert rate.value == pytest.approx(6.5, rel=0.1)
     assert figures[other].below_rps(0.9) <= rate.value * 1.1
-
-
-def verdict(system: str, seed: int, rate_rps: float, kept: bool) -> Probe:
-    result = RequestResult(0, "text", 10, 1, 0, 1.0, 1.0, 0.0, 0.0, 0.5 if kept else 2.0, 2.0, (), 0, None)
-    return Probe(
-        system, rate_rps, seed, 1, ReplayRun([result], 0.0, 1.0, ClientReport(0.0, 0.0, 0.0, 0.1, None), False), None
-    )
 
 
 def test_what_is_only_compared_is_not_searched(profile: Path, tmp_path: Path) -> None:
