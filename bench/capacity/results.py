@@ -23,7 +23,7 @@ from sgl_flowprefill.bench.capacity.campaign import TOLD_SLO_SCALES, Campaign, G
 from sgl_flowprefill.bench.capacity.prober import Plan
 from sgl_flowprefill.bench.capacity.probes import Probe, ProbeLog
 from sgl_flowprefill.bench.capacity.rate_search import Bracket, bracket, mean_bracket
-from sgl_flowprefill.bench.loadgen.replay import RequestResult
+from sgl_flowprefill.bench.loadgen.replay import STOPPED, RequestResult
 from sgl_flowprefill.bench.metrics.joint import answered, summarise_joint
 from sgl_flowprefill.bench.metrics.requests import SLO_SCALES, attainment, retractions, tokens_per_s
 from sgl_flowprefill.bench.systems.catalog import UNCHUNKED_FCFS, UNIFIED
@@ -413,7 +413,8 @@ def _problems(plan: Plan, log: ProbeLog, figures: Mapping[str, SystemFigures]) -
         invalid = [probe.run.client.invalid_reason for probe in probes if not probe.run.client.valid]
         if invalid:
             found.append(f"{name}: {len(invalid)} of {len(probes)} probes are not valid; the first: {invalid[0]}")
-        errors = [r.error for probe in probes if probe.complete for r in probe.run.results if r.error]
+        counted = [result for probe in probes if probe.run.client.valid for result in probe.run.results]
+        errors = [result.error for result in counted if result.error not in (None, STOPPED)]
         if errors:
             found.append(f"{name}: {len(errors)} requests failed; the first: {errors[0]}")
     return found + _repeated(plan, log, figures) + _drift(log)

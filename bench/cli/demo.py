@@ -25,6 +25,7 @@ from sgl_flowprefill.bench.metrics.comparison import Comparison, SystemResult
 from sgl_flowprefill.bench.reports.page import browser, take_picture
 from sgl_flowprefill.bench.reports.publish import publish
 from sgl_flowprefill.bench.systems.catalog import endpoint, select
+from sgl_flowprefill.bench.systems.endpoint import check_room
 from sgl_flowprefill.bench.systems.serving import Serve, Servers, serving
 from sgl_flowprefill.bench.systems.system import System
 from sgl_flowprefill.bench.workloads.answers import DECODE_SHARE, UNIFIED_DECODE_SHARE, Answers
@@ -134,6 +135,8 @@ class ComparedInTurns:
 
     def _replay(self, trace: Trace) -> list[SystemResult]:
         """Replay ``trace`` in parts, each on all systems, which have answered all of one before they are stopped."""
+        for system in self._systems:
+            check_room(self._settings[system.name], trace)
         ends_s = [trace.requests[-1].arrival_s * (number + 1) / ROUNDS for number in range(ROUNDS)]
         starts_s = [0.0, *ends_s[:-1]]
         ends_s[-1] = math.inf

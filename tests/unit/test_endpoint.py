@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 import threading
 from collections.abc import Callable, Iterator
@@ -21,6 +22,8 @@ from sgl_flowprefill.bench.capacity.campaign import Campaign, Goal
 from sgl_flowprefill.bench.capacity.prober import Plan, Prober
 from sgl_flowprefill.bench.capacity.probes import ProbeLog
 from sgl_flowprefill.bench.capacity.results import GoodputResult
+from sgl_flowprefill.bench.cli.options import Demo, parse
+from sgl_flowprefill.bench.cli.requested import requested_trace
 from sgl_flowprefill.bench.loadgen import calibrate, decode_rate
 from sgl_flowprefill.bench.loadgen import replay as replay_module
 from sgl_flowprefill.bench.loadgen.calibrate import REFERENCE_TTFT_S
@@ -225,6 +228,31 @@ def test_an_endpoint_that_cannot_be_measured_is_named_with_the_remedy(
     with pytest.raises(EndpointError, match=said.replace("vllm=URL", f"vllm={server.url}")) as error:
         reached(server)
     assert server.url in str(error.value)
+
+
+def test_an_endpoint_whose_context_is_too_short_for_a_request_of_the_trace_is_refused_before_it_is_sent(
+    server: OpenAiServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server.model = {"id": "tiny", "max_model_len": 9000}
+    longest = TraceRequest(0.0, 8991, 10, "text", ttft_slo_s=2.0, tbt_slo_s=1.0)
+    found = reached(server)
+    connected = len(server.bodies)
+    with pytest.raises(EndpointError, match="at most 9,000 tokens of tiny, and requests of own have up to 9,001"):
+        found.replay(Trace("own", [longest]), PROMPTS)
+    assert len(server.bodies) == connected
+    (result,) = found.replay(Trace("own", [dataclasses.replace(longest, output_tokens=9)]), PROMPTS).results
+    assert result.completed, "9,000 tokens are as many as it serves"
+
+    server.bodies.clear()
+    asked = ["--trace", "long", "--duration", "20", "--time-scale", "1", "--max-output-tokens", "2"]
+    command = ["demo", "--systems", "", "--endpoint", f"vllm={server.url}", "--out", str(tmp_path), *asked]
+    options = parse(command)
+    assert isinstance(options, Demo)
+    needed = max(request.prompt_tokens for request in requested_trace(options.trace, 1.0).requests) + 2
+    assert needed > 9000
+    assert main(command) == 2
+    assert f"requests of long have up to {needed:,}: start it with a longer context" in capsys.readouterr().err
+    assert {len(body["prompt"]) for body in server.bodies} == {16, *REFERENCE_TTFT_S}, "none is of the trace"
 
 
 def test_an_endpoint_that_is_not_there_is_named_with_the_remedy() -> None:

@@ -19,6 +19,7 @@ from sgl_flowprefill.bench.capacity.prober import Plan
 from sgl_flowprefill.bench.capacity.probes import Probe
 from sgl_flowprefill.bench.capacity.results import GoodputResult, SystemFigures, mean_estimate, ratio_estimate
 from sgl_flowprefill.bench.cli.goodput import publish
+from sgl_flowprefill.bench.loadgen.replay import STOPPED
 from sgl_flowprefill.bench.reports.goodput import cells, rates_table, render_html
 from sgl_flowprefill.bench.simulator.joint import attainments
 from sgl_flowprefill.bench.simulator.measured import saturation_rps
@@ -332,6 +333,21 @@ def test_a_client_that_keeps_falling_behind_ends_the_search_and_is_named(profile
         "flowprefill: 3 of 3 probes are not valid; the first: it fell behind",
     ]
     assert result.figures["flowprefill"].max_rate(0.9) is None
+
+
+def test_requests_that_failed_are_named_also_where_a_probe_was_stopped_early(profile: Path, tmp_path: Path) -> None:
+    campaign = campaign_of(Model(profile), tmp_path, ("stock-fcfs",), seeds=1, attainments=(0.9,))
+    campaign.run(budget_s=0.0)
+    probe = verdict("stock-fcfs", 0, 1.0, False)
+    (result,) = probe.run.results
+    late, refused = (dataclasses.replace(result, error=error) for error in (STOPPED, "http 400: too long"))
+    for results, problems in (
+        ([late], []),
+        ([late, refused], ["stock-fcfs: 1 requests failed; the first: http 400: too long"]),
+    ):
+        run = dataclasses.replace(probe.run, results=results, stopped_early=True)
+        campaign.log.add(dataclasses.replace(probe, run=run, total=20))
+        assert GoodputResult.of(campaign, "").problems == problems
 
 
 def test_a_machine_whose_speed_changed_is_reported(profile: Path, tmp_path: Path) -> None:
