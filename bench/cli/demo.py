@@ -24,7 +24,7 @@ from sgl_flowprefill.bench.loadgen.replay import ReplayRun, joined
 from sgl_flowprefill.bench.metrics.comparison import Comparison, SystemResult
 from sgl_flowprefill.bench.reports.page import browser, take_picture
 from sgl_flowprefill.bench.reports.publish import publish
-from sgl_flowprefill.bench.systems.catalog import endpoint, select
+from sgl_flowprefill.bench.systems.catalog import endpoints, select
 from sgl_flowprefill.bench.systems.endpoint import check_room
 from sgl_flowprefill.bench.systems.serving import Serve, Servers, serving
 from sgl_flowprefill.bench.systems.system import System
@@ -51,7 +51,7 @@ def run(options: Demo, console: Console) -> int:
         console.print(f"  {line}", highlight=False, soft_wrap=True)
 
     with serving(servers, options.out, say, side_by_side=True) as serve:
-        systems = [*select(options.systems), *map(endpoint, options.endpoint)]
+        systems = [*select(options.systems), *endpoints(options.endpoint)]
         turns = ComparedInTurns(options, systems, serve, console)
         comparison = turns.run(servers)
     code = publish(comparison, options.out, console)

@@ -28,7 +28,7 @@ from sgl_flowprefill.bench.loadgen import calibrate, decode_rate
 from sgl_flowprefill.bench.loadgen import replay as replay_module
 from sgl_flowprefill.bench.loadgen.calibrate import REFERENCE_TTFT_S
 from sgl_flowprefill.bench.systems import endpoint as endpoint_module
-from sgl_flowprefill.bench.systems.catalog import endpoint
+from sgl_flowprefill.bench.systems.catalog import endpoint, endpoints
 from sgl_flowprefill.bench.systems.endpoint import EndpointError, ForeignEndpoint, connect
 from sgl_flowprefill.bench.systems.serving import Servers, serving
 from sgl_flowprefill.bench.systems.system import System
@@ -277,6 +277,18 @@ def test_the_name_of_a_system_is_refused() -> None:
     for name in ("sglang", "s-edf"):
         with pytest.raises(ValueError, match=f"a system is called '{name}' already; give another name"):
             endpoint(f"{name}=http://127.0.0.1:1")
+
+
+@pytest.mark.parametrize("command", ["demo", "goodput"])
+def test_two_endpoints_of_one_name_are_refused_before_anything_is_asked_of_them(
+    command: str, server: OpenAiServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["--endpoint", f"vllm={server.url}", "--endpoint", "vllm=http://127.0.0.1:9"]
+    assert main([command, "--systems", "", *given, "--out", str(tmp_path)]) == 2
+    assert f"{server.url} is called 'vllm' already; give another name" in capsys.readouterr().err
+    assert server.bodies == []
+    named = endpoints([f"vllm={server.url}", f"other={server.url}"])
+    assert [one.name for one in named] == ["vllm", "other"], "one server may take part twice"
 
 
 def test_a_capacity_search_finds_the_rate_of_an_endpoint_and_does_not_simulate_it(
