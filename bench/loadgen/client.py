@@ -142,6 +142,8 @@ class ChatApi:
         _read_openai(event, now_s, outcome)
 
 
+TEXTS: Final = ("content", "reasoning_content", "reasoning")
+"""Fields of a chat's text; reasoning has a field of its own where the server has a parser for it, in vLLM the last."""
 WORDS: Final = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 """Common English words, a single token in nearly every vocabulary."""
 
@@ -254,10 +256,20 @@ def _openai_options(
 
 
 def _read_openai(event: dict[str, Any], now_s: float, outcome: Outcome) -> None:
+    """Take an event into ``outcome``. Its usage counts tokens whose text is still to come, too; without usage an event
+    with text is a token.
+    """
     usage = event.get("usage") or {}
     outcome.prompt_tokens = usage.get("prompt_tokens", outcome.prompt_tokens)
     outcome.cached_tokens = (usage.get("prompt_tokens_details") or {}).get("cached_tokens", outcome.cached_tokens)
     choice = next(iter(event.get("choices") or []), None)
-    text = choice and (choice.get("text") or (choice.get("delta") or {}).get("content"))
-    if text or (outcome.tokens and usage.get("completion_tokens")):
-        outcome.saw_tokens(now_s, usage.get("completion_tokens", outcome.tokens + 1))
+    tokens = usage.get("completion_tokens")
+    if tokens is None:
+        tokens = outcome.tokens + (1 if choice and _has_text(choice) else 0)
+    if choice or outcome.tokens or tokens == 1:  # the last usage comes alone: it does not say when a first of many came
+        outcome.saw_tokens(now_s, tokens)
+
+
+def _has_text(choice: dict[str, Any]) -> bool:
+    delta = choice.get("delta") or {}
+    return bool(choice.get("text") or any(delta.get(name) for name in TEXTS))

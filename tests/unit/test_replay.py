@@ -6,7 +6,7 @@ import json
 import math
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from sgl_flowprefill.bench.loadgen.calibrate import (
     measure_isolated_ttft,
     time_scale,
 )
-from sgl_flowprefill.bench.loadgen.client import APIS, Client, GenerateApi, served_model
+from sgl_flowprefill.bench.loadgen.client import APIS, Client, GenerateApi, Outcome, served_model
 from sgl_flowprefill.bench.loadgen.replay import STOPPED, Enough, ReplayRun, replay
 from sgl_flowprefill.bench.metrics.joint import meets
 from sgl_flowprefill.bench.workloads.prompts import PromptBuilder
@@ -42,6 +42,8 @@ class FakeServer:
     failures: dict[int, str] = field(default_factory=dict)
     tells_retractions: bool = True
     s_per_prompt_token: float = 0.0
+    openai_events: Sequence[dict[str, Any]] = ()
+    """What an OpenAI stream has instead of an event for each token."""
 
     async def generate(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()
@@ -77,8 +79,9 @@ class FakeServer:
         chat = "messages" in body
         if chat:
             await _send(response, {"choices": [{"delta": {"role": "assistant", "content": ""}}]})
-        for _ in range(body["max_tokens"]):
-            await _send(response, {"choices": [{"delta": {"content": "x"}} if chat else {"text": "x"}]})
+        token = {"choices": [{"delta": {"content": "x"}} if chat else {"text": "x"}]}
+        for event in self.openai_events or [token] * body["max_tokens"]:
+            await _send(response, event)
             await asyncio.sleep(TBT_S)
         await _send(response, {"choices": [], "usage": {"prompt_tokens": 9, "completion_tokens": body["max_tokens"]}})
         await response.write(b"data: [DONE]\n\n")
@@ -203,6 +206,64 @@ def test_openai_streams_are_counted_and_carry_the_slo(server: FakeServer, api: s
         assert result.prompt_tokens == 9
     slos = {"ttft_slo": 2.0, "tbt_slo": 1.0}
     assert all(body["custom_params"] == slos and body["model"] == "tiny" for body in server.bodies)
+
+
+def text(new: str, tokens: int | None = None) -> dict[str, Any]:
+    return {"choices": [{"text": new}], "usage": usage(tokens)}
+
+
+def delta(tokens: int | None = None, **fields: str) -> dict[str, Any]:
+    return {"choices": [{"delta": fields}], "usage": usage(tokens)}
+
+
+def usage(tokens: int | None) -> dict[str, int] | None:
+    return None if tokens is None else {"prompt_tokens": 9, "completion_tokens": tokens}
+
+
+ROLE = delta(role="assistant", content="")
+AT_LAST = {"choices": [], "usage": usage(3)}
+
+
+@pytest.mark.parametrize(
+    ("api", "events", "first_token_s", "tbt_s"),
+    [
+        ("completions", [text("", 1)], 1.0, []),
+        ("completions", [text("", 1), text("x", 2), text("yz", 3), AT_LAST], 1.0, [1.0, 1.0]),
+        ("completions", [text(""), text("x"), text("y"), AT_LAST], 2.0, [1.0, 1.0]),
+        ("chat", [ROLE, *[delta(reasoning_content="x")] * 2, delta(content="y")], 2.0, [1.0, 1.0]),
+        ("chat", [ROLE, delta(0), delta(1, reasoning="x"), delta(3, content="yz"), AT_LAST], 3.0, [0.5, 0.5]),
+        ("chat", [ROLE, delta(), {"choices": [], "usage": usage(1)}], 3.0, []),
+        ("chat", [ROLE, delta(), AT_LAST], None, []),
+    ],
+    ids=[
+        "one token",
+        "the first without text",
+        "no usage",
+        "reasoning",
+        "reasoning with usage",
+        "one token of which a chat shows nothing",
+        "several",
+    ],
+)
+def test_a_token_of_an_openai_stream_is_seen_when_it_is_counted_or_its_text_or_reasoning_comes(
+    api: str, events: list[dict[str, Any]], first_token_s: float | None, tbt_s: list[float]
+) -> None:
+    outcome = Outcome(sent_s=0.0)
+    for second, event in enumerate(events, start=1):
+        APIS[api]("tiny").read(event, float(second), outcome)
+    assert (outcome.first_token_s, outcome.tbt_s) == (first_token_s, tbt_s)
+    assert outcome.tokens == (len(tbt_s) + 1 if first_token_s else 0)
+
+
+def test_an_answer_of_one_token_whose_text_is_still_to_come_is_complete(server: FakeServer) -> None:
+    server.openai_events = [text("", 1)]
+    (result,) = replay(trace_of(10, output_tokens=1), Client(server.url, APIS["completions"]("tiny")), PROMPTS).results
+    assert (result.error, result.output_tokens, result.prompt_tokens) == (None, 1, 9)
+    assert result.ttft_s is not None
+    assert result.ttft_s >= TTFT_S
+    server.openai_events = [delta()]
+    (result,) = replay(trace_of(10, output_tokens=3), Client(server.url, APIS["chat"]("tiny")), PROMPTS).results
+    assert result.error == "the stream ended without a token"
 
 
 def test_a_class_without_an_objective_between_tokens_names_none(server: FakeServer) -> None:
