@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 from rich.console import Console
 
 from sgl_flowprefill.bench.cli.options import AUTO, Replay
@@ -23,7 +25,7 @@ def run(options: Replay, console: Console) -> int:
     """
     model = options.model or served_model(options.url)
     client = Client(options.url, APIS[options.api](model), options.timeout)
-    prompts = PromptBuilder(options.trace.seed)
+    prompts = PromptBuilder(random.getrandbits(32) if options.prompt_seed is None else options.prompt_seed)
     solo_ttft_s: dict[int, float] = {}
     scale = options.trace.time_scale
     if scale == AUTO:
@@ -45,5 +47,6 @@ def run(options: Replay, console: Console) -> int:
         time_scale=scale,
         answers=answers,
         model=model,
+        settings={"prompt_seed": prompts.seed},
     )
     return publish(comparison, options.out, console)

@@ -57,7 +57,7 @@ OPTIONS = {
     "--precision --png --unified --judge",
     "uncontended": "--unified --tokens --pairs --per-turn --seed --model-path --out",
     "breakdown": f"--tokens --repeats --seed --out {SERVERS}",
-    "replay": f"--url --api --model --label --timeout --event-log --out {TRACE}",
+    "replay": f"--url --api --model --label --timeout --event-log --out --prompt-seed {TRACE}",
     "validate": f"{SEARCH} --loads {SERVERS}",
     "simulate": "--unified --goodput --plan --speed --policy --cost --layers --trace --rate --time-scale --requests "
     "--seeds --instances --router --attainment --max-suspended --max-batch-tokens --max-starvation-s --max-blocking-ms "
@@ -118,6 +118,7 @@ def test_help_imports_nothing_that_takes_long() -> None:
         (["demo", "--slo", "text=fast"], "--slo text=fast: it has to be CLASS=TTFT[/TBT] in seconds"),
         (["demo", "--systems", "--png"], "--systems: name at least one (default flowprefill sglang)"),
         (["demo", "--requests", "0"], "--requests 0: it has to be a positive number"),
+        (["replay", "--url", "http://x", "--prompt-seed", "-1"], "--prompt-seed -1: it has to be a whole number"),
         (["uncontended", "--per-turn", "1"], "--per-turn 1: it has to be at least 2"),
         (["uncontended", "--tokens", "512", "0"], "--tokens 0: it has to be a positive number"),
     ],

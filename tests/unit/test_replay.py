@@ -4,6 +4,7 @@ import asyncio
 import functools
 import json
 import math
+import os
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -14,6 +15,8 @@ from typing import Any
 import pytest
 from aiohttp import web
 
+from sgl_flowprefill.bench.__main__ import main
+from sgl_flowprefill.bench.loadgen import replay as replay_module
 from sgl_flowprefill.bench.loadgen.calibrate import (
     REFERENCE_TTFT_S,
     CalibrationError,
@@ -25,6 +28,7 @@ from sgl_flowprefill.bench.loadgen.replay import STOPPED, Enough, ReplayRun, rep
 from sgl_flowprefill.bench.metrics.joint import meets
 from sgl_flowprefill.bench.workloads.prompts import PromptBuilder
 from sgl_flowprefill.bench.workloads.trace import Trace, TraceRequest
+from sgl_flowprefill.provenance import read_result
 
 pytestmark = pytest.mark.usefixtures("quick_replays")
 
@@ -42,6 +46,8 @@ class FakeServer:
     failures: dict[int, str] = field(default_factory=dict)
     tells_retractions: bool = True
     s_per_prompt_token: float = 0.0
+    cache: list[list[int]] | None = None
+    """Prompts so far, where it is to say how much of a prompt it knew."""
     openai_events: Sequence[dict[str, Any]] = ()
     """What an OpenAI stream has instead of an event for each token."""
 
@@ -49,6 +55,7 @@ class FakeServer:
         body = await request.json()
         self.bodies.append(body)
         prompt_tokens = len(body["input_ids"])
+        cached_tokens = self._cached_tokens(body["input_ids"])
         failure = self.failures.get(prompt_tokens)
         if failure == "503":
             return web.Response(status=503, text="no available workers")
@@ -60,7 +67,7 @@ class FakeServer:
             return response
         count = body["sampling_params"]["max_new_tokens"]
         for done in range(1, count + 1):
-            meta = {"prompt_tokens": prompt_tokens, "completion_tokens": done, "cached_tokens": 3}
+            meta = {"prompt_tokens": prompt_tokens, "completion_tokens": done, "cached_tokens": cached_tokens}
             if self.tells_retractions:
                 meta["num_retractions"] = int(done > 1)
             await _send(response, {"text": "x" * done, "meta_info": meta})
@@ -69,6 +76,12 @@ class FakeServer:
             await asyncio.sleep(TBT_S)
         await response.write(b"data: [DONE]\n\n")
         return response
+
+    def _cached_tokens(self, prompt: list[int]) -> int:
+        if self.cache is None:
+            return 3
+        self.cache.append(prompt)
+        return max((len(os.path.commonprefix([prompt, one])) for one in self.cache[:-1]), default=0)
 
     async def completions(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()
@@ -369,3 +382,33 @@ def test_calibration_says_what_the_server_answered(server: FakeServer) -> None:
 def test_served_model_is_the_first_of_the_list(server: FakeServer) -> None:
     assert served_model(server.url) == "tiny"
     assert served_model("http://127.0.0.1:9") == "default"
+
+
+def replayed(server: FakeServer, folder: Path, *options: str) -> tuple[list[list[int]], dict[str, Any]]:
+    """The prompts that `bench replay` sends of a trace of two requests that share a block, and its report."""
+    rows = [
+        {"timestamp": at_ms, "input_length": 600, "output_length": 1, "hash_ids": [0, 1 + at_ms]} for at_ms in (0, 100)
+    ]
+    trace, before = folder / "trace.jsonl", len(server.bodies)
+    trace.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = ["--url", server.url, "--trace", str(trace), "--time-scale", "1", "--out", str(folder), *options]
+    assert main(["replay", *given]) == 0
+    return [body["input_ids"] for body in server.bodies[before:]], dict(read_result(folder / "report.json").figures)
+
+
+def test_a_run_meets_no_prompt_that_a_run_before_it_left_in_the_servers_cache(
+    server: FakeServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(replay_module, "MAX_LATENESS_OF_SLO", 100.0)  # a busy machine is not what is tested
+    server.cache = []
+    runs = [replayed(server, tmp_path) for _ in range(2)]
+    for prompts, report in runs:
+        assert [len(prompt) for prompt in prompts] == [600, 600]
+        assert prompts[0][:512] == prompts[1][:512], "prompts of a run share their prefixes"
+        assert report["doubts"] == []
+    (first, report), (second, _) = runs
+    assert first[0][:16] != second[0][:16]
+    again, of_known = replayed(server, tmp_path, "--prompt-seed", str(report["settings"]["prompt_seed"]))
+    assert sorted(again) == sorted(first), "whoever needs the same prompts can have them"
+    (doubt,) = of_known["doubts"]
+    assert doubt.startswith("endpoint had 1,200 of 1,200 prompt tokens in its cache, and requests of the trace share")
