@@ -139,8 +139,9 @@ def _figures(traces: Sequence[Trace], runs: Sequence[Run], classes: Sequence[str
     merged = [result for trace, one in zip(traces, runs, strict=True) for result in results(trace, one.requests)]
     summary = summarise(merged, max(1e-9, sum(one.duration_s for one in runs)), classes)
     blocking_s = [value_s for one in runs for value_s in one.blocking_s or ()]
-    preemption = dataclasses.asdict(summarise_blocking(blocking_s)) if runs[0].blocking_s is not None else {}
-    return {**dataclasses.asdict(summary), **preemption}
+    without_news = sum(one.switches_without_news for one in runs)
+    preemption = summarise_blocking(blocking_s, without_news) if runs[0].blocking_s is not None else None
+    return dataclasses.asdict(summary) | (dataclasses.asdict(preemption) if preemption else {})
 
 
 def _goodput(name: str, traces: Sequence[Trace], options: Simulate, setup: Setup, console: Console) -> dict[str, Any]:
