@@ -202,6 +202,7 @@ class Run:
     """None for prefill instances."""
     switches_without_news: int = 0
     """Beside the preemptions: nobody was blocked."""
+    instances: int = 1
 
     @property
     def attainment(self) -> float:
@@ -227,6 +228,7 @@ def run(system: Simulated, trace: Trace, setup: Setup) -> Run:
         [value_s for one in blocking for value_s in one.blocking_s] if blocking else None,
         _stream_figures(instances),
         sum(one.switches_without_news for one in blocking),
+        setup.instances,
     )
 
 

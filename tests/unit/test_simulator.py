@@ -307,6 +307,23 @@ def test_the_command_writes_its_figures(action: list[str], tmp_path: Path, monke
         assert report["traces"]["qwen-like"]
 
 
+@pytest.mark.parametrize(
+    ("options", "rate_rps"),
+    [
+        (("--rate", "5"), 5.0),
+        (("--instances", "3"), 3 * 5.5 / 2),
+    ],
+    ids=["given", "three instances of 5.5, stretched"],
+)
+def test_a_rate_that_is_given_is_the_one_that_is_simulated(
+    options: tuple[str, ...], rate_rps: float, tmp_path: Path
+) -> None:
+    out = tmp_path / "figures.json"
+    command = ["simulate", "--requests", "50", "--seeds", "1", "--policy", "stock-fcfs", "--no-limit"]
+    assert main([*command, "--time-scale", "2", *options, "--out", str(out)]) == 0
+    assert json.loads(out.read_text())["traces"]["qwen-like"]["rate_rps"] == pytest.approx(rate_rps)
+
+
 def test_a_search_that_no_rate_ends_says_what_to_do() -> None:
     setup = Setup(Machine(LLAMA_8B, LLAMA_8B.kv_tokens))
     with pytest.raises(ValueError, match="simulate more with --requests"):
