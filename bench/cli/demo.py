@@ -17,7 +17,7 @@ import numpy as np
 from rich.console import Console
 
 from sgl_flowprefill.bench.cli.options import AUTO, Demo
-from sgl_flowprefill.bench.cli.requested import requested_servers, requested_trace
+from sgl_flowprefill.bench.cli.requested import check_trace, requested_servers, requested_trace
 from sgl_flowprefill.bench.loadgen.calibrate import median_of, time_scale
 from sgl_flowprefill.bench.loadgen.progress import ReplayProgress
 from sgl_flowprefill.bench.loadgen.replay import ReplayRun, joined
@@ -41,6 +41,7 @@ def run(options: Demo, console: Console) -> int:
 
     Raises ClusterError, CalibrationError or ValueError with a sentence for the user.
     """
+    check_trace(options.trace)
     if options.png:
         browser()
     options.out.mkdir(parents=True, exist_ok=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.console import Console
 
 from sgl_flowprefill.bench.cli.options import AUTO, Replay
-from sgl_flowprefill.bench.cli.requested import requested_trace
+from sgl_flowprefill.bench.cli.requested import check_trace, requested_trace
 from sgl_flowprefill.bench.loadgen.calibrate import measure_isolated_ttft, time_scale
 from sgl_flowprefill.bench.loadgen.client import APIS, Client, served_model
 from sgl_flowprefill.bench.loadgen.progress import ReplayProgress
@@ -21,6 +21,7 @@ def run(options: Replay, console: Console) -> int:
 
     Raises CalibrationError or ValueError with a sentence for the user.
     """
+    check_trace(options.trace)
     model = options.model or served_model(options.url)
     client = Client(options.url, APIS[options.api](model), options.timeout)
     prompts = PromptBuilder(options.trace.seed)
