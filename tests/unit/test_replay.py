@@ -8,12 +8,16 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 from aiohttp import web
+from rich.console import Console
 
+from sgl_flowprefill.bench.cli import replay as replay_command
+from sgl_flowprefill.bench.cli.options import Replay, TraceOptions
 from sgl_flowprefill.bench.loadgen.calibrate import (
     REFERENCE_TTFT_S,
     CalibrationError,
@@ -25,6 +29,7 @@ from sgl_flowprefill.bench.loadgen.replay import STOPPED, Enough, ReplayRun, rep
 from sgl_flowprefill.bench.metrics.joint import meets
 from sgl_flowprefill.bench.workloads.prompts import PromptBuilder
 from sgl_flowprefill.bench.workloads.trace import Trace, TraceRequest
+from sgl_flowprefill.events import EventLogError
 
 pytestmark = pytest.mark.usefixtures("quick_replays")
 
@@ -308,3 +313,24 @@ def test_calibration_says_what_the_server_answered(server: FakeServer) -> None:
 def test_served_model_is_the_first_of_the_list(server: FakeServer) -> None:
     assert served_model(server.url) == "tiny"
     assert served_model("http://127.0.0.1:9") == "default"
+
+
+def test_the_command_looks_at_its_files_before_it_sends_anything(server: FakeServer, tmp_path: Path) -> None:
+    def run(out: str, event_log: str | None = None) -> int:
+        trace = TraceOptions(trace="mixed", rate_scale=20.0, time_scale=1.0, duration=0.5, max_prompt_tokens=10)
+        log = None if event_log is None else tmp_path / event_log
+        options = Replay(url=server.url, event_log=log, out=tmp_path / out, max_output_tokens=1, trace=trace)
+        return replay_command.run(options, Console(file=StringIO()))
+
+    (tmp_path / "file").write_text("")
+    (tmp_path / "notes").write_text("none of the server's\n")
+    with pytest.raises(FileNotFoundError, match="mistyped"):
+        run("new", "mistyped")
+    with pytest.raises(EventLogError, match="is no event log"):
+        run("new", "notes")
+    with pytest.raises(FileExistsError):
+        run("file")
+    assert not server.bodies
+    run("new", "file")
+    assert server.bodies
+    assert {path.name for path in (tmp_path / "new").iterdir()} >= {"endpoint.jsonl", "report.json"}
