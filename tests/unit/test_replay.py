@@ -4,9 +4,13 @@ import asyncio
 import functools
 import json
 import math
+import resource
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from io import StringIO
 from pathlib import Path
@@ -277,6 +281,51 @@ def test_a_client_that_falls_behind_makes_the_run_invalid(server: FakeServer) ->
     run = replay(trace, Client(server.url, GenerateApi()), PROMPTS, lambda *_: time.sleep(0.5))
     assert not run.client.valid
     assert "fell behind" in (run.client.invalid_reason or "")
+
+
+@contextmanager
+def open_files(soft: int) -> Iterator[None]:
+    """This process may have only so many, as a shell gives it."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+def test_more_requests_are_under_way_than_the_soft_limit_has_files(server: FakeServer) -> None:
+    server.s_per_prompt_token = 0.1
+    trace = trace_of(*[10] * 200, gap_s=0.002, output_tokens=1)
+    with open_files(64):
+        run = replay(trace, Client(server.url, GenerateApi()), PROMPTS)
+        assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] == 64
+    assert [result.error for result in run.results] == [None] * 200
+
+
+WITH_64_FILES = """
+import resource, sys
+from sgl_flowprefill.bench.loadgen.client import Client, GenerateApi
+from sgl_flowprefill.bench.loadgen.replay import joined, replay
+from sgl_flowprefill.bench.workloads.prompts import PromptBuilder
+from sgl_flowprefill.bench.workloads.trace import Trace, TraceRequest
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+trace = Trace("test", [TraceRequest(0.002 * n, 10, 1, "text", 9.0, 1.0) for n in range(100)])
+run = replay(trace, Client(sys.argv[1], GenerateApi()), PromptBuilder(1))
+print(sum(result.completed for result in run.results))
+print(run.client.invalid_reason)
+print(joined([run], [0], [0.0]).client.valid)
+"""
+
+
+def test_requests_that_the_client_has_no_files_for_make_the_run_invalid(server: FakeServer) -> None:
+    server.s_per_prompt_token = 0.2
+    command = [sys.executable, "-c", WITH_64_FILES, server.url]
+    said = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
+    completed, reason, joined_is_valid = said.splitlines()
+    assert 0 < int(completed) < 100
+    assert reason.startswith(f"the client could not send {100 - int(completed)} requests: it may have 64 files open")
+    assert joined_is_valid == "False"
 
 
 def test_an_error_in_the_progress_callback_ends_the_run_at_once(server: FakeServer) -> None:
