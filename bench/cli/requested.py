@@ -12,15 +12,17 @@ from sgl_flowprefill.bench.workloads.synthetic import QWEN_RATE_RPS, WORKLOADS
 from sgl_flowprefill.bench.workloads.trace import Trace
 
 
-def check_trace(options: TraceOptions) -> None:
+def check_trace(options: TraceOptions, *, needs_rate: bool = False) -> None:
     """Refuse what can be seen to be wrong before servers run and the time scale is known.
 
     Raises ValueError with a sentence.
     """
     if options.trace in WORKLOADS:
         _refuse_options_of_files(options)
-    else:
-        _file(options)
+        return
+    trace = _file(options)
+    if needs_rate:
+        trace.positive_rate_rps()
 
 
 def requested_trace(options: TraceOptions, time_scale: float) -> Trace:

@@ -103,7 +103,7 @@ def _trace(name: str, options: Simulate, seed: int) -> Trace:
         own_rps = RATE_RPS * options.instances
     elif Path(name).is_file():
         trace = load_trace(Path(name), "auto").limited(requests=options.requests)
-        own_rps = trace.rate_rps
+        own_rps = trace.positive_rate_rps()
     else:
         raise ValueError(f"trace {name!r} is no file and no built-in workload ({', '.join(WORKLOADS)})")
     rate_rps = own_rps if options.rate is None else options.rate * options.time_scale

@@ -201,7 +201,7 @@ class Workload:
 def workload(name: str) -> Workload:
     """The built-in workload of that name (``qwen`` is qwen-like), or a trace file, in which a seed is a place to begin.
 
-    Raises ValueError with a sentence for what is neither, or cannot be read.
+    Raises ValueError with a sentence for what is neither, or cannot be read, or has no rate.
     """
     name = "qwen-like" if name == "qwen" else name
     if name in WORKLOADS:
@@ -209,7 +209,7 @@ def workload(name: str) -> Workload:
     if not Path(name).is_file():
         raise ValueError(f"workload {name!r} is no file and none of {', '.join(WORKLOADS)}")
     whole = load_trace(Path(name))
-    return Workload(whole.name, whole.rate_rps, partial(_from_place, whole))
+    return Workload(whole.name, whole.positive_rate_rps(), partial(_from_place, whole))
 
 
 def _from_place(whole: Trace, requests: int, seed: int) -> Trace:

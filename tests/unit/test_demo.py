@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -194,3 +195,18 @@ def test_an_option_of_trace_files_is_refused_for_a_built_in_workload_before_serv
         demo_module.run(options, Console(file=StringIO()))
     with pytest.raises(ValueError, match=option[0]):
         requested_trace(options.trace, 1.0)
+
+
+def test_a_trace_that_is_too_short_is_refused_before_servers_start_where_the_time_scale_is_known(
+    tmp_path: Path, nothing_starts: None
+) -> None:
+    options = arguments(tmp_path, "--requests", "1", "--time-scale", "2")
+    with pytest.raises(ValueError, match="no request arrives in part 1 of the trace; give a longer --duration"):
+        demo_module.run(options, Console(file=StringIO()))
+
+
+def test_a_trace_of_which_the_time_scale_leaves_one_request_is_refused(tmp_path: Path) -> None:
+    rows = [{"timestamp": ms, "input_length": 700, "output_length": 5, "hash_ids": [0, 1]} for ms in (0, 50_000)]
+    (tmp_path / "trace.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(ValueError, match="has no rate"):
+        compared(Machine(), arguments(tmp_path, "--trace", str(tmp_path / "trace.jsonl")))
