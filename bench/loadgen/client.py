@@ -7,6 +7,7 @@ of the stream is parsed only as far as its token count.
 from __future__ import annotations
 
 import asyncio
+import errno
 import math
 import time
 from collections.abc import Callable
@@ -38,6 +39,8 @@ class Outcome:
     retractions: int | None = None
     """How often the answer lost its KV cache to others, if the server said so."""
     error: str | None = None
+    out_of_files: bool = False
+    """Whether it failed because this process had as many files open as it may."""
 
     def saw_tokens(self, now_s: float, total_tokens: int) -> None:
         """Note that ``total_tokens`` of output had come at ``now_s``."""
@@ -181,6 +184,7 @@ class Client:
             outcome.error = f"timeout: nothing came for {self.timeout_s:g} s"
         except (aiohttp.ClientError, ValueError) as error:
             outcome.error = f"{type(error).__name__}: {error}"[:ERROR_CHARS]
+            outcome.out_of_files = isinstance(error, OSError) and error.errno == errno.EMFILE
         outcome.end_s = time.monotonic()
         return outcome
 

@@ -216,7 +216,7 @@ class Workload:
 def workload(name: str) -> Workload:
     """The built-in workload of that name (``qwen`` is qwen-like), or a trace file, in which a seed is a place to begin.
 
-    Raises ValueError with a sentence for what is neither, or cannot be read.
+    Raises ValueError with a sentence for what is neither, or cannot be read, or has no rate.
     """
     name = "qwen-like" if name == "qwen" else name
     if name in WORKLOADS:
@@ -225,7 +225,7 @@ def workload(name: str) -> Workload:
         raise ValueError(f"workload {name!r} is no file and none of {', '.join(WORKLOADS)}")
     whole = load_trace(Path(name))
     digest = hashlib.sha256(Path(name).read_bytes()).hexdigest()[:DIGEST_CHARS]
-    return Workload(whole.name, whole.rate_rps, partial(_from_place, whole), digest, len(whole.requests))
+    return Workload(whole.name, whole.positive_rate_rps(), partial(_from_place, whole), digest, len(whole.requests))
 
 
 def _place(requests: int, seed: int) -> int:

@@ -34,7 +34,7 @@ from sgl_flowprefill.events import (
     rounded,
 )
 from sgl_flowprefill.hub.failure import Failure
-from sgl_flowprefill.hub.parts import Recorder
+from sgl_flowprefill.hub.parts import Recorder, blocked_since_s
 from sgl_flowprefill.hub.task import PrefillTask
 from sgl_flowprefill.hub.waiting import WaitingRequest
 from sgl_flowprefill.hub.work import Work
@@ -142,8 +142,7 @@ class EventRecorder(EventLog, Recorder):
     def suspended(
         self, task: PrefillTask, winner: PrefillTask, stopped_s: float, now_s: float, news_readable_s: float
     ) -> None:
-        # A winner that lost an earlier decision wins because of what has happened since, and waits for it from then on.
-        readable_s = min(now_s, max(winner.readable_s, news_readable_s)) if news_readable_s < math.inf else None
+        readable_s = blocked_since_s(winner, now_s, news_readable_s)
         blocking_s = None if readable_s is None else now_s - readable_s
         self._suspended[task.id] = (task, stopped_s)
         if self._metrics is not None and readable_s is not None:

@@ -5,17 +5,25 @@ import functools
 import json
 import math
 import os
+import resource
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 from aiohttp import web
+from rich.console import Console
 
 from sgl_flowprefill.bench.__main__ import main
+from sgl_flowprefill.bench.cli import replay as replay_command
+from sgl_flowprefill.bench.cli.options import Replay, TraceOptions
 from sgl_flowprefill.bench.loadgen import replay as replay_module
 from sgl_flowprefill.bench.loadgen.calibrate import (
     REFERENCE_TTFT_S,
@@ -28,6 +36,7 @@ from sgl_flowprefill.bench.loadgen.replay import STOPPED, Enough, ReplayRun, rep
 from sgl_flowprefill.bench.metrics.joint import meets
 from sgl_flowprefill.bench.workloads.prompts import PromptBuilder
 from sgl_flowprefill.bench.workloads.trace import Trace, TraceRequest
+from sgl_flowprefill.events import EventLogError
 from sgl_flowprefill.provenance import read_result
 
 pytestmark = pytest.mark.usefixtures("quick_replays")
@@ -348,6 +357,51 @@ def test_a_client_that_falls_behind_makes_the_run_invalid(server: FakeServer) ->
     assert "fell behind" in (run.client.invalid_reason or "")
 
 
+@contextmanager
+def open_files(soft: int) -> Iterator[None]:
+    """This process may have only so many, as a shell gives it."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+def test_more_requests_are_under_way_than_the_soft_limit_has_files(server: FakeServer) -> None:
+    server.s_per_prompt_token = 0.1
+    trace = trace_of(*[10] * 200, gap_s=0.002, output_tokens=1)
+    with open_files(64):
+        run = replay(trace, Client(server.url, GenerateApi()), PROMPTS)
+        assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] == 64
+    assert [result.error for result in run.results] == [None] * 200
+
+
+WITH_64_FILES = """
+import resource, sys
+from sgl_flowprefill.bench.loadgen.client import Client, GenerateApi
+from sgl_flowprefill.bench.loadgen.replay import joined, replay
+from sgl_flowprefill.bench.workloads.prompts import PromptBuilder
+from sgl_flowprefill.bench.workloads.trace import Trace, TraceRequest
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+trace = Trace("test", [TraceRequest(0.002 * n, 10, 1, "text", 9.0, 1.0) for n in range(100)])
+run = replay(trace, Client(sys.argv[1], GenerateApi()), PromptBuilder(1))
+print(sum(result.completed for result in run.results))
+print(run.client.invalid_reason)
+print(joined([run], [0], [0.0]).client.valid)
+"""
+
+
+def test_requests_that_the_client_has_no_files_for_make_the_run_invalid(server: FakeServer) -> None:
+    server.s_per_prompt_token = 0.2
+    command = [sys.executable, "-c", WITH_64_FILES, server.url]
+    said = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
+    completed, reason, joined_is_valid = said.splitlines()
+    assert 0 < int(completed) < 100
+    assert reason.startswith(f"the client could not send {100 - int(completed)} requests: it may have 64 files open")
+    assert joined_is_valid == "False"
+
+
 def test_an_error_in_the_progress_callback_ends_the_run_at_once(server: FakeServer) -> None:
     def dead(*_: int) -> None:
         raise RuntimeError("prefill server died")
@@ -412,3 +466,24 @@ def test_a_run_meets_no_prompt_that_a_run_before_it_left_in_the_servers_cache(
     assert sorted(again) == sorted(first), "whoever needs the same prompts can have them"
     (doubt,) = of_known["doubts"]
     assert doubt.startswith("endpoint had 1,200 of 1,200 prompt tokens in its cache, and requests of the trace share")
+
+
+def test_the_command_looks_at_its_files_before_it_sends_anything(server: FakeServer, tmp_path: Path) -> None:
+    def run(out: str, event_log: str | None = None) -> int:
+        trace = TraceOptions(trace="mixed", rate_scale=20.0, time_scale=1.0, duration=0.5, max_prompt_tokens=10)
+        log = None if event_log is None else tmp_path / event_log
+        options = Replay(url=server.url, event_log=log, out=tmp_path / out, max_output_tokens=1, trace=trace)
+        return replay_command.run(options, Console(file=StringIO()))
+
+    (tmp_path / "file").write_text("")
+    (tmp_path / "notes").write_text("none of the server's\n")
+    with pytest.raises(FileNotFoundError, match="mistyped"):
+        run("new", "mistyped")
+    with pytest.raises(EventLogError, match="is no event log"):
+        run("new", "notes")
+    with pytest.raises(FileExistsError):
+        run("file")
+    assert not server.bodies
+    run("new", "file")
+    assert server.bodies
+    assert {path.name for path in (tmp_path / "new").iterdir()} >= {"endpoint.jsonl", "report.json"}

@@ -33,7 +33,7 @@ class Replay(Command):
     timeout: Seconds = 600.0
     """longest silence of a stream, in seconds"""
     event_log: NewFile = None
-    """FlowPrefill's event log, if the server on this machine has one"""
+    """FlowPrefill's event log, if the server is on this machine and has one: the file has to be there"""
     out: Folder = Path("out/replay")
     max_output_tokens: MaybeCount = None
     """cut longer answers"""
