@@ -4,7 +4,6 @@ import asyncio
 import functools
 import json
 import math
-import os
 import resource
 import subprocess
 import sys
@@ -14,6 +13,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from io import StringIO
+from itertools import takewhile
+from operator import eq
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +91,7 @@ class FakeServer:
         if self.cache is None:
             return 3
         self.cache.append(prompt)
-        return max((len(os.path.commonprefix([prompt, one])) for one in self.cache[:-1]), default=0)
+        return max((_common_prefix(prompt, one) for one in self.cache[:-1]), default=0)
 
     async def completions(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()
@@ -111,6 +112,10 @@ class FakeServer:
 
     async def models(self, request: web.Request) -> web.Response:
         return web.json_response({"data": [{"id": "tiny"}]})
+
+
+def _common_prefix(one: Sequence[int], other: Sequence[int]) -> int:
+    return sum(1 for _ in takewhile(bool, map(eq, one, other)))
 
 
 async def _send(response: web.StreamResponse, event: dict[str, Any]) -> None:
