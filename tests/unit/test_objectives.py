@@ -99,9 +99,15 @@ def test_each_part_of_an_objective_comes_from_the_first_that_has_it(
     assert resolved.tbt_s == [*tbts, behind.tbt_s][0]
     named = [ask.slo_class for ask in asks if ask.slo_class is not None]
     assert resolved.slo_class == [*named, behind.slo_class][0]
-    said = [ask.sheddable for ask in asks if ask.sheddable is not None]
-    own = resolved.slo_class == "batch"
-    assert resolved.sheddable == [*said, own][0]
+    assert resolved.sheddable == (resolved.slo_class == "batch" or any(ask.sheddable for ask in asks))
+
+
+def test_a_client_takes_no_request_out_of_those_that_its_class_lets_the_server_refuse() -> None:
+    def may_be_refused(slo_class: str, said: bool | None) -> bool:
+        return policed().resolve(Request([Ask("body", slo_class=slo_class, sheddable=said)]), now_s=0.0).sheddable
+
+    assert [may_be_refused("batch", said) for said in (None, False, True)] == [True, True, True]
+    assert [may_be_refused("keyed", said) for said in (None, False, True)] == [False, False, True]
 
 
 def test_the_tightest_objective_that_a_client_may_ask_for_is_what_a_tighter_one_becomes() -> None:
