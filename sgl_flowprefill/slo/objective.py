@@ -76,6 +76,15 @@ class Objective:
         }
 
 
+def check_object(custom_params: Any) -> None:
+    """Raises SloError for ``custom_params`` that are no object, in which nothing can be named; SGLang has no others."""
+    if custom_params is not None and not isinstance(custom_params, Mapping):
+        raise SloError(
+            f"custom_params must be an object, got {shortened(custom_params)}; for example "
+            f'{{"custom_params": {{"{SLO_KEY}": {EXAMPLES[SLO_KEY]}}}}}.'
+        )
+
+
 def objective_s(key: str, custom_params: Any) -> float | None:
     """The objective in seconds that clients put under ``key`` of SGLang's ``custom_params``; None where they name none.
 

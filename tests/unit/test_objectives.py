@@ -331,6 +331,14 @@ def test_what_only_the_server_says_is_not_the_clients_to_write() -> None:
     assert (sent["slo_weight"], sent["slo_source"]) == (1.0, "body")
 
 
+def test_no_custom_params_take_a_request_past_the_policy() -> None:
+    hooks = Objectives(policed())
+    for custom_params in ("text", "", [], 0):
+        with pytest.raises(SloError, match="must be an object"):
+            asyncio.run(passed(hooks, http({"priority": -5}), {"custom_params": custom_params}))
+    assert promised(hooks, http({"priority": -5}), {"custom_params": None})[1] == "batch"
+
+
 def test_requests_at_the_same_time_keep_their_own_headers() -> None:
     hooks = Objectives(policed())
 
@@ -381,6 +389,7 @@ def test_what_a_class_has_had_of_tight_requests_outlives_its_policy() -> None:
             "'batch' at the top of the request, but 'keyed'",
         ),
         ({"custom_params": [{"ttft_slo": 1}]}, {}, "must be an object"),
+        ({"sampling_params": {"custom_params": "text"}}, {}, "must be an object"),
         ({}, {"x-slo-ttft-ms": "soon"}, "positive, finite number of milliseconds"),
         ({}, {"x-flowprefill-slo-class": "urgent"}, "there are interactive"),
     ],
