@@ -12,9 +12,11 @@ from hypothesis import strategies as st
 from sgl_flowprefill.bench.simulator.step_cost import StepCost
 from sgl_flowprefill.policy import DecodeLimits, Stream
 from sgl_flowprefill.policy.decode import (
+    CORRECTED_BY,
     MARGIN_FACTOR,
     MARGIN_STEPS,
     NO_LOAD,
+    STALLED,
     CorrectedSteps,
     DecodeLoad,
     Margin,
@@ -180,6 +182,31 @@ def test_predicted_steps_follow_the_measured_ones() -> None:
     for _ in range(50):
         model.observe(3, 100, 0.012)
     assert model.predict_s(3, 100) == pytest.approx(0.012, rel=1e-2)
+
+
+def test_one_step_that_was_held_up_hardly_changes_what_the_next_ones_are_predicted_to_take() -> None:
+    model = CorrectedSteps(StepCost(0.01, 0.0))
+    for _ in range(50):
+        model.observe(3, 100, 0.02)
+    steady_s = model.predict_s(3, 100)
+    model.observe(3, 100, 200 * 0.02)
+    assert steady_s < model.predict_s(3, 100) < 1.5 * steady_s
+    for _ in range(16):
+        model.observe(3, 100, 0.02)
+    assert model.predict_s(3, 100) == pytest.approx(steady_s, rel=0.05)
+
+
+@pytest.mark.parametrize("times", [0.5, 2.0, 3.0, 20.0])
+def test_a_machine_whose_speed_changes_is_followed_within_some_dozens_of_steps(times: float) -> None:
+    model = CorrectedSteps(StepCost(0.01, 0.0))
+    off = []
+    for _ in range(40):
+        model.observe(3, 100, times * 0.01)
+        off.append(model.predict_s(3, 100) / (times * 0.01) - 1)
+    assert abs(off[-1]) < 0.02
+    if times < STALLED:
+        expected = [(1 / times - 1) * (1 - 1 / CORRECTED_BY) ** steps for steps in range(1, 41)]
+        assert off == pytest.approx(expected), "none of these steps counts as held up"
 
 
 def test_a_request_starts_only_where_all_still_fit_the_tightest_objective() -> None:
