@@ -47,6 +47,14 @@ LATE: Final = {"late": Ask(tuple(prompt(710, 80)), 4, (("ignore_eos", True),))}
 RESERVED: Final = {f"a{i}": Ask(tuple(prompt(720 + i, 25)), 50, (("ignore_eos", True),)) for i in range(6)}
 """Requests that take 450 tokens of KV cache in the end, and 150 at first."""
 
+RETRACTED_TBT_S: Final = 2.0
+"""Longer than a slow machine takes for a step."""
+RETRACTED: Final = {
+    rid: Ask(tuple(prompt(730 + tokens, 60)), tokens, (("ignore_eos", True),), tbt_slo_s=RETRACTED_TBT_S)
+    for rid, tokens in (("goes on", 30), ("ends", 6))
+}
+"""Streams of which one is to have its last token from its second prefill."""
+
 
 def serve(engine: UnifiedEngine, asked: Mapping[str, Ask]) -> Play:
     """Submit all of ``asked`` at once, and let the policy decide."""
@@ -430,6 +438,37 @@ def pause(engine: UnifiedEngine, mode: str, late: bool) -> Paused:
     unanswered = len(asked) - len(engine.answers)
     engine.receive(ContinueGenerationReqInput())
     return Paused(_played(engine), asked, live, answered, engine.hub.role.retractions - before, unanswered)
+
+
+def tokens_of_retracted_streams(engine: UnifiedEngine) -> tuple[Play, dict[str, Ask], dict[str, float]]:
+    """Two streams lose their KV cache for longer than their tokens may be apart, one with many tokens to go and one
+    with a single one. What metrics count of the tokens behind their first ones, and retractions.
+    """
+    from prometheus_client import CollectorRegistry
+    from sglang.srt.managers.io_struct import ContinueGenerationReqInput, PauseGenerationReqInput
+
+    from sgl_flowprefill.metrics import table
+    from sgl_flowprefill.runtime.event_recorder import AnswerReports, EventRecorder
+    from sgl_flowprefill.runtime.metrics import Metrics
+
+    registry, labels, role = CollectorRegistry(), {"model_name": "embedded"}, engine.hub.role
+    recorder = EventRecorder(None, Metrics(labels, decodes=True, registry=registry), decodes=True)
+    engine.record(recorder)
+    engine.scheduler.output_streamer.reports = AnswerReports(recorder)
+    _anew(engine)
+    before = role.retractions
+    for rid, ask in RETRACTED.items():
+        engine.submit(rid, ask)
+    _until(engine, lambda: engine.streamed["ends"] == RETRACTED["ends"].max_new_tokens - 1)
+    engine.receive(PauseGenerationReqInput(mode="retract"))
+    time.sleep(1.2 * RETRACTED_TBT_S)
+    engine.receive(ContinueGenerationReqInput())
+    played = _played(engine)
+    recorder.flush()
+    counted = {"retractions": float(role.retractions - before)}
+    for metric in (table.TBT_MET, table.TBT_MISSED):
+        counted[metric.name] = registry.get_sample_value(metric.series, labels) or 0.0
+    return played, dict(RETRACTED), counted
 
 
 def flush_while_busy(engine: UnifiedEngine, late: bool) -> tuple[Play, dict[str, Ask], bool]:

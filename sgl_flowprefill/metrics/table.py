@@ -310,7 +310,7 @@ TBT_MET: Final = _row(
     Kind.COUNTER,
     Unit.TOKENS,
     "Tokens behind the first that came within the TBT objective of their request after the one before.",
-    "the decode step that computed them",
+    "the decode step that computed them, or the new prefill of a stream that was retracted",
     unified=True,
 )
 TBT_MISSED: Final = _row(
@@ -318,7 +318,7 @@ TBT_MISSED: Final = _row(
     Kind.COUNTER,
     Unit.TOKENS,
     "Tokens behind the first that came later than that.",
-    "the decode step that computed them",
+    "the decode step that computed them, or the new prefill of a stream that was retracted",
     unified=True,
 )
 STEP: Final = _row(

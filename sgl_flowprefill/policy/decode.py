@@ -177,6 +177,10 @@ class Streams:
         """Tokens of its prompt and its answer by now."""
         return stream.context_tokens + max(0, self._ended - stream.joined_at)
 
+    def last_token_s(self, stream: Stream) -> float:
+        """When its last token came."""
+        return self.last_step_s if stream.joined_at < self._ended else stream.joined_s
+
     @property
     def widest(self) -> int:
         """The most streams of one place: all places compute a step together, which takes what that of these does."""

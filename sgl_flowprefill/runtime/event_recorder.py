@@ -258,6 +258,13 @@ class EventRecorder(EventLog, Recorder):
         if self._metrics is not None:
             self._metrics.stepped(took_s, begin_s - due_s if was_due else None, tokens, late_tokens)
 
+    def got_tokens(self, tokens: int, late_tokens: int) -> None:
+        """Streams have got ``tokens`` otherwise than by a decode step, ``late_tokens`` of them later than their
+        objectives say.
+        """
+        if self._metrics is not None:
+            self._metrics.got_tokens(tokens, late_tokens)
+
     def failed(self, task: PrefillTask, failure: Failure) -> None:
         """Members whose abort was asked for end as aborted, when SGLang drops them."""
         self._suspended.pop(task.id, None)

@@ -200,12 +200,18 @@ class Metrics:
     # ---- decode steps -----------------------------------------------------------------------------------------------
 
     def stepped(self, step_s: float, lateness_s: float | None, tokens: int, late_tokens: int) -> None:
-        """A decode step took ``step_s``; ``lateness_s`` is None where it began before it had to. Of its ``tokens``,
-        ``late_tokens`` came later after the ones before them than their requests' objectives say.
+        """A decode step took ``step_s``, and brought ``tokens``, ``late_tokens`` of them too late (``got_tokens``);
+        ``lateness_s`` is None where it began before it had to.
         """
         self._one(table.STEP).inc(step_s)
         if lateness_s is not None:
             self._one(table.STEP_LATENESS).observe(lateness_s)
+        self.got_tokens(tokens, late_tokens)
+
+    def got_tokens(self, tokens: int, late_tokens: int) -> None:
+        """Streams have got ``tokens``; ``late_tokens`` of them came later after the ones before them than the
+        objectives of their requests say.
+        """
         self._one(table.TBT_MET).inc(tokens - late_tokens)
         self._one(table.TBT_MISSED).inc(late_tokens)
 

@@ -41,6 +41,8 @@ from sgl_flowprefill.runtime.step_profile import load_or_measure_steps
 
 GIVEN_BACK: Final = "flowprefill_given_back"
 """Attribute of SGLang's Req: a prefill of it has begun, and was given back."""
+LAST_TOKEN_S: Final = "flowprefill_last_token_s"
+"""Attribute of SGLang's Req: when the last token came before it lost its KV cache as a stream."""
 SHED: Final = "The server is overloaded: {why}. Try again after {retry_after_s} s."
 
 
@@ -180,17 +182,29 @@ class UnifiedRole(SchedulerRole):
         scheduler._prev_prefill_end_ts = None
         SchedulerRole.finish(self, task)
         batch.hicache_consumer_index = -1  # its load is over, and its decode steps would wait for those of others
+        now_s = time.monotonic()
+        self.note_gaps(
+            [
+                now_s - getattr(req, LAST_TOKEN_S) > objective(req, self.resolver).tbt_s
+                for req in batch.reqs
+                if hasattr(req, LAST_TOKEN_S)
+            ]
+        )
         members = len(batch.reqs)
         batch.filter_batch()
         if len(batch.reqs) < members:
             self._freed()
         if batch.is_empty():
             return []
-        now_s = time.monotonic()
         self.joining.append(batch)
         joined = {req: Stream(objective(req, self.resolver).tbt_s, req.seqlen, now_s) for req in batch.reqs}
         self.streams |= joined
         return list(joined.values())
+
+    def note_gaps(self, late: Sequence[bool]) -> None:
+        """Streams that were retracted have got their next tokens; whether each was ``late`` by its objective."""
+        if late:
+            self.recorder.got_tokens(len(late), sum(late))
 
     def tell_policy(self, joined: Sequence[Stream] = (), left: Sequence[Stream] = ()) -> None:
         """Streams have joined, or left outside a step."""
@@ -312,7 +326,9 @@ class UnifiedRole(SchedulerRole):
         """``req`` has come, or comes back: it was retracted."""
         if req in self.streams:
             self.retractions += 1
-            self.note_retracted(self.streams.pop(req))
+            stream = self.streams.pop(req)
+            setattr(req, LAST_TOKEN_S, self.policy.streams.last_token_s(stream))
+            self.note_retracted(stream)
         if not req.is_retracted:
             super().note_arrival(req)
 

@@ -490,6 +490,18 @@ def test_nothing_runs_in_a_pause_and_all_go_on_after_it(
     assert ends_of(events_of(unified, event_log)) == dict.fromkeys(paused.asked, "complete")
 
 
+def test_the_gap_in_which_a_stream_had_no_kv_cache_counts_as_one_late_token(
+    unified_engine: Remote, comparison: StockComparison
+) -> None:
+    played, asked, counted = unified_engine.call(scenarios.tokens_of_retracted_streams)
+    comparison.compare(asked, played.answers)
+    comparison.assert_same()
+    assert counted["retractions"] == len(asked)
+    behind_the_first = sum(len(answer.tokens) - 1 for answer in played.answers.values())
+    assert counted["tbt_slo_met"] + counted["tbt_slo_missed"] == behind_the_first > 30
+    assert counted["tbt_slo_missed"] == len(asked)
+
+
 @LATE
 def test_a_flush_is_refused_while_a_prefill_is_suspended_or_joins(
     unified: Remote, comparison: StockComparison, late: bool

@@ -138,6 +138,7 @@ def test_sums_over_streams_are_those_of_the_streams_one_by_one(script: list[tupl
         assert streams.context_tokens == sum(context[stream] for stream in live)
         assert streams.due_s == pytest.approx(min((last_s[s] + s.tbt_s for s in live), default=math.inf))
         assert streams.tightest_s() == min((s.tbt_s for s in live), default=math.inf)
+        assert [streams.last_token_s(s) for s in live] == [last_s[s] for s in live]
 
 
 def test_what_steps_take_is_the_steps_that_are_due_before() -> None:

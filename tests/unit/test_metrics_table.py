@@ -249,11 +249,12 @@ def test_tokens_and_steps_count_on_a_server_that_decodes() -> None:
     metrics = Metrics(LABELS, decodes=True, registry=registry)
     metrics.stepped(0.03, 0.004, tokens=5, late_tokens=2)
     metrics.stepped(0.02, None, tokens=1, late_tokens=0)
+    metrics.got_tokens(2, late_tokens=1)
     metrics.given_back()
     metrics.rest(now_s=0.0)
     found = samples(registry)
-    assert found["flowprefill:tbt_slo_met_total"] == 4
-    assert found["flowprefill:tbt_slo_missed_total"] == 2
+    assert found["flowprefill:tbt_slo_met_total"] == 5
+    assert found["flowprefill:tbt_slo_missed_total"] == 3
     assert found["flowprefill:decode_step_seconds_total"] == pytest.approx(0.05)
     assert found["flowprefill:decode_step_lateness_seconds_count"] == 1
     assert found["flowprefill:given_back_total"] == 1
