@@ -97,7 +97,9 @@ CAUSES: Final[Mapping[Cause, str]] = {
     Cause.OVERLOAD: "overload",
     Cause.FAILED: "failed",
 }
-"""Causes of misses, as values of a label. An abort before the deadline is no miss, and has a counter of its own."""
+"""Causes of misses, as values of a label. Aborts before the deadline and requests that are not valid are no misses, and
+have counters of their own.
+"""
 
 CLASS: Final = Label(
     "slo_class",
@@ -166,6 +168,15 @@ ABORTED: Final = _row(
     Kind.COUNTER,
     Unit.REQUESTS,
     "Requests that were aborted before they were due, so that nothing was met or missed.",
+    "the outcome of each request that has ended",
+    (CLASS,),
+)
+INVALID: Final = _row(
+    "num_invalid_requests",
+    Kind.COUNTER,
+    Unit.REQUESTS,
+    "Requests that were refused as not valid, with status 4xx but 429 (a prompt that is too long, a grammar that does "
+    "not compile), so that nothing was met or missed.",
     "the outcome of each request that has ended",
     (CLASS,),
 )

@@ -17,6 +17,7 @@ from typing import Any, Final, NamedTuple
 from sgl_flowprefill.events import AnyEvent, Arrival, Fail
 from sgl_flowprefill.metrics import table
 from sgl_flowprefill.metrics.table import CAUSES, CLASS, MOST_CLASSES, OTHER, TABLE, Kind, Metric
+from sgl_flowprefill.misses import Cause
 from sgl_flowprefill.outcomes import Outcome
 from sgl_flowprefill.slo import DEFAULT
 
@@ -157,7 +158,9 @@ class Metrics:
         if self._shed and outcome.rid in self._shed:
             self._shed.remove(outcome.rid)
             self._of[table.SHED][of_class,].inc()
-        if outcome.met is None:
+        if outcome.cause is Cause.INVALID:
+            self._of[table.INVALID][of_class,].inc()
+        elif outcome.met is None:
             self._of[table.ABORTED][of_class,].inc()
         elif outcome.met:
             self._of[table.TTFT_MET][of_class,].inc()
