@@ -205,7 +205,8 @@ SHED: Final = _row(
     Kind.COUNTER,
     Unit.REQUESTS,
     "Requests that were refused because there was too much to do, with status 429 or 503 (SGLang's "
-    "`--max-queued-requests`). They count as missed, `failed`, too.",
+    "`--max-queued-requests`; its `--abort-on-priority-when-disabled` has the same status). They count as missed, "
+    "`failed`, too.",
     "the end of each request that has failed",
     (CLASS,),
 )
