@@ -415,9 +415,14 @@ def test_all_ranks_stop_at_the_same_points_and_none_waits_for_ever(
     assert states > 2000
 
 
-@pytest.mark.parametrize(("ranks", "lead"), [(2, 1), (2, 3), (3, 2)])
-def test_results_that_come_late_are_processed_at_the_same_place_by_all_ranks(ranks: int, lead: int) -> None:
-    states = search(Model(ranks, lead, frozenset(), late=True))
+@pytest.mark.parametrize(
+    ("ranks", "lead", "points"),
+    [(2, 1, POINTS), (2, 3, POINTS), (3, 2, (4, 3)), pytest.param(3, 2, POINTS, marks=pytest.mark.stress)],
+)
+def test_results_that_come_late_are_processed_at_the_same_place_by_all_ranks(
+    ranks: int, lead: int, points: tuple[int, ...]
+) -> None:
+    states = search(Model(ranks, lead, frozenset(), points, late=True))
     print(f"{ranks} ranks, lead {lead}, results late: {states} states")
     assert states > 4000
 
