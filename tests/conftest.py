@@ -43,13 +43,16 @@ CLUSTERS = (
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    def place(item: pytest.Item) -> tuple[int, int]:
-        """A test may also have the name of its cluster as a parameter."""
+    def place(item: pytest.Item) -> tuple[int, int, bool]:
+        """A test may also have the name of its cluster as a parameter. A module that starts processes warm comes
+        next to the engines, in the process that has what these are forked from.
+        """
         callspec = getattr(item, "callspec", None)
         parameters = [] if callspec is None else [value for value in callspec.params.values() if isinstance(value, str)]
         names = {*getattr(item, "fixturenames", ()), *parameters}
         cluster = next((i for i, name in enumerate(CLUSTERS, start=1) if name in names), 0)
-        return FOLDERS.index(item.path.parent.name), cluster
+        is_cold = not hasattr(getattr(item, "module", None), "warm")
+        return FOLDERS.index(item.path.parent.name), cluster, is_cold
 
     items.sort(key=place)
 

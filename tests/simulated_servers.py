@@ -126,7 +126,7 @@ def campaign_of(
     folder: Path,
     names: tuple[str, ...] = NAMES,
     seeds: int = 2,
-    duration_s: float = 60.0,
+    duration_s: float = 40.0,
     max_output_tokens: int | None = 8,
     judge: Judge = "ttft",
     replayed: Workload = WORKLOAD,

@@ -160,7 +160,7 @@ def test_isolated_requests_and_decoding_are_measured_through_it(
 ) -> None:
     monkeypatch.setattr(decode_rate, "STREAM_ANSWER_TOKENS", 40)
     server.delay_s = lambda tokens: 1e-5 * tokens
-    server.s_per_answer_token = 0.02
+    server.s_per_answer_token = 0.01
     found = reached(server)
     times_s = found.solo_ttft_s(PROMPTS)
     assert set(times_s) == set(REFERENCE_TTFT_S)
@@ -169,7 +169,7 @@ def test_isolated_requests_and_decoding_are_measured_through_it(
     assert found.decode_tokens_per_s(PROMPTS) > 0
     steps = found.decode_steps(PROMPTS)
     assert {step.requests for step in steps} == {1, 4, 16}
-    assert all(step.time_s >= 0.018 for step in steps), "the server waits 20 ms behind each token"
+    assert all(step.time_s >= 0.009 for step in steps), "the server waits 10 ms behind each token"
     assert found.engine(PROMPTS) is None
 
 
@@ -196,7 +196,7 @@ def test_it_is_at_rest_when_an_isolated_request_is_as_fast_as_at_first(
     server.delay_s = lambda tokens: 0.05
     found = reached(server)
     found.solo_ttft_s(PROMPTS)
-    slow = iter([1.0, 0.8])
+    slow = iter([0.5, 0.4])
     before = len(server.bodies)
     server.delay_s = lambda tokens: next(slow, 0.05)
     found.come_to_rest()
@@ -297,16 +297,16 @@ def test_a_capacity_search_finds_the_rate_of_an_endpoint_and_does_not_simulate_i
     monkeypatch.setattr(replay_module, "MAX_LATENESS_OF_SLO", 100.0)  # a busy machine is not what is tested
     monkeypatch.setattr(calibrate, "REPEATS", 1)
     monkeypatch.setattr(endpoint_module, "REST_POLL_S", 0.05)
-    server.delay_s = lambda tokens: 2e-5 * tokens
+    server.delay_s = lambda tokens: 1e-5 * tokens
     server.turns = asyncio.Semaphore(1)
     system = endpoint(f"vllm={server.url}")
-    plan = Plan(workload("mixed"), seeds=1, duration_s=1.0, max_output_tokens=2)
+    plan = Plan(workload("mixed"), seeds=1, duration_s=0.5, max_output_tokens=2)
 
     def search(system: System) -> Campaign:
         log = ProbeLog(tmp_path / "probes.jsonl", {})
         with serving(Servers(), tmp_path, lambda line: None, side_by_side=True) as serve:
             prober = Prober(plan, log, serve, Console(file=StringIO()), FlowPrefillConfig())
-            campaign = Campaign(prober, [system], Goal((0.6,), precision=4.0))
+            campaign = Campaign(prober, [system], Goal((0.8,), precision=4.0))
             campaign.run()
         return campaign
 
@@ -314,19 +314,19 @@ def test_a_capacity_search_finds_the_rate_of_an_endpoint_and_does_not_simulate_i
     document = GoodputResult.of(campaign, "tiny").to_dict()
     assert document["finished"]
     found = document["systems"]["vllm"]
-    assert found["simulated_max_rate_rps"] == {"60": None}
-    assert found["max_rate_rps"]["60"] > 0
+    assert found["simulated_max_rate_rps"] == {"80": None}
+    assert found["max_rate_rps"]["80"] > 0
     prober = campaign.prober
     del prober.log.solo_ttft_s["vllm"][1:]  # what was known when the search began
     one_by_one_rps = prober.one_by_one_rps(prober.trace(0, plan.workload.rate_rps), system)
-    assert prober.log.probes[0].rate_rps == pytest.approx(max(20.0, one_by_one_rps), rel=0.001)
+    assert prober.log.probes[0].rate_rps == pytest.approx(max(40.0, one_by_one_rps), rel=0.001)
     with pytest.raises(ValueError, match=r"probes of vllm so far are of .*give another --out, or another name"):
         search(endpoint("vllm=http://127.0.0.1:9"))
 
 
 def test_the_demo_replays_its_trace_on_an_endpoint_and_says_what_it_is(server: OpenAiServer, tmp_path: Path) -> None:
     server.delay_s = lambda tokens: 1e-5 * tokens
-    options = ["--trace", "mixed", "--duration", "4", "--time-scale", "1", "--max-output-tokens", "2"]
+    options = ["--trace", "mixed", "--duration", "2", "--time-scale", "1", "--max-output-tokens", "2"]
     code = main(["demo", "--systems", "", "--endpoint", f"vllm={server.url}/v1", "--out", str(tmp_path), *options])
     document = read_result(tmp_path / "report.json").figures
     assert code == 0

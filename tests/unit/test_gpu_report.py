@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -228,18 +229,27 @@ def test_what_does_not_fit_into_the_budget_is_left_out(tmp_path: Path, monkeypat
 
 
 def test_a_phase_waits_for_the_device_and_gets_a_share_of_what_is_left_then(tmp_path: Path) -> None:
-    lock = tmp_path / "lock"
+    lock, until_s = tmp_path / "lock", time.monotonic() + 1000
     with open(lock, "w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         worker = [sys.executable, "-m", "sgl_flowprefill.gpu_report.worker", "--phase", "machine", "--share", "0.5"]
-        worker += ["--out", str(tmp_path), "--lock", str(lock), "--until-s", str(time.monotonic() + 1000)]
+        worker += ["--out", str(tmp_path), "--lock", str(lock), "--until-s", str(until_s)]
         with subprocess.Popen(worker, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
             assert process.stdout is not None
-            time.sleep(5)
+            while not has_open(process, lock):
+                time.sleep(0.05)
+            assert not select.select([process.stdout], [], [], 1.0)[0], "it has not waited"
+            left_s = until_s - time.monotonic()
             fcntl.flock(held, fcntl.LOCK_UN)
             first, second = map(json.loads, process.stdout)
-    assert 400 < first["starts_for_s"] < 498
+    assert 0.4 * left_s < first["starts_for_s"] <= 0.5 * left_s
     assert second["outcome"]["state"] == "measured"
+
+
+def has_open(process: subprocess.Popen[str], file: Path) -> bool:
+    """Whether ``process``, which has not ended, has come so far that it opened ``file``."""
+    assert process.poll() is None
+    return str(file) in (one.path for one in psutil.Process(process.pid).open_files())
 
 
 def test_time_is_kept_for_the_starts_of_the_engines_to_come(tmp_path: Path) -> None:

@@ -244,7 +244,7 @@ def test_ours_meets_time_between_tokens_where_no_chunk_size_meets_both() -> None
 
 
 def test_the_tuned_search_finds_what_a_search_of_all_finds() -> None:
-    traces = [qwen_like(200, seed, rate_rps=4.0) for seed in range(2)]
+    traces = [qwen_like(120, seed, rate_rps=4.0) for seed in range(2)]
     setup = Setup(Machine(LLAMA_8B, LLAMA_8B.kv_tokens))
     systems = [
         unified(name) for name in ("stock-fcfs-8192", "stock-spf-768-mixed", "stock-spf-512-mixed", "stock-spf-2048")
