@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
+from sgl_flowprefill.model.embedded import VOCAB_SIZE
 from tests.engine import PrefillEngine
-from tests.exploring import explore, explorer_of, held
+from tests.exploring import ShortPrompts, explore, explorer_of, held
 from tests.late_device import LateDevice
 from tests.prompts import prompt
 from tests.reference import Comparison
@@ -77,6 +78,24 @@ def test_shapes_with_a_cached_prefix_are_explored_where_one_is_cached(cached: Pr
         explore(cached, explorer)
     assert seen
     assert not any(asked.cached_tokens for _, asked in seen), "made with a prefix that is gone"
+
+
+def test_a_prefix_ends_where_an_image_begins(cached: PrefillEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SGLang has ids there that are no tokens. Here that is said of the last token, which the engine can compute."""
+    image = VOCAB_SIZE - 1
+    text = [token for token in prompt(802, 700) if token != image][:600]
+    recent = cached.hub.role.recent_prompts
+    recent.clear()
+    cached.submit("image", [*text, *[image] * 64, *text])
+    cached.run()
+    assert [len(tokens) for tokens in recent] == [1264]
+    monkeypatch.setattr(cached.scheduler.model_config, "vocab_size", image)
+    engine = ShortPrompts(cached.hub.role)
+    assert engine.find_prefix() == 599, "all of the text but the token that SGLang always computes"
+    assert engine.cached_prompt == text[:-1]
+    recent.clear()
+    recent.append([image] * 64)
+    assert engine.find_prefix() == 0
 
 
 @pytest.mark.parametrize("late", [False, True])

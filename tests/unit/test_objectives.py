@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import json
+import math
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 from types import SimpleNamespace
@@ -266,6 +267,22 @@ def test_what_is_resolved_is_what_the_scheduler_reads() -> None:
     # A request that came past the HTTP process, by what its client names.
     assert read(None) == Objective(5.0, 0.1)
     assert read({"ttft_slo": 2, "slo_source": "me"}) == Objective(2.0, 0.1, slo_source="body")
+
+
+TRAVELS = Objective(0.25, 0.05, "interactive", "body", 4.0, True).to_custom_params()
+
+
+@pytest.mark.parametrize("key", ["ttft_slo", "tbt_slo", "slo_weight"])
+@pytest.mark.parametrize("value", ["nan", math.nan, 0, -1, True, "2", None, [2]])
+def test_what_the_server_cannot_have_written_is_not_taken_for_resolved(key: str, value: Any) -> None:
+    assert Objective.resolved(TRAVELS) is not None
+    assert Objective.resolved(TRAVELS | {key: value}) is None
+    assert Objective.resolved({name: told for name, told in TRAVELS.items() if name != key}) is None
+
+
+@pytest.mark.parametrize("weight", [math.inf, 1e7])
+def test_no_weight_is_above_those_that_a_policy_may_have(weight: float) -> None:
+    assert Objective.resolved(TRAVELS | {"slo_weight": weight}) is None
 
 
 # ---- the hooks ------------------------------------------------------------------------------------------------------
