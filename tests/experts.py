@@ -15,7 +15,7 @@ from typing import Any, Final
 
 import torch
 
-from tests.engine import Engine, PrefillEngine
+from tests.engine import FIRST_START_S, Engine, PrefillEngine
 from tests.families import FAMILIES, write_checkpoint
 from tests.reference import Comparison, Reference
 from tests.unified_engine import StockEngine, UnifiedEngine
@@ -109,7 +109,7 @@ class Counting(Engine):
 
     def __init__(self, folder: Path, mode: str) -> None:
         os.environ.update(environment(folder))
-        super().__init__(checkpoint(folder), **options(mode))
+        super().__init__(checkpoint(folder), first_start_s=FIRST_START_S, **options(mode))
         self.passes: list[Pass] = []
         watch(self.scheduler, self.passes.append)
         self.judge = Judge(checkpoint(folder))

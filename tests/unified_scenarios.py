@@ -38,14 +38,14 @@ BAD: Final = Ask((*prompt(505, 700), MARKER), 4, (("ignore_eos", True),), ttft_s
 FIRST_TURN: Final = Ask(tuple(prompt(520, 300)), 24, (("ignore_eos", True),), ttft_slo_s=20.0)
 """The first turn of a chat."""
 
-TIGHT_TOKENS: Final = 400
+TIGHT_TOKENS: Final = 200
 """KV cache of an engine for what follows."""
-GROWING: Final = {f"s{i}": Ask(tuple(prompt(700 + i, 50)), 130, (("min_new_tokens", 130),)) for i in range(2)}
-"""Streams of which admission takes it that they may end early, and which do not: 360 tokens in the end."""
-LATE: Final = {"late": Ask(tuple(prompt(710, 80)), 4, (("ignore_eos", True),))}
+GROWING: Final = {f"s{i}": Ask(tuple(prompt(700 + i, 25)), 65, (("min_new_tokens", 65),)) for i in range(2)}
+"""Streams of which admission takes it that they may end early, and which do not: 180 tokens in the end."""
+LATE: Final = {"late": Ask(tuple(prompt(710, 40)), 4, (("ignore_eos", True),))}
 """A prompt that is admitted beside them, and does not fit in the end."""
-RESERVED: Final = {f"a{i}": Ask(tuple(prompt(720 + i, 25)), 50, (("ignore_eos", True),)) for i in range(6)}
-"""Requests that take 450 tokens of KV cache in the end, and 150 at first."""
+RESERVED: Final = {f"a{i}": Ask(tuple(prompt(720 + i, 12)), 26, (("ignore_eos", True),)) for i in range(6)}
+"""Requests that take 228 tokens of KV cache in the end, and 72 at first."""
 
 RETRACTED_TBT_S: Final = 2.0
 """Longer than a slow machine takes for a step."""
@@ -142,7 +142,7 @@ def shed(engine: UnifiedEngine) -> ShedPlay:
     wait_s = 2 * work.ttft.predict_s([PrefillShape(600, 0)])
     ends = (("ignore_eos", True),)
     asked = {
-        "first": Ask(tuple(prompt(740, 6000)), 2, ends, ttft_slo_s=0.001),
+        "first": Ask(tuple(prompt(740, 3000)), 2, ends, ttft_slo_s=0.001),
         "goes": Ask(tuple(prompt(741, 600)), 2, ends, ttft_slo_s=wait_s, sheddable=True),
         "late": Ask(tuple(prompt(742, 600)), 2, ends, ttft_slo_s=wait_s),
         "stays": Ask(tuple(prompt(743, 600)), 2, ends, ttft_slo_s=600.0, sheddable=True),
@@ -535,7 +535,7 @@ def stream_beside_a_long_prompt(engine: UnifiedEngine, tbt_slo_s: float) -> Gaps
     """A stream with an objective, while a long prompt is prefilled: the policy decides."""
     _anew(engine)
     stream = Ask(STREAM.prompt, 120, STREAM.sampling, tbt_slo_s=tbt_slo_s)
-    long = Ask(tuple(prompt(504, 6000)), 2, (("ignore_eos", True),), ttft_slo_s=60.0)
+    long = Ask(tuple(prompt(504, 4000)), 2, (("ignore_eos", True),), ttft_slo_s=60.0)
     asked = {"stream": stream, "long": long}
     engine.submit("stream", stream)
     _until(engine, lambda: state_of(engine, "stream") == "decoding")
