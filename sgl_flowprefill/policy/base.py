@@ -284,7 +284,8 @@ class Policy(ABC, Generic[R, K]):
         takes_s = predict_s([job.item for job in batch])
         most_s = max(takes_s, self.batch_share * min(_time_left_s(job, now_s) for job in batch))
         parts: dict[int, list[R]] = {}
-        found, misses = [], 0
+        found: list[Job[R]] = []
+        misses = 0
         for job in islice(self.in_order(now_s), 2 * self.limits.max_batch_requests):
             if len(batch) + len(found) >= self.limits.max_batch_requests:
                 break
