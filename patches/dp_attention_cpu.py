@@ -16,7 +16,7 @@ import sys
 from typing import Any, Final
 
 from sgl_flowprefill.patches.base import expect, resolve
-from sgl_flowprefill.patches.lora_cpu import Unpinned
+from sgl_flowprefill.patches.torch_on_host import UNPINNED, replace_in_modules
 
 SEAM: Final = "dp_attention_cpu"
 CONFIGURE: Final = "sglang.srt.managers.scheduler.configure_scheduler_process"
@@ -48,7 +48,7 @@ def take() -> None:
     expect(SEAM)
     copy = resolve(SEAM, COPY)
     setattr(sys.modules[copy.__module__], copy.__name__, resolve(SEAM, COPY_ON_CPU))
-    vars(sys.modules[resolve(SEAM, BATCH).__module__])["torch"] = Unpinned()
+    replace_in_modules(SEAM, [BATCH], UNPINNED)
     for target in OPERATORS:
         operator = resolve(SEAM, target)
         setattr(sys.modules[operator.__module__], operator.__name__, inspect.unwrap(operator))

@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any, Final
 
 import torch
 
 from sgl_flowprefill.patches.base import expect, resolve
+from sgl_flowprefill.patches.torch_on_host import replace_in_modules
 
 SEAM: Final = "experts_cpu"
 ASK_FOR_DEVICE: Final = (
@@ -33,24 +34,10 @@ HOST: Final = SimpleNamespace(
 """What is asked of the module of a device."""
 
 
-class OnHost(ModuleType):
-    """PyTorch, whose device is the host."""
-
-    def __init__(self) -> None:
-        super().__init__(torch.__name__)
-
-    def get_device_module(self) -> Any:
-        return HOST
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(torch, name)
-
-
 def apply() -> None:
     """Take the seam. Only for processes on the portable CPU platform. Raises SeamError."""
     expect(SEAM)
-    for target in ASK_FOR_DEVICE:
-        vars(sys.modules[resolve(SEAM, target).__module__])["torch"] = OnHost()
+    replace_in_modules(SEAM, ASK_FOR_DEVICE, {"get_device_module": lambda: HOST})
     forward = resolve(SEAM, FORWARD)
     setattr(sys.modules[forward.__module__], forward.__name__, of_this_rank(forward))
 

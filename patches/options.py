@@ -1,4 +1,4 @@
-"""A server that prefills gets the options that FlowPrefill works with, and one that it cannot work with is refused.
+"""A server gets the options that FlowPrefill works with, and one that prefills and cannot work with it is refused.
 
 Targets: ``sglang.srt.server_args.ServerArgs.resolve_once``, before which a record holds what the user has asked for
 and may be changed, so that what SGLang derives from it is as if the user had given the right options; and
@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable
 from typing import Any, Final, NoReturn
 
-from sgl_flowprefill.compat import incompatible_option, refusals, take_over
+from sgl_flowprefill.compat import incompatible_option, refusals, take_over, take_over_decode_server
 from sgl_flowprefill.patches.base import expect
 
 logger = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ def apply() -> None:
 
 
 def resolve(original: Callable[[Any], None], server_args: Any) -> None:
-    """The hook: options of a server that prefills become those that FlowPrefill needs, before SGLang resolves them.
+    """The hook: options of a server become those that FlowPrefill needs, before SGLang resolves them.
 
     Where SGLang refuses them then and an option is there that FlowPrefill refuses as well, the process ends with
     FlowPrefill's reason: SGLang's may be what FlowPrefill has set.
@@ -42,11 +42,12 @@ def resolve(original: Callable[[Any], None], server_args: Any) -> None:
     is_resolved = getattr(server_args, "_resolution_finished", False) or getattr(
         server_args, "_resolution_failed", False
     )
-    if server_args.disaggregation_mode == "decode" or is_resolved:
+    if is_resolved:
         original(server_args)
         return
-    refusal = next(refusals(server_args), None)
-    for change in take_over(server_args):
+    only_decodes = server_args.disaggregation_mode == "decode"
+    refusal = None if only_decodes else next(refusals(server_args), None)
+    for change in take_over_decode_server(server_args) if only_decodes else take_over(server_args):
         logger.log(logging.WARNING if change.asked else logging.INFO, "FlowPrefill: %s", change)
     try:
         original(server_args)

@@ -133,8 +133,6 @@ class Objectives:
         """The hook of every prompt: its objective becomes part of what is sent to the scheduler. Raises SloError."""
         params, from_http = tokenized.sampling_params, _FROM_HTTP.get()
         resolver = from_http.resolver
-        if params.custom_params is not None and not isinstance(params.custom_params, Mapping):
-            return
         asks = (body_ask(params.custom_params), *from_http.header_asks)
         resolver.check(asks)
         priority = from_http.priority if obj.priority in NO_PRIORITY else obj.priority

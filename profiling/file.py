@@ -47,7 +47,9 @@ class ProfileError(ValueError):
 
 
 class Setting(BaseModel):
-    """What a profile holds for: another model, device or thread count needs a profile of its own."""
+    """What a profile holds for: another model, device or thread count needs a profile of its own. Fields that were
+    added later have defaults, which leave the names of cached profiles as they are.
+    """
 
     model_config = ConfigDict(frozen=True)
 
@@ -64,6 +66,11 @@ class Setting(BaseModel):
     """Whether layers have adapters (LoRA) beside their weights, whose kernels run for the base model, too."""
     draft: str = ""
     """The draft model that a prefill runs, too."""
+    quantization: str = "none"
+    """How weights are stored and computed."""
+    kv_cache_dtype: str = "auto"
+    moe_runner_backend: str = "auto"
+    """Which kernels experts have."""
 
     def difference(self, other: Setting) -> str:
         """The fields in which ``other`` differs, for a message: ``threads 1, not 4``."""

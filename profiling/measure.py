@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
 import torch
 from sglang.srt.managers.schedule_batch import Req
 from sglang.srt.mem_cache.common import release_kv_cache
@@ -90,10 +91,11 @@ class SchedulerEngine:
 
     def find_prefix(self) -> int:
         """Begin prompts with the prompt of a recent task from now on, with that of which most is cached; how many of
-        its tokens are. What host memory has does not count: to load it back may evict others.
+        its tokens are. What host memory has does not count: to load it back may evict others. Nor does an image, and
+        what is behind it.
         """
         self.cached_prompt, cached_tokens = [], 0
-        for prompt in map(list, self._role.recent_prompts):
+        for prompt in filter(None, map(self._text, self._role.recent_prompts)):
             req = self._req(0, prompt)
             self._role.match(req)
             found_tokens = int(req.prefix_len)
@@ -125,6 +127,13 @@ class SchedulerEngine:
 
     def _random_ids(self, tokens: int) -> list[int]:
         return self._rng.choices(range(self.scheduler.model_config.vocab_size), k=tokens)
+
+    def _text(self, prompt: Sequence[int]) -> list[int]:
+        """``prompt`` up to the first id that is no token: SGLang puts hashes in the places of images. Of a prefix less
+        may be matched than has been cached, whole pages for example, and the rest of it is computed as text.
+        """
+        is_token = np.asarray(prompt) < self.scheduler.model_config.vocab_size
+        return list(prompt if is_token.all() else prompt[: int(is_token.argmin())])
 
     def _prompts(self, shape: Shape) -> list[list[int]]:
         return [self.cached_prompt[: request.cached_tokens] + self._random_ids(request.new_tokens) for request in shape]

@@ -24,7 +24,9 @@ class Report(Struct, frozen=True, kw_only=True):
     ttft_slo_s: Annotated[float, Meta(description="the TTFT objective")]
     slo_class: Annotated[str, Meta(description="the class of the request")]
     slo_source: Annotated[str, Meta(description="where the objective came from, such as `body` or `default`")]
-    met: Annotated[bool | None, Meta(description="whether the first token came in time; null if aborted before")]
+    met: Annotated[
+        bool | None, Meta(description="whether the first token came in time; null if aborted before, or not valid")
+    ]
     cause: Annotated[str | None, Meta(description="why it did not, one of the causes below; null where it did")] = None
     ttft_s: Annotated[
         float | None, Meta(description="from the request's receipt by the HTTP server to the first token, as below")

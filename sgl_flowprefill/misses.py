@@ -7,6 +7,7 @@ as it was, the first token could have come in time. What remains is overload: ot
 from __future__ import annotations
 
 from enum import StrEnum
+from http import HTTPStatus
 from typing import NamedTuple
 
 from msgspec import Struct
@@ -19,6 +20,8 @@ class Cause(StrEnum):
     """Somebody asked for it before the deadline, so there is nothing to miss."""
     FAILED = "failed"
     """It was refused, lost on the way, or its forward pass raised, before the deadline."""
+    INVALID = "invalid"
+    """It was refused because it cannot be served as it is, with status 4xx but 429, so there is nothing to miss."""
     OBJECTIVE = "objective shorter than its prefill"
     """An idle server would not have been in time either."""
     LATE_ON_ARRIVAL = "late on arrival"
@@ -63,19 +66,30 @@ class Course(Struct, frozen=True, kw_only=True):
     """When it was aborted or has failed."""
     failed: bool = False
     """Whether this end was a failure."""
+    invalid: bool = False
+    """Whether the failure is put down to the client (``is_clients_mistake``)."""
+
+
+def is_clients_mistake(http_status: int | None) -> bool:
+    """Whether a request that was refused with this status was not valid: 4xx, but for 429, of which too much to do is
+    the reason.
+    """
+    return http_status is not None and 400 <= http_status < 500 and http_status != HTTPStatus.TOO_MANY_REQUESTS
 
 
 class Verdict(NamedTuple):
     """Whether a request met its objective, and why not."""
 
     met: bool | None
-    """None for one that is under way and not late yet, and for one that was aborted before it was due."""
+    """None for one that is under way and not late yet, that was aborted before it was due, or that was not valid."""
     cause: Cause | None = None
     """None for a request that met its objective or is under way."""
 
 
 def judge(course: Course, now_s: float) -> Verdict:
     """What there is to say about a request at ``now_s``, such as the end of a log."""
+    if course.invalid:
+        return Verdict(None, Cause.INVALID)
     if course.first_token_s is not None and course.first_token_s <= course.deadline_s:
         return Verdict(met=True)
     if course.ended_s is not None and course.ended_s <= course.deadline_s:

@@ -25,7 +25,7 @@ from sgl_flowprefill.events import (
     Start,
     Suspend,
 )
-from sgl_flowprefill.misses import Cause, Course, Verdict, judge
+from sgl_flowprefill.misses import Cause, Course, Verdict, is_clients_mistake, judge
 
 RECENT_OVERRUNS: Final = 64
 """Prefills that took longer than predicted and may have ended between the time when a request could be run and the
@@ -55,7 +55,7 @@ class Outcome(Struct, frozen=True):
 
     @property
     def met(self) -> bool | None:
-        """Whether it met its objective; None for one that was aborted before it was due."""
+        """Whether it met its objective; None for one that was aborted before it was due, or that was not valid."""
         return self.verdict.met
 
     @property
@@ -254,9 +254,10 @@ class Outcomes:
         if event.task is not UNSET:
             self._close(event.task, event.t_s)
         failed = isinstance(event, Fail)
+        invalid = isinstance(event, Fail) and is_clients_mistake(event.http_status)
         reason = event.reason if isinstance(event, Fail) else None
         return [
-            self._outcome(self._open.pop(rid), event.t_s, failed=failed, reason=reason)
+            self._outcome(self._open.pop(rid), event.t_s, failed=failed, invalid=invalid, reason=reason)
             for rid in event.rids
             if rid in self._open
         ]
@@ -269,10 +270,12 @@ class Outcomes:
         ended_s: float,
         first_token_s: float | None = None,
         failed: bool = False,
+        invalid: bool = False,
         reason: str | None = None,
     ) -> Outcome:
         arrival, tasks = request.arrival, request.tasks
-        course = self._course(request, ended_s, first_token_s, None if first_token_s is not None else ended_s, failed)
+        without_s = None if first_token_s is not None else ended_s
+        course = self._course(request, ended_s, first_token_s, without_s, failed, invalid)
         slack_s = None
         if request.admitted_s is not None and request.alone_s is not None:
             slack_s = arrival.deadline_s - request.admitted_s - request.alone_s
@@ -290,6 +293,7 @@ class Outcomes:
         first_token_s: float | None = None,
         ended_s: float | None = None,
         failed: bool = False,
+        invalid: bool = False,
     ) -> Course:
         arrival, tasks = request.arrival, request.tasks
         overrun_s = request.overrun_s
@@ -311,6 +315,7 @@ class Outcomes:
             overrun_s=overrun_s,
             ended_s=ended_s,
             failed=failed,
+            invalid=invalid,
         )
 
     def _overrun_since_ready_s(self, request: _Request, now_s: float) -> float:

@@ -24,6 +24,8 @@ if TYPE_CHECKING:  # they import torch, which most unit tests do without
     from tests.engine import PrefillEngine
     from tests.reference import Comparison, Reference
 
+gc.disable()  # until all is imported: nothing of that is garbage
+
 # Generated examples say nothing about time: a busy machine is no failure.
 settings.register_profile("busy machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("busy machine")
@@ -41,13 +43,16 @@ CLUSTERS = (
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    def place(item: pytest.Item) -> tuple[int, int]:
-        """A test may also have the name of its cluster as a parameter."""
+    def place(item: pytest.Item) -> tuple[int, int, bool]:
+        """A test may also have the name of its cluster as a parameter. A module that starts processes warm comes
+        next to the engines, in the process that has what these are forked from.
+        """
         callspec = getattr(item, "callspec", None)
         parameters = [] if callspec is None else [value for value in callspec.params.values() if isinstance(value, str)]
         names = {*getattr(item, "fixturenames", ()), *parameters}
         cluster = next((i for i, name in enumerate(CLUSTERS, start=1) if name in names), 0)
-        return FOLDERS.index(item.path.parent.name), cluster
+        is_cold = not hasattr(getattr(item, "module", None), "warm")
+        return FOLDERS.index(item.path.parent.name), cluster, is_cold
 
     items.sort(key=place)
 
@@ -55,6 +60,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_collection_finish() -> None:
     """What all tests have imported is no garbage: whoever collects need not look at it each time."""
     gc.freeze()
+    gc.enable()
 
 
 SERVERS = "servers"

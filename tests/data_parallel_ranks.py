@@ -18,7 +18,8 @@ import zmq
 
 from sgl_flowprefill.cluster.preflight import free_port
 from sgl_flowprefill.model import EmbeddedModel, embedded_model_path
-from tests.ranks import Ranks, notes_at, run_rank
+from tests.rank_notes import notes_at
+from tests.ranks import Ranks, run_rank
 
 
 def qwen3(model: EmbeddedModel) -> Path:
@@ -95,12 +96,16 @@ class DataParallelRanks(Ranks):
         return [json.loads(line) for line in _rests_path(self.event_log, rank).read_text().splitlines()]
 
     def assert_nothing_is_held(self, timeout_s: float) -> None:
-        """Wait until all ranks have done their housekeeping twice more, with nothing to do."""
-        for rank in range(len(self.processes)):
-            before, deadline_s = len(self.rests(rank)), time.monotonic() + timeout_s
-            while len(self.rests(rank)) < before + 2:
-                assert time.monotonic() < deadline_s, "a rank has something to do though all is answered"
-                time.sleep(0.2)
+        """Wait until all ranks have done their housekeeping twice more, with nothing to do: when they are woken they do
+        it again, and would do it by themselves seconds later.
+        """
+        ranks, deadline_s = range(len(self.processes)), time.monotonic() + timeout_s
+        before = [len(self.rests(rank)) for rank in ranks]
+        while any(len(self.rests(rank)) < before[rank] + 2 for rank in ranks):
+            assert time.monotonic() < deadline_s, "a rank has something to do though all is answered"
+            self.abort("nobody")
+            time.sleep(0.2)
+        for rank in ranks:
             assert self.rests(rank)[-1] == {"held": 0, "locked": 0, "rows": 0}
 
     def passes(self, rank: int) -> list[dict[str, Any]]:

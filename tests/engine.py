@@ -25,6 +25,8 @@ M_MMAP_MAX: Final = -4
 """Parameters of glibc's mallopt (malloc.h)."""
 FIRST_START_S: Final = 4.0
 """How long models that tests alone serve are measured: what they are predicted to take says little of their tests."""
+FIRST_STEPS: Final = ((1, 64), (4, 64), (16, 64), (1, 1024), (4, 256))
+"""Their decode steps that are measured, as the server's own ``SHAPES`` of these."""
 
 
 @dataclass
@@ -124,10 +126,11 @@ def compile_nothing() -> None:
 
 
 def measure_for(first_start_s: float) -> None:
-    """Let a server that is made in this process, and finds no profile, measure one within that time."""
-    from sgl_flowprefill.runtime import profile
+    """Let a server that is made in this process, and finds no profile, measure one within that time, and few steps."""
+    from sgl_flowprefill.runtime import profile, step_profile
 
     profile.FIRST_START_S = first_start_s  # type: ignore[misc]
+    step_profile.SHAPES = FIRST_STEPS  # type: ignore[misc,assignment]
 
 
 def make_scheduler(scheduler: str, model_path: str, first_start_s: float | None = None, **server_args: Any) -> Any:

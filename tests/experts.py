@@ -15,7 +15,7 @@ from typing import Any, Final
 
 import torch
 
-from tests.engine import PrefillEngine
+from tests.engine import FIRST_START_S, Engine, PrefillEngine
 from tests.families import FAMILIES, write_checkpoint
 from tests.reference import Comparison, Reference
 from tests.unified_engine import StockEngine, UnifiedEngine
@@ -104,39 +104,31 @@ def options(mode: str) -> dict[str, Any]:
     }
 
 
-class CountingPrefill(PrefillEngine):
-    """A prefill server that counts. It has measured prefills just now."""
-
-    def __init__(self, folder: Path, mode: str) -> None:
-        os.environ.update(environment(folder), FLOWPREFILL_CACHE_DIR=str(folder / "cache"))
-        super().__init__(checkpoint(folder), **options(mode))
-        self.passes: list[Pass] = []
-        watch(self.scheduler, self.passes.append)
-        self.judge = Judge(checkpoint(folder))
-
-
-class CountingUnified(UnifiedEngine):
-    """A server that counts, and decodes."""
-
-    def __init__(self, folder: Path, mode: str) -> None:
-        super().__init__(checkpoint(folder), environment(folder), **options(mode))
-        self.passes: list[Pass] = []
-        watch(self.scheduler, self.passes.append)
-        self.judge = Judge(checkpoint(folder))
-
-
-class CountingStock(StockEngine):
-    """SGLang's own scheduler, which counts."""
+class Counting(Engine):
+    """What counts; an engine of a kind has it as its first base."""
 
     def __init__(self, folder: Path, mode: str) -> None:
         os.environ.update(environment(folder))
-        super().__init__(checkpoint(folder), **options(mode))
+        super().__init__(checkpoint(folder), first_start_s=FIRST_START_S, **options(mode))
         self.passes: list[Pass] = []
         watch(self.scheduler, self.passes.append)
         self.judge = Judge(checkpoint(folder))
 
 
-Counting = CountingPrefill | CountingUnified | CountingStock
+class CountingPrefill(Counting, PrefillEngine):
+    """A prefill server that counts. It has measured prefills just now."""
+
+    def __init__(self, folder: Path, mode: str) -> None:
+        os.environ["FLOWPREFILL_CACHE_DIR"] = str(folder / "cache")
+        super().__init__(folder, mode)
+
+
+class CountingUnified(Counting, UnifiedEngine):
+    """A server that counts, and decodes."""
+
+
+class CountingStock(Counting, StockEngine):
+    """SGLang's own scheduler, which counts."""
 
 
 def tell(engine: Counting, action: str) -> None:

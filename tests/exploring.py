@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from tests.unified_asks import Answer, Ask
     from tests.unified_engine import UnifiedEngine
 
-LONGEST_TOKENS = 1500
+LONGEST_TOKENS = 1000
 
 
 class ShortPrompts(SchedulerEngine):

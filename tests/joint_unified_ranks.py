@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.data_parallel_ranks import DataParallelRanks, lack_kv_cache_now_and_then, note_passes, note_rests
-from tests.ranks import notes_at
+from tests.rank_notes import notes_at
 from tests.unified_asks import Ask
 from tests.unified_ranks import UnifiedRanks, run_unified_rank
 

@@ -10,7 +10,8 @@ from typing import Any
 
 from tests.engine import FIRST_START_S, measure_for
 from tests.late_device import LateDevice
-from tests.ranks import Chaos, Ranks, agree_on_interruptions, become_rank, finishes_path, note_finishes
+from tests.rank_notes import finishes_path, note_finishes
+from tests.ranks import Chaos, Ranks, agree_on_interruptions, become_rank
 from tests.reference import Comparison
 from tests.unified_asks import Ask
 from tests.unified_rounds import coin

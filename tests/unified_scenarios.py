@@ -41,14 +41,22 @@ BAD: Final = Ask((*prompt(505, 700), MARKER), 4, (("ignore_eos", True),), ttft_s
 FIRST_TURN: Final = Ask(tuple(prompt(520, 300)), 24, (("ignore_eos", True),), ttft_slo_s=20.0)
 """The first turn of a chat."""
 
-TIGHT_TOKENS: Final = 400
+TIGHT_TOKENS: Final = 200
 """KV cache of an engine for what follows."""
-GROWING: Final = {f"s{i}": Ask(tuple(prompt(700 + i, 50)), 130, (("min_new_tokens", 130),)) for i in range(2)}
-"""Streams of which admission takes it that they may end early, and which do not: 360 tokens in the end."""
-LATE: Final = {"late": Ask(tuple(prompt(710, 80)), 4, (("ignore_eos", True),))}
+GROWING: Final = {f"s{i}": Ask(tuple(prompt(700 + i, 25)), 65, (("min_new_tokens", 65),)) for i in range(2)}
+"""Streams of which admission takes it that they may end early, and which do not: 180 tokens in the end."""
+LATE: Final = {"late": Ask(tuple(prompt(710, 40)), 4, (("ignore_eos", True),))}
 """A prompt that is admitted beside them, and does not fit in the end."""
-RESERVED: Final = {f"a{i}": Ask(tuple(prompt(720 + i, 25)), 50, (("ignore_eos", True),)) for i in range(6)}
-"""Requests that take 450 tokens of KV cache in the end, and 150 at first."""
+RESERVED: Final = {f"a{i}": Ask(tuple(prompt(720 + i, 12)), 26, (("ignore_eos", True),)) for i in range(6)}
+"""Requests that take 228 tokens of KV cache in the end, and 72 at first."""
+
+RETRACTED_TBT_S: Final = 2.0
+"""Longer than a slow machine takes for a step."""
+RETRACTED: Final = {
+    rid: Ask(tuple(prompt(730 + tokens, 60)), tokens, (("ignore_eos", True),), tbt_slo_s=RETRACTED_TBT_S)
+    for rid, tokens in (("goes on", 30), ("ends", 6))
+}
+"""Streams of which one is to have its last token from its second prefill."""
 
 
 def serve(engine: UnifiedEngine, asked: Mapping[str, Ask]) -> Play:
@@ -137,7 +145,7 @@ def shed(engine: UnifiedEngine) -> ShedPlay:
     wait_s = 2 * work.ttft.predict_s([PrefillShape(600, 0)])
     ends = (("ignore_eos", True),)
     asked = {
-        "first": Ask(tuple(prompt(740, 6000)), 2, ends, ttft_slo_s=0.001),
+        "first": Ask(tuple(prompt(740, 3000)), 2, ends, ttft_slo_s=0.001),
         "goes": Ask(tuple(prompt(741, 600)), 2, ends, ttft_slo_s=wait_s, sheddable=True),
         "late": Ask(tuple(prompt(742, 600)), 2, ends, ttft_slo_s=wait_s),
         "stays": Ask(tuple(prompt(743, 600)), 2, ends, ttft_slo_s=600.0, sheddable=True),
@@ -546,6 +554,37 @@ def pause(engine: UnifiedEngine, mode: str, late: bool) -> Paused:
     return Paused(_played(engine), asked, live, answered, engine.hub.role.retractions - before, unanswered)
 
 
+def tokens_of_retracted_streams(engine: UnifiedEngine) -> tuple[Play, dict[str, Ask], dict[str, float]]:
+    """Two streams lose their KV cache for longer than their tokens may be apart, one with many tokens to go and one
+    with a single one. What metrics count of the tokens behind their first ones, and retractions.
+    """
+    from prometheus_client import CollectorRegistry
+    from sglang.srt.managers.io_struct import ContinueGenerationReqInput, PauseGenerationReqInput
+
+    from sgl_flowprefill.metrics import table
+    from sgl_flowprefill.runtime.event_recorder import AnswerReports, EventRecorder
+    from sgl_flowprefill.runtime.metrics import Metrics
+
+    registry, labels, role = CollectorRegistry(), {"model_name": "embedded"}, engine.hub.role
+    recorder = EventRecorder(None, Metrics(labels, decodes=True, registry=registry), decodes=True)
+    engine.record(recorder)
+    engine.scheduler.output_streamer.reports = AnswerReports(recorder)
+    _anew(engine)
+    before = role.retractions
+    for rid, ask in RETRACTED.items():
+        engine.submit(rid, ask)
+    _until(engine, lambda: engine.streamed["ends"] == RETRACTED["ends"].max_new_tokens - 1)
+    engine.receive(PauseGenerationReqInput(mode="retract"))
+    time.sleep(1.2 * RETRACTED_TBT_S)
+    engine.receive(ContinueGenerationReqInput())
+    played = _played(engine)
+    recorder.flush()
+    counted = {"retractions": float(role.retractions - before)}
+    for metric in (table.TBT_MET, table.TBT_MISSED):
+        counted[metric.name] = registry.get_sample_value(metric.series, labels) or 0.0
+    return played, dict(RETRACTED), counted
+
+
 def flush_while_busy(engine: UnifiedEngine, late: bool) -> tuple[Play, dict[str, Ask], bool]:
     """Whether a flush succeeds in the middle of everything."""
     asked = _in_the_middle(engine)
@@ -610,7 +649,7 @@ def stream_beside_a_long_prompt(engine: UnifiedEngine, tbt_slo_s: float) -> Gaps
     """A stream with an objective, while a long prompt is prefilled: the policy decides."""
     _anew(engine)
     stream = Ask(STREAM.prompt, 120, STREAM.sampling, tbt_slo_s=tbt_slo_s)
-    long = Ask(tuple(prompt(504, 6000)), 2, (("ignore_eos", True),), ttft_slo_s=60.0)
+    long = Ask(tuple(prompt(504, 4000)), 2, (("ignore_eos", True),), ttft_slo_s=60.0)
     asked = {"stream": stream, "long": long}
     engine.submit("stream", stream)
     _until(engine, lambda: state_of(engine, "stream") == "decoding")

@@ -14,8 +14,8 @@ from typing import Any, Literal
 import numpy as np
 from rich.console import Console
 
-from sgl_flowprefill.bench.capacity.probes import Probe, ProbeLog
-from sgl_flowprefill.bench.capacity.rate_search import decided
+from sgl_flowprefill.bench.capacity.probes import FILE_DIGEST, Probe, ProbeLog
+from sgl_flowprefill.bench.capacity.rate_search import ROUNDING, decided
 from sgl_flowprefill.bench.loadgen.calibrate import median_of, time_scale
 from sgl_flowprefill.bench.loadgen.progress import ReplayProgress
 from sgl_flowprefill.bench.loadgen.replay import Enough
@@ -55,6 +55,7 @@ class Plan:
         """What all probes have in common; there may be more seeds when a run is resumed."""
         return {
             "workload": self.workload.name,
+            FILE_DIGEST: self.workload.file_digest,
             "duration_s": self.duration_s,
             "max_output_tokens": self.max_output_tokens,
             "judge": self.judge,
@@ -63,13 +64,15 @@ class Plan:
 
     def trace(self, seed: int, rate_rps: float, scale: float, slo_scale: float = 1.0) -> Trace:
         """What is replayed at ``rate_rps`` by the wall clock on an engine with the time scale ``scale``, with the
-        workload's own answers.
+        workload's own answers. A file's rate varies: what is taken from it has this rate, whatever it had in the file.
         """
-        requests = 1 << math.ceil(math.log2(rate_rps * self.duration_s * 1.5 + 50))
-        drawn = self._drawn(requests, seed).scaled(
-            rate_scale=rate_rps * scale / self.workload.rate_rps, time_scale=scale, slo_scale=slo_scale
-        )
-        return drawn.until(self.duration_s)
+        wanted = rate_rps * self.duration_s
+        drawn = self._drawn(1 << math.ceil(math.log2(wanted * 1.5 + 50)), seed)
+        own_rps, end_s = self.workload.rate_rps, self.duration_s
+        if self.workload.file_requests is not None:
+            drawn = drawn.limited(requests=max(1, int(wanted + ROUNDING)))
+            own_rps, end_s = drawn.rate_rps or own_rps, math.inf
+        return drawn.scaled(rate_scale=rate_rps * scale / own_rps, time_scale=scale, slo_scale=slo_scale).until(end_s)
 
     @functools.cache  # noqa: B019 - a plan lives as long as its run
     def _drawn(self, requests: int, seed: int) -> Trace:

@@ -19,7 +19,8 @@ from sgl_flowprefill.bench.loadgen.replay import ClientReport, ReplayRun, Reques
 from sgl_flowprefill.bench.metrics.joint import Judge, meets
 from sgl_flowprefill.profiling.steps import Step
 
-BEFORE: Final[Mapping[str, Any]] = {"judge": "ttft", "slower": 0.0}
+FILE_DIGEST: Final = "digest of the trace file"
+BEFORE: Final[Mapping[str, Any]] = {"judge": "ttft", "slower": 0.0, FILE_DIGEST: None}
 """What files say that say nothing of it."""
 
 

@@ -23,7 +23,7 @@ from sgl_flowprefill.bench.capacity.campaign import TOLD_SLO_SCALES, Campaign, G
 from sgl_flowprefill.bench.capacity.prober import Plan
 from sgl_flowprefill.bench.capacity.probes import Probe, ProbeLog
 from sgl_flowprefill.bench.capacity.rate_search import Bracket, bracket, mean_bracket
-from sgl_flowprefill.bench.loadgen.replay import RequestResult
+from sgl_flowprefill.bench.loadgen.replay import STOPPED, RequestResult
 from sgl_flowprefill.bench.metrics.joint import answered, summarise_joint
 from sgl_flowprefill.bench.metrics.requests import SLO_SCALES, attainment, retractions, tokens_per_s
 from sgl_flowprefill.bench.systems.catalog import UNCHUNKED_FCFS, UNIFIED
@@ -208,7 +208,12 @@ class SystemFigures:
             "ttft_by_class": self._ttft_by_class(),
             "blocking": curve(self.blocking_s, len(self.blocking_s)),
             "replays": [
-                {"rate_rps": probe.rate_rps, "seed": probe.seed, "attainment": list(probe.attainment_bounds)}
+                {
+                    "rate_rps": probe.rate_rps,
+                    "seed": probe.seed,
+                    "requests": probe.total,
+                    "attainment": list(probe.attainment_bounds),
+                }
                 for probe in self.probes
                 if probe.slo_scale == 1 and probe.run.client.valid
             ],
@@ -289,7 +294,7 @@ class GoodputResult:
             trace=campaign.prober.trace(0, plan.workload.rate_rps),
             comparison_rps=comparison_rps,
             finished=campaign.probes_left() == 0,
-            problems=_problems(log, figures),
+            problems=_problems(plan, log, figures),
             model=model,
             probes=[probe for probe in log.probes if probe.system in figures],
         )
@@ -401,17 +406,31 @@ def _figures(campaign: Campaign, system: System, comparison_rps: float | None) -
     )
 
 
-def _problems(log: ProbeLog, figures: Mapping[str, SystemFigures]) -> list[str]:
+def _problems(plan: Plan, log: ProbeLog, figures: Mapping[str, SystemFigures]) -> list[str]:
     found = []
     for name in figures:
         probes = [probe for probe in log.probes if probe.system == name]
         invalid = [probe.run.client.invalid_reason for probe in probes if not probe.run.client.valid]
         if invalid:
             found.append(f"{name}: {len(invalid)} of {len(probes)} probes are not valid; the first: {invalid[0]}")
-        errors = [r.error for probe in probes if probe.complete for r in probe.run.results if r.error]
+        counted = [result for probe in probes if probe.run.client.valid for result in probe.run.results]
+        errors = [result.error for result in counted if result.error not in (None, STOPPED)]
         if errors:
             found.append(f"{name}: {len(errors)} requests failed; the first: {errors[0]}")
-    return found + _drift(log)
+    return found + _repeated(plan, log, figures) + _drift(log)
+
+
+def _repeated(plan: Plan, log: ProbeLog, names: Collection[str]) -> list[str]:
+    """A sentence if the seeds of a trace file have requests in common, or one has some more than once."""
+    apart, workload = plan.workload.apart(plan.seeds), plan.workload
+    requests = max((probe.total for probe in log.probes if probe.system in names), default=0)
+    if apart is None or requests <= apart:
+        return []
+    return [
+        f"{workload.name} has {workload.file_requests:,} requests and probes have up to {requests:,}: some are in "
+        "several seeds, or more than once in one, so that intervals over seeds are too narrow; give a longer file or a "
+        "shorter --duration"
+    ]
 
 
 def _drift(log: ProbeLog) -> list[str]:

@@ -17,14 +17,15 @@ import numpy as np
 from rich.console import Console
 
 from sgl_flowprefill.bench.cli.options import AUTO, Demo
-from sgl_flowprefill.bench.cli.requested import requested_servers, requested_trace
+from sgl_flowprefill.bench.cli.requested import check_trace, requested_servers, requested_trace
 from sgl_flowprefill.bench.loadgen.calibrate import median_of, time_scale
 from sgl_flowprefill.bench.loadgen.progress import ReplayProgress
 from sgl_flowprefill.bench.loadgen.replay import ReplayRun, joined
 from sgl_flowprefill.bench.metrics.comparison import Comparison, SystemResult
 from sgl_flowprefill.bench.reports.page import browser, take_picture
 from sgl_flowprefill.bench.reports.publish import publish
-from sgl_flowprefill.bench.systems.catalog import endpoint, select
+from sgl_flowprefill.bench.systems.catalog import endpoints, select
+from sgl_flowprefill.bench.systems.endpoint import check_room
 from sgl_flowprefill.bench.systems.serving import Serve, Servers, serving
 from sgl_flowprefill.bench.systems.system import System
 from sgl_flowprefill.bench.workloads.answers import DECODE_SHARE, UNIFIED_DECODE_SHARE, Answers
@@ -41,6 +42,10 @@ def run(options: Demo, console: Console) -> int:
 
     Raises ClusterError, CalibrationError or ValueError with a sentence for the user.
     """
+    check_trace(options.trace, needs_rate=True)
+    scale = options.trace.time_scale
+    if scale != AUTO:
+        parts_of(requested_trace(options.trace, scale))
     if options.png:
         browser()
     options.out.mkdir(parents=True, exist_ok=True)
@@ -50,7 +55,7 @@ def run(options: Demo, console: Console) -> int:
         console.print(f"  {line}", highlight=False, soft_wrap=True)
 
     with serving(servers, options.out, say, side_by_side=True) as serve:
-        systems = [*select(options.systems), *map(endpoint, options.endpoint)]
+        systems = [*select(options.systems), *endpoints(options.endpoint)]
         turns = ComparedInTurns(options, systems, serve, console)
         comparison = turns.run(servers)
     code = publish(comparison, options.out, console)
@@ -86,7 +91,7 @@ class ComparedInTurns:
         answers = Answers(max_tokens=self._options.max_output_tokens)
         if decode_tokens_per_s is not None:
             share = UNIFIED_DECODE_SHARE if self._options.unified else DECODE_SHARE
-            answers = Answers.carried(whole, whole.rate_rps, decode_tokens_per_s, share)
+            answers = Answers.carried(whole, whole.positive_rate_rps(), decode_tokens_per_s, share)
             what = "a server" if self._options.unified else "the decode server"
             self._detail(f"{what} carries {decode_tokens_per_s:.0f} tokens/s")
         trace = answers.of(whole)
@@ -134,16 +139,13 @@ class ComparedInTurns:
 
     def _replay(self, trace: Trace) -> list[SystemResult]:
         """Replay ``trace`` in parts, each on all systems, which have answered all of one before they are stopped."""
-        ends_s = [trace.requests[-1].arrival_s * (number + 1) / ROUNDS for number in range(ROUNDS)]
-        starts_s = [0.0, *ends_s[:-1]]
-        ends_s[-1] = math.inf
-        parts = [trace.between(*span_s) for span_s in zip(starts_s, ends_s, strict=True)]
+        for system in self._systems:
+            check_room(self._settings[system.name], trace)
+        parts, starts_s = parts_of(trace)
         offsets = [sum(len(part.requests) for part in parts[:number]) for number in range(ROUNDS)]
         runs: dict[str, list[ReplayRun]] = {system.name: [] for system in self._systems}
         for number, system in self._in_turns(ROUNDS):
             part = parts[number]
-            if not part.requests:
-                raise ValueError(f"no request arrives in part {number + 1} of the trace; give a longer --duration")
             label = f"{system.label}, part {number + 1} of {ROUNDS}"
             self._say(f"{label}: {len(part.requests)} requests, {trace.rate_rps:.2f} req/s")
             prompts = self._prompts.beginning_at(offsets[number])
@@ -179,6 +181,18 @@ class ComparedInTurns:
 
     def _detail(self, line: str) -> None:
         self._say(f"  {line}")
+
+
+def parts_of(trace: Trace) -> tuple[list[Trace], list[float]]:
+    """``trace`` in ROUNDS parts, and when each begins. Raises ValueError where a part has no request."""
+    ends_s = [trace.requests[-1].arrival_s * (number + 1) / ROUNDS for number in range(ROUNDS)]
+    starts_s = [0.0, *ends_s[:-1]]
+    ends_s[-1] = math.inf
+    parts = [trace.between(*span_s) for span_s in zip(starts_s, ends_s, strict=True)]
+    for number, part in enumerate(parts, start=1):
+        if not part.requests:
+            raise ValueError(f"no request arrives in part {number} of the trace; give a longer --duration")
+    return parts, starts_s
 
 
 def _label(system: System, settings: Mapping[str, Any]) -> str:

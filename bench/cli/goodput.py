@@ -14,7 +14,7 @@ from sgl_flowprefill.bench.cli.options import Goodput
 from sgl_flowprefill.bench.cli.requested import requested_servers
 from sgl_flowprefill.bench.reports.goodput import rates_table, show, write_html
 from sgl_flowprefill.bench.reports.page import browser, take_picture
-from sgl_flowprefill.bench.systems.catalog import endpoint, select
+from sgl_flowprefill.bench.systems.catalog import endpoints, select
 from sgl_flowprefill.bench.workloads.answers import DECODE_SHARE, UNIFIED_DECODE_SHARE
 from sgl_flowprefill.bench.workloads.synthetic import workload
 from sgl_flowprefill.provenance import write_result
@@ -39,7 +39,7 @@ def run(options: Goodput, console: Console) -> int:
         UNIFIED_DECODE_SHARE if options.unified else DECODE_SHARE,
     )
     attainments = tuple(sorted(set(options.attainment or ATTAINMENTS)))
-    systems = [*select(options.systems), *map(endpoint, options.endpoint)]
+    systems = [*select(options.systems), *endpoints(options.endpoint)]
     goal = Goal(attainments, 1 + options.precision, options.prefilter, options.race)
     result = None
     with probing(servers, plan, options.out, options.time_scale, console, side_by_side=options.side_by_side) as prober:

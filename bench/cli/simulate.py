@@ -31,6 +31,8 @@ from sgl_flowprefill.policy import POLICIES, Limits, make_policy
 from sgl_flowprefill.provenance import result, write_result
 
 ATTAINMENTS: Final = (0.9, 0.99)
+RATE_RPS: Final = 5.5
+"""Rate of built-in workloads for each instance, without --rate."""
 POOL: Final = 20_000
 """Requests that are generated one by one; longer runs draw theirs from them."""
 QUEUE_LENGTHS: Final = (100, 1_000, 10_000, 100_000)
@@ -98,12 +100,13 @@ def _trace(name: str, options: Simulate, seed: int) -> Trace:
         trace = WORKLOADS[name](min(options.requests, POOL), seed, 1.0)
         if options.requests > POOL:
             trace = resampled(trace, options.requests, 1.0, seed)
-        rate_rps = options.rate or 5.5 * options.instances
+        own_rps = RATE_RPS * options.instances
     elif Path(name).is_file():
         trace = load_trace(Path(name), "auto").limited(requests=options.requests)
-        rate_rps = options.rate or trace.rate_rps
+        own_rps = trace.positive_rate_rps()
     else:
         raise ValueError(f"trace {name!r} is no file and no built-in workload ({', '.join(WORKLOADS)})")
+    rate_rps = own_rps if options.rate is None else options.rate * options.time_scale
     return trace.scaled(rate_scale=rate_rps / trace.rate_rps).scaled(time_scale=options.time_scale)
 
 
@@ -139,8 +142,9 @@ def _figures(traces: Sequence[Trace], runs: Sequence[Run], classes: Sequence[str
     merged = [result for trace, one in zip(traces, runs, strict=True) for result in results(trace, one.requests)]
     summary = summarise(merged, max(1e-9, sum(one.duration_s for one in runs)), classes)
     blocking_s = [value_s for one in runs for value_s in one.blocking_s or ()]
-    preemption = dataclasses.asdict(summarise_blocking(blocking_s)) if runs[0].blocking_s is not None else {}
-    return {**dataclasses.asdict(summary), **preemption}
+    without_news = sum(one.switches_without_news for one in runs)
+    preemption = summarise_blocking(blocking_s, without_news) if runs[0].blocking_s is not None else None
+    return dataclasses.asdict(summary) | (dataclasses.asdict(preemption) if preemption else {})
 
 
 def _goodput(name: str, traces: Sequence[Trace], options: Simulate, setup: Setup, console: Console) -> dict[str, Any]:

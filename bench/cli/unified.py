@@ -109,14 +109,14 @@ def figures(runs: Sequence[Run]) -> dict[str, Any]:
     ttft_s = [request.first_token_s - request.arrival_s for request in requests]
     streams = [one.streams for one in runs if one.streams is not None]
     lateness_s = [late_s for one in streams for late_s in one.lateness_s]
-    duration_s = sum(max(request.last_token_s for request in one.requests) for one in runs)
+    served_s = sum(one.instances * max(request.last_token_s for request in one.requests) for one in runs)
     return {
         **dataclasses.asdict(summarise_joint([answered(request) for request in requests])),
         "ttft_attainment": share(request.met for request in requests),
         "ttft_p50_s": float(np.percentile(ttft_s, 50)),
         "ttft_p99_s": float(np.percentile(ttft_s, 99)),
         "steps": sum(one.steps for one in streams),
-        "decode_share": sum(one.step_s for one in streams) / duration_s,
+        "decode_share": sum(one.step_s for one in streams) / served_s,
         "retractions": sum(one.retractions for one in streams),
         "give_backs": sum(one.give_backs for one in streams),
         "step_lateness_p99_s": float(np.percentile(lateness_s, 99)) if lateness_s else None,

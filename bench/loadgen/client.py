@@ -7,6 +7,7 @@ of the stream is parsed only as far as its token count.
 from __future__ import annotations
 
 import asyncio
+import errno
 import math
 import time
 from collections.abc import Callable
@@ -38,6 +39,8 @@ class Outcome:
     retractions: int | None = None
     """How often the answer lost its KV cache to others, if the server said so."""
     error: str | None = None
+    out_of_files: bool = False
+    """Whether it failed because this process had as many files open as it may."""
 
     def saw_tokens(self, now_s: float, total_tokens: int) -> None:
         """Note that ``total_tokens`` of output had come at ``now_s``."""
@@ -142,6 +145,8 @@ class ChatApi:
         _read_openai(event, now_s, outcome)
 
 
+TEXTS: Final = ("content", "reasoning_content", "reasoning")
+"""Fields of a chat's text; reasoning has a field of its own where the server has a parser for it, in vLLM the last."""
 WORDS: Final = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 """Common English words, a single token in nearly every vocabulary."""
 
@@ -179,6 +184,7 @@ class Client:
             outcome.error = f"timeout: nothing came for {self.timeout_s:g} s"
         except (aiohttp.ClientError, ValueError) as error:
             outcome.error = f"{type(error).__name__}: {error}"[:ERROR_CHARS]
+            outcome.out_of_files = isinstance(error, OSError) and error.errno == errno.EMFILE
         outcome.end_s = time.monotonic()
         return outcome
 
@@ -254,10 +260,20 @@ def _openai_options(
 
 
 def _read_openai(event: dict[str, Any], now_s: float, outcome: Outcome) -> None:
+    """Take an event into ``outcome``. Its usage counts tokens whose text is still to come, too; without usage an event
+    with text is a token.
+    """
     usage = event.get("usage") or {}
     outcome.prompt_tokens = usage.get("prompt_tokens", outcome.prompt_tokens)
     outcome.cached_tokens = (usage.get("prompt_tokens_details") or {}).get("cached_tokens", outcome.cached_tokens)
     choice = next(iter(event.get("choices") or []), None)
-    text = choice and (choice.get("text") or (choice.get("delta") or {}).get("content"))
-    if text or (outcome.tokens and usage.get("completion_tokens")):
-        outcome.saw_tokens(now_s, usage.get("completion_tokens", outcome.tokens + 1))
+    tokens = usage.get("completion_tokens")
+    if tokens is None:
+        tokens = outcome.tokens + (1 if choice and _has_text(choice) else 0)
+    if choice or outcome.tokens or tokens == 1:  # the last usage comes alone: it does not say when a first of many came
+        outcome.saw_tokens(now_s, tokens)
+
+
+def _has_text(choice: dict[str, Any]) -> bool:
+    delta = choice.get("delta") or {}
+    return bool(choice.get("text") or any(delta.get(name) for name in TEXTS))

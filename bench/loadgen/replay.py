@@ -22,8 +22,10 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import gc
+import resource
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -176,7 +178,8 @@ def replay(
     """Replay ``trace`` (already scaled) against ``client`` and wait for every answer, or until it is ``enough``.
 
     Bodies are built and serialised first; the run starts after that. KeyboardInterrupt, or an error that
-    ``on_progress`` raises, cancels what is under way.
+    ``on_progress`` raises, cancels what is under way. Meanwhile this process may have as many files open as the system
+    lets it.
     """
     bodies = [
         client.api.body(prompts.build(request, index), request.output_tokens, request.ttft_slo_s, request.tbt_slo_s)
@@ -185,7 +188,21 @@ def replay(
     on_progress = on_progress or (lambda done, failed, in_flight: None)
     enough = enough or Enough(lambda met, missed: False)
     on_start = on_start or (lambda zero_s: None)
-    return asyncio.run(_Replay(trace, client, bodies, on_progress, enough, on_start).run())
+    with _most_files():
+        return asyncio.run(_Replay(trace, client, bodies, on_progress, enough, on_start).run())
+
+
+@contextmanager
+def _most_files() -> Iterator[None]:
+    """Each request under way is an open file, and the soft limit is often 1,024. Processes that are started later have
+    it as it was.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 class _Known(Exception):
@@ -212,7 +229,7 @@ class _Replay:
         self._on_start = on_start
         self._results: list[RequestResult | None] = [None] * len(trace.requests)
         self._outcomes: dict[int, Outcome] = {}
-        self._done = self._failed = self._met = 0
+        self._done = self._failed = self._met = self._out_of_files = 0
         self._zero_s = 0.0
 
     async def run(self) -> ReplayRun:
@@ -245,7 +262,8 @@ class _Replay:
         cpu_s = time.process_time() - cpu_s
         self._report_progress()
         results = [result for result in self._results if result is not None]
-        return ReplayRun(results, self._zero_s, duration_s, _client_report(results, cpu_s / duration_s), stopped)
+        report = _client_report(results, cpu_s / duration_s, self._out_of_files)
+        return ReplayRun(results, self._zero_s, duration_s, report, stopped)
 
     async def _one(self, session: aiohttp.ClientSession, index: int, request: TraceRequest) -> None:
         outcome = self._outcomes[index] = Outcome(sent_s=time.monotonic())
@@ -254,6 +272,7 @@ class _Replay:
         result = self._results[index] = _result(index, request, outcome, self._zero_s)
         self._done += 1
         self._failed += not result.completed
+        self._out_of_files += outcome.out_of_files
         self._met += self._enough.meets(result)
 
     async def _tick(self) -> None:
@@ -303,12 +322,18 @@ def _result(index: int, request: TraceRequest, outcome: Outcome, zero_s: float) 
     )
 
 
-def _client_report(results: Sequence[RequestResult], cpu_share: float) -> ClientReport:
+def _client_report(results: Sequence[RequestResult], cpu_share: float, out_of_files: int = 0) -> ClientReport:
     lateness_s = np.array([result.lateness_s for result in results] or [0.0])
     p50_s, p99_s = (float(value) for value in np.percentile(lateness_s, [50, 99]))
     limit_s = MAX_LATENESS_OF_SLO * min((result.ttft_slo_s for result in results), default=float("inf"))
     reason = None
-    if p99_s > limit_s:
+    if out_of_files:
+        files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        reason = (
+            f"the client could not send {out_of_files} requests: it may have {files:,} files open, and each request "
+            "under way is one; let it have more (ulimit -Hn) or lower the rate"
+        )
+    elif p99_s > limit_s:
         reason = (
             f"the client fell behind: p99 of its lateness is {p99_s:.3f} s, and {limit_s:.3f} s "
             f"({MAX_LATENESS_OF_SLO:.0%} of the tightest SLO) is allowed; give it more CPU or lower the rate"

@@ -30,6 +30,9 @@ from sgl_flowprefill.provenance import result, write_result
 
 MAX_ISOLATED_DIFFERENCE: Final = 1.1
 """Factor between isolated requests of the same length above which a comparison doubts that the machine was steady."""
+MAX_CACHED_BEFORE: Final = 0.05
+"""Share of its prompt tokens that a system may have in its cache beyond what requests of the trace share: a server may
+put a few tokens of its own before each prompt of a chat."""
 STEP_FIGURES: Final = tuple(field.name for field in dataclasses.fields(StepSummary))
 """Null in the report of a system that does not log its decode steps."""
 
@@ -208,7 +211,9 @@ class Comparison:
         return found
 
     def doubts(self) -> list[str]:
-        """Signs that the machine was not as fast for all systems, as sentences; isolated requests show it."""
+        """Signs that figures are not what they seem, as sentences: isolated requests show whether the machine was as
+        fast for all systems, cached tokens whether prompts were new.
+        """
         first, *others = self.systems
         found = []
         for system in others:
@@ -219,6 +224,16 @@ class Comparison:
                         f"An isolated prompt of {tokens:,} tokens took {times_s[0]:.3f} s on {first.label} and "
                         f"{times_s[1]:.3f} s on {system.label}: the machine may not have been as fast for both"
                     )
+        for system in self.systems:
+            told = [result for result in system.run.results if result.cached_tokens is not None]
+            cached = sum(result.cached_tokens or 0 for result in told)
+            shared = sum(result.shared_tokens for result in told)
+            prompt_tokens = sum(result.prompt_tokens for result in told)
+            if cached - shared > MAX_CACHED_BEFORE * prompt_tokens:
+                found.append(
+                    f"{system.label} had {cached:,} of {prompt_tokens:,} prompt tokens in its cache, and requests of "
+                    f"the trace share {shared:,}: it knew prompts from before, so that first tokens came sooner"
+                )
         return found
 
     def to_dict(self) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from plotly.subplots import make_subplots
 from sgl_flowprefill.bench.metrics.comparison import Comparison, SystemResult
 from sgl_flowprefill.bench.metrics.joint import LATE_SHARE
 from sgl_flowprefill.bench.metrics.requests import SLO_SCALES
-from sgl_flowprefill.bench.reports.page import COLOURS, LOG_TICKS, SLO_LINE, render, styled
+from sgl_flowprefill.bench.reports.page import LOG_TICKS, SLO_LINE, coloured, render, styled
 from sgl_flowprefill.bench.reports.table import milliseconds, percent, table_rows
 
 GAPS_SHOWN: Final = 200
@@ -39,7 +39,7 @@ def render_html(comparison: Comparison) -> str:
         figures,
         comparison=comparison,
         document=comparison.to_dict(),
-        colours=dict(zip((system.name for system in comparison.systems), COLOURS, strict=False)),
+        colours={system.name: colour for system, colour in coloured(comparison.systems)},
         rows=list(table_rows(comparison)),
         percent=percent,
         milliseconds=milliseconds,
@@ -58,7 +58,7 @@ def ttft_cdfs(comparison: Comparison) -> go.Figure:
         subplot_titles=[f"<b>{name}</b>, SLO {slo_s[name]:.2g} s" for name in classes],
     )
     for column, name in enumerate(classes, start=1):
-        for system, colour in zip(comparison.systems, COLOURS, strict=False):
+        for system, colour in coloured(comparison.systems):
             members = [result for result in system.run.results if result.request_class == name]
             ttft_s = sorted(result.ttft_s for result in members if result.completed and result.ttft_s is not None)
             share = np.arange(1, len(ttft_s) + 1) / max(1, len(members))
@@ -76,7 +76,7 @@ def ttft_cdfs(comparison: Comparison) -> go.Figure:
 def tbt_cdfs(comparison: Comparison) -> go.Figure | None:
     """The share of gaps that are longer than a time, on logarithmic axes; None where no answer has two tokens."""
     figure = go.Figure()
-    for system, colour in zip(comparison.systems, COLOURS, strict=False):
+    for system, colour in coloured(comparison.systems):
         gaps_s = np.sort([gap_s for result in system.run.results for gap_s in result.tbt_s])
         if not len(gaps_s):
             continue
@@ -96,7 +96,7 @@ def tbt_cdfs(comparison: Comparison) -> go.Figure | None:
 def attainment_curve(comparison: Comparison) -> go.Figure:
     """TTFT attainment when every SLO is multiplied by a scale."""
     figure = go.Figure()
-    for system, colour in zip(comparison.systems, COLOURS, strict=False):
+    for system, colour in coloured(comparison.systems):
         shares = [system.summary.attainment_by_slo_scale[f"{scale:.1f}"] for scale in SLO_SCALES]
         figure.add_trace(_line(system, colour, list(SLO_SCALES), shares, step=False))
     figure.add_vline(x=1, line=SLO_LINE)
@@ -109,7 +109,7 @@ def blocking_histogram(comparison: Comparison) -> go.Figure | None:
     """Blocking times of preemptions on a logarithmic axis; None if no system preempted."""
     samples = [
         (system, colour, np.maximum(np.asarray(system.blocking_s), 1e-5) * 1e3)
-        for system, colour in zip(comparison.systems, COLOURS, strict=False)
+        for system, colour in coloured(comparison.systems)
         if system.blocking_s
     ]
     if not samples:

@@ -11,7 +11,7 @@ from plotly.subplots import make_subplots
 from rich import box
 from rich.table import Table
 
-from sgl_flowprefill.bench.reports.page import COLOURS, LOG_TICKS, MUTED, SLO_LINE, render, styled
+from sgl_flowprefill.bench.reports.page import COLOURS, LOG_TICKS, MUTED, SLO_LINE, coloured, render, styled
 from sgl_flowprefill.bench.reports.table import MISSING, counted, milliseconds, percent
 
 Document = Mapping[str, Any]
@@ -56,7 +56,7 @@ def rates(document: Document) -> go.Figure:
     figure = go.Figure()
     systems = document["systems"].values()
     names = [system["label"] for system in systems]
-    for share, colour in zip(shares(document), COLOURS, strict=False):
+    for share, colour in coloured(shares(document)):
         found = [(system["max_rate_rps"][share], system["ci95"][share]) for system in systems]
         figure.add_trace(
             go.Bar(
@@ -229,8 +229,8 @@ def _rate(system: Document, share: str) -> str:
 
 def _coloured(document: Document) -> Iterator[tuple[str, Document, str]]:
     """(name, system, colour) of every system."""
-    for place, (name, system) in enumerate(document["systems"].items()):
-        yield name, system, COLOURS[place % len(COLOURS)]
+    for (name, system), colour in coloured(document["systems"].items()):
+        yield name, system, colour
 
 
 def _line(name: str, system: Document, colour: str, x: list[float], y: list[float], *, step: bool) -> go.Scatter:

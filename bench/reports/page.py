@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import jinja2
 import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
 COLOURS: Final = ("#0d9488", "#e2711d", "#6366f1", "#be185d", "#65a30d", "#0284c7")
-"""A colour for each system, in order; they read on light and on dark."""
+"""Colours of systems, in order; they read on light and on dark."""
 MUTED: Final = "#8a919c"
 GRID: Final = "rgba(128,136,148,0.22)"
 SLO_LINE: Final = {"color": MUTED, "dash": "dash", "width": 1.5}
@@ -24,6 +25,13 @@ FONT: Final = "system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif"
 BROWSERS: Final = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "microsoft-edge")
 PICTURE_PX: Final = (1180, 1270)
 PICTURE_TIMEOUT_S: Final = 60.0
+
+Item = TypeVar("Item")
+
+
+def coloured(items: Iterable[Item]) -> Iterator[tuple[Item, str]]:
+    """Each of ``items`` with its colour; behind the last colour comes the first again."""
+    return zip(items, itertools.cycle(COLOURS), strict=False)
 
 
 def render(template: str, figures: Mapping[str, go.Figure | None], **values: Any) -> str:

@@ -13,7 +13,7 @@ from sgl_flowprefill.bench.simulator.instance import STEADY, Instance, KvCache, 
 from sgl_flowprefill.bench.simulator.requests import SimRequest
 from sgl_flowprefill.hub.device import CpuDevice, HostStamp
 from sgl_flowprefill.hub.loop import Hub
-from sgl_flowprefill.hub.parts import TTFT, OneRank, Recorder
+from sgl_flowprefill.hub.parts import TTFT, OneRank, Recorder, blocked_since_s
 from sgl_flowprefill.hub.progress import Progress
 from sgl_flowprefill.hub.role import Arrival, Decoder, NoStreams
 from sgl_flowprefill.hub.task import PrefillTask, Tasks
@@ -224,20 +224,21 @@ class Unlimited:
 
 
 class Blocking(Recorder):
-    """Records for each preemption from when the request that won could start to when the task that ran had stopped."""
+    """Keeps how long the winner of each preemption was blocked, as the event log has it."""
 
     def __init__(self) -> None:
         self.blocking_s: list[float] = []
-        self.resumed_s = 0.0
-        """When the task that runs was resumed."""
+        self.switches_without_news = 0
+        """Beside the preemptions."""
 
     def suspended(
         self, task: PrefillTask, winner: PrefillTask, stopped_s: float, now_s: float, news_readable_s: float
     ) -> None:
-        # What was there when the hub last chose, lost then: it wins because of something that happened since. A
-        # task is resumed in place of another only because of what happens right now: nobody was blocked.
-        blocked = not winner.has_run
-        self.blocking_s.append(now_s - max(winner.readable_s, self.resumed_s) if blocked else 0.0)
+        since_s = blocked_since_s(winner, now_s, news_readable_s)
+        if since_s is None:
+            self.switches_without_news += 1
+        else:
+            self.blocking_s.append(now_s - since_s)
 
 
 EngineT = TypeVar("EngineT", bound=SimEngine)
@@ -280,6 +281,8 @@ class HubInstance(Instance, Generic[EngineT]):
         self._hub_s = hub_s
         self._slowdown = slowdown
         self._running: PrefillTask | None = None
+        self._resumed_s = 0.0
+        """When ``_running`` was resumed."""
         self._stop_elapsed_s = 0.0
         self._stop_s = math.inf
         """When ``_running`` comes back to the hub next, after running for ``_stop_elapsed_s`` in all."""
@@ -298,9 +301,9 @@ class HubInstance(Instance, Generic[EngineT]):
         return self.engine.completed
 
     @property
-    def blocking_s(self) -> list[float]:
-        """For each preemption, how long the request that won was blocked."""
-        return self._recorder.blocking_s
+    def blocking(self) -> Blocking:
+        """How long the winners of preemptions were blocked."""
+        return self._recorder
 
     def submit(self, request: SimRequest, now_s: float) -> None:
         if not self.engine.kv.can_hold(request):
@@ -342,7 +345,7 @@ class HubInstance(Instance, Generic[EngineT]):
         self._running = task
         self.next_s = self.engine.kv.next_release_s if self.hub.kv_is_short else math.inf
         if task is not None:
-            self._recorder.resumed_s = self.now_s + self._hub_s
+            self._resumed_s = self.now_s + self._hub_s
             self._stop_at(task, task.batch.duration_s)
             self.next_s = min(self.next_s, self._stop_s, max(self.hub.work.ask_again_s, self.now_s))
 
@@ -351,7 +354,7 @@ class HubInstance(Instance, Generic[EngineT]):
         task.has_run = True
         batch: SimBatch = task.batch
         if self._stop_s > self._slowdown.from_s:
-            batch.lost_s += self._stop_s - self._recorder.resumed_s - (self._stop_elapsed_s - batch.executed_s)
+            batch.lost_s += self._stop_s - self._resumed_s - (self._stop_elapsed_s - batch.executed_s)
         batch.executed_s = self._stop_elapsed_s
         task.spans = [(HostStamp(0.0), HostStamp(batch.executed_s + batch.lost_s))]
         task.done = batch.executed_s >= batch.duration_s
@@ -363,13 +366,13 @@ class HubInstance(Instance, Generic[EngineT]):
         """``task``, which runs, comes back at its next preemption checkpoint."""
         batch: SimBatch = task.batch
         work_s = self._slowdown.work_s
-        elapsed_s = batch.executed_s + max(0.0, work_s(self.now_s) - work_s(self._recorder.resumed_s))
+        elapsed_s = batch.executed_s + max(0.0, work_s(self.now_s) - work_s(self._resumed_s))
         self._stop_at(task, min(self._stop_elapsed_s, batch.checkpoints.next_stop_s(elapsed_s)))
         self.next_s = self._stop_s
 
     def _stop_at(self, task: PrefillTask, elapsed_s: float) -> None:
         self._stop_elapsed_s = elapsed_s
-        self._stop_s = self._slowdown.end_s(self._recorder.resumed_s, elapsed_s - task.batch.executed_s)
+        self._stop_s = self._slowdown.end_s(self._resumed_s, elapsed_s - task.batch.executed_s)
 
 
 class FlowPrefillInstance(HubInstance[SimEngine]):

@@ -48,8 +48,8 @@ class Search:
 
     @property
     def own_rps(self) -> float:
-        """The rate of the traces as they are."""
-        return sum(trace.rate_rps for trace in self.traces) / len(self.traces)
+        """The rate of the traces as they are. Raises ValueError where one has none."""
+        return sum(trace.positive_rate_rps() for trace in self.traces) / len(self.traces)
 
     def attainment(self, system: Simulated, rate_rps: float, judge: Judge) -> float:
         """Joint attainment over all requests, the same draws at every rate."""

@@ -197,9 +197,12 @@ class Run:
 
     requests: Sequence[SimRequest]
     blocking_s: Sequence[float] | None
-    """None for a system that does not preempt."""
+    """Of each preemption, as the event log has it; None for a system that does not preempt."""
     streams: StreamFigures | None = None
     """None for prefill instances."""
+    switches_without_news: int = 0
+    """Beside the preemptions: nobody was blocked."""
+    instances: int = 1
 
     @property
     def attainment(self) -> float:
@@ -219,9 +222,14 @@ def run(system: Simulated, trace: Trace, setup: Setup) -> Run:
     setup = setup.met_by(trace)
     instances = [system.new_instance(setup) for _ in range(setup.instances)]
     simulate(requests, instances, ROUTERS[setup.router](setup.instances))
-    preempting = [instance for instance in instances if isinstance(instance, HubInstance)]
-    blocking_s = [value_s for instance in preempting for value_s in instance.blocking_s] if preempting else None
-    return Run(requests, blocking_s, _stream_figures(instances))
+    blocking = [instance.blocking for instance in instances if isinstance(instance, HubInstance)]
+    return Run(
+        requests,
+        [value_s for one in blocking for value_s in one.blocking_s] if blocking else None,
+        _stream_figures(instances),
+        sum(one.switches_without_news for one in blocking),
+        setup.instances,
+    )
 
 
 def _stream_figures(instances: Sequence[Instance]) -> StreamFigures | None:

@@ -325,6 +325,18 @@ def endpoint(text: str) -> EndpointSystem:
     return system
 
 
+def endpoints(texts: Iterable[str]) -> list[EndpointSystem]:
+    """The endpoints that ``texts`` name. Raises ValueError, also for a name that is given twice."""
+    found: dict[str, EndpointSystem] = {}
+    for text in texts:
+        system = endpoint(text)
+        if system.name in found:
+            taken = f"{found[system.name].url} is called {system.name!r} already"
+            raise ValueError(f"--endpoint {text!r}: {taken}; give another name")
+        found[system.name] = system
+    return list(found.values())
+
+
 def systems_table() -> Table:
     """Name, settings and reason of every system."""
     columns = ("system", "settings of the server that prefills", "why its users would run it so")

@@ -152,6 +152,7 @@ class ForeignEndpoint:
             raise EndpointError(
                 f"{self.client.url} cannot be slowed down, as somebody else serves it: leave out --slower"
             )
+        check_room(self.about, trace)
         return replay(trace, self.client, self._unseen(prompts), on_progress, enough)
 
     def come_to_rest(self) -> None:
@@ -215,13 +216,10 @@ def connect(system: EndpointSystem, say: Say) -> ForeignEndpoint:
     only what OpenAI documents.
     """
     card = _model_card(system)
-    model, limit_tokens = str(card["id"]), card.get("max_model_len")
-    longest_tokens = max(REFERENCE_TTFT_S) + 2
-    if isinstance(limit_tokens, int) and limit_tokens < longest_tokens:
-        raise EndpointError(
-            f"{system.url} serves at most {limit_tokens:,} tokens of {model}, and isolated requests have up to "
-            f"{longest_tokens:,}: start it with a longer context (vLLM: --max-model-len)"
-        )
+    model = str(card["id"])
+    about: dict[str, Any] = {"url": system.url, "model": model}
+    about |= {name: card[name] for name in ("owned_by", "max_model_len") if name in card}
+    _check_room(about, "isolated requests have", max(REFERENCE_TTFT_S) + 2)
     refused = {}
     for text in (False, True):
         for documented in (False, True):
@@ -234,10 +232,7 @@ def connect(system: EndpointSystem, say: Say) -> ForeignEndpoint:
                     say("lengths of prompts are close to what the others get: a word for each token")
                 if documented:
                     say("answers may end before their length")
-                about = {"url": system.url, "model": model, "requests": kind}
-                return ForeignEndpoint(
-                    system, client, about | {name: card[name] for name in ("owned_by", "max_model_len") if name in card}
-                )
+                return ForeignEndpoint(system, client, about | {"requests": kind})
             if not error.startswith(REFUSALS):
                 raise EndpointError(f"a request to {client.url}{client.api.path} failed: {error}; see the server's log")
             refused[kind] = error
@@ -246,6 +241,23 @@ def connect(system: EndpointSystem, say: Say) -> ForeignEndpoint:
         f"{system.url}/v1/completions takes none of the requests that can be sent ({answers}): give --endpoint the URL "
         "of a server with OpenAI's completions API"
     )
+
+
+def check_room(about: Mapping[str, Any], trace: Trace) -> None:
+    """Raises EndpointError if an endpoint, by what is known ``about`` it, has too short a context for a request of
+    ``trace``, which it would refuse.
+    """
+    longest_tokens = max((one.prompt_tokens + one.output_tokens for one in trace.requests), default=0)
+    _check_room(about, f"requests of {trace.name} have", longest_tokens)
+
+
+def _check_room(about: Mapping[str, Any], what: str, longest_tokens: int) -> None:
+    limit_tokens = about.get("max_model_len")
+    if isinstance(limit_tokens, int) and limit_tokens < longest_tokens:
+        raise EndpointError(
+            f"{about['url']} serves at most {limit_tokens:,} tokens of {about['model']}, and {what} up to "
+            f"{longest_tokens:,}: start it with a longer context (vLLM: --max-model-len)"
+        )
 
 
 def _model_card(system: EndpointSystem) -> Mapping[str, Any]:

@@ -140,7 +140,8 @@ def load_trace(
 
     ``slos`` replaces the objectives of classes by name. ``new_tokens_only`` is the paper's rule for QwenTrace with
     prefix caching off: a text turn counts only what its parent's prompt did not have. Without it prompts have their
-    full length and share the prefixes that their hash ids share. Raises TraceFormatError.
+    full length and share the prefixes that their hash ids share. Raises TraceFormatError, also where ``slos`` names a
+    class of no request.
     """
     try:
         if format == AUTO:
@@ -155,6 +156,10 @@ def load_trace(
         raise TraceFormatError(f"{path}: it is not a text file") from None
     if not rows:
         raise TraceFormatError(f"{path}: it holds no request")
+    classes = sorted({row.class_name for row in rows})
+    for name in slos or ():
+        if name not in classes:
+            raise TraceFormatError(f"{path}: no request is of class {name!r}", f"the classes are {', '.join(classes)}")
     start_s = min(row.time_s for row in rows)
     objectives = {**LENGTH_SLOS, **QWEN_SLOS, **(slos or {})}
     requests = [_request(row, start_s, objectives[row.class_name]) for row in rows]

@@ -7,11 +7,12 @@ length *k*. Times are those of the paper's setup (Llama-3.1-8B on one A800); ``T
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from itertools import count
+from itertools import count, pairwise
 from pathlib import Path
 from typing import Final
 
@@ -32,6 +33,7 @@ OPEN_CHATS: Final = 64
 
 GOLDEN_RATIO: Final = 0.6180339887498949
 """Share of a trace file between the places at which seeds begin: the places of few seeds and of many lie well apart."""
+DIGEST_CHARS: Final = 16
 
 
 @dataclass(frozen=True)
@@ -196,12 +198,25 @@ class Workload:
     rate_rps: float
     draw: Callable[[int, int], Trace]
     """(number of requests, seed) -> Trace. Fewer requests are the beginning of more."""
+    file_digest: str | None = None
+    """Tells what a trace file holds; None for a built-in workload."""
+    file_requests: int | None = None
+    """How many a trace file holds; None for a built-in workload, which has no end."""
+
+    def apart(self, seeds: int) -> int | None:
+        """How long the traces of ``seeds`` seeds can be before a request is in two of them, or twice in one; None for a
+        built-in workload, which draws all anew.
+        """
+        if self.file_requests is None:
+            return None
+        places = sorted(_place(self.file_requests, seed) for seed in range(seeds))
+        return min(after - before for before, after in pairwise([*places, places[0] + self.file_requests]))
 
 
 def workload(name: str) -> Workload:
     """The built-in workload of that name (``qwen`` is qwen-like), or a trace file, in which a seed is a place to begin.
 
-    Raises ValueError with a sentence for what is neither, or cannot be read.
+    Raises ValueError with a sentence for what is neither, or cannot be read, or has no rate.
     """
     name = "qwen-like" if name == "qwen" else name
     if name in WORKLOADS:
@@ -209,19 +224,36 @@ def workload(name: str) -> Workload:
     if not Path(name).is_file():
         raise ValueError(f"workload {name!r} is no file and none of {', '.join(WORKLOADS)}")
     whole = load_trace(Path(name))
-    return Workload(whole.name, whole.rate_rps, partial(_from_place, whole))
+    digest = hashlib.sha256(Path(name).read_bytes()).hexdigest()[:DIGEST_CHARS]
+    return Workload(whole.name, whole.positive_rate_rps(), partial(_from_place, whole), digest, len(whole.requests))
+
+
+def _place(requests: int, seed: int) -> int:
+    """Where a seed begins in a trace file of that many requests."""
+    return int(requests * (seed * GOLDEN_RATIO % 1))
 
 
 def _from_place(whole: Trace, requests: int, seed: int) -> Trace:
-    """``requests`` of a trace, from a place that depends on ``seed`` on; after its end it begins again."""
-    first = int(len(whole.requests) * (seed * GOLDEN_RATIO % 1))
-    turned = [*whole.requests[first:], *whole.requests[:first]]
+    """``requests`` of a trace, from a place that depends on ``seed`` on. After its end it begins again, with other
+    prompts, which share as much among themselves.
+    """
+    there = len(whole.requests)
+    first = _place(there, seed)
+    begin_s = whole.requests[first].arrival_s
     span_s = whole.requests[-1].arrival_s + 1 / whole.rate_rps
-    begin_s = turned[0].arrival_s
-    moved = [
-        dataclasses.replace(request, arrival_s=(request.arrival_s - begin_s) % span_s) for request in turned[:requests]
-    ]
-    return Trace(whole.name, share_prefixes(moved))
+    ids = 1 + max(max(request.hash_ids, default=0) for request in whole.requests)
+    drawn = []
+    for place in range(first, first + requests):
+        again, at = divmod(place, there)
+        request = whole.requests[at]
+        drawn.append(
+            dataclasses.replace(
+                request,
+                arrival_s=request.arrival_s + again * span_s - begin_s,
+                hash_ids=tuple(block + again * ids for block in request.hash_ids),
+            )
+        )
+    return Trace(whole.name, share_prefixes(drawn))
 
 
 def _continued_chat(

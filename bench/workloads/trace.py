@@ -68,6 +68,12 @@ class Trace:
         span_s = self.requests[-1].arrival_s if self.requests else 0.0
         return len(self.requests) / span_s if span_s > 0 else 0.0
 
+    def positive_rate_rps(self) -> float:
+        """``rate_rps``, where something is divided by it. Raises ValueError for a trace that has none."""
+        if not self.rate_rps:
+            raise ValueError(f"no request of {self.name} arrives after the first, so it has no rate")
+        return self.rate_rps
+
     @property
     def middle_s(self) -> float:
         """Half of the time in which requests arrive."""

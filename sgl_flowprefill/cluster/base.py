@@ -19,6 +19,9 @@ KEY_VARIABLE: Final = "FLOWPREFILL_API_KEY"
 PAIR_PORTS: Final = ("gateway", "prefill", "decode", "bootstrap")
 UNIFIED_PORTS: Final = ("gateway", "unified")
 """What the numbers after --ports are for."""
+EXIT_FAILED: Final = 1
+EXIT_CANNOT_START: Final = 2
+"""Exit codes of the commands of launch.py: for what has gone wrong on the way, and for what cannot be as asked for."""
 
 
 class ClusterError(RuntimeError):

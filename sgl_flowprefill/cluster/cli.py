@@ -19,6 +19,8 @@ from typing import Final, NamedTuple, NoReturn
 
 from sgl_flowprefill.cluster import preflight
 from sgl_flowprefill.cluster.base import (
+    EXIT_CANNOT_START,
+    EXIT_FAILED,
     GATEWAY_PORT,
     KEY_VARIABLE,
     LIVE_PORT,
@@ -38,8 +40,6 @@ from sgl_flowprefill.events import EventLogError
 from sgl_flowprefill.live import PAGE
 from sgl_flowprefill.timeline import write_timeline
 
-EXIT_DIED: Final = 1
-EXIT_CANNOT_START: Final = 2
 FOREIGN_TO_UNIFIED: Final = {
     "prefill": "leave one of the two out",
     "decode": "leave one of the two out",
@@ -83,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_CANNOT_START
     except ClusterError as error:
         print(f"launch.py: {error}", file=sys.stderr)
-        return EXIT_DIED
+        return EXIT_FAILED
     except KeyboardInterrupt:
         print("\nstopped", flush=True)
         return 128 + signal.SIGINT

@@ -14,15 +14,13 @@ from rich.console import Console
 from rich.table import Table
 
 from sgl_flowprefill.cluster import contract_command, explain_command, machine, preflight
-from sgl_flowprefill.cluster.base import ClusterConfig, Ports, StartError
+from sgl_flowprefill.cluster.base import EXIT_CANNOT_START, EXIT_FAILED, ClusterConfig, Ports, StartError
+from sgl_flowprefill.cluster.logs import last_lines
 from sgl_flowprefill.cluster.parsing import Parser
 from sgl_flowprefill.cluster.process import Guard
 from sgl_flowprefill.config import ConfigError, FlowPrefillConfig
 from sgl_flowprefill.model.embedded import EmbeddedModel
 
-EXIT_FAILED: Final = 1
-EXIT_CANNOT_START: Final = 2
-LOG_LINES: Final = 15
 GPU_MODEL: Final = EmbeddedModel(hidden_size=1024, intermediate_size=4096, heads=8, kv_heads=2, head_dim=128)
 """GPU attention kernels serve no heads as small as the embedded model's."""
 
@@ -53,7 +51,7 @@ def main(argv: Sequence[str], read_launcher: explain_command.ReadLauncher) -> in
 
 def _check(arguments: argparse.Namespace, server_args: Sequence[str]) -> int:
     model = arguments.model_path
-    if model is None and machine.gpu_count():
+    if model is None and not preflight.runs_on_cpu(server_args):
         model = preflight.made_model(GPU_MODEL)
     layout = preflight.prepare(
         ClusterConfig(
@@ -76,8 +74,7 @@ def _check(arguments: argparse.Namespace, server_args: Sequence[str]) -> int:
             print(f"{'pass' if findings[-1]['passed'] else 'FAIL'}  {findings[-1]['check']}", file=sys.stderr)
         guard.wait(process)
     if process.returncode or not findings:
-        end = "\n".join(log.read_text(errors="replace").splitlines()[-LOG_LINES:])
-        print(f"launch.py doctor: the engine did not get through; {log} ends with:\n{end}", file=sys.stderr)
+        print(f"launch.py doctor: the engine did not get through; {log} ends with:\n{last_lines(log)}", file=sys.stderr)
         return EXIT_FAILED
     _print(findings, shlex.join(server_args))
     return 0 if all(finding["passed"] for finding in findings) else EXIT_FAILED

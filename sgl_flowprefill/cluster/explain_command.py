@@ -17,7 +17,7 @@ from rich.table import Table
 
 from sgl_flowprefill.cluster import preflight
 from sgl_flowprefill.cluster.base import ClusterConfig, StartError
-from sgl_flowprefill.compat import MODE, Finding, Server, explain, server_of
+from sgl_flowprefill.compat import MODE, Finding, Server, explain, server_of, take_over_decode_server
 
 WIDTH: Final = 160
 LAUNCHERS: Final = ("launch.py", "sgl-flowprefill")
@@ -26,6 +26,7 @@ ENTRIES: Final = ("serve", "launch_server", "launch_server.py", "sglang.launch_s
 COLORS: Final = {"refused": "red", "set": "yellow", "left": "default"}
 NO_MODEL: Final = "MODEL"
 UNTOUCHED: Final = "SGLang's scheduler and all of its options stay as they are."
+ALMOST_UNTOUCHED: Final = "SGLang's scheduler and all of its options but one stay as they are."
 
 ReadLauncher = Callable[[Sequence[str]], ClusterConfig]
 """Reads a command line of ``launch.py``. Raises StartError."""
@@ -49,7 +50,10 @@ def run(command: str, read_launcher: ReadLauncher) -> bool:
         return True
     options = preflight.read_options(asked.options)
     if server_of(options) is None:
-        print(f"A {options.disaggregation_mode} server: {UNTOUCHED}")
+        changes = take_over_decode_server(options)
+        print(f"A {options.disaggregation_mode} server: {ALMOST_UNTOUCHED if changes else UNTOUCHED}")
+        for change in changes:
+            print(change)
         return True
     defaults = preflight.read_options(["--model-path", options.model_path])
     defaults.disaggregation_mode = options.disaggregation_mode

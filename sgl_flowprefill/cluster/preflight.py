@@ -65,7 +65,7 @@ def prepare(config: ClusterConfig) -> Layout:
     if config.join is not None:
         ask_directly(urlsplit(config.join).hostname)
         _check_gateway(Gateway(config.join, config.api_key), "unified" if config.unified else "pair")
-    on_cpu = _runs_on_cpu(config)
+    on_cpu = runs_on_cpu(config.server_args, is_embedded=config.model_path is None)
     servers = config.prefill + config.decode + config.unified
     model_path = _find_model(config) if servers else ""
     layout = Layout(
@@ -214,12 +214,13 @@ def _with_config_file(args: Sequence[str]) -> list[str]:
     return [*args, *(f"{option}={value}" for option, value in values.items() if value is not None)]
 
 
-def _runs_on_cpu(config: ClusterConfig) -> bool:
-    """Attention kernels of GPUs serve no heads as small as the embedded model's."""
-    device = last_value(config.server_args, "--device")
+def runs_on_cpu(server_args: Sequence[str], is_embedded: bool = False) -> bool:
+    """Whether servers with these options of SGLang run on the CPU. Attention kernels of GPUs serve no heads as small as
+    the embedded model's.
+    """
+    device = last_value(server_args, "--device")
     if device:
         return device == "cpu"
-    is_embedded = config.model_path is None
     return is_embedded or os.environ.get("SGLANG_PLATFORM") == CPU_PLATFORM or machine.gpu_count() == 0
 
 

@@ -54,8 +54,8 @@ class Server:
         return self._process.pid
 
     def watch_children(self) -> None:
-        """From now on, the end of one of SGLang's own processes counts as the server's: SGLang takes a minute to
-        notice it. Helpers of libraries may come and go."""
+        """From now on, the end of one of SGLang's own processes counts as the server's, which SGLang ends itself about
+        a second later (``SubprocessWatchdog``). Helpers of libraries may come and go."""
         self._children = [child for child in self._processes()[1:] if _title(child).startswith(SGLANG_TITLE)]
 
     def ended(self) -> str | None:

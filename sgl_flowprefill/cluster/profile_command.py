@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import IO, Any, Final
+from typing import IO, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
@@ -20,17 +20,14 @@ from rich.table import Table
 
 from sgl_flowprefill import paths
 from sgl_flowprefill.cluster import preflight
-from sgl_flowprefill.cluster.base import ClusterConfig, Ports, StartError
+from sgl_flowprefill.cluster.base import EXIT_CANNOT_START, EXIT_FAILED, ClusterConfig, Ports, StartError
 from sgl_flowprefill.cluster.commands import join_values
+from sgl_flowprefill.cluster.logs import last_lines
 from sgl_flowprefill.cluster.parsing import Parser
 from sgl_flowprefill.cluster.process import Guard
 from sgl_flowprefill.config import ConfigError, FlowPrefillConfig
 from sgl_flowprefill.profiling import ProfileError, read_profile
 from sgl_flowprefill.provenance import result
-
-EXIT_FAILED: Final = 1
-EXIT_CANNOT_START: Final = 2
-LOG_LINES: Final = 15
 
 
 def main(argv: Sequence[str]) -> int:
@@ -72,7 +69,7 @@ def _profile(arguments: argparse.Namespace, server_args: Sequence[str]) -> int:
         process = guard.follow([*command, *layout.server_options("prefill")], layout.server_env("prefill"), log)
         end = _measure(guard, process, arguments.budget_s)
     if "path" not in end:
-        reason = end.get("error") or "\n".join(log.read_text(errors="replace").splitlines()[-LOG_LINES:])
+        reason = end.get("error") or last_lines(log)
         print(f"launch.py profile: nothing was measured; {log} ends with:\n{reason}", file=sys.stderr)
         return EXIT_FAILED
     print(f"{end['measured']} forward passes in {end['path']}")

@@ -7,14 +7,11 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Final
 
-from sgl_flowprefill.cluster.base import StartError
+from sgl_flowprefill.cluster.base import EXIT_CANNOT_START, StartError
 from sgl_flowprefill.cluster.parsing import Parser
 from sgl_flowprefill.events import OPTION, EventLogError
 from sgl_flowprefill.timeline import SUFFIX, History, write_timeline
-
-EXIT_CANNOT_START: Final = 2
 
 
 def main(argv: Sequence[str]) -> int:

@@ -14,7 +14,15 @@ import requests
 from rich.console import Console
 from rich.live import Live
 
-from sgl_flowprefill.cluster.base import GATEWAY_PORT, KEY_VARIABLE, LIVE_PORT, LOOPBACK, StartError
+from sgl_flowprefill.cluster.base import (
+    EXIT_CANNOT_START,
+    EXIT_FAILED,
+    GATEWAY_PORT,
+    KEY_VARIABLE,
+    LIVE_PORT,
+    LOOPBACK,
+    StartError,
+)
 from sgl_flowprefill.cluster.gateway import bearer
 from sgl_flowprefill.cluster.parsing import Parser, text_of_key_file
 from sgl_flowprefill.cluster.preflight import is_free
@@ -23,8 +31,6 @@ from sgl_flowprefill.live import PAGE, STATE
 from sgl_flowprefill.live.state import Document, decode_document
 from sgl_flowprefill.live.terminal import screen
 
-EXIT_CANNOT_START: Final = 2
-EXIT_ENDED: Final = 1
 CONNECT_S: Final = 10
 WIDE: Final = 140
 """Columns of what is written to a file or a pipe."""
@@ -55,9 +61,9 @@ def main(argv: Sequence[str]) -> int:
         return EXIT_CANNOT_START
     except requests.RequestException as error:
         print(f"launch.py top: {url} has ended the connection: {error}", file=sys.stderr)
-        return EXIT_ENDED
+        return EXIT_FAILED
     print(f"{url} has ended the connection")
-    return EXIT_ENDED
+    return EXIT_FAILED
 
 
 def documents(url: str, api_key: str | None) -> Iterator[Document]:

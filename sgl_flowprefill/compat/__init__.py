@@ -1,4 +1,4 @@
-"""SGLang's options on a server that prefills: which FlowPrefill leaves, sets or refuses, and why."""
+"""SGLang's options: which FlowPrefill leaves, sets or refuses, and why."""
 
 from sgl_flowprefill.compat.check import (
     Change,
@@ -9,6 +9,7 @@ from sgl_flowprefill.compat.check import (
     refusals,
     server_of,
     take_over,
+    take_over_decode_server,
     unchecked_attention_backend,
 )
 from sgl_flowprefill.compat.page import EXAMPLES, compatibility_page
@@ -47,5 +48,6 @@ __all__ = [
     "refusals",
     "server_of",
     "take_over",
+    "take_over_decode_server",
     "unchecked_attention_backend",
 ]

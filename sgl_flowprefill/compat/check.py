@@ -7,7 +7,7 @@ parser. Imports nothing of SGLang.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -16,6 +16,7 @@ from sgl_flowprefill.compat.table import (
     ADAPTER_RANKS,
     ATTENTION,
     BESIDE_DRAFTS,
+    DECODE_SERVERS,
     DRAFTS_BESIDE,
     GRAPH_CONFIG,
     MOVES_BESIDE,
@@ -77,16 +78,7 @@ def take_over(server_args: Any, env: MutableMapping[str, str] | None = None) -> 
     that it reads (default: this process's). What was something else before.
     """
     env = os.environ if env is None else env
-    changes = []
-    for row in _settings(server_args):
-        [option] = row.options
-        given = getattr(server_args, option, row.to)  # another version may not have it
-        if given != row.to:
-            setattr(server_args, option, row.to)
-            asked = given is not None and given != row.default
-            was = "not set" if given is None else str(given)
-            now = "is not set" if row.to is None else f"is {row.to}"
-            changes.append(Change(flag(option), was, now, row.why, asked))
+    changes = list(_set(_settings(server_args), server_args))
     graphs = getattr(server_args, "cuda_graph_config", None)
     if isinstance(graphs, dict) and "backend" in (graphs.get("prefill") or {}):
         prefill = {key: value for key, value in graphs["prefill"].items() if key != "backend"}
@@ -97,6 +89,11 @@ def take_over(server_args: Any, env: MutableMapping[str, str] | None = None) -> 
         if _is_on(name, env):
             changes.append(Change(name, env.pop(name), "is not set", why, asked=True))
     return changes
+
+
+def take_over_decode_server(server_args: Any) -> list[Change]:
+    """As ``take_over``, of a server that only decodes."""
+    return list(_set(DECODE_SERVERS.rows, server_args))
 
 
 def incompatible_option(server_args: Any, env: Mapping[str, str] | None = None) -> str | None:
@@ -199,6 +196,19 @@ def unchecked_attention_backend(name: str | None) -> str | None:
     if not ATTENTION.values.holds(name):
         return None
     return _cannot_work(shown("attention_backend", name), ATTENTION.why)
+
+
+def _set(rows: Iterable[Row], server_args: Any) -> Iterator[Change]:
+    """Set the options of ``rows``."""
+    for row in rows:
+        [option] = row.options
+        given = getattr(server_args, option, row.to)  # another version may not have it
+        if given != row.to:
+            setattr(server_args, option, row.to)
+            asked = given is not None and given != row.default
+            was = "not set" if given is None else str(given)
+            now = "is not set" if row.to is None else f"is {row.to}"
+            yield Change(flag(option), was, now, row.why, asked)
 
 
 def _settings(server_args: Any) -> Iterator[Row]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from sgl_flowprefill.compat.row import Group, Row, flag
-from sgl_flowprefill.compat.table import GRAPH_CONFIG, REFUSED_ENVIRONMENT, TABLE, UNSET_ENVIRONMENT
+from sgl_flowprefill.compat.table import DECODE_SERVERS, GRAPH_CONFIG, REFUSED_ENVIRONMENT, TABLE, UNSET_ENVIRONMENT
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ For one command line,
 
 prints the table of its options and starts nothing; the exit code is 1 where something is refused. What SGLang
 derives from the model and the machine is not in it: the server checks that when it starts. Decode servers keep
-SGLang's scheduler and all of its options.
+SGLang's scheduler and all of its options [but one](#decode-servers).
 
 The tables below are of SGLang 0.5.22 and 0.5.23. They come from `compat/table.py`, by `python -m
 sgl_flowprefill.compat > docs/compatibility.md`.
@@ -91,9 +91,8 @@ SGLang's preemption by priority, which takes the places of streams, is set off. 
 def compatibility_page() -> str:
     """The whole page."""
     examples = "".join(_example(example) for example in EXAMPLES)
-    return (
-        f"{INTRODUCTION}## Three command lines\n\n{examples}" + "".join(map(_group, TABLE)) + "\n".join(_environment())
-    )
+    tables = "".join(map(_group, (*TABLE, DECODE_SERVERS)))
+    return f"{INTRODUCTION}## Three command lines\n\n{examples}{tables}" + "\n".join(_environment())
 
 
 def _example(example: Example) -> str:

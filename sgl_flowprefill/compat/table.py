@@ -477,6 +477,20 @@ OTHERS: Final = Group(
     ),
 )
 
+DECODE_SERVERS: Final = Group(
+    "Decode servers",
+    (),
+    (
+        put(
+            "tokenizer_worker_num",
+            1,
+            "workers load no plugins: a request that comes by one would have neither a deadline nor a report",
+            default=1,
+        ),
+    ),
+)
+"""The rows of servers that only decode, which keep all other options."""
+
 TABLE: Final = (
     SCHEDULING,
     GRAPHS,

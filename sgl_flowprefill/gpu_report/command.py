@@ -23,8 +23,9 @@ from rich.console import Console
 from rich.table import Table
 
 from sgl_flowprefill.cluster import machine, preflight
-from sgl_flowprefill.cluster.base import ClusterConfig, Ports, StartError
+from sgl_flowprefill.cluster.base import EXIT_CANNOT_START, EXIT_FAILED, ClusterConfig, Ports, StartError
 from sgl_flowprefill.cluster.commands import Layout, last_value
+from sgl_flowprefill.cluster.logs import last_lines
 from sgl_flowprefill.cluster.parsing import Parser, seconds
 from sgl_flowprefill.cluster.process import Guard
 from sgl_flowprefill.config import FlowPrefillConfig
@@ -35,8 +36,6 @@ from sgl_flowprefill.gpu_report.shapes import SHAPES, shape_path
 from sgl_flowprefill.gpu_report.tuning import choose
 from sgl_flowprefill.patches import made_weights
 
-EXIT_FAILED: Final = 1
-EXIT_CANNOT_START: Final = 2
 DEFAULT_SHAPE: Final = "llama-8b"
 BACKEND_OPTION: Final = "--attention-backend"
 MEM_FRACTION_STATIC: Final = "0.75"
@@ -45,7 +44,6 @@ START_S: Final = 300.0
 """Longest that an engine or servers may take to start: kernels may have to be compiled."""
 PATIENCE_S: Final = 60.0
 """Beyond its share of the budget that a phase may take, to finish what it has begun."""
-LOG_LINES: Final = 15
 
 
 def main(argv: Sequence[str]) -> int:
@@ -77,7 +75,7 @@ class Report:
     """One run."""
 
     def __init__(self, arguments: argparse.Namespace, server_args: Sequence[str]) -> None:
-        self._on_card = bool(machine.gpu_count()) and last_value(server_args, "--device") != "cpu"
+        self._on_card = not preflight.runs_on_cpu(server_args)
         shape = arguments.shape
         if shape is None and arguments.model_path is None and self._on_card:
             shape = DEFAULT_SHAPE
@@ -208,13 +206,11 @@ class Report:
 
     def _fail(self, phase: Phase, found: dict[str, Any], error: str, took_s: float) -> None:
         """What a phase had found before it failed is kept."""
-        with open(self._log(phase), errors="replace") as log:
-            end = log.readlines()[-LOG_LINES:]
         if phase.is_optional and not found:
             state, line = "not here", f"it does not load: {error}"
         else:
             state, line = "FAILED", error + (f"; before that: {found['line']}" if found else "")
-        self._document.note(phase, found | {"state": state, "line": line, "log": "".join(end)}, took_s)
+        self._document.note(phase, found | {"state": state, "line": line, "log": last_lines(self._log(phase))}, took_s)
 
     def _note(self, phase: Phase, state: str, line: str) -> None:
         """Why a phase was not begun."""

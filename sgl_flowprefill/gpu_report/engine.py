@@ -141,22 +141,9 @@ class Engine(Tasks):
     def nested(
         self, prompts: Sequence[Sequence[int]], rng: random.Random, probability: float
     ) -> tuple[list[First], int, int]:
-        """Prompts that are suspended inside one another, at any interruption point with ``probability``; how often,
-        and how many were live at a time at most.
-        """
-        suspensions = depth = 0
-        with self.interrupted_by(lambda: rng.random() < probability):
-            started = [self.start(list(prompt)) for prompt in prompts]
-            live = list(started)
-            while live:
-                task = rng.choice(live)
-                self.resume(task)
-                depth = max(depth, sum(one.has_run and not one.done for one in started))
-                if task.done:
-                    live.remove(task)
-                else:
-                    suspensions += 1
-            return [self.first(task) for task in started], suspensions, depth
+        """``run_nested``, and what each of the prompts has found."""
+        started, suspensions, depth = self.run_nested(list(map(list, prompts)), rng, probability)
+        return [self.first(task) for task in started], suspensions, depth
 
     def points(self, prompt: Sequence[int]) -> int:
         """Interruption points of a prompt's forward pass."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
@@ -173,6 +174,14 @@ class Recorder:
 
     def flush(self) -> None:
         """Nothing runs: there is time to write."""
+
+
+def blocked_since_s(winner: PrefillTask, now_s: float, news_readable_s: float) -> float | None:
+    """Since when ``winner``, which takes the place of a task at ``now_s``, was blocked; None where no news led to the
+    switch (``Recorder.suspended``): nobody was.
+    """
+    # A winner that lost an earlier decision wins because of what has happened since, and waits for it from then on.
+    return min(now_s, max(winner.readable_s, news_readable_s)) if news_readable_s < math.inf else None
 
 
 class OneRank:

@@ -1,4 +1,4 @@
-"""What the hub asks of the engine that it drives: SGLang's scheduler as a prefill server, or a simulated one."""
+"""What the hub asks of the engine that it drives: SGLang's scheduler as one kind of server, or a simulated one."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Arrival(NamedTuple):
     """Whether it was a stream and has part of its answer: it starts before all other requests."""
     objective: Objective | None = None
     """What the request is promised, of an engine that says so."""
-    has_run: bool = False
+    was_given_back: bool = False
     """Whether a prefill of it has begun before, which was given back."""
     place: int = 0
     """The part of the engine that computes it, of several that compute at the same time (``Work.places``)."""
@@ -36,7 +36,7 @@ class Arrival(NamedTuple):
     @property
     def is_fresh(self) -> bool:
         """Whether nothing has been computed for the request."""
-        return not (self.retracted or self.has_run)
+        return not (self.retracted or self.was_given_back)
 
 
 class Role(Protocol):

@@ -43,7 +43,7 @@ def snapshot(
                 job.item.shape.new_tokens,
                 job.item.shape.cached_tokens,
                 now_s - job.arrival_s,
-                job.work_s * job.pace.factor,
+                job.remaining_s,
                 job.deadline_s - now_s,
                 standing,
             )

@@ -233,22 +233,23 @@ class Work:
         """Whether the activations of a task of ``jobs`` fit beside the live tasks', and its requests among the
         streams.
         """
-        if not self._may_join(jobs):
+        parts = _by_place(jobs)
+        if not self._may_join(jobs, parts):
             return False
         live = self.tasks.live
         return not live or self.memory.admits(
             [task.new_tokens for task in live],
-            max(sum(shape.new_tokens for shape in part) for part in _by_place(jobs)),
+            max(sum(shape.new_tokens for shape in part) for part in parts),
             max([sum(job.item.logprob_rows for job in jobs), *(task.logprob_rows for task in live)]),
         )
 
-    def _may_join(self, jobs: Sequence[Job[WaitingRequest]]) -> bool:
-        """Whether the streams can become as many as with those of all tasks and ``jobs``. One that was a stream before
-        comes back whatever it asks for itself: somebody waits for the rest of its answer.
+    def _may_join(self, jobs: Sequence[Job[WaitingRequest]], parts: Sequence[Sequence[PrefillShape]]) -> bool:
+        """Whether the streams can become as many as with those of all tasks and of ``jobs``, whose shapes are in
+        ``parts``, one for each place. One that was a stream before comes back whatever it asks for itself: somebody
+        waits for the rest of its answer.
         """
         live = self.tasks.live
         shapes = [shape for task in live for shape in task.shapes]
-        parts = _by_place(jobs)
         requests = len(shapes) + max(map(len, parts))
         tokens = sum(map(sum, shapes)) + max(sum(map(sum, part)) for part in parts)
         new = [job.item for job in jobs if not self.colocated.returns(job)]
@@ -259,7 +260,7 @@ class Work:
         """Whether others may start before ``winner``, which has to wait for streams to end: a small request need not
         wait for them, too. Whoever has starved, was a stream before, or is in line by a fixed order, is waited for.
         """
-        if self.colocated.returns(winner) or self._may_join([winner]):
+        if self.colocated.returns(winner) or self._may_join([winner], [[winner.item.shape]]):
             return False
         [standing] = self.policy.standings([winner], now_s)
         return standing not in (Standing.STARVED, Standing.IN_LINE)

@@ -148,6 +148,7 @@ SECTIONS: Final[dict[str, Sequence[Panel]]] = {
                 _rate(table.TTFT_MET, f"{BY_CLASS} in time", CLASS.name),
                 _rate(table.TTFT_MISSED, f"{BY_CLASS} missed", CLASS.name),
                 _rate(table.ABORTED, f"{BY_CLASS} aborted", CLASS.name),
+                _rate(table.INVALID, f"{BY_CLASS} invalid", CLASS.name),
                 _rate(table.SHED, f"{BY_CLASS} shed", CLASS.name),
             ],
             stacked=True,

@@ -97,7 +97,9 @@ CAUSES: Final[Mapping[Cause, str]] = {
     Cause.OVERLOAD: "overload",
     Cause.FAILED: "failed",
 }
-"""Causes of misses, as values of a label. An abort before the deadline is no miss, and has a counter of its own."""
+"""Causes of misses, as values of a label. Aborts before the deadline and requests that are not valid are no misses, and
+have counters of their own.
+"""
 
 CLASS: Final = Label(
     "slo_class",
@@ -169,6 +171,15 @@ ABORTED: Final = _row(
     "the outcome of each request that has ended",
     (CLASS,),
 )
+INVALID: Final = _row(
+    "num_invalid_requests",
+    Kind.COUNTER,
+    Unit.REQUESTS,
+    "Requests that were refused as not valid, with status 4xx but 429 (a prompt that is too long, a grammar that does "
+    "not compile), so that nothing was met or missed.",
+    "the outcome of each request that has ended",
+    (CLASS,),
+)
 TTFT: Final = _row(
     "time_to_first_token_seconds",
     Kind.HISTOGRAM,
@@ -194,7 +205,8 @@ SHED: Final = _row(
     Kind.COUNTER,
     Unit.REQUESTS,
     "Requests that were refused because there was too much to do, with status 429 or 503 (SGLang's "
-    "`--max-queued-requests`). They count as missed, `failed`, too.",
+    "`--max-queued-requests`; its `--abort-on-priority-when-disabled` has the same status). They count as missed, "
+    "`failed`, too.",
     "the end of each request that has failed",
     (CLASS,),
 )
@@ -310,7 +322,7 @@ TBT_MET: Final = _row(
     Kind.COUNTER,
     Unit.TOKENS,
     "Tokens behind the first that came within the TBT objective of their request after the one before.",
-    "the decode step that computed them",
+    "the decode step that computed them, or the new prefill of a stream that was retracted",
     unified=True,
 )
 TBT_MISSED: Final = _row(
@@ -318,7 +330,7 @@ TBT_MISSED: Final = _row(
     Kind.COUNTER,
     Unit.TOKENS,
     "Tokens behind the first that came later than that.",
-    "the decode step that computed them",
+    "the decode step that computed them, or the new prefill of a stream that was retracted",
     unified=True,
 )
 STEP: Final = _row(

@@ -244,6 +244,8 @@ class Policy(ABC, Generic[R, K]):
         members, time_left_s, too_large = [winner], [_time_left_s(winner, now_s)], 0
         here = place(winner.item)
         for job in islice(self.in_order(now_s), 2 * self.limits.max_batch_requests):
+            if len(members) == self.limits.max_batch_requests:
+                break
             if job is winner or place(job.item) != here:
                 continue
             of_job = new_tokens(job.item)
@@ -272,7 +274,7 @@ class Policy(ABC, Generic[R, K]):
         place: Callable[[R], int],
     ) -> list[Job[R]]:
         """Waiting requests of other places than that of ``batch``, in order of priority, that run at the same time as
-        it, each place computing its own.
+        it, each place computing its own. There are no more of both together than the limits say.
 
         All take as long as the part that takes longest. A request is added while that is no longer than the batch
         takes, or no more than ``batch_share`` of the time that any of them has, and leaves the request as much. A part
@@ -282,8 +284,11 @@ class Policy(ABC, Generic[R, K]):
         takes_s = predict_s([job.item for job in batch])
         most_s = max(takes_s, self.batch_share * min(_time_left_s(job, now_s) for job in batch))
         parts: dict[int, list[R]] = {}
-        found, misses = [], 0
+        found: list[Job[R]] = []
+        misses = 0
         for job in islice(self.in_order(now_s), 2 * self.limits.max_batch_requests):
+            if len(batch) + len(found) >= self.limits.max_batch_requests:
+                break
             if place(job.item) == place(batch[0].item):
                 continue
             part = [*parts.get(place(job.item), ()), job.item]
@@ -296,7 +301,7 @@ class Policy(ABC, Generic[R, K]):
                 misses += 1
                 if misses == TOO_LARGE:
                     break
-        return found[: self.limits.max_batch_requests - len(batch)]
+        return found
 
     def first_waiting(self, now_s: float, most: int) -> list[Job[R]]:
         """The first waiting requests of their order, ``most`` of them at most."""

@@ -27,6 +27,8 @@ MARGIN_OF_TBT: Final = 0.5
 """Share of the tightest TBT that the margin may take at most."""
 CORRECTED_BY: Final = 8
 """Steps over which the step model is corrected by those that were measured."""
+STALLED: Final = 4.0
+"""Multiple of the prediction beyond which something else has held a step up: it corrects as one that took so long."""
 
 
 @dataclass(slots=True, eq=False)
@@ -185,6 +187,10 @@ class Streams:
         """Tokens of its prompt and its answer by now."""
         return stream.context_tokens + max(0, self._ended - stream.joined_at)
 
+    def last_token_s(self, stream: Stream) -> float:
+        """When its last token came."""
+        return self.last_step_s if stream.joined_at < self._ended else stream.joined_s
+
     @property
     def widest(self) -> int:
         """The most streams of one place: all places compute a step together, which takes what that of these does."""
@@ -245,7 +251,8 @@ class CorrectedSteps:
     def observe(self, requests: int, context_tokens: int, measured_s: float) -> None:
         """A step over ``requests`` streams has taken ``measured_s``."""
         predicted_s = self._model.predict_s(requests, context_tokens)
-        self.slowdown += (measured_s / predicted_s - self.slowdown) / CORRECTED_BY
+        slowdown = min(measured_s / predicted_s, STALLED * self.slowdown)
+        self.slowdown += (slowdown - self.slowdown) / CORRECTED_BY
         if self._learning is not None:
             self._learning.observe(requests, context_tokens, measured_s)
             # Whatever it has learned, steps like this one are predicted as they were.

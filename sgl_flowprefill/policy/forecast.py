@@ -220,7 +220,7 @@ class _Arrivals:
         self.works_s = [0.0] * CLASSES
         """The work of all slots, by its class."""
         self._flat_slots, self._flat_sums = _flat(self._slots), _flat(self.by_work)
-        """Flat views of ``_slots`` and ``sums``: an arrival adds to a few of their numbers."""
+        """Flat views of ``_slots`` and ``by_work``: an arrival adds to a few of their numbers."""
 
     def add(self, place: int, work_s: float, slo_s: float, requests: int = 1) -> None:
         """A request has arrived in the slot at ``place``; with -1 ``requests``, it has not."""

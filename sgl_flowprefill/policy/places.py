@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from operator import itemgetter
 from typing import Final, Generic, NamedTuple, TypeVar
 
+from sgl_flowprefill.policy.slack import STARVED_SHARE
+
 T = TypeVar("T")
 
-PLACES_PER_STARVED: Final = 50
-"""One running slot in so many goes to a request that has starved: it is also the share of the time that the prefill
-policies give to such requests.
-"""
+PLACES_PER_STARVED: Final = round(1 / STARVED_SHARE)
+"""One running slot in so many goes to a request that has starved, as of the time of prefills."""
 
 
 class DueTimes(NamedTuple):

@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 from sglang.srt.lora.lora_drainer import LoRADrainer
 
@@ -31,30 +31,22 @@ EXPERTS: Final = (
 )
 
 
-class Adapters(Protocol):
-    """What a role asks of the adapters on the device."""
+class Adapters:
+    """What a role asks of the adapters on the device. There is the base model alone."""
 
     def fitting(self, reqs: Sequence[Any], beside: Iterable[Any]) -> Sequence[Any]:
         """Those of ``reqs`` whose adapters the device can hold with the adapters of ``beside``, each with those before
         it.
         """
-
-    def kept_out(self, waiting: Sequence[Any], streams: Collection[Any]) -> Collection[Any]:
-        """Those of the ``waiting`` requests that cannot start while these ``streams`` decode."""
-
-
-class NoAdapters:
-    """The base model alone."""
-
-    def fitting(self, reqs: Sequence[Any], beside: Iterable[Any]) -> Sequence[Any]:
         return reqs
 
     def kept_out(self, waiting: Sequence[Any], streams: Collection[Any]) -> Collection[Any]:
+        """Those of the ``waiting`` requests that cannot start while these ``streams`` decode."""
         return ()
 
 
 @dataclass(eq=False)
-class LoRA:
+class LoRA(Adapters):
     """SGLang's."""
 
     manager: Any
@@ -113,7 +105,7 @@ def adapters(scheduler: Any, computed: Callable[[], Iterable[Any]], drain_after_
     served.
     """
     if not scheduler.enable_lora:
-        return NoAdapters()
+        return Adapters()
     require("adapters")
     manager = scheduler.tp_worker.model_runner.lora_manager
     if manager.lora_backend.is_moe_lora:

@@ -24,6 +24,7 @@ from sgl_flowprefill.hub.role import Arrival
 from sgl_flowprefill.hub.task import NO_TASK, PrefillTask
 from sgl_flowprefill.profiling.measure import SchedulerEngine
 from sgl_flowprefill.runtime.agreement import Agreement
+from sgl_flowprefill.runtime.event_recorder import LOST
 from sgl_flowprefill.runtime.executor import Executor
 from sgl_flowprefill.runtime.prefill_role import PrefillRole
 from sgl_flowprefill.runtime.scheduler_role import SchedulerRole
@@ -85,20 +86,6 @@ class Tidings(NamedTuple):
     """Requests that wait and whose prompts have been matched again, with what they cost now."""
     given_up: list[int]
     """Ids of tasks in which nobody waits any more for a request of this rank, which has some in them."""
-
-
-class Startable(NamedTuple):
-    """A request of a rank can be started from now on: what an ``Arrival`` says of it."""
-
-    number: int
-    shape: PrefillShape
-    received_s: float
-    deadline_s: float
-    readable_s: float
-    logprob_rows: int
-    retracted: bool
-    objective: Objective | None
-    has_run: bool
 
 
 class Parts(NamedTuple):
@@ -181,7 +168,8 @@ class JointRole(SchedulerRole):
         own = [arrival._replace(place=self.agreement.rank) for arrival in self.own_arrivals()]
         for arrival in own:
             self._startable[arrival.req] = self._number(arrival.req)
-        told = [Startable(self._startable[one.req], one.shape, *one[3:10]) for one in own]
+        # Without its prompt: what is cached at other ranks does not concern it.
+        told = [one._replace(req=self._startable[one.req], prompt=()) for one in own]
         for rank, theirs in enumerate(self.agreement.exchange(told or None)):
             if rank == self.agreement.rank:
                 yield from own
@@ -313,21 +301,21 @@ class JointRole(SchedulerRole):
         for ended in tidings.ended:
             self.recorder.answered(self._remote.pop((rank, ended.number)), ended.reason, ended.http_status)
 
-    def _arrival(self, rank: int, one: Startable) -> Arrival:
-        req = self._remote[rank, one.number]
+    def _arrival(self, rank: int, told: Arrival) -> Arrival:
+        """What another ``rank`` has ``told``, by the number that the request has there."""
+        req = self._remote[rank, told.req]
         self._remote_startable[req] = None
-        # Without its prompt: what is cached here does not concern it.
-        return Arrival(req, (), *one[1:], place=rank)
+        return told._replace(req=req)
 
     def _ranks(self, task: PrefillTask) -> set[int]:
         """The ranks that have requests in ``task``."""
         return {one.rank if isinstance(one, RemoteRequest) else self.agreement.rank for one in task.reqs}
 
     def _forget_lost(self) -> None:
-        """Requests that have left SGLang's queues on a way that nothing else knows of have ended for the others too."""
+        """Requests that are lost have ended for the others too."""
         held = {*self.unanswered(), *self.scheduler.grammar_manager.grammar_queue}
         for req in self._numbers.keys() - held:
-            self._note_end(req, "it is in none of the scheduler's queues", None)
+            self._note_end(req, LOST, None)
 
 
 @dataclass(eq=False)

@@ -19,7 +19,7 @@ from sgl_flowprefill.config import FlowPrefillConfig
 from sgl_flowprefill.deadline import objective, received_by_http_s, resolver
 
 FIRST_TOKEN: Final = "flowprefill_first_token_s"
-"""Attribute of SGLang's Req: when its first token was sent to the client."""
+"""Attribute of SGLang's Req: when its first token was there. Whoever does not stream gets it with the last one."""
 
 
 class DecodeStreamer(SchedulerOutputStreamer):
@@ -33,6 +33,13 @@ class DecodeStreamer(SchedulerOutputStreamer):
         super().__init__(*args, **kwargs)
         self._resolver = resolver(FlowPrefillConfig.from_env())
 
+    def stream_output(self, reqs: Sequence[Any], return_logprob: bool, skip_req: Any = None) -> None:
+        """SGLang calls this with all requests of a step, and with those whose KV cache has come."""
+        for req in reqs:
+            if req.output_ids and not hasattr(req, FIRST_TOKEN):
+                setattr(req, FIRST_TOKEN, time.monotonic())
+        super().stream_output(reqs, return_logprob, skip_req)
+
     def is_request_level_customized_info_key(self, key: str) -> bool:
         return key == REPORT_KEY or bool(super().is_request_level_customized_info_key(key))
 
@@ -44,8 +51,6 @@ class DecodeStreamer(SchedulerOutputStreamer):
         return found
 
     def _report(self, req: Any) -> list[dict[str, Any]]:
-        if req.output_ids and not hasattr(req, FIRST_TOKEN):
-            setattr(req, FIRST_TOKEN, time.monotonic())
         if not req.finished() or is_health_check_generate_req(req):
             return []
         received_s, first_token_s = received_by_http_s(req), getattr(req, FIRST_TOKEN, None)

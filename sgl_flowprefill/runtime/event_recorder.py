@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -34,7 +33,7 @@ from sgl_flowprefill.events import (
     rounded,
 )
 from sgl_flowprefill.hub.failure import Failure
-from sgl_flowprefill.hub.parts import Recorder
+from sgl_flowprefill.hub.parts import Recorder, blocked_since_s
 from sgl_flowprefill.hub.task import PrefillTask
 from sgl_flowprefill.hub.waiting import WaitingRequest
 from sgl_flowprefill.hub.work import Work
@@ -46,6 +45,8 @@ from sgl_flowprefill.slo import Objective
 from sgl_flowprefill.ttft import Prediction
 
 REASON_CHARS: Final = 200
+LOST: Final = "it is in none of the scheduler's queues"
+"""Why a request has ended that left on a way that nothing here knows of."""
 
 
 class EventRecorder(EventLog, Recorder):
@@ -113,7 +114,6 @@ class EventRecorder(EventLog, Recorder):
         )
 
     def ready(self, job: Job[WaitingRequest]) -> None:
-        """A request could be started from now on."""
         waiting = job.item
         if waiting.req in self._open:
             self._ready.add(waiting.req)
@@ -141,11 +141,7 @@ class EventRecorder(EventLog, Recorder):
     def suspended(
         self, task: PrefillTask, winner: PrefillTask, stopped_s: float, now_s: float, news_readable_s: float
     ) -> None:
-        """``task``, which ran until ``stopped_s``, waits for ``winner``. The first news that led to it could have been
-        read at ``news_readable_s``; infinity without any.
-        """
-        # A winner that lost an earlier decision wins because of what has happened since, and waits for it from then on.
-        readable_s = min(now_s, max(winner.readable_s, news_readable_s)) if news_readable_s < math.inf else None
+        readable_s = blocked_since_s(winner, now_s, news_readable_s)
         blocking_s = None if readable_s is None else now_s - readable_s
         self._suspended[task.id] = (task, stopped_s)
         if self._metrics is not None and readable_s is not None:
@@ -163,7 +159,6 @@ class EventRecorder(EventLog, Recorder):
         )
 
     def resumed(self, task: PrefillTask, now_s: float) -> None:
-        """``task`` runs, for the first time or again."""
         _, suspended_s = self._suspended.pop(task.id, (task, None))
         if self._metrics is not None and suspended_s is not None:
             self._metrics.resumed(now_s - suspended_s)
@@ -181,9 +176,7 @@ class EventRecorder(EventLog, Recorder):
         )
 
     def completed(self, task: PrefillTask, prediction: Prediction) -> None:
-        """``prediction`` is what the TTFT model says of ``task`` now that it has run. Members whose abort was asked for
-        end as aborted, when SGLang drops them.
-        """
+        """Members whose abort was asked for end as aborted, when SGLang drops them."""
         self._suspended.pop(task.id, None)
         ended = [
             req
@@ -206,13 +199,12 @@ class EventRecorder(EventLog, Recorder):
             self._metrics.completed(task.executed_s, prediction.expected_s)
 
     def dropped(self, task: PrefillTask) -> None:
-        """``task`` is unwound: nobody waits for it any more. Members that have ended already are not named."""
+        """Members that have ended already are not named."""
         self._suspended.pop(task.id, None)
         rids = self._close([req for req in task.reqs if req in self._open])
         self.write(Abort, time.monotonic(), rids=rids, task=task.id, checkpoint=task.operators_passed)
 
     def given_back(self, task: PrefillTask) -> None:
-        """``task`` is unwound, because streams need its KV cache or its device memory."""
         self._suspended.pop(task.id, None)
         self.write(GiveBack, time.monotonic(), task=task.id, rids=task.rids, checkpoint=task.operators_passed)
         if self._metrics is not None:
@@ -266,10 +258,15 @@ class EventRecorder(EventLog, Recorder):
         if self._metrics is not None:
             self._metrics.stepped(took_s, begin_s - due_s if was_due else None, tokens, late_tokens)
 
-    def failed(self, task: PrefillTask, failure: Failure) -> None:
-        """The forward pass of ``task`` has raised. Members whose abort was asked for end as aborted, when SGLang drops
-        them.
+    def got_tokens(self, tokens: int, late_tokens: int) -> None:
+        """Streams have got ``tokens`` otherwise than by a decode step, ``late_tokens`` of them later than their
+        objectives say.
         """
+        if self._metrics is not None:
+            self._metrics.got_tokens(tokens, late_tokens)
+
+    def failed(self, task: PrefillTask, failure: Failure) -> None:
+        """Members whose abort was asked for end as aborted, when SGLang drops them."""
         self._suspended.pop(task.id, None)
         rids = self._close([req for req in task.reqs if req in self._open and req not in self._abort_asked])
         self.write(
@@ -306,11 +303,9 @@ class EventRecorder(EventLog, Recorder):
                 self.write(Fail, now_s, rids=rids, http_status=http_status, reason=str(reason)[:REASON_CHARS])
 
     def close_lost(self, held: Iterable[Any]) -> None:
-        """End the requests that are not among ``held``, the scheduler's: they left it on a way that nothing else here
-        knows of.
-        """
+        """End the requests that are not among ``held``, the scheduler's."""
         for req in self._open.difference(held):
-            self.answered(req, "it is in none of the scheduler's queues", None)
+            self.answered(req, LOST, None)
 
     def _close(self, reqs: Sequence[Any]) -> list[str]:
         """Ids of ``reqs``, which have ended."""

@@ -12,14 +12,15 @@ import threading
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from queue import SimpleQueue
-from typing import Any, Protocol
+from typing import Any
 
 
-class HostCache(Protocol):
-    """What a role asks of the cache in host memory."""
+class HostCache:
+    """What a role asks of the cache in host memory. There is none."""
 
     def take_news(self) -> bool:
         """Process transfers that have ended. Whether there were any: KV cache that they held may be freed now."""
+        return False
 
     def before_batch(self) -> None:
         """A batch is to be made, which may load prefixes."""
@@ -31,24 +32,8 @@ class HostCache(Protocol):
         """Wake the hub when the transfers that are under way have ended."""
 
 
-class NoHostCache:
-    """There is none."""
-
-    def take_news(self) -> bool:
-        return False
-
-    def before_batch(self) -> None:
-        pass
-
-    def after_batch(self, batch: Any | None) -> None:
-        pass
-
-    def wake_when_done(self) -> None:
-        pass
-
-
 @dataclass(eq=False)
-class HiCache:
+class HiCache(HostCache):
     """SGLang's."""
 
     tree: Any
@@ -111,5 +96,5 @@ class HiCache:
 def host_cache(scheduler: Any, wake: Callable[[], None]) -> HostCache:
     """The cache in host memory of SGLang's ``scheduler``, if it has one."""
     if not scheduler.enable_hierarchical_cache:
-        return NoHostCache()
+        return HostCache()
     return HiCache(scheduler.tree_cache, wake)

@@ -35,6 +35,8 @@ class StreamTidings(NamedTuple):
 
     joined: list[Joined]
     left: list[int]
+    late: list[bool]
+    """Of those that were retracted and have got their next token: whether it was late."""
 
 
 @dataclass(eq=False)
@@ -48,6 +50,8 @@ class JointUnifiedRole(JointRole, UnifiedRole):
     """The streams of the other ranks, by rank and number."""
     _retracted: list[Stream] = field(default_factory=list, init=False)
     """What the others have still to be told."""
+    _late: list[bool] = field(default_factory=list, init=False)
+    """Likewise, of ``StreamTidings.late``."""
     _lacking: list[int] = field(default_factory=list, init=False)
     """The ranks at which the next step lacks KV cache that tasks could give back."""
     _gave_way: bool = field(default=False, init=False)
@@ -125,6 +129,9 @@ class JointUnifiedRole(JointRole, UnifiedRole):
     def note_retracted(self, stream: Stream) -> None:
         self._retracted.append(stream)
 
+    def note_gaps(self, late: Sequence[bool]) -> None:
+        self._late += late
+
     def _exchange(self, joined: Sequence[Stream], left: Sequence[Stream]) -> tuple[list[Stream], list[Stream]]:
         """The streams that have ``joined`` and ``left`` at any rank, rank by rank."""
         gone, self._retracted = [*self._retracted, *left], []
@@ -134,18 +141,24 @@ class JointUnifiedRole(JointRole, UnifiedRole):
         own = StreamTidings(
             [Joined(self._stream_numbers[one], one.tbt_s, one.context_tokens, one.joined_s) for one in joined],
             [self._stream_numbers.pop(stream) for stream in gone],
+            self._late,
         )
         all_joined: list[Stream] = []
         all_left: list[Stream] = []
+        all_late: list[bool] = []
+        self._late = []
         for rank, told in enumerate(self.agreement.exchange(own if any(own) else None)):
+            all_late += () if told is None else told.late
             if rank == self.agreement.rank:
                 all_joined += joined
                 all_left += gone
             elif told is not None:
                 all_joined += [self._hear_of(rank, one) for one in told.joined]
                 all_left += [self._remote_streams.pop((rank, number)) for number in told.left]
+        super().note_gaps(all_late)
         return all_joined, all_left
 
     def _hear_of(self, rank: int, one: Joined) -> Stream:
-        stream = self._remote_streams[rank, one.number] = Stream(*one[1:], place=rank)
+        stream = Stream(one.tbt_s, one.context_tokens, one.joined_s, rank)
+        self._remote_streams[rank, one.number] = stream
         return stream

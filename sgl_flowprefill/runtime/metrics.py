@@ -17,6 +17,7 @@ from typing import Any, Final, NamedTuple
 from sgl_flowprefill.events import AnyEvent, Arrival, Fail
 from sgl_flowprefill.metrics import table
 from sgl_flowprefill.metrics.table import CAUSES, CLASS, MOST_CLASSES, OTHER, TABLE, Kind, Metric
+from sgl_flowprefill.misses import Cause
 from sgl_flowprefill.outcomes import Outcome
 from sgl_flowprefill.slo import DEFAULT
 
@@ -157,7 +158,9 @@ class Metrics:
         if self._shed and outcome.rid in self._shed:
             self._shed.remove(outcome.rid)
             self._of[table.SHED][of_class,].inc()
-        if outcome.met is None:
+        if outcome.cause is Cause.INVALID:
+            self._of[table.INVALID][of_class,].inc()
+        elif outcome.met is None:
             self._of[table.ABORTED][of_class,].inc()
         elif outcome.met:
             self._of[table.TTFT_MET][of_class,].inc()
@@ -200,12 +203,18 @@ class Metrics:
     # ---- decode steps -----------------------------------------------------------------------------------------------
 
     def stepped(self, step_s: float, lateness_s: float | None, tokens: int, late_tokens: int) -> None:
-        """A decode step took ``step_s``; ``lateness_s`` is None where it began before it had to. Of its ``tokens``,
-        ``late_tokens`` came later after the ones before them than their requests' objectives say.
+        """A decode step took ``step_s``, and brought ``tokens``, ``late_tokens`` of them too late (``got_tokens``);
+        ``lateness_s`` is None where it began before it had to.
         """
         self._one(table.STEP).inc(step_s)
         if lateness_s is not None:
             self._one(table.STEP_LATENESS).observe(lateness_s)
+        self.got_tokens(tokens, late_tokens)
+
+    def got_tokens(self, tokens: int, late_tokens: int) -> None:
+        """Streams have got ``tokens``; ``late_tokens`` of them came later after the ones before them than the
+        objectives of their requests say.
+        """
         self._one(table.TBT_MET).inc(tokens - late_tokens)
         self._one(table.TBT_MISSED).inc(late_tokens)
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
+from sglang.srt.runtime_context import get_exec
 
 from sgl_flowprefill import paths
 from sgl_flowprefill.config import FlowPrefillConfig
@@ -92,6 +93,9 @@ def current_setting(scheduler: Any) -> Setting:
         attn_dp_size=scheduler.tp_size if scheduler.attn_dp_enabled else 1,
         adapters=bool(scheduler.enable_lora),
         draft="" if draft is None else _name(draft.model_config),
+        quantization=runner.model_config.quantization or "none",
+        kv_cache_dtype=str(runner.kv_cache_dtype_str),
+        moe_runner_backend=str(get_exec().moe.moe_runner_backend),
     )
 
 

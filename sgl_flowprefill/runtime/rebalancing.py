@@ -16,8 +16,8 @@ from sglang.srt.eplb.expert_distribution import get_global_expert_distribution_r
 from sgl_flowprefill.contract import require
 
 
-class NoRebalancing:
-    """Experts stay where they are."""
+class Rebalancing:
+    """What a role asks of the rebalancing of experts. They stay where they are."""
 
     @property
     def is_due(self) -> bool:
@@ -29,7 +29,7 @@ class NoRebalancing:
 
 
 @dataclass(eq=False)
-class Rebalancing(NoRebalancing):
+class EPLB(Rebalancing):
     """SGLang's."""
 
     manager: Any
@@ -55,12 +55,12 @@ class Rebalancing(NoRebalancing):
                 pass
 
 
-def rebalancing(scheduler: Any) -> NoRebalancing:
+def rebalancing(scheduler: Any) -> Rebalancing:
     """The rebalancing of SGLang's ``scheduler``, if it is on. Raises SystemExit with one line where it is not as
     expected.
     """
     manager = scheduler.tp_worker.model_runner.eplb_manager
     if manager is None:
-        return NoRebalancing()
+        return Rebalancing()
     require("rebalancing")
-    return Rebalancing(manager)
+    return EPLB(manager)

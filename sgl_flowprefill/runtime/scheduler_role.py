@@ -26,11 +26,11 @@ from sgl_flowprefill.hub.waiting import BLOCK_TOKENS, WaitingRequest
 from sgl_flowprefill.hub.work import Work, all_tokens
 from sgl_flowprefill.live.state import State
 from sgl_flowprefill.policy import ColocatedPolicy, Policy
-from sgl_flowprefill.runtime.adapters import Adapters, NoAdapters, adapters
+from sgl_flowprefill.runtime.adapters import Adapters, adapters
 from sgl_flowprefill.runtime.event_recorder import EventRecorder
 from sgl_flowprefill.runtime.host_cache import HostCache, host_cache
-from sgl_flowprefill.runtime.rebalancing import NoRebalancing, rebalancing
-from sgl_flowprefill.runtime.storage import READ_S, NoReads, storage_reads
+from sgl_flowprefill.runtime.rebalancing import Rebalancing, rebalancing
+from sgl_flowprefill.runtime.storage import READ_S, Reads, storage_reads
 from sgl_flowprefill.runtime.wakeup import Wakeup
 from sgl_flowprefill.slo.resolve import Resolver
 from sgl_flowprefill.ttft import PrefillShape
@@ -81,11 +81,11 @@ class SchedulerRole(ABC):
     """Prompts of the last tasks: prefixes that are probably cached."""
     host_cache: HostCache = field(init=False)
     """Prefixes that the device had no room for."""
-    reads: NoReads = field(init=False)
+    reads: Reads = field(init=False)
     """Prefixes that are read from storage."""
-    adapters: Adapters = field(default_factory=NoAdapters, init=False)
+    adapters: Adapters = field(default_factory=Adapters, init=False)
     """What requests ask for beside the base model."""
-    rebalancing: NoRebalancing = field(default_factory=NoRebalancing, init=False)
+    rebalancing: Rebalancing = field(default_factory=Rebalancing, init=False)
     """Experts that move between ranks."""
     _looks_again: bool = field(default=False, init=False)
     """Whether, since the last look, no batch was made for a reason that is none for others: the first request has to

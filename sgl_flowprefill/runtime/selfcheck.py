@@ -106,6 +106,26 @@ class Tasks(SchedulerEngine):
         """Run ``task`` until it is done or interrupted."""
         self.hub.executor.run(task, self.hub.forward)
 
+    def run_nested(
+        self, prompts: Sequence[list[int]], rng: random.Random, probability: float
+    ) -> tuple[list[PrefillTask], int, int]:
+        """The tasks of prompts that are suspended inside one another, at any interruption point with ``probability``,
+        when all are done; how often, and how many were live at a time at most.
+        """
+        suspensions = depth = 0
+        with self.interrupted_by(lambda: rng.random() < probability):
+            started = [self.start(prompt) for prompt in prompts]
+            live = list(started)
+            while live:
+                task = rng.choice(live)
+                self.resume(task)
+                depth = max(depth, sum(one.has_run and not one.done for one in started))
+                if task.done:
+                    live.remove(task)
+                else:
+                    suspensions += 1
+        return started, suspensions, depth
+
     def finish(self, task: PrefillTask) -> int:
         """First token of a task that is done."""
         scheduler = self.scheduler
@@ -234,18 +254,8 @@ def check_tokens(tasks: Tasks) -> Finding:
             task = tasks.start(prompt)
             tasks.resume(task)
             alone.append(tasks.finish(task))
-    suspensions = 0
-    with tasks.interrupted_by(lambda: rng.random() < SUSPEND_PROBABILITY):
-        live = [tasks.start(prompt) for prompt in prompts]
-        started = list(live)
-        while live:
-            task = rng.choice(live)
-            tasks.resume(task)
-            if task.done:
-                live.remove(task)
-            else:
-                suspensions += 1
-        together = [tasks.finish(task) for task in started]
+    started, suspensions, _ = tasks.run_nested(prompts, rng, SUSPEND_PROBABILITY)
+    together = [tasks.finish(task) for task in started]
     same = sum(a == b for a, b in zip(alone, together, strict=True))
     return Finding(
         "tokens under preemption",

@@ -59,8 +59,6 @@ UNUSED_PRIORITIES: Final = (
     "FlowPrefill: --enable-priority-scheduling does not change the order of prefills while "
     "neither --flowprefill-slo-policy nor --flowprefill-priority-ttft-slo says which objectives priorities stand for"
 )
-
-
 NO_SHEDDING: Final = (
     "sgl-flowprefill: --flowprefill-overload shed and --flowprefill-max-queued-tokens are for servers that prefill and "
     "decode (--unified): the clients of this prefill server are answered by a decode server, which would say 500; "

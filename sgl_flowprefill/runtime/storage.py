@@ -22,8 +22,8 @@ READ_S: Final = "flowprefill_read_s"
 """Attribute of SGLang's Req: when the hub noticed that it has not to wait for storage any longer."""
 
 
-class NoReads:
-    """A server without a hierarchical cache, and so without storage."""
+class Reads:
+    """What a role asks of the reads from storage. There are none, as on a server without a hierarchical cache."""
 
     @property
     def awaited(self) -> Collection[Any]:
@@ -56,7 +56,7 @@ class NoReads:
 
 
 @dataclass(eq=False)
-class StorageReads(NoReads):
+class StorageReads(Reads):
     """SGLang's, behind its hierarchical cache."""
 
     scheduler: Any
@@ -183,6 +183,6 @@ class Waking:
         self.wake()
 
 
-def storage_reads(scheduler: Any, wake: Callable[[], None]) -> NoReads:
+def storage_reads(scheduler: Any, wake: Callable[[], None]) -> Reads:
     """What is read from the storage of SGLang's ``scheduler``, if it may have one."""
-    return StorageReads(scheduler, wake) if scheduler.enable_hierarchical_cache else NoReads()
+    return StorageReads(scheduler, wake) if scheduler.enable_hierarchical_cache else Reads()

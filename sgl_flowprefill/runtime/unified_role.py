@@ -31,7 +31,7 @@ from sgl_flowprefill.hub.waiting import WaitingRequest
 from sgl_flowprefill.patches.overload import RETRY_AFTER
 from sgl_flowprefill.policy import ColocatedPolicy, DecodeLimits, Policy, Stream
 from sgl_flowprefill.profiling.steps import LearnedSteps
-from sgl_flowprefill.runtime.adapters import Adapters, NoAdapters
+from sgl_flowprefill.runtime.adapters import LoRA
 from sgl_flowprefill.runtime.memory import steps_run_again
 from sgl_flowprefill.runtime.scheduler_role import (
     SchedulerRole,
@@ -42,8 +42,10 @@ from sgl_flowprefill.runtime.scheduler_role import (
 )
 from sgl_flowprefill.runtime.step_profile import load_or_measure_steps
 
-HAS_RUN: Final = "flowprefill_has_run"
+GIVEN_BACK: Final = "flowprefill_given_back"
 """Attribute of SGLang's Req: a prefill of it has begun, and was given back."""
+LAST_TOKEN_S: Final = "flowprefill_last_token_s"
+"""Attribute of SGLang's Req: when the last token came before it lost its KV cache as a stream."""
 SHED: Final = "The server is overloaded: {why}. Try again after {retry_after_s} s."
 
 
@@ -118,12 +120,12 @@ class UnifiedRole(SchedulerRole):
         self.not_told = list(self.may_start(self.not_told))
         if stalls_due:
             self.recorder.close_lost(self.held())
-        if not isinstance(self.adapters, NoAdapters):
+        if isinstance(self.adapters, LoRA):
             self._keep_out(self.adapters)
         has_freed, self._has_freed = self._has_freed, False
         return has_freed
 
-    def _keep_out(self, adapters: Adapters) -> None:
+    def _keep_out(self, adapters: LoRA) -> None:
         """Streams may hold slots for long: requests that need one of these must not stand in the way of others."""
         held = {req.lora_id for req in self.streams}
         if held == self._held_adapters and not self.not_told and not self.kept_out:
@@ -159,7 +161,7 @@ class UnifiedRole(SchedulerRole):
             logprob_rows=input_logprobs(req),
             retracted=is_retracted,
             objective=promised,
-            has_run=getattr(req, HAS_RUN, False),
+            was_given_back=getattr(req, GIVEN_BACK, False),
         )
 
     def waiting(self) -> Collection[Any]:
@@ -185,17 +187,29 @@ class UnifiedRole(SchedulerRole):
         scheduler._prev_prefill_end_ts = None
         SchedulerRole.finish(self, task)
         batch.hicache_consumer_index = -1  # its load is over, and its decode steps would wait for those of others
+        now_s = time.monotonic()
+        self.note_gaps(
+            [
+                now_s - getattr(req, LAST_TOKEN_S) > objective(req, self.resolver).tbt_s
+                for req in batch.reqs
+                if hasattr(req, LAST_TOKEN_S)
+            ]
+        )
         members = len(batch.reqs)
         batch.filter_batch()
         if len(batch.reqs) < members:
             self._freed()
         if batch.is_empty():
             return []
-        now_s = time.monotonic()
         self.joining.append(batch)
         joined = {req: Stream(objective(req, self.resolver).tbt_s, req.seqlen, now_s) for req in batch.reqs}
         self.streams |= joined
         return list(joined.values())
+
+    def note_gaps(self, late: Sequence[bool]) -> None:
+        """Streams that were retracted have got their next tokens; whether each was ``late`` by its objective."""
+        if late:
+            self.recorder.got_tokens(len(late), sum(late))
 
     def tell_policy(self, joined: Sequence[Stream] = (), left: Sequence[Stream] = ()) -> None:
         """Streams have joined, or left outside a step."""
@@ -330,7 +344,7 @@ class UnifiedRole(SchedulerRole):
                 scheduler.waiting_queue.append(req)
                 req.time_stats.set_wait_queue_entry_time()
                 self.held_back.append(req)
-                setattr(req, HAS_RUN, True)
+                setattr(req, GIVEN_BACK, True)
         self.given_back += 1
 
     def shed(self, reasons: Mapping[Any, str], retry_after_s: int) -> None:
@@ -353,7 +367,9 @@ class UnifiedRole(SchedulerRole):
         """``req`` has come, or comes back: it was retracted."""
         if req in self.streams:
             self.retractions += 1
-            self.note_retracted(self.streams.pop(req))
+            stream = self.streams.pop(req)
+            setattr(req, LAST_TOKEN_S, self.policy.streams.last_token_s(stream))
+            self.note_retracted(stream)
         if not req.is_retracted:
             super().note_arrival(req)
 

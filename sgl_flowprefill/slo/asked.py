@@ -11,6 +11,7 @@ from sgl_flowprefill.slo.objective import (
     SLO_KEY,
     TBT_KEY,
     SloError,
+    check_object,
     class_name,
     is_sheddable,
     objective_s,
@@ -27,6 +28,7 @@ SMG_HEADER: Final = "X-SMG-Priority"
 
 def body_ask(custom_params: Any) -> Ask:
     """What SGLang's ``custom_params`` ask for. Raises SloError for what is not valid."""
+    check_object(custom_params)
     return Ask(
         "body",
         objective_s(SLO_KEY, custom_params),

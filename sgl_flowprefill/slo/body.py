@@ -12,6 +12,7 @@ from sgl_flowprefill.slo.objective import (
     SLO_KEY,
     TBT_KEY,
     SloError,
+    check_object,
     class_name,
     is_sheddable,
     objective_s,
@@ -98,6 +99,8 @@ def body_error(body: Any) -> str | None:
             for read in READ.values():
                 read(custom_params)
         with_objective(body.get(SAMPLING_PARAMS), body.get(CUSTOM_PARAMS))
+        for custom_params in all_custom_params(body):
+            check_object(custom_params)
     except SloError as error:
         return str(error)
     return None

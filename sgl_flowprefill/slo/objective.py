@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ WEIGHT_KEY: Final = "slo_weight"
 EXAMPLES: Final = {SLO_KEY: 0.5, TBT_KEY: 0.1}
 LONGEST_SLO_S: Final = 1e9
 """Thirty years; a number beyond is a mistake, and an integer of more than 64 bits cannot travel to the scheduler."""
+MOST_WEIGHT: Final = 1e6
+"""The largest that a class of the policy may have."""
 ECHOED_CHARACTERS: Final = 60
 """How much of an invalid value its refusal repeats."""
 CLASS_NAME: Final = re.compile(r"[A-Za-z0-9_.-]{1,64}")
@@ -49,19 +52,19 @@ class Objective:
 
     @classmethod
     def resolved(cls, custom_params: Any) -> Self | None:
-        """The objective that ``to_custom_params`` wrote; None for a request that nobody has resolved."""
+        """The objective that ``to_custom_params`` wrote; None for what it cannot have written."""
         if not isinstance(custom_params, Mapping) or SOURCE_KEY not in custom_params:
             return None
         try:
             return cls(
-                float(custom_params[SLO_KEY]),
-                float(custom_params[TBT_KEY]),
+                _positive(custom_params[SLO_KEY]),
+                _positive(custom_params[TBT_KEY]),
                 str(custom_params[CLASS_KEY]),
                 str(custom_params[SOURCE_KEY]),
-                float(custom_params[WEIGHT_KEY]),
+                _positive(custom_params[WEIGHT_KEY], MOST_WEIGHT),
                 bool(custom_params[SHEDDABLE_KEY]),
             )
-        except (KeyError, TypeError, ValueError):  # a client's own, of a request that came past the HTTP process
+        except (KeyError, ValueError):  # a client's own, of a request that came past the HTTP process
             return None
 
     def to_custom_params(self) -> dict[str, float | str | bool]:
@@ -74,6 +77,15 @@ class Objective:
             WEIGHT_KEY: self.weight,
             SHEDDABLE_KEY: self.sheddable,
         }
+
+
+def check_object(custom_params: Any) -> None:
+    """Raises SloError for ``custom_params`` that are no object, in which nothing can be named; SGLang has no others."""
+    if custom_params is not None and not isinstance(custom_params, Mapping):
+        raise SloError(
+            f"custom_params must be an object, got {shortened(custom_params)}; for example "
+            f'{{"custom_params": {{"{SLO_KEY}": {EXAMPLES[SLO_KEY]}}}}}.'
+        )
 
 
 def objective_s(key: str, custom_params: Any) -> float | None:
@@ -114,6 +126,13 @@ def is_sheddable(custom_params: Any) -> bool | None:
 def is_objective(value: Any) -> bool:
     """Whether ``value`` can be an objective in seconds."""
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= LONGEST_SLO_S
+
+
+def _positive(value: Any, most: float = math.inf) -> float:
+    """``value``, if it is a number above 0 and at ``most`` that; raises ValueError otherwise."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= most:
+        raise ValueError(f"{shortened(value)} is not above 0 and at most {most}")
+    return float(value)
 
 
 def named(key: str, custom_params: Any) -> Any:

@@ -10,7 +10,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
-from sgl_flowprefill.slo.objective import CLASS_NAME, DEFAULT, LONGEST_SLO_S, shortened
+from sgl_flowprefill.slo.objective import CLASS_NAME, DEFAULT, LONGEST_SLO_S, MOST_WEIGHT, shortened
 from sgl_flowprefill.slo.priorities import is_order, place
 
 Seconds = Annotated[float, Field(gt=0, le=LONGEST_SLO_S)]
@@ -35,7 +35,7 @@ class SloClass(BaseModel):
         default=0.0, description="with `base_s`: seconds for every 1,000 tokens of the prompt"
     )
     tbt_s: Seconds | None = Field(default=None, description="objective (s) for the time between two tokens")
-    weight: Annotated[float, Field(gt=0, le=1e6)] = Field(
+    weight: Annotated[float, Field(gt=0, le=MOST_WEIGHT)] = Field(
         default=1.0, description="how much a request counts beside those of other classes"
     )
     sheddable: bool = Field(default=False, description="whether a request may be refused when the server is overloaded")

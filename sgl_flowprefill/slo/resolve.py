@@ -2,7 +2,8 @@
 
 What asks for something is an ``Ask``, and a request has a list of them: its body, its headers, its priority, its
 service tier, the policy file, the default. Each of the TTFT objective, the TBT objective and the class comes from the
-first that has it; one that names a class has the class's objectives, too, behind those that it names itself.
+first that has it; one that names a class has the class's objectives, too, behind those that it names itself. A request
+may be refused where its class or any of them says so.
 """
 
 from __future__ import annotations
@@ -105,7 +106,7 @@ class Resolver:
             ttft_s, source = self._bounded(ttft_s, source, terms, bounded_by, request, now_s)
         if of_tbt.tbt_s is not None and of_tbt in request.asks:
             tbt_s = max(tbt_s, self._class(bounded_by).min_tbt_s or 0.0)
-        sheddable = next((ask.sheddable for ask in asks if ask.sheddable is not None), terms.sheddable)
+        sheddable = terms.sheddable or any(ask.sheddable for ask in asks)
         return Objective(ttft_s, tbt_s, slo_class, source, terms.weight, sheddable)
 
     def _further(self, request: Request) -> Iterator[Ask]:

@@ -61,7 +61,7 @@ def test_requests_that_come_at_random_to_both_ranks_get_the_answers_and_kv_of_tr
     assert both
 
 
-@pytest.mark.parametrize("times", [2, pytest.param(4, marks=pytest.mark.stress)])
+@pytest.mark.parametrize("times", [1, pytest.param(4, marks=pytest.mark.stress)])
 def test_clients_that_leave_are_dropped_by_their_rank_and_nothing_stays_behind(
     ranks: DataParallelRanks, comparison: Comparison, times: int
 ) -> None:
@@ -78,7 +78,7 @@ def test_clients_that_leave_are_dropped_by_their_rank_and_nothing_stays_behind(
                 kept[name] = tokens
     ranks.finish(list(kept))
     ranks.compare(comparison, kept)
-    assert comparison.counts["answers"] == len(kept)
+    assert comparison.counts["answers"] == len(kept) < times * len(PROMPTS)
     ranks.assert_nothing_is_held(30.0)
 
 

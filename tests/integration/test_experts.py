@@ -37,7 +37,8 @@ from tests.experts import (
     watch,
 )
 from tests.prompts import population, prompt
-from tests.ranks import Chaos, Ranks, notes_at
+from tests.rank_notes import notes_at
+from tests.ranks import Chaos, Ranks
 from tests.remote import Remote
 from tests.unified_asks import Ask
 from tests.unified_rounds import play
@@ -219,7 +220,7 @@ def test_prefills_and_the_decode_steps_inside_them_are_counted_apart_and_as_by_s
     print(compared, seen)
     assert seen["suspensions"] >= 30
     assert seen["steps inside prefills"] >= 30
-    assert compared["passes"] == compared["reported"] >= 60
+    assert compared["passes"] == compared["reported"] >= 50
     with closing(Remote(CountingStock, folder, "stat")) as stock:
         expected_answers, expected_counts, compared_of_stock = stock.call(count_one_by_one, ASKS)
     print(compared_of_stock)
@@ -440,10 +441,16 @@ def take_out(engine: CountingPrefill) -> None:
     dump(engine)
 
 
+def play_until_caught(prefill: Remote) -> None:
+    """Rounds, two by two: how soon a prefill that has started is given up is chance."""
+    for first in range(500, 520, 2):
+        prefill.call(play_rounds, 2, first)
+
+
 @pytest.mark.parametrize("defect", [counts_are_not_saved, prefills_that_are_given_up_are_counted])
 def test_a_defect_is_caught(prefill: Remote, defect: Callable[[CountingPrefill], Any]) -> None:
     prefill.call(plant, defect)
     with pytest.raises(AssertionError, match=r"not as transformers routes it|passes are counted") as caught:
-        prefill.call(play_rounds, 4, 500)
+        play_until_caught(prefill)
     print(str(caught.value)[:300])
     prefill.call(take_out)

@@ -11,14 +11,15 @@ from typing import Any
 
 import pytest
 
+from sgl_flowprefill.model.embedded import VOCAB_SIZE
 from tests.engine import PrefillEngine
-from tests.exploring import explore, explorer_of, held
+from tests.exploring import ShortPrompts, explore, explorer_of, held
 from tests.late_device import LateDevice
 from tests.prompts import prompt
 from tests.reference import Comparison
 from tests.unit.test_ttft_learning import FITTED, PROFILE, LearnsAtOnce
 
-LONG = prompt(801, 1400)
+LONG = prompt(801, 900)
 
 
 @pytest.fixture
@@ -35,15 +36,15 @@ def test_shapes_are_measured_and_nothing_is_left_of_them(cached: PrefillEngine, 
     ttft = LearnsAtOnce(False, FITTED, PROFILE)
     explorer = explorer_of(cached, ttft)
     before, rows = held(cached), len(ttft.journal.reservoir)
-    for _ in range(25):
+    for _ in range(12):
         assert explore(cached, explorer)
         assert held(cached) == before
     state = explorer.state()
     print(f"\n{state}")
-    assert (state["explored"], state["given_up"]) == (25, 0)
+    assert (state["explored"], state["given_up"]) == (12, 0)
     # The made-up profile is another machine's: what is far from it is believed when it has come again.
     assert len(ttft.journal.reservoir) - rows == ttft.journal.explored_rows
-    assert ttft.journal.explored_rows + ttft.journal.refused == 25
+    assert ttft.journal.explored_rows + ttft.journal.refused == 12
     assert set(cached.answers) == {"before"}, "nobody was answered"
 
     cached.submit("again", LONG, logprobs=True)
@@ -67,7 +68,10 @@ def test_shapes_with_a_cached_prefix_are_explored_where_one_is_cached(cached: Pr
     explorer.engine.make_batch = noted  # type: ignore[method-assign]
     for _ in range(40):
         explore(cached, explorer)
-    assert any(asked.cached_tokens for _, asked in seen)
+        if sum(asked.cached_tokens > 0 for _, asked in seen) >= 5:
+            break
+    print(f"\n{len(seen)} requests")
+    assert sum(asked.cached_tokens > 0 for _, asked in seen) >= 5
     for found, asked in seen:
         # A random token may happen to go on as a cached prompt does.
         assert abs(found.cached_tokens - asked.cached_tokens) <= 2
@@ -79,8 +83,26 @@ def test_shapes_with_a_cached_prefix_are_explored_where_one_is_cached(cached: Pr
     assert not any(asked.cached_tokens for _, asked in seen), "made with a prefix that is gone"
 
 
+def test_a_prefix_ends_where_an_image_begins(cached: PrefillEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SGLang has ids there that are no tokens. Here that is said of the last token, which the engine can compute."""
+    image = VOCAB_SIZE - 1
+    text = [token for token in prompt(802, 700) if token != image][:600]
+    recent = cached.hub.role.recent_prompts
+    recent.clear()
+    cached.submit("image", [*text, *[image] * 64, *text])
+    cached.run()
+    assert [len(tokens) for tokens in recent] == [1264]
+    monkeypatch.setattr(cached.scheduler.model_config, "vocab_size", image)
+    engine = ShortPrompts(cached.hub.role)
+    assert engine.find_prefix() == 599, "all of the text but the token that SGLang always computes"
+    assert engine.cached_prompt == text[:-1]
+    recent.clear()
+    recent.append([image] * 64)
+    assert engine.find_prefix() == 0
+
+
 @pytest.mark.parametrize("late", [False, True])
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", [0, 1, 2, *(pytest.param(seed, marks=pytest.mark.stress) for seed in (3, 4, 5))])
 def test_an_arrival_ends_it_at_the_next_interruption_point(
     cached: PrefillEngine, comparison: Comparison, seed: int, late: bool
 ) -> None:

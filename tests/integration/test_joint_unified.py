@@ -90,7 +90,7 @@ def test_clients_that_leave_are_dropped_by_their_rank_and_nothing_stays_behind(
                 kept[name] = ask
     ranks.finish(list(kept))
     ranks.compare_answers(comparison, kept)
-    assert comparison.counts["answers"] == len(kept)
+    assert comparison.counts["answers"] == len(kept) < times * len(ASKED)
     ranks.assert_nothing_is_held(60.0)
 
 

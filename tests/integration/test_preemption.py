@@ -105,15 +105,16 @@ def test_batches_are_preempted_like_single_requests(engine: PrefillEngine, round
 def test_rounds_of_random_suspensions_and_aborts_change_no_answer_and_no_kv(
     engine: PrefillEngine, rounds: Rounds
 ) -> None:
-    rounds.run(12)
-    assert rounds.seen["suspensions"] >= 300
-    assert rounds.seen["batches of several"] >= 5
-    assert rounds.seen["answers with a cached prefix"] >= 10
-    assert rounds.comparison.counts["aborts"] >= 8
-    assert rounds.comparison.counts["KV caches"] == rounds.comparison.counts["answers"] >= 60
+    rounds.run(8)
+    print(rounds)
+    assert rounds.seen["suspensions"] >= 200
+    assert rounds.seen["batches of several"] >= 4
+    assert rounds.seen["answers with a cached prefix"] >= 7
+    assert rounds.comparison.counts["aborts"] >= 5
+    assert rounds.comparison.counts["KV caches"] == rounds.comparison.counts["answers"] >= 40
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     seed=st.integers(0, 10_000),
     asked=st.lists(st.integers(0, len(PROMPTS) - 1), min_size=1, max_size=6),
@@ -195,7 +196,7 @@ def test_the_policy_sees_all_requests_however_many_and_the_urgent_one_that_comes
     engine: PrefillEngine, rounds: Rounds
 ) -> None:
     scheduler = engine.scheduler
-    count = 5000
+    count = 4200
     assert count > 4096 > 2 * scheduler.max_running_requests
     for i in range(count):
         engine.submit(f"w{i}", prompt(i, 8), ttft_slo_s=1000.0)
@@ -284,9 +285,9 @@ def test_other_weights_do_not_meet_a_prefill_that_has_started(
 
 def test_more_kv_than_there_is_waits_for_tasks_that_hold_it(engine: PrefillEngine, rounds: Rounds) -> None:
     allocator = engine.scheduler.token_to_kv_pool_allocator
-    taken = allocator.alloc(allocator.available_size() - 7000)
+    taken = allocator.alloc(allocator.available_size() - 3500)
     engine.scheduler.hub.work.policy.limits = Limits(max_suspended=100, max_batch_tokens=1)
-    prompts = {f"k{i}": prompt(i, 700) for i in range(14)}
+    prompts = {f"k{i}": prompt(i, 700) for i in range(8)}
     rounds.ask(random.Random(4), prompts, with_inputs=set(), dropped=set(), switch_probability=0.5, at_once=True)
     rounds.comparison.assert_same()
     assert rounds.comparison.counts["answers"] == len(prompts)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -86,6 +87,24 @@ def test_it_has_operator_times_that_fit_into_the_whole(profile: Path) -> None:
         assert row.attention_s is not None
         assert row.mlp_s is not None
         assert 0 < row.attention_s + row.mlp_s < row.time_s
+
+
+def test_other_kernels_have_a_profile_of_their_own(engine: PrefillEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    from sgl_flowprefill.runtime.profile import current_setting, profile_path
+
+    runner = engine.scheduler.tp_worker.model_runner
+    settings = [current_setting(engine.scheduler)]
+    monkeypatch.setattr(runner.model_config, "quantization", "fp8")
+    settings.append(current_setting(engine.scheduler))
+    monkeypatch.setattr(runner, "kv_cache_dtype_str", "fp8_e4m3")
+    settings.append(current_setting(engine.scheduler))
+    options = SimpleNamespace(moe=SimpleNamespace(moe_runner_backend="triton"))
+    monkeypatch.setattr("sgl_flowprefill.runtime.profile.get_exec", lambda: options)
+    settings.append(current_setting(engine.scheduler))
+    assert settings[-1].difference(settings[0]) == (
+        "quantization fp8, not none, kv_cache_dtype fp8_e4m3, not auto, moe_runner_backend triton, not auto"
+    )
+    assert len(set(map(profile_path, settings))) == 4
 
 
 def test_it_is_reported_on(profile: Path) -> None:

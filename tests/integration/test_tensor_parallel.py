@@ -14,7 +14,8 @@ from sgl_flowprefill.model import embedded_model_path
 from tests.engine import generate_request
 from tests.integration.conftest import PROMPTS, SHARED, TWO_HEADS
 from tests.prompts import prompt
-from tests.ranks import ALONE, OFFER_TASKS, Chaos, Ranks, note_matches, offer_models
+from tests.rank_notes import ALONE, OFFER_TASKS, note_matches, offer_models
+from tests.ranks import Chaos, Ranks
 from tests.reference import Comparison, Reference
 
 

@@ -168,11 +168,17 @@ def test_a_cluster_ends_when_a_scheduler_dies_and_leaves_nothing(ending_cluster,
     victim = next(process for process in started.processes if process.name() == "sglang::scheduler")
     victim.kill()
     assert still_alive([victim], within_s=20) == []
-    with pytest.raises(ClusterError, match=f"process {victim.pid} of the prefill server has ended") as ended:
+    with pytest.raises(ClusterError, match="the prefill server has ended") as ended:
         ending_cluster.wait()
-    assert "The last lines of " in str(ended.value)
+    assert_it_names(victim, str(ended.value))
     one_cluster.close()
     started.assert_nothing_is_left()
+
+
+def assert_it_names(victim, text):
+    """``text`` names the process that has ended first: itself, or in SGLang's last lines, where SGLang was faster."""
+    assert "The last lines of " in text
+    assert f"process {victim.pid} of the " in text or f"(pid={victim.pid}) crashed" in text
 
 
 @pytest.mark.stress
@@ -189,8 +195,7 @@ def test_launch_prints_a_curl_line_that_works_keeps_its_key_and_ends_when_a_serv
     victim = next(process for process in started.processes if process.name() == "sglang::scheduler")
     victim.kill()
     assert launcher.process.wait(20) == 1
-    assert f"process {victim.pid} of the " in launcher.text()
-    assert "The last lines of " in launcher.text()
+    assert_it_names(victim, launcher.text())
     assert_no_output_shows_the_key(launcher, "decode", "gateway", "prefill")
     started.assert_nothing_is_left(memory)
 

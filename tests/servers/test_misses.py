@@ -17,8 +17,9 @@ from sgl_flowprefill.cluster import Cluster
 from sgl_flowprefill.cluster.top_command import documents
 from sgl_flowprefill.events import Complete, read_events
 from sgl_flowprefill.live import TIMELINE
-from sgl_flowprefill.metrics.table import ABORTED, TTFT_MET, TTFT_MISSED
+from sgl_flowprefill.metrics.table import ABORTED, INVALID, TTFT_MET, TTFT_MISSED
 from sgl_flowprefill.outcomes import Outcomes
+from tests.faults import PARAMETER
 from tests.prompts import prompt
 from tests.servers.conftest import OneCluster
 from tests.trace_processor import trace_processor
@@ -34,9 +35,13 @@ CLASSES: Final = ("default", "interactive", "batch")
 MET: Final = "met"
 ABORTED_BEFORE: Final = "aborted"
 """Of a request that was aborted before it was due, which is no miss."""
+NOT_VALID: Final = "invalid"
+"""Of a request that was refused for its client's mistake, which is no miss either."""
+NO_MISSES: Final = (MET, ABORTED_BEFORE, NOT_VALID)
 LABELS: Final = {
     "aborted": ABORTED_BEFORE,
     "failed": "failed",
+    "invalid": NOT_VALID,
     "objective shorter than its prefill": "objective",
     "late on arrival": "late_on_arrival",
     "decode place": "decode_place",
@@ -45,8 +50,10 @@ LABELS: Final = {
     "overload": "overload",
 }
 """What metrics call a cause."""
-CAUSED: Final = {MET, ABORTED_BEFORE, "failed", "objective", "overload"}
+CAUSED: Final = {MET, ABORTED_BEFORE, NOT_VALID, "failed", "objective", "overload"}
 """What becomes of requests of the run on any machine."""
+UNCAUSED: Final = {TTFT_MET.series: MET, ABORTED.series: ABORTED_BEFORE, INVALID.series: NOT_VALID}
+"""Metrics that are of one thing that can become of a request."""
 LEAST_COMPARED: Final = 100
 
 
@@ -61,7 +68,7 @@ class Told(NamedTuple):
     def of_class(self, slo_class: str) -> tuple[int, int]:
         """Requests that met their objective, and those that missed it."""
         judged = {became: count for (of, became), count in self.counts.items() if of == slo_class}
-        return judged.get(MET, 0), sum(count for became, count in judged.items() if became not in (MET, ABORTED_BEFORE))
+        return judged.get(MET, 0), sum(count for became, count in judged.items() if became not in NO_MISSES)
 
 
 class Run(NamedTuple):
@@ -105,6 +112,8 @@ def miss_objectives(url: str) -> set[str]:
             submit(f"hopeless-{i}", SHORT_TOKENS, HOPELESS_S)
             submit(f"ample-{i}", SHORT_TOKENS, AMPLE_S, "interactive")
         submit("refused", SHORT_TOKENS, AMPLE_S, "batch", regex=NO_GRAMMAR)
+        broken = {"slo_class": "default", "ttft_slo": AMPLE_S, PARAMETER: "error"}
+        submit("broken", LONG_TOKENS, AMPLE_S, custom_params=broken)
         submit("given-up", 2 * LONG_TOKENS, AMPLE_S, "batch")
         while not answers["given-up"].done():
             requests.post(f"{url}/abort_request", json={"rid": "given-up"}, timeout=TIMEOUT_S)
@@ -116,14 +125,14 @@ def by_metrics(run: Run) -> Told:
     counts: Counter[tuple[str, str]] = Counter()
     text = requests.get(f"{run.server.url}/metrics", timeout=TIMEOUT_S).text
     for sample in (sample for family in text_string_to_metric_families(text) for sample in family.samples):
-        if sample.name in (TTFT_MET.series, TTFT_MISSED.series, ABORTED.series):
-            became = {TTFT_MET.series: MET, ABORTED.series: ABORTED_BEFORE}.get(sample.name) or sample.labels["cause"]
+        if sample.name in (TTFT_MISSED.series, *UNCAUSED):
+            became = UNCAUSED.get(sample.name) or sample.labels["cause"]
             counts[sample.labels["slo_class"], became] += int(sample.value)
     return Told(+counts, {})
 
 
 def by_page(run: Run) -> Told:
-    """It has no requests that were aborted before they were due."""
+    """It has requests that met their objectives or missed them, and no others."""
     [server] = next(documents(run.server.url, None)).servers
     counts = Counter((miss.slo_class, LABELS[miss.cause]) for miss in server.misses)
     for of_class in server.attainment:
@@ -175,7 +184,7 @@ def test_metrics_page_timeline_and_event_log_say_the_same_of_one_run(run: Run) -
     for name, view in views.items():
         for slo_class in CLASSES:
             for became in (MET, *LABELS.values()):
-                if (name, became) != ("page", ABORTED_BEFORE):
+                if name != "page" or became not in (ABORTED_BEFORE, NOT_VALID):
                     cell = slo_class, became
                     assert view.counts[cell] == log.counts[cell], (name, *cell)
                     compared += 1

@@ -4,12 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import json
+from array import array
 from collections.abc import AsyncGenerator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+
+pytest.importorskip("sglang")
+
+from sglang.srt.disaggregation.utils import DisaggregationMode
+from sglang.srt.managers.io_struct import unwrap_from_pickle
+from sglang.srt.managers.schedule_batch import FINISH_LENGTH
+from sglang.srt.managers.schedule_batch import Req as SglangReq
+from sglang.srt.managers.scheduler_components import output_streamer
+from sglang.srt.sampling.sampling_params import SamplingParams
+from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
 from sgl_flowprefill.answers import REPORT_KEY, Report, report, table
 from sgl_flowprefill.events import Abort, Arrival, Complete, Fail, Leave, Ready, Start, Suspend
@@ -114,35 +125,51 @@ def test_requests_without_an_answer_leave_no_report_behind(end: Abort | Fail, ca
     assert len(reports) == 0
 
 
-def test_a_decode_server_says_when_the_first_token_came(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock_s = [100.25]
+def decoding(rid: str, stream: bool, received_s: float) -> Any:
+    """SGLang's request at a decode server, which the HTTP server has received then."""
+    promised = Objective(0.3, 0.1, "chat", "body").to_custom_params()
+    sampling = SamplingParams(max_new_tokens=3, custom_params=promised)
+    sampling.normalize(None)
+    req = SglangReq(rid, "", array("q", [1, 2, 3]), sampling, stream=stream, vocab_size=100)
+    req.time_stats = SimpleNamespace(flowprefill_received_s=received_s)
+    return req
+
+
+@pytest.mark.parametrize(("stream", "messages"), [(True, 3), (False, 1)])
+def test_a_decode_server_says_when_the_first_token_came_to_those_who_stream_and_to_others(
+    stream: bool, messages: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock_s = [100.0]
     monkeypatch.setattr("time.monotonic", lambda: clock_s[0])
+    serving = SimpleNamespace(stream_interval=1, weight_version="default")
+    monkeypatch.setattr(output_streamer, "get_serving", lambda: serving)
+    monkeypatch.setattr(output_streamer, "get_parallel", lambda: SimpleNamespace(dp_rank=None, attn_tp_rank=1))
     nothing: Any = None
+    sent: list[Any] = []
     streamer = DecodeStreamer(
-        send_to_detokenizer=nothing,
+        send_to_detokenizer=SimpleNamespace(send_output=sent.append),
         tree_cache=nothing,
         server_args=nothing,
         is_generation=True,
-        spec_algorithm=nothing,
-        disaggregation_mode=nothing,
+        spec_algorithm=SpeculativeAlgorithm.NONE,
+        disaggregation_mode=DisaggregationMode.DECODE,
         enable_hicache_storage=lambda: False,
     )
     assert streamer.has_additional_customized_info
-    promised = Objective(0.3, 0.1, "chat", "body").to_custom_params()
-    req: Any = Req("a", finished=False)
-    req.output_ids, req.priority = [], None
-    req.time_stats = SimpleNamespace(flowprefill_received_s=100.0)
-    req.sampling_params = SimpleNamespace(custom_params=promised)
-    assert streamer.build_additional_customized_info([req]) == {}
-    req.output_ids = [5]
-    assert streamer.build_additional_customized_info([req]) == {}
-    clock_s[0], req.is_over = 103.0, True
-    [[told]] = streamer.build_additional_customized_info([req])[REPORT_KEY]
+    reqs = [decoding("a", stream, 100.0), decoding("of another way than the HTTP server", stream, 0.0)]
+    for at_s in (100.25, 101.0, 103.0):
+        clock_s[0] = at_s
+        for req in reqs:
+            req.output_ids.append(5)
+            req.finished_reason = FINISH_LENGTH(3) if at_s == 103.0 else None
+        streamer.stream_output(reqs, False)
+    assert len(sent) == messages
+    assert [message.customized_info for message in sent[:-1]] == [None] * (messages - 1)
+    [[told], of_the_other] = unwrap_from_pickle(sent[-1].customized_info)[REPORT_KEY]
     known = {"ttft_slo_s": 0.3, "slo_class": "chat", "slo_source": "body", "met": True, "ttft_s": 0.25}
     assert {name: value for name, value in told.items() if value is not None} == known
     assert told.keys() == set(Report.__struct_fields__)
-    req.time_stats = SimpleNamespace(flowprefill_received_s=0.0)
-    assert streamer.build_additional_customized_info([req]) == {}, "it came another way than by the HTTP server"
+    assert of_the_other == []
 
 
 def manager(meta_info: dict[str, Any], customized_info: dict[str, Any], index: int) -> SimpleNamespace:

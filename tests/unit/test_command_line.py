@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 from typing import get_args
 
 import pytest
@@ -57,7 +59,7 @@ OPTIONS = {
     "--precision --png --unified --judge",
     "uncontended": "--unified --tokens --pairs --per-turn --seed --model-path --out",
     "breakdown": f"--tokens --repeats --seed --out {SERVERS}",
-    "replay": f"--url --api --model --label --timeout --event-log --out {TRACE}",
+    "replay": f"--url --api --model --label --timeout --event-log --out --prompt-seed {TRACE}",
     "validate": f"{SEARCH} --loads {SERVERS}",
     "simulate": "--unified --goodput --plan --speed --policy --cost --layers --trace --rate --time-scale --requests "
     "--seeds --instances --router --attainment --max-suspended --max-batch-tokens --max-starvation-s --max-blocking-ms "
@@ -118,6 +120,9 @@ def test_help_imports_nothing_that_takes_long() -> None:
         (["demo", "--slo", "text=fast"], "--slo text=fast: it has to be CLASS=TTFT[/TBT] in seconds"),
         (["demo", "--systems", "--png"], "--systems: name at least one (default flowprefill sglang)"),
         (["demo", "--requests", "0"], "--requests 0: it has to be a positive number"),
+        (["replay", "--url", "http://x", "--prompt-seed", "-1"], "--prompt-seed -1: it has to be a whole number"),
+        (["demo", "--seed", "-1"], "--seed -1: it has to be at least 0"),
+        (["simulate", "--lookahead", "-1"], "--lookahead -1: it has to be at least 0"),
         (["uncontended", "--per-turn", "1"], "--per-turn 1: it has to be at least 2"),
         (["uncontended", "--tokens", "512", "0"], "--tokens 0: it has to be a positive number"),
     ],
@@ -150,6 +155,35 @@ def test_what_is_not_understood_is_named_and_nothing_runs(
     with pytest.raises(SystemExit, match="2"):
         main(arguments)
     assert named in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("requests", [1, 3], ids=["one request", "all at one time"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("demo", "--trace"),
+        ("demo", "--time-scale", "2", "--trace"),
+        ("goodput", "--workload"),
+        ("validate", "--workload"),
+        ("simulate", "--trace"),
+        ("simulate", "--rate", "5", "--trace"),
+    ],
+    ids=" ".join,
+)
+def test_a_trace_without_a_rate_is_refused_in_one_line_before_servers_start(
+    command: tuple[str, ...],
+    requests: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for module in ("bench.cli.demo", "bench.capacity.prober"):
+        monkeypatch.setattr(f"sgl_flowprefill.{module}.serving", lambda *_, **__: pytest.fail("servers start"))
+    monkeypatch.chdir(tmp_path)
+    row = {"timestamp": 1000, "input_length": 700, "output_length": 5, "hash_ids": [0, 1]}
+    Path("trace.jsonl").write_text(requests * (json.dumps(row) + "\n"))
+    assert main([*command, "trace.jsonl"]) == 2
+    assert capsys.readouterr().err == "error: no request of trace.jsonl arrives after the first, so it has no rate\n"
 
 
 def test_values_checked_in_an_object_are_those_checked_on_the_command_line() -> None:

@@ -277,6 +277,11 @@ def test_a_command_without_flowprefill_and_a_decode_server_stay_as_they_are(
     for command in ("launch.py --unified", "sglang serve m --disaggregation-mode decode --enable-lora"):
         assert cli.main(["doctor", "--explain", command]) == 0
         assert "SGLang's scheduler and all of its options stay as they are." in capsys.readouterr().out
+    workers = "sglang serve m --disaggregation-mode decode --tokenizer-worker-num 4"
+    assert cli.main(["doctor", "--explain", workers]) == 0
+    told = capsys.readouterr().out
+    assert "SGLang's scheduler and all of its options but one stay as they are." in told
+    assert "--tokenizer-worker-num is 1 (was 4): workers load no plugins" in told
 
 
 def test_a_command_that_sglang_does_not_take_ends_with_one_line(capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -15,6 +16,7 @@ from rich.console import Console
 
 from sgl_flowprefill.bench.cli import demo as demo_module
 from sgl_flowprefill.bench.cli.options import Demo, parse
+from sgl_flowprefill.bench.cli.requested import requested_trace
 from sgl_flowprefill.bench.loadgen.calibrate import REFERENCE_TTFT_S
 from sgl_flowprefill.bench.loadgen.replay import ClientReport, ReplayRun, RequestResult
 from sgl_flowprefill.bench.metrics.comparison import Comparison
@@ -175,3 +177,36 @@ def test_a_system_with_an_event_log_gets_a_timeline_beside_the_reports(
 def test_a_trace_that_is_too_short_for_its_parts_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="give a longer --duration"):
         compared(Machine(), arguments(tmp_path, "--requests", "1"))
+
+
+@pytest.fixture
+def nothing_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo_module, "serving", lambda *_, **__: pytest.fail("servers start"))
+
+
+@pytest.mark.parametrize(
+    "option", [("--slo", "text=0.5"), ("--new-tokens-only",), ("--format", "qwen")], ids=lambda option: option[0]
+)
+def test_an_option_of_trace_files_is_refused_for_a_built_in_workload_before_servers_start(
+    option: tuple[str, ...], tmp_path: Path, nothing_starts: None
+) -> None:
+    options = arguments(tmp_path, *option)
+    with pytest.raises(ValueError, match=f"^{option[0]} is for trace files, and qwen-like is a built-in workload"):
+        demo_module.run(options, Console(file=StringIO()))
+    with pytest.raises(ValueError, match=option[0]):
+        requested_trace(options.trace, 1.0)
+
+
+def test_a_trace_that_is_too_short_is_refused_before_servers_start_where_the_time_scale_is_known(
+    tmp_path: Path, nothing_starts: None
+) -> None:
+    options = arguments(tmp_path, "--requests", "1", "--time-scale", "2")
+    with pytest.raises(ValueError, match="no request arrives in part 1 of the trace; give a longer --duration"):
+        demo_module.run(options, Console(file=StringIO()))
+
+
+def test_a_trace_of_which_the_time_scale_leaves_one_request_is_refused(tmp_path: Path) -> None:
+    rows = [{"timestamp": ms, "input_length": 700, "output_length": 5, "hash_ids": [0, 1]} for ms in (0, 50_000)]
+    (tmp_path / "trace.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(ValueError, match="has no rate"):
+        compared(Machine(), arguments(tmp_path, "--trace", str(tmp_path / "trace.jsonl")))

@@ -129,13 +129,13 @@ FLOWPREFILL=1 (sglang serve|python -m sglang.launch_server) --model-path MODEL( 
 docker .*|kubectl .*|openssl .*
     is another project's
 \S+ deploy/bare_machine/build_flashinfer.py kernels --check
-    tests/unit/test_gpu_report.py::test_a_compiled_library_that_loads_and_has_hoppers_instructions_is_kept
+    tests/unit/test_bundle.py::test_a_compiled_library_that_loads_and_has_hoppers_instructions_is_kept
 \S+ deploy/bare_machine/build_flashinfer.py kernels --nvcc .*
     takes more than a test may
 \S+ deploy/bare_machine/bundle.py bundle --kernels kernels
-    tests/unit/test_gpu_report.py::test_this_project_is_packed_whole_with_its_entry_points_and_commit
+    tests/unit/test_bundle.py::test_this_project_is_packed_whole_with_its_entry_points_and_commit
 for piece in .*
-    tests/unit/test_gpu_report.py::test_pieces_are_small_enough_and_each_is_unpacked_by_itself
+    tests/unit/test_bundle.py::test_pieces_are_small_enough_and_each_is_unpacked_by_itself
 \. site/env.sh
     needs a GPU
 """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 import threading
 from collections.abc import Callable, Iterator
@@ -21,11 +22,13 @@ from sgl_flowprefill.bench.capacity.campaign import Campaign, Goal
 from sgl_flowprefill.bench.capacity.prober import Plan, Prober
 from sgl_flowprefill.bench.capacity.probes import ProbeLog
 from sgl_flowprefill.bench.capacity.results import GoodputResult
+from sgl_flowprefill.bench.cli.options import Demo, parse
+from sgl_flowprefill.bench.cli.requested import requested_trace
 from sgl_flowprefill.bench.loadgen import calibrate, decode_rate
 from sgl_flowprefill.bench.loadgen import replay as replay_module
 from sgl_flowprefill.bench.loadgen.calibrate import REFERENCE_TTFT_S
 from sgl_flowprefill.bench.systems import endpoint as endpoint_module
-from sgl_flowprefill.bench.systems.catalog import endpoint
+from sgl_flowprefill.bench.systems.catalog import endpoint, endpoints
 from sgl_flowprefill.bench.systems.endpoint import EndpointError, ForeignEndpoint, connect
 from sgl_flowprefill.bench.systems.serving import Servers, serving
 from sgl_flowprefill.bench.systems.system import System
@@ -157,7 +160,7 @@ def test_isolated_requests_and_decoding_are_measured_through_it(
 ) -> None:
     monkeypatch.setattr(decode_rate, "STREAM_ANSWER_TOKENS", 40)
     server.delay_s = lambda tokens: 1e-5 * tokens
-    server.s_per_answer_token = 0.02
+    server.s_per_answer_token = 0.01
     found = reached(server)
     times_s = found.solo_ttft_s(PROMPTS)
     assert set(times_s) == set(REFERENCE_TTFT_S)
@@ -166,7 +169,7 @@ def test_isolated_requests_and_decoding_are_measured_through_it(
     assert found.decode_tokens_per_s(PROMPTS) > 0
     steps = found.decode_steps(PROMPTS)
     assert {step.requests for step in steps} == {1, 4, 16}
-    assert all(step.time_s >= 0.018 for step in steps), "the server waits 20 ms behind each token"
+    assert all(step.time_s >= 0.009 for step in steps), "the server waits 10 ms behind each token"
     assert found.engine(PROMPTS) is None
 
 
@@ -193,7 +196,7 @@ def test_it_is_at_rest_when_an_isolated_request_is_as_fast_as_at_first(
     server.delay_s = lambda tokens: 0.05
     found = reached(server)
     found.solo_ttft_s(PROMPTS)
-    slow = iter([1.0, 0.8])
+    slow = iter([0.5, 0.4])
     before = len(server.bodies)
     server.delay_s = lambda tokens: next(slow, 0.05)
     found.come_to_rest()
@@ -227,6 +230,31 @@ def test_an_endpoint_that_cannot_be_measured_is_named_with_the_remedy(
     assert server.url in str(error.value)
 
 
+def test_an_endpoint_whose_context_is_too_short_for_a_request_of_the_trace_is_refused_before_it_is_sent(
+    server: OpenAiServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server.model = {"id": "tiny", "max_model_len": 9000}
+    longest = TraceRequest(0.0, 8991, 10, "text", ttft_slo_s=2.0, tbt_slo_s=1.0)
+    found = reached(server)
+    connected = len(server.bodies)
+    with pytest.raises(EndpointError, match="at most 9,000 tokens of tiny, and requests of own have up to 9,001"):
+        found.replay(Trace("own", [longest]), PROMPTS)
+    assert len(server.bodies) == connected
+    (result,) = found.replay(Trace("own", [dataclasses.replace(longest, output_tokens=9)]), PROMPTS).results
+    assert result.completed, "9,000 tokens are as many as it serves"
+
+    server.bodies.clear()
+    asked = ["--trace", "long", "--duration", "20", "--time-scale", "1", "--max-output-tokens", "2"]
+    command = ["demo", "--systems", "", "--endpoint", f"vllm={server.url}", "--out", str(tmp_path), *asked]
+    options = parse(command)
+    assert isinstance(options, Demo)
+    needed = max(request.prompt_tokens for request in requested_trace(options.trace, 1.0).requests) + 2
+    assert needed > 9000
+    assert main(command) == 2
+    assert f"requests of long have up to {needed:,}: start it with a longer context" in capsys.readouterr().err
+    assert {len(body["prompt"]) for body in server.bodies} == {16, *REFERENCE_TTFT_S}, "none is of the trace"
+
+
 def test_an_endpoint_that_is_not_there_is_named_with_the_remedy() -> None:
     with pytest.raises(EndpointError, match=r"127\.0\.0\.1:9/v1/models gives no list.*start the server, or correct"):
         connect(endpoint("vllm=http://127.0.0.1:9/v1"), print)
@@ -251,22 +279,34 @@ def test_the_name_of_a_system_is_refused() -> None:
             endpoint(f"{name}=http://127.0.0.1:1")
 
 
+@pytest.mark.parametrize("command", ["demo", "goodput"])
+def test_two_endpoints_of_one_name_are_refused_before_anything_is_asked_of_them(
+    command: str, server: OpenAiServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["--endpoint", f"vllm={server.url}", "--endpoint", "vllm=http://127.0.0.1:9"]
+    assert main([command, "--systems", "", *given, "--out", str(tmp_path)]) == 2
+    assert f"{server.url} is called 'vllm' already; give another name" in capsys.readouterr().err
+    assert server.bodies == []
+    named = endpoints([f"vllm={server.url}", f"other={server.url}"])
+    assert [one.name for one in named] == ["vllm", "other"], "one server may take part twice"
+
+
 def test_a_capacity_search_finds_the_rate_of_an_endpoint_and_does_not_simulate_it(
     server: OpenAiServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(replay_module, "MAX_LATENESS_OF_SLO", 100.0)  # a busy machine is not what is tested
     monkeypatch.setattr(calibrate, "REPEATS", 1)
     monkeypatch.setattr(endpoint_module, "REST_POLL_S", 0.05)
-    server.delay_s = lambda tokens: 2e-5 * tokens
+    server.delay_s = lambda tokens: 1e-5 * tokens
     server.turns = asyncio.Semaphore(1)
     system = endpoint(f"vllm={server.url}")
-    plan = Plan(workload("mixed"), seeds=1, duration_s=1.0, max_output_tokens=2)
+    plan = Plan(workload("mixed"), seeds=1, duration_s=0.5, max_output_tokens=2)
 
     def search(system: System) -> Campaign:
         log = ProbeLog(tmp_path / "probes.jsonl", {})
         with serving(Servers(), tmp_path, lambda line: None, side_by_side=True) as serve:
             prober = Prober(plan, log, serve, Console(file=StringIO()), FlowPrefillConfig())
-            campaign = Campaign(prober, [system], Goal((0.6,), precision=4.0))
+            campaign = Campaign(prober, [system], Goal((0.8,), precision=4.0))
             campaign.run()
         return campaign
 
@@ -274,19 +314,19 @@ def test_a_capacity_search_finds_the_rate_of_an_endpoint_and_does_not_simulate_i
     document = GoodputResult.of(campaign, "tiny").to_dict()
     assert document["finished"]
     found = document["systems"]["vllm"]
-    assert found["simulated_max_rate_rps"] == {"60": None}
-    assert found["max_rate_rps"]["60"] > 0
+    assert found["simulated_max_rate_rps"] == {"80": None}
+    assert found["max_rate_rps"]["80"] > 0
     prober = campaign.prober
     del prober.log.solo_ttft_s["vllm"][1:]  # what was known when the search began
     one_by_one_rps = prober.one_by_one_rps(prober.trace(0, plan.workload.rate_rps), system)
-    assert prober.log.probes[0].rate_rps == pytest.approx(max(20.0, one_by_one_rps), rel=0.001)
+    assert prober.log.probes[0].rate_rps == pytest.approx(max(40.0, one_by_one_rps), rel=0.001)
     with pytest.raises(ValueError, match=r"probes of vllm so far are of .*give another --out, or another name"):
         search(endpoint("vllm=http://127.0.0.1:9"))
 
 
 def test_the_demo_replays_its_trace_on_an_endpoint_and_says_what_it_is(server: OpenAiServer, tmp_path: Path) -> None:
     server.delay_s = lambda tokens: 1e-5 * tokens
-    options = ["--trace", "mixed", "--duration", "4", "--time-scale", "1", "--max-output-tokens", "2"]
+    options = ["--trace", "mixed", "--duration", "2", "--time-scale", "1", "--max-output-tokens", "2"]
     code = main(["demo", "--systems", "", "--endpoint", f"vllm={server.url}/v1", "--out", str(tmp_path), *options])
     document = read_result(tmp_path / "report.json").figures
     assert code == 0

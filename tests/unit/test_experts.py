@@ -18,7 +18,7 @@ from sglang.srt.utils import Withable
 
 from sgl_flowprefill.patches.experts_cpu import of_this_rank
 from sgl_flowprefill.runtime import experts, rebalancing
-from sgl_flowprefill.runtime.rebalancing import NoRebalancing, Rebalancing
+from sgl_flowprefill.runtime.rebalancing import EPLB, Rebalancing
 
 EXPERTS, HIDDEN, MIDDLE, TOKENS = 6, 8, 5, 40
 
@@ -81,7 +81,7 @@ class Manager:
 
 def test_experts_move_when_enough_passes_have_been_counted_and_nothing_is_suspended(recorder: Any) -> None:
     manager = Manager()
-    moves = Rebalancing(manager)
+    moves = EPLB(manager)
     for _ in range(2):
         manager.on_forward_pass_end()
     recorder.recording = False  # what nobody has asked for
@@ -101,7 +101,7 @@ def test_experts_move_when_enough_passes_have_been_counted_and_nothing_is_suspen
 def test_experts_stay_where_nothing_moves_them() -> None:
     scheduler = SimpleNamespace(tp_worker=SimpleNamespace(model_runner=SimpleNamespace(eplb_manager=None)))
     moves = rebalancing.rebalancing(scheduler)
-    assert type(moves) is NoRebalancing
+    assert type(moves) is Rebalancing
     moves.move()
     assert not moves.is_due
 

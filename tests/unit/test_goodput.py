@@ -3,152 +3,45 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import math
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from io import StringIO
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from rich.console import Console
 
 from sgl_flowprefill.bench.capacity import campaign as campaign_module
-from sgl_flowprefill.bench.capacity.campaign import Campaign, Goal
-from sgl_flowprefill.bench.capacity.prober import Plan, Prober
-from sgl_flowprefill.bench.capacity.probes import Probe, ProbeLog
+from sgl_flowprefill.bench.capacity.campaign import Campaign
+from sgl_flowprefill.bench.capacity.prober import Plan
+from sgl_flowprefill.bench.capacity.probes import Probe
 from sgl_flowprefill.bench.capacity.results import GoodputResult, SystemFigures, mean_estimate, ratio_estimate
-from sgl_flowprefill.bench.cli import validate
 from sgl_flowprefill.bench.cli.goodput import publish
-from sgl_flowprefill.bench.cli.options import Validate, parse
-from sgl_flowprefill.bench.cli.validate import compared, load_rps, rows_table, worst_points
-from sgl_flowprefill.bench.loadgen.calibrate import REFERENCE_TTFT_S
-from sgl_flowprefill.bench.loadgen.replay import ClientReport, Enough, ReplayRun, RequestResult
-from sgl_flowprefill.bench.metrics.joint import Judge
+from sgl_flowprefill.bench.loadgen.replay import STOPPED
 from sgl_flowprefill.bench.reports.goodput import cells, rates_table, render_html
 from sgl_flowprefill.bench.simulator.joint import attainments
-from sgl_flowprefill.bench.simulator.measured import Engine, measured_setup, saturation_rps
-from sgl_flowprefill.bench.simulator.requests import results
-from sgl_flowprefill.bench.simulator.systems import Setup
+from sgl_flowprefill.bench.simulator.measured import saturation_rps
 from sgl_flowprefill.bench.simulator.systems import run as simulated
-from sgl_flowprefill.bench.systems.catalog import SYSTEMS, System, select
+from sgl_flowprefill.bench.systems.catalog import SYSTEMS, select
 from sgl_flowprefill.bench.workloads.answers import DECODE_SHARE
-from sgl_flowprefill.bench.workloads.synthetic import workload
-from sgl_flowprefill.bench.workloads.trace import Trace
-from sgl_flowprefill.config import FlowPrefillConfig
-from sgl_flowprefill.profiling import Profile, Row, Setting, write_profile
-from sgl_flowprefill.profiling.steps import Step
 from sgl_flowprefill.provenance import PROVENANCE, read_result
-from sgl_flowprefill.ttft import PrefillShape
-
-NAMES = ("flowprefill", "flowprefill-layer", "stock-fcfs", "stock-spf-512")
-OPTIONS = FlowPrefillConfig()
-SETTING = Setting(model="toy", device="cpu", dtype="float32", attention_backend="x", threads=1, sglang="0")
-FORWARD_S = {tokens: 0.02 + 3e-4 * tokens + 1.5e-8 * tokens**2 for tokens in (16, 128, *REFERENCE_TTFT_S)}
-DECODE_TOKENS_PER_S = 200.0
-STEPS = [
-    Step(requests=requests, context_tokens=context, time_s=0.01 + 0.0025 * requests + 4e-7 * context)
-    for requests, context in ((1, 528), (4, 2112), (16, 8448), (4, 16448))
-]
-SOLO_TTFT_S = {tokens: 0.02 + FORWARD_S[tokens] for tokens in REFERENCE_TTFT_S}
-QWEN = workload("qwen")
-WORKLOAD = dataclasses.replace(QWEN, draw=functools.cache(QWEN.draw))
-"""What all runs replay; it is drawn once."""
+from tests.simulated_servers import (
+    DECODE_TOKENS_PER_S,
+    NAMES,
+    OPTIONS,
+    SOLO_TTFT_S,
+    Model,
+    campaign_of,
+    verdict,
+    write_toy_profile,
+)
 
 
 @pytest.fixture(scope="module")
 def profile(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    rows = [Row((PrefillShape(tokens),), time_s, 0.0, 1, 0.0) for tokens, time_s in FORWARD_S.items()]
-    path = tmp_path_factory.mktemp("profile") / "toy.parquet"
-    write_profile(path, Profile(SETTING, 8192, rows, complete=True))
-    return path
-
-
-@dataclasses.dataclass
-class Model:
-    """Serves systems from the simulator; notes the order, and can be interrupted or have a slow client."""
-
-    profile: Path
-    order: list[str] = dataclasses.field(default_factory=list)
-    replays: list[tuple[str, float, int]] = dataclasses.field(default_factory=list)
-    interrupt_after: float = math.inf
-    invalid: str | None = None
-    slowdown: float = 1.0
-
-    @property
-    def engine(self) -> Engine:
-        return Engine(str(self.profile), layers=8, kv_tokens=None, between_forwards_s=0.002)
-
-    @functools.cached_property
-    def setup(self) -> Setup:
-        return measured_setup(self.engine, SOLO_TTFT_S, OPTIONS, STEPS)
-
-    @contextmanager
-    def serve(self, system: System) -> Iterator[SimulatedEndpoint]:
-        self.order.append(system.name)
-        yield SimulatedEndpoint(self, system)
-
-
-@dataclasses.dataclass
-class SimulatedEndpoint:
-    model: Model
-    system: System
-    blocking: list[float] | None = None
-
-    def solo_ttft_s(self, prompts: Any, say: Any = None) -> dict[int, float]:
-        return {tokens: ttft_s * self.model.slowdown for tokens, ttft_s in SOLO_TTFT_S.items()}
-
-    def decode_tokens_per_s(self, prompts: Any) -> float:
-        return DECODE_TOKENS_PER_S
-
-    def decode_steps(self, prompts: Any) -> list[Step]:
-        return STEPS
-
-    def engine(self, prompts: Any) -> Engine:
-        return self.model.engine
-
-    def come_to_rest(self) -> None:
-        pass
-
-    def blocking_s(self, run: ReplayRun) -> list[float] | None:
-        return self.blocking
-
-    def replay(self, trace: Trace, prompts: Any, on_progress: Any, enough: Any, slower: float = 0.0) -> ReplayRun:
-        if len(self.model.replays) >= self.model.interrupt_after:
-            raise KeyboardInterrupt
-        self.model.replays.append((self.system.name, trace.rate_rps, len(trace.requests)))
-        setup = dataclasses.replace(self.model.setup, slower=slower, learned=slower > 0)
-        done = simulated(self.system.simulated(OPTIONS), trace, setup)
-        self.blocking = list(done.blocking_s) if done.blocking_s is not None else None
-        whole = results(trace, done.requests)
-        seen, met = [], 0
-        for result in whole:
-            seen.append(result)
-            met += (enough or Enough(lambda met, missed: False)).meets(result)
-            if enough and enough.known(met, len(seen) - met):
-                break
-        client = ClientReport(0.0, 0.0, 0.0, 0.1, self.model.invalid)
-        return ReplayRun(seen, 0.0, done.duration_s, client, stopped_early=len(seen) < len(whole))
-
-
-def campaign_of(
-    model: Model,
-    folder: Path,
-    names: tuple[str, ...] = NAMES,
-    seeds: int = 2,
-    duration_s: float = 60.0,
-    max_output_tokens: int | None = 8,
-    judge: Judge = "ttft",
-    **goal: Any,
-) -> Campaign:
-    plan = Plan(WORKLOAD, seeds, duration_s, max_output_tokens, judge)
-    log = ProbeLog(folder / "probes.jsonl", plan.settings())
-    prober = Prober(plan, log, model.serve, Console(file=StringIO(), width=200), OPTIONS)
-    return Campaign(prober, select(names), dataclasses.replace(Goal((0.9, 0.99), precision=1.1), **goal))
+    return write_toy_profile(tmp_path_factory.mktemp("profile"))
 
 
 def test_answers_take_a_share_of_what_the_decode_server_carries_at_saturation_and_the_same_at_all_rates(
@@ -416,7 +309,7 @@ def test_the_time_scale_of_a_run_stays(profile: Path, tmp_path: Path) -> None:
 
 def test_probes_of_other_settings_are_refused(profile: Path, tmp_path: Path) -> None:
     campaign_of(Model(profile), tmp_path)
-    with pytest.raises(ValueError, match=r"duration_s 60\.0, not 45\.0"):
+    with pytest.raises(ValueError, match=r"duration_s 40\.0, not 45\.0"):
         campaign_of(Model(profile), tmp_path, duration_s=45.0)
 
 
@@ -440,6 +333,21 @@ def test_a_client_that_keeps_falling_behind_ends_the_search_and_is_named(profile
         "flowprefill: 3 of 3 probes are not valid; the first: it fell behind",
     ]
     assert result.figures["flowprefill"].max_rate(0.9) is None
+
+
+def test_requests_that_failed_are_named_also_where_a_probe_was_stopped_early(profile: Path, tmp_path: Path) -> None:
+    campaign = campaign_of(Model(profile), tmp_path, ("stock-fcfs",), seeds=1, attainments=(0.9,))
+    campaign.run(budget_s=0.0)
+    probe = verdict("stock-fcfs", 0, 1.0, False)
+    (result,) = probe.run.results
+    late, refused = (dataclasses.replace(result, error=error) for error in (STOPPED, "http 400: too long"))
+    for results, problems in (
+        ([late], []),
+        ([late, refused], ["stock-fcfs: 1 requests failed; the first: http 400: too long"]),
+    ):
+        run = dataclasses.replace(probe.run, results=results, stopped_early=True)
+        campaign.log.add(dataclasses.replace(probe, run=run, total=20))
+        assert GoodputResult.of(campaign, "").problems == problems
 
 
 def test_a_machine_whose_speed_changed_is_reported(profile: Path, tmp_path: Path) -> None:
@@ -466,7 +374,9 @@ def test_the_prefilter_measures_the_best_stock_and_says_what_it_left_out(profile
 def test_a_race_finds_the_best_stock_with_fewer_probes(profile: Path, tmp_path: Path) -> None:
     raced_names = ("stock-fcfs-8192", "stock-lpm-512", "stock-hrrn-512", "stock-spf-1024", "stock-priority-2048")
     names = ("flowprefill", "stock-fcfs", *raced_names)
-    whole, race = (campaign_of(Model(profile), tmp_path / str(race), names, race=race) for race in (False, True))
+    whole, race = (
+        campaign_of(Model(profile), tmp_path / str(race), names, duration_s=60.0, race=race) for race in (False, True)
+    )
     whole.run()
     for fact, value in whole.log.facts.items():
         if fact.startswith("simulated rate"):
@@ -518,13 +428,6 @@ def test_a_race_is_decided_by_the_mean_over_seeds(profile: Path, tmp_path: Path)
     assert figures[other].below_rps(0.9) <= rate.value * 1.1
 
 
-def verdict(system: str, seed: int, rate_rps: float, kept: bool) -> Probe:
-    result = RequestResult(0, "text", 10, 1, 0, 1.0, 1.0, 0.0, 0.0, 0.5 if kept else 2.0, 2.0, (), 0, None)
-    return Probe(
-        system, rate_rps, seed, 1, ReplayRun([result], 0.0, 1.0, ClientReport(0.0, 0.0, 0.0, 0.1, None), False), None
-    )
-
-
 def test_what_is_only_compared_is_not_searched(profile: Path, tmp_path: Path) -> None:
     campaign = campaign_of(Model(profile), tmp_path, ("flowprefill", "stock-fcfs"), attainments=(0.9,))
     campaign = Campaign(campaign.prober, campaign.asked_for, campaign.goal, select(("flowprefill-layer", "stock-fcfs")))
@@ -554,124 +457,3 @@ def test_intervals_are_bootstraps_over_seeds_and_ratios_are_paired() -> None:
     assert ratio_estimate(ours, {0: 0.0, 1: 0.0, 2: 0.0}) is None
     assert ratio_estimate({0: np.inf}, {0: 1.0}) is None
     assert mean_estimate({}) is None
-
-
-def test_a_trace_file_gives_every_seed_a_place_of_its_own(tmp_path: Path) -> None:
-    path = tmp_path / "trace.jsonl"
-    path.write_text(
-        "".join(
-            json.dumps({"timestamp": at * 500, "input_length": 100 + at, "output_length": 5, "hash_ids": [at]}) + "\n"
-            for at in range(100)
-        )
-    )
-    traces = [workload(str(path)).draw(60, seed) for seed in range(3)]
-    assert len({trace.requests[0].prompt_tokens for trace in traces}) == 3
-    for trace in traces:
-        arrivals_s = [request.arrival_s for request in trace.requests]
-        assert len(trace.requests) == 60
-        assert arrivals_s == sorted(arrivals_s)
-        assert arrivals_s[0] == 0.0
-    with pytest.raises(ValueError, match="no file and none of qwen-like, mixed"):
-        workload("qwenlike")
-
-
-def test_validation_sets_what_was_measured_beside_what_is_simulated(profile: Path, tmp_path: Path) -> None:
-    model = Model(profile)
-    prober = campaign_of(model, tmp_path).prober
-    system = SYSTEMS["stock-fcfs"]
-    assert compared(prober, system, 0.5) is None
-    with prober.serving(system) as served:
-        for seed in range(2):
-            prober.probe(served, system, seed, load_rps(prober, 1.2))
-    row = compared(prober, system, 1.2)
-    assert row is not None
-    assert row["measured"] == row["simulated"]  # the simulator against itself
-    assert row["differing"] == row["chance_points"] == 0
-    assert row["ttft_difference_s"] == pytest.approx([0, 0, 0])
-    assert sum(figures["requests"] for figures in row["classes"].values()) == row["requests"]
-    assert row["requests"] == sum(probe.total for probe in prober.log.probes)
-    prober.log.probes[0] = dataclasses.replace(
-        prober.log.probes[0], run=dataclasses.replace(prober.log.probes[0].run, stopped_early=True)
-    )
-    other = prober.log.probes[1]
-    fewer = compared(prober, system, 1.2)
-    assert fewer is not None
-    assert fewer["requests"] == other.total
-    late = [dataclasses.replace(result, ttft_s=(result.ttft_s or 0.0) + 1e3) for result in other.run.results]
-    prober.log.probes[1] = dataclasses.replace(other, run=dataclasses.replace(other.run, results=late))
-    apart = compared(prober, system, 1.2)
-    assert apart is not None
-    assert apart["ttft_difference_s"] == pytest.approx([-1e3] * 3)
-    assert apart["differing"] == round(apart["simulated"] * other.total) > 0 == apart["measured"]
-
-
-UNIFIED = ("unified", "unified-sglang", "unified-stock-spf-512-mixed", "unified-stock-spf-512-interval-1")
-
-
-@pytest.mark.parametrize("name", UNIFIED)
-def test_validation_of_servers_that_decode_is_by_first_tokens_and_by_gaps_too(
-    profile: Path, tmp_path: Path, name: str
-) -> None:
-    prober = campaign_of(Model(profile), tmp_path, UNIFIED, seeds=1, max_output_tokens=20, judge="gaps").prober
-    system = SYSTEMS[name]
-    with prober.serving(system) as served:
-        prober.probe(served, system, 0, load_rps(prober, 0.9))
-    row = compared(prober, system, 0.9)
-    assert row is not None
-    assert 0 < row["joint"]["measured"] <= row["measured"]
-    assert row["joint"]["differing"] == row["differing"] == 0  # the simulator against itself
-    assert row["joint"]["measured_tbt_p99_s"] == row["joint"]["simulated_tbt_p99_s"] > 0
-    assert sum(figures["requests"] for figures in row["classes"].values()) == row["requests"]
-    [probe] = prober.log.probes
-    stuttering = [dataclasses.replace(one, tbt_s=(*one.tbt_s[:-1], 9.0)) for one in probe.run.results]
-    prober.log.probes[0] = dataclasses.replace(probe, run=dataclasses.replace(probe.run, results=stuttering))
-    apart = compared(prober, system, 0.9)
-    assert apart is not None
-    assert apart["difference_points"] == 0
-    assert apart["joint"]["measured"] < row["joint"]["measured"]
-    assert worst_points([row, apart]) == apart["joint"]["difference_points"] > 0
-    console = Console(file=StringIO(), width=160)
-    console.print(rows_table([apart]))
-    text = console.file.getvalue()  # type: ignore[attr-defined]
-    assert f"+{apart['joint']['difference_points']:.1f}" in text
-    assert f"TBT p99 {1e3 * apart['joint']['measured_tbt_p99_s']:.0f} ms / " in text
-    again = campaign_of(Model(profile), tmp_path, UNIFIED, seeds=1, max_output_tokens=20, judge="gaps").prober
-    assert compared(again, system, 0.9) == row, "steps are in the log"
-
-
-@pytest.mark.parametrize("name", ["unified", "unified-sglang"])
-def test_both_sides_become_slower_in_the_middle_of_a_replay(profile: Path, tmp_path: Path, name: str) -> None:
-    rows = {}
-    for slower in (0.0, 0.5):
-        plan = Plan(WORKLOAD, 1, 60.0, 20, "gaps", slower=slower)
-        log = ProbeLog(tmp_path / f"{slower}.jsonl", plan.settings())
-        prober = Prober(plan, log, Model(profile).serve, Console(file=StringIO()), OPTIONS)
-        with prober.serving(SYSTEMS[name]) as served:
-            prober.probe(served, SYSTEMS[name], 0, load_rps(prober, 0.8))
-        row = rows[slower] = compared(prober, SYSTEMS[name], 0.8)
-        assert row is not None
-        assert row["differing"] == row["joint"]["differing"] == 0
-    assert rows[0.5]["simulated_ttft_p50_s"] > rows[0.0]["simulated_ttft_p50_s"]
-    with pytest.raises(ValueError, match=r"slower 0\.5, not 0\.0"):
-        ProbeLog(tmp_path / "0.5.jsonl", Plan(WORKLOAD, 1, 60.0, 20, "gaps").settings())
-
-
-def test_a_run_validates_one_kind_of_servers(tmp_path: Path) -> None:
-    for arguments, remedy in ((["--systems", "unified"], "give"), (["--unified", "--systems", "sglang"], "leave out")):
-        options = parse(["validate", "--out", str(tmp_path), *arguments])
-        assert isinstance(options, Validate)
-        with pytest.raises(ValueError, match=f"validates one kind: {remedy} --unified"):
-            validate.run(options, Console(file=StringIO()))
-
-
-def test_the_simulator_is_as_fast_as_the_machine_was_between_lone_requests(profile: Path, tmp_path: Path) -> None:
-    model = Model(profile)
-    prober = campaign_of(model, tmp_path).prober
-    system = SYSTEMS["flowprefill"]
-    prompt = [PrefillShape(2048)]
-    with prober.serving(system) as served:
-        at_start_s = prober.setup_of(system).machine.cost.predict_s(prompt)
-        model.slowdown = 1.2
-        prober.measure_isolated(served, system)
-    ratio = prober.setup_of(system).machine.cost.predict_s(prompt) / at_start_s
-    assert ratio == pytest.approx(1.1, rel=0.02)

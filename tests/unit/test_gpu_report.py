@@ -1,24 +1,19 @@
-"""``launch.py gpu-report`` without its engine: phases in turns, what is chosen from their figures, report, bundle."""
+"""``launch.py gpu-report`` without its engine: phases in turns, what is chosen from their figures, report."""
 
 from __future__ import annotations
 
 import fcntl
-import importlib.util
 import json
 import os
-import random
-import re
-import shutil
+import select
 import signal
 import subprocess
 import sys
 import time
-import tomllib
-import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import orjson
@@ -30,7 +25,7 @@ from torch import nn
 pytest.importorskip("sglang")
 
 from sgl_flowprefill import provenance
-from sgl_flowprefill.cluster import ClusterConfig, machine, preflight
+from sgl_flowprefill.cluster import machine
 from sgl_flowprefill.cluster.cli import main as launch
 from sgl_flowprefill.gpu_report import command
 from sgl_flowprefill.gpu_report.document import Document
@@ -41,12 +36,7 @@ from sgl_flowprefill.gpu_report.phases.goodput import COMPARED_UNIFIED, PrefillO
 from sgl_flowprefill.gpu_report.shapes import SHAPES, shape_path
 from sgl_flowprefill.gpu_report.tuning import choose
 from sgl_flowprefill.patches import lone_prefill, made_weights
-from sgl_flowprefill.profiling import process
-from sgl_flowprefill.runtime import selfcheck
 from tests.processes import still_alive
-
-ROOT = Path(__file__).parents[2]
-
 
 # ---- what is chosen --------------------------------------------------------------------------------------------------
 
@@ -141,6 +131,21 @@ def test_where_nobody_can_be_asked_there_is_no_hopper() -> None:
     assert not machine.is_hopper()
 
 
+@pytest.mark.parametrize(
+    ("options", "platform", "device"),
+    [([], "", "GPU"), (["--device", "cpu"], "", "CPU"), ([], "flowprefill_cpu", "CPU")],
+)
+def test_attention_backends_of_a_card_are_checked_unless_servers_run_on_the_cpu(
+    options: list[str], platform: str, device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "gpu_count", lambda: 1)
+    monkeypatch.setenv("SGLANG_PLATFORM", platform)
+    report = command.Report(command.make_parser().parse_args(["--out", str(tmp_path / "report")]), options)
+    assert device in report.layout(None).device()
+    backends = {phase.backend for phase in report.phases if phase.module == "checks"}
+    assert backends == ({"flashinfer", "triton", "fa3"} if device == "GPU" else {None})
+
+
 @pytest.mark.parametrize("asked", [[], ["--unified"]])
 def test_decode_steps_are_measured_on_the_engine_of_a_unified_server(asked: list[str], tmp_path: Path) -> None:
     report = command.Report(command.make_parser().parse_args(["--out", str(tmp_path / "report"), *asked]), [])
@@ -224,18 +229,27 @@ def test_what_does_not_fit_into_the_budget_is_left_out(tmp_path: Path, monkeypat
 
 
 def test_a_phase_waits_for_the_device_and_gets_a_share_of_what_is_left_then(tmp_path: Path) -> None:
-    lock = tmp_path / "lock"
+    lock, until_s = tmp_path / "lock", time.monotonic() + 1000
     with open(lock, "w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         worker = [sys.executable, "-m", "sgl_flowprefill.gpu_report.worker", "--phase", "machine", "--share", "0.5"]
-        worker += ["--out", str(tmp_path), "--lock", str(lock), "--until-s", str(time.monotonic() + 1000)]
+        worker += ["--out", str(tmp_path), "--lock", str(lock), "--until-s", str(until_s)]
         with subprocess.Popen(worker, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
             assert process.stdout is not None
-            time.sleep(5)
+            while not has_open(process, lock):
+                time.sleep(0.05)
+            assert not select.select([process.stdout], [], [], 1.0)[0], "it has not waited"
+            left_s = until_s - time.monotonic()
             fcntl.flock(held, fcntl.LOCK_UN)
             first, second = map(json.loads, process.stdout)
-    assert 400 < first["starts_for_s"] < 498
+    assert 0.4 * left_s < first["starts_for_s"] <= 0.5 * left_s
     assert second["outcome"]["state"] == "measured"
+
+
+def has_open(process: subprocess.Popen[str], file: Path) -> bool:
+    """Whether ``process``, which has not ended, has come so far that it opened ``file``."""
+    assert process.poll() is None
+    return str(file) in (one.path for one in psutil.Process(process.pid).open_files())
 
 
 def test_time_is_kept_for_the_starts_of_the_engines_to_come(tmp_path: Path) -> None:
@@ -411,204 +425,3 @@ def test_as_many_servers_are_compared_as_fit_on_the_card() -> None:
     assert systems_that_fit(model) == (large, None)
     unified, _ = systems_that_fit(model | {"free_bytes": 80e9}, COMPARED_UNIFIED)
     assert [system.name for system in unified] == ["unified", "unified-stock-spf-512-interval-1"]
-
-
-# ---- as serving does it ----------------------------------------------------------------------------------------------
-
-
-class Streams:
-    """A device module that counts who is within its stream."""
-
-    def __init__(self) -> None:
-        self.inside = 0
-
-    def StreamContext(self, stream: object) -> Streams:
-        assert stream == "the scheduler's stream"
-        return self
-
-    def __enter__(self) -> None:
-        self.inside += 1
-
-    def __exit__(self, *error: object) -> None:
-        self.inside -= 1
-
-
-def test_the_self_check_runs_in_the_schedulers_own_stream(monkeypatch: pytest.MonkeyPatch) -> None:
-    streams = Streams()
-    hub = object()
-    scheduler = SimpleNamespace(device_module=streams, schedule_stream="the scheduler's stream", hub=hub)
-    seen: list[int] = []
-
-    def checks(asked: object) -> list[selfcheck.Finding]:
-        assert asked is hub
-        seen.append(streams.inside)
-        return []
-
-    monkeypatch.setattr(selfcheck, "make_scheduler", lambda options: scheduler)
-    monkeypatch.setattr(selfcheck, "checks", checks)
-    monkeypatch.setattr(selfcheck.os, "dup2", lambda *descriptors: None)
-    selfcheck.main([])
-    assert seen == [1]
-    assert streams.inside == 0
-
-
-def test_an_interruption_also_ends_the_wait_for_the_device() -> None:
-    """Otherwise an arrival would be noticed one operator later than by a server."""
-    tasks = selfcheck.Tasks.__new__(selfcheck.Tasks)
-    before = {"interrupted": object(), "ends_waiting": object()}
-    tasks.executor = SimpleNamespace(**before)
-    interrupted = lambda: True  # noqa: E731
-    with tasks.interrupted_by(interrupted):
-        assert vars(tasks.executor) == {"interrupted": interrupted, "ends_waiting": interrupted}
-    assert vars(tasks.executor) == before
-
-
-class Begun(Exception):
-    """The scheduler is about to be made."""
-
-
-def test_a_scheduler_that_measures_copies_no_inputs_as_one_that_serves(monkeypatch: pytest.MonkeyPatch) -> None:
-    def begin() -> None:
-        raise Begun
-
-    monkeypatch.delenv("SGLANG_EAGER_INPUT_NO_COPY", raising=False)
-    monkeypatch.setattr("sglang.srt.plugins.load_plugins", begin)
-    with pytest.raises(Begun):
-        process.make_scheduler([])
-    assert process.os.environ["SGLANG_EAGER_INPUT_NO_COPY"] == "1"
-
-
-def test_a_scheduler_that_measures_needs_no_library_for_kv_transfers(monkeypatch: pytest.MonkeyPatch) -> None:
-    def begin() -> None:
-        assert lone_prefill.is_enabled()
-        raise Begun
-
-    monkeypatch.setenv(lone_prefill.ENV_SWITCH, "0")
-    monkeypatch.setattr("sglang.srt.plugins.load_plugins", begin)
-    with pytest.raises(Begun):
-        process.make_scheduler([])
-
-
-@pytest.mark.parametrize("given", [None, "0"])
-def test_a_scheduler_that_measures_has_what_a_servers_first_process_sets(
-    given: str | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-    if given is None:
-        monkeypatch.delenv("TRTLLM_ENABLE_PDL", raising=False)
-    else:
-        monkeypatch.setenv("TRTLLM_ENABLE_PDL", given)
-    measures = preflight.prepare(ClusterConfig(flowprefill=True)).server_env("prefill")
-    assert measures["CUDA_DEVICE_MAX_CONNECTIONS"] == "8"
-    assert measures["TRTLLM_ENABLE_PDL"] == (given or "1")
-
-
-# ---- bundle ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def bundle() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("bundle", ROOT / "deploy" / "bare_machine" / "bundle.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_pieces_are_small_enough_and_each_is_unpacked_by_itself(bundle: ModuleType, tmp_path: Path) -> None:
-    files = {f"package/{number}.bin": random.Random(number).randbytes(4000) for number in range(20)}
-    pieces = bundle.Pieces(tmp_path, 16_000)
-    for name, content in files.items():
-        pieces.add(name, content)
-    pieces.close()
-    paths = sorted(tmp_path.glob("bundle-*.zip"))
-    assert len(paths) >= 5
-    assert all(path.stat().st_size <= 16_000 for path in paths)
-    found = {}
-    for path in paths:
-        with zipfile.ZipFile(path) as archive:
-            found |= {name: archive.read(name) for name in archive.namelist()}
-    assert found == files
-
-
-def test_a_file_from_two_places_or_too_large_for_any_piece_is_refused(bundle: ModuleType, tmp_path: Path) -> None:
-    pieces = bundle.Pieces(tmp_path, 1000)
-    pieces.add("module.py", b"1")
-    with pytest.raises(ValueError, match=r"module\.py comes from two places"):
-        pieces.add("module.py", b"2")
-    with pytest.raises(ValueError, match="raise --piece-mib"):
-        pieces.add("library.so", bytes(2000))
-    pieces.close()
-
-
-def test_this_project_is_packed_whole_with_its_entry_points_and_commit(
-    bundle: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    packed = dict(bundle.project_files())
-    for name in (
-        "launch.py", "sgl_flowprefill/plugin.py", "sgl_flowprefill/patches/lone_prefill.py",
-        "sgl_flowprefill/bench/reports/gpu_report.html.j2", "sgl_flowprefill/profiling/run.py",
-    ):  # fmt: skip
-        assert packed[name]
-    [metadata] = [content for name, content in packed.items() if name.endswith("METADATA")]
-    pyproject = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())
-    [required] = [line for line in pyproject["project"]["dependencies"] if re.match(r"sglang\b", line)]
-    assert f"Requires-Dist: {required}\n".encode() in metadata
-    [entry_points] = [content for name, content in packed.items() if name.endswith("entry_points.txt")]
-    assert b"[sglang.srt.plugins]\nflowprefill = sgl_flowprefill.plugin:load\n" in entry_points
-    commit_file = tmp_path / "COMMIT"
-    commit_file.write_bytes(packed["sgl_flowprefill/COMMIT"])
-    in_the_tree = provenance.commit()
-    monkeypatch.setattr(provenance, "COMMIT_FILE", commit_file)
-    assert provenance.commit()["hash"] == in_the_tree["hash"]
-
-
-BUILD = ROOT / "deploy" / "bare_machine" / "build_flashinfer.py"
-HOPPERS = "batch_prefill_of_some_types_sm90.so"
-
-
-def checked(folder: Path, name: str, functions: Iterable[str], instructions: str) -> subprocess.CompletedProcess[str]:
-    """What the build says of a library that has these functions, and this machine code."""
-    source = "".join(f"int __tvm_ffi_{function}(void) {{ return 0; }}\n" for function in functions)
-    command = ["gcc", "-shared", "-fPIC", "-o", str(folder / name), "-x", "c", "-"]
-    subprocess.run(command, input=source, text=True, check=True)
-    cuobjdump = folder / "cuobjdump"
-    cuobjdump.write_text(f"#!/bin/sh\necho '{instructions}'\n")
-    cuobjdump.chmod(0o755)
-    command = [sys.executable, str(BUILD), str(folder), "--check", "--cuobjdump", str(cuobjdump)]
-    return subprocess.run(command, capture_output=True, text=True)
-
-
-needs_gcc = pytest.mark.skipif(shutil.which("gcc") is None, reason="no gcc to make a library with")
-
-
-@needs_gcc
-def test_a_compiled_library_that_loads_and_has_hoppers_instructions_is_kept(tmp_path: Path) -> None:
-    done = checked(tmp_path, HOPPERS, ("plan", "ragged_run", "paged_run"), "HGMMA.64x128x16.F32.BF16 R24")
-    assert done.returncode == 0, done.stdout
-    assert "loads, 1 HGMMA" in done.stdout
-
-
-@needs_gcc
-@pytest.mark.parametrize(
-    ("functions", "instructions", "wrong"),
-    [
-        (("plan", "ragged_run"), "HGMMA.64x128x16.F32.BF16 R24", "lacks paged_run"),
-        (("plan", "ragged_run", "paged_run"), "HMMA.16816.F32.BF16 R24", "WRONG: no HGMMA"),
-    ],
-)
-def test_a_library_without_a_function_or_without_hoppers_instructions_is_wrong(
-    functions: tuple[str, ...], instructions: str, wrong: str, tmp_path: Path
-) -> None:
-    done = checked(tmp_path, HOPPERS, functions, instructions)
-    assert done.returncode == 1
-    assert wrong in done.stdout
-
-
-def test_what_attention_does_not_need_is_left_out(bundle: ModuleType) -> None:
-    kept = ("sglang/srt/server_args.py", "flashinfer/data/csrc/batch_prefill.cu", "xgrammar-0.2.7.dist-info/RECORD",
-            "flashinfer/data/include/flashinfer/attention/prefill.cuh", "zmq/backend/cython/_zmq.abi3.so")  # fmt: skip
-    dropped = ("sglang/test/runners.py", "sglang/srt/layers/moe/configs/E=8.json", "sglang/srt/native.so",
-               "flashinfer/data/csrc/fused_moe/moe.cu", "flashinfer/data/cutlass/test/unit.cu")  # fmt: skip
-    assert [name for name in (*kept, *dropped) if bundle.is_kept(name)] == list(kept)

@@ -458,7 +458,7 @@ def written_profile(path: Path) -> dict[str, Any]:
 @pytest.mark.usefixtures("quick_replays")
 @pytest.mark.parametrize("broken", [pytest.param(False, marks=pytest.mark.stress), True])
 def test_systems_take_turns_on_the_same_requests(broken: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(goodput, "SHORTEST_REPLAY_S", 1.5)
+    monkeypatch.setattr(goodput, "SHORTEST_REPLAY_S", 0.7)
     monkeypatch.setattr(goodput, "SIMULATED_REQUESTS", 100)
     monkeypatch.setattr(goodput, "WAKE_S", 0.0)
     monkeypatch.setattr(Turns, "stopped", set())
@@ -487,7 +487,7 @@ def test_systems_take_turns_on_the_same_requests(broken: bool, tmp_path: Path, m
 def test_unified_servers_are_judged_by_the_gaps_between_tokens_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(goodput, "SHORTEST_REPLAY_S", 1.5)
+    monkeypatch.setattr(goodput, "SHORTEST_REPLAY_S", 0.7)
     monkeypatch.setattr(goodput, "SIMULATED_REQUESTS", 100)
     monkeypatch.setattr(goodput, "WAKE_S", 0.0)
     monkeypatch.setattr(Turns, "stopped", set())

@@ -92,16 +92,16 @@ def test_it_answers_when_the_scheduler_does(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_a_scheduler_that_hangs_is_unhealthy(monkeypatch: pytest.MonkeyPatch) -> None:
     manager = Manager(None)
-    status, took_s = ask(manager, monkeypatch, timeout_s=1.5)
+    status, took_s = ask(manager, monkeypatch, timeout_s=0.5)
     assert status == 503
-    assert 1.4 < took_s < 3.0
+    assert 0.4 < took_s < 2.0
     assert manager.server_status == ServerStatus.UnHealthy
 
 
 def test_a_wall_clock_set_back_makes_no_hanging_scheduler_healthy(wall: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     manager = Manager(None)  # the last answer came before the step
     wall.step_s = -30.0
-    status, _ = ask(manager, monkeypatch, timeout_s=2.5)
+    status, _ = ask(manager, monkeypatch, timeout_s=1.5)
     assert status == 503
     assert manager.server_status == ServerStatus.UnHealthy
 

@@ -1,47 +1,18 @@
 """What launch.py refuses before it starts a server: one line on stderr and exit code 2."""
 
 import json
-import os
 import signal
 import socket
-import subprocess
-import sys
 import tomllib
 from importlib.metadata import EntryPoint
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
-from huggingface_hub import errors
 
 from sgl_flowprefill.cluster import Ports, StartError, cli, logs, machine, preflight
-from sgl_flowprefill.cluster.process import Guard
-from sgl_flowprefill.gpu_report.shapes import shape_path
 from tests.http_server import answering
 
-
-@pytest.fixture(autouse=True)
-def no_server_may_start(monkeypatch, tmp_path):
-    def refuse(guard):
-        raise AssertionError("a server was about to start")
-
-    monkeypatch.setattr(Guard, "__enter__", refuse)
-    monkeypatch.setattr(machine, "gpu_count", lambda: 0)
-    monkeypatch.setattr(machine, "available_memory_bytes", lambda: 64 * 10**9)
-    monkeypatch.setattr(cli.signal, "signal", lambda number, handler: None)
-    monkeypatch.chdir(tmp_path)
-
-
-@pytest.fixture
-def refusal(capsys):
-    def run(*argv):
-        assert cli.main(argv) == cli.EXIT_CANNOT_START
-        lines = capsys.readouterr().err.splitlines()
-        assert len(lines) == 1, lines
-        assert lines[0].startswith("launch.py: ")
-        return lines[0]
-
-    return run
+pytestmark = pytest.mark.usefixtures("no_server_may_start")
 
 
 @pytest.fixture
@@ -94,117 +65,6 @@ def test_ports_that_are_none(refusal, ports):
 @pytest.mark.parametrize("host", ["203.0.113.7", "no.such.host.invalid"])
 def test_an_address_that_is_not_ours(refusal, host):
     assert host in refusal("--host", host)
-
-
-@pytest.mark.parametrize("model", ["/no/such/model", "./nothing", "no-slash"])
-def test_a_missing_model(refusal, model):
-    assert f"model {model}: no such directory" in refusal("--model-path", model)
-
-
-def test_a_model_id_that_the_hub_does_not_have(refusal, monkeypatch):
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
-    def fail(*args, **options):
-        raise LocalEntryNotFoundError("cannot reach the hub")
-
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", fail)
-    assert "not on the Hugging Face hub (cannot reach the hub)" in refusal("--model-path", "nobody/nothing")
-
-
-@pytest.mark.parametrize(
-    ("error", "text"), [("GatedRepoError", "gated; accept its licence"), ("RepositoryNotFoundError", "check the name")]
-)
-def test_a_model_that_the_hub_shows_to_some(refusal, monkeypatch, error, text):
-    def fail(*args, **options):
-        raise getattr(errors, error)("401 Client Error.", response=SimpleNamespace(headers={}, request=None))
-
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", fail)
-    line = refusal("--model-path", "somebody/something")
-    assert "model somebody/something: " in line
-    assert text in line
-    assert "set HF_TOKEN" in line
-
-
-@pytest.mark.parametrize(
-    ("model", "modelscope"),
-    [
-        ("s3://bucket/model", ""),
-        ("gs://bucket/model", ""),
-        ("redis://host:6379/model", ""),
-        ("Qwen/Qwen3-0.6B", "true"),
-        ("Qwen/Qwen3-0.6B", "1"),
-        ("somebody/something-GGUF:Q4_K_M", ""),
-        ("somebody/something-GGUF/folder/model.gguf", ""),
-        ("model.gguf", ""),
-    ],
-)
-def test_a_model_that_only_sglang_finds_is_left_to_it(model, modelscope, monkeypatch, tmp_path):
-    def fail(*args, **options):
-        raise errors.LocalEntryNotFoundError("cannot reach the hub")
-
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", fail)
-    monkeypatch.setenv("SGLANG_USE_MODELSCOPE", modelscope)
-    (tmp_path / "model.gguf").touch()
-    assert preflight.prepare(cli.parse(["--ports", "0", "--model-path", model])).model_path == model
-
-
-@pytest.mark.parametrize("model", ["/no/such/model.gguf", "./model.gguf", "somebody/something:", "some:thing"])
-def test_a_gguf_file_that_is_none(refusal, model):
-    assert f"model {model}: no such directory" in refusal("--model-path", model)
-
-
-@pytest.mark.parametrize(("options", "revision"), [([], None), (["--revision", "v2"], "v2"), (["--revision=v3"], "v3")])
-def test_a_model_is_looked_for_at_its_revision(options, revision, monkeypatch):
-    asked = []
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *args, **options: asked.append((args, options)))
-    preflight.prepare(cli.parse(["--ports", "0", "--model-path", "somebody/something", *options]))
-    assert asked == [(("somebody/something", "config.json"), {"revision": revision})]
-
-
-def test_a_repository_of_gguf_files_is_left_to_sglang(monkeypatch):
-    def fail(*args, **options):
-        raise errors.RemoteEntryNotFoundError("no config.json", response=SimpleNamespace(headers={}, request=None))
-
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", fail)
-    model = "somebody/something-GGUF"
-    assert preflight.prepare(cli.parse(["--ports", "0", "--model-path", model])).model_path == model
-
-
-def test_a_cache_that_cannot_be_entered(refusal, monkeypatch, tmp_path):
-    remedy = "set FLOWPREFILL_CACHE_DIR to a directory that this user can write, or give --model-path"
-    (tmp_path / "file").touch()
-    monkeypatch.setenv("FLOWPREFILL_CACHE_DIR", str(tmp_path / "file" / "cache"))
-    line = refusal("--flowprefill")
-    assert f"no model can be kept in the cache ([Errno 20] Not a directory: '{tmp_path}/file/cache'" in line
-    assert line.endswith(remedy)
-
-    def forbidden(path):
-        raise PermissionError(13, "Permission denied", str(path))
-
-    monkeypatch.setattr(Path, "is_dir", forbidden)
-    assert "Permission denied" in refusal("--flowprefill")
-    with pytest.raises(StartError, match=remedy):
-        shape_path("llama-small")
-
-
-def test_a_directory_that_is_no_checkpoint(refusal, tmp_path):
-    assert "no config.json" in refusal("--model-path", str(tmp_path))
-
-
-def test_not_enough_memory(refusal, monkeypatch):
-    monkeypatch.setattr(machine, "available_memory_bytes", lambda: 10**9)
-    line = refusal("--flowprefill")
-    assert "not enough memory" in line
-    assert "1.0 GB are available" in line
-
-
-@pytest.mark.parametrize(("entry", "needed"), [("torch_dtype", 7.0), ("dtype", 7.0), ("nothing", 8.0)])
-def test_memory_of_weights_that_are_float32_already(refusal, monkeypatch, tmp_path, entry, needed):
-    (tmp_path / "config.json").write_text(json.dumps({entry: "float32"}))
-    with open(tmp_path / "model.safetensors", "wb") as weights:
-        weights.truncate(500_000_000)
-    monkeypatch.setattr(machine, "available_memory_bytes", lambda: 10**9)
-    assert f"need about {needed} GB" in refusal("--model-path", str(tmp_path))
 
 
 def test_one_gpu_for_two_servers(refusal, monkeypatch):
@@ -391,86 +251,6 @@ def test_gpus_for_every_server(refusal, monkeypatch):
     monkeypatch.setattr(machine, "gpu_count", lambda: 3)
     options = ["--prefill", "2", "--decode-args", "--tp 2", "--device", "cuda"]
     assert "prefill-0, prefill-1 and decode need 4 GPUs and there are 3" in refusal(*options)
-
-
-def shown_by(layout):
-    """Everything that other users can see, or that is printed."""
-    commands = [layout.server_command("prefill"), layout.server_command("decode"), layout.gateway_command(29999)]
-    return repr(commands) + layout.curl() + repr(layout.config)
-
-
-def test_a_key_goes_to_every_server_and_the_gateway_and_is_shown_nowhere(tmp_path, monkeypatch):
-    file = tmp_path / "key file"
-    file.write_text("secret\n")
-    for options, shell in (
-        (["--api-key", "secret"], "$FLOWPREFILL_API_KEY"),
-        (["--api-key-file", str(file)], f"$(cat '{file}')"),
-        ([], "$FLOWPREFILL_API_KEY"),
-    ):
-        monkeypatch.setenv("FLOWPREFILL_API_KEY", "secret" if not options else "another")
-        layout = preflight.prepare(cli.parse([*options, "--ports", "0"]))
-        for env in (layout.server_env("prefill"), layout.server_env("decode"), layout.gateway_env()):
-            assert env["FLOWPREFILL_API_KEY"] == "secret"
-        assert "secret" not in shown_by(layout)
-        assert layout.curl().endswith(f' -H "Authorization: Bearer {shell}"')
-    shown = subprocess.run(["sh", "-c", f"printf %s \"$(cat '{file}')\""], capture_output=True, check=True)
-    assert shown.stdout == b"secret"
-
-
-def test_without_a_key_nothing_is_asked_for():
-    layout = preflight.prepare(cli.parse(["--ports", "0"]))
-    assert "FLOWPREFILL_API_KEY" not in layout.server_env("prefill")
-    assert "Authorization" not in layout.curl()
-
-
-@pytest.mark.parametrize(
-    ("text", "reason"),
-    [
-        ("", "is empty"),
-        (" \n", "is empty"),
-        ("put your key here", "without spaces"),
-        ("a\nb", "one line"),
-        ("é", "ASCII"),
-    ],
-)
-def test_a_key_that_is_none(refusal, monkeypatch, tmp_path, text, reason):
-    file = tmp_path / "key"
-    file.write_text(text)
-    assert reason in refusal("--api-key", text)
-    assert f"--api-key-file {file}" in refusal("--api-key-file", str(file))
-    monkeypatch.setenv("FLOWPREFILL_API_KEY", text)
-    line = refusal("--ports", "0")
-    assert line.startswith("launch.py: FLOWPREFILL_API_KEY")
-    assert not text.strip() or text not in line
-
-
-def test_one_key_from_one_place(refusal, tmp_path):
-    assert "give one of them" in refusal("--api-key", "secret", "--api-key-file", "key")
-    assert "--api-key-file key: No such file or directory" in refusal("--api-key-file", "key")
-    assert "--api-key cannot be passed on to the gateway" in refusal("--gateway-args", "--api-key secret")
-
-
-KEYED = """
-import logging, sys
-if __name__ == "__main__":
-    print(sys.argv[1:])
-    logging.basicConfig(format="%(message)s", force=True)
-    logging.warning("server_args=%s", {"api_key": "secret"})
-    logging.warning("no format %d", "secret")
-"""
-
-
-def test_a_server_finds_the_key_in_its_arguments_and_masks_it_in_its_log(tmp_path):
-    (tmp_path / "keyed.py").write_text(KEYED)
-    command = [sys.executable, "-m", "sgl_flowprefill.cluster.serve", "keyed", "--port", "1"]
-    paths = os.pathsep.join([str(tmp_path), str(Path(__file__).parents[2])])
-    env = os.environ | {"FLOWPREFILL_API_KEY": "secret", "PYTHONPATH": paths}
-    result = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
-    assert result.stdout == "launch.py: importing keyed\n['--port', '1', '--api-key=secret']\n"
-    assert result.stderr.startswith("server_args={'api_key': '***'}\n")
-    del env["FLOWPREFILL_API_KEY"]
-    result = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
-    assert result.stdout.endswith("\n['--port', '1']\n")
 
 
 def test_the_ports_of_servers_are_free_where_they_listen(refusal):

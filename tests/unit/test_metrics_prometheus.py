@@ -30,7 +30,7 @@ def prometheus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]
     try:
         url = exporter.stdout.readline().strip()
         assert url
-        with scraping(url, tmp_path_factory.mktemp("prometheus")) as prometheus:
+        with scraping(url, tmp_path_factory.mktemp("prometheus"), interval_s=0.4) as prometheus:
             print(file=exporter.stdin, flush=True)
             assert exporter.stdout.readline()
             prometheus.wait_for_scrapes()

@@ -60,7 +60,8 @@ def test_names_are_unique_and_say_their_unit_as_sglangs_do() -> None:
 
 
 def test_every_cause_of_a_miss_is_a_label() -> None:
-    assert set(CAUSES) == set(Cause) - {Cause.ABORTED}, "an abort before the deadline is no miss"
+    no_misses = {Cause.ABORTED, Cause.INVALID}
+    assert set(CAUSES) == set(Cause) - no_misses
 
 
 def test_the_dashboard_shows_every_metric_and_no_two_panels_overlap() -> None:
@@ -127,6 +128,8 @@ def test_requests_count_once_by_class_and_cause() -> None:
             Abort(10.5, ["gone"]),
             Arrival(11.0, "refused", 100, 1.0, 12.0, 11.0),
             Fail(11.0, ["refused"], 400, "too long"),
+            Arrival(11.0, "broken", 100, 1.0, 12.0, 11.0),
+            Fail(11.5, ["broken"], 500, "raised"),
             Arrival(12.0, "shed", 100, 1.0, 13.0, 12.0, "batch"),
             Fail(12.0, ["shed"], 429, "overloaded"),
             *served("of a class", 20.0, 1.0, ready_s=20.1, began_s=20.1, task=3, took_s=0.5, slo_class="batch"),
@@ -146,6 +149,8 @@ def test_requests_count_once_by_class_and_cause() -> None:
     assert found["flowprefill:num_shed_requests_total{slo_class=batch}"] == 1
     assert found["flowprefill:num_shed_requests_total{slo_class=default}"] == 0
     assert found["flowprefill:num_aborted_requests_total{slo_class=default}"] == 1
+    assert found["flowprefill:num_invalid_requests_total{slo_class=default}"] == 1
+    assert found["flowprefill:num_invalid_requests_total{slo_class=batch}"] == 0
     assert found["flowprefill:time_to_first_token_seconds_count{slo_class=default}"] == 3
     assert found["flowprefill:time_to_first_token_seconds_sum{slo_class=default}"] == pytest.approx(0.6 + 1.2 + 1.4)
     assert found["flowprefill:admission_slack_seconds_count{slo_class=default}"] == 3
@@ -249,11 +254,12 @@ def test_tokens_and_steps_count_on_a_server_that_decodes() -> None:
     metrics = Metrics(LABELS, decodes=True, registry=registry)
     metrics.stepped(0.03, 0.004, tokens=5, late_tokens=2)
     metrics.stepped(0.02, None, tokens=1, late_tokens=0)
+    metrics.got_tokens(2, late_tokens=1)
     metrics.given_back()
     metrics.rest(now_s=0.0)
     found = samples(registry)
-    assert found["flowprefill:tbt_slo_met_total"] == 4
-    assert found["flowprefill:tbt_slo_missed_total"] == 2
+    assert found["flowprefill:tbt_slo_met_total"] == 5
+    assert found["flowprefill:tbt_slo_missed_total"] == 3
     assert found["flowprefill:decode_step_seconds_total"] == pytest.approx(0.05)
     assert found["flowprefill:decode_step_lateness_seconds_count"] == 1
     assert found["flowprefill:given_back_total"] == 1

@@ -83,6 +83,7 @@ def test_what_ends_before_it_is_due_is_aborted_or_failed(computed_s: float | Non
     ended = replace(IN_TIME, computed_s=computed_s, first_token_s=None, ended_s=10.9)
     assert judge(ended, END_S) == (None, Cause.ABORTED)
     assert judge(replace(ended, failed=True), END_S) == (False, Cause.FAILED)
+    assert judge(replace(ended, failed=True, invalid=True), END_S) == (None, Cause.INVALID)
 
 
 def test_nothing_is_said_of_a_request_that_is_under_way_and_not_due() -> None:

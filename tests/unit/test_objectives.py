@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import json
+import math
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 from types import SimpleNamespace
@@ -99,9 +100,15 @@ def test_each_part_of_an_objective_comes_from_the_first_that_has_it(
     assert resolved.tbt_s == [*tbts, behind.tbt_s][0]
     named = [ask.slo_class for ask in asks if ask.slo_class is not None]
     assert resolved.slo_class == [*named, behind.slo_class][0]
-    said = [ask.sheddable for ask in asks if ask.sheddable is not None]
-    own = resolved.slo_class == "batch"
-    assert resolved.sheddable == [*said, own][0]
+    assert resolved.sheddable == (resolved.slo_class == "batch" or any(ask.sheddable for ask in asks))
+
+
+def test_a_client_takes_no_request_out_of_those_that_its_class_lets_the_server_refuse() -> None:
+    def may_be_refused(slo_class: str, said: bool | None) -> bool:
+        return policed().resolve(Request([Ask("body", slo_class=slo_class, sheddable=said)]), now_s=0.0).sheddable
+
+    assert [may_be_refused("batch", said) for said in (None, False, True)] == [True, True, True]
+    assert [may_be_refused("keyed", said) for said in (None, False, True)] == [False, False, True]
 
 
 def test_the_tightest_objective_that_a_client_may_ask_for_is_what_a_tighter_one_becomes() -> None:
@@ -262,6 +269,22 @@ def test_what_is_resolved_is_what_the_scheduler_reads() -> None:
     assert read({"ttft_slo": 2, "slo_source": "me"}) == Objective(2.0, 0.1, slo_source="body")
 
 
+TRAVELS = Objective(0.25, 0.05, "interactive", "body", 4.0, True).to_custom_params()
+
+
+@pytest.mark.parametrize("key", ["ttft_slo", "tbt_slo", "slo_weight"])
+@pytest.mark.parametrize("value", ["nan", math.nan, 0, -1, True, "2", None, [2]])
+def test_what_the_server_cannot_have_written_is_not_taken_for_resolved(key: str, value: Any) -> None:
+    assert Objective.resolved(TRAVELS) is not None
+    assert Objective.resolved(TRAVELS | {key: value}) is None
+    assert Objective.resolved({name: told for name, told in TRAVELS.items() if name != key}) is None
+
+
+@pytest.mark.parametrize("weight", [math.inf, 1e7])
+def test_no_weight_is_above_those_that_a_policy_may_have(weight: float) -> None:
+    assert Objective.resolved(TRAVELS | {"slo_weight": weight}) is None
+
+
 # ---- the hooks ------------------------------------------------------------------------------------------------------
 
 
@@ -325,6 +348,14 @@ def test_what_only_the_server_says_is_not_the_clients_to_write() -> None:
     assert (sent["slo_weight"], sent["slo_source"]) == (1.0, "body")
 
 
+def test_no_custom_params_take_a_request_past_the_policy() -> None:
+    hooks = Objectives(policed())
+    for custom_params in ("text", "", [], 0):
+        with pytest.raises(SloError, match="must be an object"):
+            asyncio.run(passed(hooks, http({"priority": -5}), {"custom_params": custom_params}))
+    assert promised(hooks, http({"priority": -5}), {"custom_params": None})[1] == "batch"
+
+
 def test_requests_at_the_same_time_keep_their_own_headers() -> None:
     hooks = Objectives(policed())
 
@@ -375,6 +406,7 @@ def test_what_a_class_has_had_of_tight_requests_outlives_its_policy() -> None:
             "'batch' at the top of the request, but 'keyed'",
         ),
         ({"custom_params": [{"ttft_slo": 1}]}, {}, "must be an object"),
+        ({"sampling_params": {"custom_params": "text"}}, {}, "must be an object"),
         ({}, {"x-slo-ttft-ms": "soon"}, "positive, finite number of milliseconds"),
         ({}, {"x-flowprefill-slo-class": "urgent"}, "there are interactive"),
     ],

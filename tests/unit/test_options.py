@@ -115,10 +115,30 @@ def test_a_prefill_server_gets_the_options_that_it_needs_whatever_was_asked_for(
     pickle.loads(pickle.dumps(given)).resolve_once()
 
 
-def test_a_decode_server_keeps_its_options(started: list[Any]) -> None:
+def test_a_decode_server_keeps_what_prefill_servers_are_changed_for(started: list[Any]) -> None:
     given = SimpleNamespace(disaggregation_mode="decode", **STOCK)
     options.resolve(lambda server_args: None, given)
     assert {name: getattr(given, name) for name in STOCK} == STOCK
+
+
+def test_a_decode_server_gets_one_tokenizer_worker_and_keeps_its_other_options(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    given = ServerArgs(
+        model_path=str(embedded_model_path()),
+        disaggregation_mode="decode",
+        tokenizer_worker_num=4,
+        chunked_prefill_size=2048,
+    )
+    with caplog.at_level(logging.INFO):
+        options.resolve(lambda server_args: None, given)
+    assert (given.tokenizer_worker_num, given.chunked_prefill_size) == (1, 2048)
+    [line] = [record for record in caplog.records if record.getMessage().startswith("FlowPrefill: ")]
+    assert line.levelno == logging.WARNING
+    assert line.getMessage() == (
+        "FlowPrefill: --tokenizer-worker-num is 1 (was 4): "
+        "workers load no plugins: a request that comes by one would have neither a deadline nor a report"
+    )
 
 
 def test_a_changed_target_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -89,8 +89,22 @@ def test_requests_that_end_without_a_first_token() -> None:
     ]
     by_rid = told(Outcomes(decodes=True), events)
     assert (by_rid["gone"].met, by_rid["gone"].cause) == (None, Cause.ABORTED)
-    assert (by_rid["refused"].met, by_rid["refused"].cause) == (False, Cause.FAILED)
+    assert (by_rid["refused"].met, by_rid["refused"].cause) == (None, Cause.INVALID)
     assert (by_rid["refused"].reason, by_rid["refused"].slack_at_admission_s) == ("too long", None)
+
+
+@pytest.mark.parametrize("ended_s", [10.2, 30.0], ids=["before it was due", "after it was due"])
+@pytest.mark.parametrize(
+    ("http_status", "invalid"),
+    [(400, True), (404, True), (422, True), (429, False), (500, False), (503, False), (None, False)],
+)
+def test_what_is_refused_for_its_clients_mistake_is_neither_met_nor_missed(
+    http_status: int | None, invalid: bool, ended_s: float
+) -> None:
+    events = [arrival(10.0, "refused", 20.0), Fail(ended_s, ["refused"], http_status, "why")]
+    outcome = told(Outcomes(decodes=True), events)["refused"]
+    assert (outcome.met is None) == (outcome.cause is Cause.INVALID) == invalid
+    assert (outcome.met is False) == (not invalid)
 
 
 def test_a_suspension_ends_with_its_task_and_counts_after_a_restart_of_the_prefill() -> None:

@@ -245,6 +245,14 @@ def test_a_winner_with_time_lets_others_take_longer_than_itself() -> None:
     assert joint_batch([winner, longer]) == [winner]
 
 
+@pytest.mark.parametrize("of_winner", [200, 40])
+def test_a_batch_and_what_runs_beside_it_have_no_more_requests_than_the_limits_say(of_winner: int) -> None:
+    """Twice as many are looked at, and all of them would fit."""
+    most = Limits(4, 1000).max_batch_requests
+    jobs = [placed(int(number >= of_winner), 1, 1000.0 + number) for number in range(200)]
+    assert joint_batch(jobs, max_batch_tokens=1000) == jobs[:most]
+
+
 @given(
     st.lists(st.tuples(st.integers(1, 150), st.floats(0.01, 5)), min_size=1, max_size=40),
     st.integers(1, 200),

@@ -4,27 +4,41 @@ import asyncio
 import functools
 import json
 import math
+import resource
+import subprocess
+import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from io import StringIO
+from itertools import takewhile
+from operator import eq
 from pathlib import Path
 from typing import Any
 
 import pytest
 from aiohttp import web
+from rich.console import Console
 
+from sgl_flowprefill.bench.__main__ import main
+from sgl_flowprefill.bench.cli import replay as replay_command
+from sgl_flowprefill.bench.cli.options import Replay, TraceOptions
+from sgl_flowprefill.bench.loadgen import replay as replay_module
 from sgl_flowprefill.bench.loadgen.calibrate import (
     REFERENCE_TTFT_S,
     CalibrationError,
     measure_isolated_ttft,
     time_scale,
 )
-from sgl_flowprefill.bench.loadgen.client import APIS, Client, GenerateApi, served_model
+from sgl_flowprefill.bench.loadgen.client import APIS, Client, GenerateApi, Outcome, served_model
 from sgl_flowprefill.bench.loadgen.replay import STOPPED, Enough, ReplayRun, replay
 from sgl_flowprefill.bench.metrics.joint import meets
 from sgl_flowprefill.bench.workloads.prompts import PromptBuilder
 from sgl_flowprefill.bench.workloads.trace import Trace, TraceRequest
+from sgl_flowprefill.events import EventLogError
+from sgl_flowprefill.provenance import read_result
 
 pytestmark = pytest.mark.usefixtures("quick_replays")
 
@@ -42,11 +56,16 @@ class FakeServer:
     failures: dict[int, str] = field(default_factory=dict)
     tells_retractions: bool = True
     s_per_prompt_token: float = 0.0
+    cache: list[list[int]] | None = None
+    """Prompts so far, where it is to say how much of a prompt it knew."""
+    openai_events: Sequence[dict[str, Any]] = ()
+    """What an OpenAI stream has instead of an event for each token."""
 
     async def generate(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()
         self.bodies.append(body)
         prompt_tokens = len(body["input_ids"])
+        cached_tokens = self._cached_tokens(body["input_ids"])
         failure = self.failures.get(prompt_tokens)
         if failure == "503":
             return web.Response(status=503, text="no available workers")
@@ -58,7 +77,7 @@ class FakeServer:
             return response
         count = body["sampling_params"]["max_new_tokens"]
         for done in range(1, count + 1):
-            meta = {"prompt_tokens": prompt_tokens, "completion_tokens": done, "cached_tokens": 3}
+            meta = {"prompt_tokens": prompt_tokens, "completion_tokens": done, "cached_tokens": cached_tokens}
             if self.tells_retractions:
                 meta["num_retractions"] = int(done > 1)
             await _send(response, {"text": "x" * done, "meta_info": meta})
@@ -67,6 +86,12 @@ class FakeServer:
             await asyncio.sleep(TBT_S)
         await response.write(b"data: [DONE]\n\n")
         return response
+
+    def _cached_tokens(self, prompt: list[int]) -> int:
+        if self.cache is None:
+            return 3
+        self.cache.append(prompt)
+        return max((_common_prefix(prompt, one) for one in self.cache[:-1]), default=0)
 
     async def completions(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()
@@ -77,8 +102,9 @@ class FakeServer:
         chat = "messages" in body
         if chat:
             await _send(response, {"choices": [{"delta": {"role": "assistant", "content": ""}}]})
-        for _ in range(body["max_tokens"]):
-            await _send(response, {"choices": [{"delta": {"content": "x"}} if chat else {"text": "x"}]})
+        token = {"choices": [{"delta": {"content": "x"}} if chat else {"text": "x"}]}
+        for event in self.openai_events or [token] * body["max_tokens"]:
+            await _send(response, event)
             await asyncio.sleep(TBT_S)
         await _send(response, {"choices": [], "usage": {"prompt_tokens": 9, "completion_tokens": body["max_tokens"]}})
         await response.write(b"data: [DONE]\n\n")
@@ -86,6 +112,10 @@ class FakeServer:
 
     async def models(self, request: web.Request) -> web.Response:
         return web.json_response({"data": [{"id": "tiny"}]})
+
+
+def _common_prefix(one: Sequence[int], other: Sequence[int]) -> int:
+    return sum(1 for _ in takewhile(bool, map(eq, one, other)))
 
 
 async def _send(response: web.StreamResponse, event: dict[str, Any]) -> None:
@@ -205,6 +235,64 @@ def test_openai_streams_are_counted_and_carry_the_slo(server: FakeServer, api: s
     assert all(body["custom_params"] == slos and body["model"] == "tiny" for body in server.bodies)
 
 
+def text(new: str, tokens: int | None = None) -> dict[str, Any]:
+    return {"choices": [{"text": new}], "usage": usage(tokens)}
+
+
+def delta(tokens: int | None = None, **fields: str) -> dict[str, Any]:
+    return {"choices": [{"delta": fields}], "usage": usage(tokens)}
+
+
+def usage(tokens: int | None) -> dict[str, int] | None:
+    return None if tokens is None else {"prompt_tokens": 9, "completion_tokens": tokens}
+
+
+ROLE = delta(role="assistant", content="")
+AT_LAST = {"choices": [], "usage": usage(3)}
+
+
+@pytest.mark.parametrize(
+    ("api", "events", "first_token_s", "tbt_s"),
+    [
+        ("completions", [text("", 1)], 1.0, []),
+        ("completions", [text("", 1), text("x", 2), text("yz", 3), AT_LAST], 1.0, [1.0, 1.0]),
+        ("completions", [text(""), text("x"), text("y"), AT_LAST], 2.0, [1.0, 1.0]),
+        ("chat", [ROLE, *[delta(reasoning_content="x")] * 2, delta(content="y")], 2.0, [1.0, 1.0]),
+        ("chat", [ROLE, delta(0), delta(1, reasoning="x"), delta(3, content="yz"), AT_LAST], 3.0, [0.5, 0.5]),
+        ("chat", [ROLE, delta(), {"choices": [], "usage": usage(1)}], 3.0, []),
+        ("chat", [ROLE, delta(), AT_LAST], None, []),
+    ],
+    ids=[
+        "one token",
+        "the first without text",
+        "no usage",
+        "reasoning",
+        "reasoning with usage",
+        "one token of which a chat shows nothing",
+        "several",
+    ],
+)
+def test_a_token_of_an_openai_stream_is_seen_when_it_is_counted_or_its_text_or_reasoning_comes(
+    api: str, events: list[dict[str, Any]], first_token_s: float | None, tbt_s: list[float]
+) -> None:
+    outcome = Outcome(sent_s=0.0)
+    for second, event in enumerate(events, start=1):
+        APIS[api]("tiny").read(event, float(second), outcome)
+    assert (outcome.first_token_s, outcome.tbt_s) == (first_token_s, tbt_s)
+    assert outcome.tokens == (len(tbt_s) + 1 if first_token_s else 0)
+
+
+def test_an_answer_of_one_token_whose_text_is_still_to_come_is_complete(server: FakeServer) -> None:
+    server.openai_events = [text("", 1)]
+    (result,) = replay(trace_of(10, output_tokens=1), Client(server.url, APIS["completions"]("tiny")), PROMPTS).results
+    assert (result.error, result.output_tokens, result.prompt_tokens) == (None, 1, 9)
+    assert result.ttft_s is not None
+    assert result.ttft_s >= TTFT_S
+    server.openai_events = [delta()]
+    (result,) = replay(trace_of(10, output_tokens=3), Client(server.url, APIS["chat"]("tiny")), PROMPTS).results
+    assert result.error == "the stream ended without a token"
+
+
 def test_a_class_without_an_objective_between_tokens_names_none(server: FakeServer) -> None:
     request = TraceRequest(0.0, 10, 1, "text", 2.0, math.inf)
     replay(Trace("test", [request]), Client(server.url, GenerateApi()), PROMPTS)
@@ -274,6 +362,51 @@ def test_a_client_that_falls_behind_makes_the_run_invalid(server: FakeServer) ->
     assert "fell behind" in (run.client.invalid_reason or "")
 
 
+@contextmanager
+def open_files(soft: int) -> Iterator[None]:
+    """This process may have only so many, as a shell gives it."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+def test_more_requests_are_under_way_than_the_soft_limit_has_files(server: FakeServer) -> None:
+    server.s_per_prompt_token = 0.1
+    trace = trace_of(*[10] * 200, gap_s=0.002, output_tokens=1)
+    with open_files(64):
+        run = replay(trace, Client(server.url, GenerateApi()), PROMPTS)
+        assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] == 64
+    assert [result.error for result in run.results] == [None] * 200
+
+
+WITH_64_FILES = """
+import resource, sys
+from sgl_flowprefill.bench.loadgen.client import Client, GenerateApi
+from sgl_flowprefill.bench.loadgen.replay import joined, replay
+from sgl_flowprefill.bench.workloads.prompts import PromptBuilder
+from sgl_flowprefill.bench.workloads.trace import Trace, TraceRequest
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+trace = Trace("test", [TraceRequest(0.002 * n, 10, 1, "text", 9.0, 1.0) for n in range(100)])
+run = replay(trace, Client(sys.argv[1], GenerateApi()), PromptBuilder(1))
+print(sum(result.completed for result in run.results))
+print(run.client.invalid_reason)
+print(joined([run], [0], [0.0]).client.valid)
+"""
+
+
+def test_requests_that_the_client_has_no_files_for_make_the_run_invalid(server: FakeServer) -> None:
+    server.s_per_prompt_token = 0.2
+    command = [sys.executable, "-c", WITH_64_FILES, server.url]
+    said = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
+    completed, reason, joined_is_valid = said.splitlines()
+    assert 0 < int(completed) < 100
+    assert reason.startswith(f"the client could not send {100 - int(completed)} requests: it may have 64 files open")
+    assert joined_is_valid == "False"
+
+
 def test_an_error_in_the_progress_callback_ends_the_run_at_once(server: FakeServer) -> None:
     def dead(*_: int) -> None:
         raise RuntimeError("prefill server died")
@@ -308,3 +441,54 @@ def test_calibration_says_what_the_server_answered(server: FakeServer) -> None:
 def test_served_model_is_the_first_of_the_list(server: FakeServer) -> None:
     assert served_model(server.url) == "tiny"
     assert served_model("http://127.0.0.1:9") == "default"
+
+
+def replayed(server: FakeServer, folder: Path, *options: str) -> tuple[list[list[int]], dict[str, Any]]:
+    """The prompts that `bench replay` sends of a trace of two requests that share a block, and its report."""
+    rows = [
+        {"timestamp": at_ms, "input_length": 600, "output_length": 1, "hash_ids": [0, 1 + at_ms]} for at_ms in (0, 100)
+    ]
+    trace, before = folder / "trace.jsonl", len(server.bodies)
+    trace.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = ["--url", server.url, "--trace", str(trace), "--time-scale", "1", "--out", str(folder), *options]
+    assert main(["replay", *given]) == 0
+    return [body["input_ids"] for body in server.bodies[before:]], dict(read_result(folder / "report.json").figures)
+
+
+def test_a_run_meets_no_prompt_that_a_run_before_it_left_in_the_servers_cache(
+    server: FakeServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(replay_module, "MAX_LATENESS_OF_SLO", 100.0)  # a busy machine is not what is tested
+    server.cache = []
+    runs = [replayed(server, tmp_path) for _ in range(2)]
+    for prompts, report in runs:
+        assert [len(prompt) for prompt in prompts] == [600, 600]
+        assert prompts[0][:512] == prompts[1][:512], "prompts of a run share their prefixes"
+        assert report["doubts"] == []
+    (first, report), (second, _) = runs
+    assert first[0][:16] != second[0][:16]
+    again, of_known = replayed(server, tmp_path, "--prompt-seed", str(report["settings"]["prompt_seed"]))
+    assert sorted(again) == sorted(first), "whoever needs the same prompts can have them"
+    (doubt,) = of_known["doubts"]
+    assert doubt.startswith("endpoint had 1,200 of 1,200 prompt tokens in its cache, and requests of the trace share")
+
+
+def test_the_command_looks_at_its_files_before_it_sends_anything(server: FakeServer, tmp_path: Path) -> None:
+    def run(out: str, event_log: str | None = None) -> int:
+        trace = TraceOptions(trace="mixed", rate_scale=20.0, time_scale=1.0, duration=0.5, max_prompt_tokens=10)
+        log = None if event_log is None else tmp_path / event_log
+        options = Replay(url=server.url, event_log=log, out=tmp_path / out, max_output_tokens=1, trace=trace)
+        return replay_command.run(options, Console(file=StringIO()))
+
+    (tmp_path / "file").write_text("")
+    (tmp_path / "notes").write_text("none of the server's\n")
+    with pytest.raises(FileNotFoundError, match="mistyped"):
+        run("new", "mistyped")
+    with pytest.raises(EventLogError, match="is no event log"):
+        run("new", "notes")
+    with pytest.raises(FileExistsError):
+        run("file")
+    assert not server.bodies
+    run("new", "file")
+    assert server.bodies
+    assert {path.name for path in (tmp_path / "new").iterdir()} >= {"endpoint.jsonl", "report.json"}

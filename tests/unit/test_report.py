@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+from collections import Counter
 from io import StringIO
 from pathlib import Path
 
@@ -13,7 +14,13 @@ from rich.console import Console
 from sgl_flowprefill.bench.loadgen.replay import ClientReport, ReplayRun, RequestResult
 from sgl_flowprefill.bench.metrics.comparison import Comparison, SystemResult
 from sgl_flowprefill.bench.reports import page
-from sgl_flowprefill.bench.reports.comparison import render_html
+from sgl_flowprefill.bench.reports.comparison import (
+    attainment_curve,
+    blocking_histogram,
+    render_html,
+    tbt_cdfs,
+    ttft_cdfs,
+)
 from sgl_flowprefill.bench.reports.publish import publish
 from sgl_flowprefill.bench.reports.table import comparison_table
 from sgl_flowprefill.bench.workloads.synthetic import qwen_like
@@ -171,6 +178,23 @@ def test_html_shows_figures_settings_and_escapes(comparison: Comparison) -> None
         assert text in page
     assert "embedded &lt;Llama&gt;" in page
     assert "not valid" not in page
+
+
+def test_every_system_is_shown_also_where_there_are_more_of_them_than_colours(
+    comparison: Comparison, event_log: Path
+) -> None:
+    trace, names = comparison.trace, [f"system-{number}" for number in range(len(page.COLOURS) + 1)]
+    systems = [SystemResult.of(name, name, run_of(trace, 1), trace, event_log=event_log) for name in names]
+    many = dataclasses.replace(comparison, systems=systems)
+    assert render_html(many).count('class="card" style="--accent: #') == len(names)
+    for figure, times in (
+        (ttft_cdfs(many), len(trace.classes)),
+        (tbt_cdfs(many), 1),
+        (attainment_curve(many), 1),
+        (blocking_histogram(many), 1),
+    ):
+        assert figure is not None
+        assert dict(Counter(curve.name for curve in figure.data)) == dict.fromkeys(names, times)
 
 
 def test_html_without_preemptions_has_no_blocking_plot(comparison: Comparison) -> None:

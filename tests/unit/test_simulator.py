@@ -6,6 +6,8 @@ import dataclasses
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -13,6 +15,7 @@ from sgl_flowprefill.bench.__main__ import main
 from sgl_flowprefill.bench.cli import simulate as simulate_command
 from sgl_flowprefill.bench.simulator.checkpoints import Checkpoints, Preemption
 from sgl_flowprefill.bench.simulator.cost import LLAMA_8B, MODELS, CostModel, cost_model, fit, fit_published
+from sgl_flowprefill.bench.simulator.flowprefill import Blocking
 from sgl_flowprefill.bench.simulator.instance import Machine
 from sgl_flowprefill.bench.simulator.requests import Conditions, resampled
 from sgl_flowprefill.bench.simulator.search import fewest_instances, highest, max_limit_rps, max_rate_rps
@@ -74,6 +77,26 @@ def test_preemption_takes_effect_at_the_next_boundary_of_its_granularity() -> No
         last_s = 1.0 if system.endswith("chunk") else 1.01
         assert [round(r.first_token_s - r.arrival_s, 6) for r in result.requests] == [last_s, urgent_s]
         assert result.blocking_s == pytest.approx([] if system.endswith("chunk") else [urgent_s - 0.01])
+
+
+def test_nobody_was_blocked_where_kv_cache_that_gets_free_lets_a_request_start() -> None:
+    """As an event log has it: no news led to the switch."""
+    machine = Machine(dataclasses.replace(TOY, kv_bytes_per_token=1), kv_tokens=1000, link_bytes_per_s=2000)
+    # The first ends at 0.5 s and is sent by 0.75 s. Only then there is KV cache for the third, beside the second.
+    trace = trace_of((0.0, 500, 10.0), (0.1, 400, 20.0), (0.61, 200, 1.0))
+    result = run("s-edf", trace, toy_setup(machine=machine))
+    assert [round(r.first_token_s, 6) for r in result.requests] == [0.75, 1.3, 1.06]
+    assert (result.blocking_s, result.switches_without_news) == ([], 1)
+
+
+@pytest.mark.parametrize("has_run", [False, True], ids=["a new task", "a task that goes on"])
+def test_a_winner_that_waited_before_is_blocked_from_the_news_on_that_led_to_the_switch(has_run: bool) -> None:
+    blocking = Blocking()
+    running: Any = SimpleNamespace()
+    winner: Any = SimpleNamespace(readable_s=1.0, has_run=has_run)
+    blocking.suspended(running, winner, stopped_s=4.9, now_s=5.0, news_readable_s=4.5)
+    blocking.suspended(running, winner, stopped_s=6.9, now_s=7.0, news_readable_s=math.inf)
+    assert (blocking.blocking_s, blocking.switches_without_news) == ([0.5], 1)
 
 
 def test_tiles_and_lookahead_move_the_stop() -> None:
@@ -282,6 +305,23 @@ def test_the_command_writes_its_figures(action: list[str], tmp_path: Path, monke
         assert report["speed"]["order_of_places"]["100"]["p50_s"] > 0
     else:
         assert report["traces"]["qwen-like"]
+
+
+@pytest.mark.parametrize(
+    ("options", "rate_rps"),
+    [
+        (("--rate", "5"), 5.0),
+        (("--instances", "3"), 3 * 5.5 / 2),
+    ],
+    ids=["given", "three instances of 5.5, stretched"],
+)
+def test_a_rate_that_is_given_is_the_one_that_is_simulated(
+    options: tuple[str, ...], rate_rps: float, tmp_path: Path
+) -> None:
+    out = tmp_path / "figures.json"
+    command = ["simulate", "--requests", "50", "--seeds", "1", "--policy", "stock-fcfs", "--no-limit"]
+    assert main([*command, "--time-scale", "2", *options, "--out", str(out)]) == 0
+    assert json.loads(out.read_text())["traces"]["qwen-like"]["rate_rps"] == pytest.approx(rate_rps)
 
 
 def test_a_search_that_no_rate_ends_says_what_to_do() -> None:

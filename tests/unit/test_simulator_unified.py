@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from sgl_flowprefill.bench.__main__ import main
+from sgl_flowprefill.bench.cli.unified import figures
 from sgl_flowprefill.bench.metrics.joint import Answered, summarise_joint
 from sgl_flowprefill.bench.simulator.cost import LLAMA_8B, CostModel
 from sgl_flowprefill.bench.simulator.engine import simulate
@@ -245,7 +246,7 @@ def test_ours_meets_time_between_tokens_where_no_chunk_size_meets_both() -> None
 
 
 def test_the_tuned_search_finds_what_a_search_of_all_finds() -> None:
-    traces = [qwen_like(200, seed, rate_rps=4.0) for seed in range(2)]
+    traces = [qwen_like(120, seed, rate_rps=4.0) for seed in range(2)]
     setup = Setup(Machine(LLAMA_8B, LLAMA_8B.kv_tokens))
     systems = [
         unified(name) for name in ("stock-fcfs-8192", "stock-spf-768-mixed", "stock-spf-512-mixed", "stock-spf-2048")
@@ -282,6 +283,18 @@ def test_the_command_writes_what_a_comparison_shows(tmp_path: Path, capsys: pyte
     assert "stock-spf-768-mixed" in capsys.readouterr().out
     assert main(["simulate", "--unified", "--plan"]) == 2
     assert "--plan and --speed are of prefill instances" in capsys.readouterr().err
+
+
+def test_the_share_of_time_in_steps_is_one_of_all_servers() -> None:
+    trace = trace_of(*((0.1 * number, 100, 20, 9.0, 0.1) for number in range(5)))
+    twice = Trace("toy", [request for request in trace.requests for _ in range(2)])
+    on_two = dataclasses.replace(toy_setup(), instances=2, router="round-robin")
+    for system in ("feasible", "stock-fcfs"):
+        one = figures([run(unified(system), trace, toy_setup())])
+        two = figures([run(unified(system), twice, on_two)])
+        assert two["steps"] == 2 * one["steps"]
+        assert two["decode_share"] == pytest.approx(one["decode_share"])
+        assert 0 < two["decode_share"] < 1
 
 
 def test_the_command_searches_the_highest_rates_and_names_the_best_stock_setting(

@@ -55,7 +55,7 @@ def test_bodies_of_both_apis_are_checked() -> None:
     assert body_error({"sampling_params": [{}, bad]}) is not None
     assert body_error({"sampling_params": {"custom_params": {"ttft_slo": 1}}}) is None
     assert body_error([1, 2]) is None
-    assert body_error({"custom_params": None, "sampling_params": {"custom_params": "SGLang's own"}}) is None
+    assert body_error({"custom_params": None, "sampling_params": {"custom_params": None}}) is None
     assert body_error({"instances": [{}], "parameters": {"sampling_params": bad}}) is not None
     assert body_error({"instances": [{}], "parameters": {"sampling_params": {}}}) is None
 
@@ -101,6 +101,16 @@ def test_two_objectives_in_one_request_are_refused_with_both() -> None:
     assert error is not None
     assert "2 at the top" in error
     assert "0.5 in its sampling_params" in error
+
+
+@pytest.mark.parametrize("custom_params", ["text", "", [], [{"ttft_slo": 1}], 0, False])
+def test_custom_params_that_are_no_object_are_refused_wherever_they_are(custom_params: Any) -> None:
+    inner = {"custom_params": custom_params}
+    bodies = [inner, {"sampling_params": inner}, {"sampling_params": [{}, inner]}]
+    for body in (*bodies, {"instances": [{}], "parameters": {"sampling_params": inner}}):
+        error = body_error(body)
+        assert error is not None, body
+        assert f"must be an object, got {custom_params!r}" in error
 
 
 def test_an_objective_that_has_nowhere_to_go_is_refused() -> None:

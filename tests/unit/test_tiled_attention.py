@@ -296,6 +296,8 @@ class Rig:
         assert max_seqlen_q == int(cu_seqlens_q.diff().max())
         out, pairs = torch.full((len(q), HEADS, DIM), math.nan), 0
         for request, (a, b) in enumerate(itertools.pairwise(cu_seqlens_q.tolist())):
+            if a == b:  # not in this tile
+                continue
             slots = page_table[request, : int(cache_seqlens[request])].long()
             out[a:b], _ = attend(q[a:b], k_cache[slots, 0], v_cache[slots, 0], causal, window_size[0], softmax_scale,
                                  softcap)  # fmt: skip

@@ -189,7 +189,7 @@ def test_requests_without_a_place_at_the_decode_server_wait_for_it_to_the_end() 
     verdicts = {rid: request.verdict for rid, request in by_rid(history).items()}
     assert verdicts == {
         "never": (False, Cause.DECODE_PLACE),
-        "refused": (False, Cause.FAILED),
+        "refused": (None, Cause.INVALID),
         "late": (False, Cause.DECODE_PLACE),
     }
     assert doings(by_rid(history)["never"].parts)[-1] == ("waiting for the decode server", 10.0, 11.7)

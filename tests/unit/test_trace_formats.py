@@ -102,6 +102,11 @@ def test_objectives_can_be_given_by_class(files: dict[str, Path]) -> None:
     assert [r.ttft_slo_s for r in requests] == [0.5, 9.0]
 
 
+def test_objectives_of_a_class_that_no_request_has_are_refused(files: dict[str, Path]) -> None:
+    with pytest.raises(TraceFormatError, match="no request is of class 'txt'; the classes are search, text"):
+        load_trace(files["qwen"], slos={"text": Slo(9.0, 1.0), "txt": Slo(9.0, 1.0)})
+
+
 def test_rows_out_of_order_are_put_in_order(tmp_path: Path) -> None:
     trace = load_trace(write_json(tmp_path / "t.jsonl", MOONCAKE[::-1]))
     assert [r.arrival_s for r in trace.requests] == [0.0, 2.5]

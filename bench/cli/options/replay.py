@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Final, Literal
 
 from tyro.conf import arg
 
-from sgl_flowprefill.bench.cli.options.base import Command
+from sgl_flowprefill.bench.cli.options.base import Bound, Command
 from sgl_flowprefill.bench.cli.options.trace import TraceOptions
-from sgl_flowprefill.bench.cli.options.values import Folder, MaybeCount, Model, NewFile, Seconds
+from sgl_flowprefill.bench.cli.options.values import Folder, MaybeCount, Model, NewFile, Seconds, shown
 
 Api = Literal["generate", "completions", "chat"]
+PROMPT_SEED: Final = Bound("a whole number from 0 to 2**64 - 1", lambda value: 0 <= value < 1 << 64)
 
 
 @dataclass(frozen=True)
@@ -32,8 +33,11 @@ class Replay(Command):
     timeout: Seconds = 600.0
     """longest silence of a stream, in seconds"""
     event_log: NewFile = None
-    """FlowPrefill's event log, if the server on this machine has one"""
+    """FlowPrefill's event log, if the server is on this machine and has one: the file has to be there"""
     out: Folder = Path("out/replay")
     max_output_tokens: MaybeCount = None
     """cut longer answers"""
+    prompt_seed: Annotated[int | None, PROMPT_SEED, arg(metavar="N", help_behavior_hint=shown)] = None
+    """send the prompts of the run whose report has this settings.prompt_seed (default: others in each run, of the same
+    lengths and with the same shared prefixes, as servers still have those of earlier runs in their caches)"""
     trace: TraceOptions = TraceOptions()

@@ -62,7 +62,8 @@ class Simulate(Command):
         "qwen-like",
     )
     rate: Annotated[float | None, POSITIVE, arg(metavar="RPS", help_behavior_hint=shown)] = None
-    """arrival rate, in requests a second (default: the trace's own)"""
+    """arrival rate, in requests a second, which --time-scale leaves as it is (default: a file's own, or 5.5 for each
+    instance, divided by --time-scale)"""
     time_scale: Factor = 1.0
     """factor of arrivals and SLOs"""
     requests: Count = 4000

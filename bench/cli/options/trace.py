@@ -29,7 +29,7 @@ class TraceOptions(Options):
     slo: UseAppendAction[tuple[ClassSlo, ...]] = ()
     """objectives (s) of a class of a trace file, instead of its defaults; can be repeated"""
     seed: Whole = 0
-    """seed of the workload and of the prompts"""
+    """seed of the workload, in demo of the prompts, too"""
     rate_scale: Factor = 1.0
     """multiple of the trace's own rate, which is 2.75 req/s for built-in workloads"""
     time_scale: FactorOrAuto = "auto"

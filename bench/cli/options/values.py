@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 from tyro.conf import UseAppendAction, arg
 from tyro.constructors import PrimitiveConstructorSpec
 
-from sgl_flowprefill.bench.cli.options.base import POSITIVE, SHARE, OptionError
+from sgl_flowprefill.bench.cli.options.base import AT_LEAST_0, POSITIVE, SHARE, OptionError
 from sgl_flowprefill.bench.workloads.synthetic import WORKLOADS
 from sgl_flowprefill.bench.workloads.trace import Slo
 
@@ -55,7 +55,7 @@ def shown(default: str) -> str:
     return "" if default in ("None", "inf", "''") else f"(default: {default})"
 
 
-Whole = Annotated[int, arg(metavar="N")]
+Whole = Annotated[int, AT_LEAST_0, arg(metavar="N")]
 Count = Annotated[int, POSITIVE, arg(metavar="N")]
 Counts = Annotated[tuple[int, ...], POSITIVE, arg(metavar="N...")]
 MaybeCount = Annotated[int | None, POSITIVE, arg(metavar="N", help_behavior_hint=shown)]

@@ -7,6 +7,8 @@ from typing import Final
 from sgl_flowprefill.contract.row import Part, attributes, rows, source
 from sgl_flowprefill.contract.symbols import CONTEXT, MODEL_RUNNER, OPTIONS, REQ, SCHEDULER
 
+OTHER_KERNELS: Final = "a server predicts with a profile of other kernels"
+
 PART: Final = Part(
     "profile",
     "Profiles and the doctor's checks of a device",
@@ -104,6 +106,15 @@ PART: Final = Part(
             "tells whether decode steps run as CUDA graphs",
             "`launch.py gpu-report` does not measure decode steps",
         ),
+        *attributes(MODEL_RUNNER, "kv_cache_dtype_str", "is the data type of the KV cache", OTHER_KERNELS),
+        *attributes(
+            "sglang.srt.configs.model_config:ModelConfig",
+            "quantization",
+            "says how weights are stored and computed",
+            OTHER_KERNELS,
+        ),
+        *rows("calls", CONTEXT, "get_exec()", "shows the options of kernels", OTHER_KERNELS),
+        *attributes(OPTIONS, "moe_runner_backend", "says which kernels experts have", OTHER_KERNELS),
         source(
             "assumes",
             "sglang.srt.entrypoints.engine:_set_envs_and_config",

@@ -9,6 +9,7 @@ from sgl_flowprefill.contract.symbols import CONTEXT, OPTIONS, REQ, SCHEDULER
 
 ADDER: Final = "sglang.srt.managers.schedule_policy:PrefillAdder"
 NEVER_ENDS: Final = "a prompt that fits into no pool waits for ever, and others behind it"
+RESULTS: Final = "sglang.srt.managers.scheduler_components.batch_result_processor:SchedulerBatchResultProcessor"
 
 PART: Final = Part(
     "scheduler",
@@ -308,6 +309,14 @@ PART: Final = Part(
             "SchedulerOutputStreamer.stream_output(self, reqs, return_logprob, skip_req)",
             "hands answers to the client",
             "requests do not end in the event log",
+        ),
+        source(
+            "assumes",
+            f"{RESULTS}.process_batch_result_prebuilt",
+            ["self.output_streamer.stream_output(batch.reqs, batch.return_logprob)"],
+            "hands on the first tokens that have come with the KV cache, whether they are sent or not",
+            "answers of a decode server say that their first token came later than it did",
+            "(self, batch)",
         ),
         *rows(
             "overrides",
