@@ -21,7 +21,7 @@ from sgl_flowprefill.contract import supported
 from sgl_flowprefill.patches.base import SeamError, expect, resolve
 
 HANDLER: Final = "sglang.srt.entrypoints.http_server.health_generate"
-LAUNCH: Final = "sglang.srt.entrypoints.http_server.launch_server"
+RUN: Final = "sglang.srt.entrypoints.http_server._setup_and_run_http_server"
 APP: Final = "sglang.srt.entrypoints.http_server.app"
 STATE: Final = "sglang.srt.entrypoints.http_server._global_state"
 STATUS: Final = "sglang.srt.entrypoints.http_server.ServerStatus"
@@ -35,10 +35,10 @@ def apply() -> None:
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
     expect("health")
-    HookRegistry.register(LAUNCH, _with_routes, HookType.AROUND)
+    HookRegistry.register(RUN, _with_routes, HookType.AROUND)
 
 
-def _with_routes(launch_server: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def _with_routes(run_http_server: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     app = resolve("health", APP)
     health = answering_when_the_scheduler_does(resolve("health", HANDLER))
     replaced = [route for route in app.router.routes if getattr(route, "path", None) in PATHS]
@@ -48,7 +48,7 @@ def _with_routes(launch_server: Callable[..., Any], *args: Any, **kwargs: Any) -
         )
     for route in replaced:
         app.router.routes.insert(0, APIRoute(route.path, health, methods=["GET"]))
-    return launch_server(*args, **kwargs)
+    return run_http_server(*args, **kwargs)
 
 
 def answering_when_the_scheduler_does(

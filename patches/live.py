@@ -1,6 +1,7 @@
 """What a server does now, on its own port: ``/flowprefill`` and what belongs to it.
 
-Targets: ``sglang.srt.entrypoints.http_server.launch_server``, before which the routes are put into SGLang's app, and
+Targets: ``_setup_and_run_http_server`` of ``sglang.srt.entrypoints.http_server``, before which the routes are put into
+SGLang's app; ``launch_server`` there, after which the timeline is written; and
 ``sglang.srt.utils.auth.decide_request_auth``, which asks for the API key at every route. The page is a file without any
 data and asks for the key itself: a browser shows none when it opens a page.
 
@@ -30,6 +31,7 @@ logger = logging.getLogger(__name__)
 
 SEAM: Final = "live"
 LAUNCH: Final = "sglang.srt.entrypoints.http_server.launch_server"
+RUN: Final = "sglang.srt.entrypoints.http_server._setup_and_run_http_server"
 APP: Final = "sglang.srt.entrypoints.http_server.app"
 STATE: Final = "sglang.srt.entrypoints.http_server._global_state"
 REQUEST: Final = "sglang.srt.managers.io_struct.GetInternalStateReq"
@@ -43,7 +45,7 @@ def apply(config: FlowPrefillConfig) -> None:
 
     expect(SEAM)
     if config.recent_events:
-        HookRegistry.register(LAUNCH, _with_routes, HookType.AROUND)
+        HookRegistry.register(RUN, _with_routes, HookType.AROUND)
         HookRegistry.register(DECIDE, _let_the_page_through, HookType.AROUND)
     if config.timeline is not None and config.events_file is not None:
         HookRegistry.register(LAUNCH, writing_timeline(config), HookType.AROUND)
@@ -76,7 +78,7 @@ def _write_timeline(log: Path, file: Path) -> None:
         logger.info("FlowPrefill: a timeline is in %s: open it at https://ui.perfetto.dev", file)
 
 
-def _with_routes(launch_server: Callable[..., Any], server_args: Any, *args: Any, **kwargs: Any) -> Any:
+def _with_routes(run_http_server: Callable[..., Any], server_args: Any, *args: Any, **kwargs: Any) -> Any:
     if server_args.disaggregation_mode != "decode":
         name = "prefill" if server_args.disaggregation_mode == "prefill" else "unified"
 
@@ -86,7 +88,7 @@ def _with_routes(launch_server: Callable[..., Any], server_args: Any, *args: Any
             return SchedulerFeed(name, ask, is_ending=lambda: bool(_manager().gracefully_exit))
 
         resolve(SEAM, APP).router.routes[:0] = routes(feed)
-    return launch_server(server_args, *args, **kwargs)
+    return run_http_server(server_args, *args, **kwargs)
 
 
 async def ask(question: Ask) -> Answer:

@@ -10,6 +10,9 @@ import logging
 import multiprocessing
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
 from typing import Any, Final
 
 from sgl_flowprefill.config import ConfigError, FlowPrefillConfig, is_enabled
@@ -34,12 +37,24 @@ SCHEDULER_PARTS: Final = (
 """Parts of the contract that the scheduler works with, beside those of the seams, which check their own."""
 BEFORE_IT_IS_MADE: Final = "sglang.srt.managers.scheduler.configure_scheduler_process"
 """What SGLang calls before it makes its scheduler, and with the options of the server."""
+ENGINE: Final = "sglang.srt.entrypoints.engine"
+"""What a process has imported that starts the others of a server."""
+SAYS_ROLE: Final = "sglang.srt.runtime_context.publish"
+"""What SGLang calls in each of its processes, with the role that it has, before it makes anything there."""
+HTTP_ROLE: Final = "tokenizer"
+"""The role of the process that serves HTTP, or has an engine in Python, and has started the others."""
 
 
 def load() -> None:
     """Take the seams that the environment asks for. Ends the process with one line when that is not possible."""
-    try:
+    with _ending_in_one_line():
         _load()
+
+
+@contextmanager
+def _ending_in_one_line() -> Iterator[None]:
+    try:
+        yield
     except (ConfigError, SeamError) as error:
         raise SystemExit(f"sgl-flowprefill: {error}") from error
 
@@ -49,21 +64,53 @@ def _load() -> None:
     if not is_enabled():
         return
     config = FlowPrefillConfig.from_env()
-    if "sglang.srt.managers.scheduler" in sys.modules:
+    runs_scheduler = "sglang.srt.managers.scheduler" in sys.modules
+    if runs_scheduler:
         from sgl_flowprefill.patches import before_0_5_23
 
         before_0_5_23.apply()
     if multiprocessing.parent_process() is None:
+        _take_option_seams()
         _take_http_seams(config)
-    elif "sglang.srt.managers.scheduler" in sys.modules:
+        return
+    if runs_scheduler:
         take_scheduler_seams(config)
+    if ENGINE in sys.modules:
+        _take_option_seams()
+        _take_http_seams_when_it_is_one(config)
+
+
+def _take_option_seams() -> None:
+    """Options are made in the process that starts the others."""
+    from sgl_flowprefill.patches import options
+
+    expect("hooks")
+    options.apply()
+
+
+def _take_http_seams_when_it_is_one(config: FlowPrefillConfig) -> None:
+    """A process that another one has started may be a server's first, too, as SGLang's ``launch_server_process`` starts
+    it, or a scheduler's whose program imports the engine. SGLang says which before it makes anything there.
+    """
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    @cache
+    def take() -> None:
+        with _ending_in_one_line():
+            _take_http_seams(config)
+        HookRegistry.apply_hooks()
+
+    def take_at_the_start(*_args: Any, role: str, **_options: Any) -> None:
+        if role == HTTP_ROLE:
+            take()
+
+    HookRegistry.register(SAYS_ROLE, take_at_the_start, HookType.BEFORE)
 
 
 def _take_http_seams(config: FlowPrefillConfig) -> None:
-    """Requests and health checks enter in the process that SGLang was started as."""
-    from sgl_flowprefill.patches import answer_report, health, live, options, overload, request_slo, request_times
+    """Requests and health checks enter in the process that starts the others."""
+    from sgl_flowprefill.patches import answer_report, health, live, overload, request_slo, request_times
 
-    expect("hooks")
     if not is_supported(installed()):
         logger.warning(
             "SGLang %s is outside of %s, the versions that this release of sgl-flowprefill supports; what it works "
@@ -71,7 +118,6 @@ def _take_http_seams(config: FlowPrefillConfig) -> None:
             installed(),
             supported(),
         )
-    options.apply()
     request_times.apply()
     request_slo.apply(config)
     health.apply()

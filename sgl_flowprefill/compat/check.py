@@ -78,7 +78,7 @@ def take_over(server_args: Any, env: MutableMapping[str, str] | None = None) -> 
     that it reads (default: this process's). What was something else before.
     """
     env = os.environ if env is None else env
-    changes = list(_set(_settings(server_args), server_args))
+    changes = list(_changes(_settings(server_args), server_args))
     graphs = getattr(server_args, "cuda_graph_config", None)
     if isinstance(graphs, dict) and "backend" in (graphs.get("prefill") or {}):
         prefill = {key: value for key, value in graphs["prefill"].items() if key != "backend"}
@@ -93,7 +93,7 @@ def take_over(server_args: Any, env: MutableMapping[str, str] | None = None) -> 
 
 def take_over_decode_server(server_args: Any) -> list[Change]:
     """As ``take_over``, of a server that only decodes."""
-    return list(_set(DECODE_SERVERS.rows, server_args))
+    return list(_changes(DECODE_SERVERS.rows, server_args))
 
 
 def incompatible_option(server_args: Any, env: Mapping[str, str] | None = None) -> str | None:
@@ -198,7 +198,7 @@ def unchecked_attention_backend(name: str | None) -> str | None:
     return _cannot_work(shown("attention_backend", name), ATTENTION.why)
 
 
-def _set(rows: Iterable[Row], server_args: Any) -> Iterator[Change]:
+def _changes(rows: Iterable[Row], server_args: Any) -> Iterator[Change]:
     """Set the options of ``rows``."""
     for row in rows:
         [option] = row.options

@@ -79,7 +79,8 @@ class EmptyPool:
         many tokens for certain, and no prefixes are cached; SGLang keeps a token more free for those.
         """
         if not is_fixed:
-            return prompt_tokens + min(answer_tokens, CLIP_MAX_NEW_TOKENS) + self.page_tokens < self.tokens
+            needed_tokens: int = prompt_tokens + min(answer_tokens, CLIP_MAX_NEW_TOKENS) + self.page_tokens
+            return needed_tokens < self.tokens
         prompt_tokens = -(-prompt_tokens // self.page_tokens) * self.page_tokens
         left_tokens = self.tokens - prompt_tokens - self.page_tokens
         return left_tokens > answer_tokens + 1 if answer_tokens else left_tokens >= 0

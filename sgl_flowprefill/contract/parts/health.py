@@ -23,7 +23,7 @@ PART: Final = Part(
         *rows(
             "hooks",
             HTTP,
-            "launch_server(server_args, ...)",
+            "_setup_and_run_http_server(server_args, ...)",
             "is when our routes are put before SGLang's",
             "/health shows the handler's sleep, and follows steps of the wall clock",
         ),

@@ -15,7 +15,21 @@ PART: Final = Part(
     "Live page",
     ("HTTP server",),
     (
-        *rows("hooks", HTTP, "launch_server(server_args, ...)", "is when our routes are put before SGLang's", NO_PAGE),
+        *rows(
+            "hooks",
+            HTTP,
+            "_setup_and_run_http_server(server_args, ...)",
+            "is when our routes are put before SGLang's",
+            NO_PAGE,
+        ),
+        source(
+            "hooks",
+            f"{HTTP}launch_server",
+            ["Engine._launch_subprocesses(", "_setup_and_run_http_server("],
+            "starts the other processes, serves HTTP, and is what the timeline is written after",
+            "a server that is started by itself writes no timeline",
+            "(server_args, ...)",
+        ),
         *rows("reads", HTTP, "app _global_state", "is what the routes work with", NO_PAGE),
         *attributes(f"{HTTP}_GlobalState", "tokenizer_manager", "asks the scheduler", NO_PAGE),
         *rows(
