@@ -461,6 +461,7 @@ def test_a_prefix_that_is_cached_meanwhile_makes_the_requests_that_wait_cheaper(
     scheduler.hub.look()
     before_s = {job.item.req.rid: job.remaining_s for job in scheduler.hub.work.policy.first_waiting(0.0, 9)}
     assert len(before_s) == 5
+    assert list(before_s.values()) == pytest.approx([before_s["alone"]] * 5)
     while not engine.answers:
         engine.turn()
     for _ in range(3):
@@ -470,9 +471,9 @@ def test_a_prefix_that_is_cached_meanwhile_makes_the_requests_that_wait_cheaper(
         **{rid: 10 for rid in before_s if rid not in engine.answers and rid != "alone"},
         "alone": 0,
     }
-    for job in jobs:
-        cheaper = job.remaining_s < 0.5 * before_s[job.item.req.rid]
-        assert cheaper == (job.item.req.rid != "alone")
+    remaining_s = {job.item.req.rid: job.remaining_s for job in jobs}
+    alone_s = remaining_s.pop("alone")
+    assert max(remaining_s.values()) < alone_s, "by how much, depends on what the profile has measured"
     engine.run()
     assert len(engine.answers) == 5
     for rid, tokens in prompts.items():
