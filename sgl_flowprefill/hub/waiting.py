@@ -114,6 +114,11 @@ class WaitingRequests:
         may_be_evicted = waiting.matched_at != self._evictions and waiting.shape.cached_tokens > 0
         return may_be_evicted or waiting.req in self._outdated
 
+    @property
+    def watches(self) -> bool:
+        """Whether something that could be cached would be noticed."""
+        return bool(self._watched)
+
     def forget_news(self) -> None:
         """The hub looks at what there is: what is added from now on is news."""
         self.news_readable_s = math.inf
