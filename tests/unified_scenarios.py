@@ -264,7 +264,9 @@ def _retracted(engine: UnifiedEngine) -> None:
 def _given_back(engine: UnifiedEngine) -> None:
     _running(engine)
     [task] = [task for task in engine.hub.work.tasks.live if "goes" in task.rids]
+    since_s = time.monotonic()
     engine.hub.give_back(task)
+    assert all(engine.hub.role.as_arrival(req).readable_s >= since_s for req in task.reqs), "nobody is blocked before"
 
 
 STATES: Final[dict[str, Callable[[UnifiedEngine], None]]] = {
