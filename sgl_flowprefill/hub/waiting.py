@@ -80,10 +80,13 @@ class WaitingRequests:
 
     def matched(self, job: Job[WaitingRequest], shape: PrefillShape) -> None:
         """``job`` costs ``shape`` by the cached prefix that it has now."""
-        self._unwatch(job.item)
-        job.item.shape = shape
-        job.item.matched_at = self._evictions
-        self._watch(job.item)
+        waiting, is_as_before = job.item, not self.has_more_cached(job) and shape == job.item.shape
+        waiting.matched_at = self._evictions
+        if is_as_before:
+            return  # what is watched is, too
+        self._unwatch(waiting)
+        waiting.shape = shape
+        self._watch(waiting)
 
     def cached(self, prompts: Iterable[Sequence[int]]) -> None:
         """The KV of all of ``prompts`` is in the cache now: requests that begin alike can be matched farther."""
@@ -112,7 +115,11 @@ class WaitingRequests:
         """Whether more of its prompt has been cached since it was matched, or some of what was may be evicted."""
         waiting = job.item
         may_be_evicted = waiting.matched_at != self._evictions and waiting.shape.cached_tokens > 0
-        return may_be_evicted or waiting.req in self._outdated
+        return may_be_evicted or self.has_more_cached(job)
+
+    def has_more_cached(self, job: Job[WaitingRequest]) -> bool:
+        """Whether more of its prompt has been cached since it was matched."""
+        return job.item.req in self._outdated
 
     @property
     def watches(self) -> bool:

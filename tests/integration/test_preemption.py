@@ -506,8 +506,6 @@ def test_a_flush_that_waits_for_the_end_of_all_is_done_when_nothing_is_left_and_
 def test_a_request_whose_cached_prefix_is_evicted_while_it_waits_is_judged_by_what_is_left(
     engine: PrefillEngine, rounds: Rounds
 ) -> None:
-    from sglang.srt.mem_cache.base_prefix_cache import EvictParams
-
     hub, prefix = engine.scheduler.hub, prompt(61, 1500)
     engine.submit("first", prefix + prompt(62, 20))
     engine.run()
@@ -519,7 +517,8 @@ def test_a_request_whose_cached_prefix_is_evicted_while_it_waits_is_judged_by_wh
     assert jobs["cached"].item.shape.new_tokens == 40
     hub.work.policy.limits = Limits(max_suspended=100, max_batch_tokens=600)
     assert [job.item.req.rid for job in hub.choose()] == ["cached", "other"]
-    engine.scheduler.tree_cache.evict(EvictParams(num_tokens=1000))
+    allocator = engine.scheduler.token_to_kv_pool_allocator  # which evicts what an allocation lacks
+    allocator.evict_to_free_tokens(engine.scheduler.tree_cache, allocator.available_size() + 1000)
     assert [job.item.req.rid for job in hub.choose()] == ["cached"], "the two are more than a batch now"
     assert jobs["cached"].item.shape.new_tokens >= 1000
     engine.run()
