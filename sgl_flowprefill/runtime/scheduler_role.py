@@ -44,9 +44,9 @@ IN_VAIN: Final = "flowprefill_starts_in_vain"
 """Attribute of SGLang's Req: how often it has found none there."""
 COMPILES_SINCE: Final = "flowprefill_compiles_since_s"
 """Attribute of SGLang's Req: when its grammar began to be compiled here."""
-GIVES_UP: Final = ("evict", "evict_for_alloc", "evict_host")
-"""Methods by which SGLang's radix caches give up prefixes: as they are told to, where an allocation lacks KV cache, and
-where host memory is short on caches that have some.
+GIVES_UP: Final = ("evict", "evict_for_alloc", "evict_host", "reset")
+"""Methods by which SGLang's radix caches give up prefixes: as they are told to, where an allocation lacks KV cache,
+where host memory is short on caches that have some, and all of them at a flush.
 """
 
 

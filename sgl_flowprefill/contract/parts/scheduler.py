@@ -117,7 +117,8 @@ PART: Final = Part(
         *rows(
             "hooks",
             "sglang.srt.mem_cache.base_prefix_cache:",
-            "BasePrefixCache.evict(self, params) BasePrefixCache.evict_for_alloc(self, params, ...)",
+            "BasePrefixCache.evict(self, params) BasePrefixCache.evict_for_alloc(self, params, ...) "
+            "BasePrefixCache.reset(self)",
             "gives up cached prefixes",
             TAKEN_FOR_SHORT,
         ),
@@ -126,6 +127,13 @@ PART: Final = Part(
             "sglang.srt.mem_cache.allocator.base:BaseTokenToKVPoolAllocator.evict_to_free_tokens",
             ["tree_cache.evict_for_alloc("],
             "gives up cached prefixes where an allocation lacks KV cache",
+            TAKEN_FOR_SHORT,
+        ),
+        source(
+            "assumes",
+            f"{SCHEDULER}.flush_cache",
+            ["self.tree_cache.reset()"],
+            "gives up all cached prefixes, also those of requests that wait while the server is paused",
             TAKEN_FOR_SHORT,
         ),
         *attributes(
