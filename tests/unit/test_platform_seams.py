@@ -166,6 +166,7 @@ class IdleScheduler:
         self.client.connect(f"tcp://127.0.0.1:{port}")
         self.ipc_channels = SimpleNamespace(recv_from_tokenizer=self.requests, recv_from_rpc=None)
         self.disagg_decode_prealloc_queue = SimpleNamespace(pending_reqs=[])
+        self.attn_dp_enabled = False
         self.forward_ct = 0
         self.idle = True
 
@@ -233,6 +234,15 @@ def test_a_rank_without_sockets_leaves_the_waiting_to_the_broadcast(scheduler: I
     scheduler.ipc_channels.recv_from_tokenizer = None
     sleeper = decode_idle.DecodeSleeper(scheduler, wakeup)
     assert slept_s(sleeper) < 0.1
+    scheduler.disagg_decode_prealloc_queue.pending_reqs.append("request")
+    assert sum(slept_s(sleeper) for _ in range(9)) < 0.1
+
+
+def test_a_rank_that_others_meet_in_each_round_keeps_none_waiting(scheduler: IdleScheduler, wakeup: int) -> None:
+    """With data-parallel attention, where each has sockets."""
+    scheduler.attn_dp_enabled = True
+    sleeper = decode_idle.DecodeSleeper(scheduler, wakeup)
+    assert sum(slept_s(sleeper) for _ in range(9)) < 0.1
     scheduler.disagg_decode_prealloc_queue.pending_reqs.append("request")
     assert sum(slept_s(sleeper) for _ in range(9)) < 0.1
 
