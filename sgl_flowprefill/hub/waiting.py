@@ -113,9 +113,14 @@ class WaitingRequests:
 
     def is_outdated(self, job: Job[WaitingRequest]) -> bool:
         """Whether more of its prompt has been cached since it was matched, or some of what was may be evicted."""
+        return self.may_be_evicted(job) or self.has_more_cached(job)
+
+    def may_be_evicted(self, job: Job[WaitingRequest]) -> bool:
+        """Whether some of what was cached of its prompt may be evicted since it was matched. What is cached elsewhere,
+        of a request without its prompt here, is not asked about.
+        """
         waiting = job.item
-        may_be_evicted = waiting.matched_at != self._evictions and waiting.shape.cached_tokens > 0
-        return may_be_evicted or self.has_more_cached(job)
+        return waiting.matched_at != self._evictions and waiting.shape.cached_tokens > 0 and len(waiting.prompt) > 0
 
     def has_more_cached(self, job: Job[WaitingRequest]) -> bool:
         """Whether more of its prompt has been cached since it was matched."""
@@ -129,6 +134,11 @@ class WaitingRequests:
     def forget_news(self) -> None:
         """The hub looks at what there is: what is added from now on is news."""
         self.news_readable_s = math.inf
+
+    def shape(self, req: Any) -> PrefillShape | None:
+        """What ``req`` costs as it was matched last, if it waits."""
+        job = self._jobs.get(req)
+        return None if job is None else job.item.shape
 
     def numbered(self, numbers: Sequence[int]) -> list[Job[WaitingRequest]]:
         """The jobs with ``numbers``, in their order."""

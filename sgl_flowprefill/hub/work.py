@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import chain
+from itertools import chain, islice
 from typing import Any, Final, Literal
 
 from sgl_flowprefill.hub.parts import TTFT, Memory
@@ -21,6 +21,8 @@ Choice = PrefillTask | list[Job[WaitingRequest]] | Literal[Act.STEP] | None
 """What runs next: a task that has started, the requests for a new one in order of priority, or a decode step."""
 MOST_PASSED_OVER: Final = 8
 """Requests that an event passes over, at most: each is one more choice."""
+LOOKED_AT: Final = 8
+"""Requests of which an event asks whether they have lost a cached prefix (``Work.first_evicted``)."""
 
 
 def all_of(reqs: Sequence[Any]) -> Sequence[Any]:
@@ -153,6 +155,11 @@ class Work:
             job.remaining_s = self.ttft.predict_s([shape])
             self._put(job)
         return changed
+
+    def first_evicted(self, now_s: float, most: int) -> list[Job[WaitingRequest]]:
+        """Of the requests that are next in the order, ``most`` of those of which less may be cached than was."""
+        first = self.policy.first_waiting(now_s, LOOKED_AT)
+        return list(islice(filter(self.waiting.may_be_evicted, first), most))
 
     # ---- choosing -------------------------------------------------------------------------------------------------
 

@@ -607,6 +607,29 @@ def test_only_who_would_start_is_matched_again_because_something_was_evicted_and
     assert matched == [*starting, *starting]
 
 
+def test_ranks_that_match_their_own_requests_match_those_again_that_are_next_one_at_an_event() -> None:
+    requests = [SimulatedRequest(f"r{i}", 0.0, 100, 100.0 + i) for i in range(12)]
+    model = Model(1, lambda tokens: 1e-9, lambda tokens: 1e-9)
+    hub = SimulatedServer(SimulatedDevice(0, HostCosts()), model, requests).hub
+    matched: list[str] = []
+
+    def match(req: SimulatedRequest) -> PrefillShape:
+        matched.append(req.rid)
+        return PrefillShape(100)
+
+    hub.role.match = match  # type: ignore[method-assign]
+    hub.look()
+    for job in hub.work.policy.first_waiting(0.0, 99):
+        hub.work.waiting.matched(job, PrefillShape(60, 40))
+    hub.work.waiting.evicted()
+    hub.look()
+    assert not matched, "where all ranks have the same requests, they are matched when they would start"
+    hub.match_rounds = 1
+    for _ in range(12):
+        hub.look()
+    assert matched == [f"r{i}" for i in range(8)], "the first ones, and as long as they wait none behind them"
+
+
 def test_a_task_that_took_twice_as_long_is_seen_by_what_waits_and_by_what_is_suspended() -> None:
     model = SimpleNamespace(predict_s=lambda batch: 1e-3 * sum(shape.new_tokens for shape in batch))
     ttft = AdaptiveTTFT(model, 0.5)
