@@ -78,6 +78,10 @@ class Objective:
             SHEDDABLE_KEY: self.sheddable,
         }
 
+    def as_asked(self) -> dict[str, float | str]:
+        """The ``custom_params`` of a client that asks for it."""
+        return {SLO_KEY: self.ttft_s, TBT_KEY: self.tbt_s, CLASS_KEY: self.slo_class}
+
 
 def check_object(custom_params: Any) -> None:
     """Raises SloError for ``custom_params`` that are no object, in which nothing can be named; SGLang has no others."""
