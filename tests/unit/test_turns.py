@@ -205,7 +205,8 @@ class StreamingEngine(SimulatedEngine, Decoder):
 
     def arrived(self) -> Iterator[Arrival]:
         while self.has_arrivals():
-            self.books.come(self.requests_to_come.popleft())  # type: ignore[arg-type]
+            request: Any = self.requests_to_come.popleft()
+            self.books.come(request, request.ready_s)
         yield from self.books.arrived()
 
     def waiting(self) -> Any:
