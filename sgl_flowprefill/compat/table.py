@@ -110,7 +110,12 @@ SCHEDULING: Final = Group(
             "max_prefill_tokens prefill_max_requests",
             "bounds of SGLang's admission, beside --flowprefill-max-batch-tokens",
         ),
-        leave("mem_fraction_static max_running_requests max_total_tokens schedule_conservativeness page_size"),
+        leave(
+            "mem_fraction_static",
+            "not given, KV cache on a GPU is all that neither CUDA graphs need nor attention state and activations of the "
+            "longest prompt; given, it stays",
+        ),
+        leave("max_running_requests max_total_tokens schedule_conservativeness page_size"),
         leave("swa_full_tokens_ratio swa_prefix_tails disable_hybrid_swa_memory c128_page_size"),
         leave("max_mamba_cache_size mamba_full_memory_ratio disable_chunked_prefix_cache num_continuous_decode_steps"),
         leave("prefill_only_disable_kv_cache", "goes with --is-embedding, which is refused"),
