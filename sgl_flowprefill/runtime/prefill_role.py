@@ -59,12 +59,6 @@ class PrefillRole(SchedulerRole):
                 objective=promised,
             )
 
-    def make_batch(self, reqs: Sequence[Any]) -> Any | None:
-        batch = super().make_batch(reqs)
-        if batch is not None and self.scheduler.enable_staging:
-            self.scheduler.maybe_prefetch_staging_for_batch(batch)
-        return batch
-
     def finish(self, task: PrefillTask) -> None:
         drafted = task.result.next_draft_input
         if drafted is not None:
