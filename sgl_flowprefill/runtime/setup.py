@@ -41,6 +41,7 @@ from sgl_flowprefill.runtime.forward_state import ForwardState
 from sgl_flowprefill.runtime.learner import LearningTTFT
 from sgl_flowprefill.runtime.memory import TaskMemory
 from sgl_flowprefill.runtime.metrics import Metrics
+from sgl_flowprefill.runtime.module_state import check_modules
 from sgl_flowprefill.runtime.profile import load_or_measure
 from sgl_flowprefill.runtime.request_spans import SpanRecorder
 from sgl_flowprefill.runtime.scheduler_role import SchedulerRole, tell_of_evictions
@@ -83,6 +84,7 @@ def build(
     tasks = Tasks()
     model_runner = scheduler.tp_worker.model_runner
     draft, model = draft_runner(scheduler), whole_model(scheduler)
+    check_modules(model_runner.model, config.granularity)
     check_settings(scheduler, config, decodes, (model_runner,) if draft is None else (model_runner, draft))
     wakeup = Wakeup()
     device = make_device(scheduler.device, config.lookahead)
