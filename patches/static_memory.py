@@ -21,9 +21,9 @@ SEAM: Final = "static_memory"
 TARGET: Final = "sglang.srt.arg_groups.memory_hook.handle_gpu_memory_settings"
 SOURCE: Final = "flowprefill_static_memory"
 """Under which name SGLang notes what is decided here."""
-FLOOR_MIB: Final = 1536
-"""For workspaces of attention and of matrix products, and for kernels that are loaded later: what SGLang keeps where it
-measures what CUDA graphs and activations take."""
+FLOOR_MIB: Final = 2048
+"""For workspaces of attention and of matrix products, for kernels that are loaded later, and for what CUDA graphs take
+beyond SGLang's estimate: SGLang keeps 1,536 where it measures what graphs and activations take."""
 RANKS_MIB: Final = 1024 / 8
 """For each rank, as SGLang does."""
 
