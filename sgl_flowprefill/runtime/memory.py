@@ -233,6 +233,9 @@ def budget(free_bytes: int, slots_bytes: int, longest_bytes: int, tasks: int, st
 
 
 def free_device_bytes() -> int:
-    """What PyTorch can still get from the device, and what it has got and not handed out."""
+    """What the device has free, once PyTorch has given back what it keeps of what is no longer used. What it keeps then
+    belongs to CUDA graphs, or to the stream of the start, and cannot be had on the stream on which the server serves.
+    """
+    torch.cuda.empty_cache()
     free_bytes, _ = torch.cuda.mem_get_info()
-    return int(free_bytes + torch.cuda.memory_reserved() - torch.cuda.memory_allocated())
+    return int(free_bytes)

@@ -265,3 +265,22 @@ def test_the_plan_measures_a_slot_and_counts_all_of_them(monkeypatch: pytest.Mon
     monkeypatch.setattr(memory, "free_device_bytes", lambda: 500 * MIB)
     with pytest.raises(SystemExit, match="18 tasks need"):
         TaskMemory.plan(runner, slots, max_suspended=16, mlp_tile_tokens=lambda: 4096)
+
+
+def test_what_the_start_has_left_in_the_cache_is_given_back_and_what_stays_there_does_not_count(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A stand-in for PyTorch's allocator: a profile of 600 MiB has been measured, and graphs have a pool."""
+    cached = {"of the start's stream": 600 * MIB, "of CUDA graphs": 300 * MIB}
+    used = 1000 * MIB
+    total = 4000 * MIB
+
+    def empty_cache() -> None:
+        cached["of the start's stream"] = 0
+
+    monkeypatch.setattr(memory.torch.cuda, "empty_cache", empty_cache)
+    monkeypatch.setattr(memory.torch.cuda, "memory_allocated", lambda: used)
+    monkeypatch.setattr(memory.torch.cuda, "memory_reserved", lambda: used + sum(cached.values()))
+    monkeypatch.setattr(memory.torch.cuda, "mem_get_info", lambda: (total - used - sum(cached.values()), total))
+    assert memory.free_device_bytes() == 2700 * MIB
+    assert cached["of the start's stream"] == 0
