@@ -30,7 +30,9 @@ from sgl_flowprefill import compat, plugin
 from sgl_flowprefill.config import FlowPrefillConfig
 from sgl_flowprefill.contract.parts.loop import LOOP_CALLS
 from sgl_flowprefill.patches.base import SeamError
+from sgl_flowprefill.runtime.flashinfer_tiles import MOST_TILES, WORKSPACE_BYTES
 from sgl_flowprefill.runtime.memory import MIB
+from sgl_flowprefill.runtime.slots import AttentionSlots
 from tests.gpu_backends import (
     ATTENTION,
     FLOAT_WORKSPACE_BYTES,
@@ -115,6 +117,35 @@ def test_a_slot_with_a_workspace_of_its_own_would_take_as_much_again(offline: di
     backend = FlashInferAttnBackend(runner, init_new_workspace=True)
     assert backend.workspace_buffer.nbytes == FLOAT_WORKSPACE_BYTES
     assert backend.workspace_buffer is not offline["flashinfer_workspace"]
+
+
+@pytest.mark.parametrize("window", [None, 32], ids=["full", "sliding-window"])
+def test_a_slot_is_measured_with_all_that_it_will_take(
+    window: int | None, offline: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner = model_runner(window)
+    runner.kv_index_translator.bind_and_verify_backends = lambda backends: None
+    made: list[Any] = []
+
+    def make(init_new_workspace: bool) -> Any:
+        assert not init_new_workspace
+        made.append(build("flashinfer", runner))
+        return made[-1]
+
+    def allocated_bytes() -> int:
+        tensors = {pointer: tensor for backend in made for pointer, tensor in state(backend, (runner,))[0].items()}
+        return sum(tensor.untyped_storage().nbytes() for tensor in tensors.values())
+
+    monkeypatch.setattr(runner, "_get_attention_backend", make, raising=False)
+    slots = AttentionSlots(runner, lambda: None, lambda: 1e9, with_main=False)
+    measured_bytes = slots.measure_bytes(allocated_bytes)
+    before_bytes = allocated_bytes()
+    ready = [slots.take(), slots.take()]
+    assert len(made) == len(ready)
+    assert allocated_bytes() == before_bytes, "nothing is left for the first task that takes it"
+    slots.take()
+    assert allocated_bytes() - before_bytes == measured_bytes
+    assert measured_bytes >= MOST_TILES * WORKSPACE_BYTES
 
 
 class Planned(Exception):
