@@ -106,8 +106,8 @@ class PrefillRole(SchedulerRole):
 
     def reading_indices(self, req: Any, has_run: bool) -> Any:
         """A context in which SGLang reads the KV indices of ``req`` back: beside the queue, where its prefill has run
-        with them. Those of a cached prefix that is sent before are read in the queue: they, and loads of the prefix from
-        host memory, are queued just before.
+        with them. Those of a cached prefix that is sent before are read in the queue: they, and loads of the prefix
+        from host memory, are queued just before.
         """
         return self.device.beside_the_queue() if has_run and req is not self._reindexed else nullcontext()
 

@@ -65,6 +65,11 @@ NO_SHEDDING: Final = (
     "decode (--unified): the clients of this prefill server are answered by a decode server, which would say 500; "
     "leave the options out"
 )
+NO_PREFILL_LENGTHS: Final = (
+    "sgl-flowprefill: --attention-backend fa3 cannot work with this model on a server that prefills and decodes: each "
+    "task notes how long its prompts are in an attention backend of its own, and decode steps, which attend to the whole "
+    "prompt beside a window of the answer, look into another; serve it without FlowPrefill"
+)
 NO_JOINT_SHEDDING: Final = (
     "sgl-flowprefill: --flowprefill-overload shed and --flowprefill-max-queued-tokens cannot work with data-parallel "
     "attention yet: the rank that decides knows why a request is refused, and does not answer those of the others; "
@@ -210,6 +215,8 @@ def check_settings(scheduler: Any, config: FlowPrefillConfig, decodes: bool, mod
         unchecked = unchecked_attention_backend(runner.prefill_attention_backend_str)
         if unchecked is not None:
             raise SystemExit(f"sgl-flowprefill: {unchecked}")
+        if decodes and runner.prefill_attention_backend_str == "fa3" and getattr(runner, "prefill_aware_swa", False):
+            raise SystemExit(NO_PREFILL_LENGTHS)
     if config.refuses and not decodes:
         raise SystemExit(NO_SHEDDING)
     if config.refuses and scheduler.attn_dp_enabled:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from torch import nn
@@ -13,8 +14,9 @@ pytest.importorskip("sglang")
 
 import sglang
 
-from sgl_flowprefill.config import Granularity
+from sgl_flowprefill.config import FlowPrefillConfig, Granularity
 from sgl_flowprefill.runtime.module_state import KEPT, check_modules
+from sgl_flowprefill.runtime.setup import check_settings
 
 MODELS = Path(sglang.__file__).parent / "srt" / "models"
 BEFORE_PASSES = ("__init__", "load", "set_", "init_", "_init", "reset", "post_load")
@@ -136,3 +138,24 @@ def test_such_a_model_is_refused_unless_its_prefills_run_whole(name: str) -> Non
 
 def test_others_are_not_refused() -> None:
     check_modules(model("LlamaAttention", gated_attention=True), "operator")
+
+
+def test_steps_that_have_to_know_how_long_prompts_were_are_refused_with_the_backend_that_notes_it() -> None:
+    """Of UnlimitedOCR with FlashAttention 3, each of whose backends keeps lengths of its own."""
+    scheduler = SimpleNamespace(attn_dp_enabled=False, enable_priority_scheduling=False)
+
+    def check(backend: str, is_aware: bool, decodes: bool) -> None:
+        runner = SimpleNamespace(prefill_attention_backend_str=backend, prefill_aware_swa=is_aware)
+        check_settings(scheduler, FlowPrefillConfig(), decodes, [runner])
+
+    with pytest.raises(SystemExit, match=r"--attention-backend fa3 cannot work with this model on a server that"):
+        check("fa3", True, True)
+    check("fa3", False, True)
+    check("flashinfer", True, True)
+    check("fa3", True, False)
+
+
+def test_each_backend_notes_for_itself_how_long_prompts_were() -> None:
+    source = (MODELS.parent / "layers" / "attention" / "flashattention_backend.py").read_text()
+    assert "self._pa_swa_prefill_lens = torch.zeros(" in source
+    assert "self._pa_swa_max_prefill_len = max_pf" in source
