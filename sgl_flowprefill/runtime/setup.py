@@ -67,8 +67,8 @@ NO_SHEDDING: Final = (
 )
 NO_PREFILL_LENGTHS: Final = (
     "sgl-flowprefill: --attention-backend fa3 cannot work with this model on a server that prefills and decodes: each "
-    "task notes how long its prompts are in an attention backend of its own, and decode steps, which attend to the whole "
-    "prompt beside a window of the answer, look into another; serve it without FlowPrefill"
+    "task notes how long its prompts are in an attention backend of its own, and decode steps, which attend to the "
+    "whole prompt beside a window of the answer, look into another; serve it without FlowPrefill"
 )
 NO_JOINT_SHEDDING: Final = (
     "sgl-flowprefill: --flowprefill-overload shed and --flowprefill-max-queued-tokens cannot work with data-parallel "
