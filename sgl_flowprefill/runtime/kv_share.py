@@ -30,8 +30,8 @@ SLOT_BYTES: Final = 40 * MIB
 """Of a FlashInfer slot: four integer workspaces, and plans of tiles. Other backends take next to nothing."""
 SLIDING_SLOT_BYTES: Final = 64 * MIB
 FASTEST_FLOPS: Final = ((160 << 10, 5e15), (60 << 10, 2e15), (0, 8e14))
-"""FLOP/s that a card with so many MiB or more does not go beyond in the products of an MLP, in FP8 neither: an MLP's tile
-has as many rows as run in the time between two interruption points, of which there is one within the MLP."""
+"""FLOP/s that a card with so many MiB or more does not go beyond in the products of an MLP, in FP8 neither: a tile of
+the MLP has as many rows as run in the time between two interruption points, of which there is one within the MLP."""
 
 
 @dataclass(frozen=True)
