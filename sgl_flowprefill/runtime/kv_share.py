@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from sglang.srt.arg_groups.overrides import resolving_view
+from sglang.srt.distributed.parallel_state import get_world_group
 from sglang.srt.utils.common import get_device_memory_capacity
 
 from sgl_flowprefill.config import FlowPrefillConfig
@@ -92,6 +93,8 @@ def leave_room(original: Callable[..., Any], configurator: Any, budget_bytes: in
         return int(original(configurator, pool_bytes, *args, **kwargs).max_total_num_tokens)
 
     pool_bytes = share(budget_bytes, tokens_in, needed.beside)
+    if resolving_view(configurator.server_args).nnodes > 1:  # the environment of another node may differ
+        pool_bytes = get_world_group().broadcast_object(pool_bytes)
     logger.info(
         "FlowPrefill: of %d MiB, %d become KV cache and %d stay free for attention state and activations, as "
         "--mem-fraction-static is not given",

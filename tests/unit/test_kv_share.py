@@ -36,6 +36,7 @@ def configurator(given: float | None = None, device: str = "cuda", **changed: An
         "speculative_algorithm": None,
         "enable_lora": None,
         "lora_paths": None,
+        "nnodes": 1,
         "_raw_input": {"mem_fraction_static": given},
     }
     model_config = SimpleNamespace(
@@ -116,6 +117,18 @@ def test_the_pool_is_sglangs_where_the_user_has_said_its_share_and_where_nothing
     other: Any,
 ) -> None:
     assert sized(other, 6 * GIB) == 6 * GIB // KV_TOKEN_BYTES
+
+
+def test_nodes_whose_environments_differ_have_pools_of_one_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kv_share, "get_device_memory_capacity", lambda device: 80 * 1024)
+    sent: list[int] = []
+    group = SimpleNamespace(broadcast_object=lambda mine: sent[0] if sent else mine)
+    monkeypatch.setattr(kv_share, "get_world_group", lambda: group)
+    first = sized(configurator(nnodes=2), 40 * GIB)
+    sent.append(first * KV_TOKEN_BYTES)
+    monkeypatch.setenv("FLOWPREFILL_MAX_SUSPENDED", "100")
+    assert sized(configurator(nnodes=2), 40 * GIB) == first
+    assert sized(configurator(), 40 * GIB) < first
 
 
 def test_what_is_needed_follows_from_the_server(monkeypatch: pytest.MonkeyPatch) -> None:

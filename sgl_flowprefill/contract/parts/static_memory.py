@@ -53,9 +53,16 @@ PART: Final = Part(
             "says how much memory a GPU has",
             NO_START,
         ),
+        *rows(
+            "calls",
+            "sglang.srt.distributed.parallel_state:",
+            "get_world_group()",
+            "are all ranks, which have pools of the same size",
+            NO_START,
+        ),
         *attributes(
             OPTIONS,
-            "mem_fraction_static prefill_attention_backend speculative_algorithm tp_size pp_size attn_dp_size "
+            "mem_fraction_static prefill_attention_backend speculative_algorithm tp_size pp_size attn_dp_size nnodes "
             "enable_lora lora_paths cuda_graph_config language_only language_model_only",
             "says what is needed beside the KV cache",
             NO_START,
