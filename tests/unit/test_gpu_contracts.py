@@ -34,6 +34,7 @@ from sgl_flowprefill.runtime.flashinfer_tiles import MOST_TILES, WORKSPACE_BYTES
 from sgl_flowprefill.runtime.memory import MIB
 from sgl_flowprefill.runtime.prefill_role import PrefillRole
 from sgl_flowprefill.runtime.slots import AttentionSlots
+from sgl_flowprefill.runtime.tiled_attention import TiledAttention
 from tests.gpu_backends import (
     ATTENTION,
     FLOAT_WORKSPACE_BYTES,
@@ -143,6 +144,7 @@ def test_a_slot_is_measured_with_all_that_it_will_take(
     before_bytes = allocated_bytes()
     ready = [slots.take(), slots.take()]
     assert len(made) == len(ready)
+    assert all(isinstance(slot, TiledAttention) for slot in ready)
     assert allocated_bytes() == before_bytes, "nothing is left for the first task that takes it"
     slots.take()
     assert allocated_bytes() - before_bytes == measured_bytes
