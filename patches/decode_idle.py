@@ -2,7 +2,8 @@
 
 Target: ``Scheduler.on_idle``, which the decode loops call when there is no batch to run. Without this
 seam an idle decode scheduler takes 94% of a core, and 50% with ``--sleep-on-idle``, whose sleeper sees requests but no
-transfers, and so is skipped while a request waits for its KV cache.
+transfers, and so is skipped while a request waits for its KV cache. With data-parallel attention, whose ranks meet in
+each round, it goes on looking a thousand times a second.
 """
 
 from __future__ import annotations
@@ -60,7 +61,9 @@ class DecodeSleeper:
     been woken by it, so a status that comes between the scheduler's look and its sleep is not lost.
 
     Of several tensor-parallel ranks, only the first has sockets. The others do not sleep here: each of their rounds
-    begins with a broadcast of requests, in which they wait for the first one, and would keep it waiting.
+    begins with a broadcast of requests, in which they wait for the first one, and would keep it waiting. With
+    data-parallel attention several have sockets, of requests of their own, and meet twice in each round: a rank with
+    nothing to do sleeps no longer than the others may be kept waiting by it.
     """
 
     def __init__(self, scheduler: Any, wakeup: int) -> None:
@@ -83,11 +86,16 @@ class DecodeSleeper:
         if self._scheduler.forward_ct != self._forwards:
             self._forwards = self._scheduler.forward_ct
             self._wait_ms = SHORTEST_WAIT_MS
-        idle = self._is_idle()
-        events = dict(self._poller.poll(IDLE_MS if idle else self._wait_ms))
+        events = dict(self._poller.poll(self._longest_ms()))
         if self._wakeup in events:
             os.eventfd_read(self._wakeup)
         self._wait_ms = SHORTEST_WAIT_MS if events else min(2 * self._wait_ms, LONGEST_WAIT_MS)
+
+    def _longest_ms(self) -> int:
+        """How long to sleep where nothing comes."""
+        if self._scheduler.attn_dp_enabled:
+            return SHORTEST_WAIT_MS
+        return IDLE_MS if self._is_idle() else self._wait_ms
 
     def _is_idle(self) -> bool:
         """Whether no request is anywhere in the scheduler (SGLang's own notion leaves out peer discovery)."""

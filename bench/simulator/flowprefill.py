@@ -124,10 +124,10 @@ class SimEngine:
         """Requests that the hub has not been told of."""
         self._waiting: dict[SimRequest, SimShape] = {}
 
-    def come(self, request: SimRequest) -> None:
-        """``request`` can be started from now on."""
+    def come(self, request: SimRequest, readable_s: float) -> None:
+        """``request`` can be started from ``readable_s`` on, which is news."""
         shape = SimShape.of(request, self._cost)
-        arrival = Arrival(request, (), shape, request.arrival_s, request.deadline_s, request.ready_s)
+        arrival = Arrival(request, (), shape, request.arrival_s, request.deadline_s, readable_s)
         self._come.append(arrival._replace(objective=objective_of(request)))
 
     def take_news(self, stalls_due: bool) -> bool:
@@ -310,7 +310,7 @@ class HubInstance(Instance, Generic[EngineT]):
             self.engine.completed.append(request)
             return
         self.now_s = now_s
-        self.engine.come(request)
+        self.engine.come(request, request.ready_s)
         self._look_soon()
 
     def step(self) -> None:

@@ -80,7 +80,7 @@ class UnifiedEngine(SimEngine, Decoder):
     def give_back(self, task: PrefillTask) -> None:
         for request in task.batch.requests:
             self.kv.free(request, sum(request.shape))
-            self.come(request)
+            self.come(request, self.now_s)
         self._is_short = True
         self.give_backs += 1
 

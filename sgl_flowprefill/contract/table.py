@@ -28,6 +28,7 @@ from sgl_flowprefill.contract.parts import (
     experts_cpu,
     forward_state,
     frontend,
+    handed_back,
     health,
     hicache_cpu,
     hooks,
@@ -92,6 +93,7 @@ PARTS: Final[tuple[Part, ...]] = (
     attention.PART,
     decode_order.PART,
     decode_idle.PART,
+    handed_back.PART,
     affinity.PART,
     before_0_5_23.PART,
     # the portable CPU platform

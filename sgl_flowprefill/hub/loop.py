@@ -78,7 +78,9 @@ class Hub(Generic[RoleT]):
     decoder: Decoder = field(default_factory=NoStreams)
     """The decode steps, on a server that has streams."""
     match_rounds: int = MATCH_ROUNDS
-    """Choices that a turn makes at most because requests about to start were matched again."""
+    """Choices that a turn makes at most because requests about to start were matched again. With a single one, a look
+    matches the first requests again of which less may be cached.
+    """
     sheds: bool = False
     """Whether requests that wait may be refused."""
     refuse: Callable[[Mapping[Any, str], int], None] = refuse_nothing
@@ -147,7 +149,10 @@ class Hub(Generic[RoleT]):
             self._drop(task)
         for arrival in self.role.arrived():
             self.recorder.ready(self.work.add(arrival))
-        self._match_again(self.work.waiting.outdated(MATCHES))
+        outdated = self.work.waiting.outdated(MATCHES)
+        if not outdated and self.match_rounds == 1:  # nobody is matched again before the start
+            outdated = self.work.first_evicted(now_s, MATCHES)
+        self._match_again(outdated)
         if self.sheds:
             self.shed()
 

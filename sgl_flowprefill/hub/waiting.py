@@ -80,10 +80,13 @@ class WaitingRequests:
 
     def matched(self, job: Job[WaitingRequest], shape: PrefillShape) -> None:
         """``job`` costs ``shape`` by the cached prefix that it has now."""
-        self._unwatch(job.item)
-        job.item.shape = shape
-        job.item.matched_at = self._evictions
-        self._watch(job.item)
+        waiting, is_as_before = job.item, not self.has_more_cached(job) and shape == job.item.shape
+        waiting.matched_at = self._evictions
+        if is_as_before:
+            return  # what is watched is, too
+        self._unwatch(waiting)
+        waiting.shape = shape
+        self._watch(waiting)
 
     def cached(self, prompts: Iterable[Sequence[int]]) -> None:
         """The KV of all of ``prompts`` is in the cache now: requests that begin alike can be matched farther."""
@@ -110,13 +113,32 @@ class WaitingRequests:
 
     def is_outdated(self, job: Job[WaitingRequest]) -> bool:
         """Whether more of its prompt has been cached since it was matched, or some of what was may be evicted."""
+        return self.may_be_evicted(job) or self.has_more_cached(job)
+
+    def may_be_evicted(self, job: Job[WaitingRequest]) -> bool:
+        """Whether some of what was cached of its prompt may be evicted since it was matched. What is cached elsewhere,
+        of a request without its prompt here, is not asked about.
+        """
         waiting = job.item
-        may_be_evicted = waiting.matched_at != self._evictions and waiting.shape.cached_tokens > 0
-        return may_be_evicted or waiting.req in self._outdated
+        return waiting.matched_at != self._evictions and waiting.shape.cached_tokens > 0 and len(waiting.prompt) > 0
+
+    def has_more_cached(self, job: Job[WaitingRequest]) -> bool:
+        """Whether more of its prompt has been cached since it was matched."""
+        return job.item.req in self._outdated
+
+    @property
+    def watches(self) -> bool:
+        """Whether something that could be cached would be noticed."""
+        return bool(self._watched)
 
     def forget_news(self) -> None:
         """The hub looks at what there is: what is added from now on is news."""
         self.news_readable_s = math.inf
+
+    def shape(self, req: Any) -> PrefillShape | None:
+        """What ``req`` costs as it was matched last, if it waits."""
+        job = self._jobs.get(req)
+        return None if job is None else job.item.shape
 
     def numbered(self, numbers: Sequence[int]) -> list[Job[WaitingRequest]]:
         """The jobs with ``numbers``, in their order."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import chain
+from itertools import chain, islice
 from typing import Any, Final, Literal
 
 from sgl_flowprefill.hub.parts import TTFT, Memory
@@ -21,6 +21,8 @@ Choice = PrefillTask | list[Job[WaitingRequest]] | Literal[Act.STEP] | None
 """What runs next: a task that has started, the requests for a new one in order of priority, or a decode step."""
 MOST_PASSED_OVER: Final = 8
 """Requests that an event passes over, at most: each is one more choice."""
+LOOKED_AT: Final = 8
+"""Requests of which an event asks whether they have lost a cached prefix (``Work.first_evicted``)."""
 
 
 def all_of(reqs: Sequence[Any]) -> Sequence[Any]:
@@ -137,23 +139,38 @@ class Work:
             self.shedding.remove(job)
 
     def match_again(self, jobs: Iterable[Job[WaitingRequest]], match: Callable[[Any], PrefillShape]) -> bool:
-        """Match again those of ``jobs`` that have an outdated prefix match. Whether there were any."""
-        outdated = list(filter(self.waiting.is_outdated, jobs))
-        for job in outdated:
-            self._take(job)
+        """Match again those of ``jobs`` that have an outdated prefix match. Whether a choice is to be made anew: more
+        of some has been cached since, or less of some is.
+        """
+        changed = False
+        for job in list(filter(self.waiting.is_outdated, jobs)):
             shape = match(job.item.req)
+            if shape == job.item.shape and not self.waiting.has_more_cached(job):
+                self.waiting.matched(job, shape)  # what was evicted was of others
+                continue
+            changed = True
+            self._take(job)
             self.waiting.matched(job, shape)
             job.pace = self.ttft.pace([shape])
             job.remaining_s = self.ttft.predict_s([shape])
             self._put(job)
-        return bool(outdated)
+        return changed
+
+    def first_evicted(self, now_s: float, most: int) -> list[Job[WaitingRequest]]:
+        """Of the requests that are next in the order, ``most`` of those of which less may be cached than was."""
+        first = self.policy.first_waiting(now_s, LOOKED_AT)
+        return list(islice(filter(self.waiting.may_be_evicted, first), most))
 
     # ---- choosing -------------------------------------------------------------------------------------------------
 
     def choose(self, now_s: float, admit: bool, last: bool, passed_over: int = 0) -> Choice:
-        """The policy's choice. Requests that do not fit beside the live tasks stay out of it, unless some are to be
-        matched again before the choice is made anew: not so if it is the ``last``. ``passed_over``: requests that the
-        policy prefers and that are out of it for now, as they may not join the streams yet.
+        """The policy's choice. Requests that do not fit beside the live tasks stay out of it, unless more of some has
+        been cached, so that they are matched again and the choice is made anew: not so if it is the ``last``.
+        ``passed_over``: requests that the policy prefers and that are out of it for now, as they may not join the
+        streams yet.
+
+        Requests of which less may be cached fit the less: only those that would start are matched again for that, so
+        what an event costs does not depend on how much is evicted between the starts.
         """
         running = self.tasks.running.job if self.tasks.running else None
         turn = self.colocated.next(now_s, running, admit)
@@ -166,7 +183,7 @@ class Work:
         jobs = self.policy.batch(job, now_s, _new_tokens, self._predict_s, _place)
         if self.places > 1:
             jobs += self.policy.beside(jobs, now_s, _new_tokens, self._predict_s, _place)
-        if not last and any(map(self.waiting.is_outdated, jobs)):
+        if not last and any(map(self.waiting.has_more_cached, jobs)):
             return jobs
         jobs = self._with_adapters(jobs)
         while jobs and not self._fits(jobs):

@@ -185,12 +185,12 @@ class JointRole(SchedulerRole):
         return [task for task in live if self._given_up.get(task.id, set()).issuperset(self._ranks(task))]
 
     def match(self, req: Any) -> PrefillShape:
-        """A request of another rank costs what that has said last."""
+        """A request of another rank costs what that has said last; the others hear what one of this rank costs now."""
         if isinstance(remote := req, RemoteRequest):
             assert remote.shape is not None
             return remote.shape
         shape = super().match(req)
-        if req in self._startable:
+        if req in self._startable and shape != self.scheduler.hub.work.waiting.shape(req):
             self._matched.append((self._startable[req], shape))
         return shape
 

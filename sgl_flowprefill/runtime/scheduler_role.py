@@ -44,6 +44,10 @@ IN_VAIN: Final = "flowprefill_starts_in_vain"
 """Attribute of SGLang's Req: how often it has found none there."""
 COMPILES_SINCE: Final = "flowprefill_compiles_since_s"
 """Attribute of SGLang's Req: when its grammar began to be compiled here."""
+GIVES_UP: Final = ("evict", "evict_for_alloc", "evict_host", "reset")
+"""Methods by which SGLang's radix caches give up prefixes: as they are told to, where an allocation lacks KV cache,
+where host memory is short on caches that have some, and all of them at a flush.
+"""
 
 
 @dataclass(frozen=True)
@@ -373,11 +377,16 @@ def input_logprobs(req: Any) -> int:
 
 
 def tell_of_evictions(tree_cache: Any, evicted: Callable[[], None]) -> None:
-    """Call ``evicted`` each time that ``tree_cache`` gives up cached prefixes."""
-    evict = tree_cache.evict
+    """Call ``evicted`` each time that ``tree_cache`` gives up prefixes that it has on the device or in host memory."""
+    for name in GIVES_UP:
+        give_up = getattr(tree_cache, name, None)
+        if give_up is not None:
+            setattr(tree_cache, name, _telling(give_up, evicted))
 
-    def evict_and_tell(params: Any) -> Any:
+
+def _telling(give_up: Callable[..., Any], evicted: Callable[[], None]) -> Callable[..., Any]:
+    def tell_and_give_up(*args: Any, **options: Any) -> Any:
         evicted()
-        return evict(params)
+        return give_up(*args, **options)
 
-    tree_cache.evict = evict_and_tell
+    return tell_and_give_up

@@ -146,22 +146,22 @@ class UnifiedRole(SchedulerRole):
 
     def as_arrival(self, req: Any) -> Arrival:
         """A request that was a stream before has part of its answer, and is due one objective from now on: its old
-        deadline would make it infeasible.
+        deadline would make it infeasible. One that was given back is due when it was, and news now.
         """
-        is_retracted = len(req.output_ids) > 0
-        arrived_s, promised = received_s(req), objective(req, self.resolver)
-        since_s = time.monotonic() if is_retracted else arrived_s
+        is_retracted, was_given_back = len(req.output_ids) > 0, getattr(req, GIVEN_BACK, False)
+        arrived_s, promised, now_s = received_s(req), objective(req, self.resolver), time.monotonic()
+        since_s = now_s if is_retracted else arrived_s
         return Arrival(
             req=req,
             shape=self.match(req),
             prompt=array("q", [*req.origin_input_ids, *req.output_ids]) if is_retracted else req.origin_input_ids,
             received_s=since_s,
             deadline_s=since_s + promised.ttft_s,
-            readable_s=max(since_s if is_retracted else sent_s(req) or arrived_s, noticed_s(req)),
+            readable_s=now_s if is_retracted or was_given_back else max(sent_s(req) or arrived_s, noticed_s(req)),
             logprob_rows=input_logprobs(req),
             retracted=is_retracted,
             objective=promised,
-            was_given_back=getattr(req, GIVEN_BACK, False),
+            was_given_back=was_given_back,
         )
 
     def waiting(self) -> Collection[Any]:

@@ -78,6 +78,11 @@ class Objective:
             SHEDDABLE_KEY: self.sheddable,
         }
 
+    def as_asked(self) -> dict[str, float | str]:
+        """The ``custom_params`` of a client that asks for it, as far as clients may."""
+        times_s = {SLO_KEY: self.ttft_s, TBT_KEY: self.tbt_s}
+        return {key: time_s for key, time_s in times_s.items() if is_objective(time_s)} | {CLASS_KEY: self.slo_class}
+
 
 def check_object(custom_params: Any) -> None:
     """Raises SloError for ``custom_params`` that are no object, in which nothing can be named; SGLang has no others."""

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from sgl_flowprefill.model import embedded_model_path
+from sgl_flowprefill.policy import Limits
 from sgl_flowprefill.ttft import PrefillShape
 from tests.chaos import Rounds, calm
 from tests.engine import Engine, PrefillEngine
@@ -336,6 +337,46 @@ def test_a_prefix_in_host_memory_counts_as_cached(remote: Remote) -> None:
     predicted, computed, cached_tokens = remote.call(evict_and_match)
     assert predicted == computed
     assert computed.cached_tokens == cached_tokens >= 590
+
+
+def lose_a_prefix_in_host_memory(engine: Late) -> tuple[int, list[tuple[str, PrefillShape]], int]:
+    """A request waits, whose prefix host memory alone has; the copy of another one takes its place there, for which the
+    device need not evict anything. What was on the device before, what would start then, and what the answer says of
+    cached tokens.
+    """
+    calm(engine)
+    engine.assert_clean()
+    scheduler, hub, prefix = engine.scheduler, engine.hub, prompt(71, 600)
+    allocator, tree = scheduler.token_to_kv_pool_allocator, scheduler.tree_cache
+    engine.submit("first", prefix)
+    engine.run()
+    allocator.evict_to_free_tokens(tree, POOL_TOKENS)
+    on_device_tokens = tree.evictable_size() + tree.protected_size()
+    limits, hub.work.policy.limits = hub.work.policy.limits, Limits(max_suspended=100, max_batch_tokens=1)
+    engine.submit("waits", [*prefix, *prompt(72, 100)], ttft_slo_s=60.0)
+    hub.look()
+    [job] = hub.work.policy.first_waiting(0.0, 9)
+    assert job.item.shape.cached_tokens >= 590
+    host = tree.cache_controller.mem_pool_host.anchor_entry.host_pool
+    taken = host.alloc(host.available_size() - 128)
+    engine.submit("other", prompt(73, 500), ttft_slo_s=1.0)
+    engine.turn()
+    while hub.work.tasks.live:
+        engine.turn()
+    chosen = [(job.item.req.rid, job.item.shape) for job in hub.choose()]
+    host.free(taken)
+    engine.run()
+    hub.work.policy.limits = limits
+    return on_device_tokens, chosen, engine.answers["waits"].req.cached_tokens
+
+
+def test_a_request_whose_prefix_in_host_memory_is_evicted_while_it_waits_is_judged_by_what_is_left(
+    remote: Remote,
+) -> None:
+    on_device_tokens, chosen, cached_tokens = remote.call(lose_a_prefix_in_host_memory)
+    assert on_device_tokens == 0
+    assert chosen == [("waits", PrefillShape(700))]
+    assert cached_tokens == 0
 
 
 def flush_while_transfers_are_under_way(engine: Late) -> tuple[int, bool]:

@@ -17,6 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sgl_flowprefill.policy import Limits
+from sgl_flowprefill.ttft import PrefillShape
 from tests.chaos import Rounds
 from tests.engine import PrefillEngine, generate_request
 from tests.prompts import population, prompt
@@ -458,6 +459,7 @@ def test_a_prefix_that_is_cached_meanwhile_makes_the_requests_that_wait_cheaper(
     scheduler.hub.look()
     before_s = {job.item.req.rid: job.remaining_s for job in scheduler.hub.work.policy.first_waiting(0.0, 9)}
     assert len(before_s) == 5
+    assert list(before_s.values()) == pytest.approx([before_s["alone"]] * 5)
     while not engine.answers:
         engine.turn()
     for _ in range(3):
@@ -467,9 +469,9 @@ def test_a_prefix_that_is_cached_meanwhile_makes_the_requests_that_wait_cheaper(
         **{rid: 10 for rid in before_s if rid not in engine.answers and rid != "alone"},
         "alone": 0,
     }
-    for job in jobs:
-        cheaper = job.remaining_s < 0.5 * before_s[job.item.req.rid]
-        assert cheaper == (job.item.req.rid != "alone")
+    remaining_s = {job.item.req.rid: job.remaining_s for job in jobs}
+    alone_s = remaining_s.pop("alone")
+    assert max(remaining_s.values()) < alone_s, "by how much, depends on what the profile has measured"
     engine.run()
     assert len(engine.answers) == 5
     for rid, tokens in prompts.items():
@@ -502,8 +504,6 @@ def test_a_flush_that_waits_for_the_end_of_all_is_done_when_nothing_is_left_and_
 def test_a_request_whose_cached_prefix_is_evicted_while_it_waits_is_judged_by_what_is_left(
     engine: PrefillEngine, rounds: Rounds
 ) -> None:
-    from sglang.srt.mem_cache.base_prefix_cache import EvictParams
-
     hub, prefix = engine.scheduler.hub, prompt(61, 1500)
     engine.submit("first", prefix + prompt(62, 20))
     engine.run()
@@ -515,9 +515,35 @@ def test_a_request_whose_cached_prefix_is_evicted_while_it_waits_is_judged_by_wh
     assert jobs["cached"].item.shape.new_tokens == 40
     hub.work.policy.limits = Limits(max_suspended=100, max_batch_tokens=600)
     assert [job.item.req.rid for job in hub.choose()] == ["cached", "other"]
-    engine.scheduler.tree_cache.evict(EvictParams(num_tokens=1000))
+    allocator = engine.scheduler.token_to_kv_pool_allocator  # which evicts what an allocation lacks
+    allocator.evict_to_free_tokens(engine.scheduler.tree_cache, allocator.available_size() + 1000)
     assert [job.item.req.rid for job in hub.choose()] == ["cached"], "the two are more than a batch now"
     assert jobs["cached"].item.shape.new_tokens >= 1000
+    engine.run()
+    for rid in tokens:
+        rounds.compare(rid, tokens[rid])
+    assert_compared(rounds, 2)
+    engine.assert_clean()
+
+
+def test_a_flush_in_a_pause_leaves_no_cached_prefix_to_the_requests_that_wait(
+    engine: PrefillEngine, rounds: Rounds
+) -> None:
+    from sglang.srt.managers.io_struct import ContinueGenerationReqInput, PauseGenerationReqInput
+
+    hub, prefix = engine.scheduler.hub, prompt(61, 1500)
+    engine.submit("first", prefix + prompt(62, 20))
+    engine.run()
+    tokens = {"cached": prefix + prompt(63, 40), "other": prompt(64, 500)}
+    for rid, due_s in (("cached", 50.0), ("other", 60.0)):
+        engine.submit(rid, tokens[rid], ttft_slo_s=due_s, logprobs=True)
+    hub.look()
+    hub.work.policy.limits = Limits(max_suspended=100, max_batch_tokens=600)
+    assert [job.item.shape for job in hub.choose()] == [PrefillShape(40, 1500), PrefillShape(500)]
+    engine.receive(PauseGenerationReqInput(mode="in_place"))
+    assert engine.scheduler.flush_cache()
+    engine.receive(ContinueGenerationReqInput())
+    assert [(job.item.req.rid, job.item.shape) for job in hub.choose()] == [("cached", PrefillShape(1540))]
     engine.run()
     for rid in tokens:
         rounds.compare(rid, tokens[rid])

@@ -379,7 +379,8 @@ def test_a_request_for_which_there_is_no_room_on_an_empty_server_is_refused_and_
     assert played.seen["stays: decoding"] == played.seen["no room: waiting"] == 1, dict(played.seen)
     refused = played.answers.pop("no room")
     assert (refused.reason, refused.status, refused.tokens) == ("abort", 400, ())
-    assert re.search(r"prompt has 200 tokens, .* 400 tokens in pages of 1,.* --mem-fraction-static", refused.detail)
+    room = f"prompt has {len(scenarios.NO_ROOM.prompt)} tokens, .* {scenarios.TIGHT_TOKENS} tokens in pages of 1,"
+    assert re.search(room + ".* --mem-fraction-static", refused.detail)
     asked = {"stays": scenarios.STREAM, "behind": scenarios.BEHIND}
     comparison.compare(asked, played.answers)
     comparison.assert_same()
@@ -393,7 +394,10 @@ def test_what_never_fits_by_the_size_of_the_pool_is_refused_when_it_arrives(comp
         played = remote.call(scenarios.serve, scenarios.FIXED)
     refused = played.answers.pop("clipped")
     assert (refused.reason, refused.status, refused.tokens) == ("abort", 400, ())
-    assert "prompt has 340 tokens, its answer may have 58, and there is room for 400 tokens" in refused.detail
+    prompt_tokens, room_tokens = len(scenarios.FIXED["clipped"].prompt), scenarios.TIGHT_TOKENS
+    assert f"prompt has {prompt_tokens} tokens, its answer may have 58, and there is room for {room_tokens} tokens" in (
+        refused.detail
+    )
     comparison.compare({rid: scenarios.FIXED[rid] for rid in ("fits", "behind")}, played.answers)
     comparison.assert_same()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from itertools import takewhile
@@ -71,6 +71,9 @@ class CachingEngine(SimulatedEngine):
         super().__init__(SimulatedDevice(0, HostCosts()), MODEL, requests)
         self.prompts = prompts
         self.done: list[str] = []
+        self.evicting: random.Random | None = None
+        """What says when a prompt is evicted, and which."""
+        self.evicted: Callable[[], None] = lambda: None
         self.log: list[tuple[str, list[str]]] = []
 
     def arrived(self) -> Any:
@@ -93,6 +96,9 @@ class CachingEngine(SimulatedEngine):
 
     def finish(self, task: Any) -> None:
         self.done += task.rids
+        if self.evicting is not None and self.evicting.random() < 0.7:
+            self.done.remove(self.evicting.choice(self.done))
+            self.evicted()
 
 
 def shared_tokens(one: Sequence[int], other: Sequence[int]) -> int:
@@ -112,6 +118,7 @@ class Rank:
         policy = make_policy("s-edf", Limits(max_suspended=4, max_batch_tokens=500), 60.0)
         server = SimulatedServer(self.engine.device, MODEL, requests, policy=policy)
         self.hub: Any = server.hub
+        self.engine.evicted = self.hub.work.waiting.evicted
         self.hub.role = self.engine
         self.hub.agreement = self.agreement = InTurn(meeting, rank)
         self.reasons: list[str] = []
@@ -140,12 +147,14 @@ class Rank:
             self.hub.look()
             if not waiting:
                 continue  # all were refused
-            outdated, before = bool(waiting.outdated()), self.agreement.count
+            evicts = self.engine.evicting is not None
+            outdated, before = evicts or bool(waiting.outdated()), self.agreement.count
             choice = self.hub.choose()
             assert isinstance(choice, list)
             agreements = self.agreement.count - before
             assert agreements <= (MATCH_ROUNDS if outdated else 1)
-            assert not waiting.is_outdated(choice[0]), "the winner's prompt could be matched farther"
+            if not evicts or agreements < MATCH_ROUNDS:
+                assert not waiting.is_outdated(choice[0]), "the winner's prompt could be matched again"
             task = self.hub.start(choice)
             self.engine.device.now_s += 1e-4 * task.new_tokens
             task.done, task.result = True, Result
@@ -156,10 +165,14 @@ class Result:
     copy_done = None
 
 
-def run_ranks(arrivals: dict[str, tuple[float, list[int], float]]) -> list[list[tuple[str, list[str]]]]:
-    """What each rank matched and started, in its order."""
+def run_ranks(
+    arrivals: dict[str, tuple[float, list[int], float]], evicting: int | None = None
+) -> list[list[tuple[str, list[str]]]]:
+    """What each rank matched and started, in its order. ``evicting``: prompts are evicted by chance, of this seed."""
     meeting = Meeting()
     ranks = [Rank(meeting, number, arrivals) for number in range(RANKS)]
+    for rank in ranks:
+        rank.engine.evicting = None if evicting is None else random.Random(evicting)
     with ThreadPoolExecutor(RANKS) as pool:
         for done in [pool.submit(rank.run) for rank in ranks]:
             done.result()
@@ -186,8 +199,7 @@ def test_a_winner_is_matched_at_all_ranks_before_its_batch_is_made() -> None:
     ]
 
 
-@pytest.mark.parametrize("seed", range(40))
-def test_ranks_match_and_start_alike_whatever_arrives(seed: int) -> None:
+def random_arrivals(seed: int) -> dict[str, tuple[float, list[int], float]]:
     rng = random.Random(seed)
     prefixes = [[rng.randrange(9000) for _ in range(rng.choice([0, 64, 300]))] for _ in range(3)]
     arrivals, now_s = {}, 0.0
@@ -195,7 +207,19 @@ def test_ranks_match_and_start_alike_whatever_arrives(seed: int) -> None:
         now_s += rng.expovariate(1 / 0.02)
         prompt = rng.choice(prefixes) + [rng.randrange(9000) for _ in range(rng.randrange(1, 300))]
         arrivals[str(number)] = (now_s, prompt, rng.uniform(0.05, 1.0))
-    logs = run_ranks(arrivals)
+    return arrivals
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_ranks_match_and_start_alike_whatever_arrives(seed: int) -> None:
+    logs = run_ranks(random_arrivals(seed))
+    assert logs[0] == logs[1]
+    assert sum(len(rids) for kind, rids in logs[0] if kind == "start") == 25
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_ranks_match_and_start_alike_whatever_is_evicted(seed: int) -> None:
+    logs = run_ranks(random_arrivals(seed), evicting=seed)
     assert logs[0] == logs[1]
     assert sum(len(rids) for kind, rids in logs[0] if kind == "start") == 25
 

@@ -566,6 +566,70 @@ def test_requests_that_begin_alike_are_matched_again_when_one_of_them_has_been_c
     assert not waiting.watches
 
 
+def test_only_who_would_start_is_matched_again_because_something_was_evicted_and_once() -> None:
+    requests = [SimulatedRequest(f"r{i}", 0.0, 100, 100.0) for i in range(4)]
+    model = Model(1, lambda tokens: 1e-9, lambda tokens: 1e-9)
+    hub = SimulatedServer(SimulatedDevice(0, HostCosts()), model, requests).hub
+    hub.work.policy.limits = Limits(max_suspended=16, max_batch_tokens=10_000)
+    hub.look()
+    shape, waiting, matched = PrefillShape(60, 40), hub.work.waiting, list[str]()
+    for job in hub.work.policy.first_waiting(0.0, 9):
+        waiting.matched(job, shape)
+
+    def match(req: SimulatedRequest) -> PrefillShape:
+        matched.append(req.rid)
+        return shape
+
+    hub.role.match = match  # type: ignore[method-assign]
+    activations = Activations(hidden=1, attention=20, mlp=1, mlp_tile_tokens=None)
+    hub.work.tasks.live = [SimpleNamespace(new_tokens=30_000, logprob_rows=0, shapes=[], members=[])]  # type: ignore[list-item]
+
+    def chosen(room_tokens: int) -> list[str]:
+        """The requests that would start beside a live task and ``room_tokens`` more."""
+        budget_bytes = activations.running_bytes(30_000) + activations.suspended_bytes(room_tokens)
+        hub.work.memory = TaskMemory(activations, budget_bytes)
+        choice = hub.choose()
+        return [job.item.req.rid for job in choice] if isinstance(choice, list) else []
+
+    assert len(chosen(120)) == 2
+    assert not matched, "nothing was evicted"
+    for _ in range(10):
+        waiting.evicted()
+        assert not chosen(59)
+    assert not matched, "none fits"
+    starting = chosen(120)
+    assert matched == starting
+    assert chosen(120) == starting
+    assert matched == starting, "nothing was evicted since"
+    shape = PrefillShape(100, 0)
+    waiting.evicted()
+    assert chosen(120) == starting[:1]
+    assert matched == [*starting, *starting]
+
+
+def test_ranks_that_match_their_own_requests_match_those_again_that_are_next_one_at_an_event() -> None:
+    requests = [SimulatedRequest(f"r{i}", 0.0, 100, 100.0 + i) for i in range(12)]
+    model = Model(1, lambda tokens: 1e-9, lambda tokens: 1e-9)
+    hub = SimulatedServer(SimulatedDevice(0, HostCosts()), model, requests).hub
+    matched: list[str] = []
+
+    def match(req: SimulatedRequest) -> PrefillShape:
+        matched.append(req.rid)
+        return PrefillShape(100)
+
+    hub.role.match = match  # type: ignore[method-assign]
+    hub.look()
+    for job in hub.work.policy.first_waiting(0.0, 99):
+        hub.work.waiting.matched(job, PrefillShape(60, 40))
+    hub.work.waiting.evicted()
+    hub.look()
+    assert not matched, "where all ranks have the same requests, they are matched when they would start"
+    hub.match_rounds = 1
+    for _ in range(12):
+        hub.look()
+    assert matched == [f"r{i}" for i in range(8)], "the first ones, and as long as they wait none behind them"
+
+
 def test_a_task_that_took_twice_as_long_is_seen_by_what_waits_and_by_what_is_suspended() -> None:
     model = SimpleNamespace(predict_s=lambda batch: 1e-3 * sum(shape.new_tokens for shape in batch))
     ttft = AdaptiveTTFT(model, 0.5)

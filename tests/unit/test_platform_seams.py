@@ -22,7 +22,9 @@ from hypothesis import strategies as st
 from sglang.api.v1 import api_types
 from sglang.srt.disaggregation.common.conn import CommonKVManager
 from sglang.srt.entrypoints.api_contract import generate_contract_error
+from sglang.srt.managers.schedule_batch import Req
 from sglang.srt.plugins.hook_registry import HookRegistry
+from sglang.srt.sampling.sampling_params import SamplingParams
 
 from sgl_flowprefill.config import ENV_SWITCH, ConfigError, FlowPrefillConfig
 from sgl_flowprefill.contract import installed, supported
@@ -31,6 +33,7 @@ from sgl_flowprefill.patches import (
     cpu_tp,
     decode_idle,
     decode_order,
+    handed_back,
     lone_prefill,
     made_weights,
     nixl_dram,
@@ -42,6 +45,9 @@ from sgl_flowprefill.patches import (
 from sgl_flowprefill.patches.base import SeamError
 from sgl_flowprefill.policy.places import PlaceOrder
 from sgl_flowprefill.runtime import kv_share
+from sgl_flowprefill.slo import Objective
+from sgl_flowprefill.slo.asked import body_ask
+from sgl_flowprefill.slo.resolve import Ask
 from tests import warm
 
 
@@ -76,6 +82,7 @@ SEAMS: list[tuple[Callable[[], None], str]] = [
     (affinity.apply, affinity.TARGET),
     (affinity.apply, "sglang.srt.managers.scheduler.run_scheduler_process"),
     (apply_decode_order, decode_order.TARGET),
+    (handed_back.apply, handed_back.TARGET),
     (lone_prefill.apply, lone_prefill.TARGET),
     (made_weights.apply, made_weights.TARGET),
     (static_memory.apply, static_memory.TARGET),
@@ -101,7 +108,7 @@ def test_a_changed_target_is_refused_by_name(
     "apply",
     [
         *(nixl_dram.apply, nixl_sleep.apply, cpu_tp.apply, wakeups.apply, decode_idle.apply, affinity.apply),
-        *(token_ids.apply, apply_decode_order, lone_prefill.apply, made_weights.apply),
+        *(token_ids.apply, apply_decode_order, handed_back.apply, lone_prefill.apply, made_weights.apply),
         *(static_memory.apply, kv_share.apply),
     ],
 )
@@ -171,6 +178,7 @@ class IdleScheduler:
         self.client.connect(f"tcp://127.0.0.1:{port}")
         self.ipc_channels = SimpleNamespace(recv_from_tokenizer=self.requests, recv_from_rpc=None)
         self.disagg_decode_prealloc_queue = SimpleNamespace(pending_reqs=[])
+        self.attn_dp_enabled = False
         self.forward_ct = 0
         self.idle = True
 
@@ -242,6 +250,15 @@ def test_a_rank_without_sockets_leaves_the_waiting_to_the_broadcast(scheduler: I
     assert sum(slept_s(sleeper) for _ in range(9)) < 0.1
 
 
+def test_a_rank_that_others_meet_in_each_round_keeps_none_waiting(scheduler: IdleScheduler, wakeup: int) -> None:
+    """With data-parallel attention, where each has sockets."""
+    scheduler.attn_dp_enabled = True
+    sleeper = decode_idle.DecodeSleeper(scheduler, wakeup)
+    assert sum(slept_s(sleeper) for _ in range(9)) < 0.1
+    scheduler.disagg_decode_prealloc_queue.pending_reqs.append("request")
+    assert sum(slept_s(sleeper) for _ in range(9)) < 0.1
+
+
 def test_waiting_requests_are_looked_at_soon_and_then_less_often(scheduler: IdleScheduler, wakeup: int) -> None:
     sleeper = decode_idle.DecodeSleeper(scheduler, wakeup)
     scheduler.disagg_decode_prealloc_queue.pending_reqs.append("request")
@@ -282,6 +299,38 @@ def test_binding_covers_every_thread_and_the_number_of_torch_threads() -> None:
     assert len(threads) > 1
     assert all(cpus == {cpu} for cpus in threads), threads
     assert torch_threads == 1
+
+
+@pytest.mark.parametrize(
+    ("custom_params", "asked"),
+    [
+        (Objective(0.3, 0.05, "vip", "policy file", 2.0).to_custom_params(), Ask("body", 0.3, 0.05, "vip")),
+        ({"ttft_slo": 0.3}, None),  # of a request that no HTTP process has resolved
+        (None, None),
+    ],
+)
+def test_a_stream_that_is_handed_back_asks_for_what_it_was_promised(custom_params: Any, asked: Ask | None) -> None:
+    handed_back.apply()
+    ((_, keep, _),) = HookRegistry._hooks[handed_back.TARGET]
+    stream: Any = SimpleNamespace(
+        sampling_params=SamplingParams(custom_params=custom_params),
+        origin_input_ids=[1, 2],
+        output_ids=[3],
+        rid="r",
+        bootstrap_host="localhost",
+        bootstrap_port=1,
+        bootstrap_room=2,
+        priority=None,
+        extra_key=None,
+        cache_salt=None,
+        routing_key=None,
+        disagg_prefill_dp_rank=None,
+    )
+    payload = Req.build_rebootstrap_payload(stream)
+    assert "custom_params" not in payload["sampling_params"], "SGLang passes them on: the seam is not needed"
+    keep(payload, stream)
+    params = payload["sampling_params"].get("custom_params")
+    assert (None if params is None else body_ask(params)) == asked
 
 
 def waiting_request(rid: str, arrival_s: float, custom_params: Any) -> SimpleNamespace:

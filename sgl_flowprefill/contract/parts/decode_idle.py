@@ -7,6 +7,8 @@ from typing import Final
 from sgl_flowprefill.contract.row import Part, attributes, rows, source
 from sgl_flowprefill.contract.symbols import DECODE_QUEUE, SCHEDULER
 
+KEEPS_WAITING: Final = "a rank with nothing to do keeps the streams of the others waiting"
+
 PART: Final = Part(
     "decode_idle",
     "Idle decode servers",
@@ -45,6 +47,27 @@ PART: Final = Part(
             "disagg_decode_prealloc_queue disaggregation_mode forward_ct gracefully_exit ipc_channels",
             "tells whether there is work",
             "a decode server sleeps although there is work",
+        ),
+        *attributes(
+            SCHEDULER,
+            "attn_dp_enabled",
+            "says whether several ranks have requests of their own, and meet in each round",
+            KEEPS_WAITING,
+        ),
+        source(
+            "assumes",
+            "sglang.srt.managers.scheduler_components.request_receiver:"
+            "SchedulerRequestReceiver._broadcast_reqs_across_ranks",
+            ["if get_parallel().attn_dp_enabled:", "src=tp_group.ranks[0]"],
+            "is where ranks meet at the beginning of a round",
+            KEEPS_WAITING,
+        ),
+        source(
+            "assumes",
+            f"{SCHEDULER}.get_next_disagg_decode_batch_to_run",
+            ["maybe_prepare_mlp_sync_batch(ret)"],
+            "is where ranks with data-parallel attention meet before each step",
+            KEEPS_WAITING,
         ),
         *attributes(
             DECODE_QUEUE,

@@ -11,6 +11,7 @@ TREE: Final = "sglang.srt.mem_cache.unified_radix_cache:UnifiedRadixCache"
 CONTROLLER: Final = "sglang.srt.managers.cache_controller:HiCacheController"
 COUNTER: Final = "sglang.srt.managers.cache_controller:LayerDoneCounter"
 NOT_LOADED: Final = "a prefill reads a prefix that has not been loaded yet"
+STILL_COUNTED: Final = "a prompt is taken for a short one whose prefix is gone, and delays what starts with it"
 
 PART: Final = Part(
     "host_cache",
@@ -90,6 +91,14 @@ PART: Final = Part(
             "host_hit_length",
             "counts the tokens of a prompt that are in host memory alone",
             "prefixes in host memory are predicted as if they were computed",
+        ),
+        *rows("hooks", TREE, "evict_host(self, num_tokens, ...)", "gives up prefixes in host memory", STILL_COUNTED),
+        source(
+            "assumes",
+            f"{TREE}._execute_kv_backup",
+            ["self.evict_host("],
+            "gives up prefixes in host memory where a copy of others lacks some",
+            STILL_COUNTED,
         ),
     ),
 )

@@ -10,6 +10,7 @@ from sgl_flowprefill.contract.symbols import CONTEXT, OPTIONS, REQ, SCHEDULER
 ADDER: Final = "sglang.srt.managers.schedule_policy:PrefillAdder"
 NEVER_ENDS: Final = "a prompt that fits into no pool waits for ever, and others behind it"
 RESULTS: Final = "sglang.srt.managers.scheduler_components.batch_result_processor:SchedulerBatchResultProcessor"
+TAKEN_FOR_SHORT: Final = "a prompt is taken for a short one whose cached prefix is gone, and delays what starts with it"
 
 PART: Final = Part(
     "scheduler",
@@ -116,9 +117,24 @@ PART: Final = Part(
         *rows(
             "hooks",
             "sglang.srt.mem_cache.base_prefix_cache:",
-            "BasePrefixCache.evict(self, params)",
+            "BasePrefixCache.evict(self, params) BasePrefixCache.evict_for_alloc(self, params, ...) "
+            "BasePrefixCache.reset(self)",
             "gives up cached prefixes",
-            "a prompt is taken for a short one whose cached prefix is gone, and delays what starts with it",
+            TAKEN_FOR_SHORT,
+        ),
+        source(
+            "assumes",
+            "sglang.srt.mem_cache.allocator.base:BaseTokenToKVPoolAllocator.evict_to_free_tokens",
+            ["tree_cache.evict_for_alloc("],
+            "gives up cached prefixes where an allocation lacks KV cache",
+            TAKEN_FOR_SHORT,
+        ),
+        source(
+            "assumes",
+            f"{SCHEDULER}.flush_cache",
+            ["self.tree_cache.reset()"],
+            "gives up all cached prefixes, also those of requests that wait while the server is paused",
+            TAKEN_FOR_SHORT,
         ),
         *attributes(
             SCHEDULER,
