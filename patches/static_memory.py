@@ -26,6 +26,8 @@ FLOOR_MIB: Final = 2048
 beyond SGLang's estimate: SGLang keeps 1,536 where it measures what graphs and activations take."""
 RANKS_MIB: Final = 1024 / 8
 """For each rank, as SGLang does."""
+A2A_MIB: Final = 2048
+"""For buffers in which tokens are exchanged between experts: SGLang counts them for CUDA graphs of decode steps alone."""
 
 
 def apply() -> None:
@@ -51,7 +53,9 @@ def without_activations(original: Callable[[Any], None], server_args: Any) -> No
     if gpu_mib is None:
         return
     kept_mib = FLOOR_MIB + view.tp_size * view.pp_size * RANKS_MIB
-    kept_mib += memory_hook.reserve_for_graph_mb(server_args) + memory_hook.reserve_for_deepep_a2a_mb(server_args)
+    exchanges = view.moe_a2a_backend not in (None, "none")
+    a2a_mib = max(A2A_MIB if exchanges else 0, memory_hook.reserve_for_deepep_a2a_mb(server_args))
+    kept_mib += memory_hook.reserve_for_graph_mb(server_args) + a2a_mib
     share = 1 - kept_mib / gpu_mib
     model_config = model_config_of(server_args)
     if model_config.is_multimodal and not view.language_only and not view.language_model_only:

@@ -54,16 +54,15 @@ class Needed:
         streams = options.cuda_graph_config.decode.max_bs or 0 if options.disaggregation_mode == "null" else 0
         is_joint = (options.attn_dp_size or 1) > 1
         kept = 0 if options.speculative_algorithm is None else kept_by(configurator.spec_aux_config)
-        gathered = options.tp_size if is_joint else 1
+        gathered, shared = (options.tp_size, 1) if is_joint else (1, options.tp_size)
         dtype_bytes = configurator.model_dtype.itemsize
-        whole = Activations.of(model_config, dtype_bytes, None, kept, gathered)
+        whole = Activations.of(model_config, dtype_bytes, None, kept, gathered, shared)
         has_adapters = bool(options.enable_lora or options.lora_paths)
         activations = whole
         if config.granularity == "operator" and not is_joint and not has_adapters:
-            # A row's products are two operations for each weight: a rank has a share of them.
-            row_flop = 2 * (whole.mlp / dtype_bytes) * model_config.hidden_size / options.tp_size
+            row_flop = 2 * (whole.mlp / dtype_bytes) * model_config.hidden_size  # two operations for each weight
             rows = int(config.max_blocking_ms / 1e3 * _fastest_flops(configurator.device) / row_flop)
-            activations = Activations.of(model_config, dtype_bytes, lambda: rows, kept, gathered)
+            activations = Activations.of(model_config, dtype_bytes, lambda: rows, kept, gathered, shared)
         fixed_bytes = slots * slot_bytes + streams * int(model_config.vocab_size) * STEP_BYTES
         return cls(fixed_bytes, activations, int(model_config.context_len))
 

@@ -135,7 +135,8 @@ def build(
     mlp_rows = None if has_whole_mlps(model, layers) else lambda: tiles.now.rows
     places = scheduler.tp_size if is_joint else 1
     kept, streams = kept_hidden_states(scheduler), scheduler.max_running_requests if decodes else 0
-    memory = TaskMemory.plan(model_runner, slots, config.max_suspended, mlp_rows, kept, places, streams)
+    shared = 1 if is_joint else scheduler.tp_size
+    memory = TaskMemory.plan(model_runner, slots, config.max_suspended, mlp_rows, kept, places, streams, shared)
 
     def batch_tokens() -> int:
         return config.max_batch_tokens or throughput_budget_tokens(ttft.model)

@@ -149,5 +149,7 @@ def test_what_is_needed_follows_from_the_server(monkeypatch: pytest.MonkeyPatch)
     assert plain.activations.running_bytes(tokens) < whole
     drafts = needed(disaggregation_mode="prefill", speculative_algorithm="EAGLE3").activations
     assert drafts.suspended_bytes(1) - plain.activations.suspended_bytes(1) == 3 * 8192
+    assert needed(tp_size=8).activations.attention == plain.activations.attention // 8
     joint = needed(attn_dp_size=4, tp_size=4).activations
+    assert joint.attention == plain.activations.attention
     assert joint.suspended_bytes(1) == 4 * plain.activations.suspended_bytes(1)

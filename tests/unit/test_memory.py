@@ -184,6 +184,15 @@ def test_a_step_runs_again_only_where_it_writes_kv_cache_alone() -> None:
     assert not runs_again(ReqToTokenPool, OfAPlatform), "nobody knows what it keeps"
 
 
+def test_ranks_share_heads_and_dense_mlps_and_neither_hidden_states_nor_experts() -> None:
+    alone, of_eight, of_sixteen = (Activations.of(config(), 2, None, shared=ranks) for ranks in (1, 8, 16))
+    assert (of_eight.attention, of_eight.mlp) == (alone.attention // 8, alone.mlp // 8)
+    assert of_sixteen.attention == 2 * (2 + 1) * HEAD_DIM * 2, "two heads, and a copy of a KV head"
+    assert of_eight.hidden == alone.hidden
+    text = {"moe_intermediate_size": 768, "num_experts_per_tok": 8}
+    assert Activations.of(config(**text), 2, None, shared=8).mlp == Activations.of(config(**text), 2, None).mlp
+
+
 def test_experts_count_as_often_as_they_are_visited() -> None:
     experts = Activations.of(config(moe_intermediate_size=768, num_experts_per_tok=8), 2, lambda: 4096)
     assert experts.mlp == max(3 * INTERMEDIATE, 8 * (3 * 768 + HIDDEN)) * 2
