@@ -27,7 +27,7 @@ beyond SGLang's estimate: SGLang keeps 1,536 where it measures what graphs and a
 RANKS_MIB: Final = 1024 / 8
 """For each rank, as SGLang does."""
 A2A_MIB: Final = 2048
-"""For buffers in which tokens are exchanged between experts: SGLang counts them for CUDA graphs of decode steps alone."""
+"""For exchanges of tokens between experts: SGLang counts them for CUDA graphs of decode steps alone."""
 
 
 def apply() -> None:

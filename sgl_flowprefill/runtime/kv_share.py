@@ -67,11 +67,14 @@ class Needed:
         return cls(fixed_bytes, activations, int(model_config.context_len))
 
     def beside(self, pool_tokens: int) -> int:
-        """What has to be free beside a pool of so many tokens, with what is lost to pieces: the longest prompt runs.
-        Others that are suspended beside it have what that leaves, and what shorter prompts leave.
+        """What has to be free beside a pool of so many tokens, with what is lost to pieces: the longest prompt runs,
+        and ends with log probabilities of its tokens. Others that are suspended beside it have what that leaves, and
+        what shorter prompts leave.
         """
         longest = min(pool_tokens, self.context_tokens)
-        return self.fixed_bytes + int(self.activations.running_bytes(longest) / (1 - IN_PIECES))
+        running_bytes = self.activations.running_bytes(longest)
+        ending_bytes = self.activations.suspended_bytes(longest) + self.activations.logits_bytes(longest)
+        return self.fixed_bytes + int(max(running_bytes, ending_bytes) / (1 - IN_PIECES))
 
 
 def apply() -> None:
