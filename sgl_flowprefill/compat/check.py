@@ -20,6 +20,7 @@ from sgl_flowprefill.compat.table import (
     DRAFTS_BESIDE,
     GRAPH_CONFIG,
     MOVES_BESIDE,
+    OF_PREFILL_SERVERS,
     ONE_MACHINE,
     OWN_PREFIXES,
     RANKS_THAT_FAIL,
@@ -138,7 +139,7 @@ def refusals(server_args: Any, env: Mapping[str, str] | None = None) -> Iterator
         yield Refusal("enable_eplb", given, _cannot_work(given, RANKS_THAT_FAIL))
     yield from _data_parallel(server_args)
     for name, why in REFUSED_ENVIRONMENT.items():
-        if _is_on(name, env):
+        if _is_on(name, env) and (server == "prefill" or name not in OF_PREFILL_SERVERS):
             yield Refusal(name, f"{name}={env[name]}", f"{_cannot_work(f'{name}={env[name]}', why)}; unset it")
 
 

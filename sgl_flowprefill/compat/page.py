@@ -7,7 +7,14 @@ from dataclasses import dataclass
 from typing import Final
 
 from sgl_flowprefill.compat.row import Group, Row, flag
-from sgl_flowprefill.compat.table import DECODE_SERVERS, GRAPH_CONFIG, REFUSED_ENVIRONMENT, TABLE, UNSET_ENVIRONMENT
+from sgl_flowprefill.compat.table import (
+    DECODE_SERVERS,
+    GRAPH_CONFIG,
+    OF_PREFILL_SERVERS,
+    REFUSED_ENVIRONMENT,
+    TABLE,
+    UNSET_ENVIRONMENT,
+)
 
 
 @dataclass(frozen=True)
@@ -131,6 +138,9 @@ def _environment() -> list[str]:
         "| variable | FlowPrefill | why |",
         "| --- | --- | --- |",
         *(f"| `{name}` | unsets it | {why} |" for name, why in UNSET_ENVIRONMENT.items()),
-        *(f"| `{name}` | **refuses** | {why} |" for name, why in REFUSED_ENVIRONMENT.items()),
+        *(
+            f"| `{name}` | **refuses**{', prefill server' if name in OF_PREFILL_SERVERS else ''} | {why} |"
+            for name, why in REFUSED_ENVIRONMENT.items()
+        ),
         "",
     ]

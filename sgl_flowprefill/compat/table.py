@@ -110,7 +110,12 @@ SCHEDULING: Final = Group(
             "max_prefill_tokens prefill_max_requests",
             "bounds of SGLang's admission, beside --flowprefill-max-batch-tokens",
         ),
-        leave("mem_fraction_static max_running_requests max_total_tokens schedule_conservativeness page_size"),
+        leave(
+            "mem_fraction_static",
+            "not given, KV cache on a GPU is all that neither CUDA graphs need nor attention state and activations of "
+            "the longest prompt; given, it stays",
+        ),
+        leave("max_running_requests max_total_tokens schedule_conservativeness page_size"),
         leave("swa_full_tokens_ratio swa_prefix_tails disable_hybrid_swa_memory c128_page_size"),
         leave("max_mamba_cache_size mamba_full_memory_ratio disable_chunked_prefix_cache num_continuous_decode_steps"),
         leave("prefill_only_disable_kv_cache", "goes with --is-embedding, which is refused"),
@@ -515,7 +520,10 @@ REFUSED_ENVIRONMENT: Final = {
     "SGLANG_ENABLE_GRAPH_POOL_BORROW": "log probabilities of a suspended prefill would lie in memory of graphs "
     "that others replay",
     "SGLANG_RUST_SERVER": f"{HTTP} in Python, and what arrives from the other wakes nobody",
+    "SGLANG_DISAGG_STAGING_BUFFER": ONE_CHUNK,
 }
 """Variable that SGLang reads: why FlowPrefill refuses it when it is on."""
+OF_PREFILL_SERVERS: Final = ("SGLANG_DISAGG_STAGING_BUFFER",)
+"""Those of them that only prefill servers read."""
 READ_OPTIONS: Final = ("disaggregation_mode", "disable_cuda_graph", "disable_prefill_cuda_graph", "device")
 """Fields of ServerArgs that are read beside those that are set or refused."""

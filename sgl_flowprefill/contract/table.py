@@ -52,6 +52,7 @@ from sgl_flowprefill.contract.parts import (
     request_times,
     requests,
     scheduler,
+    static_memory,
     storage,
     token_ids,
     unified,
@@ -63,6 +64,7 @@ PARTS: Final[tuple[Part, ...]] = (
     hooks.PART,
     # the HTTP server
     options.PART,
+    static_memory.PART,
     request_slo.PART,
     answer_report.PART,
     overload.PART,

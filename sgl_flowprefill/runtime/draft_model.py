@@ -39,7 +39,11 @@ def kept_hidden_states(scheduler: Any) -> int:
     """How many hidden states of a token are kept for the draft until it has run."""
     if draft_runner(scheduler) is None:
         return 0
-    layers = scheduler.tp_worker.model_runner.spec_aux_config
+    return kept_by(scheduler.tp_worker.model_runner.spec_aux_config)
+
+
+def kept_by(layers: Any) -> int:
+    """How many hidden states of a token are kept, by SGLang's configuration of the draft (``spec_aux_config``)."""
     if not layers.eagle_use_aux_hidden_state:
         return 1
     return len(layers.eagle_aux_hidden_state_layer_ids or EAGLE3_LAYERS)

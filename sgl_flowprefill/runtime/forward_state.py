@@ -1,8 +1,9 @@
 """What SGLang keeps per forward in module or object state, saved and restored when one forward takes over from another.
 
 Complete for SGLang 0.5.23, without the options that ``compat`` refuses for the state that they add: a timer, a
-recorder, a buffer or a check of one forward at a time. Context variables follow the greenlet by themselves, grad mode
-is off throughout, and eager input buffers are not shared under ``SGLANG_EAGER_INPUT_NO_COPY=1``.
+recorder, a buffer or a check of one forward at a time; and without the models that ``module_state`` refuses. Context
+variables follow the greenlet by themselves, grad mode is off throughout, and eager input buffers are not shared under
+``SGLANG_EAGER_INPUT_NO_COPY=1``.
 """
 
 from __future__ import annotations

@@ -114,19 +114,21 @@ class Activations:
         mlp_tile_tokens: Callable[[], int] | None,
         kept_hidden_states: int = 0,
         gathered: int = 1,
+        shared: int = 1,
     ) -> Activations:
-        """Activations of a rank that holds the whole model; a rank that holds a share of it needs no more, but for the
-        hidden states of so many ranks where these are ``gathered``. So many hidden states of each token are kept for a
-        draft model.
+        """Activations of a rank. So many hidden states of each token are kept for a draft model, and those of so many
+        ranks are ``gathered``. The heads of attention and the weights of dense MLPs are ``shared`` by so many ranks; a
+        model with experts may have MLPs that are not, and a rank experts that all tokens visit.
         """
         text = model_config.hf_text_config
-        heads, kv_heads = model_config.num_attention_heads, model_config.get_total_num_kv_heads()
+        heads = -(-model_config.num_attention_heads // shared) + -(-model_config.get_total_num_kv_heads() // shared)
         dense = int(getattr(text, "intermediate_size", None) or 4 * model_config.hidden_size)
         expert = int(getattr(text, "moe_intermediate_size", None) or 0)
         experts = int(getattr(text, "num_experts_per_tok", None) or 0)
+        dense = dense if experts else -(-dense // shared)
         return cls(
             hidden=model_config.hidden_size * dtype_bytes * gathered,
-            attention=2 * (heads + kv_heads) * model_config.head_dim * dtype_bytes,
+            attention=2 * heads * model_config.head_dim * dtype_bytes,
             mlp=max(3 * dense, experts * (3 * expert + model_config.hidden_size)) * dtype_bytes,
             mlp_tile_tokens=None if experts else mlp_tile_tokens,
             logits=3 * int(model_config.vocab_size) * torch.float32.itemsize,
@@ -175,12 +177,13 @@ class TaskMemory:
         kept_hidden_states: int = 0,
         gathered: int = 1,
         streams: int = 0,
+        shared: int = 1,
     ) -> TaskMemory:
         """Measure what is free and what a task needs, beside decode steps over up to so many ``streams``. Raises
         SystemExit with one line when that does not fit.
         """
-        config = model_runner.model_config
-        activations = Activations.of(config, model_runner.dtype.itemsize, mlp_tile_tokens, kept_hidden_states, gathered)
+        config, dtype_bytes = model_runner.model_config, model_runner.dtype.itemsize
+        activations = Activations.of(config, dtype_bytes, mlp_tile_tokens, kept_hidden_states, gathered, shared)
         if model_runner.device != "cuda":
             return cls(activations, float("inf"))
         tasks = max_suspended + LIVE_BESIDE_SUSPENDED
@@ -233,6 +236,9 @@ def budget(free_bytes: int, slots_bytes: int, longest_bytes: int, tasks: int, st
 
 
 def free_device_bytes() -> int:
-    """What PyTorch can still get from the device, and what it has got and not handed out."""
+    """What the device has free, once PyTorch has given back what it keeps of what is no longer used. What it keeps then
+    belongs to CUDA graphs, or to the stream of the start, and cannot be had on the stream on which the server serves.
+    """
+    torch.cuda.empty_cache()
     free_bytes, _ = torch.cuda.mem_get_info()
-    return int(free_bytes + torch.cuda.memory_reserved() - torch.cuda.memory_allocated())
+    return int(free_bytes)

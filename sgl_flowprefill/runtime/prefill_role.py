@@ -59,12 +59,6 @@ class PrefillRole(SchedulerRole):
                 objective=promised,
             )
 
-    def make_batch(self, reqs: Sequence[Any]) -> Any | None:
-        batch = super().make_batch(reqs)
-        if batch is not None and self.scheduler.enable_staging:
-            self.scheduler.maybe_prefetch_staging_for_batch(batch)
-        return batch
-
     def finish(self, task: PrefillTask) -> None:
         drafted = task.result.next_draft_input
         if drafted is not None:
@@ -112,7 +106,8 @@ class PrefillRole(SchedulerRole):
 
     def reading_indices(self, req: Any, has_run: bool) -> Any:
         """A context in which SGLang reads the KV indices of ``req`` back: beside the queue, where its prefill has run
-        with them.
+        with them. Those of a cached prefix that is sent before are read in the queue: they, and loads of the prefix
+        from host memory, are queued just before.
         """
         return self.device.beside_the_queue() if has_run and req is not self._reindexed else nullcontext()
 

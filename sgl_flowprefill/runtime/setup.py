@@ -41,6 +41,7 @@ from sgl_flowprefill.runtime.forward_state import ForwardState
 from sgl_flowprefill.runtime.learner import LearningTTFT
 from sgl_flowprefill.runtime.memory import TaskMemory
 from sgl_flowprefill.runtime.metrics import Metrics
+from sgl_flowprefill.runtime.module_state import check_modules
 from sgl_flowprefill.runtime.profile import load_or_measure
 from sgl_flowprefill.runtime.request_spans import SpanRecorder
 from sgl_flowprefill.runtime.scheduler_role import SchedulerRole, tell_of_evictions
@@ -64,6 +65,11 @@ NO_SHEDDING: Final = (
     "decode (--unified): the clients of this prefill server are answered by a decode server, which would say 500; "
     "leave the options out"
 )
+NO_PREFILL_LENGTHS: Final = (
+    "sgl-flowprefill: --attention-backend fa3 cannot work with this model on a server that prefills and decodes: each "
+    "task notes how long its prompts are in an attention backend of its own, and decode steps, which attend to the "
+    "whole prompt beside a window of the answer, look into another; serve it without FlowPrefill"
+)
 NO_JOINT_SHEDDING: Final = (
     "sgl-flowprefill: --flowprefill-overload shed and --flowprefill-max-queued-tokens cannot work with data-parallel "
     "attention yet: the rank that decides knows why a request is refused, and does not answer those of the others; "
@@ -83,6 +89,7 @@ def build(
     tasks = Tasks()
     model_runner = scheduler.tp_worker.model_runner
     draft, model = draft_runner(scheduler), whole_model(scheduler)
+    check_modules(model_runner.model, config.granularity)
     check_settings(scheduler, config, decodes, (model_runner,) if draft is None else (model_runner, draft))
     wakeup = Wakeup()
     device = make_device(scheduler.device, config.lookahead)
@@ -128,7 +135,8 @@ def build(
     mlp_rows = None if has_whole_mlps(model, layers) else lambda: tiles.now.rows
     places = scheduler.tp_size if is_joint else 1
     kept, streams = kept_hidden_states(scheduler), scheduler.max_running_requests if decodes else 0
-    memory = TaskMemory.plan(model_runner, slots, config.max_suspended, mlp_rows, kept, places, streams)
+    shared = 1 if is_joint else scheduler.tp_size
+    memory = TaskMemory.plan(model_runner, slots, config.max_suspended, mlp_rows, kept, places, streams, shared)
 
     def batch_tokens() -> int:
         return config.max_batch_tokens or throughput_budget_tokens(ttft.model)
@@ -208,6 +216,8 @@ def check_settings(scheduler: Any, config: FlowPrefillConfig, decodes: bool, mod
         unchecked = unchecked_attention_backend(runner.prefill_attention_backend_str)
         if unchecked is not None:
             raise SystemExit(f"sgl-flowprefill: {unchecked}")
+        if decodes and runner.prefill_attention_backend_str == "fa3" and getattr(runner, "prefill_aware_swa", False):
+            raise SystemExit(NO_PREFILL_LENGTHS)
     if config.refuses and not decodes:
         raise SystemExit(NO_SHEDDING)
     if config.refuses and scheduler.attn_dp_enabled:

@@ -54,9 +54,11 @@ class AttentionSlots:
         return backend
 
     def measure_bytes(self, allocated_bytes: Callable[[], int]) -> int:
-        """Make a slot ahead of its use; device memory that it took."""
+        """Make a slot ahead of its use; device memory that it took, with what its tiles are planned in."""
         before_bytes = allocated_bytes()
-        self._free.append(self._new())
+        backend = self._new()
+        self._tile(backend)
+        self._free.append(backend)
         return allocated_bytes() - before_bytes
 
     def give_back(self, backend: Any) -> None:

@@ -399,10 +399,9 @@ def test_a_hybrid_models_state_is_copied_when_a_prefill_starts_and_not_while_it_
 def test_each_batch_is_prepared_once_before_its_forward_pass(
     engine: PrefillEngine, rounds: Rounds, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With what n-gram embeddings look up, in the models that have some, and with staging buffers, where there are."""
+    """With what n-gram embeddings look up, in the models that have some."""
     scheduler = engine.scheduler
     prepared: list[Any] = []
-    staged: list[Any] = []
     manager = type(scheduler.ngram_embedding_manager)
     prepare, run_batch = manager.prepare_for_forward, scheduler.run_batch
 
@@ -411,12 +410,10 @@ def test_each_batch_is_prepared_once_before_its_forward_pass(
         return prepare(self, batch, chunked_req=chunked_req)
 
     def checked(batch: Any) -> Any:
-        assert prepared == staged == [batch]
+        assert prepared == [batch]
         return run_batch(batch)
 
     monkeypatch.setattr(manager, "prepare_for_forward", watched)
-    monkeypatch.setattr(scheduler, "enable_staging", True)
-    monkeypatch.setattr(scheduler, "maybe_prefetch_staging_for_batch", staged.append)
     monkeypatch.setattr(scheduler, "run_batch", checked)
     engine.submit("only", prompt(1, 200), logprobs=True)
     engine.run()

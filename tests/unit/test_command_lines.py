@@ -4,6 +4,7 @@ server gets the options that it would have got with the right ones given by hand
 from __future__ import annotations
 
 import argparse
+import functools
 import logging
 import os
 import shlex
@@ -21,12 +22,13 @@ from sglang.srt.arg_groups.arg_utils import namespace_of
 from sglang.srt.model_executor import cuda_graph_config
 from sglang.srt.runtime_context import override_platform
 from sglang.srt.server_args import ServerArgs
+from sglang.srt.utils import common
 
 from sgl_flowprefill.cluster import cli
 from sgl_flowprefill.cluster.explain_command import read
 from sgl_flowprefill.compat import EXAMPLES, MODE, ROWS, SERVERS, TABLE, explain, flag, refusals
 from sgl_flowprefill.model import embedded_model_path
-from sgl_flowprefill.patches import options
+from sgl_flowprefill.patches import options, static_memory
 
 OF_ONE_VERSION = {
     "enable_amd_monokernel",
@@ -194,6 +196,41 @@ def test_set_later_the_server_would_be_another(machine: str, parser: argparse.Ar
         late[name] = right[name]
     assert late["cuda_graph_config"]["prefill"]["bs"] != right["cuda_graph_config"]["prefill"]["bs"]
     assert late["mem_fraction_static"] != right["mem_fraction_static"]
+
+
+def share_of(card_gib: int, words: str, parser: argparse.ArgumentParser, is_hooked: bool = True) -> float:
+    """``--mem-fraction-static`` of a server on a card with so much memory."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (memory_hook, common):
+            patch.setattr(module, "get_device_memory_capacity", lambda device=None: card_gib * 1024)
+        if is_hooked:
+            original = memory_hook.handle_gpu_memory_settings
+            hook = functools.partial(static_memory.without_activations, original)
+            patch.setattr(memory_hook, "handle_gpu_memory_settings", functools.update_wrapper(hook, original))
+        given = asked(parser, f"{words} --device cuda")
+        options.resolve(ServerArgs.resolve_once, given)
+        return float(given.resolved_dict()["mem_fraction_static"])
+
+
+@pytest.mark.parametrize("machine", ["gpu"], indirect=True)
+@pytest.mark.parametrize("card_gib", [16, 24, 40, 48, 80, 141])
+def test_weights_and_kv_cache_get_all_of_a_gpu_that_no_server_needs_for_something_else(
+    card_gib: int, machine: str, parser: argparse.ArgumentParser
+) -> None:
+    """What prompts need is taken off when the size of the KV cache is known (tests/unit/test_kv_share.py)."""
+    for server, most_gib in (("prefill", 2.3), ("unified", 2.8)):
+        share = share_of(card_gib, STOCK[server], parser)
+        assert 2 < card_gib * (1 - share) < most_gib, "workspaces, and CUDA graphs of decode steps"
+        assert card_gib * (1 - share_of(card_gib, STOCK[server], parser, is_hooked=False)) > 24
+
+
+@pytest.mark.parametrize("machine", ["gpu"], indirect=True)
+def test_the_share_of_memory_that_the_user_has_given_stays_and_that_of_a_decode_server(
+    machine: str, parser: argparse.ArgumentParser
+) -> None:
+    assert share_of(24, "--mem-fraction-static 0.5", parser) == 0.5
+    decodes = "--disaggregation-mode decode --disaggregation-transfer-backend nixl"
+    assert share_of(24, decodes, parser) == share_of(24, decodes, parser, is_hooked=False)
 
 
 def test_what_the_user_has_asked_for_is_a_warning_and_a_default_a_line_of_information(

@@ -80,9 +80,10 @@ KEPT_OUT: Final = (
 """The same of what decides when a prompt runs and in which pieces: the server is refused, or runs without it."""
 
 VARIABLES: Final = (
-    "SGLANG_ENABLE_METRICS_DEVICE_TIMER",
-    "SGLANG_ENABLE_GRAPH_POOL_BORROW",
-    "SGLANG_RUST_SERVER",
+    ("both", "SGLANG_ENABLE_METRICS_DEVICE_TIMER"),
+    ("both", "SGLANG_ENABLE_GRAPH_POOL_BORROW"),
+    ("both", "SGLANG_RUST_SERVER"),
+    ("prefill", "SGLANG_DISAGG_STAGING_BUFFER"),
 )
 
 
@@ -120,10 +121,13 @@ def test_an_option_that_schedules_otherwise_is_refused_or_set_back(mode: str, op
     assert incompatible_option(server_args, {}) is not None or getattr(server_args, option) != value
 
 
-@pytest.mark.parametrize("mode", MODES["both"])
-@pytest.mark.parametrize("name", VARIABLES)
-def test_a_variable_that_cannot_work_is_refused_by_name(name: str, mode: str) -> None:
+@pytest.mark.parametrize(("mode", "name"), [(mode, name) for kind, name in VARIABLES for mode in MODES[kind]])
+def test_a_variable_that_cannot_work_is_refused_by_name(mode: str, name: str) -> None:
     refusal = incompatible_option(started(mode), {name: "true"})
     assert refusal is not None
     assert refusal.startswith(f"{name}=true cannot work with FlowPrefill: ")
     assert incompatible_option(started(mode), {name: "0"}) is None
+
+
+def test_staging_buffers_say_nothing_to_a_server_that_sends_no_kv_cache() -> None:
+    assert incompatible_option(started("null"), {"SGLANG_DISAGG_STAGING_BUFFER": "1"}) is None

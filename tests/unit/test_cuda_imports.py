@@ -32,6 +32,7 @@ MODULES = (
     "sgl_flowprefill.runtime.scheduler",
     "sgl_flowprefill.runtime.unified_scheduler",
     "sgl_flowprefill.runtime.cuda_device",
+    "sgl_flowprefill.runtime.kv_share",
     "sgl_flowprefill.runtime.flashinfer_tiles",
     "sgl_flowprefill.runtime.fa3_tiles",
     "sgl_flowprefill.runtime.selfcheck",

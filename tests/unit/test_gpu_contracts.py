@@ -30,7 +30,11 @@ from sgl_flowprefill import compat, plugin
 from sgl_flowprefill.config import FlowPrefillConfig
 from sgl_flowprefill.contract.parts.loop import LOOP_CALLS
 from sgl_flowprefill.patches.base import SeamError
+from sgl_flowprefill.runtime.flashinfer_tiles import MOST_TILES, WORKSPACE_BYTES
 from sgl_flowprefill.runtime.memory import MIB
+from sgl_flowprefill.runtime.prefill_role import PrefillRole
+from sgl_flowprefill.runtime.slots import AttentionSlots
+from sgl_flowprefill.runtime.tiled_attention import TiledAttention
 from tests.gpu_backends import (
     ATTENTION,
     FLOAT_WORKSPACE_BYTES,
@@ -115,6 +119,36 @@ def test_a_slot_with_a_workspace_of_its_own_would_take_as_much_again(offline: di
     backend = FlashInferAttnBackend(runner, init_new_workspace=True)
     assert backend.workspace_buffer.nbytes == FLOAT_WORKSPACE_BYTES
     assert backend.workspace_buffer is not offline["flashinfer_workspace"]
+
+
+@pytest.mark.parametrize("window", [None, 32], ids=["full", "sliding-window"])
+def test_a_slot_is_measured_with_all_that_it_will_take(
+    window: int | None, offline: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner = model_runner(window)
+    runner.kv_index_translator.bind_and_verify_backends = lambda backends: None
+    made: list[Any] = []
+
+    def make(init_new_workspace: bool) -> Any:
+        assert not init_new_workspace
+        made.append(build("flashinfer", runner))
+        return made[-1]
+
+    def allocated_bytes() -> int:
+        tensors = {pointer: tensor for backend in made for pointer, tensor in state(backend, (runner,))[0].items()}
+        return sum(tensor.untyped_storage().nbytes() for tensor in tensors.values())
+
+    monkeypatch.setattr(runner, "_get_attention_backend", make, raising=False)
+    slots = AttentionSlots(runner, lambda: None, lambda: 1e9, with_main=False)
+    measured_bytes = slots.measure_bytes(allocated_bytes)
+    before_bytes = allocated_bytes()
+    ready = [slots.take(), slots.take()]
+    assert len(made) == len(ready)
+    assert all(isinstance(slot, TiledAttention) for slot in ready)
+    assert allocated_bytes() == before_bytes, "nothing is left for the first task that takes it"
+    slots.take()
+    assert allocated_bytes() - before_bytes == measured_bytes
+    assert measured_bytes >= MOST_TILES * WORKSPACE_BYTES
 
 
 class Planned(Exception):
@@ -338,6 +372,20 @@ CONTRACTS = (
         ".cpu()", ".to(HOST)",
     ),
     Contract(
+        "a cached prefix is sent before its request's forward pass, and not as its last part",
+        "sglang.srt.disaggregation.prefill:SchedulerDisaggregationPrefillMixin.maybe_send_cached_prefix_chunk",
+        in_order("SGLANG_DISAGG_PREFILL_EARLY_SEND_CACHED_PREFIX.get()", "not allow_send",
+                 "self.send_kv_chunk(req, last_chunk=False"),
+        "last_chunk=False", "last_chunk=True",
+    ),
+    Contract(
+        "where the sender takes indices that are on their way, nothing waits for them",
+        "sglang.srt.disaggregation.prefill:SchedulerDisaggregationPrefillMixin._send_kv_chunk",
+        in_order("supports_host_tensor_indices", "page_indices.copy_(page_indices_dev, non_blocking=True)", "else:",
+                 "kv_to_page_indices(kv_indices, page_size)"),
+        "non_blocking=True", "non_blocking=False",
+    ),
+    Contract(
         "a plan is in the wrapper's own integer workspace",
         "flashinfer:BatchPrefillWithPagedKVCacheWrapper.__init__",
         in_order("self._int_workspace_buffer = torch.empty(", "self._pin_memory_int_workspace_buffer = torch.empty("),
@@ -520,6 +568,16 @@ def test_flashinfer_wrappers_are_planned_by_the_name_that_tiles_stand_before() -
         assert wrapper.begin_forward is wrapper.plan
 
 
+def test_indices_of_a_cached_prefix_that_is_sent_early_are_read_behind_what_writes_them() -> None:
+    """They, and loads of the prefix from host memory, are queued just before, so a second stream would be too early."""
+    role: Any = PrefillRole.__new__(PrefillRole)
+    aside = object()
+    role.device = SimpleNamespace(beside_the_queue=lambda: aside)
+    req = object()
+    assert role.reading_indices(req, has_run=True) is aside
+    assert role.reading_indices(req, has_run=False) is not aside
+
+
 def test_the_last_part_of_a_requests_kv_is_sent_when_its_prefill_has_run() -> None:
     """Then its indices may be read beside the queue. Elsewhere they are read in it."""
     mixin = pkgutil.resolve_name("sglang.srt.disaggregation.prefill:SchedulerDisaggregationPrefillMixin")
@@ -534,7 +592,7 @@ def test_the_last_part_of_a_requests_kv_is_sent_when_its_prefill_has_run() -> No
 
 
 def test_the_hub_knows_all_that_sglangs_loop_calls(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The only call that it leaves out counts the time for which a server is paused."""
+    """It leaves out what counts the time for which a server is paused, and staging, which is refused."""
     name = "sglang.srt.managers.scheduler.Scheduler.event_loop_normal_disagg_prefill"
     loop = inspect.getsource(pkgutil.resolve_name(name))
     calls = set(re.findall(r"self\.[\w.]+\(", loop)) - {"self._record_scheduler_state_for_paused_engine("}
@@ -550,7 +608,7 @@ def test_cuda_events_have_what_the_device_uses() -> None:
     assert methods <= set(dir(torch.cuda.Event))
     parameters = inspect.signature(torch.cuda.Event.__new__).parameters
     assert parameters["enable_timing"].default is False
-    for name in ("memory_allocated", "memory_reserved", "mem_get_info", "current_stream"):
+    for name in ("empty_cache", "memory_allocated", "mem_get_info", "current_stream"):
         assert callable(getattr(torch.cuda, name))
 
 

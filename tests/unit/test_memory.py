@@ -184,6 +184,15 @@ def test_a_step_runs_again_only_where_it_writes_kv_cache_alone() -> None:
     assert not runs_again(ReqToTokenPool, OfAPlatform), "nobody knows what it keeps"
 
 
+def test_ranks_share_heads_and_dense_mlps_and_neither_hidden_states_nor_experts() -> None:
+    alone, of_eight, of_sixteen = (Activations.of(config(), 2, None, shared=ranks) for ranks in (1, 8, 16))
+    assert (of_eight.attention, of_eight.mlp) == (alone.attention // 8, alone.mlp // 8)
+    assert of_sixteen.attention == 2 * (2 + 1) * HEAD_DIM * 2, "two heads, and a copy of a KV head"
+    assert of_eight.hidden == alone.hidden
+    text = {"moe_intermediate_size": 768, "num_experts_per_tok": 8}
+    assert Activations.of(config(**text), 2, None, shared=8).mlp == Activations.of(config(**text), 2, None).mlp
+
+
 def test_experts_count_as_often_as_they_are_visited() -> None:
     experts = Activations.of(config(moe_intermediate_size=768, num_experts_per_tok=8), 2, lambda: 4096)
     assert experts.mlp == max(3 * INTERMEDIATE, 8 * (3 * 768 + HIDDEN)) * 2
@@ -265,3 +274,22 @@ def test_the_plan_measures_a_slot_and_counts_all_of_them(monkeypatch: pytest.Mon
     monkeypatch.setattr(memory, "free_device_bytes", lambda: 500 * MIB)
     with pytest.raises(SystemExit, match="18 tasks need"):
         TaskMemory.plan(runner, slots, max_suspended=16, mlp_tile_tokens=lambda: 4096)
+
+
+def test_what_the_start_has_left_in_the_cache_is_given_back_and_what_stays_there_does_not_count(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A stand-in for PyTorch's allocator: a profile of 600 MiB has been measured, and graphs have a pool."""
+    cached = {"of the start's stream": 600 * MIB, "of CUDA graphs": 300 * MIB}
+    used = 1000 * MIB
+    total = 4000 * MIB
+
+    def empty_cache() -> None:
+        cached["of the start's stream"] = 0
+
+    monkeypatch.setattr(memory.torch.cuda, "empty_cache", empty_cache)
+    monkeypatch.setattr(memory.torch.cuda, "memory_allocated", lambda: used)
+    monkeypatch.setattr(memory.torch.cuda, "memory_reserved", lambda: used + sum(cached.values()))
+    monkeypatch.setattr(memory.torch.cuda, "mem_get_info", lambda: (total - used - sum(cached.values()), total))
+    assert memory.free_device_bytes() == 2700 * MIB
+    assert cached["of the start's stream"] == 0

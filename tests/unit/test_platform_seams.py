@@ -38,11 +38,13 @@ from sgl_flowprefill.patches import (
     made_weights,
     nixl_dram,
     nixl_sleep,
+    static_memory,
     token_ids,
     wakeups,
 )
 from sgl_flowprefill.patches.base import SeamError
 from sgl_flowprefill.policy.places import PlaceOrder
+from sgl_flowprefill.runtime import kv_share
 from sgl_flowprefill.slo import Objective
 from sgl_flowprefill.slo.asked import body_ask
 from sgl_flowprefill.slo.resolve import Ask
@@ -83,6 +85,8 @@ SEAMS: list[tuple[Callable[[], None], str]] = [
     (handed_back.apply, handed_back.TARGET),
     (lone_prefill.apply, lone_prefill.TARGET),
     (made_weights.apply, made_weights.TARGET),
+    (static_memory.apply, static_memory.TARGET),
+    (kv_share.apply, kv_share.TARGET),
 ]
 
 
@@ -105,6 +109,7 @@ def test_a_changed_target_is_refused_by_name(
     [
         *(nixl_dram.apply, nixl_sleep.apply, cpu_tp.apply, wakeups.apply, decode_idle.apply, affinity.apply),
         *(token_ids.apply, apply_decode_order, handed_back.apply, lone_prefill.apply, made_weights.apply),
+        *(static_memory.apply, kv_share.apply),
     ],
 )
 def test_the_installed_sglang_has_the_expected_shape(apply: Callable[[], None]) -> None:

@@ -20,7 +20,9 @@ LOOP_CALLS: Final = (
     "self.on_idle()",
     "self.process_disagg_prefill_inflight_queue()",
 )
-"""What SGLang's loop calls. The loop of the hub does all of it too, in an order of its own."""
+"""What SGLang's loop calls. The loop of the hub does all of it too, in an order of its own, but staging, which is
+refused.
+"""
 
 PART: Final = Part(
     "loop",

@@ -33,8 +33,8 @@ PART: Final = Part(
         *rows(
             "calls",
             SCHEDULER,
-            "get_new_batch_prefill(self, running_batch) maybe_prefetch_staging_for_batch(self, batch)",
-            "admits requests: prefix match, KV cache, staging",
+            "get_new_batch_prefill(self, running_batch)",
+            "admits requests: prefix match, KV cache",
             "no prefill can start",
         ),
         *rows(
@@ -252,7 +252,7 @@ PART: Final = Part(
         ),
         *attributes(
             SCHEDULER,
-            "tree_cache grammar_manager output_streamer ngram_embedding_manager enable_staging "
+            "tree_cache grammar_manager output_streamer ngram_embedding_manager "
             "disagg_prefill_bootstrap_queue",
             "is a part of SGLang's scheduler that the hub works with",
             "prefills do not start or end",
