@@ -113,9 +113,11 @@ def share(budget_bytes: int, tokens_in: Callable[[int], int], beside: Callable[[
     ``tokens_in``: the tokens of a pool of so many bytes: in proportion to these, or fewer where something else bounds
     them. All goes to the pool where nothing fits beside one: the start will say so when it has measured.
     """
-    tokens = tokens_in(budget_bytes)
+    tokens = tokens_in(budget_bytes) if budget_bytes > 0 else 0
+    if tokens <= 0:
+        return budget_bytes  # SGLang says why it cannot start
     token_bytes = budget_bytes / tokens
-    fits = bisect_right(range(tokens + 1), budget_bytes, key=lambda some: some * token_bytes + beside(some)) - 1
+    fits = bisect_right(range(tokens + 1), budget_bytes, key=lambda some: int(some * token_bytes) + beside(some)) - 1
     pool_bytes = int(fits * token_bytes)
     if pool_bytes <= 0:
         return budget_bytes

@@ -252,8 +252,7 @@ PART: Final = Part(
         ),
         *attributes(
             SCHEDULER,
-            "tree_cache grammar_manager output_streamer ngram_embedding_manager "
-            "disagg_prefill_bootstrap_queue",
+            "tree_cache grammar_manager output_streamer ngram_embedding_manager disagg_prefill_bootstrap_queue",
             "is a part of SGLang's scheduler that the hub works with",
             "prefills do not start or end",
         ),
