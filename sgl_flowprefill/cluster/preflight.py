@@ -115,6 +115,8 @@ def choose_ports(
     chosen: dict[str, int] = {}
     taken: set[int] = set()
     for name, count in counts.items():
+        if not count:
+            continue
         first, address = getattr(ports, name), host if name == "gateway" else worker_host
         if not first:
             first = free_port(address, {*taken, live or 0}, count)
@@ -131,7 +133,7 @@ def choose_ports(
                 raise StartError(f"port {port}{whose} is in use; choose another with --ports {others}")
         taken.update(range(first, first + count))
         chosen[name] = first
-    return Ports(**chosen)
+    return dataclasses.replace(ports, **chosen)
 
 
 def free_port(host: str, taken: Collection[int] = (), count: int = 1) -> int:

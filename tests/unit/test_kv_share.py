@@ -107,6 +107,12 @@ def test_what_is_free_is_what_is_needed_and_one_token_more_would_be_too_much() -
         assert abs(pool_bytes // 10 - max(fitting)) <= 1
 
 
+def test_a_budget_without_a_token_is_left_as_it_is() -> None:
+    """SGLang says why it cannot start."""
+    for budget_bytes in (-MIB, 0, MIB):
+        assert share(budget_bytes, lambda _: 0, lambda _: MIB) == budget_bytes
+
+
 def test_a_pool_that_the_user_has_bounded_keeps_its_size(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kv_share, "get_device_memory_capacity", lambda device: 24 * 1024)
     free_bytes = 24 * GIB - WEIGHTS_BYTES - BESIDE_TASKS_BYTES

@@ -54,7 +54,7 @@ def test_a_live_port_that_a_server_is_to_have(refusal, options, name):
 def test_no_server_gets_the_port_of_the_live_page(monkeypatch):
     monkeypatch.setattr(preflight, "FREE_PORTS", range(29550, 29555))
     ports = preflight.choose_ports("127.0.0.1", Ports(), live=29552)
-    assert set(vars(ports).values()) == {29550, 29551, 29553, 29554}
+    assert set(vars(ports).values()) == {29550, 29551, 29553, 29554, 0}, "and none for servers that there are not"
 
 
 @pytest.mark.parametrize("ports", ["x", "1,2,3,4,5", "70000", "-1", "29001,29001", ""])
