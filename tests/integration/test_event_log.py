@@ -166,10 +166,10 @@ def test_a_task_that_is_dropped_and_a_member_that_leaves_a_batch_end_as_aborted(
     scheduler = logged.scheduler
     scheduler.hub.work.policy.limits = Limits(max_suspended=16, max_batch_tokens=500)
     scheduler.hub.executor.interrupted = lambda: True
-    logged.submit("is dropped", prompt(1, 600), ttft_slo_s=5.0)
+    logged.submit("is dropped", prompt(1, 600), ttft_slo_s=100.0)
     logged.engine.turn()
     for rid in ("stays", "leaves"):
-        logged.submit(rid, prompt(2, 100), ttft_slo_s=1.0)
+        logged.submit(rid, prompt(2, 100), ttft_slo_s=20.0)
     logged.engine.turn()
     assert [task.rids for task in scheduler.hub.work.tasks.live] == [["is dropped"], ["stays", "leaves"]]
     logged.engine.abort("leaves")

@@ -25,6 +25,7 @@ from rich.console import Console
 from sgl_flowprefill.bench.__main__ import main
 from sgl_flowprefill.bench.cli import replay as replay_command
 from sgl_flowprefill.bench.cli.options import Replay, TraceOptions
+from sgl_flowprefill.bench.loadgen import decode_rate
 from sgl_flowprefill.bench.loadgen import replay as replay_module
 from sgl_flowprefill.bench.loadgen.calibrate import (
     REFERENCE_TTFT_S,
@@ -430,6 +431,17 @@ def test_time_scale_is_the_factor_to_the_reference(server: FakeServer) -> None:
     assert all(TTFT_S <= ttft_s < 5 for ttft_s in solo_ttft_s.values())
     prompts = [tuple(body["input_ids"]) for body in server.bodies]
     assert len(set(prompts)) == len(prompts)
+
+
+def test_no_objective_keeps_answers_from_streaming_at_a_time_where_steps_are_measured(
+    server: FakeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decode_rate, "STEP_SHAPES", ((2, 8),))
+    monkeypatch.setattr(decode_rate, "STEP_ANSWER_TOKENS", (8,))
+    [step] = decode_rate.measure_steps(Client(server.url, GenerateApi()), PROMPTS)
+    assert (step.requests, step.context_tokens) == (2, 2 * (8 + 4))
+    lax = {"ttft_slo": decode_rate.LAX_S, "tbt_slo": decode_rate.LAX_S}
+    assert [body["sampling_params"]["custom_params"] for body in server.bodies] == [lax] * 3
 
 
 def test_calibration_says_what_the_server_answered(server: FakeServer) -> None:
