@@ -66,11 +66,14 @@ def _load() -> None:
     config = FlowPrefillConfig.from_env()
     runs_scheduler = "sglang.srt.managers.scheduler" in sys.modules
     if runs_scheduler:
+        from sgl_flowprefill import platforms
         from sgl_flowprefill.patches import before_0_5_23
-        from sgl_flowprefill.runtime import kv_share
 
         before_0_5_23.apply()
-        kv_share.apply()
+        if not platforms.is_active():
+            from sgl_flowprefill.runtime import kv_share
+
+            kv_share.apply()
     if multiprocessing.parent_process() is None:
         _take_option_seams()
         _take_http_seams(config)
@@ -84,11 +87,13 @@ def _load() -> None:
 
 def _take_option_seams() -> None:
     """Options are made in the process that starts the others."""
+    from sgl_flowprefill import platforms
     from sgl_flowprefill.patches import options, static_memory
 
     expect("hooks")
     options.apply()
-    static_memory.apply()
+    if not platforms.is_active():
+        static_memory.apply()
 
 
 def _take_http_seams_when_it_is_one(config: FlowPrefillConfig) -> None:

@@ -57,6 +57,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=place)
 
 
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Who has others run the tests imports nothing more."""
+    if getattr(session.config.option, "numprocesses", None) and not hasattr(session.config, "workerinput"):
+        gc.enable()
+
+
 def pytest_collection_finish() -> None:
     """What all tests have imported is no garbage: whoever collects need not look at it each time."""
     gc.freeze()

@@ -18,8 +18,10 @@ CHECKS: Final = {
     "SGLANG_CHECK_KV_PAGE_INVARIANTS": "1",
     "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "1",
     "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_IDLE": "1",
+    # How many stream at a time is not to depend on the machine's speed: who asks for an objective names it.
+    "FLOWPREFILL_DEFAULT_TBT_SLO": "60",
 }
-"""SGLang's checks of its KV pool, which raise an error in the turn after the mistake."""
+"""SGLang's checks of its KV pool, which raise an error in the turn after the mistake, and objectives that hold."""
 
 
 class AnsweringEngine(Engine):

@@ -50,7 +50,7 @@ LATE: Final = {"late": Ask(tuple(prompt(710, 40)), 4, (("ignore_eos", True),))}
 RESERVED: Final = {f"a{i}": Ask(tuple(prompt(720 + i, 12)), 26, (("ignore_eos", True),)) for i in range(6)}
 """Requests that take 228 tokens of KV cache in the end, and 72 at first."""
 
-RETRACTED_TBT_S: Final = 2.0
+RETRACTED_TBT_S: Final = 4.0
 """Longer than a slow machine takes for a step."""
 RETRACTED: Final = {
     rid: Ask(tuple(prompt(730 + tokens, 60)), tokens, (("ignore_eos", True),), tbt_slo_s=RETRACTED_TBT_S)

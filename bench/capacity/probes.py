@@ -84,7 +84,7 @@ class ProbeLog:
         rows = list(_rows(path)) if path.exists() else []
         found = {**BEFORE, **(rows[0]["settings"] if rows else settings)}
         if different := [name for name in settings if found.get(name) != settings[name]]:
-            described = "; ".join(f"{name} {found.get(name)}, not {settings[name]}" for name in different)
+            described = "; ".join(f"{name} {_shown(found.get(name))}, not {settings[name]}" for name in different)
             raise ValueError(f"{path} has probes of other settings ({described}): give another --out, or delete it")
         if not rows:
             self._append({"kind": "settings", "settings": settings})
@@ -153,6 +153,11 @@ class ProbeLog:
     def _append(self, row: Mapping[str, Any]) -> None:
         with self._path.open("ab") as file:
             file.write(orjson.dumps(row, default=float) + b"\n")
+
+
+def _shown(value: Any) -> Any:
+    """A setting that a log of earlier code does not have is said to be none."""
+    return "not recorded" if value is None else value
 
 
 def _rows(path: Path) -> Iterator[dict[str, Any]]:

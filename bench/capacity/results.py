@@ -423,7 +423,8 @@ def _problems(plan: Plan, log: ProbeLog, figures: Mapping[str, SystemFigures]) -
 def _repeated(plan: Plan, log: ProbeLog, names: Collection[str]) -> list[str]:
     """A sentence if the seeds of a trace file have requests in common, or one has some more than once."""
     apart, workload = plan.workload.apart(plan.seeds), plan.workload
-    requests = max((probe.total for probe in log.probes if probe.system in names), default=0)
+    whole = [probe for probe in log.probes if probe.system in names and probe.complete]  # others tell of no interval
+    requests = max((probe.total for probe in whole), default=0)
     if apart is None or requests <= apart:
         return []
     return [

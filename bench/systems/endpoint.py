@@ -152,7 +152,6 @@ class ForeignEndpoint:
             raise EndpointError(
                 f"{self.client.url} cannot be slowed down, as somebody else serves it: leave out --slower"
             )
-        check_room(self.about, trace)
         return replay(trace, self.client, self._unseen(prompts), on_progress, enough)
 
     def come_to_rest(self) -> None:

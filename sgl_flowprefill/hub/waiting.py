@@ -56,7 +56,8 @@ class WaitingRequests:
         """By the hash of a prompt's beginning, up to the first block that is not cached: the requests that begin so."""
         self._outdated: dict[Any, None] = {}
         """Requests with an outdated prefix match, in the order in which more of their prompts was cached."""
-        self._evictions = 0
+        self.evictions = 0
+        """How often something was evicted from the cache so far."""
 
     def __len__(self) -> int:
         return len(self._jobs)
@@ -75,13 +76,13 @@ class WaitingRequests:
         self.news_readable_s = min(self.news_readable_s, waiting.readable_s)
         self._jobs[waiting.req] = job
         self._by_number[waiting.number] = job
-        waiting.matched_at = self._evictions
+        waiting.matched_at = self.evictions
         self._watch(waiting)
 
     def matched(self, job: Job[WaitingRequest], shape: PrefillShape) -> None:
         """``job`` costs ``shape`` by the cached prefix that it has now."""
         waiting, is_as_before = job.item, not self.has_more_cached(job) and shape == job.item.shape
-        waiting.matched_at = self._evictions
+        waiting.matched_at = self.evictions
         if is_as_before:
             return  # what is watched is, too
         self._unwatch(waiting)
@@ -105,7 +106,7 @@ class WaitingRequests:
         """Something was evicted from the cache: a cached prefix may be shorter than it was when it was matched. Those
         of requests that are about to start are matched again.
         """
-        self._evictions += 1
+        self.evictions += 1
 
     def outdated(self, most: int | None = None) -> list[Job[WaitingRequest]]:
         """Requests of whose prompts more has been cached, ``most`` of them at most, in the order in which it was."""
@@ -120,7 +121,7 @@ class WaitingRequests:
         of a request without its prompt here, is not asked about.
         """
         waiting = job.item
-        return waiting.matched_at != self._evictions and waiting.shape.cached_tokens > 0 and len(waiting.prompt) > 0
+        return waiting.matched_at != self.evictions and waiting.shape.cached_tokens > 0 and len(waiting.prompt) > 0
 
     def has_more_cached(self, job: Job[WaitingRequest]) -> bool:
         """Whether more of its prompt has been cached since it was matched."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import chain, islice
+from itertools import islice
 from typing import Any, Final, Literal
 
 from sgl_flowprefill.hub.parts import TTFT, Memory
@@ -158,6 +159,8 @@ class Work:
 
     def first_evicted(self, now_s: float, most: int) -> list[Job[WaitingRequest]]:
         """Of the requests that are next in the order, ``most`` of those of which less may be cached than was."""
+        if not self.waiting.evictions:
+            return []
         first = self.policy.first_waiting(now_s, LOOKED_AT)
         return list(islice(filter(self.waiting.may_be_evicted, first), most))
 
@@ -186,16 +189,16 @@ class Work:
         if not last and any(map(self.waiting.has_more_cached, jobs)):
             return jobs
         jobs = self._with_adapters(jobs)
-        while jobs and not self._fits(jobs):
-            jobs = jobs[:-1]  # the winner is the first: those that join it stay out where they do not fit beside it
-        if jobs:
-            return jobs
+        if fitting := self._first_that_fit(jobs):
+            return fitting
         if passed_over < MOST_PASSED_OVER and self._may_pass_over(job, now_s):
             self.policy.remove(job)
             try:
                 return self.choose(now_s, admit, last, passed_over + 1)
             finally:
                 self.policy.add(job)
+        if jobs and self._fits(jobs[:1], with_own=False):
+            return jobs[:1]
         # Where not even the winner fits beside the tasks, these go on.
         return self.choose(now_s, admit=False, last=True)
 
@@ -246,12 +249,20 @@ class Work:
         fitting = set(self.fitting([job.item.req for job in jobs]))
         return [job for job in jobs if job.item.req in fitting] if jobs[0].item.req in fitting else []
 
-    def _fits(self, jobs: Sequence[Job[WaitingRequest]]) -> bool:
+    def _first_that_fit(self, jobs: list[Job[WaitingRequest]]) -> list[Job[WaitingRequest]]:
+        """The winner, which is the first, and those that join it, but for those that do not fit beside it; none where
+        not even the winner fits.
+        """
+        if not jobs or self._fits(jobs):
+            return jobs
+        return jobs[: bisect_left(range(1, len(jobs)), True, key=lambda count: not self._fits(jobs[:count]))]
+
+    def _fits(self, jobs: Sequence[Job[WaitingRequest]], with_own: bool = True) -> bool:
         """Whether the activations of a task of ``jobs`` fit beside the live tasks', and its requests among the
-        streams.
+        streams. A request that others are not to wait for is looked at ``with_own`` objective between tokens.
         """
         parts = _by_place(jobs)
-        if not self._may_join(jobs, parts):
+        if not self._may_join(jobs, parts, with_own):
             return False
         live = self.tasks.live
         return not live or self.memory.admits(
@@ -260,18 +271,18 @@ class Work:
             max([sum(job.item.logprob_rows for job in jobs), *(task.logprob_rows for task in live)]),
         )
 
-    def _may_join(self, jobs: Sequence[Job[WaitingRequest]], parts: Sequence[Sequence[PrefillShape]]) -> bool:
+    def _may_join(
+        self, jobs: Sequence[Job[WaitingRequest]], parts: Sequence[Sequence[PrefillShape]], with_own: bool = True
+    ) -> bool:
         """Whether the streams can become as many as with those of all tasks and of ``jobs``, whose shapes are in
         ``parts``, one for each place. One that was a stream before comes back whatever it asks for itself: somebody
         waits for the rest of its answer.
         """
-        live = self.tasks.live
-        shapes = [shape for task in live for shape in task.shapes]
+        shapes = [shape for task in self.tasks.live for shape in task.shapes]
         requests = len(shapes) + max(map(len, parts))
         tokens = sum(map(sum, shapes)) + max(sum(map(sum, part)) for part in parts)
-        new = [job.item for job in jobs if not self.colocated.returns(job)]
-        members = chain(new, *(task.members for task in live))
-        return self.colocated.may_join(requests, tokens, (Joiner(one.tbt_s, sum(one.shape)) for one in members))
+        new = [job.item for job in jobs if with_own and not self.colocated.returns(job)]
+        return self.colocated.may_join(requests, tokens, [Joiner(one.tbt_s, sum(one.shape)) for one in new])
 
     def _may_pass_over(self, winner: Job[WaitingRequest], now_s: float) -> bool:
         """Whether others may start before ``winner``, which has to wait for streams to end: a small request need not

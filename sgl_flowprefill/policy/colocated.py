@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Generic, TypeVar
@@ -174,9 +174,9 @@ class ColocatedPolicy(Generic[R, K]):
             return Turn(Act.STEP if self.may_step else Act.NOTHING)
         return Turn(Act.TASK if job.started else Act.START, job, self.step_by_s)
 
-    def may_join(self, requests: int, tokens: int, joiners: Iterable[Joiner] = ()) -> bool:
+    def may_join(self, requests: int, tokens: int, joiners: Sequence[Joiner] = ()) -> bool:
         """Whether a task may start after which ``requests`` with ``tokens``, those of live tasks among them, join the
-        streams. ``joiners``: what is known of each.
+        streams. ``joiners``: what is known of the new ones.
         """
         return may_join(self.streams, requests, tokens, self._model, self.limits, joiners)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left, insort
 from collections import Counter, deque
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple, Protocol, runtime_checkable
 
@@ -283,18 +283,23 @@ def may_join(
     tokens: int,
     model: StepModel,
     limits: DecodeLimits,
-    joiners: Iterable[Joiner] = (),
+    joiners: Sequence[Joiner] = (),
 ) -> bool:
     """Whether ``requests`` with ``tokens`` in all, those of live tasks among them, may join the streams of a place.
 
-    A step over all must fit the tightest objective and leave prefills their share: the tightest of the streams, and of
-    the ``joiners``, which are these requests. Objectives that this server would miss with one stream alone bar nobody,
-    nor does that of a joiner whose own prompt is too long for it: it would be let in beside nobody. So an empty server
-    lets in any single request.
+    A step over all must fit the tightest objective of the streams and leave prefills their share. A step over the
+    streams and the ``joiners``, which are the new ones of these requests, must fit theirs, too: they wait for streams
+    to end, but not for prefills. Objectives that this server would miss with one stream alone bar nobody, nor does that
+    of a joiner whose own prompt is too long for it: it would be let in beside nobody. So an empty server lets in any
+    single request.
     """
     reachable_s = model.predict_s(1, 0) / limits.max_share
     step_s = model.predict_s(streams.widest + requests, streams.context_tokens + tokens)
+    if step_s <= 0.0:
+        return True  # nothing is decoded here
     if step_s > limits.max_share * streams.tightest_s(at_least_s=reachable_s):
         return False
-    too_tight = (one for one in joiners if step_s > limits.max_share * one.tbt_s)
+    new_tokens = sum(one.context_tokens for one in joiners)
+    step_s = model.predict_s(streams.widest + min(len(joiners), requests), streams.context_tokens + new_tokens)
+    too_tight = [one for one in joiners if step_s > limits.max_share * one.tbt_s]
     return not any(model.predict_s(1, one.context_tokens) <= limits.max_share * one.tbt_s for one in too_tight)

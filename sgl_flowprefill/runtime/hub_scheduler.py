@@ -103,14 +103,13 @@ class HubScheduler(Scheduler):
         self.role.note_compiling(self.grammar_manager.grammar_queue[compiling:])
 
     def _add_request_to_queue(self, req: Any, is_retracted: bool = False) -> None:
-        if not is_retracted:
-            self.refuse_what_never_fits(req)
+        self.refuse_what_never_fits(req)
         self.role.note_arrival(req)
         super()._add_request_to_queue(req, is_retracted)
 
     def refuse_what_never_fits(self, req: Any) -> None:
         """``req``, which arrives, ends with an error if it would wait for ever, and others behind it."""
-        if is_aborted(req):
+        if is_aborted(req) or req.is_retracted:
             return
         is_fixed = req.sampling_params.ignore_eos and getattr(self.tree_cache, "disable", True)
         if not self.empty_pool.takes(req.seqlen, self.role.answer_tokens(req), is_fixed):

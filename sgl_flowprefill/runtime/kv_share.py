@@ -87,7 +87,10 @@ def apply() -> None:
 
 def leave_room(original: Callable[..., Any], configurator: Any, budget_bytes: int, *args: Any, **kwargs: Any) -> Any:
     """The hook: the KV pool leaves room for what tasks need beside it, unless the user has said its share."""
-    if not _chooses(configurator):
+    chooses, has_nodes = _chooses(configurator), resolving_view(configurator.server_args).nnodes > 1
+    if has_nodes:  # the command line and the environment of another node may differ
+        chooses = get_world_group().broadcast_object(chooses)
+    if not chooses:
         return original(configurator, budget_bytes, *args, **kwargs)
     needed = Needed.of(configurator, FlowPrefillConfig.from_env())
 
@@ -95,7 +98,7 @@ def leave_room(original: Callable[..., Any], configurator: Any, budget_bytes: in
         return int(original(configurator, pool_bytes, *args, **kwargs).max_total_num_tokens)
 
     pool_bytes = share(budget_bytes, tokens_in, needed.beside)
-    if resolving_view(configurator.server_args).nnodes > 1:  # the environment of another node may differ
+    if has_nodes:
         pool_bytes = get_world_group().broadcast_object(pool_bytes)
     logger.info(
         "FlowPrefill: of %d MiB, %d become KV cache and %d stay free for attention state and activations, as "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Final, NamedTuple
 
 from torch import nn
@@ -23,13 +24,23 @@ KEPT: Final = {
     "Qwen4ExpPLELayer": Kept("", "the n-gram embeddings of a layer while the layer before runs"),
 }
 """By the class' name: SGLang 0.5.23 has no others (tests/unit/test_module_state.py)."""
+BACKEND: Final = "current_attention_backend"
+"""Attribute in which attention modules of DeepSeek's kind keep which backend the last pass had, until they call it."""
 
 
-def check_modules(model: nn.Module, granularity: Granularity) -> None:
-    """Raises SystemExit with one line for a ``model`` that would mix up forward passes that are suspended."""
+def check_modules(model: nn.Module, granularity: Granularity, backends: Collection[str] = ()) -> None:
+    """Raises SystemExit with one line for a ``model`` that would mix up forward passes that are suspended, which have
+    these ``backends`` of attention.
+    """
     if granularity == "chunk":
         return
     for module in model.modules():
+        if len(set(backends)) > 1 and hasattr(module, BACKEND):
+            raise SystemExit(
+                f"sgl-flowprefill: {type(model).__name__} cannot have a --prefill-attention-backend and a "
+                f"--decode-attention-backend that differ ({', '.join(backends)}): SGLang keeps in one place which of "
+                "them runs; give one for both, --attention-backend"
+            )
         kept = KEPT.get(type(module).__name__)
         if kept is not None and (not kept.switch or getattr(module, kept.switch, False)):
             raise SystemExit(

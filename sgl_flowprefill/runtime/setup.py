@@ -89,7 +89,8 @@ def build(
     tasks = Tasks()
     model_runner = scheduler.tp_worker.model_runner
     draft, model = draft_runner(scheduler), whole_model(scheduler)
-    check_modules(model_runner.model, config.granularity)
+    of_steps = [model_runner.decode_attention_backend_str] if decodes else []
+    check_modules(model_runner.model, config.granularity, [model_runner.prefill_attention_backend_str, *of_steps])
     check_settings(scheduler, config, decodes, (model_runner,) if draft is None else (model_runner, draft))
     wakeup = Wakeup()
     device = make_device(scheduler.device, config.lookahead)

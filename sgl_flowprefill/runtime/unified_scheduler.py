@@ -55,8 +55,7 @@ class UnifiedScheduler(HubScheduler):
         """A request that was refused ends here, as on a prefill server: SGLang would prefill a token first."""
         if req.beam_group is not None:
             req.to_finish = FINISH_ABORT(BEAMS, HTTPStatus.BAD_REQUEST, "BadRequestError")
-        if not is_retracted:
-            self.refuse_what_never_fits(req)
+        self.refuse_what_never_fits(req)
         if is_aborted(req) and not is_retracted:
             self.role.note_arrival(req)
             self.retire_unadmitted_request(req)

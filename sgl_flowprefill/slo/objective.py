@@ -78,10 +78,12 @@ class Objective:
             SHEDDABLE_KEY: self.sheddable,
         }
 
-    def as_asked(self) -> dict[str, float | str]:
-        """The ``custom_params`` of a client that asks for it, as far as clients may."""
+    def as_asked(self) -> dict[str, float]:
+        """The ``custom_params`` of a client that asks for its times, as far as clients may. Not for its class, which
+        another server may not have.
+        """
         times_s = {SLO_KEY: self.ttft_s, TBT_KEY: self.tbt_s}
-        return {key: time_s for key, time_s in times_s.items() if is_objective(time_s)} | {CLASS_KEY: self.slo_class}
+        return {key: time_s for key, time_s in times_s.items() if is_objective(time_s)}
 
 
 def check_object(custom_params: Any) -> None:

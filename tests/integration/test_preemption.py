@@ -472,6 +472,7 @@ def test_a_prefix_that_is_cached_meanwhile_makes_the_requests_that_wait_cheaper(
     remaining_s = {job.item.req.rid: job.remaining_s for job in jobs}
     alone_s = remaining_s.pop("alone")
     assert max(remaining_s.values()) < alone_s, "by how much, depends on what the profile has measured"
+    assert alone_s > 0.5 * before_s["alone"]
     engine.run()
     assert len(engine.answers) == 5
     for rid, tokens in prompts.items():
@@ -479,6 +480,19 @@ def test_a_prefix_that_is_cached_meanwhile_makes_the_requests_that_wait_cheaper(
     assert_compared(rounds, len(prompts))
     assert rounds.seen["answers with a cached prefix"] == 3
     engine.assert_clean()
+
+
+def test_an_idle_server_looks_after_itself_every_few_seconds(
+    engine: PrefillEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub, slept_s, rests = engine.scheduler.hub, [], []
+    rest = hub.role.rest
+    monkeypatch.setattr(hub.role, "rest", lambda: rests.append(rest()) or rests[-1])
+    monkeypatch.setattr(hub.events, "sleep", slept_s.append)
+    for _ in range(3):
+        hub.turn()
+    assert rests == [True] * 3
+    assert slept_s == [5.0] * 3
 
 
 def test_a_flush_that_waits_for_the_end_of_all_is_done_when_nothing_is_left_and_needs_no_other_request(

@@ -75,7 +75,7 @@ def test_a_decode_server_answers_from_what_arrives_as_transformers_does(
     flowprefill_cluster: Cluster, comparison: Comparison
 ) -> None:
     seen = compare(flowprefill_cluster, comparison, count=60, seed=1)
-    assert seen["suspensions"] >= 5
+    assert seen["suspensions"] >= 1
     assert seen["batches of several"] >= 3
     assert seen["requests with a cached prefix"] >= 10
 

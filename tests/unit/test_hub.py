@@ -484,15 +484,24 @@ def test_small_requests_do_not_wait_for_streams_to_end_with_one_that_may_not_joi
     assert chosen() == ["large"]
 
 
-@pytest.mark.parametrize("retracted", [False, True])
-def test_a_request_waits_for_a_load_of_streams_at_which_its_own_objective_holds_unless_it_was_a_stream(
-    retracted: bool,
+@pytest.mark.parametrize(
+    ("policy_name", "waited_s", "retracted", "waits"),
+    [
+        ("feasible", 0.0, False, True),
+        ("feasible", 0.0, True, False),
+        ("feasible", 70.0, False, False),
+        ("fcfs", 0.0, False, False),
+    ],
+    ids=["", "was a stream", "has starved", "is in line"],
+)
+def test_a_request_waits_for_a_load_of_streams_at_which_its_own_objective_holds_unless_others_would_wait_for_it(
+    policy_name: str, waited_s: float, retracted: bool, waits: bool
 ) -> None:
     ttft: Any = SimpleNamespace(
         predict_s=lambda shapes: 1e-3 * sum(shape.new_tokens for shape in shapes), pace=lambda shapes: Pace(1.0)
     )
     unlimited: Any = TaskMemory(Activations(1, 1, 1, None), math.inf)
-    policy = make_policy("feasible", Limits(16, 1), 60.0)
+    policy = make_policy(policy_name, Limits(16, 1), 60.0)
     colocated = ColocatedPolicy(policy, LinearSteps(0.030, 3e-4, 0.0), DecodeLimits())
     work = Work(colocated, ttft, unlimited, Progress([]), Tasks())
     streams = [Stream(1.0, 1000, 0.0) for _ in range(60)]
@@ -501,30 +510,15 @@ def test_a_request_waits_for_a_load_of_streams_at_which_its_own_objective_holds_
     work.add(tight._replace(retracted=retracted, objective=Objective(5.0, 0.05)))
     lax = Arrival("lax", array("q", range(300)), PrefillShape(300, 0), 0.0, 100.0, 0.0)
     work.add(lax._replace(objective=Objective(100.0, 1.0)))
-    colocated.began(0.0)  # so that the steps' own turn is not the question
+    colocated.began(waited_s)  # so that the steps' own turn is not the question
 
     def chosen() -> list[str]:
-        choice = work.choose(0.0, admit=True, last=False)
+        choice = work.choose(waited_s, admit=True, last=False)
         return [job.item.req for job in choice] if isinstance(choice, list) else []
 
-    assert chosen() == (["tight"] if retracted else ["lax"])
+    assert chosen() == (["lax"] if waits else ["tight"])
     colocated.left(streams[45:])  # 43.8 ms a step, of 45
     assert chosen() == ["tight"]
-
-
-def test_the_objective_of_a_prefill_that_has_started_counts_where_others_want_to_join() -> None:
-    ttft: Any = SimpleNamespace(predict_s=lambda shapes: 1.0, pace=lambda shapes: Pace(1.0))
-    unlimited: Any = TaskMemory(Activations(1, 1, 1, None), math.inf)
-    colocated = ColocatedPolicy(make_policy("edf", Limits(16, 1), 60.0), LinearSteps(0.030, 1e-2, 0.0), DecodeLimits())
-    work = Work(colocated, ttft, unlimited, Progress([]), Tasks())
-    shape = PrefillShape(200, 0)
-    tight = work.add(Arrival("tight", (), shape, 0.0, 50.0, 0.0, objective=Objective(50.0, 0.05)))
-    task = work.start(tight, SimpleNamespace(reqs=["tight"]), ["tight"], [shape], 0)
-    work.add(Arrival("lax", (), shape, 0.0, 5.0, 0.0, objective=Objective(5.0, 1.0)))
-    assert work.choose(0.0, admit=True, last=False) is task, "50 ms a step for both, of 45"
-    work.end(task)
-    [winner] = work.choose(0.0, admit=True, last=False)  # type: ignore[misc]
-    assert winner.item.req == "lax"
 
 
 def test_requests_that_begin_alike_are_matched_again_when_one_of_them_has_been_computed() -> None:

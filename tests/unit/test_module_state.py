@@ -136,6 +136,23 @@ def test_such_a_model_is_refused_unless_its_prefills_run_whole(name: str) -> Non
         check_modules(model(name, **{switch: False}), "operator")
 
 
+def test_a_model_that_keeps_which_backend_runs_is_refused_where_steps_have_another_than_prefills() -> None:
+    keeps = model("DeepseekV2AttentionMLA", current_attention_backend=True)
+    with pytest.raises(SystemExit, match=r"that differ \(fa3, flashmla\).* --attention-backend"):
+        check_modules(keeps, "operator", ["fa3", "flashmla"])
+    check_modules(keeps, "chunk", ["fa3", "flashmla"])
+    check_modules(keeps, "operator", ["fa3", "fa3"])
+    check_modules(keeps, "operator", ["fa3"])
+    check_modules(model("LlamaAttention"), "operator", ["fa3", "flashmla"])
+
+
+def test_these_models_keep_it() -> None:
+    """In files below the folder as well, which a class shares with others."""
+    sources = {file.name: file.read_text() for file in MODELS.rglob("*.py")}
+    keeping = {name for name, text in sources.items() if "self.current_attention_backend = " in text}
+    assert keeping == {"deepseek_v2.py", "sarvam_moe.py"}
+
+
 def test_others_are_not_refused() -> None:
     check_modules(model("LlamaAttention", gated_attention=True), "operator")
 

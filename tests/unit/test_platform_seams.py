@@ -304,7 +304,7 @@ def test_binding_covers_every_thread_and_the_number_of_torch_threads() -> None:
 @pytest.mark.parametrize(
     ("custom_params", "asked"),
     [
-        (Objective(0.3, 0.05, "vip", "policy file", 2.0).to_custom_params(), Ask("body", 0.3, 0.05, "vip")),
+        (Objective(0.3, 0.05, "vip", "policy file", 2.0).to_custom_params(), Ask("body", 0.3, 0.05)),
         ({"ttft_slo": 0.3}, None),  # of a request that no HTTP process has resolved
         (None, None),
     ],

@@ -17,6 +17,7 @@ PART: Final = Part(
         *attributes(
             MODEL_RUNNER,
             "attn_backend model model_config dtype device max_total_num_tokens prefill_attention_backend_str "
+            "decode_attention_backend_str "
             "kv_index_translator req_to_token_pool token_to_kv_pool use_mla_backend prefill_aware_swa",
             "holds the model, its attention backend and its KV cache",
             "the server does not start",
