@@ -487,10 +487,16 @@ def test_an_idle_server_looks_after_itself_every_few_seconds(
 ) -> None:
     hub, slept_s, rests = engine.scheduler.hub, [], []
     rest = hub.role.rest
+
+    def sleep(timeout_s: float) -> None:
+        slept_s.append(timeout_s)
+        if len(slept_s) == 3:
+            raise KeyboardInterrupt
+
     monkeypatch.setattr(hub.role, "rest", lambda: rests.append(rest()) or rests[-1])
-    monkeypatch.setattr(hub.events, "sleep", slept_s.append)
-    for _ in range(3):
-        hub.turn()
+    monkeypatch.setattr(hub.events, "sleep", sleep)
+    with pytest.raises(KeyboardInterrupt):
+        hub.serve()
     assert rests == [True] * 3
     assert slept_s == [5.0] * 3
 
