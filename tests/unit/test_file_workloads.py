@@ -114,7 +114,5 @@ def test_probes_from_before_files_had_a_digest_go_on_if_they_are_of_a_built_in_w
     for name, is_known in (("mixed", True), (str(file), False)):
         log, settings = tmp_path / f"{is_known}.jsonl", Plan(workload(name), 1, 60.0).settings()
         ProbeLog(log, {key: value for key, value in settings.items() if "digest" not in key})
-        with (
-            nullcontext() if is_known else pytest.raises(ValueError, match="trace file not recorded, not")
-        ):
+        with nullcontext() if is_known else pytest.raises(ValueError, match="trace file not recorded, not"):
             ProbeLog(log, settings)
