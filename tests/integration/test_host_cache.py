@@ -359,8 +359,9 @@ def lose_a_prefix_in_host_memory(engine: Late) -> tuple[int, list[tuple[str, Pre
     assert job.item.shape.cached_tokens >= 590
     host = tree.cache_controller.mem_pool_host.anchor_entry.host_pool
     taken = host.alloc(host.available_size() - 128)
-    engine.submit("other", prompt(73, 500), ttft_slo_s=1.0)
-    engine.turn()
+    engine.submit("other", prompt(73, 500), ttft_slo_s=20.0)
+    while not hub.work.tasks.live:
+        engine.turn()
     while hub.work.tasks.live:
         engine.turn()
     chosen = [(job.item.req.rid, job.item.shape) for job in hub.choose()]
