@@ -360,9 +360,8 @@ def lose_a_prefix_in_host_memory(engine: Late) -> tuple[int, list[tuple[str, Pre
     host = tree.cache_controller.mem_pool_host.anchor_entry.host_pool
     taken = host.alloc(host.available_size() - 128)
     engine.submit("other", prompt(73, 500), ttft_slo_s=20.0)
-    while not hub.work.tasks.live:
-        engine.turn()
-    while hub.work.tasks.live:
+    engine.turn()
+    while hub.work.tasks.live or "other" in {job.item.req.rid for job in hub.work.policy.first_waiting(0.0, 9)}:
         engine.turn()
     chosen = [(job.item.req.rid, job.item.shape) for job in hub.choose()]
     host.free(taken)
