@@ -43,7 +43,7 @@ SERVERS = {"prefill": {"prefill": 2, "decode": 1}, "unified": {"prefill": 0, "de
 """Servers of a fleet, by the role of those of which there are two."""
 BROKEN_STREAM = {
     "prefill": ("Lost connection with prefill instance",),  # by the decode server
-    "unified": ("ChunkedEncodingError", "cut off"),
+    "unified": ("ChunkedEncodingError", "cut off", "Stream error"),  # the last by the gateway, which may notice first
 }
 """What the client of a stream gets whose server has died, by the server's role."""
 RETRIED = {"prefill": "PD request transport error", "unified": "Failed to send typed request"}
