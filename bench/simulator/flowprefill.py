@@ -127,8 +127,10 @@ class SimEngine:
     def come(self, request: SimRequest, readable_s: float) -> None:
         """``request`` can be started from ``readable_s`` on, which is news."""
         shape = SimShape.of(request, self._cost)
-        arrival = Arrival(request, (), shape, request.arrival_s, request.deadline_s, readable_s)
-        self._come.append(arrival._replace(objective=objective_of(request)))
+        promised = objective_of(request)
+        self._come.append(
+            Arrival(request, (), shape, request.arrival_s, request.deadline_s, readable_s, objective=promised)
+        )
 
     def take_news(self, stalls_due: bool) -> bool:
         return self.kv.release(self.now_s)

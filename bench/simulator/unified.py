@@ -93,8 +93,10 @@ class UnifiedEngine(SimEngine, Decoder):
             # Due one objective from now on: its old deadline would make it infeasible.
             due_s = self.now_s + request.deadline_s - request.arrival_s
             shape = SimShape.of(request, self._cost)
-            arrival = Arrival(request, (), shape, self.now_s, due_s, self.now_s, retracted=True)
-            self._come.append(arrival._replace(objective=objective_of(request)))
+            promised = objective_of(request)
+            self._come.append(
+                Arrival(request, (), shape, self.now_s, due_s, self.now_s, retracted=True, objective=promised)
+            )
             self._is_short = True
         self.policy.began(self.now_s)
         return DecodeStep(SimStep())

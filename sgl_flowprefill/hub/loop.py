@@ -229,9 +229,8 @@ class Hub(Generic[RoleT]):
     def make_room_for_step(self) -> None:
         """Where the next step lacks KV cache, tasks give theirs back before a stream loses its own."""
         while self.work.tasks.live and (missing_tokens := self.decoder.missing_tokens()) > 0:
-            given = self.work.to_give_back(self.now_s(), missing_tokens) if self.agreement.decides else []
-            for number in self.agreement.agree([task.id for task in given]):
-                self.give_back(self.work.tasks.numbered(number))
+            for task in self._agree_on(self.work.to_give_back, missing_tokens):
+                self.give_back(task)
 
     def _queued_step(self) -> DecodeStep | None:
         """The decode step. Where the device has no memory for it, tasks that have run give theirs back, one after the
@@ -246,11 +245,14 @@ class Hub(Generic[RoleT]):
                 failure, streams = error.failure, error.streams
             # Here, and not above: the error's traceback holds what the step had computed.
             self.agreement.agree(failed_at=failure.place)
-            given = self.work.to_unwind(self.now_s()) if self.agreement.decides else []
-            for number in self.agreement.agree([task.id for task in given]):
-                task = self.work.tasks.numbered(number)
+            for task in self._agree_on(self.work.to_unwind):
                 logger.warning(NO_MEMORY, streams, len(task.shapes), failure.id, failure.traceback)
                 self.give_back(task)
+
+    def _agree_on(self, given_up: Callable[..., list[PrefillTask]], *arguments: int) -> list[PrefillTask]:
+        """The tasks that are ``given_up`` now at the rank that decides."""
+        tasks = given_up(self.now_s(), *arguments) if self.agreement.decides else []
+        return [self.work.tasks.numbered(number) for number in self.agreement.agree([task.id for task in tasks])]
 
     def give_back(self, task: PrefillTask) -> None:
         """Unwind a task whose requests wait again. Its KV cache, not computed, never becomes a cached prefix."""

@@ -79,15 +79,18 @@ class WaitingRequests:
         waiting.matched_at = self.evictions
         self._watch(waiting)
 
-    def matched(self, job: Job[WaitingRequest], shape: PrefillShape) -> None:
-        """``job`` costs ``shape`` by the cached prefix that it has now."""
+    def matched(self, job: Job[WaitingRequest], shape: PrefillShape) -> bool:
+        """``job`` costs ``shape`` by the cached prefix that it has now. Whether a choice may change by that: not so
+        where nothing was cached or evicted but of others.
+        """
         waiting, is_as_before = job.item, not self.has_more_cached(job) and shape == job.item.shape
         waiting.matched_at = self.evictions
         if is_as_before:
-            return  # what is watched is, too
+            return False  # what is watched is, too
         self._unwatch(waiting)
         waiting.shape = shape
         self._watch(waiting)
+        return True
 
     def cached(self, prompts: Iterable[Sequence[int]]) -> None:
         """The KV of all of ``prompts`` is in the cache now: requests that begin alike can be matched farther."""

@@ -146,12 +146,10 @@ class Work:
         changed = False
         for job in list(filter(self.waiting.is_outdated, jobs)):
             shape = match(job.item.req)
-            if shape == job.item.shape and not self.waiting.has_more_cached(job):
-                self.waiting.matched(job, shape)  # what was evicted was of others
+            if not self.waiting.matched(job, shape):
                 continue
             changed = True
             self._take(job)
-            self.waiting.matched(job, shape)
             job.pace = self.ttft.pace([shape])
             job.remaining_s = self.ttft.predict_s([shape])
             self._put(job)
@@ -259,7 +257,7 @@ class Work:
 
     def _fits(self, jobs: Sequence[Job[WaitingRequest]], with_own: bool = True) -> bool:
         """Whether the activations of a task of ``jobs`` fit beside the live tasks', and its requests among the
-        streams. A request that others are not to wait for is looked at ``with_own`` objective between tokens.
+        streams; ``with_own``: with the objectives between tokens that ``jobs`` have.
         """
         parts = _by_place(jobs)
         if not self._may_join(jobs, parts, with_own):
@@ -275,8 +273,8 @@ class Work:
         self, jobs: Sequence[Job[WaitingRequest]], parts: Sequence[Sequence[PrefillShape]], with_own: bool = True
     ) -> bool:
         """Whether the streams can become as many as with those of all tasks and of ``jobs``, whose shapes are in
-        ``parts``, one for each place. One that was a stream before comes back whatever it asks for itself: somebody
-        waits for the rest of its answer.
+        ``parts``, one for each place; ``with_own``: so that what ``jobs`` ask for themselves holds. One that was a
+        stream before comes back whatever it asks for: somebody waits for the rest of its answer.
         """
         shapes = [shape for task in self.tasks.live for shape in task.shapes]
         requests = len(shapes) + max(map(len, parts))
