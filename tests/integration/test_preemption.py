@@ -521,16 +521,22 @@ def test_a_flush_that_waits_for_the_end_of_all_is_done_when_nothing_is_left_and_
     engine.assert_clean()
 
 
-def test_a_request_whose_cached_prefix_is_evicted_while_it_waits_is_judged_by_what_is_left(
-    engine: PrefillEngine, rounds: Rounds
-) -> None:
-    hub, prefix = engine.scheduler.hub, prompt(61, 1500)
+def cached_and_other(engine: PrefillEngine) -> dict[str, list[int]]:
+    """The prompts of two requests that wait: all but 40 tokens of the first, which is due before, are cached."""
+    prefix = prompt(61, 1500)
     engine.submit("first", prefix + prompt(62, 20))
     engine.run()
     tokens = {"cached": prefix + prompt(63, 40), "other": prompt(64, 500)}
     for rid, due_s in (("cached", 50.0), ("other", 60.0)):
         engine.submit(rid, tokens[rid], ttft_slo_s=due_s, logprobs=True)
-    hub.look()
+    engine.scheduler.hub.look()
+    return tokens
+
+
+def test_a_request_whose_cached_prefix_is_evicted_while_it_waits_is_judged_by_what_is_left(
+    engine: PrefillEngine, rounds: Rounds
+) -> None:
+    hub, tokens = engine.scheduler.hub, cached_and_other(engine)
     jobs = {job.item.req.rid: job for job in hub.work.policy.first_waiting(time.monotonic(), 2)}
     assert jobs["cached"].item.shape.new_tokens == 40
     hub.work.policy.limits = Limits(max_suspended=100, max_batch_tokens=600)
@@ -551,13 +557,7 @@ def test_a_flush_in_a_pause_leaves_no_cached_prefix_to_the_requests_that_wait(
 ) -> None:
     from sglang.srt.managers.io_struct import ContinueGenerationReqInput, PauseGenerationReqInput
 
-    hub, prefix = engine.scheduler.hub, prompt(61, 1500)
-    engine.submit("first", prefix + prompt(62, 20))
-    engine.run()
-    tokens = {"cached": prefix + prompt(63, 40), "other": prompt(64, 500)}
-    for rid, due_s in (("cached", 50.0), ("other", 60.0)):
-        engine.submit(rid, tokens[rid], ttft_slo_s=due_s, logprobs=True)
-    hub.look()
+    hub, tokens = engine.scheduler.hub, cached_and_other(engine)
     hub.work.policy.limits = Limits(max_suspended=100, max_batch_tokens=600)
     assert [job.item.shape for job in hub.choose()] == [PrefillShape(40, 1500), PrefillShape(500)]
     engine.receive(PauseGenerationReqInput(mode="in_place"))

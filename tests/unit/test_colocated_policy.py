@@ -200,6 +200,14 @@ def feasible(jobs: Iterable[Job[None]], load: DecodeLoad) -> bool:
     return True
 
 
+def beside(step: int, rest: int, first: int) -> tuple[DecodeLoad, FeasibleSet[None, None]]:
+    """Steps, and a policy that plans beside them."""
+    load = DecodeLoad(float(step), float(step + rest), float(first))
+    policy: FeasibleSet[None, None] = FeasibleSet(LIMITS, 1e9, math.inf)
+    policy.charge(load)
+    return load, policy
+
+
 drawn_jobs = st.lists(st.tuples(st.integers(1, 40), st.integers(1, 9)), min_size=1, max_size=7)
 drawn_loads = st.tuples(st.integers(1, 4), st.integers(1, 12), st.integers(0, 10))
 
@@ -209,10 +217,7 @@ drawn_loads = st.tuples(st.integers(1, 4), st.integers(1, 12), st.integers(0, 10
 def test_what_is_kept_beside_steps_is_a_largest_feasible_set(
     drawn: list[tuple[int, int]], steps: tuple[int, int, int]
 ) -> None:
-    step, rest, first = steps
-    load = DecodeLoad(float(step), float(step + rest), float(first))
-    policy: FeasibleSet[None, None] = FeasibleSet(LIMITS, 1e9, math.inf)
-    policy.charge(load)
+    load, policy = beside(*steps)
     jobs: list[Job[None]] = [Job(None, 0.0, deadline + 0.5, float(work)) for deadline, work in drawn]
     for job in jobs:
         policy.add(job)
@@ -230,10 +235,7 @@ def test_what_is_kept_beside_steps_is_a_largest_feasible_set(
 def test_jobs_that_come_one_by_one_beside_steps_can_all_be_met(
     drawn: list[tuple[int, int]], steps: tuple[int, int, int]
 ) -> None:
-    step, rest, first = steps
-    load = DecodeLoad(float(step), float(step + rest), float(first))
-    policy: FeasibleSet[None, None] = FeasibleSet(LIMITS, 1e9, math.inf)
-    policy.charge(load)
+    load, policy = beside(*steps)
     policy.pick(0.0, None)
     for deadline, work in drawn:
         policy.add(Job(None, 0.0, deadline + 0.5, float(work)))

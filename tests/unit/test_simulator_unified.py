@@ -370,15 +370,21 @@ class StepsWithoutRoom:
         self.given.append(task.id)
 
 
-@pytest.mark.parametrize(("wanted", "given"), [(0, []), (1, [0]), (2, [0, 1]), (3, [0, 1])])
-def test_a_step_takes_kv_cache_from_tasks_until_it_has_enough_or_none_is_left(wanted: int, given: list[int]) -> None:
+def with_two_tasks() -> UnifiedInstance:
+    """An instance whose tasks 0 and 1 are live."""
     instance = unified("feasible").new_instance(toy_setup())
     assert isinstance(instance, UnifiedInstance)
-    hub = instance.hub
     for request in prepare(trace_of((0.0, 1000, 1, 9.0, 0.1), (0.0, 900, 1, 0.95, 0.1)), TOY, toy_setup().conditions):
         instance.submit(request, 0.0)
     instance.step()
-    assert [task.id for task in hub.work.tasks.live] == [0, 1]
+    assert [task.id for task in instance.hub.work.tasks.live] == [0, 1]
+    return instance
+
+
+@pytest.mark.parametrize(("wanted", "given"), [(0, []), (1, [0]), (2, [0, 1]), (3, [0, 1])])
+def test_a_step_takes_kv_cache_from_tasks_until_it_has_enough_or_none_is_left(wanted: int, given: list[int]) -> None:
+    instance = with_two_tasks()
+    hub = instance.hub
     hub.decoder = steps = StepsWithoutRoom(instance, wanted)
     hub.step()
     assert steps.given == given
@@ -418,13 +424,8 @@ class Meetings(OneRank):
 def test_a_step_takes_device_memory_from_tasks_that_have_run_until_it_has_enough_or_none_is_left(
     wanted: int, has_run: list[int], given: list[int]
 ) -> None:
-    instance = unified("feasible").new_instance(toy_setup())
-    assert isinstance(instance, UnifiedInstance)
+    instance = with_two_tasks()
     hub = instance.hub
-    for request in prepare(trace_of((0.0, 1000, 1, 9.0, 0.1), (0.0, 900, 1, 0.95, 0.1)), TOY, toy_setup().conditions):
-        instance.submit(request, 0.0)
-    instance.step()
-    assert [task.id for task in hub.work.tasks.live] == [0, 1]
     for task in hub.work.tasks.live:
         task.has_run = task.id in has_run
     hub.decoder = steps = StepsWithoutMemory(instance, wanted)
