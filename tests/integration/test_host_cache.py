@@ -8,7 +8,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -308,6 +308,23 @@ def test_exploration_loads_no_prefix_back(remote: Remote) -> None:
     assert found_tokens < 600
 
 
+@contextmanager
+def starts(engine: Late) -> Iterator[list[tuple[str, PrefillShape, PrefillShape]]]:
+    """What starts meanwhile: the request, its shape as the policy judged it, and as it is computed."""
+    started: list[tuple[str, PrefillShape, PrefillShape]] = []
+    start = engine.hub.work.start
+
+    def noted(winner: Any, batch: Any, reqs: Any, computed: Any, slot: Any) -> Any:
+        started.append((winner.item.req.rid, winner.item.shape, computed[0]))
+        return start(winner, batch, reqs, computed, slot)
+
+    engine.hub.work.start = noted
+    try:
+        yield started
+    finally:
+        del engine.hub.work.start
+
+
 def evict_and_match(engine: Late) -> tuple[PrefillShape, PrefillShape, int]:
     """The shape of a request, whose prefix was computed and evicted, as it arrives and as it starts; and what its
     client is told of cached tokens.
@@ -319,18 +336,11 @@ def evict_and_match(engine: Late) -> tuple[PrefillShape, PrefillShape, int]:
     for i in range(12):
         engine.submit(f"evicts{i}", prompt(500 + i, 900))
         engine.run()
-    shapes: list[PrefillShape] = []
-    start = engine.hub.work.start
-
-    def noted(winner: Any, batch: Any, reqs: Any, computed: Any, slot: Any) -> Any:
-        shapes.extend([winner.item.shape, *computed])
-        return start(winner, batch, reqs, computed, slot)
-
-    engine.hub.work.start = noted
-    engine.submit("again", [*prefix, *prompt(72, 100)])
-    engine.run()
-    del engine.hub.work.start
-    return shapes[0], shapes[1], engine.answers["again"].req.cached_tokens
+    with starts(engine) as started:
+        engine.submit("again", [*prefix, *prompt(72, 100)])
+        engine.run()
+    [(_, predicted, computed)] = started
+    return predicted, computed, engine.answers["again"].req.cached_tokens
 
 
 def test_a_prefix_in_host_memory_counts_as_cached(remote: Remote) -> None:
@@ -341,8 +351,8 @@ def test_a_prefix_in_host_memory_counts_as_cached(remote: Remote) -> None:
 
 def lose_a_prefix_in_host_memory(engine: Late) -> tuple[int, list[tuple[str, PrefillShape]], int]:
     """A request waits, whose prefix host memory alone has; the copy of another one takes its place there, for which the
-    device need not evict anything. What was on the device before, what would start then, and what the answer says of
-    cached tokens.
+    device need not evict anything. What was on the device before, as what the request is judged when it starts, and
+    what the answer says of cached tokens.
     """
     calm(engine)
     engine.assert_clean()
@@ -360,22 +370,20 @@ def lose_a_prefix_in_host_memory(engine: Late) -> tuple[int, list[tuple[str, Pre
     host = tree.cache_controller.mem_pool_host.anchor_entry.host_pool
     taken = host.alloc(host.available_size() - 128)
     engine.submit("other", prompt(73, 500), ttft_slo_s=20.0)
-    engine.turn()
-    while hub.work.tasks.live or "other" in {job.item.req.rid for job in hub.work.policy.first_waiting(0.0, 9)}:
-        engine.turn()
-    chosen = [(job.item.req.rid, job.item.shape) for job in hub.choose()]
+    with starts(engine) as started:
+        engine.run()
     host.free(taken)
-    engine.run()
     hub.work.policy.limits = limits
-    return on_device_tokens, chosen, engine.answers["waits"].req.cached_tokens
+    judged = [(rid, shape) for rid, shape, _ in started if rid == "waits"]
+    return on_device_tokens, judged, engine.answers["waits"].req.cached_tokens
 
 
 def test_a_request_whose_prefix_in_host_memory_is_evicted_while_it_waits_is_judged_by_what_is_left(
     remote: Remote,
 ) -> None:
-    on_device_tokens, chosen, cached_tokens = remote.call(lose_a_prefix_in_host_memory)
+    on_device_tokens, judged, cached_tokens = remote.call(lose_a_prefix_in_host_memory)
     assert on_device_tokens == 0
-    assert chosen == [("waits", PrefillShape(700))]
+    assert judged == [("waits", PrefillShape(700))]
     assert cached_tokens == 0
 
 
