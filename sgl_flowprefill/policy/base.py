@@ -197,6 +197,12 @@ class Policy(ABC, Generic[R, K]):
         """Why each of ``jobs``, which are in the policy, has its place at ``now_s``: for people who watch."""
         return [Standing.IN_LINE] * len(jobs)
 
+    def starts_alone(self, winner: Job[R], now_s: float) -> bool:
+        """Whether nothing joins ``winner``, which ``pick`` has found at ``now_s``: it goes before jobs that can be met,
+        and takes no more of their time than its own.
+        """
+        return False
+
     def keeps(self, job: Job[K], now_s: float) -> bool:
         """Whether the started ``job`` is to meet its deadline: jobs that are not are given up first."""
         return job.latest_start_s >= now_s
@@ -236,10 +242,10 @@ class Policy(ABC, Generic[R, K]):
         A request joins while the batch stays within the limits and is predicted to take no more than ``batch_share`` of
         the time that any member has until its deadline, if it can still meet it (SLO-aware batching; paper, section
         4.2, where a batch may take all of that time: what arrives later and goes first then costs all members their
-        deadlines at once). Nothing joins a batch that has started.
+        deadlines at once). Nothing joins a batch that has started, nor a winner that ``starts_alone``.
         """
         tokens, max_tokens = new_tokens(winner.item), self.limits.max_batch_tokens
-        if tokens >= max_tokens:
+        if tokens >= max_tokens or self.starts_alone(winner, now_s):
             return [winner]
         members, time_left_s, too_large = [winner], [_time_left_s(winner, now_s)], 0
         here = place(winner.item)
@@ -277,12 +283,15 @@ class Policy(ABC, Generic[R, K]):
         it, each place computing its own. There are no more of both together than the limits say.
 
         All take as long as the part that takes longest. A request is added while that is no longer than the batch
-        takes, or no more than ``batch_share`` of the time that any of them has, and leaves the request as much. A part
-        has no more tokens than the batch or, where those are more, the limits.
+        takes, or no more than ``batch_share`` of the time that any of them has, and leaves the request as much; beside
+        a winner that ``starts_alone``, while it is no longer. A part has no more tokens than the batch or, where those
+        are more, the limits.
         """
         max_tokens = max(self.limits.max_batch_tokens, sum(new_tokens(job.item) for job in batch))
         takes_s = predict_s([job.item for job in batch])
-        most_s = max(takes_s, self.batch_share * min(_time_left_s(job, now_s) for job in batch))
+        most_s = takes_s
+        if not self.starts_alone(batch[0], now_s):
+            most_s = max(takes_s, self.batch_share * min(_time_left_s(job, now_s) for job in batch))
         parts: dict[int, list[R]] = {}
         found: list[Job[R]] = []
         misses = 0

@@ -25,7 +25,7 @@ LOOKS: Final = 64
 
 class StarvationTurns:
     """Lets starved jobs, which cannot meet their deadline any more, go first one after the other, in ``share`` of the
-    time at most.
+    time at most. A turn counts with the time of the task that is started in it.
 
     Under lasting overload every infeasible job is starved sooner or later, and without a share the order of a policy
     would become first come first served. One policy has one object for its waiting and started jobs.
@@ -36,16 +36,22 @@ class StarvationTurns:
         self.are_unlimited = math.isinf(share)
         """Whether all starved jobs go first, one after the other."""
         self._turn_of: int | None = None
-        self._next_turn_s = -math.inf
+        self._next_turn_s = self._now_s = -math.inf
 
     def is_turn_of(self, job: Job[Any], now_s: float) -> bool:
         """Whether it is the turn of ``job``, known by its number. A turn lasts until the next one begins."""
+        self._now_s = now_s
         if job.number != self._turn_of:
             if now_s < self._next_turn_s:
                 return False
             self._turn_of = job.number
             self._next_turn_s = now_s + job.remaining_s / self._share
         return True
+
+    def charge(self, task: Job[Any]) -> None:
+        """``task`` has started, or goes on: if it is its turn, all that it computes counts, its joiners with it."""
+        if task.number == self._turn_of:
+            self._next_turn_s = max(self._next_turn_s, self._now_s + task.remaining_s / self._share)
 
 
 class SlackOrder(Generic[T]):

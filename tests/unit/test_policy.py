@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from random import Random
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from sgl_flowprefill.policy import Job, Limits, Policy, make_policy
 from sgl_flowprefill.policy.base import BATCH_SHARE
 from sgl_flowprefill.policy.forecast import Forecast
 from sgl_flowprefill.policy.orders.slack_edf import SlackEdf
+from sgl_flowprefill.policy.slack import STARVED_SHARE
 
 
 def job(
@@ -253,6 +255,34 @@ def test_a_batch_and_what_runs_beside_it_have_no_more_requests_than_the_limits_s
     assert joint_batch(jobs, max_batch_tokens=1000) == jobs[:most]
 
 
+@pytest.mark.parametrize("kind", ["feasible", "s-edf"])
+def test_a_starved_request_starts_alone_while_others_can_be_met(kind: str) -> None:
+    """Joiners would take the time of these as well: more than its turn is worth."""
+    policy: Policy[Placed, str] = make_policy(kind, Limits(4, 1000), max_starvation_s=1.0)
+    starved, another = placed(0, 50, 0.1), placed(0, 50, 0.2)
+    beside, longer, kept = placed(1, 40, 0.3), placed(1, 60, 0.3), placed(0, 20, 9.0)
+    for entry in (starved, another, beside, longer, kept):
+        policy.add(entry)
+
+    def tokens(item: Placed) -> int:
+        return item.tokens
+
+    def place(item: Placed) -> int:
+        return item.place
+
+    def predict_s(items: Sequence[Placed]) -> float:
+        return sum(item.tokens for item in items) / 100
+
+    def batch() -> list[Job[Placed]]:
+        assert policy.pick(2.0, None) is starved
+        found = policy.batch(starved, 2.0, tokens, predict_s, place)
+        return [*found, *policy.beside(found, 2.0, tokens, predict_s, place)]
+
+    assert batch() == [starved, beside], "what runs at the same time and takes no longer costs nothing"
+    policy.remove(kept)
+    assert batch() == [starved, another, beside, longer], "nobody else would be met"
+
+
 @given(
     st.lists(st.tuples(st.integers(1, 150), st.floats(0.01, 5)), min_size=1, max_size=40),
     st.integers(1, 200),
@@ -294,6 +324,8 @@ class Server:
     now_s: float = 0.0
     finished: list[int] = field(default_factory=list)
     running: Job[list[Request]] | None = None
+    late_s: float = 0.0
+    """Time for which tasks ran that were too late, while requests were still to come."""
 
     def run(self, arrivals: list[Request]) -> None:
         pending = sorted(arrivals, key=lambda request: request.arrival_s)
@@ -310,6 +342,8 @@ class Server:
                 continue
             self.running = task
             elapsed_s = min(task.remaining_s, max(next_s - self.now_s, 1e-6))
+            if pending and task.latest_start_s < self.now_s - 1e-9:
+                self.late_s += elapsed_s
             self.now_s += elapsed_s
             self.policy.remove(task)
             task.remaining_s -= elapsed_s
@@ -387,6 +421,17 @@ def test_slack_beats_deadlines_alone_when_not_everything_can_be_met() -> None:
     assert within("s-edf", arrivals) == 20
     assert within("feasible", arrivals) == 20
     assert within("edf", arrivals) < 10
+
+
+@pytest.mark.parametrize("kind", ["feasible", "s-edf"])
+def test_starved_requests_get_their_share_of_the_time_and_no_more(kind: str) -> None:
+    """Twice as much comes as there is time for, and a batch may have many of them."""
+    random, work_s, until_s = Random(0), 0.1, 100.0
+    arrivals = [Request(i, 0.05 * (i + random.random()), 1.0, work_s, 1) for i in range(round(until_s / 0.05))]
+    server = Server(make_policy(kind, Limits(16, 1000), max_starvation_s=1.0), kv_capacity=10**9)
+    server.run(arrivals)
+    assert STARVED_SHARE * until_s / 2 <= server.late_s <= STARVED_SHARE * until_s + work_s
+    assert len(server.finished) == len(arrivals)
 
 
 def test_the_policy_needs_neither_torch_nor_sglang() -> None:

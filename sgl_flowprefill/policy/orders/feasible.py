@@ -276,6 +276,7 @@ class FeasibleSet(Policy[R, K]):
     def add(self, job: Job[R] | Job[K]) -> None:
         if job.started:
             self._started.append(job)
+            self._turns.charge(job)
         else:
             self._waiting.add(job)
             self._plan.arrived(job)
@@ -298,6 +299,9 @@ class FeasibleSet(Policy[R, K]):
     def keeps(self, job: Job[K], now_s: float) -> bool:
         self._update(now_s)
         return any(kept is job for kept in self._plan.kept)
+
+    def starts_alone(self, winner: Job[R], now_s: float) -> bool:
+        return bool(self._plan.kept) and self._waiting.first_starved(now_s) is winner
 
     def standings(self, jobs: Sequence[Job[Any]], now_s: float) -> list[Standing]:
         self._reclassify(now_s)

@@ -32,12 +32,16 @@ class SlackEdf(Policy[R, K]):
         infeasible_order: Callable[[Job[Any]], float] = attrgetter("arrival_s"),
     ) -> None:
         super().__init__(limits)
-        turns = StarvationTurns(starved_share)
-        self._waiting: SlackOrder[Any] = SlackOrder(max_starvation_s, turns, infeasible_order)
-        self._started: SlackOrder[Any] = SlackOrder(max_starvation_s, turns, infeasible_order)
+        self._turns = StarvationTurns(starved_share)
+        self._waiting: SlackOrder[Any] = SlackOrder(max_starvation_s, self._turns, infeasible_order)
+        self._started: SlackOrder[Any] = SlackOrder(max_starvation_s, self._turns, infeasible_order)
 
     def add(self, job: Job[R] | Job[K]) -> None:
-        (self._started if job.started else self._waiting).add(job)
+        if job.started:
+            self._started.add(job)
+            self._turns.charge(job)
+        else:
+            self._waiting.add(job)
 
     def remove(self, job: Job[R] | Job[K]) -> None:
         (self._started if job.started else self._waiting).remove(job)
@@ -62,6 +66,11 @@ class SlackEdf(Policy[R, K]):
         jobs = self._waiting
         jobs.reclassify(now_s)
         return jobs.behind((*jobs.starved(now_s), jobs.first_feasible(now_s)))
+
+    def starts_alone(self, winner: Job[R], now_s: float) -> bool:
+        if self._turns.are_unlimited or self._waiting.first_starved(now_s) is not winner:
+            return False
+        return any(jobs.first_feasible(now_s) is not None for jobs in (self._waiting, self._started))
 
     def standings(self, jobs: Sequence[Job[Any]], now_s: float) -> list[Standing]:
         self._waiting.reclassify(now_s)
