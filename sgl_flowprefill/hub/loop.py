@@ -299,7 +299,8 @@ class Hub(Generic[RoleT]):
         batch = self.role.make_batch([job.item.req for job in jobs])
         if batch is None:
             return None
-        return self.work.start(jobs[0], batch, self.role.requests(batch), self.role.shapes(batch), self.slots.take())
+        reqs, shapes = self.role.requests(batch), self.role.shapes(batch)
+        return self.work.start(self.now_s(), jobs[0], batch, reqs, shapes, self.slots.take())
 
     # ---- running --------------------------------------------------------------------------------------------------
 

@@ -297,20 +297,30 @@ class Work:
     # ---- tasks ----------------------------------------------------------------------------------------------------
 
     def start(
-        self, winner: Job[WaitingRequest], batch: Any, reqs: Sequence[Any], shapes: Sequence[PrefillShape], slot: Any
+        self,
+        now_s: float,
+        winner: Job[WaitingRequest],
+        batch: Any,
+        reqs: Sequence[Any],
+        shapes: Sequence[PrefillShape],
+        slot: Any,
     ) -> PrefillTask:
-        """The task of ``batch``, which was made of ``reqs`` for ``winner`` and computes ``shapes``."""
+        """The task of ``batch``, which was made of ``reqs`` for ``winner`` and computes ``shapes``. It is due when the
+        first of its requests is that can be met: that may be a joiner, and the winner may be too late.
+        """
         members = self.waiting.take(reqs)
         for member in members:
             self._waits_no_longer(member)
+        predicted_s = self.ttft.predict_s(shapes)
+        due_s = [member.deadline_s for member in members if now_s + predicted_s <= member.deadline_s]
         task = PrefillTask(
             id=self.tasks.started,
             batch=batch,
             members=[member.item for member in members],
             shapes=shapes,
             arrival_s=min(member.arrival_s for member in members),
-            deadline_s=winner.deadline_s,
-            predicted_s=self.ttft.predict_s(shapes),
+            deadline_s=min(due_s, default=winner.deadline_s),
+            predicted_s=predicted_s,
             attention_share=self.attention_share(shapes),
             number=winner.number,
             pace=self.ttft.pace(shapes),

@@ -446,10 +446,30 @@ def test_requests_that_wait_no_longer_are_withdrawn_from_the_policy_and_those_th
     work = Work(ColocatedPolicy(policy), ttft, unlimited, Progress([]), Tasks())
     for number, rid in enumerate(("leaves", "starts", "stays")):
         work.add(Arrival(rid, array("q", range(100)), PrefillShape(100, 0), number, 1000.0, 0.0))
-    work.start(policy.first_waiting(0.0, 3)[1], SimpleNamespace(reqs=["starts"]), ["starts"], [PrefillShape(100, 0)], 0)
+    winner = policy.first_waiting(0.0, 3)[1]
+    work.start(0.0, winner, SimpleNamespace(reqs=["starts"]), ["starts"], [PrefillShape(100, 0)], 0)
     work.forget_all_but(["stays"])
     assert withdrawn == ["leaves"]
     assert [job.item.req for job in policy.waiting] == ["stays"]
+
+
+@pytest.mark.parametrize(
+    ("now_s", "due_s"),
+    [(0.0, 5.0), (3.0, 6.0), (5.0, 9.0), (8.0, 6.0)],
+    ids=["first of all", "of those in time", "of the only one in time", "of the winner, as none is in time"],
+)
+def test_a_task_is_due_when_the_first_of_its_requests_is_that_can_be_met(now_s: float, due_s: float) -> None:
+    ttft: Any = SimpleNamespace(predict_s=lambda shapes: float(len(shapes)), pace=lambda shapes: Pace(1.0))
+    unlimited: Any = TaskMemory(Activations(1, 1, 1, None), math.inf)
+    policy = make_policy("fcfs", Limits(16, 1000), 60.0)
+    work = Work(ColocatedPolicy(policy), ttft, unlimited, Progress([]), Tasks())
+    shape, deadlines_s = PrefillShape(100, 0), {"winner": 6.0, "first": 5.0, "last": 9.0}
+    for number, (rid, deadline_s) in enumerate(deadlines_s.items()):
+        work.add(Arrival(rid, array("q", range(100)), shape, number, deadline_s, 0.0))
+    winner = policy.first_waiting(0.0, 1)[0]
+    assert winner.item.req == "winner"
+    task = work.start(now_s, winner, SimpleNamespace(reqs=list(deadlines_s)), list(deadlines_s), [shape] * 3, 0)
+    assert (task.job.deadline_s, task.number) == (due_s, winner.number)
 
 
 @pytest.mark.parametrize(
