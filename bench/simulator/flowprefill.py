@@ -69,6 +69,9 @@ class SimTTFT:
     def __init__(self, cost: CostModel) -> None:
         self._cost = cost
 
+    def predict(self, batch: Sequence[PrefillShape]) -> Prediction:
+        return UNOBSERVED
+
     def predict_s(self, batch: Sequence[PrefillShape]) -> float:
         shapes = cast(Sequence[SimShape], batch)
         if len(shapes) == 1:

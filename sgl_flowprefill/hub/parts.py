@@ -26,6 +26,9 @@ class TTFT(Protocol):
     def yardstick_s(self) -> float:
         """Expected time of the YARDSTICK (``ttft.base``)."""
 
+    def predict(self, batch: Sequence[PrefillShape]) -> Prediction:
+        """What is known of ``batch`` before it runs."""
+
     def predict_s(self, batch: Sequence[PrefillShape]) -> float:
         """What slack is computed with."""
 

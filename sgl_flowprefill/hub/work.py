@@ -344,8 +344,12 @@ class Work:
         self.tasks.end(task)
 
     def observe(self, task: PrefillTask) -> Prediction:
-        """Learn from a task that is done; what was predicted before this was known."""
+        """Learn from a task that is done; what was predicted before this was known. Log probabilities of prompts take
+        time of which the TTFT model knows nothing: from a task with some it learns nothing.
+        """
         self.progress.passed_all(task.operators_passed)
+        if task.logprob_rows:
+            return self.ttft.predict(task.shapes)
         return self.ttft.observe(task.shapes, task.executed_s)
 
     def computed(self, task: PrefillTask) -> None:

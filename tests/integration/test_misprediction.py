@@ -49,6 +49,9 @@ class Wrong:
     def predict_s(self, batch: Sequence[PrefillShape]) -> float:
         return float(self._factor * self._right.predict_s(batch))
 
+    def predict(self, batch: Sequence[PrefillShape]) -> Any:
+        return self._right.predict(batch)
+
     def observe(self, batch: Sequence[PrefillShape], measured_s: float) -> Any:
         return self._right.predict(batch)
 

@@ -25,11 +25,12 @@ from sglang.srt.managers.scheduler_components.invariant_checker import create_sc
 
 from sgl_flowprefill import plugin
 from sgl_flowprefill.config import FlowPrefillConfig
-from sgl_flowprefill.hub.device import CpuDevice
+from sgl_flowprefill.hub.device import CpuDevice, HostStamp
 from sgl_flowprefill.hub.parts import Learning, OneRank
 from sgl_flowprefill.hub.progress import Progress
 from sgl_flowprefill.hub.role import Arrival
-from sgl_flowprefill.hub.task import DecodeStep, Tasks
+from sgl_flowprefill.hub.task import DecodeStep, PrefillTask, Tasks
+from sgl_flowprefill.hub.waiting import WaitingRequest
 from sgl_flowprefill.hub.work import Work
 from sgl_flowprefill.pace import Pace
 from sgl_flowprefill.policy import ColocatedPolicy, DecodeLimits, Limits, Stream, make_policy
@@ -642,6 +643,25 @@ def test_ranks_that_match_their_own_requests_match_those_again_that_are_next_one
     for _ in range(12):
         hub.look()
     assert matched == [f"r{i}" for i in range(8)], "the first ones, and as long as they wait none behind them"
+
+
+def test_tasks_with_log_probabilities_of_prompts_say_nothing_of_how_long_prefills_take() -> None:
+    ttft = AdaptiveTTFT(SimpleNamespace(predict_s=lambda batch: 0.1), 0.5)
+    unlimited: Any = TaskMemory(Activations(1, 1, 1, None), math.inf)
+    work = Work(ColocatedPolicy(make_policy("fcfs", Limits(16, 1), 60.0)), ttft, unlimited, Progress([]), Tasks())
+
+    def run(logprob_rows: int) -> None:
+        shape = PrefillShape(100)
+        request = WaitingRequest("r", 0, range(100), shape, 0.0, logprob_rows)
+        task = PrefillTask(0, None, [request], [shape], 0.0, 1.0, 0.1, spans=[(HostStamp(0.0), HostStamp(0.5))])
+        assert work.observe(task).raw_s == 0.1
+
+    for _ in range(20):
+        run(logprob_rows=100)
+    assert ttft.correction == 1.0
+    for _ in range(20):
+        run(logprob_rows=0)
+    assert ttft.correction == pytest.approx(5.0)
 
 
 def test_a_task_that_took_twice_as_long_is_seen_by_what_waits_and_by_what_is_suspended() -> None:
