@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from heapq import heapify, heappop, heappush
 from typing import Any, Final, NamedTuple
 
@@ -35,8 +35,8 @@ class Shedding:
     of classes with a limit.
 
     A sheddable request is looked at when it arrives, and once more when it would have to run by itself to be in time,
-    so that an event costs O(log n). A request is beyond the limit of its class when it arrives or not at all; one that
-    waits alone of its class is let in, however long it is.
+    so that an event costs O(log n). A request is beyond the limit of its class when it arrives or not at all, also if
+    it is set aside for a while; one that waits alone of its class is let in, however long it is.
     """
 
     def __init__(self, sheds: bool = True, most_tokens: Mapping[str, int] | None = None) -> None:
@@ -48,8 +48,10 @@ class Shedding:
         self._most_tokens = most_tokens or {}
         self._tokens: Counter[str] = Counter()
         """New tokens that wait, by class."""
-        self._counted: dict[int, tuple[str, int]] = {}
-        """By number: class and new tokens of waiting requests, as they were counted."""
+        self._counted: dict[Any, tuple[str, int]] = {}
+        """By the role's request: class and new tokens of waiting requests, as they were counted."""
+        self._aside: set[Any] = set()
+        """Requests that wait and that the hub does not know of for now: who was let in stays counted."""
         self._beyond: list[Refusal] = []
         self._arrived: list[Job[WaitingRequest]] = []
         self._by_latest_start: list[tuple[float, int, Job[WaitingRequest]]] = []
@@ -71,22 +73,36 @@ class Shedding:
             self._waiting.add(job.item.number)
             self._arrived.append(job)
 
+    def set_aside(self, reqs: Collection[Any], come_again: Collection[Any] = ()) -> None:
+        """``reqs`` are those that wait and cannot be started for now, whether they were here or not. Of those that were
+        set aside before, all that neither are any more nor ``come_again`` have ended.
+        """
+        for req in self._aside.difference(reqs, come_again):
+            self._uncount(req)
+        self._aside = set(reqs)
+
     def _let_in(self, job: Job[WaitingRequest], slo_class: str) -> bool:
+        if job.item.req in self._counted:
+            return True  # it was before, and comes again
         waiting, tokens, most = self._tokens[slo_class], job.item.shape.new_tokens, self._most_tokens[slo_class]
         if waiting and waiting + tokens > most:
             why = BEYOND.format(waiting=waiting, slo_class=slo_class, tokens=tokens, most=most)
             self._beyond.append(Refusal(job, why))
             return False
         self._tokens[slo_class] += tokens
-        self._counted[job.item.number] = slo_class, tokens
+        self._counted[job.item.req] = slo_class, tokens
         return True
 
-    def remove(self, job: Job[WaitingRequest]) -> None:
-        """``job`` waits no longer, if it was here."""
-        self._waiting.discard(job.item.number)
-        if (counted := self._counted.pop(job.item.number, None)) is not None:
+    def _uncount(self, req: Any) -> None:
+        if (counted := self._counted.pop(req, None)) is not None:
             slo_class, tokens = counted
             self._tokens[slo_class] -= tokens
+
+    def remove(self, job: Job[WaitingRequest]) -> None:
+        """``job`` waits no longer, if it was here, or has been set aside."""
+        self._waiting.discard(job.item.number)
+        if job.item.req not in self._aside:
+            self._uncount(job.item.req)
         if len(self._by_latest_start) > 2 * len(self._waiting) + FORGOTTEN:
             self._by_latest_start = [entry for entry in self._by_latest_start if entry[1] in self._waiting]
             heapify(self._by_latest_start)

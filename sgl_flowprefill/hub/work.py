@@ -108,6 +108,11 @@ class Work:
             self._waits_no_longer(job)
             self.policy.withdrawn(job)
 
+    def set_aside(self, reqs: Collection[Any], come_again: Collection[Any]) -> None:
+        """``reqs`` wait and cannot be started for now; others that could not ``come_again`` (``Shedding.set_aside``)."""
+        if self.shedding is not None:
+            self.shedding.set_aside(reqs, come_again)
+
     def refused(self, now_s: float) -> list[Refusal]:
         """The requests that are to be refused now, all of which wait."""
         if self.shedding is None:

@@ -141,6 +141,7 @@ class UnifiedRole(SchedulerRole):
         come_again = [req for req in queue if req not in out and req in was_out]
         self.not_told = [req for req in self.not_told if req not in out] + come_again
         self.kept_out = [req for req in queue if req in out]
+        self.scheduler.hub.work.set_aside(self.kept_out, come_again)
 
     def arrived(self) -> Iterator[Arrival]:
         if self.held_back and not (self.streams or any(batch.reqs for batch in self.in_flight())):

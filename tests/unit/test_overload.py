@@ -156,6 +156,35 @@ def test_a_prompt_that_is_longer_than_the_limit_is_let_in_if_nothing_of_its_clas
     assert len(shedding.refused(policy, 0.0)) == 1
 
 
+def test_a_request_that_was_let_in_stays_so_while_it_cannot_start_and_comes_again() -> None:
+    """Such as one whose adapter finds no slot beside those of streams."""
+    policy = make_policy("edf", LIMITS, max_starvation_s=1e9)
+    shedding = Shedding(sheds=False, most_tokens={"batch": 100})
+    first, second, third = tokens_job(0, 60), tokens_job(1, 30), tokens_job(2, 20)
+
+    def refused(job: Job[Any]) -> bool:
+        shedding.add(job, "batch", sheddable=False)
+        return [one.job for one in shedding.refused(policy, 0.0)] == [job]
+
+    assert not refused(first)
+    assert not refused(second)
+    shedding.set_aside([first.item.req])
+    shedding.remove(first)
+    assert refused(third), "90 tokens wait as before"
+    shedding.set_aside([], come_again=[first.item.req])
+    again = tokens_job(3, 80)  # less of it is cached by now
+    again.item.req = first.item.req
+    assert not refused(again)
+    assert refused(third)
+    shedding.set_aside([first.item.req])
+    shedding.remove(again)
+    shedding.set_aside([])
+    assert not refused(tokens_job(4, 70)), "its client has left while it could not start"
+    shedding.remove(second)
+    assert refused(tokens_job(5, 40))
+    assert not refused(tokens_job(6, 30))
+
+
 @pytest.mark.parametrize("text", ["batch", "batch:", ":5", "batch:-1", "batch:1,batch:2", "batch:1.5"])
 def test_a_limit_that_is_none_is_refused_with_what_is_expected(text: str) -> None:
     with pytest.raises(ConfigError, match=r"--flowprefill-max-queued-tokens .*: expected CLASS:TOKENS"):
