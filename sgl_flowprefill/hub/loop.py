@@ -229,7 +229,10 @@ class Hub(Generic[RoleT]):
     def make_room_for_step(self) -> None:
         """Where the next step lacks KV cache, tasks give theirs back before a stream loses its own."""
         while self.work.tasks.live and (missing_tokens := self.decoder.missing_tokens()) > 0:
-            for task in self._agree_on(self.work.to_give_back, missing_tokens):
+            tasks = self._agree_on(self.work.to_give_back, missing_tokens)
+            if not tasks:
+                return
+            for task in tasks:
                 self.give_back(task)
 
     def _queued_step(self) -> DecodeStep | None:

@@ -31,9 +31,11 @@ def all_of(reqs: Sequence[Any]) -> Sequence[Any]:
     return reqs
 
 
-def all_tokens(task: PrefillTask) -> int:
-    """The KV cache of ``task``, on a device that has all of it."""
-    return sum(map(sum, task.shapes))
+def own_tokens(task: PrefillTask) -> int:
+    """The KV cache that ``task`` has for itself, on a device that has all of it. A cached prefix stays cached, if it is
+    not needed: whoever has it evicted computes it again.
+    """
+    return task.new_tokens
 
 
 def half(shapes: Sequence[PrefillShape]) -> float:
@@ -60,7 +62,7 @@ class Work:
     """Those of some requests that the device has adapters for, beside all that it computes, each with those before it.
     Where it computes nothing, the first of them is one.
     """
-    held_tokens: Callable[[PrefillTask], int] = all_tokens
+    held_tokens: Callable[[PrefillTask], int] = own_tokens
     """KV cache that a task would give back where the next step lacks some."""
     batch_tokens: Callable[[], int] | None = None
     """Most new tokens of a batch, by what the TTFT model knows; None: as the policy's limits say."""

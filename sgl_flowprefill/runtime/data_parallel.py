@@ -96,7 +96,7 @@ class Parts(NamedTuple):
     shapes: list[PrefillShape]
     """The part of the rank with the most to compute, for which the others wait."""
     tokens: list[int]
-    """New and cached tokens, by rank."""
+    """New tokens, by rank."""
 
 
 @dataclass(eq=False)
@@ -213,7 +213,7 @@ class JointRole(SchedulerRole):
             self._startable.pop(req, None)
             self._remote_startable.pop(req, None)
         shapes = [[shape for _, shape in part] for part in of_ranks]
-        setattr(batch, PARTS, Parts(started, max(shapes, key=_most), [sum(map(sum, part)) for part in shapes]))
+        setattr(batch, PARTS, Parts(started, max(shapes, key=_most), [_most(part)[0] for part in shapes]))
         return batch
 
     def as_part(self, batch: Any | None) -> Any:

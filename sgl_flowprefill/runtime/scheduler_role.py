@@ -23,7 +23,7 @@ from sgl_flowprefill.hub.role import Arrival, Decoder, NoStreams
 from sgl_flowprefill.hub.snapshot import snapshot
 from sgl_flowprefill.hub.task import PrefillTask, Tasks
 from sgl_flowprefill.hub.waiting import BLOCK_TOKENS, WaitingRequest
-from sgl_flowprefill.hub.work import Work, all_tokens
+from sgl_flowprefill.hub.work import Work, own_tokens
 from sgl_flowprefill.live.state import State
 from sgl_flowprefill.policy import ColocatedPolicy, Policy
 from sgl_flowprefill.runtime.adapters import Adapters, adapters
@@ -219,7 +219,7 @@ class SchedulerRole(ABC):
 
     def held_tokens(self, task: PrefillTask) -> int:
         """KV cache that ``task`` would give back where the next step lacks some (``Work.held_tokens``)."""
-        return all_tokens(task)
+        return own_tokens(task)
 
     def requests(self, batch: Any) -> Sequence[Any]:
         reqs: list[Any] = batch.reqs

@@ -645,6 +645,20 @@ def test_ranks_that_match_their_own_requests_match_those_again_that_are_next_one
     assert matched == [f"r{i}" for i in range(8)], "the first ones, and as long as they wait none behind them"
 
 
+def test_what_a_task_would_give_back_is_what_it_computes_and_not_the_prefix_that_others_have_cached() -> None:
+    ttft: Any = SimpleNamespace(predict_s=lambda shapes: 1.0, pace=lambda shapes: Pace(1.0))
+    unlimited: Any = TaskMemory(Activations(1, 1, 1, None), math.inf)
+    work = Work(ColocatedPolicy(make_policy("fcfs", Limits(16, 1), 60.0)), ttft, unlimited, Progress([]), Tasks())
+    tasks = []
+    for number, shape in enumerate((PrefillShape(200, 8000), PrefillShape(6000, 0))):
+        job = work.add(Arrival(number, range(100), shape, 0.0, 100.0, 0.0))
+        task = work.start(0.0, job, None, [number], [shape], None)
+        task.spans = [(HostStamp(0.0), HostStamp(0.1))]
+        tasks.append(task)
+    assert work.to_give_back(0.0, 1000) == [tasks[1]]
+    assert work.to_give_back(0.0, 6001) == [tasks[1], tasks[0]]
+
+
 def test_tasks_with_log_probabilities_of_prompts_say_nothing_of_how_long_prefills_take() -> None:
     ttft = AdaptiveTTFT(SimpleNamespace(predict_s=lambda batch: 0.1), 0.5)
     unlimited: Any = TaskMemory(Activations(1, 1, 1, None), math.inf)
