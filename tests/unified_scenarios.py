@@ -47,6 +47,8 @@ GROWING: Final = {f"s{i}": Ask(tuple(prompt(700 + i, 25)), 65, (("min_new_tokens
 """Streams of which admission takes it that they may end early, and which do not: 180 tokens in the end."""
 LATE: Final = {"late": Ask(tuple(prompt(710, 40)), 4, (("ignore_eos", True),))}
 """A prompt that is admitted beside them, and does not fit in the end."""
+FREES: Final = {"frees": Ask(tuple(prompt(711, 10)), 1)}
+"""A request that ends with its prefill."""
 RESERVED: Final = {f"a{i}": Ask(tuple(prompt(720 + i, 12)), 26, (("ignore_eos", True),)) for i in range(6)}
 """Requests that take 228 tokens of KV cache in the end, and 72 at first."""
 
@@ -715,6 +717,34 @@ def streams_without_room(engine: UnifiedEngine) -> Play:
     _until(engine, lambda: state_of(engine, "late") in ("running", "suspended"))
     with patch.object(engine.hub.work.colocated, "next", lambda *_: Turn(Act.STEP)):
         _until(engine, lambda: role.given_back + role.retractions > before.total() or "s0" in engine.answers)
+    _calm(engine)
+    played = _played(engine)
+    played.seen["given back"] = role.given_back - before["given_back"]
+    played.seen["retractions"] = role.retractions - before["retractions"]
+    return played
+
+
+def streams_without_room_again(engine: UnifiedEngine) -> Play:
+    """As ``streams_without_room``, with a prefill that has given its KV cache back before."""
+    _anew(engine)
+    role = engine.hub.role
+    before = Counter(retractions=role.retractions, given_back=role.given_back)
+    for rid, ask in GROWING.items():
+        engine.submit(rid, ask)
+    _until(engine, lambda: all(state_of(engine, rid) == "decoding" for rid in GROWING))
+    _suspend_all_the_time(engine)
+
+    def begin_late() -> None:
+        _until(engine, lambda: state_of(engine, "late") in ("running", "suspended"))
+
+    engine.submit("late", LATE["late"])
+    begin_late()
+    [task] = engine.hub.work.tasks.live
+    engine.hub.give_back(task)
+    engine.submit("frees", FREES["frees"])
+    begin_late()
+    with patch.object(engine.hub.work.colocated, "next", lambda *_: Turn(Act.STEP)):
+        _until(engine, lambda: role.given_back + role.retractions > before.total() + 1 or "s0" in engine.answers)
     _calm(engine)
     played = _played(engine)
     played.seen["given back"] = role.given_back - before["given_back"]

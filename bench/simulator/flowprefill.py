@@ -127,13 +127,11 @@ class SimEngine:
         """Requests that the hub has not been told of."""
         self._waiting: dict[SimRequest, SimShape] = {}
 
-    def come(self, request: SimRequest, readable_s: float) -> None:
-        """``request`` can be started from ``readable_s`` on, which is news."""
+    def come(self, request: SimRequest, readable_s: float, number: int | None = None) -> None:
+        """``request`` can be started from ``readable_s`` on, which is news; ``number``: the one that it had before."""
         shape = SimShape.of(request, self._cost)
-        promised = objective_of(request)
-        self._come.append(
-            Arrival(request, (), shape, request.arrival_s, request.deadline_s, readable_s, objective=promised)
-        )
+        arrival = Arrival(request, (), shape, request.arrival_s, request.deadline_s, readable_s, number=number)
+        self._come.append(arrival._replace(objective=objective_of(request)))
 
     def take_news(self, stalls_due: bool) -> bool:
         return self.kv.release(self.now_s)

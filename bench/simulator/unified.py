@@ -78,14 +78,14 @@ class UnifiedEngine(SimEngine, Decoder):
         return len(self.streams) - self.kv.free_tokens
 
     def give_back(self, task: PrefillTask) -> None:
-        for request in task.batch.requests:
+        for request, member in zip(task.batch.requests, task.members, strict=True):
             self.kv.free(request, sum(request.shape))
-            self.come(request, self.now_s)
+            self.come(request, self.now_s, member.number)
         self._is_short = True
         self.give_backs += 1
 
     def step(self) -> DecodeStep:
-        """A step begins. Where it lacks KV cache, no tasks are left to be given back, and streams are retracted."""
+        """A step begins. Where it lacks KV cache, no task is left that gives its own back: streams are retracted."""
         while self.missing_tokens() > 0:
             request = self.streams.retract()
             request.predicted_s = self._cost.predict_s([request.shape])

@@ -28,10 +28,15 @@ class Arrival(NamedTuple):
     """Whether it was a stream and has part of its answer: it starts before all other requests."""
     objective: Objective | None = None
     """What the request is promised, of an engine that says so."""
-    was_given_back: bool = False
-    """Whether a prefill of it has begun before, which was given back."""
+    number: int | None = None
+    """Its number (``WaitingRequest.number``), if a prefill of it has begun before, which was given back."""
     place: int = 0
     """The part of the engine that computes it, of several that compute at the same time (``Work.places``)."""
+
+    @property
+    def was_given_back(self) -> bool:
+        """Whether a prefill of it has begun before, which was given back."""
+        return self.number is not None
 
     @property
     def is_fresh(self) -> bool:

@@ -87,6 +87,11 @@ class PrefillTask:
         return sum(shape.new_tokens for shape in self.shapes)
 
     @property
+    def was_given_back(self) -> bool:
+        """Whether one of its requests has begun before, and lost what was computed of it."""
+        return any(member.was_given_back for member in self.members)
+
+    @property
     def logprob_rows(self) -> int:
         """Tokens of its prompts whose log probabilities are asked for."""
         return sum(member.logprob_rows for member in self.members)

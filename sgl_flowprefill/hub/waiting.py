@@ -25,7 +25,9 @@ class WaitingRequest:
     req: Any
     """The role's own: SGLang's Req."""
     number: int
-    """Counts the requests that could be started; the same on all tensor-parallel ranks."""
+    """Counts the requests that could be started; the same on all tensor-parallel ranks. Its job has it, too, and both
+    stay if a prefill of it is given back.
+    """
     prompt: Sequence[int]
     shape: PrefillShape
     """New and cached tokens of the request, as the last prefix match left them."""
@@ -37,6 +39,8 @@ class WaitingRequest:
     """The part of the engine that computes it."""
     tbt_s: float = math.inf
     """Objective for the time between its tokens."""
+    was_given_back: bool = False
+    """Whether a prefill of it has begun before, which was given back."""
     watched: int | None = None
     """Hash of its prompt up to the first whole block that is not cached."""
     matched_at: int = 0

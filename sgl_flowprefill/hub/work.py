@@ -79,22 +79,26 @@ class Work:
     # ---- requests that come and go --------------------------------------------------------------------------------
 
     def add(self, arrival: Arrival) -> Job[WaitingRequest]:
-        """A request waits for its turn: its job."""
+        """A request waits for its turn: its job. One that was given back has the number that it had, and so its turn,
+        and counts no more among what arrives.
+        """
+        number = self.waiting.next_number() if arrival.number is None else arrival.number
         waiting = WaitingRequest(
             arrival.req,
-            self.waiting.next_number(),
+            number,
             arrival.prompt,
             arrival.shape,
             arrival.readable_s,
             arrival.logprob_rows,
             arrival.place,
             math.inf if arrival.objective is None else arrival.objective.tbt_s,
+            arrival.was_given_back,
         )
         shapes = (arrival.shape,)
         pace = self.ttft.pace(shapes)
         work_s = self.ttft.predict_s(shapes) / pace.factor
         weight = 1.0 if arrival.objective is None else arrival.objective.weight
-        job = Job(waiting, arrival.received_s, arrival.deadline_s, work_s, pace=pace, weight=weight)
+        job = Job(waiting, arrival.received_s, arrival.deadline_s, work_s, 1, number, pace, weight=weight)
         self.waiting.add(job)
         self._put(job)
         promised = arrival.objective
@@ -212,8 +216,15 @@ class Work:
         self.ask_again_s = self.colocated.step_by_s
 
     def to_give_back(self, now_s: float, tokens: int) -> list[PrefillTask]:
-        """The tasks that are given up so that ``tokens`` of KV cache get free for streams."""
-        return self._given_up(now_s, tokens, self.held_tokens)
+        """The tasks that are given up so that ``tokens`` of KV cache get free for streams. Who was given back before
+        keeps its own while streams can be retracted in its place: it would lose all that was computed again.
+        """
+        can_retract = self.colocated.can_retract
+
+        def held_tokens(task: PrefillTask) -> int:
+            return 0 if can_retract and task.was_given_back else self.held_tokens(task)
+
+        return self._given_up(now_s, tokens, held_tokens)
 
     def to_unwind(self, now_s: float) -> list[PrefillTask]:
         """The task that is given up first so that device memory gets free for streams. There is none where no task has

@@ -180,6 +180,13 @@ class ColocatedPolicy(Generic[R, K]):
         """
         return may_join(self.streams, requests, tokens, self._model, self.limits, joiners)
 
+    @property
+    def can_retract(self) -> bool:
+        """Whether streams can make room for the next step by giving up their own KV cache, so that one of them is left
+        and gets its token: the others have some that nobody shares.
+        """
+        return self.streams.fewest_served > 1
+
     def give_back(
         self,
         now_s: float,

@@ -202,6 +202,12 @@ class Streams:
         return max(self._context_tokens_at.values(), default=0)
 
     @property
+    def fewest_served(self) -> int:
+        """Streams that a step has served, at the place that has the fewest of those that have any streams."""
+        joined = Counter(stream.place for stream in self._joined)
+        return min((count - joined[place] for place, count in self._requests_at.items() if count), default=0)
+
+    @property
     def due_s(self) -> float:
         """When the first of the next tokens is due."""
         due_s = self.last_step_s + min(self._stepped) if self._stepped else math.inf

@@ -43,7 +43,7 @@ from sgl_flowprefill.runtime.scheduler_role import (
 from sgl_flowprefill.runtime.step_profile import load_or_measure_steps
 
 GIVEN_BACK: Final = "flowprefill_given_back"
-"""Attribute of SGLang's Req: a prefill of it has begun, and was given back."""
+"""Attribute of SGLang's Req: its number, if a prefill of it has begun, and was given back."""
 LAST_TOKEN_S: Final = "flowprefill_last_token_s"
 """Attribute of SGLang's Req: when the last token came before it lost its KV cache as a stream."""
 WITHOUT_MEMORY_S: Final = 10.0
@@ -153,7 +153,7 @@ class UnifiedRole(SchedulerRole):
         """A request that was a stream before has part of its answer, and is due one objective from now on: its old
         deadline would make it infeasible. One that was given back is due when it was, and news now.
         """
-        is_retracted, was_given_back = len(req.output_ids) > 0, getattr(req, GIVEN_BACK, False)
+        is_retracted, number = len(req.output_ids) > 0, getattr(req, GIVEN_BACK, None)
         arrived_s, promised, now_s = received_s(req), objective(req, self.resolver), time.monotonic()
         since_s = now_s if is_retracted else arrived_s
         return Arrival(
@@ -162,11 +162,11 @@ class UnifiedRole(SchedulerRole):
             prompt=array("q", [*req.origin_input_ids, *req.output_ids]) if is_retracted else req.origin_input_ids,
             received_s=since_s,
             deadline_s=since_s + promised.ttft_s,
-            readable_s=now_s if is_retracted or was_given_back else max(sent_s(req) or arrived_s, noticed_s(req)),
+            readable_s=max(sent_s(req) or arrived_s, noticed_s(req)) if number is None and not is_retracted else now_s,
             logprob_rows=input_logprobs(req),
             retracted=is_retracted,
             objective=promised,
-            was_given_back=was_given_back,
+            number=number,
         )
 
     def waiting(self) -> Collection[Any]:
@@ -332,6 +332,7 @@ class UnifiedRole(SchedulerRole):
 
     def give_back(self, task: PrefillTask) -> None:
         scheduler, reqs = self.scheduler, task.batch.reqs
+        numbers = {member.req: member.number for member in task.members}
         self._end([req for req in reqs if req.to_finish is not None])
         for req in reqs:
             if not req.finished():
@@ -349,7 +350,7 @@ class UnifiedRole(SchedulerRole):
                 scheduler.waiting_queue.append(req)
                 req.time_stats.set_wait_queue_entry_time()
                 self.held_back.append(req)
-                setattr(req, GIVEN_BACK, True)
+                setattr(req, GIVEN_BACK, numbers[req])
         self.given_back += 1
 
     def shed(self, reasons: Mapping[Any, str], retry_after_s: int) -> None:

@@ -365,6 +365,16 @@ def test_a_prefill_gives_its_kv_cache_to_streams_and_no_stream_is_retracted(
     assert played.seen["retractions"] == played.seen["retractions told"] == 0
 
 
+def test_a_prefill_that_was_given_back_is_not_again_where_a_stream_can_be_retracted(
+    tight: Remote, comparison: StockComparison
+) -> None:
+    played = tight.call(scenarios.streams_without_room_again)
+    comparison.compare(scenarios.GROWING | scenarios.LATE | scenarios.FREES, played.answers)
+    comparison.assert_same()
+    assert played.seen["given back"] == 1
+    assert played.seen["retractions"] == played.seen["retractions told"] == 1
+
+
 def test_admission_reserves_what_started_prefills_will_answer(tight: Remote, comparison: StockComparison) -> None:
     played = tight.call(scenarios.starts_of_all_that_is_admitted)
     comparison.compare(scenarios.RESERVED, played.answers)

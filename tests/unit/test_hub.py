@@ -33,7 +33,7 @@ from sgl_flowprefill.hub.task import DecodeStep, PrefillTask, Tasks
 from sgl_flowprefill.hub.waiting import WaitingRequest
 from sgl_flowprefill.hub.work import Work
 from sgl_flowprefill.pace import Pace
-from sgl_flowprefill.policy import ColocatedPolicy, DecodeLimits, Limits, Stream, make_policy
+from sgl_flowprefill.policy import ColocatedPolicy, DecodeLimits, Job, Limits, Stream, make_policy
 from sgl_flowprefill.profiling.steps import LinearSteps
 from sgl_flowprefill.runtime.decode_scheduler import DecodeScheduler
 from sgl_flowprefill.runtime.event_recorder import EventRecorder
@@ -646,9 +646,7 @@ def test_ranks_that_match_their_own_requests_match_those_again_that_are_next_one
 
 
 def test_what_a_task_would_give_back_is_what_it_computes_and_not_the_prefix_that_others_have_cached() -> None:
-    ttft: Any = SimpleNamespace(predict_s=lambda shapes: 1.0, pace=lambda shapes: Pace(1.0))
-    unlimited: Any = TaskMemory(Activations(1, 1, 1, None), math.inf)
-    work = Work(ColocatedPolicy(make_policy("fcfs", Limits(16, 1), 60.0)), ttft, unlimited, Progress([]), Tasks())
+    work = giving_back("fcfs", max_starvation_s=60.0)
     tasks = []
     for number, shape in enumerate((PrefillShape(200, 8000), PrefillShape(6000, 0))):
         job = work.add(Arrival(number, range(100), shape, 0.0, 100.0, 0.0))
@@ -657,6 +655,53 @@ def test_what_a_task_would_give_back_is_what_it_computes_and_not_the_prefix_that
         tasks.append(task)
     assert work.to_give_back(0.0, 1000) == [tasks[1]]
     assert work.to_give_back(0.0, 6001) == [tasks[1], tasks[0]]
+
+
+def giving_back(policy_name: str, max_starvation_s: float) -> Work:
+    """Work of which each request takes a second, beside streams."""
+    ttft: Any = SimpleNamespace(predict_s=lambda shapes: 1.0, pace=lambda shapes: Pace(1.0))
+    unlimited: Any = TaskMemory(Activations(1, 1, 1, None), math.inf)
+    policy = make_policy(policy_name, Limits(16, 1), max_starvation_s)
+    return Work(ColocatedPolicy(policy, LinearSteps(0.01, 0.0, 0.0)), ttft, unlimited, Progress([]), Tasks())
+
+
+def test_a_request_whose_prefill_is_given_back_keeps_its_turn_and_counts_once_among_what_arrives() -> None:
+    work, shape = giving_back("feasible", max_starvation_s=10.0), PrefillShape(100)
+
+    def come(rid: str, deadline_s: float, number: int | None = None) -> Job[WaitingRequest]:
+        return work.add(Arrival(rid, range(100), shape, 0.0, deadline_s, 0.0, number=number))
+
+    first, _, urgent = come("first", 5.0), come("second", 5.0), come("urgent", 1e6)
+    assert work.policy.pick(60.0, None) is first
+    task = work.start(60.0, first, None, ["first"], [shape], None)
+    work.end(task)
+    again = come("first", 5.0, task.members[0].number)
+    assert again.item.number == again.number == first.number
+    assert first.counted is not None
+    assert again.counted is None
+    assert work.policy.pick(60.5, None) is again
+    work.forget_all_but(["second", "urgent"])
+    assert work.policy.pick(61.0, None) is urgent, "the turn is over, and the next one comes later"
+
+
+def test_a_prefill_gives_its_kv_cache_back_once_unless_streams_could_not_be_retracted_in_its_place() -> None:
+    work, shape = giving_back("fcfs", max_starvation_s=60.0), PrefillShape(100)
+    streams = [Stream(1.0, 100, 0.0) for _ in range(2)]
+    work.colocated.joined(streams)
+    arrival = Arrival("a", range(100), shape, 0.0, 9.0, 0.0)
+    waiting = [work.add(arrival), work.add(arrival._replace(req="b", number=7))]
+    fresh, again = (work.start(0.0, job, None, [job.item.req], [shape], None) for job in waiting)
+    assert work.to_give_back(0.0, 1000) == [fresh, again], "the streams have nothing that nobody shares"
+    work.colocated.began(0.0)
+    work.colocated.stepped(0.01)
+    assert work.to_give_back(0.0, 1000) == [fresh]
+    work.end(fresh)
+    assert work.to_give_back(0.0, 1000) == []
+    assert work.to_unwind(0.0) == [], "it has not run"
+    again.has_run = True
+    assert work.to_unwind(0.0) == [again], "no stream could give device memory back"
+    work.colocated.left(streams[1:])
+    assert work.to_give_back(0.0, 1000) == [again], "the last stream would end with an error"
 
 
 def test_tasks_with_log_probabilities_of_prompts_say_nothing_of_how_long_prefills_take() -> None:

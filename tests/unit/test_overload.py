@@ -121,7 +121,7 @@ def test_what_is_remembered_of_requests_that_wait_no_more_is_bounded() -> None:
 @pytest.mark.parametrize(("retracted", "given_back"), [(False, False), (True, False), (False, True)])
 def test_only_requests_of_which_nothing_was_computed_may_be_refused(retracted: bool, given_back: bool) -> None:
     promised = Objective(1.0, 0.1, sheddable=True)
-    arrival = Arrived(None, [], PrefillShape(1, 0), 0.0, 1.0, 0.0, 0, retracted, promised, given_back)
+    arrival = Arrived(None, [], PrefillShape(1, 0), 0.0, 1.0, 0.0, 0, retracted, promised, 3 if given_back else None)
     assert arrival.is_fresh is not (retracted or given_back)
 
 
