@@ -752,6 +752,25 @@ def streams_without_room_again(engine: UnifiedEngine) -> Play:
     return played
 
 
+def last_stream_beside_a_result_on_its_way(engine: UnifiedEngine) -> tuple[Play, dict[str, Ask]]:
+    """A step of the only stream needs KV cache, and a prefill that has run has the rest: its result has not come."""
+    _anew(engine)
+    assert engine.scheduler.flush_cache()
+    usual, allocator = engine.hub.device, engine.scheduler.token_to_kv_pool_allocator
+    asked = {"stays": STREAM, "goes": Ask(URGENT.prompt, 1, URGENT.sampling, ttft_slo_s=20.0)}
+    engine.submit("stays", STREAM)
+    _until(engine, lambda: state_of(engine, "stays") == "decoding")
+    engine.use(late_device())
+    engine.submit("goes", asked["goes"])
+    _until(engine, lambda: state_of(engine, "goes") == "result on its way")
+    rest = allocator.alloc(int(allocator.available_size()))
+    engine.step()
+    engine.seen[f"goes: {state_of(engine, 'goes')}"] += 1
+    allocator.free(rest)
+    engine.use(usual)
+    return _played(engine), asked
+
+
 def starts_of_all_that_is_admitted(engine: UnifiedEngine) -> Play:
     """As many prefills are started as admission lets, before any of them goes on."""
     _anew(engine)

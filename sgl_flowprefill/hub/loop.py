@@ -227,13 +227,18 @@ class Hub(Generic[RoleT]):
         self._stopped_s = self.now_s()
 
     def make_room_for_step(self) -> None:
-        """Where the next step lacks KV cache, tasks give theirs back before a stream loses its own."""
-        while self.work.tasks.live and (missing_tokens := self.decoder.missing_tokens()) > 0:
-            tasks = self._agree_on(self.work.to_give_back, missing_tokens)
-            if not tasks:
-                return
-            for task in tasks:
+        """Where the next step lacks KV cache, tasks give theirs back before a stream loses its own. Where none does, the
+        prefills that have run end first: they free some, or become streams, of which there are several then.
+        """
+        tasks = self.work.tasks
+        while (tasks.live or tasks.finishing) and (missing_tokens := self.decoder.missing_tokens()) > 0:
+            given_up = self._agree_on(self.work.to_give_back, missing_tokens) if tasks.live else []
+            for task in given_up:
                 self.give_back(task)
+            if not given_up and not tasks.finishing:
+                return
+            if not given_up:
+                self.finish_done()
 
     def _queued_step(self) -> DecodeStep | None:
         """The decode step. Where the device has no memory for it, tasks that have run give theirs back, one after the

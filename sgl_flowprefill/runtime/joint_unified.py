@@ -53,7 +53,7 @@ class JointUnifiedRole(JointRole, UnifiedRole):
     _late: list[bool] = field(default_factory=list, init=False)
     """Likewise, of ``StreamTidings.late``."""
     _lacking: list[int] = field(default_factory=list, init=False)
-    """The ranks at which the next step lacks KV cache that tasks could give back."""
+    """The ranks at which the next step lacks KV cache, of those where prefills hold some."""
     _gave_way: bool = field(default=False, init=False)
     """Whether requests have been kept out since the last look."""
 
@@ -103,8 +103,8 @@ class JointUnifiedRole(JointRole, UnifiedRole):
             UnifiedRole.drop(self, task)
 
     def missing_tokens(self) -> int:
-        """Of all ranks together that have something to give back."""
-        has_some = any(task.batch.reqs for task in self.tasks.live)
+        """Of all ranks together where prefills hold some."""
+        has_some = any(task.batch.reqs for task in self.tasks.prefills)
         own = max(0, UnifiedRole.missing_tokens(self)) if has_some else 0
         missing = self.agreement.exchange(own or None)
         self._lacking = [rank for rank, tokens in enumerate(missing) if tokens]

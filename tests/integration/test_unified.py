@@ -375,6 +375,15 @@ def test_a_prefill_that_was_given_back_is_not_again_where_a_stream_can_be_retrac
     assert played.seen["retractions"] == played.seen["retractions told"] == 1
 
 
+def test_the_last_stream_goes_on_when_a_prefill_whose_result_is_on_its_way_has_the_rest(
+    unified: Remote, comparison: StockComparison
+) -> None:
+    played, asked = unified.call(scenarios.last_stream_beside_a_result_on_its_way)
+    assert played.seen["goes: ended"] == 1, dict(played.seen)
+    comparison.compare(asked, played.answers)
+    comparison.assert_same()
+
+
 def test_admission_reserves_what_started_prefills_will_answer(tight: Remote, comparison: StockComparison) -> None:
     played = tight.call(scenarios.starts_of_all_that_is_admitted)
     comparison.compare(scenarios.RESERVED, played.answers)

@@ -244,6 +244,25 @@ def test_kv_cache_that_a_step_frees_is_used_at_once() -> None:
     raise AssertionError("the request is not answered")
 
 
+def test_a_step_that_lacks_kv_cache_waits_for_the_result_of_a_prefill_that_holds_some() -> None:
+    model = Model(1, lambda tokens: 1e-3, lambda tokens: 1e-3)
+    request = SimulatedRequest("r", 0.0, 100, 60.0)
+    hub = SimulatedServer(SimulatedDevice(2, HostCosts()), model, [request]).hub
+    colocated = hub.work.colocated = ColocatedPolicy(hub.work.policy, LinearSteps(0.01, 0.0, 0.0), DecodeLimits())
+
+    class Short(Steps):
+        def missing_tokens(self) -> int:
+            return len(hub.work.tasks.finishing)
+
+    hub.decoder = steps = Short(hub, late=True)
+    colocated.joined([Stream(0.1, 100, 0.0)])
+    while not hub.work.tasks.finishing:
+        assert hub.turn()
+    assert request.answered_s == math.inf
+    hub.step()
+    assert request.answered_s <= steps.begun_s[0]
+
+
 def test_a_task_takes_over_the_number_of_the_request_it_is_started_for() -> None:
     requests = [SimulatedRequest(f"r{i}", 0.0, 100, 1.0) for i in range(2)]
     model = Model(1, lambda tokens: 1e-3, lambda tokens: 1e-3)
