@@ -87,6 +87,8 @@ class Hub(Generic[RoleT]):
     """Refuses requests that wait, each with its reason. Clients may come back after so many seconds."""
     kv_is_short: bool = field(default=False, init=False)
     """Whether KV for a new task was asked for in vain, and none has been freed since."""
+    _short_until_s: float = field(default=math.inf, init=False)
+    """When others may ask for some, if none is freed."""
     _stopped_s: float = field(default=0.0, init=False)
     """When a task was last done or interrupted."""
     _looked_for_stalls_s: float = field(default=-math.inf, init=False)
@@ -141,8 +143,8 @@ class Hub(Generic[RoleT]):
         stalls_due = self._agree_on_news(now_s)
         self.events.clear()
         self.work.waiting.forget_news()
-        if self.role.take_news(stalls_due) or stalls_due:
-            self.kv_is_short = False
+        if self.role.take_news(stalls_due) or stalls_due or now_s >= self._short_until_s:
+            self.kv_is_short, self._short_until_s = False, math.inf
         self.work.forget_all_but(self.role.waiting())
         for task in self.role.abandoned(self.work.tasks.live):
             self.recorder.dropped(task)
@@ -283,6 +285,7 @@ class Hub(Generic[RoleT]):
                 return task
             # Its KV does not fit. Work on what holds KV, and try again when some has been freed.
             self.kv_is_short = True
+            self._short_until_s = self.work.colocated.shut_until_s(choice[0], self.now_s())
 
     def choose(self) -> Choice:
         """What all ranks run next. Where its prompt can be matched farther, all do so, and the choice is made anew: a

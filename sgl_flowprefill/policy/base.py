@@ -203,6 +203,12 @@ class Policy(ABC, Generic[R, K]):
         """
         return False
 
+    def turn_ends_s(self, job: Job[R]) -> float:
+        """Until when the waiting ``job`` goes before jobs that can be met, if it cannot start for want of KV cache;
+        infinity where no order of jobs ends.
+        """
+        return math.inf
+
     def keeps(self, job: Job[K], now_s: float) -> bool:
         """Whether the started ``job`` is to meet its deadline: jobs that are not are given up first."""
         return job.latest_start_s >= now_s

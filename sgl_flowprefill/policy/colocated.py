@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from sgl_flowprefill.policy.base import Job, Policy
 from sgl_flowprefill.policy.decode import (
@@ -67,7 +67,9 @@ class ColocatedPolicy(Generic[R, K]):
     """A prefill policy beside the decode steps of streams. Without streams it is that policy.
 
     * A step runs when it has to start (``DecodeLoad.start_by_s``), and whenever no prefill can run.
-    * Else a retracted request starts, if there is one: somebody waits for the rest of its answer.
+    * Else a retracted request starts, if there is one: somebody waits for the rest of its answer. Where it finds no KV
+      cache, others wait with it for as long as its objective for a first token says, and start for as long then, in
+      turns.
     * Else the prefill policy picks. It plans with the time that steps will take.
 
     So streams get their tokens in time wherever their objectives leave prefills ``1 - max_share`` of the time, and
@@ -116,6 +118,15 @@ class ColocatedPolicy(Generic[R, K]):
     def returns(self, job: Job[R]) -> bool:
         """Whether the waiting ``job`` was a stream, and starts before all others."""
         return any(other is job for other in self._returning)
+
+    def shut_until_s(self, job: Job[R], now_s: float) -> float:
+        """Until when nobody else starts if ``job``, which is to start at ``now_s``, finds no KV cache and none is
+        freed: others may find some then.
+        """
+        if self._returning and job is self._returning[0] and _goes_first(job, now_s):
+            slo_s = job.deadline_s - job.arrival_s
+            return job.arrival_s + slo_s * ((now_s - job.arrival_s) // slo_s + 1)
+        return self.prefills.turn_ends_s(job)
 
     def waits_no_longer(self, job: Job[R]) -> None:
         """``job`` has started, or is not wanted any more."""
@@ -169,7 +180,7 @@ class ColocatedPolicy(Generic[R, K]):
         """What runs at ``now_s``. ``running`` and ``admit`` are the prefill policy's: see ``Policy.pick``."""
         if now_s >= self.step_by_s or (not admit and self._decodes_ahead(now_s, running)):
             return Turn(Act.STEP)
-        job = self._first_returning(running, admit) or self.prefills.pick(now_s, running, admit)
+        job = self._first_returning(now_s, running, admit) or self.prefills.pick(now_s, running, admit)
         if job is None:
             return Turn(Act.STEP if self.may_step else Act.NOTHING)
         return Turn(Act.TASK if job.started else Act.START, job, self.step_by_s)
@@ -220,9 +231,11 @@ class ColocatedPolicy(Generic[R, K]):
                 tokens -= held_tokens(job.item)
         return given
 
-    def _first_returning(self, running: Job[K] | None, admit: bool) -> Job[R] | None:
+    def _first_returning(self, now_s: float, running: Job[K] | None, admit: bool) -> Job[R] | None:
         """The retracted request that starts now."""
-        return self._returning[0] if self._returning and admit and self.prefills.may_start(running) else None
+        if not self._returning or not admit or not self.prefills.may_start(running):
+            return None
+        return self._returning[0] if _goes_first(self._returning[0], now_s) else None
 
     def _decodes_ahead(self, now_s: float, running: Job[K] | None) -> bool:
         """Whether a step goes first because KV cache is short for the request that would win, and steps free some."""
@@ -233,3 +246,10 @@ class ColocatedPolicy(Generic[R, K]):
             return False
         winner = self.prefills.pick(now_s, running, admit=True)
         return winner is not None and not winner.started
+
+
+def _goes_first(job: Job[Any], now_s: float) -> bool:
+    """Whether the retracted ``job`` goes before all others, or lets others start. It does both in turns, from when it
+    was retracted, each for as long as its objective says.
+    """
+    return (now_s - job.arrival_s) // (job.deadline_s - job.arrival_s) % 2 == 0

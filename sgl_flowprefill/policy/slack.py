@@ -25,7 +25,8 @@ LOOKS: Final = 64
 
 class StarvationTurns:
     """Lets starved jobs, which cannot meet their deadline any more, go first one after the other, in ``share`` of the
-    time at most. A turn counts with the time of the task that is started in it.
+    time at most. A turn counts with the time of the task that is started in it. A job that could not start in its turn,
+    for want of KV cache, lets others go first for as long as that was.
 
     Under lasting overload every infeasible job is starved sooner or later, and without a share the order of a policy
     would become first come first served. One policy has one object for its waiting and started jobs.
@@ -41,12 +42,22 @@ class StarvationTurns:
     def is_turn_of(self, job: Job[Any], now_s: float) -> bool:
         """Whether it is the turn of ``job``, known by its number. A turn lasts until the next one begins."""
         self._now_s = now_s
+        if self.are_unlimited:
+            return True
         if job.number != self._turn_of:
             if now_s < self._next_turn_s:
                 return False
             self._turn_of = job.number
             self._next_turn_s = now_s + job.remaining_s / self._share
+        elif not job.started and now_s >= self._next_turn_s:
+            self._turn_of = None
+            self._next_turn_s = now_s + job.remaining_s / self._share
+            return False
         return True
+
+    def ends_s(self, job: Job[Any]) -> float:
+        """When the turn of ``job``, which waits, ends if it does not start; infinity if it is not its turn."""
+        return self._next_turn_s if job.number == self._turn_of else math.inf
 
     def charge(self, task: Job[Any]) -> None:
         """``task`` has started, or goes on: if it is its turn, all that it computes counts, its joiners with it."""

@@ -157,6 +157,22 @@ def test_a_retracted_stream_starts_before_all_other_requests_but_not_in_place_of
     assert policy.next(0.0, None).job is urgent
 
 
+def test_a_retracted_stream_without_kv_cache_and_the_others_go_first_in_turns() -> None:
+    policy = colocated()
+    urgent, returned = request("urgent", 1e6), request("returned", 12.0, arrival_s=10.0)
+    for job in (urgent, returned):
+        policy.prefills.add(job)
+    policy.returned(returned)
+    for now_s, first, until_s in ((10.0, returned, 12.0), (11.9, returned, 12.0), (15.0, returned, 16.0)):
+        assert policy.next(now_s, None).job is first
+        assert policy.shut_until_s(first, now_s) == until_s
+    for now_s in (12.0, 13.9, 16.0, 17.9):
+        assert policy.next(now_s, None).job is urgent
+        assert policy.shut_until_s(urgent, now_s) == math.inf
+    policy.prefills.remove(urgent)
+    assert policy.next(13.0, None).job is returned, "nobody else waits"
+
+
 def test_tasks_that_are_hardly_begun_and_not_kept_are_given_back_first() -> None:
     policy = colocated()
     done_s = {"half": 1.1, "late": 0.4, "kept, costly": 0.3, "kept, cheap": 0.3}

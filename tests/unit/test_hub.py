@@ -244,6 +244,33 @@ def test_kv_cache_that_a_step_frees_is_used_at_once() -> None:
     raise AssertionError("the request is not answered")
 
 
+def test_a_retracted_stream_that_does_not_fit_lets_others_start_in_the_end_and_starts_when_it_fits() -> None:
+    requests = [SimulatedRequest("back", 0.0, 100, 2.0), SimulatedRequest("urgent", 0.5, 100, 60.0)]
+    device = SimulatedDevice(0, HostCosts(0.0, 0.0, 0.0, 0.0, 0.0))
+    server = SimulatedServer(device, Model(1, lambda tokens: 1e-3, lambda tokens: 1e-3), requests)
+    hub, engine = server.hub, server.engine
+    hub.work.policy.limits, hub.stall_check_s = Limits(16, 1), math.inf
+    arrived, make_batch = engine.arrived, engine.make_batch
+    asked: list[str] = []
+    has_room = False
+
+    def admit(reqs: Any) -> Any:
+        asked.append(reqs[0].rid)
+        return make_batch(reqs) if has_room or reqs[0].rid == "urgent" else None
+
+    engine.arrived = lambda: (one._replace(retracted=one.req.rid == "back") for one in arrived())  # type: ignore[method-assign]
+    engine.make_batch = admit  # type: ignore[method-assign]
+    for now_s in (1.0, 1.5, 1.9):
+        device.now_s = now_s
+        assert hub.next_task() is None
+    assert asked == ["back"], "nobody takes what may be freed for it"
+    device.now_s, has_room = 2.0, True
+    assert hub.next_task().rids == ["urgent"]  # type: ignore[union-attr]
+    server.run_all()
+    assert asked == ["back", "urgent", "back"]
+    assert all(request.answered_s < math.inf for request in requests)
+
+
 def test_a_step_that_lacks_kv_cache_waits_for_the_result_of_a_prefill_that_holds_some() -> None:
     model = Model(1, lambda tokens: 1e-3, lambda tokens: 1e-3)
     request = SimulatedRequest("r", 0.0, 100, 60.0)

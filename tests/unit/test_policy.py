@@ -283,6 +283,19 @@ def test_a_starved_request_starts_alone_while_others_can_be_met(kind: str) -> No
     assert batch() == [starved, another, beside, longer], "nobody else would be met"
 
 
+@pytest.mark.parametrize("kind", ["feasible", "s-edf"])
+def test_a_starved_request_that_cannot_start_in_its_turn_lets_others_go_first_for_as_long(kind: str) -> None:
+    policy: Policy[str, str] = make_policy(kind, Limits(4, 100), max_starvation_s=1.0)
+    starved, kept = job("starved", 0.1, 0.5), job("kept", 1e6)
+    for entry in (starved, kept):
+        policy.add(entry)
+    firsts = {10.0: starved, 34.9: starved, 35.0: kept, 59.9: kept, 60.0: starved, 84.9: starved}
+    for now_s, first in firsts.items():
+        assert policy.pick(now_s, None) is first
+        assert policy.turn_ends_s(kept) == math.inf
+    assert policy.turn_ends_s(starved) == 85.0
+
+
 @given(
     st.lists(st.tuples(st.integers(1, 150), st.floats(0.01, 5)), min_size=1, max_size=40),
     st.integers(1, 200),

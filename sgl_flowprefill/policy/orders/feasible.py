@@ -303,6 +303,9 @@ class FeasibleSet(Policy[R, K]):
     def starts_alone(self, winner: Job[R], now_s: float) -> bool:
         return bool(self._plan.kept) and self._waiting.first_starved(now_s) is winner
 
+    def turn_ends_s(self, job: Job[R]) -> float:
+        return self._turns.ends_s(job)
+
     def standings(self, jobs: Sequence[Job[Any]], now_s: float) -> list[Standing]:
         self._reclassify(now_s)
         starved, kept = self._waiting.first_starved(now_s), set(map(id, self._plan.kept))

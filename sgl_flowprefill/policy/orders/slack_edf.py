@@ -72,6 +72,9 @@ class SlackEdf(Policy[R, K]):
             return False
         return any(jobs.first_feasible(now_s) is not None for jobs in (self._waiting, self._started))
 
+    def turn_ends_s(self, job: Job[R]) -> float:
+        return self._turns.ends_s(job)
+
     def standings(self, jobs: Sequence[Job[Any]], now_s: float) -> list[Standing]:
         self._waiting.reclassify(now_s)
         starved = set(map(id, self._waiting.starved(now_s)))
