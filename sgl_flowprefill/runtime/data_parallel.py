@@ -252,6 +252,10 @@ class JointRole(SchedulerRole):
         """Each rank compiles the grammars of its own requests."""
         return found
 
+    def agree_on_numbers(self, numbers: Sequence[int]) -> Sequence[int]:
+        """Each rank has bootstraps of its own."""
+        return numbers
+
     def _number(self, req: Any) -> int:
         """What ``req`` of this rank is called at the others, which are told of it the first time."""
         number = self._numbers.get(req)

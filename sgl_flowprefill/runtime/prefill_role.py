@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import Any, Final
 
 from sglang.srt.disaggregation.base import KVPoll
@@ -17,12 +19,80 @@ from sgl_flowprefill.runtime.scheduler_role import SchedulerRole, fail_unless_ab
 
 STALL_CHECK_REQUESTS: Final = 512
 """Most waiting requests that are looked at for stalls: SGLang takes about 1.5 us each, and a prefill may be stopped."""
+LOOKED_AT_AGAIN: Final = 16
+"""Most requests that an event looks at because there may have been no metadata buffer for them."""
+
+
+class Bootstraps:
+    """The requests of SGLang's bootstrap queue, and which of them SGLang is to look at.
+
+    Each has a number, which is the same on all tensor-parallel ranks: these have the same queue.
+    """
+
+    def __init__(self) -> None:
+        self._told: deque[int | None] = deque()
+        """Rooms of which a transfer thread has told something."""
+        self._by_number: dict[int, Any] = {}
+        self._numbers: dict[Any, int] = {}
+        self._in_room: dict[int | None, set[int]] = {}
+        self._taken_in = 0
+        self._ready: set[int] = set()
+        """Requests of which something was told, and that are in the queue still."""
+        self._without_buffer: set[int] = set()
+
+    def tell(self, room: int) -> None:
+        """Something has happened to the request in ``room``. On any thread."""
+        self._told.append(room)
+
+    def take_told(self) -> list[int]:
+        """Numbers of the requests to which something has happened since the last call."""
+        numbers: set[int] = set()
+        while self._told:
+            numbers |= self._in_room.get(self._told.popleft(), set())
+        return sorted(numbers)
+
+    def take_in(self, queue: Sequence[Any]) -> range:
+        """Numbers of the requests that are new: those at the end of ``queue``."""
+        new = list(takewhile(lambda req: req not in self._numbers, reversed(queue)))
+        numbers = range(self._taken_in, self._taken_in + len(new))
+        for number, req in zip(numbers, reversed(new), strict=True):
+            self._by_number[number], self._numbers[req] = req, number
+            self._in_room.setdefault(req.bootstrap_room, set()).add(number)
+        self._taken_in = numbers.stop
+        return numbers
+
+    def due(self, told: Iterable[int], new: Iterable[int]) -> list[Any]:
+        """The requests to look at, in the order in which they came: with those of the numbers, all of which something
+        was told, and some that found no buffer.
+        """
+        self._ready.update(told)
+        return [self._by_number[number] for number in sorted(self._ready.union(self._without_buffer, new))]
+
+    def looked_at(self, reqs: Iterable[Any], staying: Sequence[Any], out_of_buffers: bool) -> None:
+        """Of ``reqs``, those ``staying`` are in the queue still."""
+        stay = set(staying)
+        for req in [req for req in reqs if req not in stay]:
+            number = self._numbers.pop(req)
+            del self._by_number[number]
+            self._ready.discard(number)
+            self._in_room[req.bootstrap_room].discard(number)
+            if not self._in_room[req.bootstrap_room]:
+                del self._in_room[req.bootstrap_room]
+        without = staying[:LOOKED_AT_AGAIN] if out_of_buffers else ()
+        self._without_buffer = {self._numbers[req] for req in without}
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(list(self._numbers))
 
 
 @dataclass(eq=False)
 class PrefillRole(SchedulerRole):
     """What the hub asks of a prefill server."""
 
+    bootstraps: Bootstraps = field(default_factory=Bootstraps, init=False)
+    """Which of the requests without a place at a decode server are to be looked at."""
+    _looks_at_all: bool = field(default=False, init=False)
+    """Whether all of them are, at the next look."""
     bootstrapped_s: dict[int, float] = field(default_factory=dict, init=False)
     """When the decode server had reserved its KV cache, by the room of a request that has not come here yet."""
     _reindexed: Any = field(default=None, init=False)
@@ -36,6 +106,7 @@ class PrefillRole(SchedulerRole):
         # What has ended gives back its metadata buffer, before those that need one are looked at.
         has_sent = bool(self.scheduler.process_disagg_prefill_inflight_queue())
         if stalls_due:
+            self._looks_at_all = True
             self.drop_stalled()
             self.forget_rooms()
             self.recorder.close_lost(self.held())
@@ -44,7 +115,7 @@ class PrefillRole(SchedulerRole):
 
     def arrived(self) -> Iterator[Arrival]:
         """Requests that have bootstrapped, and do not wait for prefixes from storage."""
-        bootstrapped = self.scheduler.disagg_prefill_bootstrap_queue.pop_bootstrapped()
+        bootstrapped = self._pop_bootstrapped()
         self.scheduler.waiting_queue.extend(bootstrapped)
         for req in self.may_start(bootstrapped):
             arrival_s, promised = received_s(req), objective(req, self.resolver)
@@ -91,7 +162,13 @@ class PrefillRole(SchedulerRole):
             self.bootstrapped_s[bootstrap_room] = time.monotonic()
         elif status == KVPoll.Failed:
             self.bootstrapped_s.pop(bootstrap_room, None)
+        self.bootstraps.tell(bootstrap_room)
         self.wakeup.notify()
+
+    def note_abort(self, rid_prefix: str, abort_all: bool) -> None:
+        """SGLang ends the requests that have not bootstrapped when it looks at them."""
+        super().note_abort(rid_prefix, abort_all)
+        self._looks_at_all = True
 
     @contextmanager
     def noticing_new_indices(self, req: Any) -> Iterator[None]:
@@ -112,6 +189,38 @@ class PrefillRole(SchedulerRole):
         return self.device.beside_the_queue() if has_run and req is not self._reindexed else nullcontext()
 
     # ---- the rest -------------------------------------------------------------------------------------------------
+
+    def _pop_bootstrapped(self) -> list[Any]:
+        """The requests that have bootstrapped, of those that SGLang is shown of its queue. It asks how far each is, and
+        ranks agree on that: the new ones, those of which something was told, and once a second all, for failures that
+        nobody tells.
+        """
+        scheduler, bootstraps = self.scheduler, self.bootstraps
+        queue = scheduler.disagg_prefill_bootstrap_queue
+        told, queued = bootstraps.take_told(), queue.queue
+        if not queued:
+            bootstraps.looked_at(bootstraps, (), out_of_buffers=False)
+            return []
+        new = bootstraps.take_in(queued)
+        shown = bootstraps.due(self.agree_on_numbers(told), new)
+        looked_at, others = shown, list[Any]()
+        if self._looks_at_all:
+            self._looks_at_all = False
+            looked_at, shown = list(bootstraps), queued
+        elif shown:
+            chosen = set(shown)
+            others = [req for req in queued if req not in chosen]
+            if len(shown) + len(others) > len(queued):  # some have left on another way
+                shown = [req for req in queued if req in chosen]
+        else:
+            return []
+        queue.queue = shown
+        bootstrapped: list[Any] = queue.pop_bootstrapped()
+        staying = queue.queue
+        queue.queue = others + staying
+        out_of_buffers = scheduler.req_to_metadata_buffer_idx_allocator.available_size() == 0
+        bootstraps.looked_at(looked_at, staying, out_of_buffers)
+        return bootstrapped
 
     def drop_stalled(self) -> None:
         """SGLang drops waiting requests whose decode server is gone; here a part of them each time, in turns."""

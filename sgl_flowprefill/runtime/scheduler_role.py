@@ -354,6 +354,10 @@ class SchedulerRole(ABC):
         """Whether the rank that decides has ``found`` something, at all ranks that have the same requests."""
         return bool(self.agreement.agree([found])[0])
 
+    def agree_on_numbers(self, numbers: Sequence[int]) -> Sequence[int]:
+        """The ``numbers`` of the rank that decides, at all ranks that have the same requests."""
+        return self.agreement.agree(numbers)
+
 
 def noticed_s(req: Any) -> float:
     """When the hub noticed that ``req``, which had to wait for storage, may start; 0 for one that had not."""

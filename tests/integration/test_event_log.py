@@ -215,6 +215,7 @@ def test_requests_can_be_run_before_they_start_and_leave_when_their_kv_cache_is_
     logged.engine.turn()
     assert {event.kind for event in logged.events()} == {"arrival"}, "its decode server has no place for it yet"
     req.disagg_kv_sender.conclude_state = None
+    logged.scheduler.role.note_transfer_status(req.bootstrap_room, KVPoll.WaitingForInput)
     logged.submit("HEALTH_CHECK_1", prompt(1, 1))
     logged.engine.run()
     kinds: dict[str, list[str]] = {"is sent": [], "HEALTH_CHECK_1": []}

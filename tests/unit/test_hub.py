@@ -9,7 +9,7 @@ from array import array
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
@@ -317,6 +317,89 @@ def test_many_waiting_requests_are_looked_at_in_turns_for_those_whose_decode_ser
         scheduler.role.drop_stalled()
     assert max(looks) <= 512
     assert sorted(scheduler.waiting_queue) == [number for number in numbers if number >= 0]
+
+
+@dataclass(eq=False)
+class Bootstrapping:
+    """A request that has not bootstrapped."""
+
+    bootstrap_room: int
+    is_ready: bool = False
+
+
+@dataclass
+class BootstrapQueue:
+    """SGLang's queue of them. Counts what it is asked to look at."""
+
+    queue: list[Bootstrapping]
+    looked_at: int = 0
+
+    def pop_bootstrapped(self) -> list[Bootstrapping]:
+        self.looked_at += len(self.queue)
+        ready = [req for req in self.queue if req.is_ready]
+        self.queue = [req for req in self.queue if not req.is_ready]
+        return ready
+
+
+def test_of_many_requests_without_a_place_at_a_decode_server_those_are_looked_at_of_which_something_was_told(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(Scheduler, "process_disagg_prefill_inflight_queue", lambda scheduler: [])
+    monkeypatch.setattr(Scheduler, "resolve_waiting_queue_bootstrap", lambda scheduler: None)
+    reqs = [Bootstrapping(room) for room in range(5000)]
+    queue, buffers = BootstrapQueue(list(reqs)), SimpleNamespace(available_size=lambda: 9)
+    role = with_role(
+        waiting_queue=[],
+        disagg_prefill_bootstrap_queue=queue,
+        req_to_metadata_buffer_idx_allocator=buffers,
+        grammar_manager=Grammars(),
+    ).role
+    monkeypatch.setattr(role, "take_messages", lambda: False)
+    bootstrapped: list[Bootstrapping] = []
+
+    def may_start(queued: list[Bootstrapping]) -> list[Bootstrapping]:
+        bootstrapped.extend(queued)
+        return []
+
+    monkeypatch.setattr(role, "may_start", may_start)
+
+    def look(stalls_due: bool = False) -> tuple[int, list[int]]:
+        """How many requests are looked at, and the rooms of those that have bootstrapped."""
+        queue.looked_at = 0
+        bootstrapped.clear()
+        role.take_news(stalls_due)
+        assert not list(role.arrived())
+        return queue.looked_at, [req.bootstrap_room for req in bootstrapped]
+
+    assert look() == (5000, []), "all are new"
+    assert look() == (0, [])
+    reqs[7].is_ready = True
+    role.note_transfer_status(7, KVPoll.WaitingForInput)
+    assert look() == (1, [7])
+    reqs[8].is_ready = True
+    assert look() == (0, []), "nobody has told of it"
+    assert look(stalls_due=True) == (4999, [8])
+    role.note_transfer_status(9, KVPoll.WaitingForInput)
+    assert look() == look() == (1, []), "another rank, or a buffer, is waited for"
+    reqs[9].is_ready = True
+    assert look() == (1, [9])
+    role.note_transfer_status(9, KVPoll.Success)
+    queue.queue += [Bootstrapping(5000), Bootstrapping(5001, is_ready=True)]
+    assert look() == (2, [5001])
+    role.note_abort("", abort_all=True)
+    assert look() == (4998, [])
+    buffers.available_size = lambda: 0
+    queue.queue += [Bootstrapping(5002)]
+    assert look() == look() == (1, []), "it may be for want of a buffer that it has not bootstrapped"
+    assert len(queue.queue) == len(set(queue.queue)) == 4999
+    gone = queue.queue.pop(0)
+    role.note_transfer_status(gone.bootstrap_room, KVPoll.Failed)
+    assert look() == (1, [])
+    assert gone not in queue.queue
+    queue.queue.clear()
+    assert look() == (0, [])
+    queue.queue.append(reqs[0])
+    assert look() == (1, [])
 
 
 def test_a_bootstrap_whose_request_never_comes_is_forgotten() -> None:

@@ -38,6 +38,12 @@ PART: Final = Part(
             "holds the requests that a decode server has no room for yet",
             "requests seem to be lost in the event log",
         ),
+        *attributes(
+            "sglang.srt.managers.scheduler:Scheduler",
+            "req_to_metadata_buffer_idx_allocator",
+            "says whether a request that has bootstrapped finds a buffer",
+            "requests that found none start up to a second late",
+        ),
         *rows(
             "reads",
             "sglang.srt.disaggregation.base:",
