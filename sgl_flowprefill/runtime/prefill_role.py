@@ -215,7 +215,7 @@ class PrefillRole(SchedulerRole):
         else:
             return []
         queue.queue = shown
-        bootstrapped: list[Any] = queue.pop_bootstrapped()
+        bootstrapped: list[Any] = scheduler.disagg_prefill_bootstrap_queue.pop_bootstrapped()
         staying = queue.queue
         queue.queue = others + staying
         out_of_buffers = scheduler.req_to_metadata_buffer_idx_allocator.available_size() == 0
