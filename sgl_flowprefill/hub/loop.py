@@ -229,7 +229,7 @@ class Hub(Generic[RoleT]):
         self._stopped_s = self.now_s()
 
     def make_room_for_step(self) -> None:
-        """Where the next step lacks KV cache, tasks give theirs back before a stream loses its own. Where none does, the
+        """Where the next step lacks KV cache, tasks give theirs back before a stream loses its own. Where none does,
         prefills that have run end first: they free some, or become streams, of which there are several then.
         """
         tasks = self.work.tasks

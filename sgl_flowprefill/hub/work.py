@@ -115,7 +115,7 @@ class Work:
             self.policy.withdrawn(job)
 
     def set_aside(self, reqs: Collection[Any], come_again: Collection[Any]) -> None:
-        """``reqs`` wait and cannot be started for now; others that could not ``come_again`` (``Shedding.set_aside``)."""
+        """``reqs`` wait and cannot start for now; others that could not ``come_again`` (``Shedding.set_aside``)."""
         if self.shedding is not None:
             self.shedding.set_aside(reqs, come_again)
 
