@@ -134,6 +134,9 @@ class Leave(Event, tag="leave"):
 
     rid: str
     reason: Annotated[str | UnsetType, Meta(description="what went wrong; absent where nothing did")] = UNSET
+    aborted: Annotated[
+        bool, Meta(description="true where it went wrong because somebody asked for that; else absent")
+    ] = False
 
 
 class Abort(Event, tag="abort"):

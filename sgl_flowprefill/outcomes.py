@@ -248,6 +248,8 @@ class Outcomes:
             return NONE_ENDED
         if event.reason is UNSET:
             return [self._outcome(request, event.t_s, first_token_s=event.t_s)]
+        if event.aborted:
+            return [self._outcome(request, event.t_s)]
         return [self._outcome(request, event.t_s, failed=True, reason=event.reason)]
 
     def _end(self, event: Abort | Fail) -> Sequence[Outcome]:

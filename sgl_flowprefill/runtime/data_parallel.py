@@ -140,10 +140,6 @@ class JointRole(SchedulerRole):
     def own_waiting(self) -> Collection[Any]:
         """``waiting`` of this rank."""
 
-    @abstractmethod
-    def unanswered(self) -> Iterable[Any]:
-        """The requests that are at this rank, but those whose grammars are being compiled."""
-
     # ---- what the hub asks ----------------------------------------------------------------------------------------
 
     def take_news(self, stalls_due: bool) -> bool:
@@ -313,7 +309,7 @@ class JointRole(SchedulerRole):
 
     def _forget_lost(self) -> None:
         """Requests that are lost have ended for the others too."""
-        held = {*self.unanswered(), *self.scheduler.grammar_manager.grammar_queue}
+        held = {*super().held(), *self.leaving(), *self.scheduler.grammar_manager.grammar_queue}
         for req in self._numbers.keys() - held:
             self._note_end(req, LOST, None)
 
@@ -330,9 +326,6 @@ class DataParallelRole(JointRole, PrefillRole):
 
     def own_waiting(self) -> Collection[Any]:
         return PrefillRole.waiting(self)
-
-    def unanswered(self) -> Iterable[Any]:
-        return chain(PrefillRole.held(self), self.scheduler.disagg_prefill_inflight_queue)
 
     def finish(self, task: PrefillTask) -> None:
         self.note_computed(task)

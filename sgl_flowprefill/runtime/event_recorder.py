@@ -9,7 +9,6 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import Any, Final
 
-from msgspec import UNSET
 from sglang.srt.managers.scheduler_components.output_streamer import SchedulerOutputStreamer
 from sglang.srt.managers.utils import is_health_check_generate_req
 
@@ -294,7 +293,10 @@ class EventRecorder(EventLog, Recorder):
         if req in self._computed:
             self._computed.remove(req)
             self._abort_asked.discard(req)
-            self.write(Leave, now_s, rid=req.rid, reason=UNSET if reason is None else reason[:REASON_CHARS])
+            if reason is None:
+                self.write(Leave, now_s, rid=req.rid)
+            else:
+                self.write(Leave, now_s, rid=req.rid, reason=reason[:REASON_CHARS], aborted=asked)
         elif req in self._open:
             rids = self._close([req])
             if asked:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import chain, count
+from itertools import count
 from typing import Any, NamedTuple
 
 from sgl_flowprefill.hub.role import Arrival
@@ -76,9 +76,6 @@ class JointUnifiedRole(JointRole, UnifiedRole):
 
     def own_waiting(self) -> Collection[Any]:
         return UnifiedRole.waiting(self)
-
-    def unanswered(self) -> Iterable[Any]:
-        return chain(UnifiedRole.held(self), self.streams)
 
     # ---- what the hub asks ----------------------------------------------------------------------------------------
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -127,6 +127,9 @@ class PrefillRole(SchedulerRole):
 
     def held(self) -> list[Any]:
         return [*self.scheduler.disagg_prefill_bootstrap_queue.queue, *super().held()]
+
+    def leaving(self) -> Iterable[Any]:
+        return list(self.scheduler.disagg_prefill_inflight_queue)
 
     def forget_rooms(self) -> None:
         """A bootstrap may be complete when its request has been aborted, or though it never comes here."""

@@ -110,6 +110,7 @@ def test_every_kind_of_event_is_read_back_as_it_was_written(tmp_path: Path) -> N
         Ready(24.1, "v", 24.05, 900, 100, 0.09),
         Leave(24.2, "a"),
         Leave(24.3, "b", "Decode transfer failed"),
+        Leave(24.4, "c", "Prefill transfer failed", aborted=True),
         Step(25.0, 3, 24.9, 24.8),
         Step(26.0, 3, 25.9, None),
         Shed(27.0, "u", 0.5, 4.2, 5),
@@ -363,6 +364,22 @@ def test_a_request_that_is_lost_after_its_prefill_leaves_with_the_reason(tmp_pat
     recorder.flush()
     assert list(read_events(tmp_path / "events.jsonl"))[-1].kind == "leave"
     assert '"reason":"Decode transfer failed"' in (tmp_path / "events.jsonl").read_text().splitlines()[-1]
+
+
+def test_a_request_that_is_aborted_while_its_kv_cache_is_sent_leaves_so_unless_it_has_been_sent(tmp_path: Path) -> None:
+    recorder, reqs = EventRecorder(tmp_path / "events.jsonl"), [Req("gone"), Req("lost"), Req("sent in time")]
+    for req in reqs:
+        recorder.arrived(req, received_s=1.0, objective=Objective(5.0, 0.1))
+    task: Any = SimpleNamespace(id=0, rids=[], reqs=reqs, operators_passed=9, executed_s=1.0, predicted_s=1.0)
+    recorder.completed(task, Prediction(1.0, 1.0, 1.0))
+    recorder.abort_asked([reqs[0], reqs[2]])
+    recorder.answered(reqs[0], "Prefill transfer failed", 500)
+    recorder.answered(reqs[1], "Prefill transfer failed", 500)
+    recorder.answered(reqs[2], None, None)
+    recorder.flush()
+    leaves = [event for event in read_events(tmp_path / "events.jsonl") if isinstance(event, Leave)]
+    told = {leave.rid: leave.aborted for leave in leaves}
+    assert told == {"gone": True, "lost": False, "sent in time": False}
 
 
 def test_an_empty_log_has_no_figures() -> None:

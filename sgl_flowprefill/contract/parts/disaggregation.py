@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 from sgl_flowprefill.contract.row import Part, attributes, rows
+from sgl_flowprefill.contract.symbols import SCHEDULER
 
 PART: Final = Part(
     "disaggregation",
@@ -37,6 +38,12 @@ PART: Final = Part(
             "queue",
             "holds the requests that a decode server has no room for yet",
             "requests seem to be lost in the event log",
+        ),
+        *attributes(
+            SCHEDULER,
+            "disagg_prefill_inflight_queue",
+            "holds the requests whose KV cache is being sent",
+            "clients that go meanwhile count as misses, and ranks of data-parallel attention take requests for lost",
         ),
         *rows(
             "reads",
