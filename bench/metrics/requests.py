@@ -115,9 +115,8 @@ def events_within(event_log: Path, spans_s: Sequence[tuple[float, float]]) -> li
 def suspensions(events: Sequence[AnyEvent]) -> list[Suspension]:
     """The suspensions among ``events``, in order."""
     return [
-        # Logs of earlier versions have 0 where nothing was there to be read.
         Suspension(event.blocking_s, max(0.0, event.stopped_s - event.readable_s))
-        if event.blocking_s and event.readable_s is not None
+        if event.blocking_s is not None and event.readable_s is not None
         else Suspension(None, None)
         for event in events
         if isinstance(event, Suspend)

@@ -37,6 +37,8 @@ class Board:
         self._server = Server(name)
         self._now_s = 0.0
         self._outcomes: Outcomes | None = None
+        self._head = b""
+        """The first line of the scheduler's log."""
         self._classes: dict[str, str] = {}
         """The class of each request whose outcome is not known."""
         self._fates: deque[_Fate] = deque()
@@ -44,7 +46,8 @@ class Board:
 
     def read(self, answer: Answer) -> bool:
         """Take ``answer``. Whether there are events that it had no room for."""
-        if answer.first != self.next:  # what lies between is not kept any more, or the scheduler was started again
+        if answer.first != self.next or answer.head != self._head:
+            # What lies between is not kept any more, or the scheduler was started again.
             self._outcomes = None
             self._classes.clear()
         if answer.state is not None:
@@ -53,7 +56,7 @@ class Board:
                 self._outcomes = Outcomes(answer.state.decodes)
         for event in decode_events(answer.lines):
             self._read(event)
-        self.next = answer.next
+        self.next, self._head = answer.next, answer.head
         self._now_s = answer.now_s
         return answer.next < answer.written
 

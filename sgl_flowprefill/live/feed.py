@@ -111,11 +111,11 @@ class SchedulerFeed(Feed):
             await asyncio.sleep(max(CATCH_UP_S, begin_s + self._every_s - time.monotonic()))
 
     async def events(self) -> list[tuple[str, bytes]]:
-        lines, since = [], 0
+        lines, since = b"", 0
         while True:
             answer = await self._ask(Ask(since, with_state=False))
-            lines.append(answer.lines)
+            lines += answer.lines
             since = answer.next
             if since >= answer.written:
-                return [(self._name, b"".join(lines))]
+                return [(self._name, answer.head + lines)]
             await asyncio.sleep(CATCH_UP_S)

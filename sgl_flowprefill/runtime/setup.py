@@ -254,7 +254,9 @@ def _recorder(scheduler: Any, config: FlowPrefillConfig, is_first: bool, decodes
     metrics = Metrics(scheduler.metrics_collector.labels, decodes=decodes) if with_metrics else None
     recent = RecentEvents(config.recent_events) if is_first and config.recent_events else None
     kind = SpanRecorder if get_global_tracing_enabled() else EventRecorder
-    return kind(config.events_file if is_first else None, metrics, decodes, recent)
+    recorder = kind(config.events_file if is_first else None, metrics, decodes, recent)
+    recorder.begin(decodes)
+    return recorder
 
 
 def _kv_token_bytes(model_runner: Any) -> float:

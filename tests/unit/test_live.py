@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from collections.abc import AsyncIterator, Iterable
 from contextlib import aclosing
@@ -20,6 +21,7 @@ from sgl_flowprefill.events import (
     Complete,
     EventLog,
     Leave,
+    Log,
     Ready,
     RecentEvents,
     Resume,
@@ -32,8 +34,9 @@ from sgl_flowprefill.live import EVENTS, PAGE, STATE, TIMELINE
 from sgl_flowprefill.live.ask import Ask
 from sgl_flowprefill.live.board import Board
 from sgl_flowprefill.live.feed import SchedulerFeed
-from sgl_flowprefill.live.routes import routes
+from sgl_flowprefill.live.routes import FILE, routes
 from sgl_flowprefill.live.state import Answer, Document, State, decode_answer, decode_document, encode_answer
+from sgl_flowprefill.metrics.table import CAUSES
 from sgl_flowprefill.policy import Limits, Standing, make_policy
 from tests.simulated_device import HostCosts, Model, SimulatedDevice, SimulatedRequest, SimulatedServer
 from tests.trace_processor import trace_processor
@@ -160,6 +163,7 @@ def course(rid: str, task: int, t_s: float, took_s: float, slo_s: float = 1.0) -
 def recorded(events: Iterable[AnyEvent], most: int = 1000) -> RecentEvents:
     recent = RecentEvents(most)
     log = EventLog(None, recent)
+    log.begin(decodes=False)
     for event in events:
         log.write(lambda event=event: event)  # type: ignore[misc]
     return recent
@@ -197,7 +201,8 @@ class Scheduler:
         self.asked.append(ask)
         first, following, lines = self.recent.since(ask.since, self.most)
         state = self.state if ask.with_state else None
-        return decode_answer(encode_answer(Answer(self.now_s, first, following, self.recent.written, lines, state)))
+        answer = Answer(self.now_s, first, following, self.recent.written, lines, state, self.recent.head)
+        return decode_answer(encode_answer(answer))
 
 
 def board_of(events: Iterable[AnyEvent], now_s: float) -> Board:
@@ -240,6 +245,12 @@ def test_what_is_not_kept_any_more_is_not_guessed_and_a_restarted_scheduler_is_r
     again = recorded(course("again", 0, 5.0, 0.1))
     board.read(asyncio.run(Scheduler(again, 6.0).ask(Ask(board.next))))
     assert (board.server().attainment[0].met, board.next) == (3, 5)
+
+
+def test_the_page_has_words_for_every_cause_of_a_miss() -> None:
+    page = FILE.read_text()
+    told = page[page.index("const CAUSES") : page.index("let shown")]
+    assert set(re.findall(r'^  "(.+?)":', told, re.MULTILINE)) == {str(cause) for cause in CAUSES}
 
 
 # ---- who watches ----------------------------------------------------------------------------------------------------
@@ -327,8 +338,9 @@ def test_the_last_seconds_are_given_as_lines_of_an_event_log_and_in_full_where_a
     events = [event for i in range(20) for event in course(f"r{i}", i, 10.0 * i, 0.1)]
     scheduler = Scheduler(recorded(events), 200.0, most=7)
     [response] = answers(scheduler, f"{EVENTS}?seconds=30")
-    arrivals = [event.rid for event in decode_events(response.content) if isinstance(event, Arrival)]
-    assert arrivals == ["r17", "r18", "r19"]
+    first, *events = decode_events(response.content)
+    assert isinstance(first, Log), "it says what server it is, though the oldest events are not kept"
+    assert [event.rid for event in events if isinstance(event, Arrival)] == ["r17", "r18", "r19"]
 
 
 def test_the_past_is_told_to_one_after_the_other() -> None:

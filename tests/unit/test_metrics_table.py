@@ -141,7 +141,7 @@ def test_requests_count_once_by_class_and_cause() -> None:
     assert counted == {
         "flowprefill:ttft_slo_met_total{slo_class=default}": 1,
         "flowprefill:ttft_slo_missed_total{slo_class=default,cause=overload}": 1,
-        "flowprefill:ttft_slo_missed_total{slo_class=default,cause=decode_place}": 1,
+        "flowprefill:ttft_slo_missed_total{slo_class=default,cause=not_ready}": 1,
         "flowprefill:ttft_slo_missed_total{slo_class=default,cause=failed}": 1,
         "flowprefill:ttft_slo_met_total{slo_class=batch}": 1,
         "flowprefill:ttft_slo_missed_total{slo_class=batch,cause=failed}": 1,
