@@ -8,7 +8,8 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Final, Protocol
 
 from sgl_flowprefill.live.ask import Ask
-from sgl_flowprefill.live.board import BIN_S, WINDOW_S, Board
+from sgl_flowprefill.live.attainment import BIN_S, WINDOW_S
+from sgl_flowprefill.live.board import Board
 from sgl_flowprefill.live.state import Answer, Document, Server, encode_document
 
 EVERY_S: Final = 0.25
