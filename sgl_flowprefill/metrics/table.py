@@ -288,8 +288,8 @@ FORWARD: Final = _row(
     "forward_seconds",
     Kind.COUNTER,
     Unit.SECONDS,
-    "Time in forward passes of prefills that have run to their end.",
-    "the hub, when a prefill has run",
+    "Time in forward passes of prefills, also of those that were aborted, have failed or were given back.",
+    "the hub, when a prefill goes on after a suspension, and when it ends",
 )
 PREDICTION_ERROR: Final = _row(
     "prediction_error_ratio",

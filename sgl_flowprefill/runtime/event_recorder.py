@@ -68,6 +68,8 @@ class EventRecorder(EventLog, Recorder):
         self._answer_listeners: list[Callable[[Any, str | None, int | None], object]] = []
         self._suspended: dict[int, tuple[PrefillTask, float]] = {}
         """By id the tasks that are suspended and since when, in that order."""
+        self._counted_spans: dict[int, int] = {}
+        """By id of tasks that went on, how many of their spans metrics have counted."""
         self._open: set[Any] = set()
         """The requests (SGLang's Req) that have arrived and not ended."""
         self._ready: set[Any] = set()
@@ -162,6 +164,7 @@ class EventRecorder(EventLog, Recorder):
         if self._metrics is not None and suspended_s is not None:
             self._metrics.resumed(now_s - suspended_s)
         if task.has_run:
+            self._count_forward(task, goes_on=True)
             self.write(Resume, now_s, task=task.id, rids=task.rids, checkpoint=task.operators_passed)
             return
         self.write(
@@ -194,6 +197,7 @@ class EventRecorder(EventLog, Recorder):
             expected_s=round(prediction.expected_s, 6),
             profiled_s=round(prediction.raw_s, 6),
         )
+        self._count_forward(task)
         if self._metrics is not None:
             self._metrics.completed(task.executed_s, prediction.expected_s)
 
@@ -202,12 +206,25 @@ class EventRecorder(EventLog, Recorder):
         self._suspended.pop(task.id, None)
         rids = self._close([req for req in task.reqs if req in self._open])
         self.write(Abort, time.monotonic(), rids=rids, task=task.id, checkpoint=task.operators_passed)
+        self._count_forward(task)
 
     def given_back(self, task: PrefillTask) -> None:
         self._suspended.pop(task.id, None)
         self.write(GiveBack, time.monotonic(), task=task.id, rids=task.rids, checkpoint=task.operators_passed)
+        self._count_forward(task)
         if self._metrics is not None:
             self._metrics.given_back()
+
+    def _count_forward(self, task: PrefillTask, goes_on: bool = False) -> None:
+        """Tell metrics for how long ``task`` has run since they were told last. Not at a suspension: the device may still
+        have its last operators to run, and would be waited for.
+        """
+        if self._metrics is None:
+            return
+        counted = self._counted_spans.pop(task.id, 0)
+        self._metrics.ran(sum(begin.seconds_until(end) for begin, end in task.spans[counted:]))
+        if goes_on:
+            self._counted_spans[task.id] = len(task.spans)
 
     def decided(self, cost_s: float, now_s: float) -> None:
         if self._metrics is not None:
@@ -277,6 +294,7 @@ class EventRecorder(EventLog, Recorder):
             http_status=int(HTTPStatus.INTERNAL_SERVER_ERROR),
             reason=failure.message[:REASON_CHARS],
         )
+        self._count_forward(task)
 
     def abort_asked(self, reqs: Iterable[Any]) -> None:
         """``reqs`` are to be aborted, wherever they are."""

@@ -186,9 +186,12 @@ class Metrics:
         """A prefill goes on that was suspended for ``suspended_s``."""
         self._one(table.SUSPENSION).observe(suspended_s)
 
-    def completed(self, forward_s: float, expected_s: float) -> None:
-        """A prefill has run for ``forward_s``, and was expected to run for ``expected_s``."""
+    def ran(self, forward_s: float) -> None:
+        """A prefill has run for ``forward_s`` since that was told last: it goes on after a suspension, or is over."""
         self._one(table.FORWARD).inc(forward_s)
+
+    def completed(self, forward_s: float, expected_s: float) -> None:
+        """A prefill has run to its end, for ``forward_s``, and was expected to run for ``expected_s``."""
         if expected_s > 0:
             self._one(table.PREDICTION_ERROR).observe(forward_s / expected_s)
 

@@ -13,7 +13,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 
 from sgl_flowprefill.events import Abort, Arrival, Fail
 from sgl_flowprefill.metrics import dashboard, queries
-from sgl_flowprefill.metrics.table import CAUSES, MOST_CLASSES, OTHER, PREFIX, TABLE, Kind, Unit
+from sgl_flowprefill.metrics.table import CAUSES, MOST_CLASSES, OTHER, PREFIX, SHED, TABLE, TTFT_MISSED, Kind, Unit
 from sgl_flowprefill.misses import Cause
 from sgl_flowprefill.runtime.metrics import Metrics, Situation
 from tests.metrics_exporter import Told, served
@@ -77,6 +77,11 @@ def test_the_dashboard_shows_every_metric_and_no_two_panels_overlap() -> None:
         taken |= cells
         ids.add(panel["id"])
     assert len(ids) == len(dashboard.dashboard()["panels"])
+
+
+def test_no_stack_has_requests_twice() -> None:
+    for panel in dashboard.panels():
+        assert not panel.stacked or not {SHED, TTFT_MISSED} <= set(panel.metrics), panel.title
 
 
 def test_a_query_with_a_name_that_no_metric_has_is_refused() -> None:
