@@ -24,8 +24,8 @@ Attainment, in PromQL:
       / (sum(rate(flowprefill:ttft_slo_met_total[5m])) + sum(rate(flowprefill:ttft_slo_missed_total[5m])))
 
 The causes of misses are those of the [timeline](operations.md#timeline) (`sgl_flowprefill/misses.py`). All of them
-are written twice a second while there are events, a few at each, and at once when there is nothing to do; gauges then
-every 5 s.
+are written twice a second while something runs, a few at each event, and at once when there is nothing to do; gauges
+then every 5 s.
 
 What it costs, by `python -m tests.metrics_cost` on two cores of an AMD EPYC that other processes kept busy: 7 µs of CPU
 time for a request that arrives and preempts a prefill, 11 µs for a prefill that ends and another that goes on. Where

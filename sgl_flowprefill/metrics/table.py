@@ -216,7 +216,7 @@ QUEUE: Final = _row(
     Kind.GAUGE,
     Unit.REQUESTS,
     "Requests that wait for their prefill.",
-    "hub and policy, twice a second while there are events and every 5 s while there are none",
+    "hub and policy, twice a second while something runs and every 5 s while nothing does",
     (STATE,),
 )
 LIVE_TASKS: Final = _row(

@@ -216,8 +216,8 @@ class EventRecorder(EventLog, Recorder):
             self._metrics.given_back()
 
     def _count_forward(self, task: PrefillTask, goes_on: bool = False) -> None:
-        """Tell metrics for how long ``task`` has run since they were told last. Not at a suspension: the device may still
-        have its last operators to run, and would be waited for.
+        """Tell metrics for how long ``task`` has run since they were told last. Not at a suspension: the device may
+        still have its last operators to run, and would be waited for.
         """
         if self._metrics is None:
             return
@@ -234,6 +234,11 @@ class EventRecorder(EventLog, Recorder):
         if self._metrics is not None:
             self._metrics.rest(time.monotonic())
         super().flush()
+
+    def remind(self, notify: Callable[[], object]) -> None:
+        """``notify()`` makes the hub look at what there is; it is called where metrics would be old otherwise."""
+        if self._metrics is not None:
+            self._metrics.remind(notify)
 
     def watch(self, work: Work, token_bytes: float) -> None:
         """Metrics show what waits and has started of ``work``; ``token_bytes`` is what a suspended task holds for each

@@ -164,6 +164,7 @@ def build(
         places=places,
     )
     recorder.watch(work, _kv_token_bytes(model_runner) + memory.activations.suspended_bytes(1))
+    recorder.remind(wakeup.notify)
     exploration = Exploration()
     if isinstance(ttft, LearningTTFT):
         ttft.start()

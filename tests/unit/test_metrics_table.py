@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
+from queue import Empty, SimpleQueue
 
 import pytest
 import yaml
@@ -252,6 +254,25 @@ def test_where_events_are_few_the_next_one_writes_what_is_left() -> None:
     metrics.preempted(0.004, 0.003)
     metrics.decided(1e-5, now_s=10.0)
     assert samples(registry)["flowprefill:preemptions_total"] == 1
+
+
+def test_the_hub_is_reminded_to_write_while_something_runs_without_an_event_and_an_idle_one_is_left_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("sgl_flowprefill.runtime.metrics.WRITTEN_EVERY_S", 0.02)
+    metrics = Metrics(LABELS, registry=CollectorRegistry())
+    reminders: SimpleQueue[bool] = SimpleQueue()
+    metrics.remind(lambda: reminders.put(True))
+    for _ in range(2):
+        with pytest.raises(Empty):
+            reminders.get(timeout=0.2)
+        metrics.decided(1e-5, time.monotonic())
+        for _ in range(3):
+            assert reminders.get(timeout=30)
+        metrics.rest(time.monotonic())
+        time.sleep(0.1)  # one may be on its way
+        while not reminders.empty():
+            reminders.get()
 
 
 def test_tokens_and_steps_count_on_a_server_that_decodes() -> None:
