@@ -111,8 +111,8 @@ def _burns(
             f"and {share_missed(burn.short, by)} > {most:.4g}\n"
             f"and {judged} > {LEAST_JUDGED}",
             burn.severity,
-            f"{{{{ $value | humanizePercentage }}}} of {what}{of} of {{{{ $labels.model_name }}}} were late in the last "
-            f"{burn.long}",
+            f"{{{{ $value | humanizePercentage }}}} of {what}{of} of {{{{ $labels.model_name }}}} were late in the "
+            f"last {burn.long}",
             f"More than {100 * most:.3g} percent in {burn.long} and in the last {burn.short}; "
             f"{100 * target:.3g} percent shall be in time. Panel 'Misses by cause' says why.",
         )

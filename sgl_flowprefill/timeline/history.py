@@ -315,7 +315,8 @@ class _Reader:
             request.verdict = judge(course, self._now_s)
             if ready_s is not None:
                 until_s = _first(computed_s, course.ended_s, self._now_s)
-                request.others_s = max(0.0, ran.between(ready_s, until_s) - sum(task.ran_s for task in request.tasks))
+                own_s = sum(task.ran_s for task in request.tasks if task.start.t_s < until_s)  # none of it as a stream
+                request.others_s = max(0.0, ran.between(ready_s, until_s) - own_s)
                 request.steps_s = stepped.between(ready_s, until_s)
             request.parts = list(_parts(request, ready_s, self._now_s, NOT_READY if self._decodes else WITHOUT_PLACE))
             if computed_s is not None:

@@ -7,6 +7,7 @@ do not overlap. Arrows go from an arrival to the task that is suspended for it, 
 
 from __future__ import annotations
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from heapq import heappop, heappush
@@ -124,9 +125,14 @@ class _Server:
             if part.what == RUNNING
         ]
         runs += [(step.begin_s, step.t_s, BESIDE_STEP, {"streams": step.streams}) for step in self._history.steps]
+        over_s = -math.inf
         for begin_s, end_s, name, args in sorted(runs, key=lambda run: run[:2]):
-            self._writer.begin(track, begin_s, name, args)
-            self._writer.end(track, end_s)
+            # On a GPU, a decode step that has begun waits for the operators that were queued before it.
+            since_s = max(begin_s, over_s)
+            if end_s > since_s:
+                self._writer.begin(track, since_s, name, args)
+                self._writer.end(track, end_s)
+                over_s = end_s
 
     def _counter(self, name: str, rank: int, values: Iterable[tuple[float, float]], unit: str | None = None) -> None:
         track = self._writer.track(name, self._process, rank, counter=True, unit=unit)

@@ -237,6 +237,48 @@ def test_only_on_a_prefill_server_does_a_request_that_cannot_be_run_wait_for_a_d
         assert doings(never.parts)[-1] == (what, 10.0, 12.0)
 
 
+def test_a_stream_that_is_computed_again_waited_for_the_others_that_ran_before_its_first_token() -> None:
+    history = History.of(
+        [
+            Log(9.0, "0.1.0", decodes=True),
+            arrival(9.9, "other", 20.0),
+            ready(9.9, "other", 0.2),
+            start(10.0, 0, "other"),
+            arrival(10.0, "stream", 20.0),
+            ready(10.01, "stream", 0.3),
+            complete(10.2, 0, "other"),
+            start(10.2, 1, "stream"),
+            complete(10.5, 1, "stream"),
+            start(12.0, 2, "stream"),  # it was retracted
+            complete(13.0, 2),
+            Leave(14.0, "stream"),
+        ]
+    )
+    assert by_rid(history)["stream"].others_s == pytest.approx(0.2)
+
+
+def test_what_runs_is_one_thing_at_a_time_though_a_step_begins_while_what_was_queued_before_it_runs(
+    tmp_path: Path,
+) -> None:
+    events = [
+        start(10.1, 0, "long"),
+        suspend(10.25, 0, "long", "short", readable_s=10.24),
+        start(10.25, 1, "short"),
+        Step(10.3, 2, 10.2, None),
+        complete(10.4, 1, "short"),
+        Resume(10.4, 0, ["long"], 7),
+        complete(11.0, 0, "long"),
+    ]
+    write_timeline([written(tmp_path / "events.jsonl", events)], tmp_path / "it.pftrace")
+    read = Trace()
+    read.ParseFromString((tmp_path / "it.pftrace").read_bytes())
+    [track] = [packet.track_descriptor.uuid for packet in read.packet if packet.track_descriptor.name == "what runs"]
+    on_it = [packet for packet in read.packet if packet.track_event.track_uuid == track]
+    times = [packet.timestamp for packet in on_it]
+    assert times == sorted(times)
+    assert len(times) == 2 * 4, "long, the step behind it, short, and long again"
+
+
 def test_only_news_makes_an_arrow() -> None:
     [preemption] = History.of(PREEMPTED).preemptions
     assert preemption.winner is not None
