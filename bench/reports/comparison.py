@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -12,12 +13,15 @@ from plotly.subplots import make_subplots
 
 from sgl_flowprefill.bench.metrics.comparison import Comparison, SystemResult
 from sgl_flowprefill.bench.metrics.joint import LATE_SHARE
+from sgl_flowprefill.bench.metrics.missed import Missed
 from sgl_flowprefill.bench.metrics.requests import SLO_SCALES
 from sgl_flowprefill.bench.reports.page import LOG_TICKS, SLO_LINE, coloured, render, styled
 from sgl_flowprefill.bench.reports.table import milliseconds, percent, table_rows
 
 GAPS_SHOWN: Final = 200
 """Points of a curve, most of them towards the longest gaps."""
+MOST_MISSED: Final = 25
+"""Requests that the page names of those that missed their objective."""
 
 
 def write_html(comparison: Comparison, path: Path) -> None:
@@ -44,6 +48,8 @@ def render_html(comparison: Comparison) -> str:
         percent=percent,
         milliseconds=milliseconds,
         flatten=_flatten,
+        causes=_causes,
+        most_missed=MOST_MISSED,
     )
 
 
@@ -146,6 +152,12 @@ def _line(system: SystemResult, colour: str, x: Sequence[float], y: Sequence[flo
         line={"color": colour, "width": 2.5, "shape": "hv" if step else "linear"},
         hovertemplate="%{x:.3g}: %{y:.1%}<extra></extra>",
     )
+
+
+def _causes(missed: Sequence[Missed]) -> str:
+    """How many requests missed for which cause, the most frequent first."""
+    counts = Counter(one.cause for one in missed)
+    return ", ".join(f"{count} {cause}" for cause, count in counts.most_common())
 
 
 def _flatten(mapping: Mapping[str, Any]) -> list[tuple[str, str]]:
