@@ -218,8 +218,8 @@ def test_prefills_and_the_decode_steps_inside_them_are_counted_apart_and_as_by_s
 ) -> None:
     answers, counts, compared, seen = unified.call(count_all, ASKS, set(), 1)
     print(compared, seen)
-    assert seen["suspensions"] >= 30
-    assert seen["steps inside prefills"] >= 30
+    assert seen["suspensions"] >= 20
+    assert seen["steps inside prefills"] >= 10
     assert compared["passes"] == compared["reported"] >= 50
     with closing(Remote(CountingStock, folder, "stat")) as stock:
         expected_answers, expected_counts, compared_of_stock = stock.call(count_one_by_one, ASKS)
