@@ -69,6 +69,13 @@ def pytest_collection_finish() -> None:
     gc.enable()
 
 
+def pytest_sessionfinish() -> None:
+    """What is left goes with its process. Pytest and Python would look through all of it for garbage, which takes so
+    long that pytest-xdist gives the process up.
+    """
+    gc.freeze()
+
+
 SERVERS = "servers"
 """What is run by one process, one test after the other."""
 
