@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, settings
 from xdist.scheduler import LoadScopeScheduling
 
 from sgl_flowprefill.model import embedded_model_path
+from tests import served_models
 
 if TYPE_CHECKING:  # they import torch, which most unit tests do without
     from xdist.remote import Producer
@@ -100,10 +101,16 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> Servers
 
 @pytest.fixture(scope="session")
 def shared_engine() -> PrefillEngine:
-    """One scheduler, which serves the embedded model."""
+    """One scheduler, which serves the embedded model. What is imported for it is no garbage, and no other model."""
     from tests.engine import PrefillEngine
 
-    return PrefillEngine(str(embedded_model_path()))
+    gc.disable()
+    try:
+        with pytest.MonkeyPatch.context() as environment:
+            environment.setenv(served_models.VARIABLE, served_models.all_but("llama"))
+            return PrefillEngine(str(embedded_model_path()))
+    finally:
+        gc.enable()
 
 
 @pytest.fixture
@@ -125,9 +132,14 @@ def engine(shared_engine: PrefillEngine) -> Iterator[PrefillEngine]:
 
 @pytest.fixture(scope="session")
 def reference() -> Reference:
-    """The embedded model in transformers; what it has computed for one test, the others have."""
+    """The embedded model in transformers; what it has computed for one test, the others have. It takes one core: the
+    other process of the suite has the other one.
+    """
+    import torch
+
     from tests.reference import Reference
 
+    torch.set_num_threads(1)
     return Reference(embedded_model_path())
 
 
