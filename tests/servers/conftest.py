@@ -45,8 +45,8 @@ smg_priorities: {bulk: batch}
 
 
 QUICK_START: Final = {served_models.VARIABLE: served_models.all_but("llama"), "GARBAGE_THRESHOLD": "100000"}
-"""Environment of servers of the embedded model, a Llama: they import no other models, and seldom look for garbage in what
-they import.
+"""Environment of servers of the embedded model, a Llama: they import no other models, and seldom look for garbage in
+what they import.
 """
 
 
