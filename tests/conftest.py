@@ -8,6 +8,8 @@ done with the servers: it would have to start another engine.
 from __future__ import annotations
 
 import gc
+import os
+import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -26,6 +28,11 @@ if TYPE_CHECKING:  # they import torch, which most unit tests do without
     from tests.reference import Comparison, Reference
 
 gc.disable()  # until all is imported: nothing of that is garbage
+
+# What is compiled of this project is kept for the next process, also where the environment asks for no files of it:
+# tests start some hundred, and each would compile it anew.
+sys.dont_write_bytecode = False
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 # Generated examples say nothing about time: a busy machine is no failure.
 settings.register_profile("busy machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
