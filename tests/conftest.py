@@ -48,10 +48,22 @@ CLUSTERS = (
     "stock_cluster",
     "no_cluster",
 )
+LONG_UNITS = (
+    "test_agreement_model",
+    "test_cuda_imports",
+    "test_goodput",
+    "test_gpu_report",
+    "test_layout",
+    "test_replay",
+    "test_simulator_unified",
+    "test_tiled_attention",
+    "test_ttft_learning",
+)
+"""Unit tests that take longest come first: one process waits for the other at the last file of all."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    def place(item: pytest.Item) -> tuple[int, int, bool]:
+    def place(item: pytest.Item) -> tuple[int, int, bool, bool]:
         """A test may also have the name of its cluster as a parameter. A module that starts processes warm comes
         next to the engines, in the process that has what these are forked from.
         """
@@ -60,7 +72,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         names = {*getattr(item, "fixturenames", ()), *parameters}
         cluster = next((i for i, name in enumerate(CLUSTERS, start=1) if name in names), 0)
         is_cold = not hasattr(getattr(item, "module", None), "warm")
-        return FOLDERS.index(item.path.parent.name), cluster, is_cold
+        is_short = item.path.parent.name != "unit" or item.path.stem not in LONG_UNITS
+        return FOLDERS.index(item.path.parent.name), cluster, is_cold, is_short
 
     items.sort(key=place)
 
