@@ -16,7 +16,7 @@ from tests.faults import PARAMETER
 from tests.prompts import prompt
 from tests.reference import TOKENS, Comparison
 
-LONG, FAILING = prompt(61, 9000), prompt(62, 700)
+LONG, FAILING = prompt(61, 6000), prompt(62, 700)
 
 
 def generate(cluster: Cluster, tokens: list[int], slo_s: float, **custom_params: Any) -> requests.Response:

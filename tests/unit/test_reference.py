@@ -115,7 +115,7 @@ def test_two_neighbouring_rows_that_are_exchanged_in_one_layer_differ(
 def test_one_wrong_row_of_one_layer_shows_in_the_log_probabilities_of_eight_tokens(reference: Reference) -> None:
     """All that is seen of the KV at a decode server."""
     smallest = float("inf")
-    for i, tokens in enumerate(population(30, seed=3, longest_tokens=1400)):
+    for i, tokens in enumerate(population(16, seed=3, longest_tokens=1400)):
         if len(tokens) < 20:
             continue
         expected = reference.expect(tokens)
