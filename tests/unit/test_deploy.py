@@ -335,7 +335,8 @@ def dockerfile():
 
 def test_the_image_keeps_the_sglang_of_its_base_or_is_not_built():
     [install] = [line for line in dockerfile() if "pip install" in line]
-    assert install.endswith(""". "sglang$(python3 -m pip show sglang 2>/dev/null | sed -n 's/^Version: /==/p')\"""")
+    pinned = "sed -n 's/^Version: /==/p'"
+    assert install.endswith(f'. "sglang$(python3 -m pip show sglang 2>/dev/null | {pinned})"')
 
 
 def test_a_change_of_the_code_leaves_the_systems_packages_of_the_image():
