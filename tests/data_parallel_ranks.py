@@ -157,13 +157,13 @@ def note_passes(scheduler: Any, rank: int) -> None:
     role.finish = noted_finish
 
 
-def lack_kv_cache_now_and_then(scheduler: Any, rank: int, probability: float = 0.1) -> None:
+def lack_kv_cache_now_and_then(scheduler: Any, rank: int) -> None:
     """Let SGLang's admission find no KV cache by chance, at each rank by itself."""
     rng = random.Random(rank)
     admit = scheduler.get_new_batch_prefill
 
     def admit_by_chance(running_batch: Any) -> Any:
-        if rng.random() < probability:
+        if rng.random() < 0.1:
             return SimpleNamespace(batch_to_run=None, running_batch=running_batch)
         return admit(running_batch)
 
