@@ -21,7 +21,6 @@ from types import SimpleNamespace
 from typing import Any, Final, NamedTuple
 
 import torch
-from sglang.srt.mem_cache.common import release_kv_cache
 
 from sgl_flowprefill.config import FlowPrefillConfig
 from sgl_flowprefill.hub.loop import Hub
@@ -128,13 +127,11 @@ class Tasks(SchedulerEngine):
 
     def finish(self, task: PrefillTask) -> int:
         """First token of a task that is done."""
-        scheduler = self.scheduler
         if task.result.copy_done is not None:
             task.result.copy_done.synchronize()
         [token] = task.result.next_token_ids.tolist()
         self.hub.slots.give_back(task.attn_backend)
-        for req in task.batch.reqs:
-            release_kv_cache(req, scheduler.tree_cache, checkpoint=False)
+        self.free(task.batch)
         return int(token)
 
     def forward_s(self, prompt: list[int], *, checkpoints: bool = True) -> float:
