@@ -48,6 +48,8 @@ DECODE_PLACES: Final = ("--max-running-requests", "4096")
 DECODE_KV_TOKENS: Final = 1 << 20
 """The decode server gives a request a running slot and KV cache, first come first served, before its prefill may start.
 When they run out, an urgent request waits for long ones that wait for the prefill server, whatever the order there."""
+WITH_ARGUMENTS: Final = ("--prefill-args", "--decode-args", "--gateway-args")
+"""Options of the launcher whose values are options of others."""
 RUN: Final = (sys.executable, "-m", "sgl_flowprefill.cluster.serve")
 """Runs a module with the API key, which no command line shows."""
 
@@ -284,11 +286,13 @@ def last_value(args: Sequence[str], *options: str) -> str | None:
     return value
 
 
-def join_values(argv: Sequence[str]) -> list[str]:
-    """Write ``--prefill-args VALUE`` as ``--prefill-args=VALUE``: argparse takes a value like --tp for an option."""
+def join_values(argv: Sequence[str], options: Sequence[str] = WITH_ARGUMENTS) -> list[str]:
+    """Write ``--prefill-args VALUE`` as ``--prefill-args=VALUE``, and so with all of ``options``: a value like --tp
+    would be taken for an option.
+    """
     joined: list[str] = []
     for argument in argv:
-        if joined and joined[-1] in ("--prefill-args", "--decode-args", "--gateway-args"):
+        if joined and joined[-1] in options:
             joined[-1] += f"={argument}"
         else:
             joined.append(argument)
