@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from sgl_flowprefill.patches import affinity
+from sgl_flowprefill.processes import own_stdout
 
 MEMORY_S: Final = 0.5
 """For which free memory has to stay the same."""
@@ -34,9 +35,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--share", type=float, required=True, help="of what is left of that")
     parser.add_argument("--engine", action="store_true")
     own, options = parser.parse_known_args(argv)
-    # SGLang and its libraries print to standard output too: they get the log file.
-    reports = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1)
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    reports = os.fdopen(own_stdout(), "w", buffering=1)
 
     def report(**message: Any) -> None:
         reports.write(json.dumps(message) + "\n")

@@ -25,6 +25,7 @@ import torch
 from sgl_flowprefill.config import FlowPrefillConfig
 from sgl_flowprefill.hub.loop import Hub
 from sgl_flowprefill.hub.task import PrefillTask
+from sgl_flowprefill.processes import own_stdout
 from sgl_flowprefill.profiling.measure import SchedulerEngine
 from sgl_flowprefill.profiling.process import make_scheduler, serving_stream
 from sgl_flowprefill.runtime.cuda_device import CudaDevice
@@ -357,9 +358,7 @@ def _spin_cycles_per_s() -> float:
 
 
 def main(server_options: Sequence[str]) -> None:
-    # SGLang and its libraries print to standard output too: they get the log file.
-    findings = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1)
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    findings = os.fdopen(own_stdout(), "w", buffering=1)
     scheduler = make_scheduler(server_options)
     with serving_stream(scheduler):
         for finding in checks(scheduler.hub):
