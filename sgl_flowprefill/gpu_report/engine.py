@@ -86,10 +86,6 @@ class Engine(Tasks):
         return int(self.scheduler.model_config.num_hidden_layers)
 
     @property
-    def max_blocking_s(self) -> float:
-        return FlowPrefillConfig.from_env().max_blocking_ms * 1e-3
-
-    @property
     def default_lookahead(self) -> int:
         return FlowPrefillConfig.from_env().lookahead
 

@@ -86,6 +86,13 @@ class Tasks(SchedulerEngine):
         self.executor = hub.executor
         self._started = 0
 
+    @property
+    def blocking_limit_s(self) -> float:
+        """For how long what has been queued may keep an arrival, or a decode step, waiting."""
+        config = FlowPrefillConfig.from_env()
+        ahead = config.lookahead if self.scheduler.device == "cuda" else 0
+        return (ahead + 1) * config.max_blocking_ms * 1e-3 + HOST_S
+
     def start(self, prompt: list[int], answer_tokens: int = 1, tbt_slo_s: float | None = None) -> PrefillTask:
         self._started += 1
         batch = self._role.make_batch([self._req(self._started, prompt, answer_tokens, tbt_slo_s)])
@@ -315,14 +322,11 @@ def check_cost(tasks: Tasks) -> Finding:
 
 def check_blocking(tasks: Tasks) -> Finding:
     """How long after an arrival a preemptor's first kernel could run: what was queued before it is over by then."""
-    scheduler = tasks.scheduler
-    prompt = tasks.prompt(BLOCKING_TOKENS[scheduler.device])
+    prompt = tasks.prompt(BLOCKING_TOKENS[tasks.scheduler.device])
     found = tasks.blocking(prompt, lambda samples: samples >= BLOCKING_SAMPLES)
     p50 = statistics.median(found.blocked_s)
     p99 = statistics.quantiles(found.blocked_s, n=100, method="inclusive")[98]
-    config = FlowPrefillConfig.from_env()
-    ahead = config.lookahead if scheduler.device == "cuda" else 0
-    limit_s = (ahead + 1) * config.max_blocking_ms * 1e-3 + HOST_S
+    limit_s = tasks.blocking_limit_s
     figures = (
         f"{len(prompt)} tokens, {found.forward_s:.3f} s: p50 {p50 * 1e3:.1f}, p99 {p99 * 1e3:.1f}, "
         f"max {max(found.blocked_s) * 1e3:.1f} ms (bound {limit_s * 1e3:.0f}); "
