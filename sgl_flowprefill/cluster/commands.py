@@ -19,7 +19,7 @@ from typing import Final, Literal
 from sgl_flowprefill.cluster import machine
 from sgl_flowprefill.cluster.base import KEY_VARIABLE, LOOPBACK, ClusterConfig, Ports
 from sgl_flowprefill.cluster.machine import CpuPlan, shares
-from sgl_flowprefill.config import ENV_PREFIX, ENV_SWITCH, FlowPrefillConfig
+from sgl_flowprefill.config import ENV_PREFIX, ENV_SWITCH, FlowPrefillConfig, attach_values
 from sgl_flowprefill.paths import CACHE_VARIABLE
 
 Role = Literal["prefill", "decode", "unified"]
@@ -160,7 +160,7 @@ class Layout:
                 env.setdefault("UCX_NET_DEVICES", "lo")
         if self.config.flowprefill:
             env[ENV_SWITCH] = "1"
-            self._options(role, index).to_env(env)
+            env |= self._options(role, index).to_env()
             if role != "decode":
                 env["SGLANG_EAGER_INPUT_NO_COPY"] = "1"
         if self.cpus is not None:
@@ -286,17 +286,9 @@ def last_value(args: Sequence[str], *options: str) -> str | None:
     return value
 
 
-def join_values(argv: Sequence[str], options: Sequence[str] = WITH_ARGUMENTS) -> list[str]:
-    """Write ``--prefill-args VALUE`` as ``--prefill-args=VALUE``, and so with all of ``options``: a value like --tp
-    would be taken for an option.
-    """
-    joined: list[str] = []
-    for argument in argv:
-        if joined and joined[-1] in options:
-            joined[-1] += f"={argument}"
-        else:
-            joined.append(argument)
-    return joined
+def join_values(argv: Sequence[str]) -> list[str]:
+    """Write ``--prefill-args VALUE`` as ``--prefill-args=VALUE``, and so with all options that take options."""
+    return attach_values(argv, WITH_ARGUMENTS)
 
 
 def _url(host: str, port: int) -> str:

@@ -18,7 +18,7 @@ from sgl_flowprefill.bench.cli.options.replay import Replay
 from sgl_flowprefill.bench.cli.options.simulate import Simulate
 from sgl_flowprefill.bench.cli.options.uncontended import Uncontended
 from sgl_flowprefill.bench.cli.options.validate import UnifiedValidate, Validate
-from sgl_flowprefill.cluster.commands import join_values
+from sgl_flowprefill.config import attach_values
 
 PROGRAM: Final = "python -m sgl_flowprefill.bench"
 SUMMARY: Final = "Traces, replay, comparison of systems. `COMMAND --help` shows the options of a command."
@@ -39,7 +39,7 @@ def parse(arguments: Sequence[str]) -> Command:
     """The options of the command that ``arguments`` name. Raises OptionError, and SystemExit where tyro has printed
     the help, or what it does not know.
     """
-    first, *rest = [*arguments[:1], *join_values(arguments[1:], WITH_ARGUMENTS)] or [""]
+    first, *rest = [*arguments[:1], *attach_values(arguments[1:], WITH_ARGUMENTS)] or [""]
     name = FORMER_NAMES.get(first, first)
     kind: Any = next((command for command in COMMANDS if command.name == name), None)
     if "--unified" in rest:
