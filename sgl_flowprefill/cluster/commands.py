@@ -19,7 +19,15 @@ from typing import Final, Literal
 from sgl_flowprefill.cluster import machine
 from sgl_flowprefill.cluster.base import KEY_VARIABLE, LOOPBACK, ClusterConfig, Ports
 from sgl_flowprefill.cluster.machine import CpuPlan, shares
-from sgl_flowprefill.config import ENV_PREFIX, ENV_SWITCH, FlowPrefillConfig, attach_values
+from sgl_flowprefill.config import (
+    ENV_DECODE_SLEEP,
+    ENV_PREFIX,
+    ENV_SCHEDULER_CPUS,
+    ENV_SWITCH,
+    PLATFORM_NAME,
+    FlowPrefillConfig,
+    attach_values,
+)
 from sgl_flowprefill.paths import CACHE_VARIABLE
 
 Role = Literal["prefill", "decode", "unified"]
@@ -36,7 +44,7 @@ GATEWAY_TIMEOUT_S: Final = 1800
 GATEWAY_GRACE_S: Final = 60
 GATEWAY_RETRIES: Final = ("--retry-max-retries", "4", "--retry-initial-backoff-ms", "500")
 """Retries are spread over more than the two seconds after which smg leaves out a server that it cannot reach."""
-CPU_PLATFORM: Final = "flowprefill_cpu"
+CPU_PLATFORM: Final = PLATFORM_NAME
 CPU_ALLOCATOR: Final = {
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": str(1 << 40),
@@ -150,7 +158,7 @@ class Layout:
     def server_env(self, role: Role, index: int = 0) -> dict[str, str]:
         """Environment variables of a server."""
         env = self.gateway_env()
-        env[ENV_PREFIX + "DECODE_SLEEP"] = "1"
+        env[ENV_DECODE_SLEEP] = "1"
         # SGLang's first process sets these for its scheduler. A scheduler that measures has no such process.
         env["CUDA_DEVICE_MAX_CONNECTIONS"] = "8"
         env.setdefault("TRTLLM_ENABLE_PDL", "1")
@@ -170,7 +178,7 @@ class Layout:
             if role != "decode":
                 cpus = self.cpus.scheduler_of(index, self.prefilling)
                 by_rank = shares(cpus, self.ranks(role))
-                env[ENV_PREFIX + "SCHEDULER_CPUS"] = "|".join(",".join(map(str, own)) for own in by_rank)
+                env[ENV_SCHEDULER_CPUS] = "|".join(",".join(map(str, own)) for own in by_rank)
                 threads = len(by_rank[0])
             else:
                 threads = self.cpus.decode_threads(self.config.decode * self.ranks(role))

@@ -19,6 +19,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
+from sgl_flowprefill.config import ENV_SCHEDULER_CPUS
 from sgl_flowprefill.patches import affinity
 from sgl_flowprefill.processes import own_stdout
 
@@ -99,7 +100,7 @@ def _wait_for_memory() -> None:
 def _keep_aside() -> None:
     """Leave the CPUs of a scheduler to the one that measures, on a machine where it has its own."""
     if affinity.is_enabled():
-        schedulers = set[int]().union(*affinity.parse_ranks(os.environ[affinity.ENV_CPUS]))
+        schedulers = set[int]().union(*affinity.parse_ranks(os.environ[ENV_SCHEDULER_CPUS]))
         os.sched_setaffinity(0, (os.sched_getaffinity(0) - schedulers) or schedulers)
 
 

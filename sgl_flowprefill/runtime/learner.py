@@ -18,6 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
+from sgl_flowprefill.config import ENV_SCHEDULER_CPUS
 from sgl_flowprefill.hub.parts import Learning
 from sgl_flowprefill.patches import affinity
 from sgl_flowprefill.profiling.learned import Learned
@@ -225,5 +226,5 @@ def other_cpus() -> set[int]:
     """The CPUs on which no scheduler of this server runs; empty where there are none, or where none is told its own."""
     if not affinity.is_enabled():
         return set()
-    own = set().union(*affinity.parse_ranks(os.environ[affinity.ENV_CPUS]))
+    own = set().union(*affinity.parse_ranks(os.environ[ENV_SCHEDULER_CPUS]))
     return set(range(os.cpu_count() or 1)) - own

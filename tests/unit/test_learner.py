@@ -18,7 +18,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sgl_flowprefill.patches import affinity
+from sgl_flowprefill.config import ENV_SCHEDULER_CPUS
 from sgl_flowprefill.profiling import Profile, ProfileError, Row, Setting, make_design
 from sgl_flowprefill.profiling.fitted import fit
 from sgl_flowprefill.profiling.learned import Learned, begin, learned_path, read_learned, write_learned
@@ -149,10 +149,10 @@ def test_it_runs_after_everything_else_on_other_cpus_than_the_scheduler(tmp_path
 
 
 def test_the_other_cpus_are_those_of_no_rank(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(affinity.ENV_CPUS, raising=False)
+    monkeypatch.delenv(ENV_SCHEDULER_CPUS, raising=False)
     assert other_cpus() == set()
     monkeypatch.setattr(os, "cpu_count", lambda: 4)
-    monkeypatch.setenv(affinity.ENV_CPUS, "0|2")
+    monkeypatch.setenv(ENV_SCHEDULER_CPUS, "0|2")
     assert other_cpus() == {1, 3}
 
 
