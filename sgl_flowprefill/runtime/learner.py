@@ -213,13 +213,12 @@ class FollowingTTFT(AdaptiveTTFT, Learning):
 
     def __init__(self, known: Learned, quantile: float, broadcast: Callable[[Any], Any]) -> None:
         """``known``: what was learned so far. ``broadcast`` gives this rank what the one that decides has."""
-        fitted = known.fitted
-        super().__init__(fitted.model, quantile, fitted.residuals.tolist(), fitted.kinds, known.history.slowness)
+        super().__init__(quantile, *known.fitted.parts(), known.history.slowness)
         self._broadcast = broadcast
 
     def adopt(self) -> None:
         fitted: Fitted = self._broadcast(None)
-        self.replace(fitted.model, fitted.residuals.tolist(), fitted.kinds)
+        self.replace(*fitted.parts())
 
 
 def other_cpus() -> set[int]:

@@ -57,9 +57,7 @@ def load_or_measure(role: SchedulerRole, config: FlowPrefillConfig) -> tuple[Ada
     known = begin(profile, fit(profile))
     ttft: AdaptiveTTFT
     if not config.learning:
-        ttft = AdaptiveTTFT(
-            known.fitted.model, config.slack_quantile, known.fitted.residuals.tolist(), known.fitted.kinds
-        )
+        ttft = AdaptiveTTFT(config.slack_quantile, *known.fitted.parts())
     else:
         path = learned_path(profile_path(setting))
         is_first = ranks.rank_in_group == 0
