@@ -42,6 +42,7 @@ from tests.ranks import Chaos, Ranks
 from tests.remote import Remote
 from tests.unified_asks import Ask
 from tests.unified_rounds import play
+from tests.waiting import until
 
 PROMPTS = population(40, longest_tokens=1500)
 ASKS = {
@@ -378,10 +379,7 @@ def test_experts_move_between_two_ranks_while_nothing_is_suspended(
         preemptions = ranks.preemptions()
         seen = counts_path(tmp_path, 0).stat().st_mtime_ns
         ranks.send(ExpertDistributionReq(action=ExpertDistributionReqType.DUMP_RECORD))
-        deadline_s = time.monotonic() + 60
-        while counts_path(tmp_path, 0).stat().st_mtime_ns == seen:
-            assert time.monotonic() < deadline_s, "no record is written"
-            time.sleep(0.1)
+        until(lambda: counts_path(tmp_path, 0).stat().st_mtime_ns != seen, 60, say=lambda: "no record is written")
         time.sleep(1)
     judge = Judge(path)
     judge.compare(torch.load(counts_path(tmp_path, 0)), read_passes(tmp_path, 0), ranks=2)
