@@ -43,7 +43,6 @@ from tests.launched import (
 from tests.prompts import prompt
 from tests.reference import TOKENS, Comparison
 from tests.servers.conftest import OneCluster
-from tests.waiting import until
 
 pytestmark = pytest.mark.usefixtures("no_cluster")
 
@@ -431,7 +430,10 @@ def test_a_client_that_leaves_frees_its_stream(server: Server) -> None:
         first = next(lines)
         state = server.state()
         assert state["streams"] == 1, (first, state, list(read_events(server.event_log))[-3:])
-    until(lambda: not server.state()["streams"], 40, every_s=0.2)
+    deadline_s = time.monotonic() + 40
+    while server.state()["streams"]:
+        assert time.monotonic() < deadline_s
+        time.sleep(0.2)
 
 
 def idle_shares(server: Server, seconds: float) -> dict[str, float]:
@@ -524,7 +526,10 @@ def test_the_command_line_of_agents_serves_turns_whose_prefixes_come_back_from_s
             for i, answer in asyncio.run(next_turns(server)).items():
                 comparison.generated(f"conversation {i}", turns[i], {"output_token_logprobs": answer})
                 turns[i] = [*turns[i], *(token for _, token, _ in answer), *prompt(1000 + len(turns[i]) + i, 60)]
-            until(lambda: server.post("/flush_cache").status_code == 200, 60)  # all is written first
+            deadline_s = time.monotonic() + 60
+            while server.post("/flush_cache").status_code != 200:  # all is written first
+                assert time.monotonic() < deadline_s
+                time.sleep(0.1)
         metrics = server.get("/metrics").text
     assert_compared(comparison, answers=24)
     read = re.findall(r"^sglang:prefetched_tokens_total\{.*\} (\S+)$", metrics, re.MULTILINE)
