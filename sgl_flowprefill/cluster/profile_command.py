@@ -20,7 +20,7 @@ from rich.table import Table
 
 from sgl_flowprefill import paths
 from sgl_flowprefill.cluster import preflight
-from sgl_flowprefill.cluster.base import EXIT_CANNOT_START, EXIT_FAILED, ClusterConfig, Ports, StartError
+from sgl_flowprefill.cluster.base import EXIT_CANNOT_START, EXIT_FAILED, ClusterConfig, StartError
 from sgl_flowprefill.cluster.commands import join_values
 from sgl_flowprefill.cluster.logs import last_lines
 from sgl_flowprefill.cluster.parsing import Parser, seconds
@@ -49,7 +49,6 @@ def _profile(arguments: argparse.Namespace, server_args: Sequence[str]) -> int:
         ClusterConfig(
             flowprefill=True,
             model_path=arguments.model_path,
-            ports=Ports(),
             server_args=server_args,
             prefill_args=shlex.split(arguments.prefill_args),
             decode_args=("--base-gpu-id", "0"),  # no decode server is started, so it needs no GPU

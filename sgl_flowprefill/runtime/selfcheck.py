@@ -104,7 +104,6 @@ class Tasks(SchedulerEngine):
             arrival_s=0.0,
             deadline_s=0.0,
             predicted_s=0.0,
-            attention_share=0.5,
             attn_backend=self.hub.slots.take(),
         )
 
