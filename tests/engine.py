@@ -298,11 +298,6 @@ class PrefillEngine(Engine):
         """Hand a request to the scheduler as the tokenizer process would."""
         self.receive(generate_request(rid, prompt, len(self.answers), ttft_slo_s, logprobs, inputs_from))
 
-    def use(self, device: Any) -> None:
-        """Let kernels run on ``device`` from now on."""
-        hub = self.hub
-        hub.device = hub.executor.device = hub.role.device = device
-
     def assert_clean(self) -> None:
         super().assert_clean()
         metadata = self.scheduler.req_to_metadata_buffer_idx_allocator

@@ -22,7 +22,7 @@ def engine(shared_engine: PrefillEngine) -> Iterator[PrefillEngine]:
     scheduler = shared_engine.scheduler
     shared_engine.answers.clear()
     ttft = scheduler.hub.work.ttft
-    scheduler.hub.work.ttft = AdaptiveTTFT(ttft.model, FlowPrefillConfig().slack_quantile)
+    scheduler.hub.work.ttft = AdaptiveTTFT(FlowPrefillConfig().slack_quantile, ttft.model)
     yield shared_engine
     scheduler.hub.work.ttft = ttft
 

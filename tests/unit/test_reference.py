@@ -64,6 +64,12 @@ def test_another_answer_differs(
         comparison.assert_same()
 
 
+def test_nothing_compared_is_not_the_same(comparison: Comparison) -> None:
+    comparison.assert_nothing_differs()
+    with pytest.raises(AssertionError, match="nothing was compared"):
+        comparison.assert_same()
+
+
 def test_an_answer_that_has_to_match_a_pattern_is_compared_with_the_likeliest_that_does(
     comparison: Comparison, reference: Reference, expected: Expected
 ) -> None:
