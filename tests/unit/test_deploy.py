@@ -278,9 +278,7 @@ def test_only_clients_and_the_gateway_and_who_reads_metrics_can_connect(shape, s
     roles = [role for role in ("unified", "gateway", "prefill", "decode") if role in SHAPES[shape]]
     targets = [(role, port) for role in roles for port in ("http", "metrics", 8998)]
     found = [
-        f"{role} {port}"
-        for role, port in targets
-        if may_connect(shape, source, labels(shape, role), port, namespace)
+        f"{role} {port}" for role, port in targets if may_connect(shape, source, labels(shape, role), port, namespace)
     ]
     assert found == reachable
 
