@@ -140,7 +140,6 @@ def test_a_log_begins_with_what_server_writes_it(tmp_path: Path) -> None:
     assert with_head == without
 
 
-
 def test_what_is_absent_or_null_is_so_in_the_line(tmp_path: Path) -> None:
     path = written(tmp_path / "events.jsonl", [Fail(1.0, ["a"], None, "lost"), suspend(2.0, 0, "b", None)])
     fail, switch = (json.loads(line) for line in path.read_text().splitlines())

@@ -272,7 +272,6 @@ def test_attainment_costs_hardly_more_of_many_requests() -> None:
     assert cost_s(60_000) < 5 * cost_s(300)
 
 
-
 def test_who_waits_is_told_with_its_class() -> None:
     hub = hub_of(asked([(1, 9.0)]), "feasible").hub
     scheduler = Scheduler(recorded([arrival("r0", 0.0)]), 0.0, snapshot(hub.work, "feasible", 0.0))
