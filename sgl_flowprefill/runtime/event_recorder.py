@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -226,19 +227,13 @@ class EventRecorder(EventLog, Recorder):
         if goes_on:
             self._counted_spans[task.id] = len(task.spans)
 
-    def decided(self, cost_s: float, now_s: float) -> None:
-        if self._metrics is not None:
-            self._metrics.decided(cost_s, now_s)
+    def decided(self, cost_s: float, now_s: float) -> float:
+        return math.inf if self._metrics is None else self._metrics.decided(cost_s, now_s)
 
     def flush(self) -> None:
         if self._metrics is not None:
             self._metrics.rest(time.monotonic())
         super().flush()
-
-    def remind(self, notify: Callable[[], object]) -> None:
-        """``notify()`` makes the hub look at what there is; it is called where metrics would be old otherwise."""
-        if self._metrics is not None:
-            self._metrics.remind(notify)
 
     def watch(self, work: Work, token_bytes: float) -> None:
         """Metrics show what waits and has started of ``work``; ``token_bytes`` is what a suspended task holds for each

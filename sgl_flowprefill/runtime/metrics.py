@@ -7,13 +7,11 @@ scrape reads it: what is counted is gathered, and written from time to time with
 from __future__ import annotations
 
 import math
-import time
 from bisect import bisect_left
 from collections import Counter as Counts
 from collections.abc import Callable, Iterator, Mapping
 from http import HTTPStatus
 from itertools import chain, islice, product
-from threading import Event, Thread
 from typing import Any, Final, NamedTuple
 
 from sgl_flowprefill.events import AnyEvent, Arrival, Fail
@@ -107,8 +105,6 @@ class Metrics:
         self._writing: Iterator[None] = iter(())
         """What is still to be written of what was to be at ``_written_s``."""
         self._written_s = -math.inf
-        self._runs = Event()
-        """Set while something runs."""
         for metric in TABLE:
             if metric.unified and not decodes:
                 continue
@@ -145,19 +141,6 @@ class Metrics:
     def watch(self, situation: Callable[[float], Situation], ttft_state: Callable[[], Mapping[str, float]]) -> None:
         """Where gauges come from: ``situation(now_s)``, and ``ttft_state`` as ``AdaptiveTTFT.state`` gives it."""
         self._situation, self._ttft_state = situation, ttft_state
-
-    def remind(self, notify: Callable[[], object]) -> None:
-        """While something runs and nothing has been written for WRITTEN_EVERY_S, as no event came, call ``notify()`` on
-        a thread: it makes one.
-        """
-        Thread(target=self._remind, args=(notify,), name="flowprefill-metrics", daemon=True).start()
-
-    def _remind(self, notify: Callable[[], object]) -> None:
-        while True:
-            self._runs.wait()
-            time.sleep(WRITTEN_EVERY_S)
-            if self._runs.is_set() and time.monotonic() - self._written_s >= WRITTEN_EVERY_S:
-                notify()
 
     # ---- requests ---------------------------------------------------------------------------------------------------
 
@@ -240,20 +223,20 @@ class Metrics:
 
     # ---- gauges -----------------------------------------------------------------------------------------------------
 
-    def decided(self, cost_s: float, now_s: float) -> None:
-        """Something has happened, and what runs next was chosen, all in ``cost_s``. Goes on with the writing."""
+    def decided(self, cost_s: float, now_s: float) -> float:
+        """Something has happened, and what runs next was chosen, all in ``cost_s``. Goes on with the writing. Returns
+        when there is more to write.
+        """
         self._one(table.EVENT_COST).observe(cost_s)
-        if not self._runs.is_set():
-            self._runs.set()
         if self._is_due(now_s):
             for _ in self._writing:  # what is left of the last time: there were few events since
                 pass
             self._writing = self._write(now_s)
         next(self._writing, None)
+        return self._written_s + WRITTEN_EVERY_S
 
     def rest(self, now_s: float) -> None:
         """Nothing can run: there is time for all that is to be written."""
-        self._runs.clear()
         for _ in chain(self._writing, self._write_told(), self._write(now_s) if self._is_due(now_s) else ()):
             pass
 

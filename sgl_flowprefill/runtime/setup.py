@@ -164,7 +164,6 @@ def build(
         dp_ranks=dp_ranks,
     )
     recorder.watch(work, _kv_token_bytes(model_runner) + memory.activations.suspended_bytes(1))
-    recorder.remind(wakeup.notify)
     exploration = Exploration()
     if isinstance(ttft, LearningTTFT):
         ttft.start()

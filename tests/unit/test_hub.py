@@ -119,6 +119,22 @@ def test_without_a_soft_watchdog_there_is_one() -> None:
     assert watchdog.get_counter() == 7
 
 
+def test_a_recorder_hears_of_decisions_by_when_it_wants_to_while_a_prefill_runs_without_an_event() -> None:
+    request = SimulatedRequest("long", 0.0, 1000, 100.0)
+    server = SimulatedServer(SimulatedDevice(0, HostCosts()), Model(40, lambda _: 0.05, lambda _: 0.05), [request])
+    told_s: list[float] = []
+
+    def decided(cost_s: float, now_s: float) -> float:
+        told_s.append(now_s)
+        return now_s + 0.5
+
+    server.recorder.decided = decided  # type: ignore[method-assign]
+    server.run_all()
+    assert 4.0 < server.device.now_s < 4.5
+    assert len(told_s) >= 8
+    assert all(0.5 <= after - before < 0.65 for before, after in pairwise(told_s))
+
+
 def test_a_winner_starts_without_those_that_do_not_fit_beside_it() -> None:
     """Where activations of all that would join it exceed what is left beside a live task."""
     requests = [SimulatedRequest(f"r{i}", 0.0, tokens, 100.0) for i, tokens in enumerate([64, 100, 1900, 70])]

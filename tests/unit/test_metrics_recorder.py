@@ -83,7 +83,7 @@ def test_an_event_costs_what_the_hub_takes_from_a_stop_to_what_runs_next() -> No
 def test_gauges_show_what_is_suspended_and_what_waits() -> None:
     requests = [SimulatedRequest("long", 0.0, 10_000, 100.0), SimulatedRequest("urgent", 0.7, 2000, 1.5)]
     requests += [SimulatedRequest("late", 0.8, 2000, 1e-3), SimulatedRequest("lax", 0.8, 500, 90.0)]
-    requests.append(SimulatedRequest("tightest", 1.3, 100, 0.2))
+    requests.append(SimulatedRequest("tightest", 1.4, 600, 0.4))
     measured = Measured(requests)
     shown = []
     while measured.server.hub.turn():

@@ -5,9 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
-from queue import Empty, SimpleQueue
 
 import pytest
 import yaml
@@ -17,7 +15,7 @@ from sgl_flowprefill.events import Abort, Arrival, Fail
 from sgl_flowprefill.metrics import dashboard, queries
 from sgl_flowprefill.metrics.table import CAUSES, MOST_CLASSES, OTHER, PREFIX, SHED, TABLE, TTFT_MISSED, Kind, Unit
 from sgl_flowprefill.misses import Cause
-from sgl_flowprefill.runtime.metrics import Metrics, Situation
+from sgl_flowprefill.runtime.metrics import WRITTEN_EVERY_S, Metrics, Situation
 from tests.metrics_exporter import Told, served
 
 ROOT = Path(__file__).parents[2]
@@ -256,23 +254,11 @@ def test_where_events_are_few_the_next_one_writes_what_is_left() -> None:
     assert samples(registry)["flowprefill:preemptions_total"] == 1
 
 
-def test_the_hub_is_reminded_to_write_while_something_runs_without_an_event_and_an_idle_one_is_left_alone(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr("sgl_flowprefill.runtime.metrics.WRITTEN_EVERY_S", 0.02)
+def test_whoever_decides_hears_when_there_is_more_to_write() -> None:
     metrics = Metrics(LABELS, registry=CollectorRegistry())
-    reminders: SimpleQueue[bool] = SimpleQueue()
-    metrics.remind(lambda: reminders.put(True))
-    for _ in range(2):
-        with pytest.raises(Empty):
-            reminders.get(timeout=0.2)
-        metrics.decided(1e-5, time.monotonic())
-        for _ in range(3):
-            assert reminders.get(timeout=30)
-        metrics.rest(time.monotonic())
-        time.sleep(0.1)  # one may be on its way
-        while not reminders.empty():
-            reminders.get()
+    assert metrics.decided(1e-5, now_s=10.0) == 10.0 + WRITTEN_EVERY_S
+    assert metrics.decided(1e-5, now_s=10.1) == 10.0 + WRITTEN_EVERY_S
+    assert metrics.decided(1e-5, now_s=10.6) == 10.6 + WRITTEN_EVERY_S
 
 
 def test_tokens_and_steps_count_on_a_server_that_decodes() -> None:
