@@ -147,7 +147,11 @@ class Guard:
         self._followed: list[guard.Session] = []
         self._segments_before = set(os.listdir(guard.SHM))
         self._process = subprocess.Popen(
-            [sys.executable, "-S", guard.__file__], stdin=subprocess.PIPE, text=True, start_new_session=True
+            [sys.executable, "-S", guard.__file__],
+            stdin=subprocess.PIPE,
+            text=True,
+            errors="surrogateescape",  # names in /dev/shm may be of any bytes
+            start_new_session=True,
         )
         # Not below TMPDIR: the path of a ZeroMQ ipc socket must stay under 108 characters.
         self.directory = Path(f"/tmp/flowprefill-{secrets.token_hex(6)}")

@@ -121,6 +121,42 @@ def test_shared_memory_of_others_stays(tmp_path):
         segment.unlink()
 
 
+UNREADABLE = """
+import mmap, os, sys, time
+with open("/proc/self/comm", "wb") as file:
+    file.write(b"\\xc3(")
+with open(os.path.join(os.fsencode(sys.argv[1]), b"\\xe8"), "wb+") as file:
+    file.truncate(1)
+    mapped = mmap.mmap(file.fileno(), 1)
+print(flush=True)
+time.sleep(600)
+"""
+"""Neither its name nor that of a file that it maps is UTF-8."""
+
+
+@pytest.mark.parametrize("whose", ["a server's", "somebody else's"])
+def test_names_that_are_no_utf_8_do_not_keep_the_guard_from_its_work(tmp_path, whose):
+    command = [sys.executable, "-c", UNREADABLE, str(tmp_path)]
+    child = f"import os, sys; os.execv(sys.executable, {command!r})" if whose == "a server's" else CHILD
+    segment = Path("/dev/shm") / os.fsdecode(b"flowprefill-test-%d-\xe8" % os.getpid())
+    segment.touch()
+    other = subprocess.Popen(command, stdout=subprocess.PIPE)
+    try:
+        other.stdout.readline()
+        with Guard() as guard:
+            server, pid, left = start(guard, tmp_path, child=child)
+        assert guard.ended() == "the launcher's guard has ended (exit code 0)"
+        assert gone(server.pid)
+        assert gone(pid)
+        assert [path for path in left if path.exists()] == []
+        assert not gone(other.pid)
+        assert segment.exists()
+    finally:
+        segment.unlink()
+        other.kill()
+        other.communicate()
+
+
 @pytest.mark.parametrize("guarded", [True, False])
 def test_a_process_that_reports_ends_with_all_that_it_left(tmp_path, guarded):
     with Guard() as guard:
