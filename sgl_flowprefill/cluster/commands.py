@@ -33,7 +33,6 @@ PARALLEL_OPTIONS: Final = (TP_OPTIONS, ("--pipeline-parallel-size", "--pp-size")
 GUIDING_OPTIONS: Final = (*PARALLEL_OPTIONS, ("--base-gpu-id",), ("--device",), ("--dtype",), ("--revision",))
 """SGLang options, by all their names, by which servers are placed, described, and their model is found."""
 GATEWAY_TIMEOUT_S: Final = 1800
-GATEWAY_GRACE_S: Final = 60
 GATEWAY_RETRIES: Final = ("--retry-max-retries", "4", "--retry-initial-backoff-ms", "500")
 """Retries are spread over more than the two seconds after which smg leaves out a server that it cannot reach."""
 CPU_PLATFORM: Final = "flowprefill_cpu"
@@ -204,12 +203,12 @@ class Layout:
         return [
             *(*RUN, "smg.launch_router", *self._workers()),
             *("--host", self.config.host, "--port", str(self.ports.gateway)),
-            *("--prometheus-host", "127.0.0.1", "--prometheus-port", str(metrics_port)),
+            *("--prometheus-host", LOOPBACK, "--prometheus-port", str(metrics_port)),
             *("--policy", "round_robin", *retries, "--disable-circuit-breaker"),
             *("--worker-startup-check-interval", "1", "--health-check-interval-secs", "10"),
             *("--health-check-timeout-secs", "30", "--health-success-threshold", "1"),
             *("--request-timeout-secs", str(GATEWAY_TIMEOUT_S)),
-            *("--shutdown-grace-period-secs", str(1 if self.servers else GATEWAY_GRACE_S)),
+            *("--shutdown-grace-period-secs", str(max(1, math.ceil(self.config.drain_timeout_s)))),
             *("--queue-size", "10000", "--queue-timeout-secs", str(GATEWAY_TIMEOUT_S), "--log-level", "warn"),
             *self.config.gateway_args,
         ]

@@ -18,13 +18,26 @@ class Parser(argparse.ArgumentParser):
 
 def seconds(text: str) -> float:
     """Type of an option that takes a time."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
+    value = _number(text)
     if not 0.0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"expected seconds above 0, got {text}")
     return value
+
+
+def seconds_or_0(text: str) -> float:
+    """Type of an option that takes a time, which may be none."""
+    value = _number(text)
+    if not 0.0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected seconds, 0 or more, got {text}")
+    return value
+
+
+def _number(text: str) -> float:
+    """A negative one for what is none."""
+    try:
+        return float(text)
+    except ValueError:
+        return -1.0
 
 
 def text_of_key_file(file: Path) -> str:

@@ -13,8 +13,7 @@ import pytest
 import yaml
 
 from sgl_flowprefill.cluster import cli, preflight
-from sgl_flowprefill.cluster.base import KEY_VARIABLE
-from sgl_flowprefill.cluster.members import DRAIN_S
+from sgl_flowprefill.cluster.base import KEY_VARIABLE, ClusterConfig
 from sgl_flowprefill.config import FlowPrefillConfig, is_enabled
 from tests.namespaces import unshare_pids
 
@@ -73,7 +72,7 @@ def test_every_container_is_probed_and_has_time_to_end(role):
     assert container(role)["livenessProbe"]["httpGet"] == {"path": "/health", "port": "http"}
     assert container(role)["readinessProbe"]["httpGet"]["port"] == "http"
     pod = named("Deployment", f"flowprefill-{role}")["spec"]["template"]["spec"]
-    assert pod["terminationGracePeriodSeconds"] > DRAIN_S
+    assert pod["terminationGracePeriodSeconds"] > ClusterConfig.drain_timeout_s
     mounted = {mount["name"] for mount in container(role)["volumeMounts"]}
     assert mounted == {volume["name"] for volume in pod["volumes"]}
 
