@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Final
+from urllib.parse import urlsplit
 
 import requests
 
@@ -15,7 +16,7 @@ from sgl_flowprefill.cluster.asked import Asked
 from sgl_flowprefill.cluster.base import ClusterError, StartError
 from sgl_flowprefill.cluster.commands import Layout, Role
 from sgl_flowprefill.cluster.gateway import Errands, Gateway, Worker
-from sgl_flowprefill.cluster.process import Guard, Server
+from sgl_flowprefill.cluster.process import Guard, Server, listener
 from sgl_flowprefill.cluster.waiting import POLL_S, in_short, too_late
 
 LONGEST_BACK_OFF_S: Final = 60.0
@@ -50,8 +51,16 @@ class Member:
         return Worker(self.role, self.url, self.bootstrap if self.role == "prefill" else None)
 
     def is_healthy(self) -> bool:
-        """Raises ``requests.RequestException`` while the server is not."""
+        """Raises ``requests.RequestException`` while the server is not, and ClusterError when another process has its
+        port and answers in its place."""
+        server = self.server
         requests.get(f"{self.url}/health", timeout=30).raise_for_status()
+        port = urlsplit(self.url).port
+        if server is not None and port is not None and not server.listens_on(port):
+            raise ClusterError(
+                f"port {port}, which the {self.name} server is to have, was taken while it started: {listener(port)} "
+                "answers there; choose another port with --ports"
+            )
         return True
 
     def phase(self) -> str:
@@ -188,6 +197,9 @@ class Members:
                 member.health.answer()
             except requests.RequestException as error:
                 member.health, member.seen = None, in_short(error)
+            except ClusterError as error:
+                self._lose(member, server, str(error))
+                return
             else:
                 self.is_up(member)
                 bind(server, self._layout)

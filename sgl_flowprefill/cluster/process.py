@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Final
+from typing import Any, Final
 
 import psutil
 
@@ -95,6 +95,19 @@ class Server:
         for process in self._processes():
             with suppress(psutil.NoSuchProcess):
                 process.resume()
+
+    def listens_on(self, port: int) -> bool:
+        """Whether a process of the server listens there, also when its sockets cannot be looked at."""
+        for process in self._processes():
+            try:
+                connections = process.net_connections("tcp")
+            except psutil.NoSuchProcess:
+                continue
+            except psutil.AccessDenied:
+                return True
+            if any(_is_listening(connection, port) for connection in connections):
+                return True
+        return False
 
     def _processes(self) -> list[psutil.Process]:
         """The server's process and all that it has started; none once it has ended."""
@@ -242,6 +255,19 @@ def _title(process: psutil.Process) -> str:
     with suppress(psutil.NoSuchProcess):
         return str(process.name())
     return ""
+
+
+def listener(port: int) -> str:
+    """The process of this machine that listens at ``port``, in words."""
+    with suppress(psutil.Error):
+        for connection in psutil.net_connections("tcp"):
+            if _is_listening(connection, port) and connection.pid is not None:
+                return f"process {connection.pid} ({psutil.Process(connection.pid).name()})"
+    return "a process that this user cannot see"
+
+
+def _is_listening(connection: Any, port: int) -> bool:
+    return bool(connection.status == psutil.CONN_LISTEN and connection.laddr.port == port)
 
 
 def _bind_threads(process: psutil.Process, cpus: Sequence[int]) -> None:

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import sys
 import threading
 import time
@@ -213,6 +214,49 @@ def test_a_server_that_cannot_listen_after_a_restart_is_started_again_without_wa
     assert restarting.guard.killed == [server]
     assert "the prefill-0 server cannot listen at http://127.0.0.1:" in restarting.said[0]
     assert "started again in 1 s" in restarting.said[0]
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_a_server_is_not_up_because_another_process_answers_at_its_port(restarting, again):
+    member = restarting.first
+    server = member.server
+    with answering(lambda path, headers: (200, "")) as member.url:
+        port = member.url.rpartition(":")[2]
+        how = f"port {port}, which the prefill-0 server is to have, was taken while it started: "
+        how += rf"process {os.getpid()} \("
+        if again:
+            while member.server is server:
+                assert member.up_since_s is None
+                restarting.members.check()
+                time.sleep(0.01)
+            assert re.search(how, restarting.said[0])
+            assert restarting.guard.killed == [server]
+        else:
+            with pytest.raises(ClusterError, match=f"{how}.* answers there; choose another port with --ports"):
+                restarting.await_first(timeout_s=60)
+    assert member.up_since_s is None
+
+
+LISTENING = """
+import socket, subprocess, sys, time
+if len(sys.argv) > 1:
+    subprocess.Popen([sys.executable, "-c", sys.argv[1]]).wait()
+listener = socket.create_server(("127.0.0.1", 0))
+print(listener.getsockname()[1], flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("of_a_child", [False, True])
+def test_a_server_listens_where_it_or_its_child_does(tmp_path, of_a_child):
+    command = [sys.executable, "-c", LISTENING, *([LISTENING] if of_a_child else [])]
+    with Guard() as guard, socket.create_server(("127.0.0.1", 0)) as others:
+        server = guard.start("test", command, os.environ, tmp_path / "log")
+        while not server.log.read_text().endswith("\n"):
+            assert server.ended() is None
+            time.sleep(0.01)
+        assert server.listens_on(int(server.log.read_text()))
+        assert not server.listens_on(others.getsockname()[1])
 
 
 def test_a_server_that_does_not_come_back_in_time_is_started_again(restarting):
