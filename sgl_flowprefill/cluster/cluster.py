@@ -198,7 +198,7 @@ class Cluster:
         metrics_port = preflight.free_port(LOOPBACK, taken)
         command, log = layout.gateway_command(metrics_port), self.config.log(GATEWAY)
         self._gateway_server = self._guard.start(GATEWAY, command, layout.gateway_env(), log)
-        routing = Routing(self._gateway, len(self._members))
+        routing = Routing(self._gateway, self.server_urls)
         self._waiting.until("the gateway", routing.is_complete, routing.phase)
 
     def check_guard(self) -> None:

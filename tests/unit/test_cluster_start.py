@@ -499,24 +499,46 @@ def test_it_is_said_what_servers_do_while_they_start(restarting):
     assert said[-1].endswith(f" s; loading weights; prefill-1: its log is {second}; HTTP 500 broken)")
 
 
+URLS = ["http://here", "http://there"]
+
+
 def test_it_is_said_what_a_gateway_does_while_it_starts():
     said, workers = [], [{"url": "http://here", "is_healthy": True}]
     waiting = Waiting(ClusterConfig(flowprefill=False, startup_timeout_s=1.5), lambda: None, said.append)
     with answering(lambda path, headers: (200, "")) as url:
         pass
-    routing = Routing(Gateway(url), servers=2)
+    routing = Routing(Gateway(url), URLS)
     with pytest.raises(ClusterError, match="no connection"):
         waiting.until("the gateway", routing.is_complete, routing.phase)
     assert {line.split("; ")[1] for line in said} == {"starting)"}
     said.clear()
     with answering(lambda path, headers: (200, json.dumps({"workers": workers}))) as url:
-        routing = Routing(Gateway(url), servers=2)
+        routing = Routing(Gateway(url), URLS)
         workers.append({"url": "http://there", "is_healthy": False})
         with pytest.raises(ClusterError):
             waiting.until("the gateway", routing.is_complete, routing.phase)
         assert said[-1].endswith("s; it has found 1 of 2 servers healthy)")
         workers[1]["is_healthy"] = True
         waiting.until("the gateway", routing.is_complete, routing.phase)
+
+
+@pytest.mark.parametrize(
+    ("urls", "healthy", "is_complete"),
+    [
+        (URLS, ["http://here", "http://there"], True),
+        (URLS, ["http://there", "http://foreign", "http://here"], True),
+        (URLS, ["http://here", "http://foreign"], False),
+        ([], [], True),
+        ([], ["http://foreign"], True),
+    ],
+)
+def test_a_gateway_has_started_when_it_routes_to_the_servers_here_whoever_else_has_joined(urls, healthy, is_complete):
+    sick = [{"url": "http://late", "is_healthy": False}]
+    workers = [{"url": url, "is_healthy": True} for url in healthy] + sick
+    with answering(lambda path, headers: (200, json.dumps({"workers": workers}))) as url:
+        routing = Routing(Gateway(url), urls)
+        assert routing.is_complete() == is_complete
+        assert routing.phase() == f"it has found {len(set(urls) & set(healthy))} of {len(urls)} servers healthy"
 
 
 @pytest.mark.parametrize(("before", "ends"), [(signal.SIG_DFL, True), (signal.SIG_IGN, False)])
