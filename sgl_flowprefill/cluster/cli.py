@@ -34,7 +34,7 @@ from sgl_flowprefill.cluster.base import (
 )
 from sgl_flowprefill.cluster.cluster import Cluster
 from sgl_flowprefill.cluster.commands import join_values
-from sgl_flowprefill.cluster.parsing import Parser, seconds, seconds_or_0, text_of_key_file
+from sgl_flowprefill.cluster.parsing import Append, Parser, seconds, seconds_or_0, text_of_key_file, words
 from sgl_flowprefill.cluster.saying import say
 from sgl_flowprefill.config import ConfigError, FlowPrefillConfig, is_enabled
 from sgl_flowprefill.events import EventLogError
@@ -163,6 +163,9 @@ def parse(argv: Sequence[str]) -> ClusterConfig:
     except ConfigError as error:
         raise StartError(str(error)) from None
     part = _part(arguments, server_args)
+    problem = options.refusing_problem(decodes=not part.prefill, is_joint=False)
+    if arguments.flowprefill and problem is not None:
+        raise StartError(problem)
     key, key_in_shell = _key(arguments)
     return ClusterConfig(
         flowprefill=arguments.flowprefill,
@@ -175,9 +178,9 @@ def parse(argv: Sequence[str]) -> ClusterConfig:
         unified_elsewhere=bool(arguments.unified) and not part.unified,
         join=part.join,
         server_args=server_args,
-        prefill_args=shlex.split(arguments.prefill_args),
-        decode_args=shlex.split(arguments.decode_args),
-        gateway_args=shlex.split(arguments.gateway_args),
+        prefill_args=words("--prefill-args", arguments.prefill_args),
+        decode_args=words("--decode-args", arguments.decode_args),
+        gateway_args=words("--gateway-args", arguments.gateway_args),
         api_key=key,
         api_key_in_shell=key_in_shell,
         live_port=_live_port(arguments, part),
@@ -347,11 +350,12 @@ def _parser() -> argparse.ArgumentParser:
                         "one of several machines")  # fmt: skip
     parser.add_argument("--join", metavar="URL", help="gateway that the servers of --role prefill, decode or unified "
                         "join")  # fmt: skip
-    parser.add_argument("--prefill-args", metavar="ARGS", default="", help="SGLang options of the prefill server only, "
-                        "in one string")  # fmt: skip
-    parser.add_argument("--decode-args", metavar="ARGS", default="", help="SGLang options of the decode server only")
-    parser.add_argument("--gateway-args", metavar="ARGS", default="", help="options of the gateway (`smg launch "
-                        "--help`), such as '--policy cache_aware'")  # fmt: skip
+    parser.add_argument("--prefill-args", metavar="ARGS", action=Append, default="", help="SGLang options of the "
+                        "prefill server only, in one string")  # fmt: skip
+    parser.add_argument("--decode-args", metavar="ARGS", action=Append, default="", help="SGLang options of the "
+                        "decode server only")  # fmt: skip
+    parser.add_argument("--gateway-args", metavar="ARGS", action=Append, default="", help="options of the gateway "
+                        "(`smg launch --help`), such as '--policy cache_aware'")  # fmt: skip
     parser.add_argument("--host", help="address to listen on (default 127.0.0.1; with --join, this machine's address "
                         "on the way to the gateway)")  # fmt: skip
     parser.add_argument("--ports", metavar="GATEWAY,PREFILL,DECODE,BOOTSTRAP", help="ports to listen on; 0 or none for "

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import shlex
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from sgl_flowprefill.cluster.base import StartError
 
@@ -38,6 +40,28 @@ def _number(text: str) -> float:
         return float(text)
     except ValueError:
         return -1.0
+
+
+class Append(argparse.Action):
+    """Of an option whose texts count together when it is given several times."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: str | Sequence[Any] | None,
+        option_string: str | None = None,
+    ) -> None:
+        setattr(namespace, self.dest, f"{getattr(namespace, self.dest)} {values}".strip())
+
+
+def words(option: str, text: str) -> list[str]:
+    """The words of an option's ``text``, as a shell would split it. Raises StartError."""
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        reason = str(error)
+        raise StartError(f"{option} {text}: {reason[:1].lower()}{reason[1:]}") from None
 
 
 def text_of_key_file(file: Path) -> str:

@@ -16,7 +16,7 @@ from typing import Any, Final
 import psutil
 
 from sgl_flowprefill.cluster import guard, logs
-from sgl_flowprefill.cluster.base import ClusterError
+from sgl_flowprefill.cluster.base import ClusterError, StartError
 from sgl_flowprefill.processes import is_alive
 
 SGLANG_TITLE: Final = "sglang::"
@@ -171,7 +171,12 @@ class Guard:
         for name in self._segments_before:
             self._tell(f"keep {name}")
         self._tell(f"directory {self.directory}")  # before it is there: a signal may come in between
-        self.directory.mkdir(mode=0o700)
+        try:
+            self.directory.mkdir(mode=0o700)
+        except OSError as error:
+            self.__exit__(None, None, None)
+            reason = f"{self.directory} cannot be made ({error.strerror})"
+            raise StartError(f"{reason}; give this user a /tmp to write to, such as a tmpfs of a container") from None
         return self
 
     def start(self, name: str, command: Sequence[str], env: Mapping[str, str], log: Path) -> Server:
