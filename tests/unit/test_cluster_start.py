@@ -595,6 +595,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 takes_s, *command = sys.argv[1:]
 urls = [word for word in command if word.startswith("http://")]  # of a gateway, its servers
 
+def value(option):
+    return command[command.index(option) + 1]
+
 class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         self.rfile.read(int(self.headers.get("Content-Length", 0)))
@@ -621,7 +624,7 @@ def asked(number, frame):
     threading.Thread(target=end).start()
 
 signal.signal(signal.SIGTERM, asked)
-server = ThreadingHTTPServer(("127.0.0.1", int(command[command.index("--port") + 1])), Handler)
+server = ThreadingHTTPServer((value("--host"), int(value("--port"))), Handler)
 server.serve_forever()
 """
 """A server or gateway that answers everything, and ends a while after it is asked to, when its servers still answer."""
@@ -701,6 +704,19 @@ def test_requests_get_as_long_as_the_launcher_was_told(ending, timeout_s, least_
     logs, took_s = ending([*PAIR, "--drain-timeout-s", timeout_s], SIGTERM, takes_s=60)
     assert "ended 2" not in logs["gateway"]
     assert least_s <= took_s < least_s + 10
+
+
+def test_the_port_of_the_gateways_metrics_is_free_where_they_listen(ending, monkeypatch):
+    asked, free_port = [], preflight.free_port
+
+    def recorded(host, *arguments):
+        asked.append(host)
+        return free_port(host, *arguments)
+
+    monkeypatch.setattr(preflight, "free_port", recorded)
+    ending(["--host", "127.0.0.2", *PAIR], KeyboardInterrupt())
+    assert asked[0] == "127.0.0.2"  # the gateway's own
+    assert asked[-1] == "127.0.0.1"
 
 
 def test_requests_end_although_nobody_reads_what_the_launcher_says(ending, monkeypatch):

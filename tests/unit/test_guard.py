@@ -1,5 +1,6 @@
 """The guard ends sessions and removes what they leave, also when the launcher is killed."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from sgl_flowprefill.cluster.base import StartError
 from sgl_flowprefill.cluster.process import Guard
 from sgl_flowprefill.processes import is_alive
 from tests.namespaces import unshare_pids
@@ -119,6 +121,18 @@ def test_shared_memory_of_others_stays(tmp_path):
         assert segment.exists()
     finally:
         segment.unlink()
+
+
+def test_a_directory_for_temporary_files_that_cannot_be_made_ends_the_start_in_one_sentence(monkeypatch):
+    def refuse(path, **how):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    guard = Guard()
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    reason = r"/tmp/flowprefill-\w+ cannot be made \(Read-only file system\); give this user a /tmp to write to"
+    with pytest.raises(StartError, match=reason), guard:
+        pytest.fail("it has started")
+    assert guard.ended() == "the launcher's guard has ended (exit code 0)"
 
 
 UNREADABLE = """
