@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from sgl_flowprefill.bench.loadgen.replay import ReplayRun
-from sgl_flowprefill.bench.metrics.joint import JointSummary, Judge, answered, meets, share, summarise_joint
+from sgl_flowprefill.bench.metrics.joint import JointSummary, answered, meets, share, summarise_joint
+from sgl_flowprefill.bench.metrics.judge import Judge
 from sgl_flowprefill.bench.metrics.requests import (
     PreemptionSummary,
     RunSummary,

@@ -15,6 +15,8 @@ from sgl_flowprefill.events import AnyEvent, GiveBack, Step, Suspend, read_event
 
 SLO_SCALES: Final = tuple(round(0.4 + 0.2 * step, 1) for step in range(9))
 """SLO scales of the paper: 0.4 to 2.0 in steps of 0.2."""
+ATTAINMENTS: Final = (0.9, 0.99)
+"""Shares of requests in time for which highest rates are told, where nobody asks for others."""
 
 
 @dataclass(frozen=True)

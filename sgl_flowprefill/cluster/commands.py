@@ -19,7 +19,15 @@ from typing import Final, Literal
 from sgl_flowprefill.cluster import machine
 from sgl_flowprefill.cluster.base import KEY_VARIABLE, LOOPBACK, ClusterConfig, Ports
 from sgl_flowprefill.cluster.machine import CpuPlan, shares
-from sgl_flowprefill.config import ENV_PREFIX, ENV_SWITCH, FlowPrefillConfig
+from sgl_flowprefill.config import (
+    ENV_DECODE_SLEEP,
+    ENV_PREFIX,
+    ENV_SCHEDULER_CPUS,
+    ENV_SWITCH,
+    PLATFORM_NAME,
+    FlowPrefillConfig,
+    attach_values,
+)
 from sgl_flowprefill.paths import CACHE_VARIABLE
 
 Role = Literal["prefill", "decode", "unified"]
@@ -28,15 +36,15 @@ GATEWAY: Final = "gateway"
 """Name of the gateway in messages and of its log."""
 
 TP_OPTIONS: Final = ("--tensor-parallel-size", "--tp-size", "--tp")
-PARALLEL_OPTIONS: Final[Mapping[str, tuple[str, ...]]] =GUIDING_OPTIONS: Final[Mapping[str, tuple[str, ...]]] = {
-    **PARALLEL_OPTIONS,
+PARALLEL_OPTIONS: Final[Mapping[str, tuple[str, ...]]] = {
     "tp_size": TP_OPTIONS,
     "pp_size": ("--pipeline-parallel-size", "--pp-size"),
     "dp_size": ("--data-parallel-size", "--dp-size", "--dp"),
 }
 """SGLang options whose product is the number of GPUs of a server, by their fields; the last one only where attention is
 not data-parallel."""
-GUIDING_OPTIONS: Final = PARALLEL_OPTIONS | {
+GUIDING_OPTIONS: Final[Mapping[str, tuple[str, ...]]] = {
+    **PARALLEL_OPTIONS,
     "base_gpu_id": ("--base-gpu-id",),
     "device": ("--device",),
     "dtype": ("--dtype",),
@@ -49,7 +57,7 @@ JOINT_ATTENTION: Final = "enable_dp_attention"
 GATEWAY_TIMEOUT_S: Final = 1800
 GATEWAY_RETRIES: Final = ("--retry-max-retries", "4", "--retry-initial-backoff-ms", "500")
 """Retries are spread over more than the two seconds after which smg leaves out a server that it cannot reach."""
-CPU_PLATFORM: Final = "flowprefill_cpu"
+CPU_PLATFORM: Final = PLATFORM_NAME
 PLATFORM_VARIABLE: Final = "SGLANG_PLATFORM"
 PLUGIN: Final = "flowprefill"
 """Name of the plugin by which SGLang loads FlowPrefill."""
@@ -66,6 +74,8 @@ DECODE_PLACES: Final = ("--max-running-requests", "4096")
 DECODE_KV_TOKENS: Final = 1 << 20
 """The decode server gives a request a running slot and KV cache, first come first served, before its prefill may start.
 When they run out, an urgent request waits for long ones that wait for the prefill server, whatever the order there."""
+WITH_ARGUMENTS: Final = ("--prefill-args", "--decode-args", "--gateway-args")
+"""Options of the launcher whose values are options of others."""
 RUN: Final = (sys.executable, "-m", "sgl_flowprefill.cluster.serve")
 """Runs a module with the API key, which no command line shows."""
 
@@ -166,7 +176,7 @@ class Layout:
     def server_env(self, role: Role, index: int = 0) -> dict[str, str]:
         """Environment variables of a server."""
         env = self.gateway_env()
-        env[ENV_PREFIX + "DECODE_SLEEP"] = "1"
+        env[ENV_DECODE_SLEEP] = "1"
         # SGLang's first process sets these for its scheduler. A scheduler that measures has no such process.
         env["CUDA_DEVICE_MAX_CONNECTIONS"] = "8"
         env.setdefault("TRTLLM_ENABLE_PDL", "1")
@@ -178,7 +188,7 @@ class Layout:
             env[ENV_SWITCH] = "1"
             if env.get(PLUGINS_VARIABLE):
                 env[PLUGINS_VARIABLE] += f",{PLUGIN}"
-            self._options(role, index).to_env(env)
+            env |= self._options(role, index).to_env()
             if role != "decode":
                 env["SGLANG_EAGER_INPUT_NO_COPY"] = "1"
         if self.cpus is not None:
@@ -188,7 +198,7 @@ class Layout:
             if role != "decode":
                 cpus = self.cpus.scheduler_of(index, self.prefilling)
                 by_rank = shares(cpus, self.ranks(role))
-                env[ENV_PREFIX + "SCHEDULER_CPUS"] = "|".join(",".join(map(str, own)) for own in by_rank)
+                env[ENV_SCHEDULER_CPUS] = "|".join(",".join(map(str, own)) for own in by_rank)
                 threads = len(by_rank[0])
             else:
                 threads = self.cpus.decode_threads(self.config.decode * self.ranks(role))
@@ -312,14 +322,8 @@ def last_value(args: Sequence[str], *options: str) -> str | None:
 
 
 def join_values(argv: Sequence[str]) -> list[str]:
-    """Write ``--prefill-args VALUE`` as ``--prefill-args=VALUE``: argparse takes a value like --tp for an option."""
-    joined: list[str] = []
-    for argument in argv:
-        if joined and joined[-1] in ("--prefill-args", "--decode-args", "--gateway-args"):
-            joined[-1] += f"={argument}"
-        else:
-            joined.append(argument)
-    return joined
+    """Write ``--prefill-args VALUE`` as ``--prefill-args=VALUE``, and so with all options that take options."""
+    return attach_values(argv, WITH_ARGUMENTS)
 
 
 def _url(host: str, port: int) -> str:

@@ -20,10 +20,10 @@ from rich.table import Table
 
 from sgl_flowprefill import paths
 from sgl_flowprefill.cluster import preflight
-from sgl_flowprefill.cluster.base import EXIT_CANNOT_START, EXIT_FAILED, ClusterConfig, Ports, StartError
+from sgl_flowprefill.cluster.base import EXIT_CANNOT_START, EXIT_FAILED, ClusterConfig, StartError
 from sgl_flowprefill.cluster.commands import join_values
 from sgl_flowprefill.cluster.logs import last_lines
-from sgl_flowprefill.cluster.parsing import Append, Parser, words
+from sgl_flowprefill.cluster.parsing import Append, Parser, seconds, words
 from sgl_flowprefill.cluster.process import Guard
 from sgl_flowprefill.config import ConfigError, FlowPrefillConfig
 from sgl_flowprefill.profiling import ProfileError, read_profile
@@ -49,7 +49,6 @@ def _profile(arguments: argparse.Namespace, server_args: Sequence[str]) -> int:
         ClusterConfig(
             flowprefill=True,
             model_path=arguments.model_path,
-            ports=Ports(),
             server_args=server_args,
             prefill_args=words("--prefill-args", arguments.prefill_args),
             decode_args=("--base-gpu-id", "0"),  # no decode server is started, so it needs no GPU
@@ -236,7 +235,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--model-path", metavar="MODEL", help="model directory or Hugging Face model id (default: "
                         "the embedded model)")  # fmt: skip
-    parser.add_argument("--budget-s", type=_positive, default=180.0, metavar="SECONDS", help="how long to measure, "
+    parser.add_argument("--budget-s", type=seconds, default=180.0, metavar="SECONDS", help="how long to measure, "
                         "after the engine has started (default %(default)s)")  # fmt: skip
     parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="profile file to write, or to report on "
                         "(default: in the cache, where servers look for it)")  # fmt: skip
@@ -249,10 +248,3 @@ def _parser() -> argparse.ArgumentParser:
                         "file (default %(default)s)")  # fmt: skip
     FlowPrefillConfig.add_cli_args(parser)
     return parser
-
-
-def _positive(text: str) -> float:
-    value = float(text)
-    if not 0.0 < value < float("inf"):
-        raise ValueError(text)
-    return value

@@ -165,7 +165,7 @@ class JointRole(SchedulerRole):
 
     def arrived(self) -> Iterator[Arrival]:
         """The requests of all ranks that can be started, rank by rank."""
-        own = [arrival._replace(place=self.agreement.rank) for arrival in self.own_arrivals()]
+        own = [arrival._replace(dp_rank=self.agreement.rank) for arrival in self.own_arrivals()]
         for arrival in own:
             self._startable[arrival.req] = self._number(arrival.req)
         # Without its prompt: what is cached at other ranks does not concern it.

@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from msgspec import UNSET
-from sglang.srt.managers.scheduler_components.output_streamer import SchedulerOutputStreamer
 from sglang.srt.managers.utils import is_health_check_generate_req
 
-from sgl_flowprefill.answers import REPORT_KEY, report
+from sgl_flowprefill.answers import report
 from sgl_flowprefill.events import (
     Abort,
     AnyEvent,
@@ -41,6 +40,7 @@ from sgl_flowprefill.metrics import table
 from sgl_flowprefill.outcomes import Outcome, Outcomes
 from sgl_flowprefill.policy import Job
 from sgl_flowprefill.runtime.metrics import Metrics, Situation
+from sgl_flowprefill.runtime.reporting_streamer import ReportingStreamer
 from sgl_flowprefill.slo import Objective
 from sgl_flowprefill.ttft import Prediction
 
@@ -350,8 +350,8 @@ class AnswerReports:
             self._over.append(event.rid)
 
 
-class RecordedStreamer(SchedulerOutputStreamer):
-    """SGLang's way of answers to the client, which tells the event recorder of each last one, and adds its report."""
+class RecordedStreamer(ReportingStreamer):
+    """Tells the event recorder of the last event of each answer, and adds its report."""
 
     recorder: EventRecorder | None = None
     """Set on the instance, when the scheduler is ready to serve."""
@@ -360,17 +360,7 @@ class RecordedStreamer(SchedulerOutputStreamer):
 
     @property
     def has_additional_customized_info(self) -> bool:
-        return self.reports is not None and self.rust_server is None  # whose way of answers has none
-
-    def is_request_level_customized_info_key(self, key: str) -> bool:
-        return key == REPORT_KEY or bool(super().is_request_level_customized_info_key(key))
-
-    def build_additional_customized_info(self, reqs: Sequence[Any]) -> dict[str, list[Any]]:
-        """SGLang's hook for what goes with the tokens of ``reqs``."""
-        found = dict(super().build_additional_customized_info(reqs))
-        if self.reports is not None and any(of_reqs := [self.reports.of(req) for req in reqs]):
-            found[REPORT_KEY] = of_reqs
-        return found
+        return self.reports is not None and super().has_additional_customized_info
 
     def stream_output(self, reqs: Sequence[Any], return_logprob: bool, skip_req: Any = None) -> None:
         if self.recorder is not None:
@@ -381,3 +371,6 @@ class RecordedStreamer(SchedulerOutputStreamer):
         super().stream_output(reqs, return_logprob, skip_req)
         if self.reports is not None:
             self.reports.forget_sent()
+
+    def _report(self, req: Any) -> list[dict[str, Any]]:
+        return [] if self.reports is None else self.reports.of(req)

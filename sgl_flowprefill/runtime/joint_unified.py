@@ -136,7 +136,7 @@ class JointUnifiedRole(JointRole, UnifiedRole):
         """The streams that have ``joined`` and ``left`` at any rank, rank by rank."""
         gone, self._retracted = [*self._retracted, *left], []
         for stream in joined:
-            stream.place = self.agreement.rank
+            stream.dp_rank = self.agreement.rank
             self._stream_numbers[stream] = next(self._stream_counter)
         own = StreamTidings(
             [Joined(self._stream_numbers[one], one.tbt_s, one.context_tokens, one.joined_s) for one in joined],

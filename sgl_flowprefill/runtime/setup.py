@@ -124,10 +124,10 @@ def build(
         model_runner, between_tiles, lambda: tiles.now.pairs, with_main=not decodes, draft_runner=draft
     )
     mlp_rows = None if has_whole_mlps(model, layers) else lambda: tiles.now.rows
-    places = scheduler.tp_size if is_joint else 1
+    dp_ranks = scheduler.tp_size if is_joint else 1
     kept, streams = kept_hidden_states(scheduler), scheduler.max_running_requests if decodes else 0
     shared = 1 if is_joint else scheduler.tp_size
-    memory = TaskMemory.plan(model_runner, slots, config.max_suspended, mlp_rows, kept, places, streams, shared)
+    memory = TaskMemory.plan(model_runner, slots, config.max_suspended, mlp_rows, kept, dp_ranks, streams, shared)
 
     def batch_tokens() -> int:
         return config.max_batch_tokens or throughput_budget_tokens(ttft.model)
@@ -151,7 +151,7 @@ def build(
         fitting=role.fitting,
         held_tokens=role.held_tokens,
         batch_tokens=batch_tokens,
-        places=places,
+        dp_ranks=dp_ranks,
     )
     recorder.watch(work, _kv_token_bytes(model_runner) + memory.activations.suspended_bytes(1))
     exploration = Exploration()

@@ -250,6 +250,8 @@ def test_a_server_that_cannot_start_shows_why(launch, tmp_path):
 
 IN_THE_MIDDLE_S = 2.0
 """How long servers have been starting when something ends: they import SGLang then."""
+LIKE_SIGTERM = (signal.SIGHUP, signal.SIGINT)
+"""What also ends a launcher by an exception. SIGINT ends one that serves in tests/servers/test_unified_serving.py."""
 
 
 def test_a_server_that_ends_while_it_starts_ends_its_launcher_which_shows_the_log(launch, memory):
@@ -270,7 +272,7 @@ def test_a_server_that_ends_while_it_starts_ends_its_launcher_which_shows_the_lo
 
 @pytest.mark.parametrize(
     "end",
-    [pytest.param(end, marks=pytest.mark.stress) if end == signal.SIGHUP else end for end in ENDS],  # ends like SIGTERM
+    [pytest.param(end, marks=pytest.mark.stress) if end in LIKE_SIGTERM else end for end in ENDS],
     ids=str,
 )
 def test_a_launcher_that_is_ended_while_it_starts_leaves_nothing(launch, memory, end):

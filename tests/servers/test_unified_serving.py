@@ -41,7 +41,7 @@ from tests.launched import (
 )
 from tests.prompts import prompt
 from tests.reference import TOKENS, Comparison
-from tests.servers.conftest import OneCluster
+from tests.servers.conftest import QUICK_START, OneCluster
 
 pytestmark = pytest.mark.usefixtures("no_cluster")
 
@@ -89,8 +89,9 @@ def launcher(one_cluster: OneCluster, tmp_path_factory: pytest.TempPathFactory) 
     options += ("--flowprefill-overload", "shed")
     options += ("--flowprefill-exploration-share", "0")  # its CPU time is measured while it is idle, for seconds only
     options += ("--max-total-tokens", "60000", "--enable-metrics", *PRIORITIES.options)
+    env = {KEY_VARIABLE: KEY, **QUICK_START}
     with private_memory(directory) as memory:
-        launcher = Launch(directory, "--flowprefill", "--unified", *options, memory=memory, env={KEY_VARIABLE: KEY})
+        launcher = Launch(directory, "--flowprefill", "--unified", *options, memory=memory, env=env)
         try:
             launcher.curl_line()
             yield launcher

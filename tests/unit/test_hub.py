@@ -626,7 +626,7 @@ def test_ranks_that_match_their_own_requests_match_those_again_that_are_next_one
 
 def test_a_task_that_took_twice_as_long_is_seen_by_what_waits_and_by_what_is_suspended() -> None:
     model = SimpleNamespace(predict_s=lambda batch: 1e-3 * sum(shape.new_tokens for shape in batch))
-    ttft = AdaptiveTTFT(model, 0.5)
+    ttft = AdaptiveTTFT(0.5, model)
     small, large = [PrefillShape(100)], [PrefillShape(2000)]
     waiting, suspended = ttft.pace(small), ttft.pace(large)
     assert not ttft.follow()
@@ -670,7 +670,7 @@ def test_tiles_are_told_how_fast_prefills_are_and_not_what_the_profile_says(wron
     requests = [SimulatedRequest(f"r{i}", 10.0 * i, 100 + 700 * (i % 5), 100.0) for i in range(100)]
     server = SimulatedServer(SimulatedDevice(0, HostCosts()), model, requests)
     profiled = SimpleNamespace(predict_s=lambda batch: wrong * model.forward_s(sum(new for new, _ in batch)))
-    server.hub.work.ttft = AdaptiveTTFT(profiled, 0.75)
+    server.hub.work.ttft = AdaptiveTTFT(0.75, profiled)
     server.hub.tiles = tiles = ToldTiles()
     server.run_all()
     right_s = model.forward_s(YARDSTICK.new_tokens)

@@ -26,7 +26,13 @@ from sglang.srt.managers.schedule_batch import Req
 from sglang.srt.plugins.hook_registry import HookRegistry
 from sglang.srt.sampling.sampling_params import SamplingParams
 
-from sgl_flowprefill.config import ENV_SWITCH, ConfigError, FlowPrefillConfig
+from sgl_flowprefill.config import (
+    ENV_DECODE_SLEEP,
+    ENV_SCHEDULER_CPUS,
+    ENV_SWITCH,
+    ConfigError,
+    FlowPrefillConfig,
+)
 from sgl_flowprefill.contract import installed, supported
 from sgl_flowprefill.patches import (
     affinity,
@@ -55,7 +61,7 @@ from tests import warm
 def own_registry(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(HookRegistry, "_hooks", defaultdict(list))
     monkeypatch.setattr(HookRegistry, "_patched", set())
-    monkeypatch.setenv(affinity.ENV_CPUS, str(min(os.sched_getaffinity(0))))
+    monkeypatch.setenv(ENV_SCHEDULER_CPUS, str(min(os.sched_getaffinity(0))))
 
 
 def other_shape(*_anything: Any) -> None:
@@ -216,11 +222,11 @@ def hears_of_transfers() -> bool:
     return hasattr(CommonKVManager.update_status, "__wrapped__")
 
 
-@pytest.mark.parametrize(("variables", "hears"), [({}, False), ({decode_idle.ENV_SWITCH: "1"}, True)])
+@pytest.mark.parametrize(("variables", "hears"), [({}, False), ({ENV_DECODE_SLEEP: "1"}, True)])
 def test_who_has_nothing_of_the_plugin_on_has_no_hook(
     variables: Mapping[str, str], hears: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in (ENV_SWITCH, decode_idle.ENV_SWITCH):
+    for name in (ENV_SWITCH, ENV_DECODE_SLEEP):
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
@@ -278,7 +284,7 @@ def test_cpu_lists(text: str, cpus: set[int], monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize("text", ["a", "", "7", "0-9", "3-2"])
 def test_cpus_that_are_not_there_are_refused(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
-    with pytest.raises(ConfigError, match=affinity.ENV_CPUS):
+    with pytest.raises(ConfigError, match=ENV_SCHEDULER_CPUS):
         affinity.parse_cpus(text)
 
 

@@ -6,7 +6,6 @@ import logging
 import os
 import signal
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -14,6 +13,7 @@ import pytest
 from sgl_flowprefill.config import ConfigError, FlowPrefillConfig
 from sgl_flowprefill.slo.policy import PolicyError, SloClass, SloPolicy, parse
 from sgl_flowprefill.slo.policy_file import PolicyFile, read_policy
+from tests.waiting import until
 
 ROOT = Path(__file__).parents[2]
 GOOD = "classes:\n  a: {ttft_s: 1}\n"
@@ -175,8 +175,8 @@ def test_sighup_reads_the_file_at_once_and_the_thread_sees_changes(watched: Watc
 
 
 def wait_for(watched: Watched, policies: int) -> None:
-    for _ in range(600):
-        if len(watched.policies) >= policies:
-            return
-        time.sleep(0.1)
-    raise AssertionError(f"{len(watched.policies)} policies, not {policies}")
+    until(
+        lambda: len(watched.policies) >= policies,
+        60,
+        say=lambda: f"{len(watched.policies)} policies, not {policies}",
+    )
