@@ -192,8 +192,8 @@ def assert_phases_are_told(lines: Sequence[str], logs: Path, *names: str) -> Non
 
 def end_and_assert_nothing_is_left(launcher: Launch, end: signal.Signals | str, drained_s: float = 0.0) -> None:
     """End it in one of ENDS. Its servers are killed within END_S, also on a busy machine, or after ``drained_s`` more,
-    in which requests end. All processes and what they had are gone by then, not counting the time for which some process
-    of the machine waited for a CPU."""
+    in which requests end. All processes and what they had are gone by then, not counting the time for which some
+    process of the machine waited for a CPU."""
     longest_s = END_S + drained_s
     remembered = launcher.remember()
     servers = remembered.servers
