@@ -34,6 +34,15 @@ SERVES_ALL: Final = "edf"
 """The policy that puts no request behind others because it cannot be met."""
 GRANULARITIES: Final[tuple[Granularity, ...]] = get_args(Granularity)
 """How finely a prefill can be suspended, finest first."""
+NO_SHEDDING: Final = (
+    "--flowprefill-overload shed and --flowprefill-max-queued-tokens are for servers that prefill and decode "
+    "(--unified): the clients of this prefill server are answered by a decode server, which would say 500; leave the "
+    "options out"
+)
+NO_JOINT_SHEDDING: Final = (
+    "--flowprefill-overload shed and --flowprefill-max-queued-tokens cannot work with data-parallel attention yet: the "
+    "rank that decides knows why a request is refused, and does not answer those of the others; leave the options out"
+)
 
 
 class ConfigError(ValueError):
@@ -242,6 +251,13 @@ class FlowPrefillConfig(BaseModel):
     def refuses(self) -> bool:
         """Whether the server refuses requests when it is overloaded."""
         return self.overload == "shed" or self.max_queued_tokens is not None
+
+    def refusing_problem(self, *, decodes: bool, is_joint: bool) -> str | None:
+        """Why a server cannot refuse requests although it is to, as one that ``decodes`` or not and has data-parallel
+        attention or not; None where it can, or is not to."""
+        if not self.refuses or (decodes and not is_joint):
+            return None
+        return NO_JOINT_SHEDDING if decodes else NO_SHEDDING
 
     @classmethod
     def from_env(cls, env: Mapping[str, str] | None = None) -> FlowPrefillConfig:

@@ -23,7 +23,7 @@ from sgl_flowprefill.cluster import preflight
 from sgl_flowprefill.cluster.base import EXIT_CANNOT_START, EXIT_FAILED, ClusterConfig, StartError
 from sgl_flowprefill.cluster.commands import join_values
 from sgl_flowprefill.cluster.logs import last_lines
-from sgl_flowprefill.cluster.parsing import Parser, seconds
+from sgl_flowprefill.cluster.parsing import Append, Parser, seconds, words
 from sgl_flowprefill.cluster.process import Guard
 from sgl_flowprefill.config import ConfigError, FlowPrefillConfig
 from sgl_flowprefill.profiling import ProfileError, read_profile
@@ -50,7 +50,7 @@ def _profile(arguments: argparse.Namespace, server_args: Sequence[str]) -> int:
             flowprefill=True,
             model_path=arguments.model_path,
             server_args=server_args,
-            prefill_args=shlex.split(arguments.prefill_args),
+            prefill_args=words("--prefill-args", arguments.prefill_args),
             decode_args=("--base-gpu-id", "0"),  # no decode server is started, so it needs no GPU
             options=FlowPrefillConfig.from_namespace(arguments),
         )
@@ -242,7 +242,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--report", action="store_true", help="report on the model of an existing profile")
     parser.add_argument("--json", action="store_true", help="the report as JSON")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="also write the report's plot, an HTML page")
-    parser.add_argument("--prefill-args", metavar="ARGS", default="", help="more SGLang options, in one string")
+    parser.add_argument("--prefill-args", metavar="ARGS", action=Append, default="", help="more SGLang "
+                        "options, in one string")  # fmt: skip
     parser.add_argument("--log-dir", metavar="DIR", type=Path, default=Path("out/logs"), help="directory of the log "
                         "file (default %(default)s)")  # fmt: skip
     FlowPrefillConfig.add_cli_args(parser)

@@ -60,20 +60,10 @@ UNUSED_PRIORITIES: Final = (
     "FlowPrefill: --enable-priority-scheduling does not change the order of prefills while "
     "neither --flowprefill-slo-policy nor --flowprefill-priority-ttft-slo says which objectives priorities stand for"
 )
-NO_SHEDDING: Final = (
-    "sgl-flowprefill: --flowprefill-overload shed and --flowprefill-max-queued-tokens are for servers that prefill and "
-    "decode (--unified): the clients of this prefill server are answered by a decode server, which would say 500; "
-    "leave the options out"
-)
 NO_PREFILL_LENGTHS: Final = (
     "sgl-flowprefill: --attention-backend fa3 cannot work with this model on a server that prefills and decodes: each "
     "task notes how long its prompts are in an attention backend of its own, and decode steps, which attend to the "
     "whole prompt beside a window of the answer, look into another; serve it without FlowPrefill"
-)
-NO_JOINT_SHEDDING: Final = (
-    "sgl-flowprefill: --flowprefill-overload shed and --flowprefill-max-queued-tokens cannot work with data-parallel "
-    "attention yet: the rank that decides knows why a request is refused, and does not answer those of the others; "
-    "leave the options out"
 )
 
 
@@ -219,10 +209,10 @@ def check_settings(scheduler: Any, config: FlowPrefillConfig, decodes: bool, mod
             raise SystemExit(f"sgl-flowprefill: {unchecked}")
         if decodes and runner.prefill_attention_backend_str == "fa3" and getattr(runner, "prefill_aware_swa", False):
             raise SystemExit(NO_PREFILL_LENGTHS)
-    if config.refuses and not decodes:
-        raise SystemExit(NO_SHEDDING)
-    if config.refuses and scheduler.attn_dp_enabled:
-        raise SystemExit(NO_JOINT_SHEDDING)
+    is_joint = config.refuses and bool(scheduler.attn_dp_enabled)
+    problem = config.refusing_problem(decodes=decodes, is_joint=is_joint)
+    if problem is not None:
+        raise SystemExit(f"sgl-flowprefill: {problem}")
     if scheduler.enable_priority_scheduling and config.priority_ttft_slo is None and config.slo_policy is None:
         logger.warning(UNUSED_PRIORITIES)
 

@@ -13,11 +13,13 @@ import requests
 from sgl_flowprefill.cluster import ClusterError, phases
 from sgl_flowprefill.cluster.base import KEY_VARIABLE
 from tests.launched import (
+    DRAINED_S,
     ENDS,
     KEY,
     START_TIMEOUT_S,
     Launch,
     Remembered,
+    assert_a_stream_outlives_sigterm,
     assert_curl_line_works,
     assert_no_output_shows_the_key,
     assert_nobody_sees_the_key,
@@ -286,7 +288,14 @@ def test_a_launcher_that_is_ended_while_it_serves_leaves_nothing(launch, memory,
     launcher = launch("--flowprefill", memory=memory)
     launcher.curl_line()
     assert memory is None or len(memory.files()) >= 4  # there is something to leave behind
-    end_and_assert_nothing_is_left(launcher, end)
+    end_and_assert_nothing_is_left(launcher, end, DRAINED_S if end == signal.SIGTERM else 0.0)
+
+
+@pytest.mark.stress
+def test_at_sigterm_a_stream_runs_to_its_end_through_the_gateway(launch, memory):
+    launcher = launch("--flowprefill", memory=memory)
+    url = launcher.curl_url.removesuffix("/v1/completions")
+    assert_a_stream_outlives_sigterm(launcher, url)
 
 
 def test_a_launcher_under_nohup_goes_on_when_it_is_hung_up_on(launch):

@@ -8,7 +8,6 @@ import asyncio
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 import time
@@ -35,9 +34,9 @@ from sgl_flowprefill.timeline import History
 from tests.launched import (
     KEY,
     Launch,
+    assert_a_stream_outlives_sigterm,
     assert_curl_line_works,
     assert_nobody_sees_the_key,
-    end_and_assert_nothing_is_left,
     private_memory,
 )
 from tests.prompts import prompt
@@ -467,10 +466,10 @@ def test_an_idle_server_sleeps_and_can_be_flushed(server: Server) -> None:
     assert is_alive(server.process)
 
 
-def test_it_ends_with_its_launcher_and_leaves_nothing(launcher: Launch) -> None:
+def test_at_sigterm_a_stream_runs_to_its_end_and_nothing_is_left(launcher: Launch, server: Server) -> None:
     """The last test that uses it."""
     assert launcher.memory is None or launcher.memory.files()
-    end_and_assert_nothing_is_left(launcher, signal.SIGINT)
+    assert_a_stream_outlives_sigterm(launcher, server.url, server.key)
 
 
 @pytest.mark.stress

@@ -10,6 +10,7 @@ import os
 import shlex
 from collections.abc import Iterator
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -291,6 +292,8 @@ def test_what_the_docs_say_of_a_command_line_is_what_is_explained(
         ("sglang serve org/model --tp 2", "unified"),
         ("A=1 python3 -m sglang.launch_server --model m --disaggregation-mode prefill", "prefill"),
         ("/usr/bin/sglang serve --disaggregation-mode=prefill", "prefill"),
+        ("sglang serve --model-type llm org/model --tp 2", "unified"),
+        ("sglang serve org/model --model-type=auto --tp 2", "unified"),
         ("python launch.py --flowprefill --unified --tp 2", "unified"),
         ("launch.py --flowprefill --prefill-args '--tp 2'", "prefill"),
         ("--tp 2", "unified"),
@@ -321,8 +324,20 @@ def test_a_command_without_flowprefill_and_a_decode_server_stay_as_they_are(
     assert "--tokenizer-worker-num is 1 (was 4): workers load no plugins" in told
 
 
+@pytest.mark.parametrize("form", ["--config {}", "--config={}"])
+@pytest.mark.parametrize("start", ["launch.py --flowprefill --unified", "sglang serve m"])
+def test_what_a_config_file_asks_for_is_explained(
+    form: str, start: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "server.yaml").write_text("pp-size: 2")
+    assert cli.main(["doctor", "--explain", f"{start} {form.format(tmp_path / 'server.yaml')}"]) == 1
+    assert "--pp-size 2" in capsys.readouterr().out
+
+
 def test_a_command_that_sglang_does_not_take_ends_with_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["doctor", "--explain", "sglang serve m --no-such-option"]) == 2
     assert "--no-such-option" in capsys.readouterr().err
     assert cli.main(["doctor", "--explain", "sglang serve 'm"]) == 2
     assert "--explain sglang serve 'm" in capsys.readouterr().err
+    assert cli.main(["doctor", "--explain", "sglang serve m --model-type diffusion"]) == 2
+    assert "--model-type" in capsys.readouterr().err

@@ -17,10 +17,9 @@ import yaml
 
 from sgl_flowprefill import __version__
 from sgl_flowprefill.cluster import cli, machine, preflight
-from sgl_flowprefill.cluster.base import KEY_VARIABLE, Ports
+from sgl_flowprefill.cluster.base import KEY_VARIABLE, ClusterConfig, Ports
 from sgl_flowprefill.cluster.commands import last_value
 from sgl_flowprefill.cluster.gateway import Gateway
-from sgl_flowprefill.cluster.members import DRAIN_S
 from sgl_flowprefill.config import FlowPrefillConfig, is_enabled
 from tests.namespaces import unshare_pids
 
@@ -142,7 +141,7 @@ def test_every_container_is_probed_and_has_time_to_end(shape, role):
         assert command == "sleep"
         before_s = int(seconds)
     assert (before_s > 0) == (role == "unified")  # the others leave their gateway first
-    assert spec["terminationGracePeriodSeconds"] > before_s + DRAIN_S
+    assert spec["terminationGracePeriodSeconds"] > before_s + ClusterConfig.drain_timeout_s
     mounted = {mount["name"] for mount in probed["volumeMounts"]}
     assert mounted == {volume["name"] for volume in spec["volumes"]}
 
