@@ -26,8 +26,6 @@ ENV_DECODE_SLEEP: Final = ENV_PREFIX + "DECODE_SLEEP"
 ENV_SCHEDULER_CPUS: Final = ENV_PREFIX + "SCHEDULER_CPUS"
 """Set by the launcher: the CPUs of the scheduler process, those of each rank behind a bar."""
 FLAG_PREFIX: Final = "--flowprefill-"
-PLATFORM_NAME: Final = "flowprefill_cpu"
-"""Entry point name of the portable CPU platform, which is what ``SGLANG_PLATFORM`` selects it by."""
 Granularity = Literal["operator", "layer", "chunk"]
 Overload = Literal["serve", "demote", "shed"]
 SERVES_ALL: Final = "edf"

@@ -24,7 +24,6 @@ from sgl_flowprefill.config import (
     ENV_PREFIX,
     ENV_SCHEDULER_CPUS,
     ENV_SWITCH,
-    PLATFORM_NAME,
     FlowPrefillConfig,
     attach_values,
 )
@@ -57,8 +56,9 @@ JOINT_ATTENTION: Final = "enable_dp_attention"
 GATEWAY_TIMEOUT_S: Final = 1800
 GATEWAY_RETRIES: Final = ("--retry-max-retries", "4", "--retry-initial-backoff-ms", "500")
 """Retries are spread over more than the two seconds after which smg leaves out a server that it cannot reach."""
-CPU_PLATFORM: Final = PLATFORM_NAME
 PLATFORM_VARIABLE: Final = "SGLANG_PLATFORM"
+CPU_PLATFORM: Final = "flowprefill_cpu"
+"""``platforms.PLATFORM_NAME``, which this module may not import."""
 PLUGIN: Final = "flowprefill"
 """Name of the plugin by which SGLang loads FlowPrefill."""
 PLUGINS_VARIABLE: Final = "SGLANG_PLUGINS"

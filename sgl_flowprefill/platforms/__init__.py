@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from typing import Final
 
-from sgl_flowprefill.config import PLATFORM_NAME
-
+PLATFORM_NAME: Final = "flowprefill_cpu"
+"""Entry point name of the portable CPU platform, which is what ``SGLANG_PLATFORM`` selects it by."""
 ATTENTION_BACKEND: Final = "flowprefill_cpu"
 """What ``--attention-backend`` selects the platform's attention by."""
 

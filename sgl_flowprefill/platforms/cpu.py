@@ -8,8 +8,7 @@ from sglang.srt.platforms.cpu import CpuDeviceMixin
 from sglang.srt.platforms.device_mixin import PlatformEnum
 from sglang.srt.platforms.interface import PlatformCapabilities, SRTPlatform
 
-from sgl_flowprefill.config import PLATFORM_NAME
-from sgl_flowprefill.platforms import ATTENTION_BACKEND
+from sgl_flowprefill.platforms import ATTENTION_BACKEND, PLATFORM_NAME
 
 MEM_FRACTION_STATIC: Final = 0.25
 _SIZES: Final = {
