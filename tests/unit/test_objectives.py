@@ -29,7 +29,7 @@ from sgl_flowprefill.patches.request_slo import Objectives
 from sgl_flowprefill.slo import Objective, PriorityClasses, SloError
 from sgl_flowprefill.slo.asked import body_ask, header_asks
 from sgl_flowprefill.slo.policy import parse
-from sgl_flowprefill.slo.resolve import Ask, Request, Resolver, TightRequests
+from sgl_flowprefill.slo.resolve import Ask, PerMinute, Request, Resolver
 
 POLICY = parse(
     """
@@ -160,8 +160,79 @@ def test_each_api_key_has_a_rate_of_its_own_where_the_policy_says_so() -> None:
     assert first == [0.3, 1.0, 0.3]
 
 
+def test_a_class_has_no_more_requests_because_clients_name_it_than_it_may_have() -> None:
+    """Further ones go by the rules and ``default``, and what they ask for besides is bounded there."""
+    policy = parse(
+        """
+classes:
+  quick: {ttft_s: 0.5, tbt_s: 0.05, weight: 4, named_per_minute: 2}
+  long: {ttft_s: 60}
+  default: {ttft_s: 3, min_ttft_s: 1}
+priorities: {10: quick, 0: default}
+service_tiers: {priority: quick}
+smg_priorities: {system: quick}
+rules: [{class: long, min_prompt_tokens: 1000}, {class: quick, max_prompt_tokens: 10}]
+""",
+        "policy.yaml",
+    )
+    named = Request([Ask("body", slo_class="quick")], prompt_tokens=100)
+    beyond = Objective(3.0, 0.1, "default", "policy file, beyond named_per_minute")
+    ways = [
+        named,
+        replace(named, asks=list(header_asks(Headers({"x-flowprefill-slo-class": "quick"}), policy))),
+        replace(named, asks=list(header_asks(Headers({"x-smg-priority": "system"}), policy))),
+        Request(priority=10, prompt_tokens=100),
+        Request(service_tier="priority", prompt_tokens=100),
+        replace(named, asks=[Ask("body", slo_class="quick", ttft_s=0.5)]),
+    ]
+    for way in ways:
+        served = Resolver(5.0, 0.1, policy=policy)
+        found = [served.resolve(way, now_s=1.0) for _ in range(4)]
+        assert [one.slo_class for one in found] == ["quick", "quick", "default", "default"]
+        assert [one.weight for one in found] == [4.0, 4.0, 1.0, 1.0]
+        assert served.resolve(named, now_s=31.0).slo_class == "quick", "half a minute later one more"
+    served = Resolver(5.0, 0.1, policy=policy)
+    assert [served.resolve(named, 0.0) for _ in range(3)][2] == beyond
+    assert served.resolve(replace(named, prompt_tokens=2000), 0.0).slo_class == "long"
+    tight = served.resolve(replace(named, asks=[Ask("body", 0.2, slo_class="quick")]), 0.0)
+    assert (tight.ttft_s, tight.slo_source) == (1.0, "body, beyond named_per_minute, raised to min_ttft_s")
+    # What clients do not name is not counted: rules, SGLang's own priority, a class that says nothing in the end.
+    assert [served.resolve(Request(prompt_tokens=5), 0.0).slo_class for _ in range(3)] == ["quick"] * 3
+    assert [served.resolve(Request(prompt_tokens=50, default_priority=10), 0.0).slo_class for _ in range(3)] == ["quick"] * 3
+    fresh = Resolver(5.0, 0.1, policy=policy)
+    for _ in range(3):
+        asked = Request([Ask("body", slo_class="long", tbt_s=1.0), Ask("header h", slo_class="quick")])
+        assert fresh.resolve(asked, 0.0).slo_class == "long"
+    assert fresh.resolve(named, 0.0).slo_class == "quick"
+
+
+def test_no_detour_leads_past_how_often_a_class_may_be_named() -> None:
+    """A class without objectives, named first, would get the request those of the next."""
+    policy = parse("classes: {quick: {ttft_s: 0.5, named_per_minute: 1}, none: {}, default: {ttft_s: 3}}", "f")
+    served = Resolver(5.0, 0.1, policy=policy)
+    detour = Request([Ask("body", slo_class="none"), Ask("header h", slo_class="quick")])
+    assert [served.resolve(detour, 0.0).ttft_s for _ in range(3)] == [0.5, 3.0, 3.0]
+
+
+def test_each_api_key_may_name_a_class_so_often_where_the_policy_says_so() -> None:
+    policy = parse("classes: {quick: {ttft_s: 0.5, named_per_minute: 1, tight_by: api_key}}", "f")
+    served, named = Resolver(5.0, 0.1, policy=policy), Request([Ask("body", slo_class="quick")], api_key="a")
+    classes = [served.resolve(one, 0.0).slo_class for one in (named, named, replace(named, api_key="b"))]
+    assert classes == ["quick", "default", "quick"]
+
+
+def test_the_priority_that_sglang_gives_all_others_counts_behind_the_service_tier() -> None:
+    given = Request(service_tier="flex", prompt_tokens=50, default_priority=10)
+    assert policed().resolve(given, 0.0).slo_source == "service_tier"
+    found = policed().resolve(replace(given, service_tier="auto"), 0.0)
+    assert (found.slo_class, found.slo_source) == ("interactive", "default priority")
+    assert policed().resolve(replace(given, priority=0, service_tier=None), 0.0).slo_class == "keyed"
+    by_option = Resolver(5.0, 0.1, PriorityClasses.parse("10:0.5,0:2"))
+    assert by_option.resolve(Request(default_priority=3), 0.0) == Objective(2.0, 0.1, slo_source="default priority")
+
+
 def test_a_minute_has_at_most_twice_its_rate() -> None:
-    bucket = TightRequests()
+    bucket = PerMinute()
     times = [0.5 * index for index in range(240)]
     taken = [now_s for now_s in times if bucket.take(("class", ""), 10.0, now_s)]
     for start_s in times:
