@@ -198,7 +198,8 @@ rules: [{class: long, min_prompt_tokens: 1000}, {class: quick, max_prompt_tokens
     assert (tight.ttft_s, tight.slo_source) == (1.0, "body, beyond named_per_minute, raised to min_ttft_s")
     # What clients do not name is not counted: rules, SGLang's own priority, a class that says nothing in the end.
     assert [served.resolve(Request(prompt_tokens=5), 0.0).slo_class for _ in range(3)] == ["quick"] * 3
-    assert [served.resolve(Request(prompt_tokens=50, default_priority=10), 0.0).slo_class for _ in range(3)] == ["quick"] * 3
+    given = Request(prompt_tokens=50, default_priority=10)
+    assert [served.resolve(given, 0.0).slo_class for _ in range(3)] == ["quick"] * 3
     fresh = Resolver(5.0, 0.1, policy=policy)
     for _ in range(3):
         asked = Request([Ask("body", slo_class="long", tbt_s=1.0), Ask("header h", slo_class="quick")])
@@ -372,10 +373,17 @@ def http(body: Any, headers: dict[str, str] | None = None) -> HttpRequest:
 MANAGER = SimpleNamespace(served_model_name="served-8B")
 
 
-async def passed(hooks: Objectives, request: Any, sampling: Any = None, priority: int | None = None) -> dict[str, Any]:
-    """The ``custom_params`` with which a prompt leaves for the scheduler."""
+async def passed(
+    hooks: Objectives,
+    request: Any,
+    sampling: Any = None,
+    priority: int | None = None,
+    default_priority: int | None = None,
+) -> dict[str, Any]:
+    """The ``custom_params`` with which a prompt leaves for the scheduler of a server with this ``default_priority``."""
 
     async def generate_request(manager: Any, obj: Any, request: Any) -> AsyncIterator[Any]:
+        obj.priority = default_priority if obj.priority is None else obj.priority  # as SGLang does
         custom_params = (obj.sampling_params or {}).get("custom_params")
         tokenized = SimpleNamespace(
             sampling_params=SimpleNamespace(custom_params=custom_params), input_ids=range(len(obj.text.split()))
@@ -501,12 +509,90 @@ def test_a_stream_with_a_wrong_objective_is_a_400_before_it_begins(
 
 @pytest.mark.parametrize("claimed_s", [None, 1_790_000_000.0, -1.0])
 def test_a_generate_request_is_received_when_it_comes_whatever_its_body_says(claimed_s: float | None) -> None:
-    async def received_s(obj: GenerateReqInput, request: Any) -> float | None:
-        return obj.received_time
+    now_s = iter([5.0, 9.0])
+    hooks = Objectives(policed(), clock=lambda: next(now_s))
 
-    hooks = Objectives(policed(), clock=lambda: 5.0)
+    async def endpoint(obj: GenerateReqInput, request: Any) -> list[float]:
+        return [time_s async for time_s in hooks.read_request(received_s, MANAGER, obj, request)]
+
     obj = GenerateReqInput(text="a b c", received_time=claimed_s)
-    assert asyncio.run(hooks.receive(received_s, obj, http({"received_time": claimed_s}))) == 5.0
+    assert asyncio.run(hooks.check_first(endpoint, obj, http({"received_time": claimed_s}))) == [5.0]
+
+
+async def received_s(manager: Any, obj: GenerateReqInput, request: Any) -> AsyncIterator[float]:
+    await asyncio.sleep(0)
+    assert obj.received_time is not None
+    yield obj.received_time
+
+
+def test_what_is_generated_after_an_answer_counts_from_when_it_begins_and_what_runs_beside_it_does_not() -> None:
+    """As turns behind tools do, and pieces of a long recording, which have the time of the first."""
+    now_s = iter([5.0, 6.0, 9.0])
+    hooks = Objectives(policed(), clock=lambda: next(now_s))
+
+    async def endpoint(handler: Any, *, raw_request: Any) -> list[float]:
+        def generate(claimed_s: float | None) -> Any:
+            obj = GenerateReqInput(text="a", received_time=claimed_s)
+            return anext(aiter(hooks.read_request(received_s, MANAGER, obj, raw_request)))
+
+        beside = await asyncio.gather(generate(None), generate(1.0))
+        return [*beside, await generate(1.0), await generate(None)]
+
+    found = asyncio.run(hooks.check_first(endpoint, "handler", raw_request=http({})))
+    assert found == [5.0, 5.0, 6.0, 9.0]
+
+
+def test_an_endpoint_that_gets_its_http_request_by_name_is_checked_first_too() -> None:
+    """As that of transcriptions does, whose body is a form."""
+    hooks = Objectives(policed())
+
+    async def endpoint(handler: Any, *, raw_request: Any) -> str:
+        return "begun"
+
+    wrong = http(b"--boundary", {"x-slo-ttft-ms": "soon"})
+    with pytest.raises(HTTPException, match="positive, finite number of milliseconds"):
+        asyncio.run(hooks.check_first(endpoint, "handler", raw_request=wrong))
+    assert asyncio.run(hooks.check_first(endpoint, "handler", raw_request=http(b"--boundary"))) == "begun"
+
+
+def test_the_priority_that_sglang_gives_a_request_is_not_what_its_client_asks_for() -> None:
+    """SGLang gives it also where it passes no priority of the body on."""
+    hooks = Objectives(policed())
+    assert promised(hooks, http({"priority": -5}), default_priority=10) == (10.006, "batch", "priority")
+    assert promised(hooks, http({}), priority=0, default_priority=10)[1:] == ("keyed", "priority")
+    assert promised(hooks, http({"service_tier": "flex"}), default_priority=10)[1:] == ("batch", "service_tier")
+    assert promised(hooks, http({}), default_priority=10)[1:] == ("interactive", "default priority")
+
+
+def test_a_prompt_of_embeddings_is_as_long_as_they_are_many() -> None:
+    hooks = Objectives(policed())
+
+    async def generate(manager: Any, obj: Any, request: Any) -> AsyncIterator[Any]:
+        embeds = [[0.5]] * 10_000
+        tokenized = SimpleNamespace(
+            sampling_params=SimpleNamespace(custom_params=None), input_ids=None, input_embeds=embeds
+        )
+        hooks.resolve(tokenized, manager, obj)
+        yield tokenized.sampling_params.custom_params
+
+    async def sent() -> Any:
+        obj = GenerateReqInput(input_embeds=[[0.5]] * 10_000)
+        return await anext(aiter(hooks.read_request(generate, MANAGER, obj)))
+
+    found = asyncio.run(sent())
+    assert (found["slo_class"], found["ttft_slo"]) == ("batch", 30.0)
+
+
+def test_an_api_key_is_the_same_however_its_scheme_is_spelt() -> None:
+    hooks = Objectives(policed(), clock=lambda: 0.0)
+
+    def promised_s(key: str) -> float:
+        body = {"custom_params": {"slo_class": "keyed", "ttft_slo": 0.3}}
+        return promised(hooks, http(body, {"Authorization": key}))[0]
+
+    spelt = ("Bearer k", "bearer k", "BEARER   k", "Bearer k ", "k")
+    assert [promised_s(key) for key in spelt] == [0.3, 1.0, 1.0, 1.0, 1.0]
+    assert promised_s("Bearer other") == 0.3
 
 
 @pytest.mark.parametrize("by_endpoint_s", [None, 4.0], ids=["sglang.Engine", "OpenAI"])
