@@ -366,15 +366,22 @@ def test_an_overloaded_server_says_429_and_when_to_come_back(server: Server) -> 
     one_s = probe["meta_info"]["flowprefill"]["predicted_s"]
     sheddable = {"custom_params": {"ttft_slo": 4.6 * one_s, "sheddable": True}}
     tokenizer = AutoTokenizer.from_pretrained(embedded_model_path(), local_files_only=True)
-    ids = [prompt(5100 + number, 2500) for number in range(5)]
-    texts = [tokenizer.decode(tokens) for tokens in ids[3:]]
+    ids = [prompt(5100 + number, 2500) for number in range(8)]
+    texts = [tokenizer.decode(tokens) for tokens in ids[3:7]]
     model = {"model": "embedded"}
+
+    def user(text: str) -> list[dict[str, str]]:
+        return [{"role": "user", "content": text}]
+
     asked: list[tuple[str, dict[str, Any]]] = [
         ("/generate", {"input_ids": ids[0], "sampling_params": {"max_new_tokens": 2, **sheddable}}),
         ("/v1/completions", model | {"prompt": ids[1], "max_tokens": 2, **sheddable}),
         ("/v1/completions", model | {"prompt": [ids[2], ids[2][:20]], "max_tokens": 2, **sheddable}),
         ("/v1/responses", model | {"input": texts[0], "max_output_tokens": 2, **sheddable}),
-        ("/v1/messages", model | {"messages": [{"role": "user", "content": texts[1]}], "max_tokens": 2, **sheddable}),
+        ("/v1/messages", model | {"messages": user(texts[1]), "max_tokens": 2, **sheddable}),
+        ("/generate", {"input_ids": ids[7], "sampling_params": {"max_new_tokens": 2, **sheddable}, "stream": True}),
+        ("/v1/responses", model | {"input": texts[2], "max_output_tokens": 2, "stream": True, **sheddable}),
+        ("/v1/messages", model | {"messages": user(texts[3]), "max_tokens": 2, "stream": True, **sheddable}),
     ]
 
     async def refusal(session: aiohttp.ClientSession, path: str, request: dict[str, Any]) -> tuple[int, str, str]:
