@@ -11,8 +11,7 @@ GENERATE: Final = "sglang.srt.entrypoints.http_server.serve_generate_request"
 OPENAI: Final = "sglang.srt.entrypoints.openai.serving_base.OpenAIServingBase.handle_request"
 """/v1/completions, /v1/chat/completions, and others of OpenAI's, transcriptions among them."""
 TRANSCRIPTIONS: Final = (
-    "sglang.srt.entrypoints.openai.serving_transcription.OpenAIServingTranscription"
-    ".create_transcription"
+    "sglang.srt.entrypoints.openai.serving_transcription.OpenAIServingTranscription.create_transcription"
 )
 RESPONSES: Final = "sglang.srt.entrypoints.openai.serving_responses.OpenAIServingResponses.create_responses"
 MESSAGES: Final = "sglang.srt.entrypoints.anthropic.serving.AnthropicServing.handle_messages"

@@ -312,22 +312,28 @@ def test_a_chat_is_answered(server: Server, comparison: Comparison) -> None:
     assert_compared(comparison, answers=1)
 
 
+def report_in(endpoint: str, answer: dict[str, Any]) -> Any:
+    """What an answer, or an event of one, says of its request; None where it says nothing."""
+    where = "meta_info" if endpoint == "/generate" else "metadata"
+    told = (answer.get("response", answer).get(where) or {}).get("flowprefill")
+    return json.loads(told) if isinstance(told, str) else told
+
+
 def reports(server: Server, endpoint: str, request: dict[str, Any], streamed: bool) -> list[Any]:
     """What the answer to ``request`` says of it, for each event that says anything."""
-    where = "meta_info" if endpoint == "/generate" else "metadata"
     response = server.post(endpoint, request | {"stream": streamed})
     assert response.status_code == 200, response.text
     if not streamed:
-        return [response.json()[where]["flowprefill"]]
+        return [report_in(endpoint, response.json())]
     events = [line.removeprefix("data: ") for line in response.text.split("\n") if line.startswith("data: {")]
     assert len(events) > 1
-    told = [(json.loads(event).get(where) or {}).get("flowprefill") for event in events]
-    assert not any(told[: -1 if endpoint == "/generate" else -3])
+    told = [report_in(endpoint, json.loads(event)) for event in events]
+    assert not any(told[: -3 if endpoint.endswith("completions") else -1])
     return [report for report in told if report is not None]
 
 
 @pytest.mark.parametrize("streamed", [False, True])
-@pytest.mark.parametrize("endpoint", ["/generate", "/v1/completions", "/v1/chat/completions"])
+@pytest.mark.parametrize("endpoint", ["/generate", "/v1/completions", "/v1/chat/completions", "/v1/responses"])
 def test_an_answer_says_what_the_event_log_says_of_its_request(server: Server, endpoint: str, streamed: bool) -> None:
     slo_s = 40.0 + len(endpoint) + streamed  # who is who in the event log
     objective = {"custom_params": {"ttft_slo": slo_s}}
@@ -341,6 +347,7 @@ def test_an_answer_says_what_the_event_log_says_of_its_request(server: Server, e
             "ignore_eos": True,
             **objective,
         },
+        "/v1/responses": {"model": "embedded", "input": "bake", "max_output_tokens": 6, **objective},
     }
     [told] = reports(server, endpoint, asked[endpoint], streamed)
     deadline_s = time.monotonic() + 30
