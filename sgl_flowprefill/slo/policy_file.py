@@ -76,8 +76,8 @@ class PolicyFile:
         logger.info("The SLO policy is that of %s as it is now: classes %s", self._path, ", ".join(policy.classes))
 
     def watch(self) -> None:
-        """Look every second, and at once when SIGHUP asks for it, in a thread that ends with the process. What the program
-        does at a SIGHUP, it goes on doing.
+        """Look every second, and at once when SIGHUP asks for it, in a thread that ends with the process. What the
+        program does at a SIGHUP, it goes on doing.
         """
         if threading.current_thread() is threading.main_thread():
             before = signal.getsignal(signal.SIGHUP)
