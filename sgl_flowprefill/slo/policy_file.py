@@ -55,7 +55,7 @@ class PolicyFile:
 
     def look(self, now: bool = False) -> None:
         """Read the file if it has changed. One that is still being written is left for the next look: it has to look
-        the same twice, or be asked for ``now``, and has to be the same after it was read. One that is empty is taken for
+        the same twice, or be asked for ``now``, and has to be the same after it was read. An empty one is taken for
         one that was not written to its end.
         """
         stamp, seen = self._stamp(), self._seen
