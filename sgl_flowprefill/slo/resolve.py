@@ -1,9 +1,10 @@
 """The one order in which a request's objective is chosen. No clock, no file, no SGLang: all that counts is passed in.
 
 What asks for something is an ``Ask``, and a request has a list of them: its body, its headers, its priority, its
-service tier, the policy file, the default. Each of the TTFT objective, the TBT objective and the class comes from the
-first that has it; one that names a class has the class's objectives, too, behind those that it names itself. A request
-may be refused where its class or any of them says so.
+service tier, SGLang's default priority, the policy file, the default. Each of the TTFT objective, the TBT objective and
+the class comes from the first that has it; one that names a class has the class's objectives, too, behind those that it
+names itself. A class may be named so often a minute; a further request goes by what the server asks. A request may be
+refused where its class or any of them says so.
 """
 
 from __future__ import annotations
