@@ -19,6 +19,7 @@ from sgl_flowprefill.compat.table import (
     DECODE_SERVERS,
     DRAFTS_BESIDE,
     GRAPH_CONFIG,
+    INSTEAD_OF_UNCHECKED,
     MOVES_BESIDE,
     OF_PREFILL_SERVERS,
     ONE_MACHINE,
@@ -191,6 +192,15 @@ def explain(options: Any, defaults: Any, env: Mapping[str, str]) -> list[Finding
         *(Finding(f"{change.name} (was {change.was})", "set", change.now, change.why) for change in changes),
         *left,
     ]
+
+
+def checked_attention_backend(chosen: str, needs_triton: bool) -> str | None:
+    """What a server gets in place of the attention backend that SGLang has ``chosen`` for it; None where that stays: it
+    is checked, or there is no other. ``needs_triton``: FlashInfer has not all that the model's attention needs.
+    """
+    if chosen == "trtllm_mha" and needs_triton:
+        return "triton"
+    return INSTEAD_OF_UNCHECKED.get(chosen)
 
 
 def unchecked_attention_backend(name: str | None) -> str | None:

@@ -303,6 +303,8 @@ ENDPOINTS: dict[str, dict[str, Any]] = {
     "/v1/chat/completions": {"messages": MESSAGES, "max_tokens": 1},
     "/v1/responses": {"input": "bake lomi", "max_output_tokens": 4},
     "/v1/messages": {"messages": MESSAGES, "max_tokens": 1},
+    "/api/chat": {"messages": MESSAGES, "options": {"num_predict": 1}, "stream": False},
+    "/api/generate": {"prompt": " bake lomi", "options": {"num_predict": 1}, "stream": False},
 }
 ASKS: list[tuple[dict[str, Any], dict[str, str], tuple[float, str, str]]] = [
     ({}, {}, (5.0, "default", "default")),

@@ -13,6 +13,7 @@ from sglang.srt import platforms as sglang_platforms
 from sglang.srt.platforms.interface import SRTPlatform
 
 from sgl_flowprefill import platforms
+from sgl_flowprefill.cluster.commands import CPU_PLATFORM, PLATFORM_VARIABLE
 from sgl_flowprefill.platforms import ATTENTION_BACKEND
 from sgl_flowprefill.platforms.cpu import PortableCpuPlatform
 

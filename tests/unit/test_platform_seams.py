@@ -36,6 +36,7 @@ from sgl_flowprefill.config import (
 from sgl_flowprefill.contract import installed, supported
 from sgl_flowprefill.patches import (
     affinity,
+    attention_choice,
     cpu_tp,
     decode_idle,
     decode_order,
@@ -92,6 +93,8 @@ SEAMS: list[tuple[Callable[[], None], str]] = [
     (lone_prefill.apply, lone_prefill.TARGET),
     (made_weights.apply, made_weights.TARGET),
     (static_memory.apply, static_memory.TARGET),
+    (attention_choice.apply, attention_choice.DEFAULT),
+    (attention_choice.apply, attention_choice.OF_MODELS),
     (kv_share.apply, kv_share.TARGET),
 ]
 
@@ -115,7 +118,7 @@ def test_a_changed_target_is_refused_by_name(
     [
         *(nixl_dram.apply, nixl_sleep.apply, cpu_tp.apply, wakeups.apply, decode_idle.apply, affinity.apply),
         *(token_ids.apply, apply_decode_order, handed_back.apply, lone_prefill.apply, made_weights.apply),
-        *(static_memory.apply, kv_share.apply),
+        *(static_memory.apply, kv_share.apply, attention_choice.apply),
     ],
 )
 def test_the_installed_sglang_has_the_expected_shape(apply: Callable[[], None]) -> None:
