@@ -13,24 +13,23 @@ from __future__ import annotations
 import os
 from typing import Any, Final
 
-from sgl_flowprefill.config import ConfigError
+from sgl_flowprefill.config import ENV_SCHEDULER_CPUS, ConfigError
 from sgl_flowprefill.patches.base import expect
 
 SEAM: Final = "affinity"
-ENV_CPUS: Final = "FLOWPREFILL_SCHEDULER_CPUS"
 TARGET: Final = "sglang.srt.managers.scheduler.configure_scheduler_process"
 
 
 def is_enabled() -> bool:
     """Whether the environment names CPUs for the scheduler process."""
-    return bool(os.environ.get(ENV_CPUS))
+    return bool(os.environ.get(ENV_SCHEDULER_CPUS))
 
 
 def apply() -> None:
     """Register the seam in a process that may run a scheduler. Raises SeamError, and ConfigError for wrong CPUs."""
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    by_rank = parse_ranks(os.environ[ENV_CPUS])
+    by_rank = parse_ranks(os.environ[ENV_SCHEDULER_CPUS])
     expect(SEAM)
 
     def before(*_args: Any, **_kwargs: Any) -> None:
@@ -63,9 +62,9 @@ def parse_cpus(text: str) -> set[int]:
             first, _, last = part.partition("-")
             cpus.update(range(int(first), int(last or first) + 1))
     except ValueError:
-        raise ConfigError(f"{ENV_CPUS}={text}: expected CPU numbers such as 0 or 0,2-3") from None
+        raise ConfigError(f"{ENV_SCHEDULER_CPUS}={text}: expected CPU numbers such as 0 or 0,2-3") from None
     # A launcher may have bound this process to other CPUs than its scheduler: what the machine has is what counts.
     known = set(range(os.cpu_count() or 1))
     if not cpus or not cpus <= known:
-        raise ConfigError(f"{ENV_CPUS}={text}: this machine has the CPUs 0-{max(known)}")
+        raise ConfigError(f"{ENV_SCHEDULER_CPUS}={text}: this machine has the CPUs 0-{max(known)}")
     return cpus

@@ -4,15 +4,18 @@ reaches the client.
 Targets: ``TokenizerManager.update_request_meta_info``, where what the scheduler sends beside tokens (SGLang's
 ``customized_info``) goes into ``meta_info``; ``build_endpoint_weight_version_metadata``, which makes the ``metadata``
 of answers of /v1/completions and /v1/chat/completions; ``_generate_completion_stream`` and ``_generate_chat_stream`` of
-their handlers, which make the events of streams; ``TokenizerManager.convert_to_span_attrs``, which says with
-``--enable-trace`` what the span of a whole request has. Without them ``meta_info`` would have a list of reports, which
-streams with ``--incremental-streaming-output`` cut off, the OpenAI endpoints would have none, and neither would spans.
+their handlers, which make the events of streams; ``ResponsesResponse.from_request``, which makes answers and last
+events of /v1/responses, and ``_generate_with_builtin_tools``, which gets the request object of such an answer;
+``TokenizerManager.convert_to_span_attrs``, which says with ``--enable-trace`` what the span of a whole request has.
+Without them ``meta_info`` would have a list of reports, which streams with ``--incremental-streaming-output`` cut off,
+the OpenAI endpoints would have none, and neither would spans.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import AsyncGenerator, Callable, Mapping
+from contextvars import ContextVar
 from typing import Any, Final
 
 from sgl_flowprefill.answers import REPORT_KEY
@@ -28,11 +31,16 @@ STREAMS: Final = (
     "sglang.srt.entrypoints.openai.serving_completions.OpenAIServingCompletion._generate_completion_stream",
     "sglang.srt.entrypoints.openai.serving_chat.OpenAIServingChat._generate_chat_stream",
 )
+RESPONSE: Final = "sglang.srt.entrypoints.openai.protocol.ResponsesResponse.from_request"
+RESPONSES: Final = "sglang.srt.entrypoints.openai.serving_responses.OpenAIServingResponses._generate_with_builtin_tools"
 REPORT: Final = "flowprefill_report"
 """Attribute of SGLang's request object: what the last event of its answer says."""
 IN_LAST_EVENT: Final = '"finish_reason":"'
 """What only the last event of a choice has: within text, quotes are escaped."""
 EVENT: Final = "data: {"
+
+_of_response: ContextVar[Any] = ContextVar("flowprefill_of_response", default=None)
+"""The request object of the answer of /v1/responses that is being made; of several, behind tools, the first one."""
 
 
 def apply() -> None:
@@ -46,6 +54,8 @@ def apply() -> None:
         HookRegistry.register(target, _add_metadata, HookType.AFTER)
     for target in STREAMS:
         HookRegistry.register(target, report_in_stream, HookType.AROUND)
+    HookRegistry.register(RESPONSES, note_request, HookType.BEFORE)
+    HookRegistry.register(RESPONSE, add_to_response, HookType.AFTER)
 
 
 def add_report(
@@ -85,8 +95,29 @@ async def report_in_stream(
     original: Callable[..., AsyncGenerator[str, None]], handler: Any, adapted_request: Any, *args: Any, **kwargs: Any
 ) -> AsyncGenerator[str, None]:
     async for event in original(handler, adapted_request, *args, **kwargs):
-        told = getattr(adapted_request, REPORT, None)
+        told = _told(adapted_request)
         yield event if told is None else with_metadata(event, told)
+
+
+def _told(request: Any) -> Mapping[str, Any] | None:
+    """What was told of a request object; where it has a list of one prompt, that is told of the prompt."""
+    if not getattr(request, "is_single", True) and request.batch_size == 1:
+        request = request[0]
+    told: Mapping[str, Any] | None = getattr(request, REPORT, None)
+    return told
+
+
+def note_request(handler: Any, request_id: str, prompt: Any, adapted_request: Any, *args: Any, **kwargs: Any) -> None:
+    """The hook where an answer of /v1/responses begins."""
+    _of_response.set(adapted_request)
+
+
+def add_to_response(response: Any, *args: Any, **kwargs: Any) -> Any:
+    """The hook where an answer of /v1/responses is made: a report that is there is a text, as all ``metadata`` are."""
+    told = _told(_of_response.get())
+    if told is not None:
+        response.metadata = {**(response.metadata or {}), REPORT_KEY: json.dumps(told)}
+    return response
 
 
 def with_metadata(event: str, told: Mapping[str, Any]) -> str:

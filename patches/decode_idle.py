@@ -13,11 +13,11 @@ from typing import Any, Final
 
 import zmq
 
+from sgl_flowprefill.config import ENV_DECODE_SLEEP
 from sgl_flowprefill.patches import wakeups
 from sgl_flowprefill.patches.base import expect
 
 SEAM: Final = "decode_idle"
-ENV_SWITCH: Final = "FLOWPREFILL_DECODE_SLEEP"
 ON_IDLE: Final = "sglang.srt.managers.scheduler.Scheduler.on_idle"
 
 IDLE_MS: Final = 1000
@@ -30,7 +30,7 @@ bootstrap and transfer statuses end them at once."""
 
 def is_enabled() -> bool:
     """Whether the environment asks for a sleeping decode scheduler."""
-    return os.environ.get(ENV_SWITCH, "0") == "1"
+    return os.environ.get(ENV_DECODE_SLEEP, "0") == "1"
 
 
 def apply() -> None:

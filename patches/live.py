@@ -56,7 +56,7 @@ def writing_timeline(config: FlowPrefillConfig) -> Callable[..., Any]:
     log, file = Path(config.events_file or ""), Path(config.timeline or "")
 
     def with_timeline(launch_server: Callable[..., Any], server_args: Any, *args: Any, **kwargs: Any) -> Any:
-        if server_args.disaggregation_mode == "decode":
+        if server_args.disaggregation_mode == "decode" or server_args.node_rank > 0:  # the first node writes the events
             return launch_server(server_args, *args, **kwargs)
         if config.event_log is None:
             log.unlink(missing_ok=True)  # of another run

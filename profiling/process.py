@@ -18,6 +18,8 @@ from pathlib import Path
 from types import FrameType
 from typing import IO, Any
 
+from sgl_flowprefill.config import ENV_SCHEDULER_CPUS
+from sgl_flowprefill.processes import own_stdout
 from sgl_flowprefill.profiling.file import Profile, ProfileError, Setting, read_profile
 from sgl_flowprefill.profiling.run import Progress, partial_path, run_profile
 
@@ -27,9 +29,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--output", type=Path)
     parser.add_argument("--budget-s", type=float, required=True)
     own, server_options = parser.parse_known_args(argv)
-    # SGLang and its libraries print to standard output too: they get the log file.
-    reports = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1)
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    reports = os.fdopen(own_stdout(), "w", buffering=1)
     signal.signal(signal.SIGTERM, _interrupt)
     signal.signal(signal.SIGINT, _interrupt)
     try:
@@ -59,7 +59,7 @@ def make_scheduler(server_options: Sequence[str]) -> Any:
     os.environ[lone_prefill.ENV_SWITCH] = "1"
     load_plugins()
     if affinity.is_enabled():
-        affinity.bind(affinity.parse_ranks(os.environ[affinity.ENV_CPUS])[0])
+        affinity.bind(affinity.parse_ranks(os.environ[ENV_SCHEDULER_CPUS])[0])
     server_args = prepare_server_args(list(server_options))
     server_args.resolve_once()
     publish(server_args, role="scheduler", ranks=SpawnRanks(world_rank=0, dp_rank=None, gpu_id=server_args.base_gpu_id))

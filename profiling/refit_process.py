@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import Final
 
+from sgl_flowprefill.processes import own_stdout
 from sgl_flowprefill.profiling.refit import answer, read_frame, write_frame
 
 LOWEST_PRIORITY: Final = 19
@@ -36,8 +37,7 @@ def main(argv: Sequence[str]) -> int:
     import sgl_flowprefill.profiling.learned
     import sgl_flowprefill.ttft.learning  # noqa: F401
 
-    answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what libraries print belongs to the log
+    answers = os.fdopen(own_stdout(), "wb")
     with suppress(BrokenPipeError):  # the server has ended
         while (question := read_frame(sys.stdin.buffer)) is not None:
             write_frame(answers, answer(question))

@@ -22,7 +22,6 @@ from sgl_flowprefill.ttft.validation import (
     HeldOut,
     errors,
     extrapolation,
-    fit_boosted,
     fit_cubic,
     hold_out,
 )
@@ -38,9 +37,9 @@ class Report:
         """Raises ValueError when the profile has too few shapes."""
         self.profile = profile
         batches, times_s = profile.timings()
-        self.model_held_out = hold_out(batches, times_s, fit_boosted)
+        self.model_held_out = hold_out(batches, times_s, BoostedTTFT.fit)
         self.cubic_held_out = hold_out(batches, times_s, fit_cubic)
-        self.beyond = {f: extrapolation(batches, times_s, fit_boosted, f) for f in EXTRAPOLATION_FACTORS}
+        self.beyond = {f: extrapolation(batches, times_s, BoostedTTFT.fit, f) for f in EXTRAPOLATION_FACTORS}
         fitted = fit_rows(*shapes(batches, times_s))
         self.model, self.trust = fitted.model, fitted.trust
         self.speed = profile.speed()

@@ -60,19 +60,15 @@ class Engine(Protocol):
     @property
     def limit_tokens(self) -> int:
         """Longest prompt, such that a cached prompt of the same length fits beside it."""
-        ...
 
     def cache_prefix(self, tokens: int) -> None:
         """Forget what is cached, and cache one prompt of ``tokens``: its parts are the prefixes from now on."""
-        ...
 
     def time(self, shape: Shape) -> Timing:
         """Run one batch of ``shape``."""
-        ...
 
     def time_operators(self, shape: Shape) -> tuple[Timing, float, float]:
         """Like ``time``, and the seconds spent in all attention and in all MLP modules."""
-        ...
 
 
 class Progress(NamedTuple):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import os
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Final, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
@@ -21,6 +21,10 @@ from sgl_flowprefill.slo import DEFAULT, PriorityClasses
 
 ENV_PREFIX: Final = "FLOWPREFILL_"
 ENV_SWITCH: Final = "FLOWPREFILL"
+ENV_DECODE_SLEEP: Final = ENV_PREFIX + "DECODE_SLEEP"
+"""Set to 1 by the launcher: a decode scheduler with nothing to compute sleeps."""
+ENV_SCHEDULER_CPUS: Final = ENV_PREFIX + "SCHEDULER_CPUS"
+"""Set by the launcher: the CPUs of the scheduler process, those of each rank behind a bar."""
 FLAG_PREFIX: Final = "--flowprefill-"
 Granularity = Literal["operator", "layer", "chunk"]
 Overload = Literal["serve", "demote", "shed"]
@@ -28,6 +32,15 @@ SERVES_ALL: Final = "edf"
 """The policy that puts no request behind others because it cannot be met."""
 GRANULARITIES: Final[tuple[Granularity, ...]] = get_args(Granularity)
 """How finely a prefill can be suspended, finest first."""
+NO_SHEDDING: Final = (
+    "--flowprefill-overload shed and --flowprefill-max-queued-tokens are for servers that prefill and decode "
+    "(--unified): the clients of this prefill server are answered by a decode server, which would say 500; leave the "
+    "options out"
+)
+NO_JOINT_SHEDDING: Final = (
+    "--flowprefill-overload shed and --flowprefill-max-queued-tokens cannot work with data-parallel attention yet: the "
+    "rank that decides knows why a request is refused, and does not answer those of the others; leave the options out"
+)
 
 
 class ConfigError(ValueError):
@@ -237,6 +250,13 @@ class FlowPrefillConfig(BaseModel):
         """Whether the server refuses requests when it is overloaded."""
         return self.overload == "shed" or self.max_queued_tokens is not None
 
+    def refusing_problem(self, *, decodes: bool, is_joint: bool) -> str | None:
+        """Why a server cannot refuse requests although it is to, as one that ``decodes`` or not and has data-parallel
+        attention or not; None where it can, or is not to."""
+        if not self.refuses or (decodes and not is_joint):
+            return None
+        return NO_JOINT_SHEDDING if decodes else NO_SHEDDING
+
     @classmethod
     def from_env(cls, env: Mapping[str, str] | None = None) -> FlowPrefillConfig:
         """Read the options from the environment. Raises ConfigError with one sentence per wrong value or name."""
@@ -285,12 +305,9 @@ class FlowPrefillConfig(BaseModel):
         given = {name: getattr(namespace, _dest(name), None) for name in cls.model_fields}
         return cls.parse(values | {name: value for name, value in given.items() if value is not None})
 
-    def to_env(self, env: MutableMapping[str, str] | None = None) -> dict[str, str]:
-        """Environment variables that make ``from_env`` return this configuration; also written into ``env``."""
-        values = {_env_name(name): str(value) for name, value in self.model_dump().items() if value is not None}
-        if env is not None:
-            env.update(values)
-        return values
+    def to_env(self) -> dict[str, str]:
+        """Environment variables that make ``from_env`` return this configuration."""
+        return {_env_name(name): str(value) for name, value in self.model_dump().items() if value is not None}
 
 
 def parse_limits(text: str) -> dict[str, int]:
@@ -307,6 +324,19 @@ def parse_limits(text: str) -> dict[str, int]:
 def command_line(values: Mapping[str, Any]) -> str:
     """Options by field name, as they are given to a launcher."""
     return " ".join(f"{_flag_name(name)} {value}" for name, value in values.items())
+
+
+def attach_values(argv: Sequence[str], options: Sequence[str]) -> list[str]:
+    """Write ``--option VALUE`` as ``--option=VALUE`` for all of ``options``: a value like --tp would be taken for an
+    option.
+    """
+    attached: list[str] = []
+    for argument in argv:
+        if attached and attached[-1] in options:
+            attached[-1] += f"={argument}"
+        else:
+            attached.append(argument)
+    return attached
 
 
 def is_enabled(env: Mapping[str, str] | None = None) -> bool:

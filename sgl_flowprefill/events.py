@@ -1,7 +1,8 @@
 """The event log: every scheduling event as a JSON line, for figures that are computed and not asserted.
 
 An event is an object of one of the types below; its line has the type's tag as ``event``. Times are seconds of
-``time.monotonic()``, which all processes of one machine share and which goes on whatever the wall clock is set to.
+``time.monotonic()``, which all processes of one machine share and which goes on whatever the wall clock is set to. The
+first line, and one wherever the server was started again, says what server it is (``log``).
 
 Every arrival has one end: its rid is in one ``complete`` (its prefill has run), ``abort`` or ``fail``. After a
 ``complete`` it has one ``leave``, when its KV cache has been sent or its answer is over. SGLang's health checks have
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -21,6 +23,8 @@ from typing import IO, Annotated, Any, Final, ParamSpec, get_args, get_type_hint
 
 import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
+
+from sgl_flowprefill import __version__
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +51,13 @@ class Event(Struct, tag_field="event", omit_defaults=True):
     def kind(self) -> str:
         """The tag: what its line has as ``event``."""
         return str(self.__struct_config__.tag)
+
+
+class Log(Event, tag="log"):
+    """a server begins to write: the first line of its log, and of what it gives of it over HTTP"""
+
+    version: Annotated[str, Meta(description="of FlowPrefill")]
+    decodes: Annotated[bool, Meta(description="whether the server decodes as well as it prefills")]
 
 
 class Arrival(Event, tag="arrival"):
@@ -134,6 +145,9 @@ class Leave(Event, tag="leave"):
 
     rid: str
     reason: Annotated[str | UnsetType, Meta(description="what went wrong; absent where nothing did")] = UNSET
+    aborted: Annotated[
+        bool, Meta(description="true where it went wrong because somebody asked for that; else absent")
+    ] = False
 
 
 class Abort(Event, tag="abort"):
@@ -190,7 +204,7 @@ class Step(Event, tag="step"):
 
 
 Fields = ParamSpec("Fields")
-AnyEvent = Arrival | Ready | Start | Suspend | Resume | Complete | Leave | Abort | Fail | Shed | GiveBack | Step
+AnyEvent = Log | Arrival | Ready | Start | Suspend | Resume | Complete | Leave | Abort | Fail | Shed | GiveBack | Step
 
 
 class RecentEvents:
@@ -199,6 +213,8 @@ class RecentEvents:
     def __init__(self, most: int) -> None:
         """``most``: lines that are kept at a time, at least 1."""
         self._lines: list[bytes] = [b""] * most
+        self.head = b""
+        """The first line of the log, which is kept beside the last ones and has no number."""
         self.written = 0
         """Lines so far: the number of the next one."""
 
@@ -246,6 +262,13 @@ class EventLog:
         """``listener(event)`` is called for each event from now on."""
         self._listeners.append(listener)
 
+    def begin(self, decodes: bool) -> None:
+        """Say in the first line what server writes the log, and whether it ``decodes``."""
+        line = _line(Log(time.monotonic(), __version__, decodes))
+        if self.recent is not None:
+            self.recent.head = line
+        self._append(line)
+
     def write(self, kind: Callable[Fields, AnyEvent], *args: Fields.args, **kwargs: Fields.kwargs) -> None:
         """Append an event of this kind; where nobody hears of it, none is made."""
         if not self.is_written:
@@ -258,16 +281,19 @@ class EventLog:
         line = _line(event)
         if self.recent is not None:
             self.recent.add(line)
-        if self._file is not None:
-            try:
-                self._file.write(line)
-            except OSError as error:
-                self._give_up(self._file, error)
+        self._append(line)
 
     def flush(self) -> None:
         if self._file is not None:
             try:
                 self._file.flush()
+            except OSError as error:
+                self._give_up(self._file, error)
+
+    def _append(self, line: bytes) -> None:
+        if self._file is not None:
+            try:
+                self._file.write(line)
             except OSError as error:
                 self._give_up(self._file, error)
 
@@ -293,19 +319,26 @@ def _remove_cut_line(path: Path) -> None:
 
 
 def read_events(path: str | Path) -> Iterator[AnyEvent]:
-    """Events of a log, in order. A last line that was cut off by a killed process is left out. Raises EventLogError
-    for a line that is no event, OSError.
+    """Events of a log or of a piece of one, in order. A last line that was cut off by a killed process is left out, and
+    a first one of which the beginning is missing. Raises EventLogError for a line that is no event, OSError.
     """
     decode = _decoder.decode
+    cut: EventLogError | None = None
     with open(path, "rb") as lines:
         for number, line in enumerate(lines, start=1):
             if line.endswith(b"\n"):
                 try:
-                    yield decode(line)
+                    event = decode(line)
                 except msgspec.DecodeError as error:
-                    raise EventLogError(
-                        f"{path} is no event log: line {number}: {error}; name the file of {OPTION}"
-                    ) from None
+                    wrong = EventLogError(f"{path} is no event log: line {number}: {error}; name the file of {OPTION}")
+                    if number > 1 or (line.startswith(b"{") and isinstance(error, msgspec.ValidationError)):
+                        raise wrong from None
+                    cut = wrong  # no whole line: the end of one, if others follow
+                else:
+                    cut = None
+                    yield event
+    if cut is not None:
+        raise cut
 
 
 def table() -> str:

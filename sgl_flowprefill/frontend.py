@@ -7,8 +7,9 @@
 An objective holds for what is started inside its ``with``: ``run``, ``run_batch``, and in a program the branches of a
 ``fork``. SGLang executes a program in threads of its own, some of which know nothing of the context in which the
 program was started. So the objective is bound when ``run`` or ``run_batch`` asks the backend for its ``endpoint``,
-which they do in the caller's thread. A branch has a copy of the context of the thread that forked, and what was
-chosen there comes first.
+which they do in the caller's thread. For each program of a batch it is asked again, wherever the answers are read,
+which changes nothing. A branch has a copy of the context of the thread that forked, and what was chosen there comes
+first.
 """
 
 from __future__ import annotations
@@ -109,6 +110,14 @@ class _OfChoices(ChoicesSamplingMethod):
         return unscored + (len(entries) > unscored + 1 and self._prompt.endswith(entries[unscored][-1]))
 
 
+def _spoil_unscored(entries: Sequence[Any], prompt: str) -> None:
+    """Change the text of a token without a log probability, which stands before the prompt's last, into no ending of
+    the prompt: SGLang's ``select`` would take it for the last one, and count with its log probability.
+    """
+    if entries and entries[0][0] is None:
+        entries[0][-1] = f"{prompt} and more"
+
+
 class SLORuntimeEndpoint(RuntimeEndpoint):
     """``sgl.RuntimeEndpoint`` whose requests carry the objective of the ``with ttft_slo(…)`` that they are made in.
 
@@ -131,6 +140,10 @@ class SLORuntimeEndpoint(RuntimeEndpoint):
         ``sgl.RuntimeEndpoint``. Raises SloError for an objective that is no positive number.
         """
         self._bound = _Objective(ttft_slo, tbt_slo)
+        self._is_of_run = False
+        """Whether ``run`` or ``run_batch`` has asked for it."""
+        self._around: _Objective | None = None
+        """What was chosen around them, and counts for nothing but by what they have bound."""
         self._prefix = _Objective(prefix_ttft_slo)
         super().__init__(base_url, *args, **kwargs)
 
@@ -141,7 +154,9 @@ class SLORuntimeEndpoint(RuntimeEndpoint):
         Called by SGLang when ``run`` or ``run_batch`` begins.
         """
         other = copy.copy(self)
-        other._bound = self._objective
+        if not self._is_of_run:
+            other._bound = self._objective
+        other._is_of_run, other._around = True, _chosen.get()
         return other
 
     def generate(self, s: Any, sampling_params: SglSamplingParams) -> tuple[str, dict[str, Any]]:
@@ -177,6 +192,7 @@ class SLORuntimeEndpoint(RuntimeEndpoint):
         All of it is what the program waits for, the prompt without its choices too.
         """
         data["sampling_params"]["custom_params"] = self._objective.custom_params()
+        is_scored = "logprob_start_len" in data
         if data.get("return_logprob"):
             data.setdefault("logprob_start_len", 0)  # ``select`` wants all of a prompt's, and servers send none
         request = partial(super()._generate_http_request, s)
@@ -185,11 +201,16 @@ class SLORuntimeEndpoint(RuntimeEndpoint):
         if not (isinstance(prompts, list) and isinstance(prompts[0], str | list)):
             return request(data)
         with ThreadPoolExecutor(len(prompts)) as pool:
-            return list(pool.map(request, [{**data, name: prompt} for prompt in prompts]))
+            answers = list(pool.map(request, [{**data, name: prompt} for prompt in prompts]))
+        if is_scored:
+            for answer in answers:
+                _spoil_unscored(answer["meta_info"]["input_token_logprobs"], s.text_)
+        return answers
 
     def _with_objective(self, sampling_params: SglSamplingParams) -> _SamplingParams:
         return _SamplingParams(**vars(sampling_params), custom_params=self._objective.custom_params())
 
     @property
     def _objective(self) -> _Objective:
-        return _chosen.get() or self._bound
+        chosen = _chosen.get()
+        return self._bound if chosen is None or chosen is self._around else chosen

@@ -25,9 +25,13 @@ class Cause(StrEnum):
     OBJECTIVE = "objective shorter than its prefill"
     """An idle server would not have been in time either."""
     LATE_ON_ARRIVAL = "late on arrival"
-    """It would have been in time, but for the time that passed until the scheduler heard of it."""
-    DECODE_PLACE = "decode place"
-    """The decode server reserved KV cache for it too late, or did not at all."""
+    """It would have been in time, but for the time that passed until the scheduler took it: its way there, and the
+    compiling of its grammar.
+    """
+    NOT_READY = "not ready"
+    """It could be run too late, or never: it waited for KV cache at the decode server or for a prefix from storage;
+    on a server that decodes, for its prefix, for the slot of its adapter, or for KV cache of its rank.
+    """
     TRANSFER = "transfer"
     """Its prefill was over in time, and its KV cache reached the decode server too late."""
     MISPREDICTION = "misprediction"
@@ -45,7 +49,7 @@ class Course(Struct, frozen=True, kw_only=True):
     """When the HTTP server had it: its objective counts from then."""
     deadline_s: float
     arrived_s: float
-    """When the scheduler heard of it."""
+    """When the scheduler took it, its grammar compiled."""
     ready_s: float | None = None
     """When it could first have been run."""
     started_s: float | None = None
@@ -108,7 +112,7 @@ def _cause(course: Course) -> Cause:
     if course.arrived_s + needs_s > deadline_s:
         return Cause.LATE_ON_ARRIVAL
     if course.ready_s is None or course.ready_s + needs_s > deadline_s:
-        return Cause.DECODE_PLACE
+        return Cause.NOT_READY
     if course.computed_s is None:
         return Cause.OVERLOAD
     if course.computed_s <= deadline_s:

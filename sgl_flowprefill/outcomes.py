@@ -20,6 +20,7 @@ from sgl_flowprefill.events import (
     Fail,
     GiveBack,
     Leave,
+    Log,
     Ready,
     Resume,
     Start,
@@ -123,20 +124,19 @@ class Outcomes:
     its first token is where the client is answered from, or when it ends without.
     """
 
-    def __init__(self, decodes: bool, ready_on_arrival: bool = False) -> None:
+    def __init__(self, decodes: bool) -> None:
         """``decodes``: the first token is there when the prefill is over, on a server that decodes; otherwise when the
-        KV cache has been sent. ``ready_on_arrival``: requests can be run when they arrive, as in logs that do not say.
+        KV cache has been sent.
         """
         self._decodes = decodes
-        self._ready_on_arrival = ready_on_arrival
         self._open: dict[str, _Request] = {}
         self._live: dict[int, _Task] = {}
-        self._last_task = -1
         self._overrun_s = 0.0
         """By how much all prefills so far took longer than predicted."""
         self._recent: deque[tuple[float, float]] = deque(maxlen=RECENT_OVERRUNS)
         """When the last of these prefills ended, and ``_overrun_s`` before it."""
         self._readers: dict[type, Callable[[Any], Sequence[Outcome]]] = {
+            Log: self._begin,
             Arrival: self._arrival,
             Ready: self._ready,
             Start: self._start,
@@ -165,11 +165,13 @@ class Outcomes:
 
     # ---- requests that wait -----------------------------------------------------------------------------------------
 
+    def _begin(self, event: Log) -> Sequence[Outcome]:
+        """The server was started again, and nothing of before is left."""
+        self._live.clear()
+        return NONE_ENDED
+
     def _arrival(self, event: Arrival) -> Sequence[Outcome]:
-        request = self._open[event.rid] = _Request(event)
-        if self._ready_on_arrival:
-            request.ready_s = request.admitted_s = event.t_s
-            request.overrun_before_s = self._overrun_s
+        self._open[event.rid] = _Request(event)
         return NONE_ENDED
 
     def _ready(self, event: Ready) -> Sequence[Outcome]:
@@ -183,9 +185,6 @@ class Outcomes:
     # ---- tasks ------------------------------------------------------------------------------------------------------
 
     def _start(self, event: Start) -> Sequence[Outcome]:
-        if event.task <= self._last_task:
-            self._live.clear()  # tasks are counted up: the server was started again, and nothing of before is left
-        self._last_task = event.task
         task = self._live[event.task] = _Task(event)
         for rid in event.rids:
             if (request := self._open.get(rid)) is not None:
@@ -248,6 +247,8 @@ class Outcomes:
             return NONE_ENDED
         if event.reason is UNSET:
             return [self._outcome(request, event.t_s, first_token_s=event.t_s)]
+        if event.aborted:
+            return [self._outcome(request, event.t_s)]
         return [self._outcome(request, event.t_s, failed=True, reason=event.reason)]
 
     def _end(self, event: Abort | Fail) -> Sequence[Outcome]:

@@ -88,12 +88,13 @@ def _load() -> None:
 def _take_option_seams() -> None:
     """Options are made in the process that starts the others."""
     from sgl_flowprefill import platforms
-    from sgl_flowprefill.patches import options, static_memory
+    from sgl_flowprefill.patches import attention_choice, options, static_memory
 
     expect("hooks")
     options.apply()
     if not platforms.is_active():
         static_memory.apply()
+        attention_choice.apply()
 
 
 def _take_http_seams_when_it_is_one(config: FlowPrefillConfig) -> None:

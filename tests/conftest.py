@@ -8,6 +8,8 @@ done with the servers: it would have to start another engine.
 from __future__ import annotations
 
 import gc
+import os
+import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -16,6 +18,7 @@ from hypothesis import HealthCheck, settings
 from xdist.scheduler import LoadScopeScheduling
 
 from sgl_flowprefill.model import embedded_model_path
+from tests import served_models
 
 if TYPE_CHECKING:  # they import torch, which most unit tests do without
     from xdist.remote import Producer
@@ -25,6 +28,11 @@ if TYPE_CHECKING:  # they import torch, which most unit tests do without
     from tests.reference import Comparison, Reference
 
 gc.disable()  # until all is imported: nothing of that is garbage
+
+# What is compiled of this project is kept for the next process, also where the environment asks for no files of it:
+# tests start some hundred, and each would compile it anew.
+sys.dont_write_bytecode = False
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 # Generated examples say nothing about time: a busy machine is no failure.
 settings.register_profile("busy machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -40,10 +48,22 @@ CLUSTERS = (
     "stock_cluster",
     "no_cluster",
 )
+LONG_UNITS = (
+    "test_agreement_model",
+    "test_cuda_imports",
+    "test_goodput",
+    "test_gpu_report",
+    "test_layout",
+    "test_replay",
+    "test_simulator_unified",
+    "test_tiled_attention",
+    "test_ttft_learning",
+)
+"""Unit tests that take longest come first: one process waits for the other at the last file of all."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    def place(item: pytest.Item) -> tuple[int, int, bool]:
+    def place(item: pytest.Item) -> tuple[int, int, bool, bool]:
         """A test may also have the name of its cluster as a parameter. A module that starts processes warm comes
         next to the engines, in the process that has what these are forked from.
         """
@@ -52,7 +72,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         names = {*getattr(item, "fixturenames", ()), *parameters}
         cluster = next((i for i, name in enumerate(CLUSTERS, start=1) if name in names), 0)
         is_cold = not hasattr(getattr(item, "module", None), "warm")
-        return FOLDERS.index(item.path.parent.name), cluster, is_cold
+        is_short = item.path.parent.name != "unit" or item.path.stem not in LONG_UNITS
+        return FOLDERS.index(item.path.parent.name), cluster, is_cold, is_short
 
     items.sort(key=place)
 
@@ -67,6 +88,13 @@ def pytest_collection_finish() -> None:
     """What all tests have imported is no garbage: whoever collects need not look at it each time."""
     gc.freeze()
     gc.enable()
+
+
+def pytest_sessionfinish() -> None:
+    """What is left goes with its process. Pytest and Python would look through all of it for garbage, which takes so
+    long that pytest-xdist gives the process up.
+    """
+    gc.freeze()
 
 
 SERVERS = "servers"
@@ -93,10 +121,16 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> Servers
 
 @pytest.fixture(scope="session")
 def shared_engine() -> PrefillEngine:
-    """One scheduler, which serves the embedded model."""
+    """One scheduler, which serves the embedded model. What is imported for it is no garbage, and no other model."""
     from tests.engine import PrefillEngine
 
-    return PrefillEngine(str(embedded_model_path()))
+    gc.disable()
+    try:
+        with pytest.MonkeyPatch.context() as environment:
+            environment.setenv(served_models.VARIABLE, served_models.all_but("llama"))
+            return PrefillEngine(str(embedded_model_path()))
+    finally:
+        gc.enable()
 
 
 @pytest.fixture
@@ -118,9 +152,14 @@ def engine(shared_engine: PrefillEngine) -> Iterator[PrefillEngine]:
 
 @pytest.fixture(scope="session")
 def reference() -> Reference:
-    """The embedded model in transformers; what it has computed for one test, the others have."""
+    """The embedded model in transformers; what it has computed for one test, the others have. It takes one core: the
+    other process of the suite has the other one.
+    """
+    import torch
+
     from tests.reference import Reference
 
+    torch.set_num_threads(1)
     return Reference(embedded_model_path())
 
 

@@ -18,7 +18,7 @@ import zmq
 
 from sgl_flowprefill.cluster.preflight import free_port
 from sgl_flowprefill.model import EmbeddedModel, embedded_model_path
-from tests.rank_notes import notes_at
+from tests.rank_notes import noting
 from tests.ranks import Ranks, run_rank
 
 
@@ -91,33 +91,25 @@ class DataParallelRanks(Ranks):
     def ranks_of(self, rid: str) -> Iterable[int]:
         return [self._rank_of[rid]]
 
-    def rests(self, rank: int) -> list[dict[str, int]]:
-        """What was free at ``rank`` each time that it had nothing to do (``note_rests``)."""
-        return [json.loads(line) for line in _rests_path(self.event_log, rank).read_text().splitlines()]
-
     def assert_nothing_is_held(self, timeout_s: float) -> None:
         """Wait until all ranks have done their housekeeping twice more, with nothing to do: when they are woken they do
         it again, and would do it by themselves seconds later.
         """
         ranks, deadline_s = range(len(self.processes)), time.monotonic() + timeout_s
-        before = [len(self.rests(rank)) for rank in ranks]
-        while any(len(self.rests(rank)) < before[rank] + 2 for rank in ranks):
+        before = [len(self.notes("rests", rank)) for rank in ranks]
+        while any(len(self.notes("rests", rank)) < before[rank] + 2 for rank in ranks):
             assert time.monotonic() < deadline_s, "a rank has something to do though all is answered"
             self.abort("nobody")
             time.sleep(0.2)
         for rank in ranks:
-            assert self.rests(rank)[-1] == {"held": 0, "locked": 0, "rows": 0}
-
-    def passes(self, rank: int) -> list[dict[str, Any]]:
-        """The joint passes that ``rank`` took part in (``note_passes``)."""
-        return [json.loads(line) for line in _passes_path(self.event_log, rank).read_text().splitlines()]
+            assert self.notes("rests", rank)[-1] == {"held": 0, "locked": 0, "rows": 0}
 
 
 def note_rests(scheduler: Any, rank: int) -> None:
     """Write a line each time that SGLang does its housekeeping with nothing under way: the KV cache and request rows
     that somebody holds, and how many nodes of the radix tree are locked.
     """
-    notes = notes_at(_rests_path(os.environ["FLOWPREFILL_EVENT_LOG"], rank))
+    notes = noting("rests", rank)
     on_idle = scheduler.on_idle
 
     def noted_on_idle() -> None:
@@ -139,7 +131,7 @@ def note_passes(scheduler: Any, rank: int) -> None:
     """Write a line for each joint pass that is done: its id, the requests of this rank and of all, and whether other
     ranks had tokens of theirs in it.
     """
-    notes = notes_at(_passes_path(os.environ["FLOWPREFILL_EVENT_LOG"], rank))
+    notes = noting("passes", rank)
     role = scheduler.role
     finish = role.finish
 
@@ -157,22 +149,14 @@ def note_passes(scheduler: Any, rank: int) -> None:
     role.finish = noted_finish
 
 
-def lack_kv_cache_now_and_then(scheduler: Any, rank: int, probability: float = 0.1) -> None:
+def lack_kv_cache_now_and_then(scheduler: Any, rank: int) -> None:
     """Let SGLang's admission find no KV cache by chance, at each rank by itself."""
     rng = random.Random(rank)
     admit = scheduler.get_new_batch_prefill
 
     def admit_by_chance(running_batch: Any) -> Any:
-        if rng.random() < probability:
+        if rng.random() < 0.1:
             return SimpleNamespace(batch_to_run=None, running_batch=running_batch)
         return admit(running_batch)
 
     scheduler.get_new_batch_prefill = admit_by_chance
-
-
-def _rests_path(event_log: str | Path, rank: int) -> Path:
-    return Path(event_log).with_name(f"rests-{rank}.jsonl")
-
-
-def _passes_path(event_log: str | Path, rank: int) -> Path:
-    return Path(event_log).with_name(f"passes-{rank}.jsonl")

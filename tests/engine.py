@@ -23,7 +23,7 @@ M_TRIM_THRESHOLD: Final = -1
 M_TOP_PAD: Final = -2
 M_MMAP_MAX: Final = -4
 """Parameters of glibc's mallopt (malloc.h)."""
-FIRST_START_S: Final = 4.0
+FIRST_START_S: Final = 3.0
 """How long models that tests alone serve are measured: what they are predicted to take says little of their tests."""
 FIRST_STEPS: Final = ((1, 64), (4, 64), (16, 64), (1, 1024), (4, 256))
 """Their decode steps that are measured, as the server's own ``SHAPES`` of these."""
@@ -297,11 +297,6 @@ class PrefillEngine(Engine):
     ) -> None:
         """Hand a request to the scheduler as the tokenizer process would."""
         self.receive(generate_request(rid, prompt, len(self.answers), ttft_slo_s, logprobs, inputs_from))
-
-    def use(self, device: Any) -> None:
-        """Let kernels run on ``device`` from now on."""
-        hub = self.hub
-        hub.device = hub.executor.device = hub.role.device = device
 
     def assert_clean(self) -> None:
         super().assert_clean()

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import sys
 from types import SimpleNamespace
@@ -45,6 +46,7 @@ def install() -> None:
 
 
 def main() -> None:
+    gc.disable()  # what is imported is no garbage
     install()
     from sglang.srt.utils import is_cuda, is_flashinfer_available
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-from pathlib import Path
 from typing import Any
 
 from tests.data_parallel_ranks import DataParallelRanks, lack_kv_cache_now_and_then, note_passes, note_rests
-from tests.rank_notes import notes_at
+from tests.rank_notes import noting
 from tests.unified_asks import Ask
 from tests.unified_ranks import UnifiedRanks, run_unified_rank
 
@@ -26,10 +25,6 @@ class JointUnifiedRanks(DataParallelRanks, UnifiedRanks):
         self._rank_of[rid] = rank
         super().ask(rid, ask, rank)
 
-    def steps(self, rank: int) -> list[dict[str, Any]]:
-        """The decode steps that ``rank`` took part in (``note_steps``)."""
-        return [json.loads(line) for line in _steps_path(self.event_log, rank).read_text().splitlines()]
-
 
 def note_all(scheduler: Any, rank: int) -> None:
     """Write lines for joint passes, for steps, and for what is held at rest; let admission fail now and then."""
@@ -43,7 +38,7 @@ def note_steps(scheduler: Any, rank: int) -> None:
     """Write a line for each decode step that is queued: the streams of this rank in it, those that the policy counts of
     all ranks, and where each prefill that has started is suspended meanwhile.
     """
-    notes = notes_at(_steps_path(os.environ["FLOWPREFILL_EVENT_LOG"], rank))
+    notes = noting("steps", rank)
     role = scheduler.role
     step = role.step
 
@@ -58,7 +53,3 @@ def note_steps(scheduler: Any, rank: int) -> None:
         return queued
 
     role.step = noted_step
-
-
-def _steps_path(event_log: str | Path, rank: int) -> Path:
-    return Path(event_log).with_name(f"steps-{rank}.jsonl")

@@ -83,7 +83,7 @@ class LateTransfers:
         self.progress = progress
         """How often a copy is made where somebody only asks."""
         self.compute = self.now = Stream(self)
-        self.late_copies = 0
+        self.copies = 0
 
     def submit(self, stream: Stream, work: Callable[[], None]) -> None:
         if stream is self.compute:
@@ -115,12 +115,12 @@ class LateTransfers:
     def copy(self, **arguments: Any) -> None:
         """``hicache_cpu.copy`` on the stream of now."""
         kept = {name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in arguments.items()}
-        self.late_copies += 1
+        self.copies += 1
         self.submit(self.now, lambda: copy(**kept))
 
 
-def make_late(seed: int) -> None:
-    """Hierarchical caches that are made in this process from now on copy late."""
+def make_late(seed: int) -> LateTransfers:
+    """Let hierarchical caches that are made in this process from now on copy late."""
     from sglang.srt.managers import cache_controller
     from sglang.srt.mem_cache import l2_transfer
     from sglang.srt.mem_cache.pool_host import mha
@@ -131,3 +131,4 @@ def make_late(seed: int) -> None:
     cache_controller.device_module = l2_transfer.device_module = device
     hicache_cpu.copy = device.copy
     mha.transfer_kv_direct = device.copy
+    return device

@@ -12,16 +12,19 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
 import psutil
 import pytest
+import requests
 
 from sgl_flowprefill import paths
 from sgl_flowprefill.cluster import phases
 from sgl_flowprefill.cluster.base import KEY_VARIABLE
+from sgl_flowprefill.cluster.gateway import bearer
 from sgl_flowprefill.cluster.guard import SHM, look, mapped_segments
 from sgl_flowprefill.processes import is_alive
 from tests.namespaces import PrivateMemory, unshare
@@ -33,6 +36,9 @@ START_TIMEOUT_S: Final = 400
 KEY: Final = "n0b0dy-shall-see-this"
 END_S: Final = 5.0
 """How long a cluster may take to end, however it ends."""
+DRAINED_S: Final = 30.0
+"""How much longer where SIGTERM lets requests end first: SGLang looks every 5 s whether it is to end, and whether its
+last request has, and a gateway stays open for a while."""
 GUARD_KILLED: Final = "SIGKILL of the guard"
 ENDS: Final = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL, GUARD_KILLED]
 
@@ -184,9 +190,11 @@ def assert_phases_are_told(lines: Sequence[str], logs: Path, *names: str) -> Non
         assert elsewhere or all(marker in text for text in texts), marker
 
 
-def end_and_assert_nothing_is_left(launcher: Launch, end: signal.Signals | str) -> None:
-    """End it in one of ENDS. Its servers are killed within END_S, also on a busy machine. All processes and what they
-    had are gone within END_S, not counting the time for which some process of the machine waited for a CPU."""
+def end_and_assert_nothing_is_left(launcher: Launch, end: signal.Signals | str, drained_s: float = 0.0) -> None:
+    """End it in one of ENDS. Its servers are killed within END_S, also on a busy machine, or after ``drained_s`` more,
+    in which requests end. All processes and what they had are gone by then, not counting the time for which some
+    process of the machine waited for a CPU."""
+    longest_s = END_S + drained_s
     remembered = launcher.remember()
     servers = remembered.servers
     watch = Stopwatch()
@@ -195,10 +203,10 @@ def end_and_assert_nothing_is_left(launcher: Launch, end: signal.Signals | str) 
     else:
         remembered.guard.kill()
     while all(is_alive(server) for server in servers):
-        assert watch.passed_s < END_S, f"{end!r}: no server was killed: {launcher.text()}"
+        assert watch.passed_s < longest_s, f"{end!r}: no server was killed: {launcher.text()}"
         time.sleep(0.01)
     decided_s = watch.passed_s
-    exit_code = launcher.process.wait(20)
+    exit_code = launcher.process.wait(20 + drained_s)
     if isinstance(end, signal.Signals):
         assert exit_code == (-end if end == signal.SIGKILL else 128 + end)
     else:
@@ -208,4 +216,27 @@ def end_and_assert_nothing_is_left(launcher: Launch, end: signal.Signals | str) 
     took_s, waited_s = watch.passed_s, watch.waited_s
     took = f"{end!r}: killed after {decided_s:.1f} s, nothing is left after {took_s:.1f} s, {waited_s:.1f} s of waiting"
     print(took)
-    assert took_s - waited_s < END_S, took
+    assert took_s - waited_s < longest_s, took
+
+
+STREAM_TOKENS: Final = 400
+"""Seconds, with the embedded model."""
+
+
+def assert_a_stream_outlives_sigterm(launcher: Launch, url: str, key: str | None = None) -> None:
+    """All its tokens come although the launcher is asked to end after the first, and then nothing is left."""
+    sampling = {"max_new_tokens": STREAM_TOKENS, "temperature": 0, "ignore_eos": True}
+    request = {"text": "Hello", "sampling_params": sampling, "stream": True}
+    headers = bearer(key)
+    with (
+        ThreadPoolExecutor(1) as pool,
+        requests.post(f"{url}/generate", json=request, headers=headers, stream=True, timeout=120) as response,
+    ):
+        assert response.status_code == 200, response.text
+        lines = response.iter_lines()
+        assert next(lines).startswith(b"data: {")
+        rest = pool.submit(list, lines)
+        end_and_assert_nothing_is_left(launcher, signal.SIGTERM, DRAINED_S)
+        *_, last = (line for line in rest.result(10) if line.startswith(b"data: {"))
+    assert json.loads(last.removeprefix(b"data: "))["meta_info"]["completion_tokens"] == STREAM_TOKENS
+    assert "waiting up to 120 s for the requests here to end" in launcher.text()

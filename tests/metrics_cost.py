@@ -51,7 +51,7 @@ def costs_us(with_metrics: bool, with_reports: bool) -> dict[str, float]:
 
     labels = dict.fromkeys(("model_name", "engine_type", "tp_rank", "pp_rank", "moe_ep_rank"), "0")
     metrics = Metrics(labels, decodes=True, registry=CollectorRegistry()) if with_metrics else None
-    recorder, ttft = EventRecorder(None, metrics), AdaptiveTTFT(SimpleNamespace(predict_s=lambda batch: 0.1), 0.9)
+    recorder, ttft = EventRecorder(None, metrics), AdaptiveTTFT(0.9, SimpleNamespace(predict_s=lambda batch: 0.1))
     live: list[PrefillTask] = []
     work: Any = SimpleNamespace(
         waiting=(), policy=make_policy("feasible", Limits(16, 2048), 60.0), tasks=SimpleNamespace(live=live), ttft=ttft

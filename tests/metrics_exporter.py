@@ -66,6 +66,7 @@ def main() -> None:
                 tasks += 1
             metrics.preempted(0.004, 0.003)
             metrics.resumed(0.3)
+            metrics.ran(0.5)
             metrics.completed(0.5, 0.4)
             metrics.decided(80e-6, now_s=1.0)
             metrics.stepped(0.02, 0.001, tokens=4, late_tokens=1)

@@ -16,7 +16,6 @@ class Event(NamedTuple):
     """Something that happened during a span."""
 
     name: str
-    at_ns: int
     attributes: dict[str, Any]
 
 
@@ -73,7 +72,7 @@ def _span(span: Any) -> Span:
         span.start_time_unix_nano,
         span.end_time_unix_nano,
         _attributes(span.attributes),
-        [Event(event.name, event.time_unix_nano, _attributes(event.attributes)) for event in span.events],
+        [Event(event.name, _attributes(event.attributes)) for event in span.events],
     )
 
 

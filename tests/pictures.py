@@ -8,6 +8,7 @@ docs`` has built.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import random
 import tempfile
 from collections.abc import Iterator
@@ -24,11 +25,14 @@ import requests
 from sgl_flowprefill.cluster import Cluster, ClusterConfig
 from sgl_flowprefill.config import FlowPrefillConfig
 from sgl_flowprefill.live import PAGE
+from sgl_flowprefill.live.routes import FILE
 from tests.browser import Page, chromium
 from tests.prompts import prompt
 
 ROOT: Final = Path(__file__).parents[1]
 SITE: Final = ROOT / "out/docs"
+SHOWN: Final = ROOT / "docs/live.sha256"
+"""The hash of the live page that the pictures show."""
 DESK_PX: Final = 1280, 800
 PHONE_PX: Final = 390, 844
 SITE_PX: Final = 1280, 1085
@@ -84,12 +88,18 @@ def busy(url: str) -> Iterator[None]:
         one.result()
 
 
+def page_hash() -> str:
+    """Of the live page as it is."""
+    return hashlib.sha256(FILE.read_bytes()).hexdigest()
+
+
 async def take_live(browser: Page, url: str) -> None:
     await browser.open(url + PAGE, *DESK_PX)
     for (width, height), dark, name in ((DESK_PX, False, "live"), (PHONE_PX, True, "live-phone")):
         await browser.show(width, height, dark)
         await browser.until(WORTH_A_PICTURE, TIMEOUT_S)
         await browser.screenshot(ROOT / f"docs/{name}.png")
+    SHOWN.write_text(page_hash() + "\n")
 
 
 @contextmanager

@@ -17,6 +17,7 @@ import yaml
 from sgl_flowprefill.cluster.preflight import free_port
 from sgl_flowprefill.metrics import alerts, dashboard, queries
 from sgl_flowprefill.metrics.table import PREFIX, TABLE
+from tests.waiting import until
 
 MONITORING: Final = Path(__file__).parents[1] / "deploy" / "monitoring"
 WINDOW: Final = "30s"
@@ -62,10 +63,11 @@ class Prometheus:
         """Wait for so many further scrapes."""
         expr = "count_over_time(up[1h])"
         before = self.value(expr) if self.query(expr) else 0
-        give_up_s = time.monotonic() + START_S
-        while not self.query("up == 1") or self.value(expr) < before + count:
-            assert time.monotonic() < give_up_s, self.ask("targets")
-            time.sleep(0.1)
+        until(
+            lambda: self.query("up == 1") and self.value(expr) >= before + count,
+            START_S,
+            say=lambda: self.ask("targets"),
+        )
 
 
 @contextmanager

@@ -15,16 +15,14 @@ ALONE = "alone"
 OFFER_TASKS = 1
 
 
-def finishes_path(log: str, rank: int) -> Path:
-    return Path(log).with_name(f"finishes-{rank}.jsonl")
+def notes_path(event_log: str | Path, what: str, rank: int) -> Path:
+    """Where ``rank`` notes ``what`` happens: beside the event log."""
+    return Path(event_log).with_name(f"{what}-{rank}.jsonl")
 
 
-def matches_path(log: str, rank: int) -> Path:
-    return Path(log).with_name(f"matches-{rank}.jsonl")
-
-
-def adoptions_path(log: str, rank: int) -> Path:
-    return Path(log).with_name(f"adoptions-{rank}.jsonl")
+def noting(what: str, rank: int) -> TextIO:
+    """Where the process of ``rank``, this one, writes lines of ``what`` happens, for as long as it lives."""
+    return open(notes_path(os.environ["FLOWPREFILL_EVENT_LOG"], what, rank), "w", buffering=1)
 
 
 def offer_models(scheduler: Any, rank: int) -> None:
@@ -68,7 +66,7 @@ def offer_models(scheduler: Any, rank: int) -> None:
         FollowingTTFT(known, 0.75, broadcast) if rank else LearningTTFT(known, 0.75, Offering(None, set()), broadcast)
     )
     hub.work.ttft = hub.learning = ttft
-    notes = notes_at(adoptions_path(os.environ["FLOWPREFILL_EVENT_LOG"], rank))
+    notes = noting("adoptions", rank)
     adopt = ttft.adopt
 
     def noted_adopt() -> None:
@@ -84,11 +82,6 @@ def offer_models(scheduler: Any, rank: int) -> None:
     ttft.adopt = noted_adopt
 
 
-def notes_at(path: Path) -> TextIO:
-    """Where a rank writes lines, for as long as its process lives."""
-    return open(path, "w", buffering=1)
-
-
 def note_matches(scheduler: Any, rank: int) -> None:
     """Write a line for each prompt that is matched with the radix cache, with whether its request was about to start,
     and for each batch that is started. Requests that only wait are not matched again, and nothing starts beside a task
@@ -99,7 +92,7 @@ def note_matches(scheduler: Any, rank: int) -> None:
     hub_module.MATCHES = 0  # type: ignore[misc]
     hub, role = scheduler.hub, scheduler.role
     match, make_batch, choose = role.match, role.make_batch, hub.choose
-    notes = notes_at(matches_path(os.environ["FLOWPREFILL_EVENT_LOG"], rank))
+    notes = noting("matches", rank)
     choosing = False
 
     def noted_choose() -> Any:
@@ -128,14 +121,14 @@ def note_matches(scheduler: Any, rank: int) -> None:
     policy.pick = pick_alone
 
 
-def note_finishes(scheduler: Any, path: Path) -> None:
+def note_finishes(scheduler: Any, rank: int) -> None:
     """Write a line for each task and each decode step whose result is processed: its requests, the preemption
     checkpoints that live tasks have passed by then, whether the result had arrived, whether that had to be waited for,
     and operators queued behind it.
     """
     role, device = scheduler.role, scheduler.hub.device
     finish, wait = role.finish, device.wait
-    notes = notes_at(path)
+    notes = noting("finishes", rank)
     waited_for = None
 
     def noted_wait(event: Any, interrupted: Any) -> bool:

@@ -25,7 +25,7 @@ from tests import warm
 from tests.engine import FIRST_START_S, compile_nothing, generate_request, measure_for
 from tests.kv import watch_kv
 from tests.late_device import LateDevice
-from tests.rank_notes import adoptions_path, finishes_path, matches_path, note_finishes
+from tests.rank_notes import note_finishes, notes_path
 from tests.reference import Comparison, Kv
 
 
@@ -233,19 +233,9 @@ class Ranks:
             assert time.monotonic() < deadline_s, "the event log does not have all that was answered"
             time.sleep(0.1)
 
-    def finishes(self, rank: int) -> list[dict[str, Any]]:
-        """What ``rank`` finished, which has a late device, in its order (``note_finishes``)."""
-        return [json.loads(line) for line in finishes_path(str(self.log), rank).read_text().splitlines()]
-
-    def matches(self, rank: int) -> list[dict[str, Any]]:
-        """The prompts that ``rank`` has matched with its radix cache since they waited, and its starts, in its order
-        (``note_matches``).
-        """
-        return [json.loads(line) for line in matches_path(str(self.log), rank).read_text().splitlines()]
-
-    def adoptions(self, rank: int) -> list[dict[str, Any]]:
-        """The adoptions of TTFT models at ``rank``, in their order (``offer_models``)."""
-        return [json.loads(line) for line in adoptions_path(str(self.log), rank).read_text().splitlines()]
+    def notes(self, what: str, rank: int) -> list[dict[str, Any]]:
+        """Lines of ``what`` happened at ``rank``, in its order: what ``tests.rank_notes.noting`` has written there."""
+        return [json.loads(line) for line in notes_path(self.event_log, what, rank).read_text().splitlines()]
 
     def _bind(self, kind: int, address: str) -> zmq.Socket[bytes]:
         socket = self._context.socket(kind)
@@ -288,7 +278,7 @@ def run_rank(
             _unleash(scheduler, chaos)
         _keep_kv(scheduler, log, rank)
         if late is not None:
-            note_finishes(scheduler, finishes_path(log, rank))
+            note_finishes(scheduler, rank)
         if prepare is not None:
             prepare(scheduler, rank)
 

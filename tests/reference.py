@@ -256,7 +256,12 @@ class Comparison:
         self._choices(" decoded from KV", name, prompt, later, decoded.tokens, decoded.logprobs)
 
     def assert_same(self) -> None:
-        """Raise AssertionError with what differs, if something does."""
+        """Raise AssertionError with what differs, if something does, or where nothing was compared."""
+        self.assert_nothing_differs()
+        assert self.counts.total(), "nothing was compared"
+
+    def assert_nothing_differs(self) -> None:
+        """Raise AssertionError with what differs, if something does; what was not compared does not."""
         if self.differences:
             lines = [f"{kind}: {len(texts)} differ; {'; '.join(texts[:3])}" for kind, texts in self.differences.items()]
             raise AssertionError("\n".join(["not what transformers answers:", *lines]))

@@ -18,7 +18,7 @@ from sgl_flowprefill.bench.capacity.prober import Plan, Prober
 from sgl_flowprefill.bench.capacity.probes import Probe, ProbeLog
 from sgl_flowprefill.bench.loadgen.calibrate import REFERENCE_TTFT_S
 from sgl_flowprefill.bench.loadgen.replay import ClientReport, Enough, ReplayRun, RequestResult
-from sgl_flowprefill.bench.metrics.joint import Judge
+from sgl_flowprefill.bench.metrics.judge import Judge
 from sgl_flowprefill.bench.simulator.measured import Engine, measured_setup
 from sgl_flowprefill.bench.simulator.requests import results
 from sgl_flowprefill.bench.simulator.systems import Setup

@@ -6,14 +6,12 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from http import HTTPStatus
-from typing import Any, Final
+from typing import Any
 
+from tests.reference import LOGPROB_TOLERANCE
 from tests.remote import Outcome, Remote
 from tests.unified_asks import Answer, Ask
 from tests.unified_engine import StockEngine
-
-LOGPROB_TOLERANCE: Final = 2e-4
-"""Log probabilities of one token, computed in batches of other sizes, differ by rounding."""
 
 
 class Stock:
@@ -122,6 +120,7 @@ class StockComparison:
         assert not self.differences, f"{len(self.differences)} differ from SGLang's own: " + "; ".join(
             self.differences[:6]
         )
+        assert self.counts.total(), "nothing was compared"
 
     def __str__(self) -> str:
         compared = ", ".join(f"{count:,} {what}" for what, count in self.counts.items())

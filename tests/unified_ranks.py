@@ -10,7 +10,7 @@ from typing import Any
 
 from tests.engine import FIRST_START_S, measure_for
 from tests.late_device import LateDevice
-from tests.rank_notes import finishes_path, note_finishes
+from tests.rank_notes import note_finishes
 from tests.ranks import Chaos, Ranks, agree_on_interruptions, become_rank
 from tests.reference import Comparison
 from tests.unified_asks import Ask
@@ -94,7 +94,7 @@ def run_unified_rank(
             hub.executor.interrupted = lambda: rng.random() < chaos.switch_probability
             agree_on_interruptions(scheduler)
         if late is not None:
-            note_finishes(scheduler, finishes_path(log, rank))
+            note_finishes(scheduler, rank)
         if prepare is not None:
             prepare(scheduler, rank)
 

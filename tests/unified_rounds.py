@@ -181,7 +181,6 @@ class Rounds:
     unified: Remote
     comparison: StockComparison
     asks: Sequence[Ask]
-    most_requests: int = 12
     late: bool = False
     flushes: bool = True
     """Whether nothing stays in the radix cache between two rounds."""
@@ -195,7 +194,7 @@ class Rounds:
 
     def play(self, rng: random.Random) -> None:
         """One round."""
-        asked = {f"s{i:02}": rng.choice(self.asks) for i in range(rng.randrange(2, self.most_requests))}
+        asked = {f"s{i:02}": rng.choice(self.asks) for i in range(rng.randrange(2, 12))}
         if rng.random() < 0.5:
             asked["twin"] = asked["s00"]
         dropped = {rid for rid in asked if rng.random() < 0.2}

@@ -21,9 +21,9 @@ from tests.reference import TOKENS
 
 OFFSETS_S = (0.0, 60.0, -30.0)
 """What the wall clock shows more than it should, one after the other; the first is a run without a step."""
-SEGMENT_S = 8.0
-LONG, LONG_TOKENS, LONG_SLO_S = 6, 6_000, 60.0
-URGENT, URGENT_TOKENS, URGENT_SLO_S = 14, 64, 1.5
+SEGMENT_S = 6.0
+LONG, LONG_TOKENS, LONG_SLO_S = 4, 6_000, 60.0
+URGENT, URGENT_TOKENS, URGENT_SLO_S = 10, 64, 1.5
 """Requests of each segment. The long ones are there from its beginning, and keep the server busy for most of it; there
 is also one with a schema of its own that takes a few tenths of a second to compile."""
 

@@ -29,6 +29,7 @@ class Scheduler:
         self.begin_s, self.asked = time.monotonic(), 0
         self._recent = RecentEvents(1000)
         log = EventLog(None, self._recent)
+        log.begin(decodes=False)
         for event in self._past():
             log.write(lambda event=event: event)  # type: ignore[misc]
 
@@ -59,7 +60,7 @@ class Scheduler:
         ]
         state = State("feasible", False, False, False, 1.07, tasks, waiting, 12, 2)
         first, following, lines = self._recent.since(question.since, 500)
-        return Answer(time.monotonic(), first, following, self._recent.written, lines, state)
+        return Answer(time.monotonic(), first, following, self._recent.written, lines, state, self._recent.head)
 
 
 @contextmanager

@@ -19,7 +19,8 @@ from sgl_flowprefill.bench.capacity.rate_search import ROUNDING, decided
 from sgl_flowprefill.bench.loadgen.calibrate import median_of, time_scale
 from sgl_flowprefill.bench.loadgen.progress import ReplayProgress
 from sgl_flowprefill.bench.loadgen.replay import Enough
-from sgl_flowprefill.bench.metrics.joint import Judge, meets
+from sgl_flowprefill.bench.metrics.joint import meets
+from sgl_flowprefill.bench.metrics.judge import Judge
 from sgl_flowprefill.bench.simulator.measured import Engine, measured_setup, saturation_rps
 from sgl_flowprefill.bench.simulator.systems import Setup
 from sgl_flowprefill.bench.systems.endpoint import Endpoint

@@ -16,7 +16,8 @@ import orjson
 
 from sgl_flowprefill.bench.capacity.rate_search import Bracket, Verdict, bracket, decided
 from sgl_flowprefill.bench.loadgen.replay import ClientReport, ReplayRun, RequestResult
-from sgl_flowprefill.bench.metrics.joint import Judge, meets
+from sgl_flowprefill.bench.metrics.joint import meets
+from sgl_flowprefill.bench.metrics.judge import Judge
 from sgl_flowprefill.profiling.steps import Step
 
 FILE_DIGEST: Final = "digest of the trace file"

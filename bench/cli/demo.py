@@ -49,7 +49,7 @@ def run(options: Demo, console: Console) -> int:
     if options.png:
         browser()
     options.out.mkdir(parents=True, exist_ok=True)
-    servers = requested_servers(options.servers)
+    servers = requested_servers(options.servers).with_metrics()
 
     def say(line: str) -> None:
         console.print(f"  {line}", highlight=False, soft_wrap=True)

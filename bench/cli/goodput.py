@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Final
 
 from rich.console import Console
 
@@ -12,14 +11,13 @@ from sgl_flowprefill.bench.capacity.prober import Plan, probing
 from sgl_flowprefill.bench.capacity.results import GoodputResult
 from sgl_flowprefill.bench.cli.options import Goodput
 from sgl_flowprefill.bench.cli.requested import requested_servers
+from sgl_flowprefill.bench.metrics.requests import ATTAINMENTS
 from sgl_flowprefill.bench.reports.goodput import rates_table, show, write_html
 from sgl_flowprefill.bench.reports.page import browser, take_picture
 from sgl_flowprefill.bench.systems.catalog import endpoints, select
 from sgl_flowprefill.bench.workloads.answers import DECODE_SHARE, UNIFIED_DECODE_SHARE
 from sgl_flowprefill.bench.workloads.synthetic import workload
 from sgl_flowprefill.provenance import write_result
-
-ATTAINMENTS: Final = (0.9, 0.99)
 
 
 def run(options: Goodput, console: Console) -> int:

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from sgl_flowprefill.bench.cli import slower, unified
 from sgl_flowprefill.bench.cli.options import Simulate
-from sgl_flowprefill.bench.metrics.requests import summarise, summarise_blocking
+from sgl_flowprefill.bench.metrics.requests import ATTAINMENTS, summarise, summarise_blocking
 from sgl_flowprefill.bench.reports.table import milliseconds, percent, seconds
 from sgl_flowprefill.bench.simulator.cost import cost_model
 from sgl_flowprefill.bench.simulator.instance import Machine
@@ -30,7 +30,6 @@ from sgl_flowprefill.bench.workloads.trace import Trace
 from sgl_flowprefill.policy import POLICIES, Limits, make_policy
 from sgl_flowprefill.provenance import result, write_result
 
-ATTAINMENTS: Final = (0.9, 0.99)
 RATE_RPS: Final = 5.5
 """Rate of built-in workloads for each instance, without --rate."""
 POOL: Final = 20_000
@@ -113,7 +112,7 @@ def _trace(name: str, options: Simulate, seed: int) -> Trace:
 def _compare(name: str, traces: Sequence[Trace], options: Simulate, setup: Setup, console: Console) -> dict[str, Any]:
     """Every policy at one rate, and its share of the limit."""
     classes = traces[0].classes
-    table = Table(title=_title(name, traces, setup), title_justify="left")
+    table = Table(title=setup.title(name, traces), title_justify="left")
     for column in ("policy", "attainment", *classes, "of the limit", "TTFT p50", "p99", "preemptions", "blocking"):
         table.add_column(column, justify="left" if column == "policy" else "right")
     figures: dict[str, Any] = {}
@@ -150,7 +149,7 @@ def _figures(traces: Sequence[Trace], runs: Sequence[Run], classes: Sequence[str
 def _goodput(name: str, traces: Sequence[Trace], options: Simulate, setup: Setup, console: Console) -> dict[str, Any]:
     """Highest rate of every policy and of the limit at ATTAINMENTS, and as a multiple of the first policy's."""
     found: dict[str, dict[str, float]] = {}
-    table = Table(title=_title(name, traces, setup, rate=False), title_justify="left")
+    table = Table(title=setup.title(name, traces, rate=False), title_justify="left")
     table.add_column("policy")
     for attainment in ATTAINMENTS:
         table.add_column(f"max rate at {attainment:.0%}", justify="right")
@@ -171,7 +170,7 @@ def _goodput(name: str, traces: Sequence[Trace], options: Simulate, setup: Setup
 
 def _plan(name: str, traces: Sequence[Trace], options: Simulate, setup: Setup, console: Console) -> dict[str, Any]:
     """Fewest instances of every policy for the trace."""
-    table = Table(title=f"{_title(name, traces, setup)}: instances for {options.attainment:.1%}", title_justify="left")
+    table = Table(title=f"{setup.title(name, traces)}: instances for {options.attainment:.1%}", title_justify="left")
     table.add_column("policy")
     table.add_column("prefill instances", justify="right")
     found: dict[str, int | None] = {}
@@ -220,9 +219,3 @@ def _microseconds(cost: EventCost) -> str:
     cpu = " / ".join(f"{cost_s * 1e6:.0f}" for cost_s in (cost.p50_s, cost.p99_s, cost.max_s))
     undisturbed = f"{cost.undisturbed_p99_s * 1e6:.0f} / {cost.undisturbed_max_s * 1e6:.0f}"
     return f"{cpu} ({cost.preempted}: {undisturbed}; {cost.wall_max_s * 1e6:,.0f})"
-
-
-def _title(name: str, traces: Sequence[Trace], setup: Setup, *, rate: bool = True) -> str:
-    requests = len(traces[0].requests)
-    at = f" at {traces[0].rate_rps:.2f} req/s" if rate else ""
-    return f"{name}{at}, {len(traces)} x {requests} requests, {setup.instances} x {setup.machine.cost.name}"

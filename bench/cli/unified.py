@@ -11,7 +11,9 @@ from rich.console import Console
 from rich.table import Table
 
 from sgl_flowprefill.bench.cli.options import Simulate
-from sgl_flowprefill.bench.metrics.joint import Judge, share, summarise_joint
+from sgl_flowprefill.bench.metrics.joint import share, summarise_joint
+from sgl_flowprefill.bench.metrics.judge import Judge
+from sgl_flowprefill.bench.metrics.requests import ATTAINMENTS
 from sgl_flowprefill.bench.reports.table import milliseconds, percent, seconds
 from sgl_flowprefill.bench.simulator.joint import JUDGES, Search, TunedSearch, answered
 from sgl_flowprefill.bench.simulator.step_cost import StepCost
@@ -19,7 +21,6 @@ from sgl_flowprefill.bench.simulator.systems import Run, Setup, run
 from sgl_flowprefill.bench.systems.catalog import UNIFIED_STOCK, simulated
 from sgl_flowprefill.bench.workloads.trace import Trace
 
-ATTAINMENTS: Final = (0.9, 0.99)
 BEST_STOCK: Final = "best stock"
 JUDGED: Final[dict[Judge, str]] = {"gaps": "1% of gaps late", "mean": "mean gap"}
 
@@ -39,7 +40,7 @@ def with_steps(setup: Setup, options: Simulate) -> Setup:
 
 def compare(name: str, traces: Sequence[Trace], options: Simulate, setup: Setup, console: Console) -> dict[str, Any]:
     """Every system at one rate."""
-    table = Table(title=_title(name, traces, setup), title_justify="left")
+    table = Table(title=f"{setup.title(name, traces)}, unified", title_justify="left")
     for column in (
         "system", "joint", "by mean gap", "TTFT", "gaps", "TTFT p99", "TBT p50", "p99", "max", "in steps", "retracted",
         "given back", "step late p99",
@@ -86,7 +87,7 @@ def goodput(name: str, traces: Sequence[Trace], options: Simulate, setup: Setup,
         rates = {level: tuned.best(level, judge) for level in ATTAINMENTS}
         found[BEST_STOCK][judge] = {f"{level}": rate_rps for level, (_, rate_rps) in rates.items()}
         best[judge] = {f"{level}": str(setting) for level, (setting, _) in rates.items() if setting is not None}
-    table = Table(title=f"{_title(name, traces, setup, rate=False)}: highest rate, req/s", title_justify="left")
+    table = Table(title=f"{setup.title(name, traces, rate=False)}, unified: highest rate, req/s", title_justify="left")
     table.add_column("system")
     for judge in JUDGES:
         for level in ATTAINMENTS:
@@ -122,9 +123,3 @@ def figures(runs: Sequence[Run]) -> dict[str, Any]:
         "step_lateness_p99_s": float(np.percentile(lateness_s, 99)) if lateness_s else None,
         "margin_s": max(one.margin_s for one in streams),
     }
-
-
-def _title(name: str, traces: Sequence[Trace], setup: Setup, *, rate: bool = True) -> str:
-    at = f" at {traces[0].rate_rps:.2f} req/s" if rate else ""
-    requests = len(traces[0].requests)
-    return f"{name}{at}, {len(traces)} x {requests} requests, {setup.instances} x {setup.machine.cost.name}, unified"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any, Final
+from typing import Final
 
 import aiohttp
 import numpy as np
@@ -14,6 +14,7 @@ from sgl_flowprefill.bench.loadgen.calibrate import CalibrationError, fresh_indi
 from sgl_flowprefill.bench.loadgen.client import Client, Outcome
 from sgl_flowprefill.bench.workloads.prompts import PromptBuilder
 from sgl_flowprefill.profiling.steps import Step
+from sgl_flowprefill.ttft.features import Array
 
 STREAMS: Final = 16
 STREAM_PROMPT_TOKENS: Final = 1024
@@ -25,8 +26,6 @@ STEP_ANSWER_TOKENS: Final = (32, 128)
 
 LAX_S: Final = 300.0
 """Objective of all of these: a server that keeps objectives lets no more stream at a time than they allow."""
-
-Times = np.ndarray[Any, np.dtype[np.float64]]
 
 
 def measure_decode(client: Client, prompts: PromptBuilder) -> float:
@@ -101,7 +100,7 @@ def gaps_s(outcomes: Sequence[Outcome]) -> list[float]:
     ]
 
 
-def _token_times_s(outcome: Outcome) -> Times:
+def _token_times_s(outcome: Outcome) -> Array:
     """When each token came."""
     return np.cumsum([outcome.first_token_s or 0.0, *outcome.tbt_s])
 

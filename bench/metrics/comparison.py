@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from sgl_flowprefill.bench.loadgen.replay import ReplayRun
-from sgl_flowprefill.bench.metrics.joint import JointSummary, Judge, answered, meets, share, summarise_joint
+from sgl_flowprefill.bench.metrics.joint import JointSummary, answered, meets, share, summarise_joint
+from sgl_flowprefill.bench.metrics.judge import Judge
+from sgl_flowprefill.bench.metrics.missed import Missed, missed_requests
 from sgl_flowprefill.bench.metrics.requests import (
     PreemptionSummary,
     RunSummary,
@@ -54,6 +56,8 @@ class SystemResult:
     """Preemptions of ``run``; None for a system that has no preemption."""
     steps: StepSummary | None = None
     """Its decode steps; None for a system that does not log any."""
+    missed: Sequence[Missed] = ()
+    """The requests of ``run`` that missed their objective, as its event log tells; none for a system without."""
     solo_ttft_s: Mapping[int, float] = field(default_factory=dict)
     decode_tokens_per_s: Sequence[float] = ()
     """What it carried when it had nothing to do but to decode, in each turn in which that was measured."""
@@ -73,11 +77,12 @@ class SystemResult:
         decode_tokens_per_s: Sequence[float] = (),
         settings: Mapping[str, Any] | None = None,
     ) -> SystemResult:
-        """Summarise ``run``, which may be joined from ``turns``; preemptions come from ``event_log`` if the system
-        writes one.
+        """Summarise ``run``, which may be joined from ``turns``; preemptions and misses come from ``event_log`` if the
+        system writes one.
         """
         parts = turns or [run]
-        events = events_within(event_log, [part.span_s for part in parts]) if event_log else []
+        spans_s = [part.span_s for part in parts]
+        events = events_within(event_log, spans_s) if event_log else []
         return cls(
             name=name,
             label=label,
@@ -87,6 +92,7 @@ class SystemResult:
             turns=turns,
             suspensions=suspensions(events) if event_log else None,
             steps=summarise_steps(events, sum(part.duration_s for part in parts)),
+            missed=missed_requests(event_log, spans_s) if event_log else (),
             solo_ttft_s=solo_ttft_s or {},
             decode_tokens_per_s=decode_tokens_per_s,
             settings=settings or {},

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, Literal
+from typing import Final
 
 import numpy as np
 
 from sgl_flowprefill.bench.loadgen.replay import RequestResult
+from sgl_flowprefill.bench.metrics.judge import Judge
+from sgl_flowprefill.ttft.features import Array
 
-Judge = Literal["ttft", "gaps", "mean"]
-"""How a request is judged: by its first token alone; also by its gaps, of which LATE_SHARE may be late; or also by the
-mean of its gaps."""
 LATE_SHARE: Final = 0.01
 """Share of the gaps of a request that may be longer than its TBT objective."""
 ROUNDING: Final = 1e-9
-
-Gaps = np.ndarray[Any, np.dtype[np.float64]]
 
 
 @dataclass(frozen=True)
@@ -26,7 +23,7 @@ class Answered:
 
     meets_ttft: bool
     tbt_slo_s: float
-    tbt_s: Gaps
+    tbt_s: Array
 
     @property
     def late_gaps(self) -> int:

@@ -15,6 +15,8 @@ from sgl_flowprefill.events import AnyEvent, GiveBack, Step, Suspend, read_event
 
 SLO_SCALES: Final = tuple(round(0.4 + 0.2 * step, 1) for step in range(9))
 """SLO scales of the paper: 0.4 to 2.0 in steps of 0.2."""
+ATTAINMENTS: Final = (0.9, 0.99)
+"""Shares of requests in time for which highest rates are told, where nobody asks for others."""
 
 
 @dataclass(frozen=True)
@@ -115,9 +117,8 @@ def events_within(event_log: Path, spans_s: Sequence[tuple[float, float]]) -> li
 def suspensions(events: Sequence[AnyEvent]) -> list[Suspension]:
     """The suspensions among ``events``, in order."""
     return [
-        # Logs of earlier versions have 0 where nothing was there to be read.
         Suspension(event.blocking_s, max(0.0, event.stopped_s - event.readable_s))
-        if event.blocking_s and event.readable_s is not None
+        if event.blocking_s is not None and event.readable_s is not None
         else Suspension(None, None)
         for event in events
         if isinstance(event, Suspend)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -10,14 +11,17 @@ import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from sgl_flowprefill.bench.metrics.comparison import Comparison, SystemResult
+from sgl_flowprefill.bench.metrics.comparison import Comparison
 from sgl_flowprefill.bench.metrics.joint import LATE_SHARE
+from sgl_flowprefill.bench.metrics.missed import Missed
 from sgl_flowprefill.bench.metrics.requests import SLO_SCALES
-from sgl_flowprefill.bench.reports.page import LOG_TICKS, SLO_LINE, coloured, render, styled
+from sgl_flowprefill.bench.reports.page import LOG_TICKS, SLO_LINE, coloured, curve, render, styled
 from sgl_flowprefill.bench.reports.table import milliseconds, percent, table_rows
 
 GAPS_SHOWN: Final = 200
 """Points of a curve, most of them towards the longest gaps."""
+MOST_MISSED: Final = 25
+"""Requests that the page names of those that missed their objective."""
 
 
 def write_html(comparison: Comparison, path: Path) -> None:
@@ -44,6 +48,8 @@ def render_html(comparison: Comparison) -> str:
         percent=percent,
         milliseconds=milliseconds,
         flatten=_flatten,
+        causes=_causes,
+        most_missed=MOST_MISSED,
     )
 
 
@@ -62,7 +68,7 @@ def ttft_cdfs(comparison: Comparison) -> go.Figure:
             members = [result for result in system.run.results if result.request_class == name]
             ttft_s = sorted(result.ttft_s for result in members if result.completed and result.ttft_s is not None)
             share = np.arange(1, len(ttft_s) + 1) / max(1, len(members))
-            line = _line(system, colour, ttft_s, share.tolist(), step=True)
+            line = curve(system.name, system.label, colour, ttft_s, share.tolist(), step=True)
             figure.add_trace(line.update(showlegend=column == 1), row=1, col=column)
         figure.add_vline(x=slo_s[name], line=SLO_LINE, row=1, col=column)
         times_s = [slo_s[name], *(ttft_s for trace in figure.select_traces(col=column) for ttft_s in trace.x)]
@@ -82,7 +88,8 @@ def tbt_cdfs(comparison: Comparison) -> go.Figure | None:
             continue
         longer = np.arange(len(gaps_s), 0, -1) / len(gaps_s)  # or as long
         places = np.unique(len(gaps_s) - np.geomspace(1, len(gaps_s), GAPS_SHOWN).astype(int))
-        figure.add_trace(_line(system, colour, (gaps_s[places] * 1e3).tolist(), longer[places].tolist(), step=True))
+        gaps_ms, shares = (gaps_s[places] * 1e3).tolist(), longer[places].tolist()
+        figure.add_trace(curve(system.name, system.label, colour, gaps_ms, shares, step=True))
     if not figure.data:
         return None
     for tbt_s in sorted({one.tbt_slo_s for one in comparison.trace.requests if np.isfinite(one.tbt_slo_s)}):
@@ -98,7 +105,7 @@ def attainment_curve(comparison: Comparison) -> go.Figure:
     figure = go.Figure()
     for system, colour in coloured(comparison.systems):
         shares = [system.summary.attainment_by_slo_scale[f"{scale:.1f}"] for scale in SLO_SCALES]
-        figure.add_trace(_line(system, colour, list(SLO_SCALES), shares, step=False))
+        figure.add_trace(curve(system.name, system.label, colour, list(SLO_SCALES), shares, step=False))
     figure.add_vline(x=1, line=SLO_LINE)
     figure.update_xaxes(title_text="SLO scale (1 = the objectives as given, smaller is tighter)", dtick=0.2)
     figure.update_yaxes(title_text="TTFT SLO attainment", range=[0, 1.02], tickformat=".0%")
@@ -136,16 +143,10 @@ def blocking_histogram(comparison: Comparison) -> go.Figure | None:
     return styled(figure, height=360).update_layout(bargap=0, barmode="overlay", showlegend=len(samples) > 1)
 
 
-def _line(system: SystemResult, colour: str, x: Sequence[float], y: Sequence[float], *, step: bool) -> go.Scatter:
-    return go.Scatter(
-        x=list(x),
-        y=list(y),
-        name=system.label,
-        legendgroup=system.name,
-        mode="lines" if step else "lines+markers",
-        line={"color": colour, "width": 2.5, "shape": "hv" if step else "linear"},
-        hovertemplate="%{x:.3g}: %{y:.1%}<extra></extra>",
-    )
+def _causes(missed: Sequence[Missed]) -> str:
+    """How many requests missed for which cause, the most frequent first."""
+    counts = Counter(one.cause for one in missed)
+    return ", ".join(f"{count} {cause}" for cause, count in counts.most_common())
 
 
 def _flatten(mapping: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -11,7 +11,7 @@ from plotly.subplots import make_subplots
 from rich import box
 from rich.table import Table
 
-from sgl_flowprefill.bench.reports.page import COLOURS, LOG_TICKS, MUTED, SLO_LINE, coloured, render, styled
+from sgl_flowprefill.bench.reports.page import COLOURS, LOG_TICKS, MUTED, SLO_LINE, coloured, curve, render, styled
 from sgl_flowprefill.bench.reports.table import MISSING, counted, milliseconds, percent
 
 Document = Mapping[str, Any]
@@ -130,7 +130,7 @@ def ttft_cdfs(document: Document) -> go.Figure | None:
     for column, name in enumerate(slo_s, start=1):
         for key, system, colour in _coloured(document):
             if found := system["ttft_by_class"].get(name):
-                line = _line(key, system, colour, found["values_s"], found["shares"], step=True)
+                line = curve(key, system["label"], colour, found["values_s"], found["shares"], step=True)
                 figure.add_trace(line.update(showlegend=column == 1), row=1, col=column)
         figure.add_vline(x=slo_s[name], line=SLO_LINE, row=1, col=column)
     figure.update_xaxes(type="log", tickvals=LOG_TICKS, title_text="TTFT (s)")
@@ -144,7 +144,7 @@ def attainment_over_scale(document: Document) -> go.Figure:
     for key, system, colour in _coloured(document):
         if found := system["attainment_by_slo_scale"]:
             scales = [float(scale) for scale in found]
-            figure.add_trace(_line(key, system, colour, scales, list(found.values()), step=False))
+            figure.add_trace(curve(key, system["label"], colour, scales, list(found.values()), step=False))
     figure.add_vline(x=1, line=SLO_LINE)
     figure.update_xaxes(title_text="SLO scale (smaller is tighter)", dtick=0.2)
     figure.update_yaxes(title_text="TTFT SLO attainment", range=[0, 1.02], tickformat=".0%")
@@ -158,7 +158,7 @@ def blocking(document: Document) -> go.Figure | None:
         found = system["blocking"]
         if found["values_s"]:
             values_ms = [max(value_s, 1e-5) * 1e3 for value_s in found["values_s"]]
-            figure.add_trace(_line(key, system, colour, values_ms, found["shares"], step=True))
+            figure.add_trace(curve(key, system["label"], colour, values_ms, found["shares"], step=True))
     if not figure.data:
         return None
     figure.update_xaxes(type="log", tickvals=LOG_TICKS, title_text="blocking time (ms)")
@@ -231,18 +231,6 @@ def _coloured(document: Document) -> Iterator[tuple[str, Document, str]]:
     """(name, system, colour) of every system."""
     for (name, system), colour in coloured(document["systems"].items()):
         yield name, system, colour
-
-
-def _line(name: str, system: Document, colour: str, x: list[float], y: list[float], *, step: bool) -> go.Scatter:
-    return go.Scatter(
-        x=x,
-        y=y,
-        name=system["label"],
-        legendgroup=name,
-        mode="lines" if step else "lines+markers",
-        line={"color": colour, "width": 2.2, "shape": "hv" if step else "linear"},
-        hovertemplate="%{x:.3g}: %{y:.1%}<extra></extra>",
-    )
 
 
 def _ratio_name(name: str) -> str:

@@ -6,7 +6,7 @@ import itertools
 import os
 import shutil
 import subprocess
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -71,6 +71,21 @@ def take_picture(page: Path, height_px: int = PICTURE_PX[1]) -> Path:
     if not picture.exists():
         raise ValueError(f"{command[0]} took no picture of {page}: {said.strip()[-500:]}")
     return picture
+
+
+def curve(name: str, label: str, colour: str, x: Sequence[float], y: Sequence[float], *, step: bool) -> go.Scatter:
+    """A line of the system ``name``, which the legend calls ``label``: its lines in all plots of a figure come and go
+    together.
+    """
+    return go.Scatter(
+        x=list(x),
+        y=list(y),
+        name=label,
+        legendgroup=name,
+        mode="lines" if step else "lines+markers",
+        line={"color": colour, "width": 2.5, "shape": "hv" if step else "linear"},
+        hovertemplate="%{x:.3g}: %{y:.1%}<extra></extra>",
+    )
 
 
 def styled(figure: go.Figure, height: int) -> go.Figure:

@@ -11,10 +11,11 @@ import plotly.graph_objects as go
 
 from sgl_flowprefill.bench.reports.page import MUTED, render, styled
 from sgl_flowprefill.timeline import History, Request
-from sgl_flowprefill.timeline.history import DECODING, RUNNING, SENDING, SUSPENDED, WAITING, WITHOUT_PLACE
+from sgl_flowprefill.timeline.history import DECODING, NOT_READY, RUNNING, SENDING, SUSPENDED, WAITING, WITHOUT_PLACE
 
 COLOURS: Final[Mapping[str, str]] = {
     WITHOUT_PLACE: "#be185d",
+    NOT_READY: "#be185d",
     WAITING: "rgba(138,145,156,0.55)",
     RUNNING: "#0d9488",
     SUSPENDED: "#e2711d",

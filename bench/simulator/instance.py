@@ -22,11 +22,9 @@ class Instance(Protocol):
 
     def submit(self, request: SimRequest, now_s: float) -> None:
         """``request`` can be started from now on."""
-        ...
 
     def step(self) -> None:
         """Do what is due at ``next_s``."""
-        ...
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
-from sgl_flowprefill.bench.metrics.joint import Answered, Judge, share
+from sgl_flowprefill.bench.metrics.joint import Answered, share
+from sgl_flowprefill.bench.metrics.judge import Judge
 from sgl_flowprefill.bench.simulator.requests import SimRequest
 from sgl_flowprefill.bench.simulator.search import PRECISION, highest
 from sgl_flowprefill.bench.simulator.systems import Setup, Simulated, run

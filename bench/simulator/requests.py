@@ -6,7 +6,6 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 
@@ -14,8 +13,7 @@ from sgl_flowprefill.bench.loadgen.replay import RequestResult
 from sgl_flowprefill.bench.simulator.cost import CostModel
 from sgl_flowprefill.bench.workloads.trace import Trace, TraceRequest
 from sgl_flowprefill.ttft import PrefillShape
-
-Gaps = np.ndarray[Any, np.dtype[np.float64]]
+from sgl_flowprefill.ttft.features import Array
 
 
 @dataclass(slots=True, eq=False)
@@ -38,7 +36,7 @@ class SimRequest:
     tbt_slo_s: float = math.inf
     came_tokens: int = 0
     """Tokens of its answer that have come, on a unified instance."""
-    gaps_s: list[Gaps] = field(default_factory=list)
+    gaps_s: list[Array] = field(default_factory=list)
     """Times between its tokens, on a unified instance, in parts."""
 
     @property
@@ -52,7 +50,7 @@ class SimRequest:
         return self.first_token_s + float(self.tbt_s.sum()) if self.first_token_s < math.inf else 0.0
 
     @property
-    def tbt_s(self) -> Gaps:
+    def tbt_s(self) -> Array:
         """Times between its tokens."""
         return np.concatenate(self.gaps_s) if self.gaps_s else np.empty(0)
 

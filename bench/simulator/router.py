@@ -14,11 +14,9 @@ class Router(Protocol):
 
     def choose(self, request: SimRequest) -> int:
         """Number of the instance that takes ``request``."""
-        ...
 
     def completed(self, request: SimRequest, instance: int) -> None:
         """The prefill of ``request`` on ``instance`` has ended."""
-        ...
 
 
 class RoundRobin(Router):

@@ -58,6 +58,12 @@ class Setup:
         """What decode steps cost."""
         return self.step_cost or step_cost(self.machine.cost)
 
+    def title(self, name: str, traces: Sequence[Trace], *, rate: bool = True) -> str:
+        """What a table about ``traces``, which are called ``name``, is headed by; with their ``rate``, or without."""
+        at = f" at {traces[0].rate_rps:.2f} req/s" if rate else ""
+        requests = len(traces[0].requests)
+        return f"{name}{at}, {len(traces)} x {requests} requests, {self.instances} x {self.machine.cost.name}"
+
 
 class Simulated(Protocol):
     """A scheduler whose instances can be simulated; its text is its name."""

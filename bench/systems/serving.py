@@ -35,6 +35,7 @@ from sgl_flowprefill.cluster import Cluster, ClusterConfig, ClusterError
 from sgl_flowprefill.cluster.machine import available_memory_bytes
 from sgl_flowprefill.config import FlowPrefillConfig, command_line
 from sgl_flowprefill.events import read_events
+from sgl_flowprefill.live import PAGE
 from sgl_flowprefill.profiling.steps import Step
 
 EMBEDDED_MODEL: Final = "embedded Llama"
@@ -43,6 +44,8 @@ SETTINGS: Final = (
     "disable_radix_cache", "enable_mixed_chunk", "prefill_decode_interval",
 )  # fmt: skip
 """Settings of a server that prefills which matter to a comparison."""
+METRICS: Final = "--enable-metrics"
+"""The option of SGLang with which servers have ``/metrics``."""
 BURST_REQUESTS: Final = 16
 BURST_TOKENS: Final = 1024
 USUAL_LAYERS: Final = 32
@@ -67,6 +70,12 @@ class Servers:
     def model(self) -> str:
         """The model's name for reports."""
         return self.model_path or EMBEDDED_MODEL
+
+    def with_metrics(self) -> Servers:
+        """The same with metrics, on servers of all systems alike."""
+        if METRICS in self.server_args:
+            return self
+        return dataclasses.replace(self, server_args=(*self.server_args, METRICS))
 
     def settings(self) -> dict[str, Any]:
         """Options of the servers, for reports."""
@@ -238,9 +247,19 @@ def start(system: System, servers: Servers, out: Path, say: Say) -> Iterator[Ser
         event_log.unlink(missing_ok=True)
     config = servers.cluster(system, out / "logs" / system.name, event_log)
     with Cluster(config, on_progress=say) as cluster:
+        if places := where_to_watch(config, cluster.prefill_url):
+            say(f"watch it at {' and '.join(places)}")
         client = Client(cluster.url, GenerateApi(with_priority=system.wants_priority))
         yield Served(system, cluster, client, event_log)
         say("stopping the servers")
+
+
+def where_to_watch(config: ClusterConfig, url: str) -> list[str]:
+    """Where to look while the server of ``config`` at ``url`` runs, which prefills: its live page, and its metrics."""
+    if not config.flowprefill:
+        return []
+    page = [url + PAGE] if config.options.recent_events else []
+    return page + ([f"{url}/metrics"] if METRICS in config.server_args else [])
 
 
 @contextmanager

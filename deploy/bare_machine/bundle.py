@@ -73,10 +73,7 @@ def _download(wheels: Path, python: str) -> None:
     shutil.rmtree(wheels, ignore_errors=True)
     lines = (line.strip() for line in (HERE / "packages.txt").read_text().splitlines())
     names = [line for line in lines if line and not line.startswith("#")]
-    platforms = [f"manylinux_2_{minor}_x86_64" for minor in GLIBC_MINORS] + [
-        "manylinux2014_x86_64",
-        "manylinux1_x86_64",
-    ]
+    platforms = [*(f"manylinux_2_{minor}_x86_64" for minor in GLIBC_MINORS), *OLDER_TAGS]
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
     command += ["--python-version", python, "--implementation", "cp", "--dest", str(wheels)]
     command += [option for platform in platforms for option in ("--platform", platform)]

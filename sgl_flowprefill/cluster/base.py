@@ -100,6 +100,8 @@ class ClusterConfig:
     options: FlowPrefillConfig = field(default_factory=FlowPrefillConfig)
     startup_timeout_s: float = 1800.0
     """Longest that a server, the gateway or the first request may take to come up; a server started again, too."""
+    drain_timeout_s: float = 120.0
+    """How long requests have to end once the launcher is asked to, before what serves them is ended."""
 
     @property
     def is_one_server(self) -> bool:

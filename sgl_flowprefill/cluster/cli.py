@@ -34,12 +34,15 @@ from sgl_flowprefill.cluster.base import (
 )
 from sgl_flowprefill.cluster.cluster import Cluster
 from sgl_flowprefill.cluster.commands import join_values
-from sgl_flowprefill.cluster.parsing import Parser, seconds, text_of_key_file
+from sgl_flowprefill.cluster.parsing import Append, Parser, seconds, seconds_or_0, text_of_key_file, words
+from sgl_flowprefill.cluster.saying import say
 from sgl_flowprefill.config import ConfigError, FlowPrefillConfig, is_enabled
 from sgl_flowprefill.events import EventLogError
 from sgl_flowprefill.live import PAGE
 from sgl_flowprefill.timeline import write_timeline
 
+SIGTERM_CODE: Final = 128 + signal.SIGTERM
+"""Exit code of a launcher that SIGTERM has ended."""
 FOREIGN_TO_UNIFIED: Final = {
     "prefill": "leave one of the two out",
     "decode": "leave one of the two out",
@@ -79,13 +82,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             return command.main(argv[1:])
         serve(parse(argv))
     except StartError as error:
-        print(f"launch.py: {error}", file=sys.stderr)
+        say(f"launch.py: {error}", "stderr")
         return EXIT_CANNOT_START
     except ClusterError as error:
-        print(f"launch.py: {error}", file=sys.stderr)
+        say(f"launch.py: {error}", "stderr")
         return EXIT_FAILED
     except KeyboardInterrupt:
-        print("\nstopped", flush=True)
+        say("\nstopped")
         return 128 + signal.SIGINT
     return 0
 
@@ -94,23 +97,37 @@ def serve(config: ClusterConfig) -> None:
     """Run a cluster, or one machine's part of it, until it cannot go on or a signal ends it."""
     begin_s = time.monotonic()
 
-    def say(line: str) -> None:
-        print(f"[{time.monotonic() - begin_s:5.1f} s] {line}", flush=True)
+    def tell(line: str) -> None:
+        say(f"[{time.monotonic() - begin_s:5.1f} s] {line}")
 
-    with ExitStack() as afterwards, Cluster(config, on_progress=say) as cluster, _live_page(cluster, config, say):
+    with ExitStack() as afterwards, Cluster(config, on_progress=tell) as cluster, _live_page(cluster, config, tell):
         if config.flowprefill and config.options.timeline is not None:
-            afterwards.callback(_write_timeline, cluster.event_logs, Path(config.options.timeline), say)
-        if cluster.answers:
-            system = "FlowPrefill" if config.flowprefill else "SGLang's own scheduler"
-            where = {0: "at", 1: "on one server at"}.get(config.unified, f"on {config.unified} unified servers at")
-            print(f"\nServing {cluster.model_path} with {system} {where} {cluster.url}; Ctrl-C ends it. Try:\n")
-            print(f"{cluster.curl()}\n", flush=True)
+            afterwards.callback(_write_timeline, cluster.event_logs, Path(config.options.timeline), tell)
+        try:
+            _announce(cluster, config, tell)
             cluster.wait()
-        else:
-            _take_part(cluster, config, say)
+        except (KeyboardInterrupt, SystemExit) as end:
+            if not cluster.answers or (isinstance(end, SystemExit) and end.code == SIGTERM_CODE):
+                most = f"up to {config.drain_timeout_s:g} s"
+                tell(f"waiting {most} for the requests here to end; another Ctrl-C or SIGTERM does not wait")
+                cluster.drain()
+            raise
 
 
-def _write_timeline(event_logs: Sequence[Path], file: Path, say: Callable[[str], None]) -> None:
+def _announce(cluster: Cluster, config: ClusterConfig, tell: Callable[[str], None]) -> None:
+    """Say where requests are served, or what this part of a cluster is there for."""
+    if cluster.answers:
+        system = "FlowPrefill" if config.flowprefill else "SGLang's own scheduler"
+        where = {0: "at", 1: "on one server at"}.get(config.unified, f"on {config.unified} unified servers at")
+        say(f"\nServing {cluster.model_path} with {system} {where} {cluster.url}; Ctrl-C ends it. Try:\n")
+        say(f"{cluster.curl()}\n")
+    elif config.join:
+        tell(f"the gateway at {cluster.url} routes to this machine; Ctrl-C takes it off again")
+    else:
+        tell(f"the gateway listens at {cluster.url}; servers --join it there")
+
+
+def _write_timeline(event_logs: Sequence[Path], file: Path, tell: Callable[[str], None]) -> None:
     """Write what servers did, which have ended and whose ``event_logs`` are on this machine."""
     logs = [log for log in event_logs if log.exists()]
     if not logs:
@@ -118,38 +135,24 @@ def _write_timeline(event_logs: Sequence[Path], file: Path, say: Callable[[str],
     try:
         write_timeline(logs, file)
     except (OSError, EventLogError) as error:
-        say(f"no timeline in {file}: {error}; its events are in {', '.join(map(str, logs))}")
+        tell(f"no timeline in {file}: {error}; its events are in {', '.join(map(str, logs))}")
     else:
-        say(f"a timeline is in {file}: open it at https://ui.perfetto.dev")
+        tell(f"a timeline is in {file}: open it at https://ui.perfetto.dev")
 
 
 @contextmanager
-def _live_page(cluster: Cluster, config: ClusterConfig, say: Callable[[str], None]) -> Iterator[None]:
+def _live_page(cluster: Cluster, config: ClusterConfig, tell: Callable[[str], None]) -> Iterator[None]:
     """A context in which the cluster can be watched, and its URL is said."""
     if config.has_live_page:
         from sgl_flowprefill.cluster.live import page
 
         with page(cluster.prefilling_urls, config.host, config.live_port, config.api_key) as url:
-            say(f"watch it at {url}, or with launch.py top --url {url}")
+            tell(f"watch it at {url}, or with launch.py top --url {url}")
             yield
         return
     if config.flowprefill and config.is_one_server and config.options.recent_events:
-        say(f"watch it at {cluster.url}{PAGE}, or with launch.py top --url {cluster.url}")
+        tell(f"watch it at {cluster.url}{PAGE}, or with launch.py top --url {cluster.url}")
     yield
-
-
-def _take_part(cluster: Cluster, config: ClusterConfig, say: Callable[[str], None]) -> None:
-    """Run one machine's part of a cluster; at Ctrl-C or SIGTERM, let its requests end first."""
-    if config.join:
-        say(f"the gateway at {cluster.url} routes to this machine; Ctrl-C takes it off again")
-    else:
-        say(f"the gateway listens at {cluster.url}; servers --join it there")
-    try:
-        cluster.wait()
-    except (KeyboardInterrupt, SystemExit):
-        say("waiting for the requests here to end; another Ctrl-C does not wait")
-        cluster.drain()
-        raise
 
 
 def parse(argv: Sequence[str]) -> ClusterConfig:
@@ -160,6 +163,9 @@ def parse(argv: Sequence[str]) -> ClusterConfig:
     except ConfigError as error:
         raise StartError(str(error)) from None
     part = _part(arguments, server_args)
+    problem = options.refusing_problem(decodes=not part.prefill, is_joint=False)
+    if arguments.flowprefill and problem is not None:
+        raise StartError(problem)
     key, key_in_shell = _key(arguments)
     return ClusterConfig(
         flowprefill=arguments.flowprefill,
@@ -172,15 +178,16 @@ def parse(argv: Sequence[str]) -> ClusterConfig:
         unified_elsewhere=bool(arguments.unified) and not part.unified,
         join=part.join,
         server_args=server_args,
-        prefill_args=shlex.split(arguments.prefill_args),
-        decode_args=shlex.split(arguments.decode_args),
-        gateway_args=shlex.split(arguments.gateway_args),
+        prefill_args=words("--prefill-args", arguments.prefill_args),
+        decode_args=words("--decode-args", arguments.decode_args),
+        gateway_args=words("--gateway-args", arguments.gateway_args),
         api_key=key,
         api_key_in_shell=key_in_shell,
         live_port=_live_port(arguments, part),
         log_dir=arguments.log_dir,
         options=options,
         startup_timeout_s=arguments.startup_timeout_s,
+        drain_timeout_s=arguments.drain_timeout_s,
     )
 
 
@@ -343,11 +350,12 @@ def _parser() -> argparse.ArgumentParser:
                         "one of several machines")  # fmt: skip
     parser.add_argument("--join", metavar="URL", help="gateway that the servers of --role prefill, decode or unified "
                         "join")  # fmt: skip
-    parser.add_argument("--prefill-args", metavar="ARGS", default="", help="SGLang options of the prefill server only, "
-                        "in one string")  # fmt: skip
-    parser.add_argument("--decode-args", metavar="ARGS", default="", help="SGLang options of the decode server only")
-    parser.add_argument("--gateway-args", metavar="ARGS", default="", help="options of the gateway (`smg launch "
-                        "--help`), such as '--policy cache_aware'")  # fmt: skip
+    parser.add_argument("--prefill-args", metavar="ARGS", action=Append, default="", help="SGLang options of the "
+                        "prefill server only, in one string")  # fmt: skip
+    parser.add_argument("--decode-args", metavar="ARGS", action=Append, default="", help="SGLang options of the "
+                        "decode server only")  # fmt: skip
+    parser.add_argument("--gateway-args", metavar="ARGS", action=Append, default="", help="options of the gateway "
+                        "(`smg launch --help`), such as '--policy cache_aware'")  # fmt: skip
     parser.add_argument("--host", help="address to listen on (default 127.0.0.1; with --join, this machine's address "
                         "on the way to the gateway)")  # fmt: skip
     parser.add_argument("--ports", metavar="GATEWAY,PREFILL,DECODE,BOOTSTRAP", help="ports to listen on; 0 or none for "
@@ -364,6 +372,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--startup-timeout-s", metavar="SECONDS", type=seconds,
                         default=ClusterConfig.startup_timeout_s, help="longest that each server, the gateway and the "
                         "first request may take to come up (default %(default)g)")  # fmt: skip
+    parser.add_argument("--drain-timeout-s", metavar="SECONDS", type=seconds_or_0,
+                        default=ClusterConfig.drain_timeout_s, help="longest that running requests have to end once "
+                        "SIGTERM has come (for servers that --join a gateway, and a gateway by itself, Ctrl-C as "
+                        "well); a second signal ends all at once (default %(default)g)")  # fmt: skip
     parser.add_argument("--log-dir", metavar="DIR", type=Path, default=Path("out/logs"), help="directory of the log "
                         "files, one a process (default %(default)s)")  # fmt: skip
     FlowPrefillConfig.add_cli_args(parser)

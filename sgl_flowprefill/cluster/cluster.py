@@ -14,11 +14,11 @@ from typing import Any, Final
 import requests
 
 from sgl_flowprefill.cluster import logs, preflight
-from sgl_flowprefill.cluster.base import ClusterConfig, ClusterError
+from sgl_flowprefill.cluster.base import LOOPBACK, ClusterConfig, ClusterError
 from sgl_flowprefill.cluster.commands import GATEWAY, Layout
 from sgl_flowprefill.cluster.gateway import Gateway, Routing, bearer
 from sgl_flowprefill.cluster.machine import CpuPlan
-from sgl_flowprefill.cluster.members import Members, bind
+from sgl_flowprefill.cluster.members import Members, bind, end_when_idle
 from sgl_flowprefill.cluster.process import Guard, Server
 from sgl_flowprefill.cluster.waiting import POLL_S, Waiting
 
@@ -146,9 +146,14 @@ class Cluster:
             server.resume()
 
     def drain(self) -> None:
-        """Let requests end before the servers do: servers leave their gateway, and are told to end when idle. Raises
-        ClusterError when the guard has ended: the servers must not outlive the launcher."""
-        self._members.drain(self._servers(), self.check_guard)
+        """Let requests end before the servers do, for ``drain_timeout_s`` at most. Servers leave a gateway elsewhere
+        and are told to end when idle; of a whole cluster, only what clients ask is told so, and the others serve on.
+        Raises ClusterError when the guard has ended: the servers must not outlive the launcher."""
+        if self.config.join:
+            self._members.drain(self._members.servers, self.check_guard)
+            return
+        asked = self._members.servers if self._gateway_server is None else [self._gateway_server]
+        end_when_idle(asked, time.monotonic() + self.config.drain_timeout_s, self.check_guard)
 
     def _servers(self) -> list[Server]:
         return self._members.servers + ([self._gateway_server] if self._gateway_server else [])
@@ -190,10 +195,10 @@ class Cluster:
     def _start_gateway(self) -> None:
         layout = self._layout
         taken = [*vars(layout.ports).values(), self.config.live_port or 0]
-        metrics_port = preflight.free_port(self.config.host, taken)
+        metrics_port = preflight.free_port(LOOPBACK, taken)
         command, log = layout.gateway_command(metrics_port), self.config.log(GATEWAY)
         self._gateway_server = self._guard.start(GATEWAY, command, layout.gateway_env(), log)
-        routing = Routing(self._gateway, len(self._members))
+        routing = Routing(self._gateway, self.server_urls)
         self._waiting.until("the gateway", routing.is_complete, routing.phase)
 
     def check_guard(self) -> None:

@@ -10,7 +10,7 @@ import math
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -19,7 +19,14 @@ from typing import Final, Literal
 from sgl_flowprefill.cluster import machine
 from sgl_flowprefill.cluster.base import KEY_VARIABLE, LOOPBACK, ClusterConfig, Ports
 from sgl_flowprefill.cluster.machine import CpuPlan, shares
-from sgl_flowprefill.config import ENV_PREFIX, ENV_SWITCH, FlowPrefillConfig
+from sgl_flowprefill.config import (
+    ENV_DECODE_SLEEP,
+    ENV_PREFIX,
+    ENV_SCHEDULER_CPUS,
+    ENV_SWITCH,
+    FlowPrefillConfig,
+    attach_values,
+)
 from sgl_flowprefill.paths import CACHE_VARIABLE
 
 Role = Literal["prefill", "decode", "unified"]
@@ -28,15 +35,34 @@ GATEWAY: Final = "gateway"
 """Name of the gateway in messages and of its log."""
 
 TP_OPTIONS: Final = ("--tensor-parallel-size", "--tp-size", "--tp")
-PARALLEL_OPTIONS: Final = (TP_OPTIONS, ("--pipeline-parallel-size", "--pp-size"))
-"""SGLang options whose product is the number of GPUs of a server."""
-GUIDING_OPTIONS: Final = (*PARALLEL_OPTIONS, ("--base-gpu-id",), ("--device",), ("--dtype",), ("--revision",))
+PARALLEL_OPTIONS: Final[Mapping[str, tuple[str, ...]]] = {
+    "tp_size": TP_OPTIONS,
+    "pp_size": ("--pipeline-parallel-size", "--pp-size"),
+    "dp_size": ("--data-parallel-size", "--dp-size", "--dp"),
+}
+"""SGLang options whose product is the number of GPUs of a server, by their fields; the last one only where attention is
+not data-parallel."""
+GUIDING_OPTIONS: Final[Mapping[str, tuple[str, ...]]] = {
+    **PARALLEL_OPTIONS,
+    "base_gpu_id": ("--base-gpu-id",),
+    "device": ("--device",),
+    "dtype": ("--dtype",),
+    "nnodes": ("--nnodes",),
+    "revision": ("--revision",),
+}
 """SGLang options, by all their names, by which servers are placed, described, and their model is found."""
+JOINT_ATTENTION: Final = "enable_dp_attention"
+"""SGLang's flag that makes the data parallelism that of attention, within the GPUs of the tensor parallelism."""
 GATEWAY_TIMEOUT_S: Final = 1800
-GATEWAY_GRACE_S: Final = 60
 GATEWAY_RETRIES: Final = ("--retry-max-retries", "4", "--retry-initial-backoff-ms", "500")
 """Retries are spread over more than the two seconds after which smg leaves out a server that it cannot reach."""
+PLATFORM_VARIABLE: Final = "SGLANG_PLATFORM"
 CPU_PLATFORM: Final = "flowprefill_cpu"
+"""``platforms.PLATFORM_NAME``, which this module may not import."""
+PLUGIN: Final = "flowprefill"
+"""Name of the plugin by which SGLang loads FlowPrefill."""
+PLUGINS_VARIABLE: Final = "SGLANG_PLUGINS"
+"""Names the plugins that SGLang loads, with commas between them, where it is set; otherwise SGLang loads all."""
 CPU_ALLOCATOR: Final = {
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": str(1 << 40),
@@ -48,6 +74,8 @@ DECODE_PLACES: Final = ("--max-running-requests", "4096")
 DECODE_KV_TOKENS: Final = 1 << 20
 """The decode server gives a request a running slot and KV cache, first come first served, before its prefill may start.
 When they run out, an urgent request waits for long ones that wait for the prefill server, whatever the order there."""
+WITH_ARGUMENTS: Final = ("--prefill-args", "--decode-args", "--gateway-args")
+"""Options of the launcher whose values are options of others."""
 RUN: Final = (sys.executable, "-m", "sgl_flowprefill.cluster.serve")
 """Runs a module with the API key, which no command line shows."""
 
@@ -148,7 +176,7 @@ class Layout:
     def server_env(self, role: Role, index: int = 0) -> dict[str, str]:
         """Environment variables of a server."""
         env = self.gateway_env()
-        env[ENV_PREFIX + "DECODE_SLEEP"] = "1"
+        env[ENV_DECODE_SLEEP] = "1"
         # SGLang's first process sets these for its scheduler. A scheduler that measures has no such process.
         env["CUDA_DEVICE_MAX_CONNECTIONS"] = "8"
         env.setdefault("TRTLLM_ENABLE_PDL", "1")
@@ -158,17 +186,19 @@ class Layout:
                 env.setdefault("UCX_NET_DEVICES", "lo")
         if self.config.flowprefill:
             env[ENV_SWITCH] = "1"
-            self._options(role, index).to_env(env)
+            if env.get(PLUGINS_VARIABLE):
+                env[PLUGINS_VARIABLE] += f",{PLUGIN}"
+            env |= self._options(role, index).to_env()
             if role != "decode":
                 env["SGLANG_EAGER_INPUT_NO_COPY"] = "1"
         if self.cpus is not None:
-            env["SGLANG_PLATFORM"] = CPU_PLATFORM
+            env[PLATFORM_VARIABLE] = CPU_PLATFORM
             env["CUDA_VISIBLE_DEVICES"] = ""
             env.update(CPU_ALLOCATOR)
             if role != "decode":
                 cpus = self.cpus.scheduler_of(index, self.prefilling)
                 by_rank = shares(cpus, self.ranks(role))
-                env[ENV_PREFIX + "SCHEDULER_CPUS"] = "|".join(",".join(map(str, own)) for own in by_rank)
+                env[ENV_SCHEDULER_CPUS] = "|".join(",".join(map(str, own)) for own in by_rank)
                 threads = len(by_rank[0])
             else:
                 threads = self.cpus.decode_threads(self.config.decode * self.ranks(role))
@@ -181,13 +211,17 @@ class Layout:
         """Where the servers compute, in words."""
         if self.cpus is None:
             return "GPU"
-        dtype = last_value(self.config.server_args, "--dtype") or "float32"
+        dtype = _dtype(self.config.server_args)
         why = ""
         if not machine.gpu_count():
             why = ", as no NVIDIA GPU is visible"
         elif self.config.model_path is None and not last_value(self.config.server_args, "--device"):
             why = ", as the embedded model is for CPUs; name another with --model-path"
         return f"the CPU in {dtype}{why}"
+
+    def dtype(self, role: Role) -> str:
+        """Of the weights of a server on the CPU."""
+        return _dtype([*self.config.server_args, *self._own_args(role)])
 
     def gpus_needed(self) -> int:
         return sum(self.count(role) * self._gpus(role) for role in ROLES)
@@ -197,19 +231,20 @@ class Layout:
 
         A busy worker is no sick one: health checks are patient. With one prefill and one decode server, a failed
         request is answered as it failed, because a second try would count against its objective; with more, another
-        server can take the request of one that has died. The circuit breaker stays off, because smg counts the death
-        of a prefill server against the decode server that it was paired with, too.
+        server can take the request of one that has died. Nor is anything tried again where servers refuse requests: the
+        gateway takes a 429 for a failure, and its client would wait for what has been decided. The circuit breaker is
+        off, because smg counts the death of a prefill server against the decode server that it was paired with, too.
         """
-        retries = ("--disable-retries",) if self.is_single else GATEWAY_RETRIES
+        retries = ("--disable-retries",) if self.is_single or self.config.options.refuses else GATEWAY_RETRIES
         return [
             *(*RUN, "smg.launch_router", *self._workers()),
             *("--host", self.config.host, "--port", str(self.ports.gateway)),
-            *("--prometheus-host", "127.0.0.1", "--prometheus-port", str(metrics_port)),
+            *("--prometheus-host", LOOPBACK, "--prometheus-port", str(metrics_port)),
             *("--policy", "round_robin", *retries, "--disable-circuit-breaker"),
             *("--worker-startup-check-interval", "1", "--health-check-interval-secs", "10"),
             *("--health-check-timeout-secs", "30", "--health-success-threshold", "1"),
             *("--request-timeout-secs", str(GATEWAY_TIMEOUT_S)),
-            *("--shutdown-grace-period-secs", str(1 if self.servers else GATEWAY_GRACE_S)),
+            *("--shutdown-grace-period-secs", str(max(1, math.ceil(self.config.drain_timeout_s)))),
             *("--queue-size", "10000", "--queue-timeout-secs", str(GATEWAY_TIMEOUT_S), "--log-level", "warn"),
             *self.config.gateway_args,
         ]
@@ -258,7 +293,9 @@ class Layout:
 
     def _gpus(self, role: Role) -> int:
         args = [*self.config.server_args, *self._own_args(role)]
-        sizes = [last_value(args, *names) for names in PARALLEL_OPTIONS]
+        is_joint = f"--{JOINT_ATTENTION.replace('_', '-')}" in args
+        counted = [names for field, names in PARALLEL_OPTIONS.items() if not (is_joint and field == "dp_size")]
+        sizes = [last_value(args, *names) for names in counted]
         return math.prod(int(size) for size in sizes if size and size.isdigit())
 
     def _options(self, role: Role, index: int) -> FlowPrefillConfig:
@@ -285,18 +322,18 @@ def last_value(args: Sequence[str], *options: str) -> str | None:
 
 
 def join_values(argv: Sequence[str]) -> list[str]:
-    """Write ``--prefill-args VALUE`` as ``--prefill-args=VALUE``: argparse takes a value like --tp for an option."""
-    joined: list[str] = []
-    for argument in argv:
-        if joined and joined[-1] in ("--prefill-args", "--decode-args", "--gateway-args"):
-            joined[-1] += f"={argument}"
-        else:
-            joined.append(argument)
-    return joined
+    """Write ``--prefill-args VALUE`` as ``--prefill-args=VALUE``, and so with all options that take options."""
+    return attach_values(argv, WITH_ARGUMENTS)
 
 
 def _url(host: str, port: int) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def _dtype(args: Sequence[str]) -> str:
+    """Of the weights of a server on the CPU with these options of SGLang."""
+    dtype = last_value(args, "--dtype")
+    return "float32" if dtype in (None, "auto") else str(dtype)
 
 
 def _clean_env() -> dict[str, str]:

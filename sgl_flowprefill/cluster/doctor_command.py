@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sgl_flowprefill.cluster import contract_command, explain_command, machine, preflight
-from sgl_flowprefill.cluster.base import EXIT_CANNOT_START, EXIT_FAILED, ClusterConfig, Ports, StartError
+from sgl_flowprefill.cluster.base import EXIT_CANNOT_START, EXIT_FAILED, ClusterConfig, StartError
 from sgl_flowprefill.cluster.logs import last_lines
 from sgl_flowprefill.cluster.parsing import Parser
 from sgl_flowprefill.cluster.process import Guard
@@ -57,7 +57,6 @@ def _check(arguments: argparse.Namespace, server_args: Sequence[str]) -> int:
         ClusterConfig(
             flowprefill=True,
             model_path=model,
-            ports=Ports(),
             server_args=server_args,
             decode_args=("--base-gpu-id", "0"),  # no decode server is started, so it needs no GPU
             options=FlowPrefillConfig.from_namespace(arguments),

@@ -23,6 +23,9 @@ WIDTH: Final = 160
 LAUNCHERS: Final = ("launch.py", "sgl-flowprefill")
 ENTRIES: Final = ("serve", "launch_server", "launch_server.py", "sglang.launch_server")
 """What stands before SGLang's options in a command line."""
+MODEL_TYPE: Final = "--model-type"
+SCHEDULED: Final = ("auto", "llm")
+"""Types of models that `sglang serve` serves with SGLang's scheduler."""
 COLORS: Final = {"refused": "red", "set": "yellow", "left": "default"}
 NO_MODEL: Final = "MODEL"
 UNTOUCHED: Final = "SGLang's scheduler and all of its options stay as they are."
@@ -80,11 +83,25 @@ def read(command: str, read_launcher: ReadLauncher) -> Asked | None:
         return Asked(_server_options(config), env) if config.flowprefill else None
     entry = next((place for place, name in enumerate(names) if name in ENTRIES), -1)
     options = words[entry + 1 :]
+    if entry >= 0 and names[entry] == "serve":
+        options = _without_model_type(options)
     if options and not options[0].startswith("-"):
         options.insert(0, "--model-path")
     if not any(word.partition("=")[0] in ("--model-path", "--model", "--config") for word in options):
         options += ["--model-path", NO_MODEL]
     return Asked(options, env)
+
+
+def _without_model_type(options: Sequence[str]) -> list[str]:
+    """``options`` without the one by which `sglang serve` looks for what is to serve them, where that is SGLang's
+    scheduler: it takes that one out itself."""
+    left: list[str] = []
+    for option in options:
+        if left and left[-1] == MODEL_TYPE and option in SCHEDULED:
+            left.pop()
+        elif option not in [f"{MODEL_TYPE}={kind}" for kind in SCHEDULED]:
+            left.append(option)
+    return left
 
 
 def _server_options(config: ClusterConfig) -> list[str]:

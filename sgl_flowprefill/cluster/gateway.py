@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final, Literal
@@ -84,24 +84,24 @@ class Gateway:
 
 
 class Routing:
-    """The way of a gateway that starts to where it routes to so many ``servers``."""
+    """The way of a gateway that starts to where it routes to the servers at ``urls``, whoever else has joined it."""
 
-    def __init__(self, gateway: Gateway, servers: int) -> None:
-        self._gateway, self._servers = gateway, servers
+    def __init__(self, gateway: Gateway, urls: Collection[str]) -> None:
+        self._gateway, self._urls = gateway, set(urls)
         self._healthy: int | None = None
-        """Servers that the gateway has found healthy; None before its first answer."""
+        """Servers of these that the gateway has found healthy; None before its first answer."""
 
     def is_complete(self) -> bool:
-        """Whether requests go to all servers. Raises ``requests.RequestException`` while the gateway is silent."""
-        workers = self._gateway.workers()
-        self._healthy = sum(bool(worker.get("is_healthy")) for worker in workers)
-        return len(workers) == self._healthy == self._servers
+        """Whether requests go to all of them. Raises ``requests.RequestException`` while the gateway is silent."""
+        healthy = {worker["url"] for worker in self._gateway.workers() if worker.get("is_healthy")}
+        self._healthy = len(healthy & self._urls)
+        return healthy >= self._urls
 
     def phase(self) -> str:
         """What the gateway does until then."""
         if self._healthy is None:
             return "starting"
-        return f"it has found {self._healthy} of {self._servers} servers healthy"
+        return f"it has found {self._healthy} of {len(self._urls)} servers healthy"
 
 
 class Errands:

@@ -70,8 +70,8 @@ def main() -> None:
     keep: set[str] = set()
     sessions: dict[int, Session] = {}
     directories: list[str] = []
-    for line in sys.stdin:
-        kind, _, value = line.rstrip("\n").partition(" ")
+    for line in sys.stdin.buffer:
+        kind, _, value = os.fsdecode(line.rstrip(b"\n")).partition(" ")
         if kind == "session":
             session = Session.led_by(int(value))
             if session is not None:
@@ -174,8 +174,8 @@ def processes() -> list[Process]:
 def look(pid: int) -> Process | None:
     """None when there is no such process."""
     try:
-        with open(f"/proc/{pid}/stat") as file:
-            fields = file.read().rpartition(")")[2].split()
+        with open(f"/proc/{pid}/stat", "rb") as file:  # the name in it may be of any bytes
+            fields = file.read().rpartition(b")")[2].decode().split()
     except OSError:
         return None
     return Process(pid, fields[0], int(fields[3]), int(fields[19]))
@@ -185,8 +185,8 @@ def mapped_segments(pid: int) -> set[int]:
     """Inode numbers of the files in /dev/shm that a process has mapped. Not their paths: a semaphore has got another
     one since it was mapped."""
     try:
-        with open(f"/proc/{pid}/maps") as file:
-            return {int(line.split(maxsplit=5)[4]) for line in file if SHM in line}
+        with open(f"/proc/{pid}/maps", "rb") as file:
+            return {int(line.split(maxsplit=5)[4]) for line in file if SHM.encode() in line}
     except OSError:
         return set()
 

@@ -19,7 +19,7 @@ from sgl_flowprefill.cluster.base import LIVE_PORT, StartError
 from sgl_flowprefill.cluster.gateway import bearer
 from sgl_flowprefill.cluster.preflight import is_free
 from sgl_flowprefill.live import EVENTS, PAGE, STATE
-from sgl_flowprefill.live.board import BIN_S, WINDOW_S
+from sgl_flowprefill.live.attainment import BIN_S, WINDOW_S
 from sgl_flowprefill.live.feed import EVERY_S, Feed
 from sgl_flowprefill.live.routes import LONGEST_S, routes
 from sgl_flowprefill.live.state import Document, Server, decode_document

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -31,12 +32,21 @@ def opened(log: Path, anew: bool = False) -> IO[bytes]:
 
 @contextmanager
 def held(log: Path) -> Iterator[None]:
-    """A context in which ``log``, empty at first, is this launcher's alone. Raises StartError."""
+    """A context in which ``log``, empty at first, is this launcher's alone. What it had is in ``earlier(log)``. Raises
+    StartError."""
     with opened(log) as file:
         if log.is_file():  # and no device, such as /dev/null
             _lock(file, log)
+            if file.tell():
+                with suppress(OSError):  # a full disk: the log can be emptied all the same
+                    shutil.copyfile(log, earlier(log))
         log.write_bytes(b"")
         yield
+
+
+def earlier(log: Path) -> Path:
+    """Where the lines of the launcher before are kept that had the same log."""
+    return log.with_suffix(f".1{log.suffix}")
 
 
 def _lock(file: IO[bytes], log: Path) -> None:

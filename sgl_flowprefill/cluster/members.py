@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Final
+from urllib.parse import urlsplit
 
 import requests
 
@@ -15,7 +16,7 @@ from sgl_flowprefill.cluster.asked import Asked
 from sgl_flowprefill.cluster.base import ClusterError, StartError
 from sgl_flowprefill.cluster.commands import Layout, Role
 from sgl_flowprefill.cluster.gateway import Errands, Gateway, Worker
-from sgl_flowprefill.cluster.process import Guard, Server
+from sgl_flowprefill.cluster.process import Guard, Server, listener
 from sgl_flowprefill.cluster.waiting import POLL_S, in_short, too_late
 
 LONGEST_BACK_OFF_S: Final = 60.0
@@ -24,8 +25,6 @@ ENSURE_S: Final = 5.0
 """How often a gateway on another machine is asked whether it still knows the servers here."""
 LEAVE_S: Final = 3.0
 """How long a gateway on another machine may take to hear that servers end."""
-DRAIN_S: Final = 120.0
-"""How long the requests on a server have to end, once it gets no more of them."""
 
 
 class Member:
@@ -52,8 +51,18 @@ class Member:
         return Worker(self.role, self.url, self.bootstrap if self.role == "prefill" else None)
 
     def is_healthy(self) -> bool:
-        """Raises ``requests.RequestException`` while the server is not."""
+        """Raises ``requests.RequestException`` while the server is not, and ClusterError when another process has its
+        port and answers in its place."""
+        server = self.server
         requests.get(f"{self.url}/health", timeout=30).raise_for_status()
+        port = urlsplit(self.url).port
+        if server is None or port is None or server.ended():  # its end is told by others
+            return True
+        if not server.listens_on(port):
+            raise ClusterError(
+                f"port {port}, which the {self.name} server is to have, was taken while it started: {listener(port)} "
+                "answers there; choose another port with --ports"
+            )
         return True
 
     def phase(self) -> str:
@@ -157,18 +166,10 @@ class Members:
 
     def drain(self, servers: Sequence[Server], check: Callable[[], None]) -> None:
         """Take all off their gateway, and tell ``servers`` to end when idle; ``check`` is called meanwhile."""
-        give_up_s = time.monotonic() + DRAIN_S
-
-        def wait_until(done: Callable[[], bool]) -> None:
-            while not done() and time.monotonic() < give_up_s:
-                check()
-                time.sleep(POLL_S)
-
+        give_up_s = time.monotonic() + self._config.drain_timeout_s
         leaving = self._asked_to_leave()
-        wait_until(lambda: all(asked.is_answered for asked in leaving))
-        for server in servers:
-            server.terminate()
-        wait_until(lambda: all(server.ended() for server in servers))
+        _wait_until(lambda: all(asked.is_answered for asked in leaving), give_up_s, check)
+        end_when_idle(servers, give_up_s, check)
 
     def _asked_to_leave(self) -> list[Asked[None]]:
         return [Asked(partial(self.leave, member)) for member in self._members]
@@ -198,6 +199,9 @@ class Members:
                 member.health.answer()
             except requests.RequestException as error:
                 member.health, member.seen = None, in_short(error)
+            except ClusterError as error:
+                self._lose(member, server, str(error))
+                return
             else:
                 self.is_up(member)
                 bind(server, self._layout)
@@ -231,6 +235,20 @@ class Members:
         member.start_at_s = self._clock() + pause_s
         member.back_off_s = min(2 * pause_s, LONGEST_BACK_OFF_S)
         return f"It is started again in {pause_s:.0f} s; the others go on"
+
+
+def end_when_idle(servers: Sequence[Server], give_up_s: float, check: Callable[[], None]) -> None:
+    """Ask ``servers`` to end once their requests have, and wait for that until ``give_up_s`` by the monotonic clock;
+    ``check`` is called meanwhile."""
+    for server in servers:
+        server.terminate()
+    _wait_until(lambda: all(server.ended() for server in servers), give_up_s, check)
+
+
+def _wait_until(done: Callable[[], bool], give_up_s: float, check: Callable[[], None]) -> None:
+    while not done() and time.monotonic() < give_up_s:
+        check()
+        time.sleep(POLL_S)
 
 
 def bind(server: Server, layout: Layout) -> None:

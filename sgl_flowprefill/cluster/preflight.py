@@ -14,17 +14,28 @@ import os
 import random
 import re
 import socket
+import sys
 import warnings
 from collections.abc import Collection, Sequence
+from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Final, Literal, NoReturn
+from typing import Any, Final, Literal, NoReturn
 from urllib.parse import urlsplit
 
 import requests
 
 from sgl_flowprefill.cluster import machine
 from sgl_flowprefill.cluster.base import GATEWAY_PORT, LOOPBACK, MAX_PORT, ClusterConfig, Ports, StartError
-from sgl_flowprefill.cluster.commands import CPU_PLATFORM, GUIDING_OPTIONS, ROLES, Layout, last_value
+from sgl_flowprefill.cluster.commands import (
+    CPU_PLATFORM,
+    GUIDING_OPTIONS,
+    JOINT_ATTENTION,
+    PLATFORM_VARIABLE,
+    PLUGIN,
+    ROLES,
+    Layout,
+    last_value,
+)
 from sgl_flowprefill.cluster.gateway import Gateway
 from sgl_flowprefill.cluster.proxies import ask_directly
 from sgl_flowprefill.compat import incompatible_option, take_over
@@ -42,6 +53,15 @@ OWN_OPTIONS: Final = {
     "--disaggregation-mode": "nothing: the launcher starts servers of each mode, or with --unified servers of none",
 }
 """SGLang options that the launcher sets itself, and what to use instead."""
+OWN_GATEWAY_OPTIONS: Final = {
+    "--host": "--host of the launcher",
+    "--port": "--ports of the launcher",
+    "--api-key": OWN_OPTIONS["--api-key"],
+    "--worker-urls": "--unified N, or --role unified --join for servers elsewhere",
+    "--prefill": "--prefill N, or --role prefill --join for servers elsewhere",
+    "--decode": "--decode N, or --role decode --join for servers elsewhere",
+}
+"""Options of smg that the launcher sets itself, and what to use instead."""
 CONFIG: Final = "--config"
 """SGLang's option that names a file with options."""
 TLS_OPTIONS: Final = ("--ssl-", "--enable-ssl-", "--tls-")
@@ -52,6 +72,8 @@ FOREIGN_WORKERS: Final = {"pair": {"regular": "unified"}, "unified": {"prefill":
 """Servers beside which those of a kind get no requests, by smg's names of them."""
 GGUF_ON_HUB: Final = re.compile(r"\w[\w.-]*/[\w.-]+(:[\w.-]+|/.+\.gguf)")
 """SGLang's names of GGUF files on the Hugging Face hub: OWNER/REPOSITORY:QUANTIZATION, and with the file's path."""
+PLUGINS: Final = "sglang.srt.plugins"
+"""The group of entry points in which SGLang looks for plugins."""
 MODELSCOPE_VARIABLE: Final = "SGLANG_USE_MODELSCOPE"
 SERVER_BYTES: Final = 3_000_000_000
 """Memory that an SGLang server's processes take without weights and KV cache."""
@@ -59,12 +81,13 @@ SERVER_BYTES: Final = 3_000_000_000
 
 def prepare(config: ClusterConfig) -> Layout:
     """Check everything; returns what to start. From now on, this process asks the cluster without a proxy."""
-    config = _with_config_files(config)
+    config = _spelled_out(config)
+    _check_nodes(config)
     host = _reachable_host(config)
     ask_directly(host)
     if config.join is not None:
         ask_directly(urlsplit(config.join).hostname)
-        _check_gateway(Gateway(config.join, config.api_key), "unified" if config.unified else "pair")
+        _check_gateway(Gateway(config.join, config.api_key), "unified" if config.unified else "pair", host)
     on_cpu = runs_on_cpu(config.server_args, is_embedded=config.model_path is None)
     servers = config.prefill + config.decode + config.unified
     model_path = _find_model(config) if servers else ""
@@ -90,8 +113,25 @@ def prepare(config: ClusterConfig) -> Layout:
         layout = dataclasses.replace(layout, cpus=machine.plan_cpus(machine.usable_cpus(), ranks, config.unified))
         if Path(model_path).is_dir():
             _check_memory(layout)
+    if config.flowprefill and servers:
+        _check_plugin(on_cpu)
     _check_options(layout)
     return layout
+
+
+def _check_plugin(on_cpu: bool) -> None:
+    """Raises StartError where SGLang would serve without FlowPrefill, and say nothing of it."""
+    if not entry_points(group=PLUGINS, name=PLUGIN):
+        raise StartError(
+            f"SGLang finds no plugin {PLUGIN} (entry point of the group {PLUGINS}); run `pip install .` in the "
+            f"folder of sgl-flowprefill, with the pip of {sys.executable}"
+        )
+    platform = os.environ.get(PLATFORM_VARIABLE)
+    if platform and platform != CPU_PLATFORM and not on_cpu:
+        raise StartError(
+            f"{PLATFORM_VARIABLE}={platform} keeps SGLang from loading the plugins of packages with another platform, "
+            "which sgl-flowprefill is; unset it, or serve without --flowprefill"
+        )
 
 
 def choose_ports(
@@ -155,7 +195,7 @@ def is_free(host: str, port: int) -> bool:
             probe.bind((host, port))
         except PermissionError:
             raise StartError(f"port {port} needs privileges that this process does not have") from None
-        except socket.gaierror:
+        except (socket.gaierror, UnicodeError):
             raise StartError(f"--host {host}: no such address") from None
         except OSError as error:
             if error.errno == 99:  # EADDRNOTAVAIL
@@ -182,38 +222,63 @@ def _sglang_parser() -> SGLangParser:
 
 def _merged(parser: SGLangParser, options: Sequence[str]) -> list[str]:
     """``options`` with those of a --config file, which come first, in place of its name. Raises StartError."""
+    options = _apart(options)
     if CONFIG not in options:
-        return list(options)
+        return options
     from sglang.srt.utils.server_args_config_parser import ConfigArgumentMerger
 
     # It logs what it raises.
     logging.getLogger("sglang.srt.utils.server_args_config_parser").setLevel(logging.CRITICAL)
     try:
-        return list(ConfigArgumentMerger(parser).merge_config_with_args(list(options)))
+        return list(ConfigArgumentMerger(parser).merge_config_with_args(options))
     except Exception as error:  # a wrong file leads to many kinds
         file = last_value(options, CONFIG)
         reason = " ".join(str(error).split())
         raise StartError(f"{CONFIG} {file}: {reason}; a server takes one YAML file of SGLang's options") from None
 
 
-def _with_config_files(config: ClusterConfig) -> ClusterConfig:
-    """``config`` with what the launcher goes by in --config files also among the options themselves. The servers read
-    the files: no list of processes shows the rest of them. Raises StartError."""
+def _apart(options: Sequence[str]) -> list[str]:
+    """``options`` with the name of a --config file by itself, as SGLang looks for it."""
+    apart: list[str] = []
+    for option in options:
+        apart += option.split("=", 1) if option.startswith(f"{CONFIG}=") else [option]
+    return apart
+
+
+def _spelled_out(config: ClusterConfig) -> ClusterConfig:
+    """``config`` with what the launcher goes by also under its full name where it is abbreviated or in a --config file.
+    The servers read the files: no list of processes shows the rest of them. Raises StartError."""
     return dataclasses.replace(
         config,
-        server_args=_with_config_file(config.server_args),
-        prefill_args=_with_config_file(config.prefill_args),
-        decode_args=_with_config_file(config.decode_args),
+        server_args=_with_full_names(config.server_args),
+        prefill_args=_with_full_names(config.prefill_args),
+        decode_args=_with_full_names(config.decode_args),
     )
 
 
-def _with_config_file(args: Sequence[str]) -> list[str]:
-    args = [part for arg in args for part in (arg.split("=", 1) if arg.startswith(f"{CONFIG}=") else [arg])]
-    if CONFIG not in args:  # SGLang's parser takes seconds to import
+def _with_full_names(args: Sequence[str]) -> list[str]:
+    args = _apart(args)
+    if not args:  # SGLang's parser takes seconds to import
         return args
-    merged = _merged(_sglang_parser(), args)
-    values = {names[0]: last_value(merged, *names) for names in GUIDING_OPTIONS}
-    return [*args, *(f"{option}={value}" for option, value in values.items() if value is not None)]
+    parser = _sglang_parser()
+    given = argparse.Namespace(**dict.fromkeys([*GUIDING_OPTIONS, JOINT_ATTENTION]))
+    parser.parse_known_args(["--model-path", "", *_merged(parser, args)], given)
+    for field, names in GUIDING_OPTIONS.items():
+        value = getattr(given, field)
+        if value is not None and last_value(args, *names) != str(value):
+            args.append(f"{names[0]}={value}")
+    flag = f"--{JOINT_ATTENTION.replace('_', '-')}"
+    return [*args, flag] if getattr(given, JOINT_ATTENTION) and flag not in args else args
+
+
+def _check_nodes(config: ClusterConfig) -> None:
+    for args in (config.server_args, config.prefill_args, config.decode_args):
+        nodes = last_value(args, "--nnodes") or "1"
+        if nodes != "1":
+            raise StartError(
+                f"--nnodes {nodes}: launch.py starts the servers of this machine alone, and none that spans several; "
+                "on each node, run `FLOWPREFILL=1 sglang serve …`, and tell the gateway of node 0 with POST /workers"
+            )
 
 
 def runs_on_cpu(server_args: Sequence[str], is_embedded: bool = False) -> bool:
@@ -223,7 +288,7 @@ def runs_on_cpu(server_args: Sequence[str], is_embedded: bool = False) -> bool:
     device = last_value(server_args, "--device")
     if device:
         return device == "cpu"
-    return is_embedded or os.environ.get("SGLANG_PLATFORM") == CPU_PLATFORM or machine.gpu_count() == 0
+    return is_embedded or os.environ.get(PLATFORM_VARIABLE) == CPU_PLATFORM or machine.gpu_count() == 0
 
 
 def made_model(model: EmbeddedModel | None = None) -> str:
@@ -242,15 +307,20 @@ def _find_model(config: ClusterConfig) -> str:
     if model is None:
         return made_model()
     path = Path(model).expanduser()
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise StartError(f"model {model}: the directory has no config.json, so it is no Hugging Face model")
-        return str(path)
-    if path.suffix == ".gguf" and path.is_file():
-        return str(path)
+    try:
+        if path.is_dir():
+            if not (path / "config.json").is_file():
+                raise StartError(f"model {model}: the directory has no config.json, so it is no Hugging Face model")
+            return str(path)
+        if path.suffix == ".gguf" and path.is_file():
+            return str(path)
+        exists = path.exists()
+    except OSError as error:
+        reason = f"{error.strerror}; let this user read it, or give another --model-path"
+        raise StartError(f"model {model}: {reason}") from None
     if _is_found_by_sglang(str(model)):
         return str(model)
-    if path.exists() or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(model)):
+    if exists or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(model)):
         raise StartError(f"model {model}: no such directory (give a model directory or a Hugging Face model id)")
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import (
@@ -292,8 +362,8 @@ def own_address(gateway: str) -> str:
     host, port = urlsplit(gateway).hostname, urlsplit(gateway).port
     try:
         return machine.address_towards(host or "", port or 80)
-    except OSError as error:
-        raise StartError(f"--join {gateway}: {error.strerror or error}") from None
+    except (OSError, UnicodeError) as error:  # the second for what can be no name
+        raise StartError(f"--join {gateway}: {getattr(error, 'strerror', None) or error}") from None
 
 
 def check_gateway_url(url: str) -> str:
@@ -307,10 +377,11 @@ def check_gateway_url(url: str) -> str:
     return f"http://{parts.netloc}"
 
 
-def _check_gateway(gateway: Gateway, kind: Literal["pair", "unified"]) -> None:
-    """Raises StartError for what is no gateway, and for one that has servers of another kind."""
+def _check_gateway(gateway: Gateway, kind: Literal["pair", "unified"], host: str) -> None:
+    """Raises StartError for what is no gateway, and for one that has servers of another kind, or some that servers at
+    ``host`` cannot reach."""
     try:
-        types = {worker["worker_type"] for worker in gateway.workers()}
+        listed = [(str(worker["worker_type"]), str(worker.get("url", ""))) for worker in gateway.workers()]
     except (requests.HTTPError, requests.JSONDecodeError, LookupError, TypeError) as error:
         if isinstance(error, requests.HTTPError) and error.response is not None and error.response.status_code == 401:
             raise StartError(f"--join {gateway.url}: the gateway asks for the --api-key it was started with") from None
@@ -319,12 +390,20 @@ def _check_gateway(gateway: Gateway, kind: Literal["pair", "unified"]) -> None:
         ) from None
     except requests.RequestException:
         return  # it may be started later
+    types = {worker_type for worker_type, _ in listed}
     foreign = sorted(role for worker_type, role in FOREIGN_WORKERS[kind].items() if worker_type in types)
     if foreign:
         flag = " --unified" if kind == "unified" else ""
         raise StartError(
             f"--join {gateway.url}: the gateway has {' and '.join(foreign)} servers and would send no request "
             f"here; join one that was started with --role gateway{flag}"
+        )
+    unreachable = {worker_type for worker_type, url in listed if _is_loopback(urlsplit(url).hostname or "")}
+    if kind == "pair" and unreachable and not _is_loopback(host):
+        raise StartError(
+            f"--join {gateway.url}: the gateway has {' and '.join(sorted(unreachable))} servers that listen on its own "
+            f"machine only, where those at {host} cannot reach them; start that gateway with --role gateway, and "
+            "servers with --join"
         )
 
 
@@ -375,12 +454,13 @@ def _check_gpus(layout: Layout) -> None:
 
 def _check_memory(layout: Layout) -> None:
     model = Path(layout.model_path)
-    weights = sum(file.stat().st_size for pattern in ("*.safetensors", "*.bin") for file in model.glob(pattern))
-    config = json.loads((model / "config.json").read_text())
+    weights = sum(file.stat().st_size for file in _weights(model))
+    config = _json_of(model / "config.json")
     dtype = config.get("dtype") or config.get("torch_dtype")  # newer versions of transformers, older ones
-    needed = len(layout.servers) * (
-        SERVER_BYTES + weights * (1 if dtype == "float32" else 2)
-    )  # the CPU serves in float32
+    needed = 0
+    for role, _ in layout.servers:
+        doubles = dtype != "float32" and layout.dtype(role) == "float32"  # files of other types have half as many bytes
+        needed += SERVER_BYTES + weights * (2 if doubles else 1)
     available = machine.available_memory_bytes()
     if needed > available:
         raise StartError(
@@ -389,14 +469,37 @@ def _check_memory(layout: Layout) -> None:
         )
 
 
+def _weights(model: Path) -> list[Path]:
+    """The files that SGLang loads: a repository may have the same weights in several."""
+    index = model / "model.safetensors.index.json"
+    if index.is_file():
+        named = {model / name for name in _json_of(index).get("weight_map", {}).values()}
+        return [file for file in sorted(named) if file.is_file()]
+    return list(model.glob("*.safetensors")) or list(model.glob("*.bin"))
+
+
+def _json_of(file: Path) -> dict[str, Any]:
+    """Raises StartError for what is no JSON object."""
+    try:
+        found = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise StartError(f"model {file.parent}: {file.name} cannot be read ({reason})") from None
+    if not isinstance(found, dict):
+        raise StartError(f"model {file.parent}: {file.name} has no options of a model")
+    return found
+
+
 def _check_options(layout: Layout) -> None:
     config = layout.config
     for option in (*config.server_args, *config.prefill_args, *config.decode_args):
         name = option.partition("=")[0]
         if name in OWN_OPTIONS:
             raise StartError(f"{name} cannot be passed on to a server: use {OWN_OPTIONS[name]}")
-    if last_value(config.gateway_args, "--api-key"):
-        raise StartError(f"--api-key cannot be passed on to the gateway: use {OWN_OPTIONS['--api-key']}")
+    for option in config.gateway_args:
+        name = option.partition("=")[0]
+        if name in OWN_GATEWAY_OPTIONS:
+            raise StartError(f"{name} cannot be passed on to the gateway: use {OWN_GATEWAY_OPTIONS[name]}")
     for option in (*config.server_args, *config.prefill_args, *config.decode_args, *config.gateway_args):
         if option.startswith(TLS_OPTIONS):
             who, front = "servers and gateway speak", "the gateway"
@@ -418,6 +521,11 @@ def _check_options(layout: Layout) -> None:
             if role != "decode" and config.flowprefill:
                 take_over(options, dict(os.environ))
                 problem = incompatible_option(options)
+                if problem:
+                    raise StartError(problem)
+            if role == "unified" and config.flowprefill:
+                joint = getattr(options, JOINT_ATTENTION, False) or (getattr(options, "attn_dp_size", None) or 1) > 1
+                problem = config.options.refusing_problem(decodes=True, is_joint=bool(joint))
                 if problem:
                     raise StartError(problem)
 

@@ -11,12 +11,12 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Final
+from typing import Any, Final
 
 import psutil
 
 from sgl_flowprefill.cluster import guard, logs
-from sgl_flowprefill.cluster.base import ClusterError
+from sgl_flowprefill.cluster.base import ClusterError, StartError
 from sgl_flowprefill.processes import is_alive
 
 SGLANG_TITLE: Final = "sglang::"
@@ -96,6 +96,19 @@ class Server:
             with suppress(psutil.NoSuchProcess):
                 process.resume()
 
+    def listens_on(self, port: int) -> bool:
+        """Whether a process of the server listens there, also when its sockets cannot be looked at."""
+        for process in self._processes():
+            try:
+                connections = process.net_connections("tcp")
+            except psutil.NoSuchProcess:
+                continue
+            except psutil.AccessDenied:
+                return True
+            if any(_is_listening(connection, port) for connection in connections):
+                return True
+        return False
+
     def _processes(self) -> list[psutil.Process]:
         """The server's process and all that it has started; none once it has ended."""
         try:
@@ -147,14 +160,23 @@ class Guard:
         self._followed: list[guard.Session] = []
         self._segments_before = set(os.listdir(guard.SHM))
         self._process = subprocess.Popen(
-            [sys.executable, "-S", guard.__file__], stdin=subprocess.PIPE, text=True, start_new_session=True
+            [sys.executable, "-S", guard.__file__],
+            stdin=subprocess.PIPE,
+            text=True,
+            errors="surrogateescape",  # names in /dev/shm may be of any bytes
+            start_new_session=True,
         )
         # Not below TMPDIR: the path of a ZeroMQ ipc socket must stay under 108 characters.
         self.directory = Path(f"/tmp/flowprefill-{secrets.token_hex(6)}")
         for name in self._segments_before:
             self._tell(f"keep {name}")
         self._tell(f"directory {self.directory}")  # before it is there: a signal may come in between
-        self.directory.mkdir(mode=0o700)
+        try:
+            self.directory.mkdir(mode=0o700)
+        except OSError as error:
+            self.__exit__(None, None, None)
+            reason = f"{self.directory} cannot be made ({error.strerror})"
+            raise StartError(f"{reason}; give this user a /tmp to write to, such as a tmpfs of a container") from None
         return self
 
     def start(self, name: str, command: Sequence[str], env: Mapping[str, str], log: Path) -> Server:
@@ -238,6 +260,19 @@ def _title(process: psutil.Process) -> str:
     with suppress(psutil.NoSuchProcess):
         return str(process.name())
     return ""
+
+
+def listener(port: int) -> str:
+    """The process of this machine that listens at ``port``, in words."""
+    with suppress(psutil.Error):
+        for connection in psutil.net_connections("tcp"):
+            if _is_listening(connection, port) and connection.pid is not None:
+                return f"process {connection.pid} ({psutil.Process(connection.pid).name()})"
+    return "a process that this user cannot see"
+
+
+def _is_listening(connection: Any, port: int) -> bool:
+    return bool(connection.status == psutil.CONN_LISTEN and connection.laddr.port == port)
 
 
 def _bind_threads(process: psutil.Process, cpus: Sequence[int]) -> None:

@@ -20,10 +20,10 @@ from rich.table import Table
 
 from sgl_flowprefill import paths
 from sgl_flowprefill.cluster import preflight
-from sgl_flowprefill.cluster.base import EXIT_CANNOT_START, EXIT_FAILED, ClusterConfig, Ports, StartError
+from sgl_flowprefill.cluster.base import EXIT_CANNOT_START, EXIT_FAILED, ClusterConfig, StartError
 from sgl_flowprefill.cluster.commands import join_values
 from sgl_flowprefill.cluster.logs import last_lines
-from sgl_flowprefill.cluster.parsing import Parser
+from sgl_flowprefill.cluster.parsing import Append, Parser, seconds, words
 from sgl_flowprefill.cluster.process import Guard
 from sgl_flowprefill.config import ConfigError, FlowPrefillConfig
 from sgl_flowprefill.profiling import ProfileError, read_profile
@@ -49,9 +49,8 @@ def _profile(arguments: argparse.Namespace, server_args: Sequence[str]) -> int:
         ClusterConfig(
             flowprefill=True,
             model_path=arguments.model_path,
-            ports=Ports(),
             server_args=server_args,
-            prefill_args=shlex.split(arguments.prefill_args),
+            prefill_args=words("--prefill-args", arguments.prefill_args),
             decode_args=("--base-gpu-id", "0"),  # no decode server is started, so it needs no GPU
             options=FlowPrefillConfig.from_namespace(arguments),
         )
@@ -236,22 +235,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--model-path", metavar="MODEL", help="model directory or Hugging Face model id (default: "
                         "the embedded model)")  # fmt: skip
-    parser.add_argument("--budget-s", type=_positive, default=180.0, metavar="SECONDS", help="how long to measure, "
+    parser.add_argument("--budget-s", type=seconds, default=180.0, metavar="SECONDS", help="how long to measure, "
                         "after the engine has started (default %(default)s)")  # fmt: skip
     parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="profile file to write, or to report on "
                         "(default: in the cache, where servers look for it)")  # fmt: skip
     parser.add_argument("--report", action="store_true", help="report on the model of an existing profile")
     parser.add_argument("--json", action="store_true", help="the report as JSON")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="also write the report's plot, an HTML page")
-    parser.add_argument("--prefill-args", metavar="ARGS", default="", help="more SGLang options, in one string")
+    parser.add_argument("--prefill-args", metavar="ARGS", action=Append, default="", help="more SGLang "
+                        "options, in one string")  # fmt: skip
     parser.add_argument("--log-dir", metavar="DIR", type=Path, default=Path("out/logs"), help="directory of the log "
                         "file (default %(default)s)")  # fmt: skip
     FlowPrefillConfig.add_cli_args(parser)
     return parser
-
-
-def _positive(text: str) -> float:
-    value = float(text)
-    if not 0.0 < value < float("inf"):
-        raise ValueError(text)
-    return value

@@ -22,15 +22,15 @@ def main(argv: Sequence[str]) -> int:
         output: Path = arguments.output or logs[0].with_suffix(SUFFIX)
         if output in logs:
             raise StartError(f"-o {output} is one of the event logs: name another file")
-        histories = write_timeline(logs, output)
+        servers = write_timeline(logs, output)
     except (StartError, EventLogError) as error:
         print(f"launch.py timeline: {error}", file=sys.stderr)
         return EXIT_CANNOT_START
     except OSError as error:
         print(f"launch.py timeline: {error.filename}: {error.strerror}", file=sys.stderr)
         return EXIT_CANNOT_START
-    for log, history in zip(logs, histories, strict=True):
-        print(f"{log}: {outcome(history)}")
+    for name, history in servers:
+        print(f"{name}: {outcome(history)}")
     print(f"{output}: open it at https://ui.perfetto.dev, which reads it in the browser")
     return 0
 

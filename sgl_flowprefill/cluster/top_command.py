@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from http import HTTPStatus
 from pathlib import Path
 from typing import Final
 from urllib.parse import urlsplit
@@ -36,7 +37,6 @@ WIDE: Final = 140
 """Columns of what is written to a file or a pipe."""
 SILENCE_S: Final = 30
 """Servers send something every other second."""
-UNAUTHORIZED: Final = 401
 
 
 def main(argv: Sequence[str]) -> int:
@@ -75,7 +75,7 @@ def documents(url: str, api_key: str | None) -> Iterator[Document]:
         )
     except (requests.RequestException, ValueError) as error:
         raise StartError(f"--url {url}: nothing answers there ({type(error).__name__})") from None
-    if response.status_code == UNAUTHORIZED:
+    if response.status_code == HTTPStatus.UNAUTHORIZED:
         raise StartError(f"--url {url} asks for an API key: give --api-key-file, or set {KEY_VARIABLE}")
     if not response.ok or not response.headers.get("content-type", "").startswith("text/event-stream"):
         raise StartError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from http import HTTPStatus
 from typing import Final
 
 import requests
@@ -18,7 +19,7 @@ SHOWN_CHARACTERS: Final = 300
 NO_CONNECTION: Final = "no connection"
 STARTING: Final = (NO_CONNECTION, "HTTP 503")
 """What comes instead of an answer while a server starts."""
-UNAUTHORIZED: Final = (401, 403)
+UNAUTHORIZED: Final = (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN)
 FATAL: Final = (400, 404, 422, *UNAUTHORIZED)
 """Answers that waiting does not change."""
 

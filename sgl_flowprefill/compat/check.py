@@ -19,6 +19,7 @@ from sgl_flowprefill.compat.table import (
     DECODE_SERVERS,
     DRAFTS_BESIDE,
     GRAPH_CONFIG,
+    INSTEAD_OF_UNCHECKED,
     MOVES_BESIDE,
     OF_PREFILL_SERVERS,
     ONE_MACHINE,
@@ -175,7 +176,8 @@ def explain(options: Any, defaults: Any, env: Mapping[str, str]) -> list[Finding
     """What FlowPrefill does about the ``options`` of a server that prefills, as a command line gives them to the
     environment ``env``. Those that are not in the table and have SGLang's ``defaults`` are left out.
     """
-    refused = {refusal.name: refusal for refusal in refusals(options, env)}
+    refused = list(refusals(options, env))
+    refused_names = {refusal.name for refusal in refused}
     rows = {option: row for row in ROWS if server_of(options) in row.servers for option in row.options}
     given = {name: value for name, value in vars(options).items() if value != getattr(defaults, name, None)}
     changes = take_over(options, dict(env))
@@ -183,13 +185,22 @@ def explain(options: Any, defaults: Any, env: Mapping[str, str]) -> list[Finding
     left = [
         Finding(shown(name, value), "left", "", rows[name].why if name in rows else "")
         for name, value in given.items()
-        if flag(name) not in set_names and name not in refused
+        if flag(name) not in set_names and name not in refused_names
     ]
     return [
-        *(Finding(one.given, "refused", "", one.sentence.partition(": ")[2]) for one in refused.values()),
+        *(Finding(one.given, "refused", "", one.sentence.partition(": ")[2]) for one in refused),
         *(Finding(f"{change.name} (was {change.was})", "set", change.now, change.why) for change in changes),
         *left,
     ]
+
+
+def checked_attention_backend(chosen: str, needs_triton: bool) -> str | None:
+    """What a server gets in place of the attention backend that SGLang has ``chosen`` for it; None where that stays: it
+    is checked, or there is no other. ``needs_triton``: FlashInfer has not all that the model's attention needs.
+    """
+    if chosen == "trtllm_mha" and needs_triton:
+        return "triton"
+    return INSTEAD_OF_UNCHECKED.get(chosen)
 
 
 def unchecked_attention_backend(name: str | None) -> str | None:

@@ -15,6 +15,8 @@ from sgl_flowprefill.compat.row import ABOVE_ONE, POSITIVE, Group, Row, flag, le
 
 CHECKED_ATTENTION_BACKENDS: Final = ("flashinfer", "fa3", "triton", "flowprefill_cpu", "torch_native")
 """Backends of which several instances can be live at once (tests/unit/test_gpu_contracts.py)."""
+INSTEAD_OF_UNCHECKED: Final = {"trtllm_mha": "flashinfer", "trtllm_mla": "flashinfer"}
+"""Backends that SGLang chooses by itself, and what takes their place."""
 CHECKED_LORA_BACKENDS: Final = ("csgmv", "triton", "torch_native")
 """Backends that keep nothing of a forward pass but what ``runtime.adapters`` restores."""
 TRANSFER_BACKENDS: Final = ("nixl", "mooncake", "mooncake_tcp")

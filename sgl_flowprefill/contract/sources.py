@@ -221,11 +221,6 @@ class Tree:
             for base in self._mro(owner, found)
         )
 
-    def bases(self, owner: str) -> list[Found]:
-        """The class at ``owner`` and its bases that are in the folder."""
-        found = self.find(owner)
-        return [] if found is None else self._mro(owner, found)
-
     def _modules_of(self, package: str) -> Iterator[Module]:
         path = self._path(package)
         for file in sorted(path.parent.glob("*.py")) if path is not None else ():

@@ -13,6 +13,7 @@ from sgl_flowprefill.contract.parts import (
     affinity,
     answer_report,
     attention,
+    attention_choice,
     before_0_5_23,
     caches,
     cpu_attention,
@@ -65,6 +66,7 @@ PARTS: Final[tuple[Part, ...]] = (
     # the HTTP server
     options.PART,
     static_memory.PART,
+    attention_choice.PART,
     request_slo.PART,
     answer_report.PART,
     overload.PART,

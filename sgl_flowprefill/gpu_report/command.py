@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sgl_flowprefill.cluster import machine, preflight
-from sgl_flowprefill.cluster.base import EXIT_CANNOT_START, EXIT_FAILED, ClusterConfig, Ports, StartError
+from sgl_flowprefill.cluster.base import EXIT_CANNOT_START, EXIT_FAILED, ClusterConfig, StartError
 from sgl_flowprefill.cluster.commands import Layout, last_value
 from sgl_flowprefill.cluster.logs import last_lines
 from sgl_flowprefill.cluster.parsing import Parser, seconds
@@ -225,7 +225,6 @@ class Report:
             ClusterConfig(
                 flowprefill=True,
                 model_path=self._model_path,
-                ports=Ports(),
                 prefill=int(not is_unified),
                 decode=0,
                 unified=int(is_unified),

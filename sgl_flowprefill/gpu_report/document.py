@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -13,6 +12,7 @@ from typing import Any, Final
 from sgl_flowprefill.gpu_report.phases import Phase
 from sgl_flowprefill.gpu_report.phases.base import phase_file
 from sgl_flowprefill.gpu_report.tuning import Choice
+from sgl_flowprefill.profiling.file import replacing
 from sgl_flowprefill.provenance import result
 
 FORMAT: Final = 3
@@ -69,8 +69,5 @@ class Document:
 
 
 def _write(path: Path, content: Mapping[str, Any]) -> None:
-    """Replace ``path``; a reader sees the old file or the new one, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(json.dumps(content, indent=2) + "\n")
-    partial.replace(path)
+    with replacing(path) as partial:
+        partial.write_text(json.dumps(content, indent=2) + "\n")

@@ -86,10 +86,6 @@ class Engine(Tasks):
         return int(self.scheduler.model_config.num_hidden_layers)
 
     @property
-    def max_blocking_s(self) -> float:
-        return FlowPrefillConfig.from_env().max_blocking_ms * 1e-3
-
-    @property
     def default_lookahead(self) -> int:
         return FlowPrefillConfig.from_env().lookahead
 
@@ -135,7 +131,7 @@ class Engine(Tasks):
         with torch.no_grad():
             result = scheduler.run_batch(batch)
         logits, tokens = result.logits_output.next_token_logits.float().cpu(), result.next_token_ids.tolist()
-        self._release(batch)
+        self.free(batch)
         return [First(token, row) for token, row in zip(tokens, logits, strict=True)]
 
     def nested(
@@ -278,9 +274,3 @@ class Engine(Tasks):
         layers = find_decoder_layers(model)
         plan = TilePlan.of(model, layers, find_norms(model, layers), max_blocking_s, operators)
         return plan.tiles(ttft.yardstick_s)
-
-    def _release(self, batch: Any) -> None:
-        from sglang.srt.mem_cache.common import release_kv_cache
-
-        for req in batch.reqs:
-            release_kv_cache(req, self.scheduler.tree_cache, checkpoint=False)

@@ -19,7 +19,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
+from sgl_flowprefill.config import ENV_SCHEDULER_CPUS
 from sgl_flowprefill.patches import affinity
+from sgl_flowprefill.processes import own_stdout
 
 MEMORY_S: Final = 0.5
 """For which free memory has to stay the same."""
@@ -34,9 +36,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--share", type=float, required=True, help="of what is left of that")
     parser.add_argument("--engine", action="store_true")
     own, options = parser.parse_known_args(argv)
-    # SGLang and its libraries print to standard output too: they get the log file.
-    reports = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1)
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    reports = os.fdopen(own_stdout(), "w", buffering=1)
 
     def report(**message: Any) -> None:
         reports.write(json.dumps(message) + "\n")
@@ -100,7 +100,7 @@ def _wait_for_memory() -> None:
 def _keep_aside() -> None:
     """Leave the CPUs of a scheduler to the one that measures, on a machine where it has its own."""
     if affinity.is_enabled():
-        schedulers = set[int]().union(*affinity.parse_ranks(os.environ[affinity.ENV_CPUS]))
+        schedulers = set[int]().union(*affinity.parse_ranks(os.environ[ENV_SCHEDULER_CPUS]))
         os.sched_setaffinity(0, (os.sched_getaffinity(0) - schedulers) or schedulers)
 
 

@@ -91,6 +91,8 @@ class Hub(Generic[RoleT]):
     """When others may ask for some, if none is freed."""
     _stopped_s: float = field(default=0.0, init=False)
     """When a task was last done or interrupted."""
+    _decide_by_s: float = field(default=math.inf, init=False)
+    """When the recorder wants to be told of a decision at the latest."""
     _looked_for_stalls_s: float = field(default=-math.inf, init=False)
     _agreed_arrival: int = field(default=NO_TASK, init=False)
     """Id of what finishes next, if the rank that decides had its result when the ranks last met; then NO_TASK."""
@@ -120,7 +122,7 @@ class Hub(Generic[RoleT]):
 
     def next_task(self) -> PrefillTask | Literal[Act.STEP] | None:
         """Take what has happened, and pick what runs now. A decode step leaves the task that ran where it is."""
-        self.work.ask_again_s = math.inf  # the choice that is made now says when
+        self.work.ask_again_s = self._decide_by_s = math.inf  # the choice that is made now says when
         cost_s, since_s, has_room = 0.0, self.now_s(), False
         while not has_room:
             self.look()
@@ -134,7 +136,7 @@ class Hub(Generic[RoleT]):
             self._switch_to(task)
         if task is not None:
             now_s = self.now_s()
-            self.recorder.decided(cost_s + now_s - since_s, now_s)
+            self._decide_by_s = self.recorder.decided(cost_s + now_s - since_s, now_s)
         return task
 
     def look(self) -> None:
@@ -210,9 +212,14 @@ class Hub(Generic[RoleT]):
 
     def has_news(self) -> bool:
         """Whether there is something to look at: an event, a result that has arrived from the device, or the time at
-        which a decode step has to start.
+        which a decode step has to start or the recorder has waited for a decision long enough.
         """
-        return self.events.pending() or self.work.tasks.result_arrived() or self._step_is_due()
+        return (
+            self.events.pending()
+            or self.work.tasks.result_arrived()
+            or self._step_is_due()
+            or (self._decide_by_s < math.inf and self.now_s() >= self._decide_by_s)
+        )
 
     def _step_is_due(self) -> bool:
         return self.work.ask_again_s < math.inf and self.now_s() >= self.work.ask_again_s

@@ -169,8 +169,11 @@ class Recorder:
     def failed(self, task: PrefillTask, failure: Failure) -> None:
         """The forward pass of ``task`` has raised."""
 
-    def decided(self, cost_s: float, now_s: float) -> None:
-        """By ``now_s``, what has happened was taken and what runs next was chosen, in ``cost_s``."""
+    def decided(self, cost_s: float, now_s: float) -> float:
+        """By ``now_s``, what has happened was taken and what runs next was chosen, in ``cost_s``. Returns when it is to
+        be told of a decision again at the latest, as long as something runs.
+        """
+        return math.inf
 
     def explored(self, time_s: float) -> None:
         """So long, the server has run what nobody asked for."""

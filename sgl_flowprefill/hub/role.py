@@ -30,8 +30,8 @@ class Arrival(NamedTuple):
     """What the request is promised, of an engine that says so."""
     number: int | None = None
     """Its number (``WaitingRequest.number``), if a prefill of it has begun before, which was given back."""
-    place: int = 0
-    """The part of the engine that computes it, of several that compute at the same time (``Work.places``)."""
+    dp_rank: int = 0
+    """The part of the engine that computes it, of several that compute at the same time (``Work.dp_ranks``)."""
 
     @property
     def was_given_back(self) -> bool:

@@ -35,7 +35,7 @@ class WaitingRequest:
     """When this process could first have read that it can be run: it was sent here, and it has bootstrapped."""
     logprob_rows: int
     """Tokens of its prompt whose log probabilities are asked for."""
-    place: int = 0
+    dp_rank: int = 0
     """The part of the engine that computes it."""
     tbt_s: float = math.inf
     """Objective for the time between its tokens."""

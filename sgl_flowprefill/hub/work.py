@@ -66,7 +66,7 @@ class Work:
     """KV cache that a task would give back where the next step lacks some."""
     batch_tokens: Callable[[], int] | None = None
     """Most new tokens of a batch, by what the TTFT model knows; None: as the policy's limits say."""
-    places: int = 1
+    dp_ranks: int = 1
     """Parts of the engine, each of which computes requests of its own in the same forward passes."""
     ask_again_s: float = field(default=math.inf, init=False)
     """When to choose anew if nothing has happened until then: a decode step has to start."""
@@ -90,7 +90,7 @@ class Work:
             arrival.shape,
             arrival.readable_s,
             arrival.logprob_rows,
-            arrival.place,
+            arrival.dp_rank,
             math.inf if arrival.objective is None else arrival.objective.tbt_s,
             arrival.was_given_back,
         )
@@ -192,9 +192,9 @@ class Work:
         job = turn.job
         if job is None or isinstance(job.item, PrefillTask):
             return None if job is None else job.item
-        jobs = self.policy.batch(job, now_s, _new_tokens, self._predict_s, _place)
-        if self.places > 1:
-            jobs += self.policy.beside(jobs, now_s, _new_tokens, self._predict_s, _place)
+        jobs = self.policy.batch(job, now_s, _new_tokens, self._predict_s, _dp_rank)
+        if self.dp_ranks > 1:
+            jobs += self.policy.beside(jobs, now_s, _new_tokens, self._predict_s, _dp_rank)
         if not last and any(map(self.waiting.has_more_cached, jobs)):
             return jobs
         jobs = self._with_adapters(jobs)
@@ -277,7 +277,7 @@ class Work:
         """Whether the activations of a task of ``jobs`` fit beside the live tasks', and its requests among the
         streams; ``with_own``: with the objectives between tokens that ``jobs`` have.
         """
-        parts = _by_place(jobs)
+        parts = _by_dp_rank(jobs)
         if not self._may_join(jobs, parts, with_own):
             return False
         live = self.tasks.live
@@ -291,7 +291,7 @@ class Work:
         self, jobs: Sequence[Job[WaitingRequest]], parts: Sequence[Sequence[PrefillShape]], with_own: bool = True
     ) -> bool:
         """Whether the streams can become as many as with those of all tasks and of ``jobs``, whose shapes are in
-        ``parts``, one for each place; ``with_own``: so that what ``jobs`` ask for themselves holds. One that was a
+        ``parts``, one for each rank; ``with_own``: so that what ``jobs`` ask for themselves holds. One that was a
         stream before comes back whatever it asks for: somebody waits for the rest of its answer.
         """
         shapes = [shape for task in self.tasks.live for shape in task.shapes]
@@ -399,11 +399,11 @@ def _new_tokens(request: WaitingRequest) -> int:
     return request.shape.new_tokens
 
 
-def _place(request: WaitingRequest) -> int:
-    return request.place
+def _dp_rank(request: WaitingRequest) -> int:
+    return request.dp_rank
 
 
-def _by_place(jobs: Sequence[Job[WaitingRequest]]) -> list[list[PrefillShape]]:
-    """The shapes of ``jobs``, those of each place together."""
-    places = {job.item.place for job in jobs}
-    return [[job.item.shape for job in jobs if job.item.place == place] for place in places]
+def _by_dp_rank(jobs: Sequence[Job[WaitingRequest]]) -> list[list[PrefillShape]]:
+    """The shapes of ``jobs``, those of each rank together."""
+    dp_ranks = {job.item.dp_rank for job in jobs}
+    return [[job.item.shape for job in jobs if job.item.dp_rank == dp_rank] for dp_rank in dp_ranks]

@@ -2,30 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections import deque
-from collections.abc import Iterable, Sequence
-from typing import Final, NamedTuple
+from typing import Final
 
 from sgl_flowprefill.events import AnyEvent, Arrival, Step, decode_events
-from sgl_flowprefill.live.state import Answer, ClassAttainment, Miss, Server
+from sgl_flowprefill.live.attainment import Attainment
+from sgl_flowprefill.live.state import Answer, Miss, Server
 from sgl_flowprefill.outcomes import Outcome, Outcomes
 
-WINDOW_S: Final = 300.0
-"""Past that attainment is of."""
-BIN_S: Final = 15.0
-"""A stretch of it that is told by itself."""
-MINUTE_S: Final = 60.0
 MOST_MISSES: Final = 25
-
-
-class _Fate(NamedTuple):
-    """The outcome of a request that met its objective or did not."""
-
-    ended_s: float
-    slo_class: str
-    met: bool
-    ttft_s: float | None
 
 
 class Board:
@@ -37,14 +22,17 @@ class Board:
         self._server = Server(name)
         self._now_s = 0.0
         self._outcomes: Outcomes | None = None
+        self._head = b""
+        """The first line of the scheduler's log."""
         self._classes: dict[str, str] = {}
         """The class of each request whose outcome is not known."""
-        self._fates: deque[_Fate] = deque()
+        self._attainment = Attainment()
         self._misses: deque[tuple[float, Miss]] = deque(maxlen=MOST_MISSES)
 
     def read(self, answer: Answer) -> bool:
         """Take ``answer``. Whether there are events that it had no room for."""
-        if answer.first != self.next:  # what lies between is not kept any more, or the scheduler was started again
+        if answer.first != self.next or answer.head != self._head:
+            # What lies between is not kept any more, or the scheduler was started again.
             self._outcomes = None
             self._classes.clear()
         if answer.state is not None:
@@ -53,21 +41,19 @@ class Board:
                 self._outcomes = Outcomes(answer.state.decodes)
         for event in decode_events(answer.lines):
             self._read(event)
-        self.next = answer.next
+        self.next, self._head = answer.next, answer.head
         self._now_s = answer.now_s
         return answer.next < answer.written
 
     def server(self) -> Server:
         """How things are at the time of the last answer."""
         server, now_s = self._server, self._now_s
-        while self._fates and self._fates[0].ended_s < now_s - WINDOW_S:
-            self._fates.popleft()
         if server.state is not None:
             for waiting in server.state.waiting:
                 waiting.slo_class = self._classes.get(waiting.rid, "")
             for task in server.state.tasks:
                 task.slo_class = self._classes.get(task.rids[0], "") if task.rids else ""
-        server.attainment = attainment(self._fates, now_s)
+        server.attainment = self._attainment.told(now_s)
         server.misses = [_aged(miss, ended_s - now_s) for ended_s, miss in reversed(self._misses)]
         return server
 
@@ -81,7 +67,7 @@ class Board:
         for outcome in self._outcomes.read(event):
             self._classes.pop(outcome.rid, None)
             if outcome.met is not None:
-                self._fates.append(_Fate(event.t_s, outcome.arrival.slo_class, outcome.met, outcome.ttft_s))
+                self._attainment.add(outcome.arrival.slo_class, event.t_s, outcome.met, outcome.ttft_s)
             if outcome.met is False:
                 self._misses.append((event.t_s, miss_of(outcome)))
 
@@ -108,41 +94,6 @@ def miss_of(outcome: Outcome) -> Miss:
     )
 
 
-def attainment(fates: Iterable[_Fate], now_s: float) -> list[ClassAttainment]:
-    """How each class fared in the last WINDOW_S, in the order of their names."""
-    by_class: dict[str, list[_Fate]] = {}
-    for fate in fates:
-        by_class.setdefault(fate.slo_class, []).append(fate)
-    return [_of_class(name, by_class[name], now_s) for name in sorted(by_class)]
-
-
-def _of_class(name: str, fates: Sequence[_Fate], now_s: float) -> ClassAttainment:
-    bins: list[list[bool]] = [[] for _ in range(round(WINDOW_S / BIN_S))]
-    for fate in fates:
-        place = len(bins) - 1 - int((now_s - fate.ended_s) / BIN_S)
-        if 0 <= place < len(bins):
-            bins[place].append(fate.met)
-    met = sum(fate.met for fate in fates)
-    ttfts_s = sorted(fate.ttft_s for fate in fates if fate.ttft_s is not None)
-    return ClassAttainment(
-        slo_class=name,
-        met=met,
-        missed=len(fates) - met,
-        ttft_p50_s=_quantile(ttfts_s, 0.5),
-        ttft_p99_s=_quantile(ttfts_s, 0.99),
-        last_minute=_share([fate.met for fate in fates if fate.ended_s >= now_s - MINUTE_S]),
-        bins=[_share(met_of_bin) for met_of_bin in bins],
-    )
-
-
 def _aged(miss: Miss, ended_s: float) -> Miss:
     miss.ended_s = ended_s
     return miss
-
-
-def _share(met: Sequence[bool]) -> float | None:
-    return sum(met) / len(met) if met else None
-
-
-def _quantile(ordered: Sequence[float], share: float) -> float | None:
-    return ordered[min(len(ordered) - 1, math.ceil(share * len(ordered)) - 1)] if ordered else None

@@ -8,7 +8,8 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Final, Protocol
 
 from sgl_flowprefill.live.ask import Ask
-from sgl_flowprefill.live.board import BIN_S, WINDOW_S, Board
+from sgl_flowprefill.live.attainment import BIN_S, WINDOW_S
+from sgl_flowprefill.live.board import Board
 from sgl_flowprefill.live.state import Answer, Document, Server, encode_document
 
 EVERY_S: Final = 0.25
@@ -111,11 +112,11 @@ class SchedulerFeed(Feed):
             await asyncio.sleep(max(CATCH_UP_S, begin_s + self._every_s - time.monotonic()))
 
     async def events(self) -> list[tuple[str, bytes]]:
-        lines, since = [], 0
+        lines, since = b"", 0
         while True:
             answer = await self._ask(Ask(since, with_state=False))
-            lines.append(answer.lines)
+            lines += answer.lines
             since = answer.next
             if since >= answer.written:
-                return [(self._name, b"".join(lines))]
+                return [(self._name, answer.head + lines)]
             await asyncio.sleep(CATCH_UP_S)

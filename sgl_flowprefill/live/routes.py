@@ -13,7 +13,7 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from sgl_flowprefill.events import decode_events
+from sgl_flowprefill.events import Log, decode_events
 from sgl_flowprefill.live import EVENTS, PAGE, STATE, TIMELINE
 from sgl_flowprefill.live.feed import Watched
 from sgl_flowprefill.timeline import SUFFIX, History
@@ -84,12 +84,13 @@ def trace_of(logs: list[tuple[str, bytes]], seconds: float) -> bytes:
 
 
 def last_lines(lines: bytes, seconds: float) -> bytes:
-    """Those of ``lines`` of an event log that are of its last ``seconds``."""
-    times_s = [event.t_s for event in decode_events(lines)]
-    if not times_s:
-        return b""
-    first = next(i for i, time_s in enumerate(times_s) if time_s >= times_s[-1] - seconds)
-    return b"".join(lines.splitlines(keepends=True)[first:])
+    """Those of ``lines`` of an event log that are of its last ``seconds``, behind its first line."""
+    told, events = lines.splitlines(keepends=True), decode_events(lines)
+    head = told[:1] if events and isinstance(events[0], Log) else []
+    begin_s = events[-1].t_s - seconds if events else 0.0
+    past = range(len(head), len(events))
+    first = next((number for number in past if events[number].t_s >= begin_s), len(events))
+    return b"".join(head + told[first:])
 
 
 def _seconds(request: Request) -> float | None:

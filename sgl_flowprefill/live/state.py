@@ -80,7 +80,8 @@ class State(Struct):
     waiting_requests: int
     """All that wait."""
     not_ready: int
-    """Requests that wait for a decode server's KV cache, or on a server that decodes for KV cache to be freed."""
+    """Requests that cannot be run yet: they wait for a decode server's KV cache or a prefix from storage, or, on a
+    server that decodes, for KV cache to be freed or an adapter's slot."""
     streams: int = 0
     step_runs: bool = False
     """Whether a decode step is on the device."""
@@ -102,6 +103,8 @@ class Answer(Struct):
     lines: bytes
     """Lines of an event log."""
     state: State | None = None
+    head: bytes = b""
+    """The first line of the log."""
 
 
 class ClassAttainment(Struct):

@@ -51,7 +51,7 @@ def _server(server: Server, rows: int) -> list[RenderableType]:
 
 def _figures(state: State) -> str:
     suspended = sum(not task.runs for task in state.tasks)
-    others = f"{state.streams} streams" if state.decodes else f"{state.not_ready} without a place at a decode server"
+    others = f"{state.streams} streams" if state.decodes else f"{state.not_ready} not ready"
     flags = [" · paused"] * state.is_paused + [" · KV cache is short"] * state.kv_is_short
     return (
         f"{state.policy} · {state.waiting_requests} wait · {suspended} suspended · {others} · "

@@ -22,6 +22,10 @@ LEAST_JUDGED: Final = 20
 """Requests or tokens in the long window below which a share says little."""
 CORRECTED: Final = 2.0
 """Times by which prefills are slower than in the profile from which on somebody should look."""
+OBSERVED: Final = "30m"
+"""Within which prefills have to have run, so that the correction says something of now."""
+SERVICE: Final = "model_name, job"
+"""Labels of what has objectives of its own: servers of one model that are scraped together."""
 
 
 class Burn(NamedTuple):
@@ -69,11 +73,12 @@ def alerts(target: float = TARGET) -> list[Alert]:
         raise ValueError(f"a target is a share between 0 and 1 such as {TARGET}, not {target:g}")
     return [
         *_burns("FlowPrefillTTFT", "first tokens", queries.ttft_missed, table.TTFT_MET, table.TTFT_MISSED, target,
-                CLASS.name, f" of class {{{{ $labels.{CLASS.name} }}}}"),
-        *_burns("FlowPrefillTBT", "later tokens", queries.tbt_missed, table.TBT_MET, table.TBT_MISSED, target),
+                f"{CLASS.name}, {SERVICE}", f" of class {{{{ $labels.{CLASS.name} }}}}"),
+        *_burns("FlowPrefillTBT", "later tokens", queries.tbt_missed, table.TBT_MET, table.TBT_MISSED, target, SERVICE),
         Alert(
             "FlowPrefillSlowerThanProfiled",
-            f'{table.TTFT_MODEL.series}{{{MODEL_VALUE.name}="correction"}} > {CORRECTED:g}',
+            f'{table.TTFT_MODEL.series}{{{MODEL_VALUE.name}="correction"}} > {CORRECTED:g}\n'
+            f"and on (job, instance) increase({table.PREDICTION_ERROR.full_name}_count[{OBSERVED}]) > 0",
             "ticket",
             "{{ $labels.instance }} prefills {{ $value | humanize }} times slower than in its profile",
             "Its profile is of another machine, or the machine is busy with something else.",
@@ -94,7 +99,7 @@ def _burns(
     met: Metric,
     missed: Metric,
     target: float,
-    by: str = "",
+    by: str,
     of: str = "",
 ) -> Iterator[Alert]:
     for burn in BURNS:
@@ -106,7 +111,8 @@ def _burns(
             f"and {share_missed(burn.short, by)} > {most:.4g}\n"
             f"and {judged} > {LEAST_JUDGED}",
             burn.severity,
-            f"{{{{ $value | humanizePercentage }}}} of {what}{of} were late in the last {burn.long}",
+            f"{{{{ $value | humanizePercentage }}}} of {what}{of} of {{{{ $labels.model_name }}}} were late in the "
+            f"last {burn.long}",
             f"More than {100 * most:.3g} percent in {burn.long} and in the last {burn.short}; "
             f"{100 * target:.3g} percent shall be in time. Panel 'Misses by cause' says why.",
         )

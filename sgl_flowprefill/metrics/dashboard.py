@@ -140,7 +140,7 @@ SECTIONS: Final[dict[str, Sequence[Panel]]] = {
             [Query(queries.buckets(table.TTFT, WINDOW, "", OF_CLASSES, "increase"), "{{le}}")],
             kind="heatmap",
         ),
-        Panel("Slack at admission", "s", _quantiles(table.SLACK, (0.01, 0.1, 0.5), by=CLASS.name)),
+        Panel("Slack at admission", "s", _quantiles(table.SLACK, (0.01, 0.1, 0.5), by=CLASS.name), width=8),
         Panel(
             "Requests",
             "reqps",
@@ -149,10 +149,11 @@ SECTIONS: Final[dict[str, Sequence[Panel]]] = {
                 _rate(table.TTFT_MISSED, f"{BY_CLASS} missed", CLASS.name),
                 _rate(table.ABORTED, f"{BY_CLASS} aborted", CLASS.name),
                 _rate(table.INVALID, f"{BY_CLASS} invalid", CLASS.name),
-                _rate(table.SHED, f"{BY_CLASS} shed", CLASS.name),
             ],
             stacked=True,
+            width=8,
         ),
+        Panel("Refused for overload, of those missed", "reqps", [_rate(table.SHED, BY_CLASS, CLASS.name)], width=8),
     ),
     "Queue and suspended prefills": (
         Panel(

@@ -24,8 +24,8 @@ Attainment, in PromQL:
       / (sum(rate(flowprefill:ttft_slo_met_total[5m])) + sum(rate(flowprefill:ttft_slo_missed_total[5m])))
 
 The causes of misses are those of the [timeline](operations.md#timeline) (`sgl_flowprefill/misses.py`). All of them
-are written twice a second while there are events, a few at each, and at once when there is nothing to do; gauges then
-every 5 s.
+are written twice a second while something runs, a few at each event, and at once when there is nothing to do; gauges
+then every 5 s.
 
 What it costs, by `python -m tests.metrics_cost` on two cores of an AMD EPYC that other processes kept busy: 7 µs of CPU
 time for a request that arrives and preempts a prefill, 11 µs for a prefill that ends and another that goes on. Where
@@ -57,9 +57,9 @@ Prometheus 2.42 sees the names with underscores in place of colons, SGLang's too
 SGLang answers, writes them so for clients that do not ask for names as they are. `metric_relabel_configs` in
 `prometheus.yaml` puts the colons back.
 
-The alerts watch how fast the misses that a target leaves are used up, by class, each over a long and a short window
-together (the SRE Workbook's multi-window burn rates): the long one has seen enough misses to matter, and the short one
-sees that they go on. With the default target of {target:.0%}:
+The alerts watch how fast the misses that a target leaves are used up, by class, model and scrape job, each over a long
+and a short window together (the SRE Workbook's multi-window burn rates): the long one has seen enough misses to matter,
+and the short one sees that they go on. With the default target of {target:.0%}:
 
 | alert | long | short | share of misses | severity |
 | --- | --- | --- | --- | --- |
@@ -67,7 +67,7 @@ sees that they go on. With the default target of {target:.0%}:
 
 `FlowPrefillTBT…Burn` are the same for the tokens behind the first, on servers that prefill and decode. No alert speaks
 of fewer than {least} requests, or tokens, in its long window. `FlowPrefillSlowerThanProfiled` says that a server's
-prefills have taken {corrected:g} times as long as in its profile for half an hour.
+prefills, of which some have run meanwhile, have taken {corrected:g} times as long as in its profile for half an hour.
 
 Tests evaluate every query of dashboard and alerts in a real Prometheus, on what running servers export, and the alerts
 on series made up for it (`tests/unit/test_metrics_prometheus.py`, `tests/servers/`). They are skipped where

@@ -91,7 +91,7 @@ class Metric:
 CAUSES: Final[Mapping[Cause, str]] = {
     Cause.OBJECTIVE: "objective",
     Cause.LATE_ON_ARRIVAL: "late_on_arrival",
-    Cause.DECODE_PLACE: "decode_place",
+    Cause.NOT_READY: "not_ready",
     Cause.TRANSFER: "transfer",
     Cause.MISPREDICTION: "misprediction",
     Cause.OVERLOAD: "overload",
@@ -116,8 +116,9 @@ STATE: Final = Label(
     "state",
     (FEASIBLE, INFEASIBLE, NOT_JUDGED, NOT_READY),
     "`feasible` and `infeasible`: whether the policy holds that the request alone can still meet its deadline; "
-    "`not_judged` under a policy that does not ask; `not_ready`: it cannot be run yet, as its decode server has no "
-    "place for it or its grammar is being compiled",
+    "`not_judged` under a policy that does not ask; `not_ready`: it cannot be run yet, as it waits for its decode "
+    "server or for what is read from storage, or on a server that decodes for an adapter's slot or a rank's KV cache. "
+    "A request whose grammar is being compiled is not counted",
 )
 MODEL_VALUE: Final = Label("value", None, "which part of the TTFT model's state")
 
@@ -215,7 +216,7 @@ QUEUE: Final = _row(
     Kind.GAUGE,
     Unit.REQUESTS,
     "Requests that wait for their prefill.",
-    "hub and policy, twice a second while there are events and every 5 s while there are none",
+    "hub and policy, twice a second while something runs and every 5 s while nothing does",
     (STATE,),
 )
 LIVE_TASKS: Final = _row(
@@ -287,8 +288,8 @@ FORWARD: Final = _row(
     "forward_seconds",
     Kind.COUNTER,
     Unit.SECONDS,
-    "Time in forward passes of prefills that have run to their end.",
-    "the hub, when a prefill has run",
+    "Time in forward passes of prefills, also of those that were aborted, have failed or were given back.",
+    "the hub, when a prefill goes on after a suspension, and when it ends",
 )
 PREDICTION_ERROR: Final = _row(
     "prediction_error_ratio",

@@ -6,7 +6,7 @@ import os
 from typing import Final
 
 PLATFORM_NAME: Final = "flowprefill_cpu"
-"""Entry point name of the platform, which is what ``SGLANG_PLATFORM`` selects it by."""
+"""Entry point name of the portable CPU platform, which is what ``SGLANG_PLATFORM`` selects it by."""
 ATTENTION_BACKEND: Final = "flowprefill_cpu"
 """What ``--attention-backend`` selects the platform's attention by."""
 

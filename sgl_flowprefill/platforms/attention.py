@@ -49,7 +49,7 @@ def _nothing() -> None:
 
 
 @dataclass(frozen=True)
-class Sequence:
+class QueryRows:
     """One request's rows in the batch and its keys in the pool."""
 
     query_start: int
@@ -58,11 +58,6 @@ class Sequence:
     """[kv_tokens] KV slot of every token, cached prefix first."""
     run_tokens: int
     """How many leading slots are adjacent, so that their keys can be read in place."""
-
-    @property
-    def prefix_tokens(self) -> int:
-        """Keys before this batch's first query."""
-        return len(self.slots) - self.query_tokens
 
 
 class PortableCpuAttention(AttentionBackend):
@@ -87,7 +82,7 @@ class PortableCpuAttention(AttentionBackend):
         self.req_to_token_pool = model_runner.req_to_token_pool
         self.token_to_kv_pool = model_runner.token_to_kv_pool
         self.query_tile_tokens = query_tile_tokens
-        self.forward_metadata: list[Sequence] = []
+        self.forward_metadata: list[QueryRows] = []
         self.between_tiles: Callable[[], None] = _nothing
         """Called after each query tile of a prefill; whoever sets it may let another forward run there."""
         self.tile_pairs: float = math.inf
@@ -108,7 +103,7 @@ class PortableCpuAttention(AttentionBackend):
         start = 0
         for pool_index, query_tokens, kv_tokens in zip(pool_indices, query_lens, kv_lens, strict=True):
             slots = self.req_to_token_pool.req_to_token[pool_index, :kv_tokens]
-            sequences.append(Sequence(start, query_tokens, slots, _leading_run(slots)))
+            sequences.append(QueryRows(start, query_tokens, slots, _leading_run(slots)))
             start += query_tokens
         self.forward_metadata = sequences
 
@@ -220,7 +215,7 @@ def _attend_row(
     keys: torch.Tensor,
     values: torch.Tensor,
     output: torch.Tensor,
-    sequence: Sequence,
+    sequence: QueryRows,
     layer: RadixAttention,
 ) -> None:
     """Attention of a sequence with one new token, written to its row of ``output``. Keys and values are the pool's: the
@@ -381,7 +376,7 @@ def _unfold(out: torch.Tensor, rows: int) -> torch.Tensor:
     return out.reshape(kv_heads, -1, rows, dim).permute(2, 0, 1, 3).flatten(1, 2)
 
 
-def gather(buffer: torch.Tensor, sequence: Sequence, dtype: torch.dtype) -> torch.Tensor:
+def gather(buffer: torch.Tensor, sequence: QueryRows, dtype: torch.dtype) -> torch.Tensor:
     """[kv_tokens, kv_heads, dim] of one sequence; a view of the pool where its slots are adjacent."""
     if sequence.run_tokens == len(sequence.slots):
         first = int(sequence.slots[0])

@@ -8,7 +8,7 @@ from sglang.srt.platforms.cpu import CpuDeviceMixin
 from sglang.srt.platforms.device_mixin import PlatformEnum
 from sglang.srt.platforms.interface import PlatformCapabilities, SRTPlatform
 
-from sgl_flowprefill.platforms import ATTENTION_BACKEND
+from sgl_flowprefill.platforms import ATTENTION_BACKEND, PLATFORM_NAME
 
 MEM_FRACTION_STATIC: Final = 0.25
 _SIZES: Final = {
@@ -23,7 +23,7 @@ class PortableCpuPlatform(CpuDeviceMixin, SRTPlatform):
     """Out-of-tree platform of device type ``cpu`` that selects SGLang's native (PyTorch) layer implementations."""
 
     _enum = PlatformEnum.OOT
-    device_name = "flowprefill_cpu"
+    device_name = PLATFORM_NAME
     device_type = "cpu"
     capabilities = PlatformCapabilities()
     _only_prefills = False

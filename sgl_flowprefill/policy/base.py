@@ -119,8 +119,8 @@ class Jobs(Protocol[T_co]):
     def __len__(self) -> int: ...
 
 
-def _one_place(request: object) -> int:
-    """Where all requests are computed, if not said otherwise."""
+def _one_rank(request: object) -> int:
+    """The rank that computes all requests, if not said otherwise."""
     return 0
 
 
@@ -241,9 +241,9 @@ class Policy(ABC, Generic[R, K]):
         now_s: float,
         new_tokens: Callable[[R], int],
         predict_s: Callable[[Sequence[R]], float],
-        place: Callable[[R], int] = _one_place,
+        dp_rank: Callable[[R], int] = _one_rank,
     ) -> list[Job[R]]:
-        """``winner`` and the waiting requests of its ``place`` that join it, in order of priority.
+        """``winner`` and the waiting requests of its ``dp_rank`` that join it, in order of priority.
 
         A request joins while the batch stays within the limits and is predicted to take no more than ``batch_share`` of
         the time that any member has until its deadline, if it can still meet it (SLO-aware batching; paper, section
@@ -254,11 +254,11 @@ class Policy(ABC, Generic[R, K]):
         if tokens >= max_tokens or self.starts_alone(winner, now_s):
             return [winner]
         members, time_left_s, too_large = [winner], [_time_left_s(winner, now_s)], 0
-        here = place(winner.item)
+        here = dp_rank(winner.item)
         for job in islice(self.in_order(now_s), 2 * self.limits.max_batch_requests):
             if len(members) == self.limits.max_batch_requests:
                 break
-            if job is winner or place(job.item) != here:
+            if job is winner or dp_rank(job.item) != here:
                 continue
             of_job = new_tokens(job.item)
             if tokens + of_job > max_tokens:
@@ -283,10 +283,10 @@ class Policy(ABC, Generic[R, K]):
         now_s: float,
         new_tokens: Callable[[R], int],
         predict_s: Callable[[Sequence[R]], float],
-        place: Callable[[R], int],
+        dp_rank: Callable[[R], int],
     ) -> list[Job[R]]:
-        """Waiting requests of other places than that of ``batch``, in order of priority, that run at the same time as
-        it, each place computing its own. There are no more of both together than the limits say.
+        """Waiting requests of other ranks than that of ``batch``, in order of priority, that run at the same time as
+        it, each rank computing its own. There are no more of both together than the limits say.
 
         All take as long as the part that takes longest. A request is added while that is no longer than the batch
         takes, or no more than ``batch_share`` of the time that any of them has, and leaves the request as much; beside
@@ -304,12 +304,12 @@ class Policy(ABC, Generic[R, K]):
         for job in islice(self.in_order(now_s), 2 * self.limits.max_batch_requests):
             if len(batch) + len(found) >= self.limits.max_batch_requests:
                 break
-            if place(job.item) == place(batch[0].item):
+            if dp_rank(job.item) == dp_rank(batch[0].item):
                 continue
-            part = [*parts.get(place(job.item), ()), job.item]
+            part = [*parts.get(dp_rank(job.item), ()), job.item]
             with_it_s, share_s = max(takes_s, predict_s(part)), self.batch_share * _time_left_s(job, now_s)
             if sum(map(new_tokens, part)) <= max_tokens and with_it_s <= min(most_s, share_s):
-                parts[place(job.item)] = part
+                parts[dp_rank(job.item)] = part
                 found.append(job)
                 takes_s, most_s = with_it_s, min(most_s, share_s)
             else:

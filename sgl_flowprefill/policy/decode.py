@@ -41,8 +41,8 @@ class Stream:
     """Tokens of its prompt and its answer when it joined."""
     joined_s: float
     """When its last token before it joined had come."""
-    place: int = 0
-    """The part of the engine that computes it (``hub.work.Work.places``)."""
+    dp_rank: int = 0
+    """The part of the engine that computes it (``hub.work.Work.dp_ranks``)."""
     joined_at: int = field(default=0, init=False)
     """Steps that had begun when it joined."""
 
@@ -137,21 +137,21 @@ class Streams:
         """Streams that no step has served yet."""
         self._requests_at: Counter[int] = Counter()
         self._context_tokens_at: Counter[int] = Counter()
-        """The streams of each place, and the tokens that these have together."""
+        """The streams of each rank, and the tokens that these have together."""
 
     def join(self, stream: Stream) -> None:
         """``stream`` takes part in the next step that begins."""
         stream.joined_at = self._begun
         self.requests += 1
-        self._requests_at[stream.place] += 1
-        self._context_tokens_at[stream.place] += stream.context_tokens
+        self._requests_at[stream.dp_rank] += 1
+        self._context_tokens_at[stream.dp_rank] += stream.context_tokens
         self._joined.append(stream)
 
     def leave(self, stream: Stream) -> None:
         """``stream`` is over, or is retracted."""
         self.requests -= 1
-        self._requests_at[stream.place] -= 1
-        self._context_tokens_at[stream.place] -= self.context_of(stream)
+        self._requests_at[stream.dp_rank] -= 1
+        self._context_tokens_at[stream.dp_rank] -= self.context_of(stream)
         if stream.joined_at >= self._ended:
             self._joined.remove(stream)
         else:
@@ -179,7 +179,7 @@ class Streams:
         self.last_step_s = end_s
         late = [stream for stream in self._joined if stream.joined_at == self._begun]
         self._context_tokens_at.update(self._requests_at)
-        self._context_tokens_at.subtract(stream.place for stream in late)
+        self._context_tokens_at.subtract(stream.dp_rank for stream in late)
         self._stepped.update(stream.tbt_s for stream in self._joined if stream.joined_at < self._begun)
         self._joined = late
 
@@ -204,7 +204,7 @@ class Streams:
     @property
     def fewest_served(self) -> int:
         """Streams that a step has served, at the place that has the fewest of those that have any streams."""
-        joined = Counter(stream.place for stream in self._joined)
+        joined = Counter(stream.dp_rank for stream in self._joined)
         return min((count - joined[place] for place, count in self._requests_at.items() if count), default=0)
 
     @property

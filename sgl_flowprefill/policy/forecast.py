@@ -126,7 +126,7 @@ class Forecast:
         self._follow()
         return True
 
-    def counted(self, work_s: float, slo_s: float, pace: Pace = AS_PREDICTED) -> Entry:
+    def entry(self, work_s: float, slo_s: float, pace: Pace = AS_PREDICTED) -> Entry:
         """The request that has just ``arrived``."""
         return Entry(self._slot, work_s, slo_s, pace)
 

@@ -140,10 +140,6 @@ class JointRole(SchedulerRole):
     def own_waiting(self) -> Collection[Any]:
         """``waiting`` of this rank."""
 
-    @abstractmethod
-    def unanswered(self) -> Iterable[Any]:
-        """The requests that are at this rank, but those whose grammars are being compiled."""
-
     # ---- what the hub asks ----------------------------------------------------------------------------------------
 
     def take_news(self, stalls_due: bool) -> bool:
@@ -165,7 +161,7 @@ class JointRole(SchedulerRole):
 
     def arrived(self) -> Iterator[Arrival]:
         """The requests of all ranks that can be started, rank by rank."""
-        own = [arrival._replace(place=self.agreement.rank) for arrival in self.own_arrivals()]
+        own = [arrival._replace(dp_rank=self.agreement.rank) for arrival in self.own_arrivals()]
         for arrival in own:
             self._startable[arrival.req] = self._number(arrival.req)
         # Without its prompt: what is cached at other ranks does not concern it.
@@ -317,7 +313,7 @@ class JointRole(SchedulerRole):
 
     def _forget_lost(self) -> None:
         """Requests that are lost have ended for the others too."""
-        held = {*self.unanswered(), *self.scheduler.grammar_manager.grammar_queue}
+        held = {*super().held(), *self.leaving(), *self.scheduler.grammar_manager.grammar_queue}
         for req in self._numbers.keys() - held:
             self._note_end(req, LOST, None)
 
@@ -334,9 +330,6 @@ class DataParallelRole(JointRole, PrefillRole):
 
     def own_waiting(self) -> Collection[Any]:
         return PrefillRole.waiting(self)
-
-    def unanswered(self) -> Iterable[Any]:
-        return chain(PrefillRole.held(self), self.scheduler.disagg_prefill_inflight_queue)
 
     def finish(self, task: PrefillTask) -> None:
         self.note_computed(task)

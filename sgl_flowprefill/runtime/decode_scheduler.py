@@ -11,23 +11,19 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 from sglang.srt.managers.scheduler import Scheduler
-from sglang.srt.managers.scheduler_components.output_streamer import SchedulerOutputStreamer
 from sglang.srt.managers.utils import is_health_check_generate_req
 
-from sgl_flowprefill.answers import REPORT_KEY, report_of_first_token
+from sgl_flowprefill.answers import report_of_first_token
 from sgl_flowprefill.config import FlowPrefillConfig
 from sgl_flowprefill.deadline import objective, received_by_http_s, resolver
+from sgl_flowprefill.runtime.reporting_streamer import ReportingStreamer
 
 FIRST_TOKEN: Final = "flowprefill_first_token_s"
 """Attribute of SGLang's Req: when its first token was there. Whoever does not stream gets it with the last one."""
 
 
-class DecodeStreamer(SchedulerOutputStreamer):
-    """SGLang's way of answers to the client, with a report in the last event of each."""
-
-    @property
-    def has_additional_customized_info(self) -> bool:
-        return self.rust_server is None  # whose way of answers has none
+class DecodeStreamer(ReportingStreamer):
+    """Adds a report to the last event of each answer."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -39,16 +35,6 @@ class DecodeStreamer(SchedulerOutputStreamer):
             if req.output_ids and not hasattr(req, FIRST_TOKEN):
                 setattr(req, FIRST_TOKEN, time.monotonic())
         super().stream_output(reqs, return_logprob, skip_req)
-
-    def is_request_level_customized_info_key(self, key: str) -> bool:
-        return key == REPORT_KEY or bool(super().is_request_level_customized_info_key(key))
-
-    def build_additional_customized_info(self, reqs: Sequence[Any]) -> dict[str, list[Any]]:
-        """SGLang's hook for what goes with the tokens of ``reqs``."""
-        found = dict(super().build_additional_customized_info(reqs))
-        if any(of_reqs := [self._report(req) for req in reqs]):
-            found[REPORT_KEY] = of_reqs
-        return found
 
     def _report(self, req: Any) -> list[dict[str, Any]]:
         if not req.finished() or is_health_check_generate_req(req):

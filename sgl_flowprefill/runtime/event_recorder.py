@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -9,11 +10,9 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import Any, Final
 
-from msgspec import UNSET
-from sglang.srt.managers.scheduler_components.output_streamer import SchedulerOutputStreamer
 from sglang.srt.managers.utils import is_health_check_generate_req
 
-from sgl_flowprefill.answers import REPORT_KEY, report
+from sgl_flowprefill.answers import report
 from sgl_flowprefill.events import (
     Abort,
     AnyEvent,
@@ -41,6 +40,7 @@ from sgl_flowprefill.metrics import table
 from sgl_flowprefill.outcomes import Outcome, Outcomes
 from sgl_flowprefill.policy import Job
 from sgl_flowprefill.runtime.metrics import Metrics, Situation
+from sgl_flowprefill.runtime.reporting_streamer import ReportingStreamer
 from sgl_flowprefill.slo import Objective
 from sgl_flowprefill.ttft import Prediction
 
@@ -69,6 +69,8 @@ class EventRecorder(EventLog, Recorder):
         self._answer_listeners: list[Callable[[Any, str | None, int | None], object]] = []
         self._suspended: dict[int, tuple[PrefillTask, float]] = {}
         """By id the tasks that are suspended and since when, in that order."""
+        self._counted_spans: dict[int, int] = {}
+        """By id of tasks that went on, how many of their spans metrics have counted."""
         self._open: set[Any] = set()
         """The requests (SGLang's Req) that have arrived and not ended."""
         self._ready: set[Any] = set()
@@ -163,6 +165,7 @@ class EventRecorder(EventLog, Recorder):
         if self._metrics is not None and suspended_s is not None:
             self._metrics.resumed(now_s - suspended_s)
         if task.has_run:
+            self._count_forward(task, goes_on=True)
             self.write(Resume, now_s, task=task.id, rids=task.rids, checkpoint=task.operators_passed)
             return
         self.write(
@@ -195,6 +198,7 @@ class EventRecorder(EventLog, Recorder):
             expected_s=round(prediction.expected_s, 6),
             profiled_s=round(prediction.raw_s, 6),
         )
+        self._count_forward(task)
         if self._metrics is not None:
             self._metrics.completed(task.executed_s, prediction.expected_s)
 
@@ -203,16 +207,28 @@ class EventRecorder(EventLog, Recorder):
         self._suspended.pop(task.id, None)
         rids = self._close([req for req in task.reqs if req in self._open])
         self.write(Abort, time.monotonic(), rids=rids, task=task.id, checkpoint=task.operators_passed)
+        self._count_forward(task)
 
     def given_back(self, task: PrefillTask) -> None:
         self._suspended.pop(task.id, None)
         self.write(GiveBack, time.monotonic(), task=task.id, rids=task.rids, checkpoint=task.operators_passed)
+        self._count_forward(task)
         if self._metrics is not None:
             self._metrics.given_back()
 
-    def decided(self, cost_s: float, now_s: float) -> None:
-        if self._metrics is not None:
-            self._metrics.decided(cost_s, now_s)
+    def _count_forward(self, task: PrefillTask, goes_on: bool = False) -> None:
+        """Tell metrics for how long ``task`` has run since they were told last. Not at a suspension: the device may
+        still have its last operators to run, and would be waited for.
+        """
+        if self._metrics is None:
+            return
+        counted = self._counted_spans.pop(task.id, 0)
+        self._metrics.ran(sum(begin.seconds_until(end) for begin, end in task.spans[counted:]))
+        if goes_on:
+            self._counted_spans[task.id] = len(task.spans)
+
+    def decided(self, cost_s: float, now_s: float) -> float:
+        return math.inf if self._metrics is None else self._metrics.decided(cost_s, now_s)
 
     def flush(self) -> None:
         if self._metrics is not None:
@@ -278,6 +294,7 @@ class EventRecorder(EventLog, Recorder):
             http_status=int(HTTPStatus.INTERNAL_SERVER_ERROR),
             reason=failure.message[:REASON_CHARS],
         )
+        self._count_forward(task)
 
     def abort_asked(self, reqs: Iterable[Any]) -> None:
         """``reqs`` are to be aborted, wherever they are."""
@@ -294,7 +311,10 @@ class EventRecorder(EventLog, Recorder):
         if req in self._computed:
             self._computed.remove(req)
             self._abort_asked.discard(req)
-            self.write(Leave, now_s, rid=req.rid, reason=UNSET if reason is None else reason[:REASON_CHARS])
+            if reason is None:
+                self.write(Leave, now_s, rid=req.rid)
+            else:
+                self.write(Leave, now_s, rid=req.rid, reason=reason[:REASON_CHARS], aborted=asked)
         elif req in self._open:
             rids = self._close([req])
             if asked:
@@ -350,8 +370,8 @@ class AnswerReports:
             self._over.append(event.rid)
 
 
-class RecordedStreamer(SchedulerOutputStreamer):
-    """SGLang's way of answers to the client, which tells the event recorder of each last one, and adds its report."""
+class RecordedStreamer(ReportingStreamer):
+    """Tells the event recorder of the last event of each answer, and adds its report."""
 
     recorder: EventRecorder | None = None
     """Set on the instance, when the scheduler is ready to serve."""
@@ -360,17 +380,7 @@ class RecordedStreamer(SchedulerOutputStreamer):
 
     @property
     def has_additional_customized_info(self) -> bool:
-        return self.reports is not None and self.rust_server is None  # whose way of answers has none
-
-    def is_request_level_customized_info_key(self, key: str) -> bool:
-        return key == REPORT_KEY or bool(super().is_request_level_customized_info_key(key))
-
-    def build_additional_customized_info(self, reqs: Sequence[Any]) -> dict[str, list[Any]]:
-        """SGLang's hook for what goes with the tokens of ``reqs``."""
-        found = dict(super().build_additional_customized_info(reqs))
-        if self.reports is not None and any(of_reqs := [self.reports.of(req) for req in reqs]):
-            found[REPORT_KEY] = of_reqs
-        return found
+        return self.reports is not None and super().has_additional_customized_info
 
     def stream_output(self, reqs: Sequence[Any], return_logprob: bool, skip_req: Any = None) -> None:
         if self.recorder is not None:
@@ -381,3 +391,6 @@ class RecordedStreamer(SchedulerOutputStreamer):
         super().stream_output(reqs, return_logprob, skip_req)
         if self.reports is not None:
             self.reports.forget_sent()
+
+    def _report(self, req: Any) -> list[dict[str, Any]]:
+        return [] if self.reports is None else self.reports.of(req)

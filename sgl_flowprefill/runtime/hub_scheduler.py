@@ -209,7 +209,7 @@ class HubScheduler(Scheduler):
         if recent is None:  # a rank that does not decide, whose answer nobody reads, or a server that keeps no events
             return Answer(now_s, 0, 0, 0, b"", state)
         first, following, lines = recent.since(ask.since, MOST_EVENTS)
-        return Answer(now_s, first, following, recent.written, lines, state)
+        return Answer(now_s, first, following, recent.written, lines, state, recent.head)
 
 
 def feed_watchdogs(scheduler: Any) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import chain, count
+from itertools import count
 from typing import Any, NamedTuple
 
 from sgl_flowprefill.hub.role import Arrival
@@ -77,9 +77,6 @@ class JointUnifiedRole(JointRole, UnifiedRole):
     def own_waiting(self) -> Collection[Any]:
         return UnifiedRole.waiting(self)
 
-    def unanswered(self) -> Iterable[Any]:
-        return chain(UnifiedRole.held(self), self.streams)
-
     # ---- what the hub asks ----------------------------------------------------------------------------------------
 
     def make_batch(self, reqs: Sequence[Any]) -> Any | None:
@@ -136,7 +133,7 @@ class JointUnifiedRole(JointRole, UnifiedRole):
         """The streams that have ``joined`` and ``left`` at any rank, rank by rank."""
         gone, self._retracted = [*self._retracted, *left], []
         for stream in joined:
-            stream.place = self.agreement.rank
+            stream.dp_rank = self.agreement.rank
             self._stream_numbers[stream] = next(self._stream_counter)
         own = StreamTidings(
             [Joined(self._stream_numbers[one], one.tbt_s, one.context_tokens, one.joined_s) for one in joined],

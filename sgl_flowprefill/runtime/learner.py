@@ -18,6 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
+from sgl_flowprefill.config import ENV_SCHEDULER_CPUS
 from sgl_flowprefill.hub.parts import Learning
 from sgl_flowprefill.patches import affinity
 from sgl_flowprefill.profiling.learned import Learned
@@ -212,18 +213,17 @@ class FollowingTTFT(AdaptiveTTFT, Learning):
 
     def __init__(self, known: Learned, quantile: float, broadcast: Callable[[Any], Any]) -> None:
         """``known``: what was learned so far. ``broadcast`` gives this rank what the one that decides has."""
-        fitted = known.fitted
-        super().__init__(fitted.model, quantile, fitted.residuals.tolist(), fitted.kinds, known.history.slowness)
+        super().__init__(quantile, *known.fitted.parts(), known.history.slowness)
         self._broadcast = broadcast
 
     def adopt(self) -> None:
         fitted: Fitted = self._broadcast(None)
-        self.replace(fitted.model, fitted.residuals.tolist(), fitted.kinds)
+        self.replace(*fitted.parts())
 
 
 def other_cpus() -> set[int]:
     """The CPUs on which no scheduler of this server runs; empty where there are none, or where none is told its own."""
     if not affinity.is_enabled():
         return set()
-    own = set().union(*affinity.parse_ranks(os.environ[affinity.ENV_CPUS]))
+    own = set().union(*affinity.parse_ranks(os.environ[ENV_SCHEDULER_CPUS]))
     return set(range(os.cpu_count() or 1)) - own

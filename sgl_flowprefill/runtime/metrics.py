@@ -186,9 +186,12 @@ class Metrics:
         """A prefill goes on that was suspended for ``suspended_s``."""
         self._one(table.SUSPENSION).observe(suspended_s)
 
-    def completed(self, forward_s: float, expected_s: float) -> None:
-        """A prefill has run for ``forward_s``, and was expected to run for ``expected_s``."""
+    def ran(self, forward_s: float) -> None:
+        """A prefill has run for ``forward_s`` since that was told last: it goes on after a suspension, or is over."""
         self._one(table.FORWARD).inc(forward_s)
+
+    def completed(self, forward_s: float, expected_s: float) -> None:
+        """A prefill has run to its end, for ``forward_s``, and was expected to run for ``expected_s``."""
         if expected_s > 0:
             self._one(table.PREDICTION_ERROR).observe(forward_s / expected_s)
 
@@ -220,14 +223,17 @@ class Metrics:
 
     # ---- gauges -----------------------------------------------------------------------------------------------------
 
-    def decided(self, cost_s: float, now_s: float) -> None:
-        """Something has happened, and what runs next was chosen, all in ``cost_s``. Goes on with the writing."""
+    def decided(self, cost_s: float, now_s: float) -> float:
+        """Something has happened, and what runs next was chosen, all in ``cost_s``. Goes on with the writing. Returns
+        when there is more to write.
+        """
         self._one(table.EVENT_COST).observe(cost_s)
         if self._is_due(now_s):
             for _ in self._writing:  # what is left of the last time: there were few events since
                 pass
             self._writing = self._write(now_s)
         next(self._writing, None)
+        return self._written_s + WRITTEN_EVERY_S
 
     def rest(self, now_s: float) -> None:
         """Nothing can run: there is time for all that is to be written."""

@@ -237,6 +237,9 @@ class PrefillRole(SchedulerRole):
     def held(self) -> list[Any]:
         return [*self.scheduler.disagg_prefill_bootstrap_queue.queue, *super().held()]
 
+    def leaving(self) -> Iterable[Any]:
+        return list(self.scheduler.disagg_prefill_inflight_queue)
+
     def forget_rooms(self) -> None:
         """A bootstrap may be complete when its request has been aborted, or though it never comes here."""
         rooms = [req.bootstrap_room for req in self.scheduler.disagg_prefill_bootstrap_queue.queue]

@@ -6,8 +6,7 @@ import hashlib
 import json
 import logging
 import os
-import platform
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -24,6 +23,7 @@ from sgl_flowprefill.profiling.learned import Learned, begin, learned_path, read
 from sgl_flowprefill.profiling.measure import SchedulerEngine
 from sgl_flowprefill.profiling.ranks import Done, Leader, follow
 from sgl_flowprefill.profiling.run import run_profile
+from sgl_flowprefill.provenance import cpu_name
 from sgl_flowprefill.runtime.draft_model import draft_runner
 from sgl_flowprefill.runtime.learner import FollowingTTFT, Learner, LearningTTFT, other_cpus
 from sgl_flowprefill.runtime.scheduler_role import SchedulerRole
@@ -57,9 +57,7 @@ def load_or_measure(role: SchedulerRole, config: FlowPrefillConfig) -> tuple[Ada
     known = begin(profile, fit(profile))
     ttft: AdaptiveTTFT
     if not config.learning:
-        ttft = AdaptiveTTFT(
-            known.fitted.model, config.slack_quantile, known.fitted.residuals.tolist(), known.fitted.kinds
-        )
+        ttft = AdaptiveTTFT(config.slack_quantile, *known.fitted.parts())
     else:
         path = learned_path(profile_path(setting))
         is_first = ranks.rank_in_group == 0
@@ -80,7 +78,7 @@ def profile_path(setting: Setting) -> Path:
 def current_setting(scheduler: Any) -> Setting:
     """Setting of the engine inside ``scheduler``."""
     runner = scheduler.tp_worker.model_runner
-    device = torch.cuda.get_device_name() if runner.device == "cuda" else _cpu_name()
+    device = torch.cuda.get_device_name() if runner.device == "cuda" else cpu_name()
     draft = draft_runner(scheduler)
     return Setting(
         model=_name(runner.model_config),
@@ -172,11 +170,3 @@ def kept_for_the_next_start(what: str) -> Iterator[None]:
         yield
     except OSError as error:
         logger.warning("FlowPrefill cannot keep %s for the next start: %s", what, error)
-
-
-def _cpu_name() -> str:
-    try:
-        lines: Sequence[str] = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())

@@ -149,6 +149,10 @@ class SchedulerRole(ABC):
     def answer_tokens(self, req: Any) -> int:
         """The most tokens of its answer that are still to be computed here."""
 
+    @abstractmethod
+    def leaving(self) -> Iterable[Any]:
+        """The requests of this rank whose prefill has run, and which this server is not done with."""
+
     def waiting(self) -> Collection[Any]:
         return Without(self.scheduler.waiting_queue, self.reads.awaited)
 
@@ -266,7 +270,7 @@ class SchedulerRole(ABC):
 
     def note_abort(self, rid_prefix: str, abort_all: bool) -> None:
         """Requests are to be aborted, wherever they are."""
-        reqs = chain(self.held(), self.scheduler.grammar_manager.grammar_queue)
+        reqs = chain(self.held(), self.leaving(), self.scheduler.grammar_manager.grammar_queue)
         self.recorder.abort_asked(req for req in reqs if abort_all or req.rid.startswith(rid_prefix))
 
     def note_refusal(self, req: Any, reason: dict[str, Any] | None) -> None:

@@ -21,11 +21,11 @@ from types import SimpleNamespace
 from typing import Any, Final, NamedTuple
 
 import torch
-from sglang.srt.mem_cache.common import release_kv_cache
 
 from sgl_flowprefill.config import FlowPrefillConfig
 from sgl_flowprefill.hub.loop import Hub
 from sgl_flowprefill.hub.task import PrefillTask
+from sgl_flowprefill.processes import own_stdout
 from sgl_flowprefill.profiling.measure import SchedulerEngine
 from sgl_flowprefill.profiling.process import make_scheduler, serving_stream
 from sgl_flowprefill.runtime.cuda_device import CudaDevice
@@ -86,6 +86,13 @@ class Tasks(SchedulerEngine):
         self.executor = hub.executor
         self._started = 0
 
+    @property
+    def blocking_limit_s(self) -> float:
+        """For how long what has been queued may keep an arrival, or a decode step, waiting."""
+        config = FlowPrefillConfig.from_env()
+        ahead = config.lookahead if self.scheduler.device == "cuda" else 0
+        return (ahead + 1) * config.max_blocking_ms * 1e-3 + HOST_S
+
     def start(self, prompt: list[int], answer_tokens: int = 1, tbt_slo_s: float | None = None) -> PrefillTask:
         self._started += 1
         batch = self._role.make_batch([self._req(self._started, prompt, answer_tokens, tbt_slo_s)])
@@ -97,7 +104,6 @@ class Tasks(SchedulerEngine):
             arrival_s=0.0,
             deadline_s=0.0,
             predicted_s=0.0,
-            attention_share=0.5,
             attn_backend=self.hub.slots.take(),
         )
 
@@ -128,13 +134,11 @@ class Tasks(SchedulerEngine):
 
     def finish(self, task: PrefillTask) -> int:
         """First token of a task that is done."""
-        scheduler = self.scheduler
         if task.result.copy_done is not None:
             task.result.copy_done.synchronize()
         [token] = task.result.next_token_ids.tolist()
         self.hub.slots.give_back(task.attn_backend)
-        for req in task.batch.reqs:
-            release_kv_cache(req, scheduler.tree_cache, checkpoint=False)
+        self.free(task.batch)
         return int(token)
 
     def forward_s(self, prompt: list[int], *, checkpoints: bool = True) -> float:
@@ -317,14 +321,11 @@ def check_cost(tasks: Tasks) -> Finding:
 
 def check_blocking(tasks: Tasks) -> Finding:
     """How long after an arrival a preemptor's first kernel could run: what was queued before it is over by then."""
-    scheduler = tasks.scheduler
-    prompt = tasks.prompt(BLOCKING_TOKENS[scheduler.device])
+    prompt = tasks.prompt(BLOCKING_TOKENS[tasks.scheduler.device])
     found = tasks.blocking(prompt, lambda samples: samples >= BLOCKING_SAMPLES)
     p50 = statistics.median(found.blocked_s)
     p99 = statistics.quantiles(found.blocked_s, n=100, method="inclusive")[98]
-    config = FlowPrefillConfig.from_env()
-    ahead = config.lookahead if scheduler.device == "cuda" else 0
-    limit_s = (ahead + 1) * config.max_blocking_ms * 1e-3 + HOST_S
+    limit_s = tasks.blocking_limit_s
     figures = (
         f"{len(prompt)} tokens, {found.forward_s:.3f} s: p50 {p50 * 1e3:.1f}, p99 {p99 * 1e3:.1f}, "
         f"max {max(found.blocked_s) * 1e3:.1f} ms (bound {limit_s * 1e3:.0f}); "
@@ -360,9 +361,7 @@ def _spin_cycles_per_s() -> float:
 
 
 def main(server_options: Sequence[str]) -> None:
-    # SGLang and its libraries print to standard output too: they get the log file.
-    findings = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1)
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    findings = os.fdopen(own_stdout(), "w", buffering=1)
     scheduler = make_scheduler(server_options)
     with serving_stream(scheduler):
         for finding in checks(scheduler.hub):

@@ -60,20 +60,10 @@ UNUSED_PRIORITIES: Final = (
     "FlowPrefill: --enable-priority-scheduling does not change the order of prefills while "
     "neither --flowprefill-slo-policy nor --flowprefill-priority-ttft-slo says which objectives priorities stand for"
 )
-NO_SHEDDING: Final = (
-    "sgl-flowprefill: --flowprefill-overload shed and --flowprefill-max-queued-tokens are for servers that prefill and "
-    "decode (--unified): the clients of this prefill server are answered by a decode server, which would say 500; "
-    "leave the options out"
-)
 NO_PREFILL_LENGTHS: Final = (
     "sgl-flowprefill: --attention-backend fa3 cannot work with this model on a server that prefills and decodes: each "
     "task notes how long its prompts are in an attention backend of its own, and decode steps, which attend to the "
     "whole prompt beside a window of the answer, look into another; serve it without FlowPrefill"
-)
-NO_JOINT_SHEDDING: Final = (
-    "sgl-flowprefill: --flowprefill-overload shed and --flowprefill-max-queued-tokens cannot work with data-parallel "
-    "attention yet: the rank that decides knows why a request is refused, and does not answer those of the others; "
-    "leave the options out"
 )
 
 
@@ -134,10 +124,10 @@ def build(
         model_runner, between_tiles, lambda: tiles.now.pairs, with_main=not decodes, draft_runner=draft
     )
     mlp_rows = None if has_whole_mlps(model, layers) else lambda: tiles.now.rows
-    places = scheduler.tp_size if is_joint else 1
+    dp_ranks = scheduler.tp_size if is_joint else 1
     kept, streams = kept_hidden_states(scheduler), scheduler.max_running_requests if decodes else 0
     shared = 1 if is_joint else scheduler.tp_size
-    memory = TaskMemory.plan(model_runner, slots, config.max_suspended, mlp_rows, kept, places, streams, shared)
+    memory = TaskMemory.plan(model_runner, slots, config.max_suspended, mlp_rows, kept, dp_ranks, streams, shared)
 
     def batch_tokens() -> int:
         return config.max_batch_tokens or throughput_budget_tokens(ttft.model)
@@ -161,7 +151,7 @@ def build(
         fitting=role.fitting,
         held_tokens=role.held_tokens,
         batch_tokens=batch_tokens,
-        places=places,
+        dp_ranks=dp_ranks,
     )
     recorder.watch(work, _kv_token_bytes(model_runner) + memory.activations.suspended_bytes(1))
     exploration = Exploration()
@@ -219,10 +209,10 @@ def check_settings(scheduler: Any, config: FlowPrefillConfig, decodes: bool, mod
             raise SystemExit(f"sgl-flowprefill: {unchecked}")
         if decodes and runner.prefill_attention_backend_str == "fa3" and getattr(runner, "prefill_aware_swa", False):
             raise SystemExit(NO_PREFILL_LENGTHS)
-    if config.refuses and not decodes:
-        raise SystemExit(NO_SHEDDING)
-    if config.refuses and scheduler.attn_dp_enabled:
-        raise SystemExit(NO_JOINT_SHEDDING)
+    is_joint = config.refuses and bool(scheduler.attn_dp_enabled)
+    problem = config.refusing_problem(decodes=decodes, is_joint=is_joint)
+    if problem is not None:
+        raise SystemExit(f"sgl-flowprefill: {problem}")
     if scheduler.enable_priority_scheduling and config.priority_ttft_slo is None and config.slo_policy is None:
         logger.warning(UNUSED_PRIORITIES)
 
@@ -254,7 +244,9 @@ def _recorder(scheduler: Any, config: FlowPrefillConfig, is_first: bool, decodes
     metrics = Metrics(scheduler.metrics_collector.labels, decodes=decodes) if with_metrics else None
     recent = RecentEvents(config.recent_events) if is_first and config.recent_events else None
     kind = SpanRecorder if get_global_tracing_enabled() else EventRecorder
-    return kind(config.events_file if is_first else None, metrics, decodes, recent)
+    recorder = kind(config.events_file if is_first else None, metrics, decodes, recent)
+    recorder.begin(decodes)
+    return recorder
 
 
 def _kv_token_bytes(model_runner: Any) -> float:

@@ -389,6 +389,9 @@ class UnifiedRole(SchedulerRole):
 
     # ---- what SGLang asks -------------------------------------------------------------------------------------------
 
+    def leaving(self) -> Iterable[Any]:
+        return list(self.streams)
+
     def computed(self) -> Iterable[Any]:
         return chain.from_iterable(batch.reqs for batch in (*self.in_flight(), self.scheduler.running_batch))
 

@@ -48,8 +48,13 @@ class SloClass(BaseModel):
         description="how many requests a minute may ask for less than the class's own objective; further ones get "
         "the class's own",
     )
+    named_per_minute: Annotated[float, Field(gt=0, le=1e9)] | None = Field(
+        default=None,
+        description="how many requests a minute may belong to the class because a client names it; further ones go by "
+        "`rules` and `default`",
+    )
     tight_by: Literal["class", "api_key"] = Field(
-        default="class", description="whether the whole class or each API key has so many"
+        default="class", description="whether the whole class or each API key has so many of both"
     )
 
     @model_validator(mode="after")

@@ -18,6 +18,7 @@ from sgl_flowprefill.events import (
     Fail,
     GiveBack,
     Leave,
+    Log,
     Ready,
     Resume,
     Shed,
@@ -35,6 +36,7 @@ BESIDE_STEP: Final = "decode step"
 
 ON_THE_WAY: Final = "on the way to the scheduler"
 WITHOUT_PLACE: Final = "waiting for the decode server"
+NOT_READY: Final = "not ready"
 WAITING: Final = "waiting"
 SENDING: Final = "KV cache is sent"
 DECODING: Final = "decoding"
@@ -138,12 +140,12 @@ class History:
 
     @classmethod
     def of(cls, events: Iterable[AnyEvent]) -> History:
-        """The history that a log tells, whose ``events`` are in order. Logs of earlier versions have neither ``ready``
-        nor ``leave``: their requests could be run at once, and what came after their prefills is not known.
+        """The history that a log tells, whose ``events`` are in order. Where its first line is missing, a server that
+        tells of decode steps is taken for one that decodes, and any other for a prefill server.
         """
         told = list(events)
-        kinds = {type(event) for event in told}
-        reader = _Reader(decodes=Step in kinds, knows_ready=Ready in kinds, knows_leaves=Leave in kinds)
+        has_steps = any(isinstance(event, Step) for event in told)
+        reader = _Reader(next((event.decodes for event in told if isinstance(event, Log)), has_steps))
         for event in told:
             reader.read(event)
         return reader.history()
@@ -162,10 +164,10 @@ class History:
 class _Reader:
     """Follows a log event by event."""
 
-    def __init__(self, decodes: bool, knows_ready: bool, knows_leaves: bool) -> None:
-        """Whether the log's server ``decodes``, and what its version writes."""
-        self._decodes, self._knows_ready, self._knows_leaves = decodes, knows_ready, knows_leaves
-        self._outcomes = Outcomes(decodes or not knows_leaves, ready_on_arrival=not knows_ready)
+    def __init__(self, decodes: bool) -> None:
+        """Whether the log's server ``decodes``."""
+        self._decodes = decodes
+        self._outcomes = Outcomes(decodes)
         self._courses: dict[Request, Course] = {}
         """The courses that are known by now."""
         self._requests: list[Request] = []
@@ -187,7 +189,9 @@ class _Reader:
         for outcome in self._outcomes.read(event):
             if (ended := self._open.get(outcome.rid)) is not None:
                 self._courses[ended] = outcome.course
-        if isinstance(event, Arrival):
+        if isinstance(event, Log):
+            self._begin()
+        elif isinstance(event, Arrival):
             self._requests.append(Request(event))
             self._open[event.rid] = self._requests[-1]
         elif isinstance(event, Ready):
@@ -217,11 +221,6 @@ class _Reader:
     # ---- tasks ----------------------------------------------------------------------------------------------------
 
     def _start(self, event: Start) -> None:
-        if self._tasks and event.task <= self._tasks[-1].start.task:
-            # Tasks are counted up: the server was started again, and nothing of before is left.
-            for task in list(self._live.values()):
-                self._close(task, None)
-            self._lose(event)
         task = self._live[event.task] = Task(event)
         self._tasks.append(task)
         for rid in event.rids:
@@ -229,16 +228,14 @@ class _Reader:
                 request.tasks.append(task)
         self._run(event.task)
 
-    def _lose(self, first: Start) -> None:
-        """Requests that had not left are lost, but for those of the server that was started again, of which ``first``
-        is the first task.
-        """
-        arrivals_s = [self._open[rid].arrival.t_s for rid in first.rids if rid in self._open]
-        for rid, request in list(self._open.items()):
-            if request.tasks or (arrivals_s and request.arrival.t_s < min(arrivals_s)):
-                request.lost_s = self._now_s
-                self._note_course(request)
-                del self._open[rid]
+    def _begin(self) -> None:
+        """The server was started again, and nothing of before is left."""
+        for task in list(self._live.values()):
+            self._close(task, None)
+        for request in self._open.values():
+            request.lost_s = self._now_s
+            self._note_course(request)
+        self._open.clear()
 
     def _run(self, number: int) -> None:
         """The task runs from now on. One that ran until now without being suspended is done: its result is on its way
@@ -318,10 +315,11 @@ class _Reader:
             request.verdict = judge(course, self._now_s)
             if ready_s is not None:
                 until_s = _first(computed_s, course.ended_s, self._now_s)
-                request.others_s = max(0.0, ran.between(ready_s, until_s) - sum(task.ran_s for task in request.tasks))
+                own_s = sum(task.ran_s for task in request.tasks if task.start.t_s < until_s)  # none of it as a stream
+                request.others_s = max(0.0, ran.between(ready_s, until_s) - own_s)
                 request.steps_s = stepped.between(ready_s, until_s)
-            request.parts = list(_parts(request, ready_s, self._now_s))
-            if self._knows_leaves and computed_s is not None:
+            request.parts = list(_parts(request, ready_s, self._now_s, NOT_READY if self._decodes else WITHOUT_PLACE))
+            if computed_s is not None:
                 left_s = self._now_s if leave is None else leave.t_s
                 request.parts += _stretch(DECODING if self._decodes else SENDING, computed_s, left_s)
 
@@ -348,13 +346,13 @@ class _Busy:
         return self._sums_s[begun] - (max(0.0, self._ends_s[begun - 1] - time_s) if begun else 0.0)
 
 
-def _parts(request: Request, ready_s: float | None, last_s: float) -> Iterator[Part]:
-    """What a request did until its prefill was over."""
+def _parts(request: Request, ready_s: float | None, last_s: float, not_ready: str) -> Iterator[Part]:
+    """What a request did until its prefill was over; ``not_ready`` is what it did before it could be run."""
     arrived_s = request.arrival.t_s
     end_s = _first(request.computed_s, None if request.end is None else request.end.t_s, request.lost_s, last_s)
     yield from _stretch(ON_THE_WAY, request.arrival.received_s, arrived_s)
     since_s = end_s if ready_s is None else min(end_s, max(arrived_s, ready_s))
-    yield from _stretch(WITHOUT_PLACE, arrived_s, since_s)
+    yield from _stretch(not_ready, arrived_s, since_s)
     for task in request.tasks:
         yield from _stretch(WAITING, since_s, min(end_s, task.start.t_s))
         for part in task.parts:

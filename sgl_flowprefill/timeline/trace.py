@@ -7,6 +7,7 @@ do not overlap. Arrows go from an arrival to the task that is suspended for it, 
 
 from __future__ import annotations
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from heapq import heappop, heappush
@@ -23,10 +24,11 @@ from perfetto.protos.perfetto.trace.perfetto_trace_pb2 import (
 )
 from perfetto.trace_builder.proto_builder import StreamingTraceProtoBuilder
 
-from sgl_flowprefill.events import Complete, Fail, read_events, rounded
+from sgl_flowprefill.events import Complete, Fail, rounded
 from sgl_flowprefill.timeline.history import (
     BESIDE_STEP,
     DECODING,
+    NOT_READY,
     RUNNING,
     WAITING,
     WITHOUT_PLACE,
@@ -35,6 +37,7 @@ from sgl_flowprefill.timeline.history import (
     Request,
     Task,
 )
+from sgl_flowprefill.timeline.pieces import events_of_servers
 
 Value = bool | int | float | str | None
 Args = Mapping[str, Value]
@@ -46,17 +49,15 @@ DEADLINE: Final = "deadline"
 MISSED, IN_TIME, OTHERS = "requests that missed their objective", "requests in time", "other requests"
 
 
-def write_timeline(logs: Sequence[Path], output: Path) -> list[History]:
-    """Write the timeline of servers of one machine, whose event logs are ``logs``. Returns what it shows. Raises
-    OSError, EventLogError.
+def write_timeline(logs: Sequence[Path], output: Path) -> list[tuple[str, History]]:
+    """Write the timeline of servers of one machine, whose event logs are ``logs``. Returns what it shows, with the
+    names of the servers. Raises OSError, EventLogError.
     """
-    histories = [History.of(read_events(log)) for log in logs]
-    stems = Counter(log.stem for log in logs)
-    names = [log.stem if stems[log.stem] == 1 else str(log) for log in logs]
+    servers = [(name, History.of(events)) for name, events in events_of_servers(logs)]
     output.parent.mkdir(parents=True, exist_ok=True)
     with open(output, "wb") as file:
-        write_trace(list(zip(names, histories, strict=True)), file)
-    return histories
+        write_trace(servers, file)
+    return servers
 
 
 def write_trace(servers: Sequence[tuple[str, History]], file: IO[bytes]) -> None:
@@ -96,7 +97,7 @@ class _Server:
         requests = self._history.requests
         waiting = [(part, request) for request in requests for part in request.parts if part.what == WAITING]
         for name, spans in (
-            ("requests without a place at a decode server", _spans(requests, WITHOUT_PLACE)),
+            ("requests that are not ready", _spans(requests, WITHOUT_PLACE) + _spans(requests, NOT_READY)),
             ("requests that wait", [(part.begin_s, part.end_s) for part, _ in waiting]),
             ("tasks that run or are suspended", [(task.start.t_s, task.end_s) for task in self._history.tasks]),
             ("streams", _spans(requests, DECODING)),
@@ -124,9 +125,14 @@ class _Server:
             if part.what == RUNNING
         ]
         runs += [(step.begin_s, step.t_s, BESIDE_STEP, {"streams": step.streams}) for step in self._history.steps]
+        over_s = -math.inf
         for begin_s, end_s, name, args in sorted(runs, key=lambda run: run[:2]):
-            self._writer.begin(track, begin_s, name, args)
-            self._writer.end(track, end_s)
+            # On a GPU, a decode step that has begun waits for the operators that were queued before it.
+            since_s = max(begin_s, over_s)
+            if end_s > since_s:
+                self._writer.begin(track, since_s, name, args)
+                self._writer.end(track, end_s)
+                over_s = end_s
 
     def _counter(self, name: str, rank: int, values: Iterable[tuple[float, float]], unit: str | None = None) -> None:
         track = self._writer.track(name, self._process, rank, counter=True, unit=unit)

@@ -22,4 +22,3 @@ class TTFTModel(Protocol):
 
     def predict_s(self, batch: Sequence[PrefillShape]) -> float:
         """Seconds from the start of the forward pass of ``batch`` to its sampled tokens, undisturbed."""
-        ...

@@ -136,6 +136,10 @@ class Fitted:
     trust: float
     """From 0 to 1: how far the trees count."""
 
+    def parts(self) -> tuple[BoostedTTFT, list[float], list[int]]:
+        """The model, the residuals and the kinds, as ``AdaptiveTTFT`` takes them."""
+        return self.model, self.residuals.tolist(), self.kinds
+
 
 def fit_rows(matrix: Array, seconds: Array) -> Fitted:
     """Fit ``seconds`` of batches whose features are the rows of ``matrix``.

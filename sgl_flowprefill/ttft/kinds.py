@@ -21,9 +21,8 @@ KINDS: Final = (len(BANDS_TOKENS) + 1) * (len(BANDS_REQUESTS) + 1) * SHARES
 
 def kind(requests: float, new_tokens: float, cached_tokens: float) -> int:
     """The kind of a batch, from 0 to KINDS - 1, by its features."""
-    share = 0 if cached_tokens <= 0 else 1 if cached_tokens < HALF_CACHED * (new_tokens + cached_tokens) else 2
     batch = bisect_right(BANDS_REQUESTS, requests)
-    return (size_band(new_tokens) * (len(BANDS_REQUESTS) + 1) + batch) * SHARES + share
+    return (size_band(new_tokens) * (len(BANDS_REQUESTS) + 1) + batch) * SHARES + share_band(new_tokens, cached_tokens)
 
 
 def kind_of(batch: Sequence[PrefillShape]) -> int:
@@ -36,6 +35,11 @@ def kind_of(batch: Sequence[PrefillShape]) -> int:
 def size_band(new_tokens: float) -> int:
     """The size band of a batch of ``new_tokens``."""
     return bisect_right(BANDS_TOKENS, new_tokens)
+
+
+def share_band(new_tokens: float, cached_tokens: float) -> int:
+    """Which of the SHARES a batch is in."""
+    return 0 if cached_tokens <= 0 else 1 if cached_tokens < HALF_CACHED * (new_tokens + cached_tokens) else 2
 
 
 def band_of(kind: int) -> int:

@@ -154,7 +154,7 @@ class RefittedTTFT(AdaptiveTTFT, ABC):
         self, fitted: Fitted, quantile: float, reservoir: Reservoir, tasks: int = 0, correction: float = 1.0
     ) -> None:
         """``tasks``: how many have completed, over all starts of the server. ``correction``: as ``AdaptiveTTFT``."""
-        super().__init__(fitted.model, quantile, fitted.residuals.tolist(), fitted.kinds, correction)
+        super().__init__(quantile, *fitted.parts(), correction)
         self.journal = Journal(reservoir, tasks)
         self._asked_at = tasks
 
@@ -177,7 +177,7 @@ class RefittedTTFT(AdaptiveTTFT, ABC):
 
     def take_over(self, fitted: Fitted) -> None:
         """Predict with ``fitted`` from now on."""
-        self.replace(fitted.model, fitted.residuals.tolist(), fitted.kinds)
+        self.replace(*fitted.parts())
         self.journal.new_model()
 
     @abstractmethod

@@ -54,8 +54,8 @@ class AdaptiveTTFT:
 
     def __init__(
         self,
-        model: TTFTModel,
         quantile: float,
+        model: TTFTModel,
         residuals: Sequence[float] = (),
         kinds: Sequence[int] = (),
         correction: float = 1.0,

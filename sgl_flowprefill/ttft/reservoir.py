@@ -13,7 +13,7 @@ from typing import Final, NamedTuple
 import numpy as np
 
 from sgl_flowprefill.ttft.features import COUNT, Array
-from sgl_flowprefill.ttft.kinds import BANDS_REQUESTS, HALF_CACHED
+from sgl_flowprefill.ttft.kinds import BANDS_REQUESTS, share_band
 
 CAPACITY: Final = 1200
 OF_PROFILE: Final = -1
@@ -62,8 +62,7 @@ def usual_seconds(rows: Array) -> Array:
 
 def cell(requests: float, new_tokens: float, cached_tokens: float) -> tuple[int, int, int]:
     """What a row is kept with: rows of about its size, number of requests, and share of cached tokens."""
-    share = 0 if cached_tokens <= 0 else 1 if cached_tokens < HALF_CACHED * (new_tokens + cached_tokens) else 2
-    return int(new_tokens).bit_length(), bisect_right(BANDS_REQUESTS, requests), share
+    return int(new_tokens).bit_length(), bisect_right(BANDS_REQUESTS, requests), share_band(new_tokens, cached_tokens)
 
 
 class Reservoir:

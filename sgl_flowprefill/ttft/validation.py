@@ -9,7 +9,7 @@ from typing import Final, NamedTuple, Protocol
 import numpy as np
 
 from sgl_flowprefill.ttft.base import PrefillShape, TTFTModel
-from sgl_flowprefill.ttft.boosted import BoostedTTFT, undisturbed
+from sgl_flowprefill.ttft.boosted import undisturbed
 from sgl_flowprefill.ttft.cubic import CubicTTFT
 
 Batch = tuple[PrefillShape, ...]
@@ -43,10 +43,6 @@ class Errors(NamedTuple):
     median_ape: float
     p90_ape: float
     worst: HeldOut
-
-
-def fit_boosted(batches: Sequence[Batch], times_s: Sequence[float]) -> TTFTModel:
-    return BoostedTTFT.fit(batches, times_s)
 
 
 def fit_cubic(batches: Sequence[Batch], times_s: Sequence[float]) -> TTFTModel:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import random
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -121,8 +120,7 @@ def test_a_client_that_leaves_while_its_result_is_on_the_way(
     scheduler = engine.scheduler
     device = LateDevice(2, seed=5)
     engine.use(device)
-    device.rng = random.Random()
-    device.rng.random = lambda: 1.0  # type: ignore[method-assign] - nothing passes
+    monkeypatch.setattr(device.rng, "random", lambda: 1.0)  # nothing passes
     scheduler.hub.executor.interrupted = lambda: False
     monkeypatch.setattr(type(device), "catch_up", lambda self, interrupted: True)
     engine.submit("leaves", prompt(1, 300))

@@ -49,7 +49,7 @@ def test_requests_that_come_at_random_to_both_ranks_get_the_answers_and_kv_of_tr
     ranks.compare(comparison, asked)
     assert comparison.counts["KV caches"] == len(asked)
     suspensions = ranks.preemptions()
-    first, second = ranks.passes(0), ranks.passes(1)
+    first, second = ranks.notes("passes", 0), ranks.notes("passes", 1)
     same = ("task", "all", "checkpoints", "points")
     assert [[one[key] for key in same] for one in first] == [[one[key] for key in same] for one in second]
     idle = sum(not one["own"] for one in first + second)

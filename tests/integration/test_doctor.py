@@ -35,8 +35,10 @@ def test_without_a_gpu_it_says_so_in_one_line() -> None:
     assert done.stderr == "launch.py doctor: this machine has no NVIDIA GPU, so nothing was checked\n"
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.stress)])
+@pytest.mark.stress
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_it_ends_with_the_process_that_checks(number: signal.Signals, tmp_path: Path) -> None:
+    """As launchers of servers do (tests/servers/test_cluster.py), and what is followed (tests/unit/test_guard.py)."""
     command = [sys.executable, "launch.py", "doctor", "--log-dir", str(tmp_path)]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         while not (children := psutil.Process(process.pid).children()):

@@ -15,6 +15,8 @@ from sglang.srt.managers.io_struct import AbortReq
 
 from sgl_flowprefill.bench.metrics.event_log import summarise_log
 from sgl_flowprefill.events import AnyEvent, Arrival, Fail, Leave, Ready, read_events
+from sgl_flowprefill.misses import Cause
+from sgl_flowprefill.outcomes import Outcomes
 from sgl_flowprefill.policy import Limits
 from sgl_flowprefill.runtime.event_recorder import EventRecorder
 from tests.engine import PrefillEngine, generate_request
@@ -38,9 +40,9 @@ class LoggedEngine:
         self._prompts[rid] = tokens
         self.engine.submit(rid, tokens, ttft_slo_s=ttft_slo_s, logprobs=True)
 
-    def queued(self, rid: str, state: KVPoll = KVPoll.Bootstrapping) -> Any:
+    def queued(self, rid: str, state: KVPoll = KVPoll.Bootstrapping, ttft_slo_s: float | None = None) -> Any:
         """A request in the bootstrap queue, whose handshake is in ``state``."""
-        self.submit(rid, self._prompt())
+        self.submit(rid, self._prompt(), ttft_slo_s)
         req = next(req for req in self.scheduler.disagg_prefill_bootstrap_queue.queue if req.rid == rid)
         req.disagg_kv_sender.conclude_state = state
         return req
@@ -79,7 +81,9 @@ class LoggedEngine:
 
     def compare(self) -> None:
         """Compare all answers with transformers', as many as the log has."""
-        completed = [rid for event in self.events() if event.kind == "complete" for rid in event.rids]
+        events = self.events()
+        gone = {event.rid for event in events if isinstance(event, Leave) and event.aborted}
+        completed = [rid for event in events if event.kind == "complete" for rid in event.rids if rid not in gone]
         answers = {rid: answer for rid, answer in self.engine.answers.items() if not answer.aborted}
         assert sorted(answers) == sorted(completed)
         for rid, answer in answers.items():
@@ -226,6 +230,20 @@ def test_requests_can_be_run_before_they_start_and_leave_when_their_kv_cache_is_
         "is sent": ["arrival", "ready", "start", "complete", "leave"],
         "HEALTH_CHECK_1": ["start", "complete"],
     }
+
+
+def test_a_client_that_goes_while_the_kv_cache_is_sent_has_aborted_and_missed_nothing(logged: LoggedEngine) -> None:
+    logged.queued("is aborted", KVPoll.WaitingForInput, ttft_slo_s=100.0)
+    while not logged.scheduler.disagg_prefill_inflight_queue:
+        assert logged.engine.turn()
+    logged.engine.turn()
+    assert len(logged.scheduler.disagg_prefill_inflight_queue) == 1, "it is being sent"
+    logged.engine.abort("is aborted")
+    logged.engine.run()
+    assert logged.ends() == {"is aborted": "complete"}
+    outcomes = Outcomes(decodes=False)
+    [outcome] = [outcome for event in logged.events() for outcome in outcomes.read(event)]
+    assert outcome.verdict == (None, Cause.ABORTED)
 
 
 def test_health_checks_run_without_an_arrival(logged: LoggedEngine) -> None:

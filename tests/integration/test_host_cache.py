@@ -69,7 +69,7 @@ class Late(PrefillEngine):
     """A prefill server whose copies between device and host memory are late."""
 
     def __init__(self) -> None:
-        make_late(seed=1)
+        self.transfers = make_late(seed=1)
         super().__init__(str(embedded_model_path()), **OPTIONS)
         self.loads = Loads(self)
 
@@ -98,6 +98,8 @@ class Played:
     seen: Counter[str]
     loads: int
     beside_others: int
+    copies: int
+    """That were made later than they were asked for."""
 
 
 def play(engine: Late, rounds: int, first: int = 0) -> Played:
@@ -111,7 +113,9 @@ def play(engine: Late, rounds: int, first: int = 0) -> Played:
         engine.scheduler.on_idle()
     chance.close()
     engine.assert_clean()
-    return Played(f"{chance}; {loads}", comparison.counts, chance.seen, len(loads.tokens), loads.beside_others)
+    copies = engine.transfers.copies
+    counts, seen = comparison.counts, chance.seen
+    return Played(f"{chance}; {loads}", counts, seen, len(loads.tokens), loads.beside_others, copies)
 
 
 def assert_played(played: Played, loads: int) -> None:
@@ -119,6 +123,7 @@ def assert_played(played: Played, loads: int) -> None:
     counts = played.counts
     assert counts["answers"] == counts["log probabilities"] == counts["KV caches"] >= loads
     assert played.loads >= loads
+    assert played.copies > 0
     assert played.beside_others >= loads // 4
     assert played.seen["suspensions"] >= 30 * loads
 

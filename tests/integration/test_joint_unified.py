@@ -40,11 +40,12 @@ def ask_all(ranks: JointUnifiedRanks, asked: dict[str, Ask], rng: random.Random)
 
 
 def assert_the_same_at_both_ranks(ranks: JointUnifiedRanks) -> None:
-    passes = [[(one["task"], one["all"], one["checkpoints"]) for one in ranks.passes(rank)] for rank in range(2)]
-    steps = [[(one["all"], one["live"]) for one in ranks.steps(rank)] for rank in range(2)]
+    all_passes, all_steps = ([ranks.notes(what, rank) for rank in range(2)] for what in ("passes", "steps"))
+    passes = [[(one["task"], one["all"], one["checkpoints"]) for one in own] for own in all_passes]
+    steps = [[(one["all"], one["live"]) for one in own] for own in all_steps]
     assert passes[0] == passes[1]
     assert steps[0] == steps[1], "a prefill was suspended elsewhere, or streams were counted otherwise"
-    computed = [sum(one["own"] or 0 for one in pair) for pair in zip(ranks.steps(0), ranks.steps(1), strict=True)]
+    computed = [sum(one["own"] or 0 for one in pair) for pair in zip(*all_steps, strict=True)]
     assert [streams for streams, _ in steps[0]] == computed, "the policy knows of other streams than there are"
 
 
@@ -58,7 +59,7 @@ def test_joint_steps_at_random_points_inside_joint_prefills_give_the_answers_of_
     assert comparison.counts["tokens"] == comparison.counts["log probabilities"] == TOKENS * len(asked)
     suspensions = ranks.preemptions()
     assert_the_same_at_both_ranks(ranks)
-    first, second = ranks.steps(0), ranks.steps(1)
+    first, second = ranks.notes("steps", 0), ranks.notes("steps", 1)
     idle = sum(not one["own"] for one in first + second)
     both = sum(bool(a["own"]) and bool(b["own"]) for a, b in zip(first, second, strict=True))
     inside = sum(any(passed for _, passed in one["live"]) for one in first)
@@ -132,7 +133,7 @@ def test_results_that_come_late_at_one_rank_are_processed_at_the_same_place_by_b
         ranks.compare_answers(comparison, asked)
         assert comparison.counts["tokens"] == TOKENS * len(asked)
         assert_the_same_at_both_ranks(ranks)
-        first, second = ranks.finishes(0), ranks.finishes(1)
+        first, second = ranks.notes("finishes", 0), ranks.notes("finishes", 1)
         same = ("step", "live")
         assert [[note[key] for key in same] for note in first] == [[note[key] for key in same] for note in second]
         assert all(note["arrived"] for note in first + second), "a result was processed before it had arrived"

@@ -169,7 +169,7 @@ class BesideRight(LearningTTFT):
         self.learner = Learner(None, set())
         super().__init__(known, FlowPrefillConfig().slack_quantile, self.learner)
         self.ratios: list[float] = []
-        self._right = AdaptiveTTFT(right, FlowPrefillConfig().slack_quantile)
+        self._right = AdaptiveTTFT(FlowPrefillConfig().slack_quantile, right)
 
     def observe(self, batch: Sequence[PrefillShape], measured_s: float) -> Prediction:
         prediction = super().observe(batch, measured_s)

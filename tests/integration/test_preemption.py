@@ -115,7 +115,7 @@ def test_rounds_of_random_suspensions_and_aborts_change_no_answer_and_no_kv(
     assert rounds.comparison.counts["KV caches"] == rounds.comparison.counts["answers"] >= 40
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     seed=st.integers(0, 10_000),
     asked=st.lists(st.integers(0, len(PROMPTS) - 1), min_size=1, max_size=6),

@@ -8,7 +8,6 @@ import logging
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,6 +19,7 @@ from sgl_flowprefill.model import embedded_model_path
 from sgl_flowprefill.profiling import read_profile, write_profile
 from sgl_flowprefill.profiling.fitted import fit
 from sgl_flowprefill.profiling.process import measure
+from tests import profile_process
 from tests.engine import PrefillEngine
 
 ROOT = Path(__file__).parents[2]
@@ -33,12 +33,15 @@ def command(directory: Path, *arguments: str) -> list[str]:
 
 @pytest.fixture(scope="module", params=["here", pytest.param("by the command", marks=pytest.mark.stress)])
 def profile(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A profile whose run was interrupted once, and resumed: ``here`` by the engine of this process, which spares the
-    command another start.
+    """A profile whose run was interrupted once, and resumed: by the command, or ``here``, by the process that it would
+    start and the engine of this one, which spares two starts.
     """
     directory = tmp_path_factory.mktemp("profile")
     path, partial = directory / "p.parquet", directory / "p.partial.parquet"
-    interrupt(directory, partial)
+    if request.param == "here":
+        profile_process.interrupt(directory, partial, OPTIONS)
+    else:
+        interrupt(directory, partial)
     kept = read_profile(partial)
     assert kept.rows
     # The design of a long budget would take long to complete.
@@ -71,11 +74,7 @@ def interrupt(directory: Path, partial: Path) -> None:
     """Start the command, and end it when it has saved something."""
     embedded_model_path()
     run = subprocess.Popen(command(directory, "--budget-s", "20", *OPTIONS), cwd=ROOT, start_new_session=True)
-    started_s = time.monotonic()
-    while not partial.exists():
-        assert run.poll() is None, (directory / "profile.log").read_text()[-2000:]
-        assert time.monotonic() - started_s < 240
-        time.sleep(0.2)
+    profile_process.wait_for(partial, lambda: run.poll() is None, directory / "profile.log")
     run.send_signal(signal.SIGINT)
     assert run.wait(60) == 1
 

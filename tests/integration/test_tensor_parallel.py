@@ -73,7 +73,7 @@ def test_results_that_come_at_different_times_are_processed_at_the_same(
         ranks.finish(list(PROMPTS))
         ranks.compare(comparison, PROMPTS)
         assert comparison.counts["KV caches"] == 2 * len(PROMPTS)
-        first, second = ranks.finishes(0), ranks.finishes(1)
+        first, second = ranks.notes("finishes", 0), ranks.notes("finishes", 1)
     same = ("rids", "live")
     assert [[note[key] for key in same] for note in first] == [[note[key] for key in same] for note in second]
     assert all(note["arrived"] for note in first + second), "a result was processed before it had arrived"
@@ -94,7 +94,7 @@ def test_both_ranks_match_the_prompt_of_a_winner_again_when_more_of_it_has_been_
         ranks.submit(rid, tokens)
     ranks.finish(list(prompts))
     ranks.compare(comparison, prompts)
-    first, second = ranks.matches(0), ranks.matches(1)
+    first, second = ranks.notes("matches", 0), ranks.notes("matches", 1)
     assert first == second
     about_to_start = [note["match"] for note in first if note.get("about to start")]
     print(f"\n{sum('match' in note for note in first)} matches, {len(about_to_start)} of them of winners")
@@ -102,13 +102,13 @@ def test_both_ranks_match_the_prompt_of_a_winner_again_when_more_of_it_has_been_
 
 
 def test_both_ranks_adopt_a_model_at_the_same_operator_of_the_same_task(ranks: Ranks, comparison: Comparison) -> None:
-    before = len(ranks.adoptions(0))
+    before = len(ranks.notes("adoptions", 0))
     prompts = {f"adopt-{rid}": tokens for rid, tokens in PROMPTS.items()}
     for rid, tokens in prompts.items():
         ranks.submit(rid, tokens, ttft_slo_s=100.0)
     ranks.finish(list(prompts))
     ranks.compare(comparison, prompts)
-    first, second = ranks.adoptions(0), ranks.adoptions(1)
+    first, second = ranks.notes("adoptions", 0), ranks.notes("adoptions", 1)
     assert first == second
     # A round may see several tasks started, and offers come one by one.
     assert len(first) > before

@@ -55,7 +55,7 @@ def test_two_ranks_with_steps_at_random_points_inside_suspended_prefills_give_th
         assert inside >= 10  # how many is a matter of the machine's speed
         assert sum(event.kind == "give_back" for event in events) >= 3
         if pass_probabilities is not None:
-            first, second = ranks.finishes(0), ranks.finishes(1)
+            first, second = ranks.notes("finishes", 0), ranks.notes("finishes", 1)
             same = ("step", "rids", "live")
             assert [[note[key] for key in same] for note in first] == [[note[key] for key in same] for note in second]
             assert all(note["arrived"] for note in first + second), "a result was processed before it had arrived"

@@ -81,7 +81,16 @@ def prefix_cached_before_it_is_computed(engine: PrefillEngine, struck: Callable[
 
 def abort_that_is_not_heard(engine: PrefillEngine, struck: Callable[[], None]) -> None:
     """The scheduler does nothing when a client leaves."""
-    _dispatch_to(engine, "AbortReq", lambda request: struck())
+    scheduler = engine.scheduler
+    process = scheduler.process_input_requests
+
+    def filtered(messages: list[Any]) -> None:
+        others = [one for one in messages if type(one).__name__ != "AbortReq"]
+        for _ in range(len(messages) - len(others)):
+            struck()
+        process(others)
+
+    scheduler.process_input_requests = filtered
 
 
 def abort_that_stops_nothing(engine: PrefillEngine, struck: Callable[[], None]) -> None:
@@ -138,19 +147,3 @@ def _lose_tiles(name: str, least: int, struck: Callable[[], None]) -> None:
         return iter(whole)
 
     patch(name, lossy).start()
-
-
-def _dispatch_to(engine: PrefillEngine, message: str, handle: Callable[[Any], None]) -> None:
-    """Let ``handle`` have all messages of a type that come to the scheduler."""
-    process = engine.scheduler.process_input_requests
-
-    def filtered(messages: list[Any]) -> None:
-        others = []
-        for one in messages:
-            if type(one).__name__ == message:
-                handle(one)
-            else:
-                others.append(one)
-        process(others)
-
-    engine.scheduler.process_input_requests = filtered

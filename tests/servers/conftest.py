@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Final
 
 import pytest
 from sglang.srt.constants import HEALTH_CHECK_RID_PREFIX
@@ -15,7 +16,7 @@ from sglang.srt.constants import HEALTH_CHECK_RID_PREFIX
 from sgl_flowprefill.cluster import Cluster, ClusterConfig
 from sgl_flowprefill.config import FlowPrefillConfig
 from sgl_flowprefill.events import read_events
-from tests import faults
+from tests import faults, served_models
 from tests.otlp import Collector, collecting
 from tests.wall_clock import WallClock
 
@@ -41,6 +42,12 @@ service_tiers: {priority: interactive, flex: batch}
 smg_priorities: {bulk: batch}
 """
 """Of all servers with FlowPrefill: it has nothing to say of requests that name no class, priority or service tier."""
+
+
+QUICK_START: Final = {served_models.VARIABLE: served_models.all_but("llama"), "GARBAGE_THRESHOLD": "100000"}
+"""Environment of servers of the embedded model, a Llama: they import no other models, and seldom look for garbage in
+what they import.
+"""
 
 
 class OneCluster:
@@ -80,6 +87,8 @@ class OneCluster:
                 config = dataclasses.replace(config, prefill=0, decode=0, unified=1, prefill_args=(), server_args=args)
             with pytest.MonkeyPatch.context() as environment:
                 environment.setenv("PYTHONPATH", str(faults.PLUGIN), prepend=os.pathsep)
+                for name, value in QUICK_START.items():
+                    environment.setenv(name, value)
                 self._cluster = self._stack.enter_context(Cluster(config, on_progress=self._say))
             self._kind = kind
         self._cluster.check()

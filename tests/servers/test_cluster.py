@@ -13,11 +13,13 @@ import requests
 from sgl_flowprefill.cluster import ClusterError, phases
 from sgl_flowprefill.cluster.base import KEY_VARIABLE
 from tests.launched import (
+    DRAINED_S,
     ENDS,
     KEY,
     START_TIMEOUT_S,
     Launch,
     Remembered,
+    assert_a_stream_outlives_sigterm,
     assert_curl_line_works,
     assert_no_output_shows_the_key,
     assert_nobody_sees_the_key,
@@ -248,6 +250,8 @@ def test_a_server_that_cannot_start_shows_why(launch, tmp_path):
 
 IN_THE_MIDDLE_S = 2.0
 """How long servers have been starting when something ends: they import SGLang then."""
+LIKE_SIGTERM = (signal.SIGHUP, signal.SIGINT)
+"""What also ends a launcher by an exception. SIGINT ends one that serves in tests/servers/test_unified_serving.py."""
 
 
 def test_a_server_that_ends_while_it_starts_ends_its_launcher_which_shows_the_log(launch, memory):
@@ -268,7 +272,7 @@ def test_a_server_that_ends_while_it_starts_ends_its_launcher_which_shows_the_lo
 
 @pytest.mark.parametrize(
     "end",
-    [pytest.param(end, marks=pytest.mark.stress) if end == signal.SIGHUP else end for end in ENDS],  # ends like SIGTERM
+    [pytest.param(end, marks=pytest.mark.stress) if end in LIKE_SIGTERM else end for end in ENDS],
     ids=str,
 )
 def test_a_launcher_that_is_ended_while_it_starts_leaves_nothing(launch, memory, end):
@@ -284,7 +288,14 @@ def test_a_launcher_that_is_ended_while_it_serves_leaves_nothing(launch, memory,
     launcher = launch("--flowprefill", memory=memory)
     launcher.curl_line()
     assert memory is None or len(memory.files()) >= 4  # there is something to leave behind
-    end_and_assert_nothing_is_left(launcher, end)
+    end_and_assert_nothing_is_left(launcher, end, DRAINED_S if end == signal.SIGTERM else 0.0)
+
+
+@pytest.mark.stress
+def test_at_sigterm_a_stream_runs_to_its_end_through_the_gateway(launch, memory):
+    launcher = launch("--flowprefill", memory=memory)
+    url = launcher.curl_url.removesuffix("/v1/completions")
+    assert_a_stream_outlives_sigterm(launcher, url)
 
 
 def test_a_launcher_under_nohup_goes_on_when_it_is_hung_up_on(launch):

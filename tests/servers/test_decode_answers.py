@@ -74,10 +74,10 @@ def compare(cluster: Cluster, comparison: Comparison, count: int, seed: int) -> 
 def test_a_decode_server_answers_from_what_arrives_as_transformers_does(
     flowprefill_cluster: Cluster, comparison: Comparison
 ) -> None:
-    seen = compare(flowprefill_cluster, comparison, count=60, seed=1)
+    seen = compare(flowprefill_cluster, comparison, count=36, seed=1)
     assert seen["suspensions"] >= 1
-    assert seen["batches of several"] >= 3
-    assert seen["requests with a cached prefix"] >= 10
+    assert seen["batches of several"] >= 2
+    assert seen["requests with a cached prefix"] >= 6
 
 
 @pytest.mark.stress

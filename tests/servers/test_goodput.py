@@ -36,6 +36,8 @@ from sgl_flowprefill.cluster import Cluster
 from sgl_flowprefill.config import FlowPrefillConfig
 from tests.reference import TOKENS, Comparison
 
+pytestmark = pytest.mark.usefixtures("quick_replays")
+
 OURS = SYSTEMS["flowprefill"]
 LONGEST_TOKENS = 2048
 """Answers to longer prompts are not compared here: transformers takes seconds for each."""
@@ -165,7 +167,7 @@ def test_a_search_with_real_servers(prober: Prober, comparison: Comparison) -> N
         assert served.compare(comparison, most=100) == short(light)
         assert compared(prober, OURS, 1.0) is None
     campaign = Campaign(prober, [OURS], Goal((0.5,), precision=8.0))
-    campaign.run(budget_s=15.0)
+    campaign.run(budget_s=8.0)
     result = GoodputResult.of(campaign, "embedded")
     rate = result.figures["flowprefill"].max_rate(0.5)
     assert rate is not None

@@ -44,7 +44,7 @@ LABELS: Final = {
     "invalid": NOT_VALID,
     "objective shorter than its prefill": "objective",
     "late on arrival": "late_on_arrival",
-    "decode place": "decode_place",
+    "not ready": "not_ready",
     "transfer": "transfer",
     "misprediction": "misprediction",
     "overload": "overload",

@@ -36,7 +36,7 @@ MAX_IDLE_SHARE = 0.05
 
 SHARED = prompt(1, 400)
 MIX = [
-    *((prompt(10 + i, 9000 - 700 * i), 60.0 - 4 * i) for i in range(6)),
+    *((prompt(10 + i, 6000 - 400 * i), 60.0 - 4 * i) for i in range(6)),
     *((prompt(30 + i, 700 + 90 * i, SHARED), 8.0 - i) for i in range(4)),
     *((prompt(50 + i, 60 + 40 * i), 1.0) for i in range(6)),
 ]

@@ -8,7 +8,6 @@ import asyncio
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 import time
@@ -35,14 +34,14 @@ from sgl_flowprefill.timeline import History
 from tests.launched import (
     KEY,
     Launch,
+    assert_a_stream_outlives_sigterm,
     assert_curl_line_works,
     assert_nobody_sees_the_key,
-    end_and_assert_nothing_is_left,
     private_memory,
 )
 from tests.prompts import prompt
 from tests.reference import TOKENS, Comparison
-from tests.servers.conftest import OneCluster
+from tests.servers.conftest import QUICK_START, OneCluster
 
 pytestmark = pytest.mark.usefixtures("no_cluster")
 
@@ -90,8 +89,9 @@ def launcher(one_cluster: OneCluster, tmp_path_factory: pytest.TempPathFactory) 
     options += ("--flowprefill-overload", "shed")
     options += ("--flowprefill-exploration-share", "0")  # its CPU time is measured while it is idle, for seconds only
     options += ("--max-total-tokens", "60000", "--enable-metrics", *PRIORITIES.options)
+    env = {KEY_VARIABLE: KEY, **QUICK_START}
     with private_memory(directory) as memory:
-        launcher = Launch(directory, "--flowprefill", "--unified", *options, memory=memory, env={KEY_VARIABLE: KEY})
+        launcher = Launch(directory, "--flowprefill", "--unified", *options, memory=memory, env=env)
         try:
             launcher.curl_line()
             yield launcher
@@ -312,22 +312,28 @@ def test_a_chat_is_answered(server: Server, comparison: Comparison) -> None:
     assert_compared(comparison, answers=1)
 
 
+def report_in(endpoint: str, answer: dict[str, Any]) -> Any:
+    """What an answer, or an event of one, says of its request; None where it says nothing."""
+    where = "meta_info" if endpoint == "/generate" else "metadata"
+    told = (answer.get("response", answer).get(where) or {}).get("flowprefill")
+    return json.loads(told) if isinstance(told, str) else told
+
+
 def reports(server: Server, endpoint: str, request: dict[str, Any], streamed: bool) -> list[Any]:
     """What the answer to ``request`` says of it, for each event that says anything."""
-    where = "meta_info" if endpoint == "/generate" else "metadata"
     response = server.post(endpoint, request | {"stream": streamed})
     assert response.status_code == 200, response.text
     if not streamed:
-        return [response.json()[where]["flowprefill"]]
+        return [report_in(endpoint, response.json())]
     events = [line.removeprefix("data: ") for line in response.text.split("\n") if line.startswith("data: {")]
     assert len(events) > 1
-    told = [(json.loads(event).get(where) or {}).get("flowprefill") for event in events]
-    assert not any(told[: -1 if endpoint == "/generate" else -3])
+    told = [report_in(endpoint, json.loads(event)) for event in events]
+    assert not any(told[: -3 if endpoint.endswith("completions") else -1])
     return [report for report in told if report is not None]
 
 
 @pytest.mark.parametrize("streamed", [False, True])
-@pytest.mark.parametrize("endpoint", ["/generate", "/v1/completions", "/v1/chat/completions"])
+@pytest.mark.parametrize("endpoint", ["/generate", "/v1/completions", "/v1/chat/completions", "/v1/responses"])
 def test_an_answer_says_what_the_event_log_says_of_its_request(server: Server, endpoint: str, streamed: bool) -> None:
     slo_s = 40.0 + len(endpoint) + streamed  # who is who in the event log
     objective = {"custom_params": {"ttft_slo": slo_s}}
@@ -341,6 +347,7 @@ def test_an_answer_says_what_the_event_log_says_of_its_request(server: Server, e
             "ignore_eos": True,
             **objective,
         },
+        "/v1/responses": {"model": "embedded", "input": "bake", "max_output_tokens": 6, **objective},
     }
     [told] = reports(server, endpoint, asked[endpoint], streamed)
     deadline_s = time.monotonic() + 30
@@ -366,15 +373,22 @@ def test_an_overloaded_server_says_429_and_when_to_come_back(server: Server) -> 
     one_s = probe["meta_info"]["flowprefill"]["predicted_s"]
     sheddable = {"custom_params": {"ttft_slo": 4.6 * one_s, "sheddable": True}}
     tokenizer = AutoTokenizer.from_pretrained(embedded_model_path(), local_files_only=True)
-    ids = [prompt(5100 + number, 2500) for number in range(5)]
-    texts = [tokenizer.decode(tokens) for tokens in ids[3:]]
+    ids = [prompt(5100 + number, 2500) for number in range(8)]
+    texts = [tokenizer.decode(tokens) for tokens in ids[3:7]]
     model = {"model": "embedded"}
+
+    def user(text: str) -> list[dict[str, str]]:
+        return [{"role": "user", "content": text}]
+
     asked: list[tuple[str, dict[str, Any]]] = [
         ("/generate", {"input_ids": ids[0], "sampling_params": {"max_new_tokens": 2, **sheddable}}),
         ("/v1/completions", model | {"prompt": ids[1], "max_tokens": 2, **sheddable}),
         ("/v1/completions", model | {"prompt": [ids[2], ids[2][:20]], "max_tokens": 2, **sheddable}),
         ("/v1/responses", model | {"input": texts[0], "max_output_tokens": 2, **sheddable}),
-        ("/v1/messages", model | {"messages": [{"role": "user", "content": texts[1]}], "max_tokens": 2, **sheddable}),
+        ("/v1/messages", model | {"messages": user(texts[1]), "max_tokens": 2, **sheddable}),
+        ("/generate", {"input_ids": ids[7], "sampling_params": {"max_new_tokens": 2, **sheddable}, "stream": True}),
+        ("/v1/responses", model | {"input": texts[2], "max_output_tokens": 2, "stream": True, **sheddable}),
+        ("/v1/messages", model | {"messages": user(texts[3]), "max_tokens": 2, "stream": True, **sheddable}),
     ]
 
     async def refusal(session: aiohttp.ClientSession, path: str, request: dict[str, Any]) -> tuple[int, str, str]:
@@ -466,10 +480,10 @@ def test_an_idle_server_sleeps_and_can_be_flushed(server: Server) -> None:
     assert is_alive(server.process)
 
 
-def test_it_ends_with_its_launcher_and_leaves_nothing(launcher: Launch) -> None:
+def test_at_sigterm_a_stream_runs_to_its_end_and_nothing_is_left(launcher: Launch, server: Server) -> None:
     """The last test that uses it."""
     assert launcher.memory is None or launcher.memory.files()
-    end_and_assert_nothing_is_left(launcher, signal.SIGINT)
+    assert_a_stream_outlives_sigterm(launcher, server.url, server.key)
 
 
 @pytest.mark.stress

@@ -3,12 +3,18 @@
 Python runs this before anything else, so whoever takes ``time.time`` takes this one. CLOCK_MONOTONIC, which
 ``time.monotonic`` and ``time.perf_counter`` show, goes on as it does when somebody sets the clock. The file of
 WALL_CLOCK_FILE holds one double, the offset in seconds; processes that were spawned read the same one.
+
+GARBAGE_THRESHOLD is after how many new objects such a process looks for garbage (``gc.set_threshold``).
 """
 
+import gc
 import mmap
 import os
 import struct
 import time
+
+if "GARBAGE_THRESHOLD" in os.environ:
+    gc.set_threshold(int(os.environ["GARBAGE_THRESHOLD"]))
 
 if "WALL_CLOCK_FILE" in os.environ:
 

@@ -15,7 +15,8 @@ import pytest
 pytest.importorskip("sglang")
 
 from sglang.srt.disaggregation.utils import DisaggregationMode
-from sglang.srt.managers.io_struct import unwrap_from_pickle
+from sglang.srt.entrypoints.openai.protocol import ResponsesRequest, ResponsesResponse
+from sglang.srt.managers.io_struct import GenerateReqInput, unwrap_from_pickle
 from sglang.srt.managers.schedule_batch import FINISH_LENGTH
 from sglang.srt.managers.schedule_batch import Req as SglangReq
 from sglang.srt.managers.scheduler_components import output_streamer
@@ -225,3 +226,42 @@ def test_the_span_of_a_request_has_what_its_report_knows() -> None:
     setattr(state.obj, answer_report.REPORT, {"met": False, "cause": "overload", "ttft_s": None})
     told = answer_report.add_to_span({"rid": "a"}, None, state, None, 0)
     assert told == {"rid": "a", "flowprefill.met": False, "flowprefill.cause": "overload"}
+
+
+@pytest.mark.parametrize(("prompts", "has_report"), [(["a"], True), (["a", "b"], False)])
+def test_a_stream_of_a_list_of_one_prompt_tells_what_the_prompt_was_told(prompts: list[str], has_report: bool) -> None:
+    request = GenerateReqInput(text=prompts)
+
+    async def events(_: Any, adapted_request: Any) -> AsyncGenerator[str, None]:
+        adapted_request.normalize_batch_and_arguments()
+        setattr(adapted_request[0], answer_report.REPORT, TOLD)  # as ``add_report`` finds it
+        for event in STREAM:
+            yield event
+
+    async def collected() -> list[str]:
+        return [event async for event in answer_report.report_in_stream(events, None, request)]
+
+    sent = asyncio.run(collected())
+    assert (sent != STREAM) is has_report
+    assert (sent[1] == answer_report.with_metadata(STREAM[1], TOLD)) is has_report
+
+
+def test_an_answer_of_the_responses_api_has_the_report_as_a_text_beside_the_clients_own() -> None:
+    asked = ResponsesRequest(input="a", metadata={"mine": "1"})
+    request = GenerateReqInput(text="a")
+
+    def response(status: str) -> Any:
+        made = ResponsesResponse.from_request(asked, {}, "m", created_time=1, output=[], status=status, usage=None)
+        return answer_report.add_to_response(made, ResponsesResponse, asked)
+
+    async def answer() -> tuple[Any, Any]:
+        answer_report.note_request(None, "resp_1", "a", request, {}, None, raw_request=None, priority=0)
+        begun = response("in_progress")
+        setattr(request, answer_report.REPORT, TOLD)
+        return begun.metadata, response("completed").metadata
+
+    begun, ended = asyncio.run(answer())
+    assert begun == {"mine": "1"}
+    assert json.loads(ended.pop(REPORT_KEY)) == TOLD
+    assert ended == begun
+    assert response("completed").metadata == {"mine": "1"}, "of another request"

@@ -298,6 +298,74 @@ def test_servers_whose_config_file_asks_for_several_gpus_share_none(monkeypatch,
         on_gpus("--decode", "2", "--prefill", "2", *config.split())
 
 
+@pytest.mark.parametrize(
+    ("options", "gpus"),
+    [
+        (["--tensor-parallel", "2"], ["0", "2"]),
+        (["--tp-s=2"], ["0", "2"]),
+        (["--prefill-args", "--pipeline-par 2 --tensor-par 2"], ["0", "4"]),
+        (["--tp", "4", "--prefill-args", "--tensor-par 1"], ["0", "1"]),
+        (["--dp-size", "2"], ["0", "2"]),
+        (["--data-par", "2", "--tp", "2"], ["0", "4"]),
+        (["--tp", "2", "--dp-size", "2", "--enable-dp-attention"], ["0", "2"]),
+    ],
+)
+def test_gpus_are_dealt_by_what_sglang_makes_of_the_options(monkeypatch, options, gpus):
+    monkeypatch.setattr(machine, "gpu_count", lambda: 8)
+    assert gpus_of(on_gpus(*options)) == gpus
+
+
+def test_cpus_are_dealt_by_what_sglang_makes_of_the_options():
+    layout = preflight.prepare(cli.parse(["--flowprefill", "--ports", "0", "--tensor-par", "2"]))
+    assert layout.ranks("prefill") == 2
+    assert layout.server_env("prefill")["FLOWPREFILL_SCHEDULER_CPUS"].count("|") == 1
+
+
+def test_options_of_one_server_count_together_when_they_are_given_several_times():
+    for name in ("prefill", "decode", "gateway"):
+        config = cli.parse(["--ports", "0", f"--{name}-args", "--one 'a b'", f"--{name}-args=--two"])
+        assert getattr(config, f"{name}_args") == ["--one", "a b", "--two"]
+
+
+@pytest.mark.parametrize(
+    ("listed", "options", "expected"),
+    [
+        ("one, two", ["--flowprefill"], {"one", "two", "flowprefill"}),
+        ("flowprefill", ["--flowprefill"], {"flowprefill"}),
+        ("", ["--flowprefill"], set()),  # SGLang loads all
+        ("one", [], {"one"}),
+    ],
+)
+def test_flowprefill_is_among_the_plugins_that_sglang_is_told_to_load(monkeypatch, listed, options, expected):
+    monkeypatch.setenv("SGLANG_PLUGINS", listed)
+    layout = preflight.prepare(cli.parse([*options, "--ports", "0"]))
+    for role in ("prefill", "decode"):
+        names = layout.server_env(role)["SGLANG_PLUGINS"].split(",")
+        assert {name.strip() for name in names if name.strip()} == expected
+
+
+@pytest.mark.parametrize("servers", [["--unified", "2"], ["--role", "gateway", "--unified"]])
+@pytest.mark.parametrize(
+    ("refusing", "tries_again"),
+    [
+        ([], True),
+        (["--flowprefill-overload", "shed"], False),
+        (["--flowprefill-max-queued-tokens", "default:1000"], False),
+    ],
+)
+def test_a_gateway_tries_again_unless_servers_refuse_requests(servers, refusing, tries_again):
+    layout = preflight.prepare(cli.parse(["--flowprefill", *servers, "--ports", "0", *refusing]))
+    command = layout.gateway_command(29999)
+    assert ("--retry-max-retries" in command) == tries_again
+    assert ("--disable-retries" in command) != tries_again
+
+
+@pytest.mark.parametrize(("options", "grace_s"), [([], "120"), (["--drain-timeout-s", "1.5"], "2")])
+def test_a_gateway_has_as_long_for_its_requests_as_the_launcher_waits(options, grace_s):
+    command = preflight.prepare(cli.parse(["--ports", "0", *options])).gateway_command(29999)
+    assert last_value(command, "--shutdown-grace-period-secs") == grace_s
+
+
 def test_a_config_file_says_where_a_server_computes(monkeypatch, config_file):
     monkeypatch.setattr(machine, "gpu_count", lambda: 1)
     layout = preflight.prepare(cli.parse(["--ports", "0", "--config", config_file("device: cpu\ndtype: bfloat16")]))

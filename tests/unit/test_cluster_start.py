@@ -1,16 +1,19 @@
 """What a cluster says while it waits for its servers, and when it stops to wait."""
 
+import errno
 import json
 import os
 import re
 import shutil
 import signal
+import socket
 import sys
 import threading
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from io import StringIO
 
 import psutil
 import pytest
@@ -20,7 +23,8 @@ from sgl_flowprefill.cluster import ClusterConfig, ClusterError, cli, machine, p
 from sgl_flowprefill.cluster.cluster import Cluster, answers_first_request
 from sgl_flowprefill.cluster.gateway import Gateway, Routing, Worker
 from sgl_flowprefill.cluster.members import ENSURE_S, Members
-from sgl_flowprefill.cluster.process import Server
+from sgl_flowprefill.cluster.process import Guard, Server
+from sgl_flowprefill.cluster.saying import say
 from sgl_flowprefill.cluster.waiting import Waiting
 from tests.http_server import answering
 
@@ -210,6 +214,49 @@ def test_a_server_that_cannot_listen_after_a_restart_is_started_again_without_wa
     assert restarting.guard.killed == [server]
     assert "the prefill-0 server cannot listen at http://127.0.0.1:" in restarting.said[0]
     assert "started again in 1 s" in restarting.said[0]
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_a_server_is_not_up_because_another_process_answers_at_its_port(restarting, again):
+    member = restarting.first
+    server = member.server
+    with answering(lambda path, headers: (200, "")) as member.url:
+        port = member.url.rpartition(":")[2]
+        how = f"port {port}, which the prefill-0 server is to have, was taken while it started: "
+        how += rf"process {os.getpid()} \("
+        if again:
+            while member.server is server:
+                assert member.up_since_s is None
+                restarting.members.check()
+                time.sleep(0.01)
+            assert re.search(how, restarting.said[0])
+            assert restarting.guard.killed == [server]
+        else:
+            with pytest.raises(ClusterError, match=f"{how}.* answers there; choose another port with --ports"):
+                restarting.await_first(timeout_s=60)
+    assert member.up_since_s is None
+
+
+LISTENING = """
+import socket, subprocess, sys, time
+if len(sys.argv) > 1:
+    subprocess.Popen([sys.executable, "-c", sys.argv[1]]).wait()
+listener = socket.create_server(("127.0.0.1", 0))
+print(listener.getsockname()[1], flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("of_a_child", [False, True])
+def test_a_server_listens_where_it_or_its_child_does(tmp_path, of_a_child):
+    command = [sys.executable, "-c", LISTENING, *([LISTENING] if of_a_child else [])]
+    with Guard() as guard, socket.create_server(("127.0.0.1", 0)) as others:
+        server = guard.start("test", command, os.environ, tmp_path / "log")
+        while not server.log.read_text().endswith("\n"):
+            assert server.ended() is None
+            time.sleep(0.01)
+        assert server.listens_on(int(server.log.read_text()))
+        assert not server.listens_on(others.getsockname()[1])
 
 
 def test_a_server_that_does_not_come_back_in_time_is_started_again(restarting):
@@ -452,24 +499,46 @@ def test_it_is_said_what_servers_do_while_they_start(restarting):
     assert said[-1].endswith(f" s; loading weights; prefill-1: its log is {second}; HTTP 500 broken)")
 
 
+URLS = ["http://here", "http://there"]
+
+
 def test_it_is_said_what_a_gateway_does_while_it_starts():
     said, workers = [], [{"url": "http://here", "is_healthy": True}]
     waiting = Waiting(ClusterConfig(flowprefill=False, startup_timeout_s=1.5), lambda: None, said.append)
     with answering(lambda path, headers: (200, "")) as url:
         pass
-    routing = Routing(Gateway(url), servers=2)
+    routing = Routing(Gateway(url), URLS)
     with pytest.raises(ClusterError, match="no connection"):
         waiting.until("the gateway", routing.is_complete, routing.phase)
     assert {line.split("; ")[1] for line in said} == {"starting)"}
     said.clear()
     with answering(lambda path, headers: (200, json.dumps({"workers": workers}))) as url:
-        routing = Routing(Gateway(url), servers=2)
+        routing = Routing(Gateway(url), URLS)
         workers.append({"url": "http://there", "is_healthy": False})
         with pytest.raises(ClusterError):
             waiting.until("the gateway", routing.is_complete, routing.phase)
         assert said[-1].endswith("s; it has found 1 of 2 servers healthy)")
         workers[1]["is_healthy"] = True
         waiting.until("the gateway", routing.is_complete, routing.phase)
+
+
+@pytest.mark.parametrize(
+    ("urls", "healthy", "is_complete"),
+    [
+        (URLS, ["http://here", "http://there"], True),
+        (URLS, ["http://there", "http://foreign", "http://here"], True),
+        (URLS, ["http://here", "http://foreign"], False),
+        ([], [], True),
+        ([], ["http://foreign"], True),
+    ],
+)
+def test_a_gateway_has_started_when_it_routes_to_the_servers_here_whoever_else_has_joined(urls, healthy, is_complete):
+    sick = [{"url": "http://late", "is_healthy": False}]
+    workers = [{"url": url, "is_healthy": True} for url in healthy] + sick
+    with answering(lambda path, headers: (200, json.dumps({"workers": workers}))) as url:
+        routing = Routing(Gateway(url), urls)
+        assert routing.is_complete() == is_complete
+        assert routing.phase() == f"it has found {len(set(urls) & set(healthy))} of {len(urls)} servers healthy"
 
 
 @pytest.mark.parametrize(("before", "ends"), [(signal.SIG_DFL, True), (signal.SIG_IGN, False)])
@@ -496,3 +565,161 @@ def test_hanging_up_ends_a_launcher_unless_it_was_started_under_nohup(before, en
         for number, handler in zip(numbers, handlers, strict=True):
             signal.signal(number, handler)
     assert seen == ([] if ends else ["goes on"])
+
+
+class NobodyReads(StringIO):
+    """A standard output whose reader is gone."""
+
+    tried = 0
+
+    def write(self, text):
+        self.tried += 1
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+
+def test_a_launcher_whose_output_nobody_reads_goes_on_and_says_no_more(monkeypatch):
+    output = NobodyReads()
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, output)
+        say("first", name)
+        assert output.tried == 1
+        say("second", name)
+        assert output.tried == 1, "the second goes nowhere"
+        output.tried = 0
+
+
+STAND_IN = """
+import json, signal, sys, threading, time, urllib.request
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+takes_s, *command = sys.argv[1:]
+urls = [word for word in command if word.startswith("http://")]  # of a gateway, its servers
+
+def value(option):
+    return command[command.index(option) + 1]
+
+class Handler(BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        body = json.dumps({"workers": [{"id": url, "url": url, "is_healthy": True} for url in urls]}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    do_POST = do_GET
+
+    def log_message(self, *args):
+        pass
+
+def end():
+    time.sleep(float(takes_s))
+    for url in urls:
+        urllib.request.urlopen(url, timeout=10).read()
+    print("ended", len(urls), flush=True)
+    server.shutdown()
+
+def asked(number, frame):
+    print("asked to end", flush=True)
+    threading.Thread(target=end).start()
+
+signal.signal(signal.SIGTERM, asked)
+server = ThreadingHTTPServer((value("--host"), int(value("--port"))), Handler)
+server.serve_forever()
+"""
+"""A server or gateway that answers everything, and ends a while after it is asked to, when its servers still answer."""
+
+
+class StandIns(Guard):
+    """Starts stand-ins for servers, which take ``takes_s`` to end."""
+
+    def __init__(self, takes_s):
+        self.takes_s = takes_s
+
+    def start(self, name, command, env, log):
+        return super().start(name, [sys.executable, "-c", STAND_IN, str(self.takes_s), *command], env, log)
+
+
+@pytest.fixture
+def ending(monkeypatch, tmp_path):
+    """Serves with stand-ins until it is ended by what ``wait`` raises; gives the logs by name, and how long it took to
+    end. ``again`` comes while requests are waited for."""
+
+    def run(options, end, takes_s=0.5, again=None):
+        since_s = []
+
+        class Ending(Cluster):
+            def wait(self):
+                since_s.append(time.monotonic())
+                raise end
+
+            def check_guard(self):
+                super().check_guard()
+                if since_s and again is not None:
+                    raise again
+
+        monkeypatch.setattr(cli, "Cluster", partial(Ending, guard=StandIns(takes_s)))
+        config = cli.parse(["--log-dir", str(tmp_path / "logs"), *options])
+        with pytest.raises(type(end if again is None else again)):
+            cli.serve(config)
+        took_s = time.monotonic() - since_s[0]
+        return {log.stem: log.read_text().splitlines() for log in (tmp_path / "logs").iterdir()}, took_s
+
+    monkeypatch.setattr(machine, "gpu_count", lambda: 0)
+    monkeypatch.setattr(machine, "available_memory_bytes", lambda: 64 * 10**9)
+    return run
+
+
+SIGTERM = SystemExit(128 + signal.SIGTERM)
+PAIR = ["--ports", "0"]
+KINDS = [(PAIR, "gateway", 2), (["--unified", "--port", "0"], "unified", 0), (["--unified", "2", *PAIR], "gateway", 2)]
+
+
+@pytest.mark.parametrize(("options", "first", "servers"), KINDS)
+def test_at_sigterm_what_answers_clients_ends_first_and_its_servers_serve_on(ending, capsys, options, first, servers):
+    logs, took_s = ending(options, SIGTERM)
+    assert {name: lines for name, lines in logs.items() if lines} == {first: ["asked to end", f"ended {servers}"]}
+    assert len(logs) == 1 + servers
+    assert 0.5 < took_s < 10
+    waiting = [line for line in capsys.readouterr().out.splitlines() if "waiting up to 120 s for the requests" in line]
+    assert len(waiting) == 1
+
+
+@pytest.mark.parametrize("end", [SystemExit(128 + signal.SIGHUP), KeyboardInterrupt()])
+def test_ctrl_c_and_hanging_up_wait_for_no_request(ending, end):
+    logs, _ = ending(PAIR, end, takes_s=60)
+    assert sorted(logs) == ["decode", "gateway", "prefill"]
+    assert list(logs.values()) == [[], [], []]
+
+
+@pytest.mark.parametrize("again", [SIGTERM, KeyboardInterrupt()])
+def test_a_second_signal_does_not_wait(ending, again):
+    logs, took_s = ending(PAIR, SIGTERM, takes_s=60, again=again)
+    assert "ended 2" not in logs["gateway"]
+    assert took_s < 10
+
+
+@pytest.mark.parametrize(("timeout_s", "least_s"), [("1.5", 1.5), ("0", 0.0)])
+def test_requests_get_as_long_as_the_launcher_was_told(ending, timeout_s, least_s):
+    logs, took_s = ending([*PAIR, "--drain-timeout-s", timeout_s], SIGTERM, takes_s=60)
+    assert "ended 2" not in logs["gateway"]
+    assert least_s <= took_s < least_s + 10
+
+
+def test_the_port_of_the_gateways_metrics_is_free_where_they_listen(ending, monkeypatch):
+    asked, free_port = [], preflight.free_port
+
+    def recorded(host, *arguments):
+        asked.append(host)
+        return free_port(host, *arguments)
+
+    monkeypatch.setattr(preflight, "free_port", recorded)
+    ending(["--host", "127.0.0.2", *PAIR], KeyboardInterrupt())
+    assert asked[0] == "127.0.0.2"  # the gateway's own
+    assert asked[-1] == "127.0.0.1"
+
+
+def test_requests_end_although_nobody_reads_what_the_launcher_says(ending, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", NobodyReads())
+    logs, _ = ending(["--unified", "--port", "0"], SIGTERM)
+    assert logs["unified"] == ["asked to end", "ended 0"]

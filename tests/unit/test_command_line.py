@@ -23,7 +23,6 @@ from sgl_flowprefill.bench.cli.options import (
     Demo,
     Format,
     Goodput,
-    Judge,
     OptionError,
     PublishedTrace,
     Replay,
@@ -38,7 +37,6 @@ from sgl_flowprefill.bench.cli.options import (
 )
 from sgl_flowprefill.bench.cli.requested import requested_servers
 from sgl_flowprefill.bench.loadgen.client import APIS
-from sgl_flowprefill.bench.metrics import joint as metrics_joint
 from sgl_flowprefill.bench.simulator.cost import LLAMA_8B, MODELS
 from sgl_flowprefill.bench.simulator.router import ROUTERS
 from sgl_flowprefill.bench.systems.catalog import RIVAL, select
@@ -259,7 +257,6 @@ def test_unified_servers_have_defaults_of_their_own_and_what_is_given_stays() ->
     judged = parse(["goodput", "--unified", "--judge", "mean"])
     assert isinstance(judged, UnifiedGoodput)
     assert judged.judge == "mean"
-    assert get_args(Judge) == get_args(metrics_joint.Judge)
 
 
 @pytest.mark.parametrize("command", [UnifiedDemo, UnifiedGoodput, UnifiedValidate], ids=["demo", "goodput", "validate"])

@@ -9,7 +9,9 @@ import logging
 import os
 import shlex
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +19,7 @@ import pytest
 pytest.importorskip("sglang")
 
 from sglang.srt import platforms
-from sglang.srt.arg_groups import memory_hook, model_override_base
+from sglang.srt.arg_groups import memory_hook, model_override_base, overrides
 from sglang.srt.arg_groups.arg_utils import namespace_of
 from sglang.srt.model_executor import cuda_graph_config
 from sglang.srt.runtime_context import override_platform
@@ -26,9 +28,9 @@ from sglang.srt.utils import common
 
 from sgl_flowprefill.cluster import cli
 from sgl_flowprefill.cluster.explain_command import read
-from sgl_flowprefill.compat import EXAMPLES, MODE, ROWS, SERVERS, TABLE, explain, flag, refusals
+from sgl_flowprefill.compat import EXAMPLES, MODE, ROWS, SERVERS, TABLE, explain, flag, incompatible_option, refusals
 from sgl_flowprefill.model import embedded_model_path
-from sgl_flowprefill.patches import options, static_memory
+from sgl_flowprefill.patches import attention_choice, options, static_memory
 
 OF_ONE_VERSION = {
     "enable_amd_monokernel",
@@ -151,20 +153,33 @@ class SomeGpu:
     def apply_server_args_defaults(self, server_args: Any) -> None: ...
 
 
+@contextmanager
+def a_gpu(**facts: bool) -> Iterator[None]:
+    """This machine has one of 80 GiB, as far as SGLang's resolution sees: sizes follow from the options there."""
+    with pytest.MonkeyPatch.context() as patch:
+        gpu = SomeGpu(platforms.current_platform)
+        patch.setattr(platforms, "_current_platform", gpu)
+        patch.setattr(model_override_base, "current_platform", gpu)
+        patch.setattr(memory_hook, "get_device_memory_capacity", lambda device=None: 80 * 1024)
+        patch.setattr(cuda_graph_config, "default_prefill_backend", lambda: "breakable")
+        with override_platform(is_cuda=True, **facts):
+            yield
+
+
 @pytest.fixture(params=["cpu", "gpu"])
 def machine(request: pytest.FixtureRequest, parser: argparse.ArgumentParser) -> Iterator[str]:
-    """This one, or one with an H100 as far as SGLang's resolution sees: sizes follow from the options there."""
+    """This one, or one with an H100."""
     asked(parser, "").resolve_once()  # imports modules that would look for the GPU
-    with ExitStack() as stack:
-        if request.param == "gpu":
-            patch = stack.enter_context(pytest.MonkeyPatch.context())
-            gpu = SomeGpu(platforms.current_platform)
-            patch.setattr(platforms, "_current_platform", gpu)
-            patch.setattr(model_override_base, "current_platform", gpu)
-            patch.setattr(memory_hook, "get_device_memory_capacity", lambda device=None: 80 * 1024)
-            patch.setattr(cuda_graph_config, "default_prefill_backend", lambda: "breakable")
-            stack.enter_context(override_platform(is_cuda=True, is_sm90=True, is_hopper_with_cuda_12_3=True))
+    with a_gpu(is_sm90=True, is_hopper_with_cuda_12_3=True) if request.param == "gpu" else nullcontext():
         yield request.param
+
+
+@pytest.fixture
+def blackwell(parser: argparse.ArgumentParser) -> Iterator[None]:
+    """A machine with a B200."""
+    asked(parser, "").resolve_once()
+    with a_gpu(is_sm100=True, is_blackwell=True):
+        yield
 
 
 def on(machine: str) -> str:
@@ -233,6 +248,70 @@ def test_the_share_of_memory_that_the_user_has_given_stays_and_that_of_a_decode_
     assert share_of(24, decodes, parser) == share_of(24, decodes, parser, is_hooked=False)
 
 
+def with_attention(words: str, parser: argparse.ArgumentParser, is_hooked: bool = True) -> Any:
+    """The resolved options of a server for which SGLang chooses an attention backend."""
+    with pytest.MonkeyPatch.context() as patch:
+        if is_hooked:
+            original = overrides.get_default_attn_backend
+            patch.setattr(
+                overrides,
+                "get_default_attn_backend",
+                lambda *args: attention_choice.choose(original(*args), *args),
+            )
+        given = asked(parser, f"{words} --device cuda")
+        options.resolve(ServerArgs.resolve_once, given)
+    return given
+
+
+@pytest.mark.usefixtures("blackwell")
+@pytest.mark.parametrize("server", SERVERS)
+def test_on_blackwell_a_server_without_an_attention_backend_gets_one_that_is_checked(
+    server: str, parser: argparse.ArgumentParser, caplog: pytest.LogCaptureFixture
+) -> None:
+    stock = overrides.resolving_view(with_attention(STOCK[server], parser, is_hooked=False))
+    assert stock.attention_backend == "trtllm_mha"
+    assert "--attention-backend trtllm_mha cannot work" in str(incompatible_option(stock))
+    with caplog.at_level(logging.INFO, "sgl_flowprefill.patches.attention_choice"):
+        ours = with_attention(STOCK[server], parser)
+    assert incompatible_option(overrides.resolving_view(ours)) is None
+    assert ours.resolved_dict()["attention_backend"] == "flashinfer"
+    line = "FlowPrefill: --attention-backend is flashinfer (was trtllm_mha): SGLang's choice has not been checked"
+    assert line in caplog.messages
+    by_hand = with_attention(f"{STOCK[server]} --attention-backend flashinfer", parser, is_hooked=False)
+    assert ours.resolved_dict() == by_hand.resolved_dict()
+
+
+@pytest.mark.usefixtures("blackwell")
+def test_on_blackwell_the_attention_backend_of_the_user_stays_and_that_of_a_decode_server(
+    parser: argparse.ArgumentParser,
+) -> None:
+    given = with_attention("--attention-backend trtllm_mha", parser)
+    assert "--attention-backend trtllm_mha cannot work" in str(incompatible_option(overrides.resolving_view(given)))
+    decodes = with_attention("--disaggregation-mode decode --disaggregation-transfer-backend nixl", parser)
+    assert decodes.resolved_dict()["attention_backend"] == "trtllm_mha"
+
+
+def test_an_attention_backend_that_a_model_chooses_becomes_one_that_serves_it_if_there_is_one() -> None:
+    server, only_decodes = (SimpleNamespace(disaggregation_mode=mode) for mode in ("null", "decode"))
+    declared: list[tuple[str, dict[str, Any]]] = [
+        ("attention sinks", {"attention_backend": "trtllm_mha", "dtype": "bfloat16"}),
+        ("latent attention", {"attention_backend": "trtllm_mla"}),
+        ("sparse attention", {"attention_backend": "trtllm_mha", "page_size": 128}),
+        ("sparse latent attention", {"attention_backend": "dsa"}),
+        ("checked", {"attention_backend": "fa3"}),
+        ("no choice", {"dtype": "bfloat16"}),
+    ]
+    found = attention_choice.declare(declared, "SomeForCausalLM", server, None)
+    chosen = [one.get("attention_backend") for _, one in found]
+    assert chosen == ["triton", "flashinfer", "trtllm_mha", "dsa", "fa3", None]
+    assert [source for source, _ in found] == [source for source, _ in declared]
+    assert found[0][1]["dtype"] == "bfloat16"
+    assert attention_choice.declare(declared, "SomeForCausalLM", only_decodes, None) == declared
+    sinks, none = (SimpleNamespace(has_attention_sinks=has_sinks) for has_sinks in (True, False))
+    assert attention_choice.choose("trtllm_mha", server, False, sinks) == "triton"
+    assert attention_choice.choose("fa4", server, False, none) == "fa4", "keys and values of different widths"
+
+
 def test_what_the_user_has_asked_for_is_a_warning_and_a_default_a_line_of_information(
     parser: argparse.ArgumentParser, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -291,6 +370,8 @@ def test_what_the_docs_say_of_a_command_line_is_what_is_explained(
         ("sglang serve org/model --tp 2", "unified"),
         ("A=1 python3 -m sglang.launch_server --model m --disaggregation-mode prefill", "prefill"),
         ("/usr/bin/sglang serve --disaggregation-mode=prefill", "prefill"),
+        ("sglang serve --model-type llm org/model --tp 2", "unified"),
+        ("sglang serve org/model --model-type=auto --tp 2", "unified"),
         ("python launch.py --flowprefill --unified --tp 2", "unified"),
         ("launch.py --flowprefill --prefill-args '--tp 2'", "prefill"),
         ("--tp 2", "unified"),
@@ -321,8 +402,20 @@ def test_a_command_without_flowprefill_and_a_decode_server_stay_as_they_are(
     assert "--tokenizer-worker-num is 1 (was 4): workers load no plugins" in told
 
 
+@pytest.mark.parametrize("form", ["--config {}", "--config={}"])
+@pytest.mark.parametrize("start", ["launch.py --flowprefill --unified", "sglang serve m"])
+def test_what_a_config_file_asks_for_is_explained(
+    form: str, start: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "server.yaml").write_text("pp-size: 2")
+    assert cli.main(["doctor", "--explain", f"{start} {form.format(tmp_path / 'server.yaml')}"]) == 1
+    assert "--pp-size 2" in capsys.readouterr().out
+
+
 def test_a_command_that_sglang_does_not_take_ends_with_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["doctor", "--explain", "sglang serve m --no-such-option"]) == 2
     assert "--no-such-option" in capsys.readouterr().err
     assert cli.main(["doctor", "--explain", "sglang serve 'm"]) == 2
     assert "--explain sglang serve 'm" in capsys.readouterr().err
+    assert cli.main(["doctor", "--explain", "sglang serve m --model-type diffusion"]) == 2
+    assert "--model-type" in capsys.readouterr().err

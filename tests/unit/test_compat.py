@@ -152,6 +152,16 @@ def test_all_that_is_refused_is_found_at_once():
     assert {one.name for one in refusals(SimpleNamespace(**(WORKS | several)), {})} == set(several)
 
 
+def test_each_reason_against_an_option_is_explained():
+    several = {"attn_dp_size": 4, "tp_size": 8, "enable_hierarchical_cache": True}
+    found = explain(SimpleNamespace(**(WORKS | several)), SimpleNamespace(**WORKS), {})
+    refused = [(one.given, one.why.partition(",")[0]) for one in found if one.treatment == "refused"]
+    assert refused == [
+        ("--attn-dp-size 4", "beside --tp-size 8"),
+        ("--attn-dp-size 4", "beside --enable-hierarchical-cache"),
+    ]
+
+
 def test_each_kind_of_server_has_its_mode():
     assert MODE == {"prefill": "prefill", "unified": "null"}
 

@@ -92,11 +92,11 @@ def test_context_grows_with_each_step_and_leaves_with_its_stream() -> None:
     assert (streams.requests, streams.context_tokens, streams.due_s) == (0, 0, math.inf)
 
 
-def test_a_step_takes_what_the_place_with_the_most_streams_or_tokens_has() -> None:
+def test_a_step_takes_what_the_rank_with_the_most_streams_or_tokens_has() -> None:
     """Of several ranks that step together, the others wait for it."""
     streams = Streams()
-    many = [Stream(0.1, 10, 0.0, place=1) for _ in range(3)]
-    long = Stream(0.1, 1000, 0.0, place=0)
+    many = [Stream(0.1, 10, 0.0, dp_rank=1) for _ in range(3)]
+    long = Stream(0.1, 1000, 0.0, dp_rank=0)
     for stream in (*many, long):
         streams.join(stream)
     assert (streams.requests, streams.widest, streams.context_tokens) == (4, 3, 1000)

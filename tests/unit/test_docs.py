@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import tomllib
@@ -12,6 +13,7 @@ from packaging.requirements import Requirement
 
 from sgl_flowprefill.config import FlowPrefillConfig
 from sgl_flowprefill.policy import POLICIES
+from tests.pictures import SHOWN, page_hash
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "sgl_flowprefill"
@@ -131,3 +133,27 @@ def headings(page):
     """The anchors that the headings of a page have, as GitHub makes them."""
     lines = [line.lstrip("#").strip() for line in page.read_text().splitlines() if line.startswith("#")]
     return {re.sub(r"[^\w\- ]", "", line.lower()).replace(" ", "-") for line in lines}
+
+
+def test_the_figures_on_the_front_page_are_those_of_the_recorded_results():
+    recorded = {
+        name: json.loads((ROOT / "bench" / "results" / f"{name}.json").read_text())["systems"]
+        for name in ("demo", "goodput-qwen", "goodput-mixed-90")
+    }
+    ours, stock = recorded["demo"]["flowprefill"], recorded["demo"]["sglang"]
+    over_stock = {name: systems["flowprefill"]["ratios"] for name, systems in recorded.items() if name != "demo"}
+    told = [
+        f"{100 * ours['ttft_attainment']:.1f}%",
+        f"{over_stock['goodput-qwen']['vs_best_stock_90']:.1f} times",
+        f"{over_stock['goodput-mixed-90']['vs_best_stock_90']:.2f} times",
+        f"{1e3 * ours['blocking_max_s']:.0f} ms",
+    ]
+    page, results = ((ROOT / "docs" / name).read_text() for name in ("index.md", "results.md"))
+    assert re.findall(r"(?m)^\*\*(.+)\*\*$", page) == told
+    assert f"SGLang as it comes has {100 * stock['ttft_attainment']:.1f}%" in page
+    assert [figure for figure in told if figure not in results] == []
+
+
+def test_the_pictures_of_the_live_page_are_of_the_page_as_it_is():
+    shown = SHOWN.read_text().strip() if SHOWN.exists() else None
+    assert shown == page_hash(), "the page has changed since: run python -m tests.pictures"

@@ -76,6 +76,8 @@ python -m venv aiperf .*
     tests/servers/test_cluster.py::TestFlowPrefillOnOneServer
 \S+ launch.py --flowprefill --unified --enable-trace .*
     tests/servers/test_traces.py
+pip install \.( "sglang==.*")?
+    is another project's
 \S*pip install 'sglang\[tracing\]'
     is another project's
 \S+ launch.py --flowprefill --unified --model-path MODEL
@@ -90,7 +92,7 @@ python -m venv aiperf .*
     tests/unit/test_contract.py::test_all_is_as_expected_in_the_installed_sglang
 \S+ launch.py doctor --explain .*
     tests/unit/test_command_lines.py::test_what_the_docs_say_of_a_command_line_is_what_is_explained
-\S+ launch.py doctor --gpu
+\S+ launch.py doctor --gpu( --model-path MODEL)?
     needs a GPU
 \S+ launch.py doctor
     tests/integration/test_doctor.py::test_the_cpu_engine_keeps_its_tokens_and_its_attention_state_apart
@@ -188,7 +190,7 @@ IN_SENTENCES = [Shown(page.name, command) for page in PAGES for command in sorte
 
 def test_there_are_commands() -> None:
     pages = {shown.page for shown in SHOWN}
-    assert {"README.md", "start.md", "serving.md", "deploy.md", "gpu.md", "simulator.md"} < pages
+    assert {"README.md", "start.md", "serving.md", "deploy.md", "kubernetes.md", "gpu.md", "simulator.md"} < pages
     assert len(SHOWN) > 60
 
 

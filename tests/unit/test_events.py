@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from msgspec import UNSET
 
+from sgl_flowprefill import __version__
 from sgl_flowprefill.bench.__main__ import main
 from sgl_flowprefill.bench.cli.events import rows
 from sgl_flowprefill.bench.metrics.event_log import summarise_log
@@ -29,12 +30,15 @@ from sgl_flowprefill.events import (
     Fail,
     GiveBack,
     Leave,
+    Log,
     Ready,
+    RecentEvents,
     Resume,
     Shed,
     Start,
     Step,
     Suspend,
+    decode_events,
     read_events,
     table,
 )
@@ -102,6 +106,7 @@ def test_events_are_read_back_in_order(tmp_path: Path) -> None:
 
 def test_every_kind_of_event_is_read_back_as_it_was_written(tmp_path: Path) -> None:
     events = [
+        Log(9.0, "0.1.0", decodes=True),
         *TWO_REQUESTS,
         suspend(21.0, 4, "x", None),
         Fail(22.0, ["y"], None, "lost"),
@@ -110,12 +115,29 @@ def test_every_kind_of_event_is_read_back_as_it_was_written(tmp_path: Path) -> N
         Ready(24.1, "v", 24.05, 900, 100, 0.09),
         Leave(24.2, "a"),
         Leave(24.3, "b", "Decode transfer failed"),
+        Leave(24.4, "c", "Prefill transfer failed", aborted=True),
         Step(25.0, 3, 24.9, 24.8),
         Step(26.0, 3, 25.9, None),
         Shed(27.0, "u", 0.5, 4.2, 5),
     ]
     assert {type(event) for event in events} == set(get_args(AnyEvent))
     assert list(read_events(written(tmp_path / "events.jsonl", events))) == events
+
+
+def test_a_log_begins_with_what_server_writes_it(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    for decodes in (False, True):  # started again
+        log = EventLog(path, RecentEvents(1))
+        log.begin(decodes)
+        for event in TWO_REQUESTS[:2]:
+            log.write(lambda event=event: event)  # type: ignore[misc]
+        log.flush()
+    heads = [event for event in read_events(path) if isinstance(event, Log)]
+    assert [(head.version, head.decodes) for head in heads] == [(__version__, False), (__version__, True)]
+    assert log.recent is not None
+    assert decode_events(log.recent.head) == heads[1:], "it is kept though later events are not"
+    with_head, without = summarise_log([Log(0.0, "0.1.0", decodes=True), *TWO_REQUESTS]), summarise_log(TWO_REQUESTS)
+    assert with_head == without
 
 
 def test_what_is_absent_or_null_is_so_in_the_line(tmp_path: Path) -> None:
@@ -158,6 +180,19 @@ def test_a_line_that_is_no_event_is_named_with_the_remedy(tmp_path: Path, line: 
     assert said.startswith(f"{path} is no event log: line 3: ")
     assert problem in said
     assert said.endswith("name the file of --flowprefill-event-log")
+
+
+def test_a_piece_of_a_log_may_begin_within_a_line(tmp_path: Path) -> None:
+    path = written(tmp_path / "events.jsonl", TWO_REQUESTS)
+    whole = path.read_bytes()
+    first_line = whole.index(b"\n") + 1
+    for at in range(1, first_line):
+        path.write_bytes(whole[at:])
+        assert list(read_events(path)) == TWO_REQUESTS[1:]
+    for text in ("no line of a log\n", "no line of a log\nnor this\n"):
+        path.write_text(text)
+        with pytest.raises(EventLogError):
+            list(read_events(path))
 
 
 @pytest.mark.parametrize("left_bytes", [1, 20, 0], ids=["one byte is left", "more is left", "all is gone"])
@@ -281,9 +316,8 @@ def test_what_ran_when_a_server_was_killed_does_not_keep_its_successor_busy() ->
     assert summary.without_end == 1
 
 
-@pytest.mark.parametrize("blocking_s", [None, 0.0], ids=["as it is logged", "as it was logged once"])
-def test_a_switch_that_no_news_led_to_is_no_preemption(blocking_s: float | None) -> None:
-    switch = suspend(10.52, 1, "short", blocking_s)
+def test_a_switch_that_no_news_led_to_is_no_preemption() -> None:
+    switch = suspend(10.52, 1, "short", None)
     summary = summarise_log([*TWO_REQUESTS[:5], switch, *TWO_REQUESTS[5:]])
     assert summary.preemption.preemptions == 1
     assert summary.preemption.blocking_mean_s == pytest.approx(0.01)
@@ -363,6 +397,22 @@ def test_a_request_that_is_lost_after_its_prefill_leaves_with_the_reason(tmp_pat
     recorder.flush()
     assert list(read_events(tmp_path / "events.jsonl"))[-1].kind == "leave"
     assert '"reason":"Decode transfer failed"' in (tmp_path / "events.jsonl").read_text().splitlines()[-1]
+
+
+def test_a_request_that_is_aborted_while_its_kv_cache_is_sent_leaves_so_unless_it_has_been_sent(tmp_path: Path) -> None:
+    recorder, reqs = EventRecorder(tmp_path / "events.jsonl"), [Req("gone"), Req("lost"), Req("sent in time")]
+    for req in reqs:
+        recorder.arrived(req, received_s=1.0, objective=Objective(5.0, 0.1))
+    task: Any = SimpleNamespace(id=0, rids=[], reqs=reqs, operators_passed=9, executed_s=1.0, predicted_s=1.0)
+    recorder.completed(task, Prediction(1.0, 1.0, 1.0))
+    recorder.abort_asked([reqs[0], reqs[2]])
+    recorder.answered(reqs[0], "Prefill transfer failed", 500)
+    recorder.answered(reqs[1], "Prefill transfer failed", 500)
+    recorder.answered(reqs[2], None, None)
+    recorder.flush()
+    leaves = [event for event in read_events(tmp_path / "events.jsonl") if isinstance(event, Leave)]
+    told = {leave.rid: leave.aborted for leave in leaves}
+    assert told == {"gone": True, "lost": False, "sent in time": False}
 
 
 def test_an_empty_log_has_no_figures() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -25,13 +25,15 @@ class Server:
 
     def __init__(self) -> None:
         self.bodies: list[dict[str, Any]] = []
+        self.scored: Callable[[dict[str, Any]], list[Any]] = lambda body: [[-1.0, 1, " a"], [-2.0, 2, " b"]]
+        """What it says of the tokens of a prompt."""
 
     def answer(self, path: str, headers: Mapping[str, str], body: bytes) -> tuple[int, str]:
         if path != "/generate":
             return 200, json.dumps({"model_path": "embedded"})
         request = json.loads(body)
         self.bodies.append(request)
-        logprobs = [[-1.0, 1, " a"], [-2.0, 2, " b"]] if request.get("return_logprob") else []
+        logprobs = self.scored(request) if request.get("return_logprob") else []
         meta_info = {"prompt_tokens": 2, "input_token_logprobs": logprobs, "output_token_logprobs": []}
         answer = json.dumps({"text": " ok", "meta_info": meta_info})
         return 200, f"data: {answer}\n\ndata: [DONE]\n\n" if request.get("stream") else answer
@@ -119,6 +121,52 @@ def test_a_batch_has_it_also_where_its_answers_are_read_later(
     for name in names:
         wanted |= expected(name, TIGHT)
     assert server.objectives() == wanted
+
+
+def test_a_batch_of_one_thread_keeps_its_objective_when_it_is_read_within_another(
+    server: Server, endpoint: SLORuntimeEndpoint
+) -> None:
+    @sgl.function
+    def forks(s: Any, name: str) -> None:
+        s += name + sgl.gen("first")
+        with ttft_slo(20.0):
+            [branch] = s.fork(1).states
+        branch += " branch" + sgl.gen("second")
+        s += branch["second"]
+
+    with ttft_slo(0.3):
+        batch = forks.run_batch([{"name": "a"}, {"name": "b"}], backend=endpoint, num_threads=1, generator_style=True)
+    with ttft_slo(9.0):
+        assert len(list(batch)) == 2
+    tight, inner = {"ttft_slo": 0.3}, {"ttft_slo": 20.0}
+    assert server.objectives() == {"a": tight, "a ok branch": inner, "b": tight, "b ok branch": inner}
+
+
+@pytest.mark.parametrize(
+    "method",
+    [sgl.token_length_normalized, sgl.greedy_token_selection, sgl.unconditional_likelihood_normalized],
+    ids=lambda method: type(method).__name__,
+)
+def test_select_decides_where_the_token_before_the_prompts_last_could_end_the_prompt_too(
+    server: Server, endpoint: SLORuntimeEndpoint, method: Any
+) -> None:
+    """Servers say no log probability of it, and SGLang's frontend takes it for the prompt's last."""
+    prompt, of_choices = [[None, 7, "2"], [-1.0, 7, "2"]], {" yes": [-0.5, 8, " yes"], " no": [-3.0, 9, " no"]}
+
+    def scored(body: dict[str, Any]) -> list[Any]:
+        return [*prompt, of_choices[body["text"].removeprefix("22")] if "text" in body else [-2.0, 8, ""]]
+
+    @sgl.function
+    def program(s: Any) -> None:
+        s += "22"
+        s += sgl.select("choice", choices=[" no", " yes"], choices_method=method)
+
+    server.scored = scored
+    state = program.run(backend=endpoint)
+    assert state["choice"] == " yes"
+    about = state.get_meta_info("choice")
+    assert about["input_token_logprobs"] == [[of_choices[" no"]], [of_choices[" yes"]]]
+    assert about["normalized_prompt_logprobs"] == [-2.0, -0.75], "with the prompt's last token, as everywhere"
 
 
 def test_a_prefix_that_a_batch_shares_is_cached_with_a_lax_objective(

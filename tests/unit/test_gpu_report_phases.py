@@ -55,8 +55,8 @@ class KnownEngine:
     on_card = True
     layers = 2
     limit_tokens = 10_000
-    max_blocking_s = 5e-3
     default_lookahead = 2
+    blocking_limit_s = 3 * 5e-3 + 1e-3
     setting = SimpleNamespace(attention_backend="known")
 
     def __init__(self) -> None:

@@ -1,5 +1,6 @@
 """The guard ends sessions and removes what they leave, also when the launcher is killed."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from sgl_flowprefill.cluster.base import StartError
 from sgl_flowprefill.cluster.process import Guard
 from sgl_flowprefill.processes import is_alive
 from tests.namespaces import unshare_pids
@@ -119,6 +121,54 @@ def test_shared_memory_of_others_stays(tmp_path):
         assert segment.exists()
     finally:
         segment.unlink()
+
+
+def test_a_directory_for_temporary_files_that_cannot_be_made_ends_the_start_in_one_sentence(monkeypatch):
+    def refuse(path, **how):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    guard = Guard()
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    reason = r"/tmp/flowprefill-\w+ cannot be made \(Read-only file system\); give this user a /tmp to write to"
+    with pytest.raises(StartError, match=reason), guard:
+        pytest.fail("it has started")
+    assert guard.ended() == "the launcher's guard has ended (exit code 0)"
+
+
+UNREADABLE = """
+import mmap, os, sys, time
+with open("/proc/self/comm", "wb") as file:
+    file.write(b"\\xc3(")
+with open(os.path.join(os.fsencode(sys.argv[1]), b"\\xe8"), "wb+") as file:
+    file.truncate(1)
+    mapped = mmap.mmap(file.fileno(), 1)
+print(flush=True)
+time.sleep(600)
+"""
+"""Neither its name nor that of a file that it maps is UTF-8."""
+
+
+@pytest.mark.parametrize("whose", ["a server's", "somebody else's"])
+def test_names_that_are_no_utf_8_do_not_keep_the_guard_from_its_work(tmp_path, whose):
+    command = [sys.executable, "-c", UNREADABLE, str(tmp_path)]
+    child = f"import os, sys; os.execv(sys.executable, {command!r})" if whose == "a server's" else CHILD
+    segment = Path("/dev/shm") / os.fsdecode(b"flowprefill-test-%d-\xe8" % os.getpid())
+    segment.touch()
+    other = subprocess.Popen(command, stdout=subprocess.PIPE)
+    try:
+        other.stdout.readline()
+        with Guard() as guard:
+            server, pid, left = start(guard, tmp_path, child=child)
+        assert guard.ended() == "the launcher's guard has ended (exit code 0)"
+        assert gone(server.pid)
+        assert gone(pid)
+        assert [path for path in left if path.exists()] == []
+        assert not gone(other.pid)
+        assert segment.exists()
+    finally:
+        segment.unlink()
+        other.kill()
+        other.communicate()
 
 
 @pytest.mark.parametrize("guarded", [True, False])

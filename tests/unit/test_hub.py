@@ -120,6 +120,22 @@ def test_without_a_soft_watchdog_there_is_one() -> None:
     assert watchdog.get_counter() == 7
 
 
+def test_a_recorder_hears_of_decisions_by_when_it_wants_to_while_a_prefill_runs_without_an_event() -> None:
+    request = SimulatedRequest("long", 0.0, 1000, 100.0)
+    server = SimulatedServer(SimulatedDevice(0, HostCosts()), Model(40, lambda _: 0.05, lambda _: 0.05), [request])
+    told_s: list[float] = []
+
+    def decided(cost_s: float, now_s: float) -> float:
+        told_s.append(now_s)
+        return now_s + 0.5
+
+    server.recorder.decided = decided  # type: ignore[method-assign]
+    server.run_all()
+    assert 4.0 < server.device.now_s < 4.5
+    assert len(told_s) >= 8
+    assert all(0.5 <= after - before < 0.65 for before, after in pairwise(told_s))
+
+
 def test_a_winner_starts_without_those_that_do_not_fit_beside_it() -> None:
     """Where activations of all that would join it exceed what is left beside a live task."""
     requests = [SimulatedRequest(f"r{i}", 0.0, tokens, 100.0) for i, tokens in enumerate([64, 100, 1900, 70])]
@@ -854,7 +870,7 @@ def test_tasks_with_log_probabilities_of_prompts_say_nothing_of_how_long_prefill
 
 def test_a_task_that_took_twice_as_long_is_seen_by_what_waits_and_by_what_is_suspended() -> None:
     model = SimpleNamespace(predict_s=lambda batch: 1e-3 * sum(shape.new_tokens for shape in batch))
-    ttft = AdaptiveTTFT(model, 0.5)
+    ttft = AdaptiveTTFT(0.5, model)
     small, large = [PrefillShape(100)], [PrefillShape(2000)]
     waiting, suspended = ttft.pace(small), ttft.pace(large)
     assert not ttft.follow()
@@ -898,7 +914,7 @@ def test_tiles_are_told_how_fast_prefills_are_and_not_what_the_profile_says(wron
     requests = [SimulatedRequest(f"r{i}", 10.0 * i, 100 + 700 * (i % 5), 100.0) for i in range(100)]
     server = SimulatedServer(SimulatedDevice(0, HostCosts()), model, requests)
     profiled = SimpleNamespace(predict_s=lambda batch: wrong * model.forward_s(sum(new for new, _ in batch)))
-    server.hub.work.ttft = AdaptiveTTFT(profiled, 0.75)
+    server.hub.work.ttft = AdaptiveTTFT(0.75, profiled)
     server.hub.tiles = tiles = ToldTiles()
     server.run_all()
     right_s = model.forward_s(YARDSTICK.new_tokens)

@@ -137,6 +137,20 @@ def test_a_misspelt_option_in_the_environment(refusal, monkeypatch):
         (["--ssl-certfile=cert.pem"], "--ssl-certfile: servers and gateway speak plain HTTP here; use a proxy"),
         (["--enable-ssl-refresh"], "--enable-ssl-refresh: servers and gateway speak plain HTTP"),
         (["--gateway-args", "--tls-cert-path cert.pem"], "--tls-cert-path: servers and gateway speak plain HTTP"),
+        (["--gateway-args", "--host 0.0.0.0"], "--host cannot be passed on to the gateway: use --host of the launcher"),
+        (["--gateway-args", "--port=1"], "--port cannot be passed on to the gateway: use --ports of the launcher"),
+        (["--gateway-args", "--worker-urls http://a"], "--worker-urls cannot be passed on to the gateway: use"),
+        (["--gateway-args", "--prefill http://a 1"], "--prefill cannot be passed on to the gateway: use --prefill N"),
+        (["--gateway-args", "--decode http://a"], "--decode cannot be passed on to the gateway: use --decode N, or"),
+        (["--gateway-args", "--api-key secret"], "--api-key cannot be passed on to the gateway: use --api-key of the"),
+        (["--nnodes", "2"], "--nnodes 2: launch.py starts the servers of this machine alone"),
+        (["--nnode=2"], "on each node, run `FLOWPREFILL=1 sglang serve …`"),
+        (["--decode-args", "--tp 16 --nnodes 2"], "tell the gateway of node 0 with POST /workers"),
+        (["--prefill-args", "--tp '2"], "--prefill-args --tp '2: no closing quotation"),
+        (["--decode-args", 'a"'], '--decode-args a": no closing quotation'),
+        (["--gateway-args", "a\\"], "--gateway-args a\\: no escaped character"),
+        (["--flowprefill-overload", "shed"], "are for servers that prefill and decode (--unified): the clients"),
+        (["--flowprefill-max-queued-tokens", "default:9"], "are for servers that prefill and decode (--unified)"),
     ],
 )
 def test_an_sglang_option_that_cannot_work(refusal, options, text):
@@ -182,6 +196,31 @@ def test_a_config_file_that_cannot_be_read(refusal, caplog, tmp_path, name, text
     assert not caplog.records, "which would be more lines"
 
 
+def test_a_config_file_that_asks_for_several_nodes(refusal, tmp_path):
+    (tmp_path / "nodes.yaml").write_text("nnodes: 2")
+    for options in (["--config", "nodes.yaml"], ["--prefill-args", "--config=nodes.yaml"]):
+        assert "--nnodes 2: launch.py starts the servers of this machine alone" in refusal("--ports", "0", *options)
+
+
+def test_a_plugin_that_sglang_does_not_find(refusal, monkeypatch):
+    monkeypatch.setattr(preflight, "entry_points", lambda **which: ())
+    line = refusal("--flowprefill", "--ports", "0")
+    assert "SGLang finds no plugin flowprefill (entry point of the group sglang.srt.plugins)" in line
+    assert "run `pip install .` in the folder of sgl-flowprefill" in line
+    with pytest.raises(AssertionError, match="a server was about to start"):
+        cli.main(["--ports", "0"])
+
+
+def test_a_platform_of_another_package_that_keeps_the_plugin_from_being_loaded(refusal, monkeypatch, tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    monkeypatch.setattr(machine, "gpu_count", lambda: 2)
+    monkeypatch.setenv("SGLANG_PLATFORM", "other")
+    options = ["--ports", "0", "--model-path", str(tmp_path)]
+    assert "SGLANG_PLATFORM=other keeps SGLang from loading the plugins" in refusal("--flowprefill", *options)
+    with pytest.raises(AssertionError, match="a server was about to start"):
+        cli.main(options)
+
+
 def test_a_second_config_file_of_a_server(refusal, tmp_path):
     for name in ("one.yaml", "two.yaml"):
         (tmp_path / name).write_text("enable-metrics: true")
@@ -211,11 +250,15 @@ def test_free_ports_are_chosen_where_none_is_given(busy_port):
         (["--join", "http://127.0.0.1:1"], "--join needs --role prefill, decode or unified"),
         (["--startup-timeout-s", "0"], "argument --startup-timeout-s: expected seconds above 0, got 0"),
         (["--startup-timeout-s", "long"], "argument --startup-timeout-s: expected seconds above 0, got long"),
+        (["--drain-timeout-s", "-1"], "argument --drain-timeout-s: expected seconds, 0 or more, got -1"),
+        (["--drain-timeout-s", "long"], "argument --drain-timeout-s: expected seconds, 0 or more, got long"),
         (["--role", "router"], "argument --role: invalid choice: 'router'"),
         (["--role", "prefill"], "--role prefill needs --join URL"),
         (["--role", "decode", "--join", "gateway:30000"], "--join gateway:30000: expected a gateway's URL such as"),
         (["--role", "decode", "--join", "http://"], "--join http://: expected a gateway's URL"),
         (["--role", "decode", "--join", "http://no.such.host.invalid"], "--join http://no.such.host.invalid: "),
+        (["--role", "decode", "--join", "http://10.0.0..1:30000"], "--join http://10.0.0..1:30000: "),
+        (["--host", "10.0.0..1"], "--host 10.0.0..1: no such address"),
         (["--role", "prefill", "--join", "http://127.0.0.1:1", "--decode", "2"], "--role prefill takes no --decode"),
         (["--role", "gateway", "--join", "http://127.0.0.1:1"], "--role gateway takes no --join"),
         (["--role", "gateway", "--tp", "2"], "--role gateway starts no SGLang server, got --tp 2"),
@@ -240,6 +283,22 @@ def test_a_fleet_that_cannot_work(refusal, options, text):
 def test_a_gateway_that_cannot_be_joined(refusal, status, text):
     with answering(lambda path, headers: (status, "{}")) as url:
         assert f"--join {url}: {text}" in refusal("--role", "decode", "--join", url)
+
+
+@pytest.mark.parametrize(
+    ("url", "can_be_reached"),
+    [("http://127.0.0.1:29100", False), ("http://[::1]:29100", False), ("http://10.1.2.4:29100", True)],
+)
+def test_a_gateway_whose_servers_only_its_own_machine_reaches(refusal, monkeypatch, url, can_be_reached):
+    monkeypatch.setattr(machine, "address_towards", lambda host, port: "203.0.113.7")
+    workers = json.dumps({"workers": [{"worker_type": "decode", "url": url}]})
+    with answering(lambda path, headers: (200, workers)) as gateway:
+        line = refusal("--role", "prefill", "--join", gateway)
+    if can_be_reached:
+        assert "--host 203.0.113.7: this machine does not have that address" in line
+    else:
+        assert f"--join {gateway}: the gateway has decode servers that listen on its own machine only" in line
+        assert "where those at 203.0.113.7 cannot reach them; start that gateway with --role gateway" in line
 
 
 def test_memory_for_every_server(refusal, monkeypatch):
@@ -296,6 +355,10 @@ def test_what_a_unified_server_has_no_use_for(refusal, options, text):
         (["--unified", "2", "--lora-backend", "ascend"], "--lora-backend ascend cannot work with FlowPrefill"),
         (["--unified", "2", "--dp-size", "2"], "launch.py has --prefill N and --unified N"),
         (["--unified", "2", "--ssl-certfile=c"], "--ssl-certfile: servers and gateway speak plain HTTP here; use a"),
+        (
+            ["--unified", "2", "--flowprefill-overload", "shed", "--tp", "2", "--attn-dp-size", "2"],
+            "--flowprefill-max-queued-tokens cannot work with data-parallel attention yet: the rank that decides knows",
+        ),
         (["--role", "unified"], "--role unified needs --join URL, the gateway's (python launch.py --role gateway --un"),
         (["--role", "prefill", "--unified", "--join", "http://127.0.0.1:1"], "--role prefill takes no --unified"),
         (["--role", "unified", "--decode", "1", "--join", "http://127.0.0.1:1"], "--role unified takes no --decode"),

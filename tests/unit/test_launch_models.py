@@ -120,3 +120,70 @@ def test_memory_of_weights_that_are_float32_already(refusal, monkeypatch, tmp_pa
         weights.truncate(500_000_000)
     monkeypatch.setattr(machine, "available_memory_bytes", lambda: 10**9)
     assert f"need about {needed} GB" in refusal("--model-path", str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("options", "needed"),
+    [
+        ([], 8.0),
+        (["--dtype", "auto"], 8.0),
+        (["--dtype", "float32"], 8.0),
+        (["--dtype", "bfloat16"], 7.0),
+        (["--dty=bfloat16"], 7.0),
+        (["--decode-args", "--dtype bfloat16"], 7.5),
+    ],
+)
+def test_weights_take_twice_the_memory_where_they_are_made_float32(refusal, monkeypatch, tmp_path, options, needed):
+    weigh(tmp_path, "model.safetensors")
+    monkeypatch.setattr(machine, "available_memory_bytes", lambda: 10**9)
+    assert f"need about {needed} GB" in refusal("--model-path", str(tmp_path), *options)
+
+
+@pytest.mark.parametrize(
+    ("files", "index", "needed"),
+    [
+        (["pytorch_model.bin"], None, 8.0),
+        (["model.safetensors", "pytorch_model.bin"], None, 8.0),
+        (["one.safetensors", "two.safetensors"], None, 10.0),
+        (["one.safetensors", "two.safetensors", "consolidated.safetensors"], ["one", "two", "two", "missing"], 10.0),
+    ],
+)
+def test_weights_that_are_there_twice_count_once(refusal, monkeypatch, tmp_path, files, index, needed):
+    weigh(tmp_path, *files)
+    if index is not None:
+        shards = {f"weight {number}": f"{name}.safetensors" for number, name in enumerate(index)}
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
+    monkeypatch.setattr(machine, "available_memory_bytes", lambda: 10**9)
+    assert f"need about {needed} GB" in refusal("--model-path", str(tmp_path))
+
+
+def weigh(model, *files):
+    """Make a directory one of a model whose ``files`` have 0.5 GB each."""
+    (model / "config.json").write_text("{}")
+    for file in files:
+        with open(model / file, "wb") as weights:
+            weights.truncate(500_000_000)
+
+
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors.index.json"])
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"{", "cannot be read (Expecting property name"),
+        (b"\xff", "cannot be read ('utf-8' codec can't decode"),
+        (b"[]", "has no options of a model"),
+    ],
+)
+def test_a_model_whose_files_are_broken(refusal, tmp_path, file, content, reason):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / file).write_bytes(content)
+    assert f"model {tmp_path}: {file} {reason}" in refusal("--model-path", str(tmp_path))
+
+
+def test_a_model_in_a_directory_that_this_user_may_not_enter(refusal, monkeypatch):
+    def forbidden(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "is_dir", forbidden)
+    line = refusal("--model-path", "/others/model")
+    assert "model /others/model: Permission denied; let this user read it, or give another --model-path" in line

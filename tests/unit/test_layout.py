@@ -24,7 +24,9 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = "sgl_flowprefill"
 FOLDERS = ("bench", "patches", "profiling")
 NO_SOURCE = shutil.ignore_patterns(".*", "out", "build", "dist", "*.egg-info", "__pycache__")
-KEY = "deploy/kubernetes/api-key.txt"
+KEY = "deploy/kubernetes/common/api-key.txt"
+HIDDEN = (".gitignore", ".dockerignore")
+"""Files that a source distribution has and ``NO_SOURCE`` leaves out: a test reads them."""
 BUILD_SDIST = "import sys; from setuptools.build_meta import build_sdist; build_sdist(sys.argv[1])"
 BUILD_WHEEL = BUILD_SDIST.replace("build_sdist", "build_wheel")
 BUILD_EDITABLE = BUILD_SDIST.replace("build_sdist", "build_editable")
@@ -71,6 +73,8 @@ def pip_wheel(source, directory):
 def checkout(tmp_path_factory):
     """The tree as a clone would have it, where builds may leave files, and a key that somebody deploys with."""
     tree = shutil.copytree(ROOT, tmp_path_factory.mktemp("source") / "tree", symlinks=True, ignore=NO_SOURCE)
+    for name in HIDDEN:
+        shutil.copy(ROOT / name, tree)
     (tree / KEY).write_text("secret")
     return tree
 
@@ -117,7 +121,8 @@ def test_the_source_distribution_has_the_folders_once_and_builds_the_same_wheel(
     }
     assert [name for name in members if name.startswith(tuple(f"{PACKAGE}/{folder}/" for folder in FOLDERS))] == []
     assert KEY not in members
-    assert str(Path(KEY).with_name("prefill.yaml")) in members
+    assert str(Path(KEY).with_name("kustomization.yaml")) in members
+    assert set(HIDDEN) < members.keys()
     assert {"mkdocs.yml", "docs/index.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md"} < members.keys()
     rebuilt = pip_wheel(sdist, tmp_path / "wheel")
     assert modules_and_data(rebuilt) == modules_and_data(wheel)

@@ -9,7 +9,7 @@ import os
 import random
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -18,7 +18,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sgl_flowprefill.patches import affinity
+from sgl_flowprefill.config import ENV_SCHEDULER_CPUS
 from sgl_flowprefill.profiling import Profile, ProfileError, Row, Setting, make_design
 from sgl_flowprefill.profiling.fitted import fit
 from sgl_flowprefill.profiling.learned import Learned, begin, learned_path, read_learned, write_learned
@@ -26,6 +26,7 @@ from sgl_flowprefill.runtime.learner import Learner, LearningTTFT, other_cpus
 from sgl_flowprefill.ttft import PrefillShape
 from sgl_flowprefill.ttft.learning import REFIT_TASKS
 from tests.unit.test_ttft_learning import Cost, cost_s, slow_attention, tasks
+from tests.waiting import until
 
 SETTING = Setting(model="m-1", device="made up", dtype="float32", attention_backend="none", threads=1, sglang="0")
 WAIT_S = 120.0
@@ -65,7 +66,7 @@ class Server:
 
     def answered(self) -> None:
         """Wait until nothing is asked any more."""
-        wait_for(lambda: not self.learner.is_busy)
+        until(lambda: not self.learner.is_busy, WAIT_S)
 
     def look(self) -> None:
         """What a hub does at an event."""
@@ -76,13 +77,6 @@ class Server:
     def error(self) -> float:
         apes = [abs(self.ttft.predict(batch).expected_s / cost_s(batch) - 1) for batch in tasks(200, 99)]
         return float(np.median(apes))
-
-
-def wait_for(is_so: Callable[[], bool]) -> None:
-    end_s = time.monotonic() + WAIT_S
-    while not is_so():
-        assert time.monotonic() < end_s, "still not so"
-        time.sleep(0.01)
 
 
 @pytest.fixture
@@ -140,19 +134,19 @@ def test_it_runs_after_everything_else_on_other_cpus_than_the_scheduler(tmp_path
     cpu = max(os.sched_getaffinity(0))
     learner = Learner(None, {cpu})
     learner.start()
-    wait_for(lambda: learner.process is not None)
+    until(lambda: learner.process is not None, WAIT_S)
     process = learner.process
     assert process is not None
-    wait_for(lambda: os.getpriority(os.PRIO_PROCESS, process.pid) == 19)
+    until(lambda: os.getpriority(os.PRIO_PROCESS, process.pid) == 19, WAIT_S)
     assert os.sched_getaffinity(process.pid) == {cpu}
     process.kill()
 
 
 def test_the_other_cpus_are_those_of_no_rank(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(affinity.ENV_CPUS, raising=False)
+    monkeypatch.delenv(ENV_SCHEDULER_CPUS, raising=False)
     assert other_cpus() == set()
     monkeypatch.setattr(os, "cpu_count", lambda: 4)
-    monkeypatch.setenv(affinity.ENV_CPUS, "0|2")
+    monkeypatch.setenv(ENV_SCHEDULER_CPUS, "0|2")
     assert other_cpus() == {1, 3}
 
 

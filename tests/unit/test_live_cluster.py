@@ -145,7 +145,10 @@ def test_a_launchers_servers_leave_the_timeline_to_it_and_have_event_logs_of_the
     assert "FLOWPREFILL_TIMELINE" not in env
 
 
-def test_a_server_writes_its_timeline_when_it_ends_however_it_ends(tmp_path: Path) -> None:
+@pytest.mark.parametrize("node_rank", [0, 1])
+def test_the_first_node_of_a_server_writes_its_timeline_when_it_ends_however_it_ends(
+    tmp_path: Path, node_rank: int
+) -> None:
     pytest.importorskip("sglang")
     from sgl_flowprefill.patches.live import writing_timeline
 
@@ -157,6 +160,9 @@ def test_a_server_writes_its_timeline_when_it_ends_however_it_ends(tmp_path: Pat
     class Mode:
         disaggregation_mode = "null"
 
+        def __init__(self, node_rank: int) -> None:
+            self.node_rank = node_rank
+
     def launch_server(server_args: Mode) -> None:
         log = EventLog(config.events_file)
         log.write(Arrival, 1.0, "the-request", 100, 1.0, 2.0, 1.0)
@@ -164,5 +170,8 @@ def test_a_server_writes_its_timeline_when_it_ends_however_it_ends(tmp_path: Pat
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        writing_timeline(config)(launch_server, Mode())
-    assert b"the-request" in file.read_bytes()
+        writing_timeline(config)(launch_server, Mode(node_rank))
+    assert file.exists() == (node_rank == 0)
+    assert Path(config.events_file).read_text().startswith("of another run") == (node_rank > 0)
+    if node_rank == 0:
+        assert b"the-request" in file.read_bytes()

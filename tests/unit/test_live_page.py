@@ -73,4 +73,54 @@ def test_a_page_that_nobody_sees_asks_for_nothing_and_one_with_a_key_asks_for_it
         asyncio.run(look(url))
 
 
+LOST = "{ name: 'another', state: null, age_s: 0, attainment: [], misses: [], error: 'it cannot be reached' }"
+SHOW_LOST = f"show({{ servers: [{LOST}], window_s: 300, bin_s: 15 }})"
+SILENT = """window.asked = 0; window.fetch = (url, options) => {
+  window.asked += 1;
+  const nothing = new ReadableStream({
+    start: stream => options.signal.addEventListener('abort', () => stream.error(options.signal.reason)),
+  });
+  return Promise.resolve(new Response(nothing));
+}; null"""
+NO_TIMELINE = """const fetched = window.fetch; window.fetch = (url, options) =>
+  url.includes('timeline') ? Promise.resolve(new Response('', { status: 500 })) : fetched(url, options); null"""
+
+
+def test_of_a_server_that_says_nothing_of_itself_nothing_of_another_is_shown() -> None:
+    async def look(url: str) -> None:
+        async with chromium() as page:
+            await page.open(url + PAGE, 1280, 800)
+            await page.until(f"{ROWS} === 9")
+            await page.value(HIDE.format("true"))  # it hears no more
+            await page.value(SHOW_LOST)
+            shown = await page.value("document.body.innerText")
+            assert "it cannot be reached" in shown
+            for text in ("kept-1", "runs and 2 more", "feasible", "requests wait", "A block is a prefill"):
+                assert text not in shown, shown
+            assert page.errors == []
+
+    with served(Scheduler()) as url:
+        asyncio.run(look(url))
+
+
+def test_a_server_that_sends_nothing_for_long_is_asked_again_and_what_is_wrong_is_said_until_it_is_not() -> None:
+    async def look(url: str) -> None:
+        async with chromium() as page:
+            await page.open(url + PAGE, 1280, 800)
+            await page.until(f"{ROWS} === 9")
+            await page.value(NO_TIMELINE)
+            await page.value("document.getElementById('trace').click()")
+            words = "document.getElementById('words').innerText"
+            await page.until(f"{words} === 'The timeline cannot be loaded: status 500'")
+            await asyncio.sleep(1)  # some more states are shown
+            assert await page.value(words) == "The timeline cannot be loaded: status 500"
+            await page.value(HIDE.format("true"))
+            await page.value(SILENT)
+            await page.value(HIDE.format("false"))
+            await page.until("window.asked >= 2")
+
+    with served(Scheduler()) as url:
+        asyncio.run(look(url))
+
+
 pytestmark = pytest.mark.timeout(300)

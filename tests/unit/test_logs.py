@@ -37,6 +37,17 @@ def test_a_log_is_emptied_by_a_launcher_and_kept_by_its_servers(tmp_path):
     assert server.log_start == len("one\n")
 
 
+def test_what_a_launcher_has_logged_is_kept_until_the_second_one_after_it(tmp_path):
+    log = tmp_path / "server.log"
+    kept = []
+    for number in range(3):
+        with logs.held(log):
+            kept.append(logs.earlier(log).read_text() if logs.earlier(log).exists() else None)
+            log.write_text(f"of launcher {number}\n")
+    assert kept == [None, "of launcher 0\n", "of launcher 1\n"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["server.1.log", "server.log"]
+
+
 def test_the_last_lines_are_the_end_of_a_log_whatever_it_has(tmp_path):
     log = tmp_path / "server.log"
     assert logs.last_lines(log) == ""

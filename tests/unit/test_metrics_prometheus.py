@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from sgl_flowprefill.metrics import alerts, dashboard, queries
-from sgl_flowprefill.metrics.table import PREFIX, TTFT_MET, TTFT_MISSED
+from sgl_flowprefill.metrics.table import PREDICTION_ERROR, PREFIX, TTFT_MET, TTFT_MISSED, TTFT_MODEL
 from tests.prometheus import Prometheus, assert_everything_can_be_asked, needs_prometheus, scraping
 
 pytestmark = needs_prometheus
@@ -89,8 +89,12 @@ class TestAlerts:
             {"series": f'{TTFT_MET.series}{{slo_class="chat"}}', "values": met},
             {"series": f'{TTFT_MISSED.series}{{slo_class="chat", cause="overload"}}', "values": missed},
         ]
-        firing = 'count by (alertname, slo_class) (ALERTS{alertstate="firing"})'
         samples = [{"labels": f'{{alertname="{name}", slo_class="chat"}}', "value": 1} for name in sorted(names)]
+        self.evaluate(minute, series, "alertname, slo_class", samples)
+
+    def evaluate(self, minute: int, series: list[dict[str, str]], by: str, samples: list[dict[str, Any]]) -> None:
+        """Of these series, alerts with the labels of these samples fire by then, told apart by the labels ``by``."""
+        firing = f'count by ({by}) (ALERTS{{alertstate="firing"}})'
         test: dict[str, Any] = {
             "rule_files": ["alerts.yaml"],
             "evaluation_interval": "5m",
@@ -116,6 +120,31 @@ class TestAlerts:
         """For an hour nearly all were late, and for the last forty minutes none."""
         self.fires(100, met="0+10x60 610+100x40", missed="0+90x60 5400+0x40",
                    names={"FlowPrefillTTFTSlowBurn", "FlowPrefillTTFTCreepingBurn"})  # fmt: skip
+
+    def test_a_service_that_misses_fires_beside_a_large_one_that_does_not(self) -> None:
+        def series(job: str, met: str, missed: str) -> list[dict[str, str]]:
+            labels = f'slo_class="chat", model_name="tiny", job="{job}"'
+            return [
+                {"series": f"{TTFT_MET.series}{{{labels}}}", "values": met},
+                {"series": f'{TTFT_MISSED.series}{{{labels}, cause="overload"}}', "values": missed},
+            ]
+
+        names = ("Creeping", "Fast", "Slow", "Steady")
+        self.evaluate(
+            100,
+            [*series("large", "0+10000x100", "0+0x100"), *series("small", "0+10x100", "0+90x100")],
+            "alertname, job",
+            [{"labels": f'{{alertname="FlowPrefillTTFT{name}Burn", job="small"}}', "value": 1} for name in names],
+        )
+
+    def test_a_slow_correction_fires_only_where_prefills_have_run_since(self) -> None:
+        series = []
+        for instance, prefills in (("busy", "0+3x100"), ("idle", "500+0x100")):
+            labels = f'job="sglang", instance="{instance}"'
+            series.append({"series": f'{TTFT_MODEL.series}{{value="correction", {labels}}}', "values": "3+0x100"})
+            series.append({"series": f"{PREDICTION_ERROR.full_name}_count{{{labels}}}", "values": prefills})
+        fires = {"labels": '{alertname="FlowPrefillSlowerThanProfiled", instance="busy"}', "value": 1}
+        self.evaluate(100, series, "alertname, instance", [fires])
 
     def test_a_few_requests_page_nobody(self) -> None:
         self.fires(60, met="0+0x60", missed="0+0.2x60", names=set())

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 from prometheus_client import CollectorRegistry
 
+from sgl_flowprefill.hub.device import HostStamp
+from sgl_flowprefill.hub.failure import Failure
 from sgl_flowprefill.hub.waiting import WaitingRequest
 from sgl_flowprefill.policy import Job
 from sgl_flowprefill.runtime.event_recorder import EventRecorder
@@ -81,7 +83,7 @@ def test_an_event_costs_what_the_hub_takes_from_a_stop_to_what_runs_next() -> No
 def test_gauges_show_what_is_suspended_and_what_waits() -> None:
     requests = [SimulatedRequest("long", 0.0, 10_000, 100.0), SimulatedRequest("urgent", 0.7, 2000, 1.5)]
     requests += [SimulatedRequest("late", 0.8, 2000, 1e-3), SimulatedRequest("lax", 0.8, 500, 90.0)]
-    requests.append(SimulatedRequest("tightest", 1.3, 100, 0.2))
+    requests.append(SimulatedRequest("tightest", 1.4, 600, 0.4))
     measured = Measured(requests)
     shown = []
     while measured.server.hub.turn():
@@ -125,9 +127,37 @@ def test_requests_that_cannot_be_run_yet_are_not_ready_and_refused_ones_are_shed
     assert found["ttft_slo_missed_total{slo_class=chat,cause=failed}"] == 1
 
 
+def test_time_in_forward_passes_counts_once_when_a_prefill_goes_on_and_however_it_ends() -> None:
+    registry = CollectorRegistry()
+    recorder = EventRecorder(None, Metrics(LABELS, decodes=True, registry=registry), decodes=True)
+
+    def task(number: int, ran_s: float) -> Any:
+        return SimpleNamespace(
+            id=number, rids=[], reqs=[], operators_passed=3, has_run=True, spans=[(HostStamp(0.0), HostStamp(ran_s))]
+        )
+
+    def counted_s() -> float:
+        recorder.flush()
+        return samples(registry)["flowprefill:forward_seconds_total"]
+
+    suspended, failed, given_back = task(0, 1.0), task(1, 10.0), task(2, 100.0)
+    for _ in range(2):
+        recorder.resumed(suspended, 5.0)
+    assert counted_s() == 1.0
+    suspended.spans.append((HostStamp(5.0), HostStamp(8.0)))
+    recorder.dropped(suspended)
+    assert counted_s() == 4.0
+    recorder.failed(failed, Failure.of(ValueError("it fails"), 3, []))
+    assert counted_s() == 14.0
+    recorder.given_back(given_back)
+    assert counted_s() == 114.0
+
+
 def test_a_switch_that_no_news_led_to_is_no_preemption() -> None:
     measured = Measured([])
-    task: Any = SimpleNamespace(id=0, rids=["a"], operators_passed=3, readable_s=1.0, has_run=True, new_tokens=10)
+    task: Any = SimpleNamespace(
+        id=0, rids=["a"], operators_passed=3, readable_s=1.0, has_run=True, new_tokens=10, spans=[]
+    )
     measured.recorder.suspended(task, task, stopped_s=4.9, now_s=5.0, news_readable_s=float("inf"))
     measured.recorder.resumed(task, 6.0)
     measured.recorder.flush()

@@ -13,9 +13,9 @@ from prometheus_client import CollectorRegistry, generate_latest
 
 from sgl_flowprefill.events import Abort, Arrival, Fail
 from sgl_flowprefill.metrics import dashboard, queries
-from sgl_flowprefill.metrics.table import CAUSES, MOST_CLASSES, OTHER, PREFIX, TABLE, Kind, Unit
+from sgl_flowprefill.metrics.table import CAUSES, MOST_CLASSES, OTHER, PREFIX, SHED, TABLE, TTFT_MISSED, Kind, Unit
 from sgl_flowprefill.misses import Cause
-from sgl_flowprefill.runtime.metrics import Metrics, Situation
+from sgl_flowprefill.runtime.metrics import WRITTEN_EVERY_S, Metrics, Situation
 from tests.metrics_exporter import Told, served
 
 ROOT = Path(__file__).parents[2]
@@ -77,6 +77,11 @@ def test_the_dashboard_shows_every_metric_and_no_two_panels_overlap() -> None:
         taken |= cells
         ids.add(panel["id"])
     assert len(ids) == len(dashboard.dashboard()["panels"])
+
+
+def test_no_stack_has_requests_twice() -> None:
+    for panel in dashboard.panels():
+        assert not panel.stacked or not {SHED, TTFT_MISSED} <= set(panel.metrics), panel.title
 
 
 def test_a_query_with_a_name_that_no_metric_has_is_refused() -> None:
@@ -141,7 +146,7 @@ def test_requests_count_once_by_class_and_cause() -> None:
     assert counted == {
         "flowprefill:ttft_slo_met_total{slo_class=default}": 1,
         "flowprefill:ttft_slo_missed_total{slo_class=default,cause=overload}": 1,
-        "flowprefill:ttft_slo_missed_total{slo_class=default,cause=decode_place}": 1,
+        "flowprefill:ttft_slo_missed_total{slo_class=default,cause=not_ready}": 1,
         "flowprefill:ttft_slo_missed_total{slo_class=default,cause=failed}": 1,
         "flowprefill:ttft_slo_met_total{slo_class=batch}": 1,
         "flowprefill:ttft_slo_missed_total{slo_class=batch,cause=failed}": 1,
@@ -247,6 +252,13 @@ def test_where_events_are_few_the_next_one_writes_what_is_left() -> None:
     metrics.preempted(0.004, 0.003)
     metrics.decided(1e-5, now_s=10.0)
     assert samples(registry)["flowprefill:preemptions_total"] == 1
+
+
+def test_whoever_decides_hears_when_there_is_more_to_write() -> None:
+    metrics = Metrics(LABELS, registry=CollectorRegistry())
+    assert metrics.decided(1e-5, now_s=10.0) == 10.0 + WRITTEN_EVERY_S
+    assert metrics.decided(1e-5, now_s=10.1) == 10.0 + WRITTEN_EVERY_S
+    assert metrics.decided(1e-5, now_s=10.6) == 10.6 + WRITTEN_EVERY_S
 
 
 def test_tokens_and_steps_count_on_a_server_that_decodes() -> None:

@@ -59,17 +59,17 @@ def test_prefills_that_ran_before_it_and_longer_than_predicted_count_only_where_
     assert cause(overrun_s=0.4, **late) is Cause.OVERLOAD
 
 
-def test_time_that_passed_before_the_scheduler_heard_of_it_is_told_from_waiting_for_the_decode_server() -> None:
+def test_time_that_passed_before_the_scheduler_heard_of_it_is_told_from_what_it_had_to_wait_for_then() -> None:
     late = {"computed_s": 12.0, "first_token_s": 12.1}
     assert cause(arrived_s=10.75, ready_s=10.75, **late) is Cause.LATE_ON_ARRIVAL
-    assert cause(arrived_s=10.65, ready_s=10.75, **late) is Cause.DECODE_PLACE
+    assert cause(arrived_s=10.65, ready_s=10.75, **late) is Cause.NOT_READY
     assert cause(arrived_s=10.65, ready_s=10.65, **late) is Cause.OVERLOAD
 
 
-def test_a_request_that_never_got_a_place_at_the_decode_server_missed_for_that() -> None:
+def test_a_request_that_could_never_be_run_missed_for_that() -> None:
     never = {"ready_s": None, "alone_s": None, "took_s": None, "computed_s": None, "first_token_s": None}
-    assert cause(**never) is Cause.DECODE_PLACE
-    assert cause(ended_s=50.0, **never) is Cause.DECODE_PLACE, "its client gave up long after"
+    assert cause(**never) is Cause.NOT_READY
+    assert cause(ended_s=50.0, **never) is Cause.NOT_READY, "its client gave up long after"
 
 
 def test_kv_cache_that_comes_too_late_of_a_prefill_that_was_in_time_is_the_transfer() -> None:

@@ -29,7 +29,7 @@ from sgl_flowprefill.patches.request_slo import Objectives
 from sgl_flowprefill.slo import Objective, PriorityClasses, SloError
 from sgl_flowprefill.slo.asked import body_ask, header_asks
 from sgl_flowprefill.slo.policy import parse
-from sgl_flowprefill.slo.resolve import Ask, Request, Resolver, TightRequests
+from sgl_flowprefill.slo.resolve import Ask, PerMinute, Request, Resolver
 
 POLICY = parse(
     """
@@ -160,8 +160,80 @@ def test_each_api_key_has_a_rate_of_its_own_where_the_policy_says_so() -> None:
     assert first == [0.3, 1.0, 0.3]
 
 
+def test_a_class_has_no_more_requests_because_clients_name_it_than_it_may_have() -> None:
+    """Further ones go by the rules and ``default``, and what they ask for besides is bounded there."""
+    policy = parse(
+        """
+classes:
+  quick: {ttft_s: 0.5, tbt_s: 0.05, weight: 4, named_per_minute: 2}
+  long: {ttft_s: 60}
+  default: {ttft_s: 3, min_ttft_s: 1}
+priorities: {10: quick, 0: default}
+service_tiers: {priority: quick}
+smg_priorities: {system: quick}
+rules: [{class: long, min_prompt_tokens: 1000}, {class: quick, max_prompt_tokens: 10}]
+""",
+        "policy.yaml",
+    )
+    named = Request([Ask("body", slo_class="quick")], prompt_tokens=100)
+    beyond = Objective(3.0, 0.1, "default", "policy file, beyond named_per_minute")
+    ways = [
+        named,
+        replace(named, asks=list(header_asks(Headers({"x-flowprefill-slo-class": "quick"}), policy))),
+        replace(named, asks=list(header_asks(Headers({"x-smg-priority": "system"}), policy))),
+        Request(priority=10, prompt_tokens=100),
+        Request(service_tier="priority", prompt_tokens=100),
+        replace(named, asks=[Ask("body", slo_class="quick", ttft_s=0.5)]),
+    ]
+    for way in ways:
+        served = Resolver(5.0, 0.1, policy=policy)
+        found = [served.resolve(way, now_s=1.0) for _ in range(4)]
+        assert [one.slo_class for one in found] == ["quick", "quick", "default", "default"]
+        assert [one.weight for one in found] == [4.0, 4.0, 1.0, 1.0]
+        assert served.resolve(named, now_s=31.0).slo_class == "quick", "half a minute later one more"
+    served = Resolver(5.0, 0.1, policy=policy)
+    assert [served.resolve(named, 0.0) for _ in range(3)][2] == beyond
+    assert served.resolve(replace(named, prompt_tokens=2000), 0.0).slo_class == "long"
+    tight = served.resolve(replace(named, asks=[Ask("body", 0.2, slo_class="quick")]), 0.0)
+    assert (tight.ttft_s, tight.slo_source) == (1.0, "body, beyond named_per_minute, raised to min_ttft_s")
+    # What clients do not name is not counted: rules, SGLang's own priority, a class that says nothing in the end.
+    assert [served.resolve(Request(prompt_tokens=5), 0.0).slo_class for _ in range(3)] == ["quick"] * 3
+    given = Request(prompt_tokens=50, default_priority=10)
+    assert [served.resolve(given, 0.0).slo_class for _ in range(3)] == ["quick"] * 3
+    fresh = Resolver(5.0, 0.1, policy=policy)
+    for _ in range(3):
+        asked = Request([Ask("body", slo_class="long", tbt_s=1.0), Ask("header h", slo_class="quick")])
+        assert fresh.resolve(asked, 0.0).slo_class == "long"
+    assert fresh.resolve(named, 0.0).slo_class == "quick"
+
+
+def test_no_detour_leads_past_how_often_a_class_may_be_named() -> None:
+    """A class without objectives, named first, would get the request those of the next."""
+    policy = parse("classes: {quick: {ttft_s: 0.5, named_per_minute: 1}, none: {}, default: {ttft_s: 3}}", "f")
+    served = Resolver(5.0, 0.1, policy=policy)
+    detour = Request([Ask("body", slo_class="none"), Ask("header h", slo_class="quick")])
+    assert [served.resolve(detour, 0.0).ttft_s for _ in range(3)] == [0.5, 3.0, 3.0]
+
+
+def test_each_api_key_may_name_a_class_so_often_where_the_policy_says_so() -> None:
+    policy = parse("classes: {quick: {ttft_s: 0.5, named_per_minute: 1, tight_by: api_key}}", "f")
+    served, named = Resolver(5.0, 0.1, policy=policy), Request([Ask("body", slo_class="quick")], api_key="a")
+    classes = [served.resolve(one, 0.0).slo_class for one in (named, named, replace(named, api_key="b"))]
+    assert classes == ["quick", "default", "quick"]
+
+
+def test_the_priority_that_sglang_gives_all_others_counts_behind_the_service_tier() -> None:
+    given = Request(service_tier="flex", prompt_tokens=50, default_priority=10)
+    assert policed().resolve(given, 0.0).slo_source == "service_tier"
+    found = policed().resolve(replace(given, service_tier="auto"), 0.0)
+    assert (found.slo_class, found.slo_source) == ("interactive", "default priority")
+    assert policed().resolve(replace(given, priority=0, service_tier=None), 0.0).slo_class == "keyed"
+    by_option = Resolver(5.0, 0.1, PriorityClasses.parse("10:0.5,0:2"))
+    assert by_option.resolve(Request(default_priority=3), 0.0) == Objective(2.0, 0.1, slo_source="default priority")
+
+
 def test_a_minute_has_at_most_twice_its_rate() -> None:
-    bucket = TightRequests()
+    bucket = PerMinute()
     times = [0.5 * index for index in range(240)]
     taken = [now_s for now_s in times if bucket.take(("class", ""), 10.0, now_s)]
     for start_s in times:
@@ -301,10 +373,17 @@ def http(body: Any, headers: dict[str, str] | None = None) -> HttpRequest:
 MANAGER = SimpleNamespace(served_model_name="served-8B")
 
 
-async def passed(hooks: Objectives, request: Any, sampling: Any = None, priority: int | None = None) -> dict[str, Any]:
-    """The ``custom_params`` with which a prompt leaves for the scheduler."""
+async def passed(
+    hooks: Objectives,
+    request: Any,
+    sampling: Any = None,
+    priority: int | None = None,
+    default_priority: int | None = None,
+) -> dict[str, Any]:
+    """The ``custom_params`` with which a prompt leaves for the scheduler of a server with this ``default_priority``."""
 
     async def generate_request(manager: Any, obj: Any, request: Any) -> AsyncIterator[Any]:
+        obj.priority = default_priority if obj.priority is None else obj.priority  # as SGLang does
         custom_params = (obj.sampling_params or {}).get("custom_params")
         tokenized = SimpleNamespace(
             sampling_params=SimpleNamespace(custom_params=custom_params), input_ids=range(len(obj.text.split()))
@@ -430,12 +509,90 @@ def test_a_stream_with_a_wrong_objective_is_a_400_before_it_begins(
 
 @pytest.mark.parametrize("claimed_s", [None, 1_790_000_000.0, -1.0])
 def test_a_generate_request_is_received_when_it_comes_whatever_its_body_says(claimed_s: float | None) -> None:
-    async def received_s(obj: GenerateReqInput, request: Any) -> float | None:
-        return obj.received_time
+    now_s = iter([5.0, 9.0])
+    hooks = Objectives(policed(), clock=lambda: next(now_s))
 
-    hooks = Objectives(policed(), clock=lambda: 5.0)
+    async def endpoint(obj: GenerateReqInput, request: Any) -> list[float]:
+        return [time_s async for time_s in hooks.read_request(received_s, MANAGER, obj, request)]
+
     obj = GenerateReqInput(text="a b c", received_time=claimed_s)
-    assert asyncio.run(hooks.receive(received_s, obj, http({"received_time": claimed_s}))) == 5.0
+    assert asyncio.run(hooks.check_first(endpoint, obj, http({"received_time": claimed_s}))) == [5.0]
+
+
+async def received_s(manager: Any, obj: GenerateReqInput, request: Any) -> AsyncIterator[float]:
+    await asyncio.sleep(0)
+    assert obj.received_time is not None
+    yield obj.received_time
+
+
+def test_what_is_generated_after_an_answer_counts_from_when_it_begins_and_what_runs_beside_it_does_not() -> None:
+    """As turns behind tools do, and pieces of a long recording, which have the time of the first."""
+    now_s = iter([5.0, 6.0, 9.0])
+    hooks = Objectives(policed(), clock=lambda: next(now_s))
+
+    async def endpoint(handler: Any, *, raw_request: Any) -> list[float]:
+        def generate(claimed_s: float | None) -> Any:
+            obj = GenerateReqInput(text="a", received_time=claimed_s)
+            return anext(aiter(hooks.read_request(received_s, MANAGER, obj, raw_request)))
+
+        beside = await asyncio.gather(generate(None), generate(1.0))
+        return [*beside, await generate(1.0), await generate(None)]
+
+    found = asyncio.run(hooks.check_first(endpoint, "handler", raw_request=http({})))
+    assert found == [5.0, 5.0, 6.0, 9.0]
+
+
+def test_an_endpoint_that_gets_its_http_request_by_name_is_checked_first_too() -> None:
+    """As that of transcriptions does, whose body is a form."""
+    hooks = Objectives(policed())
+
+    async def endpoint(handler: Any, *, raw_request: Any) -> str:
+        return "begun"
+
+    wrong = http(b"--boundary", {"x-slo-ttft-ms": "soon"})
+    with pytest.raises(HTTPException, match="positive, finite number of milliseconds"):
+        asyncio.run(hooks.check_first(endpoint, "handler", raw_request=wrong))
+    assert asyncio.run(hooks.check_first(endpoint, "handler", raw_request=http(b"--boundary"))) == "begun"
+
+
+def test_the_priority_that_sglang_gives_a_request_is_not_what_its_client_asks_for() -> None:
+    """SGLang gives it also where it passes no priority of the body on."""
+    hooks = Objectives(policed())
+    assert promised(hooks, http({"priority": -5}), default_priority=10) == (10.006, "batch", "priority")
+    assert promised(hooks, http({}), priority=0, default_priority=10)[1:] == ("keyed", "priority")
+    assert promised(hooks, http({"service_tier": "flex"}), default_priority=10)[1:] == ("batch", "service_tier")
+    assert promised(hooks, http({}), default_priority=10)[1:] == ("interactive", "default priority")
+
+
+def test_a_prompt_of_embeddings_is_as_long_as_they_are_many() -> None:
+    hooks = Objectives(policed())
+
+    async def generate(manager: Any, obj: Any, request: Any) -> AsyncIterator[Any]:
+        embeds = [[0.5]] * 10_000
+        tokenized = SimpleNamespace(
+            sampling_params=SimpleNamespace(custom_params=None), input_ids=None, input_embeds=embeds
+        )
+        hooks.resolve(tokenized, manager, obj)
+        yield tokenized.sampling_params.custom_params
+
+    async def sent() -> Any:
+        obj = GenerateReqInput(input_embeds=[[0.5]] * 10_000)
+        return await anext(aiter(hooks.read_request(generate, MANAGER, obj)))
+
+    found = asyncio.run(sent())
+    assert (found["slo_class"], found["ttft_slo"]) == ("batch", 30.0)
+
+
+def test_an_api_key_is_the_same_however_its_scheme_is_spelt() -> None:
+    hooks = Objectives(policed(), clock=lambda: 0.0)
+
+    def promised_s(key: str) -> float:
+        body = {"custom_params": {"slo_class": "keyed", "ttft_slo": 0.3}}
+        return promised(hooks, http(body, {"Authorization": key}))[0]
+
+    spelt = ("Bearer k", "bearer k", "BEARER   k", "Bearer k ", "k")
+    assert [promised_s(key) for key in spelt] == [0.3, 1.0, 1.0, 1.0, 1.0]
+    assert promised_s("Bearer other") == 0.3
 
 
 @pytest.mark.parametrize("by_endpoint_s", [None, 4.0], ids=["sglang.Engine", "OpenAI"])

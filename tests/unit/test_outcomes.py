@@ -74,6 +74,20 @@ def test_on_a_prefill_server_the_outcome_waits_for_the_transfer() -> None:
     assert len(outcomes) == 0
 
 
+@pytest.mark.parametrize(("left_s", "expected"), [(10.95, (None, Cause.ABORTED)), (11.2, (False, Cause.TRANSFER))])
+def test_a_client_that_goes_while_its_kv_cache_is_sent_misses_nothing_before_the_deadline(
+    left_s: float, expected: tuple[bool | None, Cause]
+) -> None:
+    outcomes = Outcomes(decodes=False)
+    told(outcomes, PREEMPTED)
+    leave = Leave(left_s, "short", "Prefill transfer failed", aborted=True)
+    [short] = outcomes.read(leave)
+    assert (short.verdict, short.ttft_s, short.reason) == (expected, None, None)
+    in_order = sorted([*PREEMPTED, leave], key=lambda event: event.t_s)
+    later = next(request for request in History.of(in_order).requests if request.rid == "short")
+    assert later.verdict == expected
+
+
 def test_an_answer_that_ends_much_later_changes_no_outcome() -> None:
     outcomes = Outcomes(decodes=True)
     told(outcomes, PREEMPTED)

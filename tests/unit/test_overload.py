@@ -5,14 +5,15 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+from collections.abc import AsyncGenerator, AsyncIterator
 from pathlib import Path
 from random import Random
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from fastapi import HTTPException
-from fastapi.responses import JSONResponse
+from fastapi import BackgroundTasks, HTTPException
+from fastapi.responses import JSONResponse, StreamingResponse
 
 from sgl_flowprefill.config import ConfigError, FlowPrefillConfig
 from sgl_flowprefill.events import AnyEvent, Arrival, Complete, Resume, Shed, Start, Step, Suspend
@@ -355,12 +356,12 @@ def test_openai_endpoints_answer_with_429_and_retry_after_streams_and_lists_too(
         except HTTPException as raised:
             return overload.tell_refusal(error_response, handler, raised.detail, "429", raised.status_code)
 
-    assert told(asyncio.run(overload.answer_openai(handle, None))) == (429, "7", "later")
+    assert told(asyncio.run(overload.answer(handle, None, raises=True))) == (429, "7", "later")
 
     async def other(handler: Any) -> Any:
         return overload.tell_refusal(error_response, handler, "of somebody else", "429", 429)
 
-    assert told(asyncio.run(overload.answer_openai(other, None))) == (429, None, "of somebody else")
+    assert told(asyncio.run(overload.answer(other, None, raises=True))) == (429, None, "of somebody else")
 
 
 def test_an_endpoint_that_makes_any_exception_a_400_answers_with_429_all_the_same() -> None:
@@ -398,7 +399,73 @@ def test_a_stream_that_has_begun_stays_as_sglang_makes_it() -> None:
         return await refused(True)
 
     async def client() -> Any:
-        return await (await overload.answer_openai(handle, None))
+        return await (await overload.answer(handle, None, raises=True))
 
     assert asyncio.run(client()) is REFUSED
     assert asyncio.run(refused(True)) is REFUSED, "of /generate"
+
+
+@pytest.mark.parametrize("raises", [True, False], ids=["/generate", "/v1/messages"])
+def test_a_stream_is_refused_with_429_before_it_begins(raises: bool) -> None:
+    aborts = BackgroundTasks()
+
+    async def events() -> AsyncIterator[Any]:
+        yield await refused(is_stream=True)
+
+    async def handle(*_: Any) -> Any:
+        return StreamingResponse(events(), background=aborts)
+
+    response = asyncio.run(overload.answer(handle, None, None, raises=raises))
+    assert (response.status_code, response.headers["Retry-After"]) == (429, "7")
+    assert json.loads(response.body)["error"]["message"] == "later"
+    assert response.background is (None if raises else aborts)
+
+
+def test_a_stream_that_is_served_has_all_of_its_events_and_may_still_be_refused_in_part() -> None:
+    async def events() -> AsyncIterator[Any]:
+        yield b"first"
+        yield await refused(is_stream=True)
+        yield b"last"
+
+    async def handle(*_: Any) -> Any:
+        return StreamingResponse(events())
+
+    async def client() -> tuple[int, list[Any]]:
+        response = await overload.answer(handle, None, None, raises=True)
+        return response.status_code, [event async for event in response.body_iterator]
+
+    assert asyncio.run(client()) == (200, [b"first", REFUSED, b"last"])
+
+
+CREATED = ["event: response.created\ndata: {}\n\n", "event: response.in_progress\ndata: {}\n\n"]
+
+
+@pytest.mark.parametrize("tools", [[], ["a tool"]])
+@pytest.mark.parametrize("is_refused", [False, True])
+def test_events_before_the_answer_are_held_back_unless_more_of_them_may_be(is_refused: bool, tools: list[str]) -> None:
+    """Streams of /v1/responses, which say that a response is created before anything is computed."""
+
+    async def events() -> AsyncIterator[str]:
+        for event in CREATED:
+            yield event
+        if is_refused:
+            await refused(is_stream=True)
+        yield "event: response.output_item.added\ndata: {}\n\n"
+
+    async def create(*_: Any) -> Any:
+        return events()
+
+    handler = SimpleNamespace(
+        create_error_response=lambda message: overload.tell_refusal(error_response, None, message)
+    )
+
+    async def client() -> Any:
+        response = await overload.answer(create, handler, SimpleNamespace(tools=tools), None)
+        return [event async for event in response] if isinstance(response, AsyncGenerator) else told(response)
+
+    sent = asyncio.run(client())
+    if is_refused and not tools:
+        assert sent == (429, "7", "later")
+    else:
+        assert sent[:2] == CREATED
+        assert len(sent) == 3

@@ -13,6 +13,7 @@ from sglang.srt import platforms as sglang_platforms
 from sglang.srt.platforms.interface import SRTPlatform
 
 from sgl_flowprefill import platforms
+from sgl_flowprefill.cluster.commands import CPU_PLATFORM, PLATFORM_VARIABLE
 from sgl_flowprefill.platforms import ATTENTION_BACKEND
 from sgl_flowprefill.platforms.cpu import PortableCpuPlatform
 
@@ -40,7 +41,7 @@ def test_an_accelerator_keeps_its_own_platform(device: str, monkeypatch: pytest.
 
 def test_asking_by_name_wins_over_an_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sglang_platforms, "_is_cuda_available", lambda: True)
-    monkeypatch.setenv("SGLANG_PLATFORM", platforms.PLATFORM_NAME)
+    monkeypatch.setenv(PLATFORM_VARIABLE, CPU_PLATFORM)  # as the launcher does
     assert platforms.activate() is not None
 
 

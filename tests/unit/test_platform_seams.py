@@ -26,10 +26,17 @@ from sglang.srt.managers.schedule_batch import Req
 from sglang.srt.plugins.hook_registry import HookRegistry
 from sglang.srt.sampling.sampling_params import SamplingParams
 
-from sgl_flowprefill.config import ENV_SWITCH, ConfigError, FlowPrefillConfig
+from sgl_flowprefill.config import (
+    ENV_DECODE_SLEEP,
+    ENV_SCHEDULER_CPUS,
+    ENV_SWITCH,
+    ConfigError,
+    FlowPrefillConfig,
+)
 from sgl_flowprefill.contract import installed, supported
 from sgl_flowprefill.patches import (
     affinity,
+    attention_choice,
     cpu_tp,
     decode_idle,
     decode_order,
@@ -55,7 +62,7 @@ from tests import warm
 def own_registry(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(HookRegistry, "_hooks", defaultdict(list))
     monkeypatch.setattr(HookRegistry, "_patched", set())
-    monkeypatch.setenv(affinity.ENV_CPUS, str(min(os.sched_getaffinity(0))))
+    monkeypatch.setenv(ENV_SCHEDULER_CPUS, str(min(os.sched_getaffinity(0))))
 
 
 def other_shape(*_anything: Any) -> None:
@@ -86,6 +93,8 @@ SEAMS: list[tuple[Callable[[], None], str]] = [
     (lone_prefill.apply, lone_prefill.TARGET),
     (made_weights.apply, made_weights.TARGET),
     (static_memory.apply, static_memory.TARGET),
+    (attention_choice.apply, attention_choice.DEFAULT),
+    (attention_choice.apply, attention_choice.OF_MODELS),
     (kv_share.apply, kv_share.TARGET),
 ]
 
@@ -109,7 +118,7 @@ def test_a_changed_target_is_refused_by_name(
     [
         *(nixl_dram.apply, nixl_sleep.apply, cpu_tp.apply, wakeups.apply, decode_idle.apply, affinity.apply),
         *(token_ids.apply, apply_decode_order, handed_back.apply, lone_prefill.apply, made_weights.apply),
-        *(static_memory.apply, kv_share.apply),
+        *(static_memory.apply, kv_share.apply, attention_choice.apply),
     ],
 )
 def test_the_installed_sglang_has_the_expected_shape(apply: Callable[[], None]) -> None:
@@ -216,11 +225,11 @@ def hears_of_transfers() -> bool:
     return hasattr(CommonKVManager.update_status, "__wrapped__")
 
 
-@pytest.mark.parametrize(("variables", "hears"), [({}, False), ({decode_idle.ENV_SWITCH: "1"}, True)])
+@pytest.mark.parametrize(("variables", "hears"), [({}, False), ({ENV_DECODE_SLEEP: "1"}, True)])
 def test_who_has_nothing_of_the_plugin_on_has_no_hook(
     variables: Mapping[str, str], hears: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in (ENV_SWITCH, decode_idle.ENV_SWITCH):
+    for name in (ENV_SWITCH, ENV_DECODE_SLEEP):
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
@@ -278,7 +287,7 @@ def test_cpu_lists(text: str, cpus: set[int], monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize("text", ["a", "", "7", "0-9", "3-2"])
 def test_cpus_that_are_not_there_are_refused(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
-    with pytest.raises(ConfigError, match=affinity.ENV_CPUS):
+    with pytest.raises(ConfigError, match=ENV_SCHEDULER_CPUS):
         affinity.parse_cpus(text)
 
 

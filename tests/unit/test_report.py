@@ -25,8 +25,10 @@ from sgl_flowprefill.bench.reports.publish import publish
 from sgl_flowprefill.bench.reports.table import comparison_table
 from sgl_flowprefill.bench.workloads.synthetic import qwen_like
 from sgl_flowprefill.bench.workloads.trace import Trace
-from sgl_flowprefill.events import EventLog, Suspend
+from sgl_flowprefill.events import EventLog, Leave, Ready, Suspend
+from sgl_flowprefill.outcomes import Outcomes
 from sgl_flowprefill.provenance import PROVENANCE
+from tests.told import arrival, complete, start
 
 FIGURES = {"requests", "completed", "ttft_attainment", "goodput_rps", "ttft_p50_s", "ttft_p99_s"}
 PREEMPTION = {"preemptions", "blocking_p50_s", "blocking_p99_s", "blocking_max_s"}
@@ -99,6 +101,38 @@ def test_report_json_has_every_field(comparison: Comparison, tmp_path: Path) -> 
     assert set(report) >= {"time_scale", "seed", "rate_rps", "model", *PROVENANCE}
     assert report["versions"]["sglang"]
     assert report["rate_rps"] == pytest.approx(comparison.trace.rate_rps)
+
+
+def test_the_page_says_which_requests_missed_and_why_as_metrics_do_and_where_to_look(
+    comparison: Comparison, tmp_path: Path
+) -> None:
+    events = [
+        arrival(50.0, "warm-up", 50.1),
+        start(50.0, 0, "warm-up"),
+        complete(51.0, 0, "warm-up"),
+        Leave(51.1, "warm-up"),
+        arrival(110.0, "late-one", 111.0, tokens=12_345),
+        Ready(110.0, "late-one", 110.0, 12_345, 0, 0.2),
+        start(110.1, 1, "late-one"),
+        complete(112.0, 1, "late-one", forward_s=1.9),
+        Leave(112.1, "late-one"),
+    ]
+    log = EventLog(tmp_path / "missed.jsonl")
+    log.begin(decodes=False)
+    for event in events:
+        log.write(lambda event=event: event)  # type: ignore[misc]
+    log.flush()
+    outcomes = Outcomes(decodes=False)
+    causes = {outcome.rid: outcome.cause for event in events for outcome in outcomes.read(event)}
+    trace = comparison.trace
+    ours = SystemResult.of("ours", "Ours", run_of(trace, 1), trace, event_log=tmp_path / "missed.jsonl")
+    [one] = ours.missed
+    assert (one.rid, one.cause) == ("late-one", causes["late-one"]), "the other one is not of the run"
+    assert (one.late_s, one.at_s) == (pytest.approx(1.1), pytest.approx(60.0))
+    page = render_html(dataclasses.replace(comparison, systems=[ours]))
+    for text in (f"By cause: 1 {one.cause}.", "<code>late-one</code>", "12,345", "1.10 s", "60.0 s"):
+        assert text in page
+    assert "why requests missed" not in render_html(comparison)
 
 
 def with_gaps(comparison: Comparison, *gaps_s: float) -> Comparison:

@@ -428,7 +428,7 @@ def test_a_forecast_without_what_was_withdrawn_is_that_of_the_others() -> None:
     left: list[tuple[int, Entry]] = []
     for second in range(300):
         forecast.arrived(float(second), 0.7, 2.0, pace)
-        left.append((second + 7 * (second % 20), forecast.counted(0.7, 2.0, pace)))
+        left.append((second + 7 * (second % 20), forecast.entry(0.7, 2.0, pace)))
         for each in (forecast, others):
             each.arrived(float(second), 0.1 + 0.01 * (second % 7), 1.0)
         for gone in [entry for entry in left if entry[0] <= second]:

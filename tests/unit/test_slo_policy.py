@@ -6,7 +6,6 @@ import logging
 import os
 import signal
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -14,6 +13,7 @@ import pytest
 from sgl_flowprefill.config import ConfigError, FlowPrefillConfig
 from sgl_flowprefill.slo.policy import PolicyError, SloClass, SloPolicy, parse
 from sgl_flowprefill.slo.policy_file import PolicyFile, read_policy
+from tests.waiting import until
 
 ROOT = Path(__file__).parents[2]
 GOOD = "classes:\n  a: {ttft_s: 1}\n"
@@ -55,6 +55,7 @@ def test_a_file_may_say_nothing(text: str) -> None:
         ("classes:\n  a:\n    ttft_s: 1\n    base_s: 2\n", "f:2: classes.a: a class has ttft_s or base_s, not both"),
         ("classes:\n  a: {per_1k_tokens_s: 1}\n", "f:2: classes.a: per_1k_tokens_s goes with base_s"),
         ("classes:\n  a: {tight_per_minute: 1}\n", "f:2: classes.a: tight_per_minute goes with"),
+        ("classes:\n  a:\n    named_per_minute: 0\n", "f:3: classes.a.named_per_minute: input should be greater"),
         ("classes:\n  a: {ttft_s: 1, min_ttft_s: 2}\n", "f:2: classes.a: min_ttft_s may not be above"),
         ("classes:\n  a: {tbt_s: 1, min_tbt_s: 2}\n", "f:2: classes.a: min_tbt_s may not be above"),
         ("classes:\n  a: {}\n  b: {}\n  a: {}\n", "f:4: classes.a: is there twice"),
@@ -148,6 +149,19 @@ def test_a_file_with_a_mistake_keeps_the_policy_and_says_so_once(
     assert watched.seconds() == [1, 22]
 
 
+def test_a_file_that_was_emptied_keeps_the_policy(watched: Watched, caplog: pytest.LogCaptureFixture) -> None:
+    for text in ("", "\n"):
+        watched.path.write_text(text)
+        watched.file.look()
+        watched.file.look()
+        watched.file.look(now=True)
+    assert watched.seconds() == [1]
+    assert f"{watched.path} is empty" in caplog.text
+    watched.path.write_text("{}")
+    watched.file.look(now=True)
+    assert [list(policy.classes) for policy in watched.policies] == [["a"], []]
+
+
 def test_a_file_that_is_replaced_is_seen_though_its_time_and_size_are_the_same(watched: Watched) -> None:
     other = watched.path.with_suffix(".new")
     other.write_text(GOOD.replace("1", "2"))
@@ -162,6 +176,8 @@ def test_a_file_that_is_replaced_is_seen_though_its_time_and_size_are_the_same(w
 def test_sighup_reads_the_file_at_once_and_the_thread_sees_changes(watched: Watched) -> None:
     assert threading.current_thread() is threading.main_thread()
     before = signal.getsignal(signal.SIGHUP)
+    programs_own: list[int] = []
+    signal.signal(signal.SIGHUP, lambda number, _frame: programs_own.append(number))
     try:
         watched.file.watch()
         for count in (2, 3):
@@ -170,13 +186,14 @@ def test_sighup_reads_the_file_at_once_and_the_thread_sees_changes(watched: Watc
         watched.path.write_text(OTHER)
         wait_for(watched, 4)
         assert watched.seconds() == [1, 1, 1, 22]
+        assert programs_own == [signal.SIGHUP] * 2, "what the program does at a SIGHUP, it goes on doing"
     finally:
         signal.signal(signal.SIGHUP, before)
 
 
 def wait_for(watched: Watched, policies: int) -> None:
-    for _ in range(600):
-        if len(watched.policies) >= policies:
-            return
-        time.sleep(0.1)
-    raise AssertionError(f"{len(watched.policies)} policies, not {policies}")
+    until(
+        lambda: len(watched.policies) >= policies,
+        60,
+        say=lambda: f"{len(watched.policies)} policies, not {policies}",
+    )

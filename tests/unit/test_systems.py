@@ -32,7 +32,7 @@ from sgl_flowprefill.bench.systems.catalog import (
     simulated,
     systems_page,
 )
-from sgl_flowprefill.bench.systems.serving import Servers
+from sgl_flowprefill.bench.systems.serving import Servers, where_to_watch
 from sgl_flowprefill.bench.systems.tuning import RECORD, UNTUNED, rival
 from sgl_flowprefill.config import FlowPrefillConfig
 from sgl_flowprefill.policy import DecodeLimits
@@ -102,6 +102,17 @@ def test_settings_are_accepted_by_those_who_read_them() -> None:
         assert parsed.enable_mixed_chunk == asked.mixed
         assert (parsed.prefill_decode_interval or 0) == asked.interval
         assert not system.wants_priority or asked.order == "priority"
+
+
+def test_servers_with_metrics_have_them_alike_and_that_with_flowprefill_can_be_watched() -> None:
+    servers = Servers().with_metrics()
+    ours, stock = (servers.cluster(SYSTEMS[name], Path("logs"), None) for name in ("flowprefill", "sglang"))
+    assert ours.server_args == stock.server_args == ("--enable-metrics",)
+    assert servers.with_metrics() == servers
+    assert where_to_watch(ours, "http://here:1") == ["http://here:1/flowprefill", "http://here:1/metrics"]
+    assert where_to_watch(stock, "http://here:1") == []
+    without = Servers().cluster(SYSTEMS["flowprefill"], Path("logs"), None)
+    assert where_to_watch(without, "http://here:1") == ["http://here:1/flowprefill"]
 
 
 def test_only_the_prefill_scheduler_differs_between_clusters() -> None:

@@ -325,7 +325,7 @@ def least_pairs(lengths: list[tuple[int, int]]) -> int:
 
 
 @pytest.mark.parametrize("name", BACKENDS)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(batches, st.integers(1, 6000), st.booleans(), st.sampled_from([0.0, 20.0]))
 def test_tiles_give_what_the_whole_operator_gives(
     name: str, lengths: list[tuple[int, int]], tile_pairs: int, paged: bool, cap: float

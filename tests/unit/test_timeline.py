@@ -21,6 +21,7 @@ from sgl_flowprefill.events import (
     Fail,
     GiveBack,
     Leave,
+    Log,
     Ready,
     Resume,
     Step,
@@ -188,9 +189,9 @@ def test_requests_without_a_place_at_the_decode_server_wait_for_it_to_the_end() 
     )
     verdicts = {rid: request.verdict for rid, request in by_rid(history).items()}
     assert verdicts == {
-        "never": (False, Cause.DECODE_PLACE),
+        "never": (False, Cause.NOT_READY),
         "refused": (None, Cause.INVALID),
-        "late": (False, Cause.DECODE_PLACE),
+        "late": (False, Cause.NOT_READY),
     }
     assert doings(by_rid(history)["never"].parts)[-1] == ("waiting for the decode server", 10.0, 11.7)
 
@@ -198,26 +199,84 @@ def test_requests_without_a_place_at_the_decode_server_wait_for_it_to_the_end() 
 def test_a_server_that_was_started_again_has_lost_what_it_had() -> None:
     history = History.of(
         [
+            Log(9.0, "0.1.0", decodes=True),
             arrival(10.0, "ran", 30.0),
             arrival(10.1, "waited", 30.0),
-            start(10.2, 7, "ran"),
+            ready(10.1, "waited", 1.0),
+            start(10.2, 1, "ran"),
+            Log(19.0, "0.1.0", decodes=True),
+            arrival(19.9, "waits", 30.0),
             arrival(20.0, "warm-up", 30.0),
             start(20.1, 0, "warm-up"),
             complete(20.3, 0, "warm-up", forward_s=0.2),
         ]
     )
     requests = by_rid(history)
-    assert {rid: request.lost_s for rid, request in requests.items()} == {"ran": 20.1, "waited": 20.1, "warm-up": None}
-    assert doings(requests["waited"].parts)[-1] == ("waiting", 10.1, 20.1)
+    lost_s = {rid: request.lost_s for rid, request in requests.items()}
+    assert lost_s == {"ran": 19.0, "waited": 19.0, "waits": None, "warm-up": None}
+    assert doings(requests["waited"].parts)[-1] == ("waiting", 10.1, 19.0)
     assert requests["warm-up"].verdict.met is True
     assert [task.end is None for task in history.tasks] == [True, False]
 
 
-def test_logs_of_earlier_versions_have_requests_that_could_be_run_at_once() -> None:
-    older = [event for event in PREEMPTED if not isinstance(event, Ready | Leave)]
-    long, short = History.of(older).requests
-    assert [what for what, *_ in short.parts] == ["on the way to the scheduler", "waiting", "running"]
-    assert (short.verdict.met, long.late_s) == (True, pytest.approx(0.1))
+def test_what_a_server_is_is_said_by_its_first_line_and_not_by_what_has_happened_there() -> None:
+    computed = [arrival(10.0, "a", 11.0), ready(10.0, "a", 0.5), start(10.1, 0, "a"), complete(10.9, 0, "a")]
+    [decodes] = History.of([Log(9.0, "0.1.0", decodes=True), *computed]).requests
+    assert decodes.verdict == (True, None), "before its first decode step"
+    [prefills] = History.of([Log(9.0, "0.1.0", decodes=False), *computed]).requests
+    assert prefills.verdict == (None, None), "before anything has been sent"
+    assert doings(prefills.parts)[:1] == doings(decodes.parts)[:1]
+
+
+def test_only_on_a_prefill_server_does_a_request_that_cannot_be_run_wait_for_a_decode_server() -> None:
+    events = [arrival(10.0, "never", 11.0), arrival(12.0, "later", 20.0)]
+    for decodes, what in ((True, "not ready"), (False, "waiting for the decode server")):
+        never, _ = History.of([Log(9.0, "0.1.0", decodes), *events]).requests
+        assert never.verdict == (False, Cause.NOT_READY)
+        assert "decode server" not in str(never.verdict.cause)
+        assert doings(never.parts)[-1] == (what, 10.0, 12.0)
+
+
+def test_a_stream_that_is_computed_again_waited_for_the_others_that_ran_before_its_first_token() -> None:
+    history = History.of(
+        [
+            Log(9.0, "0.1.0", decodes=True),
+            arrival(9.9, "other", 20.0),
+            ready(9.9, "other", 0.2),
+            start(10.0, 0, "other"),
+            arrival(10.0, "stream", 20.0),
+            ready(10.01, "stream", 0.3),
+            complete(10.2, 0, "other"),
+            start(10.2, 1, "stream"),
+            complete(10.5, 1, "stream"),
+            start(12.0, 2, "stream"),  # it was retracted
+            complete(13.0, 2),
+            Leave(14.0, "stream"),
+        ]
+    )
+    assert by_rid(history)["stream"].others_s == pytest.approx(0.2)
+
+
+def test_what_runs_is_one_thing_at_a_time_though_a_step_begins_while_what_was_queued_before_it_runs(
+    tmp_path: Path,
+) -> None:
+    events = [
+        start(10.1, 0, "long"),
+        suspend(10.25, 0, "long", "short", readable_s=10.24),
+        start(10.25, 1, "short"),
+        Step(10.3, 2, 10.2, None),
+        complete(10.4, 1, "short"),
+        Resume(10.4, 0, ["long"], 7),
+        complete(11.0, 0, "long"),
+    ]
+    write_timeline([written(tmp_path / "events.jsonl", events)], tmp_path / "it.pftrace")
+    read = Trace()
+    read.ParseFromString((tmp_path / "it.pftrace").read_bytes())
+    [track] = [packet.track_descriptor.uuid for packet in read.packet if packet.track_descriptor.name == "what runs"]
+    on_it = [packet for packet in read.packet if packet.track_event.track_uuid == track]
+    times = [packet.timestamp for packet in on_it]
+    assert times == sorted(times)
+    assert len(times) == 2 * 4, "long, the step behind it, short, and long again"
 
 
 def test_only_news_makes_an_arrow() -> None:
@@ -268,8 +327,8 @@ def test_the_picture_is_of_the_seconds_with_the_most_preemptions(tmp_path: Path)
 
 
 def test_an_empty_log_has_an_empty_timeline(tmp_path: Path) -> None:
-    [history] = write_timeline([written(tmp_path / "events.jsonl", [])], tmp_path / "made" / "it.pftrace")
-    assert (history.requests, history.tasks) == ([], [])
+    [(name, history)] = write_timeline([written(tmp_path / "events.jsonl", [])], tmp_path / "made" / "it.pftrace")
+    assert (name, history.requests, history.tasks) == ("events", [], [])
     assert (tmp_path / "made" / "it.pftrace").exists()
 
 
@@ -288,6 +347,34 @@ def test_counters_are_what_counting_anew_at_each_time_finds(seed: int) -> None:
     for time_s, slack_s in slacks.items():
         latest_s = [latest_s for begin_s, end_s, latest_s in waits if begin_s <= time_s < end_s]
         assert slack_s == (min(latest_s) - time_s if latest_s else 0.0)
+
+
+def test_pieces_of_one_servers_log_are_one_server_and_what_they_have_in_common_is_told_once(tmp_path: Path) -> None:
+    head = Log(9.0, "0.1.0", decodes=False)
+    later, earlier = [head, *PREEMPTED[5:]], [head, *PREEMPTED[:6]]
+    other = [Log(9.5, "0.1.0", decodes=False), arrival(11.0, "other", 12.0)]
+    logs = [
+        written(tmp_path / f"{name}.jsonl", events)
+        for name, events in (("later", later), ("other", other), ("earlier", earlier))
+    ]
+    whole, [other_one] = History.of([head, *PREEMPTED]), History.of(other).requests
+    told = dict(write_timeline(logs, tmp_path / "all.pftrace"))
+    assert list(told) == ["later", "other"]
+    assert [request.rid for request in told["other"].requests] == [other_one.rid]
+    for one, same in zip(told["later"].requests, whole.requests, strict=True):
+        assert (one.rid, one.verdict, one.parts) == (same.rid, same.verdict, same.parts)
+    assert len(told["later"].preemptions) == 1
+
+
+def test_where_times_go_back_another_server_begins_and_where_they_hardly_do_none_does(tmp_path: Path) -> None:
+    """As a machine that was started again, or several servers, write one file."""
+    hardly = [arrival(10.0, "a", 11.0), arrival(10.5, "b", 11.0), arrival(10.499, "c", 11.0)]
+    log = written(tmp_path / "events.jsonl", [*hardly, arrival(3.0, "again", 4.0)])
+    told = write_timeline([log], tmp_path / "it.pftrace")
+    assert [(name, [request.rid for request in history.requests]) for name, history in told] == [
+        ("events", ["a", "b", "c"]),
+        ("events 2", ["again"]),
+    ]
 
 
 # ---- the trace ----------------------------------------------------------------------------------------------------

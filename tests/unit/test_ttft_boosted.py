@@ -18,7 +18,7 @@ from sgl_flowprefill.ttft import BoostedTTFT, PrefillShape
 from sgl_flowprefill.ttft.boosted import train, undisturbed
 from sgl_flowprefill.ttft.features import COUNT, feature_matrix, single_matrix
 from sgl_flowprefill.ttft.trees import Trees
-from sgl_flowprefill.ttft.validation import STRATA, errors, extrapolation, fit_boosted, fit_cubic, hold_out
+from sgl_flowprefill.ttft.validation import STRATA, errors, extrapolation, fit_cubic, hold_out
 
 Batch = Sequence[PrefillShape]
 
@@ -56,7 +56,7 @@ def random_requests(count: int, seed: int = 1, longest: int = 20_000) -> list[Pr
 
 
 def test_held_out_lengths_and_batch_sizes_are_predicted_better_than_by_the_cubic() -> None:
-    ours, cubic = hold_out(BATCHES, TIMES_S, fit_boosted), hold_out(BATCHES, TIMES_S, fit_cubic)
+    ours, cubic = hold_out(BATCHES, TIMES_S, BoostedTTFT.fit), hold_out(BATCHES, TIMES_S, fit_cubic)
     of_all = errors(ours)
     assert of_all is not None
     assert of_all.median_ape <= 0.03
@@ -73,7 +73,7 @@ def test_beyond_the_longest_profiled_prompt_it_follows_the_physics(factor: int) 
     for tokens in (factor * 8192, factor * 6000):
         alone = [PrefillShape(tokens)]
         assert MODEL.predict_s(alone) == pytest.approx(cost_s(alone), rel=0.10)
-    for prediction in extrapolation(BATCHES, TIMES_S, fit_boosted, factor):
+    for prediction in extrapolation(BATCHES, TIMES_S, BoostedTTFT.fit, factor):
         assert prediction.ape < 0.15
 
 

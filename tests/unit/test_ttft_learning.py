@@ -428,7 +428,7 @@ def test_another_model_takes_over_with_what_the_last_tasks_say_of_the_machine() 
     exact = fit_rows(features_of(PROFILE), np.array([cost_s(shape) for shape in make_design(4096)]))
     pace = server.ttft.pace([PrefillShape(500)])
     observed = server.ttft.state()["observed"]
-    server.ttft.replace(exact.model, exact.residuals.tolist(), exact.kinds)
+    server.ttft.replace(*exact.parts())
     server.ttft.follow()
     assert server.ttft.correction == pytest.approx(2.0, rel=0.02)
     assert server.ttft.pace([PrefillShape(500)]) is pace, "what waits is paced by the new model, too"
@@ -441,7 +441,7 @@ def test_another_model_takes_over_with_what_the_last_tasks_say_of_the_machine() 
 
 
 def test_a_margin_is_that_of_batches_alike() -> None:
-    ttft = AdaptiveTTFT(BoostedTTFT.fit(make_design(4096), [cost_s(shape) for shape in make_design(4096)]), 0.9)
+    ttft = AdaptiveTTFT(0.9, BoostedTTFT.fit(make_design(4096), [cost_s(shape) for shape in make_design(4096)]))
     rng = random.Random(0)
     for batch in tasks(1500):
         noise = 0.3 if batch[0].cached_tokens else 0.02
@@ -455,7 +455,7 @@ def test_a_margin_is_that_of_batches_alike() -> None:
 
 
 def test_a_kind_of_batch_that_nobody_has_seen_has_a_wider_margin() -> None:
-    ttft = AdaptiveTTFT(FITTED.model, 0.9, FITTED.residuals.tolist(), FITTED.kinds)
+    ttft = AdaptiveTTFT(0.9, *FITTED.parts())
 
     def margin(batch: list[PrefillShape]) -> float:
         prediction = ttft.predict(batch)

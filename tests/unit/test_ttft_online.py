@@ -25,7 +25,7 @@ PROFILE: TTFTModel = Proportional()  # type: ignore[assignment]
 
 
 def adaptive(quantile: float = 0.5) -> AdaptiveTTFT:
-    return AdaptiveTTFT(PROFILE, quantile)
+    return AdaptiveTTFT(quantile, PROFILE)
 
 
 def run(ttft: AdaptiveTTFT, tasks: int, slower: float, noise: float = 0.0, seed: int = 0) -> None:
@@ -105,7 +105,7 @@ def test_the_chosen_share_of_tasks_stays_within_the_planned_time(quantile: float
 def test_the_margin_starts_as_the_profile_has_it() -> None:
     residuals = [random.Random(1).gauss(0, 0.1) for _ in range(400)]
     expected = sorted(residuals)[int(0.75 * len(residuals))]
-    assert math.log(AdaptiveTTFT(PROFILE, 0.75, residuals).margin) == pytest.approx(expected, abs=0.01)
+    assert math.log(AdaptiveTTFT(0.75, PROFILE, residuals).margin) == pytest.approx(expected, abs=0.01)
 
 
 def test_its_state_can_be_looked_at() -> None:
@@ -119,4 +119,4 @@ def test_its_state_can_be_looked_at() -> None:
 
 def test_a_quantile_is_between_0_and_1() -> None:
     with pytest.raises(ValueError, match="between 0 and 1, got 1"):
-        AdaptiveTTFT(PROFILE, 1.0)
+        AdaptiveTTFT(1.0, PROFILE)

@@ -6,6 +6,10 @@ import json
 import os
 import queue
 import random
+import signal
+import subprocess
+import sys
+import time
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -27,6 +31,7 @@ from sgl_flowprefill.profiling.run import LOOKS, Progress, Timing, partial_path,
 from sgl_flowprefill.provenance import PROVENANCE
 from sgl_flowprefill.ttft import PrefillShape
 
+ROOT = Path(__file__).parents[2]
 SETTING = Setting(model="m-1", device="made up", dtype="float32", attention_backend="none", threads=1, sglang="0")
 
 
@@ -365,6 +370,56 @@ def test_the_command_reports_on_the_model_that_it_is_given(
     assert profile_command.newest_profile("./newest/").name == "newest-1.parquet"
     assert profile_command.main(["--report", "--model-path", "somebody/model"]) == 2
     assert "with --model-path somebody/model; run `python launch.py profile --model-path" in capsys.readouterr().err
+
+
+COMMAND = """
+import os, sys
+from types import SimpleNamespace
+from sgl_flowprefill.cluster import cli, preflight
+layout = SimpleNamespace(
+    ranks=lambda role: 1,
+    server_options=lambda role: [],
+    server_env=lambda role: os.environ | {{"PYTHONPATH": {folder!r}}},
+)
+preflight.prepare = lambda config: layout
+sys.exit(cli.main(["profile", "-o", {path!r}, "--log-dir", {folder!r}]))
+"""
+MEASURING = """
+import json, os, signal, time
+from pathlib import Path
+
+def interrupted(number, frame):
+    print(json.dumps({{"path": {path!r}, "complete": False, "measured": 7}}), flush=True)
+    os._exit(0)
+
+signal.signal(signal.SIGINT, interrupted)
+for measured in range(4000):  # more than a pipe holds: the command has read some of it
+    print(json.dumps({{"elapsed_s": 1.0, "measured": measured, "what": "made up"}}), flush=True)
+Path({path!r}).touch()
+time.sleep(60)
+"""
+"""In place of the process that measures, before Python looks at which module it is to run."""
+
+
+def test_a_command_that_is_interrupted_lets_its_process_save_what_it_has_and_says_that_it_goes_on(
+    tmp_path: Path,
+) -> None:
+    partial = tmp_path / "p.partial.parquet"
+    (tmp_path / "sitecustomize.py").write_text(MEASURING.format(path=str(partial)))
+    script = COMMAND.format(folder=str(tmp_path), path=str(tmp_path / "p.parquet"))
+    with subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE, text=True) as command:
+        try:
+            while not partial.exists():
+                assert command.poll() is None
+                time.sleep(0.05)
+            time.sleep(0.5)  # it reads the rest
+            command.send_signal(signal.SIGINT)
+            out, _ = command.communicate(timeout=60)
+        finally:
+            command.kill()
+    assert command.returncode == 1
+    assert f"7 forward passes in {partial}" in out
+    assert "The same command goes on where this run stopped." in out
 
 
 def test_the_command_says_what_is_missing(

@@ -58,3 +58,9 @@ def test_another_answer_differs(comparison: StockComparison, other: dict[str, An
 def test_a_missing_answer_differs(comparison: StockComparison) -> None:
     comparison.compare({"r": ASK}, {})
     assert comparison.differences == ["r has no answer"]
+
+
+def test_nothing_compared_is_not_the_same(comparison: StockComparison) -> None:
+    comparison.compare({}, {})
+    with pytest.raises(AssertionError, match="nothing was compared"):
+        comparison.assert_same()

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Final, cast, get_type_hints
 
-AUTO: Final = "auto"
+from sgl_flowprefill.bench.workloads.formats import AUTO
 
 
 class OptionError(Exception):

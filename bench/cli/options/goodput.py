@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 from tyro.conf import UseAppendAction, arg
 
@@ -25,9 +25,8 @@ from sgl_flowprefill.bench.cli.options.values import (
     Unified,
     Workload,
 )
+from sgl_flowprefill.bench.metrics.judge import Judge
 from sgl_flowprefill.bench.systems.tuning import rival
-
-Judge = Literal["ttft", "gaps", "mean"]
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from sgl_flowprefill.bench.cli.options.replay import Replay
 from sgl_flowprefill.bench.cli.options.simulate import Simulate
 from sgl_flowprefill.bench.cli.options.uncontended import Uncontended
 from sgl_flowprefill.bench.cli.options.validate import UnifiedValidate, Validate
+from sgl_flowprefill.config import attach_values
 
 PROGRAM: Final = "python -m sgl_flowprefill.bench"
 SUMMARY: Final = "Traces, replay, comparison of systems. `COMMAND --help` shows the options of a command."
@@ -38,7 +39,7 @@ def parse(arguments: Sequence[str]) -> Command:
     """The options of the command that ``arguments`` name. Raises OptionError, and SystemExit where tyro has printed
     the help, or what it does not know.
     """
-    first, *rest = [*arguments[:1], *_joined(arguments[1:])] or [""]
+    first, *rest = [*arguments[:1], *attach_values(arguments[1:], WITH_ARGUMENTS)] or [""]
     name = FORMER_NAMES.get(first, first)
     kind: Any = next((command for command in COMMANDS if command.name == name), None)
     if "--unified" in rest:
@@ -61,14 +62,3 @@ def parse(arguments: Sequence[str]) -> Command:
 def _about(command: type[Command]) -> str:
     lines = [f"  {PROGRAM} {command.name} {options}" for options in command.examples]
     return "\n".join([f"{command.__doc__}", "", "Examples:", *lines])
-
-
-def _joined(arguments: Sequence[str]) -> list[str]:
-    """``--prefill-args VALUE`` as ``--prefill-args=VALUE``: a value like --tp would be taken for an option."""
-    joined: list[str] = []
-    for argument in arguments:
-        if joined and joined[-1] in WITH_ARGUMENTS:
-            joined[-1] += f"={argument}"
-        else:
-            joined.append(argument)
-    return joined

@@ -62,5 +62,32 @@ PART: Final = Part(
             "makes the events of a stream",
             "streams of /v1/chat/completions say nothing of what happened to their requests",
         ),
+        *rows(
+            "hooks",
+            "sglang.srt.entrypoints.openai.serving_responses:",
+            "OpenAIServingResponses._generate_with_builtin_tools(self, request_id, request_prompt, adapted_request, "
+            "...)",
+            "is where an answer of /v1/responses and its request object meet",
+            "answers of /v1/responses say nothing of what happened to their requests",
+        ),
+        *rows(
+            "hooks",
+            "sglang.srt.entrypoints.openai.protocol:",
+            "ResponsesResponse.from_request(cls, request, ...)",
+            "makes an answer, and what the last event of a stream has",
+            "answers of /v1/responses say nothing of what happened to their requests",
+        ),
+        *attributes(
+            "sglang.srt.entrypoints.openai.protocol:ResponsesResponse",
+            "metadata",
+            "is where an answer of /v1/responses has its report",
+            "answers of /v1/responses say nothing of what happened to their requests",
+        ),
+        *attributes(
+            "sglang.srt.managers.io_struct:GenerateReqInput",
+            "is_single batch_size",
+            "says whether a list has one prompt, whose report a stream has",
+            "streams of /v1/completions with a list of one prompt say nothing of what happened to it",
+        ),
     ),
 )

@@ -25,12 +25,6 @@ PART: Final = Part(
             JOINT,
         ),
         *attributes(SCHEDULER, "dp_attn_adapter", "does so", JOINT),
-        *attributes(
-            SCHEDULER,
-            "disagg_prefill_inflight_queue",
-            "holds the requests whose KV cache is being sent",
-            "the other ranks take a request for lost",
-        ),
         *rows("calls", TIMES, "ReqTimeStatsBase", "is a request's that has no trace here", "servers do not trace"),
         *rows(
             "calls",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 from sgl_flowprefill.contract.row import Part, attributes, rows
+from sgl_flowprefill.contract.symbols import SCHEDULER
 
 PART: Final = Part(
     "disaggregation",
@@ -39,10 +40,16 @@ PART: Final = Part(
             "requests seem to be lost in the event log",
         ),
         *attributes(
-            "sglang.srt.managers.scheduler:Scheduler",
+            SCHEDULER,
             "req_to_metadata_buffer_idx_allocator",
             "says whether a request that has bootstrapped finds a buffer",
             "requests that found none start up to a second late",
+        ),
+        *attributes(
+            SCHEDULER,
+            "disagg_prefill_inflight_queue",
+            "holds the requests whose KV cache is being sent",
+            "clients that go meanwhile count as misses, and ranks of data-parallel attention take requests for lost",
         ),
         *rows(
             "reads",

@@ -38,6 +38,19 @@ PART: Final = Part(
             "has models looked for on ModelScope, where the launcher does not look",
             "the launcher refuses models of ModelScope",
         ),
+        *attributes(
+            "sglang.srt.environ:Envs",
+            "SGLANG_PLUGINS",
+            "names the plugins that are loaded, where it is set: the launcher adds FlowPrefill",
+            "servers start without FlowPrefill",
+        ),
+        source(
+            "assumes",
+            "sglang.srt.plugins:load_plugins_by_group",
+            ['allowed_str.split(",")'],
+            "takes its names with commas between them",
+            "servers start without FlowPrefill",
+        ),
         source(
             "assumes",
             "sglang.srt.utils.common:is_remote_url",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 from sgl_flowprefill.contract.row import Part, attributes, rows, source
-from sgl_flowprefill.contract.symbols import HTTP
+from sgl_flowprefill.contract.symbols import HTTP, OPTIONS
 
 NO_PAGE: Final = "/flowprefill cannot be answered"
 STRUCTS: Final = "sglang.srt.managers.io_struct:"
@@ -29,6 +29,12 @@ PART: Final = Part(
             "starts the other processes, serves HTTP, and is what the timeline is written after",
             "a server that is started by itself writes no timeline",
             "(server_args, ...)",
+        ),
+        *attributes(
+            OPTIONS,
+            "node_rank",
+            "tells the node whose server writes events from those that only compute with it",
+            "a further node of a server removes the events of the first",
         ),
         *rows("reads", HTTP, "app _global_state", "is what the routes work with", NO_PAGE),
         *attributes(f"{HTTP}_GlobalState", "tokenizer_manager", "asks the scheduler", NO_PAGE),

@@ -16,22 +16,45 @@ PART: Final = Part(
             "hooks",
             HTTP,
             "serve_generate_request(obj, request)",
-            "checks the objective of a /generate request before a stream begins, and sets when it was received",
+            "checks the objective of a /generate request before a stream begins, and notes when it was received",
             "an invalid objective is an error event under status 200, and clients move their deadlines",
         ),
         *rows(
             "hooks",
             "sglang.srt.entrypoints.openai.serving_responses:",
             "OpenAIServingResponses.create_responses(self, request, raw_request)",
-            "checks the objective of a /v1/responses request before a stream begins",
+            "checks the objective of a /v1/responses request before a stream begins, and notes when it was received",
             "an invalid objective is an error event under status 200",
         ),
         *rows(
             "hooks",
             "sglang.srt.entrypoints.anthropic.serving:",
             "AnthropicServing.handle_messages(self, request, raw_request)",
-            "checks the objective of a /v1/messages request before a stream begins",
+            "checks the objective of a /v1/messages request before a stream begins, and notes when it was received",
             "an invalid objective is an error event under status 200",
+        ),
+        *rows(
+            "hooks",
+            "sglang.srt.entrypoints.ollama.serving:",
+            "OllamaServing.handle_chat(self, request, raw_request) "
+            "OllamaServing.handle_generate(self, request, raw_request)",
+            "checks the objective of an Ollama-style request before a stream begins, and notes when it was received",
+            "an invalid objective is a 500, or cuts a stream off",
+        ),
+        *rows(
+            "hooks",
+            "sglang.srt.entrypoints.openai.serving_transcription:",
+            "OpenAIServingTranscription.create_transcription(self, audio_data, model, language, response_format, "
+            "temperature, stream, raw_request, ...)",
+            "checks the objective of a transcription before a stream begins, and notes when it was received",
+            "an invalid objective is an error event under status 200, and reading the audio counts for nothing",
+        ),
+        source(
+            "assumes",
+            f"{HTTP}openai_v1_audio_transcriptions",
+            ["raw_request=raw_request"],
+            "passes the HTTP request of a transcription by its name",
+            "no transcription is answered",
         ),
         *rows(
             "hooks",
@@ -39,6 +62,13 @@ PART: Final = Part(
             "TokenizerManager.generate_request(self, obj, request)",
             "is where every request passes, with the HTTP request that it came in",
             "objectives in headers, and those at the top of a body, are ignored",
+        ),
+        source(
+            "assumes",
+            "sglang.srt.managers.tokenizer_manager:TokenizerManager.generate_request",
+            ["self._set_default_priority(obj)"],
+            "gives a request without a priority the server's only there",
+            "--default-priority-value counts as if the client had asked for it",
         ),
         *rows(
             "hooks",
@@ -69,7 +99,7 @@ PART: Final = Part(
         ),
         *attributes(
             "sglang.srt.managers.io_struct:TokenizedGenerateReqInput",
-            "sampling_params input_ids",
+            "sampling_params input_ids input_embeds",
             "is what a prompt's objective is written into, and the prompt",
             "classes, the policy file and headers have no effect",
         ),

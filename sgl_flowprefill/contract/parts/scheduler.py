@@ -358,7 +358,7 @@ PART: Final = Part(
             "calls",
             "sglang.srt.managers.scheduler_components.output_streamer:",
             "SchedulerOutputStreamer",
-            "is what the event log's streamer is a subclass of",
+            "is what the streamer that adds reports is a subclass of",
             "the server does not start",
         ),
         *rows(

@@ -12,7 +12,6 @@ from sgl_flowprefill.runtime.selfcheck import ARRIVALS
 TOKENS: Final = (2048, 8192, 32_768, 131_071)
 LEAST_SAMPLES: Final = 20
 MOST_SAMPLES: Final = 200
-HOST_S: Final = 1e-3
 COLUMNS: Final = ("prompt", "operators", "prefill", "arrivals", "p50", "p99", "longest", "known to the hub after (p50)")
 
 
@@ -54,8 +53,7 @@ def _row(engine: Engine, tokens: int, tiled: bool, budget: Budget) -> dict[str, 
 
 
 def _outcome(rows: list[dict[str, Any]], lengths: Lengths, engine: Engine) -> Outcome:
-    ahead = engine.default_lookahead if engine.on_card else 0
-    limit_ms = 1e3 * ((ahead + 1) * engine.max_blocking_s + HOST_S)
+    limit_ms = 1e3 * engine.blocking_limit_s
     table = [
         (
             f"{row['tokens']:,}",

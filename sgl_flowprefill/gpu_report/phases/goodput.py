@@ -29,7 +29,8 @@ import requests
 from sgl_flowprefill.bench.loadgen.calibrate import measure_isolated_ttft, time_scale
 from sgl_flowprefill.bench.loadgen.client import Client, GenerateApi
 from sgl_flowprefill.bench.loadgen.replay import RequestResult, replay
-from sgl_flowprefill.bench.metrics.joint import Judge, meets, share
+from sgl_flowprefill.bench.metrics.joint import meets, share
+from sgl_flowprefill.bench.metrics.judge import Judge
 from sgl_flowprefill.bench.metrics.requests import blocking_times_s, events_within, summarise_steps
 from sgl_flowprefill.bench.simulator.joint import attainments
 from sgl_flowprefill.bench.simulator.measured import Engine, measured_setup

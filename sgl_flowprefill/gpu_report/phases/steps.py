@@ -31,7 +31,6 @@ OBJECTIVES_S: Final = {"cuda": (0.1, 0.05, 0.02), "cpu": (0.2, 0.1)}
 """For the time between two tokens."""
 LEAST_TOKENS: Final = 20
 MOST_TOKENS: Final = 300
-HOST_S: Final = 1e-3
 COLUMNS: Final = (
     "steps", "", "a step takes", "ends later by p50", "p99", "longest", "gaps p99", "at most", "in time", "prefills",
 )  # fmt: skip
@@ -51,7 +50,7 @@ def measure(engine: Engine, request: Request) -> Iterator[Outcome]:
     step_s = median(step.time_s for step in alone.steps)
     rows = [_row("one after the other, nothing beside them", alone.steps, step_s)]
     own_spread_ms = rows[0]["step"]["p99_ms"] - rows[0]["step"]["p50_ms"]
-    figures["limit_ms"] = 1e3 * _limit_s(engine) + own_spread_ms
+    figures["limit_ms"] = 1e3 * engine.blocking_limit_s + own_spread_ms
     yield _outcome(rows, figures)
     beside = engine.prompt(BESIDE[device])
     objectives_s = OBJECTIVES_S[device]
@@ -88,12 +87,6 @@ def _checked(engine: Engine, prompts: Sequence[Sequence[int]], alone: Decoded, t
         and len({token for answer in alone.answers for token in answer}) > 1
         and difference <= ROUNDING * rounding,
     }
-
-
-def _limit_s(engine: Engine) -> float:
-    """By how much a prefill may delay a step: what is queued before it has to run."""
-    ahead = engine.default_lookahead if engine.on_card else 0
-    return (ahead + 1) * engine.max_blocking_s + HOST_S
 
 
 def _row(how: str, steps: Sequence[Step], step_s: float, objective_s: float | None = None) -> dict[str, Any]:

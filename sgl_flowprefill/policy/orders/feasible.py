@@ -168,7 +168,7 @@ class Plan:
             slo_s = job.deadline_s - job.arrival_s
             changed = self._forecast.arrived(job.arrival_s, job.work_s, slo_s, job.pace)
             self._is_old = self._is_old or changed
-            job.counted = self._forecast.counted(job.work_s, slo_s, job.pace)
+            job.counted = self._forecast.entry(job.work_s, slo_s, job.pace)
 
     def withdrawn(self, job: Job[Any]) -> None:
         """``job`` is not wanted any more and has taken no time: it counts no more among what arrives. Clients that open
