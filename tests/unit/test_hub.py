@@ -850,7 +850,7 @@ def test_a_prefill_gives_its_kv_cache_back_once_unless_streams_could_not_be_retr
 
 
 def test_tasks_with_log_probabilities_of_prompts_say_nothing_of_how_long_prefills_take() -> None:
-    ttft = AdaptiveTTFT(SimpleNamespace(predict_s=lambda batch: 0.1), 0.5)
+    ttft = AdaptiveTTFT(0.5, SimpleNamespace(predict_s=lambda batch: 0.1))
     unlimited: Any = TaskMemory(Activations(1, 1, 1, None), math.inf)
     work = Work(ColocatedPolicy(make_policy("fcfs", Limits(16, 1), 60.0)), ttft, unlimited, Progress([]), Tasks())
 
