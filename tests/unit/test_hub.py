@@ -367,6 +367,7 @@ def test_of_many_requests_without_a_place_at_a_decode_server_those_are_looked_at
     role = with_role(
         waiting_queue=[],
         disagg_prefill_bootstrap_queue=queue,
+        disagg_prefill_inflight_queue=[],
         req_to_metadata_buffer_idx_allocator=buffers,
         grammar_manager=Grammars(),
     ).role
