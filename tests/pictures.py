@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import random
+import sys
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -129,6 +130,8 @@ async def take_all(url: str) -> None:
 
 
 def main() -> None:
+    if not (SITE / "index.html").is_file():
+        sys.exit(f"no {SITE}/index.html: run make docs first")
     with tempfile.TemporaryDirectory() as folder:
         policy = Path(folder, "policy.yaml")
         policy.write_text("classes:\n" + "".join(f"  {kind.name}: {{ttft_s: {kind.ttft_s}}}\n" for kind in KINDS))
