@@ -153,7 +153,7 @@ class Cluster:
             self._members.drain(self._members.servers, self.check_guard)
             return
         asked = self._members.servers if self._gateway_server is None else [self._gateway_server]
-        end_when_idle(asked, time.monotonic() + self.config.drain_timeout_s, self.check_guard)
+        end_when_idle(self._guard, asked, time.monotonic() + self.config.drain_timeout_s, self.check_guard)
 
     def _servers(self) -> list[Server]:
         return self._members.servers + ([self._gateway_server] if self._gateway_server else [])

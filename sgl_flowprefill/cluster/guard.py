@@ -2,9 +2,10 @@
 
 Runs as a process of its own, outside of the launcher's session, and needs nothing but the standard library. It reads
 lines from its standard input: ``keep NAME`` (shared memory of other processes), ``session PID`` (the leader of a
-session to end), ``ended PID`` (the session is no more) and ``directory PATH`` (to remove). At end of file, when the
-launcher closes the pipe or dies, it kills every process of these sessions, then removes the shared memory that only
-they had, and the directories. So an orderly end and a crash take one path.
+session to end), ``ended PID`` (the session is no more), ``segment INODE`` (shared memory of a session that may end by
+itself) and ``directory PATH`` (to remove). At end of file, when the launcher closes the pipe or dies, it kills every
+process of these sessions, then removes the shared memory that only they had, and the directories. So an orderly end and
+a crash take one path.
 
 A launcher that is interrupted or killed between the start of a process and the line about it has said nothing of that
 session. Its leader is known by the directory, which it was given for its temporary files.
@@ -70,6 +71,7 @@ def main() -> None:
     keep: set[str] = set()
     sessions: dict[int, Session] = {}
     directories: list[str] = []
+    segments: set[int] = set()
     for line in sys.stdin.buffer:
         kind, _, value = os.fsdecode(line.rstrip(b"\n")).partition(" ")
         if kind == "session":
@@ -78,18 +80,22 @@ def main() -> None:
                 sessions[session.pid] = session
         elif kind == "ended":
             sessions.pop(int(value), None)
+        elif kind == "segment":
+            segments.add(int(value))
         elif kind == "directory":
             directories.append(value)
         else:
             keep.add(value)
-    end({*sessions.values(), *(session for path in directories for session in led_with(path))}, keep)
+    end({*sessions.values(), *(session for path in directories for session in led_with(path))}, keep, segments)
     for directory in directories:
         shutil.rmtree(directory, ignore_errors=True)
 
 
-def end(sessions: Iterable[Session], keep: set[str]) -> None:
-    """Kill all processes of ``sessions``, and remove the shared memory that only they had, but for ``keep``."""
-    left = kill(sessions)
+def end(sessions: Iterable[Session], keep: set[str], segments: Iterable[int] = ()) -> None:
+    """Kill all processes of ``sessions``, and remove the shared memory that only they had, ``segments`` of it before,
+    but for ``keep``.
+    """
+    left = kill(sessions).union(segments)
     if left:
         left -= {inode for process in processes() for inode in mapped_segments(process.pid)}
     for entry in os.scandir(SHM):
@@ -124,6 +130,11 @@ def kill(sessions: Iterable[Session]) -> set[int]:
             break
         time.sleep(0.02)
     return segments
+
+
+def segments_of(session: Session) -> set[int]:
+    """The shared memory that the processes of ``session`` have mapped now."""
+    return {inode for process in _members([session]) for inode in mapped_segments(process.pid)}
 
 
 def _members(sessions: Iterable[Session]) -> list[Process]:

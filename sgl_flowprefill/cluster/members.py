@@ -169,7 +169,7 @@ class Members:
         give_up_s = time.monotonic() + self._config.drain_timeout_s
         leaving = self._asked_to_leave()
         _wait_until(lambda: all(asked.is_answered for asked in leaving), give_up_s, check)
-        end_when_idle(servers, give_up_s, check)
+        end_when_idle(self._guard, servers, give_up_s, check)
 
     def _asked_to_leave(self) -> list[Asked[None]]:
         return [Asked(partial(self.leave, member)) for member in self._members]
@@ -237,11 +237,11 @@ class Members:
         return f"It is started again in {pause_s:.0f} s; the others go on"
 
 
-def end_when_idle(servers: Sequence[Server], give_up_s: float, check: Callable[[], None]) -> None:
-    """Ask ``servers`` to end once their requests have, and wait for that until ``give_up_s`` by the monotonic clock;
-    ``check`` is called meanwhile."""
+def end_when_idle(guard: Guard, servers: Sequence[Server], give_up_s: float, check: Callable[[], None]) -> None:
+    """Ask ``servers`` of ``guard`` to end once their requests have, and wait for that until ``give_up_s`` by the monotonic
+    clock; ``check`` is called meanwhile."""
     for server in servers:
-        server.terminate()
+        guard.ask_to_end(server)
     _wait_until(lambda: all(server.ended() for server in servers), give_up_s, check)
 
 

@@ -159,6 +159,7 @@ class Guard:
         self._servers: list[Server] = []
         self._followed: list[guard.Session] = []
         self._segments_before = set(os.listdir(guard.SHM))
+        self._segments: set[int] = set()
         self._process = subprocess.Popen(
             [sys.executable, "-S", guard.__file__],
             stdin=subprocess.PIPE,
@@ -216,6 +217,15 @@ class Guard:
         self._followed.remove(session)
         process.wait()
 
+    def ask_to_end(self, server: Server) -> None:
+        """Ask ``server`` to end once its requests have. What shared memory it has is told now: when it has ended by
+        itself, nobody can see it any more.
+        """
+        for inode in guard.segments_of(server.session):
+            self._segments.add(inode)
+            self._tell(f"segment {inode}")
+        server.terminate()
+
     def end(self, server: Server) -> None:
         """End what is left of one server, and only that."""
         guard.end([server.session], self._segments_before)
@@ -239,7 +249,7 @@ class Guard:
             self._process.wait(GUARD_S)
         if self._process.returncode != 0:
             known = [*self._followed, *(server.session for server in self._servers)]
-            guard.end({*known, *guard.led_with(str(self.directory))}, self._segments_before)
+            guard.end({*known, *guard.led_with(str(self.directory))}, self._segments_before, self._segments)
             shutil.rmtree(self.directory, ignore_errors=True)
         for server in self._servers:
             server.reap()

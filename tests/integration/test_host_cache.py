@@ -319,9 +319,9 @@ def starts(engine: Late) -> Iterator[list[tuple[str, PrefillShape, PrefillShape]
     started: list[tuple[str, PrefillShape, PrefillShape]] = []
     start = engine.hub.work.start
 
-    def noted(winner: Any, batch: Any, reqs: Any, computed: Any, slot: Any) -> Any:
+    def noted(now_s: float, winner: Any, batch: Any, reqs: Any, computed: Any, slot: Any) -> Any:
         started.append((winner.item.req.rid, winner.item.shape, computed[0]))
-        return start(winner, batch, reqs, computed, slot)
+        return start(now_s, winner, batch, reqs, computed, slot)
 
     engine.hub.work.start = noted
     try:
