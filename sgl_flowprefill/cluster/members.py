@@ -238,8 +238,8 @@ class Members:
 
 
 def end_when_idle(guard: Guard, servers: Sequence[Server], give_up_s: float, check: Callable[[], None]) -> None:
-    """Ask ``servers`` of ``guard`` to end once their requests have, and wait for that until ``give_up_s`` by the monotonic
-    clock; ``check`` is called meanwhile."""
+    """Ask ``servers`` of ``guard`` to end once their requests have, and wait for that until ``give_up_s`` by the
+    monotonic clock; ``check`` is called meanwhile."""
     for server in servers:
         guard.ask_to_end(server)
     _wait_until(lambda: all(server.ended() for server in servers), give_up_s, check)

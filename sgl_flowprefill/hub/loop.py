@@ -92,7 +92,7 @@ class Hub(Generic[RoleT]):
     _stopped_s: float = field(default=0.0, init=False)
     """When a task was last done or interrupted."""
     _decide_by_s: float = field(default=math.inf, init=False)
-    """When the recorder wants to be told of a decision at the latest."""
+    """When a decision is made at the latest: the recorder wants to be told of one, or others may start then."""
     _looked_for_stalls_s: float = field(default=-math.inf, init=False)
     _agreed_arrival: int = field(default=NO_TASK, init=False)
     """Id of what finishes next, if the rank that decides had its result when the ranks last met; then NO_TASK."""
@@ -136,7 +136,7 @@ class Hub(Generic[RoleT]):
             self._switch_to(task)
         if task is not None:
             now_s = self.now_s()
-            self._decide_by_s = self.recorder.decided(cost_s + now_s - since_s, now_s)
+            self._decide_by_s = min(self.recorder.decided(cost_s + now_s - since_s, now_s), self._short_until_s)
         return task
 
     def look(self) -> None:
@@ -212,7 +212,7 @@ class Hub(Generic[RoleT]):
 
     def has_news(self) -> bool:
         """Whether there is something to look at: an event, a result that has arrived from the device, or the time at
-        which a decode step has to start or the recorder has waited for a decision long enough.
+        which a decode step has to start, or a decision is to be made whatever has happened.
         """
         return (
             self.events.pending()
@@ -236,15 +236,16 @@ class Hub(Generic[RoleT]):
         self._stopped_s = self.now_s()
 
     def make_room_for_step(self) -> None:
-        """Where the next step lacks KV cache, tasks give theirs back before a stream loses its own. Where none does,
-        prefills that have run end first: they free some, or become streams, of which there are several then.
+        """Where the next step lacks KV cache, tasks give theirs back before a stream loses its own. Where none does and
+        streams cannot, prefills that have run end first: they free some, or become streams, of which there are several
+        then.
         """
         tasks = self.work.tasks
         while (tasks.live or tasks.finishing) and (missing_tokens := self.decoder.missing_tokens()) > 0:
             given_up = self._agree_on(self.work.to_give_back, missing_tokens) if tasks.live else []
             for task in given_up:
                 self.give_back(task)
-            if not given_up and not tasks.finishing:
+            if not given_up and (not tasks.finishing or self.work.colocated.can_retract):
                 return
             if not given_up:
                 self.finish_done()
@@ -380,7 +381,7 @@ class Hub(Generic[RoleT]):
     def _end(self, task: PrefillTask) -> None:
         """Forget a task that is done or dropped, and whose KV is or will be freed."""
         self.work.end(task)
-        self.kv_is_short = False
+        self.kv_is_short, self._short_until_s = False, math.inf
 
     # ---- meeting and waiting --------------------------------------------------------------------------------------
 

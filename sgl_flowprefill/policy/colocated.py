@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
-from typing import Any, Generic, TypeVar
+from typing import Any, Final, Generic, TypeVar
 
 from sgl_flowprefill.policy.base import Job, Policy
 from sgl_flowprefill.policy.decode import (
@@ -27,6 +27,11 @@ from sgl_flowprefill.policy.decode import (
 
 R = TypeVar("R")
 K = TypeVar("K")
+
+
+LEAST_TURN_S: Final = 0.05
+MOST_TURN_S: Final = 2.0
+"""How long a retracted request that finds no KV cache keeps others from starting, before it lets them."""
 
 
 class Act(Enum):
@@ -124,8 +129,8 @@ class ColocatedPolicy(Generic[R, K]):
         freed: others may find some then.
         """
         if self._returning and job is self._returning[0] and _goes_first(job, now_s):
-            slo_s = job.deadline_s - job.arrival_s
-            return job.arrival_s + slo_s * ((now_s - job.arrival_s) // slo_s + 1)
+            turn_s = _turn_s(job)
+            return job.arrival_s + turn_s * ((now_s - job.arrival_s) // turn_s + 1)
         return self.prefills.turn_ends_s(job)
 
     def waits_no_longer(self, job: Job[R]) -> None:
@@ -250,6 +255,10 @@ class ColocatedPolicy(Generic[R, K]):
 
 def _goes_first(job: Job[Any], now_s: float) -> bool:
     """Whether the retracted ``job`` goes before all others, or lets others start. It does both in turns, from when it
-    was retracted, each for as long as its objective says.
+    was retracted, each for as long as its objective says, within bounds.
     """
-    return (now_s - job.arrival_s) // (job.deadline_s - job.arrival_s) % 2 == 0
+    return (now_s - job.arrival_s) // _turn_s(job) % 2 == 0
+
+
+def _turn_s(job: Job[Any]) -> float:
+    return min(max(job.deadline_s - job.arrival_s, LEAST_TURN_S), MOST_TURN_S)

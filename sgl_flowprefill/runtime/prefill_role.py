@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import takewhile
@@ -44,12 +44,18 @@ class Bootstraps:
         """Something has happened to the request in ``room``. On any thread."""
         self._told.append(room)
 
-    def take_told(self) -> list[int]:
-        """Numbers of the requests to which something has happened since the last call."""
-        numbers: set[int] = set()
+    def take_told(self, new: Iterable[int] = (), rooms: Container[int] = ()) -> list[int]:
+        """Numbers of the requests to which something has happened since the last call: of ``new`` ones it may have been
+        before they came, where ``rooms`` has theirs.
+        """
+        numbers = {number for number in new if self._by_number[number].bootstrap_room in rooms}
         while self._told:
             numbers |= self._in_room.get(self._told.popleft(), set())
         return sorted(numbers)
+
+    def mark(self, rid_prefix: str) -> None:
+        """Something has happened to the requests whose ids begin so."""
+        self._ready.update(number for req, number in self._numbers.items() if req.rid.startswith(rid_prefix))
 
     def take_in(self, queue: Sequence[Any]) -> range:
         """Numbers of the requests that are new: those at the end of ``queue``."""
@@ -168,7 +174,7 @@ class PrefillRole(SchedulerRole):
     def note_abort(self, rid_prefix: str, abort_all: bool) -> None:
         """SGLang ends the requests that have not bootstrapped when it looks at them."""
         super().note_abort(rid_prefix, abort_all)
-        self._looks_at_all = True
+        self.bootstraps.mark("" if abort_all else rid_prefix)
 
     @contextmanager
     def noticing_new_indices(self, req: Any) -> Iterator[None]:
@@ -197,11 +203,13 @@ class PrefillRole(SchedulerRole):
         """
         scheduler, bootstraps = self.scheduler, self.bootstraps
         queue = scheduler.disagg_prefill_bootstrap_queue
-        told, queued = bootstraps.take_told(), queue.queue
+        queued = queue.queue
         if not queued:
+            bootstraps.take_told()
             bootstraps.looked_at(bootstraps, (), out_of_buffers=False)
             return []
         new = bootstraps.take_in(queued)
+        told = bootstraps.take_told(new, self.bootstrapped_s)
         shown = bootstraps.due(self.agree_on_numbers(told), new)
         looked_at, others = shown, list[Any]()
         if self._looks_at_all:

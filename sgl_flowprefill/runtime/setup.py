@@ -86,13 +86,7 @@ def build(
     device = make_device(scheduler.device, config.lookahead)
     is_joint = bool(scheduler.attn_dp_enabled)  # each rank has requests of its own, and all compute them together
     events = _events(scheduler, wakeup, is_joint)
-    if decodes:
-        news = lambda: hub.has_news()  # noqa: E731 - also that it is time for a step
-    elif isinstance(device, CpuDevice):
-        news = events.pending
-    else:
-        news = lambda: events.pending() or tasks.result_arrived()  # noqa: E731
-    agreement = _meet_ranks(scheduler, config, wakeup, device, news)
+    agreement = _meet_ranks(scheduler, config, wakeup, device, news=lambda: hub.has_news())
     if is_joint:
         assert isinstance(agreement, Agreement)
         called = agreement.exchange(events.address if isinstance(events, CalledEvents) else None)

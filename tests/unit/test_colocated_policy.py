@@ -157,6 +157,18 @@ def test_a_retracted_stream_starts_before_all_other_requests_but_not_in_place_of
     assert policy.next(0.0, None).job is urgent
 
 
+@pytest.mark.parametrize(("slo_s", "until_s"), [(0.0, 10.05), (1e-12, 10.05), (600.0, 12.0)])
+def test_turns_of_a_retracted_stream_are_neither_too_short_nor_too_long(slo_s: float, until_s: float) -> None:
+    policy = colocated()
+    urgent, returned = request("urgent", 20.0), request("returned", 10.0 + slo_s, arrival_s=10.0)
+    for job in (urgent, returned):
+        policy.prefills.add(job)
+    policy.returned(returned)
+    assert policy.next(10.0, None).job is returned
+    assert policy.shut_until_s(returned, 10.0) == pytest.approx(until_s)
+    assert policy.next(until_s + 0.01, None).job is urgent
+
+
 def test_a_retracted_stream_without_kv_cache_and_the_others_go_first_in_turns() -> None:
     policy = colocated()
     urgent, returned = request("urgent", 1e6), request("returned", 12.0, arrival_s=10.0)

@@ -287,7 +287,29 @@ def test_a_retracted_stream_that_does_not_fit_lets_others_start_in_the_end_and_s
     assert all(request.answered_s < math.inf for request in requests)
 
 
-def test_a_step_that_lacks_kv_cache_waits_for_the_result_of_a_prefill_that_holds_some() -> None:
+def test_others_start_once_the_turn_of_a_retracted_stream_is_over_although_a_prefill_runs_without_an_event() -> None:
+    requests = [SimulatedRequest("long", 0.0, 1000, 100.0), SimulatedRequest("back", 1.0, 100, 2.0)]
+    requests.append(SimulatedRequest("urgent", 1.5, 10, 10.0))
+    model = Model(100, lambda tokens: tokens * 5e-5, lambda tokens: tokens * 5e-5)
+    server = SimulatedServer(SimulatedDevice(0, HostCosts()), model, requests)
+    engine = server.engine
+    arrived, make_batch = engine.arrived, engine.make_batch
+    engine.arrived = lambda: (one._replace(retracted=one.req.rid == "back") for one in arrived())  # type: ignore[method-assign]
+
+    def admit(reqs: Any) -> Any:
+        long_runs = any(task.rids == ["long"] for task in server.hub.work.tasks.live)
+        return None if reqs[0].rid == "back" and long_runs else make_batch(reqs)
+
+    engine.make_batch = admit  # type: ignore[method-assign]
+    server.hub.stall_check_s = math.inf
+    server.run_all()
+    assert 3.0 < requests[2].answered_s < 3.5 < requests[0].answered_s < requests[1].answered_s < math.inf
+
+
+@pytest.mark.parametrize("streams", [1, 2])
+def test_a_step_that_lacks_kv_cache_waits_for_the_result_of_a_prefill_where_no_stream_can_give_up_its_own(
+    streams: int,
+) -> None:
     model = Model(1, lambda tokens: 1e-3, lambda tokens: 1e-3)
     request = SimulatedRequest("r", 0.0, 100, 60.0)
     hub = SimulatedServer(SimulatedDevice(2, HostCosts()), model, [request]).hub
@@ -298,12 +320,14 @@ def test_a_step_that_lacks_kv_cache_waits_for_the_result_of_a_prefill_that_holds
             return len(hub.work.tasks.finishing)
 
     hub.decoder = steps = Short(hub, late=True)
-    colocated.joined([Stream(0.1, 100, 0.0)])
+    colocated.joined([Stream(0.1, 100, 0.0) for _ in range(streams)])
+    colocated.began(0.0)
+    colocated.stepped(0.0)
     while not hub.work.tasks.finishing:
         assert hub.turn()
     assert request.answered_s == math.inf
     hub.step()
-    assert request.answered_s <= steps.begun_s[0]
+    assert (request.answered_s <= steps.begun_s[0]) == (streams == 1)
 
 
 def test_a_task_takes_over_the_number_of_the_request_it_is_started_for() -> None:
@@ -341,6 +365,10 @@ class Bootstrapping:
 
     bootstrap_room: int
     is_ready: bool = False
+
+    @property
+    def rid(self) -> str:
+        return f"r{self.bootstrap_room}"
 
 
 @dataclass
@@ -403,12 +431,19 @@ def test_of_many_requests_without_a_place_at_a_decode_server_those_are_looked_at
     role.note_transfer_status(9, KVPoll.Success)
     queue.queue += [Bootstrapping(5000), Bootstrapping(5001, is_ready=True)]
     assert look() == (2, [5001])
-    role.note_abort("", abort_all=True)
-    assert look() == (4998, [])
+    role.note_abort("r4999", abort_all=False)
+    reqs[4999].is_ready = True  # SGLang takes it out in the same way
+    assert look() == (1, [4999])
+    role.note_transfer_status(6000, KVPoll.WaitingForInput)
+    assert look() == (0, []), "it has not come"
+    queue.queue += [Bootstrapping(6000)]
+    assert look() == look() == (1, []), "it bootstrapped here before it came, and not at another rank"
+    queue.queue[-1].is_ready = True
+    assert look() == (1, [6000])
     buffers.available_size = lambda: 0
     queue.queue += [Bootstrapping(5002)]
     assert look() == look() == (1, []), "it may be for want of a buffer that it has not bootstrapped"
-    assert len(queue.queue) == len(set(queue.queue)) == 4999
+    assert len(queue.queue) == len(set(queue.queue)) == 4998
     gone = queue.queue.pop(0)
     role.note_transfer_status(gone.bootstrap_room, KVPoll.Failed)
     assert look() == (1, [])
