@@ -335,7 +335,7 @@ def _url(host: str, port: int) -> str:
 def _dtype(args: Sequence[str]) -> str:
     """Of the weights of a server on the CPU with these options of SGLang."""
     dtype = last_value(args, "--dtype")
-    return "float32" if dtype in (None, "auto") else str(dtype)
+    return "float32" if dtype in (None, "auto", "float") else str(dtype)
 
 
 def _clean_env() -> dict[str, str]:
