@@ -118,7 +118,7 @@ def _take_http_seams_when_it_is_one(config: FlowPrefillConfig) -> None:
 
 def _take_http_seams(config: FlowPrefillConfig) -> None:
     """Requests and health checks enter in the process that starts the others."""
-    from sgl_flowprefill.patches import answer_report, health, live, overload, request_slo, request_times
+    from sgl_flowprefill.patches import answer_report, closing, health, live, overload, request_slo, request_times
 
     if not is_supported(installed()):
         logger.warning(
@@ -131,6 +131,7 @@ def _take_http_seams(config: FlowPrefillConfig) -> None:
     request_slo.apply(config)
     health.apply()
     live.apply(config)
+    closing.apply()
     if config.answer_report:
         answer_report.apply()
     if config.refuses:

@@ -231,11 +231,13 @@ class Layout:
 
         A busy worker is no sick one: health checks are patient. With one prefill and one decode server, a failed
         request is answered as it failed, because a second try would count against its objective; with more, another
-        server can take the request of one that has died. Nor is anything tried again where servers refuse requests: the
-        gateway takes a 429 for a failure, and its client would wait for what has been decided. The circuit breaker is
-        off, because smg counts the death of a prefill server against the decode server that it was paired with, too.
+        server can take the request of one that has died. Nor is anything tried again where servers refuse requests, of
+        which a gateway by itself knows by its options: it takes a 429 for a failure, and its client would wait for what
+        has been decided. The circuit breaker is off, because smg counts the death of a prefill server against the
+        decode server that it was paired with, too.
         """
-        retries = ("--disable-retries",) if self.is_single or self.config.options.refuses else GATEWAY_RETRIES
+        refuses = self.config.options.refuses and (self.config.flowprefill or not self.servers)
+        retries = ("--disable-retries",) if self.is_single or refuses else GATEWAY_RETRIES
         return [
             *(*RUN, "smg.launch_router", *self._workers()),
             *("--host", self.config.host, "--port", str(self.ports.gateway)),
@@ -333,7 +335,7 @@ def _url(host: str, port: int) -> str:
 def _dtype(args: Sequence[str]) -> str:
     """Of the weights of a server on the CPU with these options of SGLang."""
     dtype = last_value(args, "--dtype")
-    return "float32" if dtype in (None, "auto") else str(dtype)
+    return "float32" if dtype in (None, "auto", "float") else str(dtype)
 
 
 def _clean_env() -> dict[str, str]:

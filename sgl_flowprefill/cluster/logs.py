@@ -15,6 +15,8 @@ from sgl_flowprefill.cluster.base import StartError
 LAST_LINES: Final = 25
 LAST_BYTES: Final = 1 << 16
 """Most that is read for the last lines: a log may have no lines at all."""
+KEPT_BYTES: Final = 64 << 20
+"""Most that is kept of the log of the launcher before."""
 
 
 def opened(log: Path, anew: bool = False) -> IO[bytes]:
@@ -32,21 +34,27 @@ def opened(log: Path, anew: bool = False) -> IO[bytes]:
 
 @contextmanager
 def held(log: Path) -> Iterator[None]:
-    """A context in which ``log``, empty at first, is this launcher's alone. What it had is in ``earlier(log)``. Raises
-    StartError."""
+    """A context in which ``log``, empty at first, is this launcher's alone. The end of what it had is in
+    ``earlier(log)``. Raises StartError."""
     with opened(log) as file:
         if log.is_file():  # and no device, such as /dev/null
             _lock(file, log)
             if file.tell():
                 with suppress(OSError):  # a full disk: the log can be emptied all the same
-                    shutil.copyfile(log, earlier(log))
+                    _copy_end(log, earlier(log))
         log.write_bytes(b"")
         yield
 
 
 def earlier(log: Path) -> Path:
-    """Where the lines of the launcher before are kept that had the same log."""
+    """Where the last lines of the launcher before are kept that had the same log."""
     return log.with_suffix(f".1{log.suffix}")
+
+
+def _copy_end(log: Path, to: Path) -> None:
+    with open(log, "rb") as source, open(to, "wb") as copy:
+        source.seek(max(0, source.seek(0, os.SEEK_END) - KEPT_BYTES))
+        shutil.copyfileobj(source, copy)
 
 
 def _lock(file: IO[bytes], log: Path) -> None:

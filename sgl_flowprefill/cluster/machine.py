@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import socket
 from collections.abc import Sequence
@@ -76,10 +77,25 @@ def available_memory_bytes() -> int:
 
 def address_towards(host: str, port: int) -> str:
     """This machine's address on the way to ``host``, for other machines. Raises OSError when there is no way."""
+    own, _ = _way_to(host, port)
+    return own
+
+
+def is_here(host: str) -> bool:
+    """Whether ``host`` is this machine; not if there is no such host, or no way to it."""
+    try:
+        own, there = _way_to(host, 1)
+    except (OSError, UnicodeError):  # the second for what can be no name
+        return False
+    return own == there or ipaddress.ip_address(there).is_loopback
+
+
+def _way_to(host: str, port: int) -> tuple[str, str]:
+    """Addresses at both ends of the way from this machine to ``host``."""
     family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
     with socket.socket(family, kind, protocol) as probe:
         probe.connect(address)  # a datagram socket sends nothing here
-        return str(probe.getsockname()[0])
+        return str(probe.getsockname()[0]), str(probe.getpeername()[0])
 
 
 def gpu_count() -> int:

@@ -58,7 +58,7 @@ class Member:
         port = urlsplit(self.url).port
         if server is None or port is None or server.ended():  # its end is told by others
             return True
-        if not server.listens_on(port):
+        if not server.listens_on(port) and not server.ended():  # meanwhile
             raise ClusterError(
                 f"port {port}, which the {self.name} server is to have, was taken while it started: {listener(port)} "
                 "answers there; choose another port with --ports"

@@ -19,7 +19,7 @@ import warnings
 from collections.abc import Collection, Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any, Final, Literal, NoReturn
+from typing import Any, Final, NoReturn
 from urllib.parse import urlsplit
 
 import requests
@@ -34,6 +34,7 @@ from sgl_flowprefill.cluster.commands import (
     PLUGIN,
     ROLES,
     Layout,
+    Role,
     last_value,
 )
 from sgl_flowprefill.cluster.gateway import Gateway
@@ -68,8 +69,12 @@ TLS_OPTIONS: Final = ("--ssl-", "--enable-ssl-", "--tls-")
 """How options of SGLang and smg begin that make them speak TLS."""
 FREE_PORTS: Final = range(20000, 30000)
 """Below the kernel's range for outgoing connections, which would otherwise take a port between check and use."""
-FOREIGN_WORKERS: Final = {"pair": {"regular": "unified"}, "unified": {"prefill": "prefill", "decode": "decode"}}
-"""Servers beside which those of a kind get no requests, by smg's names of them."""
+FOREIGN_WORKERS: Final = {
+    "prefill": {"regular": "unified"},
+    "decode": {"regular": "unified"},
+    "unified": {"prefill": "prefill", "decode": "decode"},
+}
+"""Servers beside which those of a role get no requests, by smg's names of them."""
 GGUF_ON_HUB: Final = re.compile(r"\w[\w.-]*/[\w.-]+(:[\w.-]+|/.+\.gguf)")
 """SGLang's names of GGUF files on the Hugging Face hub: OWNER/REPOSITORY:QUANTIZATION, and with the file's path."""
 PLUGINS: Final = "sglang.srt.plugins"
@@ -87,7 +92,8 @@ def prepare(config: ClusterConfig) -> Layout:
     ask_directly(host)
     if config.join is not None:
         ask_directly(urlsplit(config.join).hostname)
-        _check_gateway(Gateway(config.join, config.api_key), "unified" if config.unified else "pair", host)
+        role: Role = "unified" if config.unified else "prefill" if config.prefill else "decode"
+        _check_gateway(Gateway(config.join, config.api_key), role, host)
     on_cpu = runs_on_cpu(config.server_args, is_embedded=config.model_path is None)
     servers = config.prefill + config.decode + config.unified
     model_path = _find_model(config) if servers else ""
@@ -377,9 +383,9 @@ def check_gateway_url(url: str) -> str:
     return f"http://{parts.netloc}"
 
 
-def _check_gateway(gateway: Gateway, kind: Literal["pair", "unified"], host: str) -> None:
-    """Raises StartError for what is no gateway, and for one that has servers of another kind, or some that servers at
-    ``host`` cannot reach."""
+def _check_gateway(gateway: Gateway, role: Role, host: str) -> None:
+    """Raises StartError for what is no gateway, and for one that has servers of another kind, or some that those of
+    ``role`` at ``host`` are paired with and that cannot reach them, or be reached."""
     try:
         listed = [(str(worker["worker_type"]), str(worker.get("url", ""))) for worker in gateway.workers()]
     except (requests.HTTPError, requests.JSONDecodeError, LookupError, TypeError) as error:
@@ -391,19 +397,33 @@ def _check_gateway(gateway: Gateway, kind: Literal["pair", "unified"], host: str
     except requests.RequestException:
         return  # it may be started later
     types = {worker_type for worker_type, _ in listed}
-    foreign = sorted(role for worker_type, role in FOREIGN_WORKERS[kind].items() if worker_type in types)
+    foreign = sorted(name for worker_type, name in FOREIGN_WORKERS[role].items() if worker_type in types)
     if foreign:
-        flag = " --unified" if kind == "unified" else ""
+        flag = " --unified" if role == "unified" else ""
         raise StartError(
             f"--join {gateway.url}: the gateway has {' and '.join(foreign)} servers and would send no request "
             f"here; join one that was started with --role gateway{flag}"
         )
-    unreachable = {worker_type for worker_type, url in listed if _is_loopback(urlsplit(url).hostname or "")}
-    if kind == "pair" and unreachable and not _is_loopback(host):
+    if role != "unified":
+        other: Role = "decode" if role == "prefill" else "prefill"
+        urls = [urlsplit(url) for worker_type, url in listed if worker_type == other]
+        _check_pair(gateway, host, other, [url.hostname for url in urls if url.hostname])
+
+
+def _check_pair(gateway: Gateway, host: str, other: Role, hosts: Sequence[str]) -> None:
+    """Raises StartError where servers at ``host`` and the ``other`` ones of their gateway, at ``hosts``, cannot reach
+    each other."""
+    if _is_loopback(host):
+        if not all(_is_loopback(there) or machine.is_here(there) for there in hosts):
+            raise StartError(
+                f"--join {gateway.url}: the gateway has {other} servers on other machines, which cannot reach those at "
+                f"{host}; join with an address of the gateway's machine that others reach (--host)"
+            )
+    elif any(map(_is_loopback, hosts)) and not machine.is_here(urlsplit(gateway.url).hostname or ""):
         raise StartError(
-            f"--join {gateway.url}: the gateway has {' and '.join(sorted(unreachable))} servers that listen on its own "
-            f"machine only, where those at {host} cannot reach them; start that gateway with --role gateway, and "
-            "servers with --join"
+            f"--join {gateway.url}: the gateway has {other} servers that listen on its own machine only, where those "
+            f"at {host} cannot reach them; start that gateway with --role gateway, and servers with --join, or join "
+            "with an address of the gateway's machine that others reach (--host)"
         )
 
 

@@ -25,6 +25,8 @@ GUARD_S: Final = guard.PATIENCE_S + guard.TRACKER_S
 """Longest that the guard takes to end everything."""
 REAP_S: Final = 1.0
 """How long a killed process may take to be gone; one that the kernel holds on to is left to it."""
+UNSEEN: Final = (psutil.Error, OSError, RuntimeError)
+"""What psutil raises for processes and sockets that this user may not see, or that change while they are read."""
 
 
 class Server:
@@ -97,17 +99,11 @@ class Server:
                 process.resume()
 
     def listens_on(self, port: int) -> bool:
-        """Whether a process of the server listens there, also when its sockets cannot be looked at."""
-        for process in self._processes():
-            try:
-                connections = process.net_connections("tcp")
-            except psutil.NoSuchProcess:
-                continue
-            except psutil.AccessDenied:
-                return True
-            if any(_is_listening(connection, port) for connection in connections):
-                return True
-        return False
+        """Whether a process of the server listens there, or their sockets cannot be looked at."""
+        try:
+            return any(_listens_on(process, port) for process in self._processes())
+        except UNSEEN:
+            return True
 
     def _processes(self) -> list[psutil.Process]:
         """The server's process and all that it has started; none once it has ended."""
@@ -274,11 +270,17 @@ def _title(process: psutil.Process) -> str:
 
 def listener(port: int) -> str:
     """The process of this machine that listens at ``port``, in words."""
-    with suppress(psutil.Error):
+    with suppress(*UNSEEN):
         for connection in psutil.net_connections("tcp"):
             if _is_listening(connection, port) and connection.pid is not None:
                 return f"process {connection.pid} ({psutil.Process(connection.pid).name()})"
     return "a process that this user cannot see"
+
+
+def _listens_on(process: psutil.Process, port: int) -> bool:
+    with suppress(psutil.NoSuchProcess):
+        return any(_is_listening(connection, port) for connection in process.net_connections("tcp"))
+    return False
 
 
 def _is_listening(connection: Any, port: int) -> bool:

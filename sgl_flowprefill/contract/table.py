@@ -16,6 +16,7 @@ from sgl_flowprefill.contract.parts import (
     attention_choice,
     before_0_5_23,
     caches,
+    closing,
     cpu_attention,
     cpu_tp,
     data_parallel,
@@ -72,6 +73,7 @@ PARTS: Final[tuple[Part, ...]] = (
     overload.PART,
     health.PART,
     live.PART,
+    closing.PART,
     request_times.PART,
     token_ids.PART,
     # the scheduler process

@@ -344,20 +344,24 @@ def test_flowprefill_is_among_the_plugins_that_sglang_is_told_to_load(monkeypatc
         assert {name.strip() for name in names if name.strip()} == expected
 
 
-@pytest.mark.parametrize("servers", [["--unified", "2"], ["--role", "gateway", "--unified"]])
 @pytest.mark.parametrize(
-    ("refusing", "tries_again"),
+    "refusing", [["--flowprefill-overload", "shed"], ["--flowprefill-max-queued-tokens", "default:1000"], []]
+)
+@pytest.mark.parametrize(
+    ("servers", "may_refuse"),
     [
-        ([], True),
-        (["--flowprefill-overload", "shed"], False),
-        (["--flowprefill-max-queued-tokens", "default:1000"], False),
+        (["--unified", "2", "--flowprefill"], True),
+        (["--unified", "2"], False),  # SGLang's scheduler has no use for the options
+        (["--role", "gateway", "--unified", "--flowprefill"], True),
+        (["--role", "gateway", "--unified"], True),  # it says nothing of the servers that will join
+        (["--prefill", "2"], False),
     ],
 )
-def test_a_gateway_tries_again_unless_servers_refuse_requests(servers, refusing, tries_again):
-    layout = preflight.prepare(cli.parse(["--flowprefill", *servers, "--ports", "0", *refusing]))
+def test_a_gateway_tries_again_unless_servers_refuse_requests(servers, may_refuse, refusing):
+    layout = preflight.prepare(cli.parse([*servers, "--ports", "0", *refusing]))
     command = layout.gateway_command(29999)
-    assert ("--retry-max-retries" in command) == tries_again
-    assert ("--disable-retries" in command) != tries_again
+    assert ("--disable-retries" in command) == (may_refuse and bool(refusing))
+    assert ("--retry-max-retries" in command) != ("--disable-retries" in command)
 
 
 @pytest.mark.parametrize(("options", "grace_s"), [([], "120"), (["--drain-timeout-s", "1.5"], "2")])

@@ -23,7 +23,7 @@ from sgl_flowprefill.cluster import ClusterConfig, ClusterError, cli, machine, p
 from sgl_flowprefill.cluster.cluster import Cluster, answers_first_request
 from sgl_flowprefill.cluster.gateway import Gateway, Routing, Worker
 from sgl_flowprefill.cluster.members import ENSURE_S, Members
-from sgl_flowprefill.cluster.process import Guard, Server
+from sgl_flowprefill.cluster.process import Guard, Server, listener
 from sgl_flowprefill.cluster.saying import say
 from sgl_flowprefill.cluster.waiting import Waiting
 from tests.http_server import answering
@@ -257,6 +257,46 @@ def test_a_server_listens_where_it_or_its_child_does(tmp_path, of_a_child):
             time.sleep(0.01)
         assert server.listens_on(int(server.log.read_text()))
         assert not server.listens_on(others.getsockname()[1])
+
+
+@pytest.mark.parametrize("method", ["children", "net_connections"])
+@pytest.mark.parametrize(
+    "error", [psutil.AccessDenied(1), PermissionError("/proc/1/fd"), RuntimeError("a line of /proc/net/tcp")], ids=repr
+)
+def test_a_server_whose_sockets_cannot_be_looked_at_is_taken_to_listen(tmp_path, monkeypatch, method, error):
+    def refuse(process, *args, **kwargs):
+        raise error
+
+    sleeping = [sys.executable, "-c", "import time; time.sleep(600)"]
+    with Guard() as guard, socket.create_server(("127.0.0.1", 0)) as others:
+        server, port = guard.start("test", sleeping, os.environ, tmp_path / "log"), others.getsockname()[1]
+        assert not server.listens_on(port)
+        with monkeypatch.context() as patch:
+            patch.setattr(psutil.Process, method, refuse)
+            assert server.listens_on(port)
+
+
+def test_who_listens_is_told_without_a_name_where_it_cannot_be_looked_at(monkeypatch):
+    def refuse(kind):
+        raise RuntimeError("a line of /proc/net/tcp")
+
+    monkeypatch.setattr(psutil, "net_connections", refuse)
+    assert listener(1) == "a process that this user cannot see"
+
+
+def test_a_server_that_ends_while_its_sockets_are_looked_at_has_not_lost_its_port(restarting, monkeypatch):
+    member = restarting.first
+    server = member.server
+
+    def end_meanwhile(port):
+        server.terminate()
+        os.waitid(os.P_PID, server.pid, os.WEXITED | os.WNOWAIT)
+        return False
+
+    monkeypatch.setattr(server, "listens_on", end_meanwhile)
+    with answering(lambda path, headers: (200, "")) as member.url:
+        assert member.is_healthy()
+    assert "killed by signal 15" in server.ended()
 
 
 def test_a_server_that_does_not_come_back_in_time_is_started_again(restarting):

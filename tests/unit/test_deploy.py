@@ -326,6 +326,22 @@ def test_all_manifests_are_applied_and_no_key_comes_with_them():
     assert "deploy/kubernetes" in (ROOT / ".dockerignore").read_text().splitlines()
 
 
+PART_OF = {"app.kubernetes.io/part-of": "flowprefill"}
+
+
+def test_a_rollout_is_of_a_deployment_by_its_name_or_of_ours():
+    """Without either, it is of all Deployments in the namespace."""
+    ours = ["-l", *(f"{key}={value}" for key, value in PART_OF.items())]
+    rollouts = [command.split()[2:] for command in re.findall(r"kubectl rollout [^`\n]+", PAGE.read_text())]
+    assert {verb for verb, *_ in rollouts} == {"undo", "restart", "pause", "resume"}
+    for verb, kind, *which in rollouts:
+        assert kind == "deployment"
+        assert which == ours or (len(which) == 1 and not which[0].startswith("-")), verb
+    for shape, role in PODS:
+        deployment = named(shape, "Deployment", f"flowprefill-{role}")
+        assert PART_OF.items() <= deployment["metadata"]["labels"].items()
+
+
 def dockerfile():
     return (ROOT / "deploy" / "Dockerfile").read_text().splitlines()
 

@@ -286,11 +286,18 @@ def test_a_gateway_that_cannot_be_joined(refusal, status, text):
 
 
 @pytest.mark.parametrize(
-    ("url", "can_be_reached"),
-    [("http://127.0.0.1:29100", False), ("http://[::1]:29100", False), ("http://10.1.2.4:29100", True)],
+    ("url", "is_here", "can_be_reached"),
+    [
+        ("http://127.0.0.1:29100", False, False),
+        ("http://[::1]:29100", False, False),
+        ("http://localhost:29100", False, False),
+        ("http://10.1.2.4:29100", False, True),
+        ("http://127.0.0.1:29100", True, True),
+    ],
 )
-def test_a_gateway_whose_servers_only_its_own_machine_reaches(refusal, monkeypatch, url, can_be_reached):
+def test_a_gateway_whose_servers_only_its_own_machine_reaches(refusal, monkeypatch, url, is_here, can_be_reached):
     monkeypatch.setattr(machine, "address_towards", lambda host, port: "203.0.113.7")
+    monkeypatch.setattr(machine, "is_here", lambda host: is_here)
     workers = json.dumps({"workers": [{"worker_type": "decode", "url": url}]})
     with answering(lambda path, headers: (200, workers)) as gateway:
         line = refusal("--role", "prefill", "--join", gateway)
@@ -299,6 +306,42 @@ def test_a_gateway_whose_servers_only_its_own_machine_reaches(refusal, monkeypat
     else:
         assert f"--join {gateway}: the gateway has decode servers that listen on its own machine only" in line
         assert "where those at 203.0.113.7 cannot reach them; start that gateway with --role gateway" in line
+        assert "or join with an address of the gateway's machine that others reach (--host)" in line
+
+
+@pytest.mark.parametrize(
+    ("role", "there", "is_here", "can_reach"),
+    [
+        ("prefill", {"worker_type": "decode", "url": "http://10.1.2.4:29100"}, False, False),
+        ("decode", {"worker_type": "prefill", "url": "http://10.1.2.4:29100"}, False, False),
+        ("prefill", {"worker_type": "prefill", "url": "http://10.1.2.4:29100"}, False, True),
+        ("prefill", {"worker_type": "decode", "url": "http://10.1.2.4:29100"}, True, True),
+        ("prefill", {"worker_type": "decode", "url": "http://127.0.0.1:29100"}, False, True),
+        ("prefill", {"worker_type": "decode"}, False, True),
+    ],
+)
+def test_a_server_that_only_its_own_machine_reaches(refusal, monkeypatch, role, there, is_here, can_reach):
+    monkeypatch.setattr(machine, "is_here", lambda host: is_here)
+    with answering(lambda path, headers: (200, json.dumps({"workers": [there]}))) as gateway:
+        options = ["--role", role, "--join", gateway]
+        if can_reach:
+            assert preflight.prepare(cli.parse(options)).config.join == gateway
+            return
+        line = refusal(*options)
+    assert f"--join {gateway}: the gateway has {there['worker_type']} servers on other machines, which cannot" in line
+    assert "reach those at 127.0.0.1; join with an address of the gateway's machine that others reach (--host)" in line
+
+
+def test_this_machine_is_known_by_its_addresses():
+    assert all(machine.is_here(host) for host in ("127.0.0.1", "127.0.0.2", "localhost"))
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("203.0.113.7", 1))
+        except OSError:
+            pytest.skip("this machine has no network")
+        assert machine.is_here(probe.getsockname()[0])
+    assert not machine.is_here("203.0.113.7")
+    assert not machine.is_here("10.0.0..1")
 
 
 def test_memory_for_every_server(refusal, monkeypatch):

@@ -128,6 +128,7 @@ def test_memory_of_weights_that_are_float32_already(refusal, monkeypatch, tmp_pa
         ([], 8.0),
         (["--dtype", "auto"], 8.0),
         (["--dtype", "float32"], 8.0),
+        (["--dtype", "float"], 8.0),
         (["--dtype", "bfloat16"], 7.0),
         (["--dty=bfloat16"], 7.0),
         (["--decode-args", "--dtype bfloat16"], 7.5),

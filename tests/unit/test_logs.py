@@ -48,6 +48,19 @@ def test_what_a_launcher_has_logged_is_kept_until_the_second_one_after_it(tmp_pa
     assert sorted(file.name for file in tmp_path.iterdir()) == ["server.1.log", "server.log"]
 
 
+def test_of_a_long_log_the_end_is_kept(tmp_path):
+    log = tmp_path / "server.log"
+    with open(log, "wb") as file:
+        file.truncate(logs.KEPT_BYTES + (1 << 30))  # of zeros, which take no place on the disk
+        file.seek(0, os.SEEK_END)
+        file.write(b"\nthe last line\n")
+    with logs.held(log):
+        pass
+    assert log.stat().st_size == 0
+    assert logs.earlier(log).stat().st_size == logs.KEPT_BYTES == 64 * 1024**2
+    assert logs.last_lines(logs.earlier(log)).endswith("\nthe last line")
+
+
 def test_the_last_lines_are_the_end_of_a_log_whatever_it_has(tmp_path):
     log = tmp_path / "server.log"
     assert logs.last_lines(log) == ""
