@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
@@ -480,10 +481,29 @@ def test_an_idle_server_sleeps_and_can_be_flushed(server: Server) -> None:
     assert is_alive(server.process)
 
 
+def is_closed_by_an_answer(server: Server) -> bool:
+    """Whether an answer closes a connection over which a client goes on asking, before the server is gone."""
+    give_up_s = time.monotonic() + 120
+    with requests.Session() as session:
+        while time.monotonic() < give_up_s:
+            try:
+                answer = session.get(f"{server.url}/v1/models", headers=bearer(server.key), timeout=60)
+            except requests.ConnectionError:
+                return False
+            if answer.headers.get("Connection") == "close":
+                return answer.ok
+            time.sleep(0.05)
+    return False
+
+
 def test_at_sigterm_a_stream_runs_to_its_end_and_nothing_is_left(launcher: Launch, server: Server) -> None:
     """The last test that uses it."""
     assert launcher.memory is None or launcher.memory.files()
-    assert_a_stream_outlives_sigterm(launcher, server.url, server.key)
+    assert "Connection" not in server.get("/v1/models").headers
+    with ThreadPoolExecutor(1) as pool:
+        is_closed = pool.submit(is_closed_by_an_answer, server)
+        assert_a_stream_outlives_sigterm(launcher, server.url, server.key)
+        assert is_closed.result(10)
 
 
 @pytest.mark.stress

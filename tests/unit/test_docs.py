@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
+from sgl_flowprefill.cluster.base import ClusterConfig
 from sgl_flowprefill.config import FlowPrefillConfig
 from sgl_flowprefill.policy import POLICIES
 from tests.pictures import SHOWN, page_hash
@@ -127,6 +128,16 @@ def test_the_options_have_a_row_each_with_their_default():
         name: "" if default is None else str(default).lower().removesuffix(".0") for name, default in defaults.items()
     }
     assert dict(rows) == expected | {"max-batch-tokens": "profile"}
+
+
+def test_a_page_that_names_systemd_says_how_its_unit_ends():
+    """All processes get SIGTERM at once otherwise, and have 90 s."""
+    pages = [page.read_text() for page in PAGES if "systemd" in page.read_text()]
+    assert pages
+    for page in pages:
+        settings = dict(re.findall(r"(?m)^(\w+)=(.+)$", page))
+        assert settings["KillMode"] == "mixed"
+        assert int(settings["TimeoutStopSec"]) > ClusterConfig.drain_timeout_s
 
 
 def headings(page):
