@@ -12,6 +12,7 @@ import pytest
 from packaging.requirements import Requirement
 
 from sgl_flowprefill.config import FlowPrefillConfig
+from sgl_flowprefill.metrics.table import CAUSES
 from sgl_flowprefill.policy import POLICIES
 from tests.pictures import SHOWN, page_hash
 
@@ -20,6 +21,7 @@ PACKAGE = ROOT / "sgl_flowprefill"
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 VERSION = re.compile(r"(?<![\d.])0\.\d+\.\d+(?!\d|\.\d)")
 LINK = re.compile(r"\]\(([^)\s]+)\)")
+CAUSE = re.compile(r"\bthe cause\s+`([^`]+)`")
 
 
 def table_of_modules():
@@ -127,6 +129,12 @@ def test_the_options_have_a_row_each_with_their_default():
         name: "" if default is None else str(default).lower().removesuffix(".0") for name, default in defaults.items()
     }
     assert dict(rows) == expected | {"max-batch-tokens": "profile"}
+
+
+def test_the_causes_that_pages_name_are_those_of_the_table():
+    named = [(page.name, cause) for page in PAGES for cause in CAUSE.findall(page.read_text())]
+    assert len(named) >= 3
+    assert [(name, cause) for name, cause in named if cause not in CAUSES.values()] == []
 
 
 def headings(page):
