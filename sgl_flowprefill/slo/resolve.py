@@ -107,6 +107,8 @@ class Resolver:
     """Requests that have asked for less than their class's own objective. Goes on counting with the next policy."""
     naming: PerMinute = field(default_factory=PerMinute)
     """Requests that have named their class. Goes on counting with the next policy."""
+    counts: bool = True
+    """Whether it counts these: not on a decode server, which sees the requests of a whole pool of prefill servers."""
 
     def check(self, asks: Sequence[Ask]) -> None:
         """Raises SloError for a class that there is not."""
@@ -165,7 +167,7 @@ class Resolver:
     def _may_name(self, slo_class: str, request: Request, now_s: float) -> bool:
         """Whether one more request may belong to a class because its client has named it."""
         terms = self._class(slo_class)
-        if terms.named_per_minute is None:
+        if terms.named_per_minute is None or not self.counts:
             return True
         return self.naming.take(_key(slo_class, terms, request), terms.named_per_minute, now_s)
 
@@ -189,6 +191,7 @@ class Resolver:
             ttft_s, source = least_s, f"{source}, raised to min_ttft_s"
         if (
             bounds.tight_per_minute is not None
+            and self.counts
             and ttft_s < own_s
             and not self.tight.take(_key(bounded_by, bounds, request), bounds.tight_per_minute, now_s)
         ):
