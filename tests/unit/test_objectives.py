@@ -215,6 +215,19 @@ def test_no_detour_leads_past_how_often_a_class_may_be_named() -> None:
     assert [served.resolve(detour, 0.0).ttft_s for _ in range(3)] == [0.5, 3.0, 3.0]
 
 
+def test_a_request_that_may_not_name_one_of_its_classes_counts_for_none_of_them() -> None:
+    policy = parse("classes: {a: {ttft_s: 0.5, named_per_minute: 1}, b: {tbt_s: 0.05, named_per_minute: 1}}", "f")
+    for had, free in ("ab", "ba"):
+        served = Resolver(5.0, 0.1, policy=policy)
+        both = Request([Ask("body", slo_class="a"), Ask("header h", slo_class="b")])
+        assert served.resolve(Request([Ask("body", slo_class=had)]), 0.0).slo_class == had
+        assert served.resolve(both, 0.0) == Objective(5.0, 0.1, "default", "default, beyond named_per_minute")
+        assert served.resolve(Request([Ask("body", slo_class=free)]), 0.0).slo_class == free
+        assert served.resolve(both, 60.0) == Objective(0.5, 0.05, "a", "body")
+        for name in (had, free):
+            assert served.resolve(Request([Ask("body", slo_class=name)]), 60.0).slo_class == "default"
+
+
 def test_each_api_key_may_name_a_class_so_often_where_the_policy_says_so() -> None:
     policy = parse("classes: {quick: {ttft_s: 0.5, named_per_minute: 1, tight_by: api_key}}", "f")
     served, named = Resolver(5.0, 0.1, policy=policy), Request([Ask("body", slo_class="quick")], api_key="a")
