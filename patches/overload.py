@@ -7,10 +7,13 @@ would have no Retry-After, on /v1/responses it would be 400, and streams would b
 The answer to a stream begins with its first event, which is there with the first token: until then it may be refused.
 /v1/responses sends two events before, which are held back that long; not where tools are given, with which SGLang may
 hold back the third one until the end.
+
+Nobody else hears of a client that leaves before there is an answer, so it is looked for here.
 """
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import aclosing
 from contextvars import ContextVar
@@ -35,6 +38,8 @@ RETRY_AFTER: Final = "retry_after_s"
 """Key of a shed request's reason: whole seconds."""
 BEFORE_THE_ANSWER: Final = ("event: response.created\n", "event: response.in_progress\n")
 """How events of /v1/responses begin that say nothing of the answer."""
+POLL_S: Final = 0.25
+"""How often it is looked whether the client of a stream that has not begun is still there."""
 
 
 @dataclass
@@ -116,7 +121,7 @@ async def _begun(response: Any, answering: Answering, *args: Any) -> Any:
     else:
         return response
     first = []
-    async for event in events:
+    while (event := await _next_event(events, args[-1])) is not None:
         first.append(event)
         if not (isinstance(event, str) and event.startswith(BEFORE_THE_ANSWER)):
             break
@@ -129,6 +134,24 @@ async def _begun(response: Any, answering: Answering, *args: Any) -> Any:
         return _together(first, events)
     response.body_iterator = _together(first, events)
     return response
+
+
+async def _next_event(events: Any, request: Any) -> Any:
+    """The next of a stream's ``events``. None where there is none, or where the client of ``request`` has left: SGLang
+    aborts what is generated for it, as its generator is cancelled.
+    """
+    coming = asyncio.ensure_future(anext(events))
+    try:
+        while not (await asyncio.wait({coming}, timeout=POLL_S))[0]:
+            if request is not None and await request.is_disconnected():
+                return None
+        return coming.result()
+    except StopAsyncIteration:
+        return None
+    finally:
+        if not coming.done():
+            coming.cancel()
+            await asyncio.wait({coming})
 
 
 async def _together(first: list[Any], events: Any) -> AsyncGenerator[Any, None]:

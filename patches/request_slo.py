@@ -157,6 +157,8 @@ class Objectives:
         """The hook of every prompt: its objective becomes part of what is sent to the scheduler. Raises SloError."""
         params, from_http = tokenized.sampling_params, _FROM_HTTP.get()
         resolver = from_http.resolver
+        if manager.server_args.disaggregation_mode == "decode":
+            resolver = replace(resolver, counts=False)
         asks = (body_ask(params.custom_params), *from_http.header_asks)
         resolver.check(asks)
         objective = resolver.resolve(

@@ -107,6 +107,8 @@ class _Request:
     """A request whose outcome is not known yet."""
 
     arrival: Arrival
+    decodes: bool
+    """Whether its server decodes."""
     ready_s: float | None = None
     admitted_s: float | None = None
     """When the scheduler first knew that it could be run."""
@@ -126,7 +128,7 @@ class Outcomes:
 
     def __init__(self, decodes: bool) -> None:
         """``decodes``: the first token is there when the prefill is over, on a server that decodes; otherwise when the
-        KV cache has been sent.
+        KV cache has been sent. A line that says that a server begins says it anew.
         """
         self._decodes = decodes
         self._open: dict[str, _Request] = {}
@@ -167,11 +169,12 @@ class Outcomes:
 
     def _begin(self, event: Log) -> Sequence[Outcome]:
         """The server was started again, and nothing of before is left."""
+        self._decodes = event.decodes
         self._live.clear()
         return NONE_ENDED
 
     def _arrival(self, event: Arrival) -> Sequence[Outcome]:
-        self._open[event.rid] = _Request(event)
+        self._open[event.rid] = _Request(event, self._decodes)
         return NONE_ENDED
 
     def _ready(self, event: Ready) -> Sequence[Outcome]:
@@ -236,7 +239,7 @@ class Outcomes:
             if request is not None:
                 request.computed_s = event.t_s
                 request.overrun_s = self._overrun_since_ready_s(request, event.t_s)
-                if self._decodes:
+                if request.decodes:
                     del self._open[rid]
                     outcomes.append(self._outcome(request, event.t_s, first_token_s=event.t_s))
         return outcomes

@@ -31,6 +31,7 @@ from sgl_flowprefill.events import (
     Suspend,
     rounded,
 )
+from sgl_flowprefill.hub.device import Stamp
 from sgl_flowprefill.hub.failure import Failure
 from sgl_flowprefill.hub.parts import Recorder, blocked_since_s
 from sgl_flowprefill.hub.task import PrefillTask
@@ -71,6 +72,8 @@ class EventRecorder(EventLog, Recorder):
         """By id the tasks that are suspended and since when, in that order."""
         self._counted_spans: dict[int, int] = {}
         """By id of tasks that went on, how many of their spans metrics have counted."""
+        self._unwound_spans: list[tuple[Stamp, Stamp]] = []
+        """Those that metrics have not counted of tasks that were unwound."""
         self._open: set[Any] = set()
         """The requests (SGLang's Req) that have arrived and not ended."""
         self._ready: set[Any] = set()
@@ -199,6 +202,7 @@ class EventRecorder(EventLog, Recorder):
             profiled_s=round(prediction.raw_s, 6),
         )
         self._count_forward(task)
+        self._count_unwound()
         if self._metrics is not None:
             self._metrics.completed(task.executed_s, prediction.expected_s)
 
@@ -207,12 +211,12 @@ class EventRecorder(EventLog, Recorder):
         self._suspended.pop(task.id, None)
         rids = self._close([req for req in task.reqs if req in self._open])
         self.write(Abort, time.monotonic(), rids=rids, task=task.id, checkpoint=task.operators_passed)
-        self._count_forward(task)
+        self._count_later(task)
 
     def given_back(self, task: PrefillTask) -> None:
         self._suspended.pop(task.id, None)
         self.write(GiveBack, time.monotonic(), task=task.id, rids=task.rids, checkpoint=task.operators_passed)
-        self._count_forward(task)
+        self._count_later(task)
         if self._metrics is not None:
             self._metrics.given_back()
 
@@ -222,15 +226,27 @@ class EventRecorder(EventLog, Recorder):
         """
         if self._metrics is None:
             return
-        counted = self._counted_spans.pop(task.id, 0)
-        self._metrics.ran(sum(begin.seconds_until(end) for begin, end in task.spans[counted:]))
+        self._metrics.ran(_sum_s(task.spans[self._counted_spans.pop(task.id, 0) :]))
         if goes_on:
             self._counted_spans[task.id] = len(task.spans)
+
+    def _count_later(self, task: PrefillTask) -> None:
+        """``task`` is unwound, and the device may still have its last operators to run, as at a suspension."""
+        counted = self._counted_spans.pop(task.id, 0)
+        if self._metrics is not None:
+            self._unwound_spans += task.spans[counted:]
+
+    def _count_unwound(self) -> None:
+        """Tell metrics for how long tasks ran that were unwound: another one is done by now, or nothing runs."""
+        if self._metrics is not None and self._unwound_spans:
+            self._metrics.ran(_sum_s(self._unwound_spans))
+            self._unwound_spans.clear()
 
     def decided(self, cost_s: float, now_s: float) -> float:
         return math.inf if self._metrics is None else self._metrics.decided(cost_s, now_s)
 
     def flush(self) -> None:
+        self._count_unwound()
         if self._metrics is not None:
             self._metrics.rest(time.monotonic())
         super().flush()
@@ -294,7 +310,7 @@ class EventRecorder(EventLog, Recorder):
             http_status=int(HTTPStatus.INTERNAL_SERVER_ERROR),
             reason=failure.message[:REASON_CHARS],
         )
-        self._count_forward(task)
+        self._count_later(task)
 
     def abort_asked(self, reqs: Iterable[Any]) -> None:
         """``reqs`` are to be aborted, wherever they are."""
@@ -333,6 +349,11 @@ class EventRecorder(EventLog, Recorder):
         self._ready.difference_update(reqs)
         self._abort_asked.difference_update(reqs)
         return [req.rid for req in reqs]
+
+
+def _sum_s(spans: Iterable[tuple[Stamp, Stamp]]) -> float:
+    """Device time of ``spans``, which the device is waited for to pass."""
+    return sum(begin.seconds_until(end) for begin, end in spans)
 
 
 class AnswerReports:

@@ -63,15 +63,23 @@ class PerMinute:
     _left: OrderedDict[tuple[str, str], tuple[float, float]] = field(default_factory=OrderedDict, init=False)
     """Requests that a key has left, and when that was so; the key that was idle longest first."""
 
-    def take(self, key: tuple[str, str], per_minute: float, now_s: float) -> bool:
-        """Whether ``key`` may have one more, of ``per_minute``."""
+    def has(self, key: tuple[str, str], per_minute: float, now_s: float) -> bool:
+        """Whether ``key`` has one left, of ``per_minute``."""
         most = max(1.0, per_minute)
         left, since_s = self._left.pop(key, (most, now_s))
         left = min(most, left + per_minute * (now_s - since_s) / 60)
-        self._left[key] = (left - 1 if left >= 1 else left, now_s)
+        self._left[key] = left, now_s
         if len(self._left) > KEYS:
             self._left.popitem(last=False)
         return left >= 1
+
+    def take(self, key: tuple[str, str], per_minute: float, now_s: float) -> bool:
+        """Whether ``key`` may have one more, of ``per_minute``, which it has then."""
+        if not self.has(key, per_minute, now_s):
+            return False
+        left, since_s = self._left[key]
+        self._left[key] = left - 1, since_s
+        return True
 
 
 class Choice(NamedTuple):
@@ -107,6 +115,8 @@ class Resolver:
     """Requests that have asked for less than their class's own objective. Goes on counting with the next policy."""
     naming: PerMinute = field(default_factory=PerMinute)
     """Requests that have named their class. Goes on counting with the next policy."""
+    counts: bool = True
+    """Whether it counts these: not on a decode server, which sees the requests of a whole pool of prefill servers."""
 
     def check(self, asks: Sequence[Ask]) -> None:
         """Raises SloError for a class that there is not."""
@@ -125,7 +135,7 @@ class Resolver:
         """The objective of ``request``, which comes at ``now_s`` of a monotonic clock."""
         asks = [*request.asks, *self._further(request)]
         choice, beyond = self._choose(asks, request), ""
-        if not all(self._may_name(name, request, now_s) for name in sorted(choice.named())):
+        if not self._may_name(choice.named(), request, now_s):
             asks = [replace(ask, slo_class=None) if is_clients(ask) else ask for ask in asks]
             choice, beyond = self._choose(asks, request), ", beyond named_per_minute"
         of_client = asks[: len(request.asks)]
@@ -162,12 +172,20 @@ class Resolver:
         of_class = next((ask for ask in asks if ask.slo_class is not None), None)
         return Choice(of_ttft, ttft_s, of_tbt, tbt_s, of_class)
 
-    def _may_name(self, slo_class: str, request: Request, now_s: float) -> bool:
-        """Whether one more request may belong to a class because its client has named it."""
-        terms = self._class(slo_class)
-        if terms.named_per_minute is None:
-            return True
-        return self.naming.take(_key(slo_class, terms, request), terms.named_per_minute, now_s)
+    def _may_name(self, slo_classes: set[str], request: Request, now_s: float) -> bool:
+        """Whether one more request may belong to classes because its client has named them: it counts for all of them,
+        or for none.
+        """
+        bounded: list[tuple[tuple[str, str], float]] = []
+        for name in slo_classes:
+            terms = self._class(name)
+            if self.counts and terms.named_per_minute is not None:
+                bounded.append((_key(name, terms, request), terms.named_per_minute))
+        if not all(self.naming.has(key, per_minute, now_s) for key, per_minute in bounded):
+            return False
+        for key, per_minute in bounded:
+            self.naming.take(key, per_minute, now_s)
+        return True
 
     def _class(self, name: str | None) -> SloClass:
         return NO_TERMS if name is None else self.policy.classes.get(name, NO_TERMS)
@@ -189,6 +207,7 @@ class Resolver:
             ttft_s, source = least_s, f"{source}, raised to min_ttft_s"
         if (
             bounds.tight_per_minute is not None
+            and self.counts
             and ttft_s < own_s
             and not self.tight.take(_key(bounded_by, bounds, request), bounds.tight_per_minute, now_s)
         ):

@@ -78,6 +78,8 @@ class Request:
     """A request, from its arrival to its end."""
 
     arrival: Arrival
+    decodes: bool
+    """Whether its server decodes as well as it prefills."""
     ready: Ready | None = None
     tasks: list[Task] = field(default_factory=list)
     """Several where the first ones gave back their KV cache."""
@@ -165,7 +167,7 @@ class _Reader:
     """Follows a log event by event."""
 
     def __init__(self, decodes: bool) -> None:
-        """Whether the log's server ``decodes``."""
+        """Whether the server of the log ``decodes``, until a line of it says what server begins."""
         self._decodes = decodes
         self._outcomes = Outcomes(decodes)
         self._courses: dict[Request, Course] = {}
@@ -190,9 +192,9 @@ class _Reader:
             if (ended := self._open.get(outcome.rid)) is not None:
                 self._courses[ended] = outcome.course
         if isinstance(event, Log):
-            self._begin()
+            self._begin(event)
         elif isinstance(event, Arrival):
-            self._requests.append(Request(event))
+            self._requests.append(Request(event, self._decodes))
             self._open[event.rid] = self._requests[-1]
         elif isinstance(event, Ready):
             if (request := self._open.get(event.rid)) and request.ready is None:
@@ -228,8 +230,9 @@ class _Reader:
                 request.tasks.append(task)
         self._run(event.task)
 
-    def _begin(self) -> None:
+    def _begin(self, event: Log) -> None:
         """The server was started again, and nothing of before is left."""
+        self._decodes = event.decodes
         for task in list(self._live.values()):
             self._close(task, None)
         for request in self._open.values():
@@ -318,10 +321,10 @@ class _Reader:
                 own_s = sum(task.ran_s for task in request.tasks if task.start.t_s < until_s)  # none of it as a stream
                 request.others_s = max(0.0, ran.between(ready_s, until_s) - own_s)
                 request.steps_s = stepped.between(ready_s, until_s)
-            request.parts = list(_parts(request, ready_s, self._now_s, NOT_READY if self._decodes else WITHOUT_PLACE))
+            request.parts = list(_parts(request, ready_s, self._now_s, NOT_READY if request.decodes else WITHOUT_PLACE))
             if computed_s is not None:
                 left_s = self._now_s if leave is None else leave.t_s
-                request.parts += _stretch(DECODING if self._decodes else SENDING, computed_s, left_s)
+                request.parts += _stretch(DECODING if request.decodes else SENDING, computed_s, left_s)
 
     def _note_course(self, request: Request) -> None:
         """The course of ``request`` is what is known by now, where its outcome is not."""

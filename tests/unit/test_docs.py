@@ -13,6 +13,7 @@ from packaging.requirements import Requirement
 
 from sgl_flowprefill.cluster.base import ClusterConfig
 from sgl_flowprefill.config import FlowPrefillConfig
+from sgl_flowprefill.metrics.table import CAUSES
 from sgl_flowprefill.policy import POLICIES
 from tests.pictures import SHOWN, page_hash
 
@@ -21,6 +22,7 @@ PACKAGE = ROOT / "sgl_flowprefill"
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 VERSION = re.compile(r"(?<![\d.])0\.\d+\.\d+(?!\d|\.\d)")
 LINK = re.compile(r"\]\(([^)\s]+)\)")
+CAUSE = re.compile(r"\bthe cause\s+`([^`]+)`")
 
 
 def table_of_modules():
@@ -138,6 +140,12 @@ def test_a_page_that_names_systemd_says_how_its_unit_ends():
         settings = dict(re.findall(r"(?m)^(\w+)=(.+)$", page))
         assert settings["KillMode"] == "mixed"
         assert int(settings["TimeoutStopSec"]) > ClusterConfig.drain_timeout_s
+
+
+def test_the_causes_that_pages_name_are_those_of_the_table():
+    named = [(page.name, cause) for page in PAGES for cause in CAUSE.findall(page.read_text())]
+    assert len(named) >= 3
+    assert [(name, cause) for name, cause in named if cause not in CAUSES.values()] == []
 
 
 def headings(page):

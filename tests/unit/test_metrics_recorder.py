@@ -153,6 +153,47 @@ def test_time_in_forward_passes_counts_once_when_a_prefill_goes_on_and_however_i
     assert counted_s() == 114.0
 
 
+class QueuedStamp:
+    """A place in the queue of a device that may not have got there."""
+
+    def __init__(self, time_s: float) -> None:
+        self.time_s = time_s
+        self.is_passed = False
+
+    def seconds_until(self, later: QueuedStamp) -> float:
+        assert later.is_passed, "the device would be waited for"
+        return later.time_s - self.time_s
+
+
+@pytest.mark.parametrize("counts", ["at rest", "when another one is done"])
+@pytest.mark.parametrize("end", ["dropped", "given back", "failed"])
+def test_the_device_is_not_waited_for_when_a_prefill_is_unwound_and_its_time_counts_once(end: str, counts: str) -> None:
+    registry = CollectorRegistry()
+    recorder = EventRecorder(None, Metrics(LABELS, decodes=True, registry=registry), decodes=True)
+    first, last = (QueuedStamp(0.0), QueuedStamp(2.0)), (QueuedStamp(5.0), QueuedStamp(8.0))
+    task: Any = SimpleNamespace(id=0, rids=[], reqs=[], operators_passed=3, has_run=True, spans=[first])
+    first[1].is_passed = True
+    recorder.resumed(task, 5.0)
+    task.spans.append(last)
+    if end == "dropped":
+        recorder.dropped(task)
+    elif end == "given back":
+        recorder.given_back(task)
+    else:
+        recorder.failed(task, Failure.of(ValueError("it fails"), 3, []))
+    last[1].is_passed = True
+    if counts != "at rest":
+        other: Any = SimpleNamespace(
+            id=1, rids=[], reqs=[], operators_passed=9, spans=[], executed_s=0.0, predicted_s=1.0
+        )
+        prediction: Any = SimpleNamespace(expected_s=1.0, raw_s=1.0)
+        recorder.completed(other, prediction)
+        last[1].is_passed = False
+    for _ in range(2):
+        recorder.flush()
+        assert samples(registry)["flowprefill:forward_seconds_total"] == 5.0
+
+
 def test_a_switch_that_no_news_led_to_is_no_preemption() -> None:
     measured = Measured([])
     task: Any = SimpleNamespace(

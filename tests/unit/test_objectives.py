@@ -215,6 +215,19 @@ def test_no_detour_leads_past_how_often_a_class_may_be_named() -> None:
     assert [served.resolve(detour, 0.0).ttft_s for _ in range(3)] == [0.5, 3.0, 3.0]
 
 
+def test_a_request_that_may_not_name_one_of_its_classes_counts_for_none_of_them() -> None:
+    policy = parse("classes: {a: {ttft_s: 0.5, named_per_minute: 1}, b: {tbt_s: 0.05, named_per_minute: 1}}", "f")
+    for had, free in ("ab", "ba"):
+        served = Resolver(5.0, 0.1, policy=policy)
+        both = Request([Ask("body", slo_class="a"), Ask("header h", slo_class="b")])
+        assert served.resolve(Request([Ask("body", slo_class=had)]), 0.0).slo_class == had
+        assert served.resolve(both, 0.0) == Objective(5.0, 0.1, "default", "default, beyond named_per_minute")
+        assert served.resolve(Request([Ask("body", slo_class=free)]), 0.0).slo_class == free
+        assert served.resolve(both, 60.0) == Objective(0.5, 0.05, "a", "body")
+        for name in (had, free):
+            assert served.resolve(Request([Ask("body", slo_class=name)]), 60.0).slo_class == "default"
+
+
 def test_each_api_key_may_name_a_class_so_often_where_the_policy_says_so() -> None:
     policy = parse("classes: {quick: {ttft_s: 0.5, named_per_minute: 1, tight_by: api_key}}", "f")
     served, named = Resolver(5.0, 0.1, policy=policy), Request([Ask("body", slo_class="quick")], api_key="a")
@@ -370,7 +383,14 @@ def http(body: Any, headers: dict[str, str] | None = None) -> HttpRequest:
     return HttpRequest({"type": "http", "method": "POST", "path": "/", "headers": raw}, receive)
 
 
-MANAGER = SimpleNamespace(served_model_name="served-8B")
+def manager_of(disaggregation_mode: str) -> Any:
+    """What the hooks read of SGLang's TokenizerManager."""
+    return SimpleNamespace(
+        served_model_name="served-8B", server_args=SimpleNamespace(disaggregation_mode=disaggregation_mode)
+    )
+
+
+MANAGER = manager_of("null")
 
 
 async def passed(
@@ -379,6 +399,7 @@ async def passed(
     sampling: Any = None,
     priority: int | None = None,
     default_priority: int | None = None,
+    manager: Any = MANAGER,
 ) -> dict[str, Any]:
     """The ``custom_params`` with which a prompt leaves for the scheduler of a server with this ``default_priority``."""
 
@@ -392,7 +413,7 @@ async def passed(
         yield tokenized.sampling_params.custom_params
 
     obj = SimpleNamespace(text="a b c", sampling_params=sampling, priority=priority, received_time=None)
-    async for answer in hooks.read_request(generate_request, MANAGER, obj, request):
+    async for answer in hooks.read_request(generate_request, manager, obj, request):
         return dict(answer)
     raise AssertionError("no answer")
 
@@ -471,6 +492,22 @@ def test_what_a_class_has_had_of_tight_requests_outlives_its_policy() -> None:
     assert [promised(hooks, tight)[0] for _ in range(2)] == [0.3, 0.3]
     hooks.use(POLICY.model_copy())
     assert promised(hooks, tight) == (0.5, "interactive", "policy file, beyond tight_per_minute")
+
+
+def test_a_decode_server_which_sees_what_a_pool_of_prefill_servers_got_counts_no_requests() -> None:
+    policy = parse("classes: {quick: {ttft_s: 1, named_per_minute: 1}, strict: {ttft_s: 3, tight_per_minute: 1}}", "f")
+    named = http({"custom_params": {"slo_class": "quick"}})
+    tight = http({"custom_params": {"slo_class": "strict", "ttft_slo": 2}})
+
+    def got_s(request: HttpRequest, mode: str) -> list[float]:
+        hooks = Objectives(Resolver(5.0, 0.1, policy=policy), clock=lambda: 0.0)
+        return [promised(hooks, request, manager=manager_of(mode))[0] for _ in range(3)]
+
+    for mode in ("prefill", "null"):
+        assert got_s(named, mode) == [1.0, 5.0, 5.0]
+        assert got_s(tight, mode) == [2.0, 3.0, 3.0]
+    assert got_s(named, "decode") == [1.0] * 3
+    assert got_s(tight, "decode") == [2.0] * 3
 
 
 @pytest.mark.parametrize(

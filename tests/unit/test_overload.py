@@ -437,6 +437,62 @@ def test_a_stream_that_is_served_has_all_of_its_events_and_may_still_be_refused_
     assert asyncio.run(client()) == (200, [b"first", REFUSED, b"last"])
 
 
+class Client:
+    """The HTTP request of a client that leaves after it was looked for so often."""
+
+    def __init__(self, stays_for: float) -> None:
+        self.stays_for = stays_for
+        self.looked = 0
+
+    async def is_disconnected(self) -> bool:
+        self.looked += 1
+        return self.looked > self.stays_for
+
+
+@pytest.mark.parametrize("is_response", [True, False], ids=["most endpoints", "/v1/responses"])
+def test_a_client_that_leaves_before_its_stream_begins_has_it_cancelled_at_once(is_response: bool) -> None:
+    ends: list[type[BaseException]] = []
+
+    async def events() -> AsyncIterator[Any]:
+        yield CREATED[0]
+        try:
+            await asyncio.sleep(60)
+        except BaseException as error:  # where SGLang aborts
+            ends.append(type(error))
+            raise
+        yield b"never"
+
+    async def handle(*_: Any) -> Any:
+        return StreamingResponse(events()) if is_response else events()
+
+    async def gone() -> list[Any]:
+        answering = overload.answer(handle, None, SimpleNamespace(tools=[]), Client(stays_for=1))
+        response = await asyncio.wait_for(answering, 4 * overload.POLL_S)
+        assert ends == [asyncio.CancelledError]
+        return [event async for event in (response.body_iterator if is_response else response)]
+
+    assert asyncio.run(gone()) == CREATED[:1]
+
+
+def test_a_stream_that_begins_late_is_served_while_its_client_waits() -> None:
+    client = Client(stays_for=math.inf)
+
+    async def events() -> AsyncIterator[bytes]:
+        await asyncio.sleep(2.5 * overload.POLL_S)
+        yield b"first"
+        yield b"last"
+
+    async def handle(*_: Any) -> Any:
+        return StreamingResponse(events())
+
+    async def served() -> list[Any]:
+        response = await overload.answer(handle, None, client, raises=True)
+        return [event async for event in response.body_iterator]
+
+    assert asyncio.run(served()) == [b"first", b"last"]
+    assert client.looked >= 1
+
+
 CREATED = ["event: response.created\ndata: {}\n\n", "event: response.in_progress\ndata: {}\n\n"]
 
 

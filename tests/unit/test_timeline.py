@@ -228,6 +228,28 @@ def test_what_a_server_is_is_said_by_its_first_line_and_not_by_what_has_happened
     assert doings(prefills.parts)[:1] == doings(decodes.parts)[:1]
 
 
+@pytest.mark.parametrize("decoded", [False, True])
+def test_a_server_that_was_started_again_may_be_of_the_other_kind(decoded: bool) -> None:
+    """Each request is judged by the server that had it: when its first token is there, and what it did meanwhile."""
+
+    def course(at_s: float, rid: str) -> list[AnyEvent]:
+        return [
+            arrival(at_s, rid, at_s + 1.0),
+            ready(at_s + 0.1, rid, 0.5),
+            start(at_s + 0.1, 0, rid),
+            complete(at_s + 0.6, 0, rid, forward_s=0.5),
+            Leave(at_s + 5.0, rid),
+        ]
+
+    begins = Log(9.0, "0.1.0", decodes=decoded), Log(29.0, "0.1.0", decodes=not decoded)
+    history = History.of([begins[0], *course(10.0, "before"), begins[1], *course(30.0, "after")])
+    for rid, decodes in (("before", decoded), ("after", not decoded)):
+        request = by_rid(history)[rid]
+        assert request.verdict == ((True, None) if decodes else (False, Cause.TRANSFER))
+        assert request.parts[-1].what == ("decoding" if decodes else "KV cache is sent")
+        assert request.parts[1].what == ("not ready" if decodes else "waiting for the decode server")
+
+
 def test_only_on_a_prefill_server_does_a_request_that_cannot_be_run_wait_for_a_decode_server() -> None:
     events = [arrival(10.0, "never", 11.0), arrival(12.0, "later", 20.0)]
     for decodes, what in ((True, "not ready"), (False, "waiting for the decode server")):

@@ -98,6 +98,12 @@ PART: Final = Part(
             "rules of the policy file that name a model do not fit such requests",
         ),
         *attributes(
+            "sglang.srt.managers.tokenizer_manager:TokenizerManager",
+            "server_args",
+            "says whether this is a decode server, which counts no requests",
+            "classes have fewer requests a minute than the policy file says",
+        ),
+        *attributes(
             "sglang.srt.managers.io_struct:TokenizedGenerateReqInput",
             "sampling_params input_ids input_embeds",
             "is what a prompt's objective is written into, and the prompt",
