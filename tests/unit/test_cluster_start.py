@@ -133,6 +133,9 @@ class FakeGuard:
         self.started.append(Server(name, sleeping, os.environ, self.directory / f"{len(self.started)}.log"))
         return self.started[-1]
 
+    def ask_to_end(self, server):
+        server.terminate()
+
     def end(self, server):
         self.killed.append(server)
 

@@ -89,6 +89,19 @@ def test_one_server_is_ended_with_all_that_it_left_and_others_stay(tmp_path):
         assert [path for path in others if not path.exists()] == []
 
 
+@pytest.mark.parametrize("is_guard_alive", [True, False])
+def test_what_a_server_leaves_that_ends_when_it_is_asked_to_is_removed(tmp_path, is_guard_alive):
+    with Guard() as guard:
+        server, child, left = start(guard, tmp_path)
+        guard.ask_to_end(server)
+        psutil.Process(child).kill()
+        wait_until(lambda: server.ended() and gone(child))
+        assert left[0].exists()
+        if not is_guard_alive:
+            os.kill(guard.pid, signal.SIGKILL)
+    assert [path for path in left if path.exists()] == []
+
+
 def test_servers_end_without_the_guard(tmp_path):
     with Guard() as guard:
         server, child, left = start(guard, tmp_path)
