@@ -87,6 +87,8 @@ class Hub(Generic[RoleT]):
     """Refuses requests that wait, each with its reason. Clients may come back after so many seconds."""
     kv_is_short: bool = field(default=False, init=False)
     """Whether KV for a new task was asked for in vain, and none has been freed since."""
+    _refused_tokens: int = field(default=0, init=False)
+    """New tokens of the request for which it was."""
     _short_until_s: float = field(default=math.inf, init=False)
     """When others may ask for some, if none is freed."""
     _stopped_s: float = field(default=0.0, init=False)
@@ -152,7 +154,10 @@ class Hub(Generic[RoleT]):
             self.recorder.dropped(task)
             self._drop(task)
         for arrival in self.role.arrived():
-            self.recorder.ready(self.work.add(arrival))
+            job = self.work.add(arrival)
+            if arrival.shape.new_tokens < self._refused_tokens:  # it may fit
+                self.kv_is_short = False
+            self.recorder.ready(job)
         outdated = self.work.waiting.outdated(MATCHES)
         if not outdated and self.match_rounds == 1:  # nobody is matched again before the start
             outdated = self.work.first_evicted(now_s, MATCHES)
@@ -292,7 +297,7 @@ class Hub(Generic[RoleT]):
             if task is not None:
                 return task
             # Its KV does not fit. Work on what holds KV, and try again when some has been freed.
-            self.kv_is_short = True
+            self.kv_is_short, self._refused_tokens = True, choice[0].item.shape.new_tokens
             self._short_until_s = self.work.colocated.shut_until_s(choice[0], self.now_s())
 
     def choose(self) -> Choice:

@@ -121,6 +121,7 @@ class JointUnifiedRole(JointRole, UnifiedRole):
         return self._exchange((), super().ended_streams())[1]
 
     def note_paused(self) -> None:
+        super().note_paused()
         self.tell_policy()
 
     def note_retracted(self, stream: Stream) -> None:

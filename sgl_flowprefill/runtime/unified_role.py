@@ -46,8 +46,10 @@ GIVEN_BACK: Final = "flowprefill_given_back"
 """Attribute of SGLang's Req: its number, if a prefill of it has begun, and was given back."""
 LAST_TOKEN_S: Final = "flowprefill_last_token_s"
 """Attribute of SGLang's Req: when the last token came before it lost its KV cache as a stream."""
-WITHOUT_MEMORY_S: Final = 10.0
-"""For how long a prefill does not start again that gave its memory back, unless there are fewer streams then."""
+WITHOUT_MEMORY_STEPS: Final = 100
+"""For how many steps a prefill does not start again that gave its memory back, unless there are fewer streams then. Not
+for how long: clocks of several ranks differ.
+"""
 SHED: Final = "The server is overloaded: {why}. Try again after {retry_after_s} s."
 
 
@@ -91,8 +93,8 @@ class UnifiedRole(SchedulerRole):
     """
     _to_run_again: Any | None = field(default=None, init=False)
     """The batch of a step that has begun, and for which the device had no memory."""
-    _without_memory: tuple[int, float] = field(default=(0, 0.0), init=False)
-    """How many streams that step had, and when it was."""
+    _without_memory: tuple[int, int] = field(default=(0, 0), init=False)
+    """How many streams that step had, and how many steps there were before."""
     _held_adapters: set[str | None] = field(default_factory=set, init=False)
     """Those of the streams, at the last look."""
     _has_freed: bool = field(default=False, init=False)
@@ -225,6 +227,7 @@ class UnifiedRole(SchedulerRole):
 
     def note_paused(self) -> None:
         """SGLang has paused, and may have retracted streams."""
+        self._freed()
 
     def drop(self, task: PrefillTask) -> None:
         fail_unless_aborted(task.batch.reqs, task.failure)
@@ -278,7 +281,7 @@ class UnifiedRole(SchedulerRole):
             if batch.input_ids is None or not steps_run_again(scheduler.tp_worker.model_runner):
                 raise
             failure = Failure.of(error, 0, [req.rid for req in batch.reqs])
-            self._to_run_again, self._without_memory = batch, (len(batch.reqs), time.monotonic())
+            self._to_run_again, self._without_memory = batch, (len(batch.reqs), self.steps)
             scheduler._sched_idled = True  # the time from this launch to the next says nothing
             # The next plan of its attention overwrites host buffers that queued copies may still read.
             self.device.record()
@@ -445,8 +448,8 @@ class UnifiedRole(SchedulerRole):
         a moment ago, what gave its own back stays away for now: it would do so again.
         """
         self._has_freed = True
-        streams, since_s = self._without_memory
-        if len(self.streams) >= streams > 0 and time.monotonic() < since_s + WITHOUT_MEMORY_S:
+        streams, steps = self._without_memory
+        if len(self.streams) >= streams > 0 and self.steps < steps + WITHOUT_MEMORY_STEPS:
             return
         self.not_told += self.held_back
         self.held_back.clear()

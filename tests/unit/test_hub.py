@@ -287,6 +287,26 @@ def test_a_retracted_stream_that_does_not_fit_lets_others_start_in_the_end_and_s
     assert all(request.answered_s < math.inf for request in requests)
 
 
+@pytest.mark.parametrize(("tokens", "starts"), [(10, True), (1000, False)])
+def test_who_comes_while_kv_cache_is_short_for_another_starts_if_it_needs_less(tokens: int, starts: bool) -> None:
+    requests = [SimulatedRequest("long", 0.0, 1000, 60.0), SimulatedRequest("comes", 1.0, tokens, 5.0)]
+    device = SimulatedDevice(0, HostCosts())
+    server = SimulatedServer(device, Model(1, lambda tokens: 1e-3, lambda tokens: 1e-3), requests)
+    hub, make_batch = server.hub, server.engine.make_batch
+    asked: list[str] = []
+
+    def admit(reqs: Any) -> Any:
+        asked.append(reqs[0].rid)
+        return None if reqs[0].tokens >= 1000 else make_batch(reqs)
+
+    server.engine.make_batch = admit  # type: ignore[method-assign]
+    hub.stall_check_s = math.inf
+    assert hub.next_task() is None
+    device.now_s = 1.0
+    assert (hub.next_task() is not None) == starts
+    assert asked == (["long", "comes"] if starts else ["long"])
+
+
 def test_others_start_once_the_turn_of_a_retracted_stream_is_over_although_a_prefill_runs_without_an_event() -> None:
     requests = [SimulatedRequest("long", 0.0, 1000, 100.0), SimulatedRequest("back", 1.0, 100, 2.0)]
     requests.append(SimulatedRequest("urgent", 1.5, 10, 10.0))
