@@ -11,12 +11,12 @@ import json
 import os
 import struct
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import aiohttp
 
+from sgl_flowprefill.cluster import Cluster
 from tests.prompts import prompt
 from tests.reference import TOKENS
 
@@ -63,7 +63,9 @@ class Segment(NamedTuple):
 
 
 async def assert_ahead(session: aiohttp.ClientSession, server_url: str, offset_s: float) -> None:
-    """The wall clock of a server shows ``offset_s`` more than the machine's: its list of models says when it was made."""
+    """The wall clock of a server shows ``offset_s`` more than the machine's: its list of models says when it was
+    made.
+    """
     asked_s = time.time()
     async with session.get(server_url + "/v1/models") as response:
         assert response.status == 200, await response.text()
@@ -72,7 +74,7 @@ async def assert_ahead(session: aiohttp.ClientSession, server_url: str, offset_s
     assert int(asked_s + offset_s) <= model["created"] <= time.time() + offset_s, shows
 
 
-async def serve_while_it_is_set(gateway_url: str, server_urls: Sequence[str], clock: WallClock) -> list[Segment]:
+async def serve_while_it_is_set(cluster: Cluster, clock: WallClock) -> list[Segment]:
     """What the requests of each segment got, but for the one with a schema, which gets no less. In each, all servers
     show what the clock was set to.
     """
@@ -87,7 +89,7 @@ async def serve_while_it_is_set(gateway_url: str, server_urls: Sequence[str], cl
             "sampling_params": {"max_new_tokens": new_tokens, "temperature": 0, **sampling},
             "return_logprob": True,
         }
-        async with session.post(gateway_url + "/generate", json=body) as response:
+        async with session.post(cluster.url + "/generate", json=body) as response:
             assert response.status == 200, await response.text()
             answer = await response.json()
         assert answer["meta_info"]["finish_reason"]["type"] == "length", answer
@@ -121,7 +123,7 @@ async def serve_while_it_is_set(gateway_url: str, server_urls: Sequence[str], cl
             others.append(
                 asyncio.create_task(one(session, SEGMENT_S / 2, prompt(seed + 20, URGENT_TOKENS), **with_schema))
             )
-            others += [asyncio.create_task(assert_ahead(session, url, offset_s)) for url in server_urls]
+            others += [asyncio.create_task(assert_ahead(session, url, offset_s)) for url in cluster.server_urls]
             urgent.append(
                 [
                     asyncio.create_task(
