@@ -276,10 +276,8 @@ class MergedComparison:
                 self.left += 1
                 continue
             tokens = [] if answer is None else list(answer.tokens)
-            if len(tokens) != ask.max_new_tokens:
-                comparison.differences["length"].append(f"{rid}: {len(tokens)} tokens, not {ask.max_new_tokens}")
             logprobs = None if answer is None else list(answer.logprobs[:TOKENS])
-            comparison.answer(rid, ask.prompt, tokens, logprobs)
+            comparison.answer(rid, ask.prompt, tokens, logprobs, new_tokens=ask.max_new_tokens)
 
     @property
     def counts(self) -> Counter[str]:

@@ -201,7 +201,7 @@ class Ranks:
             comparison.answer(rid, tokens, answer, [self.logprobs[rid]] if answer and rid in self.logprobs else None)
             for rank in self.ranks_of(rid):
                 comparison.kv(f"{rid} of rank {rank}", tokens, self._take_kv(rank, rid, len(tokens)))
-        comparison.assert_same()
+        comparison.assert_same_with_logprobs()
 
     def ranks_of(self, rid: str) -> Iterable[int]:
         """The ranks that compute ``rid``."""

@@ -192,11 +192,15 @@ class Comparison:
         tokens: Sequence[int],
         logprobs: Sequence[float] | None,
         pattern: str | None = None,
+        *,
+        new_tokens: int | None = None,
     ) -> None:
         """Compare the first tokens of an answer, which had to match ``pattern`` if there is one, and their log
-        probabilities.
+        probabilities. ``new_tokens``: how many it has to have, where it ends at its length and nowhere else.
         """
         self.counts["answers"] += 1
+        if new_tokens is not None and len(tokens) != new_tokens:
+            self.differences["length"].append(f"{name}: {len(tokens)} tokens instead of {new_tokens}")
         choices = self.reference.expect(prompt, pattern).choices
         if not tokens:
             self.differences["token"].append(f"{name} ({len(prompt)} tokens) has no answer")
@@ -259,6 +263,14 @@ class Comparison:
         """Raise AssertionError with what differs, if something does, or where nothing was compared."""
         self.assert_nothing_differs()
         assert self.counts.total(), "nothing was compared"
+
+    def assert_same_with_logprobs(self) -> None:
+        """As ``assert_same``, where all answers were asked for log probabilities: none is missing, but of the tokens of
+        runners-up.
+        """
+        self.assert_same()
+        missing = self.counts["tokens"] - self.counts["log probabilities"]
+        assert missing <= self.counts["tokens of a runner-up"], f"log probabilities are missing: {self}"
 
     def assert_nothing_differs(self) -> None:
         """Raise AssertionError with what differs, if something does; what was not compared does not."""

@@ -53,10 +53,11 @@ class UnifiedRanks(Ranks):
         return some
 
     def compare_answers(self, comparison: Comparison, asked: Mapping[str, Ask]) -> None:
-        """Compare the tokens of all answers, and their log probabilities."""
+        """Compare the first tokens of all answers, none of which ends early, and their log probabilities."""
         for rid, ask in asked.items():
-            comparison.answer(rid, ask.prompt, self.answers[rid], self.all_logprobs[rid])
-        comparison.assert_same()
+            tokens, logprobs = self.answers[rid], self.all_logprobs[rid]
+            comparison.answer(rid, ask.prompt, tokens, logprobs, new_tokens=ask.max_new_tokens)
+        comparison.assert_same_with_logprobs()
 
 
 def run_unified_rank(

@@ -675,20 +675,24 @@ class Beside:
     gaps_s: list[float]
     """Between two tokens of all streams, while a prompt was prefilled."""
     prefill_s: float
+    asked: Mapping[str, Ask]
+    answers: Mapping[str, Answer]
+    """Of a stream, what it had when it was aborted."""
 
 
 def gaps_beside_a_prompt(engine: UnifiedEngine, tokens: int, seed: int, tbt_slo_s: float, streams: int) -> Beside:
     """Streams with an objective while a prompt is prefilled. Nothing is checked meanwhile, which would take time."""
     _anew(engine)
     assert engine.scheduler.flush_cache()
-    rids = [f"stream{number}" for number in range(streams)]
-    for number, rid in enumerate(rids):
-        engine.submit(rid, replace(STREAM, prompt=tuple(prompt(530 + number, 200)), max_new_tokens=2000,
-                                   tbt_slo_s=tbt_slo_s))  # fmt: skip
+    stream = replace(STREAM, max_new_tokens=2000, tbt_slo_s=tbt_slo_s)
+    asked = {f"stream{number}": replace(stream, prompt=tuple(prompt(530 + number, 200))) for number in range(streams)}
+    rids, long = list(asked), Ask(tuple(prompt(seed, tokens)), 1, ttft_slo_s=600.0)
+    for rid, ask in asked.items():
+        engine.submit(rid, ask)
     with patch.object(engine, "check"):
         _until(engine, lambda: min(engine.streamed[rid] for rid in rids) >= 5)
         begin_s = time.monotonic()  # all streams have got a token a moment ago
-        engine.submit("prompt", Ask(tuple(prompt(seed, tokens)), 1, ttft_slo_s=600.0))
+        engine.submit("prompt", long)
         times, seen = [begin_s], dict(engine.streamed)
         while "prompt" not in engine.answers:
             engine.turn()
@@ -699,8 +703,9 @@ def gaps_beside_a_prompt(engine: UnifiedEngine, tokens: int, seed: int, tbt_slo_
         prefill_s = time.monotonic() - begin_s
     for rid in rids:
         engine.abort(rid)
-    _played(engine, set(rids))
-    return Beside([later - earlier for earlier, later in pairwise(times)], prefill_s)
+    played = _played(engine, set(rids))
+    gaps_s = [later - earlier for earlier, later in pairwise(times)]
+    return Beside(gaps_s, prefill_s, asked | {"prompt": long}, played.answers)
 
 
 def streams_without_room(engine: UnifiedEngine) -> Play:

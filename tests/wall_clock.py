@@ -16,6 +16,7 @@ from typing import Any, Final, NamedTuple
 
 import aiohttp
 
+from sgl_flowprefill.cluster import Cluster
 from tests.prompts import prompt
 from tests.reference import TOKENS
 
@@ -61,8 +62,22 @@ class Segment(NamedTuple):
     long: list[Served]
 
 
-async def serve_while_it_is_set(gateway_url: str, clock: WallClock) -> list[Segment]:
-    """What the requests of each segment got, but for the one with a schema, which gets no less."""
+async def assert_ahead(session: aiohttp.ClientSession, server_url: str, offset_s: float) -> None:
+    """The wall clock of a server shows ``offset_s`` more than the machine's: its list of models says when it was
+    made.
+    """
+    asked_s = time.time()
+    async with session.get(server_url + "/v1/models") as response:
+        assert response.status == 200, await response.text()
+        [model] = (await response.json())["data"]
+    shows = f"{server_url} shows {model['created'] - asked_s:+.1f} s instead of {offset_s:+g} s"
+    assert int(asked_s + offset_s) <= model["created"] <= time.time() + offset_s, shows
+
+
+async def serve_while_it_is_set(cluster: Cluster, clock: WallClock) -> list[Segment]:
+    """What the requests of each segment got, but for the one with a schema, which gets no less. In each, all servers
+    show what the clock was set to.
+    """
 
     async def one(
         session: aiohttp.ClientSession, delay_s: float, tokens: list[int], new_tokens: int = 1, **sampling: Any
@@ -74,7 +89,7 @@ async def serve_while_it_is_set(gateway_url: str, clock: WallClock) -> list[Segm
             "sampling_params": {"max_new_tokens": new_tokens, "temperature": 0, **sampling},
             "return_logprob": True,
         }
-        async with session.post(gateway_url + "/generate", json=body) as response:
+        async with session.post(cluster.url + "/generate", json=body) as response:
             assert response.status == 200, await response.text()
             answer = await response.json()
         assert answer["meta_info"]["finish_reason"]["type"] == "length", answer
@@ -89,7 +104,7 @@ async def serve_while_it_is_set(gateway_url: str, clock: WallClock) -> list[Segm
 
     urgent: list[list[asyncio.Task[Served]]] = []
     long: list[list[asyncio.Task[Served]]] = []
-    others: list[asyncio.Task[Served]] = []
+    others: list[asyncio.Task[Any]] = []
     async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(120)) as session:
         for segment, offset_s in enumerate(OFFSETS_S):
             clock.set(offset_s)
@@ -108,6 +123,7 @@ async def serve_while_it_is_set(gateway_url: str, clock: WallClock) -> list[Segm
             others.append(
                 asyncio.create_task(one(session, SEGMENT_S / 2, prompt(seed + 20, URGENT_TOKENS), **with_schema))
             )
+            others += [asyncio.create_task(assert_ahead(session, url, offset_s)) for url in cluster.server_urls]
             urgent.append(
                 [
                     asyncio.create_task(

@@ -21,6 +21,8 @@ from sgl_flowprefill.model import EmbeddedModel, embedded_model_path
 from tests.prompts import prompt
 from tests.reference import TOKENS, Comparison, Reference
 
+pytestmark = [pytest.mark.stress, pytest.mark.timeout(1800)]
+
 MODEL = EmbeddedModel(heads=2, kv_heads=2, layers=2, context_tokens=4608)
 PROMPT_TOKENS = 12
 LIST_LENGTH = 20
@@ -109,14 +111,12 @@ def assert_same(comparison: Comparison, answers: Answers, count: int) -> None:
     assert comparison.counts["log probabilities"] - before == TOKENS * count, "not even the token of a runner-up"
 
 
-@pytest.mark.stress
 def test_two_ranks_answer_as_one_model_when_places_are_scarce(
     no_cluster: None, comparison: Comparison, tmp_path: Path
 ) -> None:
     assert_same(comparison, answers_of(2, 100, tmp_path), 100)
 
 
-@pytest.mark.stress
 def test_a_thousand_requests_get_the_tokens_of_one_rank(
     no_cluster: None, comparison: Comparison, tmp_path: Path
 ) -> None:

@@ -107,6 +107,7 @@ def test_programs_side_by_side_have_an_objective_each(
     comparison.text("end", tree.text().removesuffix(end), end, None)
     comparison.assert_same()
     assert comparison.counts["answers"] == 2 * len(words) + 2 + 1
+    assert comparison.counts["tokens"] == TOKENS * comparison.counts["answers"]
     objectives = objectives_since(cluster, start_s)
     assert sorted(objectives) == [1.5] + [7.5] * 3 + [30.0] * 3 + [PREFIX_TTFT_SLO_S]
 

@@ -373,8 +373,11 @@ class TestFlowPrefillWhileTheWallClockIsSet:
         self, flowprefill_cluster: Cluster, stepping: WallClock, comparison: Comparison
     ) -> None:
         """One long answer of each segment is compared, since transformers takes seconds for it, and all urgent ones."""
+        for server in ("prefill", "decode"):
+            files = {part.path for part in scheduler_of(flowprefill_cluster, server).memory_maps()}
+            assert str(stepping.path) in files, f"the clock of the {server} scheduler is the machine's"
         start_s = time.monotonic()
-        segments = asyncio.run(serve_while_it_is_set(flowprefill_cluster.url, stepping))
+        segments = asyncio.run(serve_while_it_is_set(flowprefill_cluster, stepping))
         ttfts_s = [[served.took_s for served in segment.urgent] for segment in segments]
         in_time = [sum(ttft_s <= URGENT_SLO_S for ttft_s in segment) for segment in ttfts_s]
         for offset_s, count, ttft_s in zip(OFFSETS_S, in_time, ttfts_s, strict=True):

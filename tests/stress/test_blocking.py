@@ -2,7 +2,8 @@
 
 An arrival at a random moment falls into one of the pieces between two interruption points, a long one the likelier, and
 waits for its end. So the distribution of waits follows from the pieces alone, without a queue of other requests.
-Only times are looked at: ``test_preemption.py`` compares what suspended prefills compute.
+What is computed in tiles, and with operators whole, is compared when all is measured, of all but the longest prompts;
+``test_preemption.py`` compares what suspended prefills compute.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from sgl_flowprefill.runtime.tiles import WHOLE, Tiles
 from sgl_flowprefill.ttft.online import ALL_TASKS
 from tests.engine import PrefillEngine, keep_freed_memory
 from tests.prompts import prompt
+from tests.reference import Comparison
 
 pytestmark = [pytest.mark.stress, pytest.mark.alone]
 
@@ -33,6 +35,8 @@ LENGTHS_TOKENS = (512, 2048, 8192, 32_000)
 COST_RUNS = {512: 24, 2048: 24, 8192: 8, 32_000: 8}
 """Prefills by their tokens."""
 MAX_BLOCKING_S = FlowPrefillConfig().max_blocking_ms * 1e-3
+COMPARED_TOKENS = 8192
+"""The longest prompt whose answers are compared: transformers takes long for longer ones."""
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +61,7 @@ def pieces_s(engine: PrefillEngine, tokens: int, seed: int) -> list[float]:
         points.append(time.perf_counter())
 
     with patch.object(executor, "interrupted", interrupted), patch.object(executor, "run", run):
-        engine.submit(f"{tokens}-{seed}", prompt(seed, tokens))
+        engine.submit(f"{tokens}-{seed}", prompt(seed, tokens), logprobs=True)
         engine.run()
     return np.diff(points).tolist()
 
@@ -81,8 +85,8 @@ def held(engine: PrefillEngine, tiles: Tiles) -> Iterator[None]:
         yield
 
 
-def test_waits_are_bounded_whatever_the_length(engine: PrefillEngine) -> None:
-    waits_s = {}
+def test_waits_are_bounded_whatever_the_length(engine: PrefillEngine, comparison: Comparison) -> None:
+    waits_s, answers = {}, {}
     for _ in range(ALL_TASKS):  # tiles follow what the machine takes now, as on a server that has been up
         pieces_s(engine, LENGTHS_TOKENS[0], seed=0)
     for tiled in (True, False):
@@ -91,11 +95,18 @@ def test_waits_are_bounded_whatever_the_length(engine: PrefillEngine) -> None:
                 pieces_s(engine, tokens, seed=tokens)  # warm up
                 pieces = [piece for seed in range(3) for piece in pieces_s(engine, tokens, seed=seed)]
                 waits_s[tiled, tokens] = wait_s(pieces, 0.5), wait_s(pieces, 0.99), max(pieces)
+                answers |= {(tiled, tokens, seed): engine.answers[f"{tokens}-{seed}"] for seed in range(3)}
     print(f"\nthe machine takes {engine.scheduler.hub.work.ttft.correction:.2f} of its profile's times")
     print(f"wait for an interruption point, ms: p50, p99, longest (bound {MAX_BLOCKING_S * 1e3:g})")
     for tokens in LENGTHS_TOKENS:
         row = [f"{value * 1e3:.1f}" for tiled in (True, False) for value in waits_s[tiled, tokens]]
         print(f"{tokens:6} tokens: {', '.join(row[:3])}; operators whole: {', '.join(row[3:])}")
+    for (tiled, tokens, seed), answer in answers.items():
+        if tokens <= COMPARED_TOKENS:
+            how = "in tiles" if tiled else "operators whole"
+            comparison.answer(f"{tokens}-{seed} {how}", prompt(seed, tokens), [answer.token], [answer.logprob])
+    comparison.assert_same_with_logprobs()
+    assert comparison.counts["answers"] == 2 * 3 * (len(LENGTHS_TOKENS) - 1)
     for tokens in LENGTHS_TOKENS:
         assert waits_s[True, tokens][1] <= 1.5 * MAX_BLOCKING_S
 

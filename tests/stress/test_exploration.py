@@ -25,6 +25,7 @@ pytestmark = [pytest.mark.stress, pytest.mark.alone]
 
 WAIT_S = 300.0
 SHARE = 0.2
+NEW_TOKENS = 2
 OF_TIME = ("seconds", "idle", "utilization", "time", "created")
 """In names of SGLang's metrics that tell how long its processes were busy, or when."""
 
@@ -49,7 +50,7 @@ class Server:
         """Tokens and their log probabilities, and the seconds until they came."""
         body = {
             "input_ids": tokens,
-            "sampling_params": {"max_new_tokens": 2, "temperature": 0.0, "ignore_eos": True},
+            "sampling_params": {"max_new_tokens": NEW_TOKENS, "temperature": 0.0, "ignore_eos": True},
             "return_logprob": True,
         }
         begin_s = time.monotonic()
@@ -117,8 +118,8 @@ def test_an_idle_server_explores_and_nobody_is_told_of_a_request(server: Server,
     assert sum(event["event"] == "arrival" for event in arrivals) == lines
     again = server.generate(text)
     for name, (tokens, logprobs, _) in (("before", before), ("again", again)):
-        comparison.answer(name, text, tokens, logprobs)
-    comparison.assert_same()
+        comparison.answer(name, text, tokens, logprobs, new_tokens=NEW_TOKENS)
+    comparison.assert_same_with_logprobs()
 
 
 def test_requests_come_in_the_middle_of_it_and_it_gives_way(server: Server, comparison: Comparison) -> None:
@@ -128,10 +129,10 @@ def test_requests_come_in_the_middle_of_it_and_it_gives_way(server: Server, comp
         time.sleep(3.0 + 0.37 * (number % 11))
         tokens = prompt(5000 + number, 64)
         ids, logprobs, took_s = server.generate(tokens)
-        comparison.answer(f"{number}", tokens, ids, logprobs)
+        comparison.answer(f"{number}", tokens, ids, logprobs, new_tokens=NEW_TOKENS)
         waits_s["exploring" if server.explored()["given_up"] > given_up else "quiet"].append(took_s)
         if len(waits_s["exploring"]) >= 6:
             break
-    comparison.assert_same()
+    comparison.assert_same_with_logprobs()
     print(f"\nseconds of answers: {waits_s}; {server.explored()}")
     assert waits_s["exploring"], "none came in the middle of it"

@@ -24,6 +24,7 @@ def test_twenty_thousand_suspensions_change_no_answer_and_no_kv_and_leave_nothin
     rounds = Rounds(engine, comparison, population(500))
     rounds.run(ROUNDS)
     rounds.close()
+    comparison.assert_same_with_logprobs()
     assert rounds.seen["suspensions"] >= 20_000
     assert comparison.counts["aborts"] >= 300
     assert comparison.counts["answers"] == comparison.counts["KV caches"] >= 2_000

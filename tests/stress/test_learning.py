@@ -2,8 +2,8 @@
 
 ``pytest -s -m stress tests/stress/test_learning.py`` prints how far off predictions are, and how soon they recover. No
 model predicts what the machine itself does: errors are asked to be small beyond what a prefill differs by from two of
-the same shape that run shortly before and after it. Only times are looked at: a prediction decides
-when a prefill runs, and other tests compare what it computes.
+the same shape that run shortly before and after it. A prediction decides when a prefill runs: of what it computes, a
+sample is compared here.
 """
 
 from __future__ import annotations
@@ -31,14 +31,17 @@ from sgl_flowprefill.profiling.run import run_profile
 from sgl_flowprefill.runtime.learner import Learner, LearningTTFT
 from sgl_flowprefill.runtime.profile import FIRST_START_ROUNDS, FIRST_START_S, current_setting
 from sgl_flowprefill.ttft import Prediction
-from tests.engine import PrefillEngine
+from tests.engine import Answer, PrefillEngine
 from tests.prompts import prompt as reference_prompt
+from tests.reference import Comparison
 
 pytestmark = [pytest.mark.stress, pytest.mark.alone]
 QUANTILE = 0.75
 REFERENCE_TOKENS = 1000
 REFERENCE_EVERY = 10
 """Prefills after which one of a shape that is always the same is run."""
+COMPARED_EVERY = 3
+"""References of which the answer to one is compared: transformers takes longer than the engine."""
 GOAL = (0.03, 0.08)
 """Median and 90th percentile of errors, on a machine that takes as long every time."""
 
@@ -87,6 +90,8 @@ class Server:
         self.learner = Learner(path, set())
         self.ttft = LearningTTFT(learned, QUANTILE, self.learner)
         self.errors = Errors()
+        self.references: dict[str, tuple[list[int], Answer]] = {}
+        """Prompts of the shape that is always the same, and what was answered."""
         hub = engine.scheduler.hub
         hub.work.ttft = hub.learning = self.ttft
         recorder = hub.recorder
@@ -100,9 +105,19 @@ class Server:
             self.engine.submit(f"{index}", prompt)
             self.engine.run()
             if index % REFERENCE_EVERY == REFERENCE_EVERY - 1:
-                self.engine.submit(f"reference-{index}", reference_prompt(1_000_000 + index, REFERENCE_TOKENS))
+                rid, tokens = f"reference-{index}", reference_prompt(1_000_000 + index, REFERENCE_TOKENS)
+                self.engine.submit(rid, tokens, logprobs=True)
                 self.engine.run()
+                self.references[rid] = tokens, self.engine.answers[rid]
         self.engine.answers.clear()
+
+    def compare(self, comparison: Comparison) -> None:
+        """Compare the answers to some of the references."""
+        compared = list(self.references.items())[::COMPARED_EVERY]
+        for rid, (tokens, answer) in compared:
+            comparison.answer(rid, tokens, [answer.token], [answer.logprob])
+        comparison.assert_same_with_logprobs()
+        assert comparison.counts["answers"] == len(compared) >= 10
 
     def errors_of_last(self, count: int) -> tuple[float, float]:
         """Median and 90th percentile of errors, asked to be small beyond the machine's own."""
@@ -152,11 +167,12 @@ def prompts_of_the_demo(count: int, seed: int) -> list[list[int]]:
 
 
 def test_the_newest_tasks_of_the_demos_trace_are_predicted_after_300(
-    engine: PrefillEngine, first_start: Learned, tmp_path: Path
+    engine: PrefillEngine, comparison: Comparison, first_start: Learned, tmp_path: Path
 ) -> None:
     server = Server(engine, first_start, tmp_path / "a.npz")
     try:
         server.serve(prompts_of_the_demo(500, 1))
+        server.compare(comparison)
         first_median, first_p90 = spread(server.errors.apes[:100])
         print(f"first 100: median {first_median:.1%}, p90 {first_p90:.1%}")
         median, p90 = server.errors_of_last(200)
@@ -168,7 +184,7 @@ def test_the_newest_tasks_of_the_demos_trace_are_predicted_after_300(
 
 
 def test_an_engine_that_slows_by_half_is_followed_and_a_killed_learner_changes_nothing(
-    engine: PrefillEngine, first_start: Learned, tmp_path: Path
+    engine: PrefillEngine, comparison: Comparison, first_start: Learned, tmp_path: Path
 ) -> None:
     server = Server(engine, first_start, tmp_path / "b.npz")
     scheduler = engine.scheduler
@@ -186,6 +202,7 @@ def test_an_engine_that_slows_by_half_is_followed_and_a_killed_learner_changes_n
         if server.learner.process is not None:
             os.kill(server.learner.process.pid, signal.SIGKILL)
         server.serve(prompts_of_the_demo(150, 3))
+        server.compare(comparison)
         recovered = server.errors.recovered_after(150, 0.1)
         print(f"slower by half: within 10% after {recovered} tasks; {server.ttft.state()}")
         assert recovered <= 20
@@ -197,7 +214,7 @@ def test_an_engine_that_slows_by_half_is_followed_and_a_killed_learner_changes_n
 
 @pytest.mark.parametrize("wrong", ["twice", "half", "long prompts four times"])
 def test_a_profile_that_is_wrong_is_noticed_and_replaced(
-    engine: PrefillEngine, first_start: Learned, tmp_path: Path, wrong: str
+    engine: PrefillEngine, comparison: Comparison, first_start: Learned, tmp_path: Path, wrong: str
 ) -> None:
     model = first_start.fitted.model
     weights = model.physics.weights.copy()
@@ -219,6 +236,7 @@ def test_a_profile_that_is_wrong_is_noticed_and_replaced(
         prompts = prompts_of_the_demo(300, 4)
         random.Random(0).shuffle(prompts)
         server.serve(prompts)
+        server.compare(comparison)
         recovered = server.errors.recovered_after(0, 0.1)
         print(f"{wrong}: within 10% after {recovered} tasks")
         assert recovered <= 200

@@ -1,7 +1,8 @@
 """How long streams wait for their next tokens beside long prompts, on a server that prefills and decodes.
 
-Only times are looked at, in the scheduler's process. ``tests/integration/test_unified.py`` compares what is answered,
-and ``tests/servers/test_unified_serving.py`` sees tokens come over HTTP.
+Times are looked at in the scheduler's process, and what begins the answers is compared when all is measured.
+``tests/integration/test_unified.py`` compares whole answers, and ``tests/servers/test_unified_serving.py`` sees tokens
+come over HTTP.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import pytest
 from sgl_flowprefill.config import FlowPrefillConfig
 from sgl_flowprefill.model import embedded_model_path
 from tests.engine import keep_freed_memory
+from tests.reference import TOKENS, Comparison
 from tests.remote import Remote
 from tests.unified_engine import CHECKS, UnifiedEngine
 from tests.unified_scenarios import Beside, gaps_beside_a_prompt
@@ -43,7 +45,9 @@ def unified() -> Iterator[Remote]:
 
 
 @pytest.mark.parametrize("tokens", PROMPTS)
-def test_streams_get_their_tokens_in_time_beside_long_prompts(unified: Remote, tokens: int) -> None:
+def test_streams_get_their_tokens_in_time_beside_long_prompts(
+    unified: Remote, comparison: Comparison, tokens: int
+) -> None:
     beside: list[Beside] = [
         unified.call(gaps_beside_a_prompt, tokens, 540 + number, TBT_SLO_S, STREAMS)
         for number in range(PROMPTS[tokens])
@@ -55,6 +59,13 @@ def test_streams_get_their_tokens_in_time_beside_long_prompts(unified: Remote, t
         f"{len(gaps_s)} gaps, p50 {middle_s * 1e3:.1f}, p99 {p99_s * 1e3:.1f}, longest {gaps_s.max() * 1e3:.1f} ms "
         f"(objective {TBT_SLO_S * 1e3:g}, bound of blocking {MAX_BLOCKING_S * 1e3:g})"
     )
+    for one in beside:
+        for rid, ask in one.asked.items():
+            answer = one.answers[rid]
+            assert len(answer.tokens) >= (1 if rid == "prompt" else TOKENS)
+            comparison.answer(rid, ask.prompt, answer.tokens, answer.logprobs)
+    comparison.assert_same_with_logprobs()
+    assert comparison.counts["answers"] == len(beside) * (STREAMS + 1)
     assert len(gaps_s) > 100
     assert p99_s <= TBT_SLO_S
     assert gaps_s.max() <= TBT_SLO_S + 2 * MAX_BLOCKING_S

@@ -64,6 +64,26 @@ def test_another_answer_differs(
         comparison.assert_same()
 
 
+def test_an_answer_that_ends_early_differs_where_its_length_is_known(
+    comparison: Comparison, expected: Expected
+) -> None:
+    right = expected.choices
+    comparison.answer("whole", TOKENS, right.tokens, right.logprobs, new_tokens=8)
+    comparison.answer("ends where it may", TOKENS, right.tokens[:1], right.logprobs[:1])
+    comparison.assert_same()
+    comparison.answer("ends early", TOKENS, right.tokens[:1], right.logprobs[:1], new_tokens=8)
+    assert comparison.differences == {"length": ["ends early: 1 tokens instead of 8"]}
+
+
+def test_a_missing_log_probability_is_no_answer_that_is_the_same(comparison: Comparison, expected: Expected) -> None:
+    comparison.answer("with", TOKENS, expected.choices.tokens, expected.choices.logprobs)
+    comparison.assert_same_with_logprobs()
+    comparison.answer("without", TOKENS, expected.choices.tokens, None)
+    comparison.assert_same()
+    with pytest.raises(AssertionError, match="log probabilities are missing"):
+        comparison.assert_same_with_logprobs()
+
+
 def test_nothing_compared_is_not_the_same(comparison: Comparison) -> None:
     comparison.assert_nothing_differs()
     with pytest.raises(AssertionError, match="nothing was compared"):
