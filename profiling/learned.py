@@ -66,6 +66,10 @@ class Learned(BaseModel):
     rows: Any
     """[rows, COLUMNS] as ``ttft.reservoir`` has them."""
 
+    def began_as(self, begun: Learned) -> bool:
+        """Whether who learned this knew ``begun`` first: the same profile of the same setting."""
+        return self.setting == begun.setting and self.profile == begun.profile
+
 
 def begin(profile: Profile, fitted: Fitted) -> Learned:
     """What a server knows that has run no task: its profile, and the model ``fitted`` to it."""

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import random
 import time
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
@@ -33,7 +32,7 @@ class SchedulerEngine:
     def __init__(self, role: SchedulerRole) -> None:
         self._role = role
         self.scheduler = role.scheduler
-        self._rng = random.Random(SEED)
+        self._rng = np.random.default_rng(SEED)
         self.cached_prompt: list[int] = []
 
     @property
@@ -89,18 +88,23 @@ class SchedulerEngine:
         updater = self.scheduler.weight_updater
         return not self._role.is_paused and not updater.offload_tags and updater._session is None
 
-    def find_prefix(self) -> int:
+    def find_prefix(self, interrupted: Callable[[], bool] = lambda: False) -> int:
         """Begin prompts with the prompt of a recent task from now on, with that of which most is cached; how many of
         its tokens are. What host memory has does not count: to load it back may evict others. Nor does an image, and
-        what is behind it.
+        what is behind it. No prompt is looked at after ``interrupted()``.
         """
         self.cached_prompt, cached_tokens = [], 0
-        for prompt in filter(None, map(self._text, self._role.recent_prompts)):
-            req = self._req(0, prompt)
+        for prompt in self._role.recent_prompts:
+            if interrupted():
+                break
+            text = self._text(prompt)
+            if not text:
+                continue
+            req = self._req(0, text)
             self._role.match(req)
             found_tokens = int(req.prefix_len)
             if found_tokens > cached_tokens:
-                self.cached_prompt, cached_tokens = prompt[:found_tokens], found_tokens
+                self.cached_prompt, cached_tokens = text[:found_tokens], found_tokens
         return cached_tokens
 
     def has_room(self, requests: int, new_tokens: int) -> bool:
@@ -126,7 +130,8 @@ class SchedulerEngine:
     # ---- the rest ---------------------------------------------------------------------------------------------------
 
     def _random_ids(self, tokens: int) -> list[int]:
-        return self._rng.choices(range(self.scheduler.model_config.vocab_size), k=tokens)
+        ids: list[int] = self._rng.integers(self.scheduler.model_config.vocab_size, size=tokens).tolist()
+        return ids
 
     def _text(self, prompt: Sequence[int]) -> list[int]:
         """``prompt`` up to the first id that is no token: SGLang puts hashes in the places of images. Of a prefix less

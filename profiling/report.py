@@ -40,8 +40,8 @@ class Report:
         self.model_held_out = hold_out(batches, times_s, BoostedTTFT.fit)
         self.cubic_held_out = hold_out(batches, times_s, fit_cubic)
         self.beyond = {f: extrapolation(batches, times_s, BoostedTTFT.fit, f) for f in EXTRAPOLATION_FACTORS}
-        fitted = fit_rows(*shapes(batches, times_s))
-        self.model, self.trust = fitted.model, fitted.trust
+        self.fitted = fit_rows(*shapes(batches, times_s))
+        self.model, self.trust = self.fitted.model, self.fitted.trust
         self.speed = profile.speed()
         self.repeat_spread = _repeat_spread(batches, times_s)
         """With the machine's speed taken out."""

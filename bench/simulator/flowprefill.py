@@ -198,6 +198,9 @@ class Unlimited:
 
     points_passed = 0
 
+    def __init__(self) -> None:
+        self.interrupted: Callable[[], bool] = self.pending
+
     def run(self, task: PrefillTask, forward: Callable[[Any], Any]) -> None:
         raise NotImplementedError("the instance lets time pass instead")
 

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
@@ -28,6 +28,9 @@ from sgl_flowprefill.cluster.process import Guard
 from sgl_flowprefill.config import ConfigError, FlowPrefillConfig
 from sgl_flowprefill.profiling import ProfileError, read_profile
 from sgl_flowprefill.provenance import result
+
+if TYPE_CHECKING:
+    from sgl_flowprefill.profiling.report import Report
 
 
 def main(argv: Sequence[str]) -> int:
@@ -113,7 +116,7 @@ def _report(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
         report = Report(profile)
     except ValueError as error:
         raise ProfileError(f"{path}: {error}; `python launch.py profile` measures more") from None
-    figures = {"profile": str(path), **report.to_json(), "learned": _learned(path)}
+    figures = {"profile": str(path), **report.to_json(), "learned": _learned(path, report)}
     if arguments.json:
         print(json.dumps(result("profile", figures, ["launch.py", "profile", *argv]), indent=2))
     else:
@@ -124,14 +127,22 @@ def _report(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
     return 0
 
 
-def _learned(profile: Path) -> dict[str, Any] | None:
-    """What servers with this profile have learned since; None if nothing."""
-    from sgl_flowprefill.profiling.learned import learned_path, read_learned
+def _learned(path: Path, report: Report) -> dict[str, Any] | None:
+    """What servers with the profile at ``path``, on which ``report`` is, have learned since; None if that is nothing,
+    or nothing that a server would go on with.
+    """
+    from sgl_flowprefill.profiling.learned import begin, learned_path, read_learned
 
-    path = learned_path(profile)
-    if not path.exists():
+    kept = learned_path(path)
+    if not os.path.exists(kept):
         return None
-    learned = read_learned(path)
+    try:
+        learned = read_learned(kept)
+    except ProfileError as error:
+        print(f"launch.py profile: servers begin to learn anew: {error}", file=sys.stderr)
+        return None
+    if not learned.began_as(begin(report.profile, report.fitted)):
+        return None
     return {"rows": len(learned.rows), **learned.history.model_dump()}
 
 

@@ -73,6 +73,8 @@ class Exploration:
 class Executor(Protocol):
     """Runs forward passes that can be suspended (``runtime.executor``)."""
 
+    interrupted: Callable[[], bool]
+    """Whether the task that runs would come back at an interruption point: something has happened."""
     points_passed: int
     """Interruption points that tasks have passed."""
 

@@ -70,6 +70,11 @@ class WaitingRequests:
         """Whether the request of ``job`` waits."""
         return self._by_number.get(job.item.number) is job
 
+    @property
+    def jobs(self) -> list[Job[WaitingRequest]]:
+        """The jobs of all requests, in the order in which they came."""
+        return list(self._jobs.values())
+
     def next_number(self) -> int:
         """The number of the request that is added next."""
         self._added += 1

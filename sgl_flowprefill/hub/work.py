@@ -160,11 +160,16 @@ class Work:
             if not self.waiting.matched(job, shape):
                 continue
             changed = True
-            self._take(job)
-            job.pace = self.ttft.pace([shape])
-            job.remaining_s = self.ttft.predict_s([shape])
-            self._put(job)
+            self._predict_again(job)
         return changed
+
+    def _predict_again(self, job: Job[WaitingRequest]) -> None:
+        """The prediction of ``job``, which waits, is that of now."""
+        shapes = (job.item.shape,)
+        self._take(job)
+        job.pace = self.ttft.pace(shapes)
+        job.remaining_s = self.ttft.predict_s(shapes)
+        self._put(job)
 
     def first_evicted(self, now_s: float, most: int) -> list[Job[WaitingRequest]]:
         """Of the requests that are next in the order, ``most`` of those of which less may be cached than was."""
@@ -351,7 +356,7 @@ class Work:
         return task
 
     def update(self, task: PrefillTask) -> None:
-        """Tell the policy how much of a task that has run is left."""
+        """Tell the policy how much of a task that has started is left."""
         self._take(task.job)
         task.job.remaining_s = self.remaining_s(task)
         self._put(task.job)
@@ -376,10 +381,17 @@ class Work:
         self.follow()
 
     def adopted(self) -> None:
-        """There is a better TTFT model: batches and predictions are as it says."""
+        """There is a better TTFT model: batches are as it says, and so are the predictions of all that waits and of all
+        that has started. This looks at each, which an event does not.
+        """
         if self.batch_tokens is not None:
             self.policy.limits = replace(self.policy.limits, max_batch_tokens=self.batch_tokens())
         self.follow()
+        for job in self.waiting.jobs:
+            self._predict_again(job)
+        for live in self.tasks.live:
+            live.predicted_s = self.ttft.predict_s(live.shapes)
+            self.update(live)
 
     def follow(self) -> None:
         """Predict what has started, and pace what waits, by what the TTFT model knows now."""

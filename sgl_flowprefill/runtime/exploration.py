@@ -2,9 +2,10 @@
 
 A shape is a forward pass of random tokens in a greenlet, like a task's. It runs within one turn of the hub in which
 nothing else can run, so never beside a task, and comes back at the first preemption checkpoint at which something has
-happened. It is given up then, not suspended: its KV cache and attention slot belong to the requests that come. Its KV
-cache is taken where it is free, so that no cached prefix is evicted for it, and never becomes a cached prefix. Neither
-the policy, nor SGLang's queues and counters of requests, nor the event log hear of it.
+happened. It is given up then, not suspended: its KV cache and attention slot belong to the requests that come. While it
+is prepared, what happens is looked at between two prompts whose prefixes are matched, and before each batch is made.
+Its KV cache is taken where it is free, so that no cached prefix is evicted for it, and never becomes a cached prefix.
+Neither the policy, nor SGLang's queues and counters of requests, nor the event log hear of it.
 
 Before each shape, a reference of the profile runs: it tells how slow the machine is at that time.
 """
@@ -46,8 +47,10 @@ class Engine(Protocol):
     def can_run(self) -> bool:
         """Whether the model and its KV cache are in place."""
 
-    def find_prefix(self) -> int:
-        """How many tokens of a prefix are cached, which prompts begin with from now on."""
+    def find_prefix(self, interrupted: Callable[[], bool]) -> int:
+        """How many tokens of a prefix are cached, which prompts begin with from now on; of those that were looked at
+        before ``interrupted()``.
+        """
 
     def has_room(self, requests: int, new_tokens: int) -> bool:
         """Whether there is free KV cache for so many requests with so many ``new_tokens``."""
@@ -104,12 +107,14 @@ class Explorer(Exploration):
         begin_s = self.now_s()
         if self._has_failed or begin_s < max(self._next_s, idle_since_s + self.quiet_s) or not self.engine.can_run():
             return False
-        cached_tokens = self.engine.find_prefix()
-        shape = self._candidates.take(self.ttft, lambda shape: self._may_run(shape, cached_tokens))
-        if shape is None:
-            self._next_s = begin_s + self.rest_s
-            return False
-        if self._learn(shape, forward):
+        cached_tokens = self.engine.find_prefix(self.executor.interrupted)
+        shape: Shape | None = None
+        if not self.executor.interrupted():
+            shape = self._candidates.take(self.ttft, lambda shape: self._may_run(shape, cached_tokens))
+            if shape is None:
+                self._next_s = begin_s + self.rest_s
+                return False
+        if shape is not None and self._learn(shape, forward):
             self._ended += 1
         else:
             self._given_up += 1
@@ -148,7 +153,7 @@ class Explorer(Exploration):
         return min(self._references, key=lambda reference: abs(log(_new_tokens(reference) / _new_tokens(shape))))
 
     def _time(self, shape: Shape, forward: Callable[[Any], Any]) -> Timing | None:
-        batch = self.engine.make_batch(shape)
+        batch = None if self.executor.interrupted() else self.engine.make_batch(shape)
         if batch is None:
             return None
         shapes, slot = self.engine.shapes(batch), self.slots.take()

@@ -138,7 +138,7 @@ def _learned(path: Path, known: Learned) -> Learned:
     except ProfileError as error:
         logger.warning("FlowPrefill begins to learn anew: %s", error)
         return known
-    if learned.setting != known.setting or learned.profile != known.profile:
+    if not learned.began_as(known):
         logger.info("FlowPrefill begins to learn anew: the profile is another one than %s began with", path)
         return known
     logger.info("FlowPrefill goes on with what it learned from %d tasks", learned.history.tasks)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import statistics
+import threading
 import time
+from collections import deque
 from pathlib import Path
 from typing import Final
 
@@ -37,18 +39,22 @@ def load_or_measure_steps(role: SchedulerRole, learns: bool = False) -> LearnedS
     kept = Kept(path, setting)
     if is_new and is_first:
         kept.write(profile.steps)
-    model = LearnedSteps(profile.steps, learns and is_first, kept.write)  # the first rank alone predicts
+    model = LearnedSteps(profile.steps, learns and is_first, kept.write_aside)  # the first rank alone predicts
     logger.info("FlowPrefill: a decode step takes %s", model.model)
     return model
 
 
 class Kept:
-    """The file for the next start."""
+    """The file for the next start. A thread writes it while the server serves: a slow volume holds up no step."""
 
     def __init__(self, path: Path, setting: Setting) -> None:
         self._path = path
         self._setting = setting
         self._can_write = True
+        self._newest: deque[tuple[Step, ...]] = deque(maxlen=1)
+        """Steps that are to be written: of several, the last ones."""
+        self._is_there = threading.Event()
+        self._thread: threading.Thread | None = None
 
     def write(self, steps: tuple[Step, ...]) -> None:
         """Replace it, unless that was in vain before."""
@@ -57,6 +63,21 @@ class Kept:
             with kept_for_the_next_start("the times of decode steps"):
                 StepProfile(setting=self._setting, steps=steps).write(self._path)
                 self._can_write = True
+
+    def write_aside(self, steps: tuple[Step, ...]) -> None:
+        """Have the thread replace it. Returns at once."""
+        self._newest.append(steps)
+        self._is_there.set()
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._write_newest, name="flowprefill-steps", daemon=True)
+            self._thread.start()
+
+    def _write_newest(self) -> None:
+        while True:
+            self._is_there.wait()
+            self._is_there.clear()  # before the look: what comes behind it is there again
+            if self._newest:
+                self.write(self._newest.pop())
 
 
 def steps_path(profile: Path) -> Path:

@@ -83,14 +83,18 @@ def _usual_logs(shapes: Sequence[object], logs: Array) -> Array:
     """The log of the usual time of each of ``shapes``, but for a constant that all have in common.
 
     What a shape takes longer than another is what it does next to it, at about the same speed of the machine: its
-    median over the whole time may be that of a slow half, and the other's that of a fast half.
+    median over the whole time may be that of a slow half, and the other's that of a fast half. A shape that has come
+    once, as a prefix was matched farther by chance, says as much about that as those beside it.
     """
-    usual = dict.fromkeys(shapes, 0.0)
-    for first, other in pairwise(usual):
-        steps = [
-            (after - before) * (1 if shape == first else -1)
-            for (shape, before), (next_shape, after) in pairwise(zip(shapes, logs.tolist(), strict=True))
-            if {shape, next_shape} == {first, other}
+    rows = list(zip(shapes, logs.tolist(), strict=True))
+    usual: dict[object, float] = {}
+    for shape in dict.fromkeys(shapes):
+        beside = [
+            usual[known] + log - known_log
+            for pair in pairwise(rows)
+            for (known, known_log), (other, log) in (pair, pair[::-1])
+            if other == shape and known in usual
         ]
-        usual[other] = usual[first] + float(np.median(steps))
+        # Right before a shape comes for the first time there is one that is known.
+        usual[shape] = float(np.median(beside)) if usual else 0.0
     return np.array([usual[shape] for shape in shapes])

@@ -101,6 +101,20 @@ def test_a_prefix_ends_where_an_image_begins(cached: PrefillEngine, monkeypatch:
     assert engine.find_prefix() == 0
 
 
+def test_the_look_for_a_prefix_ends_between_two_prompts(cached: PrefillEngine) -> None:
+    recent, engine = cached.hub.role.recent_prompts, ShortPrompts(cached.hub.role)
+    recent.clear()
+    for number, tokens in enumerate((200, 400, 600)):
+        cached.submit(f"recent{number}", prompt(810 + number, tokens))
+        cached.run()
+    assert [len(tokens) for tokens in recent] == [200, 400, 600]
+    assert engine.find_prefix() == 599
+    for looks, found in ((0, 0), (1, 199), (2, 399)):
+        events = iter([False] * looks + [True])
+        assert engine.find_prefix(lambda events=events: next(events)) == found
+        assert len(engine.cached_prompt) == found
+
+
 @pytest.mark.parametrize("late", [False, True])
 @pytest.mark.parametrize("seed", [0, 1, *(pytest.param(seed, marks=pytest.mark.stress) for seed in range(2, 6))])
 def test_an_arrival_ends_it_at_the_next_interruption_point(

@@ -138,6 +138,8 @@ class ExploringEngine(SimulatedEngine):
         self.end_s = end_s
         self.room_tokens = 10_000
         self.cached_tokens = 0
+        self.match_s = self.free_s = 0.0
+        """What it takes to look for the prefix of one of 16 prompts, and to free a batch."""
         self.is_there = True
         self.held: list[Any] = []
         self.made: list[tuple[float, Batch]] = []
@@ -158,7 +160,11 @@ class ExploringEngine(SimulatedEngine):
     def can_run(self) -> bool:
         return self.is_there
 
-    def find_prefix(self) -> int:
+    def find_prefix(self, interrupted: Callable[[], bool]) -> int:
+        for _ in range(16):
+            if interrupted():
+                break
+            self.device.now_s += self.match_s
         return self.cached_tokens
 
     def has_room(self, requests: int, new_tokens: int) -> bool:
@@ -174,6 +180,7 @@ class ExploringEngine(SimulatedEngine):
         return self.held[-1]
 
     def free(self, batch: Any) -> None:
+        self.device.now_s += self.free_s
         self.held = [held for held in self.held if held is not batch]
         backend = self._owned.pop(id(batch), None)
         if backend is not None:
@@ -316,6 +323,19 @@ def test_an_arrival_waits_no_longer_than_for_a_task(lookahead: int, seed: int) -
     for begun_s in server.begun_s:
         last_s = max((request.answered_s for request in requests if request.answered_s < begun_s), default=0.0)
         assert begun_s - last_s > QUIET_S - 0.1
+
+
+@pytest.mark.parametrize(("step", "batches"), [("match_s", 0), ("free_s", 1)])
+def test_an_arrival_while_a_shape_is_looked_for_or_made_lets_no_batch_begin(step: str, batches: int) -> None:
+    begun_s = Exploring([], end_s=REST_S + 30).serve().begun_s[0]
+    request = SimulatedRequest("early", begun_s + 1.2, 300, 5.0)
+    server = Exploring([request], end_s=begun_s + 30)
+    setattr(server.exploring, step, 2.0)  # of each prompt, or behind the reference
+    server.serve()
+    assert server.begun_s == [begun_s]
+    assert len(server.exploring.made) == batches
+    assert (server.explorer.state()["explored"], server.explorer.state()["given_up"]) == (0, 1)
+    assert request.answered_s < begun_s + 2.0 + 2 * MODEL.forward_s(1024) + 2 * MODEL.forward_s(300)
 
 
 def test_requests_are_served_as_without_exploration() -> None:

@@ -29,6 +29,7 @@ from sgl_flowprefill.hub.device import CpuDevice, HostStamp
 from sgl_flowprefill.hub.parts import Learning, OneRank
 from sgl_flowprefill.hub.progress import Progress
 from sgl_flowprefill.hub.role import Arrival
+from sgl_flowprefill.hub.shedding import Shedding
 from sgl_flowprefill.hub.task import DecodeStep, PrefillTask, Tasks
 from sgl_flowprefill.hub.waiting import WaitingRequest
 from sgl_flowprefill.hub.work import Work
@@ -939,6 +940,36 @@ def test_a_task_that_took_twice_as_long_is_seen_by_what_waits_and_by_what_is_sus
         ttft.observe(small, 0.202)
     assert not ttft.follow(), "one percent is not worth to look at all again"
     assert waiting.factor == pytest.approx(2.0)
+
+
+def test_all_that_waits_or_is_suspended_is_predicted_by_the_model_that_is_adopted() -> None:
+    wrong = SimpleNamespace(predict_s=lambda batch: 1e-3 * sum(shape.new_tokens for shape in batch))
+    right = SimpleNamespace(predict_s=lambda batch: sum(2e-4 * new + 4e-7 * new**2 for new, _ in batch))
+    ttft = AdaptiveTTFT(0.5, wrong)
+    unlimited: Any = TaskMemory(Activations(1, 1, 1, None), math.inf)
+    colocated = ColocatedPolicy(make_policy("feasible", Limits(16, 1), 60.0))
+    shedding = Shedding()
+    work = Work(colocated, ttft, unlimited, Progress([True, False] * 4), Tasks(), shedding=shedding)
+    shapes = [PrefillShape(100 + 400 * number) for number in range(21)]
+    jobs = [work.add(Arrival(number, range(10), shape, 0.0, 100.0, 0.0)) for number, shape in enumerate(shapes)]
+    suspended = work.start(0.0, jobs.pop(), None, [20], shapes[20:], None)
+    suspended.has_run, suspended.operators_passed = True, 2
+    work.update(suspended)
+    for _ in range(40):
+        ttft.observe([PrefillShape(600)], right.predict_s([PrefillShape(600)]))
+    work.follow()
+    assert jobs[0].remaining_s > 1.5 * right.predict_s(shapes[:1]), "so far, short prompts seem long"
+    assert jobs[19].remaining_s < right.predict_s(shapes[19:20]) / 2, "and long ones short"
+
+    ttft.replace(right)
+    work.adopted()
+    expected_s = [right.predict_s([shape]) for shape in shapes]
+    assert [job.remaining_s for job in jobs] == pytest.approx(expected_s[:20])
+    assert suspended.predicted_s == pytest.approx(expected_s[20])
+    assert suspended.job.remaining_s == pytest.approx(0.75 * expected_s[20]), "two of eight operators have run"
+    assert shedding.backlog.work_s == pytest.approx(sum(expected_s[:20]) + 0.75 * expected_s[20])
+    assert sorted(job.number for job in work.policy.waiting) == list(range(20))
+    assert list(work.policy.started) == [suspended.job]
 
 
 class ToldTiles:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +17,7 @@ from sgl_flowprefill.policy.decode import CorrectedSteps
 from sgl_flowprefill.profiling import Setting
 from sgl_flowprefill.profiling.steps import REFIT_STEPS, ROWS, LearnedSteps, LinearSteps, Step, StepProfile
 from sgl_flowprefill.runtime import step_profile
+from tests.waiting import until
 
 SHAPES = ((1, 64), (2, 128), (8, 512), (32, 2048), (1, 3072), (8, 4096))
 SETTING = Setting(model="m", device="d", dtype="f", attention_backend="a", threads=1, sglang="0")
@@ -174,6 +176,30 @@ def test_a_server_that_does_not_learn_keeps_its_model_of_steps() -> None:
     assert off(learned, PROFILED) < 0.01
 
 
+def test_a_volume_that_hangs_holds_up_no_step_and_gets_the_newest_model_when_it_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    goes_on, written = threading.Event(), list[tuple[Step, ...]]()
+    write = StepProfile.write
+
+    def hanging(profile: StepProfile, path: Path) -> None:
+        assert threading.current_thread() is not threading.main_thread()
+        assert goes_on.wait(60)
+        write(profile, path)
+        written.append(profile.steps)
+
+    monkeypatch.setattr(StepProfile, "write", hanging)
+    path, models = tmp_path / "steps.json", [tuple(steps_of(LinearSteps(0.01 * n, 0.0, 0.0))) for n in range(1, 5)]
+    kept = step_profile.Kept(path, SETTING)
+    for steps in models:
+        kept.write_aside(steps)
+    assert not path.exists()
+    goes_on.set()
+    until(lambda: written[-1:] == models[-1:], 60)
+    assert len(written) <= 2, "what was never begun is not written when there is something newer"
+    assert StepProfile.read(path, SETTING) == StepProfile(setting=SETTING, steps=models[-1])
+
+
 def test_learned_steps_take_the_place_of_the_measured_ones_and_a_full_disk_costs_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -184,12 +210,16 @@ def test_learned_steps_take_the_place_of_the_measured_ones_and_a_full_disk_costs
     role: Any = SimpleNamespace(scheduler=SimpleNamespace(tp_group=ranks))
     learned = step_profile.load_or_measure_steps(role, learns=True)
     run_steps(learned, OTHER, 3000)
-    again = step_profile.load_or_measure_steps(role, learns=True)
-    assert off(again, OTHER) == pytest.approx(off(learned, OTHER))
     path = step_profile.steps_path(tmp_path / "p.parquet")
+    until(lambda: off(step_profile.load_or_measure_steps(role), OTHER) == pytest.approx(off(learned, OTHER)), 60)
+    again = step_profile.load_or_measure_steps(role, learns=True)
     path.unlink()
     path.mkdir()  # what cannot be replaced
     for seed in range(1, 5):
         run_steps(again, PROFILED if seed % 2 else OTHER, 3000, seed=seed)
     assert again.state()["step_models_adopted"] >= 2
-    assert caplog.text.count("cannot keep the times of decode steps") == 1
+    until(lambda: caplog.text.count("cannot keep the times of decode steps") == 1, 60)
+    kept = step_profile.Kept(path, SETTING)
+    for _ in range(2):
+        kept.write(tuple(steps_of(OTHER)))
+    assert caplog.text.count("cannot keep the times of decode steps") == 2, "one of each"

@@ -25,6 +25,8 @@ from sgl_flowprefill.cluster import profile_command
 from sgl_flowprefill.config import FlowPrefillConfig
 from sgl_flowprefill.profiling import Profile, ProfileError, Row, Setting, make_design, read_profile, write_profile
 from sgl_flowprefill.profiling.design import Shape, references
+from sgl_flowprefill.profiling.fitted import fit
+from sgl_flowprefill.profiling.learned import History, begin, learned_path, write_learned
 from sgl_flowprefill.profiling.ranks import Done, Leader, follow
 from sgl_flowprefill.profiling.report import Report
 from sgl_flowprefill.profiling.run import LOOKS, Progress, Timing, partial_path, run_profile
@@ -355,6 +357,41 @@ def test_the_report_as_json_says_where_its_figures_come_from(
     assert document["command"] == f"launch.py profile --report --json -o {path}"
     assert document["profile"] == str(path)
     assert document["setting"]["model"] == "m-1"
+
+
+def test_the_report_has_what_was_learned_with_its_profile_and_no_other(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "p.parquet"
+    profile = profiled(path, MadeUpEngine(), budget_s=20.0)
+    learned = begin(profile, fit(profile)).model_copy(update={"history": History(tasks=7, refits=2)})
+    other_setting = learned.model_copy(update={"setting": SETTING.model_copy(update={"threads": 2})})
+
+    def reported() -> Any:
+        assert profile_command.main(["--report", "--json", "-o", str(path)]) == 0
+        return json.loads(capsys.readouterr().out)["learned"]
+
+    assert reported() is None
+    write_learned(learned_path(path), other_setting)
+    assert reported() is None
+    write_learned(learned_path(path), learned)
+    found = reported()
+    assert (found["tasks"], found["refits"], found["rows"]) == (7, 2, len(learned.rows))
+    profiled(path, MadeUpEngine(seed=1), budget_s=20.0)
+    assert reported() is None, "it was profiled again since"
+
+
+def test_a_damaged_file_of_what_was_learned_costs_the_report_a_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "p.parquet"
+    profiled(path, MadeUpEngine(), budget_s=20.0)
+    learned_path(path).write_bytes(b"damaged")
+    assert profile_command.main(["--report", "-o", str(path)]) == 0
+    said = capsys.readouterr()
+    assert "worst shape" in said.out
+    assert "learned while serving" not in said.out
+    assert said.err.count(f"{learned_path(path)}: not what a server has learned\n") == 1
 
 
 def test_the_command_reports_on_the_model_that_it_is_given(

@@ -16,15 +16,19 @@ from sgl_flowprefill.ttft.speed import MachineSpeed
 TIMES_S = {"short": 0.03, "long": 0.12}
 
 
-def referred(slowness: Callable[[float], float], noise: float, seed: int = 0, count: int = 60) -> MachineSpeed:
-    """References once a second, in turns, on a machine that is ``slowness(at_s)`` times slower than usual."""
+def referred(
+    slowness: Callable[[float], float], noise: float, seed: int = 0, count: int = 60, odd: int | None = None
+) -> MachineSpeed:
+    """References once a second, in turns, on a machine that is ``slowness(at_s)`` times slower than usual. The one of
+    number ``odd`` was of a shape of its own by chance.
+    """
     rng = random.Random(seed)
     at_s = [float(second) for second in range(count)]
     shapes = [list(TIMES_S)[second % 2] for second in range(count)]
     times_s = [
         TIMES_S[shape] * slowness(at) * math.exp(rng.gauss(0, noise)) for shape, at in zip(shapes, at_s, strict=True)
     ]
-    return MachineSpeed.of(shapes, times_s, at_s)
+    return MachineSpeed.of([shape if i != odd else "odd" for i, shape in enumerate(shapes)], times_s, at_s)
 
 
 def on_and_off(at_s: float) -> float:
@@ -37,6 +41,16 @@ def test_a_machine_that_is_slow_now_and_then_is_followed() -> None:
     found = np.exp(speed.log_slowness(at_s))
     assert found / found[0] == pytest.approx([on_and_off(at) for at in at_s], rel=0.04)
     assert speed.range == pytest.approx(0.5, abs=0.08)
+
+
+@pytest.mark.parametrize("index", [0, 1, 31, 58, 59])
+def test_a_machine_is_followed_although_a_reference_was_of_another_shape(index: int) -> None:
+    speed = referred(on_and_off, 0.02, odd=index)
+    assert len(speed.at_s) == 60
+    assert np.isfinite(speed.log_ratios).all()
+    at_s = [5.0, 15.0, 25.0, 35.0, 45.0, 55.0]
+    found = np.exp(speed.log_slowness(at_s))
+    assert found / found[0] == pytest.approx([on_and_off(at) for at in at_s], rel=0.04)
 
 
 @given(st.integers(0, 1000), st.floats(0.0, 0.1))
