@@ -301,7 +301,7 @@ def explore_beside_a_prefix_in_host_memory(engine: Late) -> tuple[int, int]:
     engine.hub.role.recent_prompts.append(prefix)
     explorer = explorer_of(engine)
     before = len(engine.loads.tokens)
-    found_tokens = explorer.engine.find_prefix()
+    found_tokens = explorer.engine.find_prefix(lambda: False)
     for _ in range(10):
         explore(engine, explorer)
     return len(engine.loads.tokens) - before, found_tokens
