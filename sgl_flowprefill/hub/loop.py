@@ -158,6 +158,7 @@ class Hub(Generic[RoleT]):
             if arrival.shape.new_tokens < self._refused_tokens:  # it may fit
                 self.kv_is_short = False
             self.recorder.ready(job)
+        self.work.predict_some()
         outdated = self.work.waiting.outdated(MATCHES)
         if not outdated and self.match_rounds == 1:  # nobody is matched again before the start
             outdated = self.work.first_evicted(now_s, MATCHES)

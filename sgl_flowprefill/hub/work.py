@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
+from collections import deque
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -22,6 +23,8 @@ Choice = PrefillTask | list[Job[WaitingRequest]] | Literal[Act.STEP] | None
 """What runs next: a task that has started, the requests for a new one in order of priority, or a decode step."""
 MOST_PASSED_OVER: Final = 8
 """Requests that an event passes over, at most: each is one more choice."""
+PREDICTED_AT_ONCE: Final = 32
+"""Requests that an event predicts anew, at most, when another TTFT model has been adopted."""
 LOOKED_AT: Final = 8
 """Requests of which an event asks whether they have lost a cached prefix (``Work.first_evicted``)."""
 
@@ -68,6 +71,7 @@ class Work:
     """Most new tokens of a batch, by what the TTFT model knows; None: as the policy's limits say."""
     dp_ranks: int = 1
     """Parts of the engine, each of which computes requests of its own in the same forward passes."""
+    _of_former_model: deque[Job[WaitingRequest]] = field(default_factory=deque, init=False)
     ask_again_s: float = field(default=math.inf, init=False)
     """When to choose anew if nothing has happened until then: a decode step has to start."""
 
@@ -381,17 +385,26 @@ class Work:
         self.follow()
 
     def adopted(self) -> None:
-        """There is a better TTFT model: batches are as it says, and so are the predictions of all that waits and of all
-        that has started. This looks at each, which an event does not.
+        """There is a better TTFT model: batches are as it says, and so are the predictions of all that has started.
+        Those of what waits follow with ``predict_some``.
         """
         if self.batch_tokens is not None:
             self.policy.limits = replace(self.policy.limits, max_batch_tokens=self.batch_tokens())
         self.follow()
-        for job in self.waiting.jobs:
-            self._predict_again(job)
         for live in self.tasks.live:
             live.predicted_s = self.ttft.predict_s(live.shapes)
             self.update(live)
+        self._of_former_model = deque(self.waiting.jobs)
+
+    def predict_some(self) -> None:
+        """Predict anew some of the requests that the former TTFT model predicted, if they still wait: an event cannot
+        look at all.
+        """
+        former = self._of_former_model
+        for _ in range(min(PREDICTED_AT_ONCE, len(former))):
+            job = former.popleft()
+            if self.waiting.holds(job):
+                self._predict_again(job)
 
     def follow(self) -> None:
         """Predict what has started, and pace what waits, by what the TTFT model knows now."""

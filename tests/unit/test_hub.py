@@ -942,7 +942,10 @@ def test_a_task_that_took_twice_as_long_is_seen_by_what_waits_and_by_what_is_sus
     assert waiting.factor == pytest.approx(2.0)
 
 
-def test_all_that_waits_or_is_suspended_is_predicted_by_the_model_that_is_adopted() -> None:
+def test_all_that_waits_or_is_suspended_is_predicted_by_the_model_that_is_adopted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("sgl_flowprefill.hub.work.PREDICTED_AT_ONCE", 15)
     wrong = SimpleNamespace(predict_s=lambda batch: 1e-3 * sum(shape.new_tokens for shape in batch))
     right = SimpleNamespace(predict_s=lambda batch: sum(2e-4 * new + 4e-7 * new**2 for new, _ in batch))
     ttft = AdaptiveTTFT(0.5, wrong)
@@ -964,6 +967,13 @@ def test_all_that_waits_or_is_suspended_is_predicted_by_the_model_that_is_adopte
     ttft.replace(right)
     work.adopted()
     expected_s = [right.predict_s([shape]) for shape in shapes]
+    former_s = [job.remaining_s for job in jobs]
+    work.predict_some()
+    assert [job.remaining_s for job in jobs] == pytest.approx([*expected_s[:15], *former_s[15:]]), (
+        "an event does a part"
+    )
+    work.predict_some()
+    work.predict_some()
     assert [job.remaining_s for job in jobs] == pytest.approx(expected_s[:20])
     assert suspended.predicted_s == pytest.approx(expected_s[20])
     assert suspended.job.remaining_s == pytest.approx(0.75 * expected_s[20]), "two of eight operators have run"
