@@ -708,8 +708,8 @@ def gaps_beside_a_prompt(engine: UnifiedEngine, tokens: int, seed: int, tbt_slo_
     return Beside(gaps_s, prefill_s, asked | {"prompt": long}, played.answers)
 
 
-def streams_without_room(engine: UnifiedEngine) -> Play:
-    """Streams grow until they need the KV cache of a prefill that has started and does not get on."""
+def _grown(engine: UnifiedEngine) -> Counter[str]:
+    """Streams that grow have begun, beside which no prefill gets on. What had been retracted and given back before."""
     _anew(engine)
     role = engine.hub.role
     before = Counter(retractions=role.retractions, given_back=role.given_back)
@@ -717,44 +717,44 @@ def streams_without_room(engine: UnifiedEngine) -> Play:
         engine.submit(rid, ask)
     _until(engine, lambda: all(state_of(engine, rid) == "decoding" for rid in GROWING))
     _suspend_all_the_time(engine)
-    for rid, ask in LATE.items():
-        engine.submit(rid, ask)
-    _until(engine, lambda: state_of(engine, "late") in ("running", "suspended"))
+    return before
+
+
+def _begun(engine: UnifiedEngine, rid: str) -> None:
+    _until(engine, lambda: state_of(engine, rid) in ("running", "suspended"))
+
+
+def _step_until_kv_is_short(engine: UnifiedEngine, before: Counter[str], known: int = 0) -> Play:
+    """Steps alone, until something more than the ``known`` has been given back or retracted; then all goes on."""
+    role = engine.hub.role
     with patch.object(engine.hub.work.colocated, "next", lambda *_: Turn(Act.STEP)):
-        _until(engine, lambda: role.given_back + role.retractions > before.total() or "s0" in engine.answers)
+        _until(engine, lambda: role.given_back + role.retractions > before.total() + known or "s0" in engine.answers)
     _calm(engine)
     played = _played(engine)
     played.seen["given back"] = role.given_back - before["given_back"]
     played.seen["retractions"] = role.retractions - before["retractions"]
     return played
+
+
+def streams_without_room(engine: UnifiedEngine) -> Play:
+    """Streams grow until they need the KV cache of a prefill that has started and does not get on."""
+    before = _grown(engine)
+    for rid, ask in LATE.items():
+        engine.submit(rid, ask)
+    _begun(engine, "late")
+    return _step_until_kv_is_short(engine, before)
 
 
 def streams_without_room_again(engine: UnifiedEngine) -> Play:
     """As ``streams_without_room``, with a prefill that has given its KV cache back before."""
-    _anew(engine)
-    role = engine.hub.role
-    before = Counter(retractions=role.retractions, given_back=role.given_back)
-    for rid, ask in GROWING.items():
-        engine.submit(rid, ask)
-    _until(engine, lambda: all(state_of(engine, rid) == "decoding" for rid in GROWING))
-    _suspend_all_the_time(engine)
-
-    def begin_late() -> None:
-        _until(engine, lambda: state_of(engine, "late") in ("running", "suspended"))
-
+    before = _grown(engine)
     engine.submit("late", LATE["late"])
-    begin_late()
+    _begun(engine, "late")
     [task] = engine.hub.work.tasks.live
     engine.hub.give_back(task)
     engine.submit("frees", FREES["frees"])
-    begin_late()
-    with patch.object(engine.hub.work.colocated, "next", lambda *_: Turn(Act.STEP)):
-        _until(engine, lambda: role.given_back + role.retractions > before.total() + 1 or "s0" in engine.answers)
-    _calm(engine)
-    played = _played(engine)
-    played.seen["given back"] = role.given_back - before["given_back"]
-    played.seen["retractions"] = role.retractions - before["retractions"]
-    return played
+    _begun(engine, "late")
+    return _step_until_kv_is_short(engine, before, known=1)
 
 
 def last_stream_beside_a_result_on_its_way(engine: UnifiedEngine) -> tuple[Play, dict[str, Ask]]:

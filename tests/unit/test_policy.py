@@ -206,6 +206,11 @@ def joint_batch(jobs: list[Job[Placed]], max_batch_tokens: int = 100) -> list[Jo
     for entry in jobs:
         scheduler.add(entry)
     winner: Any = scheduler.pick(0.0, None)
+    return batch_at_all_places(scheduler, winner, 0.0)
+
+
+def batch_at_all_places(policy: Policy[Placed, str], winner: Job[Placed], now_s: float) -> list[Job[Placed]]:
+    """The batch of ``winner``, and what other places compute beside it."""
 
     def tokens(item: Placed) -> int:
         return item.tokens
@@ -216,8 +221,8 @@ def joint_batch(jobs: list[Job[Placed]], max_batch_tokens: int = 100) -> list[Jo
     def predict_s(items: Sequence[Placed]) -> float:
         return sum(item.tokens for item in items) / 100
 
-    batch = scheduler.batch(winner, 0.0, tokens, predict_s, place)
-    return [*batch, *scheduler.beside(batch, 0.0, tokens, predict_s, place)]
+    batch = policy.batch(winner, now_s, tokens, predict_s, place)
+    return [*batch, *policy.beside(batch, now_s, tokens, predict_s, place)]
 
 
 def placed(place: int, tokens: int, deadline_s: float) -> Job[Placed]:
@@ -264,19 +269,9 @@ def test_a_starved_request_starts_alone_while_others_can_be_met(kind: str) -> No
     for entry in (starved, another, beside, longer, kept):
         policy.add(entry)
 
-    def tokens(item: Placed) -> int:
-        return item.tokens
-
-    def place(item: Placed) -> int:
-        return item.place
-
-    def predict_s(items: Sequence[Placed]) -> float:
-        return sum(item.tokens for item in items) / 100
-
     def batch() -> list[Job[Placed]]:
         assert policy.pick(2.0, None) is starved
-        found = policy.batch(starved, 2.0, tokens, predict_s, place)
-        return [*found, *policy.beside(found, 2.0, tokens, predict_s, place)]
+        return batch_at_all_places(policy, starved, 2.0)
 
     assert batch() == [starved, beside], "what runs at the same time and takes no longer costs nothing"
     policy.remove(kept)
