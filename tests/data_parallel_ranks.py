@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import zmq
 
-from sgl_flowprefill.cluster.preflight import free_port
+from sgl_flowprefill.cluster.free_ports import free_port
 from sgl_flowprefill.model import EmbeddedModel, embedded_model_path
 from tests.rank_notes import noting
 from tests.ranks import Ranks, run_rank

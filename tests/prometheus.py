@@ -14,7 +14,7 @@ import pytest
 import requests
 import yaml
 
-from sgl_flowprefill.cluster.preflight import free_port
+from sgl_flowprefill.cluster.free_ports import free_port
 from sgl_flowprefill.metrics import alerts, dashboard, queries
 from sgl_flowprefill.metrics.table import PREFIX, TABLE
 from tests.waiting import until

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import zmq
 
-from sgl_flowprefill.cluster.preflight import free_port
+from sgl_flowprefill.cluster.free_ports import free_port
 from sgl_flowprefill.events import read_events
 from tests import warm
 from tests.engine import FIRST_START_S, compile_nothing, generate_request, measure_for

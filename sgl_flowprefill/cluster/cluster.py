@@ -13,7 +13,7 @@ from typing import Any, Final
 
 import requests
 
-from sgl_flowprefill.cluster import logs, preflight
+from sgl_flowprefill.cluster import free_ports, logs, preflight
 from sgl_flowprefill.cluster.base import LOOPBACK, ClusterConfig, ClusterError
 from sgl_flowprefill.cluster.commands import GATEWAY, Layout
 from sgl_flowprefill.cluster.gateway import Gateway, Routing, bearer
@@ -195,7 +195,7 @@ class Cluster:
     def _start_gateway(self) -> None:
         layout = self._layout
         taken = [*vars(layout.ports).values(), self.config.live_port or 0]
-        metrics_port = preflight.free_port(LOOPBACK, taken)
+        metrics_port = free_ports.free_port(LOOPBACK, taken)
         command, log = layout.gateway_command(metrics_port), self.config.log(GATEWAY)
         self._gateway_server = self._guard.start(GATEWAY, command, layout.gateway_env(), log)
         routing = Routing(self._gateway, self.server_urls)

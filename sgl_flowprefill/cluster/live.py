@@ -16,8 +16,8 @@ import uvicorn
 from starlette.applications import Starlette
 
 from sgl_flowprefill.cluster.base import LIVE_PORT, StartError
+from sgl_flowprefill.cluster.free_ports import is_free
 from sgl_flowprefill.cluster.gateway import bearer
-from sgl_flowprefill.cluster.preflight import is_free
 from sgl_flowprefill.live import EVENTS, PAGE, STATE
 from sgl_flowprefill.live.attainment import BIN_S, WINDOW_S
 from sgl_flowprefill.live.feed import EVERY_S, Feed

@@ -11,12 +11,10 @@ import ipaddress
 import json
 import logging
 import os
-import random
 import re
-import socket
 import sys
 import warnings
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, Final, NoReturn
@@ -24,8 +22,8 @@ from urllib.parse import urlsplit
 
 import requests
 
-from sgl_flowprefill.cluster import machine
-from sgl_flowprefill.cluster.base import GATEWAY_PORT, LOOPBACK, MAX_PORT, ClusterConfig, Ports, StartError
+from sgl_flowprefill.cluster import free_ports, machine
+from sgl_flowprefill.cluster.base import GATEWAY_PORT, ClusterConfig, StartError
 from sgl_flowprefill.cluster.commands import (
     CPU_PLATFORM,
     GUIDING_OPTIONS,
@@ -67,8 +65,6 @@ CONFIG: Final = "--config"
 """SGLang's option that names a file with options."""
 TLS_OPTIONS: Final = ("--ssl-", "--enable-ssl-", "--tls-")
 """How options of SGLang and smg begin that make them speak TLS."""
-FREE_PORTS: Final = range(20000, 30000)
-"""Below the kernel's range for outgoing connections, which would otherwise take a port between check and use."""
 FOREIGN_WORKERS: Final = {
     "prefill": {"regular": "unified"},
     "decode": {"regular": "unified"},
@@ -100,7 +96,7 @@ def prepare(config: ClusterConfig) -> Layout:
     layout = Layout(
         config=config,
         model_path=model_path,
-        ports=choose_ports(
+        ports=free_ports.choose_ports(
             config.host,
             config.ports,
             config.prefill,
@@ -138,76 +134,6 @@ def _check_plugin(on_cpu: bool) -> None:
             f"{PLATFORM_VARIABLE}={platform} keeps SGLang from loading the plugins of packages with another platform, "
             "which sgl-flowprefill is; unset it, or serve without --flowprefill"
         )
-
-
-def choose_ports(
-    host: str,
-    ports: Ports,
-    prefill: int = 1,
-    decode: int = 1,
-    worker_host: str = LOOPBACK,
-    *,
-    unified: int = 0,
-    live: int | None = None,
-) -> Ports:
-    """Check the given ports and replace each 0 by a free port, or by the first of as many as there are servers. What
-    clients send their requests to listens on ``host``, all servers behind a gateway on ``worker_host``; ``unified`` are
-    those behind one. ``live`` is where the launcher will listen on ``host``, if that is given."""
-    another = "name another port, or 0 for any free one"
-    if live and not is_free(host, live):
-        raise StartError(f"--live-port {live} is in use; {another}")
-    counts = {"gateway": 1, "prefill": prefill, "decode": decode, "unified": unified, "bootstrap": prefill}
-    is_one = not prefill and not decode and not unified
-    chosen: dict[str, int] = {}
-    taken: set[int] = set()
-    for name, count in counts.items():
-        if not count:
-            continue
-        first, address = getattr(ports, name), host if name == "gateway" else worker_host
-        if not first:
-            first = free_port(address, {*taken, live or 0}, count)
-        for port in range(first, first + count):
-            if port in taken or port > MAX_PORT:
-                raise StartError(
-                    f"port {port} ({name}): {count} servers count up from {first}; choose ports further apart"
-                )
-            if port == live:
-                raise StartError(f"--live-port {live} is a port of the servers ({name}), too; {another}")
-            if not is_free(address, port):
-                several = "GATEWAY,UNIFIED" if unified else "GATEWAY,PREFILL,…"
-                whose, others = ("", "PORT") if is_one else (f" ({name})", several)
-                raise StartError(f"port {port}{whose} is in use; choose another with --ports {others}")
-        taken.update(range(first, first + count))
-        chosen[name] = first
-    return dataclasses.replace(ports, **chosen)
-
-
-def free_port(host: str, taken: Collection[int] = (), count: int = 1) -> int:
-    """The first of ``count`` consecutive ports that nothing listens on. Chosen by a generator of its own: processes
-    that are seeded alike would choose alike.
-    """
-    for first in random.Random().sample(FREE_PORTS, len(FREE_PORTS)):
-        if all(port not in taken and is_free(host, port) for port in range(first, first + count)):
-            return first
-    raise StartError(f"no port from {FREE_PORTS.start} to {FREE_PORTS.stop - 1} is free on {host}")
-
-
-def is_free(host: str, port: int) -> bool:
-    """Whether a server could listen there. Raises StartError when this machine does not have the address."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except PermissionError:
-            raise StartError(f"port {port} needs privileges that this process does not have") from None
-        except (socket.gaierror, UnicodeError):
-            raise StartError(f"--host {host}: no such address") from None
-        except OSError as error:
-            if error.errno == 99:  # EADDRNOTAVAIL
-                raise StartError(f"--host {host}: this machine does not have that address") from None
-            return False
-    return True
 
 
 def read_options(options: Sequence[str]) -> argparse.Namespace:

@@ -24,9 +24,9 @@ from sgl_flowprefill.cluster.base import (
     LOOPBACK,
     StartError,
 )
+from sgl_flowprefill.cluster.free_ports import is_free
 from sgl_flowprefill.cluster.gateway import bearer
 from sgl_flowprefill.cluster.parsing import Parser, text_of_key_file
-from sgl_flowprefill.cluster.preflight import is_free
 from sgl_flowprefill.cluster.proxies import ask_directly
 from sgl_flowprefill.live import PAGE, STATE
 from sgl_flowprefill.live.state import Document, decode_document

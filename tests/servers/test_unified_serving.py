@@ -25,8 +25,8 @@ import pytest
 import requests
 
 from sgl_flowprefill.cluster.base import KEY_VARIABLE
+from sgl_flowprefill.cluster.free_ports import free_port
 from sgl_flowprefill.cluster.gateway import bearer
-from sgl_flowprefill.cluster.preflight import free_port
 from sgl_flowprefill.compat import EXAMPLES
 from sgl_flowprefill.events import Arrival, Step, read_events
 from sgl_flowprefill.model import embedded_model_path

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import requests
 
-from sgl_flowprefill.cluster.preflight import free_port
+from sgl_flowprefill.cluster.free_ports import free_port
 from sgl_flowprefill.model import embedded_model_path
 from tests.prompts import prompt
 from tests.reference import Comparison

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from sglang.srt.constants import HEALTH_CHECK_RID_PREFIX
 
-from sgl_flowprefill.cluster.preflight import free_port
+from sgl_flowprefill.cluster.free_ports import free_port
 from sgl_flowprefill.events import Arrival, read_events
 from sgl_flowprefill.model import embedded_model_path
 from tests.reference import Comparison

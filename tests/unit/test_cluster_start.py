@@ -19,7 +19,7 @@ import psutil
 import pytest
 import requests
 
-from sgl_flowprefill.cluster import ClusterConfig, ClusterError, cli, machine, phases, preflight, waiting
+from sgl_flowprefill.cluster import ClusterConfig, ClusterError, cli, free_ports, machine, phases, preflight, waiting
 from sgl_flowprefill.cluster.cluster import Cluster, answers_first_request
 from sgl_flowprefill.cluster.gateway import Gateway, Routing, Worker
 from sgl_flowprefill.cluster.members import ENSURE_S, Members
@@ -750,13 +750,13 @@ def test_requests_get_as_long_as_the_launcher_was_told(ending, timeout_s, least_
 
 
 def test_the_port_of_the_gateways_metrics_is_free_where_they_listen(ending, monkeypatch):
-    asked, free_port = [], preflight.free_port
+    asked, free_port = [], free_ports.free_port
 
     def recorded(host, *arguments):
         asked.append(host)
         return free_port(host, *arguments)
 
-    monkeypatch.setattr(preflight, "free_port", recorded)
+    monkeypatch.setattr(free_ports, "free_port", recorded)
     ending(["--host", "127.0.0.2", *PAIR], KeyboardInterrupt())
     assert asked[0] == "127.0.0.2"  # the gateway's own
     assert asked[-1] == "127.0.0.1"

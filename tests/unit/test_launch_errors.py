@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from sgl_flowprefill.cluster import Ports, StartError, cli, logs, machine, preflight
+from sgl_flowprefill.cluster import Ports, StartError, cli, free_ports, logs, machine, preflight
 from tests.http_server import answering
 
 pytestmark = pytest.mark.usefixtures("no_server_may_start")
@@ -52,8 +52,8 @@ def test_a_live_port_that_a_server_is_to_have(refusal, options, name):
 
 
 def test_no_server_gets_the_port_of_the_live_page(monkeypatch):
-    monkeypatch.setattr(preflight, "FREE_PORTS", range(29550, 29555))
-    ports = preflight.choose_ports("127.0.0.1", Ports(), live=29552)
+    monkeypatch.setattr(free_ports, "FREE_PORTS", range(29550, 29555))
+    ports = free_ports.choose_ports("127.0.0.1", Ports(), live=29552)
     assert set(vars(ports).values()) == {29550, 29551, 29553, 29554, 0}, "and none for servers that there are not"
 
 
@@ -234,12 +234,12 @@ def test_the_same_options_are_fine_for_sglangs_own_scheduler():
 
 
 def test_free_ports_are_chosen_where_none_is_given(busy_port):
-    ports = preflight.choose_ports("127.0.0.1", Ports())
+    ports = free_ports.choose_ports("127.0.0.1", Ports())
     chosen = {ports.gateway, ports.prefill, ports.decode, ports.bootstrap}
     assert len(chosen) == 4
     assert 0 not in chosen
     with pytest.raises(StartError):
-        preflight.choose_ports("127.0.0.1", Ports(gateway=busy_port))
+        free_ports.choose_ports("127.0.0.1", Ports(gateway=busy_port))
 
 
 @pytest.mark.parametrize(
@@ -356,7 +356,7 @@ def test_gpus_for_every_server(refusal, monkeypatch):
 
 
 def test_the_ports_of_servers_are_free_where_they_listen(refusal):
-    port = cli.preflight.free_port("127.0.0.1")
+    port = free_ports.free_port("127.0.0.1")
     with socket.create_server(("127.0.0.2", port)):
         cli.preflight.prepare(cli.parse(["--host", "127.0.0.2", "--ports", f"0,{port}"]))
         assert f"port {port} (gateway)" in refusal("--host", "127.0.0.2", "--ports", str(port))
