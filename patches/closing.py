@@ -9,16 +9,15 @@ connection is closed makes another, which leads elsewhere where something choose
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Final
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sgl_flowprefill.patches.base import expect, resolve
+from sgl_flowprefill.patches.http_server import APP, RUN, is_ending
 
 SEAM: Final = "closing"
-RUN: Final = "sglang.srt.entrypoints.http_server._setup_and_run_http_server"
-APP: Final = "sglang.srt.entrypoints.http_server.app"
-STATE: Final = "sglang.srt.entrypoints.http_server._global_state"
 CONNECTION: Final = b"connection"
 
 
@@ -48,9 +47,5 @@ def apply() -> None:
 
 
 def _with_wrapper(run_http_server: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    resolve(SEAM, APP).add_middleware(ClosesWhileEnding, is_ending=_is_ending)
+    resolve(SEAM, APP).add_middleware(ClosesWhileEnding, is_ending=partial(is_ending, SEAM))
     return run_http_server(*args, **kwargs)
-
-
-def _is_ending() -> bool:
-    return bool(resolve(SEAM, STATE).tokenizer_manager.gracefully_exit)

@@ -19,11 +19,9 @@ from fastapi.routing import APIRoute
 
 from sgl_flowprefill.contract import supported
 from sgl_flowprefill.patches.base import SeamError, expect, resolve
+from sgl_flowprefill.patches.http_server import APP, RUN, tokenizer_manager
 
 HANDLER: Final = "sglang.srt.entrypoints.http_server.health_generate"
-RUN: Final = "sglang.srt.entrypoints.http_server._setup_and_run_http_server"
-APP: Final = "sglang.srt.entrypoints.http_server.app"
-STATE: Final = "sglang.srt.entrypoints.http_server._global_state"
 STATUS: Final = "sglang.srt.entrypoints.http_server.ServerStatus"
 TIMEOUT: Final = "sglang.srt.entrypoints.http_server.HEALTH_CHECK_TIMEOUT"
 PATHS: Final = ("/health", "/health_generate")
@@ -58,7 +56,7 @@ def answering_when_the_scheduler_does(
     background: set[asyncio.Task[Any]] = set()
 
     async def health(request: Request) -> Response:
-        manager = resolve("health", STATE).tokenizer_manager
+        manager = tokenizer_manager("health")
         status = resolve("health", STATUS)
         give_up_s = time.monotonic() + resolve("health", TIMEOUT)
         before = manager.last_receive_tstamp

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -25,15 +25,13 @@ from sgl_flowprefill.live.feed import SchedulerFeed
 from sgl_flowprefill.live.routes import routes
 from sgl_flowprefill.live.state import Answer, decode_answer
 from sgl_flowprefill.patches.base import expect, resolve
+from sgl_flowprefill.patches.http_server import APP, RUN, is_ending, tokenizer_manager
 from sgl_flowprefill.timeline import write_timeline
 
 logger = logging.getLogger(__name__)
 
 SEAM: Final = "live"
 LAUNCH: Final = "sglang.srt.entrypoints.http_server.launch_server"
-RUN: Final = "sglang.srt.entrypoints.http_server._setup_and_run_http_server"
-APP: Final = "sglang.srt.entrypoints.http_server.app"
-STATE: Final = "sglang.srt.entrypoints.http_server._global_state"
 REQUEST: Final = "sglang.srt.managers.io_struct.GetInternalStateReq"
 DECIDE: Final = "sglang.srt.utils.auth.decide_request_auth"
 ALLOWED: Final = "sglang.srt.utils.auth.AuthDecision"
@@ -85,7 +83,7 @@ def _with_routes(run_http_server: Callable[..., Any], server_args: Any, *args: A
         @cache
         def feed() -> SchedulerFeed:
             """Made at the first request, in the server's event loop."""
-            return SchedulerFeed(name, ask, is_ending=lambda: bool(_manager().gracefully_exit))
+            return SchedulerFeed(name, ask, is_ending=partial(is_ending, SEAM))
 
         resolve(SEAM, APP).router.routes[:0] = routes(feed)
     return run_http_server(server_args, *args, **kwargs)
@@ -93,7 +91,7 @@ def _with_routes(run_http_server: Callable[..., Any], server_args: Any, *args: A
 
 async def ask(question: Ask) -> Answer:
     """The scheduler's answer."""
-    manager = _manager()
+    manager = tokenizer_manager(SEAM)
     manager.auto_create_handle_loop()
     outputs = await manager.get_internal_state_communicator(resolve(SEAM, REQUEST)(rid=question.as_rid()))
     answers = [decode_answer(output.internal_state[KEY]) for output in outputs]
@@ -105,7 +103,3 @@ def _let_the_page_through(decide: Callable[..., Any], *args: Any, **kwargs: Any)
     if kwargs.get("path") == PAGE:
         return resolve(SEAM, ALLOWED)(allowed=True)
     return decide(*args, **kwargs)
-
-
-def _manager() -> Any:
-    return resolve(SEAM, STATE).tokenizer_manager
