@@ -281,7 +281,6 @@ class HubInstance(Instance, Generic[EngineT]):
             recorder=self._recorder,
             tiles=parts,
             now_s=lambda: engine.now_s,
-            stall_check_s=math.inf,
             decoder=decoder or NoStreams(),
         )
         self._hub_s = hub_s
@@ -353,7 +352,9 @@ class HubInstance(Instance, Generic[EngineT]):
         if task is not None:
             self._resumed_s = self.now_s + self._hub_s
             self._stop_at(task, task.batch.duration_s)
-            self.next_s = min(self.next_s, self._stop_s, max(self.hub.work.ask_again_s, self.now_s))
+            self.next_s = min(self.next_s, self._stop_s, max(self.hub.ask_again_s, self.now_s))
+        elif self.hub.kv_is_short:  # as long as a server sleeps that waits for others
+            self.next_s = min(self.next_s, self.now_s + self.hub.stall_check_s)
 
     def _stop(self, task: PrefillTask) -> None:
         """``task`` comes back to the hub."""

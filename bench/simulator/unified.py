@@ -8,7 +8,6 @@ from sgl_flowprefill.bench.simulator.checkpoints import Preemption
 from sgl_flowprefill.bench.simulator.flowprefill import (
     Blocking,
     HubInstance,
-    SimBatch,
     SimEngine,
     SimShape,
     SimTTFT,
@@ -45,8 +44,10 @@ class UnifiedEngine(SimEngine, Decoder):
         self.give_backs = 0
         self._streams: dict[SimRequest, Stream] = {}
         """What the policy knows of each."""
-        self._is_short = False
-        """Whether tasks were given back, and no KV cache has been freed by something else since."""
+        self._held_back: list[tuple[SimRequest, int]] = []
+        """Requests whose tasks were given back, with their numbers: they come again when KV cache has been freed by
+        something else.
+        """
         self._has_freed = False
         """Whether KV cache has been freed since the last look."""
 
@@ -55,9 +56,6 @@ class UnifiedEngine(SimEngine, Decoder):
     def take_news(self, stalls_due: bool) -> bool:
         has_freed, self._has_freed = self._has_freed, False
         return has_freed
-
-    def make_batch(self, reqs: Sequence[SimRequest]) -> SimBatch | None:
-        return None if self._is_short else super().make_batch(reqs)
 
     def finish(self, task: PrefillTask) -> None:
         joined = []
@@ -80,8 +78,7 @@ class UnifiedEngine(SimEngine, Decoder):
     def give_back(self, task: PrefillTask) -> None:
         for request, member in zip(task.batch.requests, task.members, strict=True):
             self.kv.free(request, sum(request.shape))
-            self.come(request, self.now_s, member.number)
-        self._is_short = True
+            self._held_back.append((request, member.number))
         self.give_backs += 1
 
     def step(self) -> DecodeStep:
@@ -97,7 +94,6 @@ class UnifiedEngine(SimEngine, Decoder):
             self._come.append(
                 Arrival(request, (), shape, self.now_s, due_s, self.now_s, retracted=True, objective=promised)
             )
-            self._is_short = True
         self.policy.began(self.now_s)
         return DecodeStep(SimStep())
 
@@ -112,7 +108,10 @@ class UnifiedEngine(SimEngine, Decoder):
 
     def _freed(self) -> None:
         """KV cache has been freed, and not by giving a task back."""
-        self._is_short, self._has_freed = False, True
+        self._has_freed = True
+        for request, number in self._held_back:
+            self.come(request, self.now_s, number)
+        self._held_back.clear()
 
 
 class UnifiedInstance(HubInstance[UnifiedEngine]):

@@ -217,15 +217,18 @@ class Hub(Generic[RoleT]):
             self._finish(self.work.tasks.finishing.popleft())
 
     def has_news(self) -> bool:
-        """Whether there is something to look at: an event, a result that has arrived from the device, or the time at
-        which a decode step has to start, or a decision is to be made whatever has happened.
+        """Whether there is something to look at: an event, a result that has arrived from the device, or that it is
+        time to choose anew whatever has happened.
         """
-        return (
-            self.events.pending()
-            or self.work.tasks.result_arrived()
-            or self._step_is_due()
-            or (self._decide_by_s < math.inf and self.now_s() >= self._decide_by_s)
-        )
+        by_s = self.ask_again_s
+        return self.events.pending() or self.work.tasks.result_arrived() or (by_s < math.inf and self.now_s() >= by_s)
+
+    @property
+    def ask_again_s(self) -> float:
+        """When to choose anew at the latest while what was chosen runs: a decode step has to start, others may ask for
+        KV cache, or the recorder is to be told of a decision.
+        """
+        return min(self.work.ask_again_s, self._decide_by_s)
 
     def _step_is_due(self) -> bool:
         return self.work.ask_again_s < math.inf and self.now_s() >= self.work.ask_again_s

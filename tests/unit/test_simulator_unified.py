@@ -175,6 +175,24 @@ def test_a_prefill_is_given_back_before_a_stream_is_touched_and_computed_later(m
     assert prompt.first_token_s >= stream.last_token_s + 0.8, "not admitted again before the stream has freed its KV"
 
 
+def test_others_start_while_a_request_whose_prefill_was_given_back_waits_for_room(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("sgl_flowprefill.bench.simulator.streams.LEAST_RATIO", 0.0)
+    trace = trace_of((0.0, 100, 300, 9.0, 0.05), (0.2, 800, 1, 9.0, 0.05), (1.2, 50, 1, 9.0, 0.05))
+    [stream, prompt, short], instance = full("feasible", trace, kv_tokens=920)
+    assert isinstance(instance, UnifiedInstance)
+    assert instance.give_backs == 1
+    assert short.first_token_s < 1.4 < stream.last_token_s < prompt.first_token_s
+
+
+def test_kv_cache_is_asked_for_anew_every_second_as_less_of_it_is_reserved_by_then() -> None:
+    trace = trace_of((0.0, 100, 500, 9.0, 0.1), (0.105, 503, 50, 9.0, 0.1))
+    [stream, other] = run(unified("feasible"), trace, toy_setup(kv_tokens=1000)).requests
+    # 554 of 899 - 0.699 * 498 behind the first step, and of 810 - 0.610 * 409 at the end of the second.
+    assert 1.5 < other.first_token_s < 2.0 < stream.last_token_s
+
+
 @pytest.mark.parametrize("system", ["feasible", "stock-fcfs", "stock-fcfs-256-mixed"])
 def test_the_stream_with_fewest_tokens_is_retracted_and_starts_anew_with_what_it_has(
     system: str, monkeypatch: pytest.MonkeyPatch

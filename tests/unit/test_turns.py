@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import random
 import subprocess
 import sys
@@ -279,7 +278,6 @@ def unified_turns_of_hub(requests: Sequence[SimRequest], policy: str, kv_tokens:
     engine = StreamingEngine(device, MODEL, requests, books)
     server = device.server = SimulatedServer(device, MODEL, (), engine=engine, colocated=colocated, decoder=engine)
     recorder = server.hub.recorder = UnifiedTurns()
-    server.hub.stall_check_s = math.inf  # in the simulator nothing stalls: KV cache is not asked for anew every second
     sample_behind_the_last_operator(server)
     server.run_all()
     return recorder.turns
@@ -292,7 +290,7 @@ def test_a_script_of_arrivals_and_streams_makes_the_same_turns_in_the_simulator_
     nothing_is_reserved_for_answers = property(lambda kv: 0.0, lambda kv, ratio: None)
     monkeypatch.setattr(OutputKv, "ratio", nothing_is_reserved_for_answers, raising=False)
     seen: Counter[str] = Counter()
-    for seed, longest_tokens, kv_tokens in [(0, 2500, 4500), (1, 2500, 4500)]:
+    for seed, longest_tokens, kv_tokens in [(0, 2500, 4500), (1, 2500, 4500), (2, 200, 1200)]:
         simulated, ran = unified_script(seed, longest_tokens), unified_script(seed, longest_tokens)
         turns = unified_turns_of_instance(simulated, policy, kv_tokens)
         assert unified_turns_of_hub(ran, policy, kv_tokens) == turns
@@ -301,6 +299,9 @@ def test_a_script_of_arrivals_and_streams_makes_the_same_turns_in_the_simulator_
             assert len(one.tbt_s) == one.output_tokens - 1
             assert one.tbt_s == pytest.approx(other.tbt_s, abs=1e-6)
         seen.update(turn for turn, _ in turns)
+        prefills = Counter(index for turn, members in turns if turn == "complete" for index in members)
+        seen["retract"] += prefills.total() - len(prefills)
     print(f"\n{policy}: {dict(seen)}")
     assert seen["suspend"] >= (0 if policy == "fcfs" else 5)
     assert seen["give back"] >= 1
+    assert seen["retract"] >= 1
