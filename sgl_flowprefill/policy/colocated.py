@@ -172,7 +172,7 @@ class ColocatedPolicy(Generic[R, K]):
         """How much earlier than needed a step starts."""
         if self.limits.margin_s is not None:
             return self.limits.margin_s
-        return min(self.margin.value_s, MARGIN_OF_TBT * self.streams.tightest_s())
+        return self.margin.value_s(MARGIN_OF_TBT * self.streams.tightest_s())
 
     def _plan(self) -> None:
         self.load = decode_load(self.streams, self._model, self.limits, self.margin_s)

@@ -8,14 +8,14 @@ allows, because then it serves the most streams for its fixed cost. No torch, no
 from __future__ import annotations
 
 import math
-from bisect import bisect_left, insort
+from bisect import bisect_left, bisect_right, insort
 from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple, Protocol, runtime_checkable
 
 MARGIN_QUANTILE: Final = 0.998
-"""Share of steps that shall end in time: an answer of 300 tokens may have three late ones."""
+"""Share of steps that shall end in time, of those that can: an answer of 300 tokens may have three late ones."""
 MARGIN_FACTOR: Final = 1.2
 """Multiple of that quantile that is planned with: a short answer may have no late token, and those of a step are late
 together."""
@@ -223,7 +223,8 @@ class Margin:
     """How much earlier than needed a step has to start, so that MARGIN_QUANTILE of them end in time.
 
     A step ends late by the sum of what held up its start and what it took more than predicted. The margin is a high
-    quantile of that sum, not the sum of two quantiles.
+    quantile of that sum, not the sum of two quantiles. Steps that no margin would have brought in time stay out of it:
+    a pause, other weights, or an image encoder that runs whole must not cost prefills the time of earlier steps.
     """
 
     def __init__(self, first_s: float = FIRST_MARGIN_S) -> None:
@@ -237,10 +238,13 @@ class Margin:
         if len(self._last_s) > MARGIN_STEPS:
             del self._sorted_s[bisect_left(self._sorted_s, self._last_s.popleft())]
 
-    @property
-    def value_s(self) -> float:
-        place = min(int(MARGIN_QUANTILE * len(self._sorted_s)), len(self._sorted_s) - 1)
-        return max(0.0, MARGIN_FACTOR * self._sorted_s[place])
+    def value_s(self, most_s: float = math.inf) -> float:
+        """The margin, where it may be ``most_s``: by the steps that ended no later than that, or the one that was least
+        late.
+        """
+        in_time = max(1, bisect_right(self._sorted_s, most_s))
+        place = min(int(MARGIN_QUANTILE * in_time), in_time - 1)
+        return min(most_s, max(0.0, MARGIN_FACTOR * self._sorted_s[place]))
 
 
 class CorrectedSteps:

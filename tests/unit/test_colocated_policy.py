@@ -120,12 +120,16 @@ def test_the_margin_is_of_the_sum_of_start_and_step_of_steps_that_had_to_start()
     begin_s = policy.load.start_by_s - 0.01
     policy.began(begin_s)
     policy.stepped(begin_s + 5.0)
-    assert policy.margin.value_s == MARGIN_FACTOR * 0.01, "one that ran early shows no lateness"
+    assert policy.margin.value_s() == MARGIN_FACTOR * 0.01, "one that ran early shows no lateness"
     start_by_s, step_s = policy.load.start_by_s, policy.load.step_s
     policy.began(start_by_s + 0.003)
-    policy.stepped(start_by_s + 0.003 + step_s + 0.06)
-    assert policy.margin.value_s == pytest.approx(MARGIN_FACTOR * 0.063)
+    policy.stepped(start_by_s + 0.003 + step_s + 0.042)
+    assert policy.margin.value_s() == pytest.approx(MARGIN_FACTOR * 0.045)
     assert policy.margin_s == pytest.approx(0.05), "at most half of the tightest objective"
+    policy.began(policy.load.start_by_s + 5.0)
+    policy.stepped(policy.load.start_by_s + 6.0)
+    policy.joined([Stream(0.06, 10, 1.0)])
+    assert policy.margin_s == pytest.approx(MARGIN_FACTOR * 0.01), "half of 60 ms would have brought neither in time"
 
 
 def test_decoding_ahead_serves_streams_while_the_winner_waits_for_kv_cache() -> None:

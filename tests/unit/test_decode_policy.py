@@ -164,18 +164,32 @@ def test_steps_take_more_of_more_time_and_never_more_than_the_time(
 
 def test_the_margin_covers_all_but_the_rarest_lateness_and_follows_it_both_ways() -> None:
     margin = Margin(first_s=0.01)
-    assert margin.value_s == MARGIN_FACTOR * 0.01
+    assert margin.value_s() == MARGIN_FACTOR * 0.01
     for _ in range(MARGIN_STEPS):
         margin.observe(0.002)
-    assert margin.value_s == pytest.approx(MARGIN_FACTOR * 0.002)
+    assert margin.value_s() == pytest.approx(MARGIN_FACTOR * 0.002)
     margin.observe(0.5)
-    assert margin.value_s == pytest.approx(MARGIN_FACTOR * 0.002), "one outlier in a thousand steps"
+    assert margin.value_s() == pytest.approx(MARGIN_FACTOR * 0.002), "one outlier in a thousand steps"
     for _ in range(3):
         margin.observe(0.03)
-    assert margin.value_s == pytest.approx(MARGIN_FACTOR * 0.03), "a machine that has become slower shows at once"
+    assert margin.value_s() == pytest.approx(MARGIN_FACTOR * 0.03), "a machine that has become slower shows at once"
     for _ in range(MARGIN_STEPS):
         margin.observe(-0.001)
-    assert margin.value_s == 0.0
+    assert margin.value_s() == 0.0
+
+
+def test_steps_that_no_margin_would_have_brought_in_time_make_it_no_wider() -> None:
+    margin = Margin(first_s=0.01)
+    for _ in range(100):
+        margin.observe(0.002)
+    for _ in range(3):
+        margin.observe(0.3)
+    assert margin.value_s(0.05) == pytest.approx(MARGIN_FACTOR * 0.01), "a pause is no lateness of a step"
+    for _ in range(3):
+        margin.observe(0.045)
+    assert margin.value_s(0.05) == 0.05
+    assert margin.value_s(1.0) == pytest.approx(MARGIN_FACTOR * 0.3), "one of 0.3 s, where streams leave time for it"
+    assert margin.value_s(0.001) == 0.001, "where none would have been in time, as much as there may be"
 
 
 def test_predicted_steps_follow_the_measured_ones() -> None:
