@@ -299,11 +299,12 @@ class Work:
     def _may_join(
         self, jobs: Sequence[Job[WaitingRequest]], parts: Sequence[Sequence[PrefillShape]], with_own: bool = True
     ) -> bool:
-        """Whether the streams can become as many as with those of all tasks and of ``jobs``, whose shapes are in
-        ``parts``, one for each rank; ``with_own``: so that what ``jobs`` ask for themselves holds. One that was a
-        stream before comes back whatever it asks for: somebody waits for the rest of its answer.
+        """Whether the streams can become as many as with those of all tasks, also of such whose results are on their
+        way, and of ``jobs``, whose shapes are in ``parts``, one for each rank; ``with_own``: so that what ``jobs`` ask
+        for themselves holds. One that was a stream before comes back whatever it asks for: somebody waits for the rest
+        of its answer.
         """
-        shapes = [shape for task in self.tasks.live for shape in task.shapes]
+        shapes = [shape for task in self.tasks.prefills for shape in task.shapes]
         requests = len(shapes) + max(map(len, parts))
         tokens = sum(map(sum, shapes)) + max(sum(map(sum, part)) for part in parts)
         new = [job.item for job in jobs if with_own and not self.colocated.returns(job)]

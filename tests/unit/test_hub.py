@@ -34,7 +34,7 @@ from sgl_flowprefill.hub.task import DecodeStep, PrefillTask, Tasks
 from sgl_flowprefill.hub.waiting import WaitingRequest
 from sgl_flowprefill.hub.work import Work
 from sgl_flowprefill.pace import Pace
-from sgl_flowprefill.policy import ColocatedPolicy, DecodeLimits, Job, Limits, Stream, make_policy
+from sgl_flowprefill.policy import Act, ColocatedPolicy, DecodeLimits, Job, Limits, Stream, make_policy
 from sgl_flowprefill.profiling.steps import LinearSteps
 from sgl_flowprefill.runtime.decode_scheduler import DecodeScheduler
 from sgl_flowprefill.runtime.event_recorder import EventRecorder
@@ -742,6 +742,18 @@ def test_a_request_waits_for_a_load_of_streams_at_which_its_own_objective_holds_
     assert chosen() == (["lax"] if waits else ["tight"])
     colocated.left(streams[45:])  # 43.8 ms a step, of 45
     assert chosen() == ["tight"]
+
+
+def test_a_prefill_whose_result_is_on_its_way_counts_among_the_streams_to_come() -> None:
+    model = Model(1, lambda tokens: 1e-3, lambda tokens: 1e-3)
+    requests = [SimulatedRequest(f"r{number}", 0.0, 100, 60.0) for number in range(2)]
+    hub = SimulatedServer(SimulatedDevice(2, HostCosts()), model, requests).hub
+    hub.work.colocated = ColocatedPolicy(hub.work.policy, LinearSteps(0.01, 0.012, 0.0), DecodeLimits(margin_s=0.0))
+    hub.work.colocated.joined([Stream(0.1, 100, 0.0) for _ in range(5)])  # 82 ms a step with one more, of 90
+    assert hub.turn()
+    assert [task.rids for task in hub.work.tasks.prefills] == [["r0"]]
+    assert not hub.work.tasks.live
+    assert hub.work.choose(hub.now_s(), admit=True, last=True) is Act.STEP
 
 
 def test_requests_that_begin_alike_are_matched_again_when_one_of_them_has_been_computed() -> None:
