@@ -207,11 +207,14 @@ class Streams:
         joined = Counter(stream.dp_rank for stream in self._joined)
         return min((count - joined[place] for place, count in self._requests_at.items() if count), default=0)
 
-    @property
-    def due_s(self) -> float:
-        """When the first of the next tokens is due."""
-        due_s = self.last_step_s + min(self._stepped) if self._stepped else math.inf
-        return min(due_s, min((stream.joined_s + stream.tbt_s for stream in self._joined), default=math.inf))
+    def start_by_s(self, lead_s: float) -> float:
+        """When the next step has to start if it may take ``lead_s``: so that the first of its tokens that is due comes
+        in time, but not before the one that precedes it. Infinity without streams.
+        """
+        starts_s = [stream.joined_s + max(0.0, stream.tbt_s - lead_s) for stream in self._joined]
+        if self._stepped:
+            starts_s.append(self.last_step_s + max(0.0, min(self._stepped) - lead_s))
+        return min(starts_s, default=math.inf)
 
     def tightest_s(self, at_least_s: float = 0.0) -> float:
         """The tightest objective of those that are ``at_least_s``; infinity without any."""
@@ -273,7 +276,8 @@ def decode_load(streams: Streams, model: StepModel, limits: DecodeLimits, margin
     """What the steps of ``streams`` take, and when the next one has to start.
 
     It starts so that it ends ``margin_s`` before the first token is due, but no earlier than leaves prefills their
-    share of the time since the last step.
+    share of the time since the last step, and not before a token that precedes one of its own: an objective that no
+    step can keep makes none late.
     """
     if not streams.requests:
         return NO_LOAD
@@ -283,7 +287,7 @@ def decode_load(streams: Streams, model: StepModel, limits: DecodeLimits, margin
     return DecodeLoad(
         step_s,
         period_s=max(streams.tightest_s() - margin_s, least_period_s),
-        start_by_s=max(streams.due_s - margin_s - step_s, rested_s),
+        start_by_s=max(streams.start_by_s(margin_s + step_s), rested_s),
     )
 
 

@@ -132,6 +132,15 @@ def test_the_margin_is_of_the_sum_of_start_and_step_of_steps_that_had_to_start()
     assert policy.margin_s == pytest.approx(MARGIN_FACTOR * 0.01), "half of 60 ms would have brought neither in time"
 
 
+def test_an_objective_that_no_step_can_keep_teaches_no_lateness() -> None:
+    policy: ColocatedPolicy[str, str] = ColocatedPolicy(make_policy("fcfs", LIMITS, 60.0), STEPS)
+    policy.joined([Stream(1e-6, 10, 5.0)])
+    assert policy.load.start_by_s == 5.0, "not before the token that precedes it"
+    policy.began(5.0)
+    policy.stepped(5.0 + policy.load.step_s + 0.002)
+    assert policy.margin.value_s() == MARGIN_FACTOR * 0.01
+
+
 def test_decoding_ahead_serves_streams_while_the_winner_waits_for_kv_cache() -> None:
     for ahead in (False, True):
         policy = colocated(limits=DecodeLimits(margin_s=0.0, ahead=ahead))

@@ -87,9 +87,9 @@ def test_context_grows_with_each_step_and_leaves_with_its_stream() -> None:
     streams.stepped(2.0)
     assert (streams.requests, streams.context_tokens) == (2, 1103)
     streams.leave(first)
-    assert (streams.requests, streams.context_tokens, streams.due_s) == (1, 1001, 2.2)
+    assert (streams.requests, streams.context_tokens, streams.start_by_s(0.0)) == (1, 1001, 2.2)
     streams.leave(second)
-    assert (streams.requests, streams.context_tokens, streams.due_s) == (0, 0, math.inf)
+    assert (streams.requests, streams.context_tokens, streams.start_by_s(0.0)) == (0, 0, math.inf)
 
 
 def test_a_step_takes_what_the_rank_with_the_most_streams_or_tokens_has() -> None:
@@ -136,7 +136,7 @@ def test_sums_over_streams_are_those_of_the_streams_one_by_one(script: list[tupl
             running = None
         assert streams.requests == len(live)
         assert streams.context_tokens == sum(context[stream] for stream in live)
-        assert streams.due_s == pytest.approx(min((last_s[s] + s.tbt_s for s in live), default=math.inf))
+        assert streams.start_by_s(0.0) == pytest.approx(min((last_s[s] + s.tbt_s for s in live), default=math.inf))
         assert streams.tightest_s() == min((s.tbt_s for s in live), default=math.inf)
         assert [streams.last_token_s(s) for s in live] == [last_s[s] for s in live]
 
