@@ -25,6 +25,10 @@ FIRST_MARGIN_S: Final = 0.01
 """The margin before any step has been seen, which counts as one step."""
 MARGIN_OF_TBT: Final = 0.5
 """Share of the tightest TBT that the margin may take at most."""
+LONGEST_GAP_S: Final = 10.0
+"""The laxest objective that steps are planned by: a stream holds KV cache while it waits for a token, and prompts may
+never stop coming.
+"""
 CORRECTED_BY: Final = 8
 """Steps over which the step model is corrected by those that were measured."""
 STALLED: Final = 4.0
@@ -211,15 +215,16 @@ class Streams:
         """When the next step has to start if it may take ``lead_s``: so that the first of its tokens that is due comes
         in time, but not before the one that precedes it. Infinity without streams.
         """
-        starts_s = [stream.joined_s + max(0.0, stream.tbt_s - lead_s) for stream in self._joined]
+        last_tokens = [(stream.joined_s, stream.tbt_s) for stream in self._joined]
         if self._stepped:
-            starts_s.append(self.last_step_s + max(0.0, min(self._stepped) - lead_s))
+            last_tokens.append((self.last_step_s, min(self._stepped)))
+        starts_s = (last_s + max(0.0, min(tbt_s, LONGEST_GAP_S) - lead_s) for last_s, tbt_s in last_tokens)
         return min(starts_s, default=math.inf)
 
     def tightest_s(self, at_least_s: float = 0.0) -> float:
-        """The tightest objective of those that are ``at_least_s``; infinity without any."""
+        """The tightest objective of those that are ``at_least_s``, LONGEST_GAP_S at most; infinity without any."""
         objectives = [*self._stepped, *(stream.tbt_s for stream in self._joined)]
-        return min((tbt_s for tbt_s in objectives if tbt_s >= at_least_s), default=math.inf)
+        return min((min(tbt_s, LONGEST_GAP_S) for tbt_s in objectives if tbt_s >= at_least_s), default=math.inf)
 
 
 class Margin:

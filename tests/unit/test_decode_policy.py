@@ -13,6 +13,7 @@ from sgl_flowprefill.bench.simulator.step_cost import StepCost
 from sgl_flowprefill.policy import DecodeLimits, Joiner, Stream
 from sgl_flowprefill.policy.decode import (
     CORRECTED_BY,
+    LONGEST_GAP_S,
     MARGIN_FACTOR,
     MARGIN_STEPS,
     NO_LOAD,
@@ -43,6 +44,12 @@ def test_a_step_starts_so_that_the_first_token_due_comes_a_margin_early() -> Non
     assert load.step_s == pytest.approx(0.012)
     assert load.start_by_s == pytest.approx(1.15 - 0.012 - 0.007)
     assert load.period_s == pytest.approx(0.1 - 0.007)
+
+
+def test_streams_that_may_wait_for_years_get_a_token_now_and_then_while_prefills_run() -> None:
+    load = decode_load(streams_of(1e9, joined_s=5.0), STEPS, DecodeLimits(), margin_s=0.5)
+    assert load.start_by_s == pytest.approx(5.0 + LONGEST_GAP_S - 0.511)
+    assert load.period_s == LONGEST_GAP_S - 0.5
 
 
 def test_a_step_leaves_prefills_their_share_since_the_last_one_whatever_streams_ask_for() -> None:
