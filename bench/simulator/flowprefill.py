@@ -353,8 +353,10 @@ class HubInstance(Instance, Generic[EngineT]):
             self._resumed_s = self.now_s + self._hub_s
             self._stop_at(task, task.batch.duration_s)
             self.next_s = min(self.next_s, self._stop_s, max(self.hub.ask_again_s, self.now_s))
-        elif self.hub.kv_is_short:  # as long as a server sleeps that waits for others
-            self.next_s = min(self.next_s, self.now_s + self.hub.stall_check_s)
+        else:
+            self.engine.rest()
+            if self.hub.kv_is_short:  # as long as a server sleeps that waits for others
+                self.next_s = min(self.next_s, self.now_s + self.hub.stall_check_s)
 
     def _stop(self, task: PrefillTask) -> None:
         """``task`` comes back to the hub."""

@@ -16,7 +16,7 @@ from sgl_flowprefill.bench.simulator.flowprefill import (
 from sgl_flowprefill.bench.simulator.instance import Machine
 from sgl_flowprefill.bench.simulator.requests import SimRequest
 from sgl_flowprefill.bench.simulator.step_cost import StepCost
-from sgl_flowprefill.bench.simulator.streams import OutputKv, RunningStreams, StepTimes
+from sgl_flowprefill.bench.simulator.streams import FIRST_RATIO, OutputKv, RunningStreams, StepTimes
 from sgl_flowprefill.hub.parts import TTFT
 from sgl_flowprefill.hub.role import Arrival, Decoder
 from sgl_flowprefill.hub.task import DecodeStep, PrefillTask
@@ -69,6 +69,12 @@ class UnifiedEngine(SimEngine, Decoder):
                 self._freed()
         self.policy.joined(joined)
         self.completed.extend(request for request in requests if request.came_tokens == 1)
+
+    def rest(self) -> bool:
+        """An idle server of SGLang's forgets how much of answers was not needed."""
+        if not self.waiting():
+            self.kv.ratio = FIRST_RATIO
+        return super().rest()
 
     # ---- what the hub asks of its decoder ---------------------------------------------------------------------------
 

@@ -24,7 +24,7 @@ from sgl_flowprefill.bench.simulator.requests import SimRequest, prepare
 from sgl_flowprefill.bench.simulator.router import RoundRobin
 from sgl_flowprefill.bench.simulator.step_cost import CPU_ENGINE, STEP_COSTS, StepCost, step_cost
 from sgl_flowprefill.bench.simulator.stock_unified import StockUnifiedInstance
-from sgl_flowprefill.bench.simulator.streams import LEAST_RATIO, OutputKv
+from sgl_flowprefill.bench.simulator.streams import FIRST_RATIO, LEAST_RATIO, OutputKv
 from sgl_flowprefill.bench.simulator.systems import (
     Setup,
     Simulated,
@@ -163,6 +163,13 @@ def full(system: str, trace: Trace, kv_tokens: int) -> tuple[list[SimRequest], U
     requests = prepare(trace, TOY, setup.conditions)
     simulate(requests, [instance], RoundRobin(1))
     return requests, instance
+
+
+@pytest.mark.parametrize("system", ["feasible", "stock-fcfs"])
+def test_a_server_that_was_idle_reserves_as_much_of_answers_as_at_first(system: str) -> None:
+    _, instance = full(system, trace_of((0.0, 100, 50, 9.0, 0.1)), kv_tokens=1000)
+    kv = instance.engine.kv if isinstance(instance, UnifiedInstance) else instance.kv
+    assert kv.ratio == FIRST_RATIO
 
 
 def test_a_prefill_is_given_back_before_a_stream_is_touched_and_computed_later(monkeypatch: pytest.MonkeyPatch) -> None:
