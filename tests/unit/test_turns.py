@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import subprocess
 import sys
@@ -164,6 +165,8 @@ def test_a_script_of_arrivals_makes_the_same_turns_in_the_simulator_and_on_the_d
 STEPS = StepCost(fixed_s=0.0101237, per_request_s=0.00051337, per_context_s=1.0371e-6)
 """Their ends lie on no grid with those of operators: what comes first does not hang on the last digit of a float."""
 UNIFIED_LIMITS = Limits(max_suspended=3, max_batch_tokens=400)
+NOT_ASKED_ANEW = math.inf
+"""Not every second for KV cache: the device looks at an arrival while an operator runs, and so at other times."""
 
 
 def unified_script(seed: int, longest_tokens: int) -> list[SimRequest]:
@@ -266,6 +269,7 @@ def unified_turns_of_instance(requests: Sequence[SimRequest], policy: str, kv_to
         DecodeLimits(),
         recorder=recorder,
     )
+    instance.hub.stall_check_s = NOT_ASKED_ANEW
     simulate(requests, [instance], RoundRobin(1))
     return recorder.turns
 
@@ -278,6 +282,7 @@ def unified_turns_of_hub(requests: Sequence[SimRequest], policy: str, kv_tokens:
     engine = StreamingEngine(device, MODEL, requests, books)
     server = device.server = SimulatedServer(device, MODEL, (), engine=engine, colocated=colocated, decoder=engine)
     recorder = server.hub.recorder = UnifiedTurns()
+    server.hub.stall_check_s = NOT_ASKED_ANEW
     sample_behind_the_last_operator(server)
     server.run_all()
     return recorder.turns
