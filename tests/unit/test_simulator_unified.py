@@ -196,7 +196,7 @@ def test_others_start_while_a_request_whose_prefill_was_given_back_waits_for_roo
 def test_kv_cache_is_asked_for_anew_every_second_as_less_of_it_is_reserved_by_then() -> None:
     trace = trace_of((0.0, 100, 500, 9.0, 0.1), (0.105, 503, 50, 9.0, 0.1))
     [stream, other] = run(unified("feasible"), trace, toy_setup(kv_tokens=1000)).requests
-    # 554 of 899 - 0.699 * 498 behind the first step, and of 810 - 0.610 * 409 at the end of the second.
+    # 554 of 899 - 0.699 * 498 behind the first step; of 810 - 0.610 * 409 when a second is over.
     assert 1.5 < other.first_token_s < 2.0 < stream.last_token_s
 
 
