@@ -1,8 +1,10 @@
 """Learning from the tasks that complete: which of them are rows, what is fitted to these, and whether that is better.
 
 A task that has completed is compared with its prediction. What it took more than that has two causes: the machine was
-slower (by the median of the tasks around it), or the model is wrong about its shape, which is what is learned. A
-measurement far from all that its kind of batch has shown is refused: somebody stopped the process, or its clock jumped.
+slower, or the model is wrong about its shape, which is what is learned. What all kinds of batches have in common is the
+machine's: the median of the tasks around, of each beyond the *level* of its kind, by which nearly all of that kind were
+off before. So many tasks in a row of a kind that the model is wrong about pass for no slow machine. A measurement far
+from all that its kind has shown is refused: somebody stopped the process, or its clock jumped.
 
 A *challenger* is fitted to the rows but those of the newest tasks, and judged by these, which neither it nor the
 *champion*, the model in use, has seen. What was explored is fitted to and judges nothing: it was chosen because the
@@ -16,7 +18,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Final
@@ -46,6 +48,12 @@ AROUND: Final = 7
 """Tasks before a task, and behind it, that say how slow the machine was."""
 KIND_MEMORY: Final = 5
 """Last tasks of a kind: a measurement is too far off if it is so from both the prediction and their median."""
+LEVEL_MEMORY: Final = 15
+"""Last tasks of a kind of which its level is the median."""
+AGREEING: Final = 12
+"""So many of them have to be off to the same side, or the kind has no level. Only the sum of a level and the machine's
+slowness is measured: kinds that the model is right about keep the two from drifting apart.
+"""
 RESIDUALS: Final = 101
 """Last tasks of which the spread says what is too far off."""
 TOO_FAR: Final = 8.0
@@ -90,8 +98,9 @@ class Journal:
         self._pending: deque[tuple[Features, float, float, int]] = deque()
         """Tasks that are not rows yet: features, seconds, the log of their ratio to the prediction, number."""
         self._around: deque[float] = deque(maxlen=2 * AROUND + 1)
-        """Log ratios of the last tasks."""
+        """Log ratios of the last tasks, beyond the levels of their kinds."""
         self._of_kind: dict[int, deque[float]] = {}
+        """What the machine leaves of the log ratios of the last tasks of each kind."""
         self._deviations: deque[float] = deque([LEAST_TOO_FAR / TOO_FAR] * (RESIDUALS // 2), maxlen=RESIDUALS)
 
     def completed(self, batch: Sequence[PrefillShape], measured_s: float, profiled_s: float) -> None:
@@ -100,9 +109,9 @@ class Journal:
         if not (0.0 < measured_s < math.inf and profiled_s > 0.0):
             self.refused += 1
             return
-        log_ratio = math.log(measured_s / profiled_s)
-        self._pending.append((features(batch), measured_s, log_ratio, self.number))
-        self._around.append(log_ratio)
+        of, log_ratio = features(batch), math.log(measured_s / profiled_s)
+        self._pending.append((of, measured_s, log_ratio, self.number))
+        self._around.append(log_ratio - _level(self._last_like(of)))
         if len(self._around) == 2 * AROUND + 1:
             log_slowness = median(self._around)
             while len(self._pending) > AROUND:
@@ -117,9 +126,14 @@ class Journal:
         )
 
     def new_model(self) -> None:
-        """Another model predicts from now on: how slow the machine is has to be learned anew."""
+        """Another model predicts from now on: how slow the machine is, and which kinds are off, is learned anew."""
         self._pending.clear()
         self._around.clear()
+        self._of_kind.clear()
+
+    def _last_like(self, of: Features) -> deque[float]:
+        """What the machine left of the last tasks of the kind of ``of``. A kind that has not come was as predicted."""
+        return self._of_kind.setdefault(kind(*of[:3]), deque([0.0] * LEVEL_MEMORY, maxlen=LEVEL_MEMORY))
 
     def _keep(
         self,
@@ -132,8 +146,8 @@ class Journal:
     ) -> bool:
         """Whether the measurement is believed, and a row now."""
         residual = log_ratio - log_slowness
-        last = self._of_kind.setdefault(kind(*of[:3]), deque([0.0] * KIND_MEMORY, maxlen=KIND_MEMORY))
-        deviation = min(abs(residual), abs(residual - median(last)))
+        last = self._last_like(of)
+        deviation = min(abs(residual), abs(residual - median(list(last)[-KIND_MEMORY:])))
         too_far = max(LEAST_TOO_FAR, TOO_FAR * median(self._deviations))
         last.append(residual)
         self._deviations.append(deviation)
@@ -143,6 +157,13 @@ class Journal:
         else:
             self.refused += 1
         return is_believed
+
+
+def _level(last: Iterable[float]) -> float:
+    """By how much nearly all of the ``last`` tasks of a kind were off; 0 where some took longer and some less."""
+    ordered = sorted(last)
+    agree = ordered[-AGREEING] > 0 or ordered[AGREEING - 1] < 0
+    return ordered[LEVEL_MEMORY // 2] if agree else 0.0
 
 
 class RefittedTTFT(AdaptiveTTFT, ABC):
