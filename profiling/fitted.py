@@ -9,7 +9,7 @@ import numpy as np
 
 from sgl_flowprefill.profiling.file import Profile
 from sgl_flowprefill.ttft.base import PrefillShape
-from sgl_flowprefill.ttft.boosted import Fitted, fit_rows, undisturbed
+from sgl_flowprefill.ttft.boosted import Fitted, fit_rows, shape_medians
 from sgl_flowprefill.ttft.features import Array, feature_matrix
 
 logger = logging.getLogger(__name__)
@@ -26,5 +26,5 @@ def fit(profile: Profile) -> Fitted:
 
 def shapes(batches: Sequence[Sequence[PrefillShape]], times_s: Sequence[float]) -> tuple[Array, Array]:
     """Features and seconds of the distinct ones of ``batches``."""
-    times = undisturbed(batches, times_s)
+    times = shape_medians(batches, times_s)
     return feature_matrix(list(times)), np.array(list(times.values()))

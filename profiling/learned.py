@@ -59,7 +59,7 @@ class Learned(BaseModel):
 
     setting: Setting
     profile: str
-    """Digest of the profile that it began with; another one begins anew."""
+    """Digest of the times of shapes as the profile told them when this began. If it tells others, all begins anew."""
     history: History
     fitted: Fitted
     """The model in use."""

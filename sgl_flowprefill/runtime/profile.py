@@ -139,7 +139,7 @@ def _learned(path: Path, known: Learned) -> Learned:
         logger.warning("FlowPrefill begins to learn anew: %s", error)
         return known
     if not learned.began_as(known):
-        logger.info("FlowPrefill begins to learn anew: the profile is another one than %s began with", path)
+        logger.info("FlowPrefill begins to learn anew: %s began with other times than the profile tells now", path)
         return known
     logger.info("FlowPrefill goes on with what it learned from %d tasks", learned.history.tasks)
     return learned

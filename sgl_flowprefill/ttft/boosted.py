@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from statistics import median
 from typing import Any, Final
 
 import numpy as np
@@ -63,11 +64,11 @@ class BoostedTTFT:
 
     @classmethod
     def fit(cls, batches: Sequence[Batch], times_s: Sequence[float]) -> BoostedTTFT:
-        """Fit measured ``times_s`` of ``batches``. See ``undisturbed`` for repeats.
+        """Fit measured ``times_s`` of ``batches``. See ``shape_medians`` for repeats.
 
         Raises ValueError with too few distinct shapes.
         """
-        shapes = undisturbed(batches, times_s)
+        shapes = shape_medians(batches, times_s)
         return fit_rows(feature_matrix(list(shapes)), np.array(list(shapes.values()))).model
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -182,9 +183,11 @@ def train(matrix: Array, log_ratios: Array, parameters: dict[str, Any] | None = 
     return lightgbm.train(PARAMETERS | (parameters or {}), data, num_boost_round=BOOSTING_ROUNDS)
 
 
-def undisturbed(batches: Sequence[Batch], times_s: Sequence[float]) -> dict[tuple[PrefillShape, ...], float]:
-    """Seconds of each distinct batch: the mean of the faster half of its repeats, since what disturbs only adds."""
+def shape_medians(batches: Sequence[Batch], times_s: Sequence[float]) -> dict[tuple[PrefillShape, ...], float]:
+    """Seconds of each distinct batch: the median of its repeats, which few lower or raise no more than many do. The
+    fastest of them would be the faster the more there are: a shape that is measured often would pass for a fast one.
+    """
     repeats: dict[tuple[PrefillShape, ...], list[float]] = {}
     for batch, time_s in zip(batches, times_s, strict=True):
         repeats.setdefault(tuple(batch), []).append(time_s)
-    return {batch: float(np.mean(sorted(times)[: (len(times) + 1) // 2])) for batch, times in repeats.items()}
+    return {batch: median(times) for batch, times in repeats.items()}

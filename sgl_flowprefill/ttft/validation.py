@@ -9,7 +9,7 @@ from typing import Final, NamedTuple, Protocol
 import numpy as np
 
 from sgl_flowprefill.ttft.base import PrefillShape, TTFTModel
-from sgl_flowprefill.ttft.boosted import undisturbed
+from sgl_flowprefill.ttft.boosted import shape_medians
 from sgl_flowprefill.ttft.cubic import CubicTTFT
 
 Batch = tuple[PrefillShape, ...]
@@ -27,7 +27,7 @@ class HeldOut:
 
     batch: Batch
     measured_s: float
-    """Undisturbed time of the shape: see ``boosted.undisturbed``."""
+    """Median time of the shape."""
     predicted_s: float
 
     @property
@@ -55,7 +55,7 @@ def hold_out(batches: Sequence[Batch], times_s: Sequence[float], fit: Fit) -> li
 
     One request: the group is its length with the cached prefix. Several: the group is their number.
     """
-    measured_s = undisturbed(batches, times_s)
+    measured_s = shape_medians(batches, times_s)
     held_out = []
     for group in dict.fromkeys(map(_group, measured_s)):
         seen = {batch: time_s for batch, time_s in measured_s.items() if _group(batch) != group}
@@ -67,7 +67,7 @@ def hold_out(batches: Sequence[Batch], times_s: Sequence[float], fit: Fit) -> li
 
 def extrapolation(batches: Sequence[Batch], times_s: Sequence[float], fit: Fit, factor: float) -> list[HeldOut]:
     """The longest single requests, by a model that has seen none of more than their length by ``factor``."""
-    measured_s = undisturbed(batches, times_s)
+    measured_s = shape_medians(batches, times_s)
     longest = max(map(_length, measured_s))
     seen = {batch: time_s for batch, time_s in measured_s.items() if _length(batch) * factor <= longest}
     model = fit(list(seen), list(seen.values()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 
 from sgl_flowprefill.profiling import make_design
 from sgl_flowprefill.ttft import BoostedTTFT, PrefillShape
-from sgl_flowprefill.ttft.boosted import train, undisturbed
+from sgl_flowprefill.ttft.boosted import shape_medians, train
 from sgl_flowprefill.ttft.features import COUNT, feature_matrix, single_matrix
 from sgl_flowprefill.ttft.trees import Trees
 from sgl_flowprefill.ttft.validation import STRATA, errors, extrapolation, fit_cubic, hold_out
@@ -93,7 +94,7 @@ def test_a_batch_takes_at_least_as_long_as_any_part_of_it(batch: list[PrefillSha
 
 
 def test_the_compiled_trees_are_the_boosters() -> None:
-    shapes = undisturbed(BATCHES, TIMES_S)
+    shapes = shape_medians(BATCHES, TIMES_S)
     matrix, seconds = feature_matrix(list(shapes)), np.array(list(shapes.values()))
     target = np.log(seconds / MODEL.physics.predict_s(matrix))
     rng = np.random.default_rng(0)
@@ -138,6 +139,15 @@ def test_a_scheduling_event_can_afford_it() -> None:
     MODEL.predict_s(batch), MODEL.predict_each_s(waiting)
     assert best_s(lambda: [MODEL.predict_s(batch) for _ in range(1000)]) / 1000 <= 10e-6
     assert best_s(lambda: MODEL.predict_each_s(waiting)) <= 1e-3
+
+
+@pytest.mark.parametrize("repeats", [1, 2, 3, 10, 50])
+def test_a_shape_that_is_measured_often_passes_for_no_faster_one(repeats: int) -> None:
+    rng = random.Random(0)
+    shapes = [(PrefillShape(tokens),) for tokens in range(1, 401)]
+    measured = [(shape, math.exp(rng.gauss(0, 0.1))) for shape in shapes for _ in range(repeats)]
+    seconds = shape_medians(*zip(*measured, strict=True))
+    assert np.mean(np.log(list(seconds.values()))) == pytest.approx(0.0, abs=0.02)
 
 
 def test_an_outlier_among_the_repeats_changes_little() -> None:
