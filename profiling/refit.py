@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pickle
 import struct
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Final
@@ -36,8 +35,6 @@ class Answer:
     """What is known now: with the model that is in use from now on."""
     error: str | None
     """Why nothing could be fitted or kept."""
-    cpu_s: float
-    """CPU time of this process so far."""
 
 
 def answer(question: Question) -> Answer:
@@ -71,7 +68,7 @@ def answer(question: Question) -> Answer:
                 write_learned(question.path, known)
         except OSError as error:
             problem = f"{question.path} cannot be written ({error.strerror or error})"
-    return Answer(found, known, problem, time.process_time())
+    return Answer(found, known, problem)
 
 
 def write_frame(stream: IO[bytes], message: Any) -> None:

@@ -18,6 +18,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
+import psutil
+
 from sgl_flowprefill.config import ENV_SCHEDULER_CPUS
 from sgl_flowprefill.hub.parts import Learning
 from sgl_flowprefill.patches import affinity
@@ -33,8 +35,28 @@ logger = logging.getLogger(__name__)
 
 CPU_SHARE: Final = 0.008
 """Share of one core that refits may take in the long run."""
-CPU_AHEAD_S: Final = 600.0
-"""Seconds of that share that refits may take in advance: a server that has just started learns most."""
+MOST_SAVED_S: Final = 7.0
+"""CPU time that may be saved up, with which a server starts: it learns most then. With that share of an hour it is less
+than 1% of a core.
+"""
+
+
+class CpuAllowance:
+    """The CPU time that is there for refits."""
+
+    def __init__(self, now_s: float) -> None:
+        self._left_s = MOST_SAVED_S
+        self._at_s = now_s
+        self._spent_s = 0.0
+
+    def covers(self, refit_s: float, spent_s: float, now_s: float) -> bool:
+        """Whether one more refit of ``refit_s`` is within it, after ``spent_s`` so far. One that takes more than can be
+        saved up waits until all of that is there.
+        """
+        earned_s = CPU_SHARE * (now_s - self._at_s)
+        self._left_s = min(self._left_s - (spent_s - self._spent_s) + earned_s, MOST_SAVED_S)
+        self._spent_s, self._at_s = spent_s, now_s
+        return self._left_s >= min(refit_s, MOST_SAVED_S)
 
 
 class Learner:
@@ -48,7 +70,9 @@ class Learner:
         self.is_busy = False
         """Whether a question has no answer yet."""
         self.cpu_s = 0.0
-        """CPU time of the refitting process, and of those before it."""
+        """CPU time of the refitting process, and of those before it, whatever ended them."""
+        self.last_cpu_s = 0.0
+        """CPU time of the last question."""
         self._answer: Answer | None = None
         self._questions: queue.SimpleQueue[Question] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
@@ -88,7 +112,6 @@ class Learner:
                 self._end()
                 answer = None
             if answer is not None:
-                self.cpu_s = self._cpu_before_s + answer.cpu_s
                 if answer.error is not None:
                     self._say(answer.error)
                 self._answer = answer
@@ -99,22 +122,39 @@ class Learner:
         assert process.stdin is not None
         assert process.stdout is not None
         write_frame(process.stdin, question)
+        begin_s = self.cpu_s
         answer: Answer | None = read_frame(process.stdout)
+        self._count()
+        self.last_cpu_s = self.cpu_s - begin_s
         if answer is None:
-            self._say(f"the process that refits has ended ({process.wait()}); the next refit starts another")
-            self._cpu_before_s = self.cpu_s
-            self.process = None
+            self._say(f"the process that refits has ended ({self._reaped()}); the next refit starts another")
         return answer
 
     def _end(self) -> None:
+        self._count()
         if self.process is not None:
             self.process.kill()
-            self.process.wait()
-        self.process = None
+            self._reaped()
+
+    def _count(self) -> None:
+        """Bring ``cpu_s`` up to date. A process that has ended tells what it took until it is reaped."""
+        if self.process is not None:
+            with suppress(psutil.Error, OSError):
+                times = psutil.Process(self.process.pid).cpu_times()
+                self.cpu_s = self._cpu_before_s + times.user + times.system
+
+    def _reaped(self) -> int:
+        """Wait for the end of the process, whose time has been counted. Its exit code."""
+        assert self.process is not None
+        process, self.process = self.process, None
+        self._cpu_before_s = self.cpu_s
+        return process.wait()
 
     def _running(self) -> subprocess.Popen[bytes]:
-        if self.process is None or self.process.poll() is not None:
-            self._cpu_before_s = self.cpu_s
+        self._count()
+        if self.process is not None and self.process.poll() is not None:
+            self._reaped()
+        if self.process is None:
             command = [sys.executable, "-m", "sgl_flowprefill.profiling.refit_process", "--nice", str(self._nice)]
             if self._cpus:
                 command += ["--cpus", ",".join(map(str, sorted(self._cpus)))]
@@ -148,7 +188,7 @@ class LearningTTFT(RefittedTTFT, Learning):
         self._learner = learner
         self._broadcast = broadcast
         self._now_s = now_s
-        self._started_s = now_s()
+        self._allowance = CpuAllowance(now_s())
         self._offer: Fitted | None = None
 
     def start(self) -> None:
@@ -199,7 +239,7 @@ class LearningTTFT(RefittedTTFT, Learning):
     def may_refit(self, tasks: int) -> bool:
         if self._learner.is_busy or self.look_for_offer():
             return False
-        return self._learner.cpu_s <= CPU_SHARE * (self._now_s() - self._started_s + CPU_AHEAD_S)
+        return self._allowance.covers(self._learner.last_cpu_s, self._learner.cpu_s, self._now_s())
 
     def ask_for_refit(self) -> None:
         seen = {"tasks": self.journal.number, "refused": self.journal.refused}

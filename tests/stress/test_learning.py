@@ -89,6 +89,7 @@ class Server:
         self.engine = engine
         self.learner = Learner(path, set())
         self.ttft = LearningTTFT(learned, QUANTILE, self.learner)
+        self.ttft.start()
         self.errors = Errors()
         self.references: dict[str, tuple[list[int], Answer]] = {}
         """Prompts of the shape that is always the same, and what was answered."""

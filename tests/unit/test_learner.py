@@ -3,29 +3,35 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import itertools
 import logging
 import os
 import random
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from sgl_flowprefill.config import ENV_SCHEDULER_CPUS
+from sgl_flowprefill.processes import is_alive
 from sgl_flowprefill.profiling import Profile, ProfileError, Row, Setting, make_design
 from sgl_flowprefill.profiling.fitted import fit
 from sgl_flowprefill.profiling.learned import Learned, begin, learned_path, read_learned, write_learned
+from sgl_flowprefill.profiling.refit import Question, write_frame
 from sgl_flowprefill.runtime.learner import Learner, LearningTTFT, other_cpus
 from sgl_flowprefill.ttft import PrefillShape
 from sgl_flowprefill.ttft.learning import REFIT_TASKS
-from tests.unit.test_ttft_learning import Cost, cost_s, slow_attention, tasks
+from tests.unit.test_ttft_learning import Cost, cost_s, rows_for, slow_attention, tasks
 from tests.waiting import until
 
 SETTING = Setting(model="m-1", device="made up", dtype="float32", attention_backend="none", threads=1, sglang="0")
@@ -196,7 +202,9 @@ def test_serving_goes_on_with_a_full_disk_and_says_so_once(learner: Learner, cap
     assert server.error < 0.1
 
 
-def test_refits_take_little_of_a_core(learner: Learner) -> None:
+@pytest.mark.parametrize("idle_s", [0.0, 12 * 3600.0])
+def test_refits_take_at_most_one_percent_of_a_core_in_any_hour(learner: Learner, idle_s: float) -> None:
+    """Also in the hour after a night without tasks."""
     now_s = 0.0
     server = Server(learner)
     server.ttft = LearningTTFT(KNOWN, 0.75, learner, now_s=lambda: now_s)
@@ -206,13 +214,43 @@ def test_refits_take_little_of_a_core(learner: Learner) -> None:
         nonlocal asked
         asked += 1
         learner.cpu_s += 1.0
+        learner.last_cpu_s = 1.0
 
     learner.ask = ask  # type: ignore[method-assign]
+    now_s = idle_s
     for _ in range(100):
         now_s += 36.0
         server.serve(REFIT_TASKS)
-    assert asked == pytest.approx(36 + 4, abs=6)
-    assert asked / now_s <= 0.012
+    assert 30 <= asked <= 36
+
+
+def test_what_a_process_took_that_ended_without_an_answer_counts(learner: Learner) -> None:
+    server = Server(learner)
+    learner.start()
+    until(lambda: learner.process is not None, WAIT_S)
+    assert learner.process is not None
+    first = psutil.Process(learner.process.pid)
+    until(lambda: cpu_s(first) > 0.2, WAIT_S)
+    first_s = cpu_s(first)
+    first.kill()
+    until(lambda: not is_alive(first), WAIT_S)
+    server.serve(REFIT_TASKS)
+    server.answered()
+    assert learner.process.pid != first.pid
+    assert learner.cpu_s >= first_s + cpu_s(psutil.Process(learner.process.pid)) - 0.1
+
+
+def test_a_refit_that_takes_too_long_is_ended() -> None:
+    asked = io.BytesIO()
+    write_frame(asked, Question(KNOWN.model_copy(update={"rows": rows_for(cost_s, 100, 0.02, 0)}), None))
+    command = [sys.executable, "-m", "sgl_flowprefill.profiling.refit_process", "--cpu-limit-s", "0.01"]
+    ended = subprocess.run(command, input=asked.getvalue(), stdout=subprocess.DEVNULL, timeout=WAIT_S, check=False)
+    assert ended.returncode == -signal.SIGPROF
+
+
+def cpu_s(process: psutil.Process) -> float:
+    times = process.cpu_times()
+    return times.user + times.system
 
 
 def test_what_another_profile_or_setting_began_is_told_apart() -> None:
