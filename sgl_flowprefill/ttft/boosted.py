@@ -11,6 +11,7 @@ small or nothing, and the model is the physics.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from statistics import median
@@ -119,9 +120,12 @@ class BoostedTTFT:
 
         parameters = np.concatenate([self.physics.weights, self.low, self.high])
         tables = (parameters, self.trees.feature, self.trees.threshold, self.trees.leaf)
-        # Compile both now, or the first scheduling event that needs the other one waits for it.
-        predict_one(*features([PrefillShape(1)]), *tables)
-        predict_many(single_matrix([PrefillShape(1)]), *tables)
+        # Compile both now, or the first scheduling event that needs the other one waits for it. What numba cannot keep,
+        # on a full disk for example, is compiled all the same.
+        with suppress(OSError):
+            predict_one(*features([PrefillShape(1)]), *tables)
+        with suppress(OSError):
+            predict_many(single_matrix([PrefillShape(1)]), *tables)
         return predict_one, predict_many, tables
 
 

@@ -6,6 +6,7 @@ Imported only where a model is evaluated: numba takes a second to import.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,17 @@ LOW = TERMS
 HIGH = TERMS + COUNT
 
 
-@njit(cache=True)
+def compiled(function: Callable[..., Any]) -> Any:
+    """``function``, to be compiled at its first call. Kept where numba finds a directory that it may write to; without
+    any, each process compiles it.
+    """
+    try:
+        return njit(cache=True)(function)
+    except RuntimeError:
+        return njit(function)
+
+
+@compiled
 def predict_one(  # type: ignore[no-untyped-def]
     requests, new_tokens, cached_tokens, pairs, parameters, feature, threshold, leaf
 ) -> Any:
@@ -46,7 +57,7 @@ def predict_one(  # type: ignore[no-untyped-def]
     return physics_s * math.exp(log_ratio)
 
 
-@njit(cache=True)
+@compiled
 def predict_many(matrix, parameters, feature, threshold, leaf):  # type: ignore[no-untyped-def]
     """Seconds of many batches, one in each row of ``matrix``."""
     out = np.empty(len(matrix))

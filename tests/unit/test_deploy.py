@@ -364,7 +364,7 @@ def test_what_servers_cache_is_in_the_volume_that_may_stay():
     environment = dict(
         setting.split("=") for line in dockerfile() if line.startswith("ENV ") for setting in line.split()[1:]
     )
-    named_by = {"FLOWPREFILL_CACHE_DIR", "HF_HOME", "FLASHINFER_WORKSPACE_BASE", "TRITON_CACHE_DIR"}
+    named_by = {"FLOWPREFILL_CACHE_DIR", "HF_HOME", "FLASHINFER_WORKSPACE_BASE", "TRITON_CACHE_DIR", "NUMBA_CACHE_DIR"}
     assert environment.keys() == named_by
     for shape, role in SERVERS:
         [cache] = [mount["mountPath"] for mount in container(shape, role)["volumeMounts"] if mount["name"] == "cache"]

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import errno
+import itertools
 import math
+import os
+import pickle
 import random
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sgl_flowprefill.profiling import make_design
-from sgl_flowprefill.ttft import BoostedTTFT, PrefillShape
+from sgl_flowprefill.ttft import BoostedTTFT, PrefillShape, kernels
 from sgl_flowprefill.ttft.boosted import shape_medians, train
 from sgl_flowprefill.ttft.features import COUNT, feature_matrix, single_matrix
 from sgl_flowprefill.ttft.trees import Trees
@@ -123,6 +128,37 @@ def test_no_call_after_the_first_compiles_anything() -> None:
     MODEL.predict_each_s(random_requests(3))
     MODEL.predict_all_s([random_requests(3), random_requests(2)])
     assert len(predict_one.signatures) == len(predict_many.signatures) == 1
+
+
+def test_kernels_that_cannot_be_kept_on_a_full_disk_are_there_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    def not_kept(kernel: Callable[..., object]) -> Callable[..., object]:
+        """numba raises once it has compiled ``kernel``, in the call that did, and has it from then on."""
+        calls = itertools.count()
+
+        def call(*arguments: object) -> object:
+            if next(calls) == 0:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return kernel(*arguments)
+
+        return call
+
+    requests = random_requests(3)
+    expected_s, expected_each_s = MODEL.predict_s(requests), MODEL.predict_each_s(requests)
+    for name in ("predict_one", "predict_many"):
+        monkeypatch.setattr(kernels, name, not_kept(getattr(kernels, name)))
+    model = pickle.loads(pickle.dumps(MODEL))
+    assert model.predict_s(requests) == expected_s
+    np.testing.assert_array_equal(model.predict_each_s(requests), expected_each_s)
+
+
+def test_kernels_need_no_directory_that_can_be_written_to(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    nowhere = {
+        "NUMBA_CACHE_DIR": str(tmp_path / "file" / "cache"),
+        "NUMBA_CACHE_LOCATOR_CLASSES": "UserProvidedCacheLocator",  # nor beside the package or the user's own
+    }
+    command = [sys.executable, "-c", "import sgl_flowprefill.ttft.kernels"]
+    subprocess.run(command, env=os.environ | nowhere, check=True)
 
 
 def best_s(run: Callable[[], object], repeats: int = 20) -> float:
