@@ -17,6 +17,12 @@ Rows with operator times are synchronised at each operator, so they say nothing 
 out when a model is fitted. A model is fitted to ``time_s - waited_s``, the time of the engine undisturbed, over the
 machine's slowness at that moment, which the references tell (``ttft.speed``).
 
+Rows that a server learns are measured otherwise (``PrefillTask.executed_s``), as deadlines see them: without the time
+for which the prefill was suspended, but on CPUs with the waits for a CPU. Other processes slow all long prefills by
+that and few short ones: the machine's factor takes what both have in common, and the model learns the rest, while it
+lasts. On a GPU it is the time between CUDA events; ``time_s`` has a launch and a copy to the host besides, a
+constant, which is learned likewise.
+
 The schema's metadata has, under ``flowprefill``, a JSON object: ``format``, ``setting`` (model, device, dtype,
 attention_backend, threads, sglang, tp_size, …), ``longest_tokens`` and ``complete``.
 """
