@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from math import sqrt
 from typing import Any, Final, NamedTuple
 
@@ -25,6 +25,7 @@ WORKS_S: Final[list[float]] = np.geomspace(1e-4, 1e3, CLASSES - 1).tolist()
 SLOS_S: Final[list[float]] = np.geomspace(1e-2, 1e4, CLASSES - 1).tolist()
 """Where classes of requests begin, by their work and by their SLO, after the first class."""
 FROM_WORKS_S: Final = np.array([0.0, *WORKS_S])
+SLO_BOUNDS_S: Final = [-math.inf, *SLOS_S, math.inf]
 LONGEST_SLO_S: Final = 1e9
 SAME_PACE: Final = 0.02
 """Relative change of a pace that the forecast does not follow: most tasks that end change paces by less."""
@@ -41,15 +42,16 @@ class Counted(NamedTuple):
     factors: list[float]
     """What the paces were when it was judged which requests count."""
     sums: np.ndarray[Any, np.dtype[np.float64]]
-    """float64 [paces, 4, CLASSES]: the four sums of ``_Arrivals``, by SLO class."""
+    """float64 [paces, 4 * CLASSES]: the four sums of ``_Arrivals``, each by SLO class."""
 
     def now(self) -> list[list[float]]:
         """For each SLO class, at the present paces: the four sums over the classes before, and over its own. There is
         time for no more than what arrived in ``past_s``.
         """
         factors = np.array([pace.factor for pace in self.paces])
-        powers = np.stack([factors, factors, factors**2, factors**2], axis=1)
-        own = np.maximum(np.einsum("kp,kpc->pc", powers, self.sums), 0.0)
+        works, squares = self.sums[:, : 2 * CLASSES], self.sums[:, 2 * CLASSES :]
+        own = np.concatenate((factors @ works, factors**2 @ squares)).reshape(4, CLASSES)
+        np.maximum(own, 0.0, out=own)
         if (works_s := own[0].sum()) > self.past_s:
             own *= self.past_s / works_s
         by_class: list[list[float]] = np.concatenate([own.cumsum(axis=1) - own, own]).T.tolist()
@@ -64,7 +66,7 @@ def _has_changed(paces: Iterable[Pace], factors: Iterable[float], share: float) 
     return any(abs(pace.factor - factor) > share * factor for pace, factor in zip(paces, factors, strict=True))
 
 
-NOTHING: Final = Counted(1.0, [], [], np.zeros((0, 4, CLASSES)))
+NOTHING: Final = Counted(1.0, [], [], np.zeros((0, 4 * CLASSES)))
 
 
 class Entry(NamedTuple):
@@ -153,21 +155,28 @@ class Forecast:
         work, offset, _, _, own, own_offset, _, _ = self._by_class[bisect_right(SLOS_S, within_s)]
         return (work * within_s - offset + max(0.0, own * within_s - own_offset)) / self._counted.past_s
 
-    def room_s(self, within_s: float) -> float:
-        """Time to leave for that work: one standard deviation more, as it arrives at random, but no more than all."""
-        work, offset, square, square_offset, own, own_offset, own_square, own_square_offset = self._by_class[
-            bisect_right(SLOS_S, within_s)
-        ]
-        mean, variance = work * within_s - offset, square * within_s - square_offset
-        if (own_mean := own * within_s - own_offset) > 0.0:
-            mean += own_mean
-            if (own_variance := own_square * within_s - own_square_offset) > 0.0:
-                variance += own_variance
-        past_s = self._counted.past_s
-        room_s = mean / past_s
-        if variance > 0.0:
-            room_s += sqrt(variance / past_s)
-        return room_s if room_s < within_s else within_s
+    def rooms_s(self, times_s: Sequence[float]) -> list[float]:
+        """Time to leave for that work within each of ``times_s``: one standard deviation more, as it arrives at random,
+        but no more than all.
+        """
+        rooms_s: list[float] = []
+        by_class, past_s = self._by_class, self._counted.past_s
+        from_s = to_s = math.inf
+        for within_s in times_s:
+            if not from_s <= within_s < to_s:  # not of the class of the one before
+                place = bisect_right(SLOS_S, within_s)
+                from_s, to_s = SLO_BOUNDS_S[place], SLO_BOUNDS_S[place + 1]
+                work, offset, square, square_offset, own, own_offset, own_square, own_square_offset = by_class[place]
+            mean, variance = work * within_s - offset, square * within_s - square_offset
+            if (own_mean := own * within_s - own_offset) > 0.0:
+                mean += own_mean
+                if (own_variance := own_square * within_s - own_square_offset) > 0.0:
+                    variance += own_variance
+            room_s = mean / past_s
+            if variance > 0.0:
+                room_s += sqrt(variance / past_s)
+            rooms_s.append(room_s if room_s < within_s else within_s)
+        return rooms_s
 
     def _forget(self, slot: int) -> None:
         """Time has come to ``slot``: forget the slots whose places are needed."""
@@ -192,7 +201,7 @@ class Forecast:
         paces, arrived = list(self._at), self._at.values()
         factors = np.array([pace.factor for pace in paces])
         classes = FROM_WORKS_S[1:].searchsorted(np.outer(factors, FROM_WORKS_S), side="right")
-        works_s = factors[:, None] * np.array([arrivals.works_s for arrivals in arrived])
+        works_s = factors[:, None] * np.stack([arrivals.works_s for arrivals in arrived])
         up_to_s = np.bincount(classes.ravel(), works_s.ravel(), CLASSES).cumsum()
         whole = int(up_to_s.searchsorted(past_s, side="right"))
         shares = np.zeros(CLASSES)
@@ -201,10 +210,8 @@ class Forecast:
         if whole < CLASSES:  # of the requests that take a little too long, as many as there is time for
             before_s = up_to_s[whole - 1] if whole else 0.0
             shares[whole] = (past_s - before_s) / (up_to_s[whole] - before_s)
-        sums = np.array(
-            [of_pace @ arrivals.by_work for arrivals, of_pace in zip(arrived, shares[classes], strict=True)]
-        )
-        return Counted(past_s, paces, factors.tolist(), sums.reshape(-1, 4, CLASSES))
+        sums = np.stack([arrivals.sums(of_pace) for arrivals, of_pace in zip(arrived, shares[classes], strict=True)])
+        return Counted(past_s, paces, factors.tolist(), sums)
 
 
 class _Arrivals:
@@ -215,33 +222,44 @@ class _Arrivals:
         """What arrived in each slot, by work and SLO: its work, that times SLO, work squared, and that times SLO."""
         self._requests = [0] * PLACES
         """Requests that arrived in each slot."""
-        self.by_work = np.zeros((CLASSES, 4 * CLASSES))
+        self._by_work = np.zeros((CLASSES, 4 * CLASSES))
         """Sums of ``_slots`` over all slots."""
-        self.works_s = [0.0] * CLASSES
+        self.works_s = np.zeros(CLASSES)
         """The work of all slots, by its class."""
-        self._flat_slots, self._flat_sums = _flat(self._slots), _flat(self.by_work)
-        """Flat views of ``_slots`` and ``by_work``: an arrival adds to a few of their numbers."""
+        self._first, self._end = CLASSES, 0
+        """Requests of no other classes of work have arrived: all numbers of the others are 0, and nobody reads them."""
+        self._flat_slots, self._flat_sums = _flat(self._slots), _flat(self._by_work)
+        self._flat_works_s = _flat(self.works_s)
+        """Flat views of ``_slots``, ``_by_work`` and ``works_s``: an arrival adds to a few of their numbers."""
 
     def add(self, place: int, work_s: float, slo_s: float, requests: int = 1) -> None:
         """A request has arrived in the slot at ``place``; with -1 ``requests``, it has not."""
         work, slo = bisect_right(WORKS_S, work_s), bisect_right(SLOS_S, slo_s)
+        self._first, self._end = min(self._first, work), max(self._end, work + 1)
         offset_s = min(slo_s, LONGEST_SLO_S)
         cell = work * 4 * CLASSES + slo
         for added in (work_s, work_s * offset_s, work_s * work_s, work_s * work_s * offset_s):
             self._flat_sums[cell] += requests * added
-            self._flat_slots[place * self.by_work.size + cell] += requests * added
+            self._flat_slots[place * self._by_work.size + cell] += requests * added
             cell += CLASSES
-        self.works_s[work] += requests * work_s
+        self._flat_works_s[work] += requests * work_s
         self._requests[place] += requests
 
     def forget(self, place: int) -> int:
         """Empty the slot at ``place``; returns how many requests arrived in it."""
         requests, self._requests[place] = self._requests[place], 0
         if requests:
-            self.by_work -= self._slots[place].reshape(CLASSES, -1)
-            self._slots[place] = 0.0
-            self.works_s = self.by_work[:, :CLASSES].sum(axis=1).tolist()
+            works = slice(self._first, self._end)
+            self._by_work[works] -= self._slots[place, works].reshape(-1, 4 * CLASSES)
+            self._slots[place, works] = 0.0
+            self.works_s[works] = self._by_work[works, :CLASSES].sum(axis=1)
         return requests
+
+    def sums(self, shares: np.ndarray[Any, np.dtype[np.float64]]) -> np.ndarray[Any, np.dtype[np.float64]]:
+        """float64 [4 * CLASSES]: the four sums, each by SLO, over the ``shares`` of the classes of work."""
+        works = slice(self._first, self._end)
+        total: np.ndarray[Any, np.dtype[np.float64]] = shares[works] @ self._by_work[works]
+        return total
 
 
 def _flat(numbers: np.ndarray[Any, np.dtype[np.float64]]) -> memoryview[float]:

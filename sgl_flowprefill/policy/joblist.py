@@ -93,11 +93,11 @@ class JobList(Generic[T]):
 
     def before(self, key: float, number: float) -> Iterator[Job[T]]:
         """The jobs before that key and number, the last one first. The list may not change meanwhile."""
-        if self._jobs:
-            block, place = self._among_equals(key, number)
-            yield from _items_before(self._jobs[block], place)
-            for jobs in _items_before(self._jobs, block):
-                yield from reversed(jobs)
+        if not self._jobs:
+            return iter(())
+        block, place = self._among_equals(key, number)
+        blocks_before = (reversed(jobs) for jobs in _items_before(self._jobs, block))
+        return chain(_items_before(self._jobs[block], place), chain.from_iterable(blocks_before))
 
     def _among_equals(self, key: float, number: float) -> tuple[int, int]:
         """The block of the first job that is not before that key and number, and its place there; or the end."""

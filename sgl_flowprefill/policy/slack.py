@@ -186,13 +186,14 @@ class SlackOrder(Generic[T]):
 
     def _reconsider(self, key: float, number: float, moved: list[Job[T]]) -> None:
         """Move the next of the infeasible jobs, the last one first, that are feasible at their new pace."""
-        self._to_reconsider = None
-        for job in list(islice(self._infeasible.before(key, number), LOOKS)):
-            self._to_reconsider = (self.infeasible_order(job), job.number)
-            if job.latest_start_s >= self._now_s:
-                self._move(job, moved)
+        now_s = self._now_s
+        last: Job[T] | None = None
+        for last in list(islice(self._infeasible.before(key, number), LOOKS)):
+            if last.deadline_s - last.work_s * last.pace.factor >= now_s:
+                self._move(last, moved)
                 if not self._moves_left:
-                    return
+                    break
+        self._to_reconsider = None if last is None else (self.infeasible_order(last), last.number)
 
     def _move(self, job: Job[T], moved: list[Job[T]]) -> None:
         self._moves_left -= 1

@@ -6,13 +6,17 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from functools import partial
 from random import Random
+from types import FrameType
+from typing import Any
 
 import pytest
 
 from sgl_flowprefill.bench.simulator.speed import KINDS, EventClock, event_cost
-from sgl_flowprefill.policy import Limits, make_policy
+from sgl_flowprefill.pace import Pace
+from sgl_flowprefill.policy import Job, Limits, Policy, make_policy
 from sgl_flowprefill.policy.forecast import Forecast
 
 
@@ -33,6 +37,41 @@ def test_an_event_with_many_waiting_costs_no_more_than_a_few_with_some(policy: s
             many_p50_s, many_p99_s = map(min, (many_p50_s, many_p99_s), times_s(20_000))
     assert many_p50_s < 10 * few_p50_s
     assert many_p99_s < 10 * few_p99_s
+
+
+def calls(work: Callable[[], object]) -> int:
+    """Python functions that ``work`` calls."""
+    called: list[FrameType] = []
+
+    def note(frame: FrameType, event: str, arg: object) -> None:
+        if event == "call":
+            called.append(frame)
+
+    sys.setprofile(note)
+    try:
+        work()
+    finally:
+        sys.setprofile(None)
+    return len(called)
+
+
+def test_an_event_at_which_paces_have_changed_calls_no_function_for_each_job_that_it_looks_at() -> None:
+    """It plans the first 32 anew and looks at 64 that may be met at another pace: more calls than all the rest."""
+    paces = [Pace() for _ in range(16)]
+    policy: Policy[Any, Any] = make_policy("feasible", Limits(16, 2048), 1e9)
+    for number in range(1000):
+        deadline_s = 1.0 if number % 2 else 1e6 + number
+        policy.add(Job(number, 0.0, deadline_s, 2.0, pace=paces[number % 16]))
+    policy.pick(0.0, None)
+    assert policy.infeasible_waiting == 500
+
+    def event() -> None:
+        for pace in paces:
+            pace.factor = 1.1
+        policy.repaced()
+        assert policy.pick(1e-3, None) is not None
+
+    assert calls(event) <= 90
 
 
 def test_the_forecast_never_looks_at_all_that_arrived_at_once() -> None:

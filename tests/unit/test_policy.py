@@ -508,7 +508,7 @@ def test_the_forecast_follows_each_pace_and_counts_the_shortest_by_the_present_o
     changing.factor = 3.0
     forecast.repaced()
     assert forecast.due_s(11.0) == pytest.approx(10 * 0.1 + 7 * 0.6, rel=0.05)
-    assert forecast.room_s(11.0) == pytest.approx(alike.room_s(11.0), rel=0.05)
+    assert forecast.rooms_s([11.0]) == pytest.approx(alike.rooms_s([11.0]), rel=0.05)
     changing.factor = 10.0  # 2 s a second: half of these count beside the short ones, less what is left of the last
     forecast.repaced()
     assert forecast.due_s(1001.0) == pytest.approx(1000.0, rel=0.02)

@@ -439,8 +439,8 @@ def test_a_forecast_without_what_was_withdrawn_is_that_of_the_others() -> None:
     for each in (forecast, others):
         for _ in range(20):  # until both are made anew
             each.arrived(300.0, 0.0, 1.0)
-    for within_s in (0.5, 3.0, 20.0, 100.0):
-        assert forecast.room_s(within_s) == pytest.approx(others.room_s(within_s))
+    times_s = (0.5, 3.0, 20.0, 100.0)
+    assert forecast.rooms_s(times_s) == pytest.approx(others.rooms_s(times_s))
 
 
 def test_a_infeasible_task_waits_for_a_request_that_can_still_be_met_though_it_is_left_out() -> None:

@@ -40,8 +40,8 @@ class Feasible(NamedTuple):
 class Expected(Protocol):
     """What is expected beside the jobs."""
 
-    def room_s(self, within_s: float) -> float:
-        """Time to leave for it in the next ``within_s``, at most that."""
+    def rooms_s(self, times_s: Sequence[float]) -> list[float]:
+        """Time to leave for it within each of ``times_s`` from now, at most that."""
 
 
 class Charged(NamedTuple):
@@ -51,8 +51,10 @@ class Charged(NamedTuple):
     load: DecodeLoad
     since_s: float
 
-    def room_s(self, within_s: float) -> float:
-        return min(within_s, self.forecast.room_s(within_s) + self.load.taken_s(self.since_s, within_s))
+    def rooms_s(self, times_s: Sequence[float]) -> list[float]:
+        for_arrivals = zip(times_s, self.forecast.rooms_s(times_s), strict=True)
+        taken_s = self.load.taken_s
+        return [min(within_s, room_s + taken_s(self.since_s, within_s)) for within_s, room_s in for_arrivals]
 
 
 def largest_feasible(by_deadline: Sequence[Job[Any]], now_s: float, expected: Expected) -> Feasible:
@@ -70,10 +72,8 @@ def largest_feasible(by_deadline: Sequence[Job[Any]], now_s: float, expected: Ex
     if len({job.weight for job in by_deadline}) <= 1:
         return _feasible(by_deadline, now_s, expected, _longest_per_weight)
 
-    def could_be_met_alone(job: Job[Any]) -> bool:
-        return job.latest_start_s - expected.room_s(job.deadline_s - now_s) >= now_s
-
-    alone = [job for job in by_deadline if could_be_met_alone(job)]
+    rooms_s = expected.rooms_s([job.deadline_s - now_s for job in by_deadline])
+    alone = [job for job, room_s in zip(by_deadline, rooms_s, strict=True) if job.latest_start_s - room_s >= now_s]
     found = _feasible(alone, now_s, expected, _longest_per_weight)
     if len(found.jobs) == len(alone):
         return found
@@ -94,7 +94,7 @@ def _weight(jobs: Iterable[Job[Any]]) -> float:
 
 
 def _feasible(
-    by_deadline: Iterable[Job[Any]],
+    by_deadline: Sequence[Job[Any]],
     now_s: float,
     expected: Expected,
     worth: Callable[[Job[Any], float], tuple[float, float]],
@@ -106,11 +106,11 @@ def _feasible(
     """How many of ``taken`` are in ``by_worth``. The rest follow when one has to be let go."""
     let_go: set[int] = set()
     end_s, spare_s = now_s, math.inf
-    for job in by_deadline:
+    rooms_s = expected.rooms_s([job.deadline_s - now_s for job in by_deadline])
+    for job, room_s in zip(by_deadline, rooms_s, strict=True):
         taken.append(job)
-        deadline_s = job.deadline_s
         end_s += job.work_s * job.pace.factor
-        free_until_s = deadline_s - expected.room_s(deadline_s - now_s)
+        free_until_s = job.deadline_s - room_s
         if end_s > free_until_s:
             for other in taken[in_heap:]:
                 remaining_s = other.work_s * other.pace.factor
@@ -192,7 +192,8 @@ class Plan:
         """Keep ``job``, or leave it out."""
         deadline_s, remaining_s = job.deadline_s, job.remaining_s
         since_s = job.arrival_s if job.arrival_s > self._now_s else self._now_s
-        alone_s = deadline_s - self._expected(since_s).room_s(deadline_s - since_s) - remaining_s
+        [room_s] = self._expected(since_s).rooms_s([deadline_s - since_s])
+        alone_s = deadline_s - room_s - remaining_s
         if alone_s < since_s or deadline_s > self._horizon_s:
             return
         place = self._place(job)
