@@ -135,7 +135,7 @@ class SlackOrder(Generic[T]):
             self._to_reconsider = None
             return ()
         moved: list[Job[T]] = []
-        if self._to_reconsider is not None:
+        if self._moves_left and self._to_reconsider is not None:
             self._reconsider(*self._to_reconsider, moved)
         while self._moves_left and (job := self._turns_infeasible.first_before(now_s)) is not None:
             self._move(job, moved)

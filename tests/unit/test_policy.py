@@ -19,7 +19,7 @@ from sgl_flowprefill.policy import Job, Limits, Policy, make_policy
 from sgl_flowprefill.policy.base import BATCH_SHARE
 from sgl_flowprefill.policy.forecast import Forecast
 from sgl_flowprefill.policy.orders.slack_edf import SlackEdf
-from sgl_flowprefill.policy.slack import STARVED_SHARE
+from sgl_flowprefill.policy.slack import MOVES, MOVES_AT_ONCE, STARVED_SHARE
 
 
 def job(
@@ -517,6 +517,32 @@ def test_the_forecast_follows_each_pace_and_counts_the_shortest_by_the_present_o
     for _ in range(2):
         forecast.arrived(200.0, 0.2, 4.0, changing)
     assert forecast.due_s(3.9) == 0.0
+
+
+@pytest.mark.parametrize("kind", ["feasible", "s-edf"])
+def test_of_many_that_can_be_met_again_an_event_moves_no_more_than_it_may_however_often_it_asks(kind: str) -> None:
+    pace = Pace()
+    policy: Policy[str, str] = make_policy(kind, Limits(4, 100), max_starvation_s=1e9)
+    for number in range(1000):
+        policy.add(Job(f"{number}", 0.0, 3.0 + number / 1e4, 2.0, pace=pace))
+    policy.pick(0.0, None)
+    pace.factor = 2.0
+    policy.repaced()
+    now_s = 0.0
+    while policy.infeasible_waiting != 1000:
+        now_s += 1e-4
+        policy.pick(now_s, None)
+    for _ in range(MOVES_AT_ONCE):  # events that move none
+        now_s += 1e-4
+        policy.pick(now_s, None)
+    pace.factor = 1.0
+    policy.repaced()
+    for moved in (MOVES_AT_ONCE, MOVES_AT_ONCE + MOVES, MOVES_AT_ONCE + 2 * MOVES):
+        now_s += 1e-4
+        for _ in range(3):
+            policy.pick(now_s, None)
+            policy.first_waiting(now_s, 1)
+        assert policy.infeasible_waiting == 1000 - moved
 
 
 def test_many_that_turn_infeasible_together_are_moved_a_few_at_an_event_and_none_is_lost() -> None:
