@@ -199,8 +199,8 @@ class Ranks:
             token = self.tokens[rid]
             answer = [] if token is None else [token]
             comparison.answer(rid, tokens, answer, [self.logprobs[rid]] if answer and rid in self.logprobs else None)
-            for rank in self.ranks_of(rid):
-                comparison.kv(f"{rid} of rank {rank}", tokens, self._take_kv(rank, rid, len(tokens)))
+            parts = [self._take_kv(rank, rid, len(tokens)) for rank in self.ranks_of(rid)]
+            comparison.kv_of_ranks(rid, tokens, parts)
         comparison.assert_same_with_logprobs()
 
     def ranks_of(self, rid: str) -> Iterable[int]:

@@ -26,6 +26,7 @@ LOGPROB_TOLERANCE: Final = 2e-4
 """Two float32 implementations differ by rounding; ``Comparison.largest`` says by how much they did: about a tenth."""
 KV_TOLERANCE: Final = 1e-4
 """Keys and values are about 1."""
+PARTS: Final = ("keys", "values")
 KEPT_PROMPTS: Final = 1000
 """References that are kept; of the embedded model each takes about 1 kB a token."""
 
@@ -41,6 +42,11 @@ class Kv:
     def tensors(self) -> int:
         """How many tensors a server has of it: keys and values of every layer."""
         return 2 * len(self.keys)
+
+    @classmethod
+    def of_heads(cls, parts: Sequence[Kv]) -> Kv:
+        """That of all heads, of which each of ``parts`` has some, in their order."""
+        return cls(*(torch.cat([getattr(part, of) for part in parts], dim=2) for of in PARTS))
 
     def __add__(self, later: Kv) -> Kv:
         """With that of the tokens that follow."""
@@ -165,9 +171,6 @@ class Reference:
         return Choices.of(self._model(torch.tensor([list(tokens)]), past_key_values=past).logits[0])
 
 
-PARTS: Final = ("keys", "values")
-
-
 def _copy(past: Any) -> Kv:
     """The KV in transformers' cache ``past`` now: the cache goes on growing."""
     return Kv(*(torch.stack([getattr(layer, part)[0].transpose(0, 1) for layer in past.layers]) for part in PARTS))
@@ -258,6 +261,16 @@ class Comparison:
         decoded = self.reference.decode(kv, expected.choices.tokens[:-1])
         later = Choices(*(getattr(expected.choices, part)[1:] for part in ("tokens", "logprobs", "runners_up", "gaps")))
         self._choices(" decoded from KV", name, prompt, later, decoded.tokens, decoded.logprobs)
+
+    def kv_of_ranks(self, name: str, prompt: Sequence[int], parts: Sequence[Kv]) -> None:
+        """Compare what ranks handed over for ``prompt``: each its own heads, in their order, or each all of them."""
+        expected = self.reference.expect(prompt)
+        assert expected.kv is not None
+        if sum(part.keys.shape[2] for part in parts) == expected.kv.keys.shape[2]:
+            self.kv(name, prompt, Kv.of_heads(parts))
+        else:
+            for rank, part in enumerate(parts):
+                self.kv(f"{name} of rank {rank}", prompt, part)
 
     def assert_same(self) -> None:
         """Raise AssertionError with what differs, if something does, or where nothing was compared."""
