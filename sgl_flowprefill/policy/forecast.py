@@ -99,6 +99,8 @@ class Forecast:
         self._now_s = self._since_s = -math.inf
         self._unseen = 0
         self._counted = NOTHING
+        self._is_outdated = False
+        """Whether other requests may count by now."""
         self._factors: list[float] = []
         """What its paces were when ``_by_class`` was made."""
         self._by_class = NOTHING.now()
@@ -120,11 +122,12 @@ class Forecast:
         self._arrived += 1
         self._unseen += 1
         if self._next is None:
-            if self._unseen * UPDATES >= self._arrived or self._counted.is_outdated():
+            if self._unseen * UPDATES >= self._arrived or self._is_outdated:
                 self._next = self._summary()
             return False
         self._unseen = 0
         self._counted, self._next = self._next, None
+        self._is_outdated = self._counted.is_outdated()
         self._follow()
         return True
 
@@ -144,6 +147,7 @@ class Forecast:
 
     def repaced(self) -> None:
         """Paces have changed: what arrived counts at the present ones."""
+        self._is_outdated = self._counted.is_outdated()
         if _has_changed(self._counted.paces, self._factors, SAME_PACE):
             self._follow()
 
