@@ -17,7 +17,6 @@ from hypothesis import strategies as st
 from sgl_flowprefill.pace import Pace
 from sgl_flowprefill.policy import Job, Limits, Policy, make_policy
 from sgl_flowprefill.policy.base import BATCH_SHARE
-from sgl_flowprefill.policy.forecast import Forecast
 from sgl_flowprefill.policy.orders.slack_edf import SlackEdf
 from sgl_flowprefill.policy.slack import MOVES, MOVES_AT_ONCE, STARVED_SHARE
 
@@ -495,28 +494,6 @@ def test_room_for_what_will_arrive_is_left_at_the_present_pace(factor: float, fi
     picked = policy.pick(100.0, None)
     assert picked is not None
     assert picked.item == first  # of ten seconds about 6.6 are free, or 4.2
-
-
-def test_the_forecast_follows_each_pace_and_counts_the_shortest_by_the_present_ones() -> None:
-    steady, changing = Pace(), Pace()
-    forecast, alike = Forecast(60.0), Forecast(60.0)
-    for second in range(200):
-        forecast.arrived(float(second), 0.1, 1.0, steady)
-        forecast.arrived(float(second), 0.2, 4.0, changing)
-        alike.arrived(float(second), 0.1, 1.0)
-        alike.arrived(float(second), 0.6, 4.0)
-    changing.factor = 3.0
-    forecast.repaced()
-    assert forecast.due_s(11.0) == pytest.approx(10 * 0.1 + 7 * 0.6, rel=0.05)
-    assert forecast.rooms_s([11.0]) == pytest.approx(alike.rooms_s([11.0]), rel=0.05)
-    changing.factor = 10.0  # 2 s a second: half of these count beside the short ones, less what is left of the last
-    forecast.repaced()
-    assert forecast.due_s(1001.0) == pytest.approx(1000.0, rel=0.02)
-    steady.factor = 40.0  # now the other ones are the shorter ones, and take all the time
-    forecast.repaced()
-    for _ in range(2):
-        forecast.arrived(200.0, 0.2, 4.0, changing)
-    assert forecast.due_s(3.9) == 0.0
 
 
 @pytest.mark.parametrize("kind", ["feasible", "s-edf"])

@@ -17,9 +17,8 @@ from sgl_flowprefill.bench.simulator.instance import Machine
 from sgl_flowprefill.bench.simulator.systems import Setup, run
 from sgl_flowprefill.bench.systems.catalog import simulated
 from sgl_flowprefill.bench.workloads.synthetic import WORKLOADS
-from sgl_flowprefill.pace import Pace
 from sgl_flowprefill.policy import Job, Limits, make_policy
-from sgl_flowprefill.policy.forecast import Entry, Forecast
+from sgl_flowprefill.policy.forecast import Forecast
 from sgl_flowprefill.policy.orders.feasible import PLANNED, FeasibleSet, largest_feasible
 from sgl_flowprefill.policy.orders.slack_edf import SlackEdf
 
@@ -284,41 +283,6 @@ def test_a_task_that_is_not_kept_goes_before_requests_that_are_not() -> None:
         policy.remove(picked)
 
 
-def test_work_is_expected_at_the_rate_at_which_it_arrived_and_due_after_its_slo() -> None:
-    forecast = Forecast(window_s=10.0)
-    for second in range(100):
-        forecast.arrived(float(second), 0.25, 1.0)
-        forecast.arrived(float(second), 0.5, 4.0)
-    assert forecast.due_s(0.9) == 0.0
-    assert forecast.due_s(3.0) == pytest.approx(2 * 0.25, rel=0.15)
-    assert forecast.due_s(8.0) == pytest.approx(7 * 0.25 + 4 * 0.5, rel=0.15)
-    for second in range(200, 300):
-        forecast.arrived(float(second), 0.1, 1.0)
-    assert forecast.due_s(8.0) == pytest.approx(7 * 0.1, rel=0.15)
-
-
-def test_a_request_that_is_announced_late_does_not_shorten_the_past() -> None:
-    forecast = Forecast(window_s=60.0)
-    for second in range(100):
-        forecast.arrived(float(second), 0.3, 1.0)
-    in_order = forecast.due_s(11.0)
-    assert in_order == pytest.approx(10 * 0.3, rel=0.1)
-    changes = [forecast.arrived(20.0 + number, 1e-3, 1.0) for number in range(20)]
-    assert any(changes)
-    assert forecast.due_s(11.0) == pytest.approx(in_order, rel=0.1)
-
-
-@given(st.lists(st.tuples(st.floats(0, 1), st.floats(0.01, 9), st.floats(0.01, 30)), max_size=60))
-def test_no_more_work_is_expected_than_there_is_time_for(drawn: list[tuple[float, float, float]]) -> None:
-    forecast, now_s = Forecast(window_s=5.0), 0.0
-    for elapsed_s, work_s, slo_s in drawn:
-        now_s += elapsed_s
-        forecast.arrived(now_s, work_s, slo_s)
-        due_s = [forecast.due_s(within_s) for within_s in (0.0, 0.5, 2.0, 9.0, 60.0)]
-        assert due_s == sorted(due_s)
-        assert all(due <= within * (1 + 1e-9) for due, within in zip(due_s, (0.0, 0.5, 2.0, 9.0, 60.0), strict=True))
-
-
 def test_room_for_what_will_arrive_lets_long_requests_go_before_they_start() -> None:
     policy = make_policy("feasible", LIMITS, max_starvation_s=1e9)
     for second in range(100):  # urgent requests take 0.6 of the time
@@ -420,27 +384,6 @@ def test_requests_that_are_withdrawn_while_they_wait_are_not_expected_to_arrive_
     policy.add(stays)
     assert policy.pick(100.0, None) is stays
     assert policy.kept == ([stays] if are_withdrawn else [])
-
-
-def test_a_forecast_without_what_was_withdrawn_is_that_of_the_others() -> None:
-    """Also where what was withdrawn had been forgotten by then, or was counted at another pace."""
-    forecast, others, pace = Forecast(60.0), Forecast(60.0), Pace(2.0)
-    left: list[tuple[int, Entry]] = []
-    for second in range(300):
-        forecast.arrived(float(second), 0.7, 2.0, pace)
-        left.append((second + 7 * (second % 20), forecast.entry(0.7, 2.0, pace)))
-        for each in (forecast, others):
-            each.arrived(float(second), 0.1 + 0.01 * (second % 7), 1.0)
-        for gone in [entry for entry in left if entry[0] <= second]:
-            forecast.withdrawn(gone[1])
-            left.remove(gone)
-    for _, request in left:
-        forecast.withdrawn(request)
-    for each in (forecast, others):
-        for _ in range(20):  # until both are made anew
-            each.arrived(300.0, 0.0, 1.0)
-    times_s = (0.5, 3.0, 20.0, 100.0)
-    assert forecast.rooms_s(times_s) == pytest.approx(others.rooms_s(times_s))
 
 
 def test_a_infeasible_task_waits_for_a_request_that_can_still_be_met_though_it_is_left_out() -> None:
