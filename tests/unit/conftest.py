@@ -1,9 +1,12 @@
-"""The launcher up to the moment at which it would start a server."""
+"""A launcher that starts no server, or some that only sleep."""
 
 import pytest
 
-from sgl_flowprefill.cluster import cli, machine
+from sgl_flowprefill.cluster import cli, machine, preflight, waiting
+from sgl_flowprefill.cluster.gateway import Gateway
+from sgl_flowprefill.cluster.members import Members
 from sgl_flowprefill.cluster.process import Guard
+from tests.sleeping_servers import Clock, FakeGuard, Restarting
 
 
 @pytest.fixture
@@ -32,3 +35,28 @@ def refusal(capsys, no_server_may_start):
         return lines[0]
 
     return run
+
+
+@pytest.fixture
+def fast_waiting(monkeypatch):
+    """What waits for servers looks and speaks often."""
+    monkeypatch.setattr(waiting, "POLL_S", 0.01)
+    monkeypatch.setattr(waiting, "PROGRESS_S", 0.1)
+
+
+@pytest.fixture
+def restarting(monkeypatch, tmp_path):
+    """Two prefill servers and a decode server of a cluster, of which the first is awaited."""
+    monkeypatch.setattr(machine, "gpu_count", lambda: 0)
+    monkeypatch.setattr(machine, "available_memory_bytes", lambda: 64 * 10**9)
+    config = cli.parse(["--prefill", "2", "--ports", "0", "--startup-timeout-s", "5"])
+    layout = preflight.prepare(config)
+    guard, gateway, said, clock = FakeGuard(tmp_path / "logs"), Gateway(layout.url), [], Clock()
+    members = Members(layout, gateway, guard, said.append, clock)
+    members.launch()
+    for member in members:
+        member.start_at_s = clock.now_s
+    yield Restarting(config, guard, gateway, members, said, clock)
+    for server in guard.started:
+        server.terminate()
+        server.reap()
