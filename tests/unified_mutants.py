@@ -16,7 +16,6 @@ from unittest.mock import patch
 
 from sgl_flowprefill.hub.task import DecodeStep
 from sgl_flowprefill.model import embedded_model_path
-from tests import unified_scenarios as scenarios
 from tests.late_device import LateDevice
 from tests.mutants.outcome import Outcome, raise_crashes
 from tests.remote import Remote
@@ -24,6 +23,7 @@ from tests.unified_asks import asks
 from tests.unified_comparison import Stock, StockComparison
 from tests.unified_engine import StockEngine, UnifiedEngine
 from tests.unified_rounds import Rounds
+from tests.unified_scenarios import kv_cache
 
 ROUNDS: Final = 8
 AMPLE_TOKENS: Final = 60_000
@@ -177,8 +177,8 @@ MUTANTS: Final[dict[str, tuple[Plant, int]]] = {
         (main_attention_backend_as_a_slot, AMPLE_TOKENS),
         (flags_of_the_decode_step_in_a_prefill, AMPLE_TOKENS),
         (prefix_cached_although_it_was_not_computed, AMPLE_TOKENS),
-        (answers_of_started_prefills_without_kv_cache, scenarios.TIGHT_TOKENS),
-        (streams_retracted_before_prefills_are_given_back, scenarios.TIGHT_TOKENS),
+        (answers_of_started_prefills_without_kv_cache, kv_cache.TIGHT_TOKENS),
+        (streams_retracted_before_prefills_are_given_back, kv_cache.TIGHT_TOKENS),
         (prefill_that_joins_a_step_in_flight, AMPLE_TOKENS),
         (prefill_that_joins_while_tokens_are_on_their_way, AMPLE_TOKENS),
         (penalties_counted_twice, AMPLE_TOKENS),
@@ -209,7 +209,7 @@ def outcome_of(name: str, stock: Stock, tokens: int) -> Outcome:
         comparison = StockComparison(stock)
         error = None
         try:
-            if tokens == scenarios.TIGHT_TOKENS:
+            if tokens == kv_cache.TIGHT_TOKENS:
                 _play_scenarios(remote, comparison)
             else:
                 Rounds(remote, comparison, asks(30, seed=7, longest_tokens=1200)).run(ROUNDS)
@@ -221,12 +221,12 @@ def outcome_of(name: str, stock: Stock, tokens: int) -> Outcome:
 
 
 def _play_scenarios(remote: Remote, comparison: StockComparison) -> None:
-    played = remote.call(scenarios.streams_without_room)
-    comparison.compare(scenarios.GROWING | scenarios.LATE, played.answers)
+    played = remote.call(kv_cache.streams_without_room)
+    comparison.compare(kv_cache.GROWING | kv_cache.LATE, played.answers)
     comparison.assert_same()
     assert not played.seen["retractions"], f"{played.seen['retractions']} streams were retracted"
-    played = remote.call(scenarios.starts_of_all_that_is_admitted)
-    comparison.compare(scenarios.RESERVED, played.answers)
+    played = remote.call(kv_cache.starts_of_all_that_is_admitted)
+    comparison.compare(kv_cache.RESERVED, played.answers)
     comparison.assert_same()
     lost = played.seen["retractions"] + played.seen["given back"]
     assert not lost, f"{lost} streams were retracted or prefills given back, although KV cache is reserved for all"
@@ -237,7 +237,7 @@ def main(names: list[str]) -> int:
     with closing(Remote(StockEngine, str(embedded_model_path()))) as remote:
         stock = Stock(remote)
         for name in names or [nothing.__name__, *MUTANTS]:
-            for tokens in [MUTANTS[name][1]] if name in MUTANTS else [AMPLE_TOKENS, scenarios.TIGHT_TOKENS]:
+            for tokens in [MUTANTS[name][1]] if name in MUTANTS else [AMPLE_TOKENS, kv_cache.TIGHT_TOKENS]:
                 outcome = outcome_of(name, stock, tokens)
                 print(f"{name}: {str(outcome)[:3000]}", flush=True)
                 if not outcome.is_as_it_should_be(name in MUTANTS):

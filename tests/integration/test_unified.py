@@ -18,7 +18,6 @@ from sgl_flowprefill.bench.metrics.event_log import summarise_log
 from sgl_flowprefill.events import AnyEvent, Shed, Start, read_events
 from sgl_flowprefill.model import embedded_model_path
 from sgl_flowprefill.timeline import History
-from tests import unified_scenarios as scenarios
 from tests.engine import FIRST_START_S
 from tests.exploring import serve_and_explore
 from tests.faults import FAULTS, STEP_PLACES
@@ -28,6 +27,7 @@ from tests.unified_asks import Ask, asks, without_penalties
 from tests.unified_comparison import Stock, StockComparison
 from tests.unified_engine import StockEngine, UnifiedEngine, flush_log, log_to, reports_of
 from tests.unified_rounds import Rounds, play_and_flush
+from tests.unified_scenarios import aborts, changes, common, failures, kv_cache, serving
 
 ASKS = asks(60, seed=3)
 """More than most tests need: SGLang computes each of them alone."""
@@ -79,7 +79,7 @@ def small_engine() -> Iterator[Remote]:
 
 @pytest.fixture(scope="module")
 def tight_engine() -> Iterator[Remote]:
-    with started(scenarios.TIGHT_TOKENS) as remote:
+    with started(kv_cache.TIGHT_TOKENS) as remote:
         yield remote
 
 
@@ -187,7 +187,7 @@ def comparison(stock: Stock) -> Iterator[StockComparison]:
 @pytest.mark.parametrize("requests", [len(FEW_ASKS), pytest.param(len(ASKS), marks=pytest.mark.stress)])
 def test_the_policy_serves_requests_of_all_kinds(unified: Remote, comparison: StockComparison, requests: int) -> None:
     asked = {f"p{i}": ask for i, ask in enumerate(ASKS[:requests])}
-    played = unified.call(scenarios.serve, asked)
+    played = unified.call(serving.serve, asked)
     comparison.compare(asked, played.answers)
     comparison.assert_same()
     assert comparison.counts["answers"] == len(asked)
@@ -205,7 +205,7 @@ def test_stop_tokens_end_answers_where_they_do_on_sglang(
     for i, ask in enumerate(PLAIN_ASKS):
         tokens = answers[ask].tokens
         asked[f"t{i}"] = Ask(ask.prompt, 20, (("stop_token_ids", (tokens[7],)),))
-    played = unified.call(scenarios.serve, asked)
+    played = unified.call(serving.serve, asked)
     comparison.compare(asked, played.answers)
     comparison.assert_same()
     assert all(answer.reason == "stop" for answer in played.answers.values())
@@ -216,12 +216,12 @@ def test_stop_strings_end_answers_where_they_do_on_sglang(
 ) -> None:
     """Each request is asked to stop at some characters of what it says itself, whatever tokens they are in."""
     answers = stock.answers(PLAIN_ASKS)
-    texts = stock.call(scenarios.texts, [answers[ask].tokens for ask in PLAIN_ASKS])
+    texts = stock.call(serving.texts, [answers[ask].tokens for ask in PLAIN_ASKS])
     asked = {}
     for i, (ask, text) in enumerate(zip(PLAIN_ASKS, texts, strict=True)):
         begin = len(text) // 3 + i
         asked[f"w{i}"] = Ask(ask.prompt, 24, (("ignore_eos", True), ("stop", text[begin : begin + 5])))
-    played = unified.call(scenarios.serve, asked)
+    played = unified.call(serving.serve, asked)
     comparison.compare(asked, played.answers)
     comparison.assert_same()
     for rid, ask in asked.items():
@@ -238,7 +238,7 @@ def test_requests_that_sglang_refuses_get_its_words_and_its_status(
         "log probabilities of no token": Ask(tuple(prompt(631, 50)), inputs_from=60),
         "fine": Ask(tuple(prompt(633, 50))),
     }
-    played = unified.call(scenarios.serve, asked)
+    played = unified.call(serving.serve, asked)
     comparison.compare(asked, played.answers)
     comparison.assert_same()
     assert comparison.counts["refusals"] == 2
@@ -250,14 +250,14 @@ def test_requests_that_sglang_refuses_get_its_words_and_its_status(
 def test_the_second_turn_of_a_chat_finds_the_decoded_tokens_of_the_first_in_the_cache(
     unified: Remote, comparison: StockComparison, stock: Stock
 ) -> None:
-    played, asked = unified.call(scenarios.chat)
+    played, asked = unified.call(serving.chat)
     comparison.compare(asked, played.answers)
     comparison.assert_same()
     assert played.seen["beside: suspended"] == 1, dict(played.seen)
     cached_tokens = played.answers["second"].cached_tokens
-    assert cached_tokens == stock.call(scenarios.chat_alone).cached_tokens
+    assert cached_tokens == stock.call(serving.chat_alone).cached_tokens
     # Nothing was computed of the last token, behind which no other one was asked for.
-    assert cached_tokens == len(scenarios.FIRST_TURN.prompt) + scenarios.FIRST_TURN.max_new_tokens - 1
+    assert cached_tokens == len(serving.FIRST_TURN.prompt) + serving.FIRST_TURN.max_new_tokens - 1
 
 
 @pytest.mark.stress  # the rounds of the next test have aborts, too
@@ -346,7 +346,7 @@ def test_streams_that_are_retracted_all_the_time_get_the_same_answers(comparison
 def test_a_stream_gets_its_tokens_while_a_long_prompt_is_prefilled(
     unified: Remote, comparison: StockComparison
 ) -> None:
-    gaps = unified.call(scenarios.stream_beside_a_long_prompt, 0.1)
+    gaps = unified.call(serving.stream_beside_a_long_prompt, 0.1)
     comparison.compare(gaps.asked, gaps.play.answers)
     comparison.assert_same()
     print(gaps.longest_gap_s, gaps.prefill_s, gaps.steps_inside)
@@ -361,8 +361,8 @@ def test_a_stream_gets_its_tokens_while_a_long_prompt_is_prefilled(
 def test_a_prefill_gives_its_kv_cache_to_streams_and_no_stream_is_retracted(
     tight: Remote, comparison: StockComparison
 ) -> None:
-    played = tight.call(scenarios.streams_without_room)
-    comparison.compare(scenarios.GROWING | scenarios.LATE, played.answers)
+    played = tight.call(kv_cache.streams_without_room)
+    comparison.compare(kv_cache.GROWING | kv_cache.LATE, played.answers)
     comparison.assert_same()
     assert played.seen["given back"] == 1
     assert played.seen["retractions"] == played.seen["retractions told"] == 0
@@ -371,8 +371,8 @@ def test_a_prefill_gives_its_kv_cache_to_streams_and_no_stream_is_retracted(
 def test_a_prefill_that_was_given_back_is_not_again_where_a_stream_can_be_retracted(
     tight: Remote, comparison: StockComparison
 ) -> None:
-    played = tight.call(scenarios.streams_without_room_again)
-    comparison.compare(scenarios.GROWING | scenarios.LATE | scenarios.FREES, played.answers)
+    played = tight.call(kv_cache.streams_without_room_again)
+    comparison.compare(kv_cache.GROWING | kv_cache.LATE | kv_cache.FREES, played.answers)
     comparison.assert_same()
     assert played.seen["given back"] == 1
     assert played.seen["retractions"] == played.seen["retractions told"] == 1
@@ -381,15 +381,15 @@ def test_a_prefill_that_was_given_back_is_not_again_where_a_stream_can_be_retrac
 def test_the_last_stream_goes_on_when_a_prefill_whose_result_is_on_its_way_has_the_rest(
     unified: Remote, comparison: StockComparison
 ) -> None:
-    played, asked = unified.call(scenarios.last_stream_beside_a_result_on_its_way)
+    played, asked = unified.call(kv_cache.last_stream_beside_a_result_on_its_way)
     assert played.seen["goes: ended"] == 1, dict(played.seen)
     comparison.compare(asked, played.answers)
     comparison.assert_same()
 
 
 def test_admission_reserves_what_started_prefills_will_answer(tight: Remote, comparison: StockComparison) -> None:
-    played = tight.call(scenarios.starts_of_all_that_is_admitted)
-    comparison.compare(scenarios.RESERVED, played.answers)
+    played = tight.call(kv_cache.starts_of_all_that_is_admitted)
+    comparison.compare(kv_cache.RESERVED, played.answers)
     comparison.assert_same()
     assert played.seen["given back"] == played.seen["retractions"] == 0
 
@@ -397,13 +397,13 @@ def test_admission_reserves_what_started_prefills_will_answer(tight: Remote, com
 def test_a_request_for_which_there_is_no_room_on_an_empty_server_is_refused_and_nobody_waits_behind_it(
     tight: Remote, comparison: StockComparison, event_log: Path
 ) -> None:
-    played = tight.call(scenarios.never_admitted)
+    played = tight.call(kv_cache.never_admitted)
     assert played.seen["stays: decoding"] == played.seen["no room: waiting"] == 1, dict(played.seen)
     refused = played.answers.pop("no room")
     assert (refused.reason, refused.status, refused.tokens) == ("abort", 400, ())
-    room = f"prompt has {len(scenarios.NO_ROOM.prompt)} tokens, .* {scenarios.TIGHT_TOKENS} tokens in pages of 1,"
+    room = f"prompt has {len(kv_cache.NO_ROOM.prompt)} tokens, .* {kv_cache.TIGHT_TOKENS} tokens in pages of 1,"
     assert re.search(room + ".* --mem-fraction-static", refused.detail)
-    asked = {"stays": scenarios.STREAM, "behind": scenarios.BEHIND}
+    asked = {"stays": common.STREAM, "behind": kv_cache.BEHIND}
     comparison.compare(asked, played.answers)
     comparison.assert_same()
     events = events_of(tight, event_log)
@@ -412,15 +412,15 @@ def test_a_request_for_which_there_is_no_room_on_an_empty_server_is_refused_and_
 
 
 def test_what_never_fits_by_the_size_of_the_pool_is_refused_when_it_arrives(comparison: StockComparison) -> None:
-    with started(scenarios.TIGHT_TOKENS, disable_radix_cache=True) as remote:
-        played = remote.call(scenarios.serve, scenarios.FIXED)
+    with started(kv_cache.TIGHT_TOKENS, disable_radix_cache=True) as remote:
+        played = remote.call(serving.serve, kv_cache.FIXED)
     refused = played.answers.pop("clipped")
     assert (refused.reason, refused.status, refused.tokens) == ("abort", 400, ())
-    prompt_tokens, room_tokens = len(scenarios.FIXED["clipped"].prompt), scenarios.TIGHT_TOKENS
+    prompt_tokens, room_tokens = len(kv_cache.FIXED["clipped"].prompt), kv_cache.TIGHT_TOKENS
     assert f"prompt has {prompt_tokens} tokens, its answer may have 58, and there is room for {room_tokens} tokens" in (
         refused.detail
     )
-    comparison.compare({rid: scenarios.FIXED[rid] for rid in ("fits", "behind")}, played.answers)
+    comparison.compare({rid: kv_cache.FIXED[rid] for rid in ("fits", "behind")}, played.answers)
     comparison.assert_same()
 
 
@@ -430,7 +430,7 @@ def test_what_never_fits_by_the_size_of_the_pool_is_refused_when_it_arrives(comp
 def test_an_overloaded_server_refuses_what_may_be_refused_and_cannot_be_met_before_it_computes_any_of_it(
     unified: Remote, comparison: StockComparison, event_log: Path
 ) -> None:
-    played = unified.call(scenarios.shed)
+    played = unified.call(serving.shed)
     refused = played.play.answers.pop("goes")
     served = {rid: ask for rid, ask in played.asked.items() if rid != "goes"}
     comparison.compare(served, played.play.answers)
@@ -451,14 +451,14 @@ def test_an_overloaded_server_refuses_what_may_be_refused_and_cannot_be_met_befo
 PREFILL_HAS_RUN = ("joining", "decoding", "step in flight", "retracted")
 
 
-@pytest.mark.parametrize("state", scenarios.STATES)
+@pytest.mark.parametrize("state", aborts.STATES)
 def test_an_abort_ends_a_request_in_any_state_and_harms_nobody(
     unified: Remote, comparison: StockComparison, event_log: Path, state: str
 ) -> None:
-    played = unified.call(scenarios.abort_in, state)
+    played = unified.call(aborts.abort_in, state)
     assert played.seen[state] == 1, dict(played.seen)
     assert played.answers["goes"].reason == "abort"
-    asked = {"stays": scenarios.STREAM} | ({"urgent": scenarios.URGENT} if state == "suspended" else {})
+    asked = {"stays": common.STREAM} | ({"urgent": common.URGENT} if state == "suspended" else {})
     comparison.compare(asked, played.answers)
     comparison.assert_same()
     events = events_of(unified, event_log)
@@ -468,7 +468,7 @@ def test_an_abort_ends_a_request_in_any_state_and_harms_nobody(
 
 
 def test_an_abort_of_all_ends_what_is_waiting_suspended_joining_and_decoding(unified: Remote) -> None:
-    played = unified.call(scenarios.abort_all_with_everything_in_flight)
+    played = unified.call(aborts.abort_all_with_everything_in_flight)
     print(dict(played.seen))
     assert {answer.reason for answer in played.answers.values()} == {"abort"}
     assert len(played.answers) == 4
@@ -481,7 +481,7 @@ def test_an_abort_of_all_ends_what_is_waiting_suspended_joining_and_decoding(uni
 def test_a_prefill_that_fails_ends_its_own_request_and_leaves_nothing_behind(
     unified: Remote, comparison: StockComparison, event_log: Path, fault: str
 ) -> None:
-    failed = unified.call(scenarios.fail, fault)
+    failed = unified.call(failures.fail, fault)
     assert failed.play.seen["decoding"] == failed.play.seen["suspended"] == 1, dict(failed.play.seen)
     assert_logged(failed, "bad", type(FAULTS[fault]()).__name__)
     comparison.compare(failed.asked, failed.play.answers)
@@ -493,7 +493,7 @@ def test_a_prefill_that_fails_ends_its_own_request_and_leaves_nothing_behind(
 
 
 def test_a_request_that_is_refused_fails_with_the_reason(unified: Remote, event_log: Path) -> None:
-    answer = unified.call(scenarios.refuse, "too long").answers["too long"]
+    answer = unified.call(serving.refuse, "too long").answers["too long"]
     assert (answer.reason, answer.status, answer.tokens) == ("abort", 400, ())
     events = events_of(unified, event_log)
     assert [event.kind for event in events] == ["arrival", "fail"], "and nothing is computed"
@@ -503,7 +503,7 @@ def test_a_request_that_is_refused_fails_with_the_reason(unified: Remote, event_
 def test_all_requests_of_a_batch_that_fails_are_answered_but_those_that_have_left(
     unified: Remote, comparison: StockComparison
 ) -> None:
-    failed = unified.call(scenarios.fail_in_a_batch)
+    failed = unified.call(failures.fail_in_a_batch)
     assert failed.play.seen["requests of the batch"] == 3
     for rid in ("bad0", "bad2"):
         assert_logged(failed, rid, "ModelFault")
@@ -524,7 +524,7 @@ def test_all_requests_of_a_batch_that_fails_are_answered_but_those_that_have_lef
 def test_a_step_without_device_memory_takes_that_of_prefills_and_runs_again(
     unified: Remote, comparison: StockComparison, event_log: Path, place: str, times: int
 ) -> None:
-    played = unified.call(scenarios.step_without_memory, place, times)
+    played = unified.call(failures.step_without_memory, place, times)
     assert (played.attempts.failed, played.play.seen["given back"]) == (times, times)
     assert played.attempts.still_held == 0, "what the failed pass held was not free for the next one"
     comparison.compare(played.asked, played.play.answers)
@@ -539,7 +539,7 @@ def test_a_step_without_device_memory_is_an_error_where_no_prefill_can_give_some
     unified: Remote, comparison: StockComparison
 ) -> None:
     for place in STEP_PLACES:
-        played = unified.call(scenarios.step_without_memory_and_prefills, place)
+        played = unified.call(failures.step_without_memory_and_prefills, place)
         assert "no prefill is suspended that could give its own back: lower --mem-fraction-static" in played.error
         assert played.error.endswith("OutOfMemoryError")
         comparison.compare(played.asked, played.play.answers)
@@ -552,7 +552,7 @@ def test_steps_without_device_memory_by_chance_change_no_answer(
 ) -> None:
     rng = random.Random(100 + seed)
     asked = {f"o{i}": rng.choice(FEW_ASKS) for i in range(12)}
-    played = unified.call(scenarios.steps_without_memory_by_chance, asked, seed, 0.3)
+    played = unified.call(failures.steps_without_memory_by_chance, asked, seed, 0.3)
     comparison.compare(asked, played.play.answers)
     comparison.assert_same()
     print(played.attempts, dict(played.play.seen))
@@ -560,7 +560,7 @@ def test_steps_without_device_memory_by_chance_change_no_answer(
     assert played.play.seen["given back"] >= played.attempts.failed
 
 
-def assert_logged(failed: scenarios.Failed, rid: str, error: str) -> None:
+def assert_logged(failed: failures.Failed, rid: str, error: str) -> None:
     """The client of ``rid`` got a 500 with an id, under which the log has the traceback of ``error``."""
     answer = failed.play.answers[rid]
     assert (answer.reason, answer.status, answer.tokens) == ("abort", 500, ())
@@ -583,7 +583,7 @@ LATE = pytest.mark.parametrize("late", [False, True], ids=["", "step in flight"]
 def test_nothing_runs_in_a_pause_and_all_go_on_after_it(
     unified: Remote, comparison: StockComparison, event_log: Path, mode: str, late: bool
 ) -> None:
-    paused = unified.call(scenarios.pause, mode, late)
+    paused = unified.call(changes.pause, mode, late)
     comparison.compare(paused.asked, paused.play.answers)
     comparison.assert_same()
     assert paused.live == paused.answered == 0
@@ -595,7 +595,7 @@ def test_nothing_runs_in_a_pause_and_all_go_on_after_it(
 def test_the_gap_in_which_a_stream_had_no_kv_cache_counts_as_one_late_token(
     unified_engine: Remote, comparison: StockComparison
 ) -> None:
-    played, asked, counted = unified_engine.call(scenarios.tokens_of_retracted_streams)
+    played, asked, counted = unified_engine.call(changes.tokens_of_retracted_streams)
     comparison.compare(asked, played.answers)
     comparison.assert_same()
     assert counted["retractions"] == len(asked)
@@ -608,7 +608,7 @@ def test_the_gap_in_which_a_stream_had_no_kv_cache_counts_as_one_late_token(
 def test_a_flush_is_refused_while_a_prefill_is_suspended_or_joins(
     unified: Remote, comparison: StockComparison, late: bool
 ) -> None:
-    played, asked, flushed = unified.call(scenarios.flush_while_busy, late)
+    played, asked, flushed = unified.call(changes.flush_while_busy, late)
     assert not flushed
     comparison.compare(asked, played.answers)
     comparison.assert_same()
@@ -618,20 +618,20 @@ def test_a_flush_is_refused_while_a_prefill_is_suspended_or_joins(
 def test_other_weights_meet_no_prefill_that_has_started(
     unified: Remote, comparison: StockComparison, late: bool
 ) -> None:
-    played, asked, live = unified.call(scenarios.change_weights, late)
+    played, asked, live = unified.call(changes.change_weights, late)
     assert live == 0
     comparison.compare(asked, played.answers)
     comparison.assert_same()
 
 
 def test_a_suspended_prefill_times_out(unified: Remote) -> None:
-    answer = unified.call(scenarios.time_out).answers["goes"]
+    answer = unified.call(changes.time_out).answers["goes"]
     assert (answer.reason, answer.status) == ("abort", 503)
 
 
 @LATE
 def test_started_prefills_and_joining_requests_are_load(unified: Remote, late: bool) -> None:
-    assert unified.call(scenarios.loads, late) == {"running": 3, "waiting": 0, "in flight": 3}
+    assert unified.call(changes.loads, late) == {"running": 3, "waiting": 0, "in flight": 3}
 
 
 # ---- exploration -----------------------------------------------------------------------------------------------------

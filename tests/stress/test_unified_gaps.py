@@ -19,7 +19,7 @@ from tests.engine import keep_freed_memory
 from tests.reference import TOKENS, Comparison
 from tests.remote import Remote
 from tests.unified_engine import CHECKS, UnifiedEngine
-from tests.unified_scenarios import Beside, gaps_beside_a_prompt
+from tests.unified_scenarios.serving import Beside, gaps_beside_a_prompt
 
 pytestmark = [pytest.mark.stress, pytest.mark.alone, pytest.mark.timeout(1800)]
 

@@ -1,0 +1,1 @@
+"""What a test of a unified server lets happen in its engine's process: each function is called there."""
