@@ -86,8 +86,12 @@ below thirty. With `--schedule-low-priority-values-first` each number is the lar
 `0:0.5,10:2,20:30` gives half a second up to priority 0, two seconds up to 10, and thirty to all above. A request
 that names its own `ttft_slo` keeps that. One without a priority has `--default-priority-value` or, where that is
 not set, `--flowprefill-default-ttft-slo`. In place of this option, the `priorities` of `--flowprefill-slo-policy`
-give each range of priorities a class, with all that a class has ([clients.md](clients.md#the-policy-file)). Without
-either, priorities say nothing about the order of prefills.
+give each range of priorities a class, with all that a class has ([clients.md](clients.md#the-policy-file)).
+
+Without either, priorities do not change the order of prefills, and a server says so in its log when it starts. There is
+no default: no number says how much time a request has, and a wrong guess does the opposite of what was asked for:
+a request whose objective is too tight for its prompt runs behind those that can be met. A server also says so where
+small numbers are urgent in one of the two, SGLang's switch and FlowPrefill's option, and large ones in the other.
 
 SGLang's preemption by priority, which takes the places of streams, is set off. `--max-queued-requests` and
 `--retraction-policy priority` go by priorities as in SGLang.

@@ -96,7 +96,8 @@ SCHEDULING: Final = Group(
         leave("prefill_decode_interval_min_bs", f"{NO_EFFECT}: goes with --prefill-decode-interval"),
         leave(
             "enable_priority_scheduling default_priority_value schedule_low_priority_values_first",
-            "a request's priority says which objective it has (see --flowprefill-priority-ttft-slo)",
+            "a request's priority says which objective it has where --flowprefill-priority-ttft-slo or "
+            "--flowprefill-slo-policy says which; elsewhere it does not change the order of prefills",
         ),
         put(
             "disable_priority_preemption",

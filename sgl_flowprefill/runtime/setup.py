@@ -49,6 +49,8 @@ from sgl_flowprefill.runtime.slots import AttentionSlots
 from sgl_flowprefill.runtime.tiles import WHOLE, TilePlan, TileSizes, find_norms, has_whole_mlps, tile_layers
 from sgl_flowprefill.runtime.wakeup import CalledEvents, CallingEvents, EventSource, Wakeup, Woken, scheduler_events
 from sgl_flowprefill.shadow import Shadows
+from sgl_flowprefill.slo.policy_file import read_policy
+from sgl_flowprefill.slo.priorities import PriorityClasses, is_low_first
 from sgl_flowprefill.ttft.budget import throughput_budget_tokens
 
 logger = logging.getLogger(__name__)
@@ -57,8 +59,13 @@ RoleT = TypeVar("RoleT", bound=SchedulerRole)
 
 GIB: Final = 1 << 30
 UNUSED_PRIORITIES: Final = (
-    "FlowPrefill: --enable-priority-scheduling does not change the order of prefills while "
-    "neither --flowprefill-slo-policy nor --flowprefill-priority-ttft-slo says which objectives priorities stand for"
+    "FlowPrefill: --enable-priority-scheduling does not change the order of prefills while neither "
+    "--flowprefill-priority-ttft-slo nor the priorities of --flowprefill-slo-policy say which objectives priorities "
+    "stand for"
+)
+OPPOSITE_PRIORITIES: Final = (
+    "FlowPrefill: prefills of %s priorities go first, as FlowPrefill's options say, though SGLang is started %s "
+    "--schedule-low-priority-values-first; by that go only --max-queued-requests and --retraction-policy priority"
 )
 NO_PREFILL_LENGTHS: Final = (
     "sgl-flowprefill: --attention-backend fa3 cannot work with this model on a server that prefills and decodes: each "
@@ -207,8 +214,21 @@ def check_settings(scheduler: Any, config: FlowPrefillConfig, decodes: bool, mod
     problem = config.refusing_problem(decodes=decodes, is_joint=is_joint)
     if problem is not None:
         raise SystemExit(f"sgl-flowprefill: {problem}")
-    if scheduler.enable_priority_scheduling and config.priority_ttft_slo is None and config.slo_policy is None:
+    if scheduler.enable_priority_scheduling:
+        _tell_of_priorities(config, bool(scheduler.schedule_low_priority_values_first))
+
+
+def _tell_of_priorities(config: FlowPrefillConfig, low_first: bool) -> None:
+    """Warn where the priorities of requests stand for nothing, or for other objectives than SGLang's direction says."""
+    numbers: tuple[int, ...] = ()
+    if config.priority_ttft_slo is not None:
+        numbers = PriorityClasses.parse(config.priority_ttft_slo).numbers
+    elif config.slo_policy is not None:
+        numbers = tuple(read_policy(config.slo_policy).priorities)
+    if not numbers:
         logger.warning(UNUSED_PRIORITIES)
+    elif len(numbers) > 1 and is_low_first(numbers) != low_first:
+        logger.warning(OPPOSITE_PRIORITIES, "high" if low_first else "low", "with" if low_first else "without")
 
 
 def _events(scheduler: Any, wakeup: Wakeup, is_joint: bool) -> EventSource | Woken:

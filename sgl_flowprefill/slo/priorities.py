@@ -50,10 +50,15 @@ def is_order(numbers: Sequence[int]) -> bool:
     return list(numbers) in (rising, rising[::-1])
 
 
+def is_low_first(numbers: Sequence[int]) -> bool:
+    """Whether small priorities are the urgent ones, of classes that begin at ``numbers``, the most urgent first."""
+    return len(numbers) > 1 and numbers[0] < numbers[1]
+
+
 def place(numbers: Sequence[int], priority: int) -> int:
     """Which of the classes that begin at ``numbers``, the most urgent first, has ``priority``."""
-    is_low_first = len(numbers) > 1 and numbers[0] < numbers[1]
+    low_first = is_low_first(numbers)
     for index, number in enumerate(numbers):
-        if priority <= number if is_low_first else priority >= number:
+        if priority <= number if low_first else priority >= number:
             return index
     return len(numbers) - 1

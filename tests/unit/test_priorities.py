@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,6 +17,7 @@ from sglang.srt.managers.scheduler import Scheduler
 from sgl_flowprefill.config import ConfigError, FlowPrefillConfig
 from sgl_flowprefill.deadline import objective, resolver
 from sgl_flowprefill.runtime.scheduler import FlowPrefillScheduler
+from sgl_flowprefill.runtime.setup import check_settings
 from sgl_flowprefill.slo import PriorityClasses
 
 HIGH_FIRST = "10:0.5,0:2,-10:30"
@@ -65,6 +68,39 @@ def test_an_objective_of_the_request_counts_before_its_priority_and_that_before_
 
 def test_without_classes_a_priority_says_nothing() -> None:
     assert objective(request(10), resolver(FlowPrefillConfig(default_ttft_slo=4.0))).ttft_s == 4.0
+
+
+@pytest.mark.parametrize(
+    ("mapping", "low_first", "told"),
+    [
+        ("", False, "neither --flowprefill-priority-ttft-slo nor the priorities of --flowprefill-slo-policy"),
+        ("file without", False, "neither --flowprefill-priority-ttft-slo nor the priorities"),
+        (HIGH_FIRST, False, ""),
+        (LOW_FIRST, True, ""),
+        ("5:1", True, ""),
+        ("file", False, ""),
+        (HIGH_FIRST, True, "prefills of high priorities go first, .* is started with --schedule-low-priority"),
+        (LOW_FIRST, False, "prefills of low priorities go first, .* is started without --schedule-low-priority"),
+        ("file", True, "prefills of high priorities go first"),
+    ],
+)
+def test_a_server_says_at_its_start_when_priorities_stand_for_nothing_or_for_the_opposite(
+    mapping: str, low_first: bool, told: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    options: dict[str, Any] = {"priority_ttft_slo": mapping} if ":" in mapping else {}
+    if mapping.startswith("file"):
+        path = tmp_path / "policy.yaml"
+        path.write_text("classes: {a: {ttft_s: 1}, b: {ttft_s: 9}}\n")
+        if mapping == "file":
+            path.write_text(path.read_text() + "priorities: {10: a, 0: b}\n")
+        options["slo_policy"] = str(path)
+    scheduler = SimpleNamespace(
+        attn_dp_enabled=False, enable_priority_scheduling=True, schedule_low_priority_values_first=low_first
+    )
+    check_settings(scheduler, FlowPrefillConfig.parse(options), True, [])
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert len(warnings) == bool(told)
+    assert all(re.search(told, warning) for warning in warnings)
 
 
 def test_sglang_does_not_sort_the_requests_of_a_batch_again(monkeypatch: pytest.MonkeyPatch) -> None:

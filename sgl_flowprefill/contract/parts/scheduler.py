@@ -85,9 +85,9 @@ PART: Final = Part(
         ),
         *attributes(
             SCHEDULER,
-            "enable_priority_scheduling",
-            "says whether priorities of requests are asked for",
-            "nobody is told that priorities stand for nothing",
+            "enable_priority_scheduling schedule_low_priority_values_first",
+            "says whether priorities of requests are asked for, and which of them go first",
+            "nobody is told that priorities stand for nothing, or for the opposite",
         ),
         *attributes(
             SCHEDULER,
