@@ -11,7 +11,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -49,6 +49,15 @@ pytestmark = pytest.mark.usefixtures("no_cluster")
 START_S = 180.0
 AS_IT_COMES, PRIORITIES, AGENTS = EXAMPLES
 CLASSES = "0:0.5,10:5,20:30"
+LAUNCH = (sys.executable, "-m", "sglang.launch_server")
+SERVE = (str(Path(sys.executable).with_name("sglang")), "serve")
+"""SGLang's own commands."""
+OURS = {
+    "FLOWPREFILL_PRIORITY_TTFT_SLO": CLASSES,
+    "FLOWPREFILL_OVERLOAD": "shed",
+    "FLOWPREFILL_EXPLORATION_SHARE": "0",
+}
+"""FlowPrefill's options."""
 MAX_IDLE_SHARE = 0.05
 """Share of a core that the scheduler takes, on a slow machine too."""
 MAX_QUIET_IDLE_SHARE = 0.02
@@ -108,25 +117,28 @@ def server(launcher: Launch) -> Server:
 
 
 @contextmanager
-def serving(directory: Path, *options: str) -> Iterator[Server]:
-    """A server that SGLang's own command starts, with ``options``."""
+def serving(
+    directory: Path, *options: str, command: Sequence[str] = LAUNCH, ours: Mapping[str, str] = OURS
+) -> Iterator[Server]:
+    """A server that SGLang's own ``command`` starts, with ``options``, and with ``ours`` of FlowPrefill."""
     log = directory / "server.log"
     port = free_port("127.0.0.1")
     env = os.environ | {
         "FLOWPREFILL": "1",
         "FLOWPREFILL_EVENT_LOG": str(directory / "events.jsonl"),
-        "FLOWPREFILL_PRIORITY_TTFT_SLO": CLASSES,
-        "FLOWPREFILL_OVERLOAD": "shed",
-        "FLOWPREFILL_EXPLORATION_SHARE": "0",
+        **ours,
         "SGLANG_PLATFORM": "flowprefill_cpu",
         "OMP_NUM_THREADS": "1",
         "MKL_NUM_THREADS": "1",
     }
-    command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(embedded_model_path())]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", "embedded"]
-    command += [*options]
+    address = ("--host", "127.0.0.1", "--port", str(port))
     with open(log, "wb") as output:
-        process = subprocess.Popen(command, env=env, stdout=output, stderr=output)
+        process = subprocess.Popen(
+            [*command, "--model-path", str(embedded_model_path()), *address, *options],
+            env=env,
+            stdout=output,
+            stderr=output,
+        )
     found = Server(f"http://127.0.0.1:{port}", psutil.Process(process.pid), directory / "events.jsonl", log)
     try:
         deadline_s = time.monotonic() + START_S
@@ -515,6 +527,36 @@ def test_a_command_line_that_cannot_work_ends_with_one_line_before_the_model_is_
     assert ended.returncode == 2
     [line] = [line for line in ended.stderr.splitlines() if line.startswith("sgl-flowprefill: ")]
     assert line.startswith("sgl-flowprefill: --hicache-host-memory-mode buffer_only cannot work with FlowPrefill: ")
+
+
+@pytest.mark.stress
+def test_the_command_line_as_it_comes_serves_with_flowprefill(comparison: Comparison, tmp_path: Path) -> None:
+    """Of options, it has an address alone, and of FlowPrefill's the file in which this test sees what happened."""
+    streams = {f"stream {i}": prompt(920 + i, 60 + 40 * i) for i in range(3)}
+    long = prompt(930, 6000)
+
+    async def all_of_them(server: Server) -> dict[str, Any]:
+        async with server.session() as session:
+            asked = [stream(session, server.url, body(tokens, 40)) for tokens in streams.values()]
+            asked.append(stream(session, server.url, body(long, TOKENS, ttft_slo=60.0)))
+            answers = await asyncio.gather(*asked)
+        return {name: answer for name, (answer, _) in zip([*streams, "long"], answers, strict=True)}
+
+    with serving(tmp_path, *AS_IT_COMES.options, command=SERVE, ours={}) as server:
+        for name, answer in asyncio.run(all_of_them(server)).items():
+            comparison.generated(name, streams.get(name, long), {"output_token_logprobs": answer})
+        told = server.post("/generate", body(streams["stream 0"], TOKENS)).json()["meta_info"]
+        info, log = server.get("/server_info").json(), server.log.read_text()
+    comparison.generated("with a report", streams["stream 0"], told)
+    assert_compared(comparison, answers=5)
+    assert told["flowprefill"]["slo_source"] == "default"
+    assert told["flowprefill"]["met"] is not None
+    assert info["chunked_prefill_size"] == -1
+    [internal] = info["internal_states"]
+    assert internal["flowprefill_decode"]["steps"] >= 39
+    assert "FlowPrefill: --chunked-prefill-size is -1" in log
+    doings = {part.what for request in History.of(read_events(server.event_log)).requests for part in request.parts}
+    assert {"running", "decoding"} <= doings
 
 
 @pytest.mark.stress

@@ -126,7 +126,9 @@ pip install \.( "sglang==.*")?
     tests/unit/test_simulator.py::test_the_command_writes_its_figures
 FLOWPREFILL=1 sglang serve --model-path MODEL --enable-hierarchical-cache .*
     tests/servers/test_unified_serving.py::test_the_command_line_of_agents_serves_turns_whose_prefixes_come_back_from_host_memory
-FLOWPREFILL=1 (sglang serve|python -m sglang.launch_server) --model-path MODEL( .*)?
+FLOWPREFILL=1 (sglang serve|python -m sglang.launch_server) --model-path MODEL
+    tests/servers/test_unified_serving.py::test_the_command_line_as_it_comes_serves_with_flowprefill
+FLOWPREFILL=1 (sglang serve|python -m sglang.launch_server) --model-path MODEL .*
     tests/unit/test_command_lines.py::test_what_the_docs_say_of_a_command_line_is_what_is_explained
 docker .*|kubectl .*|openssl .*
     is another project's
