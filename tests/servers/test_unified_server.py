@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -29,6 +31,7 @@ from tests.prometheus import assert_everything_can_be_asked, needs_prometheus, s
 from tests.prompts import prompt
 from tests.reference import TOKENS, Comparison
 from tests.servers.conftest import OneCluster
+from tests.waiting import until
 
 STREAMS = 4
 STREAM_TOKENS = 100
@@ -426,6 +429,19 @@ def test_a_policy_file_counts_when_it_changes_and_not_while_it_has_a_mistake(uni
     finally:
         policy.write_text(before)
     assert comes_to(0.75)
+
+
+def test_a_server_reads_its_policy_file_at_sighup_and_serves_on(unified_server: Cluster) -> None:
+    """The file has not changed, so nothing else has it read."""
+    log = unified_server.config.log_dir / "unified.log"
+
+    def readings() -> int:
+        return log.read_text().count("The SLO policy is that of ")
+
+    before = readings()
+    os.kill(unified_server.processes["unified"], signal.SIGHUP)
+    until(lambda: readings() > before, 60, say=lambda: "the file was not read again")
+    requests.post(unified_server.url + "/generate", json=ENDPOINTS["/generate"], timeout=60).raise_for_status()
 
 
 @pytest.mark.parametrize("server", ["unified_server", pytest.param("stock_unified_server", marks=pytest.mark.stress)])
