@@ -8,6 +8,7 @@ that forgets to wait for a load would be seen there.
 from __future__ import annotations
 
 import random
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -28,10 +29,11 @@ class Stream:
     """How many of them have been made."""
 
     def run_to(self, place: int) -> None:
-        while self.run < place:
-            copy = self.queued[self.run]
-            self.run += 1
-            copy()
+        with self.device.one_at_a_time:
+            while self.run < place:
+                copy = self.queued[self.run]
+                self.run += 1
+                copy()
 
     def synchronize(self) -> None:
         self.run_to(len(self.queued))
@@ -82,6 +84,8 @@ class LateTransfers:
         self.rng = random.Random(seed)
         self.progress = progress
         """How often a copy is made where somebody only asks."""
+        self.one_at_a_time = threading.RLock()
+        """The thread that waits for the end of transfers makes copies as well as the scheduler's."""
         self.compute = self.now = Stream(self)
         self.copies = 0
 

@@ -18,8 +18,9 @@ from sgl_flowprefill.model import embedded_model_path
 from sgl_flowprefill.policy import Limits
 from sgl_flowprefill.ttft import PrefillShape
 from tests.chaos import Rounds, calm
-from tests.engine import Engine, PrefillEngine
+from tests.engine import PrefillEngine
 from tests.exploring import explore, explorer_of
+from tests.host_cache import OPTIONS, POOL_TOKENS, PROMPTS, Loads
 from tests.late_transfers import make_late
 from tests.prompts import prompt
 from tests.reference import Comparison, Reference
@@ -29,40 +30,7 @@ from tests.unified_comparison import Stock, StockComparison
 from tests.unified_engine import StockEngine, UnifiedEngine
 from tests.unified_rounds import Rounds as UnifiedRounds
 
-POOL_TOKENS = 5000
-OPTIONS = {
-    "enable_hierarchical_cache": True,
-    "hicache_ratio": 8.0,
-    "hicache_write_policy": "write_through",
-    "max_total_tokens": POOL_TOKENS,
-}
-PREFIXES = [prompt(40 + i, 400 + 60 * i) for i in range(9)]
-PROMPTS = [prompt(i, len(prefix) + 20 + 37 * (i % 7), prefix) for prefix in PREFIXES for i in range(100, 104)]
-"""Four for each prefix; the device has room for the prompts of some."""
 ASKS = asks(30, seed=6, longest_tokens=1500, longest_answer_tokens=40, always_ignore_eos=True)
-
-
-class Loads:
-    """What an engine loads from host memory, later than it asks for it."""
-
-    def __init__(self, engine: Engine) -> None:
-        self.tokens: list[int] = []
-        """Of each load."""
-        self.beside_others = 0
-        """Batches that were made while a load of another one was under way."""
-        controller = engine.scheduler.tree_cache.cache_controller
-        start_loading = controller.start_loading
-
-        def noted() -> Any:
-            tokens = sum(len(load.device_indices) for load in controller.load_queue)
-            self.tokens += [tokens] if tokens else []
-            self.beside_others += any(not load.finish_event.query() for load in controller.ack_load_queue)
-            return start_loading()
-
-        controller.start_loading = noted
-
-    def __str__(self) -> str:
-        return f"{len(self.tokens)} loads of {sum(self.tokens)} tokens, {self.beside_others} batches beside a load"
 
 
 class Late(PrefillEngine):
@@ -71,7 +39,7 @@ class Late(PrefillEngine):
     def __init__(self) -> None:
         self.transfers = make_late(seed=1)
         super().__init__(str(embedded_model_path()), **OPTIONS)
-        self.loads = Loads(self)
+        self.loads = Loads(self.scheduler)
 
 
 class LateUnified(UnifiedEngine):
@@ -80,7 +48,7 @@ class LateUnified(UnifiedEngine):
     def __init__(self) -> None:
         make_late(seed=1)
         super().__init__(str(embedded_model_path()), **OPTIONS)
-        self.loads = Loads(self)
+        self.loads = Loads(self.scheduler)
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +74,7 @@ def play(engine: Late, rounds: int, first: int = 0) -> Played:
     """Rounds of prompts that do not all fit on the device: what one evicts, another loads back."""
     comparison = Comparison(Reference(embedded_model_path()))
     chance = Rounds(engine, comparison, PROMPTS)
-    loads = engine.loads = Loads(engine)
+    loads = engine.loads = Loads(engine.scheduler)
     for number in range(first, first + rounds):
         chance.play(random.Random(number))
         comparison.assert_same()
