@@ -84,10 +84,9 @@ class Ranks:
                 nnodes=nodes,
                 node_rank=node,
                 dist_init_addr=rendezvous,
-                **self.settings,
+                **{"max_total_tokens": 60_000, **self.settings},
                 disable_overlap_schedule=True,
                 chunked_prefill_size=-1,
-                max_total_tokens=60_000,
                 mem_fraction_static=0.9,  # what others take while weights are loaded is no reason not to start
                 log_level="warning",
             )
