@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable
 from typing import Any, Final, NoReturn
 
-from sgl_flowprefill.compat import incompatible_option, refusals, take_over, take_over_decode_server
+from sgl_flowprefill.compat import incompatible_option, refusals, risks, take_over, take_over_decode_server
 from sgl_flowprefill.patches.base import expect
 
 logger = logging.getLogger(__name__)
@@ -47,6 +47,8 @@ def resolve(original: Callable[[Any], None], server_args: Any) -> None:
         return
     only_decodes = server_args.disaggregation_mode == "decode"
     refusal = None if only_decodes else next(refusals(server_args), None)
+    for risk in risks(server_args):
+        logger.warning("FlowPrefill: %s", risk)
     for change in take_over_decode_server(server_args) if only_decodes else take_over(server_args):
         logger.log(logging.WARNING if change.asked else logging.INFO, "FlowPrefill: %s", change)
     try:

@@ -148,6 +148,11 @@ class FlowPrefillConfig(BaseModel):
         description="answers say what happened to their request: objective, whether it was met, and why not "
         "(docs/answers.md); false leaves SGLang's answers as they are",
     )
+    uncompared: bool = Field(
+        default=False,
+        description="start with features of SGLang that have not been compared together under suspensions; answers may "
+        "be wrong (docs/compatibility.md)",
+    )
     profile: str | None = Field(
         default=None,
         description="profile of `launch.py profile` to predict TTFT with; without it, the one in the cache, which the "

@@ -80,7 +80,7 @@ def read(command: str, read_launcher: ReadLauncher) -> Asked | None:
     launcher = next((place for place, name in enumerate(names) if name in LAUNCHERS), None)
     if launcher is not None:
         config = read_launcher(words[launcher + 1 :])
-        return Asked(_server_options(config), env) if config.flowprefill else None
+        return Asked(_server_options(config), env | config.options.to_env()) if config.flowprefill else None
     entry = next((place for place, name in enumerate(names) if name in ENTRIES), -1)
     options = words[entry + 1 :]
     if entry >= 0 and names[entry] == "serve":

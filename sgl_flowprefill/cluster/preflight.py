@@ -466,7 +466,7 @@ def _check_options(layout: Layout) -> None:
                 )
             if role != "decode" and config.flowprefill:
                 take_over(options, dict(os.environ))
-                problem = incompatible_option(options)
+                problem = incompatible_option(options, os.environ | config.options.to_env())
                 if problem:
                     raise StartError(problem)
             if role == "unified" and config.flowprefill:

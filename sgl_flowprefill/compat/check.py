@@ -9,29 +9,30 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
-from sgl_flowprefill.compat.row import ABOVE_ONE, GIVEN, MODE, Row, Server, Treatment, flag, shown
+from sgl_flowprefill.compat.pairs import DataParallel, takes_uncompared, uncompared
+from sgl_flowprefill.compat.row import ABOVE_ONE, GIVEN, MODE, Row, Server, Treatment, flag, is_on, shown
 from sgl_flowprefill.compat.table import (
-    ADAPTER_RANKS,
     ATTENTION,
-    BESIDE_DRAFTS,
     DECODE_SERVERS,
-    DRAFTS_BESIDE,
     GRAPH_CONFIG,
     INSTEAD_OF_UNCHECKED,
-    MOVES_BESIDE,
     OF_PREFILL_SERVERS,
     ONE_MACHINE,
-    OWN_PREFIXES,
     RANKS_THAT_FAIL,
     REFUSED_ENVIRONMENT,
     REPLICAS,
     ROWS,
     SHARED_ATTENTION,
-    STORAGE_RANKS,
     UNSET_ENVIRONMENT,
 )
+
+NOT_COMPARED: Final = (
+    "{} is refused by FlowPrefill: they have not been compared together; --flowprefill-uncompared true starts the "
+    "server all the same"
+)
+TAKEN_UNCOMPARED: Final = "{} has not been compared, and what this server answers may be wrong"
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ def take_over(server_args: Any, env: MutableMapping[str, str] | None = None) -> 
         name, was = flag("cuda_graph_config"), str(graphs["prefill"]["backend"])
         changes.append(Change(name, was, "says nothing of prefill.backend", GRAPH_CONFIG.why, asked=True))
     for name, why in UNSET_ENVIRONMENT.items():
-        if _is_on(name, env):
+        if is_on(name, env):
             changes.append(Change(name, env.pop(name), "is not set", why, asked=True))
     return changes
 
@@ -120,42 +121,34 @@ def refusals(server_args: Any, env: Mapping[str, str] | None = None) -> Iterator
                 value = getattr(server_args, option, None)
                 if row.values.holds(value):
                     yield Refusal(option, shown(option, value), _cannot_work(shown(option, value), row.why))
-    has_adapters = any(getattr(server_args, option, None) for option in ("enable_lora", "lora_paths"))
-    if has_adapters and ABOVE_ONE.holds(getattr(server_args, "tp_size", None)):
-        given = f"--enable-lora with {shown('tp_size', server_args.tp_size)}"
-        yield Refusal("enable_lora", given, _cannot_work(given, ADAPTER_RANKS))
-    storage = getattr(server_args, "hicache_storage_backend", None)
-    if GIVEN.holds(storage) and ABOVE_ONE.holds(getattr(server_args, "tp_size", None)):
-        given = f"{shown('hicache_storage_backend', storage)} with {shown('tp_size', server_args.tp_size)}"
-        yield Refusal("hicache_storage_backend", given, _cannot_work(given, STORAGE_RANKS))
-    algorithm = getattr(server_args, "speculative_algorithm", None)
-    for option in BESIDE_DRAFTS if GIVEN.holds(algorithm) else ():
-        value = getattr(server_args, option, None)
-        if GIVEN.holds(value):
-            given = f"{shown('speculative_algorithm', algorithm)} with {shown(option, value)}"
-            yield Refusal("speculative_algorithm", given, _cannot_work(given, DRAFTS_BESIDE))
     elastic = getattr(server_args, "elastic_ep_backend", None)
     if getattr(server_args, "enable_eplb", False) and GIVEN.holds(elastic):
         given = f"--enable-eplb with {shown('elastic_ep_backend', elastic)}"
         yield Refusal("enable_eplb", given, _cannot_work(given, RANKS_THAT_FAIL))
     yield from _data_parallel(server_args)
+    if not takes_uncompared(env):
+        for pair in uncompared(server_args, server):
+            yield Refusal(pair.option, pair.given, NOT_COMPARED.format(pair.given))
     for name, why in REFUSED_ENVIRONMENT.items():
-        if _is_on(name, env) and (server == "prefill" or name not in OF_PREFILL_SERVERS):
+        if is_on(name, env) and (server == "prefill" or name not in OF_PREFILL_SERVERS):
             yield Refusal(name, f"{name}={env[name]}", f"{_cannot_work(f'{name}={env[name]}', why)}; unset it")
 
 
+def risks(server_args: Any, env: Mapping[str, str] | None = None) -> list[str]:
+    """What a server starts with though it has not been compared: one sentence each."""
+    server = server_of(server_args)
+    if server is None or not takes_uncompared(os.environ if env is None else env):
+        return []
+    return [TAKEN_UNCOMPARED.format(pair.given) for pair in uncompared(server_args, server)]
+
+
 def _data_parallel(server_args: Any) -> Iterator[Refusal]:
-    """What a server cannot start with for its data parallelism. SGLang makes ``--dp-size`` that of attention
-    where the deprecated ``--enable-dp-attention`` says so.
-    """
+    """What a server cannot start with for its data parallelism."""
 
     def given(option: str) -> Any:
         return getattr(server_args, option, None)
 
-    replicas, ranks = given("dp_size") or 1, given("attn_dp_size") or 1
-    option = "attn_dp_size"
-    if given("enable_dp_attention") and ranks == 1:
-        option, replicas, ranks = "dp_size", 1, replicas
+    option, ranks, replicas = DataParallel.of(server_args)
     if replicas > 1:
         yield Refusal("dp_size", shown("dp_size", replicas), _cannot_work(shown("dp_size", replicas), REPLICAS))
     if ranks == 1:
@@ -163,9 +156,6 @@ def _data_parallel(server_args: Any) -> Iterator[Refusal]:
     for other, is_refused, why in (
         ("tp_size", (given("tp_size") or 1) != ranks, SHARED_ATTENTION),
         ("nnodes", ABOVE_ONE.holds(given("nnodes")), ONE_MACHINE),
-        ("enable_hierarchical_cache", bool(given("enable_hierarchical_cache")), OWN_PREFIXES),
-        ("speculative_algorithm", GIVEN.holds(given("speculative_algorithm")), DRAFTS_BESIDE),
-        ("enable_eplb", bool(given("enable_eplb")), MOVES_BESIDE),
     ):
         if is_refused:
             sentence = _cannot_work(shown(option, ranks), f"beside {shown(other, given(other) or 1)}, {why}")
@@ -254,7 +244,3 @@ def _has_no_graphs(server_args: Any) -> bool:
 
 def _cannot_work(given: str, why: str) -> str:
     return f"{given} cannot work with FlowPrefill: {why}"
-
-
-def _is_on(variable: str, env: Mapping[str, str]) -> bool:
-    return env.get(variable, "").lower() in ("1", "true", "yes", "y")

@@ -6,7 +6,8 @@ import shlex
 from dataclasses import dataclass
 from typing import Final
 
-from sgl_flowprefill.compat.row import Group, Row, flag
+from sgl_flowprefill.compat.pairs import COMPARED, FEATURES, PAIRS, Pair, is_compared, servers_of
+from sgl_flowprefill.compat.row import SERVERS, Group, Row, Server, flag
 from sgl_flowprefill.compat.table import (
     DECODE_SERVERS,
     GRAPH_CONFIG,
@@ -99,16 +100,43 @@ SGLang's preemption by priority, which takes the places of streams, is set off. 
 """
 
 
+TOGETHER: Final = """\
+## Features together
+
+These work on a server each by itself: {features}.
+A pair of them that no test has compared is refused, because what a server keeps for one while a prefill is suspended
+may not be all that it would have to keep for both. `--flowprefill-uncompared true` starts the server all the same, with
+a warning in its log; its answers may be wrong then, or wait for ever. Compared is what has a file in
+`tests/integration`: answers and KV caches under suspensions at random, of a pair, not of three or more.
+
+"""
+
+
 def compatibility_page() -> str:
     """The whole page."""
     examples = "".join(_example(example) for example in EXAMPLES)
     tables = "".join(map(_group, (*TABLE, DECODE_SERVERS)))
-    return f"{INTRODUCTION}## Three command lines\n\n{examples}{tables}" + "\n".join(_environment())
+    return f"{INTRODUCTION}## Three command lines\n\n{examples}{_pairs()}{tables}" + "\n".join(_environment())
 
 
 def _example(example: Example) -> str:
     command = ["FLOWPREFILL=1", "sglang", "serve", "--model-path", "MODEL", *example.options]
     return f"{example.name[0].upper()}{example.name[1:]}:\n\n    {' '.join(command)}\n\n"
+
+
+def _pairs() -> str:
+    features = ", ".join(f"{feature.name} (`{flag(feature.option)}`)" for feature in FEATURES)
+    lines = ["| pair | prefill server | unified server |", "| --- | --- | --- |"]
+    for pair in PAIRS:
+        cells = " | ".join(_judged(pair, server) for server in SERVERS)
+        lines.append(f"| {pair[0].name}, {pair[1].name} | {cells} |")
+    return TOGETHER.format(features=features) + "\n".join(lines) + "\n\n"
+
+
+def _judged(pair: Pair, server: Server) -> str:
+    if server not in servers_of(pair):
+        return "has only one of them"
+    return f"`{COMPARED[pair].test}`" if is_compared(pair, server) else "**refused**"
 
 
 def _group(group: Group) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
@@ -105,6 +105,11 @@ def flag(option: str) -> str:
 def shown(option: str, value: Any) -> str:
     """The option with its value, as it is given on a command line."""
     return flag(option) if value is True else f"{flag(option)} {value}"
+
+
+def is_on(variable: str, env: Mapping[str, str]) -> bool:
+    """Whether a variable of ``env`` says yes, as SGLang reads them."""
+    return env.get(variable, "").lower() in ("1", "true", "yes", "y")
 
 
 # ---- rows, written shortly ----------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from sgl_flowprefill.compat.row import ABOVE_ONE, POSITIVE, Group, Row, flag, leave, one_of, other_than, put, refuse
+from sgl_flowprefill.compat.row import ABOVE_ONE, POSITIVE, Group, Row, leave, one_of, other_than, put, refuse
 
 CHECKED_ATTENTION_BACKENDS: Final = ("flashinfer", "fa3", "triton", "flowprefill_cpu", "torch_native")
 """Backends of which several instances can be live at once (tests/unit/test_gpu_contracts.py)."""
@@ -36,16 +36,11 @@ TRANSFERS: Final = "SGLang waits for its transfers layer by layer in one forward
 STORAGE_RANKS: Final = "what each rank reads from it at its own pace has not been compared"
 STAGED: Final = "what it reads from storage is of one request and no cached prefix, and has not been compared"
 LORA_KERNELS: Final = "it has not been checked to keep the batches of suspended prefills apart; use csgmv or triton"
-ADAPTER_RANKS: Final = "adapters that are split between ranks have not been compared"
 EXPERT_ADAPTERS: Final = "adapters of experts have not been checked to keep the batches of suspended prefills apart"
 DRAFTS: Final = "what its prefills compute for the decode server has not been compared; use EAGLE, EAGLE3 or NEXTN"
 DRAFT_STEPS: Final = "when decode steps start is decided by steps that give each stream one token"
-DRAFTS_BESIDE: Final = "drafts have not been compared together with it"
-BESIDE_DRAFTS: Final = ("enable_hierarchical_cache", "enable_lora", "lora_paths")
-"""Options with which ``--speculative-algorithm`` is refused, besides those of data-parallel attention."""
 REBALANCING: Final = "experts move between ranks when nothing is suspended"
 STEPS_BETWEEN_MOVES: Final = "experts that move between decode steps have not been compared"
-MOVES_BESIDE: Final = "experts that move have not been compared together with it"
 RANKS_THAT_FAIL: Final = "when a rank has failed, experts move in the middle of a forward pass, beside suspended ones"
 REPLICAS: Final = (
     "its ranks are replicas, one of which a request gets by its number; start as many servers, for which launch.py has "
@@ -54,7 +49,6 @@ REPLICAS: Final = (
 SHARED_ATTENTION: Final = "ranks that share the attention of their requests have not been checked with others that do"
 ONE_MACHINE: Final = "a rank that sleeps is woken by those of its machine alone"
 ONE_SENDER: Final = "all ranks have to get a pause or a change of weights in the same round"
-OWN_PREFIXES: Final = "prefixes that each rank loads by itself have not been compared"
 HTTP: Final = "the objective of a request is checked by the HTTP server"
 
 ATTENTION: Final = refuse(
@@ -242,7 +236,7 @@ CACHES: Final = Group(
         ),
         leave(
             "hicache_storage_backend",
-            f"goes with --enable-hierarchical-cache. **Refused** with `--tp-size` above 1: {STORAGE_RANKS}",
+            "goes with --enable-hierarchical-cache",
         ),
         leave(
             "hicache_storage_prefetch_policy hicache_storage_backend_extra_config",
@@ -288,9 +282,8 @@ PARALLEL: Final = Group(
             "enable_dp_attention attn_dp_size",
             "a prefill is a forward pass of all ranks, which are suspended together, behind a layer, and a decode step "
             "is one of all, too. "
-            f"**Refused** with fewer than `--tp-size` ranks of attention ({SHARED_ATTENTION}), with `--nnodes` above 1 "
-            f"({ONE_MACHINE}), with `--enable-hierarchical-cache` ({OWN_PREFIXES}), and with `--speculative-algorithm` "
-            f"({DRAFTS_BESIDE})",
+            f"**Refused** with fewer than `--tp-size` ranks of attention ({SHARED_ATTENTION}), and with `--nnodes` "
+            f"above 1 ({ONE_MACHINE})",
         ),
         leave("dp_size", f"goes with DP attention. **Refused** above 1 without: {REPLICAS}"),
         refuse("enable_dp_attention_local_control_broadcast", ONE_SENDER),
@@ -382,8 +375,7 @@ SPECULATION: Final = Group(
         refuse("speculative_draft_attention_backend", ATTENTION.why, other_than(*CHECKED_ATTENTION_BACKENDS)),
         leave(
             "speculative_draft_model_path speculative_draft_model_revision",
-            "the draft model's prefill is the end of the prompt's, and can be suspended as that can. "
-            f"**Refused** with {', '.join(f'`{flag(option)}`' for option in BESIDE_DRAFTS)}: {DRAFTS_BESIDE}",
+            "the draft model's prefill is the end of the prompt's, and can be suspended as that can",
             ("prefill",),
         ),
         leave(
@@ -417,8 +409,7 @@ ADAPTER: Final = Group(
     (
         leave(
             "enable_lora lora_paths max_loras_per_batch",
-            "adapters of live prefills and of streams keep their slots; requests whose adapters find none wait. "
-            f"**Refused** with `--tp-size` above 1: {ADAPTER_RANKS}",
+            "adapters of live prefills and of streams keep their slots; requests whose adapters find none wait",
         ),
         refuse("lora_backend", LORA_KERNELS, other_than(*CHECKED_LORA_BACKENDS)),
         put(

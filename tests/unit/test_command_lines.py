@@ -402,6 +402,17 @@ def test_a_command_without_flowprefill_and_a_decode_server_stay_as_they_are(
     assert "--tokenizer-worker-num is 1 (was 4): workers load no plugins" in told
 
 
+def test_what_has_not_been_compared_together_starts_with_the_switch_however_that_is_given() -> None:
+    together = "--enable-lora --tp 2"
+    for command, code in (
+        (f"sglang serve m {together}", 1),
+        (f"FLOWPREFILL_UNCOMPARED=true sglang serve m {together}", 0),
+        (f"launch.py --flowprefill --unified {together}", 1),
+        (f"launch.py --flowprefill --unified --flowprefill-uncompared true {together}", 0),
+    ):
+        assert cli.main(["doctor", "--explain", command]) == code, command
+
+
 @pytest.mark.parametrize("form", ["--config {}", "--config={}"])
 @pytest.mark.parametrize("start", ["launch.py --flowprefill --unified", "sglang serve m"])
 def test_what_a_config_file_asks_for_is_explained(

@@ -150,14 +150,10 @@ def test_a_prefill_server_with_a_draft_starts(algorithm: str) -> None:
     ("options", "given"),
     [
         ({"speculative_algorithm": "STANDALONE"}, "--speculative-algorithm STANDALONE"),
-        (
-            {"speculative_algorithm": "EAGLE", "enable_lora": True},
-            "--speculative-algorithm EAGLE with --enable-lora",
-        ),
         ({"speculative_algorithm": "EAGLE", "disaggregation_mode": "null"}, "--speculative-algorithm EAGLE"),
     ],
 )
-def test_what_has_not_been_compared_with_a_draft_is_refused(options: dict[str, Any], given: str) -> None:
+def test_another_draft_is_refused(options: dict[str, Any], given: str) -> None:
     text = problem(**options)
     assert text is not None
     assert text.startswith(f"{given} cannot work with FlowPrefill: ")

@@ -141,6 +141,15 @@ def test_a_decode_server_gets_one_tokenizer_worker_and_keeps_its_other_options(
     )
 
 
+def test_a_server_that_starts_with_what_has_not_been_compared_says_so(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FLOWPREFILL_UNCOMPARED", "True")
+    options.resolve(lambda server_args: None, SimpleNamespace(**(WORKS | {"enable_lora": True, "tp_size": 2})))
+    [told] = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert told.startswith("FlowPrefill: --enable-lora with --tp-size 2 has not been compared")
+
+
 def test_a_changed_target_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Engine, "_launch_subprocesses", lambda *anything: None)
     with pytest.raises(SeamError, match="_launch_subprocesses"):

@@ -1,0 +1,131 @@
+"""Features of SGLang that work with FlowPrefill each by itself, and which of them a test has compared together.
+
+A pair that none has is refused, unless ``--flowprefill-uncompared`` says otherwise: what a server keeps for one of them
+while a prefill is suspended may not be all that it would have to keep for both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from itertools import combinations
+from typing import Any, Final, NamedTuple
+
+from sgl_flowprefill.compat.row import ABOVE_ONE, GIVEN, SERVERS, Server, Values, is_on, shown
+
+UNCOMPARED: Final = "FLOWPREFILL_UNCOMPARED"
+"""The variable of the switch: ``sgl_flowprefill.config``."""
+
+
+class DataParallel(NamedTuple):
+    """How many ranks of attention a server has, and how many replicas. SGLang makes ``--dp-size`` that of attention
+    where the deprecated ``--enable-dp-attention`` says so.
+    """
+
+    option: str
+    """By which the ranks are given."""
+    ranks: int
+    replicas: int
+
+    @classmethod
+    def of(cls, options: Any) -> DataParallel:
+        replicas, ranks = (getattr(options, name, None) or 1 for name in ("dp_size", "attn_dp_size"))
+        if getattr(options, "enable_dp_attention", None) and ranks == 1:
+            return cls("dp_size", replicas, 1)
+        return cls("attn_dp_size", ranks, replicas)
+
+
+class Feature(NamedTuple):
+    """What a server is asked for by an option."""
+
+    name: str
+    option: str
+    given: Callable[[Any], str | None]
+    """How it is asked for on the command line of a server with these options; None where it is not."""
+    servers: tuple[Server, ...] = SERVERS
+    """Those that have it."""
+
+
+def _given(option: str, values: Values = GIVEN) -> Callable[[Any], str | None]:
+    def given(options: Any) -> str | None:
+        value = getattr(options, option, None)
+        return shown(option, value) if values.holds(value) else None
+
+    return given
+
+
+def _adapters(options: Any) -> str | None:
+    return "--enable-lora" if any(getattr(options, name, None) for name in ("enable_lora", "lora_paths")) else None
+
+
+def _joint(options: Any) -> str | None:
+    option, ranks, _ = DataParallel.of(options)
+    return shown(option, ranks) if ranks > 1 else None
+
+
+def _ranks(options: Any) -> str | None:
+    return None if _joint(options) else _given("tp_size", ABOVE_ONE)(options)
+
+
+def _feature(name: str, option: str, servers: tuple[Server, ...] = SERVERS) -> Feature:
+    return Feature(name, option, _given(option), servers)
+
+
+DRAFTS: Final = _feature("a draft model", "speculative_algorithm", ("prefill",))
+ADAPTERS: Final = Feature("adapters", "enable_lora", _adapters)
+STORAGE: Final = _feature("prefixes in storage", "hicache_storage_backend")
+HOST_CACHE: Final = _feature("prefixes in host memory", "enable_hierarchical_cache")
+EXPERTS: Final = _feature("experts that move", "enable_eplb", ("prefill",))
+JOINT: Final = Feature("DP attention", "attn_dp_size", _joint)
+RANKS: Final = Feature("several ranks", "tp_size", _ranks)
+FEATURES: Final = (DRAFTS, ADAPTERS, STORAGE, HOST_CACHE, EXPERTS, JOINT, RANKS)
+
+Pair = tuple[Feature, Feature]
+
+
+class Compared(NamedTuple):
+    """Where a pair has been compared."""
+
+    test: str
+    """In ``tests/integration``."""
+    servers: tuple[Server, ...]
+
+
+COMPARED: Final[Mapping[Pair, Compared]] = {
+    (STORAGE, HOST_CACHE): Compared("test_host_storage.py", SERVERS),
+    (HOST_CACHE, RANKS): Compared("test_host_cache_ranks.py", SERVERS),
+    (DRAFTS, RANKS): Compared("test_draft_ranks.py", ("prefill",)),
+    (EXPERTS, RANKS): Compared("test_experts.py", ("prefill",)),
+}
+PAIRS: Final[tuple[Pair, ...]] = tuple(pair for pair in combinations(FEATURES, 2) if pair != (JOINT, RANKS))
+"""All there are: DP attention has several ranks anyway."""
+
+
+class Uncompared(NamedTuple):
+    """Two features that a server is asked for and that have not been compared together there."""
+
+    option: str
+    """Of the first one: field of ServerArgs."""
+    given: str
+    """Both, as they are asked for on a command line."""
+
+
+def servers_of(pair: Pair) -> tuple[Server, ...]:
+    """Kinds of servers that have both features."""
+    return tuple(server for server in SERVERS if all(server in feature.servers for feature in pair))
+
+
+def is_compared(pair: Pair, server: Server) -> bool:
+    return pair in COMPARED and server in COMPARED[pair].servers
+
+
+def uncompared(options: Any, server: Server) -> Iterator[Uncompared]:
+    """What a ``server`` is asked for that has not been compared there."""
+    for one, other in PAIRS:
+        given, beside = one.given(options), other.given(options)
+        if given is not None and beside is not None and not is_compared((one, other), server):
+            yield Uncompared(one.option, f"{given} with {beside}")
+
+
+def takes_uncompared(env: Mapping[str, str]) -> bool:
+    """Whether servers of the environment ``env`` start with such pairs."""
+    return is_on(UNCOMPARED, env)
