@@ -161,7 +161,7 @@ class AdaptedPrefill(PrefillEngine):
     """A prefill server with adapters."""
 
     def __init__(self, paths: Sequence[str], **server_args: Any) -> None:
-        super().__init__(str(model_path()), first_start_s=FIRST_START_S, **options(paths), **server_args)
+        super().__init__(str(model_path()), first_start_s=FIRST_START_S, **(options(paths) | server_args))
         self.asked: dict[str, str | None] = {}
         """The adapter that each request asks for."""
         self.lora_ids = ids_of(self)

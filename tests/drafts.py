@@ -278,8 +278,9 @@ class Handed:
 class DraftedPrefill(PrefillEngine):
     """A prefill server with a draft model."""
 
-    def __init__(self, draft: Draft, path: str) -> None:
-        super().__init__(draft.model_path, first_start_s=FIRST_START_S, **options(draft, path), max_total_tokens=30_000)
+    def __init__(self, draft: Draft, path: str, **server_args: Any) -> None:
+        asked = {"max_total_tokens": 30_000, **options(draft, path), **server_args}
+        super().__init__(draft.model_path, first_start_s=FIRST_START_S, **asked)
         self.comparison = DraftComparison(draft)
         self.seen: Counter[str] = Counter()
         self._watch_flags()

@@ -1,0 +1,121 @@
+"""Prefixes that come back from host memory on prefill servers with a draft model, and on those with adapters.
+
+Prefills are suspended at random places, and every copy is made as late as may be.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.adapters import NAMES, AdaptedPrefill, AdaptedRounds, assert_all_same, total, write_adapters
+from tests.chaos import Rounds
+from tests.drafts import Draft, DraftedPrefill, DraftedRounds
+from tests.engine import PrefillEngine
+from tests.host_cache import OPTIONS, PROMPTS, Loads
+from tests.late_transfers import make_late
+from tests.remote import Remote
+
+FEW_PROMPTS = PROMPTS[:8]
+"""Behind two prefixes, each of which has a KV cache for every adapter."""
+
+
+class LateDrafted(DraftedPrefill):
+    """A server whose draft model's KV cache is in host memory, too."""
+
+    def __init__(self, draft: Draft, path: str) -> None:
+        os.environ["FLOWPREFILL_UNCOMPARED"] = "true"
+        make_late(seed=1)
+        super().__init__(draft, path, **OPTIONS)
+
+
+class LateAdapted(AdaptedPrefill):
+    """A server with adapters."""
+
+    def __init__(self, paths: Sequence[str]) -> None:
+        os.environ["FLOWPREFILL_UNCOMPARED"] = "true"
+        make_late(seed=1)
+        super().__init__(paths, **OPTIONS)
+
+
+@dataclass
+class Played:
+    """What became of some rounds."""
+
+    text: str
+    counts: Counter[str]
+    seen: Counter[str]
+    loads: int
+
+
+def play(engine: PrefillEngine, chance: Rounds, rounds: int, assert_same: Callable[[], None]) -> Loads:
+    """Rounds of prompts that do not all fit on the device: what one evicts, another loads back."""
+    loads = Loads(engine.scheduler)
+    for number in range(rounds):
+        chance.play(random.Random(number))
+        assert_same()
+        engine.scheduler.on_idle()
+    chance.close()
+    engine.assert_clean()
+    return loads
+
+
+def play_drafts(engine: LateDrafted, rounds: int) -> Played:
+    comparison = engine.comparison
+    chance = DraftedRounds(engine, comparison, PROMPTS)
+    loads = play(engine, chance, rounds, comparison.assert_same)
+    return Played(f"{chance}; {loads}", comparison.counts, chance.seen + engine.seen, len(loads.tokens))
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "rounds"),
+    [
+        ("EAGLE3", 6),
+        pytest.param("EAGLE3", 60, marks=pytest.mark.stress),
+        pytest.param("EAGLE", 60, marks=pytest.mark.stress),
+    ],
+)
+def test_suspended_prefills_hand_over_what_drafts_begin_with_behind_prefixes_of_host_memory(
+    algorithm: str, rounds: int, tmp_path: Path
+) -> None:
+    draft = Draft(algorithm)
+    with closing(Remote(LateDrafted, draft, str(draft.write(tmp_path)))) as remote:
+        played = remote.call(play_drafts, rounds)
+    print(played.text)
+    counts, seen = played.counts, played.seen
+    assert counts["KV caches"] == counts["drafts"] >= 2 * rounds
+    assert counts["draft KV tensors"] == 2 * counts["drafts"]
+    assert played.loads >= rounds // 2
+    assert seen["suspensions"] >= 3 * counts["drafts"]
+    assert seen["runs beside prefills that are suspended at their drafts"] >= rounds // 2
+    assert not seen["flags of the other model"]
+
+
+def play_adapters(engine: LateAdapted, rounds: int) -> Played:
+    chance = AdaptedRounds(engine, None, FEW_PROMPTS)  # type: ignore[arg-type] - each request has its own comparison
+    chance.comparison = chance.comparisons[None]
+    loads = play(engine, chance, rounds, lambda: assert_all_same(chance.comparisons))
+    counts, seen = total(chance.comparisons), chance.seen + engine.slots.counts
+    compared = ", ".join(f"{count:,} {what}" for what, count in (*counts.items(), *seen.items()))
+    return Played(f"{compared}; {loads}", counts, seen, len(loads.tokens))
+
+
+@pytest.mark.stress
+def test_suspended_prefills_keep_their_adapters_behind_prefixes_of_host_memory(tmp_path: Path) -> None:
+    rounds = 40
+    with closing(Remote(LateAdapted, write_adapters(tmp_path))) as remote:
+        played = remote.call(play_adapters, rounds)
+    print(played.text)
+    counts, seen = played.counts, played.seen
+    assert counts["answers"] == counts["KV caches"] >= 2 * rounds
+    assert played.loads >= rounds // 2
+    assert seen["suspensions"] >= 3 * counts["answers"]
+    assert seen["adapters loaded beside suspended prefills"] >= rounds // 5
+    assert all(seen[f"of adapter {name}"] for name in NAMES)
