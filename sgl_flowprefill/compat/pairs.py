@@ -93,6 +93,7 @@ class Compared(NamedTuple):
 COMPARED: Final[Mapping[Pair, Compared]] = {
     (STORAGE, HOST_CACHE): Compared("test_host_storage.py", SERVERS),
     (HOST_CACHE, RANKS): Compared("test_host_cache_ranks.py", SERVERS),
+    (DRAFTS, HOST_CACHE): Compared("test_host_cache_pairs.py", ("prefill",)),
     (DRAFTS, RANKS): Compared("test_draft_ranks.py", ("prefill",)),
     (EXPERTS, RANKS): Compared("test_experts.py", ("prefill",)),
 }

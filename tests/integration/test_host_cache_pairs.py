@@ -31,7 +31,6 @@ class LateDrafted(DraftedPrefill):
     """A server whose draft model's KV cache is in host memory, too."""
 
     def __init__(self, draft: Draft, path: str) -> None:
-        os.environ["FLOWPREFILL_UNCOMPARED"] = "true"
         make_late(seed=1)
         super().__init__(draft, path, **OPTIONS)
 
