@@ -118,9 +118,8 @@ def test_two_ranks_load_the_same_prefixes_between_decode_steps(two_heads: Refere
 
 @pytest.mark.stress
 def test_ranks_with_requests_of_their_own_load_their_own_prefixes(
-    joint: Reference, joint_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    joint: Reference, joint_path: Path, tmp_path: Path
 ) -> None:
-    monkeypatch.setenv("FLOWPREFILL_UNCOMPARED", "true")
     comparison, chaos = Comparison(joint), Chaos(seed=3, switch_probability=0.9)
     with LateJointRanks(str(joint_path), 2, tmp_path, chaos, prepare=note_loads_and_rests) as ranks:
         for wave in WAVES:
