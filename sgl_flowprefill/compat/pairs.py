@@ -92,6 +92,7 @@ class Compared(NamedTuple):
 
 COMPARED: Final[Mapping[Pair, Compared]] = {
     (STORAGE, HOST_CACHE): Compared("test_host_storage.py", SERVERS),
+    (ADAPTERS, HOST_CACHE): Compared("test_host_cache_pairs.py", ("prefill",)),
     (HOST_CACHE, JOINT): Compared("test_host_cache_ranks.py", ("prefill",)),
     (HOST_CACHE, RANKS): Compared("test_host_cache_ranks.py", SERVERS),
     (DRAFTS, HOST_CACHE): Compared("test_host_cache_pairs.py", ("prefill",)),

@@ -5,7 +5,6 @@ Prefills are suspended at random places, and every copy is made as late as may b
 
 from __future__ import annotations
 
-import os
 import random
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -39,7 +38,6 @@ class LateAdapted(AdaptedPrefill):
     """A server with adapters."""
 
     def __init__(self, paths: Sequence[str]) -> None:
-        os.environ["FLOWPREFILL_UNCOMPARED"] = "true"
         make_late(seed=1)
         super().__init__(paths, **OPTIONS)
 
