@@ -116,6 +116,10 @@ class Suspend(Event, tag="suspend"):
     blocking_s: Annotated[
         float | None, Meta(description="from `readable_s` to the winner's start: the paper's blocking time")
     ]
+    after: Annotated[
+        str, Meta(description="the module that its last preemption checkpoint follows; absent before the first")
+    ] = ""
+    tiles: Annotated[int, Meta(description="of what comes next, that have run; absent for none")] = 0
 
 
 class Resume(Event, tag="resume"):

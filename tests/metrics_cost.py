@@ -40,6 +40,7 @@ def costs_us(with_metrics: bool, with_reports: bool) -> dict[str, float]:
     """The median CPU time of each event."""
     from prometheus_client import CollectorRegistry
 
+    from sgl_flowprefill.hub.progress import Progress
     from sgl_flowprefill.hub.task import PrefillTask
     from sgl_flowprefill.hub.waiting import WaitingRequest
     from sgl_flowprefill.policy import Job, Limits, make_policy
@@ -54,7 +55,11 @@ def costs_us(with_metrics: bool, with_reports: bool) -> dict[str, float]:
     recorder, ttft = EventRecorder(None, metrics), AdaptiveTTFT(0.9, SimpleNamespace(predict_s=lambda batch: 0.1))
     live: list[PrefillTask] = []
     work: Any = SimpleNamespace(
-        waiting=(), policy=make_policy("feasible", Limits(16, 2048), 60.0), tasks=SimpleNamespace(live=live), ttft=ttft
+        waiting=(),
+        policy=make_policy("feasible", Limits(16, 2048), 60.0),
+        tasks=SimpleNamespace(live=live),
+        ttft=ttft,
+        progress=Progress([True, False], ["model.layers.0.self_attn", "model.layers.0.mlp"]),
     )
     recorder.watch(work, 4096.0)
     if with_reports:

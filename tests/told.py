@@ -15,7 +15,7 @@ def start(t_s: float, task: int, *rids: str, predicted_s: float = 1.0) -> Start:
 
 def suspend(t_s: float, task: int, rid: str, *winners: str, readable_s: float | None) -> Suspend:
     blocking_s = None if readable_s is None else t_s - readable_s
-    return Suspend(t_s, task, [rid], 7, list(winners), readable_s, t_s - 0.005, blocking_s)
+    return Suspend(t_s, task, [rid], 7, list(winners), readable_s, t_s - 0.005, blocking_s, "layers.3.self_attn", 2)
 
 
 def complete(t_s: float, task: int, *rids: str, forward_s: float = 1.0) -> Complete:

@@ -1,4 +1,4 @@
-"""How much of a forward pass is left, by the preemption checkpoints that it has passed."""
+"""Where a forward pass is, and how much of it is left, by the preemption checkpoints that it has passed."""
 
 from __future__ import annotations
 
@@ -7,19 +7,26 @@ from itertools import accumulate, cycle, islice
 
 
 class Progress:
-    """How much of a forward pass is left behind each of its preemption checkpoints."""
+    """What each preemption checkpoint of a forward pass follows, and how much is left behind it."""
 
-    def __init__(self, is_attention: Sequence[bool]) -> None:
+    def __init__(self, is_attention: Sequence[bool], names: Sequence[str] = ()) -> None:
         """``is_attention`` says of every preemption checkpoint, in order, whether it follows attention (else: MLP, or a
-        layer).
+        layer); ``names`` are those of the modules that they follow, where they are known.
         """
         self._pattern = is_attention
+        self._names = names
         self._attention = [0, *accumulate(is_attention)]
 
     @property
     def checkpoints(self) -> int:
         """Preemption checkpoints of one forward pass."""
         return len(self._attention) - 1
+
+    def behind(self, passed: int) -> str:
+        """The module that the last of ``passed`` checkpoints follows; empty where there is none, or its name is not
+        known.
+        """
+        return self._names[(passed - 1) % len(self._names)] if passed and self._names else ""
 
     def passed_all(self, checkpoints: int) -> None:
         """A forward pass is done and had so many ``checkpoints``: some models run their layers more than once."""

@@ -50,6 +50,8 @@ class PrefillTask:
     """Preemption checkpoints passed so far: one behind each operator, or behind each layer."""
     points_passed: int = 0
     """Interruption points passed so far: preemption checkpoints, and those of tiles."""
+    tiles_passed: int = 0
+    """Interruption points of tiles passed since the last preemption checkpoint."""
     spans: list[tuple[Stamp, Stamp]] = field(default_factory=list, repr=False)
     """Where it ran in the device's queue, from each start or resume to the suspension or end that followed."""
     has_run: bool = False

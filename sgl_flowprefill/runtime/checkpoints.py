@@ -79,18 +79,19 @@ def find_decoder_layers(model: nn.Module) -> list[DecoderLayer]:
 def install_checkpoints(
     model: nn.Module, layers: Sequence[DecoderLayer], granularity: Granularity, checkpoint: Callable[[], None]
 ) -> Progress:
-    """Call ``checkpoint`` after every operator (or layer) of ``model``; what lies behind each in a forward pass.
+    """Call ``checkpoint`` after every operator (or layer) of ``model``; where each is in a forward pass.
 
     Takes the place of each ``forward``: SGLang calls some operators by it (``nemotron_h.py``), which runs no hooks.
     """
     is_attention: list[bool] = []
+    names: list[str] = []
     for layer in layers:
-        names = (layer.name,) if granularity == "layer" else (*layer.attention, *layer.mlp)
-        for name in names:
+        for name in (layer.name,) if granularity == "layer" else (*layer.attention, *layer.mlp):
             module = model.get_submodule(name)
             module.forward = _then(module.forward, checkpoint)
             is_attention.append(granularity == "operator" and name in layer.attention)
-    return Progress(is_attention)
+            names.append(name)
+    return Progress(is_attention, names)
 
 
 def _then(forward: Callable[..., Any], checkpoint: Callable[[], None]) -> Callable[..., Any]:

@@ -34,6 +34,7 @@ from sgl_flowprefill.events import (
 from sgl_flowprefill.hub.device import Stamp
 from sgl_flowprefill.hub.failure import Failure
 from sgl_flowprefill.hub.parts import Recorder, blocked_since_s
+from sgl_flowprefill.hub.progress import Progress
 from sgl_flowprefill.hub.task import PrefillTask
 from sgl_flowprefill.hub.waiting import WaitingRequest
 from sgl_flowprefill.hub.work import Work
@@ -68,6 +69,7 @@ class EventRecorder(EventLog, Recorder):
         self._outcomes = Outcomes(decodes)
         self._outcome_listeners: list[Callable[[Outcome], object]] = []
         self._answer_listeners: list[Callable[[Any, str | None, int | None], object]] = []
+        self._progress = Progress([])
         self._suspended: dict[int, tuple[PrefillTask, float]] = {}
         """By id the tasks that are suspended and since when, in that order."""
         self._counted_spans: dict[int, int] = {}
@@ -161,6 +163,8 @@ class EventRecorder(EventLog, Recorder):
             readable_s=rounded(readable_s),
             stopped_s=round(stopped_s, 6),
             blocking_s=rounded(blocking_s),
+            after=self._progress.behind(task.operators_passed),
+            tiles=task.tiles_passed,
         )
 
     def resumed(self, task: PrefillTask, now_s: float) -> None:
@@ -252,9 +256,10 @@ class EventRecorder(EventLog, Recorder):
         super().flush()
 
     def watch(self, work: Work, token_bytes: float) -> None:
-        """Metrics show what waits and has started of ``work``; ``token_bytes`` is what a suspended task holds for each
-        of its new tokens.
+        """Metrics show what waits and has started of ``work``, whose modules events name; ``token_bytes`` is what a
+        suspended task holds for each of its new tokens.
         """
+        self._progress = work.progress
         if self._metrics is not None:
             self._metrics.watch(partial(self._situation, work, token_bytes), work.ttft.state)
 

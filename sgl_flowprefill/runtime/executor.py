@@ -68,11 +68,13 @@ class Executor:
         """Called by the model after each operator; may not return before much later."""
         if self.running is not None:  # no task: a forward outside any, such as the profile's
             self.running.operators_passed += 1
+            self.running.tiles_passed = 0
             self._pass_point(self.running)
 
     def between_tiles(self) -> None:
         """Called inside a long operator: like ``checkpoint``, but no progress by which time left could be told."""
         if self.running is not None:
+            self.running.tiles_passed += 1
             self._pass_point(self.running)
 
     def _pass_point(self, task: PrefillTask) -> None:

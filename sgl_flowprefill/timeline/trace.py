@@ -172,6 +172,8 @@ class _Server:
             suspend, passes = part.event, self._through.get(id(part.event))
             args = {
                 "checkpoint": suspend.checkpoint,
+                "after": suspend.after or None,
+                "tiles": suspend.tiles,
                 "for_rids": _joined(suspend.for_rids),
                 "blocking_s": suspend.blocking_s,
                 "stop_s": None if suspend.readable_s is None else max(0.0, suspend.stopped_s - suspend.readable_s),

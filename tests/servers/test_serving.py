@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import re
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -33,6 +34,8 @@ from tests.wall_clock import LONG, OFFSETS_S, URGENT, URGENT_SLO_S, WallClock, s
 MAX_IDLE_SHARE = 0.05
 """Share of a core, on a slow machine too; SGLang's own idle prefill server takes most of one."""
 
+
+OPERATOR = re.compile(r"model\.layers\.\d+\.(self_attn|mlp)")
 
 SHARED = prompt(1, 400)
 MIX = [
@@ -126,6 +129,8 @@ class TestFlowPrefill:
         assert len(blocking_s) >= 5
         assert deepest >= 4, "not nested three deep"
         assert min(blocking_s) >= 0
+        for suspend in suspends:
+            assert OPERATOR.fullmatch(suspend.after) if suspend.checkpoint else suspend.after == ""
         for (prompt_tokens, _), (tokens, logprobs) in zip(MIX, replayed.answers, strict=True):
             comparison.answer(f"{len(prompt_tokens)} tokens", prompt_tokens, tokens, logprobs)
         comparison.assert_same()

@@ -42,9 +42,12 @@ from sgl_flowprefill.events import (
     read_events,
     table,
 )
+from sgl_flowprefill.hub.progress import Progress
+from sgl_flowprefill.hub.task import PrefillTask
 from sgl_flowprefill.hub.waiting import WaitingRequest
 from sgl_flowprefill.policy import Job
 from sgl_flowprefill.runtime.event_recorder import EventRecorder
+from sgl_flowprefill.runtime.executor import Executor
 from sgl_flowprefill.slo import Objective
 from sgl_flowprefill.ttft import Prediction, PrefillShape
 
@@ -326,7 +329,7 @@ def test_a_switch_that_no_news_led_to_is_no_preemption() -> None:
 
 def test_the_recorder_names_no_blocking_time_where_no_news_led_to_a_switch(tmp_path: Path) -> None:
     recorder = EventRecorder(tmp_path / "events.jsonl")
-    running: Any = SimpleNamespace(id=0, rids=["a"], operators_passed=3)
+    running: Any = SimpleNamespace(id=0, rids=["a"], operators_passed=3, tiles_passed=0)
     winner: Any = SimpleNamespace(id=1, rids=["b"], readable_s=1.0)
     recorder.suspended(running, winner, stopped_s=4.9, now_s=5.0, news_readable_s=math.inf)
     recorder.suspended(running, winner, stopped_s=4.9, now_s=5.0, news_readable_s=4.5)
@@ -334,6 +337,40 @@ def test_the_recorder_names_no_blocking_time_where_no_news_led_to_a_switch(tmp_p
     without_news, with_news = read_events(tmp_path / "events.jsonl")
     assert (without_news.readable_s, without_news.blocking_s) == (None, None)
     assert (with_news.readable_s, with_news.blocking_s) == (4.5, 0.5)
+
+
+def test_a_suspension_says_behind_which_module_and_how_many_tiles_a_prefill_waits(tmp_path: Path) -> None:
+    recorder = EventRecorder(tmp_path / "events.jsonl")
+    work: Any = SimpleNamespace(progress=Progress([True, False] * 2, ["0.attn", "0.mlp", "1.attn", "1.mlp"]))
+    recorder.watch(work, 0.0)
+    executor = Executor(SimpleNamespace(), lambda: False)
+    long, winner = (PrefillTask(number, None, [], [], 0.0, 9.0, 1.0) for number in range(2))
+    executor.running = long
+    for passed in (
+        executor.between_tiles,
+        executor.checkpoint,
+        executor.checkpoint,
+        executor.between_tiles,
+        executor.between_tiles,
+        executor.checkpoint,
+        executor.checkpoint,
+        executor.checkpoint,  # behind the first one again: some models run their layers more than once
+    ):
+        passed()
+        recorder.suspended(long, winner, stopped_s=4.9, now_s=5.0, news_readable_s=4.5)
+    recorder.flush()
+    places = [(event.checkpoint, event.after, event.tiles) for event in read_events(tmp_path / "events.jsonl")
+              if isinstance(event, Suspend)]  # fmt: skip
+    assert places == [
+        (0, "", 1),
+        (1, "0.attn", 0),
+        (2, "0.mlp", 0),
+        (2, "0.mlp", 1),
+        (2, "0.mlp", 2),
+        (3, "1.attn", 0),
+        (4, "1.mlp", 0),
+        (5, "0.attn", 0),
+    ]
 
 
 class Req:

@@ -197,7 +197,14 @@ def test_the_device_is_not_waited_for_when_a_prefill_is_unwound_and_its_time_cou
 def test_a_switch_that_no_news_led_to_is_no_preemption() -> None:
     measured = Measured([])
     task: Any = SimpleNamespace(
-        id=0, rids=["a"], operators_passed=3, readable_s=1.0, has_run=True, new_tokens=10, spans=[]
+        id=0,
+        rids=["a"],
+        operators_passed=3,
+        tiles_passed=0,
+        readable_s=1.0,
+        has_run=True,
+        new_tokens=10,
+        spans=[],
     )
     measured.recorder.suspended(task, task, stopped_s=4.9, now_s=5.0, news_readable_s=float("inf"))
     measured.recorder.resumed(task, 6.0)

@@ -489,6 +489,11 @@ def test_perfetto_finds_everything_in_the_trace(trace: bytes) -> None:
             ("arrival", 10500, "suspended", 10525),
             ("suspended", 10525, "running", 10530),
         ]
+        place = "extract_arg(arg_set_id, 'debug.after'), extract_arg(arg_set_id, 'debug.tiles')"
+        suspended = perfetto.query(
+            f"SELECT {place} FROM slice WHERE extract_arg(arg_set_id, 'debug.for_rids') IS NOT NULL"
+        )
+        assert suspended == [("layers.3.self_attn", 2)]
         marks = perfetto.query(
             "SELECT extract_arg(arg_set_id, 'debug.rid') AS rid, ts / 1000000 AS ms FROM slice WHERE name = 'deadline' "
             "ORDER BY ts"

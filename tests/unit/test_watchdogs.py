@@ -25,7 +25,7 @@ def test_a_watchdog_is_fed_by_interruption_points_and_notices_when_none_is_passe
     dumps: list[float] = []
     monkeypatch.setattr("sglang.srt.utils.watchdog.pyspy_dump_schedulers", lambda: dumps.append(time.monotonic()))
     executor = Executor(SimpleNamespace(), lambda: False)
-    executor.running = SimpleNamespace(operators_passed=0, points_passed=0)  # type: ignore[assignment]
+    executor.running = SimpleNamespace(operators_passed=0, points_passed=0, tiles_passed=0)  # type: ignore[assignment]
     scheduler: Any = SimpleNamespace(
         forward_ct=1, cur_batch_for_debug=object(), is_initializing=False, hub=SimpleNamespace(executor=executor)
     )
