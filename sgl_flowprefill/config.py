@@ -132,6 +132,11 @@ class FlowPrefillConfig(BaseModel):
         default=None,
         description="file that receives every scheduling event as a JSON line: about 1 kB a request, never rotated",
     )
+    event_points: bool = Field(
+        default=False,
+        description="events, and timelines made of them, have each operator and each tile of prefills, too: about 45 "
+        "bytes for each operator, 20 for each tile",
+    )
     timeline: str | None = Field(
         default=None,
         description="file that receives a timeline for Perfetto when the server ends, or the launcher; its events are "

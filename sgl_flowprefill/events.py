@@ -122,6 +122,20 @@ class Suspend(Event, tag="suspend"):
     tiles: Annotated[int, Meta(description="of what comes next, that have run; absent for none")] = 0
 
 
+class Points(Event, tag="points"):
+    """a task that runs has passed interruption points, since its start, its last `resume` or its last `points`. With
+    `--flowprefill-event-points true` only
+    """
+
+    task: int
+    after: Annotated[
+        list[str], Meta(description="the module that each follows; empty for a tile of the module that is named next")
+    ]
+    passed_s: Annotated[
+        list[float], Meta(description="when; on a GPU, its operators are queued by then, and run a little later")
+    ]
+
+
 class Resume(Event, tag="resume"):
     """a suspended task runs again"""
 
@@ -208,7 +222,9 @@ class Step(Event, tag="step"):
 
 
 Fields = ParamSpec("Fields")
-AnyEvent = Log | Arrival | Ready | Start | Suspend | Resume | Complete | Leave | Abort | Fail | Shed | GiveBack | Step
+AnyEvent = (
+    Log | Arrival | Ready | Start | Suspend | Points | Resume | Complete | Leave | Abort | Fail | Shed | GiveBack | Step
+)
 
 
 class RecentEvents:

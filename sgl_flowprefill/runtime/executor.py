@@ -16,6 +16,7 @@ from sgl_flowprefill.hub.device import CpuDevice, Device
 from sgl_flowprefill.hub.failure import Failure
 from sgl_flowprefill.hub.task import PrefillTask
 from sgl_flowprefill.runtime.forward_state import ForwardState
+from sgl_flowprefill.runtime.point_log import PointLog
 
 DEVICE_ERRORS: Final = ("CUDA error", "CUDA driver error", "device-side assert", "NCCL error", "cuDNN error")
 """In the messages of errors after which a CUDA context or a communicator may be unusable."""
@@ -58,6 +59,8 @@ class Executor:
         self.ends_waiting = ends_waiting or interrupted
         self.device = device or CpuDevice()
         self._capture = capture
+        self.point_log: PointLog | None = None
+        """Is told of each interruption point, where somebody wants to know."""
         self.running: PrefillTask | None = None
         self._own_error: Exception | None = None
         """What was raised at an interruption point, and not by the model."""
@@ -81,6 +84,8 @@ class Executor:
         self.points_passed += 1
         task.points_passed += 1
         try:
+            if self.point_log is not None:
+                self.point_log.passed(task)
             self.device.record()
             stops = self.interrupted() or not self.device.catch_up(self.ends_waiting)
         except Exception as error:
@@ -135,6 +140,8 @@ class Executor:
             self.running = None
             forward.state = self._capture(self._model_runner)
             hub_state.install(self._model_runner)
+            if self.point_log is not None:
+                self.point_log.stopped(task)
 
     def _new_greenlet(self, task: PrefillTask, forward: Callable[[Any], Any]) -> Any:
         def body() -> None:

@@ -24,7 +24,7 @@ import torch
 
 from sgl_flowprefill.config import FlowPrefillConfig
 from sgl_flowprefill.hub.loop import Hub
-from sgl_flowprefill.hub.task import PrefillTask
+from sgl_flowprefill.hub.task import NO_TASK, PrefillTask
 from sgl_flowprefill.processes import own_stdout
 from sgl_flowprefill.profiling.measure import SchedulerEngine
 from sgl_flowprefill.profiling.process import make_scheduler, serving_stream
@@ -190,7 +190,7 @@ class Tasks(SchedulerEngine):
     def checkpoint_s(self) -> float:
         """Host time of a preemption checkpoint with nothing pending and nothing to wait for."""
         executor = self.executor
-        executor.running = SimpleNamespace(operators_passed=0, points_passed=0)  # type: ignore[assignment]
+        executor.running = SimpleNamespace(id=NO_TASK, operators_passed=0, points_passed=0)  # type: ignore[assignment]
         begin_s = time.perf_counter()
         for _ in range(CHECKPOINT_CALLS):
             executor.checkpoint()

@@ -42,6 +42,7 @@ from sgl_flowprefill.runtime.learner import LearningTTFT
 from sgl_flowprefill.runtime.memory import TaskMemory
 from sgl_flowprefill.runtime.metrics import Metrics
 from sgl_flowprefill.runtime.module_state import check_modules
+from sgl_flowprefill.runtime.point_log import PointLog
 from sgl_flowprefill.runtime.profile import load_or_measure
 from sgl_flowprefill.runtime.request_spans import SpanRecorder
 from sgl_flowprefill.runtime.scheduler_role import SchedulerRole, tell_of_evictions
@@ -185,6 +186,8 @@ def build(
     if isinstance(role, JointRole):
         check_idle_pass(role, executor, progress.checkpoints)
     scheduler.output_streamer.recorder = recorder
+    if config.event_points and agreement.decides:
+        executor.point_log = PointLog(recorder, progress)
     if config.answer_report and (agreement.decides or (is_joint and decodes)):
         scheduler.output_streamer.reports = AnswerReports(recorder)
     # A full collection of all that has been imported would stop a prefill for half a second.

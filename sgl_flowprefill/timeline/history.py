@@ -6,6 +6,7 @@ from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
+from operator import itemgetter
 from typing import Final, NamedTuple
 
 from msgspec import UNSET
@@ -19,6 +20,7 @@ from sgl_flowprefill.events import (
     GiveBack,
     Leave,
     Log,
+    Points,
     Ready,
     Resume,
     Shed,
@@ -60,6 +62,9 @@ class Task:
     start: Start
     parts: list[Part] = field(default_factory=list)
     """In order; where two do not touch, its result was on the way from the device."""
+    points: list[tuple[float, str]] = field(default_factory=list)
+    """The interruption points that it passed, in order: when, and the module that each follows; an empty name for a
+    tile of the module that is named next. Empty where nobody asked for them."""
     end: Complete | Abort | Fail | GiveBack | None = None
     """None for one that was under way when the log ended, or its server."""
     end_s: float = 0.0
@@ -71,6 +76,21 @@ class Task:
     @property
     def suspensions(self) -> int:
         return sum(part.what == SUSPENDED for part in self.parts)
+
+    def modules(self, part: Part) -> Iterator[tuple[str, list[float]]]:
+        """The modules that ran in a ``part`` of the task, and when each of their tiles was over, the whole last. One
+        that was suspended between two tiles is in two parts.
+        """
+        first, behind = (bisect_right(self.points, at_s, key=itemgetter(0)) for at_s in (part.begin_s, part.end_s))
+        ends_s: list[float] = []
+        for at_s, name in self.points[first:behind]:
+            ends_s.append(at_s)
+            if name:
+                yield name, ends_s
+                ends_s = []
+        cut = next((name for _, name in self.points[behind:] if name), None)
+        if ends_s and cut is not None:
+            yield cut, ends_s
 
 
 @dataclass(eq=False)
@@ -203,6 +223,9 @@ class _Reader:
             self._start(event)
         elif isinstance(event, Suspend):
             self._suspend(event)
+        elif isinstance(event, Points):
+            if (task := self._live.get(event.task)) is not None:
+                task.points += zip(event.passed_s, event.after, strict=True)
         elif isinstance(event, Resume):
             self._run(event.task)
         elif isinstance(event, Step):

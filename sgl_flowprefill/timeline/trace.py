@@ -1,8 +1,9 @@
 """Histories of servers as a trace in Perfetto's format (protobuf), for ui.perfetto.dev and its trace processor.
 
 A server is a process of the trace. Its tracks: what runs; how many wait and run, and the least slack, as counters; a
-track a task; a track a request, with its deadline as a mark. Perfetto puts tracks of one name into one row where they
-do not overlap. Arrows go from an arrival to the task that is suspended for it, and on to the task that runs instead.
+track a task, with its modules and their tiles where the log has them; a track a request, with its deadline as a mark.
+Perfetto puts tracks of one name into one row where they do not overlap. Arrows go from an arrival to the task that is
+suspended for it, and on to the task that runs instead.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ Args = Mapping[str, Value]
 
 SEQUENCE: Final = 1
 """One writer writes all packets."""
+TILE: Final = "tile"
 ARRIVAL: Final = "arrival"
 DEADLINE: Final = "deadline"
 MISSED, IN_TIME, OTHERS = "requests that missed their objective", "requests in time", "other requests"
@@ -179,7 +181,20 @@ class _Server:
                 "stop_s": None if suspend.readable_s is None else max(0.0, suspend.stopped_s - suspend.readable_s),
             }
         self._writer.begin(track, part.begin_s, part.what, args, _present(passes), _present(arrives))
+        if part.what == RUNNING:
+            self._modules(track, task, part)
         self._writer.end(track, part.end_s)
+
+    def _modules(self, track: int, task: Task, part: Part) -> None:
+        since_s = part.begin_s
+        for name, ends_s in task.modules(part):
+            self._writer.begin(track, since_s, name)
+            for end_s in ends_s if len(ends_s) > 1 else ():
+                self._writer.begin(track, since_s, TILE)
+                self._writer.end(track, end_s)
+                since_s = end_s
+            since_s = ends_s[-1]
+            self._writer.end(track, since_s)
 
     def _request(self, request: Request, parent: int) -> None:
         writer, arrival, rid = self._writer, request.arrival, {"rid": request.rid}
