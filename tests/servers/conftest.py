@@ -71,20 +71,22 @@ class OneCluster:
             self.since_s, self.said = time.monotonic(), []
             unchunked = () if flowprefill else ("--chunked-prefill-size", "-1")  # as stock comes, FlowPrefill sets it
             args = (*unchunked, "--enable-metrics")
-            if flowprefill and unified:
-                args += ("--enable-trace", "--otlp-traces-endpoint", self._collector.endpoint)
+            traced = ("--enable-trace", "--otlp-traces-endpoint", self._collector.endpoint) if flowprefill else ()
             event_log = self._directory / ("events-unified.jsonl" if unified else "events.jsonl")
             policy = self._directory / "slo-policy.yaml"
             policy.write_text(SLO_POLICY)
             config = ClusterConfig(
                 flowprefill=flowprefill,
+                server_args=traced,
                 prefill_args=args,
                 log_dir=self._directory / kind,
                 # The CPU time of idle servers is measured, for seconds only.
                 options=FlowPrefillConfig(event_log=str(event_log), exploration_share=0, slo_policy=str(policy)),
             )
             if unified:
-                config = dataclasses.replace(config, prefill=0, decode=0, unified=1, prefill_args=(), server_args=args)
+                config = dataclasses.replace(
+                    config, prefill=0, decode=0, unified=1, prefill_args=(), server_args=args + traced
+                )
             with pytest.MonkeyPatch.context() as environment:
                 environment.setenv("PYTHONPATH", str(faults.PLUGIN), prepend=os.pathsep)
                 for name, value in QUICK_START.items():
@@ -115,7 +117,7 @@ def wall_clock(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WallClock]:
 
 @pytest.fixture(scope="session")
 def collector() -> Iterator[Collector]:
-    """Has the request traces of the unified server with FlowPrefill."""
+    """Has the request traces of servers with FlowPrefill."""
     with collecting() as collector:
         yield collector
 

@@ -68,14 +68,15 @@ def asked_together(url: str) -> dict[str, Asked]:
         return shorts | {"stream": stream.result(TIMEOUT_S), "long": long.result(TIMEOUT_S)}
 
 
-def collected(collector: Collector, traces: set[str]) -> dict[str, list[Span]]:
-    """The spans of ``traces``, as soon as each has the span of the whole request, which ends last, and those of the
-    scheduler, which come from a process of their own. In the order of their begins."""
+def collected(collector: Collector, traces: set[str], servers: int = 1) -> dict[str, list[Span]]:
+    """The spans of ``traces``, as soon as each has the span of the whole request of each of ``servers``, which ends
+    last, and those of their schedulers, which come from processes of their own. In the order of their begins."""
+    of_schedulers = {"prefill_forward"} if servers == 1 else {"prefill_forward", "decode_transferred"}
     deadline_s = time.monotonic() + TIMEOUT_S
     while True:
         found = {trace: [span for span in collector.spans if span.trace == trace] for trace in traces}
         names = [{span.name for span in spans} for spans in found.values()]
-        if all("prefill_forward" in of_trace and any("Req" in name for name in of_trace) for of_trace in names):
+        if all(of_schedulers <= of_trace and sum("Req" in name for name in of_trace) >= servers for of_trace in names):
             return {trace: sorted(spans, key=lambda span: span.begin_ns) for trace, spans in found.items()}
         assert time.monotonic() < deadline_s, names
         time.sleep(0.2)
@@ -115,3 +116,27 @@ def test_a_request_trace_says_where_its_prefill_was_suspended_and_what_became_of
     steps = [span for span in inside if span.name == "flowprefill_decode_step"]
     assert steps, "the stream gets its tokens meanwhile"
     print(f"{len(collector.spans)} spans; of the long prompt {len(pieces)} pieces, {len(steps)} decode steps")
+
+
+def test_a_trace_of_a_pair_has_what_both_servers_did_with_a_request(
+    flowprefill_cluster: Cluster, collector: Collector
+) -> None:
+    """The gateway hands the client's header on to both. Without one, each server begins a trace of its own, and the
+    bootstrap room says which belong together."""
+    asked = ask(flowprefill_cluster.url, "pair", SHORT_TOKENS, 60.0)
+    spans = collected(collector, {asked.trace}, servers=2)[asked.trace]
+    roots = {span.name.split()[0]: span for span in spans if span.parent == f"{0xAA:016x}"}
+    assert set(roots) == {"prefill", "decode"}
+    assert roots["prefill"].attributes["bootstrap_room"] == roots["decode"].attributes["bootstrap_room"]
+
+    told = {name.removeprefix("flowprefill."): value for name, value in roots["decode"].attributes.items()
+            if name.startswith("flowprefill.")}  # fmt: skip
+    assert told == {name: value for name, value in asked.report.items() if value is not None}
+    assert roots["prefill"].attributes["flowprefill.met"] is True
+    assert roots["prefill"].attributes["flowprefill.predicted_s"] > 0
+
+    by_name = {span.name: span for span in spans}
+    assert by_name["flowprefill_run"].parent == by_name["prefill_forward"].id
+    waits, runs, arrives = (by_name[name] for name in ("decode_bootstrap", "prefill_forward", "decode_transferred"))
+    assert waits.begin_ns <= runs.begin_ns + 1e9 * CLOCKS_APART_S, "for a place at the decode server"
+    assert runs.begin_ns <= arrives.end_ns + 1e9 * CLOCKS_APART_S, "its KV cache"
