@@ -1,4 +1,4 @@
-"""One run in which requests miss their objectives: metrics, page, timeline and event log say the same of it."""
+"""A run in which requests miss their objectives: metrics, page, timeline and event log say the same of it."""
 
 from __future__ import annotations
 
@@ -7,22 +7,25 @@ import time
 import zlib
 from collections import Counter
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple
 
-import pytest
 import requests
+from msgspec import UNSET
 from prometheus_client.parser import text_string_to_metric_families
 
 from sgl_flowprefill.cluster import Cluster
+from sgl_flowprefill.cluster.base import LOOPBACK
 from sgl_flowprefill.cluster.top_command import documents
-from sgl_flowprefill.events import Complete, read_events
-from sgl_flowprefill.live import TIMELINE
+from sgl_flowprefill.events import Arrival, Complete, Leave, Ready, decode_events, read_events
+from sgl_flowprefill.live import EVENTS, TIMELINE
 from sgl_flowprefill.metrics.table import ABORTED, INVALID, TTFT_MET, TTFT_MISSED
 from sgl_flowprefill.outcomes import Outcomes
 from tests.faults import PARAMETER
 from tests.prompts import prompt
 from tests.servers.conftest import OneCluster
 from tests.trace_processor import trace_processor
+from tests.waiting import until
 
 LONG_TOKENS: Final = 6000
 SHORT_TOKENS: Final = 900
@@ -54,7 +57,10 @@ CAUSED: Final = {MET, ABORTED_BEFORE, NOT_VALID, "failed", "objective", "overloa
 """What becomes of requests of the run on any machine."""
 UNCAUSED: Final = {TTFT_MET.series: MET, ABORTED.series: ABORTED_BEFORE, INVALID.series: NOT_VALID}
 """Metrics that are of one thing that can become of a request."""
+CAUSED_BY_PAIR: Final = {MET, "failed", "objective", "not_ready"}
 LEAST_COMPARED: Final = 100
+PLACELESS_S: Final = 5.0
+"""Objective of a request that is at its scheduler before that, and gets no place at a decode server."""
 
 
 class Told(NamedTuple):
@@ -71,59 +77,68 @@ class Told(NamedTuple):
         return judged.get(MET, 0), sum(count for became, count in judged.items() if became not in NO_MISSES)
 
 
-class Run(NamedTuple):
-    """A server, and when it began to be started."""
+@dataclass
+class Clients:
+    """Ask a server, or the gateway in front of some, for much at once."""
 
-    server: Cluster
-    since_s: float
+    url: str
+    answers: dict[str, Future[requests.Response]] = field(default_factory=dict)
+    """By the rids of what was asked for."""
+    threads: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(30))
 
+    def ask(
+        self,
+        rid: str,
+        tokens: int,
+        slo_s: float,
+        slo_class: str = "default",
+        placeless_at: str | None = None,
+        **sampling: Any,
+    ) -> Future[requests.Response]:
+        """The answer to a request, which may be a refusal. ``placeless_at``: a prefill server that is asked for it, and
+        no decode server.
+        """
+        asked, seed = {"slo_class": slo_class, "ttft_slo": slo_s}, zlib.crc32(rid.encode())
+        body = {
+            "rid": rid,
+            "input_ids": prompt(seed, tokens),
+            "sampling_params": {"max_new_tokens": 3, "temperature": 0, "custom_params": asked} | sampling,
+        }
+        if placeless_at is not None:
+            body |= {"bootstrap_host": LOOPBACK, "bootstrap_room": seed}
+        url = f"{placeless_at or self.url}/generate"
+        self.answers[rid] = self.threads.submit(requests.post, url, json=body, timeout=TIMEOUT_S)
+        return self.answers[rid]
 
-@pytest.fixture
-def run(fresh_unified_server: Cluster, one_cluster: OneCluster) -> Run:
-    return Run(fresh_unified_server, one_cluster.since_s)
-
-
-def ask(url: str, rid: str, tokens: int, slo_s: float, slo_class: str = "default", **sampling: Any) -> Any:
-    """The answer to a request, which may be a refusal."""
-    asked = {"slo_class": slo_class, "ttft_slo": slo_s}
-    body = {
-        "rid": rid,
-        "input_ids": prompt(zlib.crc32(rid.encode()), tokens),
-        "sampling_params": {"max_new_tokens": 3, "temperature": 0, "custom_params": asked} | sampling,
-    }
-    return requests.post(f"{url}/generate", json=body, timeout=TIMEOUT_S).json()
-
-
-def miss_objectives(url: str) -> set[str]:
-    """Have requests of three classes served, of which some miss their objectives for known causes. Their rids."""
-    alone = ask(url, "alone", SHORT_TOKENS, AMPLE_S)["meta_info"]["flowprefill"]["predicted_s"]
-    crowded_s = max(0.2, 2.5 * alone)  # less, nobody may ask for in the class interactive
-    answers: dict[str, Future[Any]] = {}
-    with ThreadPoolExecutor(30) as clients:
-
-        def submit(rid: str, *request: Any, **sampling: Any) -> None:
-            answers[rid] = clients.submit(ask, url, rid, *request, **sampling)
-
-        submit("long", LONG_TOKENS, AMPLE_S, "batch")
+    def miss_objectives(self, alone_s: float) -> None:
+        """Have requests of three classes served, of which some miss their objectives for known causes. A short one is
+        predicted to take ``alone_s``."""
+        crowded_s = max(0.2, 2.5 * alone_s)  # less, nobody may ask for in the class interactive
+        self.ask("long", LONG_TOKENS, AMPLE_S, "batch")
         for i in range(6):
             for slo_class in ("interactive", "batch"):
-                submit(f"crowd-{slo_class}-{i}", SHORT_TOKENS, crowded_s, slo_class)
+                self.ask(f"crowd-{slo_class}-{i}", SHORT_TOKENS, crowded_s, slo_class)
         for i in range(3):
-            submit(f"hopeless-{i}", SHORT_TOKENS, HOPELESS_S)
-            submit(f"ample-{i}", SHORT_TOKENS, AMPLE_S, "interactive")
-        submit("refused", SHORT_TOKENS, AMPLE_S, "batch", regex=NO_GRAMMAR)
+            self.ask(f"hopeless-{i}", SHORT_TOKENS, HOPELESS_S)
+            self.ask(f"ample-{i}", SHORT_TOKENS, AMPLE_S, "interactive")
         broken = {"slo_class": "default", "ttft_slo": AMPLE_S, PARAMETER: "error"}
-        submit("broken", LONG_TOKENS, AMPLE_S, custom_params=broken)
-        submit("given-up", 2 * LONG_TOKENS, AMPLE_S, "batch")
-        while not answers["given-up"].done():
-            requests.post(f"{url}/abort_request", json={"rid": "given-up"}, timeout=TIMEOUT_S)
+        self.ask("broken", LONG_TOKENS, AMPLE_S, custom_params=broken)
+
+    def give_up(self, rid: str, url: str) -> None:
+        """Have the server at ``url`` abort a request."""
+        while not self.answers[rid].done():
+            requests.post(f"{url}/abort_request", json={"rid": rid}, timeout=TIMEOUT_S)
             time.sleep(0.1)
-    return {"alone", *answers}
+
+    def wait(self) -> set[str]:
+        """The rids of all requests, when all have their answers."""
+        self.threads.shutdown()
+        return set(self.answers)
 
 
-def by_metrics(run: Run) -> Told:
+def by_metrics(url: str) -> Told:
     counts: Counter[tuple[str, str]] = Counter()
-    text = requests.get(f"{run.server.url}/metrics", timeout=TIMEOUT_S).text
+    text = requests.get(f"{url}/metrics", timeout=TIMEOUT_S).text
     for sample in (sample for family in text_string_to_metric_families(text) for sample in family.samples):
         if sample.name in (TTFT_MISSED.series, *UNCAUSED):
             became = UNCAUSED.get(sample.name) or sample.labels["cause"]
@@ -131,9 +146,9 @@ def by_metrics(run: Run) -> Told:
     return Told(+counts, {})
 
 
-def by_page(run: Run) -> Told:
+def by_page(url: str) -> Told:
     """It has requests that met their objectives or missed them, and no others."""
-    [server] = next(documents(run.server.url, None)).servers
+    [server] = next(documents(url, None)).servers
     counts = Counter((miss.slo_class, LABELS[miss.cause]) for miss in server.misses)
     for of_class in server.attainment:
         assert of_class.missed == sum(miss.slo_class == of_class.slo_class for miss in server.misses)
@@ -141,44 +156,59 @@ def by_page(run: Run) -> Told:
     return Told(+counts, {miss.rid: LABELS[miss.cause] for miss in server.misses})
 
 
-def by_timeline(run: Run) -> Told:
-    response = requests.get(f"{run.server.url}{TIMELINE}?seconds=3000", timeout=TIMEOUT_S)
+def by_timeline(url: str, rids: set[str] | None = None) -> Told:
+    """It has all requests that the server keeps in memory, of which ``rids`` are looked at."""
+    response = requests.get(f"{url}{TIMELINE}?seconds=3000", timeout=TIMEOUT_S)
     with trace_processor(response.content) as trace:
         rows = trace.query(
             "select extract_arg(arg_set_id, 'debug.rid'), extract_arg(arg_set_id, 'debug.slo_class'), "
             "extract_arg(arg_set_id, 'debug.met'), extract_arg(arg_set_id, 'debug.cause') from slice "
             "where extract_arg(arg_set_id, 'debug.ttft_slo_s') is not null"
         )
-    counts = Counter((slo_class, MET if met else LABELS[cause]) for _, slo_class, met, cause in rows)
-    return Told(counts, {rid: LABELS[cause] for rid, _, met, cause in rows if met == 0})
+    of_run = [row for row in rows if rids is None or row[0] in rids]
+    counts = Counter((slo_class, MET if met else LABELS[cause]) for _, slo_class, met, cause in of_run)
+    return Told(counts, {rid: LABELS[cause] for rid, _, met, cause in of_run if met == 0})
 
 
-def by_event_log(run: Run, rids: set[str]) -> Told:
-    """As soon as it has what became of ``rids``: the log reaches the file when the scheduler turns idle."""
-    log = run.server.config.options.event_log
+def by_event_log(server: Cluster, since_s: float, rids: set[str]) -> Told:
+    """As soon as it has what became of ``rids``: the log reaches the file when the scheduler turns idle. What it has of
+    the time before ``since_s`` is of an earlier server, or of other tests."""
+    log, decodes = server.config.options.event_log, bool(server.config.unified)
     assert log is not None
     deadline_s = time.monotonic() + TIMEOUT_S
     while True:
-        outcomes = Outcomes(decodes=True)
-        events = [event for event in read_events(log) if event.t_s >= run.since_s]  # none of an earlier server
+        outcomes = Outcomes(decodes)
+        events = [event for event in read_events(log) if event.t_s >= since_s]
         ended = [outcome for event in events for outcome in outcomes.read(event)]
         if rids <= {outcome.rid for outcome in ended}:
             break
         assert time.monotonic() < deadline_s, rids - {outcome.rid for outcome in ended}
         time.sleep(0.2)
-    computed_s = {rid: event.t_s for event in events if isinstance(event, Complete) for rid in event.rids}
+    if decodes:
+        first_s = {rid: event.t_s for event in events if isinstance(event, Complete) for rid in event.rids}
+    else:
+        first_s = {event.rid: event.t_s for event in events if isinstance(event, Leave) and event.reason is UNSET}
     for outcome in ended:
-        assert (computed_s.get(outcome.rid, math.inf) <= outcome.arrival.deadline_s) == (outcome.met is True)
+        assert (first_s.get(outcome.rid, math.inf) <= outcome.arrival.deadline_s) == (outcome.met is True)
     told = [(outcome, MET if outcome.cause is None else LABELS[outcome.cause]) for outcome in ended]
     counts = Counter((outcome.arrival.slo_class, became) for outcome, became in told)
     return Told(counts, {outcome.rid: became for outcome, became in told if outcome.met is False})
 
 
-def test_metrics_page_timeline_and_event_log_say_the_same_of_one_run(run: Run) -> None:
-    rids = miss_objectives(run.server.url)
-    log = by_event_log(run, rids)
+def test_metrics_page_timeline_and_event_log_say_the_same_of_one_run(
+    fresh_unified_server: Cluster, one_cluster: OneCluster
+) -> None:
+    url = fresh_unified_server.url
+    clients = Clients(url)
+    alone = clients.ask("alone", SHORT_TOKENS, AMPLE_S).result().json()
+    clients.miss_objectives(alone["meta_info"]["flowprefill"]["predicted_s"])
+    clients.ask("refused", SHORT_TOKENS, AMPLE_S, "batch", regex=NO_GRAMMAR)
+    clients.ask("given-up", 2 * LONG_TOKENS, AMPLE_S, "batch")
+    clients.give_up("given-up", url)
+    rids = clients.wait()
+    log = by_event_log(fresh_unified_server, one_cluster.since_s, rids)
     assert {became for _, became in log.counts} >= CAUSED
-    views = {"metrics": by_metrics(run), "page": by_page(run), "timeline": by_timeline(run)}
+    views = {"metrics": by_metrics(url), "page": by_page(url), "timeline": by_timeline(url)}
 
     compared = 0
     for name, view in views.items():
@@ -196,3 +226,38 @@ def test_metrics_page_timeline_and_event_log_say_the_same_of_one_run(run: Run) -
             compared += len(log.misses)
     print(f"{compared} comparisons of {log.counts.total()} requests: {dict(log.counts)}")
     assert compared >= LEAST_COMPARED
+
+
+def test_they_say_the_same_of_a_run_of_a_pair_which_others_have_asked_before(flowprefill_cluster: Cluster) -> None:
+    pair, url = flowprefill_cluster, flowprefill_cluster.prefill_url
+
+    def of_placeless() -> Arrival | None:
+        lines = requests.get(f"{url}{EVENTS}?seconds=300", timeout=TIMEOUT_S).content
+        arrivals = (event for event in decode_events(lines) if isinstance(event, Arrival))
+        return next((event for event in arrivals if event.rid == "placeless"), None)
+
+    until(lambda: requests.post(f"{url}/flush_cache", timeout=TIMEOUT_S).ok, TIMEOUT_S, every_s=0.2)  # nothing is left
+    before, since_s = by_metrics(url).counts, time.monotonic()
+    clients = Clients(pair.url)
+    assert clients.ask("alone", SHORT_TOKENS, AMPLE_S).result().ok
+    told = decode_events(requests.get(f"{url}{EVENTS}?seconds=300", timeout=TIMEOUT_S).content)
+    [alone] = [event for event in told if isinstance(event, Ready) and event.rid == "alone"]
+    clients.miss_objectives(alone.predicted_s)
+    clients.ask("placeless", SHORT_TOKENS, PLACELESS_S, placeless_at=url)
+    until(lambda: of_placeless() is not None, TIMEOUT_S, every_s=0.5)
+    placeless = of_placeless()
+    assert placeless is not None
+    until(lambda: time.monotonic() > placeless.deadline_s, TIMEOUT_S)
+    clients.give_up("placeless", url)
+    rids = clients.wait()
+
+    log = by_event_log(pair, since_s, rids)
+    assert log.counts.total() == len(rids)
+    assert {became for _, became in log.counts} >= CAUSED_BY_PAIR
+    assert log.misses["placeless"] == "not_ready"
+    assert by_metrics(url).counts - before == log.counts
+    timeline = by_timeline(url, rids)
+    assert (timeline.counts, timeline.misses) == (log.counts, log.misses)
+    [server] = next(documents(url, None)).servers
+    assert {miss.rid: LABELS[miss.cause] for miss in server.misses if miss.rid in rids} == log.misses
+    print(f"{len(rids)} requests: {dict(log.counts)}")
