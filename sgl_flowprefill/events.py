@@ -70,6 +70,10 @@ class Arrival(Event, tag="arrival"):
     received_s: Annotated[float, Meta(description="when the HTTP server's process had it")]
     slo_class: Annotated[str, Meta(description="absent for `default`")] = "default"
     slo_source: Annotated[str, Meta(description="where `ttft_slo_s` came from; absent for `default`")] = "default"
+    bootstrap_room: Annotated[
+        int | None,
+        Meta(description="by which its decode server knows it, and SGLang's traces; absent on a server that decodes"),
+    ] = None
 
 
 class Ready(Event, tag="ready"):

@@ -31,6 +31,8 @@ SUSPENDED: Final = 4
 class Req:
     """What the recorder reads of SGLang's Req."""
 
+    bootstrap_room = 7
+
     def __init__(self, rid: str) -> None:
         self.rid = rid
         self.origin_input_ids = self.origin_input_ids_unpadded = [1, 2, 3]

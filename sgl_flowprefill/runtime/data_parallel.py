@@ -52,6 +52,8 @@ class RemoteRequest:
     """Whether its prefill has run."""
     time_stats: ClassVar[Any] = ReqTimeStatsBase()
     """Its trace is written at its own rank."""
+    bootstrap_room: ClassVar[None] = None
+    """Known at its own rank alone."""
 
 
 class Noted(NamedTuple):

@@ -118,6 +118,7 @@ class EventRecorder(EventLog, Recorder):
             received_s=round(received_s, 6),
             slo_class=objective.slo_class,
             slo_source=objective.slo_source,
+            bootstrap_room=req.bootstrap_room,
         )
 
     def ready(self, job: Job[WaitingRequest]) -> None:

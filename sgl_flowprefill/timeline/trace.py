@@ -351,6 +351,7 @@ def _args(request: Request) -> Args:
     reason = end.reason if isinstance(end, Fail) else None if leave is None or leave.reason is UNSET else leave.reason
     return {
         "rid": request.rid,
+        "bootstrap_room": None if arrival.bootstrap_room is None else hex(arrival.bootstrap_room),
         "slo_class": arrival.slo_class,
         "prompt_tokens": arrival.prompt_tokens,
         "new_tokens": None if ready is None else ready.new_tokens,

@@ -14,6 +14,8 @@ import requests
 
 from sgl_flowprefill.cluster import Cluster
 from sgl_flowprefill.cluster.top_command import documents
+from sgl_flowprefill.events import Arrival, decode_events
+from sgl_flowprefill.live import EVENTS
 from sgl_flowprefill.live.state import State
 from tests.otlp import Collector, Span
 from tests.prompts import prompt
@@ -127,7 +129,12 @@ def test_a_trace_of_a_pair_has_what_both_servers_did_with_a_request(
     spans = collected(collector, {asked.trace}, servers=2)[asked.trace]
     roots = {span.name.split()[0]: span for span in spans if span.parent == f"{0xAA:016x}"}
     assert set(roots) == {"prefill", "decode"}
-    assert roots["prefill"].attributes["bootstrap_room"] == roots["decode"].attributes["bootstrap_room"]
+    lines = requests.get(f"{flowprefill_cluster.prefill_url}{EVENTS}?seconds=300", timeout=TIMEOUT_S).content
+    [room] = [
+        event.bootstrap_room for event in decode_events(lines) if isinstance(event, Arrival) and event.rid == "pair"
+    ]
+    assert room is not None
+    assert {root.attributes["bootstrap_room"] for root in roots.values()} == {hex(room)}, "as a timeline says it, too"
 
     told = {name.removeprefix("flowprefill."): value for name, value in roots["decode"].attributes.items()
             if name.startswith("flowprefill.")}  # fmt: skip

@@ -378,6 +378,8 @@ def test_a_suspension_says_behind_which_module_and_how_many_tiles_a_prefill_wait
 class Req:
     """What the recorder reads of SGLang's Req."""
 
+    bootstrap_room = 7
+
     def __init__(self, rid: str) -> None:
         self.rid = rid
         self.origin_input_ids = self.origin_input_ids_unpadded = [1, 2, 3]
@@ -403,6 +405,7 @@ def test_the_recorder_tells_of_each_request_once_that_it_can_be_run_and_that_it_
     recorder.flush()
     events = list(read_events(tmp_path / "events.jsonl"))
     assert [event.rid for event in events if isinstance(event, Ready)] == ["sent", "aborted", "refused"]
+    assert {event.bootstrap_room for event in events if isinstance(event, Arrival)} == {Req.bootstrap_room}
     first = next(event for event in events if isinstance(event, Ready))
     assert (first.readable_s, first.new_tokens, first.cached_tokens, first.predicted_s) == (1.5, 2, 1, 0.25)
     [leave] = [event for event in events if isinstance(event, Leave)]

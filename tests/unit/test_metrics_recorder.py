@@ -107,6 +107,8 @@ def test_gauges_show_what_is_suspended_and_what_waits() -> None:
 class Req:
     """What the recorder reads of SGLang's Req."""
 
+    bootstrap_room = 7
+
     def __init__(self, rid: str) -> None:
         self.rid = rid
         self.origin_input_ids = self.origin_input_ids_unpadded = [1, 2, 3]
