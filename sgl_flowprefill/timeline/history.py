@@ -103,8 +103,6 @@ class Request:
     ready: Ready | None = None
     tasks: list[Task] = field(default_factory=list)
     """Several where the first ones gave back their KV cache."""
-    computed_s: float | None = None
-    """When its prefill was over."""
     leave: Leave | None = None
     end: Abort | Fail | None = None
     course: Course = field(init=False)
@@ -116,8 +114,6 @@ class Request:
     """How long decode steps ran in this time."""
     parts: list[Part] = field(default_factory=list)
     """What it did, in order."""
-    first_token_s: float | None = None
-    """When its first token was where the client is answered from."""
     lost_s: float | None = None
     """When its server was started again, without it."""
 
@@ -129,6 +125,11 @@ class Request:
     def end_s(self) -> float:
         """Until when something is known of it."""
         return self.parts[-1].end_s if self.parts else self.arrival.t_s
+
+    @property
+    def first_token_s(self) -> float | None:
+        """When its first token was where the client is answered from."""
+        return self.course.first_token_s
 
     @property
     def late_s(self) -> float | None:
@@ -318,15 +319,10 @@ class _Reader:
         task = None if event.task is UNSET else self._live.get(event.task)
         if task is not None:
             self._close(task, event)
-        if isinstance(event, GiveBack):
-            return
-        for rid in event.rids:
-            if request := self._open.get(rid):
-                if isinstance(event, Complete):
-                    request.computed_s = event.t_s
-                else:
-                    request.end = event
-                    del self._open[rid]
+        if isinstance(event, Abort | Fail):
+            for rid in event.rids:
+                if rid in self._open:
+                    self._open.pop(rid).end = event
 
     def _judge(self) -> None:
         """Say of each request what it did, and whether it met its objective."""
@@ -337,7 +333,6 @@ class _Reader:
             course, leave = self._courses[request], request.leave
             request.course = course
             ready_s, computed_s = course.ready_s, course.computed_s
-            request.first_token_s = course.first_token_s
             request.verdict = judge(course, self._now_s)
             if ready_s is not None:
                 until_s = _first(computed_s, course.ended_s, self._now_s)
@@ -375,7 +370,7 @@ class _Busy:
 def _parts(request: Request, ready_s: float | None, last_s: float, not_ready: str) -> Iterator[Part]:
     """What a request did until its prefill was over; ``not_ready`` is what it did before it could be run."""
     arrived_s = request.arrival.t_s
-    end_s = _first(request.computed_s, None if request.end is None else request.end.t_s, request.lost_s, last_s)
+    end_s = _first(request.course.computed_s, None if request.end is None else request.end.t_s, request.lost_s, last_s)
     yield from _stretch(ON_THE_WAY, request.arrival.received_s, arrived_s)
     since_s = end_s if ready_s is None else min(end_s, max(arrived_s, ready_s))
     yield from _stretch(not_ready, arrived_s, since_s)
