@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
-from statistics import median
+from statistics import fmean, median
 from typing import Any, Final
 
 import numpy as np
@@ -34,6 +34,8 @@ LEAST_SHAPES: Final = 3
 """Fewer distinct shapes do not determine the physics."""
 LEAST_S: Final = 1e-9
 """A batch takes no less, also where too few rows leave the physics nothing to say."""
+DISTURBED: Final = 1.3
+"""A repeat of a shape that takes more than this multiple of the faster half was disturbed, which never makes it faster."""
 FOLDS: Final = 5
 """Parts of the rows, of which each is predicted by a model of the others."""
 PARAMETERS: Final[dict[str, Any]] = {
@@ -188,10 +190,16 @@ def train(matrix: Array, log_ratios: Array, parameters: dict[str, Any] | None = 
 
 
 def shape_medians(batches: Sequence[Batch], times_s: Sequence[float]) -> dict[tuple[PrefillShape, ...], float]:
-    """Seconds of each distinct batch: the median of its repeats, which few lower or raise no more than many do. The
-    fastest of them would be the faster the more there are: a shape that is measured often would pass for a fast one.
+    """Seconds of each distinct batch: the median of its repeats, without those that were disturbed (DISTURBED). Of a
+    shape that is measured often the median is no smaller than of others; the fastest repeat would be.
     """
     repeats: dict[tuple[PrefillShape, ...], list[float]] = {}
     for batch, time_s in zip(batches, times_s, strict=True):
         repeats.setdefault(tuple(batch), []).append(time_s)
-    return {batch: median(times) for batch, times in repeats.items()}
+    return {batch: _undisturbed(times) for batch, times in repeats.items()}
+
+
+def _undisturbed(times_s: Sequence[float]) -> float:
+    faster_half = sorted(times_s)[: (len(times_s) + 1) // 2]
+    most_s = DISTURBED * fmean(faster_half)
+    return median(time_s for time_s in times_s if time_s <= most_s)
