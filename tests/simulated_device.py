@@ -17,6 +17,7 @@ from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
+from sgl_flowprefill.hub.ahead import StepAhead
 from sgl_flowprefill.hub.device import POLL_S, HostStamp, QueueDevice
 from sgl_flowprefill.hub.loop import Hub
 from sgl_flowprefill.hub.parts import OneRank, Recorder
@@ -355,7 +356,7 @@ class SimulatedEngine:
 
 
 class SimulatedSteps(Decoder):
-    """Decode steps of streams that have no end."""
+    """Decode steps of streams that have no end. Nothing that they sample depends on what the host has read."""
 
     def __init__(
         self, device: SimulatedDevice, policy: ColocatedPolicy[WaitingRequest, PrefillTask], step_s: float
@@ -366,12 +367,16 @@ class SimulatedSteps(Decoder):
         self.ended_s: list[float] = []
 
     def step(self) -> DecodeStep:
+        begin = self.device.stamp()
         self.policy.began(self.device.now_s)
         self.device.now_s += self.device.costs.step_s
         self.device.launch((self, "step", 0), self.step_s)
         result = SimpleNamespace(copy_done=None)
         self.device.fetch(None, result)
-        return DecodeStep(result)
+        return DecodeStep(result, spans=[(begin, self.device.stamp())])
+
+    def can_step_ahead(self) -> bool:
+        return True
 
     def finish_step(self, step: DecodeStep) -> None:
         device = self.device
@@ -419,9 +424,10 @@ class SimulatedServer:
         engine: SimulatedEngine | None = None,
         colocated: ColocatedPolicy[WaitingRequest, PrefillTask] | None = None,
         decoder: Decoder | None = None,
+        ahead: StepAhead | None = None,
     ) -> None:
         """``engine``: one for ``requests``, unless there is another. ``colocated``: ``policy`` alone, unless there are
-        steps beside it, which ``decoder`` runs.
+        steps beside it, which ``decoder`` runs, one behind the other where there is ``ahead``.
         """
         self.device = device
         self.engine = engine or SimulatedEngine(device, model, requests)
@@ -456,6 +462,7 @@ class SimulatedServer:
             tiles=NoTiles(),
             now_s=lambda: device.now_s,
             decoder=decoder or NoStreams(),
+            ahead=ahead,
         )
 
     def run_all(self) -> None:

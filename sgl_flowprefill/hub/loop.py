@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, Generic, Literal, NamedTuple, TypeVar
 
+from sgl_flowprefill.hub.ahead import StepAhead
 from sgl_flowprefill.hub.device import Device
 from sgl_flowprefill.hub.failure import StepOutOfMemory
 from sgl_flowprefill.hub.parts import Agreement, Events, Executor, Exploration, Learning, Recorder, Slots, Tiles
@@ -77,6 +78,8 @@ class Hub(Generic[RoleT]):
     exploration: Exploration = field(default_factory=Exploration)
     decoder: Decoder = field(default_factory=NoStreams)
     """The decode steps, on a server that has streams."""
+    ahead: StepAhead | None = None
+    """When a step is queued behind the one in flight; None: when the result of that one has been processed."""
     match_rounds: int = MATCH_ROUNDS
     """Choices that a turn makes at most because requests about to start were matched again. With a single one, a look
     matches the first requests again of which less may be cached.
@@ -95,6 +98,8 @@ class Hub(Generic[RoleT]):
     """When a task was last done or interrupted."""
     _decide_by_s: float = field(default=math.inf, init=False)
     """When a decision is made at the latest: the recorder wants to be told of one, or others may start then."""
+    _looked_s: float = field(default=-math.inf, init=False)
+    """When the turn began."""
     _looked_for_stalls_s: float = field(default=-math.inf, init=False)
     _agreed_arrival: int = field(default=NO_TASK, init=False)
     """Id of what finishes next, if the rank that decides had its result when the ranks last met; then NO_TASK."""
@@ -126,6 +131,7 @@ class Hub(Generic[RoleT]):
         """Take what has happened, and pick what runs now. A decode step leaves the task that ran where it is."""
         self.work.ask_again_s = self._decide_by_s = math.inf  # the choice that is made now says when
         cost_s, since_s, has_room = 0.0, self.now_s(), False
+        self._looked_s = since_s
         while not has_room:
             self.look()
             self.finish_arrived()
@@ -236,21 +242,37 @@ class Hub(Generic[RoleT]):
     # ---- decode steps ---------------------------------------------------------------------------------------------
 
     def step(self) -> None:
-        """Queue a decode step. What runs next is queued behind it, while its tokens are on their way to the host."""
+        """Queue a decode step. What runs next is queued behind it, while its tokens are on their way to the host. Where
+        that is the next step, the tokens of the one before are awaited and processed then.
+        """
         self.make_room_for_step()
         step = self._queued_step()
         if step is not None:
+            step.is_ahead = self.work.tasks.step is not None
+            if self.ahead is not None:
+                self.ahead.queued(step, self._looked_s, self.now_s())
             self.work.tasks.finishing.append(step)
             self.finish_arrived()
         self._stopped_s = self.now_s()
 
+    def _step_ahead_s(self) -> float:
+        """When the next step is to be queued behind the one in flight, if nothing else can run until then; infinity
+        where it has to wait for the result.
+        """
+        if self.ahead is None or self.work.tasks.step is None or not self.decoder.can_step_ahead():
+            return math.inf
+        return self.ahead.queue_at_s
+
     def make_room_for_step(self) -> None:
         """Where the next step lacks KV cache, tasks give theirs back before a stream loses its own. Where none does and
         streams cannot, prefills that have run end first: they free some, or become streams, of which there are several
-        then.
+        then. A step in flight ends before all that.
         """
         tasks = self.work.tasks
         while (tasks.live or tasks.finishing) and (missing_tokens := self.decoder.missing_tokens()) > 0:
+            if tasks.step is not None:
+                self.finish_done()
+                continue
             given_up = self._agree_on(self.work.to_give_back, missing_tokens) if tasks.live else []
             for task in given_up:
                 self.give_back(task)
@@ -317,6 +339,8 @@ class Hub(Generic[RoleT]):
 
     def _agreed_choice(self, now_s: float, last: bool) -> Choice:
         proposal = self.work.choose(now_s, not self.kv_is_short, last) if self.agreement.decides else None
+        if proposal is None and self.agreement.decides and now_s >= self._step_ahead_s():
+            proposal = Act.STEP
         return self.work.from_numbers(self.agreement.agree(self.work.as_numbers(proposal)))
 
     def _match_again(self, jobs: list[Job[WaitingRequest]]) -> bool:
@@ -353,6 +377,8 @@ class Hub(Generic[RoleT]):
         """Process a result that is on the host."""
         self._has_finished = True
         if isinstance(done, DecodeStep):
+            if self.ahead is not None:
+                self.ahead.arrived(done, self.now_s())
             self.decoder.finish_step(done)
         else:
             self._finish_task(done)
@@ -411,12 +437,13 @@ class Hub(Generic[RoleT]):
         return bool(agreed.stalls_due)
 
     def _wait_for_result(self) -> bool:
-        """Nothing can run: wait for the result that is on its way, or an event. Whether there is a result, or was one
-        since the last look, which may have freed KV cache.
+        """Nothing can run: wait for the result that is on its way, an event, or the time to queue a step behind it.
+        Whether there is a result, or was one since the last look, which may have freed KV cache.
         """
         finishing = self.work.tasks.finishing
         if finishing and self.agreement.decides:  # the other ranks wait for what the first one decides next
-            self.device.wait(finishing[0].result.copy_done, self.events.pending)
+            step_s = self._step_ahead_s()
+            self.device.wait(finishing[0].result.copy_done, lambda: self.events.pending() or self.now_s() >= step_s)
         return bool(finishing) or self._has_finished
 
     def _sleep(self) -> None:

@@ -113,9 +113,17 @@ class Decoder(Protocol):
         """Queue one forward pass that gives every stream its next token. Tasks that have finished join before it. None
         if no stream is left.
 
-        Until it has ended the hub asks for no other, and the streams that it computes stay as they are. Raises
-        StepOutOfMemory where the device has no memory for it: the next call runs the same step again.
+        Until it has ended the hub asks for one other at most, and only if it ``can_step_ahead``; without that the
+        streams that it computes stay as they are. Raises StepOutOfMemory where the device has no memory for it: the
+        next call runs the same step again.
         """
+
+    def can_step_ahead(self) -> bool:
+        """Whether another step may be queued behind the one in flight: nothing that it computes depends on what the
+        host does with the result of that one, and streams are left for it. What it computes for streams that end with
+        the result is thrown away.
+        """
+        return False
 
     def finish_step(self, step: DecodeStep) -> None:
         """Process the result of ``step``, which is on the host: answer, and end the streams that are over."""

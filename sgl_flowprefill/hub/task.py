@@ -17,7 +17,7 @@ from sgl_flowprefill.ttft import PrefillShape
 NO_TASK: Final = -1
 """In place of a task's id."""
 STEP: Final = NO_TASK - 1
-"""In place of a task's id: a decode step. There is one at a time."""
+"""In place of a task's id: a decode step. The one whose result comes first, where one is queued behind another."""
 
 
 @dataclass(eq=False, slots=True)
@@ -110,6 +110,8 @@ class DecodeStep:
     """The role's own: SGLang's running batch."""
     spans: Sequence[tuple[Stamp, Stamp]] = ()
     """Where it runs in the device's queue."""
+    is_ahead: bool = False
+    """Whether it was queued behind another step, whose result had not been processed."""
 
     @property
     def executed_s(self) -> float:
@@ -118,7 +120,7 @@ class DecodeStep:
 
 
 class Tasks:
-    """The tasks of a hub that are not finished, and the decode step."""
+    """The tasks of a hub that are not finished, and the decode steps in flight."""
 
     def __init__(self) -> None:
         self.started = 0
@@ -126,14 +128,19 @@ class Tasks:
         self.live: list[PrefillTask] = []
         """Tasks that have started and are not done, in the order of their start, which is the same on all ranks."""
         self.finishing: deque[PrefillTask | DecodeStep] = deque()
-        """Tasks that are done, and the decode step: their results are on their way from the device, in its order."""
+        """Tasks that are done, and decode steps: their results are on their way from the device, in its order."""
         self.running: PrefillTask | None = None
         """The live task that ran last, and has not been suspended for another."""
 
     @property
     def prefills(self) -> list[PrefillTask]:
-        """All but the decode step."""
+        """All but the decode steps."""
         return [*self.live, *(done for done in self.finishing if isinstance(done, PrefillTask))]
+
+    @property
+    def step(self) -> DecodeStep | None:
+        """The last decode step that has been queued, if it is in flight."""
+        return next((one for one in reversed(self.finishing) if isinstance(one, DecodeStep)), None)
 
     def __len__(self) -> int:
         return len(self.live) + len(self.finishing)

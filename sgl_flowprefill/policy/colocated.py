@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum, auto
 from typing import Any, Final, Generic, TypeVar
 
@@ -95,8 +96,8 @@ class ColocatedPolicy(Generic[R, K]):
         self.limits = limits or DecodeLimits()
         self.streams = Streams()
         self.load: DecodeLoad = NO_LOAD
-        self.step: RunningStep | None = None
-        """The step that has begun and not ended: until it has, no other is asked for."""
+        self._begun: deque[RunningStep] = deque()
+        """The step that runs, and the one that is queued behind it, if there are such."""
         self.margin = Margin()
         self._model = CorrectedSteps(model or NoSteps())
         self._returning: list[Job[R]] = []
@@ -138,19 +139,28 @@ class ColocatedPolicy(Generic[R, K]):
         if self._returning:
             self._returning = [other for other in self._returning if other is not job]
 
+    @property
+    def step(self) -> RunningStep | None:
+        """The step that has begun and ends next: until it has, no other is asked for."""
+        return self._begun[0] if self._begun else None
+
     def began(self, begin_s: float) -> None:
-        """A step over the streams of now begins. Streams that join before it has ended take part in the next one."""
-        assert self.step is None, "one step at a time"
-        streams = self.streams
-        self.step = RunningStep(begin_s, streams.requests, streams.widest, streams.context_tokens, self.load)
+        """A step over the streams of now begins. Streams that join before it has ended take part in the next one. It
+        may be queued behind one that runs, though nobody has asked for it: it runs early then.
+        """
+        assert len(self._begun) < 2, "one step runs, and one is queued behind it"
+        load, streams = NO_LOAD if self._begun else self.load, self.streams
+        self._begun.append(RunningStep(begin_s, streams.requests, streams.widest, streams.context_tokens, load))
         self.streams.begin_step()
 
     def stepped(self, end_s: float, ended: Iterable[Stream] = (), took_s: float | None = None) -> None:
         """The step that began has ended at ``end_s``, when the scheduler had handed out its tokens; ``ended`` are the
         streams that have their last ones. ``took_s``: its own time, where the device had other work to do first.
         """
-        step, self.step = self.step, None
-        assert step is not None, "a step that ends has begun"
+        assert self._begun, "a step that ends has begun"
+        step = self._begun.popleft()
+        if self._begun:  # until now, the device has run the one before it
+            self._begun[0] = replace(self._begun[0], begin_s=max(end_s, self._begun[0].begin_s))
         if step.begin_s >= step.load.start_by_s:  # one that ran early, for want of prefills, shows no lateness
             self.margin.observe(end_s - step.load.start_by_s - step.load.step_s)
         self._model.observe(step.widest, step.context_tokens, end_s - step.begin_s if took_s is None else took_s)

@@ -134,7 +134,7 @@ class Streams:
         self._begun = 0
         """Steps that have begun."""
         self._ended = 0
-        """Steps that have ended: all that have begun, but for one that runs."""
+        """Steps that have ended: all that have begun, but for one that runs, and one that is queued behind it."""
         self._stepped: Counter[float] = Counter()
         """Objectives of the streams that the last step served, with how many have each."""
         self._joined: list[Stream] = []
@@ -171,7 +171,7 @@ class Streams:
         """How many tokens the step that runs computes, and how many of them are later than their objectives say if it
         ends at ``end_s``.
         """
-        joined = [stream for stream in self._joined if stream.joined_at < self._begun]
+        joined = [stream for stream in self._joined if stream.joined_at <= self._ended]
         gap_s = end_s - self.last_step_s
         late = sum(count for tbt_s, count in self._stepped.items() if gap_s > tbt_s)
         late += sum(end_s - stream.joined_s > stream.tbt_s for stream in joined)
@@ -179,12 +179,12 @@ class Streams:
 
     def stepped(self, end_s: float) -> None:
         """The step that runs has ended: the streams with which it began have got a token at ``end_s``."""
-        self._ended = self._begun
+        self._ended += 1
         self.last_step_s = end_s
-        late = [stream for stream in self._joined if stream.joined_at == self._begun]
+        late = [stream for stream in self._joined if stream.joined_at >= self._ended]
         self._context_tokens_at.update(self._requests_at)
         self._context_tokens_at.subtract(stream.dp_rank for stream in late)
-        self._stepped.update(stream.tbt_s for stream in self._joined if stream.joined_at < self._begun)
+        self._stepped.update(stream.tbt_s for stream in self._joined if stream.joined_at < self._ended)
         self._joined = late
 
     def context_of(self, stream: Stream) -> int:

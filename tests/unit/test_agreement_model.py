@@ -8,7 +8,8 @@ them nothing keeps the ranks together, as on a device that runs ahead.
 
 On such a device the result of a finished task arrives later, at each rank whenever it likes once all have queued the
 task. When it is processed is up to the hub (``finish_arrived``), and has to be the same for all ranks: it changes what
-the next tasks find. So it is with the result of a decode step, which rank 0 picks like a task, one at a time.
+the next tasks find. So it is with the result of a decode step, which rank 0 picks like a task, one at a time, or one
+more behind it (``ahead``).
 
 Before a step, each rank finds out by itself whether KV cache is lacking (``lacks_kv``), by what it has started and
 processed. While it is, the ranks meet again, and rank 0 says which tasks that have started give theirs back; these
@@ -133,6 +134,8 @@ class Model:
     """Whether results arrive later than their task is done."""
     steps: int = 0
     """Decode steps, which begin whenever rank 0 likes."""
+    ahead: bool = False
+    """Whether a step may be queued before the result of the one in flight has been processed."""
     kv: int = PLENTY
     """Size of the KV cache, in what a task has of it from its start on, and what a step needs for each task whose
     result has been processed.
@@ -157,7 +160,8 @@ class Model:
         for index, rank in enumerate(state.ranks):
             yield from self.hub(state, index, rank) if rank.in_hub else self.run(state, index, rank)
             on_the_way = rank.finishing[rank.arrived :]
-            if on_the_way and all(self.has_queued(other, on_the_way[0], rank.steps) for other in state.ranks):
+            steps = rank.steps - on_the_way[1:].count(STEP)
+            if on_the_way and all(self.has_queued(other, on_the_way[0], steps) for other in state.ranks):
                 yield state.moved(index, rank._replace(arrived=rank.arrived + 1))
 
     def has_queued(self, rank: Rank, item: int, steps: int) -> bool:
@@ -208,9 +212,11 @@ class Model:
         """``rank`` is back in the hub; rank 0 picks."""
         choices = [task for task, points in enumerate(self.points) if rank.passed[task] <= points]
         arrival = rank.finishing[0] if rank.arrived else NO_TASK
-        if rank.steps < self.steps and (STEP not in rank.finishing or arrival == STEP):
+        waits = STEP in rank.finishing and arrival != STEP
+        may_wait = waits and not choices
+        if rank.steps < self.steps and (self.ahead or not waits):
             choices.append(STEP)
-        if index > 0 or not choices:
+        if index > 0 or not choices or may_wait:
             yield state
         for choice in choices if index == 0 else ():
             yield state.saying(arrival, choice)
@@ -434,6 +440,16 @@ def test_results_of_steps_are_processed_at_the_same_place_by_all_ranks(ranks: in
     assert states > 2000
 
 
+@pytest.mark.parametrize(("ranks", "lead"), [(2, 1), (2, 2)])
+def test_results_of_steps_that_are_queued_ahead_are_processed_at_the_same_place_by_all_ranks(
+    ranks: int, lead: int
+) -> None:
+    model = Model(ranks, lead, frozenset(), SHORT, late=True, steps=2)
+    states = search(replace(model, ahead=True))
+    print(f"{ranks} ranks, lead {lead}, 2 steps, one ahead: {states} states")
+    assert states > search_once(model)
+
+
 @pytest.mark.parametrize(
     "model",
     [
@@ -505,11 +521,21 @@ STEPS = Model(2, 1, frozenset(), SHORT, late=True, steps=2)
         (Model(2, 1, frozenset(), leader=ImmediateLeader), "ranks stop|nobody can go on"),
         (Model(2, 1, frozenset(), late=True, each_by_itself=True), "processed"),
         (replace(STEPS, each_by_itself=True), "processed"),
+        (replace(STEPS, each_by_itself=True, ahead=True), "processed"),
         (replace(STEPS, kv=1, gives_back_the_newest=True), "gave back"),
         (replace(STEPS, late=False, kv=1, gives_back_the_newest=True), "gave back"),
         (replace(STEPS, kv=2, counts_arrived=True), "others meet before a step"),
     ],
-    ids=["UncheckedFollower", "ImmediateLeader", "arrivals", "steps", "give-backs", "give-backs at once", "lacks"],
+    ids=[
+        "UncheckedFollower",
+        "ImmediateLeader",
+        "arrivals",
+        "steps",
+        "steps ahead",
+        "give-backs",
+        "give-backs at once",
+        "lacks",
+    ],
 )
 def test_the_search_finds_what_is_wrong(broken: Model, what: str) -> None:
     with pytest.raises(Wrong, match=what):

@@ -1,0 +1,263 @@
+"""Decode steps that are queued behind those in flight: the hub on the simulated device, and what the policy knows."""
+
+from __future__ import annotations
+
+import math
+import random
+from itertools import pairwise
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from sgl_flowprefill.hub.ahead import LEAD_FACTOR, StepAhead
+from sgl_flowprefill.hub.device import HostStamp
+from sgl_flowprefill.hub.task import DecodeStep
+from sgl_flowprefill.policy import ColocatedPolicy, DecodeLimits, Limits, Stream, make_policy
+from sgl_flowprefill.policy.decode import Streams
+from sgl_flowprefill.profiling.steps import LinearSteps
+
+pytest.importorskip("sglang")
+
+from tests.simulated_device import HostCosts, Model, SimulatedDevice, SimulatedRequest, SimulatedServer, SimulatedSteps
+
+STEP_S = 0.008
+STREAMS = 16
+OF_A_PREFILL = Model(32, lambda tokens: tokens * 0.3e-6, lambda tokens: tokens * 0.7e-6)
+
+
+class AtOnce(StepAhead):
+    """A step is queued as soon as one is in flight."""
+
+    @property
+    def queue_at_s(self) -> float:
+        return -math.inf
+
+
+def streaming(ahead: StepAhead | None, requests: list[SimulatedRequest] | None = None) -> SimulatedServer:
+    """A server with streams that have no end."""
+    device = SimulatedDevice(2, HostCosts())
+    policy = make_policy("s-edf", Limits(max_suspended=16, max_batch_tokens=1), 60.0)
+    colocated = ColocatedPolicy(policy, LinearSteps(STEP_S, 0.0, 0.0), DecodeLimits(margin_s=0.02))
+    colocated.joined(Stream(0.06, 500, 0.0) for _ in range(STREAMS))
+    steps = SimulatedSteps(device, colocated, STEP_S)
+    return SimulatedServer(device, OF_A_PREFILL, requests or [], colocated=colocated, decoder=steps, ahead=ahead)
+
+
+def steps_of(server: SimulatedServer) -> SimulatedSteps:
+    steps = server.hub.decoder
+    assert isinstance(steps, SimulatedSteps)
+    return steps
+
+
+def step_to_step(server: SimulatedServer, count: int) -> None:
+    while len(steps_of(server).ended_s) < count:
+        assert server.hub.turn()
+
+
+def idle_share(device: SimulatedDevice) -> float:
+    idle_s = sum(max(0.0, later.start_s - one.end_s) for one, later in pairwise(device.operators))
+    return idle_s / (device.operators[-1].end_s - device.operators[0].start_s)
+
+
+def test_the_device_never_idles_between_two_steps_when_nothing_else_waits() -> None:
+    shares, rates = [], []
+    for ahead in (None, StepAhead()):
+        server = streaming(ahead)
+        step_to_step(server, 500)
+        ended_s = steps_of(server).ended_s
+        shares.append(idle_share(server.device))
+        rates.append(STREAMS * 499 / (ended_s[-1] - ended_s[0]))
+    print(f"\nidle {shares[0]:.2%}, with steps ahead {shares[1]:.2%}; {rates[0]:.0f} and {rates[1]:.0f} tokens/s")
+    assert shares[0] > 0.05
+    assert shares[1] == 0.0
+    assert rates[1] > 1.05 * rates[0]
+
+
+def test_results_are_processed_in_their_order_when_they_have_come_and_one_step_is_ahead_at_most() -> None:
+    server = streaming(StepAhead())
+    hub, steps = server.hub, steps_of(server)
+    queued: list[DecodeStep] = []
+    processed: list[DecodeStep] = []
+    step, finish_step = steps.step, steps.finish_step
+
+    def noted_step() -> DecodeStep:
+        queued.append(step())
+        assert len(queued) - len(processed) <= 2
+        return queued[-1]
+
+    def noted_finish(done: DecodeStep) -> None:
+        assert done.result.copy_done.query()
+        processed.append(done)
+        finish_step(done)
+
+    steps.step, steps.finish_step = noted_step, noted_finish  # type: ignore[method-assign]
+    step_to_step(server, 50)
+    assert processed == queued[: len(processed)]
+    assert [one.is_ahead for one in processed] == [False] + [True] * 49
+    server.device.synchronize()
+    hub.finish_done()
+    assert hub.work.tasks.step is None
+    assert hub.work.colocated.step is None
+
+
+def waits_s(ahead: StepAhead) -> list[float]:
+    """How long requests wait for their first operators that come now and then, while streams decode."""
+    rng = random.Random(3)
+    requests = [SimulatedRequest(f"r{i}", 0.2 + 0.2 * i + 0.1 * rng.random(), 600, 5.0) for i in range(60)]
+    server = streaming(ahead, requests)
+    while any(request.answered_s == math.inf for request in requests):
+        server.hub.turn()
+    starts_s: dict[str, float] = {}
+    for operator in server.device.operators:
+        if operator.label is not None and isinstance(operator.label[0], list):
+            starts_s.setdefault(operator.label[0][0].rid, operator.start_s)
+    return [starts_s[request.rid] - request.arrival_s for request in requests]
+
+
+def test_a_step_is_queued_so_late_that_few_arrivals_wait_for_more_than_the_one_that_runs() -> None:
+    late, at_once = waits_s(StepAhead()), waits_s(AtOnce())
+    shares = [sum(wait_s > 1.02 * STEP_S for wait_s in waits) / len(waits) for waits in (late, at_once)]
+    print(f"\nwait for more than a step: {shares[0]:.0%}, {shares[1]:.0%} where the next one is queued at once")
+    assert shares[0] < 0.35
+    assert shares[1] > 0.6
+    assert max(*late, *at_once) < 2 * STEP_S + 0.003
+
+
+def test_no_step_is_ahead_while_a_prefill_can_run() -> None:
+    requests = [SimulatedRequest("r", 0.1, 8000, 5.0)]
+    server = streaming(AtOnce(), requests)
+    steps = steps_of(server)
+    step = steps.step
+
+    def noted_step() -> DecodeStep:
+        if server.hub.work.tasks.live:
+            assert server.hub.work.tasks.step is None
+        return step()
+
+    steps.step = noted_step  # type: ignore[method-assign]
+    while requests[0].answered_s == math.inf:
+        server.hub.turn()
+
+
+def test_a_step_waits_for_the_result_of_the_one_before_where_its_decoder_says_so() -> None:
+    server = streaming(AtOnce())
+    steps = steps_of(server)
+    steps.can_step_ahead = lambda: False  # type: ignore[method-assign]
+    assert server.hub.turn()
+    for _ in range(200):
+        server.hub.turn()
+        assert not any(one.is_ahead for one in server.hub.work.tasks.finishing if isinstance(one, DecodeStep))
+    assert len(steps.ended_s) > 50
+
+
+def test_where_a_step_lacks_kv_cache_the_one_in_flight_ends_first() -> None:
+    """Streams that end with it free some; whoever has to give up KV cache for it is to have its last token first."""
+    server = streaming(AtOnce())
+    hub, steps = server.hub, steps_of(server)
+    missing = iter([100, 0])
+    assert hub.turn()
+    assert hub.work.tasks.step is not None
+    steps.missing_tokens = lambda: next(missing)  # type: ignore[method-assign]
+    step, in_flight = steps.step, []
+
+    def noted_step() -> DecodeStep:
+        in_flight.append(hub.work.tasks.step)
+        return step()
+
+    steps.step = noted_step  # type: ignore[method-assign]
+    assert hub.turn()
+    assert in_flight == [None]
+    assert len(steps.ended_s) == 1
+    assert next(missing) == 0, "nothing is in flight, and no prefill has started: it is not asked again"
+
+
+# ---- when ------------------------------------------------------------------------------------------------------------
+
+
+def step_of(executed_s: float, is_ahead: bool) -> DecodeStep:
+    spans = [(HostStamp(1.0), HostStamp(1.0 + executed_s))]
+    return DecodeStep(SimpleNamespace(copy_done=None), spans=spans, is_ahead=is_ahead)
+
+
+def test_a_step_is_queued_as_long_before_the_end_of_the_one_in_flight_as_the_host_took_at_most() -> None:
+    ahead = StepAhead()
+    assert ahead.queue_at_s == -math.inf, "nothing is known of any"
+    first, second, third = step_of(0.01, False), step_of(0.008, True), step_of(0.008, True)
+    ahead.queued(first, looked_s=0.9, now_s=1.0)
+    assert ahead.queue_at_s == -math.inf, "what a step takes the host that was not queued ahead says nothing"
+    ahead.queued(second, looked_s=1.002, now_s=1.003)
+    ahead.arrived(first, now_s=1.011)
+    assert ahead.queue_at_s < 1.011, "what one takes the device whose beginning it may have waited for says nothing"
+    ahead.queued(third, looked_s=1.012, now_s=1.014)
+    ahead.arrived(second, now_s=1.019)
+    assert ahead.queue_at_s == pytest.approx(1.019 + 0.008 - LEAD_FACTOR * 0.002)
+
+
+def test_a_step_that_was_not_queued_in_time_is_not_waited_for_again() -> None:
+    """Streams have become fewer, so that steps end earlier than the last of them that were ahead."""
+    ahead = StepAhead()
+    for _ in range(2):
+        ahead.queued(step_of(0.03, True), looked_s=0.999, now_s=1.0)
+    ahead.arrived(step_of(0.03, True), now_s=1.03)
+    ahead.queued(step_of(0.003, False), looked_s=1.03, now_s=1.031)
+    ahead.arrived(step_of(0.003, False), now_s=1.034)
+    ahead.queued(step_of(0.003, False), looked_s=1.034, now_s=1.035)
+    assert ahead.queue_at_s < 1.035
+
+
+# ---- what the policy knows -------------------------------------------------------------------------------------------
+
+
+def test_streams_count_what_two_steps_in_flight_compute() -> None:
+    streams = Streams()
+    first, second = Stream(0.1, 10, 0.0), Stream(0.1, 20, 0.0)
+    streams.join(first)
+    streams.begin_step()
+    streams.join(second)
+    streams.begin_step()
+    assert streams.late_tokens(0.05) == (1, 0), "the one that has joined takes part in the second one"
+    streams.stepped(0.05)
+    assert (streams.context_of(first), streams.context_of(second)) == (11, 20)
+    assert streams.late_tokens(0.12) == (2, 1)
+    streams.leave(first)  # it ended with the first step
+    assert streams.late_tokens(0.12) == (1, 1)
+    streams.stepped(0.12)
+    assert (streams.requests, streams.context_tokens, streams.context_of(second)) == (1, 21, 21)
+    assert streams.last_token_s(second) == 0.12
+    streams.leave(second)
+    assert streams.tightest_s() == math.inf
+
+
+def colocated_of(steps_s: float) -> ColocatedPolicy[Any, Any]:
+    prefills: Any = make_policy("s-edf", Limits(max_suspended=1, max_batch_tokens=1), 60.0)
+    return ColocatedPolicy(prefills, LinearSteps(steps_s, 0.0, 0.0), DecodeLimits())
+
+
+def test_a_step_that_is_queued_ahead_begins_when_the_one_before_has_ended_and_shows_no_lateness() -> None:
+    policy = colocated_of(0.01)
+    policy.joined([Stream(0.05, 10, 0.0)])
+    policy.began(0.0)
+    margin_s = policy.margin.value_s()
+    policy.began(0.008)
+    assert policy.step is not None
+    assert policy.step.begin_s == 0.0
+    assert policy.step_by_s == math.inf
+    assert not policy.may_step
+    policy.stepped(0.01)
+    assert policy.step is not None
+    assert policy.step.begin_s == 0.01
+    assert policy.step.load.start_by_s == math.inf
+    policy.stepped(0.5)
+    assert policy.step is None
+    assert policy.may_step
+    assert policy.margin.value_s() == margin_s
+
+
+def test_two_steps_are_in_flight_at_most() -> None:
+    policy = colocated_of(0.01)
+    policy.joined([Stream(0.05, 10, 0.0)])
+    policy.began(0.0)
+    policy.began(0.001)
+    with pytest.raises(AssertionError, match="one is queued behind it"):
+        policy.began(0.002)
