@@ -91,6 +91,11 @@ class FlowPrefillConfig(BaseModel):
         description="operators queued on the GPU behind the one that runs: a preemption waits for them, and with none "
         "the GPU idles at every preemption checkpoint",
     )
+    step_ahead: bool = Field(
+        default=True,
+        description="while no prefill can run, the next decode step is queued on the GPU before the tokens of the one "
+        "that runs are there; false waits for these (only on servers that prefill and decode)",
+    )
     max_batch_tokens: int | None = Field(
         default=None,
         ge=1,

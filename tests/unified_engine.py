@@ -60,6 +60,7 @@ class AnsweringEngine(Engine):
         self.streamed.clear()
 
     def record_outputs(self, reqs: Sequence[Any]) -> None:
+        reqs = [req for req in reqs if not req.finished_output]  # as SGLang's, which a step ahead tells of twice
         added = self.scheduler.output_streamer.build_additional_customized_info(reqs)
         for req, reports in zip(reqs, added.get("flowprefill", ()), strict=bool(added)):
             assert len(reports) == req.finished(), f"{req.rid} has {len(reports)} reports"
@@ -71,6 +72,7 @@ class AnsweringEngine(Engine):
             assert tokens > had or req.finished(), f"{req.rid} is sent nothing new"
             self.streamed[req.rid] = tokens
             if req.finished():
+                req.finished_output = True
                 assert req.rid not in self.answers, f"{req.rid} ends twice"
                 self.seen["retractions told"] += req.retraction_count
                 reason = req.finished_reason.to_json()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import random
 from collections import Counter
@@ -10,6 +11,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
+from sgl_flowprefill.hub.ahead import StepAhead
 from sgl_flowprefill.hub.task import STEP
 from tests.late_device import LateDevice
 from tests.remote import Remote
@@ -119,6 +121,37 @@ def late_results(engine: UnifiedEngine, seed: int) -> Iterator[None]:
         del role.step, role.finish_step, role.finish
 
 
+class AtOnce(StepAhead):
+    """A step is queued as soon as one is in flight, if nothing else can run."""
+
+    @property
+    def queue_at_s(self) -> float:
+        return -math.inf
+
+
+@contextmanager
+def steps_ahead(engine: UnifiedEngine, seed: int) -> Iterator[None]:
+    """What is queued has run later, and steps are queued behind those in flight."""
+    hub, role, seen = engine.hub, engine.hub.role, engine.seen
+    usual, finish_step, device = hub.device, role.finish_step, LateDevice(2, seed)
+
+    def noted_finish_step(queued: Any) -> None:
+        seen["steps ahead"] += queued.is_ahead
+        seen["tokens of streams that have ended"] += sum(req.finished() for req in queued.batch.reqs)
+        finish_step(queued)
+
+    role.finish_step = noted_finish_step
+    engine.use(device)
+    assert role.steps_ahead
+    hub.ahead = AtOnce()
+    try:
+        yield
+    finally:
+        hub.ahead = None
+        engine.use(usual)
+        del role.finish_step
+
+
 @dataclass
 class Play:
     """What became of a round."""
@@ -136,9 +169,10 @@ def play(
     switch_probability: float,
     at_once: bool = False,
     late: bool = False,
+    ahead: bool = False,
 ) -> Play:
     """Submit what is ``asked``, now and then or ``at_once``, abort what is ``dropped`` at some time, and run it all;
-    with results that come ``late``, if they shall.
+    with results that come ``late``, if they shall, or with steps ``ahead`` as well.
     """
     rng = random.Random(seed)
     engine.forget()
@@ -152,7 +186,7 @@ def play(
         engine.abort(rid)
         engine.turn()
 
-    results = late_results(engine, seed) if late else nullcontext()
+    results = steps_ahead(engine, seed) if ahead else late_results(engine, seed) if late else nullcontext()
     with chance(engine, rng.randrange(1 << 30), switch_probability), results:
         for rid, ask in asked.items():
             engine.submit(rid, ask)
@@ -183,6 +217,8 @@ class Rounds:
     comparison: StockComparison
     asks: Sequence[Ask]
     late: bool = False
+    ahead: bool = False
+    """``play``'s."""
     flushes: bool = True
     """Whether nothing stays in the radix cache between two rounds."""
     seen: Counter[str] = field(default_factory=Counter)
@@ -200,7 +236,8 @@ class Rounds:
             asked["twin"] = asked["s00"]
         dropped = {rid for rid in asked if rng.random() < 0.2}
         chances = rng.randrange(1 << 30), rng.choice(SWITCH_PROBABILITIES), rng.random() < 0.3
-        played = self.unified.call(play_and_flush if self.flushes else play, asked, dropped, *chances, self.late)
+        how = *chances, self.late, self.ahead
+        played = self.unified.call(play_and_flush if self.flushes else play, asked, dropped, *how)
         deepest = max(self.seen["deepest"], played.seen["deepest"])
         self.seen += played.seen
         self.seen["deepest"] = deepest

@@ -412,7 +412,7 @@ class RecordedStreamer(ReportingStreamer):
     def stream_output(self, reqs: Sequence[Any], return_logprob: bool, skip_req: Any = None) -> None:
         if self.recorder is not None:
             for req in reqs:
-                if req.finished():
+                if req.finished() and not req.finished_output:
                     reason = req.finished_reason.to_json()
                     self.recorder.answered(req, reason.get("message"), reason.get("status_code"))
         super().stream_output(reqs, return_logprob, skip_req)

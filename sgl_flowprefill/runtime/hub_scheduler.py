@@ -178,7 +178,9 @@ class HubScheduler(Scheduler):
         return RecordedStreamer
 
     def is_fully_idle(self, *args: Any, **kwargs: Any) -> bool:
-        return super().is_fully_idle(*args, **kwargs) and not self._in_flight()
+        """A step may be in flight, too, whose streams have all ended."""
+        in_flight = self._in_flight() or (self.role is not None and self.role.tasks.step is not None)
+        return super().is_fully_idle(*args, **kwargs) and not in_flight
 
     def _collect_inflight_batches(self) -> list[Any]:
         return [*super()._collect_inflight_batches(), *self._in_flight()]

@@ -113,6 +113,11 @@ class JointUnifiedRole(JointRole, UnifiedRole):
 
     # ---- streams ----------------------------------------------------------------------------------------------------
 
+    @property
+    def steps_ahead(self) -> bool:
+        """Rank 0 does not know what the streams of the other ranks wait for."""
+        return False
+
     def tell_policy(self, joined: Sequence[Stream] = (), left: Sequence[Stream] = ()) -> None:
         """Of the streams of all ranks. Called at all of them together."""
         super().tell_policy(*self._exchange(joined, left))

@@ -37,10 +37,11 @@ PLAIN_POOLS: Final = (MHATokenToKVPool, MLATokenToKVPool, SWAKVPool)
 """KV pools in which a forward pass writes a token's keys and values to its slot, and nothing else."""
 
 
-def steps_run_again(model_runner: Any) -> bool:
-    """Whether a decode step that did not get to its end can run again: it has written KV cache alone, and will write
-    the same. Layers that keep a state of a whole sequence (Mamba, linear attention) would advance it twice, and so
-    would watermarks. Pools of other classes are not known to keep nothing else.
+def writes_kv_alone(model_runner: Any) -> bool:
+    """Whether a decode step writes KV cache alone. Then one that did not get to its end can run again, and writes the
+    same, and one can run for a stream that has ended, of which nobody reads what it writes. Layers that keep a state of
+    a whole sequence (Mamba, linear attention) would advance it once more, and so would watermarks. Pools of other
+    classes are not known to keep nothing else.
     """
     return (
         type(model_runner.req_to_token_pool) is ReqToTokenPool

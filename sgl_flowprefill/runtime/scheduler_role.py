@@ -122,6 +122,11 @@ class SchedulerRole(ABC):
         """Who runs the steps."""
         return NoStreams()
 
+    @property
+    def steps_ahead(self) -> bool:
+        """Whether steps can be queued behind those in flight."""
+        return False
+
     # ---- what the hub asks ----------------------------------------------------------------------------------------
 
     @property

@@ -19,6 +19,7 @@ from sglang.srt.utils.network import get_local_ip_auto
 from sgl_flowprefill.compat import unchecked_attention_backend
 from sgl_flowprefill.config import FlowPrefillConfig
 from sgl_flowprefill.events import RecentEvents
+from sgl_flowprefill.hub.ahead import StepAhead
 from sgl_flowprefill.hub.device import CpuDevice, Device
 from sgl_flowprefill.hub.loop import MATCH_ROUNDS, Hub
 from sgl_flowprefill.hub.parts import Exploration, Learning, OneRank
@@ -178,6 +179,7 @@ def build(
         learning=ttft if isinstance(ttft, Learning) else Learning(),
         exploration=exploration,
         decoder=role.decoder,
+        ahead=StepAhead() if config.step_ahead and role.steps_ahead else None,
         sheds=config.refuses,
         refuse=role.shed,
         match_rounds=1 if is_joint else MATCH_ROUNDS,  # each rank matches its own requests

@@ -2,7 +2,8 @@
 
 A stream is a request whose prefill has run. The requests of a batch whose prefill has run are *joining* until the next
 step, in which SGLang's own code merges them into its running batch: from the begin of a step until its result has been
-processed, and between two steps, nothing else touches that.
+processed, and between two steps, nothing else touches that. A step that is queued behind the one in flight prepares it
+anew; each of the two has what its result is processed with in a copy.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from sglang.srt.mem_cache.common import release_kv_cache
 
 from sgl_flowprefill.config import FlowPrefillConfig
 from sgl_flowprefill.deadline import objective, received_s, sent_s
+from sgl_flowprefill.hub.device import CpuDevice
 from sgl_flowprefill.hub.failure import Failure, StepOutOfMemory
 from sgl_flowprefill.hub.role import Arrival, Decoder
 from sgl_flowprefill.hub.task import DecodeStep, PrefillTask
@@ -32,7 +34,7 @@ from sgl_flowprefill.patches.overload import RETRY_AFTER
 from sgl_flowprefill.policy import ColocatedPolicy, DecodeLimits, Policy, Stream
 from sgl_flowprefill.profiling.steps import LearnedSteps
 from sgl_flowprefill.runtime.adapters import LoRA
-from sgl_flowprefill.runtime.memory import steps_run_again
+from sgl_flowprefill.runtime.memory import writes_kv_alone
 from sgl_flowprefill.runtime.scheduler_role import (
     SchedulerRole,
     Without,
@@ -113,6 +115,13 @@ class UnifiedRole(SchedulerRole):
     @property
     def decoder(self) -> Decoder:
         return self
+
+    @property
+    def steps_ahead(self) -> bool:
+        """Not where a device keeps no queue, nor where a step changes more than KV cache: one that is computed for a
+        stream that has ended changes what is cached of it then.
+        """
+        return not isinstance(self.device, CpuDevice) and writes_kv_alone(self.scheduler.tp_worker.model_runner)
 
     # ---- what the hub asks ----------------------------------------------------------------------------------------
 
@@ -244,8 +253,10 @@ class UnifiedRole(SchedulerRole):
     # ---- decode steps -----------------------------------------------------------------------------------------------
 
     def step(self) -> DecodeStep | None:
-        begin = self.device.stamp()
+        begin, in_flight = self.device.stamp(), self.tasks.step
         batch, self._to_run_again = self._to_run_again, None
+        if in_flight is not None and in_flight.batch is self.scheduler.running_batch:
+            in_flight.batch = in_flight.batch.copy()  # as SGLang's overlap schedule keeps what it processes later
         if batch is None:
             batch = self._next_step()
         if batch is None:
@@ -254,7 +265,18 @@ class UnifiedRole(SchedulerRole):
         self.device.fetch(batch, result)
         # SGLang learns what decoding costs from launch to launch of steps between which nothing else ran.
         batch.after_idle_gap = batch.after_idle_gap or bool(self.tasks.live)
-        return DecodeStep(result, batch, [(begin, self.device.stamp())])
+        # Streams that end with the step in flight leave the running batch, and not this step.
+        step_batch = batch if in_flight is None else batch.copy()
+        return DecodeStep(result, step_batch, [(begin, self.device.stamp())])
+
+    def can_step_ahead(self) -> bool:
+        batches = [batch for batch in (self.scheduler.running_batch, *self.joining) if not batch.is_empty()]
+        if any(map(needs_last_tokens, batches)):
+            return False
+        # Those that join are not in the step in flight.
+        return bool(self.joining) or not all(
+            req.next_output_finishes_by_length() for batch in batches for req in batch.reqs
+        )
 
     def _next_step(self) -> Any | None:
         """The streams as a batch that is ready for its forward pass: a step has begun. None without any."""
@@ -278,7 +300,7 @@ class UnifiedRole(SchedulerRole):
                 return scheduler.run_batch(batch)
         except torch.OutOfMemoryError as error:
             # SGLang takes the input from the batch when the tokens are in their place, and before they are asked for.
-            if batch.input_ids is None or not steps_run_again(scheduler.tp_worker.model_runner):
+            if batch.input_ids is None or not writes_kv_alone(scheduler.tp_worker.model_runner):
                 raise
             failure = Failure.of(error, 0, [req.rid for req in batch.reqs])
             self._to_run_again, self._without_memory = batch, (len(batch.reqs), self.steps)
@@ -453,6 +475,18 @@ class UnifiedRole(SchedulerRole):
             return
         self.not_told += self.held_back
         self.held_back.clear()
+
+
+def needs_last_tokens(batch: Any) -> bool:
+    """Whether what the next step of ``batch`` samples depends on what the host does with the last tokens: grammars,
+    penalties and the logit processors of clients look at them.
+    """
+    sampling_info = batch.sampling_info
+    return bool(
+        batch.has_grammar
+        or sampling_info.penalizer_orchestrator.is_required
+        or sampling_info.has_custom_logit_processor
+    )
 
 
 class ReservingAdder(PrefillAdder):

@@ -33,6 +33,7 @@ class UnifiedScheduler(HubScheduler):
     role: UnifiedRole
     running_batch: Any
     last_batch: Any
+    batch_result_processor: Any
     load_inquirer: Any
 
     def build_hub(self, config: FlowPrefillConfig) -> Hub[UnifiedRole]:
@@ -92,6 +93,13 @@ class UnifiedScheduler(HubScheduler):
         return int(super().get_num_allocatable_reqs(running_bs + others, *args, **kwargs))
 
     # ---- what SGLang asks a scheduler -----------------------------------------------------------------------------
+
+    def init_batch_result_processor(self) -> None:
+        """A step that was queued behind another has computed a token for streams that ended with the tokens of that
+        one, too: SGLang passes over these, as in its overlap schedule.
+        """
+        super().init_batch_result_processor()
+        self.batch_result_processor = replace(self.batch_result_processor, enable_overlap=True)
 
     def init_invariant_checker(self) -> None:
         """SGLang's checks take the requests of the last batch into account: here, all that are in flight."""

@@ -318,6 +318,22 @@ def test_rounds_of_steps_whose_tokens_come_late_change_no_answer(unified: Remote
     assert comparison.counts["answers"] >= 15
 
 
+def test_rounds_of_steps_that_are_queued_behind_those_in_flight_change_no_answer(
+    unified: Remote, comparison: StockComparison
+) -> None:
+    """Streams of which none needs its last token on the host get steps ahead, until others join or one ends."""
+    plain = [ask for ask in ASKS if {name for name, _ in ask.sampling} <= {"ignore_eos"}]
+    rounds = Rounds(unified, comparison, [*4 * plain, *ASKS], ahead=True)
+    for number in range(500, 520):
+        if number >= 503 and rounds.seen["steps ahead"] >= 60 and rounds.seen["tokens of streams that have ended"] >= 5:
+            break
+        rounds.run(1, first=number)
+    print(rounds)
+    assert rounds.seen["steps ahead"] >= 60
+    assert rounds.seen["tokens of streams that have ended"] >= 5
+    assert comparison.counts["answers"] >= 15
+
+
 @pytest.mark.parametrize(
     "pool",
     [pytest.param(FEW_SMALL_ASKS, id="few"), pytest.param(SMALL_ASKS, id="many", marks=pytest.mark.stress)],

@@ -21,7 +21,7 @@ from sgl_flowprefill.runtime.memory import (
     TaskMemory,
     budget,
     sliding_window_limit,
-    steps_run_again,
+    writes_kv_alone,
 )
 from sgl_flowprefill.runtime.slots import AttentionSlots
 
@@ -174,7 +174,7 @@ def test_a_step_runs_again_only_where_it_writes_kv_cache_alone() -> None:
 
     def runs_again(rows: type, kv: type, **attributes: Any) -> bool:
         pools = {"req_to_token_pool": rows.__new__(rows), "token_to_kv_pool": kv.__new__(kv)}
-        return steps_run_again(SimpleNamespace(**pools, **attributes))
+        return writes_kv_alone(SimpleNamespace(**pools, **attributes))
 
     for plain in (MHATokenToKVPool, MLATokenToKVPool, SWAKVPool):
         assert runs_again(ReqToTokenPool, plain)

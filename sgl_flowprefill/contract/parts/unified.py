@@ -12,6 +12,7 @@ REQ: Final = "sglang.srt.managers.schedule_batch:Req"
 BATCH: Final = "sglang.srt.managers.schedule_batch:ScheduleBatch"
 ADDER: Final = "sglang.srt.managers.schedule_policy:PrefillAdder"
 CHECKER: Final = "sglang.srt.managers.scheduler_components.invariant_checker:SchedulerInvariantChecker"
+PROCESSOR: Final = "sglang.srt.managers.scheduler_components.batch_result_processor:SchedulerBatchResultProcessor"
 POOLS: Final = "sglang.srt.mem_cache"
 ALLOCATOR: Final = "sglang.srt.mem_cache.allocator.base:BaseTokenToKVPoolAllocator"
 
@@ -39,6 +40,7 @@ STEP_CALLS: Final = (
 )
 """What makes a decode step of SGLang's function for the next batch: finished prefills join, and none is started."""
 
+NO_STEP_AHEAD: Final = "steps that are queued behind those in flight give streams wrong tokens, or end them twice"
 STEP_RUNS: Final = (
     "resolve_forward_inputs(batch, self.future_map)",
     "batch_result = self.model_worker.forward_batch_generation(",
@@ -239,6 +241,62 @@ PART: Final = Part(
             WATERMARKS,
             "a step that runs again counts twice for watermarks",
             otherwise=Row(MODEL_RUNNER, "reads", WATERMARKS, "a step that runs again counts twice for watermarks"),
+        ),
+        source(
+            "assumes",
+            "sglang.srt.managers.overlap_utils:resolve_forward_inputs",
+            ["batch.input_ids = future_map.output_tokens_buf[batch.req_pool_indices]"],
+            "takes the input of a step from where the device has put the tokens of the one before",
+            NO_STEP_AHEAD,
+        ),
+        source(
+            "assumes",
+            f"{PROCESSOR}.process_batch_result_decode",
+            ["if (self.enable_overlap or self.enable_overlap_mlx) and (", "req.finished() or req.is_retracted"],
+            "passes over streams that have ended while a step over them was in flight",
+            NO_STEP_AHEAD,
+            "(self, batch, result)",
+        ),
+        *rows(
+            "overrides",
+            SCHEDULER,
+            "init_batch_result_processor(self)",
+            "makes what processes results",
+            NO_STEP_AHEAD,
+        ),
+        *attributes(SCHEDULER, "batch_result_processor", "processes results", NO_STEP_AHEAD),
+        *attributes(PROCESSOR, "enable_overlap", "lets streams that have ended be passed over", NO_STEP_AHEAD),
+        *rows("calls", BATCH, "copy(self)", "keeps what a result is processed with", NO_STEP_AHEAD),
+        *attributes(
+            BATCH,
+            "has_grammar sampling_info",
+            "says whose next tokens depend on what the host does with the last ones",
+            NO_STEP_AHEAD,
+        ),
+        *attributes(
+            "sglang.srt.sampling.sampling_batch_info:SamplingBatchInfo",
+            "penalizer_orchestrator has_custom_logit_processor",
+            "says whose next tokens depend on what the host does with the last ones",
+            NO_STEP_AHEAD,
+        ),
+        *attributes(
+            "sglang.srt.sampling.penaltylib.orchestrator:BatchedPenalizerOrchestrator",
+            "is_required",
+            "says whose next tokens depend on what the host does with the last ones",
+            NO_STEP_AHEAD,
+        ),
+        *rows(
+            "calls",
+            REQ,
+            "next_output_finishes_by_length(self)",
+            "says which streams end with the step in flight",
+            "a step more than needed runs when the last stream ends",
+        ),
+        *attributes(
+            REQ,
+            "finished_output",
+            "is set when the last of an answer has been sent",
+            "the event log has ends of requests that have ended",
         ),
         *attributes(
             CHECKER,
