@@ -159,11 +159,13 @@ class Engine(Tasks):
         beside: Sequence[int] = (),
         interrupted: Callable[[], bool] = lambda: False,
         tbt_slo_s: float | None = None,
+        ahead: bool = False,
     ) -> Decoded:
         """``prompts`` become streams and get answers of so many tokens, by the hub's own decode steps.
 
         With a prompt ``beside`` them, that is prefilled again and again meanwhile. Whenever it is ``interrupted`` a
-        step is queued, or the one that is in flight is waited for; without a prompt, step follows step.
+        step is queued, or the one that is in flight is waited for; without a prompt, step follows step, or is queued
+        ``ahead`` of the tokens of the one before.
         """
         found = Decoded()
         reqs = [self._join(prompt, answer_tokens, tbt_slo_s) for prompt in prompts]
@@ -177,10 +179,11 @@ class Engine(Tasks):
                         found.firsts.append(self.first(task))
                         task = None
                         continue
-                if self.hub.work.tasks.finishing:
+                if self.hub.work.tasks.finishing and not ahead:
                     self.hub.finish_done()
                 else:
                     self.hub.turn()
+            self.hub.finish_done()
         if task is not None:
             with self.interrupted_by(lambda: False):
                 self.resume(task)
@@ -197,6 +200,11 @@ class Engine(Tasks):
         """What a server takes decode steps to cost, from steps that were measured when it started."""
         steps = load_or_measure_steps(self._role).model
         return {"fixed_s": steps.fixed_s, "per_request_s": steps.per_request_s, "per_token_s": steps.per_token_s}
+
+    @property
+    def has_steps_ahead(self) -> bool:
+        """Whether decode steps are queued before the tokens of those in flight are there."""
+        return self.hub.ahead is not None
 
     @property
     def has_decode_graphs(self) -> bool:

@@ -117,6 +117,9 @@ class KnownEngine:
     # ---- decode steps ----
 
     has_decode_graphs = True
+    has_steps_ahead = False
+    wrong_ahead = 0
+    """Tokens of streams that are others where steps are queued ahead."""
 
     def step_costs(self) -> dict[str, float]:
         return STEP_COSTS
@@ -131,6 +134,7 @@ class KnownEngine:
         beside: Sequence[int] = (),
         interrupted: Callable[[], bool] = lambda: False,
         tbt_slo_s: float | None = None,
+        ahead: bool = False,
     ) -> Decoded:
         self.decoded.append((len(prompts), answer_tokens, len(beside), tbt_slo_s))
         found = Decoded([[stream + place for place in range(answer_tokens)] for stream in range(len(prompts))])
@@ -138,11 +142,14 @@ class KnownEngine:
             found.firsts.append(self._first(beside, self.wrong_under_steps))
             for place in range(self.wrong_tokens):
                 found.answers[0][-1 - place] = -1
+        for place in range(self.wrong_ahead if ahead else 0):
+            found.answers[0][-1 - place] = -1
         for number in range(1, answer_tokens):
             due_s = number * (tbt_slo_s or self.step_s) - self.step_s
             begin_s = due_s + (self.step_late_s if beside and number % 2 else 0.0)
             spread_s = self.step_spread_s if not beside and number % 10 == 0 else 0.0
-            found.steps.append(Step(due_s, begin_s, begin_s + self.step_s + spread_s))
+            step_s = self.step_s / 2 if ahead else self.step_s + spread_s
+            found.steps.append(Step(due_s, begin_s, begin_s + step_s))
         return found
 
     # ---- tasks that run ----
@@ -359,6 +366,20 @@ def test_steps_that_change_a_token_or_a_logit_or_end_late_fail(
 ) -> None:
     setattr(engine, what, value)
     assert last(steps.measure, engine, tmp_path).state == "FAILED"
+
+
+@pytest.mark.parametrize(("wrong", "state"), [(0, "passed"), (1, "FAILED")])
+def test_steps_that_are_queued_ahead_are_shown_and_have_to_give_the_same_tokens(
+    wrong: int, state: str, engine: KnownEngine, tmp_path: Path
+) -> None:
+    engine.has_steps_ahead, engine.wrong_ahead = True, wrong
+    found = last(steps.measure, engine, tmp_path)
+    alone, ahead, *timed = found.figures["rows"]
+    assert ahead["step"]["p50_ms"] == pytest.approx(alone["step"]["p50_ms"] / 2)
+    assert len(timed) == 3
+    assert found.figures["same_ahead"] == found.figures["compared"] - wrong
+    assert "queued ahead" in found.line
+    assert found.state == state
 
 
 def test_gaps_longer_than_the_objective_and_one_step_fail(engine: KnownEngine, tmp_path: Path) -> None:

@@ -1,8 +1,9 @@
 """Decode steps between the operators of a suspended prefill, on a server that prefills and decodes.
 
-First at random operators: streams have to get the tokens that they get when nothing runs beside them, and the prefill
-the logits that it has alone. Then when they are due: how much later a step ends for the prefill that it interrupts, and
-which gaps between two tokens of a stream come of that: at most the objective and one step.
+First alone, also with each queued before the tokens of the one before are there, if they are served so. Then at
+random operators: streams have to get the tokens that they get when nothing runs beside them, and the prefill the logits
+that it has alone. Then when they are due: how much later a step ends for the prefill that it interrupts, and which gaps
+between two tokens of a stream come of that: at most the objective and one step.
 """
 
 from __future__ import annotations
@@ -49,6 +50,11 @@ def measure(engine: Engine, request: Request) -> Iterator[Outcome]:
     }
     step_s = median(step.time_s for step in alone.steps)
     rows = [_row("one after the other, nothing beside them", alone.steps, step_s)]
+    if engine.has_steps_ahead:
+        ahead = engine.decode(prompts, CHECKED_TOKENS, ahead=True)
+        rows.append(_row("the same, each queued ahead", ahead.steps, step_s))
+        figures["same_ahead"] = sum(one == other for one, other in _pairs(alone, ahead))
+        figures["passed"] = figures["passed"] and figures["same_ahead"] == figures["compared"]
     own_spread_ms = rows[0]["step"]["p99_ms"] - rows[0]["step"]["p50_ms"]
     figures["limit_ms"] = 1e3 * engine.blocking_limit_s + own_spread_ms
     yield _outcome(rows, figures)
@@ -73,7 +79,7 @@ def _checked(engine: Engine, prompts: Sequence[Sequence[int]], alone: Decoded, t
         first = engine.alone(beside)
         rounding = max(LEAST_ROUNDING, first.difference(engine.together([beside, engine.prompt(tokens // 8)])[0]))
     found = engine.decode(prompts, CHECKED_TOKENS, beside, lambda: rng.random() < STEP_PROBABILITY)
-    pairs = [pair for answers in zip(alone.answers, found.answers, strict=True) for pair in zip(*answers, strict=True)]
+    pairs = _pairs(alone, found)
     difference = max(first.difference(one) for one in found.firsts)
     same = sum(one == other for one, other in pairs)
     return {
@@ -87,6 +93,11 @@ def _checked(engine: Engine, prompts: Sequence[Sequence[int]], alone: Decoded, t
         and len({token for answer in alone.answers for token in answer}) > 1
         and difference <= ROUNDING * rounding,
     }
+
+
+def _pairs(one: Decoded, other: Decoded) -> list[tuple[int, int]]:
+    """The tokens of their streams, side by side."""
+    return [pair for answers in zip(one.answers, other.answers, strict=True) for pair in zip(*answers, strict=True)]
 
 
 def _row(how: str, steps: Sequence[Step], step_s: float, objective_s: float | None = None) -> dict[str, Any]:
@@ -113,6 +124,8 @@ def _outcome(rows: Sequence[dict[str, Any]], figures: dict[str, Any]) -> Outcome
         f"{figures['steps_at_random']} steps inside {figures['prefills_at_random']} prefills; a step "
         f"{rows[0]['step']['p50_ms']:.1f} ms ({graphs})"
     )
+    if "same_ahead" in figures:
+        line += f", {rows[1]['step']['p50_ms']:.1f} ms queued ahead ({figures['same_ahead']} tokens the same)"
     if timed:
         worst = max(timed, key=lambda row: float(row["late"]["p99_ms"]))
         line += (
