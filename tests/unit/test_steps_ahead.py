@@ -1,4 +1,6 @@
-"""Decode steps that are queued behind those in flight: the hub on the simulated device, and what the policy knows."""
+"""Decode steps that are queued behind those in flight: the hub on the simulated device, what the policy knows of
+them, and which steps can be.
+"""
 
 from __future__ import annotations
 
@@ -10,15 +12,22 @@ from typing import Any
 
 import pytest
 
+from sgl_flowprefill.config import FlowPrefillConfig
 from sgl_flowprefill.hub.ahead import LEAD_FACTOR, StepAhead
-from sgl_flowprefill.hub.device import HostStamp
-from sgl_flowprefill.hub.task import DecodeStep
+from sgl_flowprefill.hub.device import CpuDevice, HostStamp
+from sgl_flowprefill.hub.parts import OneRank
+from sgl_flowprefill.hub.task import DecodeStep, Tasks
 from sgl_flowprefill.policy import ColocatedPolicy, DecodeLimits, Limits, Stream, make_policy
 from sgl_flowprefill.policy.decode import Streams
 from sgl_flowprefill.profiling.steps import LinearSteps
 
 pytest.importorskip("sglang")
 
+from sgl_flowprefill.runtime import unified_role
+from sgl_flowprefill.runtime.event_recorder import EventRecorder
+from sgl_flowprefill.runtime.joint_unified import JointUnifiedRole
+from sgl_flowprefill.runtime.unified_role import UnifiedRole
+from sgl_flowprefill.runtime.wakeup import Wakeup
 from tests.simulated_device import HostCosts, Model, SimulatedDevice, SimulatedRequest, SimulatedServer, SimulatedSteps
 
 STEP_S = 0.008
@@ -261,3 +270,64 @@ def test_two_steps_are_in_flight_at_most() -> None:
     policy.began(0.001)
     with pytest.raises(AssertionError, match="one is queued behind it"):
         policy.began(0.002)
+
+
+# ---- whose tokens have to be read first ------------------------------------------------------------------------------
+
+
+def req_of(ends: bool = False) -> Any:
+    """A request that ends with its next token, or does not."""
+    return SimpleNamespace(next_output_finishes_by_length=lambda: ends)
+
+
+def batch_of(*reqs: Any, grammar: bool = False, penalty: bool = False, processor: bool = False) -> Any:
+    """SGLang's batch, whose requests have such."""
+    sampling_info = SimpleNamespace(
+        penalizer_orchestrator=SimpleNamespace(is_required=penalty), has_custom_logit_processor=processor
+    )
+    return SimpleNamespace(
+        reqs=list(reqs),
+        is_empty=lambda: not reqs,
+        has_grammar=grammar,
+        sampling_info=sampling_info if reqs else None,
+    )
+
+
+def role_of(role: type[UnifiedRole], running: Any, *joining: Any) -> Any:
+    scheduler = SimpleNamespace(enable_hierarchical_cache=False, waiting_queue=[], running_batch=running)
+    parts = FlowPrefillConfig().default_ttft_slo, Tasks(), Wakeup(), CpuDevice(), OneRank(lambda: False)
+    made: Any = role(scheduler, *parts, EventRecorder(None))  # type: ignore[arg-type]
+    made.joining += joining
+    return made
+
+
+@pytest.mark.parametrize("needs", ["grammar", "penalty", "processor"])
+def test_a_step_waits_for_tokens_that_a_stream_needs_on_the_host(needs: str) -> None:
+    plain = batch_of(req_of(), req_of(ends=True))
+    assert role_of(UnifiedRole, plain).can_step_ahead()
+    assert role_of(UnifiedRole, plain, batch_of(req_of())).can_step_ahead()
+    special = batch_of(req_of(), **{needs: True})
+    assert not role_of(UnifiedRole, special).can_step_ahead()
+    assert not role_of(UnifiedRole, plain, special).can_step_ahead()
+
+
+def test_no_step_is_ahead_of_the_last_tokens_of_all_streams() -> None:
+    ending = batch_of(req_of(ends=True), req_of(ends=True))
+    assert not role_of(UnifiedRole, ending).can_step_ahead()
+    assert not role_of(UnifiedRole, batch_of()).can_step_ahead(), "those of the step in flight have ended"
+    assert role_of(UnifiedRole, ending, batch_of(req_of(ends=True))).can_step_ahead(), "it is not in the step in flight"
+
+
+def test_steps_are_queued_ahead_where_a_device_keeps_a_queue_and_a_step_writes_kv_cache_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    writes_kv_alone = True
+    monkeypatch.setattr(unified_role, "writes_kv_alone", lambda model_runner: writes_kv_alone)
+    role, joint = (role_of(kind, batch_of()) for kind in (UnifiedRole, JointUnifiedRole))
+    role.scheduler.tp_worker = SimpleNamespace(model_runner=None)
+    assert not role.steps_ahead, "on the CPU, no step is in flight when the next one is chosen"
+    role.device = joint.device = SimulatedDevice(2, HostCosts())
+    assert role.steps_ahead
+    assert not joint.steps_ahead
+    writes_kv_alone = False
+    assert not role.steps_ahead
