@@ -35,7 +35,7 @@ LEAST_SHAPES: Final = 3
 LEAST_S: Final = 1e-9
 """A batch takes no less, also where too few rows leave the physics nothing to say."""
 DISTURBED: Final = 1.3
-"""A repeat of a shape that takes more than this multiple of the faster half was disturbed, which never makes it faster."""
+"""A repeat of a shape that takes more than this multiple of the faster half was disturbed: nothing makes it faster."""
 FOLDS: Final = 5
 """Parts of the rows, of which each is predicted by a model of the others."""
 PARAMETERS: Final[dict[str, Any]] = {

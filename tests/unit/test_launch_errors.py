@@ -128,7 +128,7 @@ def test_a_misspelt_option_in_the_environment(refusal, monkeypatch):
     [
         (["--pp-size", "2"], "--pp-size 2 cannot work with FlowPrefill"),
         (["--enable-unified-memory"], "--enable-unified-memory cannot work with FlowPrefill"),
-        (["--prefill-args", "--enable-lora --tp 2"], "--enable-lora with --tp-size 2 cannot work with FlowPrefill"),
+        (["--prefill-args", "--enable-lora --tp 2"], "--enable-lora with --tp-size 2 is refused by FlowPrefill"),
         (["--no-such-option"], "--no-such-option"),
         (["--decode-args", "--max-total-tokens many"], "--max-total-tokens"),
         (["--port", "30000"], "--port cannot be passed on to a server: use --ports"),
