@@ -10,6 +10,7 @@ from typing import Annotated, Any, Final, get_type_hints
 import msgspec
 from msgspec import Meta, Struct
 
+from sgl_flowprefill.carried import Carried
 from sgl_flowprefill.events import rounded
 from sgl_flowprefill.outcomes import Outcome
 from sgl_flowprefill.slo import Objective
@@ -64,15 +65,41 @@ def report(outcome: Outcome) -> dict[str, Any]:
     return msgspec.structs.asdict(told)
 
 
-def report_of_first_token(objective: Objective, ttft_s: float | None) -> dict[str, Any]:
-    """What a server says that knows of the first token alone."""
+def to_carry(if_late: Outcome) -> Carried:
+    """What a prefill server tells the decode server of a request that has this outcome if its first token is late."""
+    assert if_late.cause is not None
+    return Carried(
+        cause_if_late=if_late.cause,
+        predicted_s=if_late.predicted_s,
+        slack_at_admission_s=if_late.slack_at_admission_s,
+        waited_s=if_late.waited_s,
+        suspended_s=if_late.suspended_s,
+        blocked_s=if_late.blocked_s,
+        suspensions=if_late.suspensions,
+    )
+
+
+def report_of_first_token(objective: Objective, ttft_s: float | None, carried: Carried | None) -> dict[str, Any]:
+    """What a server says that has the first token, and of the prefill what was ``carried`` to it."""
+    met = None if ttft_s is None else ttft_s <= objective.ttft_s
     told = Report(
         ttft_slo_s=objective.ttft_s,
         slo_class=objective.slo_class,
         slo_source=objective.slo_source,
-        met=None if ttft_s is None else ttft_s <= objective.ttft_s,
+        met=met,
         ttft_s=rounded(ttft_s),
     )
+    if carried is not None:
+        told = msgspec.structs.replace(
+            told,
+            cause=str(carried.cause_if_late) if met is False else None,
+            predicted_s=rounded(carried.predicted_s),
+            slack_at_admission_s=rounded(carried.slack_at_admission_s),
+            waited_s=rounded(carried.waited_s),
+            suspensions=carried.suspensions,
+            suspended_s=rounded(carried.suspended_s),
+            blocked_s=rounded(carried.blocked_s),
+        )
     return msgspec.structs.asdict(told)
 
 

@@ -5,6 +5,7 @@ An event costs the same however many requests there are, and what is kept is of 
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -164,6 +165,15 @@ class Outcomes:
         """The course until ``now_s`` of a request whose outcome is not known yet; None for any other."""
         request = self._open.get(rid)
         return None if request is None else self._course(request, now_s)
+
+    def if_late(self, rid: str) -> Outcome | None:
+        """What becomes of a request whose prefill has run and whose first token is not there yet, if that comes too
+        late; None for any other.
+        """
+        request = self._open.get(rid)
+        if request is None or request.computed_s is None:
+            return None
+        return self._outcome(request, request.computed_s, first_token_s=math.inf)
 
     # ---- requests that wait -----------------------------------------------------------------------------------------
 

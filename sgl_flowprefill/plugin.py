@@ -145,11 +145,13 @@ def take_scheduler_seams(config: FlowPrefillConfig) -> None:
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
     from sgl_flowprefill import platforms
-    from sgl_flowprefill.patches import decode_order, handed_back, request_times
+    from sgl_flowprefill.patches import carried_report, decode_order, handed_back, request_times
 
     expect(*SCHEDULER_PARTS, *(() if platforms.is_active() else ("attention",)))
     request_times.apply()
     handed_back.apply()
+    if config.answer_report:
+        carried_report.apply()
     if config.policy != "fcfs":
         decode_order.apply(config)
     HookRegistry.register(BEFORE_IT_IS_MADE, _choose_scheduler, HookType.BEFORE)

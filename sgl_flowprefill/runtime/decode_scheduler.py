@@ -1,7 +1,6 @@
-"""A decode server's scheduler: SGLang's own, whose answers say what it knows of their requests.
-
-The prefill server knows the rest: what it predicted, how long it suspended the prefill, why the first token is late.
-SGLang's transfer brings tokens, log probabilities and cached tokens from there, and has no place for more.
+"""A decode server's scheduler: SGLang's own, whose answers say what became of their requests: when the first token was
+there, which it knows itself, and what the prefill server has sent along of what it predicted, how long it suspended the
+prefill, and why a first token that is late is so.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ from sglang.srt.managers.utils import is_health_check_generate_req
 from sgl_flowprefill.answers import report_of_first_token
 from sgl_flowprefill.config import FlowPrefillConfig
 from sgl_flowprefill.deadline import objective, received_by_http_s, resolver
+from sgl_flowprefill.patches import carried_report
 from sgl_flowprefill.runtime.reporting_streamer import ReportingStreamer
 
 FIRST_TOKEN: Final = "flowprefill_first_token_s"
@@ -43,7 +43,7 @@ class DecodeStreamer(ReportingStreamer):
         if not received_s:
             return []  # it came another way than by the HTTP server
         ttft_s = None if first_token_s is None else first_token_s - received_s
-        return [report_of_first_token(objective(req, self._resolver), ttft_s)]
+        return [report_of_first_token(objective(req, self._resolver), ttft_s, carried_report.of(req))]
 
 
 class DecodeScheduler(Scheduler):

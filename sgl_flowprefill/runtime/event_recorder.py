@@ -12,7 +12,8 @@ from typing import Any, Final
 
 from sglang.srt.managers.utils import is_health_check_generate_req
 
-from sgl_flowprefill.answers import report
+from sgl_flowprefill.answers import report, to_carry
+from sgl_flowprefill.carried import Carried
 from sgl_flowprefill.events import (
     Abort,
     AnyEvent,
@@ -97,6 +98,10 @@ class EventRecorder(EventLog, Recorder):
     def on_answer(self, listener: Callable[[Any, str | None, int | None], object]) -> None:
         """``listener`` is called as ``answered`` is, from now on."""
         self._answer_listeners.append(listener)
+
+    def if_late(self, rid: str) -> Outcome | None:
+        """As ``Outcomes.if_late``, where somebody listens to outcomes."""
+        return self._outcomes.if_late(rid)
 
     def _read(self, event: AnyEvent) -> None:
         for outcome in self._outcomes.read(event):
@@ -366,6 +371,7 @@ class AnswerReports:
     """What answers say of their requests: outcomes, until the last events of the answers have been sent."""
 
     def __init__(self, recorder: EventRecorder) -> None:
+        self._recorder = recorder
         self._outcomes: dict[str, Outcome] = {}
         self._over: list[str] = []
         """Requests whose last event is being sent."""
@@ -380,6 +386,13 @@ class AnswerReports:
         """The report that goes with what is sent of SGLang's ``req`` now: one with its last event, none before."""
         outcome = self._outcomes.get(req.rid) if req.finished() else None
         return [] if outcome is None else [report(outcome)]
+
+    def to_carry(self, req: Any) -> Carried | None:
+        """What the decode server is told of SGLang's ``req``, whose prefill has run; None where nothing is known of it,
+        as of a health check.
+        """
+        outcome = self._recorder.if_late(req.rid)
+        return None if outcome is None else to_carry(outcome)
 
     def forget_sent(self) -> None:
         """The last events have been sent."""

@@ -190,7 +190,10 @@ def build(
     scheduler.output_streamer.recorder = recorder
     if config.event_points and agreement.decides:
         executor.point_log = PointLog(recorder, progress)
-    if config.answer_report and (agreement.decides or (is_joint and decodes)):
+    # Other ranks answer requests of their own, or send KV cache and tell a decode server with it. On another node their
+    # clock is not the one by which requests were received.
+    tells = agreement.decides or ((is_joint or not decodes) and get_parallel().nnodes == 1)
+    if config.answer_report and tells:
         scheduler.output_streamer.reports = AnswerReports(recorder)
     # A full collection of all that has been imported would stop a prefill for half a second.
     gc.collect()

@@ -23,16 +23,34 @@ from sglang.srt.managers.scheduler_components import output_streamer
 from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
-from sgl_flowprefill.answers import REPORT_KEY, Report, report, table
-from sgl_flowprefill.events import Abort, Arrival, Complete, Fail, Leave, Ready, Start, Suspend
+from sgl_flowprefill.answers import REPORT_KEY, Report, report, report_of_first_token, table
+from sgl_flowprefill.carried import Carried
+from sgl_flowprefill.events import Abort, Arrival, Complete, Fail, Leave, Ready, Resume, Start, Suspend
+from sgl_flowprefill.misses import Cause
 from sgl_flowprefill.outcomes import Outcomes
-from sgl_flowprefill.patches import answer_report
+from sgl_flowprefill.patches import answer_report, carried_report
 from sgl_flowprefill.runtime.decode_scheduler import DecodeStreamer
 from sgl_flowprefill.runtime.event_recorder import AnswerReports, EventRecorder
 from sgl_flowprefill.slo import Objective
 
 DOCS = Path(__file__).parents[2] / "docs"
 TOLD = {"met": True, "ttft_s": 0.25}
+CARRIED = Carried(
+    cause_if_late=Cause.OVERLOAD,
+    predicted_s=0.2,
+    slack_at_admission_s=-0.05,
+    waited_s=0.15,
+    suspended_s=0.0,
+    blocked_s=None,
+    suspensions=2,
+)
+KNOWN_OF_PREFILL = {
+    "predicted_s": 0.2,
+    "slack_at_admission_s": -0.05,
+    "waited_s": 0.15,
+    "suspended_s": 0.0,
+    "suspensions": 2,
+}
 STREAM = [
     'data: {"id":"1","choices":[{"index":0,"text":"\\"finish_reason\\":\\"stop\\"","finish_reason":null}]}\n\n',
     'data: {"id":"1","choices":[{"index":0,"text":"b","finish_reason":"stop"}]}\n\n',
@@ -113,6 +131,40 @@ def test_a_report_of_a_long_answer_is_kept_while_others_end() -> None:
     assert len(reports.of(Req("long", finished=True))) == 1
 
 
+def test_a_prefill_server_says_what_it_knows_of_a_request_from_the_end_of_its_prefill_until_it_leaves() -> None:
+    recorder, reports = recorder_of(decodes=False)
+    req = Req("a", finished=False)
+    recorder.write(Arrival, 10.0, "a", 100, 1.0, 11.0, 10.0, "chat", "body")
+    assert reports.to_carry(req) is None
+    recorder.write(Ready, 10.1, "a", 10.05, 90, 10, 0.2)
+    recorder.write(Start, 10.2, 0, ["a"], 90, 10, 0.2)
+    recorder.write(Suspend, 10.3, 0, ["a"], 3, ["b"], 10.29, 10.3, 0.01)
+    recorder.write(Resume, 10.4, 0, ["a"], 3)
+    assert reports.to_carry(req) is None
+    recorder.write(Complete, 10.7, 0, ["a"], 9, 0.4, 0.2, 0.2, 0.2)
+    carried = reports.to_carry(req)
+    assert carried is not None
+    assert (carried.cause_if_late, carried.predicted_s, carried.suspensions) == (Cause.TRANSFER, 0.2, 1)
+    assert (carried.suspended_s, carried.waited_s) == (pytest.approx(0.1), pytest.approx(0.15))
+    assert (carried.slack_at_admission_s, carried.blocked_s) == (pytest.approx(0.7), 0.0)
+    recorder.write(Leave, 10.8, "a")
+    assert reports.to_carry(req) is None
+    assert reports.to_carry(Req("HEALTH_CHECK", finished=False)) is None
+
+
+@pytest.mark.parametrize(
+    ("ttft_s", "met", "cause"), [(0.25, True, None), (0.35, False, "overload"), (None, None, None)]
+)
+def test_a_decode_server_knows_whether_the_first_token_is_late_and_the_prefill_server_why(
+    ttft_s: float | None, met: bool | None, cause: str | None
+) -> None:
+    told = report_of_first_token(Objective(0.3, 0.1, "chat", "body"), ttft_s, CARRIED)
+    assert (told["met"], told["cause"], told["ttft_s"]) == (met, cause, ttft_s)
+    assert {name: told[name] for name in KNOWN_OF_PREFILL} == KNOWN_OF_PREFILL
+    assert told["blocked_s"] is None
+    assert told.keys() == set(Report.__struct_fields__)
+
+
 @pytest.mark.parametrize(
     ("end", "cause"),
     [(Abort(10.2, ["a"]), "aborted"), (Fail(10.2, ["a"], 500, "raised"), "failed")],
@@ -136,9 +188,14 @@ def decoding(rid: str, stream: bool, received_s: float) -> Any:
     return req
 
 
+@pytest.mark.parametrize(("carried", "known_of_prefill"), [(None, {}), (CARRIED, KNOWN_OF_PREFILL)])
 @pytest.mark.parametrize(("stream", "messages"), [(True, 3), (False, 1)])
 def test_a_decode_server_says_when_the_first_token_came_to_those_who_stream_and_to_others(
-    stream: bool, messages: int, monkeypatch: pytest.MonkeyPatch
+    stream: bool,
+    messages: int,
+    carried: Carried | None,
+    known_of_prefill: dict[str, float],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     clock_s = [100.0]
     monkeypatch.setattr("time.monotonic", lambda: clock_s[0])
@@ -158,6 +215,7 @@ def test_a_decode_server_says_when_the_first_token_came_to_those_who_stream_and_
     )
     assert streamer.has_additional_customized_info
     reqs = [decoding("a", stream, 100.0), decoding("of another way than the HTTP server", stream, 0.0)]
+    setattr(reqs[0], carried_report.CARRIED, carried)
     for at_s in (100.25, 101.0, 103.0):
         clock_s[0] = at_s
         for req in reqs:
@@ -168,7 +226,7 @@ def test_a_decode_server_says_when_the_first_token_came_to_those_who_stream_and_
     assert [message.customized_info for message in sent[:-1]] == [None] * (messages - 1)
     [[told], of_the_other] = unwrap_from_pickle(sent[-1].customized_info)[REPORT_KEY]
     known = {"ttft_slo_s": 0.3, "slo_class": "chat", "slo_source": "body", "met": True, "ttft_s": 0.25}
-    assert {name: value for name, value in told.items() if value is not None} == known
+    assert {name: value for name, value in told.items() if value is not None} == known | known_of_prefill
     assert told.keys() == set(Report.__struct_fields__)
     assert of_the_other == []
 
