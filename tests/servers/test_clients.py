@@ -96,6 +96,7 @@ def test_openai_answers_say_what_became_of_their_requests(cluster: Cluster, open
     reports = [metadata["flowprefill"] for metadata in told if "flowprefill" in metadata]
     assert [report["ttft_slo_s"] for report in reports] == [TTFT_SLO_S] * 4
     assert all(report["met"] is not None for report in reports)
+    assert all(report["predicted_s"] is not None for report in reports), "a decode server has it of the prefill server"
 
 
 def test_openai_responses(cluster: Cluster, openai: OpenAI, comparison: Comparison) -> None:

@@ -70,8 +70,9 @@ def test_answers_are_those_of_transformers_and_the_log_has_the_requests_of_both_
         comparison.generated(name, ASKED[name][0], meta_info)
     comparison.assert_same()
     assert comparison.counts["log probabilities"] == TOKENS * len(ASKED)
-    if "unified" in servers:
-        assert all(meta_info[REPORT_KEY]["met"] is not None for meta_info in answers.values()), "a rank does not report"
+    reports = [meta_info[REPORT_KEY] for meta_info in answers.values()]
+    assert all(report["met"] is not None for report in reports), "a rank does not report"
+    assert all(report["predicted_s"] is not None for report in reports), "a rank does not tell its decode server"
 
     events = [event for event in read_events(log) if event.t_s >= start_s]
     arrived = {

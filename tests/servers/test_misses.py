@@ -10,6 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple
 
+import pytest
 import requests
 from msgspec import UNSET
 from prometheus_client.parser import text_string_to_metric_families
@@ -17,10 +18,10 @@ from prometheus_client.parser import text_string_to_metric_families
 from sgl_flowprefill.cluster import Cluster
 from sgl_flowprefill.cluster.base import LOOPBACK
 from sgl_flowprefill.cluster.top_command import documents
-from sgl_flowprefill.events import Arrival, Complete, Leave, Ready, decode_events, read_events
+from sgl_flowprefill.events import AnyEvent, Arrival, Complete, Leave, Ready, Start, decode_events, read_events
 from sgl_flowprefill.live import EVENTS, TIMELINE
 from sgl_flowprefill.metrics.table import ABORTED, INVALID, TTFT_MET, TTFT_MISSED
-from sgl_flowprefill.outcomes import Outcomes
+from sgl_flowprefill.outcomes import Outcome, Outcomes
 from tests.faults import PARAMETER
 from tests.prompts import prompt
 from tests.servers.conftest import OneCluster
@@ -195,6 +196,11 @@ def by_event_log(server: Cluster, since_s: float, rids: set[str]) -> Told:
     return Told(counts, {outcome.rid: became for outcome, became in told if outcome.met is False})
 
 
+def recent_events(url: str) -> list[AnyEvent]:
+    """What a server keeps in memory of the last five minutes."""
+    return decode_events(requests.get(f"{url}{EVENTS}?seconds=300", timeout=TIMEOUT_S).content)
+
+
 def test_metrics_page_timeline_and_event_log_say_the_same_of_one_run(
     fresh_unified_server: Cluster, one_cluster: OneCluster
 ) -> None:
@@ -232,16 +238,14 @@ def test_they_say_the_same_of_a_run_of_a_pair_which_others_have_asked_before(flo
     pair, url = flowprefill_cluster, flowprefill_cluster.prefill_url
 
     def of_placeless() -> Arrival | None:
-        lines = requests.get(f"{url}{EVENTS}?seconds=300", timeout=TIMEOUT_S).content
-        arrivals = (event for event in decode_events(lines) if isinstance(event, Arrival))
+        arrivals = (event for event in recent_events(url) if isinstance(event, Arrival))
         return next((event for event in arrivals if event.rid == "placeless"), None)
 
     until(lambda: requests.post(f"{url}/flush_cache", timeout=TIMEOUT_S).ok, TIMEOUT_S, every_s=0.2)  # nothing is left
     before, since_s = by_metrics(url).counts, time.monotonic()
     clients = Clients(pair.url)
     assert clients.ask("alone", SHORT_TOKENS, AMPLE_S).result().ok
-    told = decode_events(requests.get(f"{url}{EVENTS}?seconds=300", timeout=TIMEOUT_S).content)
-    [alone] = [event for event in told if isinstance(event, Ready) and event.rid == "alone"]
+    [alone] = [event for event in recent_events(url) if isinstance(event, Ready) and event.rid == "alone"]
     clients.miss_objectives(alone.predicted_s)
     clients.ask("placeless", SHORT_TOKENS, PLACELESS_S, placeless_at=url)
     until(lambda: of_placeless() is not None, TIMEOUT_S, every_s=0.5)
@@ -261,3 +265,37 @@ def test_they_say_the_same_of_a_run_of_a_pair_which_others_have_asked_before(flo
     [server] = next(documents(url, None)).servers
     assert {miss.rid: LABELS[miss.cause] for miss in server.misses if miss.rid in rids} == log.misses
     print(f"{len(rids)} requests: {dict(log.counts)}")
+
+
+def test_answers_of_a_pair_say_what_its_prefill_server_knows(flowprefill_cluster: Cluster) -> None:
+    url = flowprefill_cluster.prefill_url
+    outcomes: dict[str, Outcome] = {}
+
+    def begun(rid: str) -> bool:
+        return any(isinstance(event, Start) and rid in event.rids for event in recent_events(url))
+
+    def all_left(rids: set[str]) -> bool:
+        reader = Outcomes(decodes=False)
+        outcomes.update({one.rid: one for event in recent_events(url) for one in reader.read(event)})
+        return rids <= outcomes.keys()
+
+    clients = Clients(flowprefill_cluster.url)
+    clients.ask("told-long", 2 * LONG_TOKENS, AMPLE_S)
+    until(lambda: begun("told-long"), TIMEOUT_S)
+    for i in range(3):
+        clients.ask(f"told-urgent-{i}", SHORT_TOKENS, AMPLE_S / 4)
+    clients.ask("told-hopeless", SHORT_TOKENS, HOPELESS_S)
+    rids = clients.wait()
+    until(lambda: all_left(rids), TIMEOUT_S)
+
+    told = {rid: answer.result().json()["meta_info"]["flowprefill"] for rid, answer in clients.answers.items()}
+    for rid, report in told.items():
+        outcome = outcomes[rid]
+        assert report["suspensions"] == outcome.suspensions, rid
+        for name in ("predicted_s", "slack_at_admission_s", "waited_s", "suspended_s", "blocked_s"):
+            assert report[name] == pytest.approx(getattr(outcome, name), rel=1e-6, abs=2e-6), (rid, name)
+    assert {rid: report["met"] for rid, report in told.items()} == {rid: rid != "told-hopeless" for rid in rids}
+    assert told.pop("told-hopeless")["cause"] == outcomes["told-hopeless"].cause == "objective shorter than its prefill"
+    assert {report["cause"] for report in told.values()} == {None}
+    assert told["told-long"]["suspensions"] >= 1
+    assert told["told-long"]["suspended_s"] > 0
