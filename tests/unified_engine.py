@@ -18,10 +18,10 @@ CHECKS: Final = {
     "SGLANG_CHECK_KV_PAGE_INVARIANTS": "1",
     "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "1",
     "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_IDLE": "1",
-    # How many stream at a time is not to depend on the machine's speed: who asks for an objective names it.
-    "FLOWPREFILL_DEFAULT_TBT_SLO": "60",
 }
-"""SGLang's checks of its KV pool, which raise an error in the turn after the mistake, and objectives that hold."""
+"""SGLang's checks of its KV pool, which raise an error in the turn after the mistake."""
+OBJECTIVE: Final = {"FLOWPREFILL_DEFAULT_TBT_SLO": "60"}
+"""How many stream at a time is not to depend on the machine's speed: who asks for an objective names it."""
 
 
 class AnsweringEngine(Engine):
@@ -136,7 +136,7 @@ class UnifiedEngine(AnsweringEngine):
         super().__init__(
             "sgl_flowprefill.runtime.unified_scheduler:UnifiedScheduler",
             model_path,
-            CHECKS | dict(environment or {}),
+            CHECKS | OBJECTIVE | dict(environment or {}),
             **server_args,
         )
         raise_assertions(self.hub.role)
