@@ -109,6 +109,17 @@ def generate_request(
     )
 
 
+def keep_prefixes(scheduler: Any) -> None:
+    """Let the prompts of requests whose transfer is a fake become cached prefixes, as those of others do."""
+    add = scheduler._add_request_to_queue
+
+    def add_cached(req: Any, *arguments: Any, **options: Any) -> None:
+        req.skip_radix_cache_insert = False
+        add(req, *arguments, **options)
+
+    scheduler._add_request_to_queue = add_cached
+
+
 def keep_freed_memory() -> None:
     """Let this process reuse what it frees, as its environment lets a server (``cluster.commands``): what comes from
     the system is cleared page by page, in the middle of an operator.
@@ -272,13 +283,7 @@ class PrefillEngine(Engine):
         self.batch_sizes: list[int] = []
         """Requests of every forward pass."""
         raise_assertions(self.scheduler.role)
-        add = self.scheduler._add_request_to_queue
-
-        def add_cached(req: Any, *arguments: Any, **options: Any) -> None:
-            req.skip_radix_cache_insert = False
-            add(req, *arguments, **options)
-
-        self.scheduler._add_request_to_queue = add_cached
+        keep_prefixes(self.scheduler)
         run_batch = self.scheduler.run_batch
 
         def counted(batch: Any, *arguments: Any, **options: Any) -> Any:

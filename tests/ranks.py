@@ -22,7 +22,7 @@ import zmq
 from sgl_flowprefill.cluster.free_ports import free_port
 from sgl_flowprefill.events import read_events
 from tests import warm
-from tests.engine import FIRST_START_S, compile_nothing, generate_request, measure_for
+from tests.engine import FIRST_START_S, compile_nothing, generate_request, keep_prefixes, measure_for
 from tests.kv import watch_kv
 from tests.late_device import LateDevice
 from tests.rank_notes import note_finishes, notes_path
@@ -273,6 +273,7 @@ def run_rank(
     def with_chaos(scheduler: Any, *arguments: Any) -> None:
         get_disagg()._set("disaggregation_transfer_backend", "fake")
         init(scheduler, *arguments)
+        keep_prefixes(scheduler)
         if chaos is not None and rank == 0:
             _unleash(scheduler, chaos)
         _keep_kv(scheduler, log, rank)
