@@ -135,7 +135,8 @@ class FlowPrefillConfig(BaseModel):
     )
     event_log: str | None = Field(
         default=None,
-        description="file that receives every scheduling event as a JSON line: about 1 kB a request, never rotated",
+        description="file that receives every scheduling event as a JSON line: about 1 kB a request, never rotated; a "
+        "decode server's has -decode in its name",
     )
     event_points: bool = Field(
         default=False,

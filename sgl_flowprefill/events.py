@@ -5,8 +5,9 @@ An event is an object of one of the types below; its line has the type's tag as 
 first line, and one wherever the server was started again, says what server it is (``log``).
 
 Every arrival has one end: its rid is in one ``complete`` (its prefill has run), ``abort`` or ``fail``. After a
-``complete`` it has one ``leave``, when its KV cache has been sent or its answer is over. SGLang's health checks have
-neither arrival nor ``leave``.
+``complete`` it has one ``leave``, when its KV cache has been sent or its answer is over. A decode server has a log of
+its own, with one ``decoded`` for each request. SGLang's health checks have neither arrival nor ``leave`` nor
+``decoded``.
 
 ``python -m sgl_flowprefill.events`` prints the table of docs/operations.md.
 """
@@ -32,6 +33,8 @@ OPTION: Final = "--flowprefill-event-log"
 LINE_BEGIN: Final = b'{"event":"'
 LONGEST_LINE_BYTES: Final = 1 << 20
 """How far back from its end a log is searched for its last whole line."""
+BOOT: Final = Path("/proc/sys/kernel/random/boot_id")
+"""Another one on each machine, and after each of its starts; the same in all containers of a machine."""
 
 
 def rounded(time_s: float | None) -> float | None:
@@ -57,7 +60,13 @@ class Log(Event, tag="log"):
     """a server begins to write: the first line of its log, and of what it gives of it over HTTP"""
 
     version: Annotated[str, Meta(description="of FlowPrefill")]
-    decodes: Annotated[bool, Meta(description="whether the server decodes as well as it prefills")]
+    decodes: Annotated[bool, Meta(description="whether the server decodes")]
+    prefills: Annotated[
+        bool, Meta(description="false on a decode server, which writes `decoded` only; else absent")
+    ] = True
+    boot: Annotated[
+        str, Meta(description="of the machine, since its last start: times of another one are by another clock")
+    ] = ""
 
 
 class Arrival(Event, tag="arrival"):
@@ -225,9 +234,42 @@ class Step(Event, tag="step"):
     ]
 
 
+class Decoded(Event, tag="decoded"):
+    """a decode server is done with a request: the only event of it. Times of what did not happen are absent, and those
+    of a retracted request that SGLang has replaced by later ones
+    """
+
+    rid: str
+    bootstrap_room: Annotated[int | None, Meta(description="by which an `arrival` at a prefill server is the same one")]
+    received_s: Annotated[float, Meta(description="when the HTTP server's process had it")]
+    queued_s: Annotated[float | None, Meta(description="since when it waited for a place")] = None
+    place_s: Annotated[float | None, Meta(description="when it had KV cache here, and its prefill could start")] = None
+    kv_s: Annotated[float | None, Meta(description="when its KV cache had come")] = None
+    first_token_s: Annotated[float | None, Meta(description="when the first token went on its way to the client")] = (
+        None
+    )
+    tokens: Annotated[int, Meta(description="of its answer; absent for none")] = 0
+    retractions: Annotated[int, Meta(description="how often it had to make room for others; absent for never")] = 0
+    reason: Annotated[str | None, Meta(description="what went wrong; absent where nothing did")] = None
+
+
 Fields = ParamSpec("Fields")
 AnyEvent = (
-    Log | Arrival | Ready | Start | Suspend | Points | Resume | Complete | Leave | Abort | Fail | Shed | GiveBack | Step
+    Log
+    | Arrival
+    | Ready
+    | Start
+    | Suspend
+    | Points
+    | Resume
+    | Complete
+    | Leave
+    | Abort
+    | Fail
+    | Shed
+    | GiveBack
+    | Step
+    | Decoded
 )
 
 
@@ -286,9 +328,9 @@ class EventLog:
         """``listener(event)`` is called for each event from now on."""
         self._listeners.append(listener)
 
-    def begin(self, decodes: bool) -> None:
-        """Say in the first line what server writes the log, and whether it ``decodes``."""
-        line = _line(Log(time.monotonic(), __version__, decodes))
+    def begin(self, decodes: bool, prefills: bool = True) -> None:
+        """Say in the first line what server writes the log: whether it ``decodes``, and whether it ``prefills``."""
+        line = _line(Log(time.monotonic(), __version__, decodes, prefills, _boot()))
         if self.recent is not None:
             self.recent.head = line
         self._append(line)
@@ -326,6 +368,21 @@ class EventLog:
         logger.error("No more events are written to %s: %s", file.name, error)
         with suppress(OSError):
             file.close()
+
+
+def of_decode_server(path: Path) -> Path:
+    """Where a decode server writes its log that is to write it to ``path``: its prefill server may be told the same, so
+    that the name of the file gets ``-decode``, unless it has that word. A device is what it is.
+    """
+    if "decode" in path.stem or (path.exists() and not path.is_file()):
+        return path
+    return path.with_stem(f"{path.stem}-decode")
+
+
+def _boot() -> str:
+    with suppress(OSError):
+        return BOOT.read_text().strip()
+    return ""
 
 
 def _remove_cut_line(path: Path) -> None:

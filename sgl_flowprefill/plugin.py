@@ -159,10 +159,11 @@ def take_scheduler_seams(config: FlowPrefillConfig) -> None:
 
 def _choose_scheduler(server_args: Any, *_args: Any, **_kwargs: Any) -> None:
     """A prefill server and one without disaggregation get our schedulers, and a decode server SGLang's own, whose
-    answers may have reports.
+    answers may have reports and whose requests may be in an event log.
     """
     from sglang.srt.managers import scheduler as scheduler_module
 
+    config = FlowPrefillConfig.from_env()
     if server_args.disaggregation_mode == "prefill":
         from sgl_flowprefill.runtime.scheduler import FlowPrefillScheduler
 
@@ -171,7 +172,7 @@ def _choose_scheduler(server_args: Any, *_args: Any, **_kwargs: Any) -> None:
         from sgl_flowprefill.runtime.unified_scheduler import UnifiedScheduler
 
         scheduler_module.Scheduler = UnifiedScheduler
-    elif FlowPrefillConfig.from_env().answer_report:
+    elif config.answer_report or config.event_log is not None:
         from sgl_flowprefill.runtime.decode_scheduler import DecodeScheduler
 
         scheduler_module.Scheduler = DecodeScheduler

@@ -8,7 +8,20 @@ from dataclasses import dataclass
 import numpy as np
 
 from sgl_flowprefill.bench.metrics.requests import PreemptionSummary, summarise_blocking
-from sgl_flowprefill.events import Abort, AnyEvent, Arrival, Complete, Fail, Leave, Log, Points, Ready, Start, Suspend
+from sgl_flowprefill.events import (
+    Abort,
+    AnyEvent,
+    Arrival,
+    Complete,
+    Decoded,
+    Fail,
+    Leave,
+    Log,
+    Points,
+    Ready,
+    Start,
+    Suspend,
+)
 
 
 @dataclass(frozen=True)
@@ -45,7 +58,7 @@ class LogSummary:
 
 def summarise_log(events: Iterable[AnyEvent]) -> LogSummary:
     """Figures of ``events``, in the order of the log."""
-    events = [event for event in events if not isinstance(event, Log | Points)]
+    events = [event for event in events if not isinstance(event, Log | Points | Decoded)]
     lost = _lost_arrivals(events)
     deadlines_s: dict[str, float] = {}
     """Deadlines of the requests that wait for their answer."""

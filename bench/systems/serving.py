@@ -34,7 +34,7 @@ from sgl_flowprefill.bench.workloads.trace import Trace, TraceRequest
 from sgl_flowprefill.cluster import Cluster, ClusterConfig, ClusterError
 from sgl_flowprefill.cluster.machine import available_memory_bytes
 from sgl_flowprefill.config import FlowPrefillConfig, command_line
-from sgl_flowprefill.events import read_events
+from sgl_flowprefill.events import of_decode_server, read_events
 from sgl_flowprefill.live import PAGE
 from sgl_flowprefill.profiling.steps import Step
 
@@ -244,7 +244,8 @@ def start(system: System, servers: Servers, out: Path, say: Say) -> Iterator[Ser
     """Start the servers of ``system``, logs under ``out``, and end them. Raises ClusterError or ConfigError."""
     event_log = None if system.is_stock else out / f"{system.name}-events.jsonl"
     if event_log:
-        event_log.unlink(missing_ok=True)
+        for log in (event_log, of_decode_server(event_log)):
+            log.unlink(missing_ok=True)
     config = servers.cluster(system, out / "logs" / system.name, event_log)
     with Cluster(config, on_progress=say) as cluster:
         if places := where_to_watch(config, cluster.prefill_url):

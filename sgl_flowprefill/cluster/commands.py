@@ -27,6 +27,7 @@ from sgl_flowprefill.config import (
     FlowPrefillConfig,
     attach_values,
 )
+from sgl_flowprefill.events import of_decode_server
 from sgl_flowprefill.paths import CACHE_VARIABLE
 
 Role = Literal["prefill", "decode", "unified"]
@@ -139,10 +140,10 @@ class Layout:
     def event_log(self, role: Role, index: int = 0) -> Path | None:
         """Event log of a server, if there is one."""
         file, name = self.config.options.events_file, self.name(role, index)
-        if file is None or name == role:
-            return None if file is None else Path(file)
-        path = Path(file)
-        return path.with_stem(f"{path.stem}-{name}")
+        if file is None:
+            return None
+        path = Path(file) if name == role else Path(file).with_stem(f"{Path(file).stem}-{name}")
+        return of_decode_server(path) if role == "decode" else path
 
     @property
     def url(self) -> str:

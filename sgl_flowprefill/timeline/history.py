@@ -1,10 +1,13 @@
-"""What happened on a server, put together from its event log: the course of each request and of each task."""
+"""What happened on a server, put together from its event log: the course of each request and of each task, or, of a
+decode server, of each request.
+"""
 
 from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import accumulate
 from operator import itemgetter
 from typing import Final, NamedTuple
@@ -16,6 +19,7 @@ from sgl_flowprefill.events import (
     AnyEvent,
     Arrival,
     Complete,
+    Decoded,
     Fail,
     GiveBack,
     Leave,
@@ -41,6 +45,8 @@ WITHOUT_PLACE: Final = "waiting for the decode server"
 NOT_READY: Final = "not ready"
 WAITING: Final = "waiting"
 SENDING: Final = "KV cache is sent"
+FOR_PLACE: Final = "waiting for a place"
+FOR_KV: Final = "waiting for its KV cache"
 DECODING: Final = "decoding"
 """What a request does, besides what its task does."""
 
@@ -137,6 +143,30 @@ class Request:
         return None if self.first_token_s is None else self.first_token_s - self.arrival.deadline_s
 
 
+@dataclass(frozen=True, eq=False)
+class DecodedRequest:
+    """A request at a decode server."""
+
+    event: Decoded
+
+    @cached_property
+    def parts(self) -> Sequence[Part]:
+        """What it did, in order."""
+        event = self.event
+        turns = (
+            (ON_THE_WAY, event.received_s),
+            (FOR_PLACE, event.queued_s),
+            (FOR_KV, event.place_s),
+            (WAITING, event.kv_s),
+            (DECODING, event.first_token_s),
+        )
+        begins = [(what, at_s) for what, at_s in turns if at_s is not None]
+        ends_s = [*(at_s for _, at_s in begins[1:]), event.t_s]
+        return [
+            Part(what, begin_s, end_s) for (what, begin_s), end_s in zip(begins, ends_s, strict=True) if end_s > begin_s
+        ]
+
+
 @dataclass(eq=False)
 class Preemption:
     """A running task waits for another, because of news."""
@@ -160,6 +190,10 @@ class History:
     preemptions: Sequence[Preemption]
     end_s: float
     """The last event of the log."""
+    decoded: Sequence[DecodedRequest] = ()
+    """Those of a decode server, in the order of their ends."""
+    boot: str = ""
+    """The machine whose clock the times are by; empty where the log does not say."""
 
     @classmethod
     def of(cls, events: Iterable[AnyEvent]) -> History:
@@ -181,6 +215,8 @@ class History:
             [step for step in self.steps if step.t_s >= time_s],
             [preemption for preemption in self.preemptions if preemption.suspend.t_s >= time_s],
             self.end_s,
+            [one for one in self.decoded if one.event.t_s >= time_s],
+            self.boot,
         )
 
 
@@ -197,6 +233,8 @@ class _Reader:
         self._tasks: list[Task] = []
         self._steps: list[Step] = []
         self._preemptions: list[Preemption] = []
+        self._decoded: list[DecodedRequest] = []
+        self._boot = ""
         self._open: dict[str, Request] = {}
         """The requests that have not left, by rid."""
         self._live: dict[int, Task] = {}
@@ -234,6 +272,8 @@ class _Reader:
         elif isinstance(event, Leave):
             if event.rid in self._open:
                 self._open.pop(event.rid).leave = event
+        elif isinstance(event, Decoded):
+            self._decoded.append(DecodedRequest(event))
         elif not isinstance(event, Shed):  # its end follows
             self._end(event)
 
@@ -242,7 +282,9 @@ class _Reader:
         for task in list(self._live.values()):
             self._close(task, None)
         self._judge()
-        return History(self._requests, self._tasks, self._steps, self._preemptions, self._now_s)
+        return History(
+            self._requests, self._tasks, self._steps, self._preemptions, self._now_s, self._decoded, self._boot
+        )
 
     # ---- tasks ----------------------------------------------------------------------------------------------------
 
@@ -256,7 +298,7 @@ class _Reader:
 
     def _begin(self, event: Log) -> None:
         """The server was started again, and nothing of before is left."""
-        self._decodes = event.decodes
+        self._decodes, self._boot = event.decodes, event.boot
         for task in list(self._live.values()):
             self._close(task, None)
         for request in self._open.values():

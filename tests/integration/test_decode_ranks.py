@@ -1,4 +1,5 @@
-"""Two tensor-parallel ranks of a decode server with hardly any running slots: both give them out in the same order.
+"""Two tensor-parallel ranks of a decode server with hardly any running slots: both give them out in the same order, and
+one of them tells the event log.
 
 Requests carry SGLang's fake bootstrap host: their KV cache counts as there once they have a slot. Answers of real
 servers are compared in ``tests/servers/test_decode_ranks.py``.
@@ -16,12 +17,14 @@ from typing import Any
 import pytest
 
 from sgl_flowprefill.deadline import RECEIVED
+from sgl_flowprefill.events import Decoded, of_decode_server, read_events
 from sgl_flowprefill.model import embedded_model_path
 from tests.engine import tokenized_request
 from tests.integration.conftest import OWN_HEADS
 from tests.prompts import prompt
 from tests.rank_notes import noting
 from tests.ranks import Chaos, Ranks, become_rank
+from tests.waiting import until
 
 SLOS_S = (90.0, 60.0, 30.0, 30.0)
 """Of lists of prompts, in the order in which they come: what comes last is due first."""
@@ -85,6 +88,11 @@ def note_slots(scheduler: Any, rank: int) -> None:
     queue.pop_preallocated = noted_pop
 
 
+def decoded(ranks: Ranks) -> list[Decoded]:
+    """What the event log tells of requests."""
+    return [event for event in read_events(of_decode_server(ranks.event_log)) if isinstance(event, Decoded)]
+
+
 @pytest.fixture
 def times_travel(monkeypatch: pytest.MonkeyPatch) -> None:
     """What this process sends has the times of an HTTP server, as ``patches/request_times.py`` has it there."""
@@ -118,9 +126,18 @@ def test_two_ranks_give_the_scarce_slots_of_lists_of_prompts_to_those_that_are_d
                 ranks.send(request)
         ranks.finish(list(due_s))
         assert not [reason for reason in ranks.reasons.values() if reason.get("type") == "abort"]
+        until(lambda: len(decoded(ranks)) >= len(due_s), within_s=30.0)  # answers come before the lines
         first, second = ([note["rid"] for note in ranks.notes("slots", rank)] for rank in range(2))
     assert first == second
     assert sorted(first) == sorted(due_s)
+    assert sorted(one.rid for one in decoded(ranks)) == sorted(due_s), "one rank of the two tells of each, once"
+    for one in decoded(ranks):
+        times_s = (one.received_s, one.queued_s, one.place_s, one.kv_s, one.first_token_s, one.t_s)
+        known_s = [time_s for time_s in times_s if time_s is not None]
+        assert len(known_s) == len(times_s), one
+        assert known_s == sorted(known_s), one
+        assert (one.tokens, one.retractions, one.reason) == (16, 0, None)
+        assert one.received_s + SLOS_S[int(one.rid[5])] == pytest.approx(due_s[one.rid], abs=1e-5)
     waited = first[AT_ONCE:]
     assert waited == sorted(sorted(waited, key=list(due_s).index), key=due_s.__getitem__)
     assert waited[0] in list(due_s)[2 * LIST_LENGTH :], "what came first is not first"

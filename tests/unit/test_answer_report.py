@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-from array import array
 from collections.abc import AsyncGenerator
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,14 +13,9 @@ import pytest
 
 pytest.importorskip("sglang")
 
-from sglang.srt.disaggregation.utils import DisaggregationMode
 from sglang.srt.entrypoints.openai.protocol import ResponsesRequest, ResponsesResponse
 from sglang.srt.managers.io_struct import GenerateReqInput, unwrap_from_pickle
 from sglang.srt.managers.schedule_batch import FINISH_LENGTH
-from sglang.srt.managers.schedule_batch import Req as SglangReq
-from sglang.srt.managers.scheduler_components import output_streamer
-from sglang.srt.sampling.sampling_params import SamplingParams
-from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
 from sgl_flowprefill.answers import REPORT_KEY, Report, report, report_of_first_token, table
 from sgl_flowprefill.carried import Carried
@@ -29,9 +23,9 @@ from sgl_flowprefill.events import Abort, Arrival, Complete, Fail, Leave, Ready,
 from sgl_flowprefill.misses import Cause
 from sgl_flowprefill.outcomes import Outcomes
 from sgl_flowprefill.patches import answer_report, carried_report
-from sgl_flowprefill.runtime.decode_scheduler import DecodeStreamer
 from sgl_flowprefill.runtime.event_recorder import AnswerReports, EventRecorder
 from sgl_flowprefill.slo import Objective
+from tests.decode_streamer import decode_streamer, decoding
 
 DOCS = Path(__file__).parents[2] / "docs"
 TOLD = {"met": True, "ttft_s": 0.25}
@@ -178,16 +172,6 @@ def test_requests_without_an_answer_leave_no_report_behind(end: Abort | Fail, ca
     assert len(reports) == 0
 
 
-def decoding(rid: str, stream: bool, received_s: float) -> Any:
-    """SGLang's request at a decode server, which the HTTP server has received then."""
-    promised = Objective(0.3, 0.1, "chat", "body").to_custom_params()
-    sampling = SamplingParams(max_new_tokens=3, custom_params=promised)
-    sampling.normalize(None)
-    req = SglangReq(rid, "", array("q", [1, 2, 3]), sampling, stream=stream, vocab_size=100)
-    req.time_stats = SimpleNamespace(flowprefill_received_s=received_s)
-    return req
-
-
 @pytest.mark.parametrize(("carried", "known_of_prefill"), [(None, {}), (CARRIED, KNOWN_OF_PREFILL)])
 @pytest.mark.parametrize(("stream", "messages"), [(True, 3), (False, 1)])
 def test_a_decode_server_says_when_the_first_token_came_to_those_who_stream_and_to_others(
@@ -199,22 +183,10 @@ def test_a_decode_server_says_when_the_first_token_came_to_those_who_stream_and_
 ) -> None:
     clock_s = [100.0]
     monkeypatch.setattr("time.monotonic", lambda: clock_s[0])
-    serving = SimpleNamespace(stream_interval=1, weight_version="default")
-    monkeypatch.setattr(output_streamer, "get_serving", lambda: serving)
-    monkeypatch.setattr(output_streamer, "get_parallel", lambda: SimpleNamespace(dp_rank=None, attn_tp_rank=1))
-    nothing: Any = None
     sent: list[Any] = []
-    streamer = DecodeStreamer(
-        send_to_detokenizer=SimpleNamespace(send_output=sent.append),
-        tree_cache=nothing,
-        server_args=nothing,
-        is_generation=True,
-        spec_algorithm=SpeculativeAlgorithm.NONE,
-        disaggregation_mode=DisaggregationMode.DECODE,
-        enable_hicache_storage=lambda: False,
-    )
+    streamer = decode_streamer(monkeypatch, sent)
     assert streamer.has_additional_customized_info
-    reqs = [decoding("a", stream, 100.0), decoding("of another way than the HTTP server", stream, 0.0)]
+    reqs = [decoding("a", 100.0, stream), decoding("of another way than the HTTP server", 0.0, stream)]
     setattr(reqs[0], carried_report.CARRIED, carried)
     for at_s in (100.25, 101.0, 103.0):
         clock_s[0] = at_s

@@ -177,8 +177,9 @@ def test_each_server_has_ports_gpus_and_an_event_log_of_its_own(monkeypatch):
     assert [server["--port"] for server in servers] == ["29100", "29101", "29200", "29201"]
     assert [server["--base-gpu-id"] for server in servers] == ["0", "1", "2", "3"]
     assert [server["--disaggregation-bootstrap-port"] for server in servers[:2]] == ["29300", "29301"]
-    logs = [layout.server_env(role, index)["FLOWPREFILL_EVENT_LOG"] for role, index in layout.servers[:2]]
-    assert logs == ["out/events-prefill-0.jsonl", "out/events-prefill-1.jsonl"]
+    logs = [layout.server_env(role, index)["FLOWPREFILL_EVENT_LOG"] for role, index in layout.servers]
+    names = ("prefill-0", "prefill-1", "decode-0", "decode-1")
+    assert logs == [f"out/events-{name}.jsonl" for name in names]
     gateway = " ".join(layout.gateway_command(29999))
     assert "--prefill http://127.0.0.1:29100 29300 --prefill http://127.0.0.1:29101 29301" in gateway
     assert "--decode http://127.0.0.1:29200 --decode http://127.0.0.1:29201" in gateway
@@ -189,6 +190,7 @@ def test_one_prefill_and_one_decode_server_are_not_numbered_and_nothing_is_tried
     layout = preflight.prepare(cli.parse(["--flowprefill-event-log", "events.jsonl", "--flowprefill", "--ports", "0"]))
     assert [layout.name(role, index) for role, index in layout.servers] == ["prefill", "decode"]
     assert layout.server_env("prefill")["FLOWPREFILL_EVENT_LOG"] == "events.jsonl"
+    assert layout.server_env("decode")["FLOWPREFILL_EVENT_LOG"] == "events-decode.jsonl"
     assert "--disable-retries" in layout.gateway_command(29999)
 
 

@@ -25,6 +25,7 @@ from sgl_flowprefill.events import (
     AnyEvent,
     Arrival,
     Complete,
+    Decoded,
     EventLog,
     EventLogError,
     Fail,
@@ -40,6 +41,7 @@ from sgl_flowprefill.events import (
     Step,
     Suspend,
     decode_events,
+    of_decode_server,
     read_events,
     table,
 )
@@ -124,6 +126,8 @@ def test_every_kind_of_event_is_read_back_as_it_was_written(tmp_path: Path) -> N
         Step(25.0, 3, 24.9, 24.8),
         Step(26.0, 3, 25.9, None),
         Shed(27.0, "u", 0.5, 4.2, 5),
+        Decoded(28.0, "a", 7, 10.0, 10.1, 10.2, 11.0, 11.1, tokens=12, retractions=1),
+        Decoded(29.0, "b", None, 10.0, reason="Decode handshake failed"),
     ]
     assert {type(event) for event in events} == set(get_args(AnyEvent))
     assert list(read_events(written(tmp_path / "events.jsonl", events))) == events
@@ -138,11 +142,33 @@ def test_a_log_begins_with_what_server_writes_it(tmp_path: Path) -> None:
             log.write(lambda event=event: event)  # type: ignore[misc]
         log.flush()
     heads = [event for event in read_events(path) if isinstance(event, Log)]
+    assert all(head.prefills for head in heads)
+    assert heads[0].boot == heads[1].boot != "", "they are by one clock"
     assert [(head.version, head.decodes) for head in heads] == [(__version__, False), (__version__, True)]
     assert log.recent is not None
     assert decode_events(log.recent.head) == heads[1:], "it is kept though later events are not"
     with_head, without = summarise_log([Log(0.0, "0.1.0", decodes=True), *TWO_REQUESTS]), summarise_log(TWO_REQUESTS)
     assert with_head == without
+
+
+@pytest.mark.parametrize(
+    ("asked", "written_to"),
+    [
+        ("out/events.jsonl", "out/events-decode.jsonl"),
+        ("out/run.pftrace.jsonl", "out/run.pftrace-decode.jsonl"),
+        ("out/events-decode-1.jsonl", "out/events-decode-1.jsonl"),
+        ("/dev/null", "/dev/null"),
+    ],
+)
+def test_a_decode_server_writes_another_file_than_a_prefill_server_that_is_told_the_same(
+    asked: str, written_to: str
+) -> None:
+    assert of_decode_server(Path(asked)) == Path(written_to)
+
+
+def test_what_a_decode_server_did_counts_for_none_of_a_prefill_servers_figures() -> None:
+    decoded = Decoded(20.5, "long", 7, 10.0, 10.1, 10.2, 11.0, 11.1, 12)
+    assert summarise_log([*TWO_REQUESTS, decoded]) == summarise_log(TWO_REQUESTS)
 
 
 def test_what_is_absent_or_null_is_so_in_the_line(tmp_path: Path) -> None:

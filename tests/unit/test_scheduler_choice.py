@@ -18,13 +18,8 @@ from sgl_flowprefill.runtime.scheduler import FlowPrefillScheduler
 from sgl_flowprefill.runtime.unified_scheduler import UnifiedScheduler
 
 
-@pytest.mark.parametrize(
-    ("mode", "expected"), [("prefill", FlowPrefillScheduler), ("null", UnifiedScheduler), ("decode", DecodeScheduler)]
-)
-def test_servers_that_prefill_get_another_scheduler_than_sglangs(
-    mode: str, expected: type, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """By the function that SGLang calls before it makes its scheduler."""
+def chosen(mode: str, monkeypatch: pytest.MonkeyPatch) -> type:
+    """The scheduler of a server, by the function that SGLang calls before it makes its scheduler."""
     from sglang.srt.managers import scheduler as sglang_scheduler
     from sglang.srt.plugins.hook_registry import HookRegistry
 
@@ -35,4 +30,24 @@ def test_servers_that_prefill_get_another_scheduler_than_sglangs(
     monkeypatch.setenv("SGLANG_EAGER_INPUT_NO_COPY", "1")
     plugin.take_scheduler_seams(FlowPrefillConfig())
     hooks[plugin.BEFORE_IT_IS_MADE](SimpleNamespace(disaggregation_mode=mode), gpu_id=0)
-    assert sglang_scheduler.Scheduler is expected
+    made: type = sglang_scheduler.Scheduler
+    return made
+
+
+@pytest.mark.parametrize(
+    ("mode", "expected"), [("prefill", FlowPrefillScheduler), ("null", UnifiedScheduler), ("decode", DecodeScheduler)]
+)
+def test_servers_that_prefill_get_another_scheduler_than_sglangs(
+    mode: str, expected: type, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert chosen(mode, monkeypatch) is expected
+
+
+@pytest.mark.parametrize(("event_log", "expected"), [(None, Scheduler), ("events.jsonl", DecodeScheduler)])
+def test_a_decode_server_without_reports_has_sglangs_unless_it_writes_an_event_log(
+    event_log: str | None, expected: type, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FLOWPREFILL_ANSWER_REPORT", "false")
+    if event_log is not None:
+        monkeypatch.setenv("FLOWPREFILL_EVENT_LOG", event_log)
+    assert chosen("decode", monkeypatch) is expected

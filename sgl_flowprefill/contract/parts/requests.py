@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Final
 
-from sgl_flowprefill.contract.row import Part, attributes, rows
+from sgl_flowprefill.contract.row import Part, attributes, rows, source
 from sgl_flowprefill.contract.symbols import REQ, TIMES
 
 SCHEDULE_BATCH: Final = "sglang.srt.managers.schedule_batch:ScheduleBatch"
 RESULT: Final = "sglang.srt.managers.utils:GenerationBatchResult"
+UNKNOWN_WAITS: Final = "the event log of a decode server does not say where its requests waited"
 
 PART: Final = Part(
     "requests",
@@ -86,6 +87,26 @@ PART: Final = Part(
             "set_wait_queue_entry_time(self, ...)",
             "is what SGLang expects of a request that waits again",
             "a started prefill cannot be given back, so streams are retracted or aborted in its place",
+        ),
+        *attributes(
+            f"{TIMES}SchedulerReqTimeStats",
+            "decode_prealloc_queue_entry_time decode_transfer_queue_entry_time wait_queue_entry_time",
+            "is when a request began to wait at a decode server, had a place there, and had its KV cache",
+            UNKNOWN_WAITS,
+        ),
+        source(
+            "assumes",
+            f"{TIMES}SchedulerReqTimeStats.set_decode_transfer_queue_entry_time",
+            ["time.perf_counter()", "self.decode_transfer_queue_entry_time = ts"],
+            "takes the time of a place at a decode server from the monotonic clock",
+            UNKNOWN_WAITS,
+        ),
+        source(
+            "assumes",
+            f"{TIMES}SchedulerReqTimeStats.set_wait_queue_entry_time",
+            ["time.perf_counter()", "self.wait_queue_entry_time = ts"],
+            "takes the time at which KV cache had come, or a request was retracted, from the monotonic clock",
+            UNKNOWN_WAITS,
         ),
         *attributes(
             "sglang.srt.sampling.sampling_params:SamplingParams",
