@@ -5,8 +5,9 @@ from __future__ import annotations
 from sgl_flowprefill.events import Arrival, Complete, Start, Suspend
 
 
-def arrival(t_s: float, rid: str, deadline_s: float, tokens: int = 1000) -> Arrival:
-    return Arrival(t_s, rid, tokens, deadline_s - (t_s - 0.01), deadline_s, t_s - 0.01)
+def arrival(t_s: float, rid: str, deadline_s: float, tokens: int = 1000, room: int | None = None) -> Arrival:
+    received_s = t_s - 0.01
+    return Arrival(t_s, rid, tokens, deadline_s - received_s, deadline_s, received_s, bootstrap_room=room)
 
 
 def start(t_s: float, task: int, *rids: str, predicted_s: float = 1.0) -> Start:

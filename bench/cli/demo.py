@@ -31,6 +31,7 @@ from sgl_flowprefill.bench.systems.system import System
 from sgl_flowprefill.bench.workloads.answers import DECODE_SHARE, UNIFIED_DECODE_SHARE, Answers
 from sgl_flowprefill.bench.workloads.prompts import PromptBuilder
 from sgl_flowprefill.bench.workloads.trace import Trace
+from sgl_flowprefill.events import of_decode_server
 from sgl_flowprefill.timeline import SUFFIX, write_timeline
 
 ROUNDS: Final = 2
@@ -109,12 +110,12 @@ class ComparedInTurns:
         )
 
     def write_timelines(self) -> list[Path]:
-        """Write the timeline of each system that has an event log, beside the reports."""
+        """Write the timeline of each system that has event logs, beside the reports."""
         written = []
         for name, log in self._event_logs.items():
             if log is not None and log.exists():
                 written.append(self._options.out / f"{name}{SUFFIX}")
-                write_timeline([log], written[-1])
+                write_timeline([one for one in (log, of_decode_server(log)) if one.exists()], written[-1])
         return written
 
     def _in_turns(self, rounds: int) -> Iterator[tuple[int, System]]:

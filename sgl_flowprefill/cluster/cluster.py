@@ -90,8 +90,8 @@ class Cluster:
 
     @property
     def event_logs(self) -> list[Path]:
-        """Event logs of the servers here that prefill, if they write any."""
-        logs = [self._layout.event_log(role, index) for role, index in self._layout.servers if role != "decode"]
+        """Event logs of the servers here, if they write any."""
+        logs = [self._layout.event_log(role, index) for role, index in self._layout.servers]
         return [log for log in logs if log is not None]
 
     @property

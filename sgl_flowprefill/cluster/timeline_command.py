@@ -37,6 +37,9 @@ def main(argv: Sequence[str]) -> int:
 
 def outcome(history: History) -> str:
     """What became of the requests, by causes."""
+    if history.decoded and not history.requests:
+        failed = sum(one.event.reason is not None for one in history.decoded)
+        return f"{len(history.decoded)} requests, {len(history.decoded) - failed} decoded, {failed} failed"
     verdicts = Counter(request.verdict for request in history.requests)
     causes = [
         (f"missed, {verdict.cause}" if verdict.met is False else str(verdict.cause or "under way"), requests)
@@ -52,8 +55,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="launch.py timeline",
         usage="launch.py timeline EVENTS [EVENTS ...] [-o FILE]",
-        description="Make a timeline for Perfetto of the event logs of servers of one machine: what ran when, what was "
-        "suspended for whom, and of each request why it missed its objective.",
+        description="Make a timeline for Perfetto of the event logs of servers of one machine, and of their decode "
+        "servers wherever they are: what ran when, what was suspended for whom, and of each request why it missed its "
+        "objective.",
         allow_abbrev=False,
     )
     parser.add_argument("events", metavar="EVENTS", type=Path, nargs="+",

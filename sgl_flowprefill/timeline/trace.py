@@ -3,7 +3,8 @@
 A server is a process of the trace. Its tracks: what runs; how many wait and run, and the least slack, as counters; a
 track a task, with its modules and their tiles where the log has them; a track a request, with its deadline as a mark.
 Perfetto puts tracks of one name into one row where they do not overlap. Arrows go from an arrival to the task that is
-suspended for it, and on to the task that runs instead.
+suspended for it, and on to the task that runs instead; and from where a prefill server sends a KV cache to where the
+decode server decodes from it.
 """
 
 from __future__ import annotations
@@ -29,15 +30,20 @@ from sgl_flowprefill.events import Complete, Fail, rounded
 from sgl_flowprefill.timeline.history import (
     BESIDE_STEP,
     DECODING,
+    FOR_KV,
+    FOR_PLACE,
     NOT_READY,
     RUNNING,
+    SENDING,
     WAITING,
     WITHOUT_PLACE,
+    DecodedRequest,
     History,
     Part,
     Request,
     Task,
 )
+from sgl_flowprefill.timeline.pairs import Prefilled, by_room, clock_behind_s, later
 from sgl_flowprefill.timeline.pieces import events_of_servers
 
 Value = bool | int | float | str | None
@@ -49,11 +55,12 @@ TILE: Final = "tile"
 ARRIVAL: Final = "arrival"
 DEADLINE: Final = "deadline"
 MISSED, IN_TIME, OTHERS = "requests that missed their objective", "requests in time", "other requests"
+FAILED, DECODED = "requests that failed", "requests that were decoded"
 
 
 def write_timeline(logs: Sequence[Path], output: Path) -> list[tuple[str, History]]:
-    """Write the timeline of servers of one machine, whose event logs are ``logs``. Returns what it shows, with the
-    names of the servers. Raises OSError, EventLogError.
+    """Write the timeline of servers, whose event logs are ``logs``: those that prefill are of one machine. Returns what
+    it shows, with the names of the servers. Raises OSError, EventLogError.
     """
     servers = [(name, History.of(events)) for name, events in events_of_servers(logs)]
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -67,18 +74,38 @@ def write_trace(servers: Sequence[tuple[str, History]], file: IO[bytes]) -> None
     writer = _Writer(file)
     homes = Counter(chain.from_iterable({request.rid for request in history.requests} for _, history in servers))
     joins = {rid: writer.new_flow() for rid, servers_of_it in homes.items() if servers_of_it > 1}
+    prefilled = by_room([history for _, history in servers])
+    sent = {
+        room: writer.new_flow()
+        for _, history in servers
+        for one in history.decoded
+        if (room := one.event.bootstrap_room) is not None
+        and room in prefilled
+        and _does(one, DECODING)
+        and _does(prefilled[room].request, SENDING)
+    }
     for number, (name, history) in enumerate(servers, start=1):
-        _Server(writer, writer.process(number, name), history, joins).write()
+        behind_s = clock_behind_s(history, prefilled)
+        process = writer.process(number, f"{name} (another machine's clock, set by KV caches)" if behind_s else name)
+        if history.requests or not history.decoded:
+            _Server(writer, process, history, joins, sent).write()
+        if history.decoded:
+            decoded = [later(one, behind_s) for one in history.decoded] if behind_s else history.decoded
+            _DecodeServer(writer, process, decoded, prefilled, sent).write()
 
 
 class _Server:
-    """Writes the tracks of a server."""
+    """Writes the tracks of a server that prefills."""
 
-    def __init__(self, writer: _Writer, process: int, history: History, joins: Mapping[str, int]) -> None:
+    def __init__(
+        self, writer: _Writer, process: int, history: History, joins: Mapping[str, int], sent: Mapping[int, int]
+    ) -> None:
+        """``joins``: the arrows through a request at several servers, by rid. ``sent``: those of KV caches, by room."""
         self._writer = writer
         self._process = process
         self._history = history
         self._joins = joins
+        self._sent = sent
         self._from_arrival: defaultdict[Request, list[int]] = defaultdict(list)
         """Arrows that begin at its arrival."""
         self._through: dict[int, int] = {}
@@ -105,10 +132,11 @@ class _Server:
             ("streams", _spans(requests, DECODING)),
         ):
             if spans:
-                self._counter(name, next(ranks), depths(spans))
+                self._writer.counter(name, self._process, next(ranks), depths(spans))
         if waiting:
             latest = [(part.begin_s, part.end_s, _latest_start_s(request)) for part, request in waiting]
-            self._counter("least slack of those that wait", next(ranks), least_slacks(latest), "s")
+            name = "least slack of those that wait"
+            self._writer.counter(name, self._process, next(ranks), least_slacks(latest), "s")
         self._tasks(next(ranks))
         for name in (MISSED, IN_TIME, OTHERS):
             members = [request for request in requests if _group(request) == name]
@@ -135,11 +163,6 @@ class _Server:
                 self._writer.begin(track, since_s, name, args)
                 self._writer.end(track, end_s)
                 over_s = end_s
-
-    def _counter(self, name: str, rank: int, values: Iterable[tuple[float, float]], unit: str | None = None) -> None:
-        track = self._writer.track(name, self._process, rank, counter=True, unit=unit)
-        for time_s, value in values:
-            self._writer.value(track, time_s, value)
 
     def _tasks(self, rank: int) -> None:
         parent = self._writer.track("tasks", self._process, rank)
@@ -198,15 +221,73 @@ class _Server:
 
     def _request(self, request: Request, parent: int) -> None:
         writer, arrival, rid = self._writer, request.arrival, {"rid": request.rid}
-        track = writer.track("request", parent)
+        track, room = writer.track("request", parent), arrival.bootstrap_room
         joins = _present(self._joins.get(request.rid))
         writer.begin(track, arrival.received_s, _title(request), _args(request), joins, rid=request.rid)
         for part in request.parts:
-            writer.begin(track, part.begin_s, part.what)
+            goes = None if room is None or part.what != SENDING else self._sent.get(room)
+            writer.begin(track, part.begin_s, part.what, flows=_present(goes))
             writer.end(track, part.end_s)
         writer.end(track, request.parts[-1].end_s if request.parts else arrival.t_s)
         writer.mark(track, arrival.t_s, ARRIVAL, rid, self._from_arrival[request])
         writer.mark(track, arrival.deadline_s, DEADLINE, rid)
+
+
+class _DecodeServer:
+    """Writes the tracks of a decode server."""
+
+    def __init__(
+        self,
+        writer: _Writer,
+        process: int,
+        decoded: Sequence[DecodedRequest],
+        prefilled: Mapping[int, Prefilled],
+        sent: Mapping[int, int],
+    ) -> None:
+        """``prefilled``: the requests of prefill servers, by room. ``sent``: the arrows of KV caches, by room."""
+        self._writer = writer
+        self._process = process
+        self._decoded = decoded
+        self._prefilled = prefilled
+        self._sent = sent
+
+    def write(self) -> None:
+        ranks = count()
+        for name, what in (
+            ("requests that wait for a place", FOR_PLACE),
+            ("requests that wait for their KV cache", FOR_KV),
+            ("streams", DECODING),
+        ):
+            if spans := _spans(self._decoded, what):
+                self._writer.counter(name, self._process, next(ranks), depths(spans))
+        for name, failed in ((FAILED, True), (DECODED, False)):
+            members = [one for one in self._decoded if (one.event.reason is not None) == failed]
+            if members:
+                parent = self._writer.track(name, self._process, next(ranks))
+                for one in members:
+                    self._request(one, parent)
+
+    def _request(self, one: DecodedRequest, parent: int) -> None:
+        writer, event, room = self._writer, one.event, one.event.bootstrap_room
+        pair = None if room is None else self._prefilled.get(room)
+        rid = event.rid if pair is None else pair.request.rid
+        first_token_s = event.first_token_s
+        args: Args = {
+            "rid": rid,
+            "rid_here": None if event.rid == rid else event.rid,
+            "bootstrap_room": None if room is None else hex(room),
+            "ttft_s": None if first_token_s is None else rounded(first_token_s - event.received_s),
+            "tokens": event.tokens,
+            "retractions": event.retractions,
+            "reason": event.reason,
+        }
+        track = writer.track("request", parent)
+        writer.begin(track, event.received_s, "decoded" if event.reason is None else "failed", args, rid=rid)
+        for part in one.parts:
+            comes = None if room is None or part.what != DECODING else self._sent.get(room)
+            writer.begin(track, part.begin_s, part.what, ends=_present(comes))
+            writer.end(track, part.end_s)
+        writer.end(track, event.t_s)
 
 
 class _Writer:
@@ -269,10 +350,15 @@ class _Writer:
         packet.track_event.flow_ids.extend(flows)
         self._write(packet, args)
 
-    def value(self, track: int, at_s: float, value: float) -> None:
-        packet = self._event(track, at_s, TrackEvent.TYPE_COUNTER)
-        packet.track_event.double_counter_value = value
-        self._write(packet)
+    def counter(
+        self, name: str, parent: int, rank: int, values: Iterable[tuple[float, float]], unit: str | None = None
+    ) -> None:
+        """A track of times and ``values``."""
+        track = self.track(name, parent, rank, counter=True, unit=unit)
+        for time_s, value in values:
+            packet = self._event(track, time_s, TrackEvent.TYPE_COUNTER)
+            packet.track_event.double_counter_value = value
+            self._write(packet)
 
     def _descriptor(self, name: str) -> tuple[TracePacket, int]:
         packet, uuid = self._builder.create_packet(), next(self._tracks)
@@ -378,8 +464,12 @@ def _latest_start_s(request: Request) -> float:
     return request.arrival.deadline_s - (request.course.alone_s or 0.0)
 
 
-def _spans(requests: Iterable[Request], what: str) -> list[tuple[float, float]]:
+def _spans(requests: Iterable[Request | DecodedRequest], what: str) -> list[tuple[float, float]]:
     return [(part.begin_s, part.end_s) for request in requests for part in request.parts if part.what == what]
+
+
+def _does(request: Request | DecodedRequest, what: str) -> bool:
+    return any(part.what == what for part in request.parts)
 
 
 def _name(task: Task) -> str:
