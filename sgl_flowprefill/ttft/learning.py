@@ -1,10 +1,11 @@
 """Learning from the tasks that complete: which of them are rows, what is fitted to these, and whether that is better.
 
 A task that has completed is compared with its prediction. What it took more than that has two causes: the machine was
-slower, or the model is wrong about its shape, which is what is learned. What all kinds of batches have in common is the
-machine's: the median of the tasks around, of each beyond the *level* of its kind, by which nearly all of that kind were
-off before. So many tasks in a row of a kind that the model is wrong about pass for no slow machine. A measurement far
-from all that its kind has shown is refused: somebody stopped the process, or its clock jumped.
+slower, or the model is wrong about its shape, which is what is learned. The machine's part is the median of the tasks
+around, of each beyond the *level* of its kind, by which nearly all of that kind were off before. Only the sum of both
+is measured, and so levels begin where most tasks are. A burst of a kind that the model is wrong about passes for no
+slow machine then, if that kind has shown its level; where most tasks are of such a kind, the others have levels. A
+measurement far from all that its kind has shown is refused: somebody stopped the process, or its clock jumped.
 
 A *challenger* is fitted to the rows but those of the newest tasks, and judged by these, which neither it nor the
 *champion*, the model in use, has seen. What was explored is fitted to and judges nothing: it was chosen because the
@@ -20,7 +21,7 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from statistics import median
+from statistics import median, median_low
 from typing import Final
 
 import numpy as np
@@ -51,8 +52,14 @@ KIND_MEMORY: Final = 5
 LEVEL_MEMORY: Final = 15
 """Last tasks of a kind of which its level is the median."""
 AGREEING: Final = 12
-"""So many of them have to be off to the same side, or the kind has no level. Only the sum of a level and the machine's
-slowness is measured: kinds that the model is right about keep the two from drifting apart.
+"""So many of them have to be off to the same side, by more than LEAST_LEVEL, or the kind has no level."""
+LEAST_LEVEL: Final = 0.05
+"""Natural logarithm: noise alone hardly ever makes a level."""
+USUAL_TASKS: Final = 200
+"""Last tasks among which levels begin where most are. A burst of less than half as many does not change where."""
+USUAL_SHARE: Final = 0.6
+"""So many of these have to have levels to the same side, or levels stay as they are. With half of them, they would
+begin now here and now there where two kinds are as frequent.
 """
 RESIDUALS: Final = 101
 """Last tasks of which the spread says what is too far off."""
@@ -97,8 +104,10 @@ class Journal:
         """Rows of batches that were run for their times alone, since the start."""
         self._pending: deque[tuple[Features, float, float, int]] = deque()
         """Tasks that are not rows yet: features, seconds, the log of their ratio to the prediction, number."""
-        self._around: deque[float] = deque(maxlen=2 * AROUND + 1)
-        """Log ratios of the last tasks, beyond the levels of their kinds."""
+        self._around: deque[tuple[int, float]] = deque(maxlen=2 * AROUND + 1)
+        """Kinds and log ratios of the last tasks."""
+        self._usual: deque[int] = deque(maxlen=USUAL_TASKS)
+        """Kinds of the last tasks, whichever model predicted them."""
         self._of_kind: dict[int, deque[float]] = {}
         """What the machine leaves of the log ratios of the last tasks of each kind."""
         self._deviations: deque[float] = deque([LEAST_TOO_FAR / TOO_FAR] * (RESIDUALS // 2), maxlen=RESIDUALS)
@@ -111,9 +120,10 @@ class Journal:
             return
         of, log_ratio = features(batch), math.log(measured_s / profiled_s)
         self._pending.append((of, measured_s, log_ratio, self.number))
-        self._around.append(log_ratio - _level(self._last_like(of)))
+        self._around.append((kind(*of[:3]), log_ratio))
+        self._usual.append(kind(*of[:3]))
         if len(self._around) == 2 * AROUND + 1:
-            log_slowness = median(self._around)
+            log_slowness = self._log_slowness()
             while len(self._pending) > AROUND:
                 self._keep(*self._pending.popleft(), log_slowness)
 
@@ -131,9 +141,20 @@ class Journal:
         self._around.clear()
         self._of_kind.clear()
 
-    def _last_like(self, of: Features) -> deque[float]:
-        """What the machine left of the last tasks of the kind of ``of``. A kind that has not come was as predicted."""
-        return self._of_kind.setdefault(kind(*of[:3]), deque([0.0] * LEVEL_MEMORY, maxlen=LEVEL_MEMORY))
+    def _log_slowness(self) -> float:
+        """How slow the machine is. Where most of the last tasks have levels, these begin there from now on."""
+        levels = self._levels()
+        usual = sorted(levels.get(of, 0.0) for of in self._usual)
+        most = int(USUAL_SHARE * len(usual))
+        if usual[len(usual) - most] > 0 or usual[most - 1] < 0:
+            for last in self._of_kind.values():
+                for place in range(len(last)):
+                    last[place] -= median_low(usual)
+            levels = self._levels()
+        return median(log_ratio - levels.get(of, 0.0) for of, log_ratio in self._around)
+
+    def _levels(self) -> dict[int, float]:
+        return {of: _level(last) for of, last in self._of_kind.items()}
 
     def _keep(
         self,
@@ -146,8 +167,9 @@ class Journal:
     ) -> bool:
         """Whether the measurement is believed, and a row now."""
         residual = log_ratio - log_slowness
-        last = self._last_like(of)
-        deviation = min(abs(residual), abs(residual - median(list(last)[-KIND_MEMORY:])))
+        last = self._of_kind.setdefault(kind(*of[:3]), deque(maxlen=LEVEL_MEMORY))
+        # A kind that has not come so often was as predicted.
+        deviation = min(abs(residual), abs(residual - median([*[0.0] * KIND_MEMORY, *last][-KIND_MEMORY:])))
         too_far = max(LEAST_TOO_FAR, TOO_FAR * median(self._deviations))
         last.append(residual)
         self._deviations.append(deviation)
@@ -160,10 +182,12 @@ class Journal:
 
 
 def _level(last: Iterable[float]) -> float:
-    """By how much nearly all of the ``last`` tasks of a kind were off; 0 where some took longer and some less."""
+    """By how much nearly all of the ``last`` tasks of a kind were off; 0 where they were not, or were too few."""
     ordered = sorted(last)
-    agree = ordered[-AGREEING] > 0 or ordered[AGREEING - 1] < 0
-    return ordered[LEVEL_MEMORY // 2] if agree else 0.0
+    if len(ordered) < AGREEING:
+        return 0.0
+    agree = ordered[-AGREEING] > LEAST_LEVEL or ordered[AGREEING - 1] < -LEAST_LEVEL
+    return median(ordered) if agree else 0.0
 
 
 class RefittedTTFT(AdaptiveTTFT, ABC):

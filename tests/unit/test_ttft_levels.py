@@ -7,10 +7,11 @@ import random
 from collections.abc import Callable
 
 import numpy as np
+import pytest
 
 from sgl_flowprefill.ttft import PrefillShape
 from sgl_flowprefill.ttft.features import Array, feature_matrix
-from sgl_flowprefill.ttft.learning import Journal, refit
+from sgl_flowprefill.ttft.learning import AROUND, Journal, refit
 from sgl_flowprefill.ttft.reservoir import NUMBER, OF_PROFILE, SLOWNESS, Reservoir
 from tests.unit.test_ttft_learning import FITTED, PROFILE, Batch, cost_s
 
@@ -81,3 +82,29 @@ def test_a_model_that_takes_over_is_wrong_about_no_kind_until_it_shows() -> None
     newest = newest[newest[:, NUMBER] > TASKS]
     assert len(newest) > 20
     np.testing.assert_allclose(newest[:, SLOWNESS], 1.0)
+
+
+def test_levels_begin_where_most_tasks_are_now_whatever_most_were_before() -> None:
+    """While most tasks are behind a long prefix, those pass for what is usual, and not for 1.3 times too long."""
+    journal, rng = Journal(Reservoir.of(PROFILE)), random.Random(0)
+    for cached_share in (0.7, 0.1):
+        for _ in range(200):
+            batch = shape(rng, rng.random() < cached_share)
+            journal.completed(batch, true_s(batch) * math.exp(rng.gauss(0, 0.01)), cost_s(batch))
+    rows = own_rows(journal)
+    before, now = (rows[(rows[:, NUMBER] > first) & (rows[:, NUMBER] <= first + 50)] for first in (150, 350))
+    np.testing.assert_allclose(before[:, SLOWNESS], BIAS, rtol=0.05)
+    np.testing.assert_allclose(now[:, SLOWNESS], 1.0, rtol=0.05)
+
+
+def test_one_kind_alone_is_as_slow_as_the_tasks_around_whatever_chance_has_shown_before() -> None:
+    journal, rng = Journal(Reservoir(2000)), random.Random(0)
+    batch = (PrefillShape(600),)
+    log_ratios = [rng.gauss(0, 0.1) for _ in range(2000)]
+    for log_ratio in log_ratios:
+        journal.completed(batch, cost_s(batch) * math.exp(log_ratio), cost_s(batch))
+    for row in own_rows(journal):
+        number = int(row[NUMBER])
+        if number > 2 * AROUND:
+            around = log_ratios[number - 1 - AROUND : number + AROUND]
+            assert math.log(row[SLOWNESS]) == pytest.approx(np.median(around), abs=1e-9)
