@@ -44,7 +44,8 @@ class OutputKv(KvCache):
         return self._free_tokens
 
     def can_hold(self, request: SimRequest) -> bool:
-        return sum(request.shape) + min(_to_come(request), CLIPPED_TOKENS) + 1 < self.total_tokens
+        # All of its answer: as the last stream that is left, it has to find room again when it has been retracted.
+        return sum(request.shape) + _to_come(request) + 1 < self.total_tokens
 
     def fitting(self, requests: Sequence[SimRequest]) -> int:
         left = self._free_tokens - self.reserved_tokens - self.ratio * self.to_come_tokens

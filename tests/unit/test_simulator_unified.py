@@ -228,6 +228,8 @@ def test_admission_reserves_a_share_of_answers_that_falls_as_sglangs_does() -> N
     assert kv.ratio == pytest.approx(LEAST_RATIO)
     assert kv.fitting([other]) == 1  # 551 of 900 - 0.098 * 500
     assert not kv.can_hold(prepare(trace_of((0.0, 500, 499, 9.0, 0.1)), TOY, toy_setup().conditions)[0])
+    long = prepare(trace_of((0.0, 10_000, 6000, 9.0, 0.1), (0.0, 10_000, 4998, 9.0, 0.1)), TOY, toy_setup().conditions)
+    assert list(map(OutputKv(Machine(TOY, 15_000)).can_hold, long)) == [False, True], "all of an answer fits, or none"
 
 
 def test_steps_cost_what_the_machine_reads() -> None:
