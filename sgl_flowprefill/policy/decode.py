@@ -231,8 +231,9 @@ class Margin:
     """How much earlier than needed a step has to start, so that MARGIN_QUANTILE of them end in time.
 
     A step ends late by the sum of what held up its start and what it took more than predicted. The margin is a high
-    quantile of that sum, not the sum of two quantiles. Steps that no margin would have brought in time stay out of it:
-    a pause, other weights, or an image encoder that runs whole must not cost prefills the time of earlier steps.
+    quantile of that sum, not the sum of two quantiles. Steps that no margin would have brought in time stay out of it
+    while they are the fewer: a pause, other weights, or an image encoder that runs whole must not cost prefills the
+    time of earlier steps.
     """
 
     def __init__(self, first_s: float = FIRST_MARGIN_S) -> None:
@@ -247,10 +248,12 @@ class Margin:
             del self._sorted_s[bisect_left(self._sorted_s, self._last_s.popleft())]
 
     def value_s(self, most_s: float = math.inf) -> float:
-        """The margin, where it may be ``most_s``: by the steps that ended no later than that, or the one that was least
-        late.
+        """The margin, where it may be ``most_s``: by the steps that ended no later than that; all of it, if fewer than
+        half of them did, for an engine whose prefills stop late.
         """
-        in_time = max(1, bisect_right(self._sorted_s, most_s))
+        in_time = bisect_right(self._sorted_s, most_s)
+        if 2 * in_time < len(self._sorted_s):
+            return most_s
         place = min(int(MARGIN_QUANTILE * in_time), in_time - 1)
         return min(most_s, max(0.0, MARGIN_FACTOR * self._sorted_s[place]))
 

@@ -129,7 +129,7 @@ def test_the_margin_is_of_the_sum_of_start_and_step_of_steps_that_had_to_start()
     policy.began(policy.load.start_by_s + 5.0)
     policy.stepped(policy.load.start_by_s + 6.0)
     policy.joined([Stream(0.06, 10, 1.0)])
-    assert policy.margin_s == pytest.approx(MARGIN_FACTOR * 0.01), "half of 60 ms would have brought neither in time"
+    assert policy.margin_s == pytest.approx(0.03), "half of 60 ms, which would have brought neither in time"
 
 
 def test_an_objective_that_no_step_can_keep_teaches_no_lateness() -> None:

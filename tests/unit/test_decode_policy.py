@@ -199,6 +199,13 @@ def test_steps_that_no_margin_would_have_brought_in_time_make_it_no_wider() -> N
     assert margin.value_s(0.001) == 0.001, "where none would have been in time, as much as there may be"
 
 
+def test_steps_that_are_nearly_all_too_late_for_any_margin_have_the_widest() -> None:
+    margin = Margin(first_s=0.01)
+    for overrun_s in (0.0, *[0.06] * (MARGIN_STEPS - 1)):
+        margin.observe(overrun_s)
+    assert margin.value_s(0.05) == 0.05
+
+
 def test_predicted_steps_follow_the_measured_ones() -> None:
     model = CorrectedSteps(StepCost(0.01, 0.0))
     for _ in range(50):
