@@ -222,9 +222,10 @@ class Streams:
         return min(starts_s, default=math.inf)
 
     def tightest_s(self, at_least_s: float = 0.0) -> float:
-        """The tightest objective of those that are ``at_least_s``, LONGEST_GAP_S at most; infinity without any."""
+        """The tightest objective of those that are ``at_least_s``, each LONGEST_GAP_S at most; infinity without any."""
         objectives = [*self._stepped, *(stream.tbt_s for stream in self._joined)]
-        return min((min(tbt_s, LONGEST_GAP_S) for tbt_s in objectives if tbt_s >= at_least_s), default=math.inf)
+        planned_s = (min(tbt_s, LONGEST_GAP_S) for tbt_s in objectives)
+        return min((tbt_s for tbt_s in planned_s if tbt_s >= at_least_s), default=math.inf)
 
 
 class Margin:

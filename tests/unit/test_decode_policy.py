@@ -247,6 +247,8 @@ def test_a_request_starts_only_where_all_still_fit_the_tightest_objective() -> N
     assert not may_join(streams, 9, 4_000, replace(STEPS, per_context_s=1e-7), limits), "contexts count"
     assert may_join(Streams(), 10_000, 0, STEPS, limits), "nobody waits for ever for an empty server"
     assert may_join(streams_of(0.011), 10_000, 0, STEPS, limits), "what one stream alone would miss bars nobody"
+    slow = StepCost(0.95 * LONGEST_GAP_S, 0.0)
+    assert may_join(streams_of(1e9), 1, 0, slow, limits), "nor does a gap that is shorter than it asks for"
 
 
 def test_a_request_starts_only_where_its_own_objective_holds_beside_the_streams() -> None:
