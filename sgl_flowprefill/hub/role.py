@@ -120,8 +120,8 @@ class Decoder(Protocol):
 
     def can_step_ahead(self) -> bool:
         """Whether another step may be queued behind the one in flight: nothing that it computes depends on what the
-        host does with the result of that one, and streams are left for it. What it computes for streams that end with
-        the result is thrown away.
+        host does with the result of that one, no stream is known to end with it while requests wait, which may start
+        then, and streams are left for it. What it computes for streams that end with the result is thrown away.
         """
         return False
 

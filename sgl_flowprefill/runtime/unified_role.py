@@ -274,9 +274,10 @@ class UnifiedRole(SchedulerRole):
         if any(map(needs_last_tokens, batches)):
             return False
         # Those that join are not in the step in flight.
-        return bool(self.joining) or not all(
-            req.next_output_finishes_by_length() for batch in batches for req in batch.reqs
-        )
+        ends = [req.next_output_finishes_by_length() for req in self.scheduler.running_batch.reqs]
+        if any(ends) and self.scheduler.waiting_queue:  # what it makes room for starts before another step
+            return False
+        return bool(self.joining) or not all(ends)
 
     def _next_step(self) -> Any | None:
         """The streams as a batch that is ready for its forward pass: a step has begun. None without any."""

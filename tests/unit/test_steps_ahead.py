@@ -318,6 +318,15 @@ def test_no_step_is_ahead_of_the_last_tokens_of_all_streams() -> None:
     assert role_of(UnifiedRole, ending, batch_of(req_of(ends=True))).can_step_ahead(), "it is not in the step in flight"
 
 
+def test_no_step_is_ahead_of_a_last_token_that_may_make_room_for_a_request_that_waits() -> None:
+    going_on, ending = batch_of(req_of()), batch_of(req_of(), req_of(ends=True))
+    for running, joining, may_be in ((going_on, (), True), (ending, (), False), (ending, (going_on,), False)):
+        role = role_of(UnifiedRole, running, *joining)
+        assert role.can_step_ahead()
+        role.scheduler.waiting_queue.append(SimpleNamespace())
+        assert role.can_step_ahead() == may_be
+
+
 def test_steps_are_queued_ahead_where_a_device_keeps_a_queue_and_a_step_writes_kv_cache_alone(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
