@@ -16,9 +16,11 @@ from sgl_flowprefill.hub.task import DecodeStep
 
 LEADS: Final = 32
 """Steps by which the time is judged that queueing one takes the host, the last ones."""
+LEAD_QUANTILE: Final = 0.9
+"""Share of these that took no longer than what is planned with: one long turn lets no arrivals wait for many steps."""
 LEAD_FACTOR: Final = 1.5
-"""Multiple of the longest of these that is planned with: a step that is queued too late costs more than an arrival that
-waits for a bit of one."""
+"""Multiple of that quantile that is planned with: a step that is queued too late costs more than an arrival that waits
+for a bit of one."""
 
 
 @dataclass(eq=False)
@@ -34,7 +36,10 @@ class StepAhead:
     @property
     def queue_at_s(self) -> float:
         """When to queue the step behind the one in flight. Where nothing is known of its time, at once."""
-        return self._begun_s + self._step_s - LEAD_FACTOR * max(self._leads_s, default=math.inf)
+        if not self._leads_s:
+            return -math.inf
+        lead_s = sorted(self._leads_s)[int(LEAD_QUANTILE * len(self._leads_s))]
+        return self._begun_s + self._step_s - LEAD_FACTOR * lead_s
 
     def queued(self, step: DecodeStep, looked_s: float, now_s: float) -> None:
         """``step`` has been queued, by a host that had begun to look at what has happened at ``looked_s``."""

@@ -189,7 +189,7 @@ def step_of(executed_s: float, is_ahead: bool) -> DecodeStep:
     return DecodeStep(SimpleNamespace(copy_done=None), spans=spans, is_ahead=is_ahead)
 
 
-def test_a_step_is_queued_as_long_before_the_end_of_the_one_in_flight_as_the_host_took_at_most() -> None:
+def test_a_step_is_queued_as_long_before_the_end_of_the_one_in_flight_as_the_host_took_for_the_last_ones() -> None:
     ahead = StepAhead()
     assert ahead.queue_at_s == -math.inf, "nothing is known of any"
     first, second, third = step_of(0.01, False), step_of(0.008, True), step_of(0.008, True)
@@ -201,6 +201,14 @@ def test_a_step_is_queued_as_long_before_the_end_of_the_one_in_flight_as_the_hos
     ahead.queued(third, looked_s=1.012, now_s=1.014)
     ahead.arrived(second, now_s=1.019)
     assert ahead.queue_at_s == pytest.approx(1.019 + 0.008 - LEAD_FACTOR * 0.002)
+
+
+def test_one_long_turn_of_the_host_has_no_step_queued_earlier() -> None:
+    ahead = StepAhead()
+    for took_s in (*[0.001] * 20, 0.006, *[0.001] * 5):
+        ahead.queued(step_of(0.008, True), looked_s=1.0, now_s=1.0 + took_s)
+    ahead.arrived(step_of(0.008, True), now_s=1.009)
+    assert ahead.queue_at_s == pytest.approx(1.009 + 0.008 - LEAD_FACTOR * 0.001)
 
 
 def test_a_step_that_was_not_queued_in_time_is_not_waited_for_again() -> None:
