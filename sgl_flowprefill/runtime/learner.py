@@ -36,8 +36,9 @@ logger = logging.getLogger(__name__)
 CPU_SHARE: Final = 0.008
 """Share of one core that refits may take in the long run."""
 MOST_SAVED_S: Final = 7.0
-"""CPU time that may be saved up, with which a server starts: it learns most then. With that share of an hour it is less
-than 1% of a core.
+"""CPU time that may be saved up, with which a server starts: it learns most then. With that share of an hour it is
+about 1% of a core: what a refit takes is known when it has ended, and one that takes longer than the last is paid off
+before the next.
 """
 
 

@@ -28,7 +28,14 @@ from sgl_flowprefill.profiling import Profile, ProfileError, Row, Setting, make_
 from sgl_flowprefill.profiling.fitted import fit
 from sgl_flowprefill.profiling.learned import Learned, begin, learned_path, read_learned, write_learned
 from sgl_flowprefill.profiling.refit import Question, write_frame
-from sgl_flowprefill.runtime.learner import Learner, LearningTTFT, other_cpus
+from sgl_flowprefill.runtime.learner import (
+    CPU_SHARE,
+    MOST_SAVED_S,
+    CpuAllowance,
+    Learner,
+    LearningTTFT,
+    other_cpus,
+)
 from sgl_flowprefill.ttft import PrefillShape
 from sgl_flowprefill.ttft.learning import REFIT_TASKS
 from tests.unit.test_ttft_learning import Cost, cost_s, rows_for, slow_attention, tasks
@@ -203,7 +210,7 @@ def test_serving_goes_on_with_a_full_disk_and_says_so_once(learner: Learner, cap
 
 
 @pytest.mark.parametrize("idle_s", [0.0, 12 * 3600.0])
-def test_refits_take_at_most_one_percent_of_a_core_in_any_hour(learner: Learner, idle_s: float) -> None:
+def test_refits_take_about_one_percent_of_a_core_in_any_hour(learner: Learner, idle_s: float) -> None:
     """Also in the hour after a night without tasks."""
     now_s = 0.0
     server = Server(learner)
@@ -222,6 +229,14 @@ def test_refits_take_at_most_one_percent_of_a_core_in_any_hour(learner: Learner,
         now_s += 36.0
         server.serve(REFIT_TASKS)
     assert 30 <= asked <= 36
+
+
+def test_a_refit_that_took_more_than_was_saved_up_is_paid_off_before_the_next() -> None:
+    allowance = CpuAllowance(0.0)
+    assert allowance.covers(1.0, spent_s=0.0, now_s=0.0)
+    paid_off_s = (30.0 - MOST_SAVED_S) / CPU_SHARE
+    assert not allowance.covers(1.0, spent_s=30.0, now_s=0.99 * paid_off_s)
+    assert allowance.covers(1.0, spent_s=30.0, now_s=paid_off_s + 1.01 / CPU_SHARE)
 
 
 def test_what_a_process_took_that_ended_without_an_answer_counts(learner: Learner) -> None:
