@@ -60,7 +60,7 @@ def offer_models(scheduler: Any, rank: int) -> None:
             physics = replace(model.physics, weights=model.physics.weights * (2 + self.offers))
             fitted = replace(known.fitted, model=replace(model, physics=physics))
             refit: Any = SimpleNamespace(is_better=True)
-            return Answer(refit, known.model_copy(update={"fitted": fitted}), None, 0.0)
+            return Answer(refit, known.model_copy(update={"fitted": fitted}), None)
 
     ttft: Any = (
         FollowingTTFT(known, 0.75, broadcast) if rank else LearningTTFT(known, 0.75, Offering(None, set()), broadcast)
