@@ -208,7 +208,7 @@ def test_streams_get_their_tokens_while_a_long_prompt_is_prefilled(server: Serve
     async def all_of_them() -> Any:
         async with server.session() as session:
             streams = [
-                asyncio.create_task(stream(session, server.url, body(tokens, 60, tbt_slo=0.15))) for tokens in prompts
+                asyncio.create_task(stream(session, server.url, body(tokens, 150, tbt_slo=0.15))) for tokens in prompts
             ]
             await asyncio.sleep(0.7)
             sent_s = time.monotonic()
@@ -220,7 +220,7 @@ def test_streams_get_their_tokens_while_a_long_prompt_is_prefilled(server: Serve
     for tokens, (got, _) in zip([long, *prompts], [(answer, times), *streams], strict=True):
         comparison.generated(f"{len(tokens)} tokens", tokens, {"output_token_logprobs": got})
     assert_compared(comparison, answers=5)
-    assert all(len(got) == 60 for got, _ in streams)
+    assert all(len(got) == 150 for got, _ in streams)
     ttft_s = times[0] - sent_s
     meanwhile = [[time_s for time_s in arrivals if sent_s < time_s < times[0]] for _, arrivals in streams]
     gaps = [later - earlier for arrivals in meanwhile for earlier, later in pairwise(arrivals)]
