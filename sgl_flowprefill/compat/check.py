@@ -70,6 +70,17 @@ class Finding(NamedTuple):
     why: str
 
 
+@dataclass(frozen=True)
+class WithStorage:
+    """The options of a server to which a storage comes while it runs."""
+
+    options: Any
+    hicache_storage_backend: str
+
+    def __getattr__(self, option: str) -> Any:
+        return getattr(self.options, option)
+
+
 def server_of(server_args: Any) -> Server | None:
     """The kind of a server that prefills; None for another one."""
     mode = getattr(server_args, "disaggregation_mode", None)

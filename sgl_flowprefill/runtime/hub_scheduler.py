@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from abc import abstractmethod
 from typing import Any, Final
 
@@ -10,7 +11,7 @@ from sglang.srt.disaggregation.utils import is_aborted
 from sglang.srt.managers import io_struct
 from sglang.srt.managers.scheduler import Scheduler
 
-from sgl_flowprefill.compat import STORAGE_RANKS, incompatible_option
+from sgl_flowprefill.compat import WithStorage, incompatible_option, risks
 from sgl_flowprefill.config import FlowPrefillConfig
 from sgl_flowprefill.contract import SeamError, expect
 from sgl_flowprefill.hub.loop import Hub
@@ -21,6 +22,8 @@ from sgl_flowprefill.runtime.experts import keep_whole_passes, uncounted
 from sgl_flowprefill.runtime.memory import EmptyPool, sliding_window_limit
 from sgl_flowprefill.runtime.setup import end_server
 from sgl_flowprefill.shadow import Shadows
+
+logger = logging.getLogger(__name__)
 
 CHANGES_WEIGHTS: Final = (
     io_struct.BeginWeightUpdateReqInput,
@@ -146,16 +149,20 @@ class HubScheduler(Scheduler):
     # ---- prefixes in storage --------------------------------------------------------------------------------------
 
     def attach_hicache_storage_wrapped(self, recv_req: Any) -> Any:
-        """A storage that comes to a running server is one to listen to."""
-        if self.tp_size > 1:
-            message = f"a storage cannot work with FlowPrefill beside --tp-size {self.tp_size}: {STORAGE_RANKS}"
-            return io_struct.AttachHiCacheStorageReqOutput(success=False, message=message)
+        """A storage that comes to a running server is one to listen to, if the server could have started with it."""
+        asked: io_struct.AttachHiCacheStorageReqInput = recv_req
+        options = WithStorage(resolving_view(self.server_args), asked.hicache_storage_backend)
+        refusal = incompatible_option(options)
+        if refusal is not None:
+            return io_struct.AttachHiCacheStorageReqOutput(success=False, message=refusal)
         try:
             expect("storage")
         except SeamError as error:
             return io_struct.AttachHiCacheStorageReqOutput(success=False, message=str(error))
         attached = super().attach_hicache_storage_wrapped(recv_req)
         if attached.success:
+            for risk in risks(options):
+                logger.warning("FlowPrefill: %s", risk)
             self.role.reads.listen()
         return attached
 

@@ -112,7 +112,7 @@ from sgl_flowprefill.runtime.scheduler import FlowPrefillScheduler
 
 class Other(FlowPrefillScheduler):
     def handle_embedding_request(self, recv_req):
-        return self.server_args, [req.hidden_states for req in self.waiting_queue]
+        return self.nccl_port, [req.hidden_states for req in self.waiting_queue]
 """,
     "patches/other.py": 'HOOK = "sglang.srt.managers.scheduler.Scheduler.get_loads"',
     "profiling/deep/other.py": """
@@ -137,7 +137,7 @@ def test_uses_are_found_wherever_in_the_project_they_are(tmp_path: Path) -> None
         f"{scheduler}.get_loads",
         f"{scheduler}.handle_embedding_request",
         f"{scheduler}.handle_generate_request",
-        f"{scheduler}.server_args",
+        f"{scheduler}.nccl_port",
     }
 
 

@@ -14,6 +14,7 @@ pytest.importorskip("sglang")
 
 from sglang.srt.arg_groups.overrides import resolving_view
 from sglang.srt.entrypoints.engine import Engine
+from sglang.srt.managers.io_struct import AttachHiCacheStorageReqInput, AttachHiCacheStorageReqOutput
 from sglang.srt.managers.scheduler import Scheduler
 from sglang.srt.plugins.hook_registry import HookRegistry
 from sglang.srt.server_args import ServerArgs
@@ -23,6 +24,7 @@ from sgl_flowprefill.model import embedded_model_path
 from sgl_flowprefill.patches import options
 from sgl_flowprefill.patches.base import SeamError
 from sgl_flowprefill.runtime.scheduler import FlowPrefillScheduler
+from tests.roles import with_role
 from tests.unit.test_compat import WORKS
 
 
@@ -177,3 +179,33 @@ def test_a_scheduler_that_was_started_past_the_seam_ends_its_server(
     with pytest.raises(SystemExit, match=f"^sgl-flowprefill: .*{text}"):
         FlowPrefillScheduler(server_args, "ports")
     assert not made
+
+
+@pytest.mark.parametrize(
+    ("given", "pair"),
+    [
+        ({}, ""),
+        ({"enable_lora": True}, "--enable-lora with --hicache-storage-backend file"),
+        ({"speculative_algorithm": "EAGLE"}, "--speculative-algorithm EAGLE with --hicache-storage-backend file"),
+        ({"tp_size": 2}, "--hicache-storage-backend file with --tp-size 2"),
+    ],
+)
+def test_a_storage_comes_to_a_running_server_that_could_have_started_with_it(
+    given: dict[str, Any], pair: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def attach(self: Any, recv_req: Any) -> AttachHiCacheStorageReqOutput:  # which has SGLang's parameters
+        return AttachHiCacheStorageReqOutput(success=True)
+
+    monkeypatch.setattr(Scheduler, "attach_hicache_storage_wrapped", attach)
+    monkeypatch.delenv("FLOWPREFILL_UNCOMPARED", raising=False)
+    server_args = resolved(enable_hierarchical_cache=True, **given)
+    assert incompatible_option(server_args) is None
+    scheduler, asked = with_role(server_args=server_args), AttachHiCacheStorageReqInput(hicache_storage_backend="file")
+    attached = scheduler.attach_hicache_storage_wrapped(asked)
+    assert attached.success == (not pair)
+    assert attached.message.startswith(f"{pair} is refused by FlowPrefill" if pair else "")
+    monkeypatch.setenv("FLOWPREFILL_UNCOMPARED", "True")
+    assert scheduler.attach_hicache_storage_wrapped(asked).success
+    told = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert all(line.startswith(f"FlowPrefill: {pair} has not been compared") for line in told)
+    assert len(told) == bool(pair)

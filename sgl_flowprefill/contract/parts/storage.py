@@ -11,6 +11,7 @@ TREE: Final = "sglang.srt.mem_cache.unified_radix_cache:UnifiedRadixCache"
 CONTROLLER: Final = "sglang.srt.managers.cache_controller:HiCacheController"
 ASLEEP: Final = "requests wait for what has been read long since, while the server sleeps"
 STUCK: Final = "the hub chooses requests that SGLang does not start, and then waits for KV cache"
+UNCOMPARED: Final = "a server gets a storage with which it would not have started"
 UNREAD: Final = "prefixes that are in storage are computed again"
 
 PART: Final = Part(
@@ -29,6 +30,13 @@ PART: Final = Part(
         *attributes(
             "sglang.srt.managers.io_struct:AttachHiCacheStorageReqOutput", "success", "says whether it did", ASLEEP
         ),
+        *attributes(
+            "sglang.srt.managers.io_struct:AttachHiCacheStorageReqInput",
+            "hicache_storage_backend",
+            "says which one",
+            UNCOMPARED,
+        ),
+        *attributes(SCHEDULER, "server_args", "says what else the server was asked for", UNCOMPARED),
         *attributes(
             CONTROLLER,
             "prefetch_hit_queue ack_prefetch_queue ack_backup_queue",
