@@ -51,6 +51,7 @@ from sgl_flowprefill.runtime.slots import AttentionSlots
 from sgl_flowprefill.runtime.tiles import WHOLE, TilePlan, TileSizes, find_norms, has_whole_mlps, tile_layers
 from sgl_flowprefill.runtime.wakeup import CalledEvents, CallingEvents, EventSource, Wakeup, Woken, scheduler_events
 from sgl_flowprefill.shadow import Shadows
+from sgl_flowprefill.slo.policy import PolicyError
 from sgl_flowprefill.slo.policy_file import read_policy
 from sgl_flowprefill.slo.priorities import PriorityClasses, is_low_first
 from sgl_flowprefill.ttft.budget import throughput_budget_tokens
@@ -232,7 +233,10 @@ def _tell_of_priorities(config: FlowPrefillConfig, low_first: bool) -> None:
     if config.priority_ttft_slo is not None:
         numbers = PriorityClasses.parse(config.priority_ttft_slo).numbers
     elif config.slo_policy is not None:
-        numbers = tuple(read_policy(config.slo_policy).priorities)
+        try:
+            numbers = tuple(read_policy(config.slo_policy).priorities)
+        except PolicyError:  # by the file of the HTTP process, which may be on another node, requests go
+            return
     if not numbers:
         logger.warning(UNUSED_PRIORITIES)
     elif len(numbers) > 1 and is_low_first(numbers) != low_first:

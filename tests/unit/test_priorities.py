@@ -82,6 +82,7 @@ def test_without_classes_a_priority_says_nothing() -> None:
         (HIGH_FIRST, True, "prefills of high priorities go first, .* is started with --schedule-low-priority"),
         (LOW_FIRST, False, "prefills of low priorities go first, .* is started without --schedule-low-priority"),
         ("file", True, "prefills of high priorities go first"),
+        ("file of another node", True, ""),
     ],
 )
 def test_a_server_says_at_its_start_when_priorities_stand_for_nothing_or_for_the_opposite(
@@ -97,7 +98,10 @@ def test_a_server_says_at_its_start_when_priorities_stand_for_nothing_or_for_the
     scheduler = SimpleNamespace(
         attn_dp_enabled=False, enable_priority_scheduling=True, schedule_low_priority_values_first=low_first
     )
-    check_settings(scheduler, FlowPrefillConfig.parse(options), True, [])
+    config = FlowPrefillConfig.parse(options)
+    if mapping == "file of another node":
+        path.unlink()
+    check_settings(scheduler, config, True, [])
     warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert len(warnings) == bool(told)
     assert all(re.search(told, warning) for warning in warnings)
