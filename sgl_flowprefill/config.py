@@ -140,8 +140,8 @@ class FlowPrefillConfig(BaseModel):
     )
     event_points: bool = Field(
         default=False,
-        description="events, and timelines made of them, have each operator and each tile of prefills, too: about 45 "
-        "bytes for each operator, 20 for each tile",
+        description="the file of events, and timelines made of it, have each operator and each tile of prefills, too: "
+        "about 45 bytes for each operator, 20 for each tile",
     )
     timeline: str | None = Field(
         default=None,

@@ -137,7 +137,7 @@ class Suspend(Event, tag="suspend"):
 
 class Points(Event, tag="points"):
     """a task that runs has passed interruption points, since its start, its last `resume` or its last `points`. With
-    `--flowprefill-event-points true` only
+    `--flowprefill-event-points true`, and in the file only
     """
 
     task: int
@@ -305,8 +305,9 @@ class EventLogError(ValueError):
 
 class EventLog:
     """Appends events to a file, keeps the last ones in memory, and hands them to listeners, or drops them where nobody
-    hears of them. Lines reach the file at ``flush`` at the latest. A file that cannot be written any more, such as on a
-    full disk, is given up: serving goes on. A last line that an earlier process left unfinished is removed.
+    hears of them. ``points``, of which there are many with long lines, are not kept. Lines reach the file at ``flush``
+    at the latest. A file that cannot be written any more, such as on a full disk, is given up: serving goes on. A last
+    line that an earlier process left unfinished is removed.
     """
 
     def __init__(self, path: str | Path | None, recent: RecentEvents | None = None) -> None:
@@ -345,7 +346,7 @@ class EventLog:
         if self._file is None and self.recent is None:
             return
         line = _line(event)
-        if self.recent is not None:
+        if self.recent is not None and not isinstance(event, Points):
             self.recent.add(line)
         self._append(line)
 

@@ -189,7 +189,7 @@ def build(
     if isinstance(role, JointRole):
         check_idle_pass(role, executor, progress.checkpoints)
     scheduler.output_streamer.recorder = recorder
-    if config.event_points and agreement.decides:
+    if config.event_points and config.events_file is not None and agreement.decides:
         executor.point_log = PointLog(recorder, progress)
     # Other ranks answer requests of their own, or send KV cache and tell a decode server with it. On another node their
     # clock is not the one by which requests were received.

@@ -9,7 +9,17 @@ from types import SimpleNamespace
 from typing import Any, Final
 
 from sgl_flowprefill.bench.metrics.event_log import summarise_log
-from sgl_flowprefill.events import AnyEvent, Complete, Points, Ready, Resume, Suspend, read_events
+from sgl_flowprefill.events import (
+    AnyEvent,
+    Complete,
+    Points,
+    Ready,
+    RecentEvents,
+    Resume,
+    Suspend,
+    decode_events,
+    read_events,
+)
 from sgl_flowprefill.hub.progress import Progress
 from sgl_flowprefill.hub.task import NO_TASK, PrefillTask
 from sgl_flowprefill.runtime.event_recorder import EventRecorder
@@ -75,6 +85,20 @@ def test_each_point_is_told_once_in_events_of_bounded_length_and_none_of_an_expl
     assert after[-1] == NAMES[MOST_POINTS % len(NAMES)]
     times_s = [time_s for event in told for time_s in event.passed_s]
     assert all(before <= later for before, later in pairwise(times_s))
+
+
+def test_points_do_not_take_the_place_of_what_is_kept_in_memory(tmp_path: Path) -> None:
+    recent = RecentEvents(2)
+    recorder = EventRecorder(tmp_path / "events.jsonl", recent=recent)
+    recorder.write(Ready, 10.0, "r", 9.9, 1000, 0, 1.0)
+    for _ in range(3):
+        recorder.write(Points, 10.1, 0, ["0.attn"], [10.05])
+    recorder.write(Resume, 10.2, 0, ["r"], 1)
+    recorder.flush()
+    kept = decode_events(recent.since(0, 10)[2])
+    assert [event.kind for event in kept] == ["ready", "resume"]
+    written = [event.kind for event in read_events(tmp_path / "events.jsonl")]
+    assert written == ["ready", *3 * ["points"], "resume"]
 
 
 def test_points_are_told_before_what_stops_the_prefill_and_all_of_them_by_its_end(tmp_path: Path) -> None:
