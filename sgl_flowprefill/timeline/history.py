@@ -383,7 +383,7 @@ class _Reader:
                 request.steps_s = stepped.between(ready_s, until_s)
             request.parts = list(_parts(request, ready_s, self._now_s, NOT_READY if request.decodes else WITHOUT_PLACE))
             if computed_s is not None:
-                left_s = self._now_s if leave is None else leave.t_s
+                left_s = _first(None if leave is None else leave.t_s, request.lost_s, self._now_s)
                 request.parts += _stretch(DECODING if request.decodes else SENDING, computed_s, left_s)
 
     def _note_course(self, request: Request) -> None:

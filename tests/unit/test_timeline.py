@@ -200,6 +200,10 @@ def test_a_server_that_was_started_again_has_lost_what_it_had() -> None:
     history = History.of(
         [
             Log(9.0, "0.1.0", decodes=True),
+            arrival(9.5, "decoded", 30.0),
+            ready(9.5, "decoded", 0.4),
+            start(9.5, 0, "decoded"),
+            complete(9.9, 0, "decoded", forward_s=0.4),
             arrival(10.0, "ran", 30.0),
             arrival(10.1, "waited", 30.0),
             ready(10.1, "waited", 1.0),
@@ -213,10 +217,11 @@ def test_a_server_that_was_started_again_has_lost_what_it_had() -> None:
     )
     requests = by_rid(history)
     lost_s = {rid: request.lost_s for rid, request in requests.items()}
-    assert lost_s == {"ran": 19.0, "waited": 19.0, "waits": None, "warm-up": None}
+    assert lost_s == {"decoded": 19.0, "ran": 19.0, "waited": 19.0, "waits": None, "warm-up": None}
     assert doings(requests["waited"].parts)[-1] == ("waiting", 10.1, 19.0)
+    assert doings(requests["decoded"].parts)[-1] == ("decoding", 9.9, 19.0)
     assert requests["warm-up"].verdict.met is True
-    assert [task.end is None for task in history.tasks] == [True, False]
+    assert [task.end is None for task in history.tasks] == [False, True, False]
 
 
 def test_what_a_server_is_is_said_by_its_first_line_and_not_by_what_has_happened_there() -> None:
