@@ -1,8 +1,9 @@
-"""Two tensor-parallel ranks with a draft model: both hand over the same as one that computes each prompt alone."""
+"""Two tensor-parallel ranks with a draft model hand over together what one would that computes each prompt alone."""
 
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,10 @@ import pytest
 import torch
 
 from tests.drafts import Draft, DraftComparison, Drafted, Handed, options
-from tests.integration.conftest import TWO_HEADS
+from tests.integration.conftest import OWN_HEADS
 from tests.prompts import prompt
 from tests.ranks import Chaos, Ranks
+from tests.reference import Kv
 
 SHARED = prompt(99, 300)
 PROMPTS = {
@@ -62,7 +64,7 @@ def test_two_ranks_that_are_preempted_all_the_time_hand_over_what_drafts_begin_w
     algorithm: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FLOWPREFILL_MAX_BATCH_TOKENS", "1")  # a task for each request
-    draft = Draft(algorithm, TWO_HEADS)
+    draft = Draft(algorithm, OWN_HEADS)
     comparison = DraftComparison(draft)
     chaos = Chaos(seed=1, switch_probability=0.9)
     two = Ranks(draft.model_path, 2, tmp_path, chaos, prepare=partial(write_drafts, tmp_path))
@@ -75,9 +77,12 @@ def test_two_ranks_that_are_preempted_all_the_time_hand_over_what_drafts_begin_w
         ranks.finish(list(PROMPTS))
         ranks.compare(comparison, PROMPTS)
         for rid, tokens in PROMPTS.items():
-            for rank in range(2):
-                comparison.drafted(f"{rid} of rank {rank}", tokens, read_draft(tmp_path, rank, rid, len(tokens)))
+            drafts = [read_draft(tmp_path, rank, rid, len(tokens)) for rank in range(2)]
+            kv = Kv.of_heads([drafted.kv for drafted in drafts])
+            for rank, drafted in enumerate(drafts):
+                comparison.drafted(f"{rid} of rank {rank}", tokens, replace(drafted, kv=kv))
         comparison.assert_same()
         print(comparison)
-        assert comparison.counts["drafts"] == comparison.counts["KV caches"] == 2 * len(PROMPTS)
+        assert comparison.counts["KV caches"] == len(PROMPTS), "each rank has a KV head of its own"
+        assert comparison.counts["drafts"] == 2 * len(PROMPTS)
         assert ranks.preemptions() >= 50
