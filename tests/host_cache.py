@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from typing import Any, Final
+from typing import Any, Final, NamedTuple, Self
 
 from tests.prompts import prompt
 from tests.rank_notes import noting
+from tests.ranks import Ranks
 
 POOL_TOKENS: Final = 5000
 OPTIONS: Final[dict[str, Any]] = {
@@ -37,28 +38,42 @@ class Loads:
 
         def noted() -> Any:
             tokens = sum(len(load.device_indices) for load in controller.load_queue)
-            self.beside_others += any(not load.finish_event.query() for load in controller.ack_load_queue)
-            if tokens:
-                self.note(tokens)
+            self.note(tokens, any(not load.finish_event.query() for load in controller.ack_load_queue))
             return start_loading()
 
         controller.start_loading = noted
 
-    def note(self, tokens: int) -> None:
-        """A load of so many ``tokens`` begins."""
-        self.tokens.append(tokens)
+    def note(self, tokens: int, is_beside_another: bool) -> None:
+        """A batch is made: for how many ``tokens`` a load begins, and whether one for another batch is under way."""
+        self.beside_others += is_beside_another
+        if tokens:
+            self.tokens.append(tokens)
 
     def __str__(self) -> str:
         return f"{len(self.tokens)} loads of {sum(self.tokens)} tokens, {self.beside_others} batches beside a load"
 
 
 class WrittenLoads(Loads):
-    """Writes a line for each load of a rank."""
+    """Writes a line for each batch of a rank."""
 
     def __init__(self, scheduler: Any, rank: int) -> None:
         self._notes = noting("loads", rank)
         super().__init__(scheduler)
 
-    def note(self, tokens: int) -> None:
-        super().note(tokens)
-        self._notes.write(json.dumps({"tokens": tokens}) + "\n")
+    def note(self, tokens: int, is_beside_another: bool) -> None:
+        super().note(tokens, is_beside_another)
+        self._notes.write(json.dumps({"tokens": tokens, "beside": is_beside_another}) + "\n")
+
+
+class Noted(NamedTuple):
+    """What ``WrittenLoads`` has written at a rank."""
+
+    tokens: list[int]
+    """Of each load."""
+    beside_others: int
+    """Batches that were made while a load of another one was under way."""
+
+    @classmethod
+    def at(cls, ranks: Ranks, rank: int) -> Self:
+        notes = ranks.notes("loads", rank)
+        return cls([note["tokens"] for note in notes if note["tokens"]], sum(note["beside"] for note in notes))

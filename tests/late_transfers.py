@@ -132,7 +132,9 @@ def make_late(seed: int) -> LateTransfers:
     from sgl_flowprefill.patches import hicache_cpu
 
     device = LateTransfers(seed)
-    cache_controller.device_module = l2_transfer.device_module = device
+    for module in (cache_controller, l2_transfer):
+        assert hasattr(module, "device_module"), f"{module.__name__} has no name that could be replaced"
+        module.device_module = device
     hicache_cpu.copy = device.copy
     mha.transfer_kv_direct = device.copy
     return device

@@ -30,7 +30,7 @@ class LateDrafted(DraftedPrefill):
     """A server whose draft model's KV cache is in host memory, too."""
 
     def __init__(self, draft: Draft, path: str) -> None:
-        make_late(seed=1)
+        self.transfers = make_late(seed=1)
         super().__init__(draft, path, **OPTIONS)
 
 
@@ -38,7 +38,7 @@ class LateAdapted(AdaptedPrefill):
     """A server with adapters."""
 
     def __init__(self, paths: Sequence[str]) -> None:
-        make_late(seed=1)
+        self.transfers = make_late(seed=1)
         super().__init__(paths, **OPTIONS)
 
 
@@ -49,7 +49,15 @@ class Played:
     text: str
     counts: Counter[str]
     seen: Counter[str]
-    loads: int
+    loads: Loads
+    copies: int
+    """That were made later than they were asked for."""
+
+    def assert_late(self, loads: int) -> None:
+        """There were so many ``loads`` at least, and prefills beside some that were under way."""
+        assert len(self.loads.tokens) >= loads
+        assert self.copies > 0
+        assert self.loads.beside_others > 0
 
 
 def play(engine: PrefillEngine, chance: Rounds, rounds: int, assert_same: Callable[[], None]) -> Loads:
@@ -68,7 +76,8 @@ def play_drafts(engine: LateDrafted, rounds: int) -> Played:
     comparison = engine.comparison
     chance = DraftedRounds(engine, comparison, PROMPTS)
     loads = play(engine, chance, rounds, comparison.assert_same)
-    return Played(f"{chance}; {loads}", comparison.counts, chance.seen + engine.seen, len(loads.tokens))
+    seen = chance.seen + engine.seen
+    return Played(f"{chance}; {loads}", comparison.counts, seen, loads, engine.transfers.copies)
 
 
 @pytest.mark.parametrize(
@@ -89,7 +98,7 @@ def test_suspended_prefills_hand_over_what_drafts_begin_with_behind_prefixes_of_
     counts, seen = played.counts, played.seen
     assert counts["KV caches"] == counts["drafts"] >= 2 * rounds
     assert counts["draft KV tensors"] == 2 * counts["drafts"]
-    assert played.loads >= rounds // 2
+    played.assert_late(rounds // 2)
     assert seen["suspensions"] >= 3 * counts["drafts"]
     assert seen["runs beside prefills that are suspended at their drafts"] >= rounds // 2
     assert not seen["flags of the other model"]
@@ -101,7 +110,7 @@ def play_adapters(engine: LateAdapted, rounds: int) -> Played:
     loads = play(engine, chance, rounds, lambda: assert_all_same(chance.comparisons))
     counts, seen = total(chance.comparisons), chance.seen + engine.slots.counts
     compared = ", ".join(f"{count:,} {what}" for what, count in (*counts.items(), *seen.items()))
-    return Played(f"{compared}; {loads}", counts, seen, len(loads.tokens))
+    return Played(f"{compared}; {loads}", counts, seen, loads, engine.transfers.copies)
 
 
 @pytest.mark.stress
@@ -112,7 +121,7 @@ def test_suspended_prefills_keep_their_adapters_behind_prefixes_of_host_memory(t
     print(played.text)
     counts, seen = played.counts, played.seen
     assert counts["answers"] == counts["KV caches"] >= 2 * rounds
-    assert played.loads >= rounds // 2
+    played.assert_late(rounds // 2)
     assert seen["suspensions"] >= 3 * counts["answers"]
     assert seen["adapters loaded beside suspended prefills"] >= rounds // 5
     assert all(seen[f"of adapter {name}"] for name in NAMES)

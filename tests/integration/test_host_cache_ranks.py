@@ -13,7 +13,7 @@ import pytest
 
 from sgl_flowprefill.model import embedded_model_path
 from tests.data_parallel_ranks import DataParallelRanks, note_rests
-from tests.host_cache import OPTIONS, WAVES, WrittenLoads
+from tests.host_cache import OPTIONS, WAVES, Noted, WrittenLoads
 from tests.integration.conftest import OWN_HEADS
 from tests.late_transfers import make_late
 from tests.ranks import Chaos, Ranks
@@ -86,12 +86,13 @@ def test_two_ranks_load_the_same_prefixes_and_suspended_prefills_wait_for_their_
             ranks.finish(list(wave))
         ranks.compare(comparison, ALL)
         suspensions = ranks.preemptions()
-        first, second = (ranks.notes("loads", rank) for rank in range(2))
-    print(f"{comparison}; {len(first)} loads, {suspensions} suspensions")
+        first, second = (Noted.at(ranks, rank) for rank in range(2))
+    print(f"{comparison}; {first}, {second}, {suspensions} suspensions")
     assert comparison.counts["answers"] == len(ALL)
     assert comparison.counts["KV caches"] == len(ALL), "each rank has a KV head of its own"
-    assert first == second
-    assert len(first) >= len(WAVES[0])
+    assert first.tokens == second.tokens
+    assert len(first.tokens) >= len(WAVES[0])
+    assert min(first.beside_others, second.beside_others) > 0, "copies were not late"
     assert suspensions >= len(ALL)
 
 
@@ -108,11 +109,12 @@ def test_two_ranks_load_the_same_prefixes_between_decode_steps(own_heads: Refere
             ranks.finish(list(wave))
         ranks.compare_answers(comparison, asked)
         suspensions = ranks.preemptions()
-        first, second = (ranks.notes("loads", rank) for rank in range(2))
-    print(f"{comparison}; {len(first)} loads, {suspensions} suspensions")
+        first, second = (Noted.at(ranks, rank) for rank in range(2))
+    print(f"{comparison}; {first}, {second}, {suspensions} suspensions")
     assert comparison.counts["tokens"] == TOKENS * len(asked)
-    assert first == second
-    assert len(first) >= len(WAVES[0])
+    assert first.tokens == second.tokens
+    assert len(first.tokens) >= len(WAVES[0])
+    assert min(first.beside_others, second.beside_others) > 0, "copies were not late"
     assert suspensions >= 20
 
 
@@ -128,9 +130,10 @@ def test_ranks_with_requests_of_their_own_load_their_own_prefixes(
             ranks.finish(list(wave))
         ranks.compare(comparison, ALL)
         suspensions = ranks.preemptions()
-        loads = [len(ranks.notes("loads", rank)) for rank in range(2)]
+        noted = [Noted.at(ranks, rank) for rank in range(2)]
         ranks.assert_nothing_is_held(30.0)
-    print(f"{comparison}; {loads} loads, {suspensions} suspensions")
+    print(f"{comparison}; {noted}, {suspensions} suspensions")
     assert comparison.counts["answers"] == comparison.counts["KV caches"] == len(ALL)
-    assert min(loads) >= 4
+    assert min(len(rank.tokens) for rank in noted) >= 4
+    assert sum(rank.beside_others for rank in noted) > 0, "copies were not late"
     assert suspensions >= 12
