@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
-from sgl_flowprefill.compat.pairs import DataParallel, takes_uncompared, uncompared
+from sgl_flowprefill.compat.pairs import SWITCHED_ON, DataParallel, takes_uncompared, uncompared
 from sgl_flowprefill.compat.row import ABOVE_ONE, GIVEN, MODE, Row, Server, Treatment, flag, is_on, shown
 from sgl_flowprefill.compat.table import (
     ATTENTION,
@@ -28,10 +28,7 @@ from sgl_flowprefill.compat.table import (
     UNSET_ENVIRONMENT,
 )
 
-NOT_COMPARED: Final = (
-    "{} is refused by FlowPrefill: they have not been compared together; --flowprefill-uncompared true starts the "
-    "server all the same"
-)
+NOT_COMPARED: Final = f"{{}} is refused by FlowPrefill: they have not been compared together; {SWITCHED_ON}"
 TAKEN_UNCOMPARED: Final = "{} has not been compared, and what this server answers may be wrong"
 
 

@@ -10,10 +10,14 @@ from collections.abc import Callable, Iterator, Mapping
 from itertools import combinations
 from typing import Any, Final, NamedTuple
 
-from sgl_flowprefill.compat.row import ABOVE_ONE, GIVEN, SERVERS, Server, Values, is_on, shown
+from pydantic import TypeAdapter, ValidationError
+
+from sgl_flowprefill.compat.row import ABOVE_ONE, GIVEN, SERVERS, Server, Values, shown
 
 UNCOMPARED: Final = "FLOWPREFILL_UNCOMPARED"
 """The variable of the switch: ``sgl_flowprefill.config``."""
+_SWITCH: Final = TypeAdapter(bool)
+SWITCHED_ON: Final = f"--flowprefill-uncompared true, or {UNCOMPARED}=1, starts the server all the same"
 
 
 class DataParallel(NamedTuple):
@@ -130,5 +134,10 @@ def uncompared(options: Any, server: Server) -> Iterator[Uncompared]:
 
 
 def takes_uncompared(env: Mapping[str, str]) -> bool:
-    """Whether servers of the environment ``env`` start with such pairs."""
-    return is_on(UNCOMPARED, env)
+    """Whether servers of the environment ``env`` start with such pairs. The options of FlowPrefill, which are read in
+    the same way, refuse what says neither.
+    """
+    try:
+        return _SWITCH.validate_python(env.get(UNCOMPARED, "false"))
+    except ValidationError:
+        return False

@@ -15,6 +15,8 @@ from typing import Any, Final
 from sglang.srt.runtime_context import get_flags
 from torch import nn
 
+from sgl_flowprefill.compat import SWITCHED_ON
+
 logger = logging.getLogger(__name__)
 
 DRAFT_BACKEND: Final = "flowprefill_draft_backend"
@@ -47,7 +49,7 @@ def check_copies(scheduler: Any, takes_uncompared: bool) -> None:
         return
     risk = UNCOMPARED_COPY.format(copied)
     if not takes_uncompared:
-        raise SystemExit(f"sgl-flowprefill: {risk}; --flowprefill-uncompared true starts the server all the same")
+        raise SystemExit(f"sgl-flowprefill: {risk}; {SWITCHED_ON}")
     logger.warning("FlowPrefill: %s, and what this server answers may be wrong", risk)
 
 

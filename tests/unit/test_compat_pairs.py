@@ -9,7 +9,8 @@ from typing import Any, Final
 import pytest
 
 from sgl_flowprefill.compat import MODE, Server, incompatible_option, refusals, risks
-from sgl_flowprefill.compat.pairs import COMPARED, FEATURES, PAIRS, Pair, is_compared, servers_of
+from sgl_flowprefill.compat.pairs import COMPARED, FEATURES, PAIRS, Pair, is_compared, servers_of, takes_uncompared
+from sgl_flowprefill.config import ConfigError, FlowPrefillConfig
 from tests.unit.test_compat_refusals import started
 
 ASKED: Final[dict[str, tuple[dict[str, Any], str]]] = {
@@ -50,7 +51,9 @@ def test_a_pair_that_no_test_compares_is_refused_unless_the_switch_is_on(pair: P
         return
     assert name in refused
     assert str(incompatible_option(options, {})).startswith(f"{name} is refused by FlowPrefill: they have not been ")
-    assert "--flowprefill-uncompared true" in str(incompatible_option(options, {}))
+    assert str(incompatible_option(options, {})).endswith(
+        "; --flowprefill-uncompared true, or FLOWPREFILL_UNCOMPARED=1, starts the server all the same"
+    )
     assert risks(options, {}) == []
     assert incompatible_option(options, SWITCH) is None
     assert [risk for risk in risks(options, SWITCH) if risk.startswith(f"{name} has not been compared")]
@@ -67,6 +70,19 @@ def test_what_compares_a_pair_is_there() -> None:
     assert [one.test for one in COMPARED.values() if not (tests / one.test).exists()] == []
     assert set(COMPARED) <= set(PAIRS)
     assert all(set(one.servers) <= set(servers_of(pair)) for pair, one in COMPARED.items())
+
+
+@pytest.mark.parametrize("text", ["true", "True", "1", "yes", "on", "t", "y", "false", "0", "no", "off", "n"])
+def test_the_switch_is_on_where_the_options_of_flowprefill_say_so(text: str) -> None:
+    env = {"FLOWPREFILL_UNCOMPARED": text}
+    assert takes_uncompared(env) == FlowPrefillConfig.from_env(env).uncompared
+
+
+def test_a_switch_that_says_neither_is_off_and_refused_with_the_options_of_flowprefill() -> None:
+    env = {"FLOWPREFILL_UNCOMPARED": "maybe"}
+    assert not takes_uncompared(env)
+    with pytest.raises(ConfigError, match=r"^--flowprefill-uncompared maybe: "):
+        FlowPrefillConfig.from_env(env)
 
 
 def test_the_switch_lets_nothing_else_start() -> None:
