@@ -26,7 +26,7 @@ ENTRIES: Final = ("serve", "launch_server", "launch_server.py", "sglang.launch_s
 MODEL_TYPE: Final = "--model-type"
 SCHEDULED: Final = ("auto", "llm")
 """Types of models that `sglang serve` serves with SGLang's scheduler."""
-COLORS: Final = {"refused": "red", "set": "yellow", "left": "default"}
+COLORS: Final = {"refused": "red", "risk": "red", "set": "yellow", "left": "default"}
 NO_MODEL: Final = "MODEL"
 UNTOUCHED: Final = "SGLang's scheduler and all of its options stay as they are."
 ALMOST_UNTOUCHED: Final = "SGLang's scheduler and all of its options but one stay as they are."
@@ -125,7 +125,8 @@ def _print(findings: Sequence[Finding], server: Server | None) -> None:
     counts = Counter(finding.treatment for finding in findings)
     console = Console(width=None if sys.stdout.isatty() else WIDTH, highlight=False)
     console.print(table)
+    risks = f"{counts['risk']} not compared, " if counts["risk"] else ""
     console.print(
-        f"{counts['refused']} refused, {counts['set']} set, {counts['left']} left. What SGLang derives from the model "
-        "and the machine is checked when the server starts."
+        f"{counts['refused']} refused, {risks}{counts['set']} set, {counts['left']} left. What SGLang derives from the "
+        "model and the machine is checked when the server starts."
     )

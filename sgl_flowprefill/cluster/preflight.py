@@ -37,7 +37,8 @@ from sgl_flowprefill.cluster.commands import (
 )
 from sgl_flowprefill.cluster.gateway import Gateway
 from sgl_flowprefill.cluster.proxies import ask_directly
-from sgl_flowprefill.compat import incompatible_option, take_over
+from sgl_flowprefill.cluster.saying import say
+from sgl_flowprefill.compat import incompatible_option, risks, take_over
 from sgl_flowprefill.model import embedded_model_path
 from sgl_flowprefill.model.embedded import EmbeddedModel
 from sgl_flowprefill.paths import CACHE_VARIABLE
@@ -466,9 +467,12 @@ def _check_options(layout: Layout) -> None:
                 )
             if role != "decode" and config.flowprefill:
                 take_over(options, dict(os.environ))
-                problem = incompatible_option(options, os.environ | config.options.to_env())
+                env = os.environ | config.options.to_env()
+                problem = incompatible_option(options, env)
                 if problem:
                     raise StartError(problem)
+                for risk in risks(options, env):
+                    say(f"launch.py: {risk}", "stderr")
             if role == "unified" and config.flowprefill:
                 joint = getattr(options, JOINT_ATTENTION, False) or (getattr(options, "attn_dp_size", None) or 1) > 1
                 problem = config.options.refusing_problem(decodes=True, is_joint=bool(joint))

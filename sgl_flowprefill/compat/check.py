@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, Literal, NamedTuple
 
 from sgl_flowprefill.compat.pairs import SWITCHED_ON, DataParallel, takes_uncompared, uncompared
 from sgl_flowprefill.compat.row import ABOVE_ONE, GIVEN, MODE, Row, Server, Treatment, flag, is_on, shown
@@ -29,7 +29,7 @@ from sgl_flowprefill.compat.table import (
 )
 
 NOT_COMPARED: Final = f"{{}} is refused by FlowPrefill: they have not been compared together; {SWITCHED_ON}"
-TAKEN_UNCOMPARED: Final = "{} has not been compared, and what this server answers may be wrong"
+TAKEN_UNCOMPARED: Final = "has not been compared, and what this server answers may be wrong"
 
 
 @dataclass(frozen=True)
@@ -56,13 +56,15 @@ class Refusal(NamedTuple):
     given: str
     """The option with its value, as it is given on a command line."""
     sentence: str
+    options: tuple[str, ...] = ()
+    """All fields of ServerArgs by which it is asked for, where there are several."""
 
 
 class Finding(NamedTuple):
     """A line of the table that ``launch.py doctor --explain`` prints."""
 
     given: str
-    treatment: Treatment
+    treatment: Treatment | Literal["risk"]
     now: str
     why: str
 
@@ -136,7 +138,7 @@ def refusals(server_args: Any, env: Mapping[str, str] | None = None) -> Iterator
     yield from _data_parallel(server_args)
     if not takes_uncompared(env):
         for pair in uncompared(server_args, server):
-            yield Refusal(pair.option, pair.given, NOT_COMPARED.format(pair.given))
+            yield Refusal(pair.options[0], pair.given, NOT_COMPARED.format(pair.given), pair.options)
     for name, why in REFUSED_ENVIRONMENT.items():
         if is_on(name, env) and (server == "prefill" or name not in OF_PREFILL_SERVERS):
             yield Refusal(name, f"{name}={env[name]}", f"{_cannot_work(f'{name}={env[name]}', why)}; unset it")
@@ -144,10 +146,15 @@ def refusals(server_args: Any, env: Mapping[str, str] | None = None) -> Iterator
 
 def risks(server_args: Any, env: Mapping[str, str] | None = None) -> list[str]:
     """What a server starts with though it has not been compared: one sentence each."""
+    return [f"{given} {TAKEN_UNCOMPARED}" for given in _taken(server_args, os.environ if env is None else env)]
+
+
+def _taken(server_args: Any, env: Mapping[str, str]) -> list[str]:
+    """The features together that a server starts with though they have not been compared."""
     server = server_of(server_args)
-    if server is None or not takes_uncompared(os.environ if env is None else env):
+    if server is None or not takes_uncompared(env):
         return []
-    return [TAKEN_UNCOMPARED.format(pair.given) for pair in uncompared(server_args, server)]
+    return [pair.given for pair in uncompared(server_args, server)]
 
 
 def _data_parallel(server_args: Any) -> Iterator[Refusal]:
@@ -175,7 +182,8 @@ def explain(options: Any, defaults: Any, env: Mapping[str, str]) -> list[Finding
     environment ``env``. Those that are not in the table and have SGLang's ``defaults`` are left out.
     """
     refused = list(refusals(options, env))
-    refused_names = {refusal.name for refusal in refused}
+    refused_names = {name for refusal in refused for name in (refusal.name, *refusal.options)}
+    risky = _taken(options, env)
     rows = {option: row for row in ROWS if server_of(options) in row.servers for option in row.options}
     given = {name: value for name, value in vars(options).items() if value != getattr(defaults, name, None)}
     changes = take_over(options, dict(env))
@@ -187,6 +195,7 @@ def explain(options: Any, defaults: Any, env: Mapping[str, str]) -> list[Finding
     ]
     return [
         *(Finding(one.given, "refused", "", one.sentence.partition(": ")[2]) for one in refused),
+        *(Finding(given, "risk", "", TAKEN_UNCOMPARED) for given in risky),
         *(Finding(f"{change.name} (was {change.was})", "set", change.now, change.why) for change in changes),
         *left,
     ]

@@ -125,7 +125,7 @@ def _example(example: Example) -> str:
 
 
 def _pairs() -> str:
-    features = ", ".join(f"{feature.name} (`{flag(feature.option)}`)" for feature in FEATURES)
+    features = ", ".join(f"{feature.name} (`{flag(feature.options[0])}`)" for feature in FEATURES)
     lines = ["| pair | prefill server | unified server |", "| --- | --- | --- |"]
     for pair in PAIRS:
         cells = " | ".join(_judged(pair, server) for server in SERVERS)

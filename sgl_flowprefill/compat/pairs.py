@@ -42,11 +42,15 @@ class Feature(NamedTuple):
     """What a server is asked for by an option."""
 
     name: str
-    option: str
+    options: tuple[str, ...]
+    """Fields of ServerArgs by which it is asked for; the first one stands for them."""
     given: Callable[[Any], str | None]
     """How it is asked for on the command line of a server with these options; None where it is not."""
     servers: tuple[Server, ...] = SERVERS
     """Those that have it."""
+
+
+ADAPTER_OPTIONS: Final = ("enable_lora", "lora_paths")
 
 
 def _given(option: str, values: Values = GIVEN) -> Callable[[Any], str | None]:
@@ -58,7 +62,7 @@ def _given(option: str, values: Values = GIVEN) -> Callable[[Any], str | None]:
 
 
 def _adapters(options: Any) -> str | None:
-    return "--enable-lora" if any(getattr(options, name, None) for name in ("enable_lora", "lora_paths")) else None
+    return "--enable-lora" if any(getattr(options, name, None) for name in ADAPTER_OPTIONS) else None
 
 
 def _joint(options: Any) -> str | None:
@@ -71,16 +75,16 @@ def _ranks(options: Any) -> str | None:
 
 
 def _feature(name: str, option: str, servers: tuple[Server, ...] = SERVERS) -> Feature:
-    return Feature(name, option, _given(option), servers)
+    return Feature(name, (option,), _given(option), servers)
 
 
 DRAFTS: Final = _feature("a draft model", "speculative_algorithm", ("prefill",))
-ADAPTERS: Final = Feature("adapters", "enable_lora", _adapters)
+ADAPTERS: Final = Feature("adapters", ADAPTER_OPTIONS, _adapters)
 STORAGE: Final = _feature("prefixes in storage", "hicache_storage_backend")
 HOST_CACHE: Final = _feature("prefixes in host memory", "enable_hierarchical_cache")
 EXPERTS: Final = _feature("experts that move", "enable_eplb", ("prefill",))
-JOINT: Final = Feature("DP attention", "attn_dp_size", _joint)
-RANKS: Final = Feature("several ranks", "tp_size", _ranks)
+JOINT: Final = Feature("DP attention", ("attn_dp_size", "dp_size", "enable_dp_attention", "tp_size"), _joint)
+RANKS: Final = Feature("several ranks", ("tp_size",), _ranks)
 FEATURES: Final = (DRAFTS, ADAPTERS, STORAGE, HOST_CACHE, EXPERTS, JOINT, RANKS)
 
 Pair = tuple[Feature, Feature]
@@ -110,8 +114,8 @@ PAIRS: Final[tuple[Pair, ...]] = tuple(pair for pair in combinations(FEATURES, 2
 class Uncompared(NamedTuple):
     """Two features that a server is asked for and that have not been compared together there."""
 
-    option: str
-    """Of the first one: field of ServerArgs."""
+    options: tuple[str, ...]
+    """Of both, those of the first one first."""
     given: str
     """Both, as they are asked for on a command line."""
 
@@ -130,7 +134,7 @@ def uncompared(options: Any, server: Server) -> Iterator[Uncompared]:
     for one, other in PAIRS:
         given, beside = one.given(options), other.given(options)
         if given is not None and beside is not None and not is_compared((one, other), server):
-            yield Uncompared(one.option, f"{given} with {beside}")
+            yield Uncompared((*one.options, *other.options), f"{given} with {beside}")
 
 
 def takes_uncompared(env: Mapping[str, str]) -> bool:

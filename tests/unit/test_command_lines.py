@@ -402,7 +402,9 @@ def test_a_command_without_flowprefill_and_a_decode_server_stay_as_they_are(
     assert "--tokenizer-worker-num is 1 (was 4): workers load no plugins" in told
 
 
-def test_what_has_not_been_compared_together_starts_with_the_switch_however_that_is_given() -> None:
+def test_what_has_not_been_compared_together_starts_with_the_switch_however_that_is_given(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     together = "--enable-lora --tp 2"
     for command, code in (
         (f"sglang serve m {together}", 1),
@@ -411,6 +413,7 @@ def test_what_has_not_been_compared_together_starts_with_the_switch_however_that
         (f"launch.py --flowprefill --unified --flowprefill-uncompared true {together}", 0),
     ):
         assert cli.main(["doctor", "--explain", command]) == code, command
+        assert ("0 refused, 1 not compared, " in capsys.readouterr().out) == (code == 0), command
 
 
 @pytest.mark.parametrize("form", ["--config {}", "--config={}"])

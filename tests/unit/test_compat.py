@@ -152,6 +152,22 @@ def test_all_that_is_refused_is_found_at_once():
     assert {one.name for one in refusals(SimpleNamespace(**(WORKS | several)), {})} == set(several)
 
 
+@pytest.mark.parametrize("joint", [{"attn_dp_size": 2}, {"dp_size": 2, "enable_dp_attention": True}])
+def test_features_that_have_not_been_compared_together_are_explained_as_one(joint):
+    given = {"lora_paths": ["a=b"], "tp_size": 2, **joint}
+    options = SimpleNamespace(**(WORKS | given))
+    defaults = SimpleNamespace(**(WORKS | dict.fromkeys(("lora_paths", *joint))))
+    name, ranks = next(iter(joint.items()))
+    pair = f"--enable-lora with {flag(name)} {ranks}"
+    [refused] = explain(options, defaults, {})
+    assert (refused.given, refused.treatment) == (pair, "refused")
+    risk, *others = explain(options, defaults, {"FLOWPREFILL_UNCOMPARED": "1"})
+    assert (risk.given, risk.treatment) == (pair, "risk")
+    assert risk.why == "has not been compared, and what this server answers may be wrong"
+    assert {one.treatment for one in others} == {"left"}
+    assert len(others) == len(given)
+
+
 def test_each_reason_against_an_option_is_explained():
     several = {"attn_dp_size": 4, "tp_size": 8, "nnodes": 2}
     found = explain(SimpleNamespace(**(WORKS | several)), SimpleNamespace(**WORKS), {})
