@@ -105,9 +105,13 @@ TOGETHER: Final = """\
 
 These work on a server each by itself: {features}.
 A pair of them that no test has compared is refused, because what a server keeps for one while a prefill is suspended
-may not be all that it would have to keep for both. `--flowprefill-uncompared true` starts the server all the same, with
-a warning in its log; its answers may be wrong then, or wait for ever. Compared is what has a file in
-`tests/integration`: answers and KV caches under suspensions at random, of a pair, not of three or more.
+may not be all that it would have to keep for both. `--flowprefill-uncompared true`, or `FLOWPREFILL_UNCOMPARED=1`,
+starts the server all the same, with a warning in its log; its answers may be wrong then, or wait for ever.
+
+Compared is what has a test of `tests/integration` here, which has run with SGLang 0.5.23. Under suspensions at random
+it compares answers, and on prefill servers KV caches (where experts move, what was counted of them instead), of a pair,
+not of three or more. A draft of the model's own checkpoint (`NEXTN`) is [refused](serving.md#draft-models) with
+prefixes in host memory.
 
 """
 
@@ -136,7 +140,7 @@ def _pairs() -> str:
 def _judged(pair: Pair, server: Server) -> str:
     if server not in servers_of(pair):
         return "has only one of them"
-    return f"`{COMPARED[pair].test}`" if is_compared(pair, server) else "**refused**"
+    return f"`{COMPARED[pair][server]}`" if is_compared(pair, server) else "**refused**"
 
 
 def _group(group: Group) -> str:

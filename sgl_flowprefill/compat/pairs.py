@@ -90,23 +90,36 @@ FEATURES: Final = (DRAFTS, ADAPTERS, STORAGE, HOST_CACHE, EXPERTS, JOINT, RANKS)
 Pair = tuple[Feature, Feature]
 
 
-class Compared(NamedTuple):
-    """Where a pair has been compared."""
-
-    test: str
-    """In ``tests/integration``."""
-    servers: tuple[Server, ...]
-
-
-COMPARED: Final[Mapping[Pair, Compared]] = {
-    (STORAGE, HOST_CACHE): Compared("test_host_storage.py", SERVERS),
-    (ADAPTERS, HOST_CACHE): Compared("test_host_cache_pairs.py", ("prefill",)),
-    (HOST_CACHE, JOINT): Compared("test_host_cache_ranks.py", ("prefill",)),
-    (HOST_CACHE, RANKS): Compared("test_host_cache_ranks.py", SERVERS),
-    (DRAFTS, HOST_CACHE): Compared("test_host_cache_pairs.py", ("prefill",)),
-    (DRAFTS, RANKS): Compared("test_draft_ranks.py", ("prefill",)),
-    (EXPERTS, RANKS): Compared("test_experts.py", ("prefill",)),
+COMPARED: Final[Mapping[Pair, Mapping[Server, str]]] = {
+    (STORAGE, HOST_CACHE): {
+        "prefill": "test_host_storage.py::test_rounds_of_reads_change_no_answer_and_no_kv",
+        "unified": "test_host_storage.py::test_streams_that_join_behind_reads_change_no_answer",
+    },
+    (ADAPTERS, HOST_CACHE): {
+        "prefill": "test_host_cache_pairs.py::"
+        "test_suspended_prefills_keep_their_adapters_behind_prefixes_of_host_memory",
+    },
+    (HOST_CACHE, JOINT): {
+        "prefill": "test_host_cache_ranks.py::test_ranks_with_requests_of_their_own_load_their_own_prefixes",
+    },
+    (HOST_CACHE, RANKS): {
+        "prefill": "test_host_cache_ranks.py::"
+        "test_two_ranks_load_the_same_prefixes_and_suspended_prefills_wait_for_their_own",
+        "unified": "test_host_cache_ranks.py::test_two_ranks_load_the_same_prefixes_between_decode_steps",
+    },
+    (DRAFTS, HOST_CACHE): {
+        "prefill": "test_host_cache_pairs.py::"
+        "test_suspended_prefills_hand_over_what_drafts_begin_with_behind_prefixes_of_host_memory",
+    },
+    (DRAFTS, RANKS): {
+        "prefill": "test_draft_ranks.py::"
+        "test_two_ranks_that_are_preempted_all_the_time_hand_over_what_drafts_begin_with",
+    },
+    (EXPERTS, RANKS): {
+        "prefill": "test_experts.py::test_experts_move_between_two_ranks_while_nothing_is_suspended",
+    },
 }
+"""By pair and server the test of ``tests/integration`` that has compared it."""
 PAIRS: Final[tuple[Pair, ...]] = tuple(pair for pair in combinations(FEATURES, 2) if pair != (JOINT, RANKS))
 """All there are: DP attention has several ranks anyway."""
 
@@ -126,7 +139,7 @@ def servers_of(pair: Pair) -> tuple[Server, ...]:
 
 
 def is_compared(pair: Pair, server: Server) -> bool:
-    return pair in COMPARED and server in COMPARED[pair].servers
+    return server in COMPARED.get(pair, {})
 
 
 def uncompared(options: Any, server: Server) -> Iterator[Uncompared]:

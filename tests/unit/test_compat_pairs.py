@@ -66,10 +66,13 @@ def test_each_feature_works_by_itself(feature: Any) -> None:
 
 
 def test_what_compares_a_pair_is_there() -> None:
-    tests = Path(__file__).parents[1] / "integration"
-    assert [one.test for one in COMPARED.values() if not (tests / one.test).exists()] == []
+    folder = Path(__file__).parents[1] / "integration"
+    named = [test for tests in COMPARED.values() for test in tests.values()]
+    for file, _, function in (test.partition("::") for test in named):
+        assert f"\ndef {function}(" in (folder / file).read_text(), f"{file} has no {function}"
+    assert len(set(named)) == len(named)
     assert set(COMPARED) <= set(PAIRS)
-    assert all(set(one.servers) <= set(servers_of(pair)) for pair, one in COMPARED.items())
+    assert all(set(tests) <= set(servers_of(pair)) for pair, tests in COMPARED.items())
 
 
 @pytest.mark.parametrize("text", ["true", "True", "1", "yes", "on", "t", "y", "false", "0", "no", "off", "n"])
