@@ -46,14 +46,13 @@ class RemoteRequest:
     origin_input_ids: Sequence[int]
     """Stands for its prompt, of which the length alone is known here."""
     origin_input_ids_unpadded: Sequence[int]
+    bootstrap_room: int | None = None
     shape: PrefillShape | None = None
     """What it costs, as its rank has matched it last."""
     is_computed: bool = False
     """Whether its prefill has run."""
     time_stats: ClassVar[Any] = ReqTimeStatsBase()
     """Its trace is written at its own rank."""
-    bootstrap_room: ClassVar[None] = None
-    """Known at its own rank alone."""
 
 
 class Noted(NamedTuple):
@@ -64,6 +63,7 @@ class Noted(NamedTuple):
     prompt_tokens: int
     received_s: float
     objective: Objective
+    bootstrap_room: int | None
 
 
 class Ended(NamedTuple):
@@ -260,7 +260,8 @@ class JointRole(SchedulerRole):
         if number is None:
             number = self._numbers[req] = next(self._counter)
             promised = objective(req, self.resolver)
-            self._noted.append(Noted(number, req.rid, len(req.origin_input_ids), received_s(req), promised))
+            prompt_tokens, at_s, room = len(req.origin_input_ids), received_s(req), req.bootstrap_room
+            self._noted.append(Noted(number, req.rid, prompt_tokens, at_s, promised, room))
         return number
 
     def _note_end(self, req: Any, reason: str | None, http_status: int | None) -> None:
@@ -292,8 +293,8 @@ class JointRole(SchedulerRole):
     def _hear(self, rank: int, tidings: Tidings) -> None:
         """Another ``rank`` has something to tell."""
         for noted in tidings.noted:
-            prompt = range(noted.prompt_tokens)
-            req = self._remote[rank, noted.number] = RemoteRequest(noted.rid, rank, prompt, prompt)
+            prompt, room = range(noted.prompt_tokens), noted.bootstrap_room
+            req = self._remote[rank, noted.number] = RemoteRequest(noted.rid, rank, prompt, prompt, room)
             self.recorder.arrived(req, noted.received_s, noted.objective)
         for number in tidings.left:
             self._remote_startable.pop(self._remote[rank, number], None)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from sgl_flowprefill.events import Arrival, read_events
 from tests.data_parallel_ranks import DataParallelRanks, lack_kv_cache_now_and_then, note_passes, note_rests
 from tests.engine import generate_request
 from tests.integration.conftest import PROMPTS
@@ -56,6 +57,10 @@ def test_requests_that_come_at_random_to_both_ranks_get_the_answers_and_kv_of_tr
     both = sum(bool(a["own"]) and bool(b["own"]) for a, b in zip(first, second, strict=True))
     print(f"\n{len(first)} joint passes with {suspensions} suspensions, {both} of requests of both ranks")
     print(f"{idle} times, a rank was idle in one")
+    arrivals = {event.rid: event for event in read_events(ranks.event_log) if isinstance(event, Arrival)}
+    rooms = [arrivals[name].bootstrap_room for name in asked]
+    assert None not in rooms, "a request of the other rank has arrived without its bootstrap room"
+    assert len(set(rooms)) == len(asked)
     assert suspensions >= 8 * times  # as many as arrivals leave tasks to suspend
     assert idle
     assert both
