@@ -60,7 +60,7 @@ UNCAUSED: Final = {TTFT_MET.series: MET, ABORTED.series: ABORTED_BEFORE, INVALID
 """Metrics that are of one thing that can become of a request."""
 CAUSED_BY_PAIR: Final = {MET, "failed", "objective", "not_ready"}
 LEAST_COMPARED: Final = 100
-PLACELESS_S: Final = 5.0
+PLACELESS_S: Final = 30.0
 """Objective of a request that is at its scheduler before that, and gets no place at a decode server."""
 
 
