@@ -195,7 +195,7 @@ def explain(options: Any, defaults: Any, env: Mapping[str, str]) -> list[Finding
     ]
     return [
         *(Finding(one.given, "refused", "", one.sentence.partition(": ")[2]) for one in refused),
-        *(Finding(given, "risk", "", TAKEN_UNCOMPARED) for given in risky),
+        *(Finding(pair, "risk", "", TAKEN_UNCOMPARED) for pair in risky),
         *(Finding(f"{change.name} (was {change.was})", "set", change.now, change.why) for change in changes),
         *left,
     ]
