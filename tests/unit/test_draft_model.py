@@ -169,7 +169,7 @@ def test_a_draft_that_host_memory_does_not_keep_beside_the_model_is_refused_unle
         check_copies(scheduler, takes_uncompared=False)
         assert not caplog.records
         return
-    with pytest.raises(SystemExit, match=f"host memory {mode.value} with the model's .* --flowprefill-uncompared true"):
+    with pytest.raises(SystemExit, match=f"host memory {mode.value} with the model's.* --flowprefill-uncompared true"):
         check_copies(scheduler, takes_uncompared=False)
     assert not caplog.records
     check_copies(scheduler, takes_uncompared=True)
