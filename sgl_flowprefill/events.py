@@ -241,7 +241,10 @@ class Decoded(Event, tag="decoded"):
 
     rid: str
     bootstrap_room: Annotated[int | None, Meta(description="by which an `arrival` at a prefill server is the same one")]
-    received_s: Annotated[float, Meta(description="when the HTTP server's process had it")]
+    received_s: Annotated[
+        float,
+        Meta(description="when the HTTP server's process had it; on another node than that, when the scheduler had"),
+    ]
     queued_s: Annotated[float | None, Meta(description="since when it waited for a place")] = None
     place_s: Annotated[float | None, Meta(description="when it had KV cache here, and its prefill could start")] = None
     kv_s: Annotated[float | None, Meta(description="when its KV cache had come")] = None

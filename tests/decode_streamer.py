@@ -13,6 +13,7 @@ from sglang.srt.managers.scheduler_components import output_streamer
 from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
+from sgl_flowprefill.runtime import decode_scheduler
 from sgl_flowprefill.runtime.decode_scheduler import DecodeStreamer
 from sgl_flowprefill.slo import Objective
 
@@ -27,11 +28,12 @@ def decoding(rid: str, received_s: float, stream: bool = False, **times_s: float
     return req
 
 
-def decode_streamer(monkeypatch: pytest.MonkeyPatch, sent: list[Any]) -> DecodeStreamer:
-    """One that hands messages for clients to ``sent``."""
+def decode_streamer(monkeypatch: pytest.MonkeyPatch, sent: list[Any], node_rank: int = 0) -> DecodeStreamer:
+    """One on this node that hands messages for clients to ``sent``."""
     serving = SimpleNamespace(stream_interval=1, weight_version="default")
     monkeypatch.setattr(output_streamer, "get_serving", lambda: serving)
     monkeypatch.setattr(output_streamer, "get_parallel", lambda: SimpleNamespace(dp_rank=None, attn_tp_rank=1))
+    monkeypatch.setattr(decode_scheduler, "get_parallel", lambda: SimpleNamespace(node_rank=node_rank))
     nothing: Any = None
     return DecodeStreamer(
         send_to_detokenizer=SimpleNamespace(send_output=sent.append),

@@ -6,7 +6,6 @@ import time
 from pathlib import Path
 from typing import Any, Final
 
-from sgl_flowprefill.deadline import received_s
 from sgl_flowprefill.events import Decoded, EventLog, of_decode_server, rounded
 
 LOGGED: Final = "flowprefill_logged"
@@ -23,8 +22,9 @@ class DecodeLog(EventLog):
         self.begin(decodes=True, prefills=False)
         self.flush()
 
-    def ended(self, req: Any, first_token_s: float | None, reason: str | None) -> None:
-        """SGLang's ``req`` is over; ``reason`` says what went wrong, where something did. Only the first call counts.
+    def ended(self, req: Any, received_s: float, first_token_s: float | None, reason: str | None) -> None:
+        """SGLang's ``req``, received then by this machine's clock, is over; ``reason`` says what went wrong, where
+        something did. Only the first call counts.
 
         SGLang has the times of a request's last place and of when it last had KV cache, or was retracted: what is later
         than the first token is of no use.
@@ -43,7 +43,7 @@ class DecodeLog(EventLog):
             now_s,
             rid=req.rid,
             bootstrap_room=req.bootstrap_room,
-            received_s=round(received_s(req), 6),
+            received_s=round(received_s, 6),
             queued_s=first(req.time_stats.decode_prealloc_queue_entry_time),
             place_s=first(req.time_stats.decode_transfer_queue_entry_time),
             kv_s=first(req.time_stats.wait_queue_entry_time),

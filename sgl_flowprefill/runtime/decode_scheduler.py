@@ -13,10 +13,11 @@ from typing import Any, Final
 
 from sglang.srt.managers.scheduler import Scheduler
 from sglang.srt.managers.utils import is_health_check_generate_req
+from sglang.srt.runtime_context import get_parallel
 
 from sgl_flowprefill.answers import report_of_first_token
 from sgl_flowprefill.config import FlowPrefillConfig
-from sgl_flowprefill.deadline import objective, received_by_http_s, resolver
+from sgl_flowprefill.deadline import objective, received_by_http_s, received_s, resolver
 from sgl_flowprefill.patches import carried_report
 from sgl_flowprefill.runtime.decode_log import DecodeLog
 from sgl_flowprefill.runtime.reporting_streamer import ReportingStreamer
@@ -40,6 +41,9 @@ class DecodeStreamer(ReportingStreamer):
         config = FlowPrefillConfig.from_env()
         if config.answer_report:
             self._resolver = resolver(config)
+        self._has_http_clock = get_parallel().node_rank == 0
+        """Whether this rank is on the first node, as the HTTP server is, whose clock it has then. Ranks of DP attention
+        answer requests of their own on all nodes."""
         super().__init__(*args, **kwargs)
 
     @property
@@ -60,15 +64,16 @@ class DecodeStreamer(ReportingStreamer):
     def note_end(self, req: Any, reason: str | None) -> None:
         """``req`` is over; ``reason`` says what went wrong, where something did."""
         if self.log is not None and not is_health_check_generate_req(req):
-            self.log.ended(req, getattr(req, FIRST_TOKEN, None), reason)
+            came_s = received_s(req) if self._has_http_clock else float(req.time_stats.scheduler_recv_time)
+            self.log.ended(req, came_s, getattr(req, FIRST_TOKEN, None), reason)
 
     def _report(self, req: Any) -> list[dict[str, Any]]:
         if self._resolver is None or not req.finished() or is_health_check_generate_req(req):
             return []
-        received_s, first_token_s = received_by_http_s(req), getattr(req, FIRST_TOKEN, None)
-        if not received_s:
+        by_http_s, first_token_s = received_by_http_s(req), getattr(req, FIRST_TOKEN, None)
+        if not by_http_s:
             return []  # it came another way than by the HTTP server
-        ttft_s = None if first_token_s is None else first_token_s - received_s
+        ttft_s = None if first_token_s is None or not self._has_http_clock else first_token_s - by_http_s
         return [report_of_first_token(objective(req, self._resolver), ttft_s, carried_report.of(req))]
 
 

@@ -203,6 +203,22 @@ def test_a_decode_server_says_when_the_first_token_came_to_those_who_stream_and_
     assert of_the_other == []
 
 
+def test_a_decode_server_says_nothing_of_first_tokens_on_another_node_than_its_http_server(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """When a request was received is by the other machine's clock."""
+    sent: list[Any] = []
+    streamer = decode_streamer(monkeypatch, sent, node_rank=1)
+    req = decoding("a", 100.0)
+    setattr(req, carried_report.CARRIED, CARRIED)
+    req.output_ids.append(5)
+    req.finished_reason = FINISH_LENGTH(1)
+    streamer.stream_output([req], False)
+    [[told]] = unwrap_from_pickle(sent[-1].customized_info)[REPORT_KEY]
+    assert (told["ttft_s"], told["met"], told["cause"]) == (None, None, None)
+    assert {name: told[name] for name in KNOWN_OF_PREFILL} == KNOWN_OF_PREFILL
+
+
 def manager(meta_info: dict[str, Any], customized_info: dict[str, Any], index: int) -> SimpleNamespace:
     """What SGLang's request state is after a batch of its output has been added to ``meta_info``."""
     state = SimpleNamespace(obj=SimpleNamespace())

@@ -123,6 +123,21 @@ def test_a_request_that_is_aborted_past_the_streamer_is_over_too_and_health_chec
     ]
 
 
+def test_a_rank_on_another_node_than_the_http_server_tells_when_it_had_a_request_itself(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, clock_s: list[float], sent: list[Any]
+) -> None:
+    """Clocks of two machines have nothing to do with each other."""
+    streamer = decode_streamer(monkeypatch, sent, node_rank=1)
+    streamer.log = DecodeLog(tmp_path / "events.jsonl")
+    req = decoding("a", 7000.0, scheduler_recv_time=100.005, **WAITED)
+    clock_s[0] = 100.25
+    req.output_ids.append(5)
+    req.finished_reason = FINISH_LENGTH(1)
+    streamer.stream_output([req], False)
+    [one] = told(tmp_path)
+    assert (one.received_s, one.first_token_s) == (100.005, 100.25)
+
+
 @pytest.mark.parametrize(("answers", "asked"), [(True, True), (False, True), (True, False)])
 def test_only_the_rank_that_answers_writes_a_log_and_only_where_one_is_asked_for(
     answers: bool, asked: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

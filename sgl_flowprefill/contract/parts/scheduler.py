@@ -397,8 +397,8 @@ PART: Final = Part(
         ),
         *attributes(
             OPTIONS,
-            "disaggregation_mode nnodes",
-            "says what kind of server this is, and over how many machines",
+            "disaggregation_mode nnodes node_rank",
+            "says what kind of server this is, over how many machines, and which one this is",
             "the server does not start",
         ),
         *rows(
