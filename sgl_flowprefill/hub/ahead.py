@@ -12,7 +12,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import Final
 
-from sgl_flowprefill.hub.task import DecodeStep
+from sgl_flowprefill.hub.task import DecodeStep, PrefillTask
 
 LEADS: Final = 32
 """Steps by which the time is judged that queueing one takes the host, the last ones."""
@@ -31,7 +31,7 @@ class StepAhead:
     _begun_s: float = field(default=-math.inf, init=False)
     """When the step in flight began at the device, at the latest."""
     _step_s: float = field(default=0.0, init=False)
-    """What the last step took; 0 where that is not known."""
+    """What the last step took, at least; 0 before the first."""
 
     @property
     def queue_at_s(self) -> float:
@@ -47,9 +47,8 @@ class StepAhead:
             self._leads_s.append(now_s - looked_s)
         self._begun_s = now_s
 
-    def arrived(self, step: DecodeStep, now_s: float) -> None:
-        """The result of ``step`` is on the host. The device may have waited for the beginning of one that had not been
-        queued behind another.
-        """
-        self._step_s = step.executed_s if step.is_ahead else 0.0
+    def arrived(self, done: PrefillTask | DecodeStep, now_s: float) -> None:
+        """The result of ``done`` is on the host: a step that is queued behind it has begun."""
+        if isinstance(done, DecodeStep):
+            self._step_s = done.least_s
         self._begun_s = max(self._begun_s, now_s)

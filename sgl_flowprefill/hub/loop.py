@@ -246,11 +246,13 @@ class Hub(Generic[RoleT]):
         that is the next step, the tokens of the one before are awaited and processed then.
         """
         self.make_room_for_step()
+        since_s = self.now_s()
         step = self._queued_step()
         if step is not None:
-            step.is_ahead = self.work.tasks.step is not None
+            now_s = self.now_s()
+            step.is_ahead, step.queueing_s = self.work.tasks.step is not None, now_s - since_s
             if self.ahead is not None:
-                self.ahead.queued(step, self._looked_s, self.now_s())
+                self.ahead.queued(step, self._looked_s, now_s)
             self.work.tasks.finishing.append(step)
             self.finish_arrived()
         self._stopped_s = self.now_s()
@@ -376,9 +378,9 @@ class Hub(Generic[RoleT]):
     def _finish(self, done: PrefillTask | DecodeStep) -> None:
         """Process a result that is on the host."""
         self._has_finished = True
+        if self.ahead is not None:
+            self.ahead.arrived(done, self.now_s())
         if isinstance(done, DecodeStep):
-            if self.ahead is not None:
-                self.ahead.arrived(done, self.now_s())
             self.decoder.finish_step(done)
         else:
             self._finish_task(done)

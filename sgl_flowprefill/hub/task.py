@@ -112,11 +112,18 @@ class DecodeStep:
     """Where it runs in the device's queue."""
     is_ahead: bool = False
     """Whether it was queued behind another step, whose result had not been processed."""
+    queueing_s: float = 0.0
+    """What it took the host to queue it."""
 
     @property
     def executed_s(self) -> float:
         """Device time of it, without that of what was queued before. Known once that has passed."""
         return sum(begin.seconds_until(end) for begin, end in self.spans)
+
+    @property
+    def least_s(self) -> float:
+        """What it took the device, at least: with nothing before it, that may have waited while it was queued."""
+        return self.executed_s if self.is_ahead else max(0.0, self.executed_s - self.queueing_s)
 
 
 class Tasks:

@@ -16,7 +16,7 @@ from sgl_flowprefill.config import FlowPrefillConfig
 from sgl_flowprefill.hub.ahead import LEAD_FACTOR, StepAhead
 from sgl_flowprefill.hub.device import CpuDevice, HostStamp
 from sgl_flowprefill.hub.parts import OneRank
-from sgl_flowprefill.hub.task import DecodeStep, Tasks
+from sgl_flowprefill.hub.task import DecodeStep, PrefillTask, Tasks
 from sgl_flowprefill.policy import ColocatedPolicy, DecodeLimits, Limits, Stream, make_policy
 from sgl_flowprefill.policy.decode import Streams
 from sgl_flowprefill.profiling.steps import LinearSteps
@@ -133,6 +133,26 @@ def test_a_step_is_queued_so_late_that_few_arrivals_wait_for_more_than_the_one_t
     assert max(*late, *at_once) < 2 * STEP_S + 0.003
 
 
+def test_after_a_prefill_steps_are_queued_as_late_as_before() -> None:
+    """The first one waits for the prefill's operators, and the device may wait for its begin."""
+    requests = [SimulatedRequest(f"r{i}", 0.2 + 0.1 * i, 600, 5.0) for i in range(10)]
+    server = streaming(StepAhead(), requests)
+    steps = steps_of(server)
+    step, left_s = steps.step, []
+
+    def noted_step() -> DecodeStep:
+        if server.hub.work.tasks.step is not None and server.device.now_s > 0.1:
+            left_s.append(server.device.busy_until_s - server.device.now_s)
+        return step()
+
+    steps.step = noted_step  # type: ignore[method-assign]
+    while server.device.now_s < 1.5:
+        server.hub.turn()
+    assert all(request.answered_s < math.inf for request in requests)
+    assert len(left_s) > 50
+    assert max(left_s) < STEP_S / 2
+
+
 def test_no_step_is_ahead_while_a_prefill_can_run() -> None:
     requests = [SimulatedRequest("r", 0.1, 8000, 5.0)]
     server = streaming(AtOnce(), requests)
@@ -184,20 +204,20 @@ def test_where_a_step_lacks_kv_cache_the_one_in_flight_ends_first() -> None:
 # ---- when ------------------------------------------------------------------------------------------------------------
 
 
-def step_of(executed_s: float, is_ahead: bool) -> DecodeStep:
+def step_of(executed_s: float, is_ahead: bool, queueing_s: float = 0.0) -> DecodeStep:
     spans = [(HostStamp(1.0), HostStamp(1.0 + executed_s))]
-    return DecodeStep(SimpleNamespace(copy_done=None), spans=spans, is_ahead=is_ahead)
+    return DecodeStep(SimpleNamespace(copy_done=None), spans=spans, is_ahead=is_ahead, queueing_s=queueing_s)
 
 
 def test_a_step_is_queued_as_long_before_the_end_of_the_one_in_flight_as_the_host_took_for_the_last_ones() -> None:
     ahead = StepAhead()
     assert ahead.queue_at_s == -math.inf, "nothing is known of any"
-    first, second, third = step_of(0.01, False), step_of(0.008, True), step_of(0.008, True)
+    first, second, third = step_of(0.01, False, 0.003), step_of(0.008, True), step_of(0.008, True)
     ahead.queued(first, looked_s=0.9, now_s=1.0)
     assert ahead.queue_at_s == -math.inf, "what a step takes the host that was not queued ahead says nothing"
     ahead.queued(second, looked_s=1.002, now_s=1.003)
     ahead.arrived(first, now_s=1.011)
-    assert ahead.queue_at_s < 1.011, "what one takes the device whose beginning it may have waited for says nothing"
+    assert ahead.queue_at_s == pytest.approx(1.011 + 0.007 - LEAD_FACTOR * 0.001), "it may have waited for the host"
     ahead.queued(third, looked_s=1.012, now_s=1.014)
     ahead.arrived(second, now_s=1.019)
     assert ahead.queue_at_s == pytest.approx(1.019 + 0.008 - LEAD_FACTOR * 0.002)
@@ -217,10 +237,20 @@ def test_a_step_that_was_not_queued_in_time_is_not_waited_for_again() -> None:
     for _ in range(2):
         ahead.queued(step_of(0.03, True), looked_s=0.999, now_s=1.0)
     ahead.arrived(step_of(0.03, True), now_s=1.03)
-    ahead.queued(step_of(0.003, False), looked_s=1.03, now_s=1.031)
-    ahead.arrived(step_of(0.003, False), now_s=1.034)
+    late = step_of(0.004, False, 0.001)
+    ahead.queued(late, looked_s=1.03, now_s=1.031)
+    ahead.arrived(late, now_s=1.034)
     ahead.queued(step_of(0.003, False), looked_s=1.034, now_s=1.035)
-    assert ahead.queue_at_s < 1.035
+    assert ahead.queue_at_s == pytest.approx(1.035 + 0.003 - LEAD_FACTOR * 0.001)
+
+
+def test_a_step_behind_a_prefill_begins_when_that_is_over() -> None:
+    ahead = StepAhead()
+    ahead.queued(step_of(0.008, True), looked_s=0.999, now_s=1.0)
+    ahead.arrived(step_of(0.008, True), now_s=1.008)
+    ahead.queued(step_of(0.008, False), looked_s=1.01, now_s=1.011)
+    ahead.arrived(PrefillTask(0, None, [], [], 0.0, 1.0, 0.1), now_s=1.02)
+    assert ahead.queue_at_s == pytest.approx(1.02 + 0.008 - LEAD_FACTOR * 0.001)
 
 
 # ---- what the policy knows -------------------------------------------------------------------------------------------
