@@ -243,14 +243,18 @@ class Hub(Generic[RoleT]):
 
     def step(self) -> None:
         """Queue a decode step. What runs next is queued behind it, while its tokens are on their way to the host. Where
-        that is the next step, the tokens of the one before are awaited and processed then.
+        that is the next step, the tokens of the one before are awaited and processed then. None is queued where the one
+        before had to end for its KV cache: what that has freed may let others start.
         """
+        is_ahead = self.work.tasks.step is not None
         self.make_room_for_step()
+        if is_ahead and self.work.tasks.step is None:
+            return
         since_s = self.now_s()
         step = self._queued_step()
         if step is not None:
             now_s = self.now_s()
-            step.is_ahead, step.queueing_s = self.work.tasks.step is not None, now_s - since_s
+            step.is_ahead, step.queueing_s = is_ahead, now_s - since_s
             if self.ahead is not None:
                 self.ahead.queued(step, self._looked_s, now_s)
             self.work.tasks.finishing.append(step)

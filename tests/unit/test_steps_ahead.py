@@ -180,8 +180,10 @@ def test_a_step_waits_for_the_result_of_the_one_before_where_its_decoder_says_so
     assert len(steps.ended_s) > 50
 
 
-def test_where_a_step_lacks_kv_cache_the_one_in_flight_ends_first() -> None:
-    """Streams that end with it free some; whoever has to give up KV cache for it is to have its last token first."""
+def test_where_a_step_lacks_kv_cache_the_one_in_flight_ends_first_and_what_runs_is_chosen_anew() -> None:
+    """Streams that end with it free some; whoever has to give up KV cache for it is to have its last token first, and
+    requests that had found none may start then.
+    """
     server = streaming(AtOnce())
     hub, steps = server.hub, steps_of(server)
     missing = iter([100, 0])
@@ -196,8 +198,9 @@ def test_where_a_step_lacks_kv_cache_the_one_in_flight_ends_first() -> None:
 
     steps.step = noted_step  # type: ignore[method-assign]
     assert hub.turn()
-    assert in_flight == [None]
-    assert len(steps.ended_s) == 1
+    assert (in_flight, len(steps.ended_s)) == ([], 1)
+    assert hub.turn()
+    assert (in_flight, len(steps.ended_s)) == ([None], 1)
     assert next(missing) == 0, "nothing is in flight, and no prefill has started: it is not asked again"
 
 
