@@ -12,6 +12,7 @@ import time
 from array import array
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from http import HTTPStatus
 from itertools import chain
 from typing import Any, Final
@@ -34,6 +35,7 @@ from sgl_flowprefill.patches.overload import RETRY_AFTER
 from sgl_flowprefill.policy import ColocatedPolicy, DecodeLimits, Policy, Stream
 from sgl_flowprefill.profiling.steps import LearnedSteps
 from sgl_flowprefill.runtime.adapters import LoRA
+from sgl_flowprefill.runtime.ahead import most_streams, needs_last_tokens
 from sgl_flowprefill.runtime.memory import writes_kv_alone
 from sgl_flowprefill.runtime.scheduler_role import (
     SchedulerRole,
@@ -271,13 +273,17 @@ class UnifiedRole(SchedulerRole):
 
     def can_step_ahead(self) -> bool:
         batches = [batch for batch in (self.scheduler.running_batch, *self.joining) if not batch.is_empty()]
-        if any(map(needs_last_tokens, batches)):
+        if any(map(needs_last_tokens, batches)) or sum(len(batch.reqs) for batch in batches) > self._most_streams:
             return False
         # Those that join are not in the step in flight.
         ends = [req.next_output_finishes_by_length() for req in self.scheduler.running_batch.reqs]
         if any(ends) and self.scheduler.waiting_queue:  # what it makes room for starts before another step
             return False
         return bool(self.joining) or not all(ends)
+
+    @cached_property
+    def _most_streams(self) -> float:
+        return most_streams(self.scheduler.tp_worker.model_runner)
 
     def _next_step(self) -> Any | None:
         """The streams as a batch that is ready for its forward pass: a step has begun. None without any."""
@@ -477,18 +483,6 @@ class UnifiedRole(SchedulerRole):
             return
         self.not_told += self.held_back
         self.held_back.clear()
-
-
-def needs_last_tokens(batch: Any) -> bool:
-    """Whether what the next step of ``batch`` samples depends on what the host does with the last tokens: grammars,
-    penalties and the logit processors of clients look at them.
-    """
-    sampling_info = batch.sampling_info
-    return bool(
-        batch.has_grammar
-        or sampling_info.penalizer_orchestrator.is_required
-        or sampling_info.has_custom_logit_processor
-    )
 
 
 class ReservingAdder(PrefillAdder):

@@ -23,6 +23,8 @@ from sgl_flowprefill.profiling.steps import LinearSteps
 
 pytest.importorskip("sglang")
 
+from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
+
 from sgl_flowprefill.runtime import unified_role
 from sgl_flowprefill.runtime.event_recorder import EventRecorder
 from sgl_flowprefill.runtime.joint_unified import JointUnifiedRole
@@ -334,8 +336,22 @@ def batch_of(*reqs: Any, grammar: bool = False, penalty: bool = False, processor
     )
 
 
+def model_runner(backend: str, *captured: int, window: bool = False) -> Any:
+    """SGLang's, with graphs that were captured for so many streams, or none."""
+    eager = SimpleNamespace()
+    return SimpleNamespace(
+        decode_attention_backend_str=backend,
+        decode_cuda_graph_runner=SimpleNamespace(capture_bs=list(captured)) if captured else eager,
+        eager_runner=eager,
+        token_to_kv_pool=SWAKVPool.__new__(SWAKVPool) if window else None,
+    )
+
+
 def role_of(role: type[UnifiedRole], running: Any, *joining: Any) -> Any:
-    scheduler = SimpleNamespace(enable_hierarchical_cache=False, waiting_queue=[], running_batch=running)
+    worker = SimpleNamespace(model_runner=model_runner("triton"))
+    scheduler = SimpleNamespace(
+        enable_hierarchical_cache=False, waiting_queue=[], running_batch=running, tp_worker=worker
+    )
     parts = FlowPrefillConfig().default_ttft_slo, Tasks(), Wakeup(), CpuDevice(), OneRank(lambda: False)
     made: Any = role(scheduler, *parts, EventRecorder(None))  # type: ignore[arg-type]
     made.joining += joining
@@ -366,6 +382,22 @@ def test_no_step_is_ahead_of_a_last_token_that_may_make_room_for_a_request_that_
         assert role.can_step_ahead()
         role.scheduler.waiting_queue.append(SimpleNamespace())
         assert role.can_step_ahead() == may_be
+
+
+@pytest.mark.parametrize(
+    ("runner", "may_be"),
+    [
+        (model_runner("triton", window=True), True),
+        (model_runner("flashinfer", 1, 2, 4), True),
+        (model_runner("flashinfer", 1, 2), False),
+        (model_runner("flashinfer"), False),
+        (model_runner("flashinfer", 1, 2, 4, window=True), False),
+    ],
+)
+def test_no_step_is_ahead_for_which_the_host_waits_for_the_device(runner: Any, may_be: bool) -> None:
+    role = role_of(UnifiedRole, batch_of(req_of(), req_of()), batch_of(req_of()))
+    role.scheduler.tp_worker.model_runner = runner
+    assert role.can_step_ahead() == may_be
 
 
 def test_steps_are_queued_ahead_where_a_device_keeps_a_queue_and_a_step_writes_kv_cache_alone(

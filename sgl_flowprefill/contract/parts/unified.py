@@ -242,6 +242,18 @@ PART: Final = Part(
             "a step that runs again counts twice for watermarks",
             otherwise=Row(MODEL_RUNNER, "reads", WATERMARKS, "a step that runs again counts twice for watermarks"),
         ),
+        *attributes(
+            MODEL_RUNNER,
+            "decode_cuda_graph_runner eager_runner",
+            "says whether a step runs as a CUDA graph",
+            "steps for which the host waits are queued ahead",
+        ),
+        *attributes(
+            "sglang.srt.model_executor.runner.decode_cuda_graph_runner:DecodeCudaGraphRunner",
+            "capture_bs",
+            "says how many streams such a step may have",
+            "steps for which the host waits are queued ahead",
+        ),
         source(
             "assumes",
             "sglang.srt.managers.overlap_utils:resolve_forward_inputs",
