@@ -137,6 +137,7 @@ def steps_ahead(engine: UnifiedEngine, seed: int) -> Iterator[None]:
 
     def noted_finish_step(queued: Any) -> None:
         seen["steps ahead"] += queued.is_ahead
+        assert queued.result.logits_output.next_token_logits is None, "memory that the step behind it may need"
         seen["tokens of streams that have ended"] += sum(req.finished() for req in queued.batch.reqs)
         finish_step(queued)
 

@@ -265,6 +265,8 @@ class UnifiedRole(SchedulerRole):
             return None
         result = self._run(batch)
         self.device.fetch(batch, result)
+        if result.logits_output is not None:  # a step ahead makes its own, and nobody reads these (as SGLang's overlap)
+            result.logits_output.next_token_logits = None
         # SGLang learns what decoding costs from launch to launch of steps between which nothing else ran.
         batch.after_idle_gap = batch.after_idle_gap or bool(self.tasks.live)
         # Streams that end with the step in flight leave the running batch, and not this step.

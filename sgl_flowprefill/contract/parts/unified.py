@@ -243,6 +243,18 @@ PART: Final = Part(
             otherwise=Row(MODEL_RUNNER, "reads", WATERMARKS, "a step that runs again counts twice for watermarks"),
         ),
         *attributes(
+            "sglang.srt.managers.utils:GenerationBatchResult",
+            "logits_output",
+            "has the logits of a step",
+            "the logits of two steps take device memory",
+        ),
+        *attributes(
+            "sglang.srt.layers.logits_processor:LogitsProcessorOutput",
+            "next_token_logits",
+            "are the logits of a step, which nobody reads when its tokens are sampled",
+            "the logits of two steps take device memory",
+        ),
+        *attributes(
             MODEL_RUNNER,
             "decode_cuda_graph_runner eager_runner",
             "says whether a step runs as a CUDA graph",
