@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Final, get_type_hints
 
 import msgspec
@@ -70,6 +71,7 @@ def to_carry(if_late: Outcome) -> Carried:
     assert if_late.cause is not None
     return Carried(
         cause_if_late=if_late.cause,
+        ttft_slo_s=if_late.arrival.ttft_slo_s,
         predicted_s=if_late.predicted_s,
         slack_at_admission_s=if_late.slack_at_admission_s,
         waited_s=if_late.waited_s,
@@ -80,7 +82,9 @@ def to_carry(if_late: Outcome) -> Carried:
 
 
 def report_of_first_token(objective: Objective, ttft_s: float | None, carried: Carried | None) -> dict[str, Any]:
-    """What a server says that has the first token, and of the prefill what was ``carried`` to it."""
+    """What a server says that has the first token, and of the prefill what was ``carried`` to it. What follows from an
+    objective is not said where the prefill server had another one.
+    """
     met = None if ttft_s is None else ttft_s <= objective.ttft_s
     told = Report(
         ttft_slo_s=objective.ttft_s,
@@ -90,11 +94,12 @@ def report_of_first_token(objective: Objective, ttft_s: float | None, carried: C
         ttft_s=rounded(ttft_s),
     )
     if carried is not None:
+        is_agreed = carried.ttft_slo_s is not None and math.isclose(carried.ttft_slo_s, objective.ttft_s, rel_tol=1e-6)
         told = msgspec.structs.replace(
             told,
-            cause=str(carried.cause_if_late) if met is False else None,
+            cause=str(carried.cause_if_late) if met is False and is_agreed else None,
             predicted_s=rounded(carried.predicted_s),
-            slack_at_admission_s=rounded(carried.slack_at_admission_s),
+            slack_at_admission_s=rounded(carried.slack_at_admission_s) if is_agreed else None,
             waited_s=rounded(carried.waited_s),
             suspensions=carried.suspensions,
             suspended_s=rounded(carried.suspended_s),

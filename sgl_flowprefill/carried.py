@@ -15,7 +15,7 @@ from msgspec import Struct
 
 from sgl_flowprefill.misses import Cause
 
-FORMAT: Final = 0x4650_0001
+FORMAT: Final = 0x4650_0002
 """The first word: "FP", and a number for what the others mean. Whoever changes that raises it: what has another number
 counts for nothing."""
 CAUSES: Final = (
@@ -27,12 +27,16 @@ CAUSES: Final = (
     Cause.OVERLOAD,
 )
 """Why a request whose prefill has run can have missed its objective. Their order is part of the format."""
-_FIELDS: Final = struct.Struct("<2i5f2i")
+_FIELDS: Final = struct.Struct("<2i6fI")
 _WORDS: Final = struct.Struct("<9i")
 WORDS: Final = _WORDS.size // 4
 """How many signed 32-bit integers there are."""
 _ROOM_BITS: Final = 0x7FFF_FFFF
 """What is compared of a bootstrap room."""
+_CAUSE_BITS: Final = 8
+"""Those of the last word that are the cause; the others are the suspensions."""
+MOST_SUSPENSIONS: Final = (1 << 32 - _CAUSE_BITS) - 1
+"""More count as so many."""
 
 
 class Carried(Struct, frozen=True, kw_only=True):
@@ -40,6 +44,8 @@ class Carried(Struct, frozen=True, kw_only=True):
 
     cause_if_late: Cause
     """Why the request misses its objective, if it does."""
+    ttft_slo_s: float | None
+    """That objective, as the prefill server had it."""
     predicted_s: float | None
     slack_at_admission_s: float | None
     waited_s: float | None
@@ -53,6 +59,7 @@ def encode(carried: Carried, room: int) -> tuple[int, ...]:
     times_s = (
         math.nan if time_s is None else time_s
         for time_s in (
+            carried.ttft_slo_s,
             carried.predicted_s,
             carried.slack_at_admission_s,
             carried.waited_s,
@@ -60,20 +67,23 @@ def encode(carried: Carried, room: int) -> tuple[int, ...]:
             carried.blocked_s,
         )
     )
-    cause = CAUSES.index(carried.cause_if_late)
-    return _WORDS.unpack(_FIELDS.pack(FORMAT, room & _ROOM_BITS, *times_s, carried.suspensions, cause))
+    suspensions = min(carried.suspensions, MOST_SUSPENSIONS)
+    last = suspensions << _CAUSE_BITS | CAUSES.index(carried.cause_if_late)
+    return _WORDS.unpack(_FIELDS.pack(FORMAT, room & _ROOM_BITS, *times_s, last))
 
 
 def decode(words: Sequence[int], room: int) -> Carried | None:
     """What ``words`` say of the request with this bootstrap ``room``; None if ``encode`` has not written them of it."""
-    form, of_room, *times_s, suspensions, cause = _FIELDS.unpack(_WORDS.pack(*words))
-    if (form, of_room) != (FORMAT, room & _ROOM_BITS) or suspensions < 0 or not 0 <= cause < len(CAUSES):
+    form, of_room, *times_s, last = _FIELDS.unpack(_WORDS.pack(*words))
+    suspensions, cause = divmod(last, 1 << _CAUSE_BITS)
+    if (form, of_room) != (FORMAT, room & _ROOM_BITS) or cause >= len(CAUSES):
         return None
-    predicted_s, slack_s, waited_s, suspended_s, blocked_s = (
+    ttft_slo_s, predicted_s, slack_s, waited_s, suspended_s, blocked_s = (
         time_s if math.isfinite(time_s) else None for time_s in times_s
     )
     return Carried(
         cause_if_late=CAUSES[cause],
+        ttft_slo_s=ttft_slo_s,
         predicted_s=predicted_s,
         slack_at_admission_s=slack_s,
         waited_s=waited_s,

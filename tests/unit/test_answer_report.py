@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 
 pytest.importorskip("sglang")
@@ -31,6 +32,7 @@ DOCS = Path(__file__).parents[2] / "docs"
 TOLD = {"met": True, "ttft_s": 0.25}
 CARRIED = Carried(
     cause_if_late=Cause.OVERLOAD,
+    ttft_slo_s=0.3000001,
     predicted_s=0.2,
     slack_at_admission_s=-0.05,
     waited_s=0.15,
@@ -139,6 +141,7 @@ def test_a_prefill_server_says_what_it_knows_of_a_request_from_the_end_of_its_pr
     carried = reports.to_carry(req)
     assert carried is not None
     assert (carried.cause_if_late, carried.predicted_s, carried.suspensions) == (Cause.TRANSFER, 0.2, 1)
+    assert carried.ttft_slo_s == 1.0
     assert (carried.suspended_s, carried.waited_s) == (pytest.approx(0.1), pytest.approx(0.15))
     assert (carried.slack_at_admission_s, carried.blocked_s) == (pytest.approx(0.7), 0.0)
     recorder.write(Leave, 10.8, "a")
@@ -157,6 +160,16 @@ def test_a_decode_server_knows_whether_the_first_token_is_late_and_the_prefill_s
     assert {name: told[name] for name in KNOWN_OF_PREFILL} == KNOWN_OF_PREFILL
     assert told["blocked_s"] is None
     assert told.keys() == set(Report.__struct_fields__)
+
+
+@pytest.mark.parametrize("ttft_slo_s", [0.2, None])
+def test_what_follows_from_an_objective_is_not_said_where_the_prefill_server_had_another(
+    ttft_slo_s: float | None,
+) -> None:
+    carried = msgspec.structs.replace(CARRIED, ttft_slo_s=ttft_slo_s)
+    told = report_of_first_token(Objective(0.3, 0.1), 0.35, carried)
+    assert (told["ttft_slo_s"], told["met"], told["cause"], told["slack_at_admission_s"]) == (0.3, False, None, None)
+    assert (told["predicted_s"], told["waited_s"]) == (0.2, 0.15)
 
 
 @pytest.mark.parametrize(
