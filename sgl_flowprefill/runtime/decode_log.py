@@ -14,7 +14,7 @@ REASON_CHARS: Final = 200
 
 
 class DecodeLog(EventLog):
-    """Writes each line as a whole and at once, so that several ranks, with requests of their own, may share a file."""
+    """Writes whole lines, so that several ranks, with requests of their own, may share a file."""
 
     def __init__(self, path: str | Path) -> None:
         """``path``: as the server's options have it."""
@@ -52,4 +52,3 @@ class DecodeLog(EventLog):
             retractions=req.retraction_count,
             reason=None if reason is None else reason[:REASON_CHARS],
         )
-        self.flush()

@@ -60,9 +60,10 @@ class DecodeStreamer(ReportingStreamer):
             for req in reqs:
                 if req.finished():
                     self.note_end(req, req.finished_reason.to_json().get("message"))
+            self.log.flush()  # once for all of a step, in which others wait
 
     def note_end(self, req: Any, reason: str | None) -> None:
-        """``req`` is over; ``reason`` says what went wrong, where something did."""
+        """``req`` is over; ``reason`` says what went wrong, where something did. Its line waits for a ``flush``."""
         if self.log is not None and not is_health_check_generate_req(req):
             came_s = received_s(req) if self._has_http_clock else float(req.time_stats.scheduler_recv_time)
             self.log.ended(req, came_s, getattr(req, FIRST_TOKEN, None), reason)
@@ -93,4 +94,7 @@ class DecodeScheduler(Scheduler):
     def send_abort_output(self, abort_req: Any, req: Any) -> None:
         """SGLang's other way to end a request, past the output streamer."""
         super().send_abort_output(abort_req, req)
-        self.output_streamer.note_end(req, (abort_req.finished_reason or {}).get("message") or ABORTED)
+        streamer = self.output_streamer
+        streamer.note_end(req, (abort_req.finished_reason or {}).get("message") or ABORTED)
+        if streamer.log is not None:
+            streamer.log.flush()

@@ -76,6 +76,29 @@ def test_a_decode_server_tells_of_a_request_once_when_its_answer_is_over(
     assert [message.customized_info for message in sent] == [None]
 
 
+def test_what_ends_in_a_step_is_written_with_one_write(
+    streamer: DecodeStreamer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The decode loop waits for each write."""
+    log = streamer.log
+    assert log is not None
+    flush, flushes = log.flush, 0
+
+    def counted() -> None:
+        nonlocal flushes
+        flushes += 1
+        flush()
+
+    monkeypatch.setattr(log, "flush", counted)
+    reqs = [decoding(rid, 99.0, **NEVER) for rid in "abc"]
+    for req in reqs:
+        req.output_ids.append(5)
+        req.finished_reason = FINISH_LENGTH(1)
+    streamer.stream_output(reqs, False)
+    assert [one.rid for one in told(tmp_path)] == ["a", "b", "c"]
+    assert flushes == 1
+
+
 def test_what_was_later_than_the_first_token_is_of_a_retraction_and_left_out(
     streamer: DecodeStreamer, tmp_path: Path, clock_s: list[float]
 ) -> None:
