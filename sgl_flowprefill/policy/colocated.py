@@ -155,7 +155,8 @@ class ColocatedPolicy(Generic[R, K]):
 
     def stepped(self, end_s: float, ended: Iterable[Stream] = (), took_s: float | None = None) -> None:
         """The step that began has ended at ``end_s``, when the scheduler had handed out its tokens; ``ended`` are the
-        streams that have their last ones. ``took_s``: its own time, where the device had other work to do first.
+        streams that have their last ones. ``took_s``: its own time until then, where the device had other work to do
+        first.
         """
         assert self._begun, "a step that ends has begun"
         step = self._begun.popleft()

@@ -325,11 +325,12 @@ class UnifiedRole(SchedulerRole):
         self.scheduler.process_batch_result(step.batch, step.result)
         self.scheduler.running_batch.filter_batch()
         end_s = time.monotonic()
-        # Where the next step runs meanwhile, nobody waits for what the host does about this one.
-        took_s = step.executed_s + (end_s - arrived_s if self.tasks.step is None else 0.0)
+        until_told_s = step.executed_s + end_s - arrived_s
+        # Where the next step runs meanwhile, nobody else waits for what the host does about this one.
+        took_s = until_told_s if self.tasks.step is None else step.executed_s
         tokens, late = self.policy.streams.late_tokens(end_s)
         self.recorder.stepped(begun.requests, begun.begin_s, end_s, begun.load.start_by_s, took_s, tokens, late)
-        self.policy.stepped(end_s, self.ended_streams(), took_s=took_s)
+        self.policy.stepped(end_s, self.ended_streams(), took_s=until_told_s)
         self.steps += 1
         self.step_s += took_s
 

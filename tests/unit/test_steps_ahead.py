@@ -281,6 +281,28 @@ def test_streams_count_what_two_steps_in_flight_compute() -> None:
     assert streams.tightest_s() == math.inf
 
 
+@pytest.mark.parametrize("is_followed", [False, True])
+def test_a_step_takes_until_its_tokens_are_handed_out_whether_or_not_another_is_queued_behind_it(
+    is_followed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When a step has to begin follows from what the policy learns, however it ran."""
+    now_s, learned = [2.0], []
+    monkeypatch.setattr("time.monotonic", lambda: now_s[0])
+    role = role_of(UnifiedRole, batch_of(req_of()))
+    role.scheduler.running_batch.filter_batch = lambda: None
+    role.scheduler.process_batch_result = lambda batch, result: now_s.insert(0, now_s[0] + 0.001)
+    role.policy = SimpleNamespace(
+        step=SimpleNamespace(requests=1, begin_s=1.0, load=SimpleNamespace(start_by_s=math.inf)),
+        streams=SimpleNamespace(late_tokens=lambda end_s: (1, 0)),
+        stepped=lambda end_s, ended, took_s: learned.append(took_s),
+    )
+    if is_followed:
+        role.tasks.finishing.append(step_of(0.008, True))
+    role.finish_step(step_of(0.008, False))
+    assert learned == [pytest.approx(0.009)]
+    assert role.step_s == pytest.approx(0.008 if is_followed else 0.009), "what others wait for"
+
+
 def colocated_of(steps_s: float) -> ColocatedPolicy[Any, Any]:
     prefills: Any = make_policy("s-edf", Limits(max_suspended=1, max_batch_tokens=1), 60.0)
     return ColocatedPolicy(prefills, LinearSteps(steps_s, 0.0, 0.0), DecodeLimits())
