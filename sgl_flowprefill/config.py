@@ -94,7 +94,8 @@ class FlowPrefillConfig(BaseModel):
     step_ahead: bool = Field(
         default=True,
         description="while no prefill can run, the next decode step is queued on the GPU before the tokens of the one "
-        "that runs are there; false waits for these (only on servers that prefill and decode)",
+        "that runs are there; false waits for these, and so does --flowprefill-lookahead 0 (only on servers that "
+        "prefill and decode)",
     )
     max_batch_tokens: int | None = Field(
         default=None,

@@ -26,7 +26,7 @@ from sglang.srt.mem_cache.common import release_kv_cache
 
 from sgl_flowprefill.config import FlowPrefillConfig
 from sgl_flowprefill.deadline import objective, received_s, sent_s
-from sgl_flowprefill.hub.device import CpuDevice
+from sgl_flowprefill.hub.device import QueueDevice
 from sgl_flowprefill.hub.failure import Failure, StepOutOfMemory
 from sgl_flowprefill.hub.role import Arrival, Decoder
 from sgl_flowprefill.hub.task import DecodeStep, PrefillTask
@@ -120,10 +120,11 @@ class UnifiedRole(SchedulerRole):
 
     @property
     def steps_ahead(self) -> bool:
-        """Not where a device keeps no queue, nor where a step changes more than KV cache: one that is computed for a
-        stream that has ended changes what is cached of it then.
+        """Not where a device keeps no queue, or has nothing queued behind what it runs, nor where a step changes more
+        than KV cache: one that is computed for a stream that has ended changes what is cached of it then.
         """
-        return not isinstance(self.device, CpuDevice) and writes_kv_alone(self.scheduler.tp_worker.model_runner)
+        has_queue = isinstance(self.device, QueueDevice) and self.device.lookahead > 0
+        return has_queue and writes_kv_alone(self.scheduler.tp_worker.model_runner)
 
     # ---- what the hub asks ----------------------------------------------------------------------------------------
 

@@ -433,5 +433,8 @@ def test_steps_are_queued_ahead_where_a_device_keeps_a_queue_and_a_step_writes_k
     role.device = joint.device = SimulatedDevice(2, HostCosts())
     assert role.steps_ahead
     assert not joint.steps_ahead
+    role.device = SimulatedDevice(0, HostCosts())
+    assert not role.steps_ahead, "each step would wait for the end of the one before"
+    role.device = joint.device
     writes_kv_alone = False
     assert not role.steps_ahead
