@@ -34,6 +34,8 @@ class Row:
     """
     holds: tuple[str, ...] = ()
     """What its source must contain."""
+    lacks: tuple[str, ...] = ()
+    """What it must not contain."""
     otherwise: Row | None = None
     """What it may be instead, in another version that is supported."""
 
@@ -100,7 +102,10 @@ def _difference(row: Row, found: Found) -> str | None:
         if reason is not None:
             return reason
     missing = next((fragment for fragment in row.holds if fragment not in found.text), None)
-    return None if missing is None else f"its source no longer holds {missing!r}"
+    if missing is not None:
+        return f"its source no longer holds {missing!r}"
+    added = next((fragment for fragment in row.lacks if fragment in found.text), None)
+    return None if added is None else f"its source now holds {added!r}"
 
 
 def other_parameters(row: Row, found: Parameters) -> str | None:
@@ -133,9 +138,17 @@ def attributes(owner: str, names: str, why: str, breaks: str, otherwise: Row | N
         yield replace(row, is_attribute=True)
 
 
-def source(use: Use, target: str, holds: Sequence[str], why: str, breaks: str, signature: str | None = None) -> Row:
-    """A function whose source must contain something."""
-    return Row(target, use, why, breaks, signature=signature, holds=tuple(holds))
+def source(
+    use: Use,
+    target: str,
+    holds: Sequence[str],
+    why: str,
+    breaks: str,
+    signature: str | None = None,
+    lacks: Sequence[str] = (),
+) -> Row:
+    """A function whose source must contain something, and must not contain something else."""
+    return Row(target, use, why, breaks, signature=signature, holds=tuple(holds), lacks=tuple(lacks))
 
 
 def _names(text: str) -> Iterator[str]:

@@ -131,6 +131,26 @@ def test_what_no_longer_holds_what_it_must_is_refused(row: Row, fragment: str) -
         assert verdict.reason == f"its source no longer holds {fragment!r}"
 
 
+def lacking() -> list[tuple[Row, str]]:
+    return [(row, fragment) for row in filter(in_sglang, ROWS) for fragment in row.lacks]
+
+
+@pytest.mark.parametrize(("row", "fragment"), lacking(), ids=lambda value: getattr(value, "target", None))
+def test_what_holds_what_it_must_not_is_refused(row: Row, fragment: str) -> None:
+    verdict = check(row, Changed(lambda text: text.replace(row.holds[0], f"{row.holds[0]}; {fragment}")))
+    assert (verdict.state, verdict.reason) == ("differs", f"its source now holds {fragment!r}")
+
+
+def test_a_row_of_cached_tokens_of_which_sglang_uses_more_is_no_place_for_reports(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    last = "self.cached_tokens[req.metadata_buffer_index][6] = video_t"
+    more = Changed(lambda text: text.replace(last, f"{last}\n        {last.replace('[6]', '[7]')}"))
+    monkeypatch.setattr("sgl_flowprefill.contract.check.installed_sources", lambda: more)
+    with pytest.raises(contract.SeamError, match="--flowprefill-answer-report false"):
+        contract.expect("carried_report")
+
+
 def signed() -> list[Row]:
     return [row for row in ROWS if row.signature is not None]
 

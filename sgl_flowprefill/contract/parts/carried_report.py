@@ -9,6 +9,10 @@ from sgl_flowprefill.contract.symbols import REQ, SCHEDULER
 
 BUFFERS: Final = "sglang.srt.disaggregation.utils:MetadataBuffers"
 TRANSFERS: Final = "sglang.srt.disaggregation.decode:DecodeTransferQueue"
+OVERWRITTEN: Final = (
+    "numbers of SGLang's and of reports overwrite each other, unless the server is started with "
+    "--flowprefill-answer-report false"
+)
 BREAKS: Final = "answers of a pair say no more than whether the first token came in time"
 
 PART: Final = Part(
@@ -56,9 +60,18 @@ PART: Final = Part(
         source(
             "assumes",
             f"{BUFFERS}.set_buf",
-            ["slots 7-15 remain spare"],
+            ["self.cached_tokens[req.metadata_buffer_index][6] = video_t"],
             "leaves the end of a row of cached_tokens to others",
-            "numbers of SGLang's and of reports overwrite each other",
+            OVERWRITTEN,
+            lacks=["self.cached_tokens[req.metadata_buffer_index][7]"],
+        ),
+        source(
+            "assumes",
+            f"{TRANSFERS}._commit_transfer_to_req",
+            ["cached_tokens[6].item()"],
+            "reads nothing from there",
+            OVERWRITTEN,
+            lacks=["cached_tokens[7]"],
         ),
         source(
             "assumes",
