@@ -36,21 +36,26 @@ def by_room(histories: Sequence[History]) -> dict[int, Prefilled]:
     }
 
 
-def clock_behind_s(history: History, prefilled: Mapping[int, Prefilled]) -> float:
+def clock_behind_s(history: History, prefilled: Mapping[int, Prefilled]) -> float | None:
     """By how much the clock of a decode server, whose ``history`` it is, is behind that of its prefill servers, where
     all of these are on other machines: both see when a KV cache has come, and this is the median of what they say. 0 on
-    one machine, and where it cannot be known.
+    one machine, and where it cannot be known; None where its prefill servers are on several, which have no one clock.
     """
-    apart_s = []
-    for one in history.decoded:
-        pair = prefilled.get(one.event.bootstrap_room) if one.event.bootstrap_room is not None else None
-        if pair is None:
-            continue
-        if not history.boot or pair.boot in ("", history.boot):
-            return 0.0
-        leave = pair.request.leave
-        if leave is not None and leave.reason is UNSET and one.event.kv_s is not None:
-            apart_s.append(leave.t_s - one.event.kv_s)
+    pairs = [
+        (one.event, prefilled[one.event.bootstrap_room])
+        for one in history.decoded
+        if one.event.bootstrap_room is not None and one.event.bootstrap_room in prefilled
+    ]
+    boots = {pair.boot for _, pair in pairs}
+    if len(boots - {""}) > 1:
+        return None
+    if not history.boot or boots & {"", history.boot}:
+        return 0.0
+    apart_s = [
+        leave.t_s - event.kv_s
+        for event, pair in pairs
+        if (leave := pair.request.leave) is not None and leave.reason is UNSET and event.kv_s is not None
+    ]
     return median(apart_s) if apart_s else 0.0
 
 

@@ -51,6 +51,8 @@ Args = Mapping[str, Value]
 
 SEQUENCE: Final = 1
 """One writer writes all packets."""
+OTHER_CLOCK: Final = " (another machine's clock, set by KV caches)"
+SEVERAL_CLOCKS: Final = " (its prefill servers have clocks of several machines)"
 TILE: Final = "tile"
 ARRIVAL: Final = "arrival"
 DEADLINE: Final = "deadline"
@@ -86,7 +88,8 @@ def write_trace(servers: Sequence[tuple[str, History]], file: IO[bytes]) -> None
     }
     for number, (name, history) in enumerate(servers, start=1):
         behind_s = clock_behind_s(history, prefilled)
-        process = writer.process(number, f"{name} (another machine's clock, set by KV caches)" if behind_s else name)
+        note = SEVERAL_CLOCKS if behind_s is None else OTHER_CLOCK if behind_s else ""
+        process = writer.process(number, name + note)
         if history.requests or not history.decoded:
             _Server(writer, process, history, joins, sent).write()
         if history.decoded:

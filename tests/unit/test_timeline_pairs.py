@@ -136,6 +136,17 @@ def test_a_decode_server_on_another_machine_is_shown_by_the_clock_of_its_prefill
         assert names == [("events",), ("events-decode (another machine's clock, set by KV caches)",)]
 
 
+def test_behind_prefill_servers_on_several_machines_no_clock_is_set_and_the_trace_says_so(tmp_path: Path) -> None:
+    others = [Log(9.0, "0.1.0", decodes=False, boot="machine 3"), arrival(70.0, "of another", 71.5, room=72)]
+    logs = {"events": PREFILLING, "others": others, "decode": decoding(ELSEWHERE, AHEAD_S)}
+    prefilled = by_room([History.of(PREFILLING), History.of(others)])
+    assert clock_behind_s(History.of(logs["decode"]), prefilled) is None
+    write_timeline([written(tmp_path / f"{name}.jsonl", told) for name, told in logs.items()], tmp_path / "it.pftrace")
+    with trace_processor((tmp_path / "it.pftrace").read_bytes()) as perfetto:
+        names = perfetto.query("SELECT name FROM process WHERE name LIKE 'decode%'")
+        assert names == [("decode (its prefill servers have clocks of several machines)",)]
+
+
 @pytest.mark.parametrize(
     "boots", [(HERE, HERE), ("", ELSEWHERE), (HERE, "")], ids=["one machine", "unknown", "old log"]
 )
