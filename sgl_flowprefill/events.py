@@ -14,6 +14,7 @@ its own, with one ``decoded`` for each request. SGLang's health checks have neit
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import os
 import time
@@ -396,6 +397,9 @@ def _remove_cut_line(path: Path) -> None:
     if not path.is_file():  # there is none yet, or it is a device
         return
     with open(path, "r+b") as file:
+        # Another rank may cut the same line, and append its own behind what is left.
+        with suppress(OSError):  # not all file systems have locks
+            fcntl.flock(file, fcntl.LOCK_EX)
         size_bytes = file.seek(0, os.SEEK_END)
         file.seek(max(0, size_bytes - LONGEST_LINE_BYTES))
         cut = file.read().rpartition(b"\n")[2]

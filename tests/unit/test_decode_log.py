@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Final
@@ -159,6 +160,25 @@ def test_a_rank_on_another_node_than_the_http_server_tells_when_it_had_a_request
     streamer.stream_output([req], False)
     [one] = told(tmp_path)
     assert (one.received_s, one.first_token_s) == (100.005, 100.25)
+
+
+def test_ranks_that_start_together_cut_a_line_once_and_keep_what_the_other_has_appended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, whole = tmp_path / "events-decode.jsonl", b'{"event":"log","t_s":1.0,"version":"0","decodes":true}\n'
+    path.write_bytes(b'{"event":"decoded","t_s":1.0,"rid":"a line that was longer than the one of the other rank"')
+    flock = fcntl.flock
+
+    def waits(file: Any, operation: int) -> None:
+        """Until the other rank is through."""
+        path.write_bytes(whole)
+        flock(file, operation)
+
+    monkeypatch.setattr("fcntl.flock", waits)
+    DecodeLog(path)
+    first, _ = path.read_bytes().splitlines(keepends=True)
+    assert first == whole
+    assert len(list(read_events(path))) == 2
 
 
 @pytest.mark.parametrize(("answers", "asked"), [(True, True), (False, True), (True, False)])
