@@ -45,14 +45,19 @@ def engine(shared_engine: PrefillEngine) -> PrefillEngine:
     return shared_engine
 
 
-def pieces_s(engine: PrefillEngine, tokens: int, seed: int) -> list[float]:
-    """Times between the interruption points of one prefill, its start and its end."""
+def pieces_s(
+    engine: PrefillEngine, tokens: int, seed: int, passing: Callable[[], object] = lambda: None
+) -> list[float]:
+    """Times between the interruption points of one prefill, at each of which ``passing`` is called, its start and its
+    end.
+    """
     assert engine.scheduler.flush_cache()
     executor = engine.scheduler.hub.executor
     points: list[float] = []
 
     def interrupted() -> bool:
         points.append(time.perf_counter())
+        passing()
         return False
 
     def run(task: PrefillTask, forward: Callable[[Any], Any]) -> None:
