@@ -39,6 +39,8 @@ def explorer_of(engine: Engine, ttft: RefittedTTFT | None = None) -> Explorer:
         hub.device,
         ttft or LearnsAtOnce(False, FITTED, PROFILE),
         hub.recorder,
+        hub.agreement,
+        pending=lambda: bool(hub.executor.interrupted()),
         share=0.5,
         now_s=lambda: 3600.0 * next(hours),
         uncounted=uncounted,

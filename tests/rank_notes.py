@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, TextIO
+from zlib import crc32
 
 from sgl_flowprefill.hub.task import STEP
 
@@ -80,6 +81,49 @@ def offer_models(scheduler: Any, rank: int) -> None:
         notes.write(json.dumps(note) + "\n")
 
     ttft.adopt = noted_adopt
+
+
+def explore_often(scheduler: Any, rank: int) -> None:
+    """Let the ranks explore whenever nothing can run. Each writes a line for each batch that nobody asked for, when it
+    has been freed: its prompts, the interruption points that this rank has passed, KV cache and rows that are free and
+    tokens in the radix cache, and the shapes that ran to their ends or were given up before.
+    """
+    from sgl_flowprefill.hub import loop as hub_module
+    from sgl_flowprefill.runtime.exploration import Explorer
+    from tests.exploring import ShortPrompts, held
+    from tests.unit.test_ttft_learning import FITTED, PROFILE, LearnsAtOnce
+
+    hub_module.IDLE_CHECK_S = 0.02  # type: ignore[misc]
+    hub, engine = scheduler.hub, ShortPrompts(scheduler.role)
+    free = engine.free
+    notes = noting("explored", rank)
+    explorer = hub.exploration = Explorer(
+        engine,
+        hub.executor,
+        hub.slots,
+        hub.device,
+        None if rank else LearnsAtOnce(False, FITTED, PROFILE),
+        hub.recorder,
+        hub.agreement,
+        hub.has_news,
+        share=0.5,
+        quiet_s=0.0,
+        rest_s=0.0,
+    )
+
+    def noted_free(batch: Any, keep: bool = False) -> None:
+        free(batch, keep)
+        state = explorer.state()
+        note = {
+            "prompts": [crc32(repr(list(req.origin_input_ids)).encode()) for req in batch.reqs],
+            "points": hub.executor.points_passed,
+            "held": held(SimpleNamespace(scheduler=scheduler))[:4],  # type: ignore[arg-type]
+            "explored": state["explored"],
+            "given_up": state["given_up"],
+        }
+        notes.write(json.dumps(note) + "\n")
+
+    engine.free = noted_free  # type: ignore[method-assign]
 
 
 def note_matches(scheduler: Any, rank: int) -> None:

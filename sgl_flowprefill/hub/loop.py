@@ -456,5 +456,5 @@ class Hub(Generic[RoleT]):
         """Nothing can run until something happens: housekeeping once, then explore, or sleep."""
         self.recorder.flush()
         is_idle = self.role.rest()
-        if not (is_idle and self.exploration.explore(self._stopped_s, self.forward)):
+        if not self.exploration.explore(self._stopped_s if is_idle else math.inf, self.forward):
             self.events.sleep(IDLE_CHECK_S if is_idle else self.stall_check_s)

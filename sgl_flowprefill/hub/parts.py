@@ -60,8 +60,9 @@ class Exploration:
     """Runs what nobody asked for, while there is nothing to do. Runs nothing."""
 
     def explore(self, idle_since_s: float, forward: Callable[[Any], Any]) -> bool:
-        """Nothing can run, and no task has run since ``idle_since_s``. Run something with ``forward(batch)``, until
-        something happens. Whether something was run.
+        """Nothing can run, and no task has run since ``idle_since_s``; infinity while requests wait for other servers.
+        Run something with ``forward(batch)``, until something happens. Whether something was run. Called at all ranks,
+        whatever each would say.
         """
         return False
 
@@ -73,8 +74,6 @@ class Exploration:
 class Executor(Protocol):
     """Runs forward passes that can be suspended (``runtime.executor``)."""
 
-    interrupted: Callable[[], bool]
-    """Whether the task that runs would come back at an interruption point: something has happened."""
     points_passed: int
     """Interruption points that tasks have passed."""
 

@@ -8,6 +8,10 @@ Its KV cache is taken where it is free, so that no cached prefix is evicted for 
 Neither the policy, nor SGLang's queues and counters of requests, nor the event log hear of it.
 
 Before each shape, a reference of the profile runs: it tells how slow the machine is at that time.
+
+Tensor-parallel ranks meet whenever nothing can run. The one that decides has looked at its clock, at what is known, and
+at some prompts by then; the others look at the same prompts, which touches the radix cache, and all compute the same
+shape: their random tokens are the same. They meet before each of its two batches, and leave it at the same point.
 """
 
 from __future__ import annotations
@@ -17,11 +21,12 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from itertools import chain, repeat
 from math import inf, log
 from typing import Any, Final, NamedTuple, Protocol
 
 from sgl_flowprefill.hub.device import Device
-from sgl_flowprefill.hub.parts import Executor, Exploration, Recorder, Slots
+from sgl_flowprefill.hub.parts import Agreement, Executor, Exploration, Recorder, Slots
 from sgl_flowprefill.hub.task import NO_TASK, PrefillTask
 from sgl_flowprefill.profiling.design import Shape, make_design, references
 from sgl_flowprefill.ttft import PrefillShape
@@ -35,6 +40,10 @@ QUIET_S: Final = 3.0
 REST_S: Final = 60.0
 """Seconds without exploration after the start of a server, and after nothing was found that it may run."""
 HOUR_S: Final = 3600.0
+NO_SHAPE: Final = -1
+"""In place of a shape's number: none runs now."""
+GIVEN_UP: Final = -2
+"""The same, as something happened while one was looked for."""
 
 
 class Engine(Protocol):
@@ -80,8 +89,12 @@ class Explorer(Exploration):
     executor: Executor
     slots: Slots
     device: Device
-    ttft: RefittedTTFT
+    ttft: RefittedTTFT | None
+    """What learns, at the rank that decides; None at the others."""
     recorder: Recorder
+    agreement: Agreement
+    pending: Callable[[], bool]
+    """Whether something has happened, for which nothing begins."""
     share: float
     """After each exploration, none begins until it has been this share of the time since it began. None takes longer
     than this share of an hour.
@@ -99,22 +112,20 @@ class Explorer(Exploration):
     _has_failed: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
-        self._candidates = Candidates(make_design(self.engine.limit_tokens))
+        self._shapes = make_design(self.engine.limit_tokens)
+        self._candidates = Candidates(self._shapes)
         self._references = references(self.engine.limit_tokens)
         self._next_s = self.now_s() + self.rest_s
 
     def explore(self, idle_since_s: float, forward: Callable[[Any], Any]) -> bool:
         begin_s = self.now_s()
-        if self._has_failed or begin_s < max(self._next_s, idle_since_s + self.quiet_s) or not self.engine.can_run():
+        chosen = () if self.ttft is None else self._choose(self.ttft, begin_s, idle_since_s)
+        number, looks = self.agreement.agree(chosen)
+        if self.ttft is None:
+            self.engine.find_prefix(chain(repeat(False, looks), repeat(True)).__next__)
+        if number == NO_SHAPE:
             return False
-        cached_tokens = self.engine.find_prefix(self.executor.interrupted)
-        shape: Shape | None = None
-        if not self.executor.interrupted():
-            shape = self._candidates.take(self.ttft, lambda shape: self._may_run(shape, cached_tokens))
-            if shape is None:
-                self._next_s = begin_s + self.rest_s
-                return False
-        if shape is not None and self._learn(shape, forward):
+        if number != GIVEN_UP and self._learn(self._shapes[number], forward):
             self._ended += 1
         else:
             self._given_up += 1
@@ -132,12 +143,33 @@ class Explorer(Exploration):
             "seconds": round(self._total_s, 3),
         }
 
-    def _may_run(self, shape: Shape, cached_tokens: int) -> bool:
+    def _choose(self, ttft: RefittedTTFT, now_s: float, idle_since_s: float) -> tuple[int, int]:
+        """The number of the shape that runs now, NO_SHAPE or GIVEN_UP, and how many prompts were looked at for it."""
+        looks = 0
+        if self._has_failed or now_s < max(self._next_s, idle_since_s + self.quiet_s) or not self.engine.can_run():
+            return NO_SHAPE, looks
+
+        def interrupted() -> bool:
+            nonlocal looks
+            ends = self.pending()
+            looks += not ends
+            return ends
+
+        cached_tokens = self.engine.find_prefix(interrupted)
+        if self.pending():
+            return GIVEN_UP, looks
+        shape = self._candidates.take(ttft, lambda shape: self._may_run(ttft, shape, cached_tokens))
+        if shape is None:
+            self._next_s = now_s + self.rest_s
+            return NO_SHAPE, looks
+        return self._shapes.index(shape), looks
+
+    def _may_run(self, ttft: RefittedTTFT, shape: Shape, cached_tokens: int) -> bool:
         return (
             max(request.cached_tokens for request in shape) <= cached_tokens
             and self.engine.has_room(len(shape), _new_tokens(shape))
             and self.engine.has_room(1, _new_tokens(self._nearest_reference(shape)))
-            and self.ttft.correction * self.ttft.model.predict_s(shape) <= self.share * HOUR_S
+            and ttft.correction * ttft.model.predict_s(shape) <= self.share * HOUR_S
         )
 
     def _learn(self, shape: Shape, forward: Callable[[Any], Any]) -> bool:
@@ -146,14 +178,17 @@ class Explorer(Exploration):
         timing = self._time(shape, forward) if reference is not None else None
         if reference is None or timing is None:
             return False
-        self.ttft.explored(*timing, slowness=self.ttft.slowness(*reference))
+        if self.ttft is not None and reference.time_s > 0 and timing.time_s > 0:
+            self.ttft.explored(*timing, slowness=self.ttft.slowness(*reference))
         return True
 
     def _nearest_reference(self, shape: Shape) -> Shape:
         return min(self._references, key=lambda reference: abs(log(_new_tokens(reference) / _new_tokens(shape))))
 
     def _time(self, shape: Shape, forward: Callable[[Any], Any]) -> Timing | None:
-        batch = None if self.executor.interrupted() else self.engine.make_batch(shape)
+        """None at all ranks or at none of them, as is whether ``_learn`` goes on."""
+        [is_interrupted] = self.agreement.agree([self.pending()])
+        batch = None if is_interrupted else self.engine.make_batch(shape)
         if batch is None:
             return None
         shapes, slot = self.engine.shapes(batch), self.slots.take()
@@ -169,11 +204,12 @@ class Explorer(Exploration):
         self.slots.give_back(slot)
         self.engine.free(batch)
         if task.failure is not None:
+            self.agreement.agree(failed_at=task.failure.place)
             self._has_failed = True
             logger.warning(
                 "FlowPrefill explores no shapes any more, as a prefill of %s failed:\n%s", shape, task.failure.traceback
             )
-        return Timing(shapes, task.executed_s) if task.done and task.executed_s > 0 else None
+        return Timing(shapes, task.executed_s) if task.done else None
 
 
 def _new_tokens(shape: Shape) -> int:

@@ -159,14 +159,22 @@ def build(
     )
     recorder.watch(work, _kv_token_bytes(model_runner) + memory.activations.suspended_bytes(1))
     exploration = Exploration()
-    if isinstance(ttft, LearningTTFT):
-        ttft.start()
-        if scheduler.tp_size > 1:
-            logger.info("FlowPrefill does not explore: the tensor-parallel ranks would have to meet for it")
-        elif config.exploration_share:
-            engine = SchedulerEngine(role)
-            share = config.exploration_share
-            exploration = Explorer(engine, executor, slots, device, ttft, recorder, share, uncounted=uncounted)
+    learning = ttft if isinstance(ttft, LearningTTFT) else None
+    if learning is not None:
+        learning.start()
+    if config.learning and config.exploration_share and not is_joint:
+        exploration = Explorer(
+            SchedulerEngine(role),
+            executor,
+            slots,
+            device,
+            learning,
+            recorder,
+            agreement,
+            pending=lambda: hub.has_news(),
+            share=config.exploration_share,
+            uncounted=uncounted,
+        )
     hub = Hub(
         role,
         work,

@@ -16,6 +16,9 @@ processed. While it is, the ranks meet again, and rank 0 says which tasks that h
 begin anew. Then the step is queued, by each rank when it comes to it. All ranks have to process, to give back and to
 step in the same order and at the same points of all tasks: their ``history`` is the same, as far as it goes.
 
+Where nothing runs, the ranks may meet for batches that nobody asked for (``nobodys``): rank 0 says which, they meet
+again behind each that ran to its end, and one that is interrupted is given up by each rank, at the same point.
+
 States that differ only in what nobody will read again are one state (``State.forgetting``), and so are those that
 differ in the order of the ranks behind the first.
 """
@@ -44,6 +47,8 @@ SHORT = (3, 2)
 """The same where decode steps run beside them."""
 PLENTY = 1000
 """More KV cache than is ever needed."""
+EXPLORE = STEP - 1
+"""In place of a task: nothing runs, and the ranks meet for a batch that nobody asked for."""
 
 
 class Blocked(Exception):
@@ -71,9 +76,11 @@ class Rank(NamedTuple):
     stop: int = 0
     round: int = 0
     in_hub: bool = True
-    """Whether it waits for the others: at the beginning of a turn, or before a step that lacks KV cache."""
+    """Whether it waits for the others: at the beginning of a turn, before a step that lacks KV cache, or before a batch
+    that nobody asked for.
+    """
     runs: int = NO_TASK
-    """What was picked in this turn: a task or STEP."""
+    """What was picked in this turn: a task, STEP or EXPLORE."""
     at_collective: bool = False
     finishing: tuple[int, ...] = ()
     """Tasks that are done, and STEP, whose results are not processed."""
@@ -94,8 +101,9 @@ class Rank(NamedTuple):
 class State(NamedTuple):
     word: int
     said: tuple[tuple[int, ...], ...]
-    """What rank 0 has said in each round. At the beginning of a turn, what it has the result of, and a task or STEP,
-    each NO_TASK if there is none; before a step that lacks KV cache, the tasks that give theirs back.
+    """What rank 0 has said in each round. At the beginning of a turn, what it has the result of, and a task, STEP or
+    EXPLORE, each NO_TASK if there is none; before a step that lacks KV cache, the tasks that give theirs back; before a
+    batch that nobody asked for, which one that is, or NO_TASK.
     """
     ranks: tuple[Rank, ...]
 
@@ -140,12 +148,16 @@ class Model:
     """Size of the KV cache, in what a task has of it from its start on, and what a step needs for each task whose
     result has been processed.
     """
+    nobodys: frozenset[int] = frozenset()
+    """Those of the tasks that nobody asked for: each may run once while nothing else can, and has no result."""
     each_by_itself: bool = False
     """A mistake: every rank processes what has arrived there."""
     gives_back_the_newest: bool = False
     """A mistake: ranks other than 0 have the task give back that has passed the fewest points."""
     counts_arrived: bool = False
     """A mistake: what has arrived counts before it is processed, when a rank finds out whether KV cache is lacking."""
+    ends_alone: bool = False
+    """A mistake: ranks other than 0 do not meet behind a batch that nobody asked for."""
     forgets: bool = True
     """Whether states are one that differ only in what nobody reads again."""
     leader: type[Leader] = Leader
@@ -175,22 +187,28 @@ class Model:
         if not all((other.round, other.in_hub) >= (rank.round, True) for other in state.ranks):
             return
         if any(other.round == rank.round and other.runs != rank.runs for other in state.ranks):
-            raise Wrong("some ranks begin a turn, and others meet before a step")
+            raise Wrong("some ranks begin a turn, and others meet before a step or what nobody asked for")
         if rank.round == len(state.said):  # nothing can run before a result has arrived
             if index == 0 and rank.arrived:
                 yield state.saying(rank.finishing[0], NO_TASK)
             return
         said = state.said[rank.round]
         try:
-            rank = self.given_back(state, index, rank, said) if rank.runs == STEP else self.turn(state, rank, *said)
+            if rank.runs == EXPLORE:
+                rank = rank._replace(runs=said[0])
+            else:
+                rank = self.given_back(state, index, rank, said) if rank.runs == STEP else self.turn(state, rank, *said)
         except Blocked:
             return
         writes: list[int] = []
         side = self.side(state, index, rank, False, writes)
         side.begin((rank.round + 1) * agreement.POINTS_PER_ROUND)
-        rank = rank._replace(point=side.point, stop=0, round=rank.round + 1, in_hub=rank.runs == NO_TASK)
+        in_hub = rank.runs in (NO_TASK, EXPLORE)
+        rank = rank._replace(point=side.point, stop=0, round=rank.round + 1, in_hub=in_hub)
         moved = state.moved(index, rank, *writes)
-        if rank.in_hub:
+        if rank.runs == EXPLORE:
+            yield from self.explored(moved, index, rank, may_end=False)
+        elif in_hub:
             yield from self.picked(moved, index, rank)
         else:
             yield moved
@@ -210,7 +228,7 @@ class Model:
 
     def picked(self, state: State, index: int, rank: Rank) -> Iterator[State]:
         """``rank`` is back in the hub; rank 0 picks."""
-        choices = [task for task, points in enumerate(self.points) if rank.passed[task] <= points]
+        choices = [task for task in self.unfinished(rank) if task not in self.nobodys]
         arrival = rank.finishing[0] if rank.arrived else NO_TASK
         waits = STEP in rank.finishing and arrival != STEP
         may_wait = waits and not choices
@@ -218,8 +236,24 @@ class Model:
             choices.append(STEP)
         if index > 0 or not choices or may_wait:
             yield state
+        if not rank.finishing and not self.live(rank) and self.nobodys.intersection(self.unfinished(rank)):
+            choices.append(EXPLORE)  # what is there to run has not arrived yet
         for choice in choices if index == 0 else ():
             yield state.saying(arrival, choice)
+
+    def explored(self, state: State, index: int, rank: Rank, may_end: bool) -> Iterator[State]:
+        """``rank`` waits for the others before a batch that nobody asked for. Rank 0 says which, or that all end."""
+        if index > 0:
+            yield state
+            return
+        for task in self.nobodys.intersection(self.unfinished(rank)):
+            yield state.saying(task)
+        if may_end:
+            yield state.saying(NO_TASK)
+
+    def unfinished(self, rank: Rank) -> list[int]:
+        """Tasks that are not done."""
+        return [task for task, points in enumerate(self.points) if rank.passed[task] <= points]
 
     # ---- running --------------------------------------------------------------------------------------------------
 
@@ -246,7 +280,10 @@ class Model:
         passed = tuple(next_point if t == task else count for t, count in enumerate(rank.passed))
         rank = rank._replace(at_collective=False, passed=passed)
         if next_point > self.points[task]:
-            yield from self.queued(state, index, rank, task)
+            if task in self.nobodys:
+                yield from self.leave(state, index, rank, task)
+            else:
+                yield from self.queued(state, index, rank, task)
             return
         for pending in (False, True) if index == 0 else (False,):
             writes: list[int] = []
@@ -258,7 +295,7 @@ class Model:
             ran = rank._replace(point=side.point, stop=side.stop if isinstance(side, Leader) else 0)
             moved = state.moved(index, ran, *writes)
             if interrupted:
-                yield from self.leave(moved, index, ran, done=False)
+                yield from self.leave(moved, index, ran)
             else:
                 yield moved
 
@@ -308,17 +345,26 @@ class Model:
             rank = self.finish_arrived(state, rank, NO_TASK)
         except Blocked:
             return
-        yield from self.leave(state, index, rank, done=True)
+        yield from self.leave(state, index, rank, rank.runs)
 
-    def leave(self, state: State, index: int, rank: Rank, done: bool) -> Iterator[State]:
-        """Into the hub, where rank 0 picks what the next round runs."""
-        if index == 0 and rank.stop and not done and rank.point != rank.stop:
+    def leave(self, state: State, index: int, rank: Rank, done: int = NO_TASK) -> Iterator[State]:
+        """Into the hub, where rank 0 picks what the next round runs. ``done``: what has run to its end."""
+        if index == 0 and rank.stop and done == NO_TASK and rank.point != rank.stop:
             raise Wrong("rank 0 has not honoured its stop")
+        is_nobodys = rank.runs in self.nobodys
+        if is_nobodys:
+            rank = self.did(state, rank, "gave up" if done == NO_TASK else "explored", rank.runs)
+            passed = (self.points[t] + 1 if t == rank.runs else count for t, count in enumerate(rank.passed))
+            rank = rank._replace(passed=tuple(passed))
         for other in state.ranks:
             if other.round == rank.round and other.in_hub and other.passed != rank.passed:
                 raise Wrong(f"ranks stop at {other.passed} and {rank.passed} points")
-        rank = rank._replace(in_hub=True, runs=NO_TASK)
-        yield from self.picked(state.moved(index, rank), index, rank)
+        meets = is_nobodys and done != NO_TASK and not (self.ends_alone and index > 0)
+        rank = rank._replace(in_hub=True, runs=EXPLORE if meets else NO_TASK)
+        if meets:
+            yield from self.explored(state.moved(index, rank), index, rank, may_end=True)
+        else:
+            yield from self.picked(state.moved(index, rank), index, rank)
 
     # ---- the real code, and what it did ---------------------------------------------------------------------------
 
@@ -367,8 +413,9 @@ class Model:
         return side
 
     def is_over(self, rank: Rank) -> bool:
-        """Whether all tasks and steps are processed."""
-        return sum(deed.what == "processed" for deed in rank.history) == len(self.points) + self.steps
+        """Whether all tasks that were asked for and steps are processed."""
+        asked = len(self.points) - len(self.nobodys) + self.steps
+        return sum(deed.what == "processed" for deed in rank.history) == asked
 
 
 def reached(model: Model) -> set[State]:
@@ -472,6 +519,24 @@ def test_ranks_run_decode_steps_and_give_tasks_back_in_the_same_state(model: Mod
     assert states > search_once(replace(model, kv=PLENTY)) > search_once(replace(model, steps=0, kv=PLENTY))
 
 
+NOBODYS = Model(2, 1, frozenset(), (3, 2, 2), nobodys=frozenset((1, 2)))
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        NOBODYS,
+        replace(NOBODYS, lead=2, late=True),
+        replace(NOBODYS, lead=2, collectives=frozenset((1, 2, 3))),
+        replace(NOBODYS, ranks=3, collectives=frozenset((2,))),
+    ],
+)
+def test_ranks_run_what_nobody_asked_for_and_give_it_up_in_the_same_state(model: Model) -> None:
+    states = search(model)
+    print(f"{model}: {states} states")
+    assert states > 2 * search_once(replace(model, points=model.points[:1], nobodys=frozenset()))
+
+
 @pytest.mark.parametrize(
     "model",
     [
@@ -525,6 +590,7 @@ STEPS = Model(2, 1, frozenset(), SHORT, late=True, steps=2)
         (replace(STEPS, kv=1, gives_back_the_newest=True), "gave back"),
         (replace(STEPS, late=False, kv=1, gives_back_the_newest=True), "gave back"),
         (replace(STEPS, kv=2, counts_arrived=True), "others meet before a step"),
+        (replace(NOBODYS, ends_alone=True), "others meet before .* what nobody asked for"),
     ],
     ids=[
         "UncheckedFollower",
@@ -535,6 +601,7 @@ STEPS = Model(2, 1, frozenset(), SHORT, late=True, steps=2)
         "give-backs",
         "give-backs at once",
         "lacks",
+        "what nobody asked for",
     ],
 )
 def test_the_search_finds_what_is_wrong(broken: Model, what: str) -> None:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,6 +19,7 @@ from hypothesis import strategies as st
 
 pytest.importorskip("sglang")
 
+from sgl_flowprefill.hub.parts import OneRank
 from sgl_flowprefill.profiling import make_design
 from sgl_flowprefill.runtime.exploration import HOUR_S, QUIET_S, REST_S, Explorer
 from sgl_flowprefill.ttft import PrefillShape
@@ -144,6 +147,8 @@ class ExploringEngine(SimulatedEngine):
         self.held: list[Any] = []
         self.made: list[tuple[float, Batch]] = []
         """When which shapes were begun."""
+        self.looks: list[int] = []
+        """How many prompts were looked at each time."""
         self.fails = False
         self._owned: dict[int, Any] = {}
 
@@ -161,9 +166,11 @@ class ExploringEngine(SimulatedEngine):
         return self.is_there
 
     def find_prefix(self, interrupted: Callable[[], bool]) -> int:
+        self.looks.append(0)
         for _ in range(16):
             if interrupted():
                 break
+            self.looks[-1] += 1
             self.device.now_s += self.match_s
         return self.cached_tokens
 
@@ -220,9 +227,17 @@ class Exploring(SimulatedServer):
         self.cost_s: list[float] = []
         self.recorder.explored = self.cost_s.append  # type: ignore[method-assign]
         self.explorer = hub.exploration = Explorer(
-            self.exploring, hub.executor, hub.slots, device, self.ttft, self.recorder, share, now_s=lambda: device.now_s
+            self.exploring,
+            hub.executor,
+            hub.slots,
+            device,
+            self.ttft,
+            self.recorder,
+            hub.agreement,
+            hub.has_news,
+            share,
+            now_s=lambda: device.now_s,
         )
-
         self.forwards: list[Any] = []
         """The greenlets of what ran and nobody asked for."""
         run = hub.executor.run
@@ -403,3 +418,68 @@ def test_a_shape_that_fails_ends_exploration_and_nothing_else(caplog: pytest.Log
     assert caplog.text.count("explores no shapes any more") == 1
     assert "no such kernel" in caplog.text
     assert requests[0].answered_s < math.inf
+
+
+# ---- ranks ----------------------------------------------------------------------------------------------------------
+
+
+class Says(OneRank):
+    """The agreement of the rank that decides. Keeps what it says, and where it says that a batch failed."""
+
+    def __init__(self, news: Callable[[], bool]) -> None:
+        super().__init__(news)
+        self.said: list[tuple[Sequence[int], int]] = []
+
+    def agree(self, values: Sequence[int] = (), failed_at: int = 0) -> Sequence[int]:
+        self.said.append((values, failed_at))
+        return values
+
+
+class Hears(OneRank):
+    """The agreement of another rank, which is told what was ``said``; StopIteration when that is all."""
+
+    decides = False
+
+    def __init__(self, said: Sequence[tuple[Sequence[int], int]]) -> None:
+        super().__init__(lambda: False)
+        self._said = iter(said)
+
+    def agree(self, values: Sequence[int] = (), failed_at: int = 0) -> Sequence[int]:
+        said, others_failed_at = next(self._said)
+        assert failed_at == others_failed_at
+        return said
+
+
+def as_another_rank(said: Sequence[tuple[Sequence[int], int]], fails: bool) -> Exploring:
+    """What a rank does that is told what was ``said``."""
+    server = Exploring([], end_s=HOUR_S)
+    server.exploring.fails = fails
+    server.explorer = replace(server.explorer, ttft=None, agreement=Hears(said))
+    with suppress(StopIteration):
+        while True:
+            server.explorer.explore(0.0, server.hub.forward)
+    assert server.exploring.held == []
+    return server
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_other_ranks_look_at_the_same_prompts_and_run_the_same_shapes(fails: bool) -> None:
+    first, rng = Exploring([], end_s=REST_S + 1000, share=0.5), random.Random(0)
+    agreement = first.explorer.agreement = Says(first.hub.has_news)
+    first.explorer.pending = lambda: rng.random() < 0.03  # anywhere but within a batch
+    first.exploring.fails = fails
+    first.serve()
+    other = as_another_rank(agreement.said, fails)
+    assert [shape for _, shape in other.exploring.made] == [shape for _, shape in first.exploring.made]
+    # Where it is not due, the first one looks at nothing at all.
+    assert [looks for looks in other.exploring.looks if looks] == [looks for looks in first.exploring.looks if looks]
+    ours, theirs = first.explorer.state(), other.explorer.state()
+    for key in ("explored", "given_up"):
+        assert ours[key] == theirs[key]
+    assert sum(place > 0 for _, place in agreement.said) == fails
+    if fails:
+        assert (ours["explored"], ours["share"], theirs["share"]) == (0, 0, 0)
+    else:
+        assert ours["explored"] > 20
+        assert len(first.explored_rows()) > len(other.explored_rows()) == 0, "one learns"
+        assert len(set(first.exploring.looks)) > 5, "none ended between two prompts"
