@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import os
 import time
 from collections.abc import Iterator
@@ -31,6 +32,19 @@ def objectives_since(cluster: Cluster, start_s: float) -> list[float]:
         for event in read_events(log)
         if event.kind == "arrival" and event.t_s > start_s and not event.rid.startswith(HEALTH_CHECK_RID_PREFIX)
     ]
+
+
+@pytest.fixture
+def programs() -> Iterator[None]:
+    """For a test that runs programs of SGLang's in this process: nothing is collected meanwhile.
+
+    A program ends its thread as it is collected (``StreamExecutor.__del__``), for which it asks whether that is alive.
+    If the collection comes while another thread begins or ends, in CPython's own bookkeeping, that waits for itself.
+    """
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
 
 
 SLO_POLICY = """

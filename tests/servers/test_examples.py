@@ -71,6 +71,7 @@ EXAMPLES = [
 ]
 
 
+@pytest.mark.usefixtures("programs")
 @pytest.mark.parametrize("server", SERVERS)
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: example.name)
 def test_an_example_prints_what_its_head_says_and_asks_for_its_objectives(

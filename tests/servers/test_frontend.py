@@ -20,6 +20,8 @@ from sgl_flowprefill.model import embedded_model_path
 from tests.reference import TOKENS, Comparison
 from tests.servers.conftest import objectives_since
 
+pytestmark = pytest.mark.usefixtures("programs")
+
 PROMPT = "bake lomi tupe"
 CHOICES = [" lomi", " bake lomi", " tupe bake"]
 """Their first tokens differ."""

@@ -297,6 +297,7 @@ class TestFlowPrefill:
         assert flushed.status_code == 200, flushed.text
         flowprefill_cluster.check()
 
+    @pytest.mark.usefixtures("programs")
     def test_frontend_programs_of_sglang_run_through_the_gateway(
         self, flowprefill_cluster: Cluster, comparison: Comparison
     ) -> None:

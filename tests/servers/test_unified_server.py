@@ -447,6 +447,7 @@ def test_a_server_reads_its_policy_file_at_sighup_and_serves_on(unified_server: 
 
 
 @pytest.mark.parametrize("server", ["unified_server", pytest.param("stock_unified_server", marks=pytest.mark.stress)])
+@pytest.mark.usefixtures("programs")
 def test_a_frontend_program_with_gen_fork_and_select_runs_straight_at_the_server(
     server: str, request: pytest.FixtureRequest, comparison: Comparison
 ) -> None:

@@ -142,7 +142,7 @@ def test_an_installation_from_a_repository_has_the_same_files(checkout, wheel, t
 
 # ---- what is published ----------------------------------------------------------------------------------------------
 
-PURE = ("compat", "hub", "pace", "paths", "platforms", "slo", "top_level")
+PURE = ("hub", "pace", "paths", "platforms", "slo", "top_level")
 """Modules of the package that import nothing beyond Python itself."""
 WITHOUT_TORCH = (
     ("sgl-flowprefill", "--help"),
