@@ -289,6 +289,7 @@ def test_a_step_takes_until_its_tokens_are_handed_out_whether_or_not_another_is_
     now_s, learned = [2.0], []
     monkeypatch.setattr("time.monotonic", lambda: now_s[0])
     role = role_of(UnifiedRole, batch_of(req_of()))
+    monkeypatch.setattr(role, "ended_streams", list)
     role.scheduler.running_batch.filter_batch = lambda: None
     role.scheduler.process_batch_result = lambda batch, result: now_s.insert(0, now_s[0] + 0.001)
     role.policy = SimpleNamespace(
