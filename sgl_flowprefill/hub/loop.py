@@ -219,8 +219,8 @@ class Hub(Generic[RoleT]):
 
     def finish_done(self) -> None:
         """Process the results of all that is done or queued, which waits for results that have not arrived."""
-        while self.work.tasks.finishing:
-            self._finish(self.work.tasks.finishing.popleft())
+        for done in self.work.tasks.take_all(self.device):
+            self._finish(done)
 
     def has_news(self) -> bool:
         """Whether there is something to look at: an event, a result that has arrived from the device, or that it is

@@ -189,3 +189,11 @@ class Tasks:
                     return
                 device.wait(first.result.copy_done, lambda: False)
             yield self.finishing.popleft()
+
+    def take_all(self, device: Device) -> Iterator[PrefillTask | DecodeStep]:
+        """All that is on its way, in the order in which it was queued, each when its result has arrived."""
+        while self.finishing:
+            done = self.finishing.popleft()
+            if done.result.copy_done is not None:
+                device.wait(done.result.copy_done, lambda: False)
+            yield done

@@ -122,6 +122,6 @@ def test_suspended_prefills_keep_their_adapters_behind_prefixes_of_host_memory(t
     counts, seen = played.counts, played.seen
     assert counts["answers"] == counts["KV caches"] >= 2 * rounds
     played.assert_late(rounds // 2)
-    assert seen["suspensions"] >= 3 * counts["answers"]
+    assert seen["suspensions"] >= counts["answers"]
     assert seen["adapters loaded beside suspended prefills"] >= rounds // 5
     assert all(seen[f"of adapter {name}"] for name in NAMES)

@@ -62,4 +62,4 @@ def test_two_ranks_with_steps_at_random_points_inside_suspended_prefills_give_th
             steps = [note for note in first if note["step"]]
             behind = sum(note["behind"] > 0 for note in steps)
             print(f"{behind} of {len(steps)} steps processed with operators queued behind them")
-            assert behind >= 10
+            assert behind >= 3
