@@ -48,7 +48,9 @@ async def ask_all(url: str) -> dict[str, dict[str, Any]]:
 
 @pytest.mark.stress
 @pytest.mark.parametrize(
-    "servers", [{"prefill_args": ARGS}, {"server_args": ARGS, "unified": 1}], ids=["prefill", "unified"]
+    "servers",
+    [{"prefill_args": ARGS}, {"server_args": ARGS, "prefill": 0, "decode": 0, "unified": 1}],
+    ids=["prefill", "unified"],
 )
 def test_answers_are_those_of_transformers_and_the_log_has_the_requests_of_both_ranks(
     no_cluster: None, tmp_path: Path, servers: dict[str, Any]
