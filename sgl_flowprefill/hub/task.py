@@ -184,16 +184,19 @@ class Tasks:
         """
         while self.finishing:
             first = self.finishing[0]
-            if first.result.copy_done is not None:
-                if first.id != agreed_arrival and len(self.finishing) == 1:
-                    return
-                device.wait(first.result.copy_done, lambda: False)
-            yield self.finishing.popleft()
+            is_on_its_way = first.result.copy_done is not None and first.id != agreed_arrival
+            if is_on_its_way and len(self.finishing) == 1:
+                return
+            yield self._take_first(device)
 
     def take_all(self, device: Device) -> Iterator[PrefillTask | DecodeStep]:
         """All that is on its way, in the order in which it was queued, each when its result has arrived."""
         while self.finishing:
-            done = self.finishing.popleft()
-            if done.result.copy_done is not None:
-                device.wait(done.result.copy_done, lambda: False)
-            yield done
+            yield self._take_first(device)
+
+    def _take_first(self, device: Device) -> PrefillTask | DecodeStep:
+        """What was queued first, when its result has arrived."""
+        first = self.finishing[0]
+        if first.result.copy_done is not None:
+            device.wait(first.result.copy_done, lambda: False)
+        return self.finishing.popleft()
