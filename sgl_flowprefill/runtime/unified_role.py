@@ -278,11 +278,10 @@ class UnifiedRole(SchedulerRole):
         batches = [batch for batch in (self.scheduler.running_batch, *self.joining) if not batch.is_empty()]
         if any(map(needs_last_tokens, batches)) or sum(len(batch.reqs) for batch in batches) > self._most_streams:
             return False
-        # Those that join are not in the step in flight.
-        ends = [req.next_output_finishes_by_length() for req in self.scheduler.running_batch.reqs]
-        if any(ends) and self.scheduler.waiting_queue:  # what it makes room for starts before another step
-            return False
-        return bool(self.joining) or not all(ends)
+        in_flight = self.scheduler.running_batch.reqs  # those that join are not in that step
+        if self.scheduler.waiting_queue and any(req.next_output_finishes_by_length() for req in in_flight):
+            return False  # what it makes room for starts before another step
+        return bool(self.joining) or not all(req.next_output_finishes_by_length() for req in in_flight)
 
     @cached_property
     def _most_streams(self) -> float:
