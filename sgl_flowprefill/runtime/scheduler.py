@@ -12,7 +12,6 @@ from sgl_flowprefill.hub.loop import Hub
 from sgl_flowprefill.patches import carried_report, wakeups
 from sgl_flowprefill.runtime.data_parallel import DataParallelRole
 from sgl_flowprefill.runtime.draft_model import check_copies
-from sgl_flowprefill.runtime.event_recorder import AnswerReports
 from sgl_flowprefill.runtime.hub_scheduler import HubScheduler
 from sgl_flowprefill.runtime.prefill_role import PrefillRole
 from sgl_flowprefill.runtime.setup import build
@@ -26,8 +25,6 @@ class FlowPrefillScheduler(HubScheduler):
     """The scheduler of a prefill server: takes the place of ``sglang.srt.managers.scheduler.Scheduler`` there."""
 
     role: PrefillRole
-    reports: AnswerReports | None = None
-    """Where its decode servers are told what is known of requests."""
 
     def build_hub(self, config: FlowPrefillConfig) -> Hub[PrefillRole]:
         wakeups.expect_applied()
@@ -40,7 +37,6 @@ class FlowPrefillScheduler(HubScheduler):
             role = DataParallelRole
         hub = build(self, config, role.make)
         wakeups.subscribe(hub.role.note_transfer_status)
-        self.reports = self.output_streamer.reports
         return hub
 
     @torch.no_grad()
@@ -58,8 +54,9 @@ class FlowPrefillScheduler(HubScheduler):
 
     def send_kv_chunk(self, req: Any, last_chunk: bool = False, end_idx: int | None = None) -> None:
         with self.role.reading_indices(req, has_run=last_chunk):
-            if last_chunk and self.reports is not None:
-                carried_report.write(self.disagg_metadata_buffers, req, self.reports.to_carry(req))
+            reports = self.output_streamer.reports
+            if last_chunk and reports is not None:
+                carried_report.write(self.disagg_metadata_buffers, req, reports.to_carry(req))
             super().send_kv_chunk(req, last_chunk, end_idx)
 
     def init_disaggregation(self) -> None:

@@ -364,6 +364,7 @@ def test_only_indices_that_were_there_when_the_prefill_ran_are_read_beside_the_q
     monkeypatch.setattr(cuda_device.torch.cuda, "stream", enter)
     monkeypatch.setattr(Scheduler, "send_kv_chunk", lambda self, *args: sent.append((*args, list(entered))))
     scheduler = FlowPrefillScheduler.__new__(FlowPrefillScheduler)
+    scheduler.output_streamer = SimpleNamespace(reports=None)
     scheduler.enable_hierarchical_cache = False
     scheduler.tree_cache = SimpleNamespace(evictable_size=lambda: 0, protected_size=lambda: 0)
     scheduler.role = PrefillRole(scheduler, 1.0, Tasks(), Wakeup(), CpuDevice(), OneRank(never), EventRecorder(None))
