@@ -8,7 +8,7 @@ from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, islice
 from operator import itemgetter
 from typing import Final, NamedTuple
 
@@ -94,9 +94,10 @@ class Task:
             if name:
                 yield name, ends_s
                 ends_s = []
-        cut = next((name for _, name in self.points[behind:] if name), None)
-        if ends_s and cut is not None:
-            yield cut, ends_s
+        if ends_s:  # of a module that ends behind the part, or never
+            cut = next((name for _, name in islice(self.points, behind, None) if name), None)
+            if cut is not None:
+                yield cut, ends_s
 
 
 @dataclass(eq=False)
