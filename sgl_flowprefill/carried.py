@@ -27,6 +27,8 @@ CAUSES: Final = (
     Cause.OVERLOAD,
 )
 """Why a request whose prefill has run can have missed its objective. Their order is part of the format."""
+TIMES: Final = ("ttft_slo_s", "predicted_s", "slack_at_admission_s", "waited_s", "suspended_s", "blocked_s")
+"""Fields of ``Carried`` that are seconds, in the order of the format."""
 _FIELDS: Final = struct.Struct("<2i6fI")
 _WORDS: Final = struct.Struct("<9i")
 WORDS: Final = _WORDS.size // 4
@@ -56,17 +58,8 @@ class Carried(Struct, frozen=True, kw_only=True):
 
 def encode(carried: Carried, room: int) -> tuple[int, ...]:
     """The ``WORDS`` words of the request with this bootstrap ``room``."""
-    times_s = (
-        math.nan if time_s is None else time_s
-        for time_s in (
-            carried.ttft_slo_s,
-            carried.predicted_s,
-            carried.slack_at_admission_s,
-            carried.waited_s,
-            carried.suspended_s,
-            carried.blocked_s,
-        )
-    )
+    known_s: list[float | None] = [getattr(carried, name) for name in TIMES]
+    times_s = (math.nan if time_s is None else time_s for time_s in known_s)
     suspensions = min(carried.suspensions, MOST_SUSPENSIONS)
     last = suspensions << _CAUSE_BITS | CAUSES.index(carried.cause_if_late)
     return _WORDS.unpack(_FIELDS.pack(FORMAT, room & _ROOM_BITS, *times_s, last))
@@ -78,16 +71,5 @@ def decode(words: Sequence[int], room: int) -> Carried | None:
     suspensions, cause = divmod(last, 1 << _CAUSE_BITS)
     if (form, of_room) != (FORMAT, room & _ROOM_BITS) or cause >= len(CAUSES):
         return None
-    ttft_slo_s, predicted_s, slack_s, waited_s, suspended_s, blocked_s = (
-        time_s if math.isfinite(time_s) else None for time_s in times_s
-    )
-    return Carried(
-        cause_if_late=CAUSES[cause],
-        ttft_slo_s=ttft_slo_s,
-        predicted_s=predicted_s,
-        slack_at_admission_s=slack_s,
-        waited_s=waited_s,
-        suspended_s=suspended_s,
-        blocked_s=blocked_s,
-        suspensions=suspensions,
-    )
+    known_s = {name: time_s if math.isfinite(time_s) else None for name, time_s in zip(TIMES, times_s, strict=True)}
+    return Carried(cause_if_late=CAUSES[cause], suspensions=suspensions, **known_s)
