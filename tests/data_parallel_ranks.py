@@ -63,7 +63,7 @@ class DataParallelRanks(Ranks):
             **type(self).settings,
             "dp_size": tp,
             "enable_dp_attention": True,
-            "port": free_port("127.0.0.1"),
+            "port": free_port("127.0.0.1", is_joint=True),
         }
         self._rank_of: dict[str, int] = {}
 

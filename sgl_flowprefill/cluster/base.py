@@ -34,7 +34,8 @@ class StartError(ClusterError):
 
 @dataclass(frozen=True)
 class Ports:
-    """TCP ports; 0 stands for any free one. Several servers of a role count up from the port of the first."""
+    """TCP ports; 0 stands for any free one. Several servers of a role count up from the port of the first, with DP
+    attention by ``free_ports.JOINT_STEP``."""
 
     gateway: int = 0
     """Where clients send their requests; the unified server's own where there is no gateway."""

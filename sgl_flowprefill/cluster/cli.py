@@ -359,8 +359,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--host", help="address to listen on (default 127.0.0.1; with --join, this machine's address "
                         "on the way to the gateway)")  # fmt: skip
     parser.add_argument("--ports", metavar="GATEWAY,PREFILL,DECODE,BOOTSTRAP", help="ports to listen on; 0 or none for "
-                        f"any free one (default {GATEWAY_PORT}); several servers of a kind count up from theirs. With "
-                        "--role and --unified, one port; with --unified N, GATEWAY,UNIFIED")  # fmt: skip
+                        f"any free one (default {GATEWAY_PORT}); several servers of a kind count up from theirs, with "
+                        "DP attention by 10. With --role and --unified, one port; with --unified N, "
+                        "GATEWAY,UNIFIED")  # fmt: skip
     parser.add_argument("--port", metavar="PORT", help="with --unified, where clients send their requests")
     parser.add_argument("--live-port", metavar="PORT", help="where the launcher shows what a cluster's servers do now "
                         f"(default: {LIVE_PORT}, or if that is taken any free port; it prints which)")  # fmt: skip

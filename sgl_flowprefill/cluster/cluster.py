@@ -194,8 +194,7 @@ class Cluster:
 
     def _start_gateway(self) -> None:
         layout = self._layout
-        taken = [*vars(layout.ports).values(), self.config.live_port or 0]
-        metrics_port = free_ports.free_port(LOOPBACK, taken)
+        metrics_port = free_ports.free_port(LOOPBACK, {*layout.taken, self.config.live_port or 0})
         command, log = layout.gateway_command(metrics_port), self.config.log(GATEWAY)
         self._gateway_server = self._guard.start(GATEWAY, command, layout.gateway_env(), log)
         routing = Routing(self._gateway, self.server_urls)

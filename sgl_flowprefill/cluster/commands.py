@@ -16,7 +16,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Final, Literal
 
-from sgl_flowprefill.cluster import machine
+from sgl_flowprefill.cluster import free_ports, machine
 from sgl_flowprefill.cluster.base import KEY_VARIABLE, LOOPBACK, ClusterConfig, Ports
 from sgl_flowprefill.cluster.machine import CpuPlan, shares
 from sgl_flowprefill.config import (
@@ -43,8 +43,13 @@ PARALLEL_OPTIONS: Final[Mapping[str, tuple[str, ...]]] = {
 }
 """SGLang options whose product is the number of GPUs of a server, by their fields; the last one only where attention is
 not data-parallel."""
+JOINT_ATTENTION: Final = "enable_dp_attention"
+"""SGLang's flag that makes the data parallelism that of attention, within the GPUs of the tensor parallelism."""
+JOINT_OPTIONS: Final = ("--attention-data-parallel-size", "--attn-dp-size")
+"""SGLang 0.5.23's option in place of flag and data parallelism."""
 GUIDING_OPTIONS: Final[Mapping[str, tuple[str, ...]]] = {
     **PARALLEL_OPTIONS,
+    "attn_dp_size": JOINT_OPTIONS,
     "base_gpu_id": ("--base-gpu-id",),
     "device": ("--device",),
     "dtype": ("--dtype",),
@@ -52,8 +57,6 @@ GUIDING_OPTIONS: Final[Mapping[str, tuple[str, ...]]] = {
     "revision": ("--revision",),
 }
 """SGLang options, by all their names, by which servers are placed, described, and their model is found."""
-JOINT_ATTENTION: Final = "enable_dp_attention"
-"""SGLang's flag that makes the data parallelism that of attention, within the GPUs of the tensor parallelism."""
 GATEWAY_TIMEOUT_S: Final = 1800
 GATEWAY_RETRIES: Final = ("--retry-max-retries", "4", "--retry-initial-backoff-ms", "500")
 """Retries are spread over more than the two seconds after which smg leaves out a server that it cannot reach."""
@@ -112,9 +115,21 @@ class Layout:
         return self.config.prefill + self.config.unified
 
     def ranks(self, role: Role) -> int:
-        """Tensor-parallel size of a server; SGLang's parser refuses what is no number."""
-        size = last_value([*self.config.server_args, *self._own_args(role)], *TP_OPTIONS) or ""
-        return max(1, int(size)) if size.isdigit() else 1
+        """Tensor-parallel size of a server."""
+        return self._size(role, TP_OPTIONS)
+
+    def is_joint(self, role: Role) -> bool:
+        """Whether a server has DP attention, and with it ports beside its own."""
+        return f"--{JOINT_ATTENTION.replace('_', '-')}" in self._args(role) or self._size(role, JOINT_OPTIONS) > 1
+
+    @property
+    def taken(self) -> set[int]:
+        """Ports of all that is started here, whether it listens by now or not."""
+        ports = {self.ports.gateway, *range(self.ports.bootstrap, self.ports.bootstrap + self.config.prefill)}
+        for role, index in self.servers:
+            of_server = free_ports.needed(LOOPBACK, self._port(role, index), 1, self.is_joint(role))
+            ports.update(port for _, port in of_server)
+        return ports
 
     @property
     def is_single(self) -> bool:
@@ -169,7 +184,7 @@ class Layout:
             options += ["--disaggregation-decode-retraction-backup", "cpu_tensor", *DECODE_PLACES]
             if self.config.model_path is None:
                 options += ["--max-total-tokens", str(DECODE_KV_TOKENS)]
-        return [*options, *self.config.server_args, *self._own_args(role)]
+        return [*options, *self._args(role)]
 
     def server_command(self, role: Role, index: int = 0, bootstrap: int | None = None) -> list[str]:
         return [*RUN, "sglang.launch_server", *self.server_options(role, index, bootstrap)]
@@ -222,7 +237,7 @@ class Layout:
 
     def dtype(self, role: Role) -> str:
         """Of the weights of a server on the CPU."""
-        return _dtype([*self.config.server_args, *self._own_args(role)])
+        return _dtype(self._args(role))
 
     def gpus_needed(self) -> int:
         return sum(self.count(role) * self._gpus(role) for role in ROLES)
@@ -279,15 +294,21 @@ class Layout:
         key = f' -H "Authorization: Bearer {self.config.api_key_in_shell}"' if self.config.api_key else ""
         return shlex.join(command) + key
 
-    def _own_args(self, role: Role) -> Sequence[str]:
+    def _args(self, role: Role) -> list[str]:
+        """The user's options of a server."""
         own: dict[Role, Sequence[str]] = {"prefill": self.config.prefill_args, "decode": self.config.decode_args}
-        return own.get(role, ())
+        return [*self.config.server_args, *own.get(role, ())]
+
+    def _size(self, role: Role, names: Sequence[str]) -> int:
+        """What a server is told by the option ``names``, at least 1; SGLang's parser refuses what is no number."""
+        size = last_value(self._args(role), *names) or ""
+        return max(1, int(size)) if size.isdigit() else 1
 
     def _port(self, role: Role, index: int) -> int:
         if self.config.is_one_server:
             return self.ports.gateway
         first = {"prefill": self.ports.prefill, "decode": self.ports.decode, "unified": self.ports.unified}
-        return first[role] + index
+        return free_ports.own_ports(first[role], self.count(role), self.is_joint(role))[index]
 
     def _first_gpu(self, role: Role, index: int) -> int:
         """GPUs are dealt out in order: prefill servers first, to each as many as its parallelism asks for."""
@@ -295,11 +316,9 @@ class Layout:
         return before + index * self._gpus(role)
 
     def _gpus(self, role: Role) -> int:
-        args = [*self.config.server_args, *self._own_args(role)]
-        is_joint = f"--{JOINT_ATTENTION.replace('_', '-')}" in args
+        is_joint = self.is_joint(role)
         counted = [names for field, names in PARALLEL_OPTIONS.items() if not (is_joint and field == "dp_size")]
-        sizes = [last_value(args, *names) for names in counted]
-        return math.prod(int(size) for size in sizes if size and size.isdigit())
+        return math.prod(self._size(role, names) for names in counted)
 
     def _options(self, role: Role, index: int) -> FlowPrefillConfig:
         """FlowPrefill's options of a server: each of several servers has an event log of its own."""

@@ -94,21 +94,18 @@ def prepare(config: ClusterConfig) -> Layout:
     on_cpu = runs_on_cpu(config.server_args, is_embedded=config.model_path is None)
     servers = config.prefill + config.decode + config.unified
     model_path = _find_model(config) if servers else ""
-    layout = Layout(
-        config=config,
-        model_path=model_path,
-        ports=free_ports.choose_ports(
-            config.host,
-            config.ports,
-            config.prefill,
-            config.decode,
-            config.worker_host,
-            unified=0 if config.is_one_server else config.unified,
-            live=config.live_port if config.has_live_page else None,
-        ),
-        cpus=None,
-        host=host,
+    layout = Layout(config=config, model_path=model_path, ports=config.ports, cpus=None, host=host)
+    ports = free_ports.choose_ports(
+        config.host,
+        config.ports,
+        config.prefill,
+        config.decode,
+        config.worker_host,
+        unified=0 if config.is_one_server else config.unified,
+        joint=[role for role in ROLES if layout.is_joint(role)],
+        live=config.live_port if config.has_live_page else None,
     )
+    layout = dataclasses.replace(layout, ports=ports)
     if not on_cpu:
         _check_gpus(layout)
     elif servers:
