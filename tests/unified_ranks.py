@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import random
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from itertools import count
-from typing import Any
+from typing import Any, Final
 
 from tests.engine import FIRST_START_S, measure_for
 from tests.late_device import LateDevice
@@ -15,6 +16,11 @@ from tests.ranks import Chaos, Ranks, agree_on_interruptions, become_rank
 from tests.reference import Comparison
 from tests.unified_asks import Ask
 from tests.unified_rounds import coin
+
+BEHIND: Final = 10
+"""Decode steps of a late device whose results are to be processed with operators queued behind them. How many requests
+that takes is a matter of the machine's speed."""
+MOST_WAVES: Final = 6
 
 
 class UnifiedRanks(Ranks):
@@ -51,6 +57,19 @@ class UnifiedRanks(Ranks):
                     self.tokens[rid] = ids[0] if ids else None
             some = True
         return some
+
+    def steps_with_more_behind(self) -> int:
+        """Decode steps of a late device whose results rank 0 has processed with operators queued behind them."""
+        return sum(note["step"] and note["behind"] > 0 for note in self.notes("finishes", 0))
+
+    def waves(self, asked: Mapping[str, Ask]) -> Iterator[dict[str, Ask]]:
+        """``asked``, and when it is answered the same with prompts that are not cached, until there have been BEHIND
+        steps with more behind them; MOST_WAVES at most.
+        """
+        for wave in range(MOST_WAVES):
+            yield {f"{rid}-{wave}": replace(ask, prompt=ask.prompt[wave:]) for rid, ask in asked.items()}
+            if self.steps_with_more_behind() >= BEHIND:
+                return
 
     def compare_answers(self, comparison: Comparison, asked: Mapping[str, Ask]) -> None:
         """Compare the first tokens of all answers, none of which ends early, and their log probabilities."""
