@@ -106,7 +106,7 @@ def play_rounds(engine: CountingPrefill, rounds: int, first: int = 0) -> Played:
 def assert_played(played: Played, answers: int) -> None:
     print(played.text)
     assert played.counts["answers"] >= answers
-    assert played.seen["suspensions"] >= 3 * answers
+    assert played.seen["suspensions"] >= 2 * answers
     assert played.seen["aborts of started tasks"] >= answers // 10
     counted = played.counted
     assert counted["passes"] == counted["reported"] >= answers // 2
