@@ -15,10 +15,12 @@ import tomllib
 from collections.abc import Iterator
 from email import message_from_bytes
 from fnmatch import fnmatch
+from importlib.metadata import version
 from pathlib import Path
 from zipfile import ZipFile
 
 import pytest
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = "sgl_flowprefill"
@@ -181,16 +183,34 @@ def test_the_distributions_are_fit_to_be_published(wheel, sdist):
     assert (result.returncode, result.stdout.count("PASSED")) == (0, 2), result.stdout + result.stderr
 
 
-def test_the_metadata_says_what_the_package_is(wheel):
+def metadata_of(wheel):
     [name] = [name for name in ZipFile(wheel).namelist() if name.endswith(".dist-info/METADATA")]
-    metadata = message_from_bytes(ZipFile(wheel).read(name))
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    return message_from_bytes(ZipFile(wheel).read(name))
+
+
+def project():
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def test_the_metadata_says_what_the_package_is(wheel):
+    metadata = metadata_of(wheel)
     assert metadata["Description-Content-Type"] == "text/markdown"
     assert "Typing :: Typed" in metadata.get_all("Classifier")
     assert f"{PACKAGE}/py.typed" in ZipFile(wheel).namelist()
-    oldest = project["requires-python"].removeprefix(">=")
+    oldest = project()["requires-python"].removeprefix(">=")
     assert f"Programming Language :: Python :: {oldest}" in metadata.get_all("Classifier")
     assert f"## {metadata['Version']}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_the_wheel_requires_what_the_project_names_in_versions_with_which_the_tests_run(wheel):
+    """No other test reads it: they install the wheel without its dependencies."""
+    named = set(map(Requirement, project()["dependencies"]))
+    for extra, requirements in project()["optional-dependencies"].items():
+        named |= {Requirement(f'{requirement}; extra == "{extra}"') for requirement in requirements}
+    required = list(map(Requirement, metadata_of(wheel).get_all("Requires-Dist")))
+    assert set(required) == named
+    installed = {one.name: version(one.name) for one in required}
+    assert {one.name: installed[one.name] for one in required if installed[one.name] not in one.specifier} == {}
 
 
 def test_the_wheel_alone_can_be_imported_as_far_as_it_is_plain_python(installed):
