@@ -151,7 +151,6 @@ class Hub(Generic[RoleT]):
         """Take what has happened: arrivals, tasks that nobody waits for any more, KV cache that has been freed."""
         now_s, self._has_finished = self.now_s(), False
         stalls_due = self._agree_on_news(now_s)
-        self.events.clear()
         self.work.waiting.forget_news()
         if self.role.take_news(stalls_due) or stalls_due or now_s >= self._short_until_s:
             self.kv_is_short, self._short_until_s = False, math.inf
@@ -427,12 +426,20 @@ class Hub(Generic[RoleT]):
     # ---- meeting and waiting --------------------------------------------------------------------------------------
 
     def _agree_on_news(self, now_s: float) -> bool:
-        """Meet the other ranks, which wait here while the first one sleeps. Whether it is time to look for stalls."""
+        """Meet the other ranks, which wait here while the first one sleeps. Whether it is time to look for stalls.
+
+        The first one forgets what was notified before they meet: another may look before it does, and then tell it of
+        what has come too late for that. The others, which tell of nothing twice, forget it when the wait is over.
+        """
+        if self.agreement.decides:
+            self.events.clear()
         tasks = self.work.tasks
         stalls_due = now_s - self._looked_for_stalls_s >= self.stall_check_s
         yardstick_us = round(1e6 * self.work.ttft.yardstick_s)
         has_offer = self.agreement.decides and self.learning.look_for_offer()
         agreed = News(*self.agreement.agree(News(stalls_due, tasks.arrival, yardstick_us, has_offer)))
+        if not self.agreement.decides:
+            self.events.clear()
         self._agreed_arrival = agreed.arrival
         self.tiles.follow(agreed.yardstick_us / 1e6)
         if agreed.has_offer:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from array import array
+from collections.abc import Sequence
 from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
@@ -38,6 +39,25 @@ def test_a_recorder_hears_of_decisions_by_when_it_wants_to_while_a_prefill_runs_
     assert 4.0 < server.device.now_s < 4.5
     assert len(told_s) >= 8
     assert all(0.5 <= after - before < 0.65 for before, after in pairwise(told_s))
+
+
+@pytest.mark.parametrize("decides", [True, False])
+def test_the_rank_that_decides_keeps_what_others_tell_it_when_ranks_have_met_and_they_what_they_have_told_no_longer(
+    decides: bool,
+) -> None:
+    """One that has met the first rank may have looked before the first one does, and have news since then."""
+    hub = SimulatedServer(SimulatedDevice(0, HostCosts()), Model(1, lambda _: 1e-3, lambda _: 1e-3), []).hub
+    notified = {"before they meet"}
+
+    def meet(values: Sequence[int] = (), failed_at: int = 0) -> Sequence[int]:
+        notified.add("when they have met")
+        return values
+
+    events: Any = SimpleNamespace(clear=notified.clear)
+    agreement: Any = SimpleNamespace(decides=decides, agree=meet)
+    hub.events, hub.agreement = events, agreement
+    hub.look()
+    assert notified == ({"when they have met"} if decides else set())
 
 
 def test_a_winner_starts_without_those_that_do_not_fit_beside_it() -> None:
