@@ -44,6 +44,15 @@ def keep_in(folder: str, delay_s: float) -> None:
     sys.setswitchinterval(2e-4)  # its threads, which handle a file for each token, get on beside what computes
 
 
+def evict(scheduler: Any) -> None:
+    """Leave nothing that nobody holds on the device and in host memory of ``scheduler``."""
+    from sglang.srt.mem_cache.base_prefix_cache import EvictParams
+
+    tree = scheduler.tree_cache
+    tree.evict(EvictParams(num_tokens=scheduler.max_total_num_tokens))
+    tree.evict_host(tree.cache_controller.mem_pool_host.size)
+
+
 class Asleep(Engine):
     """An engine that sleeps when nothing can run, as a server does, and whose storage is watched."""
 
@@ -96,11 +105,7 @@ class Asleep(Engine):
         self.watched["looks for leaks"] += 1
 
     def evict(self) -> None:
-        """Leave nothing that nobody holds on the device and in host memory."""
-        from sglang.srt.mem_cache.base_prefix_cache import EvictParams
-
-        self.tree.evict(EvictParams(num_tokens=self.scheduler.max_total_num_tokens))
-        self.tree.evict_host(self.tree.cache_controller.mem_pool_host.size)
+        evict(self.scheduler)
 
     def assert_clean(self) -> None:
         assert self.scheduler.is_fully_idle()

@@ -95,6 +95,10 @@ COMPARED: Final[Mapping[Pair, Mapping[Server, str]]] = {
         "prefill": "test_host_storage.py::test_rounds_of_reads_change_no_answer_and_no_kv",
         "unified": "test_host_storage.py::test_streams_that_join_behind_reads_change_no_answer",
     },
+    (STORAGE, RANKS): {
+        "prefill": "test_host_storage_ranks.py::test_two_ranks_read_the_same_prefixes_while_suspended_prefills_go_on",
+        "unified": "test_host_storage_ranks.py::test_two_ranks_read_the_same_prefixes_between_decode_steps",
+    },
     (ADAPTERS, HOST_CACHE): {
         "prefill": "test_host_cache_pairs.py::"
         "test_suspended_prefills_keep_their_adapters_behind_prefixes_of_host_memory",
