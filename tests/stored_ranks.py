@@ -121,7 +121,7 @@ def _held(scheduler: Any) -> dict[str, int]:
     }
 
 
-def leave_in_storage(ranks: Ranks, timeout_s: float = 60.0) -> None:
+def leave_in_storage(ranks: Ranks, timeout_s: float = 180.0) -> None:
     """Let all ranks leave what they have cached in storage alone, when it is there; an AssertionError if something is
     held for longer. A read that nobody waits for any longer gives back its memory when its thread notices.
     """
