@@ -39,7 +39,7 @@ class Draft:
     """A draft of ``model``, in the format of EAGLE's authors."""
 
     algorithm: str
-    """EAGLE or EAGLE3."""
+    """EAGLE, EAGLE3, or NEXTN: one of EAGLE's that says of itself what a layer of the model's own checkpoint does."""
     model: EmbeddedModel = MODEL
     seed: int = 3
 
@@ -55,6 +55,8 @@ class Draft:
     def config(self) -> dict[str, Any]:
         config: dict[str, Any] = json.loads((Path(self.model_path) / "config.json").read_text())
         config |= {"architectures": ["LlamaForCausalLMEagle"], "num_hidden_layers": 1}
+        if self.algorithm == "NEXTN":
+            config["num_nextn_predict_layers"] = 1
         if self.is_eagle3:
             layers = {"eagle_aux_hidden_state_layer_ids": list(CAPTURED)}
             config |= {

@@ -16,7 +16,6 @@ from sgl_flowprefill.compat.check import (
     unchecked_attention_backend,
 )
 from sgl_flowprefill.compat.page import EXAMPLES, compatibility_page
-from sgl_flowprefill.compat.pairs import SWITCHED_ON
 from sgl_flowprefill.compat.row import MODE, SERVERS, Group, Row, Server, flag
 from sgl_flowprefill.compat.table import (
     CHECKED_ATTENTION_BACKENDS,
@@ -35,7 +34,6 @@ __all__ = [
     "REFUSED_ENVIRONMENT",
     "ROWS",
     "SERVERS",
-    "SWITCHED_ON",
     "TABLE",
     "UNSET_ENVIRONMENT",
     "Change",

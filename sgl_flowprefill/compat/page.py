@@ -110,8 +110,7 @@ starts the server all the same, with a warning in its log; its answers may be wr
 
 Compared is what has a test of `tests/integration` here, which has run with SGLang 0.5.23. Under suspensions at random
 it compares answers, and on prefill servers KV caches (where experts move, what was counted of them instead), of a pair,
-not of three or more. A draft of the model's own checkpoint (`NEXTN`) is [refused](serving.md#draft-models) with
-prefixes in host memory.
+not of three or more.
 
 """
 

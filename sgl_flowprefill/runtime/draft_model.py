@@ -9,15 +9,10 @@ the draft's KV cache and what the first draft begins with.
 
 from __future__ import annotations
 
-import logging
 from typing import Any, Final
 
 from sglang.srt.runtime_context import get_flags
 from torch import nn
-
-from sgl_flowprefill.compat import SWITCHED_ON
-
-logger = logging.getLogger(__name__)
 
 DRAFT_BACKEND: Final = "flowprefill_draft_backend"
 """Attribute of the target's attention backends: the draft's, which computes the same batches."""
@@ -25,32 +20,12 @@ EAGLE3_LAYERS: Final = ("low", "middle", "high")
 """Those whose hidden states an EAGLE3 draft is given, where it does not say which."""
 FLAGS: Final = ("runner_backend", "a2a_backend", "disable_fp4_allgather", "speculative_context")
 """What SGLang sets around the draft's forward pass, of the flags for experts."""
-COMPARED_COPIES: Final = ("none", "sidecar")
-"""How a hierarchical cache may copy the draft's KV cache to host memory (SGLang's ``HiCacheDraftMode``): not at all, or
-beside the model's."""
-UNCOMPARED_COPY: Final = (
-    "--enable-hierarchical-cache with this draft model, whose KV cache is copied to host memory {} with the model's, "
-    "not beside it, has not been compared"
-)
 
 
 def draft_runner(scheduler: Any) -> Any | None:
     """The draft's model runner, if SGLang's ``scheduler`` has one."""
     worker = scheduler.draft_worker
     return None if worker is None else worker.draft_worker.draft_runner
-
-
-def check_copies(scheduler: Any, takes_uncompared: bool) -> None:
-    """Raises SystemExit with one line where the KV cache of the draft is copied to host memory in a way that has not
-    been compared. A server that ``takes_uncompared`` warns of it.
-    """
-    copied: str = scheduler.draft_worker.hicache_draft_plan.mode.value
-    if copied in COMPARED_COPIES:
-        return
-    risk = UNCOMPARED_COPY.format(copied)
-    if not takes_uncompared:
-        raise SystemExit(f"sgl-flowprefill: {risk}; {SWITCHED_ON}")
-    logger.warning("FlowPrefill: %s, and what this server answers may be wrong", risk)
 
 
 def whole_model(scheduler: Any) -> nn.Module:

@@ -11,7 +11,6 @@ from sgl_flowprefill.contract import require
 from sgl_flowprefill.hub.loop import Hub
 from sgl_flowprefill.patches import carried_report, wakeups
 from sgl_flowprefill.runtime.data_parallel import DataParallelRole
-from sgl_flowprefill.runtime.draft_model import check_copies
 from sgl_flowprefill.runtime.hub_scheduler import HubScheduler
 from sgl_flowprefill.runtime.prefill_role import PrefillRole
 from sgl_flowprefill.runtime.setup import build
@@ -31,7 +30,6 @@ class FlowPrefillScheduler(HubScheduler):
         role: type[PrefillRole] = PrefillRole
         if self.draft_worker is not None:
             require("draft_model")
-            check_copies(self, config.uncompared)
         if self.attn_dp_enabled:
             require("data_parallel")
             role = DataParallelRole

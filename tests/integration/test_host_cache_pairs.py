@@ -24,6 +24,8 @@ from tests.remote import Remote
 
 SUSPENSIONS = 18
 """For each round that is asked for: three for each of about six answers."""
+COPIED = {"EAGLE": "sidecar", "EAGLE3": "sidecar", "NEXTN": "packed"}
+"""How SGLang has host memory keep a draft's KV cache: beside that of the model, or as further layers of it."""
 FEW_PROMPTS = PROMPTS[:8]
 """Behind two prefixes, each of which has a KV cache for every adapter."""
 
@@ -34,6 +36,7 @@ class LateDrafted(DraftedPrefill):
     def __init__(self, draft: Draft, path: str) -> None:
         self.transfers = make_late(seed=1)
         super().__init__(draft, path, **OPTIONS)
+        assert self.scheduler.draft_worker.hicache_draft_plan.mode.value == COPIED[draft.algorithm]
 
 
 class LateAdapted(AdaptedPrefill):
@@ -90,7 +93,9 @@ def play_drafts(engine: LateDrafted, rounds: int) -> Played:
     ("algorithm", "rounds"),
     [
         ("EAGLE3", 6),
+        ("NEXTN", 6),
         pytest.param("EAGLE3", 60, marks=pytest.mark.stress),
+        pytest.param("NEXTN", 60, marks=pytest.mark.stress),
         pytest.param("EAGLE", 60, marks=pytest.mark.stress),
     ],
 )

@@ -11,11 +11,10 @@ pytest.importorskip("sglang")
 
 import torch
 from sglang.srt.runtime_context import get_flags
-from sglang.srt.speculative.base_spec_worker import HiCacheDraftMode, HiCacheDraftPlan
 from torch import nn
 
 from sgl_flowprefill.runtime.checkpoints import find_decoder_layers
-from sgl_flowprefill.runtime.draft_model import check_copies, draft_backend_of, kept_hidden_states, whole_model
+from sgl_flowprefill.runtime.draft_model import draft_backend_of, kept_hidden_states, whole_model
 from sgl_flowprefill.runtime.forward_state import ForwardState
 from sgl_flowprefill.runtime.memory import Activations
 from sgl_flowprefill.runtime.slots import AttentionSlots
@@ -158,20 +157,3 @@ def test_another_draft_is_refused(options: dict[str, Any], given: str) -> None:
     text = problem(**options)
     assert text is not None
     assert text.startswith(f"{given} cannot work with FlowPrefill: ")
-
-
-@pytest.mark.parametrize("mode", HiCacheDraftMode)
-def test_a_draft_that_host_memory_does_not_keep_beside_the_model_is_refused_unless_the_switch_is_on(
-    mode: HiCacheDraftMode, caplog: pytest.LogCaptureFixture
-) -> None:
-    scheduler = SimpleNamespace(draft_worker=SimpleNamespace(hicache_draft_plan=HiCacheDraftPlan(mode)))
-    if mode in (HiCacheDraftMode.NONE, HiCacheDraftMode.SIDECAR):
-        check_copies(scheduler, takes_uncompared=False)
-        assert not caplog.records
-        return
-    with pytest.raises(SystemExit, match=f"host memory {mode.value} with the model's.* --flowprefill-uncompared true"):
-        check_copies(scheduler, takes_uncompared=False)
-    assert not caplog.records
-    check_copies(scheduler, takes_uncompared=True)
-    [record] = caplog.records
-    assert record.getMessage().startswith("FlowPrefill: --enable-hierarchical-cache with this draft model")

@@ -12,7 +12,6 @@ WORKER: Final = f"{WORKERS}.eagle_worker_v2:EAGLEWorkerV2"
 DRAFT_WORKER: Final = f"{WORKERS}.eagle_worker_v2:EagleDraftWorker"
 MOE: Final = "sglang.srt.layers.moe.utils"
 WRONG_STATE: Final = "a resumed prefill computes its draft's KV cache with another one's state"
-COPIED: Final = "servers start whose draft's KV cache is copied to host memory in a way that has not been compared"
 WRONG_DRAFTS: Final = "decode servers draft from another prefill's state"
 
 PART: Final = Part(
@@ -22,13 +21,6 @@ PART: Final = Part(
     (
         *attributes(SCHEDULER, "draft_worker", "holds the draft model", WRONG_STATE),
         *attributes(DRAFT_WORKER, "draft_runner", "is the model runner of the draft", WRONG_STATE),
-        *attributes(
-            f"{WORKERS}.base_spec_worker:BaseSpecWorker",
-            "hicache_draft_plan",
-            "says how its KV cache is copied",
-            COPIED,
-        ),
-        *attributes(f"{WORKERS}.base_spec_worker:HiCacheDraftPlan", "mode", "says how its KV cache is copied", COPIED),
         *attributes(
             "sglang.srt.model_executor.model_runner:ModelRunner",
             "spec_aux_config",
