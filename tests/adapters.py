@@ -189,7 +189,7 @@ class AdaptedUnified(UnifiedEngine):
     """A server with adapters that decodes, too."""
 
     def __init__(self, paths: Sequence[str], **server_args: Any) -> None:
-        super().__init__(str(model_path()), first_start_s=FIRST_START_S, **options(paths), **server_args)
+        super().__init__(str(model_path()), first_start_s=FIRST_START_S, **(options(paths) | server_args))
         self.slots = Seen()
         self.slots.watch(self)
 

@@ -102,6 +102,7 @@ COMPARED: Final[Mapping[Pair, Mapping[Server, str]]] = {
     (ADAPTERS, HOST_CACHE): {
         "prefill": "test_host_cache_pairs.py::"
         "test_suspended_prefills_keep_their_adapters_behind_prefixes_of_host_memory",
+        "unified": "test_host_cache_pairs.py::test_streams_keep_their_adapters_behind_prefixes_of_host_memory",
     },
     (HOST_CACHE, JOINT): {
         "prefill": "test_host_cache_ranks.py::test_ranks_with_requests_of_their_own_load_their_own_prefixes",

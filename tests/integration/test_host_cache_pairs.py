@@ -1,4 +1,4 @@
-"""Prefixes that come back from host memory on prefill servers with a draft model, and on those with adapters.
+"""Prefixes that come back from host memory on prefill servers with a draft model, and on servers with adapters.
 
 Prefills are suspended at random places, and every copy is made as late as may be.
 """
@@ -7,20 +7,32 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from tests.adapters import NAMES, AdaptedPrefill, AdaptedRounds, assert_all_same, total, write_adapters
+from tests.adapters import (
+    NAMES,
+    AdaptedPrefill,
+    AdaptedRounds,
+    AdaptedUnified,
+    MergedComparison,
+    assert_all_same,
+    ids_of,
+    total,
+    write_adapters,
+)
 from tests.chaos import Rounds
 from tests.drafts import Draft, DraftedPrefill, DraftedRounds
 from tests.engine import PrefillEngine
 from tests.host_cache import OPTIONS, PROMPTS, Loads
 from tests.late_transfers import make_late
 from tests.remote import Remote
+from tests.unified_asks import Ask
+from tests.unified_rounds import Rounds as UnifiedRounds
 
 SUSPENSIONS = 18
 """For each round that is asked for: three for each of about six answers."""
@@ -45,6 +57,15 @@ class LateAdapted(AdaptedPrefill):
     def __init__(self, paths: Sequence[str]) -> None:
         self.transfers = make_late(seed=1)
         super().__init__(paths, **OPTIONS)
+
+
+class LateAdaptedUnified(AdaptedUnified):
+    """One that decodes, too."""
+
+    def __init__(self, paths: Sequence[str]) -> None:
+        make_late(seed=1)
+        super().__init__(paths, **OPTIONS)
+        self.loads = Loads(self.scheduler)
 
 
 @dataclass
@@ -136,3 +157,36 @@ def test_suspended_prefills_keep_their_adapters_behind_prefixes_of_host_memory(t
     assert seen["suspensions"] >= SUSPENSIONS * rounds
     assert seen["adapters loaded beside suspended prefills"] >= rounds // 5
     assert all(seen[f"of adapter {name}"] for name in NAMES)
+
+
+def asks(lora_ids: Mapping[str | None, str | None]) -> list[Ask]:
+    """Each prompt with each adapter."""
+    rng = random.Random(5)
+    return [
+        Ask(tuple(tokens), rng.randrange(1, 20), (("ignore_eos", True),), lora_id=lora_ids[name])
+        for tokens in FEW_PROMPTS
+        for name in NAMES
+    ]
+
+
+def loads_and_slots(engine: LateAdaptedUnified) -> tuple[Loads, Counter[str]]:
+    engine.assert_clean()
+    return engine.loads, engine.slots.counts
+
+
+@pytest.mark.stress
+def test_streams_keep_their_adapters_behind_prefixes_of_host_memory(tmp_path: Path) -> None:
+    rounds = 40
+    with closing(Remote(LateAdaptedUnified, write_adapters(tmp_path))) as unified:
+        lora_ids = unified.call(ids_of)
+        comparison = MergedComparison(lora_ids)
+        chance = UnifiedRounds(unified, comparison, asks(lora_ids), flushes=False)  # type: ignore[arg-type]
+        chance.run(rounds)
+        loads, slots = unified.call(loads_and_slots)
+    print(f"{chance}; {loads}; {', '.join(f'{count:,} {what}' for what, count in slots.items())}")
+    assert comparison.counts["answers"] >= 3 * rounds
+    assert len(loads.tokens) >= rounds // 2
+    assert loads.beside_others > 0, "copies were not late"
+    assert chance.seen["suspensions"] >= 2 * rounds
+    assert chance.seen["steps inside prefills"] >= 3 * rounds
+    assert slots["adapters loaded beside suspended prefills"] >= rounds // 5
