@@ -13,6 +13,7 @@ ASLEEP: Final = "requests wait for what has been read long since, while the serv
 STUCK: Final = "the hub chooses requests that SGLang does not start, and then waits for KV cache"
 UNCOMPARED: Final = "a server gets a storage with which it would not have started"
 UNREAD: Final = "prefixes that are in storage are computed again"
+APART: Final = "ranks start different requests, and wait for each other for ever"
 
 PART: Final = Part(
     "storage",
@@ -77,6 +78,20 @@ PART: Final = Part(
             ["self._drain_storage_control_queues_impl("],
             "takes what is in the queues, on all ranks as much",
             ASLEEP,
+        ),
+        source(
+            "assumes",
+            f"{CONTROLLER}._create_sync_groups",
+            ["create_custom_parallel_group("],
+            "lets the threads of all ranks agree on what has been read in groups of their own, beside the hub",
+            APART,
+        ),
+        source(
+            "assumes",
+            f"{TREE}._can_terminate_prefetch",
+            ["self._all_reduce(should_terminate_tensor, torch.distributed.ReduceOp.MAX)"],
+            "lets all ranks end a read when its time is over at one of them",
+            APART,
         ),
         source(
             "assumes",
