@@ -11,7 +11,7 @@ from typing import Any, Final
 from rich.console import Console
 from rich.table import Table
 
-from sgl_flowprefill.bench.cli import slower, unified
+from sgl_flowprefill.bench.cli import oracle, slower, unified
 from sgl_flowprefill.bench.cli.options import Simulate
 from sgl_flowprefill.bench.metrics.requests import ATTAINMENTS, summarise, summarise_blocking
 from sgl_flowprefill.bench.reports.table import milliseconds, percent, seconds
@@ -21,12 +21,13 @@ from sgl_flowprefill.bench.simulator.place_speed import step_cost
 from sgl_flowprefill.bench.simulator.requests import Conditions, prepare, resampled, results
 from sgl_flowprefill.bench.simulator.search import fewest_instances, max_limit_rps, max_rate_rps, mean_limit
 from sgl_flowprefill.bench.simulator.speed import KINDS, EventCost, event_cost, policy_speed
-from sgl_flowprefill.bench.simulator.systems import Run, Setup
+from sgl_flowprefill.bench.simulator.systems import Run, Setup, SimulatedFlowPrefill, SimulatedUnified
 from sgl_flowprefill.bench.simulator.systems import run as simulate
 from sgl_flowprefill.bench.systems.catalog import HEADLINE, UNIFIED_HEADLINE, simulated
 from sgl_flowprefill.bench.workloads.formats import load_trace
 from sgl_flowprefill.bench.workloads.synthetic import WORKLOADS
 from sgl_flowprefill.bench.workloads.trace import Trace
+from sgl_flowprefill.config import FlowPrefillConfig
 from sgl_flowprefill.policy import POLICIES, Limits, make_policy
 from sgl_flowprefill.provenance import result, write_result
 
@@ -46,10 +47,13 @@ def run(options: Simulate, console: Console) -> int:
         )
     if options.slower and (options.goodput or options.plan or options.speed):
         raise ValueError(f"--slower {options.slower:g} compares at one rate: leave out --goodput, --plan and --speed")
-    options = dataclasses.replace(options, policy=options.policy or (UNIFIED_HEADLINE if options.unified else HEADLINE))
+    usual = (FlowPrefillConfig().policy,) if options.oracle else UNIFIED_HEADLINE if options.unified else HEADLINE
+    options = dataclasses.replace(options, policy=options.policy or usual)
     setup = _setup(options)
     for name in options.policy:
-        simulated(name, "unified" if options.unified else "pair")
+        scheduler = simulated(name, "unified" if options.unified else "pair")
+        if options.oracle and not isinstance(scheduler, SimulatedFlowPrefill | SimulatedUnified):
+            raise ValueError(f"{name} predicts nothing: --oracle compares predictions of {', '.join(POLICIES)}")
     report: dict[str, Any] = {
         "cost": dataclasses.asdict(setup.machine.cost),
         "instances": options.instances,
@@ -66,6 +70,8 @@ def run(options: Simulate, console: Console) -> int:
             report["step_cost"] = dataclasses.asdict(setup.steps())
         if options.slower:
             action = slower.compare
+        if options.oracle:
+            action = oracle.compare
         for name in options.trace:
             traces = [_trace(name, options, seed) for seed in range(options.seeds if name in WORKLOADS else 1)]
             report["traces"][name] = action(name, traces, options, setup, console)
@@ -89,7 +95,7 @@ def _setup(options: Simulate) -> Setup:
         instances=options.instances,
         router=options.router,
         forward_error=options.forward_error,
-        learned=options.learned or options.slower > 0,
+        learned=options.learned or options.slower != 0,
         slower=options.slower,
     )
 

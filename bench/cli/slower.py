@@ -29,7 +29,7 @@ def compare(name: str, traces: Sequence[Trace], options: Simulate, setup: Setup,
     """
     setups = {"steady": dataclasses.replace(setup, slower=0.0), "slower": setup}
     judged = "joint_attainment" if options.unified else "ttft_attainment"
-    slower = f"{setup.slower:.0%} slower"
+    slower = setup.change
     requests = len(traces[0].requests)
     title = (
         f"{name} at {traces[0].rate_rps:.2f} req/s, {len(traces)} x {requests} requests, {slower} from the middle on"

@@ -19,7 +19,7 @@ from sgl_flowprefill.hub.role import Arrival, Decoder, NoStreams
 from sgl_flowprefill.hub.task import PrefillTask, Tasks
 from sgl_flowprefill.hub.waiting import WaitingRequest
 from sgl_flowprefill.hub.work import Work
-from sgl_flowprefill.pace import AS_PREDICTED, Pace
+from sgl_flowprefill.pace import Pace
 from sgl_flowprefill.policy import Act, ColocatedPolicy, Policy
 from sgl_flowprefill.slo import Objective
 from sgl_flowprefill.ttft import Prediction, PrefillShape
@@ -60,20 +60,30 @@ class SimBatch:
 
 
 class SimTTFT:
-    """The cost model, off by as much as the predictions of the requests. The online correction is not simulated."""
+    """The cost model of the machine as it is now, off by as much as the predictions of the requests: an oracle, unless
+    they are off. It learns nothing from tasks.
+    """
 
-    correction = 1.0
     yardstick_s = 1.0
     """By which tiles would be planned: operators run whole here."""
 
-    def __init__(self, cost: CostModel) -> None:
+    def __init__(self, engine: SimEngine, cost: CostModel, slowdown: Slowdown) -> None:
+        self._engine = engine
         self._cost = cost
+        self._slowdown = slowdown
+        self._pace = Pace()
+
+    @property
+    def correction(self) -> float:
+        return self._pace.factor
 
     def predict(self, batch: Sequence[PrefillShape]) -> Prediction:
         return UNOBSERVED
 
     def predict_s(self, batch: Sequence[PrefillShape]) -> float:
-        shapes = cast(Sequence[SimShape], batch)
+        return self._pace.factor * self._at_first_s(cast(Sequence[SimShape], batch))
+
+    def _at_first_s(self, shapes: Sequence[SimShape]) -> float:
         if len(shapes) == 1:
             return shapes[0].predicted_s
         predicted_s = alone_s = 0.0
@@ -83,13 +93,14 @@ class SimTTFT:
         return predicted_s / alone_s * self._cost.predict_s(shapes)
 
     def pace(self, batch: Sequence[PrefillShape]) -> Pace:
-        return AS_PREDICTED
+        return self._pace
 
     def observe(self, batch: Sequence[PrefillShape], measured_s: float) -> Prediction:
         return UNOBSERVED
 
     def follow(self) -> bool:
-        return False
+        before, self._pace.factor = self._pace.factor, self._slowdown.factor_at(self._engine.now_s)
+        return self._pace.factor != before
 
     def state(self) -> dict[str, float]:
         return {}
@@ -259,20 +270,26 @@ class HubInstance(Instance, Generic[EngineT]):
         self,
         engine: EngineT,
         policy: ColocatedPolicy[WaitingRequest, PrefillTask],
-        ttft: TTFT,
+        machine: Machine,
+        ttft: TTFT | None,
         hub_s: float,
         recorder: Blocking | None,
         decoder: Decoder | None = None,
-        slowdown: Slowdown = STEADY,
     ) -> None:
-        """``decoder``: the engine, where it has streams."""
+        """``ttft``: what predicts; without one, an oracle. ``decoder``: the engine, where it has streams."""
         self.engine = engine
         self.policy = policy
         self._recorder = recorder or Blocking()
         parts = Unlimited()
         self.hub = Hub(
             role=engine,
-            work=Work(policy, ttft, parts, Progress([False] * engine.checkpoints), Tasks()),
+            work=Work(
+                policy,
+                ttft or SimTTFT(engine, machine.cost, machine.slowdown),
+                parts,
+                Progress([False] * engine.checkpoints),
+                Tasks(),
+            ),
             executor=parts,
             slots=parts,
             device=CpuDevice(),
@@ -284,7 +301,7 @@ class HubInstance(Instance, Generic[EngineT]):
             decoder=decoder or NoStreams(),
         )
         self._hub_s = hub_s
-        self._slowdown = slowdown
+        self._slowdown = machine.slowdown
         self._running: PrefillTask | None = None
         self._resumed_s = 0.0
         """When ``_running`` was resumed."""
@@ -335,7 +352,9 @@ class HubInstance(Instance, Generic[EngineT]):
             self._stop_soon(self._running)
 
     def _turn(self) -> None:
-        """Run what the hub picks."""
+        """Run what the hub picks. An oracle knows at once that the machine has changed."""
+        if self._slowdown != STEADY:
+            self.hub.work.follow()
         task = self.hub.next_task()
         if task is Act.STEP:
             self._begin_step()
@@ -397,7 +416,6 @@ class FlowPrefillInstance(HubInstance[SimEngine]):
         ttft: TTFT | None = None,
         forward_error: float = 0.0,
     ) -> None:
-        """``ttft``: what predicts; the cost model, unless there is another."""
+        """``ttft``: as ``HubInstance``."""
         engine = SimEngine(machine, preemption, forward_error=forward_error)
-        ttft = ttft or SimTTFT(machine.cost)
-        super().__init__(engine, ColocatedPolicy(policy), ttft, hub_s, recorder, slowdown=machine.slowdown)
+        super().__init__(engine, ColocatedPolicy(policy), machine, ttft, hub_s, recorder)

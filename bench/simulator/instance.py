@@ -29,10 +29,14 @@ class Instance(Protocol):
 
 @dataclass(frozen=True)
 class Slowdown:
-    """From ``from_s`` on, what a machine computes takes ``factor`` times as long."""
+    """From ``from_s`` on, what a machine computes takes ``factor`` times as long: less for one that becomes faster."""
 
     factor: float = 1.0
     from_s: float = math.inf
+
+    def factor_at(self, now_s: float) -> float:
+        """How many times as long as at first it takes what is computed at ``now_s``."""
+        return self.factor if now_s >= self.from_s else 1.0
 
     def work_s(self, now_s: float) -> float:
         """How much would be computed by ``now_s`` on a machine that computes all the time; as fast as at first, a

@@ -38,14 +38,15 @@ class Setup:
     forward_error: float = 0.0
     """Standard deviation of the logarithm of the times of FlowPrefill's forwards around the cost model's."""
     learned: bool = False
-    """Whether FlowPrefill predicts as a server does (``simulator.learned``), instead of by the cost model. Steps are
-    always corrected by those that ran."""
+    """Whether FlowPrefill predicts as a server does (``simulator.learned``), instead of by what the machine takes now.
+    Steps are always corrected by those that ran."""
     step_cost: StepCost | None = None
     """Cost of decode steps on unified instances; None: as the machine's cost model has it."""
     step_error: float = 0.0
     """Standard deviation of the logarithm of the times of steps around the predicted ones."""
     slower: float = 0.0
-    """Share by which the machine becomes slower in the middle of a trace. Nothing tells the policy."""
+    """Share by which the machine becomes slower in the middle of a trace, or faster where it is negative. Nothing tells
+    a policy whose predictions are learned."""
 
     def met_by(self, trace: Trace) -> Setup:
         """With the machine that ``trace`` meets."""
@@ -53,6 +54,11 @@ class Setup:
             return self
         slowdown = Slowdown(1 + self.slower, trace.middle_s)
         return dataclasses.replace(self, machine=dataclasses.replace(self.machine, slowdown=slowdown))
+
+    @property
+    def change(self) -> str:
+        """What becomes of the machine in the middle, for titles."""
+        return f"{self.slower:.0%} slower" if self.slower >= 0 else f"{-self.slower:.0%} less time"
 
     def steps(self) -> StepCost:
         """What decode steps cost."""

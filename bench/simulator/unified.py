@@ -10,7 +10,6 @@ from sgl_flowprefill.bench.simulator.flowprefill import (
     HubInstance,
     SimEngine,
     SimShape,
-    SimTTFT,
     objective_of,
 )
 from sgl_flowprefill.bench.simulator.instance import Machine
@@ -138,11 +137,10 @@ class UnifiedInstance(HubInstance[UnifiedEngine]):
         ttft: TTFT | None = None,
         forward_error: float = 0.0,
     ) -> None:
-        """``ttft``: what predicts forwards of prompts; the cost model, unless there is another."""
+        """``ttft``: what predicts forwards of prompts, as ``HubInstance``."""
         colocated: Colocated = ColocatedPolicy(policy, step_cost, limits)
         engine = UnifiedEngine(machine, preemption, colocated, forward_error)
-        ttft = ttft or SimTTFT(machine.cost)
-        super().__init__(engine, colocated, ttft, hub_s, recorder, engine, machine.slowdown)
+        super().__init__(engine, colocated, machine, ttft, hub_s, recorder, engine)
         self.step_times = StepTimes(step_cost, step_error, machine.slowdown)
         self.lateness_s: list[float] = []
         """For each step that had to start while a prefill ran, how much later it did."""

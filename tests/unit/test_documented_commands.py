@@ -116,6 +116,8 @@ pip install \.( "sglang==.*")?
     tests/unit/test_events.py::test_the_command_prints_figures_and_refuses_other_files
 \S+ -m sgl_flowprefill.bench fetch-trace qwen-a
     tests/unit/test_fetch_trace.py::test_the_first_download_records_its_checksum_and_later_ones_have_to_agree
+\S+ -m sgl_flowprefill.bench simulate --oracle .*
+    tests/unit/test_simulator_oracle.py::test_the_command_compares_what_both_predictions_lead_to
 \S+ -m sgl_flowprefill.bench simulate --unified --slower .*
     tests/unit/test_simulator_slower.py::test_the_command_says_what_is_lost_beyond_what_the_limit_loses
 \S+ -m sgl_flowprefill.bench simulate --unified --goodput.*

@@ -27,6 +27,7 @@ class Bound:
 
 POSITIVE: Final = Bound("a positive number", lambda value: value > 0 and math.isfinite(value))
 SHARE: Final = Bound("a share between 0 and 1, like 0.9", lambda value: 0 < value < 1)
+CHANGE: Final = Bound("above -1, and not 0", lambda value: value > -1 and value != 0 and math.isfinite(value))
 AT_LEAST_0: Final = Bound("at least 0", lambda value: value >= 0)
 SEVERAL: Final = Bound("at least 2: only the prompts after a turn's first count for throughput", lambda n: n >= 2)
 

@@ -8,7 +8,7 @@ from typing import Annotated, Final, Literal
 
 from tyro.conf import arg, create_mutex_group
 
-from sgl_flowprefill.bench.cli.options.base import POSITIVE, Command
+from sgl_flowprefill.bench.cli.options.base import CHANGE, POSITIVE, Command
 from sgl_flowprefill.bench.cli.options.values import (
     Count,
     Factor,
@@ -45,6 +45,8 @@ class Simulate(Command):
     """search the fewest instances that keep --attainment"""
     speed: Annotated[bool, _MODE] = False
     """measure how fast the policy is by itself"""
+    oracle: Annotated[bool, _MODE] = False
+    """compare learned predictions with those of an oracle, seed by seed"""
     policy: Annotated[
         tuple[str, ...],
         arg(
@@ -101,8 +103,9 @@ class Simulate(Command):
     """standard deviation of the logarithm of the times of FlowPrefill's forwards around the predicted ones"""
     learned: bool = False
     """predict as a server does: by a profile of its first start, corrected and refitted while it serves"""
-    slower: Annotated[float, POSITIVE, arg(metavar="SHARE")] = 0.0
-    """beside the machine as it is, one that becomes slower by this share, such as 0.2, in the middle; with --learned"""
+    slower: Annotated[float, CHANGE, arg(metavar="SHARE")] = 0.0
+    """beside the machine as it is, one that becomes slower by this share, such as 0.2, in the middle (faster if it is
+    negative); with --learned. With --oracle, that one alone"""
     step_ms: Annotated[float | None, POSITIVE, arg(metavar="MS", help_behavior_hint=shown)] = None
     """--unified: fixed time of a decode step (default: the cost model's; 8 for a profile)"""
     step_ms_per_stream: Annotated[float | None, POSITIVE, arg(metavar="MS", help_behavior_hint=shown)] = None
