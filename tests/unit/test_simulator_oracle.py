@@ -31,8 +31,10 @@ def test_one_trace_says_nothing_of_how_sure_it_is() -> None:
 
 @pytest.mark.parametrize("layout", [(), ("--unified",)], ids=["pair", "unified"])
 def test_the_command_compares_what_both_predictions_lead_to(layout: tuple[str, ...], tmp_path: Path) -> None:
+    """Exact predictions are made wrong here, which learned ones do not follow: so these do better."""
     out = tmp_path / "oracle.json"
-    assert main([*COMMAND, *layout, "--slower", "0.5", "--policy", "feasible", "--out", str(out)]) == 0
+    command = [*COMMAND, *layout, "--slower", "0.5", "--prediction-bias", "4", "--policy", "feasible"]
+    assert main([*command, "--out", str(out)]) == 0
     of = json.loads(out.read_text())["traces"]["qwen-like"]["systems"]["feasible"]
     assert list(of) == ["all", f"first {JUST_CHANGED} after the change"]
     for part in of.values():
@@ -40,7 +42,7 @@ def test_the_command_compares_what_both_predictions_lead_to(layout: tuple[str, .
         assert part["difference_points"] == pytest.approx(100 * (part["learned"] - part["oracle"]))
         low, high = part["ci95_points"]
         assert low <= part["difference_points"] <= high
-    assert any(part["by_trace_points"] != [0.0, 0.0] for part in of.values()), "the predictions are not the same"
+    assert of["all"]["difference_points"] > 0
 
 
 def test_a_machine_can_become_faster_and_has_to_change(capsys: pytest.CaptureFixture[str]) -> None:
