@@ -105,7 +105,7 @@ def test_predictions_and_margin_follow_and_gaps_stay_in_time() -> None:
 
 @pytest.mark.parametrize("layout", ["pair", "unified"])
 def test_an_oracle_knows_at_once_that_the_machine_has_changed(layout: Layout) -> None:
-    """From 0.5 s on, the first takes 0.6 s, longer than it has. Who does not know goes on with it, and both are late."""
+    """From 0.5 s on, the first takes 0.6 s, longer than it has. Who does not know goes on, and both are late."""
     two = [TraceRequest(0.6, tokens, 1, "urgent", 0.55, 0.1) for tokens in (300, 200)]
     trace = Trace("toy", [*two, *trace_of((1.0, 10, 1)).requests])
     assert [request.met for request in run(simulated("feasible", layout), trace, toy_setup()).requests] == [
