@@ -73,8 +73,9 @@ def alerts(target: float = TARGET) -> list[Alert]:
         raise ValueError(f"a target is a share between 0 and 1 such as {TARGET}, not {target:g}")
     return [
         *_burns("FlowPrefillTTFT", "first tokens", queries.ttft_missed, table.TTFT_MET, table.TTFT_MISSED, target,
-                f"{CLASS.name}, {SERVICE}", f" of class {{{{ $labels.{CLASS.name} }}}}"),
-        *_burns("FlowPrefillTBT", "later tokens", queries.tbt_missed, table.TBT_MET, table.TBT_MISSED, target, SERVICE),
+                f"{CLASS.name}, {SERVICE}", "Misses by cause", f" of class {{{{ $labels.{CLASS.name} }}}}"),
+        *_burns("FlowPrefillTBT", "later tokens", queries.tbt_missed, table.TBT_MET, table.TBT_MISSED, target,
+                SERVICE, "Lateness of decode steps"),
         Alert(
             "FlowPrefillSlowerThanProfiled",
             f'{table.TTFT_MODEL.series}{{{MODEL_VALUE.name}="correction"}} > {CORRECTED:g}\n'
@@ -100,6 +101,7 @@ def _burns(
     missed: Metric,
     target: float,
     by: str,
+    panel: str,
     of: str = "",
 ) -> Iterator[Alert]:
     for burn in BURNS:
@@ -114,7 +116,7 @@ def _burns(
             f"{{{{ $value | humanizePercentage }}}} of {what}{of} of {{{{ $labels.model_name }}}} were late in the "
             f"last {burn.long}",
             f"More than {100 * most:.3g} percent in {burn.long} and in the last {burn.short}; "
-            f"{100 * target:.3g} percent shall be in time. Panel 'Misses by cause' says why.",
+            f"{100 * target:.3g} percent shall be in time. Look at panel '{panel}'.",
         )
 
 

@@ -12,7 +12,7 @@ import yaml
 from prometheus_client import CollectorRegistry, generate_latest
 
 from sgl_flowprefill.events import Abort, Arrival, Fail
-from sgl_flowprefill.metrics import dashboard, queries
+from sgl_flowprefill.metrics import alerts, dashboard, queries
 from sgl_flowprefill.metrics.table import CAUSES, MOST_CLASSES, OTHER, PREFIX, SHED, TABLE, TTFT_MISSED, Kind, Unit
 from sgl_flowprefill.misses import Cause
 from sgl_flowprefill.runtime.metrics import WRITTEN_EVERY_S, Metrics, Situation
@@ -77,6 +77,17 @@ def test_the_dashboard_shows_every_metric_and_no_two_panels_overlap() -> None:
         taken |= cells
         ids.add(panel["id"])
     assert len(ids) == len(dashboard.dashboard()["panels"])
+
+
+def test_an_alert_leads_to_a_panel_of_what_it_watches() -> None:
+    """TBT objectives are those of servers that decode, and so is what their panel shows."""
+    panels = {panel.title: panel for panel in dashboard.panels()}
+    named = [
+        (alert.name, title) for alert in alerts.alerts() for title in re.findall(r"panel '(.+)'", alert.description)
+    ]
+    assert len(named) == 2 * len(alerts.BURNS)
+    for alert, title in named:
+        assert {metric.unified for metric in panels[title].metrics} == {alert.startswith("FlowPrefillTBT")}, alert
 
 
 def test_no_stack_has_requests_twice() -> None:
