@@ -173,6 +173,50 @@ def test_the_figures_on_the_front_page_are_those_of_the_recorded_results():
     assert [figure for figure in told if figure not in results] == []
 
 
+def test_what_pages_say_of_the_demo_is_its_recorded_result():
+    demo = json.loads((ROOT / "bench" / "results" / "demo.json").read_text())
+    ours, stock = demo["systems"]["flowprefill"], demo["systems"]["sglang"]
+    due_s = {name: f"{objectives['ttft']:.2g}" for name, objectives in demo["slo_s"].items()}
+    files = ours["classes"]["file"], stock["classes"]["file"]
+
+    def share(system):
+        return f"{100 * system['ttft_attainment']:.1f}%".replace("100.0%", "100%")
+
+    def times(system, *names):
+        return " / ".join(f"{system[f'ttft_{name}_s']:.2g}" for name in names)
+
+    def asked(name):
+        return f"{name} ({ours['classes'][name]['requests']})"
+
+    rows = [(asked(name), due_s[name], ours["classes"][name], stock["classes"][name]) for name in ("text", "image")]
+    told = {
+        "README.md": [
+            f"| {ours['requests']} requests, {demo['rate_rps']:.2f} req/s |",
+            f"| **{share(ours)}** | **{share(stock)}** |",
+            *(f"| {name}, {due} s | {share(one)} | {share(other)} |" for name, due, one, other in rows),
+            f"| {asked('search')}, {due_s['search']} s; {asked('file')}, {due_s['file']} s | 100% | 100% |",
+            f"| goodput: requests in time, a second | {ours['goodput_rps']:.2f} | {stock['goodput_rps']:.2f} |",
+            f"| TTFT p50 / p99 | {times(ours, 'p50', 'p99')} s | {times(stock, 'p50', 'p99')} s |",
+            f"| {ours['preemptions']}; "
+            + " / ".join(f"{1e3 * ours[f'blocking_{name}_s']:.2g}" for name in ("p50", "p99", "max"))
+            + " ms |",
+            f"stretched by {demo['time_scale']:.2f}",
+        ],
+        "docs/faq.md": [
+            f"The {files[0]['requests']} file requests, the longest, had "
+            f"a median TTFT of {times(files[0], 'p50')} s (SGLang: {times(files[1], 'p50')} s) and "
+            f"a 99th percentile of {times(files[0], 'p99')} s (SGLang: {times(files[1], 'p99')} s); "
+            f"the 99th percentile of all was {times(ours, 'p99')} s (SGLang: {times(stock, 'p99')} s)",
+        ],
+        "docs/when-not.md": [f"search and file requests have {due_s['search']} and {due_s['file']} s"],
+    }
+    texts = {page: " ".join((ROOT / page).read_text().split()) for page in told}
+    assert [(page, figure) for page, figures in told.items() for figure in figures if figure not in texts[page]] == []
+    assert {share(system["classes"][name]) for system in (ours, stock) for name in ("search", "file")} == {"100%"}
+    [minutes] = re.findall(r"That took ([\d.]+ minutes) on two cores", texts["README.md"])
+    assert f"then compares: {minutes} on two cores" in (ROOT / "docs" / "start.md").read_text()
+
+
 def test_the_pictures_of_the_live_page_are_of_the_page_as_it_is():
     shown = SHOWN.read_text().strip() if SHOWN.exists() else None
     assert shown == page_hash(), "the page has changed since: run python -m tests.pictures"
