@@ -13,7 +13,7 @@ from packaging.requirements import Requirement
 
 from sgl_flowprefill.cluster.base import ClusterConfig
 from sgl_flowprefill.config import FlowPrefillConfig
-from sgl_flowprefill.metrics.table import CAUSES
+from sgl_flowprefill.metrics.table import CAUSES, PREFIX, TABLE
 from sgl_flowprefill.policy import POLICIES
 from tests.pictures import SHOWN, page_hash
 
@@ -146,6 +146,13 @@ def test_the_causes_that_pages_name_are_those_of_the_table():
     named = [(page.name, cause) for page in PAGES for cause in CAUSE.findall(page.read_text())]
     assert len(named) >= 3
     assert [(name, cause) for name, cause in named if cause not in CAUSES.values()] == []
+
+
+def test_the_metrics_that_pages_name_are_exported():
+    exported = {name for metric in TABLE for name in (metric.series, *metric.samples)}
+    named = {(page.name, name) for page in PAGES for name in re.findall(rf"\b{PREFIX}[a-z]\w+", page.read_text())}
+    assert len({page for page, _ in named}) > 3
+    assert sorted((page, name) for page, name in named if name not in exported) == []
 
 
 def headings(page):
