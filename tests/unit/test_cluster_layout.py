@@ -166,6 +166,22 @@ def test_the_device_is_chosen_and_named(gpus, options, device, monkeypatch, tmp_
         assert env.get("SGLANG_PLATFORM") == ("flowprefill_cpu" if on_cpu else None)
 
 
+@pytest.mark.parametrize("given", [[], ["--model-path", "MODEL"]])
+def test_a_decode_server_without_gpus_has_places_for_all_requests_that_a_policy_is_to_see(given, tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    given = [str(tmp_path) if option == "MODEL" else option for option in given]
+    layout = preflight.prepare(cli.parse(["--ports", "0", *given]))
+    places = ("--max-running-requests", "--max-total-tokens")
+    running, kv_tokens = (last_value(layout.server_options("decode"), name) for name in places)
+    assert int(running) >= 4096
+    assert kv_tokens == (None if given else str(1 << 20)), "the embedded model's alone is known to fit"
+    assert not {*places} & {*layout.server_options("prefill")}
+
+    own = "--max-running-requests 7 --max-total-tokens 9000"
+    layout = preflight.prepare(cli.parse(["--ports", "0", *given, "--decode-args", own]))
+    assert [last_value(layout.server_options("decode"), name) for name in places] == ["7", "9000"]
+
+
 def test_each_server_has_ports_gpus_and_an_event_log_of_its_own(monkeypatch):
     monkeypatch.setattr(machine, "gpu_count", lambda: 4)
     config = cli.parse(
