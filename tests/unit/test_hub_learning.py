@@ -61,6 +61,30 @@ def test_a_task_that_took_twice_as_long_is_seen_by_what_waits_and_by_what_is_sus
     assert waiting.factor == pytest.approx(2.0)
 
 
+@pytest.mark.parametrize(("took_s", "slo_s", "was_infeasible"), [(0.5, 0.3, False), (0.02, 0.05, True)])
+def test_what_waits_can_be_met_or_not_by_how_long_tasks_took_as_soon_as_they_end(
+    took_s: float, slo_s: float, was_infeasible: bool
+) -> None:
+    ttft = AdaptiveTTFT(0.5, SimpleNamespace(predict_s=lambda batch: 1e-3 * sum(shape.new_tokens for shape in batch)))
+    unlimited: Any = TaskMemory(Activations(1, 1, 1, None), math.inf)
+    work = Work(ColocatedPolicy(make_policy("s-edf", Limits(16, 1), 60.0)), ttft, unlimited, Progress([]), Tasks())
+    shape = PrefillShape(100)
+    waits = work.add(Arrival(-1, range(100), shape, 0.0, slo_s, 0.0))
+    work.policy.pick(0.0, None)
+    assert waits.remaining_s == pytest.approx(0.1)
+    assert work.policy.infeasible_waiting == was_infeasible
+    for number in range(20):
+        winner = work.add(Arrival(number, range(100), shape, 0.0, slo_s, 0.0))
+        task = work.start(0.0, winner, None, [number], [shape], None)
+        task.spans.append((HostStamp(0.0), HostStamp(took_s)))
+        work.end(task)
+        work.observe(task)
+        work.computed(task)
+    assert waits.remaining_s == pytest.approx(took_s)
+    work.policy.pick(0.0, None)
+    assert work.policy.infeasible_waiting == (not was_infeasible)
+
+
 def test_all_that_waits_or_is_suspended_is_predicted_by_the_model_that_is_adopted(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
