@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import combinations
+from operator import attrgetter
 from random import Random
 from statistics import mean
 
@@ -12,11 +13,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sgl_flowprefill.bench.simulator.cost import LLAMA_8B
+from sgl_flowprefill.bench.simulator.cost import LLAMA_8B, CostModel
 from sgl_flowprefill.bench.simulator.instance import Machine
 from sgl_flowprefill.bench.simulator.systems import Setup, run
 from sgl_flowprefill.bench.systems.catalog import simulated
 from sgl_flowprefill.bench.workloads.synthetic import WORKLOADS
+from sgl_flowprefill.bench.workloads.trace import Trace, TraceRequest
 from sgl_flowprefill.policy import Job, Limits, make_policy
 from sgl_flowprefill.policy.forecast import Forecast
 from sgl_flowprefill.policy.orders.feasible import PLANNED, FeasibleSet, largest_feasible
@@ -368,6 +370,26 @@ def test_what_nobody_could_meet_is_not_expected_to_arrive_again() -> None:
     policy.add(short)
     assert policy.pick(100.0, None) is short
     assert policy.kept == [short]
+
+
+@pytest.mark.parametrize("slo_s", [1e-9, 0.01])
+def test_short_requests_are_met_beside_long_ones_that_nobody_could_meet(slo_s: float) -> None:
+    cost = CostModel("toy", layers=10, fixed_s=0.0, per_token_s=1e-3, per_pair_s=0.0)
+    setup = Setup(Machine(cost, 100_000), limits=Limits(max_suspended=16, max_batch_tokens=1), max_operator_s=0.01)
+    random, requests = Random(1), []
+    for name, load, tokens, ttft_slo_s in (("long", 0.6, 2000, slo_s), ("short", 0.1, 50, 0.2)):
+        arrival_s = 0.0
+        while (arrival_s := arrival_s + random.expovariate(load / (1e-3 * tokens))) < 600.0:
+            requests.append(TraceRequest(arrival_s, tokens, 1, name, ttft_slo_s, 0.1))
+    trace = Trace("toy", sorted(requests, key=attrgetter("arrival_s")))
+
+    def met(policy: str) -> float:
+        of_all = run(simulated(policy), trace, setup).requests
+        short = [one.met for one in of_all if trace.requests[one.index].request_class == "short"]
+        assert len(short) > 1000
+        return mean(short)
+
+    assert met("feasible") >= met("s-edf") - 0.01
 
 
 @pytest.mark.parametrize("are_withdrawn", [True, False])
