@@ -22,7 +22,8 @@ from sgl_flowprefill.bench.reports.comparison import (
     ttft_cdfs,
 )
 from sgl_flowprefill.bench.reports.publish import publish
-from sgl_flowprefill.bench.reports.table import comparison_table
+from sgl_flowprefill.bench.reports.table import comparison_table, title
+from sgl_flowprefill.bench.workloads.answers import Answers
 from sgl_flowprefill.bench.workloads.synthetic import qwen_like
 from sgl_flowprefill.bench.workloads.trace import Trace
 from sgl_flowprefill.events import EventLog, Leave, Ready, Suspend
@@ -245,6 +246,9 @@ def test_table_names_every_figure(comparison: Comparison) -> None:
     assert "blocking time p50/p99/max" in text
     assert "until the task stopped" in text
     assert "40" in text
+    assert "; answers: the workload's own, median " in title(comparison)
+    shortened = dataclasses.replace(comparison, answers=Answers(scale=0.25))
+    assert "; answers: 0.25 of the workload's, median " in title(shortened)
 
 
 def test_an_invalid_run_is_named_and_changes_the_exit_code(comparison: Comparison, tmp_path: Path) -> None:
