@@ -170,11 +170,11 @@ def test_a_start_does_not_wait_for_grammars_that_are_being_compiled(
     compile_it, may_end = grammars.grammar_backend._init_value_dispatch, threading.Event()
 
     def compile_late(*key: Any) -> Any:
-        may_end.wait(60.0)
+        may_end.wait(120.0)
         return compile_it(*key)
 
     monkeypatch.setattr(grammars.grammar_backend, "_init_value_dispatch", compile_late)
-    monkeypatch.setattr(grammars, "SGLANG_GRAMMAR_POLL_INTERVAL", 5.0)
+    monkeypatch.setattr(grammars, "SGLANG_GRAMMAR_POLL_INTERVAL", 60.0)
     constrained = generate_request("constrained", prompt(2, 20), 1, ttft_slo_s=20.0, logprobs=True)
     constrained.sampling_params.regex = "[a-c]+"
     engine.receive(constrained)
@@ -182,7 +182,7 @@ def test_a_start_does_not_wait_for_grammars_that_are_being_compiled(
     started_s = time.monotonic()
     while "urgent" not in engine.answers:
         engine.turn()
-    assert time.monotonic() - started_s < 4.0
+    assert time.monotonic() - started_s < 30.0
     assert [req.rid for req in grammars.grammar_queue] == ["constrained"]
     may_end.set()
     engine.run()
