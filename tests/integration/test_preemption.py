@@ -20,6 +20,7 @@ from sgl_flowprefill.policy import Limits
 from sgl_flowprefill.ttft import PrefillShape
 from tests.chaos import Rounds
 from tests.engine import PrefillEngine, generate_request
+from tests.mutants import wrong_kv_slot_after_a_resume
 from tests.prompts import population, prompt
 from tests.reference import Comparison
 
@@ -129,6 +130,23 @@ def test_any_interleaving_and_any_aborts_change_no_answer_and_leave_nothing_behi
     rounds.ask(random.Random(seed), prompts, with_inputs=set(), dropped=left, switch_probability=0.7)
     rounds.comparison.assert_same()
     rounds.engine.assert_clean()
+
+
+def test_a_planted_defect_is_caught(engine: PrefillEngine, rounds: Rounds) -> None:
+    """The one of ``tests.mutants`` that strikes however fast the machine: two tokens exchange their KV slots."""
+    struck: list[bool] = []
+    wrong_kv_slot_after_a_resume(engine, lambda: struck.append(True))
+    engine.scheduler.hub.work.policy.limits = Limits(max_suspended=100, max_batch_tokens=1)
+    prompts = {f"d{i}": prompt(110 + i, 300) for i in range(4)}
+    try:
+        rounds.ask(random.Random(3), prompts, with_inputs=set(), dropped=set(), switch_probability=0.9, at_once=True)
+    finally:
+        del engine.scheduler.hub.executor.run
+    engine.assert_clean()
+    assert struck
+    with pytest.raises(AssertionError, match="not what transformers answers"):
+        rounds.comparison.assert_same()
+    assert rounds.comparison.differences["KV"]
 
 
 def test_a_grammar_that_is_compiled_during_a_prefill_interrupts_it(

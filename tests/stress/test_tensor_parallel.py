@@ -6,10 +6,13 @@ import itertools
 import random
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from sgl_flowprefill.model import EmbeddedModel, embedded_model_path
+from tests.mutants import wrong_kv_slot_after_a_resume
 from tests.prompts import population
 from tests.ranks import Chaos, Ranks
 from tests.reference import Comparison, Reference
@@ -27,6 +30,25 @@ def reference(model_path: str) -> Reference:
 @pytest.fixture(scope="module")
 def model_path() -> str:
     return str(embedded_model_path(EmbeddedModel(heads=2, layers=4, context_tokens=4608)))
+
+
+def exchange_two_slots(scheduler: Any, rank: int) -> None:
+    """At rank 1, two tokens of each task that is resumed have their KV slots exchanged, once."""
+    engine: Any = SimpleNamespace(scheduler=scheduler)
+    if rank == 1:
+        wrong_kv_slot_after_a_resume(engine, lambda: None)
+
+
+def test_a_defect_of_one_rank_is_caught(tmp_path: Path, model_path: str, reference: Reference) -> None:
+    comparison = Comparison(reference)
+    prompts = {f"d{i:02}": tokens for i, tokens in enumerate(population(12, longest_tokens=1500))}
+    with Ranks(model_path, 2, tmp_path, Chaos(1, 0.9), prepare=exchange_two_slots) as ranks:
+        for rid, tokens in prompts.items():
+            ranks.submit(rid, tokens, ttft_slo_s=100.0)
+        ranks.finish(list(prompts))
+        with pytest.raises(AssertionError, match="not what transformers answers"):
+            ranks.compare(comparison, prompts)
+    assert any("of rank 1" in text for text in comparison.differences["KV"]), comparison.differences
 
 
 @pytest.mark.parametrize(("seed", "switch_probability"), [(1, 0.9), (2, 0.9), (3, 0.6)])
