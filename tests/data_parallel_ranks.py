@@ -84,9 +84,16 @@ class DataParallelRanks(Ranks):
         rank = work[2]
         run_rank(*work, rank)
 
-    def submit(self, rid: str, prompt: Sequence[int], ttft_slo_s: float | None = None, rank: int = 0) -> None:
+    def submit(
+        self,
+        rid: str,
+        prompt: Sequence[int],
+        ttft_slo_s: float | None = None,
+        rank: int = 0,
+        pattern: str | None = None,
+    ) -> None:
         self._rank_of[rid] = rank
-        super().submit(rid, prompt, ttft_slo_s, rank)
+        super().submit(rid, prompt, ttft_slo_s, rank, pattern)
 
     def ranks_of(self, rid: str) -> Iterable[int]:
         return [self._rank_of[rid]]

@@ -148,8 +148,17 @@ class Ranks:
         """The body of a rank's process."""
         run_rank(*work)
 
-    def submit(self, rid: str, prompt: Sequence[int], ttft_slo_s: float | None = None, rank: int = 0) -> None:
-        self.send(generate_request(rid, prompt, self._sent, ttft_slo_s, logprobs=True), rank)
+    def submit(
+        self,
+        rid: str,
+        prompt: Sequence[int],
+        ttft_slo_s: float | None = None,
+        rank: int = 0,
+        pattern: str | None = None,
+    ) -> None:
+        request = generate_request(rid, prompt, self._sent, ttft_slo_s, logprobs=True)
+        request.sampling_params.regex = pattern
+        self.send(request, rank)
         self._sent += 1
 
     def abort(self, rid: str) -> None:
@@ -192,12 +201,20 @@ class Ranks:
                 assert all(process.is_alive() for process in self.processes), self.log.read_text()
                 assert time.monotonic() < deadline_s, f"no answer for {silence_s:g} s; {len(missing)} are missing"
 
-    def compare(self, comparison: Comparison, prompts: Mapping[str, Sequence[int]]) -> None:
-        """Compare the answers to all ``prompts``, and the KV cache that each rank handed over for them."""
+    def compare(
+        self,
+        comparison: Comparison,
+        prompts: Mapping[str, Sequence[int]],
+        patterns: Mapping[str, str] | None = None,
+    ) -> None:
+        """Compare the answers to all ``prompts`` (by their ids, as ``patterns``, which some had to match), and the KV
+        cache that each rank handed over for them.
+        """
         for rid, tokens in prompts.items():
             token = self.tokens[rid]
             answer = [] if token is None else [token]
-            comparison.answer(rid, tokens, answer, [self.logprobs[rid]] if answer and rid in self.logprobs else None)
+            logprobs = [self.logprobs[rid]] if answer and rid in self.logprobs else None
+            comparison.answer(rid, tokens, answer, logprobs, (patterns or {}).get(rid))
             parts = [self._take_kv(rank, rid, len(tokens)) for rank in self.ranks_of(rid)]
             comparison.kv_of_ranks(rid, tokens, parts)
         comparison.assert_same_with_logprobs()

@@ -12,7 +12,6 @@ import pytest
 
 from sgl_flowprefill.events import Arrival, read_events
 from tests.data_parallel_ranks import DataParallelRanks, lack_kv_cache_now_and_then, note_passes, note_rests
-from tests.engine import generate_request
 from tests.integration.conftest import PROMPTS
 from tests.prompts import prompt
 from tests.ranks import Chaos
@@ -102,16 +101,14 @@ def test_a_request_of_either_rank_ends_the_sleep_of_both(ranks: DataParallelRank
 
 
 def test_each_rank_compiles_the_grammars_of_its_requests(ranks: DataParallelRanks, comparison: Comparison) -> None:
-    beside = {f"beside-g{i}": prompt(80 + i, 500) for i in range(6)}
-    for i, (name, tokens) in enumerate(beside.items()):
-        request = generate_request(f"g{i}", prompt(70 + i, 200), 10_000 + i)
-        request.sampling_params.regex = f"[a-z]{{1,{4 + i % 3}}}"
-        ranks.send(request, rank=i % 2)
-        ranks.submit(name, tokens, rank=(i + 1) % 2)
-    grammars = [f"g{i}" for i in range(6)]
-    ranks.finish([*grammars, *beside])
-    assert all(ranks.tokens[name] is not None for name in grammars)
-    ranks.compare(comparison, beside)
+    patterns = {f"g{i}": f"[a-z]{{1,{4 + i % 3}}}" for i in range(6)}
+    prompts: dict[str, list[int]] = {}
+    for i, (name, pattern) in enumerate(patterns.items()):
+        prompts |= {name: prompt(70 + i, 200), f"beside-{name}": prompt(80 + i, 500)}
+        ranks.submit(name, prompts[name], rank=i % 2, pattern=pattern)
+        ranks.submit(f"beside-{name}", prompts[f"beside-{name}"], rank=(i + 1) % 2)
+    ranks.finish(list(prompts))
+    ranks.compare(comparison, prompts, patterns)
 
 
 def test_a_pause_lets_started_prefills_of_both_ranks_finish(ranks: DataParallelRanks, comparison: Comparison) -> None:

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 
 from sgl_flowprefill.model import embedded_model_path
-from tests.engine import generate_request
 from tests.integration.conftest import OWN_HEADS, PROMPTS, SHARED, TWO_HEADS
 from tests.prompts import prompt
 from tests.rank_notes import ALONE, OFFER_TASKS, note_matches, offer_models
@@ -138,16 +137,14 @@ def test_clients_that_leave_are_dropped_by_both_ranks(ranks: Ranks, comparison: 
 
 
 def test_both_ranks_compile_the_grammars_of_requests(ranks: Ranks, comparison: Comparison) -> None:
-    names = [f"g{i}" for i in range(6)]
-    beside = {f"beside-{name}": prompt(80 + i, 500) for i, name in enumerate(names)}
-    for i, name in enumerate(names):
-        request = generate_request(name, prompt(70 + i, 200), 10_000 + i)
-        request.sampling_params.regex = f"[a-z]{{1,{4 + i % 3}}}"
-        ranks.send(request)
-        ranks.submit(f"beside-{name}", beside[f"beside-{name}"])
-    ranks.finish([*names, *beside])
-    assert all(ranks.tokens[name] is not None for name in names)
-    ranks.compare(comparison, beside)
+    patterns = {f"g{i}": f"[a-z]{{1,{4 + i % 3}}}" for i in range(6)}
+    prompts: dict[str, list[int]] = {}
+    for i, (name, pattern) in enumerate(patterns.items()):
+        prompts |= {name: prompt(70 + i, 200), f"beside-{name}": prompt(80 + i, 500)}
+        ranks.submit(name, prompts[name], pattern=pattern)
+        ranks.submit(f"beside-{name}", prompts[f"beside-{name}"])
+    ranks.finish(list(prompts))
+    ranks.compare(comparison, prompts, patterns)
 
 
 def test_a_pause_lets_started_prefills_finish_on_both_ranks(ranks: Ranks, comparison: Comparison) -> None:
