@@ -20,6 +20,7 @@ from sgl_flowprefill.live import EVENTS, PAGE, TIMELINE
 from sgl_flowprefill.live.state import Document
 from tests.browser import Page, chromium
 from tests.prompts import prompt
+from tests.reference import Comparison
 
 LONG_TOKENS, SHORT_TOKENS, SHORT = 9000, 900, 8
 HOPELESS_S = 0.001
@@ -27,24 +28,28 @@ HOPELESS_S = 0.001
 
 
 @contextmanager
-def load(url: str, name: str, seed: int) -> Iterator[list[Future[int]]]:
+def load(url: str, name: str, seed: int, comparison: Comparison) -> Iterator[list[Future[requests.Response]]]:
     """A context in which requests are answered: a long one, and behind it short ones of which every other is late
-    whatever happens. Their ids begin with ``name``."""
+    whatever happens. Their ids begin with ``name``. The answers to the short ones are compared."""
+    prompts = [prompt(seed + number, SHORT_TOKENS if number else LONG_TOKENS) for number in range(SHORT + 1)]
 
-    def ask(number: int) -> int:
+    def ask(number: int) -> requests.Response:
         slo_s = 120.0 if number % 2 == 0 else HOPELESS_S
         sampling = {"max_new_tokens": 4, "temperature": 0, "custom_params": {"ttft_slo": slo_s}}
-        tokens = prompt(seed + number, LONG_TOKENS if number == 0 else SHORT_TOKENS)
-        body = {"rid": f"{name}-{number}", "input_ids": tokens, "sampling_params": sampling}
-        return requests.post(f"{url}/generate", json=body, timeout=300).status_code
+        body = {"input_ids": prompts[number], "sampling_params": sampling, "return_logprob": True}
+        return requests.post(f"{url}/generate", json=body | {"rid": f"{name}-{number}"}, timeout=300)
 
     with ThreadPoolExecutor(SHORT + 1) as clients:
         answers = [clients.submit(ask, number) for number in range(SHORT + 1)]
         yield answers
-        assert [answer.result(300) for answer in answers] == [200] * (SHORT + 1)
+        responses = [answer.result(300) for answer in answers]
+    assert [response.status_code for response in responses] == [200] * (SHORT + 1)
+    for number in range(1, SHORT + 1):
+        comparison.generated(f"{name}-{number}", prompts[number], responses[number].json()["meta_info"])
+    comparison.assert_same_with_logprobs()
 
 
-def watch(url: str, name: str, answers: list[Future[int]]) -> list[Document]:
+def watch(url: str, name: str, answers: list[Future[requests.Response]]) -> list[Document]:
     """What is told until all of ``answers`` are there and what became of them is told."""
     told = []
     for document in documents(url, None):
@@ -56,9 +61,12 @@ def watch(url: str, name: str, answers: list[Future[int]]) -> list[Document]:
 
 
 def test_a_unified_server_shows_what_waits_and_why_requests_missed(
-    unified_server: Cluster, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    unified_server: Cluster,
+    comparison: Comparison,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    with load(unified_server.url, "watched", seed=5000) as answers:
+    with load(unified_server.url, "watched", 5000, comparison) as answers:
         told = watch(unified_server.url, "watched", answers)
     states = [server.state for document in told for server in document.servers if server.state is not None]
     assert any(task.rids[0].startswith("watched") and task.runs for state in states for task in state.tasks)
@@ -82,13 +90,13 @@ def test_a_unified_server_shows_what_waits_and_why_requests_missed(
 
 
 def test_the_page_of_a_cluster_shows_the_servers_behind_the_gateway(
-    flowprefill_cluster: Cluster, tmp_path: Path
+    flowprefill_cluster: Cluster, comparison: Comparison, tmp_path: Path
 ) -> None:
     async def see(url: str) -> None:
         async with chromium() as browser:
             await browser.open(url, 1280, 800)
             await browser.until("document.getElementById('link').className === 'live'")
-            with load(flowprefill_cluster.url, "behind", seed=5100):
+            with load(flowprefill_cluster.url, "behind", 5100, comparison):
                 await browser.until("document.querySelector('#waiting .row .work') !== null")
                 await seen(browser)
             await browser.until("document.getElementById('misses').innerText.includes('behind-1')")

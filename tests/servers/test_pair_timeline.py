@@ -14,6 +14,7 @@ from sgl_flowprefill.cluster import Cluster
 from sgl_flowprefill.events import Arrival, Complete, Decoded, Leave, Log, Start, read_events
 from sgl_flowprefill.timeline import write_timeline
 from tests.prompts import prompt
+from tests.reference import Comparison
 from tests.trace_processor import trace_processor
 from tests.waiting import until
 
@@ -22,13 +23,16 @@ ANSWER_TOKENS: Final = 4
 TIMEOUT_S: Final = 120.0
 
 
-def ask(url: str, **body: Any) -> str:
+def ask(url: str, comparison: Comparison, **body: Any) -> str:
     """The rid at the decode server, which answers."""
+    tokens = prompt(zlib.crc32(repr(body).encode()), TOKENS)
     sampling = {"max_new_tokens": ANSWER_TOKENS, "ignore_eos": True, "temperature": 0}
-    asked = {"input_ids": prompt(zlib.crc32(repr(body).encode()), TOKENS), "sampling_params": sampling} | body
+    asked = {"input_ids": tokens, "sampling_params": sampling, "return_logprob": True} | body
     answer = requests.post(f"{url}/generate", json=asked, timeout=TIMEOUT_S)
     assert answer.ok, answer.text
-    rid: str = answer.json()["meta_info"]["id"]
+    told = answer.json()["meta_info"]
+    comparison.generated(repr(body), tokens, told)
+    rid: str = told["id"]
     return rid
 
 
@@ -43,13 +47,14 @@ def assert_in_order(*times_s: float | None) -> None:
 
 
 def test_each_request_of_a_pair_is_followed_from_the_prefill_server_to_the_decode_server(
-    flowprefill_cluster: Cluster, tmp_path: Path
+    flowprefill_cluster: Cluster, comparison: Comparison, tmp_path: Path
 ) -> None:
     """One whose client names it, and one that each server gives a name of its own."""
     prefill_log, decode_log = flowprefill_cluster.event_logs
     assert decode_log.name == f"{prefill_log.stem}-decode.jsonl"
     since_s = time.monotonic()
-    rids = [ask(flowprefill_cluster.url, rid="followed"), ask(flowprefill_cluster.url)]
+    rids = [ask(flowprefill_cluster.url, comparison, rid="followed"), ask(flowprefill_cluster.url, comparison)]
+    comparison.assert_same_with_logprobs()
     until(lambda: decoded_since(decode_log, since_s).keys() >= set(rids), TIMEOUT_S)
     decoded = [decoded_since(decode_log, since_s)[rid] for rid in rids]
     rooms = [one.bootstrap_room for one in decoded]

@@ -19,6 +19,7 @@ from sgl_flowprefill.live import EVENTS
 from sgl_flowprefill.live.state import State
 from tests.otlp import Collector, Span
 from tests.prompts import prompt
+from tests.reference import Comparison
 
 LONG_TOKENS: Final = 9000
 SHORT_TOKENS: Final = 300
@@ -29,10 +30,16 @@ CLOCKS_APART_S: Final = 0.05
 
 
 class Asked(NamedTuple):
-    """A request, and its answer's report."""
+    """A request, and what its answer says of itself."""
 
     trace: str
-    report: dict[str, Any]
+    prompt: list[int]
+    meta_info: dict[str, Any]
+
+    @property
+    def report(self) -> dict[str, Any]:
+        report: dict[str, Any] = self.meta_info["flowprefill"]
+        return report
 
 
 def ask(url: str, rid: str, tokens: int, slo_s: float, output_tokens: int = 2) -> Asked:
@@ -44,10 +51,11 @@ def ask(url: str, rid: str, tokens: int, slo_s: float, output_tokens: int = 2) -
         "temperature": 0,
         "custom_params": {"ttft_slo": slo_s, "tbt_slo": 0.1},
     }
-    body = {"rid": rid, "input_ids": prompt(zlib.crc32(rid.encode()), tokens), "sampling_params": sampling}
+    ids = prompt(zlib.crc32(rid.encode()), tokens)
+    body = {"rid": rid, "input_ids": ids, "sampling_params": sampling, "return_logprob": True}
     headers = {"traceparent": f"00-{trace}-00000000000000aa-01"}
     answer = requests.post(f"{url}/generate", json=body, headers=headers, timeout=TIMEOUT_S).json()
-    return Asked(trace, answer["meta_info"]["flowprefill"])
+    return Asked(trace, ids, answer["meta_info"])
 
 
 def wait_until(url: str, what: Callable[[State], bool]) -> None:
@@ -85,9 +93,12 @@ def collected(collector: Collector, traces: set[str], servers: int = 1) -> dict[
 
 
 def test_a_request_trace_says_where_its_prefill_was_suspended_and_what_became_of_it(
-    unified_server: Cluster, collector: Collector
+    unified_server: Cluster, collector: Collector, comparison: Comparison
 ) -> None:
     asked = asked_together(unified_server.url)
+    for rid in asked.keys() - {"long"}:  # transformers would take as long as the rest of the test
+        comparison.generated(rid, asked[rid].prompt, asked[rid].meta_info)
+    comparison.assert_same_with_logprobs()
     spans = collected(collector, {one.trace for one in asked.values()})
     by_name = {rid: {span.name: span for span in spans[one.trace]} for rid, one in asked.items()}
 
@@ -121,11 +132,13 @@ def test_a_request_trace_says_where_its_prefill_was_suspended_and_what_became_of
 
 
 def test_a_trace_of_a_pair_has_what_both_servers_did_with_a_request(
-    flowprefill_cluster: Cluster, collector: Collector
+    flowprefill_cluster: Cluster, collector: Collector, comparison: Comparison
 ) -> None:
     """The gateway hands the client's header on to both. Without one, each server begins a trace of its own, and the
     bootstrap room says which belong together."""
     asked = ask(flowprefill_cluster.url, "pair", SHORT_TOKENS, 60.0)
+    comparison.generated("pair", asked.prompt, asked.meta_info)
+    comparison.assert_same_with_logprobs()
     spans = collected(collector, {asked.trace}, servers=2)[asked.trace]
     roots = {span.name.split()[0]: span for span in spans if span.parent == f"{0xAA:016x}"}
     assert set(roots) == {"prefill", "decode"}
