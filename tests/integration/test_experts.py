@@ -217,17 +217,26 @@ def count_one_by_one(engine: CountingStock, asked: Mapping[str, Ask]) -> Any:
 def test_prefills_and_the_decode_steps_inside_them_are_counted_apart_and_as_by_sglang(
     unified: Remote, folder: Path
 ) -> None:
-    answers, counts, compared, seen = unified.call(count_all, ASKS, set(), 1)
-    print(compared, seen)
-    assert seen["suspensions"] >= 20
-    assert seen["steps inside prefills"] >= 10
-    assert compared["passes"] == compared["reported"] >= 50
     with closing(Remote(CountingStock, folder, "stat")) as stock:
         expected_answers, expected_counts, compared_of_stock = stock.call(count_one_by_one, ASKS)
     print(compared_of_stock)
-    assert answers == expected_answers
-    assert compared["tokens"] == compared_of_stock["tokens"]
-    assert int((counts - expected_counts).abs().sum()) <= 2 * compared["ties"]
+    seen: Counter[str] = Counter()
+    passes = 0
+    for seed in (1, *range(10, 20)):
+        answers, counts, compared, happened = unified.call(count_all, ASKS, set(), seed)
+        seen += happened
+        print(compared, seen)
+        assert answers == expected_answers
+        assert compared["passes"] == compared["reported"]
+        passes += compared["passes"]
+        assert compared["tokens"] == compared_of_stock["tokens"]
+        assert int((counts - expected_counts).abs().sum()) <= 2 * compared["ties"]
+        # How many fit in depends on the machine's speed.
+        if seen["suspensions"] >= 20 and seen["steps inside prefills"] >= 10:
+            break
+    assert seen["suspensions"] >= 20
+    assert seen["steps inside prefills"] >= 10
+    assert passes >= 50
 
 
 def test_requests_that_leave_are_counted_as_far_as_whole_passes_go(unified: Remote) -> None:

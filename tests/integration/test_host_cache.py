@@ -30,6 +30,8 @@ from tests.unified_comparison import Stock, StockComparison
 from tests.unified_engine import StockEngine, UnifiedEngine
 from tests.unified_rounds import Rounds as UnifiedRounds
 
+SUSPENSIONS = 30
+"""For each load that is asked for."""
 ASKS = asks(30, seed=6, longest_tokens=1500, longest_answer_tokens=40, always_ignore_eos=True)
 
 
@@ -70,20 +72,24 @@ class Played:
     """That were made later than they were asked for."""
 
 
-def play(engine: Late, rounds: int, first: int = 0) -> Played:
-    """Rounds of prompts that do not all fit on the device: what one evicts, another loads back."""
+def play(engine: Late, rounds: int, loads: int, first: int = 0) -> Played:
+    """Rounds of prompts that do not all fit on the device: what one evicts, another loads back. There are more of them
+    where that takes more for SUSPENSIONS with each of ``loads``.
+    """
     comparison = Comparison(Reference(embedded_model_path()))
     chance = Rounds(engine, comparison, PROMPTS)
-    loads = engine.loads = Loads(engine.scheduler)
-    for number in range(first, first + rounds):
-        chance.play(random.Random(number))
+    seen_loads = engine.loads = Loads(engine.scheduler)
+    for number in range(3 * rounds):
+        chance.play(random.Random(first + number))
         comparison.assert_same()
         engine.scheduler.on_idle()
+        if number + 1 >= rounds and chance.seen["suspensions"] >= SUSPENSIONS * loads:
+            break
     chance.close()
     engine.assert_clean()
     copies = engine.transfers.copies
     counts, seen = comparison.counts, chance.seen
-    return Played(f"{chance}; {loads}", counts, seen, len(loads.tokens), loads.beside_others, copies)
+    return Played(f"{chance}; {seen_loads}", counts, seen, len(seen_loads.tokens), seen_loads.beside_others, copies)
 
 
 def assert_played(played: Played, loads: int) -> None:
@@ -93,17 +99,17 @@ def assert_played(played: Played, loads: int) -> None:
     assert played.loads >= loads
     assert played.copies > 0
     assert played.beside_others >= loads // 4
-    assert played.seen["suspensions"] >= 30 * loads
+    assert played.seen["suspensions"] >= SUSPENSIONS * loads
 
 
 @pytest.mark.stress
 def test_suspended_prefills_wait_for_their_own_loads_and_for_those_whose_prefixes_they_share(remote: Remote) -> None:
-    assert_played(remote.call(play, 12), loads=12)
+    assert_played(remote.call(play, 12, 12), loads=12)
 
 
 @pytest.mark.stress
 def test_many_rounds_of_loads_change_no_answer_and_no_kv(remote: Remote) -> None:
-    assert_played(remote.call(play, 150, 1000), loads=120)
+    assert_played(remote.call(play, 150, 120, 1000), loads=120)
 
 
 def start_beside_a_load(engine: Late) -> tuple[Comparison, int]:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -265,15 +265,21 @@ def test_the_second_turn_of_a_chat_finds_the_decoded_tokens_of_the_first_in_the_
 def test_steps_and_suspensions_at_random_points_change_no_answer(
     unified: Remote, comparison: StockComparison, seed: int
 ) -> None:
-    rng = random.Random(seed)
-    asked = {f"c{i}": rng.choice(FEW_ASKS) for i in range(8)}
-    played = unified.call(play_and_flush, asked, set(), seed, rng.choice([0.1, 0.4, 0.9]))
-    comparison.compare(asked, played.answers)
-    comparison.assert_same()
-    print(dict(played.seen))
-    assert played.seen["steps inside prefills"] >= 10
-    assert played.seen["suspensions"] >= 5
-    assert played.seen["checks of the KV pool"] >= 100
+    seen: Counter[str] = Counter()
+    for number in range(seed, 30, 3):
+        rng = random.Random(number)
+        asked = {f"c{i}": rng.choice(FEW_ASKS) for i in range(8)}
+        played = unified.call(play_and_flush, asked, set(), number, rng.choice([0.1, 0.4, 0.9]))
+        comparison.compare(asked, played.answers)
+        comparison.assert_same()
+        seen += played.seen
+        # How many fit in depends on the machine's speed.
+        if seen["steps inside prefills"] >= 10 and seen["suspensions"] >= 5 and seen["checks of the KV pool"] >= 100:
+            break
+    print(dict(seen))
+    assert seen["steps inside prefills"] >= 10
+    assert seen["suspensions"] >= 5
+    assert seen["checks of the KV pool"] >= 100
 
 
 @pytest.mark.parametrize(

@@ -67,14 +67,18 @@ def compare(cluster: Cluster, comparison: Comparison, count: int, seed: int) -> 
         comparison.answer(f"request {i}", tokens, ids, logprobs)
     print(f"\n{', '.join(f'{value:,} {what}' for what, value in seen.items())} in {time.monotonic() - start_s:.0f} s")
     comparison.assert_same()
-    assert comparison.counts["answers"] == count
     return seen
 
 
 def test_a_decode_server_answers_from_what_arrives_as_transformers_does(
     flowprefill_cluster: Cluster, comparison: Comparison
 ) -> None:
-    seen = compare(flowprefill_cluster, comparison, count=36, seed=1)
+    seen: Counter[str] = Counter()
+    for seed in range(1, 6):
+        seen += compare(flowprefill_cluster, comparison, count=36, seed=seed)
+        if seen["suspensions"]:  # a fast machine is seldom interrupted
+            break
+    assert comparison.counts["answers"] == seen["requests"]
     assert seen["suspensions"] >= 1
     assert seen["batches of several"] >= 2
     assert seen["requests with a cached prefix"] >= 6
@@ -86,6 +90,7 @@ def test_a_decode_server_answers_six_hundred_requests_as_transformers_does(
     flowprefill_cluster: Cluster, comparison: Comparison
 ) -> None:
     seen = compare(flowprefill_cluster, comparison, count=600, seed=2)
+    assert comparison.counts["answers"] == seen["requests"]
     assert seen["suspensions"] >= 50
     assert seen["batches of several"] >= 50
     assert seen["requests with a cached prefix"] >= 200
