@@ -21,7 +21,7 @@ from tests.unified_rounds import Rounds
 
 pytestmark = [pytest.mark.stress, pytest.mark.timeout(7200)]
 
-MOST_ROUNDS = 40
+MOST_ROUNDS = 160
 INTERLEAVINGS, ABORTS, ANSWERS = 10_000, 20, 60
 POOLS = {
     "ample": ({}, 60_000),
