@@ -209,13 +209,14 @@ class Work:
         jobs = self._with_adapters(jobs)
         if fitting := self._first_that_fit(jobs):
             return fitting
-        if passed_over < MOST_PASSED_OVER and self._may_pass_over(job, now_s):
+        is_waited_for = not self._may_pass_over(job, now_s)
+        if not is_waited_for and passed_over < MOST_PASSED_OVER:
             self.policy.remove(job)
             try:
                 return self.choose(now_s, admit, last, passed_over + 1)
             finally:
                 self.policy.add(job)
-        if jobs and self._fits(jobs[:1], with_own=False):
+        if jobs and self._fits(jobs[:1], with_own=False, is_waited_for=is_waited_for):
             return jobs[:1]
         # Where not even the winner fits beside the tasks, these go on.
         return self.choose(now_s, admit=False, last=True)
@@ -282,12 +283,13 @@ class Work:
             return jobs
         return jobs[: bisect_left(range(1, len(jobs)), True, key=lambda count: not self._fits(jobs[:count]))]
 
-    def _fits(self, jobs: Sequence[Job[WaitingRequest]], with_own: bool = True) -> bool:
+    def _fits(self, jobs: Sequence[Job[WaitingRequest]], with_own: bool = True, is_waited_for: bool = False) -> bool:
         """Whether the activations of a task of ``jobs`` fit beside the live tasks', and its requests among the
-        streams; ``with_own``: with the objectives between tokens that ``jobs`` have.
+        streams; ``with_own``: with the objectives between tokens that ``jobs`` have; ``is_waited_for``: all others
+        wait with them.
         """
         parts = _by_dp_rank(jobs)
-        if not self._may_join(jobs, parts, with_own):
+        if not self._may_join(jobs, parts, with_own, is_waited_for):
             return False
         live = self.tasks.live
         return not live or self.memory.admits(
@@ -297,18 +299,23 @@ class Work:
         )
 
     def _may_join(
-        self, jobs: Sequence[Job[WaitingRequest]], parts: Sequence[Sequence[PrefillShape]], with_own: bool = True
+        self,
+        jobs: Sequence[Job[WaitingRequest]],
+        parts: Sequence[Sequence[PrefillShape]],
+        with_own: bool = True,
+        is_waited_for: bool = False,
     ) -> bool:
         """Whether the streams can become as many as with those of all tasks, also of such whose results are on their
         way, and of ``jobs``, whose shapes are in ``parts``, one for each rank; ``with_own``: so that what ``jobs`` ask
         for themselves holds. One that was a stream before comes back whatever it asks for: somebody waits for the rest
-        of its answer.
+        of its answer. ``is_waited_for``: all others wait with ``jobs``.
         """
         shapes = [shape for task in self.tasks.prefills for shape in task.shapes]
         requests = len(shapes) + max(map(len, parts))
         tokens = sum(map(sum, shapes)) + max(sum(map(sum, part)) for part in parts)
         new = [job.item for job in jobs if with_own and not self.colocated.returns(job)]
-        return self.colocated.may_join(requests, tokens, [Joiner(one.tbt_s, sum(one.shape)) for one in new])
+        joiners = [Joiner(one.tbt_s, sum(one.shape)) for one in new]
+        return self.colocated.may_join(requests, tokens, joiners, is_waited_for)
 
     def _may_pass_over(self, winner: Job[WaitingRequest], now_s: float) -> bool:
         """Whether others may start before ``winner``, which has to wait for streams to end: a small request need not

@@ -201,11 +201,11 @@ class ColocatedPolicy(Generic[R, K]):
             return Turn(Act.STEP if self.may_step else Act.NOTHING)
         return Turn(Act.TASK if job.started else Act.START, job, self.step_by_s)
 
-    def may_join(self, requests: int, tokens: int, joiners: Sequence[Joiner] = ()) -> bool:
+    def may_join(self, requests: int, tokens: int, joiners: Sequence[Joiner] = (), is_waited_for: bool = False) -> bool:
         """Whether a task may start after which ``requests`` with ``tokens``, those of live tasks among them, join the
-        streams. ``joiners``: what is known of the new ones.
+        streams. ``joiners``: what is known of the new ones; ``is_waited_for``: whether all others wait with them.
         """
-        return may_join(self.streams, requests, tokens, self._model, self.limits, joiners)
+        return may_join(self.streams, requests, tokens, self._model, self.limits, joiners, is_waited_for)
 
     @property
     def can_retract(self) -> bool:

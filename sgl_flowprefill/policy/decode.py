@@ -142,6 +142,8 @@ class Streams:
         self._requests_at: Counter[int] = Counter()
         self._context_tokens_at: Counter[int] = Counter()
         """The streams of each rank, and the tokens that these have together."""
+        self._lengths: list[int] = []
+        """Of each stream, its context less the steps that had begun when it joined: these stay in order as all grow."""
 
     def join(self, stream: Stream) -> None:
         """``stream`` takes part in the next step that begins."""
@@ -149,6 +151,7 @@ class Streams:
         self.requests += 1
         self._requests_at[stream.dp_rank] += 1
         self._context_tokens_at[stream.dp_rank] += stream.context_tokens
+        insort(self._lengths, _length(stream))
         self._joined.append(stream)
 
     def leave(self, stream: Stream) -> None:
@@ -156,6 +159,7 @@ class Streams:
         self.requests -= 1
         self._requests_at[stream.dp_rank] -= 1
         self._context_tokens_at[stream.dp_rank] -= self.context_of(stream)
+        del self._lengths[bisect_left(self._lengths, _length(stream))]
         if stream.joined_at >= self._ended:
             self._joined.remove(stream)
         else:
@@ -206,6 +210,11 @@ class Streams:
         return max(self._context_tokens_at.values(), default=0)
 
     @property
+    def longest_tokens(self) -> int:
+        """Tokens of the stream that has most, but for those of a step or two that it did not take part in."""
+        return self._lengths[-1] + self._ended if self._lengths else 0
+
+    @property
     def fewest_served(self) -> int:
         """Streams that a step has served, at the place that has the fewest of those that have any streams."""
         joined = Counter(stream.dp_rank for stream in self._joined)
@@ -226,6 +235,10 @@ class Streams:
         objectives = [*self._stepped, *(stream.tbt_s for stream in self._joined)]
         planned_s = (min(tbt_s, LONGEST_GAP_S) for tbt_s in objectives)
         return min((tbt_s for tbt_s in planned_s if tbt_s >= at_least_s), default=math.inf)
+
+
+def _length(stream: Stream) -> int:
+    return stream.context_tokens - stream.joined_at
 
 
 class Margin:
@@ -307,6 +320,7 @@ def may_join(
     model: StepModel,
     limits: DecodeLimits,
     joiners: Sequence[Joiner] = (),
+    is_waited_for: bool = False,
 ) -> bool:
     """Whether ``requests`` with ``tokens`` in all, those of live tasks among them, may join the streams of a place.
 
@@ -315,8 +329,13 @@ def may_join(
     to end, but not for prefills. Objectives that this server would miss with one stream alone bar nobody, nor does that
     of a joiner whose own prompt is too long for it: it would be let in beside nobody. So an empty server lets in any
     single request.
+
+    ``is_waited_for``: nobody else starts before these requests do. Then an objective bars nobody either for which a
+    step over the longest stream is too long by itself, or with any other one: it is missed until that stream ends,
+    or the requests would wait for just that.
     """
-    reachable_s = model.predict_s(1, 0) / limits.max_share
+    alone, context_tokens = (2, streams.longest_tokens) if is_waited_for else (1, 0)
+    reachable_s = model.predict_s(alone, context_tokens) / limits.max_share
     step_s = model.predict_s(streams.widest + requests, streams.context_tokens + tokens)
     if step_s <= 0.0:
         return True  # nothing is decoded here

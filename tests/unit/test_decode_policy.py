@@ -143,6 +143,8 @@ def test_sums_over_streams_are_those_of_the_streams_one_by_one(script: list[tupl
             running = None
         assert streams.requests == len(live)
         assert streams.context_tokens == sum(context[stream] for stream in live)
+        longest = max((context[stream] for stream in live), default=0)
+        assert longest - 1 <= streams.longest_tokens <= longest
         assert streams.start_by_s(0.0) == pytest.approx(min((last_s[s] + s.tbt_s for s in live), default=math.inf))
         assert streams.tightest_s() == min((s.tbt_s for s in live), default=math.inf)
         assert [streams.last_token_s(s) for s in live] == [last_s[s] for s in live]
@@ -273,6 +275,26 @@ def test_an_objective_that_would_not_hold_alone_is_no_reason_to_wait() -> None:
     long = replace(STEPS, per_context_s=1e-6)
     assert not may_join(streams, 1, 30_000, long, limits, [Joiner(0.055, 30_000)]), "41 ms alone, of 49.5"
     assert may_join(streams, 1, 40_000, long, limits, [Joiner(0.055, 40_000)]), "51 ms"
+
+
+@pytest.mark.parametrize(
+    ("context_tokens", "tokens", "barred", "waited_for_barred"),
+    [
+        (85_000, 100, True, False),  # 96 ms alone, of 90
+        (78_500, 100, True, False),  # 89.5 ms alone, and 90.5 with any other
+        (70_000, 9_000, True, True),  # 82 ms with another, 92 with this one
+        (70_000, 6_000, False, False),
+        (85_000, 100_000, True, True),  # 198 ms, of 180 for the lax one
+    ],
+)
+def test_a_stream_that_leaves_no_room_for_another_bars_nobody_whom_all_wait_for(
+    context_tokens: int, tokens: int, barred: bool, waited_for_barred: bool
+) -> None:
+    streams, model = Streams(), replace(STEPS, per_context_s=1e-6)
+    for stream in (Stream(0.2, 0, 0.0), Stream(0.1, context_tokens, 0.0)):
+        streams.join(stream)
+    for is_waited_for, expected in ((False, barred), (True, waited_for_barred)):
+        assert may_join(streams, 1, tokens, model, DecodeLimits(), (), is_waited_for) is not expected
 
 
 @given(st.floats(1e-4, 10.0), st.integers(1, 200_000))
