@@ -19,9 +19,9 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import median, median_low
+from statistics import median
 from typing import Final
 
 import numpy as np
@@ -30,6 +30,7 @@ from sgl_flowprefill.ttft.base import PrefillShape
 from sgl_flowprefill.ttft.boosted import LEAST_SHAPES, BoostedTTFT, Fitted, fit_rows
 from sgl_flowprefill.ttft.features import Array, Features, features
 from sgl_flowprefill.ttft.kinds import kind
+from sgl_flowprefill.ttft.levels import USUAL_TASKS, level_of, usual_level
 from sgl_flowprefill.ttft.online import AdaptiveTTFT, Prediction
 from sgl_flowprefill.ttft.reservoir import (
     EXPLORED,
@@ -53,14 +54,6 @@ LEVEL_MEMORY: Final = 15
 """Last tasks of a kind of which its level is the median."""
 AGREEING: Final = 12
 """So many of them have to be off to the same side, by more than LEAST_LEVEL, or the kind has no level."""
-LEAST_LEVEL: Final = 0.05
-"""Natural logarithm: noise alone hardly ever makes a level."""
-USUAL_TASKS: Final = 200
-"""Last tasks among which levels begin where most are. A burst of less than half as many does not change where."""
-USUAL_SHARE: Final = 0.6
-"""So many of these have to have levels to the same side, or levels stay as they are. With half of them, they would
-begin now here and now there where two kinds are as frequent.
-"""
 RESIDUALS: Final = 101
 """Last tasks of which the spread says what is too far off."""
 TOO_FAR: Final = 8.0
@@ -144,17 +137,15 @@ class Journal:
     def _log_slowness(self) -> float:
         """How slow the machine is. Where most of the last tasks have levels, these begin there from now on."""
         levels = self._levels()
-        usual = sorted(levels.get(of, 0.0) for of in self._usual)
-        most = int(USUAL_SHARE * len(usual))
-        if usual[len(usual) - most] > 0 or usual[most - 1] < 0:
+        if usual := usual_level(levels.get(of, 0.0) for of in self._usual):
             for last in self._of_kind.values():
                 for place in range(len(last)):
-                    last[place] -= median_low(usual)
+                    last[place] -= usual
             levels = self._levels()
         return median(log_ratio - levels.get(of, 0.0) for of, log_ratio in self._around)
 
     def _levels(self) -> dict[int, float]:
-        return {of: _level(last) for of, last in self._of_kind.items()}
+        return {of: level_of(sorted(last), AGREEING) for of, last in self._of_kind.items()}
 
     def _keep(
         self,
@@ -179,15 +170,6 @@ class Journal:
         else:
             self.refused += 1
         return is_believed
-
-
-def _level(last: Iterable[float]) -> float:
-    """By how much nearly all of the ``last`` tasks of a kind were off; 0 where they were not, or were too few."""
-    ordered = sorted(last)
-    if len(ordered) < AGREEING:
-        return 0.0
-    agree = ordered[-AGREEING] > LEAST_LEVEL or ordered[AGREEING - 1] < -LEAST_LEVEL
-    return median(ordered) if agree else 0.0
 
 
 class RefittedTTFT(AdaptiveTTFT, ABC):

@@ -1,8 +1,9 @@
 """A TTFT model that follows the machine: corrected by the tasks that complete, with a margin for what stays uncertain.
 
-The profile is one machine on one day. The ratio of measured to predicted time is tracked twice, over all tasks and, as
+The profile is one machine on one day. The ratio of measured to profiled time is tracked twice, over all tasks and, as
 what that leaves, by size of the task. Both are medians of the last tasks, so that a step change is followed once it is
-the majority and an absurd measurement changes next to nothing. What both leave is kept by kind of batch
+the majority and an absurd measurement changes next to nothing. By what nearly all tasks of a size are off, they say
+nothing of the machine: a burst of them is not corrected for it twice. What both leave is kept by kind of batch
 (``ttft.kinds``): the margin of a batch is a quantile over batches like it, and wider for a kind that has not been seen.
 """
 
@@ -17,12 +18,15 @@ from typing import Final, NamedTuple
 from sgl_flowprefill.pace import Pace
 from sgl_flowprefill.ttft.base import YARDSTICK, PrefillShape, TTFTModel
 from sgl_flowprefill.ttft.kinds import BANDS_TOKENS, band_of, kind_of
+from sgl_flowprefill.ttft.levels import USUAL_TASKS, level_of, usual_level
 
 ALL_TASKS: Final = 15
 """Tasks of which the global correction is the median: a step change is followed after half of them."""
 BAND_TASKS: Final = 31
 """Tasks of which a size band's correction is the median: more, so that what the global correction is about to explain
 is not counted twice."""
+AGREEING: Final = 25
+"""So many of these have to be off to the same side, or tasks of their size have no level (``ttft.levels``)."""
 RESIDUAL_TASKS: Final = 101
 """Tasks of all kinds of which the margin over all is a quantile. So many are kept for when another model takes over."""
 KIND_TASKS: Final = 41
@@ -78,6 +82,8 @@ class AdaptiveTTFT:
         self._yardstick_s = model.predict_s([YARDSTICK])
         self._all = _Window([math.log(correction)] * ALL_TASKS)
         self._bands = [_Window([0.0] * BAND_TASKS) for _ in range(len(BANDS_TOKENS) + 1)]
+        self._usual: deque[int] = deque(maxlen=USUAL_TASKS)
+        """Size bands of the last tasks."""
         self._residuals = _Window(_thinned(residuals, RESIDUAL_TASKS))
         self._of_kind: dict[int, list[float]] = {}
         for kind, residual in zip(kinds, residuals, strict=False):
@@ -164,13 +170,28 @@ class AdaptiveTTFT:
         residual = math.log(measured_s / prediction.expected_s)
         self._residuals.push(residual)
         self._margin_window(kind).push(residual)
-        self._all.push(log_ratio)
-        self._bands[band_of(kind)].push(log_ratio - self._all.at(0.5))
+        self._usual.append(band_of(kind))
+        band = self._bands[band_of(kind)]
+        self._all.push(log_ratio - self._levels()[band_of(kind)])
+        band.push(log_ratio - self._all.at(0.5))
         return prediction
+
+    def _levels(self) -> list[float]:
+        """Levels of all sizes. Where most of the last tasks have some, levels begin there from now on: predictions of
+        the sizes that these have stay as they are.
+        """
+        levels = [band.level for band in self._bands]
+        usual = usual_level(levels[band] for band in self._usual)
+        if usual:
+            self._all.shift(usual)
+            for band in set(self._usual):
+                self._bands[band].shift(-usual)
+            levels = [band.level for band in self._bands]
+        return levels
 
     @property
     def correction(self) -> float:
-        """Measured over profiled time, as the median of the last tasks of all sizes."""
+        """Measured over profiled time beyond what sizes are off by, as the median of the last tasks of all sizes."""
         return math.exp(self._all.at(0.5))
 
     @property
@@ -233,6 +254,16 @@ class _Window:
         del self._sorted[bisect_left(self._sorted, oldest)]
         self._recent.append(value)
         insort(self._sorted, value)
+
+    def shift(self, by: float) -> None:
+        """All values are so much greater."""
+        self._recent = deque(value + by for value in self._recent)
+        self._sorted = [value + by for value in self._sorted]
+
+    @property
+    def level(self) -> float:
+        """As tasks of a size have one."""
+        return level_of(self._sorted, AGREEING)
 
     def at(self, quantile: float) -> float:
         return self._sorted[min(int(quantile * len(self._sorted)), len(self._sorted) - 1)]

@@ -70,6 +70,40 @@ def test_a_size_that_is_slower_than_the_others_gets_a_correction_of_its_own() ->
     assert error(ttft, 1.0, 500) < 0.05
 
 
+def test_a_burst_of_a_size_that_has_a_correction_of_its_own_is_not_corrected_twice() -> None:
+    """Nor do other sizes pay for it. A machine that becomes slower meanwhile is followed as ever."""
+    ttft, rng = adaptive(), random.Random(0)
+
+    def complete(tokens: int, slower: float = 1.0) -> None:
+        batch, own = [PrefillShape(tokens)], 1.5 if tokens == 6000 else 1.0
+        ttft.observe(batch, PROFILE.predict_s(batch) * own * slower * math.exp(rng.gauss(0, 0.02)))
+
+    for _ in range(40):
+        for tokens in SIZES:
+            complete(tokens)
+    for _ in range(40):
+        complete(6000)
+        assert error(ttft, 1.5, 6000) < 0.1
+        assert error(ttft, 1.0, 500) < 0.1
+    for _ in range(20):
+        complete(6000, slower=2.0)
+    assert error(ttft, 2 * 1.5, 6000) < 0.1
+    assert error(ttft, 2.0, 500) < 0.1
+    assert ttft.correction == pytest.approx(2.0, rel=0.1)
+
+
+@pytest.mark.parametrize("slower", [0.25, 2.0, 4.0])
+@pytest.mark.parametrize("within_tasks", [1, 50, 100])
+def test_a_machine_that_changes_while_one_size_comes_is_no_level_of_that_size(slower: float, within_tasks: int) -> None:
+    ttft, rng = adaptive(), random.Random(0)
+    for task in range(within_tasks + 60):
+        batch = [PrefillShape(6000)]
+        slowness = slower ** min(1.0, task / within_tasks)
+        ttft.observe(batch, PROFILE.predict_s(batch) * slowness * math.exp(rng.gauss(0, 0.02)))
+    assert ttft.correction == pytest.approx(slower, rel=0.1)
+    assert all(error(ttft, slower, size) < 0.1 for size in SIZES)
+
+
 @pytest.mark.parametrize("measured_s", [0.0, -1.0, math.nan, math.inf])
 def test_nonsense_is_not_learned_from(measured_s: float) -> None:
     ttft = adaptive()
