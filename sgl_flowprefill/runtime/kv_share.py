@@ -73,7 +73,7 @@ class Needed:
         """
         longest = min(pool_tokens, self.context_tokens)
         running_bytes = self.activations.running_bytes(longest)
-        ending_bytes = self.activations.suspended_bytes(longest) + self.activations.logits_bytes(longest)
+        ending_bytes = self.activations.checkpoint_bytes(longest) + self.activations.logits_bytes(longest)
         return self.fixed_bytes + int(max(running_bytes, ending_bytes) / (1 - IN_PIECES))
 
 

@@ -99,6 +99,12 @@ class Activations:
     """Bytes of one token's gate, up projection and their product; with a mixture of experts, in each that it visits."""
     mlp_tile_tokens: Callable[[], int] | None
     """Rows of an MLP tile, as it is now; None: the whole batch at once."""
+    has_experts: bool = False
+    """Whether there are mixtures of experts, which run whole beside MLPs in tiles."""
+    between_linears: int = 0
+    """Bytes of one token's gate and up projection, which a task keeps that is suspended before their product."""
+    is_interrupted_inside: bool = True
+    """Whether tasks are suspended inside operators, and not behind them only."""
     logits: int = 0
     """Bytes of one token's logits where log probabilities of the prompt are computed: of a rank, gathered, and scored
     (``LogprobProcessor._can_borrow_logprob_memory`` counts three matrices, too)."""
@@ -116,6 +122,7 @@ class Activations:
         kept_hidden_states: int = 0,
         gathered: int = 1,
         shared: int = 1,
+        is_interrupted_inside: bool = True,
     ) -> Activations:
         """Activations of a rank. So many hidden states of each token are kept for a draft model, and those of so many
         ranks are ``gathered``. The heads of attention and the weights of dense MLPs are ``shared`` by so many ranks; a
@@ -131,7 +138,10 @@ class Activations:
             hidden=model_config.hidden_size * dtype_bytes * gathered,
             attention=2 * heads * model_config.head_dim * dtype_bytes,
             mlp=max(3 * dense, experts * (3 * expert + model_config.hidden_size)) * dtype_bytes,
-            mlp_tile_tokens=None if experts else mlp_tile_tokens,
+            mlp_tile_tokens=mlp_tile_tokens,
+            has_experts=experts > 0,
+            between_linears=2 * dense * dtype_bytes,
+            is_interrupted_inside=is_interrupted_inside,
             logits=3 * int(model_config.vocab_size) * torch.float32.itemsize,
             logits_chunk_tokens=(
                 envs.SGLANG_LOGPROB_CHUNK_SIZE.get() if envs.SGLANG_ENABLE_LOGPROB_CHUNK.get() else None
@@ -139,18 +149,28 @@ class Activations:
             for_draft=kept_hidden_states * model_config.hidden_size * dtype_bytes,
         )
 
-    def suspended_bytes(self, tokens: int) -> int:
+    def checkpoint_bytes(self, tokens: int) -> int:
         """A task at a preemption checkpoint: input of the layer, input and output of the operator that it stopped
         after, residual. Norms that work in place (on a GPU) save the first.
         """
         return tokens * (4 * self.hidden + self.for_draft)
 
+    def suspended_bytes(self, tokens: int) -> int:
+        """The most that a suspended task holds: at a preemption checkpoint; in a tile of an MLP, between its linear
+        layers; or behind the last linear layer of attention, whose input and tensors are still there.
+        """
+        held = self.checkpoint_bytes(tokens)
+        if not self.is_interrupted_inside:
+            return held
+        in_attention = tokens * max(0, self.attention - self.hidden)  # of four hidden states there are three
+        return held + max(in_attention, self._tile_rows(tokens) * self.between_linears)
+
     def running_bytes(self, tokens: int) -> int:
         """The most that a task holds: within attention, or within the MLP. The draft is given one tensor of all that is
         kept for it.
         """
-        rows = tokens if self.mlp_tile_tokens is None else min(tokens, self.mlp_tile_tokens())
-        held = self.suspended_bytes(tokens) + tokens * self.for_draft
+        rows = tokens if self.has_experts else self._tile_rows(tokens)
+        held = self.checkpoint_bytes(tokens) + tokens * self.for_draft
         return held + max(tokens * self.attention, rows * self.mlp)
 
     def logits_bytes(self, rows: int) -> int:
@@ -158,6 +178,9 @@ class Activations:
         prefill is not suspended there.
         """
         return min(rows, self.logits_chunk_tokens or rows) * self.logits
+
+    def _tile_rows(self, tokens: int) -> int:
+        return tokens if self.mlp_tile_tokens is None else min(tokens, self.mlp_tile_tokens())
 
 
 @dataclass(frozen=True)
@@ -179,12 +202,15 @@ class TaskMemory:
         gathered: int = 1,
         streams: int = 0,
         shared: int = 1,
+        is_interrupted_inside: bool = True,
     ) -> TaskMemory:
         """Measure what is free and what a task needs, beside decode steps over up to so many ``streams``. Raises
         SystemExit with one line when that does not fit.
         """
         config, dtype_bytes = model_runner.model_config, model_runner.dtype.itemsize
-        activations = Activations.of(config, dtype_bytes, mlp_tile_tokens, kept_hidden_states, gathered, shared)
+        activations = Activations.of(
+            config, dtype_bytes, mlp_tile_tokens, kept_hidden_states, gathered, shared, is_interrupted_inside
+        )
         if model_runner.device != "cuda":
             return cls(activations, float("inf"))
         tasks = max_suspended + LIVE_BESIDE_SUSPENDED
@@ -200,25 +226,25 @@ class TaskMemory:
         )
         logger.info(
             "FlowPrefill: %d tasks need %d MiB of attention state, %d of them as they come; %d MiB are left for "
-            "activations, those of %d suspended tokens",
+            "activations, those of %d tokens at preemption checkpoints",
             tasks,
             slot_bytes * tasks // MIB,
             slots_bytes // MIB,
             budget_bytes // MIB,
-            budget_bytes // activations.suspended_bytes(1),
+            budget_bytes // activations.checkpoint_bytes(1),
         )
         return cls(activations, budget_bytes)
 
     def admits(self, live_tokens: Sequence[int], new_tokens: int, logprob_rows: int = 0) -> bool:
-        """Whether a task of ``new_tokens`` may start beside live ones: all of them suspended, but the largest, running,
-        or the one with the most ``logprob_rows``, at its end. Alone it always may.
+        """Whether a task of ``new_tokens`` may start beside live ones: all of them suspended, but one, whichever takes
+        most, running, or the one with the most ``logprob_rows``, at its end. Alone it always may.
         """
         if not live_tokens:
             return True
-        *others, largest = sorted([*live_tokens, new_tokens])
-        running = self.activations.suspended_bytes(sum(others)) + self.activations.running_bytes(largest)
-        ending = self.activations.suspended_bytes(sum(others) + largest) + self.activations.logits_bytes(logprob_rows)
-        return max(running, ending) <= self.budget_bytes
+        activations, tasks = self.activations, (*live_tokens, new_tokens)
+        suspended = [activations.suspended_bytes(tokens) for tokens in tasks]
+        more = max(activations.running_bytes(tokens) - held for tokens, held in zip(tasks, suspended, strict=True))
+        return sum(suspended) + max(more, activations.logits_bytes(logprob_rows)) <= self.budget_bytes
 
 
 def budget(free_bytes: int, slots_bytes: int, longest_bytes: int, tasks: int, steps_bytes: int = 0) -> int:

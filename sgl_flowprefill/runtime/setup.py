@@ -131,7 +131,10 @@ def build(
     dp_ranks = scheduler.tp_size if is_joint else 1
     kept, streams = kept_hidden_states(scheduler), scheduler.max_running_requests if decodes else 0
     shared = 1 if is_joint else scheduler.tp_size
-    memory = TaskMemory.plan(model_runner, slots, config.max_suspended, mlp_rows, kept, dp_ranks, streams, shared)
+    inside = granularity == "operator"
+    memory = TaskMemory.plan(
+        model_runner, slots, config.max_suspended, mlp_rows, kept, dp_ranks, streams, shared, inside
+    )
 
     def batch_tokens() -> int:
         return config.max_batch_tokens or throughput_budget_tokens(ttft.model)
@@ -157,7 +160,7 @@ def build(
         batch_tokens=batch_tokens,
         dp_ranks=dp_ranks,
     )
-    recorder.watch(work, _kv_token_bytes(model_runner) + memory.activations.suspended_bytes(1))
+    recorder.watch(work, _kv_token_bytes(model_runner) + memory.activations.checkpoint_bytes(1))
     exploration = Exploration()
     learning = ttft if isinstance(ttft, LearningTTFT) else None
     if learning is not None:

@@ -273,9 +273,8 @@ def in_tiles(
             )
             if output is None:
                 output = tuple(_room(p, tokens) for p in part) if isinstance(part, tuple) else _room(part, tokens)
-            for whole, rows_of_it in zip(output, part, strict=True) if isinstance(part, tuple) else [(output, part)]:
-                if whole is not None:
-                    whole[tile] = rows_of_it
+            _put(part, output, tile)
+            del part  # a task may be suspended here, or inside the next tile
             between_tiles()
         return output
 
@@ -302,6 +301,13 @@ def _cut(value: Any, tokens: int, tile: slice) -> Any:
 
 def _room(part: torch.Tensor | None, tokens: int) -> torch.Tensor | None:
     return None if part is None else part.new_empty((tokens, *part.shape[1:]))
+
+
+def _put(part: Any, output: Any, tile: slice) -> None:
+    """Write what was computed of a ``tile`` to its rows."""
+    for whole, rows in zip(output, part, strict=True) if isinstance(part, tuple) else [(output, part)]:
+        if whole is not None:
+            whole[tile] = rows
 
 
 def _is_mixture(mlp: nn.Module) -> bool:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from sgl_flowprefill.policy import Limits
+from sgl_flowprefill.runtime.tiles import Tiles
 from tests.chaos import Rounds, chaos
 from tests.engine import PrefillEngine
 from tests.late_device import LateDevice
@@ -157,27 +158,36 @@ def test_an_aborted_task_leaves_nothing_queued_that_reads_its_slot(
     engine.assert_clean()
 
 
-def test_a_suspended_task_holds_the_activations_that_are_accounted_for(engine: PrefillEngine, rounds: Rounds) -> None:
-    """Tensors of as many rows as the prompt has tokens that exist only at a preemption checkpoint."""
+@pytest.mark.parametrize("is_inside", [False, True])
+def test_a_suspended_task_holds_the_activations_that_are_accounted_for(
+    engine: PrefillEngine, rounds: Rounds, is_inside: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tensors that exist only while it is suspended: at preemption checkpoints, and inside operators that run in tiles,
+    of which some are shorter than the prompt.
+    """
     scheduler = engine.scheduler
+    activations, tiles = scheduler.hub.work.memory.activations, scheduler.hub.tiles
     tokens = 1777
+    monkeypatch.setattr(tiles, "now", Tiles(rows=512, attention_rows=512, norm_rows=2048, pairs=512 * tokens))
+    monkeypatch.setattr(tiles, "follow", lambda yardstick_s: None)
 
-    def rows() -> dict[int, int]:
-        held = [item for item in gc.get_objects() if isinstance(item, torch.Tensor) and item.dim() == 2]
-        storages = (item.untyped_storage() for item in held if len(item) == tokens)
+    def held() -> dict[int, int]:
+        tensors = [item for item in gc.get_objects() if isinstance(item, torch.Tensor) and item.is_floating_point()]
+        storages = (item.untyped_storage() for item in tensors)
         return {storage.data_ptr(): storage.nbytes() for storage in storages}
 
-    scheduler.hub.executor.interrupted = lambda: sys._getframe(2).f_code.co_name == "checkpoint"
+    where = "between_tiles" if is_inside else "checkpoint"
+    scheduler.hub.executor.interrupted = lambda: sys._getframe(2).f_code.co_name == where
     gc.collect()
-    before = rows()
+    before = held()
     engine.submit("only", prompt(3, tokens), ttft_slo_s=100.0)
     held_bytes = []
     while "only" not in engine.answers:
         engine.turn()
         if scheduler.hub.work.tasks.live:
-            held_bytes.append(sum(nbytes for pointer, nbytes in rows().items() if pointer not in before))
-    accounted = scheduler.hub.work.memory.activations.suspended_bytes(tokens)
-    print(f"\nheld at {len(held_bytes)} preemption checkpoints: {max(held_bytes)} bytes, accounted for {accounted}")
+            held_bytes.append(sum(nbytes for pointer, nbytes in held().items() if pointer not in before))
+    accounted = activations.suspended_bytes(tokens) if is_inside else activations.checkpoint_bytes(tokens)
+    print(f"\nheld at {len(held_bytes)} places ({where}): {max(held_bytes)} bytes, accounted for {accounted}")
     assert len(held_bytes) >= scheduler.hub.work.progress.checkpoints - 1
     assert accounted / 2 < max(held_bytes) <= accounted
     rounds.compare("only", prompt(3, tokens))

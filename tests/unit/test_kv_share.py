@@ -82,7 +82,7 @@ def test_a_server_starts_on_each_card_and_keeps_no_more_free_than_its_prompts_ne
     tokens = sized(server, free_bytes)
     longest, activations = min(tokens, CONTEXT_TOKENS), needed.activations
     running_bytes = activations.running_bytes(longest)
-    most_bytes = max(running_bytes, activations.suspended_bytes(longest) + activations.logits_bytes(longest))
+    most_bytes = max(running_bytes, activations.checkpoint_bytes(longest) + activations.logits_bytes(longest))
     left_bytes = free_bytes - tokens * KV_TOKEN_BYTES
     # What ``TaskMemory.plan`` asks for, by which the server would end.
     assert budget(left_bytes, 18 * SLOT_BYTES, running_bytes, tasks=18) >= most_bytes
@@ -161,4 +161,4 @@ def test_what_is_needed_follows_from_the_server(monkeypatch: pytest.MonkeyPatch)
     assert needed(tp_size=8).activations.attention == plain.activations.attention // 8
     joint = needed(attn_dp_size=4, tp_size=4).activations
     assert joint.attention == plain.activations.attention
-    assert joint.suspended_bytes(1) == 4 * plain.activations.suspended_bytes(1)
+    assert joint.checkpoint_bytes(1) == 4 * plain.activations.checkpoint_bytes(1)

@@ -42,7 +42,13 @@ def config(**text: Any) -> Any:
 
 def test_activations_of_an_8b_model() -> None:
     tiled, whole = (Activations.of(config(), 2, rows) for rows in (lambda: 4096, None))
-    assert tiled.suspended_bytes(1000) == 1000 * 32 << 10
+    assert tiled.checkpoint_bytes(1000) == 1000 * 32 << 10
+    # Between the linear layers of an MLP, gate and up projection; of a long prompt, in attention, what that holds.
+    assert tiled.suspended_bytes(1000) == 1000 * (4 * HIDDEN + 2 * INTERMEDIATE) * 2
+    assert tiled.suspended_bytes(100_000) == 100_000 * (3 * HIDDEN + 2 * (HEADS + KV_HEADS) * HEAD_DIM) * 2
+    behind = Activations.of(config(), 2, lambda: 4096, is_interrupted_inside=False)
+    assert behind.suspended_bytes(1000) == behind.checkpoint_bytes(1000)
+    assert behind.running_bytes(1000) == tiled.running_bytes(1000)
     # Untiled, gate, up and their product are the widest; in tiles, attention is, from some length on.
     assert whole.running_bytes(10_000) == 10_000 * (4 * HIDDEN + 3 * INTERMEDIATE) * 2
     assert tiled.running_bytes(100_000) == 100_000 * (4 * HIDDEN + 2 * (HEADS + KV_HEADS) * HEAD_DIM) * 2
@@ -196,7 +202,9 @@ def test_ranks_share_heads_and_dense_mlps_and_neither_hidden_states_nor_experts(
 def test_experts_count_as_often_as_they_are_visited() -> None:
     experts = Activations.of(config(moe_intermediate_size=768, num_experts_per_tok=8), 2, lambda: 4096)
     assert experts.mlp == max(3 * INTERMEDIATE, 8 * (3 * 768 + HIDDEN)) * 2
-    assert experts.mlp_tile_tokens is None
+    assert experts.running_bytes(100_000) == 100_000 * (4 * HIDDEN * 2 + experts.mlp), "experts run whole"
+    dense_bytes = 4096 * 2 * INTERMEDIATE * 2
+    assert experts.suspended_bytes(4096) - experts.checkpoint_bytes(4096) == dense_bytes, "MLPs beside them in tiles"
 
 
 def test_a_start_without_enough_memory_says_what_to_lower() -> None:
@@ -223,10 +231,19 @@ def test_tasks_start_while_their_activations_fit() -> None:
     assert activations.running_bytes(1000) == 11_000
     assert tasks.admits([], 5000), "alone a task always starts, or nothing ever would"
     assert not tasks.admits([1000], 1)
-    assert tasks.admits([900, 275], 0)
-    assert not tasks.admits([900, 276], 0)
-    # However they come, the largest is the one that is counted as running.
-    assert tasks.admits([300], 900) == tasks.admits([900], 300)
+    assert activations.suspended_bytes(1000) == 8000
+    assert tasks.admits([900, 137], 0)
+    assert not tasks.admits([900, 138], 0)
+    # However they come, the one that takes most is counted as running.
+    assert tasks.admits([137], 900) == tasks.admits([900], 137)
+
+
+def test_suspended_tasks_are_counted_by_their_own_tiles() -> None:
+    tasks = TaskMemory(Activations(1, 1, 6, lambda: 100, between_linears=4), budget_bytes=5800)
+    assert tasks.activations.suspended_bytes(500) == 4 * 500 + 4 * 100
+    # Two long ones and two short ones, each between the linear layers of a tile, and one of them behind these.
+    assert tasks.admits([500, 500, 50], 50)
+    assert not tasks.admits([500, 500, 50], 51)
 
 
 def test_logits_of_prompts_are_counted_as_chunks_while_a_prefill_ends(monkeypatch: pytest.MonkeyPatch) -> None:
