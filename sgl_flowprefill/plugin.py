@@ -145,11 +145,12 @@ def take_scheduler_seams(config: FlowPrefillConfig) -> None:
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
     from sgl_flowprefill import platforms
-    from sgl_flowprefill.patches import carried_report, decode_order, handed_back, request_times
+    from sgl_flowprefill.patches import carried_report, decode_order, handed_back, page_indices, request_times
 
     expect(*SCHEDULER_PARTS, *(() if platforms.is_active() else ("attention",)))
     request_times.apply()
     handed_back.apply()
+    page_indices.apply()
     if config.answer_report:
         carried_report.apply()
     if config.policy != "fcfs":

@@ -47,6 +47,7 @@ from sgl_flowprefill.contract.parts import (
     nixl_sleep,
     options,
     overload,
+    page_indices,
     platform,
     profile,
     rebalancing,
@@ -100,6 +101,7 @@ PARTS: Final[tuple[Part, ...]] = (
     decode_order.PART,
     decode_idle.PART,
     handed_back.PART,
+    page_indices.PART,
     affinity.PART,
     before_0_5_23.PART,
     # the portable CPU platform

@@ -50,7 +50,8 @@ class CudaDevice(QueueDevice):
 
     @cached_property
     def _beside(self) -> torch.cuda.Stream:
-        return torch.cuda.Stream()
+        # PyTorch hands out streams of one priority in turns, and may hand out that of the queue once more.
+        return torch.cuda.Stream(priority=-1)
 
     def _new_event(self) -> torch.cuda.Event:
         return torch.cuda.Event()

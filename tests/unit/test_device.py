@@ -360,7 +360,7 @@ def test_only_indices_that_were_there_when_the_prefill_ran_are_read_beside_the_q
         yield
         entered.pop()
 
-    monkeypatch.setattr(cuda_device.torch.cuda, "Stream", lambda: "its own")
+    monkeypatch.setattr(cuda_device.torch.cuda, "Stream", lambda priority: "its own" if priority < 0 else "anyone's")
     monkeypatch.setattr(cuda_device.torch.cuda, "stream", enter)
     monkeypatch.setattr(Scheduler, "send_kv_chunk", lambda self, *args: sent.append((*args, list(entered))))
     scheduler = FlowPrefillScheduler.__new__(FlowPrefillScheduler)

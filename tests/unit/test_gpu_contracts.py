@@ -366,12 +366,6 @@ CONTRACTS = (
         "if k is not None:", "if save_kv_cache:",
     ),
     Contract(
-        "KV indices are read back from the current stream",
-        "sglang.srt.mem_cache.common:kv_to_page_indices",
-        in_order(".cpu().numpy()"),
-        ".cpu()", ".to(HOST)",
-    ),
-    Contract(
         "a cached prefix is sent before its request's forward pass, and not as its last part",
         "sglang.srt.disaggregation.prefill:SchedulerDisaggregationPrefillMixin.maybe_send_cached_prefix_chunk",
         in_order("SGLANG_DISAGG_PREFILL_EARLY_SEND_CACHED_PREFIX.get()", "not allow_send",

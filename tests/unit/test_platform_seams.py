@@ -23,6 +23,7 @@ from sglang.api.v1 import api_types
 from sglang.srt.disaggregation.common.conn import CommonKVManager
 from sglang.srt.entrypoints.api_contract import generate_contract_error
 from sglang.srt.managers.schedule_batch import Req
+from sglang.srt.mem_cache import common
 from sglang.srt.plugins.hook_registry import HookRegistry
 from sglang.srt.sampling.sampling_params import SamplingParams
 
@@ -45,6 +46,7 @@ from sgl_flowprefill.patches import (
     made_weights,
     nixl_dram,
     nixl_sleep,
+    page_indices,
     static_memory,
     token_ids,
     wakeups,
@@ -90,6 +92,7 @@ SEAMS: list[tuple[Callable[[], None], str]] = [
     (affinity.apply, "sglang.srt.managers.scheduler.run_scheduler_process"),
     (apply_decode_order, decode_order.TARGET),
     (handed_back.apply, handed_back.TARGET),
+    (page_indices.apply, page_indices.TARGET),
     (lone_prefill.apply, lone_prefill.TARGET),
     (made_weights.apply, made_weights.TARGET),
     (static_memory.apply, static_memory.TARGET),
@@ -118,7 +121,7 @@ def test_a_changed_target_is_refused_by_name(
     [
         *(nixl_dram.apply, nixl_sleep.apply, cpu_tp.apply, wakeups.apply, decode_idle.apply, affinity.apply),
         *(token_ids.apply, apply_decode_order, handed_back.apply, lone_prefill.apply, made_weights.apply),
-        *(static_memory.apply, kv_share.apply, attention_choice.apply),
+        *(static_memory.apply, kv_share.apply, attention_choice.apply, page_indices.apply),
     ],
 )
 def test_the_installed_sglang_has_the_expected_shape(apply: Callable[[], None]) -> None:
@@ -340,6 +343,35 @@ def test_a_stream_that_is_handed_back_asks_for_what_it_was_promised(custom_param
     keep(payload, stream)
     params = payload["sampling_params"].get("custom_params")
     assert (None if params is None else body_ask(params)) == asked
+
+
+@pytest.mark.parametrize("page_size", [1, 16])
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_page_indices_that_the_host_divides_are_sglangs(page_size: int, dtype: torch.dtype) -> None:
+    page_indices.apply()
+    ((_, read, _),) = HookRegistry._hooks[page_indices.TARGET]
+    pages = torch.randperm(40, dtype=dtype)
+    row = (pages[:, None] * page_size + torch.arange(page_size, dtype=dtype)).flatten()
+    for tokens in (0, 1, page_size, 3 * page_size + 1, len(row)):
+        indices = row[:tokens]
+        found, expected = read(indices, page_size), common.kv_to_page_indices(indices, page_size)
+        assert found.dtype == expected.dtype
+        assert found.tolist() == expected.tolist()
+    row.zero_()
+    assert found.tolist() == pages.tolist(), "what is sent is what was there"
+
+
+def test_a_gpu_is_asked_for_a_copy_of_kv_indices_and_for_nothing_else() -> None:
+    """A division there would be a kernel that waits for the one that runs."""
+    copied: list[torch.Tensor] = []
+
+    class OnAGpu:
+        def cpu(self) -> torch.Tensor:
+            copied.append(torch.arange(32, dtype=torch.int32))
+            return copied[-1]
+
+    assert page_indices.read_page_indices(OnAGpu(), 16).tolist() == [0, 1]  # type: ignore[arg-type]
+    assert len(copied) == 1
 
 
 def waiting_request(rid: str, arrival_s: float, custom_params: Any) -> SimpleNamespace:
