@@ -203,7 +203,7 @@ class Engine(ABC):
     def use(self, device: Any) -> None:
         """Let kernels run on ``device`` from now on; what was queued on the one before has run."""
         hub = self.hub
-        hub.device.drain()
+        hub.device.wait(hub.device.stamp(), lambda: False)
         hub.device = hub.executor.device = hub.role.device = device
 
     @abstractmethod

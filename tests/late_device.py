@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
-from sgl_flowprefill.hub.device import CpuDevice, HostStamp, QueueDevice
+from sgl_flowprefill.hub.device import QueueDevice
 
 
 class LateDevice(QueueDevice):
@@ -38,8 +40,10 @@ class LateDevice(QueueDevice):
         result.copy_to_cpu(return_logprob=batch.return_logprob, return_hidden_states=batch.return_hidden_states)
         self.record()
 
-    def stamp(self) -> HostStamp:
-        return CpuDevice().stamp()
+    def stamp(self) -> LateStamp:
+        event = self._new_event()
+        event.record()
+        return LateStamp(event, time.monotonic())
 
     @contextmanager
     def beside_the_queue(self) -> Iterator[None]:
@@ -52,6 +56,20 @@ class LateDevice(QueueDevice):
 
     def _pause(self) -> None:
         pass
+
+
+@dataclass(frozen=True)
+class LateStamp:
+    """An event at a time of the host's."""
+
+    event: LateEvent
+    time_s: float
+
+    def query(self) -> bool:
+        return self.event.query()
+
+    def seconds_until(self, later: LateStamp) -> float:
+        return later.time_s - self.time_s
 
 
 class LateEvent:

@@ -18,7 +18,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from sgl_flowprefill.hub.ahead import StepAhead
-from sgl_flowprefill.hub.device import POLL_S, HostStamp, QueueDevice
+from sgl_flowprefill.hub.device import POLL_S, QueueDevice
 from sgl_flowprefill.hub.loop import Hub
 from sgl_flowprefill.hub.parts import OneRank, Recorder
 from sgl_flowprefill.hub.progress import Progress
@@ -79,6 +79,20 @@ class SimulatedEvent:
         return self.device.now_s >= self.at_s
 
 
+@dataclass(frozen=True)
+class SimulatedStamp:
+    """Like a ``torch.cuda.Event`` with a time."""
+
+    device: SimulatedDevice
+    at_s: float
+
+    def query(self) -> bool:
+        return self.device.now_s >= self.at_s
+
+    def seconds_until(self, later: SimulatedStamp) -> float:
+        return later.at_s - self.at_s
+
+
 class SimulatedDevice(QueueDevice):
     """One in-order queue; ``now_s`` is the host's clock."""
 
@@ -110,8 +124,8 @@ class SimulatedDevice(QueueDevice):
         result.copy_done.record()
         self.record()
 
-    def stamp(self) -> HostStamp:
-        return HostStamp(max(self.now_s, self.busy_until_s))
+    def stamp(self) -> SimulatedStamp:
+        return SimulatedStamp(self, max(self.now_s, self.busy_until_s))
 
     def _new_event(self) -> SimulatedEvent:
         self.events_made += 1

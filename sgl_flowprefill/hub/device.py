@@ -32,11 +32,16 @@ class Event(Protocol):
         """Whether the device has passed it."""
 
 
-class Stamp(Protocol):
+class Stamp(Event, Protocol):
     """A place in the device's queue that has a time."""
 
     def seconds_until(self, later: Self) -> float:
         """Device time between this place and a later one; the device must have passed both."""
+
+
+def never() -> bool:
+    """What interrupts a wait that nothing may interrupt."""
+    return False
 
 
 class Device(Protocol):
@@ -52,9 +57,6 @@ class Device(Protocol):
 
     def wait(self, event: Event, interrupted: Callable[[], bool]) -> bool:
         """Wait until the device has passed ``event``. False, before that, as soon as ``interrupted()``."""
-
-    def drain(self) -> None:
-        """Wait until everything that was recorded has run."""
 
     def fetch(self, batch: Any, result: Any) -> None:
         """A forward pass has been queued completely: queue the copy to the host of what SGLang reads of ``result`` (a
@@ -74,6 +76,9 @@ class HostStamp:
 
     time_s: float
 
+    def query(self) -> bool:
+        return True
+
     def seconds_until(self, later: HostStamp) -> float:
         return later.time_s - self.time_s
 
@@ -89,9 +94,6 @@ class CpuDevice:
 
     def wait(self, event: Event, interrupted: Callable[[], bool]) -> bool:
         return True
-
-    def drain(self) -> None:
-        pass
 
     def fetch(self, batch: Any, result: Any) -> None:
         pass
@@ -130,10 +132,6 @@ class QueueDevice:
             if interrupted():  # before another operator is queued, also if the event was passed during the pause
                 return False
         return True
-
-    def drain(self) -> None:
-        for event in self._queued:
-            self.wait(event, lambda: False)
 
     def _new_event(self) -> Any:
         raise NotImplementedError

@@ -19,6 +19,9 @@ class CudaStamp:
 
     event: torch.cuda.Event
 
+    def query(self) -> bool:
+        return bool(self.event.query())
+
     def seconds_until(self, later: CudaStamp) -> float:
         later.event.synchronize()  # it may be the next thing behind what told that its task is done
         return float(self.event.elapsed_time(later.event)) * 1e-3

@@ -12,7 +12,7 @@ import torch
 from greenlet import greenlet
 from torch import distributed as dist
 
-from sgl_flowprefill.hub.device import CpuDevice, Device
+from sgl_flowprefill.hub.device import CpuDevice, Device, never
 from sgl_flowprefill.hub.failure import Failure
 from sgl_flowprefill.hub.task import PrefillTask
 from sgl_flowprefill.runtime.forward_state import ForwardState
@@ -110,11 +110,11 @@ class Executor:
         are freed.
         """
         if task.has_run:
-            forward = task.suspended_forward
+            forward, (_, last) = task.suspended_forward, task.spans[-1]
             if not forward.greenlet.dead:
                 self._switch(task, forward.greenlet.throw)
-            # The next plan in its attention slot overwrites host buffers that queued copies may still read.
-            self.device.drain()
+            # The next plan in its attention slot overwrites host buffers that copies may still read which it queued.
+            self.device.wait(last, never)
 
     @contextmanager
     def restoring(self) -> Iterator[None]:

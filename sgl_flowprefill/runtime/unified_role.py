@@ -26,7 +26,7 @@ from sglang.srt.mem_cache.common import release_kv_cache
 
 from sgl_flowprefill.config import FlowPrefillConfig
 from sgl_flowprefill.deadline import objective, received_s, sent_s
-from sgl_flowprefill.hub.device import QueueDevice
+from sgl_flowprefill.hub.device import QueueDevice, never
 from sgl_flowprefill.hub.failure import Failure, StepOutOfMemory
 from sgl_flowprefill.hub.role import Arrival, Decoder
 from sgl_flowprefill.hub.task import DecodeStep, PrefillTask
@@ -315,8 +315,7 @@ class UnifiedRole(SchedulerRole):
             self._to_run_again, self._without_memory = batch, (len(batch.reqs), self.steps)
             scheduler._sched_idled = True  # the time from this launch to the next says nothing
             # The next plan of its attention overwrites host buffers that queued copies may still read.
-            self.device.record()
-            self.device.drain()
+            self.device.wait(self.device.stamp(), never)
             raise StepOutOfMemory(failure, len(batch.reqs)) from error
 
     def finish_step(self, step: DecodeStep) -> None:

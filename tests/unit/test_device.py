@@ -17,7 +17,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sgl_flowprefill.hub.device import CpuDevice
+from sgl_flowprefill.hub.device import CpuDevice, never
 from sgl_flowprefill.hub.loop import Hub
 from sgl_flowprefill.hub.parts import OneRank
 from sgl_flowprefill.runtime import cuda_device
@@ -27,17 +27,19 @@ pytest.importorskip("sglang")
 
 from sglang.srt.managers.scheduler import Scheduler
 
-from sgl_flowprefill.hub.task import DecodeStep, Tasks
+from sgl_flowprefill.hub.task import DecodeStep, PrefillTask, Tasks
 from sgl_flowprefill.policy import ColocatedPolicy, DecodeLimits, Limits, make_policy
 from sgl_flowprefill.policy import Stream as DecodeStream
 from sgl_flowprefill.profiling.steps import LinearSteps
 from sgl_flowprefill.runtime.event_recorder import EventRecorder
+from sgl_flowprefill.runtime.executor import Executor
 from sgl_flowprefill.runtime.prefill_role import PrefillRole
 from sgl_flowprefill.runtime.scheduler import FlowPrefillScheduler
 from sgl_flowprefill.runtime.wakeup import Wakeup
 from tests.simulated_device import (
     HostCosts,
     Model,
+    OnlyBackend,
     SimulatedDevice,
     SimulatedRequest,
     SimulatedServer,
@@ -229,6 +231,44 @@ def test_every_interleaving_keeps_the_order_and_the_bounds(data: st.DataObject) 
         )
 
 
+def executor_on(device: SimulatedDevice) -> Executor:
+    """One whose tasks are suspended at their first preemption checkpoint."""
+    return Executor(SimpleNamespace(attn_backend=None), lambda: True, device, capture=OnlyBackend.capture)
+
+
+def test_a_task_that_ends_early_is_waited_for_and_not_what_others_have_queued_since() -> None:
+    device = SimulatedDevice(2, HostCosts())
+    executor, task = executor_on(device), PrefillTask(0, None, [], [], 0.0, 1.0, 0.1)
+
+    def forward(batch: Any) -> None:
+        device.launch("its own", 0.01)
+        executor.checkpoint()
+
+    executor.run(task, forward)
+    end_s = device.busy_until_s
+    device.launch("another's", 1.0)
+    device.record()
+    assert device.now_s < end_s
+    executor.cancel(task)
+    assert end_s <= device.now_s < device.busy_until_s
+
+
+def test_what_a_task_queued_that_failed_before_its_first_interruption_point_is_waited_for() -> None:
+    """Copies from the host buffers of its plan, which the next plan in its attention slot overwrites."""
+    device = SimulatedDevice(2, HostCosts())
+    executor, task = executor_on(device), PrefillTask(0, None, [], [], 0.0, 1.0, 0.1)
+
+    def forward(batch: Any) -> None:
+        device.launch("copies of a plan", 0.01)
+        raise ValueError("no such adapter")
+
+    executor.run(task, forward)
+    assert task.failure is not None
+    assert device.now_s < device.busy_until_s
+    executor.cancel(task)
+    assert device.now_s >= device.busy_until_s
+
+
 class Stream:
     """Stand-in for a CUDA stream: events pass when told to."""
 
@@ -267,10 +307,6 @@ def stream(monkeypatch: pytest.MonkeyPatch) -> Stream:
     stream = Stream()
     monkeypatch.setattr(cuda_device.torch.cuda, "Event", stream.event)
     return stream
-
-
-def never() -> bool:
-    return False
 
 
 def test_cuda_waits_for_the_checkpoint_before_the_look_ahead(stream: Stream) -> None:
