@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import ctypes
 import time
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Final
 
 import torch
 
 from sgl_flowprefill.hub.device import POLL_S, CpuDevice, Device, QueueDevice
+
+PR_SET_TIMERSLACK: Final = 29
+"""Of Linux (prctl.h)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,5 +68,16 @@ class CudaDevice(QueueDevice):
 
 
 def make_device(device_type: str, lookahead: int) -> Device:
-    """The device that SGLang calls ``device_type``."""
-    return CudaDevice(lookahead) if device_type == "cuda" else CpuDevice()
+    """The device that SGLang calls ``device_type``, for the thread that calls this to wait for."""
+    if device_type != "cuda":
+        return CpuDevice()
+    sleep_no_longer()
+    return CudaDevice(lookahead)
+
+
+def sleep_no_longer() -> None:
+    """Let sleeps of this thread, and of those that it starts from now on, end when they are to: Linux adds up to 50 us
+    to each, to wake several threads at once. Elsewhere nothing changes.
+    """
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(PR_SET_TIMERSLACK, 1, 0, 0, 0)

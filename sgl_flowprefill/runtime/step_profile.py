@@ -20,6 +20,8 @@ logger = logging.getLogger(__name__)
 
 SHAPES: Final = ((1, 64), (2, 64), (4, 64), (8, 64), (16, 64), (32, 64), (1, 3072), (4, 1024), (8, 512))
 """Requests of the steps that are measured, and the tokens of the prompt of each."""
+WIDE: Final = ((64, 64), (128, 64), (256, 64))
+"""More of them where many streams are served at a time: on a GPU."""
 REPEATS: Final = 7
 """Steps that are measured of each shape; their median counts."""
 
@@ -87,10 +89,11 @@ def steps_path(profile: Path) -> Path:
 
 def measure(role: SchedulerRole) -> tuple[Step, ...]:
     """Times of decode steps on the server's own engine."""
-    engine = SchedulerEngine(role)
+    engine, scheduler = SchedulerEngine(role), role.scheduler
     started_s, steps = time.monotonic(), []
-    for requests, tokens in SHAPES:
-        requests = min(requests, int(role.scheduler.max_running_requests))
+    most = int(scheduler.max_running_requests)
+    shapes = (*SHAPES, *WIDE) if scheduler.device == "cuda" else SHAPES
+    for requests, tokens in dict.fromkeys((min(requests, most), tokens) for requests, tokens in shapes):
         tokens = max(1, min(tokens, engine.limit_tokens // requests - REPEATS))
         batch, times_s = engine.time_steps(requests, tokens, REPEATS + 1)
         # The first one finds nothing as it will be in the next.

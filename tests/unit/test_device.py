@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 import random
+import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -46,6 +48,8 @@ from tests.simulated_device import (
     SimulatedSteps,
     simulate,
 )
+
+PR_GET_TIMERSLACK = 30
 
 LLAMA_8B = Model(
     # Of the order of an H100's operators: products at some 500 TFLOP/s, attention growing with the prompt.
@@ -380,7 +384,24 @@ def test_a_cpu_has_nothing_to_wait_for() -> None:
         device.record()
         assert device.catch_up(lambda: True)
     assert device.wait(SimpleNamespace(query=never), lambda: True)
-    assert isinstance(make_device("cuda", 2), CudaDevice)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no timer slack")
+def test_the_thread_that_waits_for_a_gpu_wakes_when_it_is_to() -> None:
+    slack_ns: list[int] = []
+
+    def wait() -> None:
+        prctl = ctypes.CDLL(None).prctl
+        make_device("cpu", 2)
+        slack_ns.append(prctl(PR_GET_TIMERSLACK, 0, 0, 0, 0))
+        assert isinstance(make_device("cuda", 2), CudaDevice)
+        slack_ns.append(prctl(PR_GET_TIMERSLACK, 0, 0, 0, 0))
+
+    waiter = threading.Thread(target=wait)
+    waiter.start()
+    waiter.join()
+    usual_ns, set_ns = slack_ns
+    assert set_ns == 1 < usual_ns
 
 
 def test_only_indices_that_were_there_when_the_prefill_ran_are_read_beside_the_queue(

@@ -70,6 +70,28 @@ def test_a_full_disk_costs_the_next_start_a_measurement_and_this_one_a_line(
     assert [record.message for record in caplog.records if "cannot keep the times of decode steps" in record.message]
 
 
+@pytest.mark.parametrize(("device", "most", "widest"), [("cpu", 1000, 32), ("cuda", 1000, 256), ("cuda", 48, 48)])
+def test_steps_over_as_many_streams_as_a_gpu_serves_are_measured_there(
+    device: str, most: int, widest: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Known:
+        limit_tokens = 30_000
+
+        def __init__(self, role: Any) -> None:
+            pass
+
+        def time_steps(self, requests: int, tokens: int, steps: int) -> tuple[int, list[float]]:
+            return requests, [1.0] + [PROFILED.predict_s(requests, requests * tokens)] * (steps - 1)
+
+    monkeypatch.setattr(step_profile, "SchedulerEngine", Known)
+    role: Any = SimpleNamespace(scheduler=SimpleNamespace(device=device, max_running_requests=most))
+    measured = step_profile.measure(role)
+    assert max(step.requests for step in measured) == widest
+    shapes = [(step.requests, step.context_tokens) for step in measured]
+    assert len(shapes) == len(set(shapes)), "none is measured twice"
+    assert LinearSteps.fit(measured).predict_s(200, 90_000) == pytest.approx(PROFILED.predict_s(200, 90_000), rel=1e-3)
+
+
 # ---- steps that run -------------------------------------------------------------------------------------------------
 
 PROFILED = LinearSteps(0.01, 1e-3, 1e-6)
