@@ -15,6 +15,7 @@ from sglang.srt.managers.schedule_batch import Req
 from sglang.srt.mem_cache.common import release_kv_cache
 from sglang.srt.sampling.sampling_params import SamplingParams
 
+from sgl_flowprefill.hub.device import Stamp
 from sgl_flowprefill.profiling.design import SEED, Shape
 from sgl_flowprefill.profiling.run import Timing
 from sgl_flowprefill.runtime.checkpoints import find_decoder_layers
@@ -23,6 +24,10 @@ from sgl_flowprefill.runtime.scheduler_role import SchedulerRole
 from sgl_flowprefill.slo import TBT_KEY
 from sgl_flowprefill.ttft.base import PrefillShape
 
+LAUNCH_S: Final = 1e-3
+"""The host needs no longer to launch the kernels of a layer."""
+CYCLES_A_SECOND: Final = 2e9
+"""No GPU runs faster: with so many a spin takes a second, or longer."""
 SCHEDSTAT: Final = Path("/proc/thread-self/schedstat")
 
 
@@ -42,6 +47,10 @@ class SchedulerEngine:
         kv_tokens = scheduler.max_total_num_tokens // 2 - 64
         return int(min(scheduler.model_config.context_len - 1, kv_tokens, scheduler.max_req_input_len - 1))
 
+    @property
+    def is_gpu(self) -> bool:
+        return bool(self.scheduler.device == "cuda")
+
     def cache_prefix(self, tokens: int) -> None:
         """Leave the KV of one prompt of ``tokens`` in the radix cache: any part of it can be a cached prefix."""
         self.scheduler.flush_cache()
@@ -53,14 +62,43 @@ class SchedulerEngine:
         return self._forward(self._prompts(shape))
 
     def time_operators(self, shape: Shape) -> tuple[Timing, float, float]:
-        """Like ``time``, and the seconds spent in all attention and in all MLP modules."""
+        """Like ``time``, and the seconds spent in all attention and in all MLP modules. On a GPU the device's own, from
+        the first layer on, however long it takes the host to launch what runs.
+        """
         model = whole_model(self.scheduler)
         layers = find_decoder_layers(model)
         attention = [model.get_submodule(name) for layer in layers for name in layer.attention]
         mlp = [model.get_submodule(name) for layer in layers for name in layer.mlp]
-        with self._timed(attention) as attention_s, self._timed(mlp) as mlp_s:
-            timing = self.time(shape)
-        return timing, attention_s[0], mlp_s[0]
+        with (
+            self.from_first_layer(behind_spin=True) as begin,
+            self._spans(attention) as of_attention,
+            self._spans(mlp) as of_mlp,
+        ):
+            timing, end = self._run(self._prompts(shape))
+        if self.is_gpu:
+            timing = timing._replace(time_s=begin[0].seconds_until(end), waited_s=0.0)
+        return timing, _sum_s(of_attention), _sum_s(of_mlp)
+
+    @contextmanager
+    def from_first_layer(self, behind_spin: bool) -> Iterator[list[Stamp]]:
+        """Where the first decoder layer of the next forward pass begins in the device's queue. On a GPU,
+        ``behind_spin``, the device spins before it for as long as the host needs to queue the rest, and then waits for
+        no launch. What is before that layer, the plan of its attention above all, may read back from the device.
+        """
+        model = whole_model(self.scheduler)
+        layers = find_decoder_layers(model)
+        begin: list[Stamp] = []
+
+        def note(module: Any, args: Any) -> None:
+            if behind_spin and self.is_gpu and not begin:
+                torch.cuda._sleep(int(LAUNCH_S * len(layers) * CYCLES_A_SECOND))
+            begin.append(self._role.device.stamp())
+
+        hook = model.get_submodule(layers[0].name).register_forward_pre_hook(note)
+        try:
+            yield begin
+        finally:
+            hook.remove()
 
     def time_steps(self, requests: int, tokens: int, steps: int) -> tuple[int, list[float]]:
         """Seconds of each of ``steps`` decode steps over ``requests`` prompts of so many ``tokens``, or over as many of
@@ -144,18 +182,24 @@ class SchedulerEngine:
         return [self.cached_prompt[: request.cached_tokens] + self._random_ids(request.new_tokens) for request in shape]
 
     def _forward(self, prompts: Sequence[list[int]], keep: bool = False) -> Timing:
+        timing, _ = self._run(prompts, keep)
+        return timing
+
+    def _run(self, prompts: Sequence[list[int]], keep: bool = False) -> tuple[Timing, Stamp]:
+        """Also where the forward pass ends in the device's queue."""
         batch = self._batch(prompts)
         shape = tuple(self.shapes(batch))
         self.synchronize()
         waited_s, started_s = _waited_s(), time.perf_counter()
         with torch.no_grad():
             result = self.scheduler.run_batch(batch)
+            end = self._role.device.stamp()
             if result.copy_done is not None:  # with a draft model, SGLang has queued the copy to the host
                 result.copy_done.synchronize()
             result.next_token_ids.tolist()
         elapsed_s, waited_s = time.perf_counter() - started_s, _waited_s() - waited_s
         self.free(batch, keep)
-        return Timing(shape, elapsed_s, min(waited_s, elapsed_s))
+        return Timing(shape, elapsed_s, min(waited_s, elapsed_s)), end
 
     def _batch(self, prompts: Sequence[list[int]]) -> Any:
         """SGLang's batch of ``prompts``, of as many of them as one prefill takes."""
@@ -186,19 +230,16 @@ class SchedulerEngine:
         return req
 
     @contextmanager
-    def _timed(self, modules: Sequence[torch.nn.Module]) -> Iterator[list[float]]:
-        """A list of one number: the seconds spent in ``modules`` while the context is open."""
-        total_s = [0.0]
-        started_s = 0.0
+    def _spans(self, modules: Sequence[torch.nn.Module]) -> Iterator[list[tuple[Stamp, Stamp]]]:
+        """Where ``modules`` run in the device's queue while the context is open. They do not run inside one another."""
+        spans: list[tuple[Stamp, Stamp]] = []
+        device, begin = self._role.device, list[Stamp]()
 
         def before(module: Any, args: Any) -> None:
-            nonlocal started_s
-            self.synchronize()
-            started_s = time.perf_counter()
+            begin.append(device.stamp())
 
         def after(module: Any, args: Any, output: Any) -> None:
-            self.synchronize()
-            total_s[0] += time.perf_counter() - started_s
+            spans.append((begin.pop(), device.stamp()))
 
         hooks = [
             hook
@@ -206,15 +247,19 @@ class SchedulerEngine:
             for hook in (module.register_forward_pre_hook(before), module.register_forward_hook(after))
         ]
         try:
-            yield total_s
+            yield spans
         finally:
             for hook in hooks:
                 hook.remove()
 
     def synchronize(self) -> None:
         """Wait for all that is queued on the device."""
-        if self.scheduler.device == "cuda":
+        if self.is_gpu:
             torch.cuda.synchronize()
+
+
+def _sum_s(spans: Sequence[tuple[Stamp, Stamp]]) -> float:
+    return sum(begin.seconds_until(end) for begin, end in spans)
 
 
 def _waited_s() -> float:

@@ -40,6 +40,10 @@ class Leader:
     def limit_tokens(self) -> int:
         return self._engine.limit_tokens
 
+    @property
+    def is_gpu(self) -> bool:
+        return self._engine.is_gpu
+
     def cache_prefix(self, tokens: int) -> None:
         self._broadcast(Order("cache_prefix", tokens))
         self._engine.cache_prefix(tokens)

@@ -34,6 +34,15 @@ LEAST_SHAPES: Final = 12
 """Shapes that are timed whatever the budget."""
 LOOKS: Final = 3
 """How often each single prompt is looked into. The least times count, and a busy moment spoils a look."""
+SHORTEST_LOOK_ON_GPU_TOKENS: Final = 512
+"""Shorter prompts take a GPU as long as it takes to read the weights, and say nothing of rows."""
+LEAST_LENGTHS: Final = 3
+"""By which a fixed time, one of a row and one of a pair can be told apart."""
+LONGEST_LOOK_ON_GPU_TOKENS: Final = 32_768
+LONGEST_LOOK_SHARE: Final = 0.2
+"""Share of the budget that one look into a longer prompt than the design's may take: tiles of attention are planned by
+what a pair costs, and the design's may be too short to tell.
+"""
 REFERENCE_SHARE: Final = 0.1
 """Share of the time that references may take."""
 RUNS_APART_S: Final = 3600.0
@@ -60,6 +69,10 @@ class Engine(Protocol):
     @property
     def limit_tokens(self) -> int:
         """Longest prompt, such that a cached prompt of the same length fits beside it."""
+
+    @property
+    def is_gpu(self) -> bool:
+        """Whether it computes on a GPU."""
 
     def cache_prefix(self, tokens: int) -> None:
         """Forget what is cached, and cache one prompt of ``tokens``: its parts are the prefixes from now on."""
@@ -106,7 +119,8 @@ def run_profile(
     saved_s = clock()
     try:
         engine.cache_prefix(profile.longest_tokens)
-        for index, shape in _order(profile, most_rounds):
+        looks = _looks(engine, profile.longest_tokens, LONGEST_LOOK_SHARE * budget_s, estimate_s)
+        for index, shape in _order(profile, most_rounds, looks):
             too_late = clock() - started_s + estimate_s(shape) > budget_s
             is_needed = index > 0 and run.timed < LEAST_SHAPES
             if too_late and not is_needed:
@@ -195,14 +209,29 @@ def _calibrate(engine: Engine, budget_s: float) -> Callable[[Shape], float]:
     return lambda shape: float((costs([shape]) @ weights)[0])
 
 
-def _order(profile: Profile, most_rounds: int) -> Iterator[tuple[int, Shape]]:
+def _looks(engine: Engine, longest_tokens: int, longest_s: float, estimate_s: Callable[[Shape], float]) -> list[Shape]:
+    """The prompts that are looked into, each several times. On a GPU those that tell of rows, unless these are too few,
+    and once a longer one that is expected to take up to ``longest_s``.
+    """
+    looks = looked_into(longest_tokens)
+    if not engine.is_gpu:
+        return LOOKS * looks
+    tokens, most_tokens = longest_tokens, min(engine.limit_tokens, LONGEST_LOOK_ON_GPU_TOKENS)
+    while tokens < most_tokens and estimate_s((PrefillShape(min(2 * tokens, most_tokens)),)) <= longest_s:
+        tokens = min(2 * tokens, most_tokens)
+    longer: list[Shape] = [(PrefillShape(tokens),)] if tokens > longest_tokens else []
+    long_ones = [shape for shape in looks if shape[0].new_tokens >= SHORTEST_LOOK_ON_GPU_TOKENS]
+    return LOOKS * (long_ones if len(long_ones + longer) >= LEAST_LENGTHS else looks) + longer
+
+
+def _order(profile: Profile, most_rounds: int, looks: list[Shape]) -> Iterator[tuple[int, Shape]]:
     """Rounds over the design from where ``profile`` stands: the first in the design's order, of which any beginning is
     of use, the others each in an order of its own. Round 0 looks inside.
     """
     design = make_design(profile.longest_tokens)
     done = {(row.round, row.shape) for row in profile.rows}
     for index in range(max([0, *(row.round for row in profile.rows[-2:])]), most_rounds + 1):
-        shapes = design if index else LOOKS * looked_into(profile.longest_tokens)
+        shapes = design if index else looks
         if index > 1:
             shapes = random.Random(SEED + index).sample(shapes, len(shapes))
         left = [shape for shape in shapes if (index, shape) not in done]

@@ -74,10 +74,6 @@ class Engine(Tasks):
     """An idle scheduler, on the stream on which it would serve."""
 
     @property
-    def on_card(self) -> bool:
-        return bool(self.scheduler.device == "cuda")
-
-    @property
     def setting(self) -> Setting:
         return current_setting(self.scheduler)
 
@@ -148,6 +144,24 @@ class Engine(Tasks):
             self.resume(task)
             self.finish(task)
         return int(task.points_passed)
+
+    def device_s(self, prompt: Sequence[int], behind_spin: bool = False) -> float:
+        """Device time of a prompt's forward pass, from its first layer on. ``behind_spin``: without preemption
+        checkpoints, and with all of it queued before the device begins, so that it waits for no launch.
+        """
+        task = self.start(list(prompt))
+        self.synchronize()
+        with self.from_first_layer(behind_spin) as begin:
+            if behind_spin:
+                with torch.no_grad():
+                    task.result = self.hub.forward(task.batch)
+                end = self.hub.device.stamp()
+            else:
+                with self.interrupted_by(lambda: False):
+                    self.resume(task)
+                _, end = task.spans[-1]
+        self.finish(task)
+        return float(begin[0].seconds_until(end))
 
     # ---- decode steps, on a server that has them --------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ from typing import Any, Final
 from sgl_flowprefill.config import command_line
 
 MAX_IDLE: Final = 0.01
-"""Share of the time in which the device may be idle, against free-running launches."""
+"""Share of the time in which the device may be idle, against all launched before it begins."""
 MAX_TILE_COST: Final = 0.02
 """Share of a long prefill that its being split into tiles may cost."""
 

@@ -52,7 +52,7 @@ STEP_COSTS = {"fixed_s": 4e-3, "per_request_s": 1e-4, "per_token_s": 1e-8}
 class KnownEngine:
     """Prefills that take as long as they are told to; arrivals are noticed between operators."""
 
-    on_card = True
+    is_gpu = True
     layers = 2
     limit_tokens = 10_000
     default_lookahead = 2
@@ -88,6 +88,9 @@ class KnownEngine:
 
     def forward_s(self, prompt: Sequence[int], *, checkpoints: bool = True) -> float:
         return self.times_s(self, len(prompt), checkpoints)
+
+    def device_s(self, prompt: Sequence[int], behind_spin: bool = False) -> float:
+        return self.times_s(self, len(prompt), not behind_spin)
 
     # ---- what is found ----
 

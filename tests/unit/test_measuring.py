@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
 pytest.importorskip("sglang")
 
 from sgl_flowprefill.cluster import ClusterConfig, preflight
 from sgl_flowprefill.patches import lone_prefill
-from sgl_flowprefill.profiling import process
+from sgl_flowprefill.profiling import measure, process
 from sgl_flowprefill.runtime import selfcheck
+from sgl_flowprefill.runtime.checkpoints import DecoderLayer
+from sgl_flowprefill.ttft import PrefillShape
+from tests.simulated_device import HostCosts, SimulatedDevice
 
 
 class Streams:
@@ -99,3 +105,83 @@ def test_a_scheduler_that_measures_has_what_a_servers_first_process_sets(
     measures = preflight.prepare(ClusterConfig(flowprefill=True)).server_env("prefill")
     assert measures["CUDA_DEVICE_MAX_CONNECTIONS"] == "8"
     assert measures["TRTLLM_ENABLE_PDL"] == (given or "1")
+
+
+ATTENTION_S, MLP_S, LAYERS = 20e-6, 10e-6, 8
+
+
+class Operator(nn.Module):
+    """Queues a kernel, which takes the host longer to launch than the device to run."""
+
+    def __init__(self, device: SimulatedDevice, duration_s: float) -> None:
+        super().__init__()
+        self._device, self._duration_s = device, duration_s
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        self._device.launch("operator", self._duration_s)
+        return rows
+
+
+class Layer(nn.Module):
+    def __init__(self, device: SimulatedDevice) -> None:
+        super().__init__()
+        self.attention, self.mlp = Operator(device, ATTENTION_S), Operator(device, MLP_S)
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        return self.mlp(self.attention(rows))
+
+
+def launch_bound(device: SimulatedDevice, monkeypatch: pytest.MonkeyPatch) -> measure.SchedulerEngine:
+    """An engine on ``device``, whose attention reads back a plan before its first layer, as FlashInfer's may."""
+    model = nn.Sequential(*(Layer(device) for _ in range(LAYERS)))
+    names = [DecoderLayer(f"{index}", (f"{index}.attention",), (f"{index}.mlp",)) for index in range(LAYERS)]
+
+    def run_batch(batch: Any) -> Any:
+        device.launch("plan", 5e-6)
+        device.synchronize()
+        model(torch.zeros(1))
+        return SimpleNamespace(copy_done=None, next_token_ids=torch.zeros(1))
+
+    scheduler = SimpleNamespace(
+        device="cuda", run_batch=run_batch, model_config=SimpleNamespace(vocab_size=100), waiting_queue=[]
+    )
+    role: Any = SimpleNamespace(
+        scheduler=scheduler,
+        device=device,
+        make_batch=lambda reqs: SimpleNamespace(reqs=[]),
+        shapes=lambda batch: [PrefillShape(16)],
+    )
+    monkeypatch.setattr(measure, "whole_model", lambda scheduler: model)
+    monkeypatch.setattr(measure, "find_decoder_layers", lambda model: names)
+    monkeypatch.setattr(measure.torch.cuda, "synchronize", device.synchronize)
+    monkeypatch.setattr(
+        measure.torch.cuda, "_sleep", lambda cycles: device.launch("spin", cycles / measure.CYCLES_A_SECOND)
+    )
+    return measure.SchedulerEngine(role)
+
+
+def test_operators_are_timed_as_the_device_takes_for_them_and_not_the_host_to_launch_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    device = SimulatedDevice(2, HostCosts(launch_s=60e-6))
+    engine = launch_bound(device, monkeypatch)
+    timing, attention_s, mlp_s = engine.time_operators((PrefillShape(16),))
+    assert attention_s == pytest.approx(LAYERS * ATTENTION_S)
+    assert mlp_s == pytest.approx(LAYERS * MLP_S)
+    assert timing.time_s == pytest.approx(LAYERS * (ATTENTION_S + MLP_S))
+    assert timing.waited_s == 0.0
+
+
+def test_a_pass_that_waits_for_launches_takes_longer_from_its_first_layer_on_than_behind_a_spin(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    device = SimulatedDevice(2, HostCosts(launch_s=60e-6))
+    engine = launch_bound(device, monkeypatch)
+    took_s = []
+    for behind_spin in (False, True):
+        with engine.from_first_layer(behind_spin) as begin:
+            engine.time((PrefillShape(16),))
+            took_s.append(begin[0].seconds_until(device.stamp()))
+    waiting_s, alone_s = took_s
+    assert alone_s == pytest.approx(LAYERS * (ATTENTION_S + MLP_S))
+    assert waiting_s >= 2 * LAYERS * 60e-6

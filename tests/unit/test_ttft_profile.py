@@ -46,6 +46,8 @@ def few_repeats(monkeypatch: pytest.MonkeyPatch) -> None:
 class MadeUpEngine:
     """Takes the time that a formula says, on a clock of its own; interrupts itself on request."""
 
+    is_gpu = False
+
     def __init__(
         self,
         limit_tokens: int = 20_000,
@@ -156,6 +158,24 @@ def test_a_resumed_run_goes_on_with_what_was_not_measured_in_that_round(tmp_path
     resumed = profiled(tmp_path / "p.parquet", MadeUpEngine(), resumed=kept)
     measured = Counter((row.round, row.shape) for row in resumed.rows)
     assert all(count == (1 if index else LOOKS) for (index, _), count in measured.items())
+
+
+@pytest.mark.parametrize(
+    ("limit_tokens", "budget_s", "lengths"),
+    [
+        (20_000, 30.0, [*3 * [512, 1024, 2048, 4096], 20_000]),
+        (20_000, 5.0, [*3 * [512, 1024], 4096]),
+        (700, 5.0, 3 * [23, 45, 91, 181, 362, 700]),
+    ],
+)
+def test_on_a_gpu_prompts_are_looked_into_that_tell_of_rows_and_as_long_a_one_as_the_budget_allows(
+    limit_tokens: int, budget_s: float, lengths: list[int], tmp_path: Path
+) -> None:
+    engine = MadeUpEngine(limit_tokens)
+    engine.is_gpu = True
+    rows = profiled(tmp_path / "p.parquet", engine, budget_s).rows
+    looks = [row.shape[0].new_tokens for row in rows if row.attention_s is not None and row.round == 0]
+    assert sorted(looks) == sorted(lengths)
 
 
 def test_each_round_has_an_order_of_its_own(tmp_path: Path) -> None:

@@ -1,5 +1,5 @@
 """How far the CPU has to run ahead so that the device never waits for it: prefills with each look-ahead in turns, and
-with launches that wait for nothing.
+with all launched before the device begins.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from statistics import median
 from typing import TYPE_CHECKING, Any, Final
 
-from sgl_flowprefill.gpu_report.phases.base import Lengths, Outcome, Request, verdict
+from sgl_flowprefill.gpu_report.phases.base import Budget, Lengths, Outcome, Request, verdict
 from sgl_flowprefill.gpu_report.tuning import MAX_IDLE
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ LOOKAHEADS: Final = (0, 1, 2, 4)
 TOKENS: Final = (600, 2048, 8192)
 LEAST_ROUNDS: Final = 5
 MOST_ROUNDS: Final = 30
-COLUMNS: Final = ("prompt", "free-running", *(f"look-ahead {ahead}" for ahead in LOOKAHEADS))
+COLUMNS: Final = ("prompt", "device alone", *(f"look-ahead {ahead}" for ahead in LOOKAHEADS))
 
 
 def measure(engine: Engine, request: Request) -> Iterator[Outcome]:
@@ -27,35 +27,34 @@ def measure(engine: Engine, request: Request) -> Iterator[Outcome]:
         yield lengths.none_fits()
     rows: list[dict[str, Any]] = []
     for index, tokens in enumerate(lengths.tokens):
-        rows.append(_row(engine, tokens, request.budget.part(1 / (len(lengths.tokens) - index)).left_s))
+        rows.append(_row(engine, tokens, request.budget.part(1 / (len(lengths.tokens) - index))))
         yield _outcome(rows, lengths, engine.default_lookahead)
 
 
-def _row(engine: Engine, tokens: int, seconds: float) -> dict[str, Any]:
+def _row(engine: Engine, tokens: int, budget: Budget) -> dict[str, Any]:
     prompt = engine.prompt(tokens)
     times_s: dict[int | None, list[float]] = {None: [], **{ahead: [] for ahead in LOOKAHEADS}}
-    ways, spent_s = list(times_s), 0.0
+    ways = list(times_s)
     with engine.whole():
         for round_ in range(MOST_ROUNDS + 1):
             turned = round_ % len(ways)
             for ahead in ways[turned:] + ways[:turned]:
                 if ahead is None:
-                    time_s = engine.forward_s(prompt, checkpoints=False)
+                    time_s = engine.device_s(prompt, behind_spin=True)
                 else:
                     with engine.lookahead(ahead):
-                        time_s = engine.forward_s(prompt)
+                        time_s = engine.device_s(prompt)
                 if round_:  # the first warms up
                     times_s[ahead].append(time_s)
-                spent_s += time_s
-            if round_ >= LEAST_ROUNDS and spent_s > seconds:
+            if round_ >= LEAST_ROUNDS and not budget.left_s:
                 break
-    free_s = times_s.pop(None)
+    alone_s = times_s.pop(None)
     return {
         "tokens": len(prompt),
-        "rounds": len(free_s),
-        "free_s": median(free_s),
+        "rounds": len(alone_s),
+        "device_s": median(alone_s),
         "idle": {
-            str(ahead): median(1 - free / time_s for free, time_s in zip(free_s, own_s, strict=True))
+            str(ahead): median(1 - alone / time_s for alone, time_s in zip(alone_s, own_s, strict=True))
             for ahead, own_s in times_s.items()
         },
     }
@@ -63,7 +62,11 @@ def _row(engine: Engine, tokens: int, seconds: float) -> dict[str, Any]:
 
 def _outcome(rows: list[dict[str, Any]], lengths: Lengths, default: int) -> Outcome:
     table = [
-        (f"{row['tokens']:,}", f"{row['free_s'] * 1e3:.2f} ms", *(f"{idle:.2%} idle" for idle in row["idle"].values()))
+        (
+            f"{row['tokens']:,}",
+            f"{row['device_s'] * 1e3:.2f} ms",
+            *(f"{idle:.2%} idle" for idle in row["idle"].values()),
+        )
         for row in rows
     ]
     idle = [row["idle"][str(default)] for row in rows]

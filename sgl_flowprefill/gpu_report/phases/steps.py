@@ -38,7 +38,7 @@ COLUMNS: Final = (
 
 
 def measure(engine: Engine, request: Request) -> Iterator[Outcome]:
-    device = "cuda" if engine.on_card else "cpu"
+    device = "cuda" if engine.is_gpu else "cpu"
     each_tokens = STREAM_TOKENS[device] + MOST_TOKENS
     streams = max(1, min(STREAMS[device], engine.limit_tokens // each_tokens))
     prompts = [engine.prompt(STREAM_TOKENS[device]) for _ in range(streams)]

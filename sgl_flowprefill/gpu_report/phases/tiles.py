@@ -19,7 +19,7 @@ COLUMNS: Final = ("longest tile", "rows of an MLP tile", "pairs of an attention 
 
 
 def measure(engine: Engine, request: Request) -> Iterator[Outcome]:
-    prompt = engine.prompt(TOKENS["cuda" if engine.on_card else "cpu"])
+    prompt = engine.prompt(TOKENS["cuda" if engine.is_gpu else "cpu"])
     planned = {length_ms: engine.planned_tiles(length_ms * 1e-3) for length_ms in LENGTHS_MS}
     times_s: dict[float | None, list[float]] = {None: [], **{length_ms: [] for length_ms in LENGTHS_MS}}
     points: dict[float, int] = {}

@@ -27,7 +27,7 @@ COLUMNS: Final = ("", "prompts", "the same token", "suspensions", "live at most"
 
 
 def measure(engine: Engine, request: Request) -> Iterator[Outcome]:
-    shortest, longest = TOKENS["cuda" if engine.on_card else "cpu"]
+    shortest, longest = TOKENS["cuda" if engine.is_gpu else "cpu"]
     rng = random.Random(1)
     prompts = [engine.prompt(rng.randrange(shortest, longest)) for _ in range(PROMPTS)]
     with engine.whole():
