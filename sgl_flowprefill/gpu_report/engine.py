@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import random
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final, NamedTuple
 
 import torch
 
@@ -24,6 +25,9 @@ from sgl_flowprefill.runtime.profile import current_setting, load_or_measure
 from sgl_flowprefill.runtime.selfcheck import Finding, Tasks, checks
 from sgl_flowprefill.runtime.step_profile import load_or_measure_steps
 from sgl_flowprefill.runtime.tiles import WHOLE, TilePlan, Tiles, TileSizes, find_norms
+
+WAITED: Final = "synchronizing CUDA operation"
+"""In what PyTorch warns of while it looks for these."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,17 @@ class Decoded:
     steps: list[Step] = field(default_factory=list)
     firsts: list[First] = field(default_factory=list)
     """What each prefill beside them has found."""
+
+
+class Held(NamedTuple):
+    """Device memory of a prefill, and what is counted for it when tasks are admitted."""
+
+    points: int
+    """Interruption points at which it was suspended."""
+    suspended_bytes: int
+    counted_suspended_bytes: int
+    running_bytes: int
+    counted_running_bytes: int
 
 
 class Engine(Tasks):
@@ -144,6 +159,53 @@ class Engine(Tasks):
             self.resume(task)
             self.finish(task)
         return int(task.points_passed)
+
+    def held(self, prompt: Sequence[int]) -> Held:
+        """Device memory that a prompt's prefill takes beside KV cache and weights, suspended at each interruption
+        point. What is allocated the host knows, however far the device has come.
+        """
+        task, most_bytes = self.start(list(prompt)), 0
+        self.synchronize()
+        before_bytes = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        with self.interrupted_by(lambda: True):
+            while not task.done:
+                self.resume(task)
+                if not task.done:
+                    most_bytes = max(most_bytes, torch.cuda.memory_allocated() - before_bytes)
+                    self.synchronize()
+        peak_bytes = torch.cuda.max_memory_allocated() - before_bytes
+        self.finish(task)
+        counted = self.hub.work.memory.activations
+        return Held(
+            points=task.points_passed,
+            suspended_bytes=most_bytes,
+            counted_suspended_bytes=counted.suspended_bytes(len(prompt)),
+            running_bytes=peak_bytes,
+            counted_running_bytes=counted.running_bytes(len(prompt)),
+        )
+
+    def tries(self) -> dict[str, int]:
+        """How often PyTorch found no memory at first, and none at all, since the process began."""
+        stats = torch.cuda.memory_stats()
+        return {name: int(stats.get(name, 0)) for name in ("num_alloc_retries", "num_ooms")}
+
+    def waits(self, prompt: Sequence[int]) -> list[str]:
+        """Where, in files and lines, the host waits for the device inside a prompt's forward pass, as far as PyTorch
+        notices: each time, the queue runs dry.
+        """
+        self.points(prompt)  # what waits once does not count
+        task = self.start(list(prompt))
+        self.synchronize()
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            with warnings.catch_warnings(record=True) as found, self.interrupted_by(lambda: False):
+                warnings.simplefilter("always")
+                self.resume(task)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        self.finish(task)
+        return [f"{one.filename}:{one.lineno}" for one in found if WAITED in str(one.message)]
 
     def device_s(self, prompt: Sequence[int], behind_spin: bool = False) -> float:
         """Device time of a prompt's forward pass, from its first layer on. ``behind_spin``: without preemption

@@ -89,7 +89,7 @@ def test_a_budget_is_shared_out_of_what_is_left() -> None:
 
 
 def test_what_a_card_alone_can_show_is_named_on_the_cpu_engine() -> None:
-    assert [phase.name for phase in plan((None,)) if phase.needs_card] == ["lookahead"]
+    assert [phase.name for phase in plan((None,)) if phase.needs_card] == ["lookahead", "memory"]
     assert [phase.name for phase in plan(("flashinfer", "triton"))][:3] == [
         "machine", "checks:flashinfer", "checks:triton",
     ]  # fmt: skip

@@ -24,7 +24,7 @@ from sgl_flowprefill.bench.loadgen.client import Client, GenerateApi
 from sgl_flowprefill.bench.systems.catalog import SYSTEMS
 from sgl_flowprefill.bench.workloads.prompts import PromptBuilder
 from sgl_flowprefill.config import FlowPrefillConfig
-from sgl_flowprefill.gpu_report.engine import Decoded, First, Step
+from sgl_flowprefill.gpu_report.engine import Decoded, First, Held, Step
 from sgl_flowprefill.gpu_report.phases import (
     UNIFIED_GOODPUT,
     blocking,
@@ -32,6 +32,7 @@ from sgl_flowprefill.gpu_report.phases import (
     cost,
     goodput,
     lookahead,
+    memory,
     steps,
     tiles,
     tokens,
@@ -91,6 +92,21 @@ class KnownEngine:
 
     def device_s(self, prompt: Sequence[int], behind_spin: bool = False) -> float:
         return self.times_s(self, len(prompt), not behind_spin)
+
+    def waits(self, prompt: Sequence[int]) -> list[str]:
+        return ["attention.py:7"]
+
+    held_share = 1.0
+    """Of what is counted for a suspended prefill in tiles, what it holds."""
+    ooms = 0
+
+    def held(self, prompt: Sequence[int]) -> Held:
+        counted = 1000 * len(prompt)
+        share = 1.0 if self.tiles == WHOLE else self.held_share
+        return Held(OPERATORS, round(share * counted), counted, counted, 2 * counted)
+
+    def tries(self) -> dict[str, int]:
+        return {"num_alloc_retries": 0, "num_ooms": self.ooms}
 
     # ---- what is found ----
 
@@ -291,7 +307,7 @@ def test_lengths_for_which_the_budget_does_not_do_are_named(engine: KnownEngine,
     assert "; no time for 8,192, 32,768; this engine has context and KV cache for 50,000 tokens" in found.line
 
 
-MEASURED: Final = pytest.mark.parametrize("phase", [blocking, cost, lookahead])
+MEASURED: Final = pytest.mark.parametrize("phase", [blocking, cost, lookahead, memory])
 """Phases that measure prompts of given lengths."""
 
 
@@ -329,6 +345,25 @@ def test_a_device_that_idles_with_the_default_look_ahead_fails(
     for row in found.figures["rows"]:
         for ahead, idle in row["idle"].items():
             assert idle == pytest.approx(0.2 if int(ahead) < needed else 0.0)
+    assert found.figures["waits"] == ["attention.py:7"]
+    assert "inside a prefill the host waits for the device 1 times (attention.py:7)" in found.line
+
+
+@pytest.mark.parametrize(
+    ("what", "value", "state"), [("held_share", 1.04, "passed"), ("held_share", 1.06, "FAILED"), ("ooms", 1, "FAILED")]
+)
+def test_prefills_that_hold_more_than_is_counted_fail(
+    what: str, value: float, state: str, engine: KnownEngine, tmp_path: Path
+) -> None:
+    setattr(engine, what, value)
+    found = last(memory.measure, engine, tmp_path)
+    assert found.state == state
+    assert [(row["tokens"], row["tiles"]) for row in found.figures["rows"]] == [
+        (tokens, is_tiled) for tokens in (512, 4096) for is_tiled in (False, True)
+    ]
+    assert found.line.startswith(
+        f"suspended prefills hold at most {max(1.0, engine.held_share):.0%} of what is counted"
+    )
 
 
 def test_shorter_tiles_are_weighed_against_their_cost(engine: KnownEngine, tmp_path: Path) -> None:

@@ -128,7 +128,8 @@ class Layer(nn.Module):
         self.attention, self.mlp = Operator(device, ATTENTION_S), Operator(device, MLP_S)
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
-        return self.mlp(self.attention(rows))
+        output: torch.Tensor = self.mlp(self.attention(rows))
+        return output
 
 
 def launch_bound(device: SimulatedDevice, monkeypatch: pytest.MonkeyPatch) -> measure.SchedulerEngine:

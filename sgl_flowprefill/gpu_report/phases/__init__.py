@@ -72,6 +72,7 @@ def plan(backends: tuple[str | None, ...], unified: bool = False, asked: str | N
         Phase("operators", "Operator times", 4.0),
         Phase("lookahead", "Look-ahead", 3.0, needs_card="the CPU engine queues nothing, so it has no look-ahead"),
         Phase("tiles", "Lengths of tiles", 3.0),
+        Phase("memory", "What prefills hold", 1.0, needs_card="the CPU engine's memory is the host's"),
         Phase("steps", "Decode steps inside prefills", 4.0, role="unified"),
         Phase(
             UNIFIED_GOODPUT if unified else "goodput",

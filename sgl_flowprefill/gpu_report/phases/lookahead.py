@@ -26,9 +26,10 @@ def measure(engine: Engine, request: Request) -> Iterator[Outcome]:
     if not lengths.tokens:
         yield lengths.none_fits()
     rows: list[dict[str, Any]] = []
+    waits = engine.waits(engine.prompt(lengths.tokens[0])) if lengths.tokens else []
     for index, tokens in enumerate(lengths.tokens):
         rows.append(_row(engine, tokens, request.budget.part(1 / (len(lengths.tokens) - index))))
-        yield _outcome(rows, lengths, engine.default_lookahead)
+        yield _outcome(rows, lengths, engine.default_lookahead, waits)
 
 
 def _row(engine: Engine, tokens: int, budget: Budget) -> dict[str, Any]:
@@ -60,7 +61,7 @@ def _row(engine: Engine, tokens: int, budget: Budget) -> dict[str, Any]:
     }
 
 
-def _outcome(rows: list[dict[str, Any]], lengths: Lengths, default: int) -> Outcome:
+def _outcome(rows: list[dict[str, Any]], lengths: Lengths, default: int, waits: list[str]) -> Outcome:
     table = [
         (
             f"{row['tokens']:,}",
@@ -71,6 +72,10 @@ def _outcome(rows: list[dict[str, Any]], lengths: Lengths, default: int) -> Outc
     ]
     idle = [row["idle"][str(default)] for row in rows]
     shares = ", ".join(f"{share:.2%} at {row['tokens']:,}" for share, row in zip(idle, rows, strict=True))
-    line = f"look-ahead {default}: of the time of a prefill the device idles {shares} tokens{lengths.why()}"
-    figures = {"rows": list(rows), "max_idle": MAX_IDLE, "left_out_tokens": lengths.left_out_tokens}
+    places = f" ({', '.join(dict.fromkeys(waits))})" if waits else ""
+    line = (
+        f"look-ahead {default}: of the time of a prefill the device idles {shares} tokens; inside a prefill the host "
+        f"waits for the device {len(waits)} times{places}{lengths.why()}"
+    )
+    figures = {"rows": list(rows), "waits": waits, "max_idle": MAX_IDLE, "left_out_tokens": lengths.left_out_tokens}
     return Outcome(verdict(all(share < MAX_IDLE for share in idle)), line, COLUMNS, table, figures)
