@@ -92,7 +92,7 @@ def test_log_probabilities_of_a_long_prompt_keep_it_from_starting_where_they_wou
         hub = SimulatedServer(SimulatedDevice(0, HostCosts()), model, requests).hub
         hub.look()
         hub.work.tasks.live = [SimpleNamespace(new_tokens=1000, logprob_rows=0, shapes=[], members=[])]  # type: ignore[list-item]
-        hub.work.memory = TaskMemory(activations, activations.running_bytes(1000) + 64 * 4)
+        hub.work.memory = TaskMemory(activations, activations.running_bytes(1000) + activations.suspended_bytes(64))
         assert isinstance(hub.choose(), list) == (logprob_rows == 0)
 
 
