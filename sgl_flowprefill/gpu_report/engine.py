@@ -22,6 +22,7 @@ from sgl_flowprefill.hub.task import PrefillTask
 from sgl_flowprefill.profiling.file import Setting
 from sgl_flowprefill.runtime.checkpoints import find_decoder_layers
 from sgl_flowprefill.runtime.profile import current_setting, load_or_measure
+from sgl_flowprefill.runtime.memory import TaskMemory
 from sgl_flowprefill.runtime.selfcheck import Finding, Tasks, checks
 from sgl_flowprefill.runtime.step_profile import load_or_measure_steps
 from sgl_flowprefill.runtime.tiles import WHOLE, TilePlan, Tiles, TileSizes, find_norms
@@ -176,7 +177,9 @@ class Engine(Tasks):
                     self.synchronize()
         peak_bytes = torch.cuda.max_memory_allocated() - before_bytes
         self.finish(task)
-        counted = self.hub.work.memory.activations
+        memory = self.hub.work.memory
+        assert isinstance(memory, TaskMemory)
+        counted = memory.activations
         return Held(
             points=task.points_passed,
             suspended_bytes=most_bytes,
