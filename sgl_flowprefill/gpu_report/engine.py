@@ -21,8 +21,8 @@ from sgl_flowprefill.hub.device import QueueDevice
 from sgl_flowprefill.hub.task import PrefillTask
 from sgl_flowprefill.profiling.file import Setting
 from sgl_flowprefill.runtime.checkpoints import find_decoder_layers
-from sgl_flowprefill.runtime.profile import current_setting, load_or_measure
 from sgl_flowprefill.runtime.memory import TaskMemory
+from sgl_flowprefill.runtime.profile import current_setting, load_or_measure
 from sgl_flowprefill.runtime.selfcheck import Finding, Tasks, checks
 from sgl_flowprefill.runtime.step_profile import load_or_measure_steps
 from sgl_flowprefill.runtime.tiles import WHOLE, TilePlan, Tiles, TileSizes, find_norms
