@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
+from collections import deque
 from collections.abc import Iterable, Sequence
 from math import sqrt
 from typing import Any, Final, NamedTuple
@@ -21,6 +22,8 @@ UPDATES: Final = 20
 LEAST_SHARE: Final = 1 / 8
 """Share of the window: what arrived after a pause is taken for the arrivals of so long a time at least."""
 CLASSES: Final = 48
+NUMBERS: Final = CLASSES * 4 * CLASSES
+"""Sums of what arrived at a pace: four for each class of work and of SLO."""
 WORKS_S: Final[list[float]] = np.geomspace(1e-4, 1e3, CLASSES - 1).tolist()
 SLOS_S: Final[list[float]] = np.geomspace(1e-2, 1e4, CLASSES - 1).tolist()
 """Where classes of requests begin, by their work and by their SLO, after the first class."""
@@ -42,20 +45,20 @@ class Counted(NamedTuple):
     factors: list[float]
     """What the paces were when it was judged which requests count."""
     sums: np.ndarray[Any, np.dtype[np.float64]]
-    """float64 [paces, 4 * CLASSES]: the four sums of ``_Arrivals``, each by SLO class."""
+    """float64 [2, paces, 2 * CLASSES]: for work and for work squared, the two sums of ``_Arrivals`` by SLO class."""
 
-    def now(self) -> list[list[float]]:
-        """For each SLO class, at the present paces: the four sums over the classes before, and over its own. There is
-        time for no more than what arrived in ``past_s``.
+    def now(self) -> list[list[list[float]]]:
+        """For work and for work squared, the two sums over all SLO classes before each one, and over all of them, at
+        the present paces. There is time for no more than what arrived in ``past_s``.
         """
-        factors = np.array([pace.factor for pace in self.paces])
-        works, squares = self.sums[:, : 2 * CLASSES], self.sums[:, 2 * CLASSES :]
-        own = np.concatenate((factors @ works, factors**2 @ squares)).reshape(4, CLASSES)
-        np.maximum(own, 0.0, out=own)
-        if (works_s := own[0].sum()) > self.past_s:
-            own *= self.past_s / works_s
-        by_class: list[list[float]] = np.concatenate([own.cumsum(axis=1) - own, own]).T.tolist()
-        return by_class
+        factors = [pace.factor for pace in self.paces]
+        by_class = np.array((factors, [factor * factor for factor in factors]))[:, None] @ self.sums
+        sums = np.zeros((2, CLASSES + 1, 2))
+        np.maximum(by_class, 0.0).reshape(2, CLASSES, 2).cumsum(axis=1, out=sums[:, 1:])
+        if (works_s := sums[0, -1, 0]) > self.past_s:
+            sums *= self.past_s / works_s
+        now: list[list[list[float]]] = sums.tolist()
+        return now
 
     def is_outdated(self) -> bool:
         """Whether other requests may count by now."""
@@ -66,7 +69,7 @@ def _has_changed(paces: Iterable[Pace], factors: Iterable[float], share: float) 
     return any(abs(pace.factor - factor) > share * factor for pace, factor in zip(paces, factors, strict=True))
 
 
-NOTHING: Final = Counted(1.0, [], [], np.zeros((0, 4 * CLASSES)))
+NOTHING: Final = Counted(1.0, [], [], np.zeros((2, 0, 2 * CLASSES)))
 
 
 class Entry(NamedTuple):
@@ -90,8 +93,9 @@ class Forecast:
     def __init__(self, window_s: float) -> None:
         self._window_s = window_s
         self._slot_s = window_s / SLOTS
-        self._at: dict[Pace, _Arrivals] = {}
-        """What arrived, by pace. The paces are few: one for each kind of requests."""
+        self._arrivals = _Arrivals()
+        self._requests = [0] * PLACES
+        """Requests that arrived in each slot."""
         self._arrived = 0
         """Requests that arrived in all slots."""
         self._slot = 0
@@ -99,11 +103,11 @@ class Forecast:
         self._now_s = self._since_s = -math.inf
         self._unseen = 0
         self._counted = NOTHING
-        self._is_outdated = False
-        """Whether other requests may count by now."""
+        self._is_repaced = False
+        """Paces have changed since it was asked whether other requests may count by now."""
         self._factors: list[float] = []
-        """What its paces were when ``_by_class`` was made."""
-        self._by_class = NOTHING.now()
+        """What its paces were when ``_works`` and ``_squares`` were made."""
+        self._works, self._squares = NOTHING.now()
         self._next: Counted | None = None
         """Made with one arrival and valid from the next: who plans by it need not wait for both at once."""
 
@@ -115,19 +119,17 @@ class Forecast:
         """
         self._now_s = now_s = max(now_s, self._now_s)
         self._forget(int(now_s / self._slot_s))
-        arrivals = self._at.get(pace)
-        if arrivals is None:
-            arrivals = self._at[pace] = _Arrivals()
-        arrivals.add(self._slot % PLACES, work_s, slo_s)
+        self._arrivals.add(self._slot, work_s, slo_s, pace)
+        self._requests[self._slot % PLACES] += 1
         self._arrived += 1
         self._unseen += 1
         if self._next is None:
-            if self._unseen * UPDATES >= self._arrived or self._is_outdated:
-                self._next = self._summary()
+            if self._unseen * UPDATES >= self._arrived or self._is_outdated():
+                self._next = self._arrivals.counted(self._past_s(), self._slot - SLOTS)
             return False
         self._unseen = 0
         self._counted, self._next = self._next, None
-        self._is_outdated = self._counted.is_outdated()
+        self._is_repaced = True
         self._follow()
         return True
 
@@ -141,13 +143,14 @@ class Forecast:
         """
         if request.slot < self._slot - SLOTS:
             return  # forgotten already
-        self._at[request.pace].add(request.slot % PLACES, request.work_s, request.slo_s, -1)
+        self._arrivals.add(request.slot, request.work_s, request.slo_s, request.pace, -1)
+        self._requests[request.slot % PLACES] -= 1
         self._arrived -= 1
         self._unseen += 1
 
     def repaced(self) -> None:
         """Paces have changed: what arrived counts at the present ones."""
-        self._is_outdated = self._counted.is_outdated()
+        self._is_repaced = True
         if _has_changed(self._counted.paces, self._factors, SAME_PACE):
             self._follow()
 
@@ -156,26 +159,28 @@ class Forecast:
 
         A request with SLO s is among them when it arrives in the next ``within_s - s``.
         """
-        work, offset, _, _, own, own_offset, _, _ = self._by_class[bisect_right(SLOS_S, within_s)]
-        return (work * within_s - offset + max(0.0, own * within_s - own_offset)) / self._counted.past_s
+        place = bisect_right(SLOS_S, within_s)
+        (work, offset), (up_to_work, up_to_offset) = self._works[place : place + 2]
+        return max(work * within_s - offset, up_to_work * within_s - up_to_offset) / self._counted.past_s
 
     def rooms_s(self, times_s: Sequence[float]) -> list[float]:
         """Time to leave for that work within each of ``times_s``: one standard deviation more, as it arrives at random,
         but no more than all.
         """
         rooms_s: list[float] = []
-        by_class, past_s = self._by_class, self._counted.past_s
+        works, squares, past_s = self._works, self._squares, self._counted.past_s
         from_s = to_s = math.inf
         for within_s in times_s:
             if not from_s <= within_s < to_s:  # not of the class of the one before
                 place = bisect_right(SLOS_S, within_s)
                 from_s, to_s = SLO_BOUNDS_S[place], SLO_BOUNDS_S[place + 1]
-                work, offset, square, square_offset, own, own_offset, own_square, own_square_offset = by_class[place]
+                (work, offset), (up_to_work, up_to_offset) = works[place : place + 2]
+                (square, square_offset), (up_to_square, up_to_square_offset) = squares[place : place + 2]
             mean, variance = work * within_s - offset, square * within_s - square_offset
-            if (own_mean := own * within_s - own_offset) > 0.0:
-                mean += own_mean
-                if (own_variance := own_square * within_s - own_square_offset) > 0.0:
-                    variance += own_variance
+            if (up_to_mean := up_to_work * within_s - up_to_offset) > mean:
+                mean = up_to_mean
+                if (up_to_variance := up_to_square * within_s - up_to_square_offset) > variance:
+                    variance = up_to_variance
             room_s = mean / past_s
             if variance > 0.0:
                 room_s += sqrt(variance / past_s)
@@ -185,27 +190,90 @@ class Forecast:
     def _forget(self, slot: int) -> None:
         """Time has come to ``slot``: forget the slots whose places are needed."""
         if slot - self._slot > SLOTS:
-            self._at.clear()
+            self._arrivals = _Arrivals()
+            self._requests = [0] * PLACES
             self._arrived = 0
             self._slot = slot
             self._since_s = self._now_s
         while self._slot < slot:
             self._slot += 1
-            for arrivals in self._at.values():
-                self._arrived -= arrivals.forget(self._slot % PLACES)
+            self._arrived -= self._requests[self._slot % PLACES]
+            self._requests[self._slot % PLACES] = 0
+
+    def _past_s(self) -> float:
+        since_s = max(self._since_s, (self._slot - SLOTS) * self._slot_s)
+        return max(self._now_s - since_s, self._window_s * LEAST_SHARE)
+
+    def _is_outdated(self) -> bool:
+        """Whether other requests may count by now: asked once after paces have changed."""
+        is_repaced, self._is_repaced = self._is_repaced, False
+        return is_repaced and self._counted.is_outdated()
 
     def _follow(self) -> None:
         """What counts is worth what its paces make of it now."""
         self._factors = [pace.factor for pace in self._counted.paces]
-        self._by_class = self._counted.now()
+        self._works, self._squares = self._counted.now()
 
-    def _summary(self) -> Counted:
-        since_s = max(self._since_s, (self._slot - SLOTS) * self._slot_s)
-        past_s = max(self._now_s - since_s, self._window_s * LEAST_SHARE)
-        paces, arrived = list(self._at), self._at.values()
-        factors = np.array([pace.factor for pace in paces])
-        classes = FROM_WORKS_S[1:].searchsorted(np.outer(factors, FROM_WORKS_S), side="right")
-        works_s = factors[:, None] * np.stack([arrivals.works_s for arrivals in arrived])
+
+class _OfPace(NamedTuple):
+    """What arrived at one pace."""
+
+    row: int
+    """Where its sums are among those of all paces."""
+    slots: deque[int]
+    """The slots that are in the sums, the oldest first."""
+    by_slot: np.ndarray[Any, np.dtype[np.float64]]
+    """float64 [PLACES, CLASSES, 4 * CLASSES]: the sums of each slot."""
+    flat: memoryview[float]
+    """The same in a row."""
+
+
+class _Arrivals:
+    """What arrived, by pace and before that. The paces are few: one for each kind of requests.
+
+    It is summed up by classes of work and, for each, of SLO: the work and that times SLO, and behind these the work
+    squared and that times SLO. A pace forgets an old slot when a request of it arrives, or when all are summed up.
+    """
+
+    def __init__(self) -> None:
+        self._at: dict[Pace, _OfPace] = {}
+        self._sums = np.zeros((0, CLASSES, 4 * CLASSES))
+        self._works_s = np.zeros((0, CLASSES))
+        """The work of all slots, by its class."""
+        self._first, self._end = CLASSES, 0
+        """Requests of no other classes of work have arrived: all numbers of the others are 0, and nobody reads them."""
+        self._flat_sums = self._flat_works_s = memoryview(b"").cast("d")
+        """Flat views: an arrival adds to a few of their numbers."""
+
+    def add(self, slot: int, work_s: float, slo_s: float, pace: Pace, requests: int = 1) -> None:
+        """A request has arrived in ``slot``; with -1 ``requests``, it has not."""
+        of_pace = self._at.get(pace) or self._new(pace)
+        self._forget(of_pace, slot - SLOTS)
+        if not of_pace.slots or of_pace.slots[-1] < slot:
+            of_pace.slots.append(slot)
+        work, slo = bisect_right(WORKS_S, work_s), bisect_right(SLOS_S, slo_s)
+        self._first, self._end = min(self._first, work), max(self._end, work + 1)
+        offset_s = min(slo_s, LONGEST_SLO_S)
+        first = 4 * CLASSES * work + 2 * slo
+        in_sums, in_slots = NUMBERS * of_pace.row + first, NUMBERS * (slot % PLACES) + first
+        for cell, added in (
+            (0, work_s),
+            (1, work_s * offset_s),
+            (2 * CLASSES, work_s * work_s),
+            (2 * CLASSES + 1, work_s * work_s * offset_s),
+        ):
+            self._flat_sums[in_sums + cell] += requests * added
+            of_pace.flat[in_slots + cell] += requests * added
+        self._flat_works_s[CLASSES * of_pace.row + work] += requests * work_s
+
+    def counted(self, past_s: float, oldest: int) -> Counted:
+        """The requests that count of those since the slot ``oldest``, which arrived in ``past_s``."""
+        for of_pace in self._at.values():
+            self._forget(of_pace, oldest)
+        works = slice(self._first, self._end)
+        factors = np.array([pace.factor for pace in self._at])
+        classes = FROM_WORKS_S[1:].searchsorted(factors[:, None] * FROM_WORKS_S[works], side="right")
+        works_s = factors[:, None] * self._works_s[:, works]
         up_to_s = np.bincount(classes.ravel(), works_s.ravel(), CLASSES).cumsum()
         whole = int(up_to_s.searchsorted(past_s, side="right"))
         shares = np.zeros(CLASSES)
@@ -214,56 +282,26 @@ class Forecast:
         if whole < CLASSES:  # of the requests that take a little too long, as many as there is time for
             before_s = up_to_s[whole - 1] if whole else 0.0
             shares[whole] = (past_s - before_s) / (up_to_s[whole] - before_s)
-        sums = np.stack([arrivals.sums(of_pace) for arrivals, of_pace in zip(arrived, shares[classes], strict=True)])
-        return Counted(past_s, paces, factors.tolist(), sums)
+        sums = (shares[classes][:, None] @ self._sums[:, works]).reshape(-1, 2, 2 * CLASSES).swapaxes(0, 1)
+        return Counted(past_s, list(self._at), factors.tolist(), sums)
 
+    def _new(self, pace: Pace) -> _OfPace:
+        by_slot = np.zeros((PLACES, CLASSES, 4 * CLASSES))
+        self._at[pace] = of_pace = _OfPace(len(self._at), deque(), by_slot, _flat(by_slot))
+        self._sums = np.concatenate((self._sums, by_slot[:1]))
+        self._works_s = np.concatenate((self._works_s, np.zeros((1, CLASSES))))
+        self._flat_sums, self._flat_works_s = _flat(self._sums), _flat(self._works_s)
+        return of_pace
 
-class _Arrivals:
-    """What arrived at one pace, before that."""
-
-    def __init__(self) -> None:
-        self._slots = np.zeros((PLACES, CLASSES, 4, CLASSES))
-        """What arrived in each slot, by work and SLO: its work, that times SLO, work squared, and that times SLO."""
-        self._requests = [0] * PLACES
-        """Requests that arrived in each slot."""
-        self._by_work = np.zeros((CLASSES, 4 * CLASSES))
-        """Sums of ``_slots`` over all slots."""
-        self.works_s = np.zeros(CLASSES)
-        """The work of all slots, by its class."""
-        self._first, self._end = CLASSES, 0
-        """Requests of no other classes of work have arrived: all numbers of the others are 0, and nobody reads them."""
-        self._flat_slots, self._flat_sums = _flat(self._slots), _flat(self._by_work)
-        self._flat_works_s = _flat(self.works_s)
-        """Flat views of ``_slots``, ``_by_work`` and ``works_s``: an arrival adds to a few of their numbers."""
-
-    def add(self, place: int, work_s: float, slo_s: float, requests: int = 1) -> None:
-        """A request has arrived in the slot at ``place``; with -1 ``requests``, it has not."""
-        work, slo = bisect_right(WORKS_S, work_s), bisect_right(SLOS_S, slo_s)
-        self._first, self._end = min(self._first, work), max(self._end, work + 1)
-        offset_s = min(slo_s, LONGEST_SLO_S)
-        cell = work * 4 * CLASSES + slo
-        for added in (work_s, work_s * offset_s, work_s * work_s, work_s * work_s * offset_s):
-            self._flat_sums[cell] += requests * added
-            self._flat_slots[place * self._by_work.size + cell] += requests * added
-            cell += CLASSES
-        self._flat_works_s[work] += requests * work_s
-        self._requests[place] += requests
-
-    def forget(self, place: int) -> int:
-        """Empty the slot at ``place``; returns how many requests arrived in it."""
-        requests, self._requests[place] = self._requests[place], 0
-        if requests:
+    def _forget(self, of_pace: _OfPace, oldest: int) -> None:
+        """Take the slots before ``oldest`` out of the sums."""
+        while of_pace.slots and of_pace.slots[0] < oldest:
             works = slice(self._first, self._end)
-            self._by_work[works] -= self._slots[place, works].reshape(-1, 4 * CLASSES)
-            self._slots[place, works] = 0.0
-            self.works_s[works] = self._by_work[works, :CLASSES].sum(axis=1)
-        return requests
-
-    def sums(self, shares: np.ndarray[Any, np.dtype[np.float64]]) -> np.ndarray[Any, np.dtype[np.float64]]:
-        """float64 [4 * CLASSES]: the four sums, each by SLO, over the ``shares`` of the classes of work."""
-        works = slice(self._first, self._end)
-        total: np.ndarray[Any, np.dtype[np.float64]] = shares[works] @ self._by_work[works]
-        return total
+            of_slot = of_pace.by_slot[of_pace.slots.popleft() % PLACES, works]
+            sums = self._sums[of_pace.row, works]
+            sums -= of_slot
+            of_slot[:] = 0.0
+            self._works_s[of_pace.row, works] = sums[:, : 2 * CLASSES : 2].sum(axis=1)
 
 
 def _flat(numbers: np.ndarray[Any, np.dtype[np.float64]]) -> memoryview[float]:
