@@ -45,20 +45,20 @@ class Counted(NamedTuple):
     factors: list[float]
     """What the paces were when it was judged which requests count."""
     sums: np.ndarray[Any, np.dtype[np.float64]]
-    """float64 [2, paces, 2 * CLASSES]: for work and for work squared, the two sums of ``_Arrivals`` by SLO class."""
+    """float64 [2, paces, 2 * CLASSES]: the four sums of ``_Arrivals``, two and two, each by SLO class."""
 
-    def now(self) -> list[list[list[float]]]:
-        """For work and for work squared, the two sums over all SLO classes before each one, and over all of them, at
-        the present paces. There is time for no more than what arrived in ``past_s``.
+    def now(self) -> list[list[float]]:
+        """The four sums over all SLO classes before each one, and over all of them, at the present paces. There is time
+        for no more than what arrived in ``past_s``.
         """
         factors = [pace.factor for pace in self.paces]
-        by_class = np.array((factors, [factor * factor for factor in factors]))[:, None] @ self.sums
-        sums = np.zeros((2, CLASSES + 1, 2))
-        np.maximum(by_class, 0.0).reshape(2, CLASSES, 2).cumsum(axis=1, out=sums[:, 1:])
-        if (works_s := sums[0, -1, 0]) > self.past_s:
-            sums *= self.past_s / works_s
-        now: list[list[list[float]]] = sums.tolist()
-        return now
+        of_classes = np.array((factors, [factor * factor for factor in factors]))[:, None] @ self.sums
+        before = np.zeros((4, CLASSES + 1))
+        np.maximum(of_classes, 0.0).reshape(4, CLASSES).cumsum(axis=1, out=before[:, 1:])
+        if (works_s := before[0, -1]) > self.past_s:
+            before *= self.past_s / works_s
+        before_class: list[list[float]] = before.T.tolist()
+        return before_class
 
     def is_outdated(self) -> bool:
         """Whether other requests may count by now."""
@@ -106,8 +106,8 @@ class Forecast:
         self._is_repaced = False
         """Paces have changed since it was asked whether other requests may count by now."""
         self._factors: list[float] = []
-        """What its paces were when ``_works`` and ``_squares`` were made."""
-        self._works, self._squares = NOTHING.now()
+        """What its paces were when ``_before_class`` was made."""
+        self._before_class = NOTHING.now()
         self._next: Counted | None = None
         """Made with one arrival and valid from the next: who plans by it need not wait for both at once."""
 
@@ -160,7 +160,7 @@ class Forecast:
         A request with SLO s is among them when it arrives in the next ``within_s - s``.
         """
         place = bisect_right(SLOS_S, within_s)
-        (work, offset), (up_to_work, up_to_offset) = self._works[place : place + 2]
+        (work, offset, _, _), (up_to_work, up_to_offset, _, _) = self._before_class[place : place + 2]
         return max(work * within_s - offset, up_to_work * within_s - up_to_offset) / self._counted.past_s
 
     def rooms_s(self, times_s: Sequence[float]) -> list[float]:
@@ -168,14 +168,14 @@ class Forecast:
         but no more than all.
         """
         rooms_s: list[float] = []
-        works, squares, past_s = self._works, self._squares, self._counted.past_s
+        before_class, past_s = self._before_class, self._counted.past_s
         from_s = to_s = math.inf
         for within_s in times_s:
             if not from_s <= within_s < to_s:  # not of the class of the one before
                 place = bisect_right(SLOS_S, within_s)
                 from_s, to_s = SLO_BOUNDS_S[place], SLO_BOUNDS_S[place + 1]
-                (work, offset), (up_to_work, up_to_offset) = works[place : place + 2]
-                (square, square_offset), (up_to_square, up_to_square_offset) = squares[place : place + 2]
+                work, offset, square, square_offset = before_class[place]
+                up_to_work, up_to_offset, up_to_square, up_to_square_offset = before_class[place + 1]
             mean, variance = work * within_s - offset, square * within_s - square_offset
             if (up_to_mean := up_to_work * within_s - up_to_offset) > mean:
                 mean = up_to_mean
@@ -212,7 +212,7 @@ class Forecast:
     def _follow(self) -> None:
         """What counts is worth what its paces make of it now."""
         self._factors = [pace.factor for pace in self._counted.paces]
-        self._works, self._squares = self._counted.now()
+        self._before_class = self._counted.now()
 
 
 class _OfPace(NamedTuple):
@@ -231,8 +231,8 @@ class _OfPace(NamedTuple):
 class _Arrivals:
     """What arrived, by pace and before that. The paces are few: one for each kind of requests.
 
-    It is summed up by classes of work and, for each, of SLO: the work and that times SLO, and behind these the work
-    squared and that times SLO. A pace forgets an old slot when a request of it arrives, or when all are summed up.
+    Each class of work has four sums by class of SLO: of work, that times SLO, work squared, and that times SLO. A pace
+    forgets an old slot when a request of it arrives, or when all are summed up: not all paces at one event.
     """
 
     def __init__(self) -> None:
@@ -254,16 +254,13 @@ class _Arrivals:
         work, slo = bisect_right(WORKS_S, work_s), bisect_right(SLOS_S, slo_s)
         self._first, self._end = min(self._first, work), max(self._end, work + 1)
         offset_s = min(slo_s, LONGEST_SLO_S)
-        first = 4 * CLASSES * work + 2 * slo
-        in_sums, in_slots = NUMBERS * of_pace.row + first, NUMBERS * (slot % PLACES) + first
-        for cell, added in (
-            (0, work_s),
-            (1, work_s * offset_s),
-            (2 * CLASSES, work_s * work_s),
-            (2 * CLASSES + 1, work_s * work_s * offset_s),
-        ):
-            self._flat_sums[in_sums + cell] += requests * added
-            of_pace.flat[in_slots + cell] += requests * added
+        cell = 4 * CLASSES * work + slo
+        of_all, of_slot = NUMBERS * of_pace.row + cell, NUMBERS * (slot % PLACES) + cell
+        for added in (work_s, work_s * offset_s, work_s * work_s, work_s * work_s * offset_s):
+            self._flat_sums[of_all] += requests * added
+            of_pace.flat[of_slot] += requests * added
+            of_all += CLASSES
+            of_slot += CLASSES
         self._flat_works_s[CLASSES * of_pace.row + work] += requests * work_s
 
     def counted(self, past_s: float, oldest: int) -> Counted:
@@ -301,7 +298,7 @@ class _Arrivals:
             sums = self._sums[of_pace.row, works]
             sums -= of_slot
             of_slot[:] = 0.0
-            self._works_s[of_pace.row, works] = sums[:, : 2 * CLASSES : 2].sum(axis=1)
+            self._works_s[of_pace.row, works] = sums[:, :CLASSES].sum(axis=1)
 
 
 def _flat(numbers: np.ndarray[Any, np.dtype[np.float64]]) -> memoryview[float]:
