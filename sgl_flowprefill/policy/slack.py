@@ -189,7 +189,8 @@ class SlackOrder(Generic[T]):
         now_s = self._now_s
         last: Job[T] | None = None
         for last in list(islice(self._infeasible.before(key, number), LOOKS)):
-            if last.deadline_s - last.work_s * last.pace.factor >= now_s:
+            # Most deadlines have passed: that is seen from one number of a job that is seldom in the cache.
+            if last.deadline_s >= now_s and last.deadline_s - last.work_s * last.pace.factor >= now_s:
                 self._move(last, moved)
                 if not self._moves_left:
                     break

@@ -27,6 +27,9 @@ PLANNED: Final = 32
 STARVED, KEPT, STARTED, LEFT_OUT, STARTED_INFEASIBLE, INFEASIBLE = 0.0, 1.0, 2.0, 3.0, 4.0, 5.0
 """Tiers of jobs."""
 
+ByWorth = tuple[float, float, int, float]
+"""A job by its worth: two numbers, its own number, and its remaining time."""
+
 _BY_DEADLINE: Final = attrgetter("deadline_s", "number")
 
 
@@ -81,12 +84,14 @@ def largest_feasible(by_deadline: Sequence[Job[Any]], now_s: float, expected: Ex
     return other if _weight(other.jobs) > _weight(found.jobs) else found
 
 
-def _longest_per_weight(job: Job[Any], remaining_s: float) -> tuple[float, float]:
-    return -remaining_s / (job.requests * job.weight), 0.0
+def _longest_per_weight(job: Job[Any]) -> ByWorth:
+    remaining_s = job.work_s * job.pace.factor
+    return -remaining_s / (job.requests * job.weight), 0.0, job.number, remaining_s
 
 
-def _lightest(job: Job[Any], remaining_s: float) -> tuple[float, float]:
-    return job.requests * job.weight, -remaining_s
+def _lightest(job: Job[Any]) -> ByWorth:
+    remaining_s = job.work_s * job.pace.factor
+    return job.requests * job.weight, -remaining_s, job.number, remaining_s
 
 
 def _weight(jobs: Iterable[Job[Any]]) -> float:
@@ -97,11 +102,11 @@ def _feasible(
     by_deadline: Sequence[Job[Any]],
     now_s: float,
     expected: Expected,
-    worth: Callable[[Job[Any], float], tuple[float, float]],
+    worth: Callable[[Job[Any]], ByWorth],
 ) -> Feasible:
-    """Jobs that can all be met; those of the least ``worth``, by job and remaining time, are let go."""
+    """Jobs that can all be met; those of the least ``worth`` are let go."""
     taken: list[Job[Any]] = []
-    by_worth: list[tuple[tuple[float, float], int, float]] = []
+    by_worth: list[ByWorth] = []
     in_heap = 0
     """How many of ``taken`` are in ``by_worth``. The rest follow when one has to be let go."""
     let_go: set[int] = set()
@@ -113,11 +118,10 @@ def _feasible(
         free_until_s = job.deadline_s - room_s
         if end_s > free_until_s:
             for other in taken[in_heap:]:
-                remaining_s = other.work_s * other.pace.factor
-                heappush(by_worth, (worth(other, remaining_s), other.number, remaining_s))
+                heappush(by_worth, worth(other))
             in_heap = len(taken)
             while by_worth and end_s > free_until_s:
-                _, worst, remaining_s = heappop(by_worth)
+                _, _, worst, remaining_s = heappop(by_worth)
                 let_go.add(worst)
                 end_s -= remaining_s
         if free_until_s - end_s < spare_s and len(taken) > len(let_go):
@@ -369,8 +373,8 @@ class FeasibleSet(Policy[R, K]):
                 return Candidate(KEPT, kept.deadline_s, kept)
 
         def rank(job: Job[Any]) -> tuple[float, float, int]:
-            tier = STARTED_INFEASIBLE if job.latest_start_s < now_s else STARTED
-            return tier, job.remaining_s, job.number
+            remaining_s = job.work_s * job.pace.factor
+            return STARTED_INFEASIBLE if job.deadline_s - remaining_s < now_s else STARTED, remaining_s, job.number
 
         best = min(self._started, key=rank)
         tier, remaining_s, _ = rank(best)
