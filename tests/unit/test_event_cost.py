@@ -39,12 +39,12 @@ def test_an_event_with_many_waiting_costs_no_more_than_a_few_with_some(policy: s
     assert many_p99_s < 10 * few_p99_s
 
 
-def calls(work: Callable[[], object]) -> int:
-    """Python functions that ``work`` calls."""
+def calls(work: Callable[[], object], kinds: tuple[str, ...] = ("call",)) -> int:
+    """Functions that ``work`` calls: those of Python, with "c_call" the built-in ones."""
     called: list[FrameType] = []
 
     def note(frame: FrameType, event: str, arg: object) -> None:
-        if event == "call":
+        if event in kinds:
             called.append(frame)
 
     sys.setprofile(note)
@@ -72,6 +72,18 @@ def test_an_event_at_which_paces_have_changed_calls_no_function_for_each_job_tha
         assert policy.pick(1e-3, None) is not None
 
     assert calls(event) <= 90
+
+
+def test_the_first_arrival_of_a_part_of_the_window_forgets_the_oldest_part_of_its_own_pace_alone() -> None:
+    """Else each event that begins a part would cost as much as there are paces."""
+
+    def calls_of_the_first_arrival(paces: int) -> int:
+        forecast, kinds = Forecast(60.0), [Pace() for _ in range(paces)]
+        for number in range(6300):  # 300 in each of 21 parts, of which the first is forgotten next
+            forecast.arrived(number / 100, 0.01, 1.0, kinds[number % paces])
+        return calls(partial(forecast.arrived, 63.0, 0.01, 1.0, kinds[0]), ("call", "c_call"))
+
+    assert calls_of_the_first_arrival(16) == calls_of_the_first_arrival(4)
 
 
 def test_the_forecast_never_looks_at_all_that_arrived_at_once() -> None:
