@@ -98,6 +98,8 @@ class SlackOrder(Generic[T]):
         self._length = 0
         self._to_reconsider: tuple[float, float] | None = None
         """Infeasible jobs before this key and number may be feasible at their new pace."""
+        self._has_looked = False
+        """Whether the next of them have been looked at by the present time."""
 
     def add(self, job: Job[T]) -> None:
         """Put ``job`` where it belongs at the time of the last event."""
@@ -123,19 +125,22 @@ class SlackOrder(Generic[T]):
     def repaced(self) -> None:
         """Paces of jobs have changed."""
         self._to_reconsider = (math.inf, math.inf)
+        self._has_looked = False
 
     def reclassify(self, now_s: float) -> Sequence[Job[T]]:
         """Move the jobs that are infeasible or feasible by ``now_s`` and were not before, as many as this event may,
         and return them."""
         if now_s != self._now_s:
             self._now_s = now_s
+            self._has_looked = False
             if self._moves_left < MOVES_AT_ONCE:
                 self._moves_left = min(MOVES_AT_ONCE, self._moves_left + MOVES)
         if not self._length:
             self._to_reconsider = None
             return ()
         moved: list[Job[T]] = []
-        if self._moves_left and self._to_reconsider is not None:
+        if self._moves_left and self._to_reconsider is not None and not self._has_looked:
+            self._has_looked = True
             self._reconsider(*self._to_reconsider, moved)
         while self._moves_left and (job := self._turns_infeasible.first_before(now_s)) is not None:
             self._move(job, moved)
