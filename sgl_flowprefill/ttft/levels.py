@@ -14,6 +14,8 @@ LEAST_LEVEL: Final = 0.05
 """Natural logarithm: noise alone hardly ever makes a level."""
 USUAL_TASKS: Final = 200
 """Last tasks among which levels begin where most are. A burst of less than half as many does not change where."""
+LEAST_USUAL_TASKS: Final = 25
+"""With fewer last tasks levels begin where they did: those do not tell what is usual."""
 USUAL_SHARE: Final = 0.6
 """So many of these have to have levels to the same side, or levels stay as they are. With half of them, they would
 begin now here and now there where two kinds are as frequent.
@@ -31,7 +33,9 @@ def level_of(ordered: Sequence[float], agreeing: int) -> float:
 
 
 def usual_level(levels: Iterable[float]) -> float:
-    """Where levels begin from now on, by those of the last tasks, of which there is one at least: 0 is as before."""
+    """Where levels begin from now on, by those of the last tasks: 0 is as before."""
     usual = sorted(levels)
-    most = max(1, int(USUAL_SHARE * len(usual)))
+    if len(usual) < LEAST_USUAL_TASKS:
+        return 0.0
+    most = int(USUAL_SHARE * len(usual))
     return median_low(usual) if usual[len(usual) - most] > 0 or usual[most - 1] < 0 else 0.0

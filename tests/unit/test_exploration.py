@@ -92,6 +92,9 @@ def test_what_was_explored_tells_of_the_shape_and_nothing_of_the_machine() -> No
     assert ttft.correction == correction
     assert ttft.predict(usual) == beside
     assert ttft.predict(shape).expected_s == pytest.approx(3 * before.raw_s, rel=0.01)
+    ttft.observe(shape, 3 * before.raw_s)
+    assert ttft.predict(usual) == beside, "nor does the first request of that size, which takes what was explored"
+    assert ttft.predict(shape).expected_s == pytest.approx(3 * before.raw_s, rel=0.01)
     rows = ttft.journal.reservoir.rows[-20:]
     assert rows[:, 5] == pytest.approx(1.3)
     assert ttft.journal.explored_rows > 30, "believed when it had come again"
