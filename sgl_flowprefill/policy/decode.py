@@ -31,6 +31,10 @@ never stop coming.
 """
 CORRECTED_BY: Final = 8
 """Steps over which the step model is corrected by those that were measured."""
+MOST_BESIDE: Final = 2.0
+"""Multiple of a step over the longest stream and one other that steps may take where that one alone is too long for an
+objective.
+"""
 STALLED: Final = 4.0
 """Multiple of the prediction beyond which something else has held a step up: it corrects as one that took so long."""
 
@@ -332,14 +336,18 @@ def may_join(
 
     ``is_waited_for``: nobody else starts before these requests do. Then an objective bars nobody either for which a
     step over the longest stream is too long by itself, or with any other one: it is missed until that stream ends,
-    or the requests would wait for just that.
+    or the requests would wait for just that. Steps may take MOST_BESIDE times as long as that one then; beside one
+    stream alone, a request starts however long it is.
     """
-    alone, context_tokens = (2, streams.longest_tokens) if is_waited_for else (1, 0)
-    reachable_s = model.predict_s(alone, context_tokens) / limits.max_share
     step_s = model.predict_s(streams.widest + requests, streams.context_tokens + tokens)
     if step_s <= 0.0:
         return True  # nothing is decoded here
-    if step_s > limits.max_share * streams.tightest_s(at_least_s=reachable_s):
+    bound_s = streams.tightest_s(at_least_s=model.predict_s(1, 0) / limits.max_share)
+    unavoidable_s = model.predict_s(2, streams.longest_tokens) / limits.max_share
+    if is_waited_for and bound_s < unavoidable_s:
+        most_s = MOST_BESIDE * unavoidable_s if streams.widest + requests > 2 else math.inf
+        bound_s = min(most_s, streams.tightest_s(at_least_s=unavoidable_s))
+    if step_s > limits.max_share * bound_s:
         return False
     new_tokens = sum(one.context_tokens for one in joiners)
     step_s = model.predict_s(streams.widest + min(len(joiners), requests), streams.context_tokens + new_tokens)

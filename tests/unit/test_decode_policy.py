@@ -297,6 +297,26 @@ def test_a_stream_that_leaves_no_room_for_another_bars_nobody_whom_all_wait_for(
         assert may_join(streams, 1, tokens, model, DecodeLimits(), (), is_waited_for) is not expected
 
 
+@pytest.mark.parametrize(
+    ("others", "requests", "tokens", "joins"),
+    [
+        (0, 1, 300_000, True),  # 397 ms: or it would wait for the long one's end
+        (0, 2, 99_000, False),  # 197 ms, of twice 97
+        (1, 1, 95_000, True),  # 193 ms
+        (1, 1, 97_000, False),  # 195 ms
+        (90, 1, 100, True),
+        (100, 1, 100, False),
+    ],
+)
+def test_who_is_waited_for_makes_no_step_longer_than_twice_what_the_longest_stream_makes_unavoidable(
+    others: int, requests: int, tokens: int, joins: bool
+) -> None:
+    streams, model = Streams(), replace(STEPS, per_context_s=1e-6)
+    for context_tokens in (85_000, *[0] * others):
+        streams.join(Stream(0.1, context_tokens, 0.0))
+    assert may_join(streams, requests, tokens, model, DecodeLimits(), (), is_waited_for=True) is joins
+
+
 @given(st.floats(1e-4, 10.0), st.integers(1, 200_000))
 def test_an_empty_server_lets_in_any_request(tbt_s: float, tokens: int) -> None:
     model = replace(STEPS, per_context_s=1e-6)
