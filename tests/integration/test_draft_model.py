@@ -148,7 +148,7 @@ def test_a_defect_is_caught(
     remote: Remote, defect: Callable[[DraftedPrefill], Any], request: pytest.FixtureRequest
 ) -> None:
     if defect is drafts_share_one_backend and "EAGLE-" in request.node.name:
-        request.applymarker(pytest.mark.xfail(reason="10 rounds seldom notice it with this draft"))
+        pytest.skip("10 rounds seldom notice it with this draft")
     remote.call(plant, defect)
     try:
         with pytest.raises(AssertionError) as caught:
