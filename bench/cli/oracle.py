@@ -6,6 +6,7 @@ The oracle knows the mean time of every forward on the machine as it is, also wh
 from __future__ import annotations
 
 import dataclasses
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
@@ -23,7 +24,7 @@ from sgl_flowprefill.bench.systems.catalog import simulated
 from sgl_flowprefill.bench.workloads.trace import Trace
 
 JUST_CHANGED: Final = 200
-"""Requests from the change of the machine on that are looked at by themselves."""
+"""Requests from the change of the machine on that are looked at by themselves, where so many come in each trace."""
 
 Judged = Callable[[SimRequest], bool]
 Part = Callable[[Trace, Sequence[SimRequest]], Sequence[SimRequest]]
@@ -40,7 +41,10 @@ def compare(name: str, traces: Sequence[Trace], options: Simulate, setup: Setup,
     judged = _meets_both if options.unified else _meets_ttft
     parts: dict[str, Part] = {"all": _all}
     if setup.slower:
-        parts[f"first {JUST_CHANGED} after the change"] = _just_changed
+        just_changed = min(JUST_CHANGED, *(len(trace.requests) - _steady(trace) for trace in traces))
+        parts[f"first {just_changed} after the change"] = lambda trace, requests: requests[
+            _steady(trace) : _steady(trace) + just_changed
+        ]
     changed = f", {setup.change} from the middle on" if setup.slower else ""
     table = Table(title=setup.title(name, traces) + changed, title_justify="left")
     for column in ("policy", "requests", "oracle", "learned", "points (95% interval)"):
@@ -67,8 +71,9 @@ def _all(trace: Trace, requests: Sequence[SimRequest]) -> Sequence[SimRequest]:
     return requests
 
 
-def _just_changed(trace: Trace, requests: Sequence[SimRequest]) -> Sequence[SimRequest]:
-    return [request for request in requests if request.arrival_s >= trace.middle_s][:JUST_CHANGED]
+def _steady(trace: Trace) -> int:
+    """Requests that come before the machine changes."""
+    return bisect_left(trace.requests, trace.middle_s, key=lambda request: request.arrival_s)
 
 
 def _meets_ttft(request: SimRequest) -> bool:

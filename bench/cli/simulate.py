@@ -47,6 +47,8 @@ def run(options: Simulate, console: Console) -> int:
         )
     if options.slower and (options.goodput or options.plan or options.speed):
         raise ValueError(f"--slower {options.slower:g} compares at one rate: leave out --goodput, --plan and --speed")
+    if options.oracle and (options.prediction_error, options.prediction_bias) != (0.0, 1.0):
+        raise ValueError("an oracle is exact: leave out --oracle, or --prediction-error and --prediction-bias")
     usual = (FlowPrefillConfig().policy,) if options.oracle else UNIFIED_HEADLINE if options.unified else HEADLINE
     options = dataclasses.replace(options, policy=options.policy or usual)
     setup = _setup(options)

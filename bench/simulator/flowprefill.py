@@ -302,6 +302,8 @@ class HubInstance(Instance, Generic[EngineT]):
         )
         self._hub_s = hub_s
         self._slowdown = machine.slowdown
+        self._follows = ttft is None and machine.slowdown != STEADY
+        """An oracle knows at once that the machine has changed; what learns is followed where a task ends."""
         self._running: PrefillTask | None = None
         self._resumed_s = 0.0
         """When ``_running`` was resumed."""
@@ -352,8 +354,8 @@ class HubInstance(Instance, Generic[EngineT]):
             self._stop_soon(self._running)
 
     def _turn(self) -> None:
-        """Run what the hub picks. An oracle knows at once that the machine has changed."""
-        if self._slowdown != STEADY:
+        """Run what the hub picks."""
+        if self._follows:
             self.hub.work.follow()
         task = self.hub.next_task()
         if task is Act.STEP:

@@ -52,7 +52,9 @@ SLOWER = 1.5
 A800_RPS = 7.85
 """The rate that fills the machine for which the workload's objectives are made: by it they are as tight here."""
 GOAL_POINTS = 1.0
-"""Attainment that wrong predictions may cost meanwhile."""
+"""Attainment that wrong predictions may cost meanwhile: they fail where they surely cost more."""
+MOST_HALF_WIDTH_POINTS = 5.0
+"""With a wider interval, a measurement tells too little to fail or to pass."""
 
 
 class Wrong:
@@ -300,6 +302,7 @@ def in_turns(engine: PrefillEngine, load: float, learning: Replay, oracle: Repla
             engine.assert_clean()
     difference = Difference.of(attained["learning"], attained["oracle"])
     print(f"learning less oracle, in points: {difference}")
+    assert difference.half_width_points <= MOST_HALF_WIDTH_POINTS, f"too noisy to say anything: {difference}"
     return difference
 
 
@@ -307,7 +310,9 @@ def in_turns(engine: PrefillEngine, load: float, learning: Replay, oracle: Repla
 @pytest.mark.alone
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("factor", [2.0, 0.5])
-def test_predictions_that_begin_wrong_by_two_cost_hardly_a_deadline(engine: PrefillEngine, factor: float) -> None:
+def test_predictions_that_begin_wrong_by_two_do_not_surely_cost_more_deadlines_than_the_goal(
+    engine: PrefillEngine, factor: float
+) -> None:
     hub = engine.scheduler.hub
     right, setting = hub.work.ttft.model, current_setting(engine.scheduler)
 
@@ -320,13 +325,13 @@ def test_predictions_that_begin_wrong_by_two_cost_hardly_a_deadline(engine: Pref
         return replay(engine, trace, prompts)
 
     print(f"\npredictions begin times {factor:g}")
-    assert in_turns(engine, 1.0, learning, oracle).high >= -GOAL_POINTS
+    assert in_turns(engine, 1.0, learning, oracle).high_points >= -GOAL_POINTS
 
 
 @pytest.mark.stress
 @pytest.mark.alone
 @pytest.mark.timeout(1800)
-def test_an_engine_that_slows_by_half_costs_hardly_a_deadline_beside_predictions_that_know(
+def test_an_engine_that_slows_by_half_does_not_surely_cost_more_deadlines_than_where_predictions_know_of_it(
     engine: PrefillEngine,
 ) -> None:
     hub = engine.scheduler.hub
@@ -352,4 +357,4 @@ def test_an_engine_that_slows_by_half_costs_hardly_a_deadline_beside_predictions
 
         return replay(engine, trace, prompts, came)
 
-    assert in_turns(engine, 0.7, learning, oracle, BEFORE).high >= -GOAL_POINTS
+    assert in_turns(engine, 0.7, learning, oracle, BEFORE).high_points >= -GOAL_POINTS

@@ -44,6 +44,8 @@ LOADS = (1.0, 1.5)
 ROUNDS = 5
 PLAN = Plan(workload("qwen-like"), ROUNDS, duration_s=25.0, max_output_tokens=4)
 GOAL_POINTS = 0.3
+MOST_HALF_WIDTH_POINTS = 4.0
+"""With a wider interval, a measurement tells too little to fail or to pass."""
 TEACHER, LEARNED, ORACLE = (
     FlowPrefillSystem(name, name, why)
     for name, why in (
@@ -128,7 +130,9 @@ def field(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Field]:
 
 
 @pytest.mark.parametrize("load", LOADS)
-def test_what_is_learned_from_a_first_start_on_attains_what_an_oracle_does(field: Field, load: float) -> None:
+def test_what_is_learned_from_a_first_start_on_attains_not_surely_less_than_an_oracle(
+    field: Field, load: float
+) -> None:
     attained: dict[str, list[float]] = {LEARNED.name: [], ORACLE.name: []}
     errors: dict[str, list[float]] = {LEARNED.name: [], ORACLE.name: []}
     machine = field.machine
@@ -149,4 +153,5 @@ def test_what_is_learned_from_a_first_start_on_attains_what_an_oracle_does(field
     means = {name: f"{np.mean(shares):.1%}" for name, shares in attained.items()}
     wanted = ROUNDS * (difference.half_width_points / GOAL_POINTS) ** 2
     print(f"{means}; learned less oracle, in points: {difference}; about {wanted:.0f} traces would tell {GOAL_POINTS}")
-    assert difference.high >= -GOAL_POINTS
+    assert difference.half_width_points <= MOST_HALF_WIDTH_POINTS, f"too noisy to say anything: {difference}"
+    assert difference.high_points >= -GOAL_POINTS
