@@ -6,7 +6,7 @@ An SGLang server of one node, 0.5.22 or 0.5.23, listens on these, if it is told 
 * its bootstrap port, if it is a prefill server (``--disaggregation-bootstrap-port``);
 * one of SGLANG_RANDOM for the store of ``torch.distributed``, drawn when it starts, bound when its scheduler does;
 * with DP attention also those at JOINT_OFFSETS above its own (``PortArgs.init_new``, ``DataParallelController``), where
-  others have Unix sockets: the server ends when one of them stays taken for 30 s;
+  others have Unix sockets: the server ends at once when 13 above is taken, and when another of them stays so for 30 s;
 * ports that the kernel gives it, which are bound at once: of ranks, for KV transfer and requests.
 
 What the launcher chooses keeps clear of all of these, for all servers that it starts, and is drawn at random: another
@@ -71,7 +71,9 @@ def choose_ports(
         first = getattr(ports, name) or free_port(address, {*taken, live or 0}, count, is_joint)
         why = JOINT_NEEDS if is_joint else f"{count} servers count up from {first}"
         for at, port in needed(address, first, count, is_joint):
-            if port in taken or port > MAX_PORT:
+            if port > MAX_PORT:
+                raise StartError(f"port {port} ({name}) is above {MAX_PORT}, the last one: {why}; choose a lower one")
+            if port in taken:
                 raise StartError(f"port {port} ({name}): {why}; choose ports further apart")
             if port == live:
                 raise StartError(f"--live-port {live} is a port of the servers ({name}), too; {another}")

@@ -185,7 +185,8 @@ class Members:
         """Start a server at its old address, but with another bootstrap port. A decode server that has not noticed the
         end of a prefill server would go on to use what it had learned there: rank addresses that are gone."""
         try:
-            member.bootstrap = free_ports.free_port(self._config.worker_host, self._layout.taken)
+            taken = {*self._layout.taken, *(one.bootstrap for one in self._members)}
+            member.bootstrap = free_ports.free_port(self._config.worker_host, taken)
             self._launch(member)
         except StartError as error:
             self._say(f"the {member.name} server cannot be started: {error}\n{self._put_off(member)}")

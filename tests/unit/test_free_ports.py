@@ -1,8 +1,8 @@
 """The ports that servers take beside their own, and that no two servers of a launch take the same."""
 
 import inspect
-import socket
 from collections import Counter
+from itertools import permutations
 from types import SimpleNamespace
 
 import pytest
@@ -12,10 +12,18 @@ from sglang.srt.utils.network import get_free_port_below_ephemeral
 from sgl_flowprefill.cluster import Ports, StartError, cli, free_ports, machine, preflight
 from sgl_flowprefill.cluster.base import LOOPBACK
 from sgl_flowprefill.cluster.commands import last_value
-from sgl_flowprefill.cluster.free_ports import JOINT_OFFSETS, choose_ports, free_port
+from sgl_flowprefill.cluster.free_ports import ANY, JOINT_OFFSETS, choose_ports, free_port
 
 JOINT = ("--tp", "2", "--dp", "2", "--enable-dp-attention")
 NEEDS = "with DP attention servers count up by 10, and each takes the ports 13 and 233 to 239 above its own, too"
+
+
+@pytest.fixture
+def in_use(monkeypatch):
+    """Addresses and ports at which others listen, instead of those of this machine."""
+    found = set()
+    monkeypatch.setattr(free_ports, "is_free", lambda host, port: (host, port) not in found)
+    return found
 
 
 def test_sglang_takes_the_ports_that_are_known_of(monkeypatch):
@@ -74,41 +82,56 @@ def test_no_two_servers_of_a_launch_take_the_same_port(monkeypatch, tmp_path, op
     assert set(ports) <= set(free_ports.FREE_PORTS)
 
 
-def test_ports_at_which_two_servers_with_dp_attention_would_meet_are_refused():
-    first = free_port(LOOPBACK, is_joint=True)
-    ports = Ports(prefill=first, decode=first + 1)
+def test_ports_at_which_two_servers_with_dp_attention_would_meet_are_refused(in_use):
+    ports = Ports(prefill=12000, decode=12001)
     with pytest.raises(StartError) as refused:
         choose_ports(LOOPBACK, ports, joint=["prefill", "decode"])
-    assert str(refused.value) == f"port {first + 234} (decode): {NEEDS}; choose ports further apart"
-    assert choose_ports(LOOPBACK, ports, joint=["prefill"]).decode == first + 1
+    assert str(refused.value) == f"port 12234 (decode): {NEEDS}; choose ports further apart"
+    assert choose_ports(LOOPBACK, ports, joint=["prefill"]).decode == 12001
+
+
+@pytest.mark.parametrize(
+    ("first", "unified", "joint", "port", "why"),
+    [
+        (65400, 0, ["unified"], 65633, NEEDS),
+        (65535, 2, [], 65536, "2 servers count up from 65535"),
+    ],
+)
+def test_ports_above_the_last_one_are_refused(in_use, first, unified, joint, port, why):
+    ports = Ports(unified=first) if unified else Ports(gateway=first)
+    with pytest.raises(StartError) as refused:
+        choose_ports(LOOPBACK, ports, 0, 0, unified=unified, joint=joint)
+    name = "unified" if unified else "gateway"
+    assert str(refused.value) == f"port {port} ({name}) is above 65535, the last one: {why}; choose a lower one"
 
 
 @pytest.mark.parametrize("offset", [0, *JOINT_OFFSETS])
-def test_a_server_with_dp_attention_is_not_started_where_a_port_that_it_takes_is_in_use(monkeypatch, offset):
-    first = free_port(LOOPBACK, is_joint=True)
-    with socket.create_server((LOOPBACK if not offset else "127.0.0.2", first + offset)):
-        with pytest.raises(StartError, match=rf"port {first + offset} is in use \({NEEDS}\); choose another with"):
-            choose_ports(LOOPBACK, Ports(gateway=first), 0, 0, joint=["unified"])
-        monkeypatch.setattr(free_ports, "FREE_PORTS", range(first, first + max(JOINT_OFFSETS) + 1))
-        with pytest.raises(StartError, match="no port from"):
-            free_port(LOOPBACK, is_joint=True)
+def test_a_server_with_dp_attention_is_not_started_where_a_port_that_it_takes_is_in_use(monkeypatch, in_use, offset):
+    in_use.add((ANY if offset else LOOPBACK, 12000 + offset))
+    with pytest.raises(StartError, match=rf"port {12000 + offset} is in use \({NEEDS}\); choose another with"):
+        choose_ports(LOOPBACK, Ports(gateway=12000), 0, 0, joint=["unified"])
+    monkeypatch.setattr(free_ports, "FREE_PORTS", range(12000, 12000 + max(JOINT_OFFSETS) + 1))
+    with pytest.raises(StartError, match="no port from"):
+        free_port(LOOPBACK, is_joint=True)
 
 
-def test_no_port_that_was_named_for_one_server_is_chosen_for_another(monkeypatch):
-    first = free_port(LOOPBACK, count=4)
-    monkeypatch.setattr(free_ports, "FREE_PORTS", range(first, first + 4))
+def test_no_port_that_was_named_for_one_server_is_chosen_for_another(monkeypatch, in_use):
+    monkeypatch.setattr(free_ports, "FREE_PORTS", range(12000, 12004))
     for _ in range(20):
-        ports = choose_ports(LOOPBACK, Ports(bootstrap=first))
-        assert {ports.gateway, ports.prefill, ports.decode} == {first + 1, first + 2, first + 3}
+        ports = choose_ports(LOOPBACK, Ports(bootstrap=12000))
+        assert {ports.gateway, ports.prefill, ports.decode} == {12001, 12002, 12003}
 
 
-def test_a_server_that_is_started_again_gets_no_port_of_another_that_is_down(restarting, monkeypatch):
-    member = restarting.first
+def test_a_server_that_is_started_again_gets_no_port_of_another_that_is_down(restarting, monkeypatch, in_use):
+    """Of three spare ports, it has one, the other has one, and one is left."""
     of_all = [port for one in restarting.members for port in (one.bootstrap, int(one.url.rpartition(":")[2]))]
-    spare = free_port(LOOPBACK, of_all)
-    monkeypatch.setattr(free_ports, "FREE_PORTS", [*of_all, spare])
+    spares = set(sorted(set(free_ports.FREE_PORTS) - set(of_all))[:3])
+    monkeypatch.setattr(free_ports, "FREE_PORTS", [*of_all, *spares])
     for _ in range(5):
-        member.server, member.start_at_s = None, 0.0
-        restarting.members.check()
-        assert member.server is not None
-        assert member.bootstrap == spare
+        for member, other in permutations([restarting.first, restarting.second]):
+            before = member.bootstrap
+            member.server, member.start_at_s = None, 0.0
+            restarting.members.check()
+            assert member.server is not None
+            restarting.members.is_up(member)
+            assert member.bootstrap in spares - {before, other.bootstrap}
