@@ -464,7 +464,11 @@ OTHERS: Final = Group(
             default=1,
         ),
         refuse(("smg_grpc_mode", "grpc_mode"), HTTP),
-        leave("grpc_port", "gRPC beside HTTP: its requests get objectives as those of HTTP do. It was not run"),
+        leave(
+            "grpc_port",
+            "gRPC beside HTTP: its requests get objectives as those of HTTP do. For one server a machine: several "
+            "would get the same port. It was not run",
+        ),
         refuse("use_ray", "the scheduler has to be a process of this machine"),
         refuse("is_embedding", "an embedding has no first token"),
         refuse("enable_streaming_session", "a session's requests have to run in order"),
