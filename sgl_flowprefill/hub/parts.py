@@ -115,7 +115,9 @@ class Events(Protocol):
         """Whether something waits to be looked at."""
 
     def clear(self) -> None:
-        """Forget what was notified so far. Called before the hub looks at what there is."""
+        """Forget what was notified so far. Called before the hub looks at what there is: before the ranks meet at the
+        one that decides, behind that at the others.
+        """
 
     def sleep(self, timeout_s: float) -> bool:
         """Sleep until something is there, at most ``timeout_s``. Whether something is there."""
