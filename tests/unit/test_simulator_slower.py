@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from sgl_flowprefill.bench.simulator.cost import LLAMA_8B, CostModel
 from sgl_flowprefill.bench.simulator.engine import simulate
 from sgl_flowprefill.bench.simulator.instance import Machine, Slowdown
 from sgl_flowprefill.bench.simulator.joint import answered, attainments
+from sgl_flowprefill.bench.simulator.learned import LearnedTTFT
 from sgl_flowprefill.bench.simulator.limit import attainment_limit, joint_limit
 from sgl_flowprefill.bench.simulator.requests import Conditions, prepare
 from sgl_flowprefill.bench.simulator.router import RoundRobin
@@ -95,10 +97,13 @@ def test_predictions_and_margin_follow_and_gaps_stay_in_time() -> None:
         instance = simulated("feasible", "unified").new_instance(setup)
         assert isinstance(instance, UnifiedInstance)
         requests = prepare(trace, LLAMA_8B, setup.conditions)
-        simulate(requests, [instance], RoundRobin(1))
+        ttft = instance.hub.work.ttft
+        assert isinstance(ttft, LearnedTTFT)
+        with patch.object(ttft, "follow", wraps=ttft.follow) as follow:
+            simulate(requests, [instance], RoundRobin(1))
+        assert follow.call_count == ttft.journal.number, "when a task has ended, as on a server"
         figures[slower] = summarise_joint([answered(request) for request in requests])
-        learned = instance.hub.work.ttft.correction
-        assert learned == pytest.approx(1 + slower, rel=0.05)
+        assert ttft.correction == pytest.approx(1 + slower, rel=0.05)
         assert figures[slower].tbt_attainment > 0.999
     assert figures[0.0].joint_attainment - figures[0.2].joint_attainment <= 0.05
 
