@@ -344,7 +344,7 @@ def test_rounds_of_steps_that_are_queued_behind_those_in_flight_change_no_answer
     "pool",
     [pytest.param(FEW_SMALL_ASKS, id="few"), pytest.param(SMALL_ASKS, id="many", marks=pytest.mark.stress)],
 )
-def test_rounds_with_barely_enough_kv_cache_give_prefills_back_and_change_no_answer(
+def test_rounds_with_barely_enough_kv_cache_change_no_answer(
     small: Remote, comparison: StockComparison, pool: list[Ask]
 ) -> None:
     rounds = Rounds(small, comparison, pool)

@@ -42,12 +42,13 @@ def stock() -> Iterator[Stock]:
 @pytest.mark.parametrize("name", POOLS)
 def test_random_interleavings_change_no_answer_and_leave_nothing_behind(stock: Stock, name: str) -> None:
     environment, pool_tokens = POOLS[name]
+    is_warm = not environment  # SGLang reads it when it is imported
     requests = asks(150, seed=11, longest_tokens=2000, longest_answer_tokens=60)
     if pool_tokens < 60_000:
         requests = without_penalties(requests)
     comparison = StockComparison(stock)
     with closing(
-        Remote(UnifiedEngine, str(embedded_model_path()), environment, max_total_tokens=pool_tokens)
+        Remote(UnifiedEngine, str(embedded_model_path()), environment, is_warm=is_warm, max_total_tokens=pool_tokens)
     ) as remote:
         rounds = Rounds(remote, comparison, requests, late=name.endswith("late"))
         for first in range(0, MOST_ROUNDS, 5):
@@ -61,7 +62,6 @@ def test_random_interleavings_change_no_answer_and_leave_nothing_behind(stock: S
     assert counts["aborts"] >= ABORTS
     assert counts["answers"] >= ANSWERS
     assert (rounds.seen["retractions"] > 0) >= (name == "retracted")
-    assert (rounds.seen["given back"] > 0) >= name.startswith("barely enough")
 
 
 @pytest.mark.parametrize("name", ["nothing", *MUTANTS])
