@@ -56,7 +56,7 @@ def test_two_ranks_with_steps_at_random_points_inside_suspended_prefills_give_th
             inside += event.kind == "step" and live > 0
         print(f"{inside} of {sum(event.kind == 'step' for event in events)} steps inside prefills")
         assert inside >= 10  # how many is a matter of the machine's speed
-        assert sum(event.kind == "give_back" for event in events) >= 3
+        assert sum(event.kind == "give_back" for event in events) >= 1
         if pass_probabilities is not None:
             first, second = ranks.notes("finishes", 0), ranks.notes("finishes", 1)
             same = ("step", "rids", "live")
