@@ -27,10 +27,10 @@ The causes of misses are those of the [timeline](operations.md#timeline) (`sgl_f
 are written twice a second while something runs, a few at each event, and at once when there is nothing to do; gauges
 then every 5 s.
 
-What it costs, by `python -m tests.observing_cost` on one of two quiet cores of an AMD EPYC, in the median: 3 µs of CPU time
-for a request that arrives and preempts a prefill, 7 µs for a prefill that ends and another that goes on; where reports in
-answers are off, which read the same outcomes of requests, 5 and 10 µs. Metrics, reports, events in memory, event log and
-interruption points together: 22 and 26 µs.
+What it costs, by `python -m tests.observing_cost` on one of two quiet cores of an AMD EPYC, in the median: 3 µs of
+CPU time for a request that arrives and preempts a prefill, 7 µs for a prefill that ends and another that goes on;
+where reports in answers are off, which read the same outcomes of requests, 5 and 10 µs. Metrics, reports, events in
+memory, event log and interruption points together: 22 and 26 µs.
 """
 
 BEHIND: Final = """
