@@ -7,6 +7,7 @@ done with the servers: it would have to start another engine.
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import os
 import sys
@@ -175,10 +176,17 @@ def comparison(reference: Reference) -> Iterator[Comparison]:
 
 @pytest.fixture(scope="module")
 def quick_replays() -> Iterator[None]:
-    """Replays begin soon, and look for garbage once: not among all that tests have imported, each time anew."""
+    """Replays begin soon, on asyncio's own loop, and look for garbage once: not among all that tests have imported.
+
+    SGLang's tokenizer manager, where a test has imported it, makes uvloop the loop of the process, whose sleeps may end
+    a millisecond early: before a request is due, or before a server that sleeps for its answer has slept so long.
+    """
+    policy = asyncio.get_event_loop_policy()
+    asyncio.set_event_loop_policy(None)
     gc.collect()
     gc.freeze()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gc, "unfreeze", lambda: None)
         patch.setattr("sgl_flowprefill.bench.loadgen.replay.LEAD_S", 0.1)
         yield
+    asyncio.set_event_loop_policy(policy)
