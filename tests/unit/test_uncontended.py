@@ -19,6 +19,7 @@ from sgl_flowprefill.bench.cli.options import Uncontended
 from sgl_flowprefill.bench.cli.uncontended import BURST_REQUESTS, UNIFIED_PAIR, Isolated
 from sgl_flowprefill.bench.systems.system import System
 from sgl_flowprefill.bench.workloads.trace import Trace
+from sgl_flowprefill.cluster import ClusterError
 from sgl_flowprefill.provenance import read_result
 
 
@@ -114,5 +115,5 @@ def test_a_request_of_a_burst_that_fails_ends_the_measurement(turns: Turns, tmp_
     served = SimpleNamespace(
         come_to_rest=time.monotonic, replay=lambda trace, prompts: failed, client=SimpleNamespace(url="http://here")
     )
-    with pytest.raises(uncontended.ClusterError, match="1 of 1 requests to http://here failed: http 503: no"):
+    with pytest.raises(ClusterError, match="1 of 1 requests to http://here failed: http 503: no"):
         uncontended._makespan_s(served, Trace("test", []), None)  # type: ignore[arg-type]
