@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from math import log
 from operator import itemgetter
-from typing import Final
+from typing import Final, TypeVar
 
 from sgl_flowprefill.ttft.base import PrefillShape
+
+T = TypeVar("T")
 
 Shape = tuple[PrefillShape, ...]
 """A batch; its requests in the order in which they are admitted."""
@@ -47,8 +49,7 @@ def make_design(longest_tokens: int) -> list[Shape]:
             else:
                 batches.append(tuple(PrefillShape(tokens) for tokens in lengths))
     kinds = [_spread(shapes) for shapes in (single_prompts(longest_tokens), prefixes, batches)]
-    places = [((index + 0.5) / len(shapes), shape) for shapes in kinds for index, shape in enumerate(shapes)]
-    return list(dict.fromkeys(shape for _, shape in sorted(places, key=itemgetter(0))))
+    return list(dict.fromkeys(interleaved(*kinds)))
 
 
 def single_prompts(longest_tokens: int) -> list[Shape]:
@@ -77,6 +78,12 @@ def choose_longest(limit_tokens: int, round_s: float, estimate_s: Callable[[Shap
             break
         chosen = longer
     return chosen
+
+
+def interleaved(*parts: Sequence[T]) -> list[T]:
+    """All of ``parts``, each in its order and evenly spread over the whole."""
+    places = [((index + 0.5) / len(part), one) for part in parts for index, one in enumerate(part)]
+    return [one for _, one in sorted(places, key=itemgetter(0))]
 
 
 def _spread(shapes: list[Shape]) -> list[Shape]:

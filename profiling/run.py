@@ -18,6 +18,7 @@ from sgl_flowprefill.profiling.design import (
     SHORTEST_TOKENS,
     Shape,
     choose_longest,
+    interleaved,
     looked_into,
     make_design,
     references,
@@ -30,6 +31,12 @@ from sgl_flowprefill.ttft.physics import non_negative
 ROUNDS: Final = 1.5
 """How often the budget shall do for the whole design; it decides the longest prompt."""
 MOST_ROUNDS: Final = 20
+QUICK_SHARE: Final = 0.001
+"""A shape that takes less than this share of the budget is quick, ..."""
+QUICK_ROUNDS: Final = 5
+"""... and is measured so often while the design is measured once, at times spread over all of it: of a few milliseconds
+one time says little, and several cost little.
+"""
 LEAST_SHAPES: Final = 12
 """Shapes that are timed whatever the budget."""
 LOOKS: Final = 3
@@ -120,9 +127,10 @@ def run_profile(
     try:
         engine.cache_prefix(profile.longest_tokens)
         looks = _looks(engine, profile.longest_tokens, LONGEST_LOOK_SHARE * budget_s, estimate_s)
-        for index, shape in _order(profile, most_rounds, looks):
+        quick_s = QUICK_SHARE * budget_s
+        for index, shape in _order(profile, most_rounds, looks, lambda shape: estimate_s(shape) < quick_s):
             too_late = clock() - started_s + estimate_s(shape) > budget_s
-            is_needed = index > 0 and run.timed < LEAST_SHAPES
+            is_needed = index == 1 and run.timed < LEAST_SHAPES
             if too_late and not is_needed:
                 continue
             for measured in run.with_reference(shape, index):
@@ -147,7 +155,7 @@ class _Run:
 
     def __init__(self, engine: Engine, profile: Profile, clock: Callable[[], float]) -> None:
         self.timed = 0
-        """Forward passes of the design that were timed as a whole."""
+        """Shapes of the design that were timed as a whole."""
         self._engine = engine
         self._profile = profile
         self._clock = clock
@@ -168,7 +176,7 @@ class _Run:
             self._next_reference_s = end_s + (end_s - begin_s) * (1 / REFERENCE_SHARE - 1)
             yield reference
         self._measure(shape, index)
-        self.timed += index > 0
+        self.timed += index == 1
         yield shape
 
     def _measure(self, shape: Shape, index: int) -> None:
@@ -224,21 +232,27 @@ def _looks(engine: Engine, longest_tokens: int, longest_s: float, estimate_s: Ca
     return LOOKS * (long_ones if len(long_ones + longer) >= LEAST_LENGTHS else looks) + longer
 
 
-def _order(profile: Profile, most_rounds: int, looks: list[Shape]) -> Iterator[tuple[int, Shape]]:
-    """Rounds over the design from where ``profile`` stands: the first in the design's order, of which any beginning is
-    of use, the others each in an order of its own. Round 0 looks inside.
+def _order(
+    profile: Profile, most_rounds: int, looks: list[Shape], is_quick: Callable[[Shape], bool]
+) -> Iterator[tuple[int, Shape]]:
+    """Rounds over the design, without what ``profile`` has of them: the first in the design's order, of which any
+    beginning is of use, the others each in an order of its own. Round 0 looks inside. Quick shapes go through their
+    first rounds while the others go through one.
     """
     design = make_design(profile.longest_tokens)
     done = {(row.round, row.shape) for row in profile.rows}
-    for index in range(max([0, *(row.round for row in profile.rows[-2:])]), most_rounds + 1):
-        shapes = design if index else looks
-        if index > 1:
-            shapes = random.Random(SEED + index).sample(shapes, len(shapes))
-        left = [shape for shape in shapes if (index, shape) not in done]
+    yield from ((0, shape) for shape in looks if (0, shape) not in done)
+    rounds = [[(1, shape) for shape in design]]
+    for index in range(2, most_rounds + 1):
+        rounds.append([(index, shape) for shape in random.Random(SEED + index).sample(design, len(design))])
+    quick = [one for later in rounds[1:QUICK_ROUNDS] for one in later if is_quick(one[1])]
+    for ones in (interleaved(rounds[0], quick), *rounds[1:]):
+        left = [one for one in ones if one not in done]
         before = len(profile.rows)
-        for shape in left:
-            yield index, shape
-        if index and left and len(profile.rows) == before:
+        for one in left:
+            done.add(one)
+            yield one
+        if left and len(profile.rows) == before:
             return
 
 

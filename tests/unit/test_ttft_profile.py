@@ -29,7 +29,7 @@ from sgl_flowprefill.profiling.fitted import fit
 from sgl_flowprefill.profiling.learned import History, begin, learned_path, write_learned
 from sgl_flowprefill.profiling.ranks import Done, Leader, follow
 from sgl_flowprefill.profiling.report import Report
-from sgl_flowprefill.profiling.run import LOOKS, Progress, Timing, partial_path, run_profile
+from sgl_flowprefill.profiling.run import LOOKS, QUICK_ROUNDS, Progress, Timing, partial_path, run_profile
 from sgl_flowprefill.provenance import PROVENANCE
 from sgl_flowprefill.ttft import PrefillShape
 
@@ -114,6 +114,22 @@ def test_a_run_stays_within_its_budget_and_measures_everything_several_times(tmp
         repeats[row.shape] += row.attention_s is None
     assert min(repeats.values()) >= 2
     assert read_profile(tmp_path / "p.parquet") == profile
+
+
+@pytest.mark.parametrize("budget_s", [20.0, 180.0])
+def test_quick_shapes_are_measured_again_and_again_while_the_others_are_once(tmp_path: Path, budget_s: float) -> None:
+    profile = profiled(tmp_path / "p.parquet", MadeUpEngine(), budget_s)
+    first_round_s = [row.at_s for row in profile.rows if row.round == 1]
+    begin_s, end_s = min(first_round_s), max(first_round_s)
+    quick = {row.shape for row in profile.rows if row.round == 2 and row.at_s < end_s}
+    assert len(quick) > 20
+    assert {row.shape for row in profile.rows if row.round == 1 and row.time_s < 4e-4 * budget_s} <= quick
+    for shape in quick:
+        at_s = [row.at_s for row in profile.rows if row.shape == shape and row.round > 0 and row.at_s <= end_s]
+        assert len(at_s) >= QUICK_ROUNDS - 1, "the last of them may come when the others are done"
+        assert max(at_s) - min(at_s) > 0.4 * (end_s - begin_s)
+    took_s = sum(row.time_s for row in profile.rows if row.shape in quick and 1 < row.round <= QUICK_ROUNDS)
+    assert took_s < 0.25 * budget_s
 
 
 @pytest.mark.parametrize("budget_s", [20.0, 2000.0])

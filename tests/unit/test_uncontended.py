@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -28,8 +27,10 @@ class Known:
     """Servers for which everything takes ``slowness`` times as long."""
 
     slowness: float
+    error: str | None = None
     rested: bool = False
     bursts: list[Trace] = field(default_factory=list)
+    client: Any = field(default_factory=lambda: SimpleNamespace(url="http://here"))
 
     def decode_tokens_per_s(self, prompts: Any) -> float:
         return 100 / self.slowness
@@ -42,7 +43,7 @@ class Known:
         self.rested = False
         self.bursts.append(trace)
         ends_s = [self.slowness * index for index in range(len(trace.requests))]
-        return SimpleNamespace(results=[SimpleNamespace(error=None, e2e_s=one) for one in ends_s])
+        return SimpleNamespace(results=[SimpleNamespace(error=self.error, e2e_s=one) for one in ends_s])
 
 
 @dataclass
@@ -111,9 +112,6 @@ def test_a_burst_is_the_same_for_both_and_arrives_at_once(turns: Turns, tmp_path
 
 
 def test_a_request_of_a_burst_that_fails_ends_the_measurement(turns: Turns, tmp_path: Path) -> None:
-    failed = SimpleNamespace(results=[SimpleNamespace(error="http 503: no", e2e_s=1.0)])
-    served = SimpleNamespace(
-        come_to_rest=time.monotonic, replay=lambda trace, prompts: failed, client=SimpleNamespace(url="http://here")
-    )
-    with pytest.raises(ClusterError, match="1 of 1 requests to http://here failed: http 503: no"):
-        uncontended._makespan_s(served, Trace("test", []), None)  # type: ignore[arg-type]
+    turns.known[UNIFIED_PAIR[0]].error = "http 503: no"
+    with pytest.raises(ClusterError, match=f"{BURST_REQUESTS} of {BURST_REQUESTS} requests to http://here failed"):
+        measured(tmp_path, unified=True, pairs=1)
