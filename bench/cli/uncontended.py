@@ -175,10 +175,10 @@ def _prompts(
     prompts: PromptBuilder, tokens: int, per_turn: int, indices: Iterator[int], served: Reached
 ) -> list[Isolated]:
     """A turn of isolated prompts, each sent when the one before is answered."""
-    return [asyncio.run(_ask(served, prompts, tokens, next(indices))) for _ in range(per_turn)]
+    return [asyncio.run(ask(served, prompts, tokens, next(indices))) for _ in range(per_turn)]
 
 
-async def _ask(served: Reached, prompts: PromptBuilder, tokens: int, index: int) -> Isolated:
+async def ask(served: Reached, prompts: PromptBuilder, tokens: int, index: int) -> Isolated:
     client = served.client
     async with client.session() as session:
         outcome = await client.stream(session, client.api.body(prompts.unique(tokens, index), 2, None))

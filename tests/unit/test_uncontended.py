@@ -72,7 +72,7 @@ def turns(monkeypatch: pytest.MonkeyPatch) -> Turns:
         return Isolated(tokens * served.slowness, tokens * served.slowness)
 
     monkeypatch.setattr(uncontended, "serving", serving)
-    monkeypatch.setattr(uncontended, "_ask", ask)
+    monkeypatch.setattr(uncontended, "ask", ask)
     return found
 
 

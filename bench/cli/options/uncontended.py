@@ -19,7 +19,7 @@ class Uncontended(Command):
     name = "uncontended"
     examples = ("--tokens 2048 8192 --pairs 13",)
     unified: bool = False
-    """servers that prefill and decode: also streams beside which nothing is prefilled, and requests that arrive at once"""
+    """servers that prefill and decode, asked also for streams alone, and for requests that arrive at once"""
     tokens: Counts = (512, 2048, 8192, 16384)
     """prompt lengths"""
     pairs: Count = 11
