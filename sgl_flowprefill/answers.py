@@ -39,7 +39,9 @@ class Report(Struct, frozen=True, kw_only=True):
         Meta(description="time to spare when the request could first be run: until its deadline, less `predicted_s`"),
     ] = None
     waited_s: Annotated[float | None, Meta(description="from when it could be run until its prefill began")] = None
-    suspensions: Annotated[int | None, Meta(description="how often its prefill was suspended for others")] = None
+    suspensions: Annotated[
+        int | None, Meta(description="how often its prefill was suspended for others, until its first token")
+    ] = None
     suspended_s: Annotated[float | None, Meta(description="how long, together")] = None
     blocked_s: Annotated[
         float | None, Meta(description="from when it could be known that it goes first to when it took another's place")

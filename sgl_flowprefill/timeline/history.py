@@ -109,7 +109,8 @@ class Request:
     """Whether its server decodes as well as it prefills."""
     ready: Ready | None = None
     tasks: list[Task] = field(default_factory=list)
-    """Several where the first ones gave back their KV cache."""
+    """Several where the first ones gave back their KV cache, or where it was computed again: it was a stream that was
+    retracted."""
     leave: Leave | None = None
     end: Abort | Fail | None = None
     course: Course = field(init=False)
@@ -137,6 +138,11 @@ class Request:
     def first_token_s(self) -> float | None:
         """When its first token was where the client is answered from."""
         return self.course.first_token_s
+
+    @property
+    def suspensions(self) -> int:
+        """How often its prefill was suspended, as its answer says it: none of them as a stream."""
+        return sum(part.what == SUSPENDED for part in self.parts)
 
     @property
     def late_s(self) -> float | None:

@@ -455,7 +455,7 @@ def _args(request: Request) -> Args:
         "steps_s": rounded(request.steps_s),
         "overrun_s": rounded(request.course.overrun_s),
         "tasks": ", ".join(str(task.start.task) for task in request.tasks) or None,
-        "suspensions": sum(task.suspensions for task in request.tasks),
+        "suspensions": request.suspensions,
         "end": None if end is None else end.kind,
         "http_status": end.http_status if isinstance(end, Fail) else None,
         "reason": reason,

@@ -115,15 +115,12 @@ def assert_told(events: list[AnyEvent], reports: Mapping[str, list[dict[str, Any
         for request, told in zip(requests, reports[rid], strict=True):
             if told is None:
                 continue
-            arrival, course, suspended = (
-                request.arrival,
-                request.course,
-                [part for task in request.tasks for part in task.parts if part.what == "suspended"],
-            )
+            arrival, course = request.arrival, request.course
+            suspended = [part for part in request.parts if part.what == "suspended"]  # until its first token
             assert (told["ttft_slo_s"], told["slo_class"]) == (arrival.ttft_slo_s, arrival.slo_class)
             assert (told["met"], told["cause"]) == (request.verdict.met, request.verdict.cause)
             assert told["predicted_s"] == course.alone_s
-            assert told["suspensions"] == sum(task.suspensions for task in request.tasks)
+            assert told["suspensions"] == request.suspensions
             assert told["suspended_s"] == pytest.approx(sum(part.end_s - part.begin_s for part in suspended), abs=2e-6)
             if request.first_token_s is None:
                 assert told["ttft_s"] is None
@@ -625,6 +622,16 @@ def test_the_gap_in_which_a_stream_had_no_kv_cache_counts_as_one_late_token(
     behind_the_first = sum(len(answer.tokens) - 1 for answer in played.answers.values())
     assert counted["tbt_slo_met"] + counted["tbt_slo_missed"] == behind_the_first > 30
     assert counted["tbt_slo_missed"] == len(asked)
+
+
+def test_an_answer_counts_no_suspension_of_a_stream_that_is_computed_again(
+    unified: Remote, comparison: StockComparison, event_log: Path
+) -> None:
+    played, asked = unified.call(changes.retracted_and_suspended)
+    comparison.compare(asked, played.answers)
+    comparison.assert_same()
+    goes = next(one for one in History.of(events_of(unified, event_log)).requests if one.rid == "goes")
+    assert (len(goes.tasks), goes.tasks[1].suspensions, goes.suspensions) == (2, 1, 0)
 
 
 @LATE

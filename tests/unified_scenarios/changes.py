@@ -20,6 +20,7 @@ from tests.unified_scenarios.common import (
     calm,
     finish,
     running,
+    suspend_all_the_time,
     suspended,
     until,
     with_a_step_in_flight,
@@ -109,6 +110,23 @@ def tokens_of_retracted_streams(engine: UnifiedEngine) -> tuple[Play, dict[str, 
     for metric in (table.TBT_MET, table.TBT_MISSED):
         counted[metric.name] = registry.get_sample_value(metric.series, labels) or 0.0
     return played, dict(RETRACTED), counted
+
+
+def retracted_and_suspended(engine: UnifiedEngine) -> tuple[Play, dict[str, Ask]]:
+    """A stream that was retracted is computed again, and has to wait for a more urgent prefill meanwhile."""
+    from sglang.srt.managers.io_struct import ContinueGenerationReqInput, PauseGenerationReqInput
+
+    anew(engine)
+    engine.submit("goes", LONG)
+    until(engine, lambda: state_of(engine, "goes") == "decoding")
+    engine.receive(PauseGenerationReqInput(mode="retract"))
+    engine.receive(ContinueGenerationReqInput())
+    suspend_all_the_time(engine)
+    until(engine, lambda: state_of(engine, "goes") == "running")
+    engine.submit("urgent", URGENT)
+    until(engine, lambda: state_of(engine, "goes") == "suspended")
+    calm(engine)
+    return finish(engine), {"goes": LONG, "urgent": URGENT}
 
 
 def flush_while_busy(engine: UnifiedEngine, late: bool) -> tuple[Play, dict[str, Ask], bool]:
