@@ -182,6 +182,29 @@ def test_a_task_that_is_dropped_and_a_member_that_leaves_a_batch_end_as_aborted(
     assert logged.ends() == {"is dropped": "abort", "stays": "complete", "leaves": "abort"}
 
 
+def test_a_suspended_batch_goes_no_further_when_the_last_of_its_clients_has_left(logged: LoggedEngine) -> None:
+    scheduler = logged.scheduler
+    scheduler.hub.work.policy.limits = Limits(max_suspended=16, max_batch_tokens=500)
+    scheduler.hub.executor.interrupted = lambda: True
+    for number, rid in enumerate(("leaves", "leaves later")):
+        logged.submit(rid, prompt(2 + number, 100), ttft_slo_s=100.0)
+    logged.engine.turn()
+    [batch] = scheduler.hub.work.tasks.live
+    assert batch.rids == ["leaves", "leaves later"]
+    logged.submit("urgent", prompt(1, 600), ttft_slo_s=20.0)
+    logged.engine.turn()
+    passed = batch.points_passed
+    logged.engine.abort("leaves")
+    logged.engine.turn()
+    assert batch in scheduler.hub.work.tasks.live, "somebody waits for the other one"
+    logged.engine.abort("leaves later")
+    logged.engine.turn()
+    assert [task.rids for task in scheduler.hub.work.tasks.live] == [["urgent"]]
+    assert batch.points_passed == passed
+    logged.engine.run()
+    assert logged.ends() == {"leaves": "abort", "leaves later": "abort", "urgent": "complete"}
+
+
 def test_a_request_that_fails_while_its_prefill_runs_ends_once(logged: LoggedEngine) -> None:
     scheduler = logged.scheduler
     scheduler.hub.executor.interrupted = lambda: True

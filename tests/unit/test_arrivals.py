@@ -1,4 +1,4 @@
-"""What roles tell the hub of requests that come, and how many they look at for it: bootstraps, queues, health."""
+"""What roles tell the hub of requests that come and go, and how many they look at: bootstraps, queues, health."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import pytest
 pytest.importorskip("sglang")
 
 from sglang.srt.disaggregation.base import KVPoll
+from sglang.srt.managers.schedule_batch import FINISH_ABORT
 from sglang.srt.managers.scheduler import Scheduler
 
 from sgl_flowprefill.config import FlowPrefillConfig
@@ -154,6 +155,20 @@ def test_a_bootstrap_that_begins_is_no_event() -> None:
     assert not role.wakeup.pending
     role.note_transfer_status(7, KVPoll.WaitingForInput)
     assert role.wakeup.pending
+
+
+def test_a_batch_goes_on_while_somebody_waits_for_one_of_its_requests() -> None:
+    role = with_role().role
+    batches: list[Any] = [
+        SimpleNamespace(
+            batch=SimpleNamespace(reqs=[SimpleNamespace(to_finish=None, finished_reason=None) for _ in "ab"])
+        )
+        for _ in "ab"
+    ]
+    for req in batches[0].batch.reqs:
+        assert role.abandoned(batches) == []
+        req.to_finish = FINISH_ABORT()
+    assert role.abandoned(batches) == batches[:1]
 
 
 def test_all_health_checks_are_answered_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
