@@ -20,6 +20,7 @@ from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, MLATokenToKVPool,
 from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
 
 from sgl_flowprefill.runtime.slots import AttentionSlots
+from sgl_flowprefill.runtime.tiles import SHORT
 
 logger = logging.getLogger(__name__)
 
@@ -123,10 +124,12 @@ class Activations:
         gathered: int = 1,
         shared: int = 1,
         is_interrupted_inside: bool = True,
+        has_dense_mlps: bool = True,
     ) -> Activations:
         """Activations of a rank. So many hidden states of each token are kept for a draft model, and those of so many
         ranks are ``gathered``. The heads of attention and the weights of dense MLPs are ``shared`` by so many ranks; a
         model with experts may have MLPs that are not, and a rank experts that all tokens visit.
+        ``has_dense_mlps``: whether tasks are suspended within MLPs, too.
         """
         text = model_config.hf_text_config
         heads = -(-model_config.num_attention_heads // shared) + -(-model_config.get_total_num_kv_heads() // shared)
@@ -140,7 +143,7 @@ class Activations:
             mlp=max(3 * dense, experts * (3 * expert + model_config.hidden_size)) * dtype_bytes,
             mlp_tile_tokens=mlp_tile_tokens,
             has_experts=experts > 0,
-            between_linears=2 * dense * dtype_bytes,
+            between_linears=2 * dense * dtype_bytes if has_dense_mlps else 0,
             is_interrupted_inside=is_interrupted_inside,
             logits=3 * int(model_config.vocab_size) * torch.float32.itemsize,
             logits_chunk_tokens=(
@@ -163,7 +166,7 @@ class Activations:
         if not self.is_interrupted_inside:
             return held
         in_attention = tokens * max(0, self.attention - self.hidden)  # of four hidden states there are three
-        return held + max(in_attention, self._tile_rows(tokens) * self.between_linears)
+        return held + max(in_attention, self._rows_between_linears(tokens) * self.between_linears)
 
     def running_bytes(self, tokens: int) -> int:
         """The most that a task holds: within attention, or within the MLP. The draft is given one tensor of all that is
@@ -180,7 +183,14 @@ class Activations:
         return min(rows, self.logits_chunk_tokens or rows) * self.logits
 
     def _tile_rows(self, tokens: int) -> int:
-        return tokens if self.mlp_tile_tokens is None else min(tokens, self.mlp_tile_tokens())
+        """The last tile may be longer than the others."""
+        return tokens if self.mlp_tile_tokens is None else min(tokens, int((1 + SHORT) * self.mlp_tile_tokens()))
+
+    def _rows_between_linears(self, tokens: int) -> int:
+        """A prompt that is SHORT passes no interruption point within an MLP."""
+        if self.mlp_tile_tokens is not None and tokens <= SHORT * self.mlp_tile_tokens():
+            return 0
+        return self._tile_rows(tokens)
 
 
 @dataclass(frozen=True)
@@ -203,13 +213,21 @@ class TaskMemory:
         streams: int = 0,
         shared: int = 1,
         is_interrupted_inside: bool = True,
+        has_dense_mlps: bool = True,
     ) -> TaskMemory:
         """Measure what is free and what a task needs, beside decode steps over up to so many ``streams``. Raises
         SystemExit with one line when that does not fit.
         """
         config, dtype_bytes = model_runner.model_config, model_runner.dtype.itemsize
         activations = Activations.of(
-            config, dtype_bytes, mlp_tile_tokens, kept_hidden_states, gathered, shared, is_interrupted_inside
+            config,
+            dtype_bytes,
+            mlp_tile_tokens,
+            kept_hidden_states,
+            gathered,
+            shared,
+            is_interrupted_inside,
+            has_dense_mlps,
         )
         if model_runner.device != "cuda":
             return cls(activations, float("inf"))

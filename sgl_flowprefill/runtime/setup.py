@@ -48,7 +48,15 @@ from sgl_flowprefill.runtime.profile import load_or_measure
 from sgl_flowprefill.runtime.request_spans import SpanRecorder
 from sgl_flowprefill.runtime.scheduler_role import SchedulerRole, tell_of_evictions
 from sgl_flowprefill.runtime.slots import AttentionSlots
-from sgl_flowprefill.runtime.tiles import WHOLE, TilePlan, TileSizes, find_norms, has_whole_mlps, tile_layers
+from sgl_flowprefill.runtime.tiles import (
+    WHOLE,
+    TilePlan,
+    TileSizes,
+    find_norms,
+    has_dense_mlps,
+    has_whole_mlps,
+    tile_layers,
+)
 from sgl_flowprefill.runtime.wakeup import CalledEvents, CallingEvents, EventSource, Wakeup, Woken, scheduler_events
 from sgl_flowprefill.shadow import Shadows
 from sgl_flowprefill.slo.policy import PolicyError
@@ -131,9 +139,9 @@ def build(
     dp_ranks = scheduler.tp_size if is_joint else 1
     kept, streams = kept_hidden_states(scheduler), scheduler.max_running_requests if decodes else 0
     shared = 1 if is_joint else scheduler.tp_size
-    inside = granularity == "operator"
+    inside, in_mlps = granularity == "operator", has_dense_mlps(model, layers)
     memory = TaskMemory.plan(
-        model_runner, slots, config.max_suspended, mlp_rows, kept, dp_ranks, streams, shared, inside
+        model_runner, slots, config.max_suspended, mlp_rows, kept, dp_ranks, streams, shared, inside, in_mlps
     )
 
     def batch_tokens() -> int:

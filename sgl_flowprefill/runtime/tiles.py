@@ -182,6 +182,11 @@ def tile_mlps(
     return len(mlps) - len(whole)
 
 
+def has_dense_mlps(model: nn.Module, layers: Iterable[DecoderLayer]) -> bool:
+    """Whether there are MLPs within which ``tile_mlps`` lets a task be suspended."""
+    return bool(_dense_mlps(model, [name for layer in layers for name in layer.mlp]))
+
+
 def has_whole_mlps(model: nn.Module, layers: Iterable[DecoderLayer]) -> bool:
     """Whether there are MLPs that ``tile_mlps`` does not split for their adapters."""
     return any(map(_has_adapters, _dense_mlps(model, [name for layer in layers for name in layer.mlp])))

@@ -24,6 +24,7 @@ from sgl_flowprefill.runtime.memory import (
     writes_kv_alone,
 )
 from sgl_flowprefill.runtime.slots import AttentionSlots
+from sgl_flowprefill.runtime.tiles import in_tiles, row_tiles
 
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, INTERMEDIATE = 4096, 32, 8, 128, 14336
 
@@ -44,7 +45,7 @@ def test_activations_of_an_8b_model() -> None:
     tiled, whole = (Activations.of(config(), 2, rows) for rows in (lambda: 4096, None))
     assert tiled.checkpoint_bytes(1000) == 1000 * 32 << 10
     # Between the linear layers of an MLP, gate and up projection; of a long prompt, in attention, what that holds.
-    assert tiled.suspended_bytes(1000) == 1000 * (4 * HIDDEN + 2 * INTERMEDIATE) * 2
+    assert tiled.suspended_bytes(2000) == 2000 * (4 * HIDDEN + 2 * INTERMEDIATE) * 2
     assert tiled.suspended_bytes(100_000) == 100_000 * (3 * HIDDEN + 2 * (HEADS + KV_HEADS) * HEAD_DIM) * 2
     behind = Activations.of(config(), 2, lambda: 4096, is_interrupted_inside=False)
     assert behind.suspended_bytes(1000) == behind.checkpoint_bytes(1000)
@@ -199,6 +200,32 @@ def test_ranks_share_heads_and_dense_mlps_and_neither_hidden_states_nor_experts(
     assert Activations.of(config(**text), 2, None, shared=8).mlp == Activations.of(config(**text), 2, None).mlp
 
 
+def test_a_prompt_that_is_too_short_to_be_suspended_in_an_mlp_counts_none_of_its_rows() -> None:
+    """As ``tiles`` says which tile is SHORT."""
+    tiled, points = Activations.of(config(), 2, lambda: 4096), list[None]()
+    in_attention_bytes = (2 * (HEADS + KV_HEADS) * HEAD_DIM - HIDDEN) * 2
+    for tokens, is_short in ((1024, True), (1025, False)):
+        in_tiles(torch.nn.Identity(), lambda: 4096, lambda: points.append(None))(torch.ones(tokens, 1))
+        assert bool(points) != is_short
+        row_bytes = in_attention_bytes if is_short else 2 * INTERMEDIATE * 2
+        assert tiled.suspended_bytes(tokens) == tiled.checkpoint_bytes(tokens) + tokens * row_bytes
+
+
+def test_the_longest_tile_of_an_mlp_is_counted() -> None:
+    few_heads = Activations(hidden=1, attention=1, mlp=100, mlp_tile_tokens=lambda: 4096, between_linears=60)
+    longest = max(tile.stop - tile.start for tokens in range(30_000, 36_000) for tile in row_tiles(tokens, 4096))
+    assert few_heads.running_bytes(36_000) - few_heads.checkpoint_bytes(36_000) == longest * 100
+    assert few_heads.suspended_bytes(36_000) - few_heads.checkpoint_bytes(36_000) == longest * 60
+
+
+def test_where_all_mlps_are_mixtures_of_experts_no_rows_of_one_are_held() -> None:
+    text = {"moe_intermediate_size": 768, "num_experts_per_tok": 8}
+    experts = Activations.of(config(**text), 2, lambda: 4096, has_dense_mlps=False)
+    in_attention_bytes = (2 * (HEADS + KV_HEADS) * HEAD_DIM - HIDDEN) * 2
+    assert experts.suspended_bytes(4096) == experts.checkpoint_bytes(4096) + 4096 * in_attention_bytes
+    assert experts.running_bytes(4096) == Activations.of(config(**text), 2, lambda: 4096).running_bytes(4096)
+
+
 def test_experts_count_as_often_as_they_are_visited() -> None:
     experts = Activations.of(config(moe_intermediate_size=768, num_experts_per_tok=8), 2, lambda: 4096)
     assert experts.mlp == max(3 * INTERMEDIATE, 8 * (3 * 768 + HIDDEN)) * 2
@@ -239,8 +266,8 @@ def test_tasks_start_while_their_activations_fit() -> None:
 
 
 def test_suspended_tasks_are_counted_by_their_own_tiles() -> None:
-    tasks = TaskMemory(Activations(1, 1, 6, lambda: 100, between_linears=4), budget_bytes=5800)
-    assert tasks.activations.suspended_bytes(500) == 4 * 500 + 4 * 100
+    tasks = TaskMemory(Activations(1, 1, 6, lambda: 100, between_linears=4), budget_bytes=6050)
+    assert tasks.activations.suspended_bytes(500) == 4 * 500 + 4 * 125, "the last tile may be longer by a quarter"
     # Two long ones and two short ones, each between the linear layers of a tile, and one of them behind these.
     assert tasks.admits([500, 500, 50], 50)
     assert not tasks.admits([500, 500, 50], 51)
@@ -255,9 +282,9 @@ def test_logits_of_prompts_are_counted_as_chunks_while_a_prefill_ends(monkeypatc
         assert Activations.of(config(), 2, lambda: 4096).logits_bytes(32_000) == 32_000 * 3 * one_matrix
     budget_bytes = chunked.suspended_bytes(3000) + chunked.logits_bytes(2048)
     tasks = TaskMemory(chunked, budget_bytes)
-    assert tasks.admits([1000], 2000, 32_000)
-    assert not tasks.admits([1000], 2001, 32_000)
-    assert tasks.admits([1000], 2001)
+    assert tasks.admits([1200], 1800, 32_000)
+    assert not tasks.admits([1200], 1801, 32_000)
+    assert tasks.admits([1200], 1801)
 
 
 def test_the_plan_measures_a_slot_and_counts_all_of_them(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ from sgl_flowprefill.runtime.tiles import (
     Tiles,
     TileSizes,
     find_norms,
+    has_dense_mlps,
     has_whole_mlps,
     in_tiles,
     longest_mlp_piece,
@@ -202,6 +203,19 @@ def test_on_amd_a_quantised_layer_runs_whole(
     assert (interruption_points(decoder, [layer("layers.0")], module) > 0) == is_tiled
 
 
+class FusedMoE(nn.Linear):
+    """Stands for SGLang's experts."""
+
+
+def test_within_a_mixture_of_experts_no_task_is_suspended() -> None:
+    model = Decoder()
+    assert has_dense_mlps(model, [layer("layers.0")])
+    model.layers[0].mlp = nn.Sequential(nn.Linear(3, 3), FusedMoE(3, 3))
+    assert not has_dense_mlps(model, [layer("layers.0")])
+    tile_layers(model, [layer("layers.0")], [], TileSizes(lambda yardstick_s: TILES), pytest.fail)
+    model.get_submodule("layers.0.mlp")(torch.ones(ROWS, 3))
+
+
 class RowParallelLinearWithLoRA(nn.Module):
     """A layer with adapters, as SGLang calls it: it goes through the rows of the whole batch."""
 
@@ -219,6 +233,7 @@ def test_an_mlp_with_adapters_runs_whole_and_can_be_suspended_between_its_linear
     assert not has_whole_mlps(model, [layer("layers.0")])
     model.layers[0].mlp = nn.Sequential(RowParallelLinearWithLoRA(), RowParallelLinearWithLoRA())
     assert has_whole_mlps(model, [layer("layers.0")])
+    assert has_dense_mlps(model, [layer("layers.0")])
     points: list[None] = []
     tile_layers(model, [layer("layers.0")], [], TileSizes(lambda yardstick_s: TILES), lambda: points.append(None))
     model.get_submodule("layers.0.mlp")(torch.ones(ROWS, 3))
