@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from array import array
 from collections.abc import Callable, Iterator, Sequence
@@ -34,18 +35,23 @@ SCHEDSTAT: Final = Path("/proc/thread-self/schedstat")
 class SchedulerEngine:
     """Runs batches of given shapes through an idle scheduler, as serving does, and times their forward passes."""
 
-    def __init__(self, role: SchedulerRole) -> None:
+    def __init__(self, role: SchedulerRole, most_tokens: int = sys.maxsize) -> None:
+        """``most_tokens``: of a prompt, for which there is device memory."""
         self._role = role
+        self._most_tokens = most_tokens
         self.scheduler = role.scheduler
         self._rng = np.random.default_rng(SEED)
         self.cached_prompt: list[int] = []
 
     @property
     def limit_tokens(self) -> int:
-        """Longest prompt that fits the model's context, with KV cache left for a cached prompt of the same length."""
+        """Longest prompt that fits the model's context and memory, with KV cache left for a cached prompt of the same
+        length.
+        """
         scheduler = self.scheduler
         kv_tokens = scheduler.max_total_num_tokens // 2 - 64
-        return int(min(scheduler.model_config.context_len - 1, kv_tokens, scheduler.max_req_input_len - 1))
+        of_context = min(scheduler.model_config.context_len, scheduler.max_req_input_len) - 1
+        return int(min(of_context, kv_tokens, self._most_tokens))
 
     @property
     def is_gpu(self) -> bool:

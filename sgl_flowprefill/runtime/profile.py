@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -18,14 +19,16 @@ from sglang.srt.runtime_context import get_exec
 from sgl_flowprefill import paths
 from sgl_flowprefill.config import FlowPrefillConfig
 from sgl_flowprefill.profiling import Profile, ProfileError, Setting, read_profile, write_profile
+from sgl_flowprefill.profiling.design import SHORTEST_TOKENS
 from sgl_flowprefill.profiling.fitted import fit
 from sgl_flowprefill.profiling.learned import Learned, begin, learned_path, read_learned
 from sgl_flowprefill.profiling.measure import SchedulerEngine
 from sgl_flowprefill.profiling.ranks import Done, Leader, follow
 from sgl_flowprefill.profiling.run import run_profile
 from sgl_flowprefill.provenance import cpu_name
-from sgl_flowprefill.runtime.draft_model import draft_runner
+from sgl_flowprefill.runtime.draft_model import draft_runner, kept_hidden_states
 from sgl_flowprefill.runtime.learner import FollowingTTFT, Learner, LearningTTFT, other_cpus
+from sgl_flowprefill.runtime.memory import IN_PIECES, Activations, free_device_bytes
 from sgl_flowprefill.runtime.scheduler_role import SchedulerRole
 from sgl_flowprefill.ttft import AdaptiveTTFT, OperatorTimes
 from sgl_flowprefill.ttft.boosted import LEAST_SHAPES
@@ -148,7 +151,7 @@ def _learned(path: Path, known: Learned) -> Learned:
 def _measure(role: SchedulerRole, setting: Setting) -> Profile:
     """A profile measured now, by all ranks together, and kept for the next start."""
     ranks = role.scheduler.tp_group
-    engine = SchedulerEngine(role)
+    engine = SchedulerEngine(role, most_whole_tokens(role.scheduler))
     if ranks.rank_in_group > 0:
         return follow(engine, ranks.broadcast_object)
     budget_s = FIRST_START_ON_GPU_S if role.scheduler.device == "cuda" else FIRST_START_S
@@ -161,6 +164,19 @@ def _measure(role: SchedulerRole, setting: Setting) -> Profile:
     with kept_for_the_next_start("the profile"):
         write_profile(profile_path(setting), profile)
     return profile
+
+
+def most_whole_tokens(scheduler: Any) -> int:
+    """Tokens of the longest prompt for which the device has memory while operators run whole, as before the first
+    profile: what is kept free for prompts is for tiles.
+    """
+    if scheduler.device != "cuda":
+        return sys.maxsize
+    runner = scheduler.tp_worker.model_runner
+    gathered, shared = (scheduler.tp_size, 1) if scheduler.attn_dp_enabled else (1, scheduler.tp_size)
+    kept = kept_hidden_states(scheduler)
+    whole = Activations.of(runner.model_config, runner.dtype.itemsize, None, kept, gathered, shared)
+    return max(SHORTEST_TOKENS, int((1 - IN_PIECES) * free_device_bytes()) // whole.running_bytes(1))
 
 
 @contextmanager

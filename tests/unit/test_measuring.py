@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,9 +13,10 @@ from torch import nn
 pytest.importorskip("sglang")
 
 from sgl_flowprefill.cluster import ClusterConfig, preflight
+from sgl_flowprefill.config import FlowPrefillConfig
 from sgl_flowprefill.patches import lone_prefill
-from sgl_flowprefill.profiling import measure, process
-from sgl_flowprefill.runtime import selfcheck
+from sgl_flowprefill.profiling import Setting, measure, process
+from sgl_flowprefill.runtime import profile, selfcheck
 from sgl_flowprefill.runtime.checkpoints import DecoderLayer
 from sgl_flowprefill.ttft import PrefillShape
 from tests.simulated_device import HostCosts, SimulatedDevice
@@ -105,6 +107,46 @@ def test_a_scheduler_that_measures_has_what_a_servers_first_process_sets(
     measures = preflight.prepare(ClusterConfig(flowprefill=True)).server_env("prefill")
     assert measures["CUDA_DEVICE_MAX_CONNECTIONS"] == "8"
     assert measures["TRTLLM_ENABLE_PDL"] == (given or "1")
+
+
+def test_a_first_start_measures_no_longer_prompts_than_fit_while_their_operators_run_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model_config = SimpleNamespace(
+        hidden_size=4096,
+        num_attention_heads=32,
+        head_dim=128,
+        context_len=131_072,
+        vocab_size=128_256,
+        get_total_num_kv_heads=lambda: 8,
+        hf_text_config=SimpleNamespace(intermediate_size=14_336),
+    )
+    token_bytes = 2 * (4 * 4096 + 3 * 14_336)
+    scheduler = SimpleNamespace(
+        device="cuda",
+        tp_size=1,
+        tp_group=SimpleNamespace(rank_in_group=0, world_size=1, broadcast_object=lambda found: found),
+        tp_worker=SimpleNamespace(model_runner=SimpleNamespace(model_config=model_config, dtype=torch.bfloat16)),
+        draft_worker=None,
+        attn_dp_enabled=False,
+        model_config=model_config,
+        max_total_num_tokens=1_000_000,
+        max_req_input_len=131_071,
+    )
+    role: Any = SimpleNamespace(scheduler=scheduler)
+    setting = Setting(model="m", device="GPU", dtype="bfloat16", attention_backend="fa3", threads=1, sglang="0")
+
+    def begin(engine: Any, *args: Any, **options: Any) -> None:
+        assert 18_990 <= engine.limit_tokens <= 19_000
+        raise Begun
+
+    monkeypatch.setenv("FLOWPREFILL_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(profile, "current_setting", lambda scheduler: setting)
+    monkeypatch.setattr(profile, "free_device_bytes", lambda: 20_000 * token_bytes)
+    monkeypatch.setattr(profile, "run_profile", begin)
+    with pytest.raises(Begun):
+        profile.load_or_measure(role, FlowPrefillConfig())
+    assert measure.SchedulerEngine(role).limit_tokens == 131_070, "when operators run in tiles"
 
 
 ATTENTION_S, MLP_S, LAYERS = 20e-6, 10e-6, 8

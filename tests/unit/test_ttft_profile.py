@@ -349,7 +349,7 @@ def test_a_cache_that_cannot_be_entered_costs_a_start_a_measurement_and_a_line(
     role: Any = SimpleNamespace(scheduler=SimpleNamespace(tp_group=ranks, device="cpu"))
     monkeypatch.setenv("FLOWPREFILL_CACHE_DIR", str(cache))
     monkeypatch.setattr(profile, "current_setting", lambda scheduler: SETTING)
-    monkeypatch.setattr(profile, "SchedulerEngine", lambda role: engine)
+    monkeypatch.setattr(profile, "SchedulerEngine", lambda role, most_tokens: engine)
     monkeypatch.setattr(profile, "run_profile", partial(run_profile, clock=engine.clock))
     monkeypatch.setattr(os, "stat", forbidding)
     ttft, _ = profile.load_or_measure(role, FlowPrefillConfig())
