@@ -7,6 +7,7 @@ import time
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import wraps
 from pathlib import Path
 from typing import Any, Final
 
@@ -27,9 +28,11 @@ from sgl_flowprefill.ttft.base import PrefillShape
 
 LAUNCH_S: Final = 1e-3
 """The host needs no longer to launch the kernels of a layer."""
-CYCLES_A_SECOND: Final = 2e9
+CYCLES_A_SECOND: Final = 3e9
 """No GPU runs faster: with so many a spin takes a second, or longer."""
 SCHEDSTAT: Final = Path("/proc/thread-self/schedstat")
+
+Forward = Callable[..., Any]
 
 
 class SchedulerEngine:
@@ -95,16 +98,18 @@ class SchedulerEngine:
         layers = find_decoder_layers(model)
         begin: list[Stamp] = []
 
-        def note(module: Any, args: Any) -> None:
-            if behind_spin and self.is_gpu and not begin:
-                torch.cuda._sleep(int(LAUNCH_S * len(layers) * CYCLES_A_SECOND))
-            begin.append(self._role.device.stamp())
+        def noted(forward: Forward) -> Forward:
+            @wraps(forward)
+            def layer(*args: Any, **kwargs: Any) -> Any:
+                if behind_spin and self.is_gpu and not begin:
+                    torch.cuda._sleep(int(LAUNCH_S * len(layers) * CYCLES_A_SECOND))
+                begin.append(self._role.device.stamp())
+                return forward(*args, **kwargs)
 
-        hook = model.get_submodule(layers[0].name).register_forward_pre_hook(note)
-        try:
+            return layer
+
+        with _wrapped([model.get_submodule(layers[0].name)], noted):
             yield begin
-        finally:
-            hook.remove()
 
     def time_steps(self, requests: int, tokens: int, steps: int) -> tuple[int, list[float]]:
         """Seconds of each of ``steps`` decode steps over ``requests`` prompts of so many ``tokens``, or over as many of
@@ -239,29 +244,43 @@ class SchedulerEngine:
     def _spans(self, modules: Sequence[torch.nn.Module]) -> Iterator[list[tuple[Stamp, Stamp]]]:
         """Where ``modules`` run in the device's queue while the context is open. They do not run inside one another."""
         spans: list[tuple[Stamp, Stamp]] = []
-        device, begin = self._role.device, list[Stamp]()
+        device = self._role.device
 
-        def before(module: Any, args: Any) -> None:
-            begin.append(device.stamp())
+        def spanned(forward: Forward) -> Forward:
+            @wraps(forward)
+            def operator(*args: Any, **kwargs: Any) -> Any:
+                begin = device.stamp()
+                output = forward(*args, **kwargs)
+                spans.append((begin, device.stamp()))
+                return output
 
-        def after(module: Any, args: Any, output: Any) -> None:
-            spans.append((begin.pop(), device.stamp()))
+            return operator
 
-        hooks = [
-            hook
-            for module in modules
-            for hook in (module.register_forward_pre_hook(before), module.register_forward_hook(after))
-        ]
-        try:
+        with _wrapped(modules, spanned):
             yield spans
-        finally:
-            for hook in hooks:
-                hook.remove()
 
     def synchronize(self) -> None:
         """Wait for all that is queued on the device."""
         if self.is_gpu:
             torch.cuda.synchronize()
+
+
+@contextmanager
+def _wrapped(modules: Sequence[torch.nn.Module], wrap: Callable[[Forward], Forward]) -> Iterator[None]:
+    """Let what ``wrap`` makes of it take the place of each module's ``forward`` while the context is open: SGLang calls
+    some by it, which runs no hooks (``checkpoints.install_checkpoints``).
+    """
+    before = [vars(module).get("forward") for module in modules]
+    for module in modules:
+        module.forward = wrap(module.forward)
+    try:
+        yield
+    finally:
+        for module, forward in zip(modules, before, strict=True):
+            if forward is None:
+                vars(module).pop("forward", None)
+            else:
+                module.forward = forward
 
 
 def _sum_s(spans: Sequence[tuple[Stamp, Stamp]]) -> float:

@@ -150,6 +150,8 @@ def test_a_first_start_measures_no_longer_prompts_than_fit_while_their_operators
 
 
 ATTENTION_S, MLP_S, LAYERS = 20e-6, 10e-6, 8
+FASTEST_CLOCK_HZ = 2.9e9
+"""Of GPUs that can be bought."""
 
 
 class Operator(nn.Module):
@@ -174,9 +176,21 @@ class Layer(nn.Module):
         return output
 
 
-def launch_bound(device: SimulatedDevice, monkeypatch: pytest.MonkeyPatch) -> measure.SchedulerEngine:
+class LayerCalledByForward(Layer):
+    """As in SGLang's ``nemotron_h``."""
+
+    def __call__(self, rows: torch.Tensor) -> torch.Tensor:
+        return self.forward(rows)
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        return self.mlp.forward(self.attention.forward(rows))
+
+
+def launch_bound(
+    device: SimulatedDevice, monkeypatch: pytest.MonkeyPatch, layer: type[Layer] = Layer
+) -> measure.SchedulerEngine:
     """An engine on ``device``, whose attention reads back a plan before its first layer, as FlashInfer's may."""
-    model = nn.Sequential(*(Layer(device) for _ in range(LAYERS)))
+    model = nn.Sequential(*(layer(device) for _ in range(LAYERS)))
     names = [DecoderLayer(f"{index}", (f"{index}.attention",), (f"{index}.mlp",)) for index in range(LAYERS)]
 
     def run_batch(batch: Any) -> Any:
@@ -197,22 +211,24 @@ def launch_bound(device: SimulatedDevice, monkeypatch: pytest.MonkeyPatch) -> me
     monkeypatch.setattr(measure, "whole_model", lambda scheduler: model)
     monkeypatch.setattr(measure, "find_decoder_layers", lambda model: names)
     monkeypatch.setattr(measure.torch.cuda, "synchronize", device.synchronize)
-    monkeypatch.setattr(
-        measure.torch.cuda, "_sleep", lambda cycles: device.launch("spin", cycles / measure.CYCLES_A_SECOND)
-    )
+    monkeypatch.setattr(measure.torch.cuda, "_sleep", lambda cycles: device.launch("spin", cycles / FASTEST_CLOCK_HZ))
     return measure.SchedulerEngine(role)
 
 
+@pytest.mark.parametrize("layer", [Layer, LayerCalledByForward])
+@pytest.mark.parametrize("launch_s", [60e-6, 450e-6])
 def test_operators_are_timed_as_the_device_takes_for_them_and_not_the_host_to_launch_them(
-    monkeypatch: pytest.MonkeyPatch,
+    launch_s: float, layer: type[Layer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    device = SimulatedDevice(2, HostCosts(launch_s=60e-6))
-    engine = launch_bound(device, monkeypatch)
+    device = SimulatedDevice(2, HostCosts(launch_s=launch_s))
+    engine = launch_bound(device, monkeypatch, layer)
     timing, attention_s, mlp_s = engine.time_operators((PrefillShape(16),))
     assert attention_s == pytest.approx(LAYERS * ATTENTION_S)
     assert mlp_s == pytest.approx(LAYERS * MLP_S)
     assert timing.time_s == pytest.approx(LAYERS * (ATTENTION_S + MLP_S))
     assert timing.waited_s == 0.0
+    model = measure.whole_model(engine.scheduler)
+    assert not any("forward" in vars(module) for module in model.modules()), "each has its own again"
 
 
 def test_a_pass_that_waits_for_launches_takes_longer_from_its_first_layer_on_than_behind_a_spin(
