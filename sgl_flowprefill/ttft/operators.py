@@ -33,7 +33,8 @@ class OperatorTimes:
     mlp: Array
     """[2] seconds per forward and per new token."""
     rest: Array
-    """[2] seconds per forward and per new token: norms, embedding, logits, and what is around the model."""
+    """[2] seconds per forward and per new token: norms, logits and sampling; where the host computes, also what is
+    in front of the first layer."""
 
     @classmethod
     def fit(cls, measured: Iterable[tuple[Sequence[PrefillShape], float, float, float]]) -> OperatorTimes | None:
