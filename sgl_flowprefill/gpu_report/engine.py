@@ -24,6 +24,7 @@ from sgl_flowprefill.runtime.checkpoints import find_decoder_layers
 from sgl_flowprefill.runtime.memory import TaskMemory
 from sgl_flowprefill.runtime.profile import current_setting, load_or_measure
 from sgl_flowprefill.runtime.selfcheck import Finding, Tasks, checks
+from sgl_flowprefill.runtime.setup import kv_token_bytes
 from sgl_flowprefill.runtime.step_profile import load_or_measure_steps
 from sgl_flowprefill.runtime.tiles import WHOLE, TilePlan, Tiles, TileSizes, find_norms
 
@@ -106,14 +107,13 @@ class Engine(Tasks):
         scheduler = self.scheduler
         runner = scheduler.tp_worker.model_runner
         weights = sum(weight.nbytes for weight in runner.model.parameters())
-        pool = scheduler.token_to_kv_pool_allocator.get_kvcache()
         return {
             **self.setting.model_dump(),
             "layers": self.layers,
             "context_tokens": int(scheduler.model_config.context_len),
             "weights_bytes": int(weights),
             "kv_tokens": int(scheduler.max_total_num_tokens),
-            "kv_bytes_per_token": int(sum(pool.get_kv_size_bytes()) / scheduler.max_total_num_tokens),
+            "kv_bytes_per_token": round(kv_token_bytes(runner)),
         }
 
     def findings(self) -> Iterator[Finding]:

@@ -168,7 +168,7 @@ def build(
         batch_tokens=batch_tokens,
         dp_ranks=dp_ranks,
     )
-    recorder.watch(work, _kv_token_bytes(model_runner) + memory.activations.checkpoint_bytes(1))
+    recorder.watch(work, kv_token_bytes(model_runner) + memory.activations.checkpoint_bytes(1))
     exploration = Exploration()
     learning = ttft if isinstance(ttft, LearningTTFT) else None
     if learning is not None:
@@ -294,7 +294,7 @@ def _recorder(scheduler: Any, config: FlowPrefillConfig, is_first: bool, decodes
     return recorder
 
 
-def _kv_token_bytes(model_runner: Any) -> float:
+def kv_token_bytes(model_runner: Any) -> float:
     """What a token takes in SGLang's KV pool."""
     token_to_kv_pool = model_runner.token_to_kv_pool
     return float(token_to_kv_pool.mem_usage * GIB / token_to_kv_pool.size)

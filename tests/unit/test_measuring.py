@@ -14,6 +14,7 @@ pytest.importorskip("sglang")
 
 from sgl_flowprefill.cluster import ClusterConfig, preflight
 from sgl_flowprefill.config import FlowPrefillConfig
+from sgl_flowprefill.gpu_report import engine as report_engine
 from sgl_flowprefill.patches import lone_prefill
 from sgl_flowprefill.profiling import Setting, measure, process
 from sgl_flowprefill.runtime import profile, selfcheck
@@ -107,6 +108,22 @@ def test_a_scheduler_that_measures_has_what_a_servers_first_process_sets(
     measures = preflight.prepare(ClusterConfig(flowprefill=True)).server_env("prefill")
     assert measures["CUDA_DEVICE_MAX_CONNECTIONS"] == "8"
     assert measures["TRTLLM_ENABLE_PDL"] == (given or "1")
+
+
+def test_an_engine_is_described_whose_kv_pool_has_no_two_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As that of latent attention, which keeps keys and values in one."""
+    pool = SimpleNamespace(mem_usage=2.0, size=1 << 14, get_kv_size_bytes=lambda: 2 << 30)
+    runner = SimpleNamespace(model=nn.Linear(2, 2), token_to_kv_pool=pool)
+    engine = report_engine.Engine.__new__(report_engine.Engine)
+    engine.scheduler = SimpleNamespace(
+        tp_worker=SimpleNamespace(model_runner=runner),
+        model_config=SimpleNamespace(num_hidden_layers=3, context_len=100),
+        max_total_num_tokens=1 << 14,
+        token_to_kv_pool_allocator=SimpleNamespace(get_kvcache=lambda: pool),
+    )
+    setting = Setting(model="m", device="GPU", dtype="bfloat16", attention_backend="fa3", threads=1, sglang="0")
+    monkeypatch.setattr(report_engine, "current_setting", lambda scheduler: setting)
+    assert engine.describe()["kv_bytes_per_token"] == 1 << 17
 
 
 def test_a_first_start_measures_no_longer_prompts_than_fit_while_their_operators_run_whole(
