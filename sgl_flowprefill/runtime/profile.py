@@ -19,18 +19,18 @@ from sglang.srt.runtime_context import get_exec
 from sgl_flowprefill import paths
 from sgl_flowprefill.config import FlowPrefillConfig
 from sgl_flowprefill.profiling import Profile, ProfileError, Setting, read_profile, write_profile
-from sgl_flowprefill.profiling.design import SHORTEST_TOKENS
+from sgl_flowprefill.profiling.design import LEAST_LONGEST_TOKENS, SHORTEST_TOKENS
 from sgl_flowprefill.profiling.fitted import fit
 from sgl_flowprefill.profiling.learned import Learned, begin, learned_path, read_learned
 from sgl_flowprefill.profiling.measure import SchedulerEngine
 from sgl_flowprefill.profiling.ranks import Done, Leader, follow
-from sgl_flowprefill.profiling.run import run_profile
+from sgl_flowprefill.profiling.run import Engine, run_profile
 from sgl_flowprefill.provenance import cpu_name
 from sgl_flowprefill.runtime.draft_model import draft_runner, kept_hidden_states
 from sgl_flowprefill.runtime.learner import FollowingTTFT, Learner, LearningTTFT, other_cpus
 from sgl_flowprefill.runtime.memory import IN_PIECES, Activations, free_device_bytes
 from sgl_flowprefill.runtime.scheduler_role import SchedulerRole
-from sgl_flowprefill.ttft import AdaptiveTTFT, OperatorTimes
+from sgl_flowprefill.ttft import AdaptiveTTFT, OperatorTimes, PrefillShape
 from sgl_flowprefill.ttft.boosted import LEAST_SHAPES
 
 logger = logging.getLogger(__name__)
@@ -154,9 +154,12 @@ def _measure(role: SchedulerRole, setting: Setting) -> Profile:
     engine = SchedulerEngine(role, most_whole_tokens(role.scheduler))
     if ranks.rank_in_group > 0:
         return follow(engine, ranks.broadcast_object)
-    budget_s = FIRST_START_ON_GPU_S if role.scheduler.device == "cuda" else FIRST_START_S
+    leader: Engine = engine if ranks.world_size == 1 else Leader(engine, ranks.broadcast_object)
+    budget_s = FIRST_START_S
+    if role.scheduler.device == "cuda":
+        budget_s = FIRST_START_ON_GPU_S
+        compile_kernels(leader)
     logger.info("FlowPrefill measures prefill times for up to %g s", budget_s)
-    leader = engine if ranks.world_size == 1 else Leader(engine, ranks.broadcast_object)
     profile = run_profile(leader, setting, None, budget_s, most_rounds=FIRST_START_ROUNDS)
     logger.info("FlowPrefill measured %d prefills of up to %d tokens", len(profile.rows), profile.longest_tokens)
     if ranks.world_size > 1:
@@ -164,6 +167,17 @@ def _measure(role: SchedulerRole, setting: Setting) -> Profile:
     with kept_for_the_next_start("the profile"):
         write_profile(profile_path(setting), profile)
     return profile
+
+
+def compile_kernels(engine: Engine) -> None:
+    """Run a prompt, one with a cached prefix, and both in a batch: the first forward passes of a server on a GPU may
+    have to compile their kernels, for longer than it measures.
+    """
+    tokens = min(LEAST_LONGEST_TOKENS, engine.limit_tokens)
+    alone, with_prefix = PrefillShape(tokens), PrefillShape(tokens - tokens // 2, tokens // 2)
+    engine.cache_prefix(tokens)
+    for shape in ((alone,), (with_prefix,), (alone, with_prefix)):
+        engine.time(shape)
 
 
 def most_whole_tokens(scheduler: Any) -> int:

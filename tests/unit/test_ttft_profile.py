@@ -357,6 +357,37 @@ def test_a_cache_that_cannot_be_entered_costs_a_start_a_measurement_and_a_line(
     assert [record.message for record in caplog.records if "cannot keep the profile" in record.message]
 
 
+class CompilingEngine(MadeUpEngine):
+    """Compiles kernels for a minute before the first prompt, and others before the first cached prefix."""
+
+    compiled: frozenset[bool] = frozenset()
+
+    def time(self, shape: Shape) -> Timing:
+        kinds = {cached > 0 for _, cached in shape}
+        self.now_s += 60.0 * len(kinds - self.compiled)
+        self.compiled |= kinds
+        return super().time(shape)
+
+
+def test_kernels_that_a_first_start_compiles_leave_time_for_looks_into_prompts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sgl_flowprefill.runtime import profile
+
+    engine = CompilingEngine()
+    engine.is_gpu = True
+    ranks = SimpleNamespace(rank_in_group=0, world_size=1, broadcast_object=lambda value: value)
+    role: Any = SimpleNamespace(scheduler=SimpleNamespace(tp_group=ranks, device="cuda"))
+    monkeypatch.setenv("FLOWPREFILL_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(profile, "current_setting", lambda scheduler: SETTING)
+    monkeypatch.setattr(profile, "most_whole_tokens", lambda scheduler: engine.limit_tokens)
+    monkeypatch.setattr(profile, "SchedulerEngine", lambda role, most_tokens: engine)
+    monkeypatch.setattr(profile, "run_profile", partial(run_profile, clock=engine.clock))
+    _, operators = profile.load_or_measure(role, FlowPrefillConfig())
+    assert engine.compiled == {False, True}
+    assert operators is not None, "tiles are planned by them"
+
+
 def test_the_report_has_the_figures(tmp_path: Path) -> None:
     report = Report(profiled(tmp_path / "p.parquet", MadeUpEngine()))
     figures = report.to_json()
