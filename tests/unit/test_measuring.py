@@ -153,14 +153,14 @@ def test_a_first_start_measures_no_longer_prompts_than_fit_while_their_operators
     role: Any = SimpleNamespace(scheduler=scheduler)
     setting = Setting(model="m", device="GPU", dtype="bfloat16", attention_backend="fa3", threads=1, sglang="0")
 
-    def begin(engine: Any, *args: Any, **options: Any) -> None:
+    def begin(engine: Any) -> None:
         assert 18_990 <= engine.limit_tokens <= 19_000
         raise Begun
 
     monkeypatch.setenv("FLOWPREFILL_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(profile, "current_setting", lambda scheduler: setting)
     monkeypatch.setattr(profile, "free_device_bytes", lambda: 20_000 * token_bytes)
-    monkeypatch.setattr(profile, "run_profile", begin)
+    monkeypatch.setattr(profile, "compile_kernels", begin)
     with pytest.raises(Begun):
         profile.load_or_measure(role, FlowPrefillConfig())
     assert measure.SchedulerEngine(role).limit_tokens == 131_070, "when operators run in tiles"
