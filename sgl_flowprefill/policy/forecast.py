@@ -24,6 +24,9 @@ LEAST_SHARE: Final = 1 / 8
 CLASSES: Final = 48
 NUMBERS: Final = CLASSES * 4 * CLASSES
 """Sums of what arrived at a pace: four for each class of work and of SLO."""
+ROWS: Final = 16
+"""Paces that there is room for at first: a server's requests are of no more kinds (``ttft.kinds``). For more, one event
+copies all sums."""
 WORKS_S: Final[list[float]] = np.geomspace(1e-4, 1e3, CLASSES - 1).tolist()
 SLOS_S: Final[list[float]] = np.geomspace(1e-2, 1e4, CLASSES - 1).tolist()
 """Where classes of requests begin, by their work and by their SLO, after the first class."""
@@ -237,12 +240,13 @@ class _Arrivals:
 
     def __init__(self) -> None:
         self._at: dict[Pace, _OfPace] = {}
-        self._sums = np.zeros((0, CLASSES, 4 * CLASSES))
-        self._works_s = np.zeros((0, CLASSES))
+        self._sums = np.zeros((ROWS, CLASSES, 4 * CLASSES))
+        """A row for each pace, and others for those that may come."""
+        self._works_s = np.zeros((ROWS, CLASSES))
         """The work of all slots, by its class."""
         self._first, self._end = CLASSES, 0
         """Requests of no other classes of work have arrived: all numbers of the others are 0, and nobody reads them."""
-        self._flat_sums = self._flat_works_s = memoryview(b"").cast("d")
+        self._flat_sums, self._flat_works_s = _flat(self._sums), _flat(self._works_s)
         """Flat views: an arrival adds to a few of their numbers."""
 
     def add(self, slot: int, work_s: float, slo_s: float, pace: Pace, requests: int = 1) -> None:
@@ -270,7 +274,7 @@ class _Arrivals:
         works = slice(self._first, self._end)
         factors = np.array([pace.factor for pace in self._at])
         classes = FROM_WORKS_S[1:].searchsorted(factors[:, None] * FROM_WORKS_S[works], side="right")
-        works_s = factors[:, None] * self._works_s[:, works]
+        works_s = factors[:, None] * self._works_s[: len(self._at), works]
         up_to_s = np.bincount(classes.ravel(), works_s.ravel(), CLASSES).cumsum()
         whole = int(up_to_s.searchsorted(past_s, side="right"))
         shares = np.zeros(CLASSES)
@@ -279,15 +283,16 @@ class _Arrivals:
         if whole < CLASSES:  # of the requests that take a little too long, as many as there is time for
             before_s = up_to_s[whole - 1] if whole else 0.0
             shares[whole] = (past_s - before_s) / (up_to_s[whole] - before_s)
-        sums = (shares[classes][:, None] @ self._sums[:, works]).reshape(-1, 2, 2 * CLASSES).swapaxes(0, 1)
-        return Counted(past_s, list(self._at), factors.tolist(), sums)
+        sums = shares[classes][:, None] @ self._sums[: len(self._at), works]
+        return Counted(past_s, list(self._at), factors.tolist(), sums.reshape(-1, 2, 2 * CLASSES).swapaxes(0, 1))
 
     def _new(self, pace: Pace) -> _OfPace:
+        if (row := len(self._at)) == len(self._sums):
+            self._sums = np.concatenate((self._sums, np.zeros_like(self._sums)))
+            self._works_s = np.concatenate((self._works_s, np.zeros_like(self._works_s)))
+            self._flat_sums, self._flat_works_s = _flat(self._sums), _flat(self._works_s)
         by_slot = np.zeros((PLACES, CLASSES, 4 * CLASSES))
-        self._at[pace] = of_pace = _OfPace(len(self._at), deque(), by_slot, _flat(by_slot))
-        self._sums = np.concatenate((self._sums, by_slot[:1]))
-        self._works_s = np.concatenate((self._works_s, np.zeros((1, CLASSES))))
-        self._flat_sums, self._flat_works_s = _flat(self._sums), _flat(self._works_s)
+        self._at[pace] = of_pace = _OfPace(row, deque(), by_slot, _flat(by_slot))
         return of_pace
 
     def _forget(self, of_pace: _OfPace, oldest: int) -> None:

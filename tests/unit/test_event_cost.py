@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+import tracemalloc
 from collections.abc import Callable
 from functools import partial
 from random import Random
@@ -86,6 +87,17 @@ def test_the_first_arrival_of_a_part_of_the_window_forgets_the_oldest_part_of_it
         return calls(partial(forecast.arrived, 63.0, 0.01, 1.0, kinds[0]), ("call", "c_call"))
 
     assert calls_of_the_first_arrival(16) == calls_of_the_first_arrival(4)
+
+
+def test_the_first_request_of_a_kind_copies_nothing_of_the_kinds_that_are_known() -> None:
+    """Their sums are megabytes, of memory that is seldom in the cache."""
+    forecast, took_bytes = Forecast(60.0), list[int]()
+    for number in range(15):  # of lone requests there are no more kinds
+        tracemalloc.start()
+        forecast.arrived(0.0, 0.01 * number, 1.0, Pace())
+        took_bytes.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert took_bytes[-1] < 1.1 * took_bytes[1]
 
 
 def test_the_forecast_never_looks_at_all_that_arrived_at_once() -> None:
