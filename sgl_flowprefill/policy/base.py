@@ -255,6 +255,11 @@ class Policy(ABC, Generic[R, K]):
             return [winner]
         members, time_left_s, too_large = [winner], [_time_left_s(winner, now_s)], 0
         here = dp_rank(winner.item)
+
+        def takes_too_long(requests: int) -> bool:
+            takes_s = predict_s([member.item for member in members[:requests]])
+            return takes_s > self.batch_share * time_left_s[requests - 1]
+
         for job in islice(self.in_order(now_s), 2 * self.limits.max_batch_requests):
             if len(members) == self.limits.max_batch_requests:
                 break
@@ -269,13 +274,10 @@ class Policy(ABC, Generic[R, K]):
             members.append(job)
             tokens += of_job
             time_left_s.append(min(time_left_s[-1], _time_left_s(job, now_s)))
-        items = [member.item for member in members]
+            if len(members) == 2 and takes_too_long(2):
+                return [winner]  # the more requests, the longer they take and the less time they have
 
-        def takes_too_long(requests: int) -> bool:
-            return predict_s(items[:requests]) > self.batch_share * time_left_s[requests - 1]
-
-        # The more requests, the longer they take and the less time they have.
-        return members[: bisect_left(range(2, len(members) + 1), True, key=takes_too_long) + 1]
+        return members[: bisect_left(range(3, len(members) + 1), True, key=takes_too_long) + 2]
 
     def beside(
         self,

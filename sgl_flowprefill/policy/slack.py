@@ -183,7 +183,7 @@ class SlackOrder(Generic[T]):
 
     def behind(self, ahead: Iterable[Job[T] | None]) -> Iterator[Job[T]]:
         """The jobs of ``ahead``, each once, and then all other jobs."""
-        first = dict.fromkeys(job for job in ahead if job is not None)
+        first = dict.fromkeys(filter(None, ahead))
         return chain(first, filterfalse(first.__contains__, self))
 
     def _is_starved(self, job: Job[T], now_s: float) -> bool:

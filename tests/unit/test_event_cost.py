@@ -77,6 +77,21 @@ def test_an_event_at_which_paces_have_changed_calls_no_function_for_each_job_tha
     assert calls(event) <= 90
 
 
+def test_where_nothing_can_join_the_winner_no_others_are_looked_at() -> None:
+    policy: Policy[int, Any] = make_policy("feasible", Limits(16, 2048), 60.0)
+    for number in range(100):
+        policy.add(Job(500, 0.0, 1.0 + number, 0.2))
+    winner, looked_at = policy.pick(0.0, None), list[int]()
+
+    def new_tokens(item: int) -> int:
+        looked_at.append(item)
+        return item
+
+    assert winner is not None
+    assert policy.batch(winner, 0.0, new_tokens, lambda items: 0.2 * len(items)) == [winner]
+    assert len(looked_at) == 2
+
+
 def test_the_first_arrival_of_a_part_of_the_window_forgets_the_oldest_part_of_its_own_pace_alone() -> None:
     """Else each event that begins a part would cost as much as there are paces."""
 
