@@ -48,6 +48,11 @@ class Server:
         found: dict[str, float] = state["flowprefill_exploration"]
         return found
 
+    def logged(self, event: str) -> int:
+        """How many of such events the log has."""
+        lines = self.event_log.read_text().splitlines(True)
+        return sum(json.loads(line)["event"] == event for line in lines if line.endswith("\n"))
+
     def generate(self, tokens: list[int]) -> tuple[list[int], list[float], float]:
         """Tokens and their log probabilities, and the seconds until they came."""
         body = {
@@ -107,7 +112,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 def test_an_idle_server_explores_and_nobody_is_told_of_a_request(server: Server, comparison: Comparison) -> None:
     text = prompt(4242, 900)
     before = server.generate(text)
-    lines, counted = server.event_log.read_text().count('"arrival"'), server.metrics()
+    # The log is written behind the answers, that of the question whether the server is up among them.
+    wait_for(lambda: server.logged("leave") == server.logged("arrival") > 1, server)
+    lines, counted = server.logged("arrival"), server.metrics()
     # A question is an event, for which what is explored then is given up.
     wait_for(lambda: server.explored()["explored"] >= 5, server, pause_s=13.0)
     state, metrics = server.explored(), server.metrics()
@@ -117,8 +124,7 @@ def test_an_idle_server_explores_and_nobody_is_told_of_a_request(server: Server,
     assert [name for name in counts if counted[name] != metrics.get(name)] == []
     spent_s = next(value for name, value in metrics.items() if name.startswith("flowprefill:exploration_seconds_total"))
     assert 0 < spent_s <= server.explored()["seconds"] + 0.001
-    arrivals = [json.loads(line) for line in server.event_log.read_text().splitlines()]
-    assert sum(event["event"] == "arrival" for event in arrivals) == lines
+    assert server.logged("arrival") == lines
     again = server.generate(text)
     for name, (tokens, logprobs, _) in (("before", before), ("again", again)):
         comparison.answer(name, text, tokens, logprobs, new_tokens=NEW_TOKENS)
