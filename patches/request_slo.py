@@ -141,8 +141,9 @@ class Objectives:
             obj.received_time = self.clock()
         elif receipt.received_s is not None:
             obj.received_time = receipt.received_s
-        elif obj.received_time is None:
-            obj.received_time = self.clock()
+        else:  # SGLang's gRPC gives its own requests the time of the wall clock, which is to come
+            now_s = self.clock()
+            obj.received_time = now_s if obj.received_time is None else min(obj.received_time, now_s)
         _, from_http = await self._read(request)
         if obj.priority not in NO_PRIORITY:
             from_http = replace(from_http, priority=obj.priority)

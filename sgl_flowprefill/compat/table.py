@@ -466,8 +466,8 @@ OTHERS: Final = Group(
         refuse(("smg_grpc_mode", "grpc_mode"), HTTP),
         leave(
             "grpc_port",
-            "gRPC beside HTTP: its requests get objectives as those of HTTP do. For one server a machine: several "
-            "would get the same port. It was not run",
+            "gRPC beside HTTP: OpenAI requests get objectives as those of HTTP do, SGLang's own by their priority "
+            "alone. For one server a machine: several would get the same port",
         ),
         refuse("use_ray", "the scheduler has to be a process of this machine"),
         refuse("is_embedding", "an embedding has no first token"),

@@ -556,6 +556,17 @@ def test_a_generate_request_is_received_when_it_comes_whatever_its_body_says(cla
     assert asyncio.run(hooks.check_first(endpoint, obj, http({"received_time": claimed_s}))) == [5.0]
 
 
+def test_a_request_of_grpc_is_received_when_it_comes_and_not_by_the_wall_clock() -> None:
+    """The server in SGLang's wheel writes the time of the wall clock into what is no OpenAI request."""
+    hooks = Objectives(policed(), clock=lambda: 5.0)
+
+    async def received() -> float:
+        obj = GenerateReqInput(text="a b c", received_time=1_790_000_000.0)
+        return await anext(aiter(hooks.read_request(received_s, MANAGER, obj, None)))
+
+    assert asyncio.run(received()) == 5.0
+
+
 async def received_s(manager: Any, obj: GenerateReqInput, request: Any) -> AsyncIterator[float]:
     await asyncio.sleep(0)
     assert obj.received_time is not None
