@@ -104,6 +104,27 @@ PART: Final = Part(
             "leaves requests out that have to wait for storage, for these reasons",
             STUCK,
         ),
+        source(
+            "assumes",
+            "sglang.srt.layers.dp_attention:get_dp_tp_group",
+            ["return parallel.attn_tp_group if parallel.attn_dp_enabled else parallel.tp_group"],
+            "lets ranks that have all their attention read by themselves",
+            APART,
+        ),
+        source(
+            "assumes",
+            "sglang.srt.mem_cache.utils:get_storage_hash_str",
+            ["prior_hash = storage_namespace_seed("],
+            "keeps the prefixes of adapters apart in storage",
+            "prompts of one adapter begin with the KV cache of another",
+        ),
+        source(
+            "assumes",
+            f"{CONTROLLER}._page_transfer_kv_batch",
+            ["return min([kv_hits, *sidecar_hits.values()])"],
+            "takes a page that has been read for the model only with what has been read for its draft",
+            "decode servers draft from KV cache that was never read",
+        ),
         *rows("calls", TREE, "has_ongoing_prefetch(self, handle)", "says whether a prefix is being read", STUCK),
         *rows(
             "calls",
