@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import random
 import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
@@ -17,10 +18,14 @@ from sgl_flowprefill.model import embedded_model_path
 from tests.engine import Engine, PrefillEngine, Unfinished
 from tests.unified_engine import UnifiedEngine
 
+if TYPE_CHECKING:
+    from tests.chaos import Rounds
+
 LONGEST_SLEEP_S: Final = 300.0
 """What nobody wakes from is an error. SGLang compiles its hashes of pages when they are first wanted."""
 THRESHOLD_TOKENS: Final = 64
 """Shorter prefixes are not read."""
+POLICIES: Final = ("wait_complete", "timeout", "best_effort")
 
 
 def options(pool_tokens: int) -> dict[str, Any]:
@@ -108,13 +113,33 @@ class Asleep(Engine):
         evict(self.scheduler)
 
     def assert_clean(self) -> None:
+        """What was in host memory is overwritten: a page that nobody reads from storage is not there by chance."""
         assert self.scheduler.is_fully_idle()
         self.assert_nothing_held()
         super().assert_clean()
+        for entry in self.tree.cache_controller.mem_pool_host.entries:
+            entry.host_pool.kv_buffer.zero_()
 
 
-class StoredPrefill(Asleep, PrefillEngine):
+class AsleepPrefill(Asleep, PrefillEngine):
     """A prefill server's."""
+
+    def from_storage(self, *rids: str) -> int:
+        """Tokens of the prompts of ``rids`` that came from storage, or of all that are answered."""
+        reqs = [self.answers[rid].req for rid in rids or self.answers]
+        return sum(int(req.cached_tokens_storage) for req in reqs)
+
+    def store(self, *prompts: list[int]) -> None:
+        """Leave ``prompts`` in storage alone."""
+        for i, tokens in enumerate(prompts):
+            self.submit(f"stores{i}", tokens)
+        self.run()
+        self.assert_clean()
+        self.answers.clear()
+
+
+class StoredPrefill(AsleepPrefill):
+    """That of the embedded model."""
 
     def __init__(self, folder: str, pool_tokens: int, delay_s: float = 0.01) -> None:
         keep_in(folder, delay_s)
@@ -159,3 +184,35 @@ def policy(engine: Asleep, name: str, timeout_s: float = 1.0) -> Iterator[None]:
         yield
     finally:
         tree.prefetch_stop_policy, tree.prefetch_timeout_base, tree.prefetch_timeout_per_page = before
+
+
+def play(
+    engine: AsleepPrefill, chance: Rounds, numbers: Iterable[int], failures: float, assert_same: Callable[[], None]
+) -> Counter[str]:
+    """Rounds of prompts whose prefixes are in storage alone, under each policy in turn; of the calls of storage, the
+    share ``failures`` fails. What became of them, with tokens from storage by policy.
+    """
+    engine.tree.cache_controller.storage_backend._failure_prob = failures
+    engine.watch()
+    seen: Counter[str] = Counter()
+    submit = engine.submit
+
+    def submit_and_wait(*arguments: Any, **named: Any) -> None:
+        submit(*arguments, **named)
+        time.sleep(rng.choice([0.0, 0.2]))  # what is read meanwhile is there, whatever the policy
+
+    engine.submit = submit_and_wait  # type: ignore[method-assign]
+    for number in numbers:
+        rng = random.Random(number)
+        name = POLICIES[number % len(POLICIES)]
+        with policy(engine, name, timeout_s=rng.choice([0.02, 0.5])):
+            chance.play(rng)
+        assert_same()
+        seen[f"tokens from storage, {name}"] += engine.from_storage()
+        seen["answers from storage"] += sum(a.req.cached_tokens_storage > 0 for a in engine.answers.values())
+        seen["flushes"] += 1
+        engine.assert_clean()
+    engine.tree.cache_controller.storage_backend._failure_prob = 0.0
+    del engine.submit
+    chance.close()
+    return seen + chance.seen + engine.watched

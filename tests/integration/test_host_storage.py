@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -16,7 +15,7 @@ from tests.chaos import Rounds, calm
 from tests.prompts import prompt
 from tests.reference import Comparison, Reference
 from tests.remote import Remote
-from tests.stored import StoredPrefill, StoredUnified, gate, policy
+from tests.stored import POLICIES, StoredPrefill, StoredUnified, gate, play, policy
 from tests.unified_asks import asks
 from tests.unified_comparison import Stock, StockComparison
 from tests.unified_engine import StockEngine
@@ -26,7 +25,6 @@ POOL_TOKENS = 5000
 PREFIXES = [prompt(40 + i, 200 + 60 * i) for i in range(9)]
 PROMPTS = [prompt(i, len(prefix) + 20 + 37 * (i % 7), prefix) for prefix in PREFIXES for i in range(100, 104)]
 """Four for each prefix; the device has room for the prompts of some."""
-POLICIES = ("wait_complete", "timeout", "best_effort")
 
 
 @pytest.fixture(scope="module")
@@ -35,20 +33,10 @@ def remote(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Remote]:
         yield remote
 
 
-def from_storage(engine: StoredPrefill, *rids: str) -> int:
-    """Tokens of the prompts of ``rids`` that came from storage, or of all of them."""
-    reqs = [engine.answers[rid].req for rid in rids or engine.answers]
-    return sum(int(req.cached_tokens_storage) for req in reqs)
-
-
 def store(engine: StoredPrefill, *prompts: list[int]) -> None:
-    """Leave ``prompts`` in storage alone."""
+    """Leave ``prompts`` in storage alone, as the policy decides."""
     calm(engine)
-    for i, tokens in enumerate(prompts):
-        engine.submit(f"stores{i}", tokens)
-    engine.run()
-    engine.assert_clean()
-    engine.answers.clear()
+    engine.store(*prompts)
 
 
 def ask_again(engine: StoredPrefill, seed: int = 1000) -> tuple[Comparison, int, int, str]:
@@ -62,7 +50,7 @@ def ask_again(engine: StoredPrefill, seed: int = 1000) -> tuple[Comparison, int,
     engine.run()
     rounds.compare("again", again)
     rounds.close()
-    tokens = from_storage(engine, "again")
+    tokens = engine.from_storage("again")
     cached_tokens = engine.answers["again"].req.cached_tokens
     engine.assert_clean()
     return comparison, tokens, cached_tokens, str(engine.watched)
@@ -92,7 +80,7 @@ def ask_behind_a_gate(engine: StoredPrefill, policy_name: str, seed: int) -> dic
         seen["after_s"] = time.monotonic() - since_s
         is_open.set()
         engine.run()
-    seen["tokens from storage"] = from_storage(engine, "waits")
+    seen["tokens from storage"] = engine.from_storage("waits")
     engine.assert_clean()
     return seen
 
@@ -163,7 +151,7 @@ def lose_what_was_matched(engine: StoredPrefill, seed: int = 3000) -> tuple[Comp
     engine.hub.stall_check_s = usual_s
     rounds.compare("loses", asked)
     rounds.close()
-    tokens = from_storage(engine, "loses")
+    tokens = engine.from_storage("loses")
     engine.assert_clean()
     return comparison, shape.cached_tokens, tokens
 
@@ -191,7 +179,7 @@ def replace_storage(engine: StoredPrefill) -> tuple[bool, bool, int]:
     attached = ask(given)
     engine.submit("again", prompt(51, 300))
     engine.run()
-    tokens = from_storage(engine, "again")
+    tokens = engine.from_storage("again")
     engine.assert_clean()
     return detached.success, attached.success, tokens
 
@@ -203,40 +191,17 @@ def test_a_storage_that_comes_to_a_running_server_wakes_it(remote: Remote) -> No
     assert tokens == 299
 
 
-def play(engine: StoredPrefill, rounds: int, first: int, failures: float) -> tuple[str, Counter[str]]:
-    """Rounds of prompts whose prefixes are in storage alone, under each policy in turn; some reads fail."""
+def play_rounds(engine: StoredPrefill, rounds: int, first: int, failures: float) -> tuple[str, Counter[str]]:
     comparison = Comparison(Reference(embedded_model_path()))
     chance = Rounds(engine, comparison, PROMPTS)
-    engine.tree.cache_controller.storage_backend._failure_prob = failures
-    engine.watch()
-    seen: Counter[str] = Counter()
-    submit = engine.submit
-
-    def submit_and_wait(*arguments: Any, **named: Any) -> None:
-        submit(*arguments, **named)
-        time.sleep(rng.choice([0.0, 0.2]))  # what is read meanwhile is there, whatever the policy
-
-    engine.submit = submit_and_wait  # type: ignore[method-assign]
-    for number in range(first, first + rounds):
-        rng = random.Random(number)
-        with policy(engine, POLICIES[number % len(POLICIES)], timeout_s=rng.choice([0.02, 0.5])):
-            chance.play(rng)
-        comparison.assert_same()
-        seen[f"tokens from storage, {POLICIES[number % len(POLICIES)]}"] += from_storage(engine)
-        seen["answers from storage"] += sum(a.req.cached_tokens_storage > 0 for a in engine.answers.values())
-        seen["flushes"] += 1
-        engine.assert_clean()
-    engine.tree.cache_controller.storage_backend._failure_prob = 0.0
-    del engine.submit
-    chance.close()
-    counts = seen + comparison.counts + chance.seen + engine.watched
-    return f"{chance}; {dict(seen)}; {dict(engine.watched)}", counts
+    seen = play(engine, chance, range(first, first + rounds), failures, comparison.assert_same)
+    return f"{chance}; {dict(seen)}", seen + comparison.counts
 
 
 @pytest.mark.stress
 @pytest.mark.parametrize("failures", [0.0, 0.05])
 def test_rounds_of_reads_change_no_answer_and_no_kv(remote: Remote, failures: float) -> None:
-    text, counts = remote.call(play, 36, 1000, failures)
+    text, counts = remote.call(play_rounds, 36, 1000, failures)
     print(text)
     assert counts["answers"] == counts["log probabilities"] == counts["KV caches"] >= 120
     assert counts["aborts"] >= 10
