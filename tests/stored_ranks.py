@@ -9,6 +9,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, Final
 
+from tests.data_parallel_ranks import DataParallelRanks
 from tests.rank_notes import noting
 from tests.ranks import Ranks
 from tests.stored import evict, keep_in, options
@@ -54,6 +55,17 @@ class StoredUnifiedRanks(UnifiedRanks):
     def run_rank(*work: Any) -> None:
         keep(work[4])
         UnifiedRanks.run_rank(*work)
+
+
+class StoredJointRanks(DataParallelRanks):
+    """Those of a prefill server with requests of their own, which have one storage."""
+
+    settings: Mapping[str, Any] = {**DataParallelRanks.settings, **options(POOL_TOKENS)}
+
+    @staticmethod
+    def run_rank(*work: Any) -> None:
+        keep(work[4])
+        DataParallelRanks.run_rank(*work)
 
 
 def note_reads(scheduler: Any, rank: int) -> None:

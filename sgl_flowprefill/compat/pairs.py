@@ -91,9 +91,20 @@ Pair = tuple[Feature, Feature]
 
 
 COMPARED: Final[Mapping[Pair, Mapping[Server, str]]] = {
+    (DRAFTS, STORAGE): {
+        "prefill": "test_host_storage_pairs.py::"
+        "test_suspended_prefills_hand_over_what_drafts_begin_with_behind_prefixes_of_storage",
+    },
+    (ADAPTERS, STORAGE): {
+        "prefill": "test_host_storage_pairs.py::test_suspended_prefills_keep_their_adapters_behind_prefixes_of_storage",
+        "unified": "test_host_storage_pairs.py::test_streams_keep_their_adapters_behind_prefixes_of_storage",
+    },
     (STORAGE, HOST_CACHE): {
         "prefill": "test_host_storage.py::test_rounds_of_reads_change_no_answer_and_no_kv",
         "unified": "test_host_storage.py::test_streams_that_join_behind_reads_change_no_answer",
+    },
+    (STORAGE, JOINT): {
+        "prefill": "test_host_storage_ranks.py::test_ranks_with_requests_of_their_own_read_what_others_have_stored",
     },
     (STORAGE, RANKS): {
         "prefill": "test_host_storage_ranks.py::test_two_ranks_read_the_same_prefixes_while_suspended_prefills_go_on",

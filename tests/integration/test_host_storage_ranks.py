@@ -1,5 +1,8 @@
 """Two ranks whose prefixes come back from storage, at each when its own threads have read them, under suspensions at
 random places.
+
+Tensor-parallel ranks read the same; with data-parallel attention each reads for its own requests, also what another has
+written.
 """
 
 from __future__ import annotations
@@ -10,12 +13,20 @@ from typing import Any, Final
 import pytest
 
 from sgl_flowprefill.model import embedded_model_path
-from tests.host_cache import WAVES
+from tests.host_cache import PREFIXES, WAVES
 from tests.integration.conftest import OWN_HEADS
 from tests.prompts import prompt
 from tests.ranks import Chaos, Ranks
 from tests.reference import TOKENS, Comparison, Reference
-from tests.stored_ranks import UNREAD, StoredRanks, StoredUnifiedRanks, leave_in_storage, note_reads
+from tests.stored import POLICIES
+from tests.stored_ranks import (
+    UNREAD,
+    StoredJointRanks,
+    StoredRanks,
+    StoredUnifiedRanks,
+    leave_in_storage,
+    note_reads,
+)
 from tests.unified_asks import Ask
 
 NEW: Final = [{f"n{wave}-{i}": prompt(300 + 2 * wave + i, 900) for i in range(2)} for wave in range(len(WAVES))]
@@ -92,3 +103,39 @@ def test_two_ranks_read_the_same_prefixes_between_decode_steps(own_heads: Refere
     assert tokens_read >= 8000
     assert suspensions >= 20
     assert any(note["waiting"] for note in notes), "nothing ran while prefixes were read"
+
+
+@pytest.mark.stress
+@pytest.mark.parametrize("policy", POLICIES)
+def test_ranks_with_requests_of_their_own_read_what_others_have_stored(
+    policy: str, joint: Reference, joint_path: Path, tmp_path: Path
+) -> None:
+    comparison, chaos = Comparison(joint), Chaos(seed=6, switch_probability=0.9)
+    stored = StoredJointRanks(str(joint_path), 2, tmp_path, chaos, prepare=note_reads)
+    stored.settings = {**stored.settings, "hicache_storage_prefetch_policy": policy}
+    with stored as ranks:
+        for number, wave in enumerate(ASKED):
+            for place, (rid, tokens) in enumerate(wave.items()):
+                # Who asks for a prefix has not computed it in the wave before.
+                ranks.submit(rid, tokens, ttft_slo_s=100.0, rank=(number + place) % 2)
+            ranks.finish(list(wave))
+            leave_in_storage(ranks)
+        ranks.compare(comparison, ALL)
+        suspensions = ranks.preemptions()
+        first, second = (ranks.notes("reads", rank) for rank in range(2))
+    tokens_read = [sum(note["tokens"] for note in notes) for notes in (first, second)]
+    print(f"{comparison}; {tokens_read} tokens from storage, {suspensions} suspensions")
+    assert comparison.counts["answers"] == comparison.counts["KV caches"] == len(ALL)
+    assert sorted(note["rid"] for note in (*first, *second)) == sorted(ALL), "each at one rank"
+    assert suspensions >= 12
+    if policy == "best_effort":
+        return
+    least_tokens = min(map(len, PREFIXES))
+    second_wave = [[note["tokens"] for note in notes if note["rid"].startswith(UNREAD)] for notes in (first, second)]
+    assert sum(map(len, second_wave)) == len(WAVES[1])
+    assert all(tokens >= least_tokens for tokens in second_wave[0]), "which the other rank has written"
+    assert all(any(note["waiting"] for note in notes) for notes in (first, second)), "nothing ran beside reads"
+    if policy == "timeout":
+        assert not any(second_wave[1]), "the time of a rank is over for its own requests alone"
+    else:
+        assert all(tokens >= least_tokens for tokens in second_wave[1])

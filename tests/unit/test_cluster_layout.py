@@ -417,9 +417,9 @@ def test_what_else_a_config_file_has_is_in_no_command_line(config_file):
 
 
 def test_the_launcher_says_what_its_servers_start_with_though_it_has_not_been_compared(capsys):
-    together = ["--enable-lora", "--enable-hierarchical-cache", "--hicache-storage-backend", "file"]
+    together = ["--enable-lora", "--tp", "2"]
     preflight.prepare(
         cli.parse(["--flowprefill", "--unified", "--flowprefill-uncompared", "true", "--ports", "0", *together])
     )
     [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("launch.py: ")]
-    assert line.startswith("launch.py: --enable-lora with --hicache-storage-backend file has not been compared")
+    assert line.startswith("launch.py: --enable-lora with --tp-size 2 has not been compared")

@@ -20,6 +20,7 @@ from sglang.srt.plugins.hook_registry import HookRegistry
 from sglang.srt.server_args import ServerArgs
 
 from sgl_flowprefill.compat import incompatible_option
+from sgl_flowprefill.compat.pairs import COMPARED, RANKS, STORAGE
 from sgl_flowprefill.model import embedded_model_path
 from sgl_flowprefill.patches import options
 from sgl_flowprefill.patches.base import SeamError
@@ -185,9 +186,9 @@ def test_a_scheduler_that_was_started_past_the_seam_ends_its_server(
     ("given", "pair"),
     [
         ({}, ""),
-        ({"enable_lora": True}, "--enable-lora with --hicache-storage-backend file"),
-        ({"speculative_algorithm": "EAGLE"}, "--speculative-algorithm EAGLE with --hicache-storage-backend file"),
+        ({"enable_lora": True}, ""),
         ({"tp_size": 2}, ""),
+        ({"tp_size": 2}, "--hicache-storage-backend file with --tp-size 2"),
     ],
 )
 def test_a_storage_comes_to_a_running_server_that_could_have_started_with_it(
@@ -198,6 +199,8 @@ def test_a_storage_comes_to_a_running_server_that_could_have_started_with_it(
 
     monkeypatch.setattr(Scheduler, "attach_hicache_storage_wrapped", attach)
     monkeypatch.delenv("FLOWPREFILL_UNCOMPARED", raising=False)
+    if pair:
+        monkeypatch.delitem(COMPARED, (STORAGE, RANKS))  # type: ignore[arg-type]
     server_args = resolved(enable_hierarchical_cache=True, **given)
     assert incompatible_option(server_args) is None
     scheduler, asked = with_role(server_args=server_args), AttachHiCacheStorageReqInput(hicache_storage_backend="file")
