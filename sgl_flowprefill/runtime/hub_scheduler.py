@@ -170,7 +170,7 @@ class HubScheduler(Scheduler):
         """Of the requests that the hub knows: the others wait for storage already, or for something else. Some may have
         left since the last look, and are not counted.
         """
-        waiting_queue, self.waiting_queue = self.waiting_queue, list(iter(self.role.waiting()))
+        waiting_queue, self.waiting_queue = self.waiting_queue, list(iter(self.role.own_waiting()))
         super()._process_storage_prefetch_retries()
         self.waiting_queue = waiting_queue
 

@@ -161,6 +161,10 @@ class SchedulerRole(ABC):
     def waiting(self) -> Collection[Any]:
         return Without(self.scheduler.waiting_queue, self.reads.awaited)
 
+    def own_waiting(self) -> Collection[Any]:
+        """``waiting``, without requests of other ranks."""
+        return self.waiting()
+
     def abandoned(self, live: Sequence[PrefillTask]) -> list[PrefillTask]:
         """A request that leaves a batch in which others stay is computed to the end with it, and freed with the result:
         its rows are in every tensor that the suspended forward pass holds, and in the plan of its attention. At most
