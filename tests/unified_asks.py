@@ -9,7 +9,7 @@ from typing import Any
 
 from tests.engine import tokenized_request
 from tests.images import Image
-from tests.prompts import population
+from tests.prompts import population, prompt
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def asks(
     """Requests of all kinds: penalties, grammars, stop tokens, log probabilities of the prompt, answers of 0 tokens."""
     rng = random.Random(seed)
     made = []
-    for prompt in population(count, seed=seed, longest_tokens=longest_tokens):
+    for tokens in population(count, seed=seed, longest_tokens=longest_tokens):
         sampling: dict[str, Any] = {}
         kind = rng.random()
         if kind < 0.15:
@@ -95,12 +95,31 @@ def asks(
             answer_tokens = max(answer_tokens, 4)
         made.append(
             Ask(
-                tuple(prompt),
+                tuple(tokens),
                 answer_tokens,
                 tuple(sampling.items()),
-                inputs_from=rng.choice([0, len(prompt) // 2]) if rng.random() < 0.1 else None,
+                inputs_from=rng.choice([0, len(tokens) // 2]) if rng.random() < 0.1 else None,
             )
         )
+    return made
+
+
+def outgrowing(count: int, seed: int) -> list[Ask]:
+    """Requests of which a server with some 200 tokens of KV cache gives prefills back, if it reserves nothing for
+    answers that may end early: admission fills the cache with prompts that have hardly an answer, and answers to short
+    prompts grow into what is left before these are computed.
+
+    It happens to hardly any of ``asks``: admission leaves room for the whole answer of the request that it lets in, and
+    reserves what is left of most others, so that streams would have to grow for longer than a prefill takes.
+    """
+    rng = random.Random(seed)
+    made = []
+    for _ in range(count):
+        grows = rng.random() < 0.3
+        prompt_tokens = rng.randrange(5, 20) if grows else rng.randrange(20, 80)
+        answer_tokens = rng.randrange(20, 60) if grows else rng.randrange(1, 3)
+        inputs_from = 0 if rng.random() < 0.1 else None
+        made.append(Ask(tuple(prompt(rng.randrange(1 << 30), prompt_tokens)), answer_tokens, inputs_from=inputs_from))
     return made
 
 

@@ -20,6 +20,8 @@ from tests.unified_comparison import StockComparison
 from tests.unified_engine import UnifiedEngine, state_of
 
 SWITCH_PROBABILITIES = (0.05, 0.3, 0.8)
+FEW, MANY = (2, 12), (24, 40)
+"""How many requests a round has, as ``randrange`` takes it. With many, KV cache that gets free is wanted at once."""
 
 
 def coin(colocated: Any, rng: random.Random, seen: Counter[str]) -> Callable[..., Any]:
@@ -222,6 +224,8 @@ class Rounds:
     """``play``'s."""
     flushes: bool = True
     """Whether nothing stays in the radix cache between two rounds."""
+    requests: tuple[int, int] = FEW
+    """How many a round has."""
     seen: Counter[str] = field(default_factory=Counter)
 
     def run(self, rounds: int, first: int = 0) -> None:
@@ -232,7 +236,7 @@ class Rounds:
 
     def play(self, rng: random.Random) -> None:
         """One round."""
-        asked = {f"s{i:02}": rng.choice(self.asks) for i in range(rng.randrange(2, 12))}
+        asked = {f"s{i:02}": rng.choice(self.asks) for i in range(rng.randrange(*self.requests))}
         if rng.random() < 0.5:
             asked["twin"] = asked["s00"]
         dropped = {rid for rid in asked if rng.random() < 0.2}

@@ -23,10 +23,10 @@ from tests.exploring import serve_and_explore
 from tests.faults import FAULTS, STEP_PLACES
 from tests.prompts import prompt
 from tests.remote import Remote
-from tests.unified_asks import Ask, asks, without_penalties
+from tests.unified_asks import Ask, asks, outgrowing, without_penalties
 from tests.unified_comparison import Stock, StockComparison
 from tests.unified_engine import StockEngine, UnifiedEngine, flush_log, log_to, reports_of
-from tests.unified_rounds import Rounds, play_and_flush
+from tests.unified_rounds import MANY, Rounds, play_and_flush
 from tests.unified_scenarios import aborts, changes, common, failures, kv_cache, serving
 
 ASKS = asks(60, seed=3)
@@ -79,7 +79,7 @@ def small_engine() -> Iterator[Remote]:
 
 @pytest.fixture(scope="module")
 def tight_engine() -> Iterator[Remote]:
-    with started(kv_cache.TIGHT_TOKENS) as remote:
+    with started(kv_cache.TIGHT_TOKENS, schedule_conservativeness=0.0) as remote:
         yield remote
 
 
@@ -143,7 +143,7 @@ def small(small_engine: Remote, event_log: Path) -> Iterator[Remote]:
 
 @pytest.fixture
 def tight(tight_engine: Remote, event_log: Path) -> Iterator[Remote]:
-    """Not enough KV cache, if it is not given to the right ones."""
+    """Not enough KV cache, if it is not given to the right ones. None is reserved for answers that may end early."""
     with logged(tight_engine, event_log) as remote:
         yield remote
 
@@ -348,6 +348,16 @@ def test_rounds_with_barely_enough_kv_cache_change_no_answer(
     rounds.run(4, first=100)
     print(rounds)
     assert comparison.counts["answers"] >= 12
+
+
+def test_rounds_in_which_prefills_are_given_back_change_no_answer(tight: Remote, comparison: StockComparison) -> None:
+    rounds = Rounds(tight, comparison, outgrowing(24, seed=4), requests=MANY)
+    for number in range(600, 620):  # in the first ones, prefills are suspended at most interruption points
+        rounds.run(1, first=number)
+        if rounds.seen["given back"] >= 2:
+            break
+    print(rounds)
+    assert rounds.seen["given back"] >= 2
 
 
 @pytest.mark.stress
