@@ -50,7 +50,7 @@ BURST_SHARE: Final = 0.25
 
 
 def run(options: Uncontended, console: Console) -> int:
-    """Measure and print; writes ``uncontended.json``. Raises ClusterError."""
+    """Measure and print; writes ``uncontended.json``. Raises ClusterError and CalibrationError."""
     compared = UNIFIED_PAIR if options.unified else PAIR
     prompts = PromptBuilder(options.seed)
     servers = Servers(options.model_path)
@@ -70,7 +70,7 @@ def run(options: Uncontended, console: Console) -> int:
             speeds = pairs.measure(lambda served: served.decode_tokens_per_s(prompts))
             streams["decode_tokens_per_s"] = _compared(*speeds.values()) | {"turns": speeds}
             console.print(f"{STREAMS} streams: {options.pairs} pairs done")
-            burst = _burst(options.seed, float(np.median([*chain(*speeds.values())])))
+            burst = _burst(options, float(np.median([*chain(*speeds.values())])))
             took_s = pairs.measure(lambda served: _makespan_s(served, burst, prompts))
             streams["makespan_s"] = _compared(*took_s.values()) | {"turns": took_s}
             console.print(f"{BURST_REQUESTS} requests at once: {options.pairs} pairs done")
@@ -152,9 +152,11 @@ def _compared(ours: Sequence[float], stock: Sequence[float]) -> dict[str, Any]:
     return {"flowprefill": float(np.median(ours)), "sglang": float(np.median(stock)), "ratio": ratio}
 
 
-def _burst(seed: int, decode_tokens_per_s: float) -> Trace:
-    """Requests of the qwen-like workload that arrive at once, with answers that such decode steps carry."""
-    trace = workload("qwen-like").draw(BURST_REQUESTS, seed)
+def _burst(options: Uncontended, decode_tokens_per_s: float) -> Trace:
+    """Requests of the qwen-like workload that arrive at once, with answers that such decode steps carry, and prompts no
+    longer than the longest of ``options``, which the model has served by then.
+    """
+    trace = workload("qwen-like").draw(BURST_REQUESTS, options.seed).limited(max_prompt_tokens=max(options.tokens))
     trace = Answers.carried(trace, BURST_RPS, decode_tokens_per_s, BURST_SHARE).of(trace)
     return dataclasses.replace(
         trace, requests=[dataclasses.replace(request, arrival_s=0.0) for request in trace.requests]
@@ -179,6 +181,7 @@ def _prompts(
 
 
 async def ask(served: Reached, prompts: PromptBuilder, tokens: int, index: int) -> Isolated:
+    """A prompt of so many tokens, the only one under way, and its answer of two. Raises ClusterError if it fails."""
     client = served.client
     async with client.session() as session:
         outcome = await client.stream(session, client.api.body(prompts.unique(tokens, index), 2, None))

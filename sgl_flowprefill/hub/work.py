@@ -341,7 +341,9 @@ class Work:
         slot: Any,
     ) -> PrefillTask:
         """The task of ``batch``, which was made of ``reqs`` for ``winner`` and computes ``shapes``. It is due when the
-        first of its requests is that can be met: that may be a joiner, and the winner may be too late.
+        first of its requests is that can be met: that may be a joiner, and the winner may be too late. It stays due
+        then, also when that request's client leaves or it can be met no more: this is rare, and to follow it gains
+        nothing (docs/simulator.md).
         """
         members = self.waiting.take(reqs)
         for member in members:

@@ -151,7 +151,10 @@ def _learned(path: Path, known: Learned) -> Learned:
 def _measure(role: SchedulerRole, setting: Setting) -> Profile:
     """A profile measured now, by all ranks together, and kept for the next start."""
     ranks = role.scheduler.tp_group
-    engine = SchedulerEngine(role, most_whole_tokens(role.scheduler))
+    most_tokens = most_whole_tokens(role.scheduler)
+    if ranks.world_size > 1:
+        most_tokens = min(ranks.all_gather_object(most_tokens))
+    engine = SchedulerEngine(role, most_tokens)
     if ranks.rank_in_group > 0:
         return follow(engine, ranks.broadcast_object)
     leader: Engine = engine if ranks.world_size == 1 else Leader(engine, ranks.broadcast_object)

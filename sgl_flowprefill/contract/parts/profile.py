@@ -93,13 +93,6 @@ PART: Final = Part(
             "is what a server runs on, and holds its KV cache",
             "`launch.py gpu-report`, `profile` and `doctor` measure nothing",
         ),
-        *rows(
-            "calls",
-            "sglang.srt.mem_cache.allocator.base:",
-            "BaseTokenToKVPoolAllocator.get_kvcache(self)",
-            "tells how many bytes the KV cache has",
-            "`launch.py gpu-report` measures nothing",
-        ),
         *attributes(
             MODEL_RUNNER,
             "decode_cuda_graph_runner eager_runner",

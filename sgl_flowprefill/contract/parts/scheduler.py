@@ -299,6 +299,13 @@ PART: Final = Part(
             "gives all ranks the options and the profile of the first",
             "ranks do different things, and wait for each other for ever",
         ),
+        *rows(
+            "calls",
+            "sglang.srt.distributed.parallel_state:GroupCoordinator",
+            "all_gather_object(self, obj)",
+            "tells the longest prompt for which all ranks have memory",
+            "a first start on several GPUs runs out of memory, or does not come up",
+        ),
         *attributes(
             "sglang.srt.distributed.parallel_state:GroupCoordinator",
             "rank_in_group world_size",
