@@ -121,6 +121,7 @@ def test_quick_shapes_are_measured_again_and_again_while_the_others_are_once(tmp
     profile = profiled(tmp_path / "p.parquet", MadeUpEngine(), budget_s)
     first_round_s = [row.at_s for row in profile.rows if row.round == 1]
     begin_s, end_s = min(first_round_s), max(first_round_s)
+    assert {row.shape for row in profile.rows if row.round == 1} == set(make_design(profile.longest_tokens))
     quick = {row.shape for row in profile.rows if row.round == 2 and row.at_s < end_s}
     assert len(quick) > 20
     assert {row.shape for row in profile.rows if row.round == 1 and row.time_s < 4e-4 * budget_s} <= quick
