@@ -186,23 +186,23 @@ def test_a_suspended_batch_goes_no_further_when_the_last_of_its_clients_has_left
     scheduler = logged.scheduler
     scheduler.hub.work.policy.limits = Limits(max_suspended=16, max_batch_tokens=500)
     scheduler.hub.executor.interrupted = lambda: True
-    for number, rid in enumerate(("leaves", "leaves later")):
+    for number, rid in enumerate(("first leaves", "second leaves")):
         logged.submit(rid, prompt(2 + number, 100), ttft_slo_s=100.0)
     logged.engine.turn()
     [batch] = scheduler.hub.work.tasks.live
-    assert batch.rids == ["leaves", "leaves later"]
+    assert batch.rids == ["first leaves", "second leaves"]
     logged.submit("urgent", prompt(1, 600), ttft_slo_s=20.0)
     logged.engine.turn()
     passed = batch.points_passed
-    logged.engine.abort("leaves")
+    logged.engine.abort("first leaves")
     logged.engine.turn()
     assert batch in scheduler.hub.work.tasks.live, "somebody waits for the other one"
-    logged.engine.abort("leaves later")
+    logged.engine.abort("second leaves")
     logged.engine.turn()
     assert [task.rids for task in scheduler.hub.work.tasks.live] == [["urgent"]]
     assert batch.points_passed == passed
     logged.engine.run()
-    assert logged.ends() == {"leaves": "abort", "leaves later": "abort", "urgent": "complete"}
+    assert logged.ends() == {"first leaves": "abort", "second leaves": "abort", "urgent": "complete"}
 
 
 def test_a_request_that_fails_while_its_prefill_runs_ends_once(logged: LoggedEngine) -> None:
