@@ -15,7 +15,6 @@ import pytest
 from sglang.srt.constants import HEALTH_CHECK_RID_PREFIX
 
 from sgl_flowprefill.cluster import Cluster, ClusterConfig
-from sgl_flowprefill.cluster.free_ports import free_port
 from sgl_flowprefill.config import FlowPrefillConfig
 from sgl_flowprefill.events import read_events
 from tests import faults, served_models
@@ -99,9 +98,8 @@ class OneCluster:
                 options=FlowPrefillConfig(event_log=str(event_log), exploration_share=0, slo_policy=str(policy)),
             )
             if unified:
-                grpc = ("--grpc-port", str(free_port("127.0.0.1"))) if flowprefill else ()
                 config = dataclasses.replace(
-                    config, prefill=0, decode=0, unified=1, prefill_args=(), server_args=args + traced + grpc
+                    config, prefill=0, decode=0, unified=1, prefill_args=(), server_args=args + traced
                 )
             with pytest.MonkeyPatch.context() as environment:
                 environment.setenv("PYTHONPATH", str(faults.PLUGIN), prepend=os.pathsep)

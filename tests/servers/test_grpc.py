@@ -1,7 +1,8 @@
 """SGLang's gRPC server beside HTTP (``--grpc-port``): the objectives of its requests, and from when they count.
 
 The server is part of SGLang's wheel, which has no client. The messages here are those of its service, as far as they
-are asked for.
+are asked for. It is a server of its own: with ``--enable-trace``, as the others are started, SGLang answers OpenAI
+requests over gRPC with a 500.
 """
 
 from __future__ import annotations
@@ -18,9 +19,12 @@ from google.protobuf.descriptor_pb2 import FieldDescriptorProto, FileDescriptorP
 from google.protobuf.descriptor_pool import DescriptorPool
 from google.protobuf.message_factory import GetMessageClass
 
-from sgl_flowprefill.cluster import Cluster
+from sgl_flowprefill.cluster import Cluster, ClusterConfig
+from sgl_flowprefill.cluster.free_ports import free_port
+from sgl_flowprefill.config import FlowPrefillConfig
 from sgl_flowprefill.events import Arrival
 from tests.reference import TOKENS, Comparison
+from tests.servers.conftest import QUICK_START, SLO_POLICY
 from tests.servers.test_unified_server import model_of, seen_by_the_scheduler
 
 SERVICE: Final = "/sglang.runtime.v1.SglangService/"
@@ -72,10 +76,32 @@ def take_all(channel: grpc.Channel, method: str, request: Any) -> list[Any]:
     return list(call(request, timeout=60))
 
 
+@pytest.fixture(scope="module")
+def grpc_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    folder = tmp_path_factory.mktemp("grpc")
+    policy = folder / "slo-policy.yaml"
+    policy.write_text(SLO_POLICY)
+    options = FlowPrefillConfig(event_log=str(folder / "events.jsonl"), exploration_share=0, slo_policy=str(policy))
+    config = ClusterConfig(
+        flowprefill=True,
+        prefill=0,
+        decode=0,
+        unified=1,
+        server_args=("--grpc-port", str(free_port("127.0.0.1"))),
+        log_dir=folder,
+        options=options,
+    )
+    with pytest.MonkeyPatch.context() as environment:
+        for name, value in QUICK_START.items():
+            environment.setenv(name, value)
+        with Cluster(config, on_progress=print) as cluster:
+            yield cluster
+
+
 @pytest.fixture
-def call(unified_server: Cluster) -> Iterator[Call]:
-    options = list(unified_server.config.server_args)
-    with grpc.insecure_channel(f"127.0.0.1:{options[options.index('--grpc-port') + 1]}") as channel:
+def call(grpc_server: Cluster) -> Iterator[Call]:
+    [_, port] = grpc_server.config.server_args
+    with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
         grpc.channel_ready_future(channel).result(timeout=30)
         yield partial(take_all, channel)
 
@@ -96,7 +122,7 @@ def assert_received(arrivals: list[Arrival], start_s: float, end_s: float) -> No
 
 
 def test_openai_requests_over_grpc_have_the_objectives_of_their_bodies_and_headers(
-    unified_server: Cluster, call: Call, comparison: Comparison
+    grpc_server: Cluster, call: Call, comparison: Comparison
 ) -> None:
     start_s, header = time.monotonic(), {"x-slo-ttft-ms": "900"}
     asks: list[tuple[dict[str, Any], dict[str, str], tuple[float, str, str]]] = [
@@ -106,27 +132,27 @@ def test_openai_requests_over_grpc_have_the_objectives_of_their_bodies_and_heade
         ({}, {}, (5.0, "default", "default")),
     ]
     for asked, headers, (ttft_slo_s, _, _) in asks:
-        status, answer = complete(unified_server, call, headers, **asked)
+        status, answer = complete(grpc_server, call, headers, **asked)
         assert status == 200, answer
         comparison.text("over gRPC", PROMPT, answer["choices"][0]["text"], None)
         assert answer["metadata"]["flowprefill"]["ttft_slo_s"] == ttft_slo_s
     comparison.assert_same()
-    arrivals = seen_by_the_scheduler(unified_server, start_s, len(asks))
+    arrivals = seen_by_the_scheduler(grpc_server, start_s, len(asks))
     assert [(one.ttft_slo_s, one.slo_class, one.slo_source) for one in arrivals] == [seen for _, _, seen in asks]
     assert_received(arrivals, start_s, time.monotonic())
 
 
-def test_a_wrong_objective_over_grpc_is_a_400_and_never_scheduled(unified_server: Cluster, call: Call) -> None:
+def test_a_wrong_objective_over_grpc_is_a_400_and_never_scheduled(grpc_server: Cluster, call: Call) -> None:
     start_s = time.monotonic()
-    status, answer = complete(unified_server, call, {}, custom_params={"ttft_slo": -1})
+    status, answer = complete(grpc_server, call, {}, custom_params={"ttft_slo": -1})
     assert status == 400
     assert "positive, finite number of seconds" in json.dumps(answer)
-    complete(unified_server, call, {})
-    assert len(seen_by_the_scheduler(unified_server, start_s, 1)) == 1
+    complete(grpc_server, call, {})
+    assert len(seen_by_the_scheduler(grpc_server, start_s, 1)) == 1
 
 
 def test_sglangs_own_requests_over_grpc_have_a_class_by_priority_and_count_from_when_they_come(
-    unified_server: Cluster, call: Call
+    grpc_server: Cluster, call: Call
 ) -> None:
     """They have no place for more, and say themselves when they were received, by the wall clock."""
     start_s, sampling = time.monotonic(), [CLASSES["Sampling"](max_new_tokens=1)]
@@ -134,7 +160,7 @@ def test_sglangs_own_requests_over_grpc_have_a_class_by_priority_and_count_from_
         [answer] = call("TextGenerate", CLASSES["TextGenerateRequest"](text=PROMPT, sampling_params=sampling, **asked))
         told = {entry.key: entry.value for entry in answer.meta_info}
         assert json.loads(told["flowprefill"])["met"] is not None
-    arrivals = seen_by_the_scheduler(unified_server, start_s, 2)
+    arrivals = seen_by_the_scheduler(grpc_server, start_s, 2)
     assert [(one.slo_class, one.slo_source) for one in arrivals] == [
         ("interactive", "priority"),
         ("default", "default"),
