@@ -270,7 +270,7 @@ def test_free_ports_are_chosen_where_none_is_given(busy_port):
             ["--role", "prefill", "--join", "http://203.0.113.7:1", "--host", "127.0.0.1"],
             "--host 127.0.0.1: the gateway at http://203.0.113.7:1 cannot reach that address; use ",
         ),
-        (["--prefill", "2", "--ports", "29000,29001,29002"], "port 29002 (decode): "),
+        (["--prefill", "2", "--ports", "29400,29401,29402"], "port 29402 (decode): "),
     ],
 )
 def test_a_fleet_that_cannot_work(refusal, options, text):
@@ -393,7 +393,7 @@ def test_what_a_unified_server_has_no_use_for(refusal, options, text):
         (["--unified", "2", "--decode-args", "--tp 2"], "takes no --decode-args: give SGLang's options as they are"),
         (["--unified", "2", "--ports", "1,2,3"], "--ports 1,2,3: expected up to 2 port numbers, GATEWAY,UNIFIED"),
         (["--unified", "2", "--ports", "29001,29001"], "--ports 29001,29001: each server needs a port of its own"),
-        (["--unified", "2", "--ports", "29001,29000"], "port 29001 (unified): 2 servers count up from 29000"),
+        (["--unified", "2", "--ports", "29401,29400"], "port 29401 (unified): 2 servers count up from 29400"),
         (["--unified", "2", "--port", "70000"], "--port 70000: --unified takes one port number, at most 65535"),
         (["--unified", "2", "--lora-backend", "ascend"], "--lora-backend ascend cannot work with FlowPrefill"),
         (["--unified", "2", "--dp-size", "2"], "launch.py has --prefill N and --unified N"),
