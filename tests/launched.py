@@ -111,7 +111,8 @@ class Launch:
         command = [sys.executable, "launch.py", "--ports", "0", "--log-dir", str(self.logs), *options]
         if memory is not None:
             command = [*memory.prefix, *command]
-        on_hangup = signal.SIG_IGN if under_nohup else signal.SIG_DFL
+        # A process that talks gRPC cannot run Python between fork and exec: gRPC's handlers of forks end it now and then.
+        command = ["env", f"--{'ignore' if under_nohup else 'default'}-signal=HUP", *command]
         with open(self._output, "w") as output:
             self.process = subprocess.Popen(
                 command,
@@ -119,7 +120,6 @@ class Launch:
                 env=os.environ | (env or {}),
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                preexec_fn=lambda: signal.signal(signal.SIGHUP, on_hangup),
             )
 
     def text(self) -> str:
