@@ -111,7 +111,7 @@ class Launch:
         command = [sys.executable, "launch.py", "--ports", "0", "--log-dir", str(self.logs), *options]
         if memory is not None:
             command = [*memory.prefix, *command]
-        # A process that talks gRPC cannot run Python between fork and exec: gRPC's handlers of forks end it now and then.
+        # Without Python between fork and exec, where gRPC's handlers of forks may end a process that talks gRPC.
         command = ["env", f"--{'ignore' if under_nohup else 'default'}-signal=HUP", *command]
         with open(self._output, "w") as output:
             self.process = subprocess.Popen(
