@@ -131,7 +131,7 @@ def tile_layers(
     between_tiles: Callable[[], None],
 ) -> None:
     """Run MLPs, ``norms``, and the linear layers and norms inside attention in tiles."""
-    count = tile_mlps(model, [name for layer in layers for name in layer.mlp], lambda: sizes.now.rows, between_tiles)
+    count = tile_mlps(model, _mlps(layers), lambda: sizes.now.rows, between_tiles)
     inside = [
         module
         for layer in layers
@@ -184,12 +184,12 @@ def tile_mlps(
 
 def has_dense_mlps(model: nn.Module, layers: Iterable[DecoderLayer]) -> bool:
     """Whether there are MLPs within which ``tile_mlps`` lets a task be suspended."""
-    return bool(_dense_mlps(model, [name for layer in layers for name in layer.mlp]))
+    return bool(_dense_mlps(model, _mlps(layers)))
 
 
 def has_whole_mlps(model: nn.Module, layers: Iterable[DecoderLayer]) -> bool:
     """Whether there are MLPs that ``tile_mlps`` does not split for their adapters."""
-    return any(map(_has_adapters, _dense_mlps(model, [name for layer in layers for name in layer.mlp])))
+    return any(map(_has_adapters, _dense_mlps(model, _mlps(layers))))
 
 
 def longest_mlp_piece(model: nn.Module, layers: Iterable[DecoderLayer]) -> float:
@@ -197,10 +197,14 @@ def longest_mlp_piece(model: nn.Module, layers: Iterable[DecoderLayer]) -> float
     linear layer, by weights.
     """
     shares = []
-    for mlp in _dense_mlps(model, [name for layer in layers for name in layer.mlp]):
+    for mlp in _dense_mlps(model, _mlps(layers)):
         weights = [sum(weight.numel() for weight in linear.parameters()) for linear in _linear_layers(mlp)]
         shares.append(max(weights) / sum(weights) if any(weights) else 1.0)
     return max(shares, default=1.0)
+
+
+def _mlps(layers: Iterable[DecoderLayer]) -> list[str]:
+    return [name for layer in layers for name in layer.mlp]
 
 
 def _dense_mlps(model: nn.Module, names: Iterable[str]) -> list[nn.Module]:
